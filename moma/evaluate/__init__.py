@@ -1,0 +1,1 @@
+"""Losses, perplexities and picture scores of a trained model."""

@@ -1,0 +1,122 @@
+"""Recipes: TOML files that become frozen, checked configurations.
+
+Each configuration class stands beside what it configures and derives from `Config`;
+this module only reads, overrides, checks and writes them.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from moma.errors import UserError
+
+
+class Config(BaseModel):
+    """A section of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = ()) -> AnyConfig:
+    """Read a TOML recipe, apply `key.sub=value` overrides, and check it.
+
+    Raises:
+        UserError: the file cannot be read, or a key or value is wrong; the message names it.
+    """
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the recipe ({error.strerror})") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML ({error})") from error
+    return check(schema, override(values, overrides), str(path))
+
+
+def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply overrides such as `train.steps=100` or `data.sources.0.weight=2` to `values`.
+
+    Raises:
+        UserError: an override has no `=`, or its path leads through something that is no table.
+    """
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"override '{text}': write key=value, for example train.steps=100")
+        *path, last = key.strip().split(".")
+        node: Any = values
+        try:
+            for name in path:
+                node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
+            node[int(last) if isinstance(node, list) else last] = _parse(value.strip())
+        except (AttributeError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"override '{text}': there is no '{key}' in the recipe") from error
+    return values
+
+
+def check(schema: type[AnyConfig], values: dict[str, Any], origin: str) -> AnyConfig:
+    """Turn plain values into a checked configuration.
+
+    Raises:
+        UserError: naming `origin`, the key at fault, and the valid keys if it is unknown.
+    """
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(schema, problem) for problem in error.errors()]
+        raise UserError(f"{origin}: " + "; ".join(lines)) from error
+
+
+def write_recipe(config: Config, path: Path) -> None:
+    """Write a configuration as TOML, every key spelled out; keys without a value are left out."""
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+
+
+def _parse(value: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return value
+
+
+def _explain(schema: type[BaseModel], problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"'{key}': {problem['msg']}"
+    valid = sorted(_keys_beside(schema, problem["loc"]))
+    close = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1)
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    return f"unknown key '{key}'{hint}; valid keys here: {', '.join(valid)}"
+
+
+def _keys_beside(schema: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
+    """Names of the fields that are allowed where `location` points to an unknown one."""
+    candidates: list[Any] = [schema]
+    for part in location[:-1]:
+        following = [
+            model.model_fields[part].annotation
+            for model in candidates
+            if isinstance(part, str) and part in model.model_fields
+        ]
+        candidates = [model for kind in following for model in _models_in(kind)] or candidates
+        tagged = [model for model in candidates if _has_tag(model, part)]
+        candidates = tagged or candidates
+    return {name for model in candidates for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _has_tag(model: type[BaseModel], tag: int | str) -> bool:
+    """Whether `model` is the member of a tagged union that pydantic names `tag`."""
+    return "kind" in model.model_fields and model.model_fields["kind"].default == tag

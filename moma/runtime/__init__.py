@@ -1,0 +1,1 @@
+"""Process group, sharding, checkpoints, optimizer and schedule."""

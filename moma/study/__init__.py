@@ -1,0 +1,1 @@
+"""Comparisons between runs: speed-up factors, the demo and the report."""

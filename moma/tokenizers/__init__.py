@@ -1,0 +1,1 @@
+"""Text and picture tokenizers and their training."""

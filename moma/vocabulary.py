@@ -1,0 +1,98 @@
+"""Which id is text and which is picture: the one place that knows.
+
+Text and pictures share one range of ids (MoMa §2.1). A picture inside a sequence reads
+`begin_image`, its codes row by row, `end_image`; the two boundary ids count as text.
+Nothing else in the system stores a token's modality: it is looked up here.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from moma.errors import UserError
+
+MODALITIES = ("text", "image")
+TEXT, IMAGE = range(len(MODALITIES))
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids of a mixed-modal model.
+
+    Attributes:
+        size: number of ids, text and image codes together (V).
+        beginning, end, padding: ids that open and close a document, and that fill a row.
+        begin_image, end_image: ids around a picture (Chameleon's BOI and EOI).
+        image_codes: id of each code of the codec's codebook, in the codebook's order.
+        codes_per_image: how many codes one picture takes.
+    """
+
+    size: int
+    beginning: int
+    end: int
+    padding: int
+    begin_image: int
+    end_image: int
+    image_codes: tuple[int, ...]
+    codes_per_image: int
+
+    @cached_property
+    def modality_of_id(self) -> np.ndarray:
+        """Modality of each id, int64 of shape [V], as an index into `MODALITIES`."""
+        table = np.full(self.size, TEXT, dtype=np.int64)
+        table[list(self.image_codes)] = IMAGE
+        return table
+
+    @cached_property
+    def code_of_id(self) -> np.ndarray:
+        """Codebook index of each id, int64 of shape [V]; −1 where the id is no image code."""
+        table = np.full(self.size, -1, dtype=np.int64)
+        table[list(self.image_codes)] = np.arange(len(self.image_codes))
+        return table
+
+    @property
+    def image_span(self) -> int:
+        """Tokens that one picture takes in a sequence, its boundaries included."""
+        return self.codes_per_image + 2
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Short digest: equal for equal vocabularies, written into shards and checkpoints."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+    def wrap_image(self, codes: np.ndarray) -> list[int]:
+        """Ids of a picture in a sequence: boundary, codes ([codes_per_image] indices), boundary."""
+        ids = np.asarray(self.image_codes)[codes.reshape(-1)]
+        return [self.begin_image, *ids.tolist(), self.end_image]
+
+    def differences(self, other: "Vocabulary") -> str:
+        """The fields in which two vocabularies differ, for a message; empty if they are equal."""
+        mine, theirs = asdict(self), asdict(other)
+        return ", ".join(
+            f"{key} ({len(mine[key])} and {len(theirs[key])} ids)"
+            if key == "image_codes"
+            else f"{key} ({mine[key]} and {theirs[key]})"
+            for key in mine
+            if mine[key] != theirs[key]
+        )
+
+    def save(self, path: Path) -> None:
+        """Write the vocabulary as JSON."""
+        path.write_text(json.dumps(asdict(self)) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Vocabulary":
+        """Read a vocabulary written by `save`.
+
+        Raises:
+            UserError: the file is missing or holds something else.
+        """
+        try:
+            fields = json.loads(path.read_text())
+            return cls(**{**fields, "image_codes": tuple(fields["image_codes"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UserError(f"{path}: not a vocabulary ({error}); run `moma prepare`") from error
