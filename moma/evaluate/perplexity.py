@@ -1,0 +1,68 @@
+"""Loss and perplexity of held-out documents, by modality, with batch choice or causal routing."""
+
+import math
+
+import torch
+
+from moma.data.batches import Batches
+from moma.errors import UserError
+from moma.model.routing import Routing, RoutingName
+from moma.model.transformer import Transformer
+from moma.progress import show_progress
+from moma.train.recipe import Recipe
+from moma.train.step import cross_entropy_sums, to_device
+from moma.vocabulary import IMAGE, MODALITIES, TEXT
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, recipe: Recipe, routing: RoutingName, quiet: bool = False
+) -> dict[str, float]:
+    """Evaluate on every held-out document of the recipe's data, once.
+
+    Args:
+        model: in evaluation mode.
+        recipe: the run's, for its data and its batch: batch choice depends on what is in a batch.
+        routing: `choice` over the batch, as in training, or `causal` by the auxiliary routers.
+
+    Returns:
+        `loss`, `loss_text`, `loss_image` in nats a target, `perplexity_text`,
+        `perplexity_image`, and `tokens`, the number of targets.
+
+    Raises:
+        UserError: nothing is held out.
+    """
+    device = model.embedding.weight.device
+    batches = Batches(
+        recipe.data, model.vocabulary, seed=recipe.seed, split="held_out", repeat=False
+    )
+    sums = torch.zeros(3, len(MODALITIES), dtype=torch.float64)
+    with show_progress(f"evaluate ({routing})", None, quiet) as report:
+        for number, batch in enumerate(batches, 1):
+            on_device = to_device(batch, device)
+            output = model(
+                on_device.tokens,
+                on_device.documents,
+                on_device.positions,
+                Routing(by=routing, capacity="actual"),
+            )
+            losses = cross_entropy_sums(
+                output.logits_BSV.flatten(0, 1),
+                on_device.labels.flatten(),
+                model.modality_of_id,
+                z_loss=0,
+            )
+            sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M)).double().cpu()
+            report(number, "batches")
+    loss_M, _, targets_M = sums
+    if targets_M.sum() == 0:
+        raise UserError(f"{recipe.data.path}: nothing is held out; raise data.held_out")
+    text, image = (float(loss_M[m] / targets_M[m].clamp(min=1)) for m in (TEXT, IMAGE))
+    return {
+        "loss": float(loss_M.sum() / targets_M.sum()),
+        "loss_text": text,
+        "loss_image": image,
+        "perplexity_text": math.exp(text),
+        "perplexity_image": math.exp(image),
+        "tokens": int(targets_M.sum()),
+    }

@@ -1,0 +1,170 @@
+"""Does a generated sketch show what its caption names: nearest object by pixel distance.
+
+A picture, or each half of a composition, is compared with the codec's own reconstruction of every
+object in both styles at the same place; the object of the nearest one is what the picture is taken
+to show. Chance is one in the number of objects.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moma.data import sketches
+from moma.generate.decode import Sampling
+from moma.generate.mixed import MixedModel
+from moma.tokenizers.image import ImageCodec, preprocess
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a caption describes: one object, or two and how the first stands to the second."""
+
+    names: tuple[str, ...]
+    style: str
+    relation: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """The words."""
+        if self.relation is None:
+            return sketches.single_caption(self.names[0], self.style)
+        first, second = self.names
+        return sketches.composition_caption(first, self.relation, second, self.style)
+
+    def draw(self, size: int) -> Image.Image:
+        """The true picture, `size` × `size` pixels."""
+        if self.relation is None:
+            return sketches.render(self.names[0], self.style, size)
+        first, second = self.names
+        return sketches.compose(first, self.relation, second, self.style, size)
+
+    def boxes(self, size: int) -> tuple[sketches.Box, ...]:
+        """Where each object stands, in the order of the names."""
+        if self.relation is None:
+            return (sketches.Box(0, 0, size, size),)
+        return sketches.slots(self.relation, size)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A generated picture and what each of its boxes shows by the nearest object."""
+
+    sketch: Sketch
+    picture: Image.Image
+    shows: tuple[str, ...]
+
+    @property
+    def right(self) -> tuple[bool, ...]:
+        """Whether each box shows the object that the caption names there."""
+        return tuple(a == b for a, b in zip(self.shows, self.sketch.names, strict=True))
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A held-out picture and the caption that the model wrote for it."""
+
+    sketch: Sketch
+    picture: Image.Image
+    caption: str
+
+    @property
+    def right(self) -> bool:
+        """Whether the caption names every object of the picture."""
+        return all(name in self.caption for name in self.sketch.names)
+
+
+def seen_singles(objects: int, count: int, seed: int) -> list[Sketch]:
+    """Single objects in a style in which training shows them, drawn at random."""
+    pairs = product(sketches.object_names(objects), sketches.STYLES)
+    seen = [Sketch((n,), style) for n, style in pairs if not sketches.is_held_out_style(n, style)]
+    return random.Random(seed).sample(seen, min(count, len(seen)))
+
+
+def held_out_singles(objects: int, count: int, seed: int) -> list[Sketch]:
+    """Single objects in a style in which training never shows them, drawn at random."""
+    pairs = product(sketches.object_names(objects), sketches.STYLES)
+    unseen = [Sketch((n,), style) for n, style in pairs if sketches.is_held_out_style(n, style)]
+    return random.Random(seed).sample(unseen, min(count, len(unseen)))
+
+
+def held_out_compositions(objects: int, count: int, seed: int) -> list[Sketch]:
+    """Pairs of objects that training never shows together, each in a style it does show."""
+    names, draw = sketches.object_names(objects), random.Random(seed)
+    found: list[Sketch] = []
+    while len(found) < count:
+        first, second = draw.sample(names, 2)
+        style, relation = draw.choice(sketches.STYLES), draw.choice(sketches.RELATIONS)
+        unseen = any(sketches.is_held_out_style(name, style) for name in (first, second))
+        if sketches.is_held_out_pair(first, second) and not unseen:
+            found.append(Sketch((first, second), style, relation))
+    return found
+
+
+def draw_sketches(
+    model: MixedModel, wanted: Sequence[Sketch], objects: int, sampling: Sampling
+) -> list[Drawn]:
+    """Generate a picture for each caption and tell what it shows."""
+    size = model.codec.config.picture_size
+    nearest = NearestObject(model.codec, sketches.object_names(objects), size)
+    drawn = []
+    for start in range(0, len(wanted), BATCH):
+        part = wanted[start : start + BATCH]
+        answers = model.generate([[sketch.caption] for sketch in part], "image", sampling)
+        for sketch, (picture,) in zip(part, answers, strict=True):
+            assert isinstance(picture, Image.Image)
+            shows = tuple(nearest(picture, box) for box in sketch.boxes(size))
+            drawn.append(Drawn(sketch, picture, shows))
+    return drawn
+
+
+def caption_sketches(
+    model: MixedModel, shown: Sequence[Sketch], sampling: Sampling
+) -> list[Captioned]:
+    """Write a caption for each true picture."""
+    size = model.codec.config.picture_size
+    pictures = [sketch.draw(size) for sketch in shown]
+    answers = model.generate([[picture] for picture in pictures], "text", sampling, new_tokens=32)
+    return [
+        Captioned(sketch, picture, "".join(part for part in answer if isinstance(part, str)))
+        for sketch, picture, answer in zip(shown, pictures, answers, strict=True)
+    ]
+
+
+class NearestObject:
+    """Tells which object a box of a picture shows."""
+
+    def __init__(self, codec: ImageCodec, names: Sequence[str], size: int):
+        self.codec, self.names, self.size = codec, names, size
+        self._known: dict[sketches.Box, np.ndarray] = {}
+
+    def __call__(self, picture: Image.Image, box: sketches.Box) -> str:
+        """Name of the object whose reconstruction in `box` has the least squared error."""
+        if box not in self._known:
+            self._known[box] = self._reconstructions(box)
+        crop = np.asarray(picture.crop(box), dtype=np.float32)
+        errors_R = np.square(self._known[box] - crop).mean(axis=(1, 2, 3))
+        return self.names[int(errors_R.argmin()) // len(sketches.STYLES)]
+
+    @torch.no_grad()
+    def _reconstructions(self, box: sketches.Box) -> np.ndarray:
+        """Every object in every style as the codec draws it in `box`: [R, height, width, 3]."""
+        pictures = []
+        for name, style in product(self.names, sketches.STYLES):
+            canvas = Image.new("RGB", (self.size, self.size), "white")
+            canvas.paste(sketches.render(name, style, box.right - box.left), box[:2])
+            pictures.append(preprocess(canvas, self.size))
+        device = self.codec.codebook.device
+        crops = []
+        for start in range(0, len(pictures), BATCH):
+            batch_B3HW = torch.stack(pictures[start : start + BATCH]).to(device)
+            drawn_BHW3 = self.codec.decode(self.codec.encode(batch_B3HW)).permute(0, 2, 3, 1)
+            levels = ((drawn_BHW3.clamp(-1, 1) + 1) * 127.5).round().cpu().numpy()
+            crops.append(levels[:, box.top : box.bottom, box.left : box.right])
+        return np.concatenate(crops)

@@ -1,0 +1,112 @@
+"""A trained model together with its tokenizers: text and pictures in, text and pictures out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+
+from moma.errors import UserError
+from moma.generate.decode import Sampling, generate
+from moma.generate.grammar import Mode
+from moma.model.transformer import Transformer
+from moma.runs import Tokenizers
+from moma.tokenizers.image import ImageCodec, preprocess, to_pil
+from moma.tokenizers.text import encode_texts, load_text_tokenizer
+
+Content = str | Image.Image
+
+
+@dataclass(frozen=True)
+class MixedModel:
+    """A model ready for causal use.
+
+    Attributes:
+        model: the transformer, in evaluation mode.
+        tokenizer, codec: its text and picture tokenizers.
+        context: most tokens of a sequence, as in training.
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    codec: ImageCodec
+    context: int
+
+    @classmethod
+    def assemble(cls, model: Transformer, tokenizers: Tokenizers, context: int) -> "MixedModel":
+        """Put a model and the tokenizers of its run together.
+
+        Raises:
+            UserError: a tokenizer is missing or broken.
+        """
+        codec = ImageCodec.load(tokenizers.codec).to(model.embedding.weight.device)
+        return cls(model, load_text_tokenizer(tokenizers.text), codec, context)
+
+    def encode(self, content: Sequence[Content]) -> list[int]:
+        """Token ids of interleaved text and pictures, opened as a document."""
+        ids = [self.model.vocabulary.beginning]
+        for part in content:
+            if isinstance(part, str):
+                ids += encode_texts(self.tokenizer, [part])[0]
+            else:
+                ids += self.model.vocabulary.wrap_image(self.codes(part))
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> list[Content]:
+        """Text and pictures of a sequence; a picture that is cut off is left out."""
+        content: list[Content] = []
+        vocabulary, text, codes = self.model.vocabulary, [], []
+        for token in [*ids, vocabulary.end]:
+            code = vocabulary.code_of_id[token]
+            if code >= 0:
+                codes.append(code)
+                continue
+            if token in (vocabulary.begin_image, vocabulary.end) and text:
+                content.append(self.tokenizer.decode(text))
+                text = []
+            if token == vocabulary.end_image and len(codes) == vocabulary.codes_per_image:
+                content.append(self.picture(np.array(codes)))
+            if token in (vocabulary.begin_image, vocabulary.end_image):
+                codes = []
+            elif token not in (vocabulary.beginning, vocabulary.end, vocabulary.padding):
+                text.append(token)
+        return content
+
+    def codes(self, picture: Image.Image) -> np.ndarray:
+        """Codes of a picture of any size, int64 [codes_per_image]."""
+        tensor_3HW = preprocess(picture, self.codec.config.picture_size)
+        return self.codec.encode(tensor_3HW[None].to(self._device))[0].cpu().numpy()
+
+    def picture(self, codes: np.ndarray) -> Image.Image:
+        """The picture of [codes_per_image] codes."""
+        return to_pil(self.codec.decode(torch.from_numpy(codes)[None].to(self._device))[0])
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Content]],
+        mode: Mode = "mixed",
+        sampling: Sampling | None = None,
+        new_tokens: int | None = None,
+    ) -> list[list[Content]]:
+        """Continue each prompt; returns the text and pictures that follow it.
+
+        Raises:
+            UserError: a prompt is empty or longer than the context.
+        """
+        if not prompts:
+            raise UserError("there is no prompt to continue")
+        answers = generate(
+            self.model,
+            [self.encode(prompt) for prompt in prompts],
+            mode,
+            self.context,
+            new_tokens or self.context,
+            sampling or Sampling(),
+        )
+        return [self.decode(answer) for answer in answers]
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.embedding.weight.device

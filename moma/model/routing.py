@@ -1,0 +1,93 @@
+"""Who takes which token: one `Selection`, filled by batch choice or by causal choice.
+
+Batch choice is how the model trains: every expert takes the tokens it scores highest in the whole
+batch (expert choice, MoMa §2.2). It looks at the future, so it cannot generate. Causal choice
+decides each token by itself, from the auxiliary routers' likelihoods (§2.4).
+
+Shapes: see `layers.py`; E are the experts of one group, K the slots of an expert.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+RoutingName = Literal["choice", "causal"]
+CapacityName = Literal["static", "actual"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a forward pass routes its tokens.
+
+    Attributes:
+        by: `choice` takes the best tokens of the batch; `causal` asks the auxiliary routers.
+        capacity: slots of an expert under `choice`. `static` follows the recipe's modality shares,
+            so that every shape is known beforehand; `actual` counts the batch's own tokens.
+        record: whether routers report what they chose and what they foretold, to be trained on.
+    """
+
+    by: RoutingName = "choice"
+    capacity: CapacityName = "static"
+    record: bool = False
+
+
+class Selection(NamedTuple):
+    """The tokens that each expert takes.
+
+    Attributes:
+        token_EK: int64 index into the N tokens for each slot.
+        taken_EK: whether the slot holds a token; an expert may have more slots than tokens.
+        weight_EK: factor of the expert's output; exactly 0 in an empty slot, so that what is
+            computed there adds nothing and gets no gradient.
+    """
+
+    token_EK: Tensor
+    taken_EK: Tensor
+    weight_EK: Tensor
+
+    def chosen_NE(self, tokens: int) -> Tensor:
+        """Whether token n is taken by expert e, as zeros and ones of shape [N, E] in fp32."""
+        nobody = torch.zeros(len(self.token_EK), tokens, device=self.token_EK.device)
+        return nobody.scatter_add(1, self.token_EK, self.taken_EK.float()).T
+
+
+def choose_by_batch(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selection:
+    """Expert choice: each expert takes its `capacity` highest-scored eligible tokens (Eq. 1).
+
+    Args:
+        logits_NE: router logits z; the score of a token is sigmoid(z).
+        eligible_N: whether a token belongs to the group's modalities and is no padding.
+        capacity: slots an expert has, K; slots beyond the eligible tokens stay empty.
+    """
+    masked_EN = logits_NE.detach().masked_fill(~eligible_N[:, None], -torch.inf).T
+    token_EK = masked_EN.topk(min(capacity, logits_NE.shape[0]), dim=1).indices
+    taken_EK = eligible_N[token_EK]
+    return Selection(token_EK, taken_EK, logits_NE.T.gather(1, token_EK).sigmoid() * taken_EK)
+
+
+def choose_causally(logits_NE: Tensor, likelihood_NE: Tensor, eligible_N: Tensor) -> Selection:
+    """Causal choice: expert e takes token n iff its likelihood is above one half (§2.4).
+
+    The number of slots is what the busiest expert needs, so the shape depends on the data: this
+    is for inference, not for compiled training.
+
+    Args:
+        logits_NE: main router logits, which give the weight alone.
+        likelihood_NE: the auxiliary router's logits; above 0 is a likelihood above 0.5.
+        eligible_N: as for `choose_by_batch`.
+    """
+    chosen_EN = ((likelihood_NE > 0) & eligible_N[:, None]).T
+    capacity = int(chosen_EN.sum(1).max())
+    # Taken tokens first, in order; what follows them are the empty slots.
+    token_EK = chosen_EN.byte().sort(dim=1, descending=True, stable=True).indices[:, :capacity]
+    taken_EK = chosen_EN.gather(1, token_EK)
+    return Selection(token_EK, taken_EK, logits_NE.T.gather(1, token_EK).sigmoid() * taken_EK)
+
+
+def take_all(eligible_N: Tensor, capacity: int) -> Selection:
+    """A group of one expert takes every eligible token with weight 1: it needs no router."""
+    taken_N, token_N = eligible_N.byte().sort(descending=True, stable=True)
+    taken_EK = taken_N[None, :capacity].bool()
+    return Selection(token_N[None, :capacity], taken_EK, taken_EK.float())

@@ -1,0 +1,100 @@
+"""Folders on disk: what `moma prepare` and `moma train` leave behind, and where.
+
+    DATA/                    RUN/
+      tokenizer.json           recipe.toml        every key, spelled out
+      vocabulary.json          metrics.jsonl      one object a logged step
+      codec/                   checkpoints/       step-00001000, …
+      shards/SOURCE/           tokenizer.json, vocabulary.json, codec/    copies
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moma.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """Where a folder keeps its tokenizers."""
+
+    path: Path
+
+    @property
+    def text(self) -> Path:
+        """The text tokenizer."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def vocabulary(self) -> Path:
+        """Which id is what."""
+        return self.path / "vocabulary.json"
+
+    @property
+    def codec(self) -> Path:
+        """Folder of the image codec."""
+        return self.path / "codec"
+
+    def copy_to(self, other: "Tokenizers") -> None:
+        """Copy the tokenizers, so that the other folder can be used alone."""
+        other.path.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.text, other.text)
+        shutil.copyfile(self.vocabulary, other.vocabulary)
+        shutil.copytree(self.codec, other.codec, dirs_exist_ok=True)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """The log."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """The run's own copy of the tokenizers."""
+        return Tokenizers(self.path)
+
+    def require(self) -> "Run":
+        """This run, if it is one.
+
+        Raises:
+            UserError: the folder is no run.
+        """
+        if not self.recipe.is_file():
+            raise UserError(f"{self.path}: not a run folder (no recipe.toml); run `moma train` first")
+        return self
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The logged steps, oldest first.
+
+        Raises:
+            UserError: there is no log, or a row of it is broken.
+        """
+        try:
+            lines = self.metrics.read_text().splitlines()
+        except OSError as error:
+            raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise UserError(f"{self.metrics}, row {number}: not JSON ({error})") from error
+        return rows

@@ -1,0 +1,61 @@
+"""The device and the ranks of a job: one code path from one CPU to many nodes."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process runs.
+
+    Attributes:
+        device: the device of this rank.
+        rank, size: number of this process, and how many there are.
+        mesh: one-dimensional mesh of all ranks; None for a single process.
+    """
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor over all ranks, without a wait for the host."""
+        if self.mesh is not None:
+            distributed.all_reduce(values, group=self.mesh.get_group())
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.mesh is not None:
+            distributed.barrier(group=self.mesh.get_group())
+
+
+def local_device() -> torch.device:
+    """The GPU of this rank if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Join the job that torchrun describes in the environment, or be a world of one."""
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" not in os.environ:
+        yield World(device)
+        return
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        yield World(device, rank, size, init_device_mesh(device.type, (size,)))
+    finally:
+        distributed.destroy_process_group()

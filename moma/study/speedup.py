@@ -1,0 +1,49 @@
+"""The speed-up factor η: how much less compute a sparse model needs for a dense model's loss.
+
+η = FLOPs of the dense run / FLOPs at which the sparse run first reaches the dense run's final loss
+(MoMa §4.2, footnote 6; there, as here, on the training loss).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+LOSSES = {"all": "loss", "text": "loss_text", "image": "loss_image"}
+FINAL_SHARE = 0.05
+
+
+def smoothed(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """FLOPs and loss of each logged step, the loss a mean over the last 5% of the run before it."""
+    flops = np.array([row["flops"] for row in rows])
+    values = np.array([row[key] for row in rows])
+    width = max(1, round(FINAL_SHARE * len(rows)))
+    sums = np.cumsum(np.concatenate(([0.0], values)))
+    ends = np.arange(1, len(rows) + 1)
+    starts = np.maximum(0, ends - width)
+    return flops, (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def speedup(dense: Sequence[dict[str, Any]], sparse: Sequence[dict[str, Any]], key: str) -> float | None:
+    """η for one loss; None if the sparse run never reaches the dense run's final loss.
+
+    The crossing is interpolated between logged steps.
+    """
+    dense_flops, dense_loss = smoothed(dense, key)
+    flops, loss = smoothed(sparse, key)
+    reached = np.flatnonzero(loss <= dense_loss[-1])
+    if not len(reached):
+        return None
+    at = reached[0]
+    crossing = flops[at]
+    if at > 0:
+        part = (loss[at - 1] - dense_loss[-1]) / (loss[at - 1] - loss[at])
+        crossing = flops[at - 1] + part * (flops[at] - flops[at - 1])
+    return float(dense_flops[-1] / crossing)
+
+
+def speedups(
+    dense: Sequence[dict[str, Any]], sparse: Sequence[dict[str, Any]]
+) -> dict[str, float | None]:
+    """η overall, for text targets and for image targets."""
+    return {name: speedup(dense, sparse, key) for name, key in LOSSES.items()}

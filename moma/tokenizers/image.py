@@ -1,0 +1,285 @@
+"""The image codec: pictures to codes of a learned codebook, and back.
+
+    picture → `preprocess` → [3, H, W] in [−1, 1] → `encode` → codes, row by row
+    codes → `decode` → [3, H, W] → `to_pil` → picture
+
+The default configuration has the shape of Chameleon's VQGAN: 512 × 512 pixels become 32 × 32 codes
+of 8,192 vectors. Encoder and decoder are those of `diffusers`, the codebook and its learning are
+those of `vector_quantize_pytorch`.
+
+Shape suffixes: B pictures, H × W pixels, h × w codes, L = h·w, D width of a codebook vector.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moma.errors import UserError
+from moma.recipe import Config, check
+
+_CHANNELS = 3
+_CONFIG_FILE = "config.json"
+_REPAIRS = 20
+_WEIGHTS_FILE = "model.safetensors"
+
+
+class CodecConfig(Config):
+    """Shape of an image codec.
+
+    Attributes:
+        picture_size: side of a picture in pixels.
+        patch: side of the pixel blocks that are folded into channels before the first layer;
+            1 for Chameleon's shape, more for speed.
+        block_channels: width of each block; every block but the last halves the sides.
+        layers_per_block: residual layers of each block of the encoder; the decoder has one more.
+        latent_channels: width of the encoder's output.
+        code_channels: width of a codebook vector (D).
+        codebook_size: number of codebook vectors.
+        encoder_middle: whether the encoder has its innermost layers; without them it is faster,
+            and a code depends less on the picture around it.
+        middle_attention: whether the innermost block attends over the whole picture.
+        norm_groups: groups of each group normalization; divides every width.
+        codebook_decay: share that a codebook vector keeps of its running mean at each step.
+        dead_code_threshold: a vector chosen less often per step is replaced; 0 never replaces.
+        commitment_weight: weight of the loss that keeps the encoder near the codebook.
+    """
+
+    picture_size: int = Field(default=512, ge=1)
+    patch: int = Field(default=1, ge=1)
+    block_channels: tuple[int, ...] = Field(default=(128, 128, 256, 256, 512), min_length=1)
+    layers_per_block: int = Field(default=2, ge=1)
+    latent_channels: int = Field(default=256, ge=1)
+    code_channels: int = Field(default=256, ge=1)
+    codebook_size: int = Field(default=8192, ge=2)
+    encoder_middle: bool = True
+    middle_attention: bool = True
+    norm_groups: int = Field(default=32, ge=1)
+    codebook_decay: float = Field(default=0.99, gt=0, lt=1)
+    dead_code_threshold: float = Field(default=0.05, ge=0)
+    commitment_weight: float = Field(default=0.25, ge=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.picture_size % self.reduction:
+            raise ValueError(
+                f"picture_size {self.picture_size} is no multiple of {self.reduction}, "
+                "the pixels that patch and blocks fold into one code"
+            )
+        for width in self.block_channels:
+            if width % self.norm_groups:
+                raise ValueError(f"block width {width} is no multiple of norm_groups")
+        return self
+
+    @property
+    def reduction(self) -> int:
+        """Side in pixels of the square that one code stands for."""
+        return self.patch * 2 ** (len(self.block_channels) - 1)
+
+    @property
+    def codes_per_side(self) -> int:
+        """Rows, and columns, of codes (h = w)."""
+        return self.picture_size // self.reduction
+
+
+class ImageCodec(nn.Module):
+    """Encoder, codebook and decoder; deterministic outside of training."""
+
+    def __init__(self, config: CodecConfig):
+        super().__init__()
+        # Both take seconds to import, which commands that touch no codec should not pay.
+        from diffusers.models.autoencoders.vae import Decoder, Encoder
+        from vector_quantize_pytorch import VectorQuantize
+
+        self.config = config
+        blocks = len(config.block_channels)
+        pixels = _CHANNELS * config.patch**2
+        shared: dict[str, Any] = {
+            "block_out_channels": config.block_channels,
+            "layers_per_block": config.layers_per_block,
+            "norm_num_groups": config.norm_groups,
+            "mid_block_add_attention": config.middle_attention,
+        }
+        self.encoder = Encoder(
+            in_channels=pixels,
+            out_channels=config.latent_channels,
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            double_z=False,
+            **shared,
+        )
+        if not config.encoder_middle:
+            self.encoder.mid_block = cast(Any, nn.Identity())
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
+        self.quantizer = VectorQuantize(
+            dim=config.code_channels,
+            codebook_size=config.codebook_size,
+            decay=config.codebook_decay,
+            threshold_ema_dead_code=config.dead_code_threshold,
+            commitment_weight=config.commitment_weight,
+            kmeans_init=True,
+            rotation_trick=False,
+            accept_image_fmap=True,
+        )
+        # k-means replaces these at the first training step; until then they only differ.
+        self.quantizer.codebook = torch.randn(config.codebook_size, config.code_channels)
+        self.post_quant_conv = nn.Conv2d(config.code_channels, config.latent_channels, 1)
+        self.decoder = Decoder(
+            in_channels=config.latent_channels,
+            out_channels=pixels,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            **shared,
+        )
+
+    @property
+    def codes_per_image(self) -> int:
+        """How many codes one picture takes (L)."""
+        return self.config.codes_per_side**2
+
+    @property
+    def codebook(self) -> Tensor:
+        """The codebook vectors, [codebook_size, D]."""
+        return cast(Tensor, self.quantizer.codebook)
+
+    @torch.no_grad()
+    def encode(self, pictures_B3HW: Tensor) -> Tensor:
+        """The nearest codebook vector of each square of a picture, row by row.
+
+        Args:
+            pictures_B3HW: float in [−1, 1].
+
+        Returns:
+            codes_BL, int64.
+
+        Raises:
+            UserError: the pictures do not have the codec's size.
+        """
+        side = self.config.picture_size
+        if tuple(pictures_B3HW.shape[1:]) != (_CHANNELS, side, side):
+            raise UserError(
+                f"pictures of shape {tuple(pictures_B3HW.shape[1:])}: this codec takes "
+                f"{(_CHANNELS, side, side)}"
+            )
+        latents_BDhw = self.latents(pictures_B3HW)
+        vectors_BLD = latents_BDhw.flatten(2).transpose(1, 2)
+        half_norms = self.codebook.square().sum(1) / 2
+        return (vectors_BLD @ self.codebook.T - half_norms).argmax(-1)
+
+    @torch.no_grad()
+    def decode(self, codes_BL: Tensor) -> Tensor:
+        """The pictures that codes stand for, pictures_B3HW in [−1, 1].
+
+        Args:
+            codes_BL: int64, `codes_per_image` codes for each picture, row by row.
+
+        Raises:
+            UserError: there are more or fewer codes, or one is outside the codebook.
+        """
+        if codes_BL.shape[1:] != (self.codes_per_image,):
+            raise UserError(f"{tuple(codes_BL.shape[1:])} codes: {self.codes_per_image} needed")
+        if codes_BL.numel() and not 0 <= codes_BL.min() <= codes_BL.max() < len(self.codebook):
+            raise UserError(f"codes outside of 0 … {len(self.codebook) - 1}")
+        side = self.config.codes_per_side
+        vectors_BhwD = self.codebook[codes_BL].unflatten(1, (side, side))
+        return self.pictures(vectors_BhwD.permute(0, 3, 1, 2)).clamp(-1, 1)
+
+    def forward(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruct pictures through the codebook, for training.
+
+        In training mode the codebook follows the encoder, and random numbers are drawn when it
+        starts and when unused vectors are replaced.
+
+        Returns:
+            reconstructions_B3HW (not clamped) and the weighted commitment loss, a scalar.
+        """
+        latents_BDhw = self.latents(pictures_B3HW)
+        vectors_BDhw, _, commitment = self.quantizer(latents_BDhw)
+        return self.pictures(vectors_BDhw), commitment
+
+    @torch.no_grad()
+    def start_codebook(self, pictures_B3HW: Tensor) -> None:
+        """Lay the codebook over what the encoder sees in these pictures: k-means, then repairs.
+
+        A picture is mostly background, so k-means alone leaves many vectors on the same spot;
+        each repair moves those that nothing chooses. Draws random numbers; ends in training mode.
+        """
+        self.train()
+        latents_BDhw = self.latents(pictures_B3HW)
+        for _ in range(_REPAIRS):
+            self.quantizer(latents_BDhw)
+
+    def autoencode(self, pictures_B3HW: Tensor) -> Tensor:
+        """Reconstruct pictures without the codebook, for the first steps of training."""
+        return self.pictures(self.latents(pictures_B3HW))
+
+    def latents(self, pictures_B3HW: Tensor) -> Tensor:
+        """What the encoder sees in pictures, before the codebook: latents_BDhw."""
+        folded = functional.pixel_unshuffle(pictures_B3HW, self.config.patch)
+        return cast(Tensor, self.quant_conv(self.encoder(folded)))
+
+    def pictures(self, vectors_BDhw: Tensor) -> Tensor:
+        """What the decoder draws for codebook vectors: pictures_B3HW, not clamped."""
+        drawn = self.decoder(self.post_quant_conv(vectors_BDhw))
+        return functional.pixel_shuffle(drawn, self.config.patch)
+
+    def save(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors` into a folder, which is made if needed."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
+        save_file(weights, folder / _WEIGHTS_FILE)
+        (folder / _CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "ImageCodec":
+        """Read a codec written by `save`, on the CPU and in evaluation mode.
+
+        Raises:
+            UserError: a file is missing or damaged, or the weights do not fit the configuration.
+        """
+        try:
+            values = json.loads((folder / _CONFIG_FILE).read_text())
+            weights = load_file(folder / _WEIGHTS_FILE)
+        # safetensors reports damage with an exception of its own, derived from Exception alone.
+        except Exception as error:
+            raise UserError(f"{folder}: not an image codec ({error})") from error
+        codec = cls(check(CodecConfig, values, str(folder / _CONFIG_FILE)))
+        try:
+            codec.load_state_dict(weights)
+        except RuntimeError as error:
+            raise UserError(f"{folder}: weights and config.json differ ({error})") from error
+        return codec.eval()
+
+
+def preprocess(picture: Image.Image, size: int) -> Tensor:
+    """A picture as the codec takes it: float [3, size, size] in [−1, 1].
+
+    Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
+    cropped.
+    """
+    layer = picture.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    opaque = Image.alpha_composite(white, layer).convert("RGB")
+    scale = size / min(opaque.size)
+    width, height = (max(size, round(side * scale)) for side in opaque.size)
+    resized = opaque.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    cropped = resized.crop((left, top, left + size, top + size))
+    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255 * 2 - 1
+
+
+def to_pil(picture_3HW: Tensor) -> Image.Image:
+    """A picture in [−1, 1] as an RGB image; values outside are clipped."""
+    levels = ((picture_3HW.float().clamp(-1, 1) + 1) / 2 * 255).round()
+    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy(), "RGB")
+
+
+def in_batches(count: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most `size` that cover `count` items."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

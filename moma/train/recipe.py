@@ -1,0 +1,94 @@
+"""The whole recipe: one file that says what is prepared, trained and measured."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from moma.data.batches import DataConfig
+from moma.model.transformer import ModelConfig, Transformer
+from moma.recipe import Config
+from moma.runtime.optimizer import OptimizerConfig
+from moma.tokenizers.image import CodecConfig
+from moma.tokenizers.image_training import CodecTrainingConfig
+from moma.tokenizers.text import TextTokenizerConfig
+from moma.vocabulary import IMAGE, MODALITIES, Vocabulary
+
+
+class StageConfig(Config):
+    """How long and how a stage trains.
+
+    Attributes:
+        steps: optimizer steps.
+        micro_batches: batches whose gradients are added up in one step, on every rank.
+        log_every: steps between rows of `metrics.jsonl`; a row is the mean over them.
+        checkpoint_every: steps between checkpoints, a multiple of `log_every`.
+        keep_checkpoints: how many of the newest stay.
+        z_loss: weight of (log Z)², which keeps logits from drifting (Chameleon §2.3.2).
+        compile: whether layers run as compiled graphs.
+    """
+
+    steps: int = Field(160_000, ge=1)
+    micro_batches: int = Field(1, ge=1)
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    z_loss: float = 1e-5
+    compile: bool = True
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _whole_rows_at_checkpoints(self) -> "StageConfig":
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of "
+                f"log_every ({self.log_every}), so that no row of metrics.jsonl is cut in two"
+            )
+        return self
+
+
+class Recipe(Config):
+    """A recipe.
+
+    Attributes:
+        seed: of every random choice: data order, weights, codec.
+        run: the folder that `moma train` writes.
+        stage: what `moma train` does: `pretrain`, or `aux_router` on the finished run `from`.
+    """
+
+    seed: int = 0
+    run: Path = Path("runs/run")
+    stage: Literal["pretrain", "aux_router"] = "pretrain"
+    from_: Path | None = Field(None, alias="from")
+    text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
+    codec: CodecConfig = CodecConfig()
+    codec_training: CodecTrainingConfig = CodecTrainingConfig()
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    pretrain: StageConfig = StageConfig()
+    aux_router: StageConfig = StageConfig(
+        steps=5000, optimizer=OptimizerConfig(warmup=1000, weight_decay=0.0)
+    )
+
+    @model_validator(mode="after")
+    def _router_stage_has_a_model(self) -> "Recipe":
+        if self.stage == "aux_router" and self.from_ is None:
+            raise ValueError("stage 'aux_router' needs from=RUN, the run whose routers it trains")
+        return self
+
+    @property
+    def stage_config(self) -> StageConfig:
+        """The settings of the stage that the recipe names."""
+        return self.pretrain if self.stage == "pretrain" else self.aux_router
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Part of each modality in a batch, in the order of `MODALITIES`."""
+        image = self.data.picture_share
+        return tuple(image if index == IMAGE else 1 - image for index in range(len(MODALITIES)))
+
+    def build_model(self, vocabulary: Vocabulary) -> Transformer:
+        """The transformer that the recipe describes, its weights drawn from the seed."""
+        model = Transformer(self.model, vocabulary, self.shares)
+        model.initialise(self.seed)
+        return model

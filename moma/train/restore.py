@@ -1,0 +1,79 @@
+"""From a run folder back to a model."""
+
+from pathlib import Path
+
+from moma.errors import UserError
+from moma.model.transformer import Transformer
+from moma.recipe import read_recipe
+from moma.runs import Run
+from moma.runtime.checkpoint import checkpoints_in, load_model
+from moma.runtime.world import World, local_device
+from moma.train.recipe import Recipe
+from moma.vocabulary import Vocabulary
+
+ROUTER_RUN = "aux_router"
+
+
+def read_run_recipe(run: Run) -> Recipe:
+    """The recipe of a run.
+
+    Raises:
+        UserError: the folder is no run.
+    """
+    return read_recipe(Recipe, run.require().recipe)
+
+
+def newest_checkpoint(run: Run) -> Path:
+    """The newest whole checkpoint of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = checkpoints_in(run.require().checkpoints)
+    if not found:
+        raise UserError(f"{run.path}: has no checkpoint yet; go on with `moma train`")
+    return found[-1]
+
+
+def load_weights(run: Run, model: Transformer) -> None:
+    """Load the newest weights of a run into a model of its shape."""
+    load_model(newest_checkpoint(run), model, World(next(model.parameters()).device))
+
+
+def with_routers(run: Run) -> Run:
+    """The run that trained this run's auxiliary routers, if it lies in its folder; else the run."""
+    inner = Run(run.path / ROUTER_RUN)
+    return inner if checkpoints_in(inner.checkpoints) else run
+
+
+def load_run(run: Run) -> tuple[Transformer, Recipe]:
+    """The model of a run on this machine's device, in evaluation mode, and its recipe.
+
+    Raises:
+        UserError: the folder is no run or has no checkpoint.
+    """
+    newest_checkpoint(run)
+    run = with_routers(run)
+    recipe = read_run_recipe(run)
+    model = Transformer(recipe.model, Vocabulary.load(run.tokenizers.vocabulary), recipe.shares)
+    load_weights(run, model)
+    return model.to(local_device()).eval(), recipe
+
+
+def has_causal_routing(model: Transformer, recipe: Recipe) -> bool:
+    """Whether the model can be run causally: it has no routers, or they are trained."""
+    return recipe.stage == "aux_router" or model.is_causal_without_routers
+
+
+def require_causal_routing(run: Run, model: Transformer, recipe: Recipe) -> None:
+    """Refuse causal use of a model whose auxiliary routers are not trained.
+
+    Raises:
+        UserError: saying how to train them.
+    """
+    if not has_causal_routing(model, recipe):
+        raise UserError(
+            f"{run.path}: its auxiliary routers are not trained, so it cannot run causally; train "
+            f"them with `moma train {run.recipe} stage=aux_router from={run.path} "
+            f"run={run.path / ROUTER_RUN}`"
+        )

@@ -1,0 +1,152 @@
+"""One optimizer step: losses by modality, gradients over micro-batches and ranks, update.
+
+Shapes: see `model/layers.py`; M are the modalities.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+from moma.data.packing import NO_LABEL, Batch
+from moma.model.routing import Routing
+from moma.model.transformer import Transformer
+from moma.runtime.world import World
+from moma.vocabulary import MODALITIES
+
+
+class DeviceBatch(NamedTuple):
+    """A micro-batch on the device, int64, each [B, S]; see `data.packing.Batch`."""
+
+    tokens: Tensor
+    labels: Tensor
+    documents: Tensor
+    positions: Tensor
+
+
+class Losses(NamedTuple):
+    """Sums over a micro-batch, to be divided by the number of targets.
+
+    Attributes:
+        objective: what is minimised, a differentiable sum.
+        loss_M, correct_M, targets_M: loss, right answers and targets of each modality.
+    """
+
+    objective: Tensor
+    loss_M: Tensor
+    correct_M: Tensor
+    targets_M: Tensor
+
+
+Objective = Callable[[Transformer, DeviceBatch], Losses]
+
+
+def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
+    """Copy a batch to the device."""
+    arrays = (batch.tokens_BS, batch.labels_BS, batch.documents_BS, batch.positions_BS)
+    return DeviceBatch(
+        *(torch.from_numpy(array).long().to(device, non_blocking=True) for array in arrays)
+    )
+
+
+def cross_entropy_sums(
+    logits_NV: Tensor, labels_N: Tensor, modality_of_id: Tensor, z_loss: float
+) -> Losses:
+    """Next-token cross-entropy in nats, by the modality of the target; ignored labels count nothing."""
+    logits_NV = logits_NV.float()
+    target_N = labels_N.clamp(min=0)
+    counted_N = (labels_N != NO_LABEL).float()
+    normaliser_N = logits_NV.logsumexp(-1)
+    picked_N = logits_NV.gather(1, target_N[:, None]).squeeze(1)
+    loss_N = (normaliser_N - picked_N) * counted_N
+    objective = (loss_N + z_loss * normaliser_N.square() * counted_N).sum()
+    of_modality_NM = _one_hot(modality_of_id[target_N]) * counted_N[:, None]
+    correct_N = (logits_NV.detach().argmax(-1) == target_N).float()
+    return Losses(
+        objective,
+        loss_N.detach() @ of_modality_NM,
+        correct_N @ of_modality_NM,
+        of_modality_NM.sum(0),
+    )
+
+
+def next_token_objective(z_loss: float, compiled: bool) -> Objective:
+    """Pre-training: cross-entropy of the next token over text and images, with z-loss."""
+    sums = torch.compile(cross_entropy_sums, fullgraph=True) if compiled else cross_entropy_sums
+
+    def objective(model: Transformer, batch: DeviceBatch) -> Losses:
+        output = model(batch.tokens, batch.documents, batch.positions)
+        return sums(
+            output.logits_BSV.flatten(0, 1), batch.labels.flatten(), model.modality_of_id, z_loss
+        )
+
+    return objective
+
+
+def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
+    """Auxiliary routers: binary cross-entropy against the batch's real choice (MoMa §2.4).
+
+    A target is one decision of one router: does expert e take token n.
+    """
+    output = model(batch.tokens, batch.documents, batch.positions, Routing(record=True))
+    modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()])
+    loss_M, correct_M, targets_M = torch.zeros(3, len(MODALITIES), device=modality_NM.device)
+    for chosen_NE, likelihood_NE, eligible_N in output.routers:
+        eligible_NM = modality_NM * eligible_N[:, None]
+        loss_NE = functional.binary_cross_entropy_with_logits(
+            likelihood_NE, chosen_NE, reduction="none"
+        )
+        loss_M = loss_M + loss_NE.sum(1) @ eligible_NM
+        right_NE = (likelihood_NE > 0) == (chosen_NE > 0)
+        correct_M = correct_M + right_NE.float().sum(1) @ eligible_NM
+        targets_M = targets_M + chosen_NE.shape[1] * eligible_NM.sum(0)
+    return Losses(loss_M.sum(), loss_M.detach(), correct_M, targets_M)
+
+
+class Step:
+    """An optimizer step over micro-batches and ranks, with the gradient of the mean over all targets.
+
+    Call it with the step's micro-batches; it returns the sums [3, M] of loss, right answers and
+    targets over all ranks, and the norm of the gradient, all left on the device.
+    """
+
+    def __init__(
+        self, model: Transformer, optimizer: Optimizer, objective: Objective, clip: float, world: World
+    ):
+        self.model, self.optimizer, self.objective = model, optimizer, objective
+        self.clip, self.world = clip, world
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def __call__(self, batches: Sequence[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Take one step."""
+        sums = torch.zeros(3, len(MODALITIES), device=self.world.device)
+        for batch in batches:
+            with self._precision():
+                losses = self.objective(self.model, to_device(batch, self.world.device))
+            losses.objective.backward()
+            sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
+        self.world.sum(sums)
+        # Sharding averages gradients over the ranks; the loss is a mean over all their targets.
+        scale = self.world.size / sums[2].sum().clamp(min=1)
+        for parameter in self.trainable:
+            if parameter.grad is None:
+                raise RuntimeError("a trainable parameter took no part in the step")
+            parameter.grad.mul_(scale)
+        norm = nn.utils.clip_grad_norm_(self.trainable, self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return sums, norm
+
+    def _precision(self) -> torch.autocast:
+        """bf16 products on a GPU that is not sharded; elsewhere the sharding decides."""
+        on_gpu = self.world.device.type == "cuda" and self.world.mesh is None
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=on_gpu)
+
+
+def _one_hot(modality_N: Tensor) -> Tensor:
+    return functional.one_hot(modality_N, len(MODALITIES)).float()

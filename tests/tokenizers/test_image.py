@@ -1,0 +1,156 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moma.errors import UserError
+from moma.recipe import check
+from moma.tokenizers.image import CodecConfig, ImageCodec, preprocess, to_pil
+
+SMALL = CodecConfig(
+    picture_size=16,
+    patch=2,
+    block_channels=(8, 16),
+    layers_per_block=1,
+    latent_channels=8,
+    code_channels=8,
+    codebook_size=32,
+    norm_groups=4,
+    middle_attention=False,
+)
+
+
+@pytest.fixture
+def codec() -> ImageCodec:
+    torch.manual_seed(0)
+    return ImageCodec(SMALL).eval()
+
+
+@pytest.fixture
+def pictures_B3HW() -> torch.Tensor:
+    return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_the_default_has_chameleons_shape():
+    with torch.device("meta"):
+        codec = ImageCodec(CodecConfig())
+    learned = sum(weight.numel() for weight in codec.parameters())
+    assert learned + codec.codebook.numel() == 68_718_467
+    assert tuple(codec.codebook.shape) == (8192, 256)
+    assert codec.codes_per_image == 1024
+
+
+def test_codes_are_row_major_and_name_the_nearest_vector(codec, pictures_B3HW):
+    codes_BL = codec.encode(pictures_B3HW)
+    assert codes_BL.dtype == torch.int64
+    assert codes_BL.shape == (3, codec.codes_per_image) == (3, 16)
+    latents_BDhw = codec.latents(pictures_B3HW)
+    for row, column in ((0, 1), (1, 0), (3, 2)):
+        distances = (codec.codebook - latents_BDhw[2, :, row, column]).square().sum(1)
+        assert codes_BL[2, row * 4 + column] == distances.argmin()
+
+
+def test_encoding_changes_nothing_and_does_not_depend_on_the_batch(codec, pictures_B3HW):
+    before = {name: value.clone() for name, value in codec.state_dict().items()}
+    together = codec.encode(pictures_B3HW)
+    alone = torch.cat([codec.encode(picture[None]) for picture in pictures_B3HW])
+    assert torch.equal(together, alone)
+    assert all(torch.equal(value, before[name]) for name, value in codec.state_dict().items())
+
+
+def test_decoding_draws_in_range_and_follows_the_quantizer(codec, pictures_B3HW):
+    codes_BL = codec.encode(pictures_B3HW)
+    drawn_B3HW = codec.decode(codes_BL)
+    assert drawn_B3HW.shape == pictures_B3HW.shape
+    assert drawn_B3HW.abs().max() <= 1
+    vectors_BDhw = codec.codebook[codes_BL].transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(drawn_B3HW, codec.pictures(vectors_BDhw).clamp(-1, 1))
+
+
+def test_training_passes_agree_with_encode_and_decode(codec, pictures_B3HW):
+    codec.start_codebook(pictures_B3HW)
+    codec.eval()
+    with torch.no_grad():
+        drawn_B3HW, _ = codec(pictures_B3HW)
+    expected = codec.decode(codec.encode(pictures_B3HW))
+    torch.testing.assert_close(drawn_B3HW.clamp(-1, 1), expected)
+
+
+def test_starting_the_codebook_spreads_it_over_the_latents(codec, pictures_B3HW):
+    codec.start_codebook(pictures_B3HW)
+    used = codec.encode(pictures_B3HW).unique().numel()
+    assert used > 0.8 * SMALL.codebook_size
+
+
+def test_a_saved_codec_gives_the_same_codes(codec, pictures_B3HW, tmp_path):
+    codec.save(tmp_path / "codec")
+    loaded = ImageCodec.load(tmp_path / "codec")
+    assert loaded.config == SMALL
+    assert not loaded.training
+    codes_BL = codec.encode(pictures_B3HW)
+    assert torch.equal(loaded.encode(pictures_B3HW), codes_BL)
+    assert torch.equal(loaded.decode(codes_BL), codec.decode(codes_BL))
+
+
+def test_a_folder_that_holds_no_codec_is_an_error(codec, tmp_path):
+    with pytest.raises(UserError, match="not an image codec"):
+        ImageCodec.load(tmp_path)
+    codec.save(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"codebook_size": 64}))
+    with pytest.raises(UserError, match="differ"):
+        ImageCodec.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(values | {"colour": 1}))
+    with pytest.raises(UserError, match="unknown key 'colour'"):
+        ImageCodec.load(tmp_path)
+    codec.save(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(UserError, match="not an image codec"):
+        ImageCodec.load(tmp_path)
+
+
+def test_wrong_shapes_and_codes_are_errors(codec, pictures_B3HW):
+    with pytest.raises(UserError, match="this codec takes"):
+        codec.encode(pictures_B3HW[..., :8])
+    with pytest.raises(UserError, match="16 needed"):
+        codec.decode(torch.zeros(1, 15, dtype=torch.int64))
+    with pytest.raises(UserError, match="outside of 0 … 31"):
+        codec.decode(torch.full((1, 16), 32))
+
+
+def test_a_shape_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="no multiple of 8"):
+        check(CodecConfig, {"picture_size": 20, "patch": 8, "block_channels": [32]}, "recipe")
+    with pytest.raises(UserError, match="norm_groups"):
+        check(CodecConfig, {"block_channels": [48], "norm_groups": 32}, "recipe")
+
+
+def test_without_its_middle_the_encoder_is_smaller():
+    small, smaller = (
+        sum(weight.numel() for weight in ImageCodec(config).encoder.parameters())
+        for config in (SMALL, SMALL.model_copy(update={"encoder_middle": False}))
+    )
+    assert smaller < small
+
+
+def test_preprocessing_blends_resizes_and_crops_the_centre():
+    picture = Image.new("RGBA", (40, 20), (255, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 40, 2))
+    picture.paste((0, 0, 255, 255), (0, 0, 10, 20))
+    levels = preprocess(picture, 20)
+    assert levels.shape == (3, 20, 20)
+    assert levels[:, 0, 10].tolist() == [1, 1, 1]
+    assert levels[:, 10, 10].tolist() == [1, -1, -1]
+    assert levels[2, 2:].max() == -1  # the blue border lay outside of the centre
+    assert preprocess(Image.new("L", (3, 7), 255), 16).shape == (3, 16, 16)
+
+
+def test_preprocessing_uses_the_exact_scale_and_to_pil_undoes_it():
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    picture = Image.fromarray(np.stack([values] * 3, -1))
+    levels = preprocess(picture, 16)
+    torch.testing.assert_close(levels[0].flatten(), torch.arange(256) / 255 * 2 - 1)
+    assert to_pil(levels).tobytes() == picture.tobytes()
+    assert to_pil(levels * 3).getextrema()[0] == (0, 255)
