@@ -108,7 +108,7 @@ def generate(
     out: Annotated[Path, typer.Option(help="folder for pictures")] = Path("."),
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.7,
-    top_p: Annotated[float, typer.Option(help="draw among the likeliest that hold this much")] = 0.9,
+    top_p: Annotated[float, typer.Option(help="draw among the likeliest")] = 0.9,
 ) -> None:
     """Continue a prompt: text to standard output, pictures to PNG files."""
     import moma
@@ -177,7 +177,9 @@ def _show(title: str, result: dict[str, Any], as_json: bool) -> None:
 def _flat(result: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for key, value in result.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        rows += (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+        )
     return rows
 
 

@@ -22,7 +22,7 @@ class Report(Protocol):
 
 @contextmanager
 def show_progress(title: str, total: int | None, quiet: bool = False) -> Iterator[Report]:
-    """Show the progress of `total` units of work (None: unknown) on standard error, unless `quiet`."""
+    """Show on standard error how many of `total` (None: unknown) are done, unless `quiet`."""
     if quiet:
         yield lambda done, note="": None
     elif sys.stderr.isatty():

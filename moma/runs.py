@@ -1,10 +1,10 @@
 """Folders on disk: what `moma prepare` and `moma train` leave behind, and where.
 
-    DATA/                    RUN/
-      tokenizer.json           recipe.toml        every key, spelled out
-      vocabulary.json          metrics.jsonl      one object a logged step
-      codec/                   checkpoints/       step-00001000, …
-      shards/SOURCE/           tokenizer.json, vocabulary.json, codec/    copies
+DATA/                    RUN/
+tokenizer.json           recipe.toml        every key, spelled out
+vocabulary.json          metrics.jsonl      one object a logged step
+codec/                   checkpoints/       step-00001000, …
+shards/SOURCE/           tokenizer.json, vocabulary.json, codec/    copies
 """
 
 import json
@@ -78,7 +78,7 @@ class Run:
             UserError: the folder is no run.
         """
         if not self.recipe.is_file():
-            raise UserError(f"{self.path}: not a run folder (no recipe.toml); run `moma train` first")
+            raise UserError(f"{self.path}: not a run folder (no recipe.toml); run `moma train`")
         return self
 
     def read_metrics(self) -> list[dict[str, Any]]:

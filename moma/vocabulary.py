@@ -10,12 +10,14 @@ import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from moma.errors import UserError
 
-MODALITIES = ("text", "image")
+ModalityName = Literal["text", "image"]
+MODALITIES: tuple[ModalityName, ...] = ("text", "image")
 TEXT, IMAGE = range(len(MODALITIES))
 
 

@@ -1,1 +1,6 @@
 """Documents, encoding, packing, mixing and batches: told its rank, never asking for it."""
+
+import logging
+
+# grain warns about a profiler of jax, which nothing here uses.
+logging.getLogger("absl").addFilter(lambda record: "jax profiler" not in record.getMessage())

@@ -59,7 +59,7 @@ class Source(Protocol):
 
 
 def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone: for splits and choices stable under growth."""
+    """A number in [0, 1) that depends on `text` alone: splits by it are stable under growth."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) / 2**56
 
 

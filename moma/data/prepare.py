@@ -76,9 +76,7 @@ def prepare(
     if data.tokenizers is not None and not folder.text.exists():
         _load_tokenizers(Tokenizers(data.tokenizers), folder)
     if not folder.text.exists():
-        tokenizer = train_text_tokenizer(
-            text_tokenizer, _training_texts(data), codec.codebook_size
-        )
+        tokenizer = train_text_tokenizer(text_tokenizer, _training_texts(data), codec.codebook_size)
         _save_text(str(folder.text), tokenizer.to_str(pretty=True))
     if not folder.codec.exists():
         _make_codec(data, codec, codec_training, seed, device, folder.codec, quiet)
@@ -117,7 +115,7 @@ def _claim(path: Path, *settings: object) -> None:
 def _load_tokenizers(source: Tokenizers, folder: Tokenizers) -> None:
     for needed in (source.text, source.codec, source.vocabulary):
         if not needed.exists():
-            raise UserError(f"{needed}: is missing; data.tokenizers names no prepared folder or run")
+            raise UserError(f"{needed}: is missing; data.tokenizers names no prepared folder")
     source.copy_to(folder)
 
 

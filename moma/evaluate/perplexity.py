@@ -33,9 +33,7 @@ def evaluate(
         UserError: nothing is held out.
     """
     device = model.embedding.weight.device
-    batches = Batches(
-        recipe.data, model.vocabulary, seed=recipe.seed, split="held_out", repeat=False
-    )
+    batches = Batches(recipe.data, model.vocabulary, seed=recipe.seed, split="held_out")
     sums = torch.zeros(3, len(MODALITIES), dtype=torch.float64)
     with show_progress(f"evaluate ({routing})", None, quiet) as report:
         for number, batch in enumerate(batches, 1):

@@ -57,7 +57,9 @@ class MixedModel:
     def decode(self, ids: Sequence[int]) -> list[Content]:
         """Text and pictures of a sequence; a picture that is cut off is left out."""
         content: list[Content] = []
-        vocabulary, text, codes = self.model.vocabulary, [], []
+        vocabulary = self.model.vocabulary
+        text: list[int] = []
+        codes: list[int] = []
         for token in [*ids, vocabulary.end]:
             code = vocabulary.code_of_id[token]
             if code >= 0:

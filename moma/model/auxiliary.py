@@ -1,4 +1,4 @@
-"""Auxiliary routers: they tell from one token alone what the batch would have chosen (MoMa §2.4)."""
+"""Auxiliary routers tell from one token alone what the batch would choose (MoMa §2.4)."""
 
 from typing import NamedTuple
 

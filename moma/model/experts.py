@@ -10,7 +10,6 @@ learned). Outputs of groups add, so groups may overlap. Shapes: see `layers.py`.
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -22,18 +21,18 @@ from moma.model.auxiliary import AuxiliaryRouter, RouterRecord
 from moma.model.layers import SwiGLU
 from moma.model.routing import Routing, Selection, choose_by_batch, choose_causally, take_all
 from moma.recipe import Config
-from moma.vocabulary import MODALITIES
+from moma.vocabulary import MODALITIES, ModalityName
 
 
 class GroupConfig(Config):
     """A group of experts and the modalities whose tokens it takes."""
 
-    modalities: tuple[Literal["text", "image"], ...]
+    modalities: tuple[ModalityName, ...] = Field(min_length=1)
     experts: int = Field(ge=1)
 
 
 def named_groups(name: str) -> tuple[GroupConfig, ...]:
-    """The groups of an architecture by the paper's name: dense, moe_8x, moe_4t4i, …
+    """The groups of an architecture by the paper's name, such as `moe_4t4i`.
 
     Raises:
         UserError: the name is none of these.

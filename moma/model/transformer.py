@@ -154,8 +154,9 @@ class Transformer(nn.Module):
         angles = rotary_angles(
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
-        by_document = self.config.attend == "document" and documents_BS is not None
-        mask_BSS = document_mask(documents_BS) if by_document else None
+        mask_BSS = None
+        if self.config.attend == "document" and documents_BS is not None:
+            mask_BSS = document_mask(documents_BS)
         x_BSD = self.embedding(tokens_BS)
         records: list[RouterRecord] = []
         for layer in self.layers:
@@ -184,7 +185,7 @@ class Transformer(nn.Module):
         yield from self.layers
 
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:
-        """Every auxiliary router, layer by layer and group by group, in the order of the records."""
+        """Every auxiliary router, layer by layer, in the order of the records."""
         return (module for module in self.modules() if isinstance(module, AuxiliaryRouter))
 
     @property

@@ -21,9 +21,7 @@ def shard(model: nn.Module, units: Iterable[nn.Module], world: World) -> None:
     if world.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for module in (*units, model):
-        fully_shard(
-            module, mesh=world.mesh, mp_policy=policy, shard_placement_fn=_shard_dimension
-        )
+        fully_shard(module, mesh=world.mesh, mp_policy=policy, shard_placement_fn=_shard_dimension)
     if world.device.type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):

@@ -12,8 +12,10 @@ import numpy as np
 LOSSES = {"all": "loss", "text": "loss_text", "image": "loss_image"}
 FINAL_SHARE = 0.05
 
+Rows = Sequence[dict[str, Any]]
 
-def smoothed(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+
+def smoothed(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     """FLOPs and loss of each logged step, the loss a mean over the last 5% of the run before it."""
     flops = np.array([row["flops"] for row in rows])
     values = np.array([row[key] for row in rows])
@@ -24,7 +26,9 @@ def smoothed(rows: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.n
     return flops, (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def speedup(dense: Sequence[dict[str, Any]], sparse: Sequence[dict[str, Any]], key: str) -> float | None:
+def speedup(
+    dense: Sequence[dict[str, Any]], sparse: Sequence[dict[str, Any]], key: str
+) -> float | None:
     """η for one loss; None if the sparse run never reaches the dense run's final loss.
 
     The crossing is interpolated between logged steps.
@@ -42,8 +46,6 @@ def speedup(dense: Sequence[dict[str, Any]], sparse: Sequence[dict[str, Any]], k
     return float(dense_flops[-1] / crossing)
 
 
-def speedups(
-    dense: Sequence[dict[str, Any]], sparse: Sequence[dict[str, Any]]
-) -> dict[str, float | None]:
+def speedups(dense: Rows, sparse: Rows) -> dict[str, float | None]:
     """η overall, for text targets and for image targets."""
     return {name: speedup(dense, sparse, key) for name, key in LOSSES.items()}

@@ -65,13 +65,17 @@ def load_text_tokenizer(path: Path) -> Tokenizer:
     try:
         return _plain(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{path}: cannot read the tokenizer ({error}); run `moma prepare`") from error
+        raise UserError(
+            f"{path}: cannot read the tokenizer ({error}); run `moma prepare`"
+        ) from error
 
 
 def vocabulary_of(tokenizer: Tokenizer, codes_per_image: int) -> Vocabulary:
     """The vocabulary by the names in the tokenizer file."""
     ids = tokenizer.get_vocab(with_added_tokens=True)
-    codes = sorted((int(match[1]), ids[name]) for name in ids if (match := _CODE_NAME.fullmatch(name)))
+    codes = sorted(
+        (int(match[1]), ids[name]) for name in ids if (match := _CODE_NAME.fullmatch(name))
+    )
     beginning, end, padding, begin_image, end_image = (ids[name] for name in SPECIAL_NAMES)
     return Vocabulary(
         size=max(ids.values()) + 1,

@@ -63,21 +63,13 @@ class Trainer:
         self.step = Step(
             model, self.optimizer, _objective(recipe), self.config.optimizer.clip, world
         )
-        self.batches = iter(
-            Batches(
-                recipe.data,
-                vocabulary,
-                seed=recipe.seed,
-                rank=world.rank,
-                world_size=world.size,
-            )
+        self.batches = Batches(
+            recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
         )
         self.fingerprint = vocabulary.fingerprint
         self.done = 0
         data = recipe.data
-        self.tokens_per_step = (
-            data.rows * data.row_length * self.config.micro_batches * world.size
-        )
+        self.tokens_per_step = data.rows * data.row_length * self.config.micro_batches * world.size
         self.flops_per_token = training_flops_per_token(
             recipe.model, vocabulary.size, recipe.shares, data.rows, data.row_length
         )
@@ -86,9 +78,7 @@ class Trainer:
         """Restore the newest checkpoint, if there is one, and drop log rows that came after it."""
         found = checkpoints_in(self.run.checkpoints)
         if found:
-            state, rank_state = load_checkpoint(
-                found[-1], self.model, self.optimizer, self.world
-            )
+            state, rank_state = load_checkpoint(found[-1], self.model, self.optimizer, self.world)
             if rank_state is None:
                 raise UserError(
                     f"{found[-1]}: was written by {state['world_size']} ranks; "
@@ -118,7 +108,9 @@ class Trainer:
                 row = self._row(sums, norm, rate, time.monotonic() - since)
                 sums, since = torch.zeros_like(sums), time.monotonic()
                 self._log(row)
-                report(self.done, f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s")
+                report(
+                    self.done, f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
+                )
             if self.done % self.config.checkpoint_every == 0 or last:
                 self._save()
                 since = time.monotonic()

@@ -55,7 +55,7 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
 def cross_entropy_sums(
     logits_NV: Tensor, labels_N: Tensor, modality_of_id: Tensor, z_loss: float
 ) -> Losses:
-    """Next-token cross-entropy in nats, by the modality of the target; ignored labels count nothing."""
+    """Next-token cross-entropy in nats by the modality of the target, ignored labels left out."""
     logits_NV = logits_NV.float()
     target_N = labels_N.clamp(min=0)
     counted_N = (labels_N != NO_LABEL).float()
@@ -107,14 +107,19 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
 
 
 class Step:
-    """An optimizer step over micro-batches and ranks, with the gradient of the mean over all targets.
+    """An optimizer step with the gradient of the mean over all targets of all ranks.
 
     Call it with the step's micro-batches; it returns the sums [3, M] of loss, right answers and
     targets over all ranks, and the norm of the gradient, all left on the device.
     """
 
     def __init__(
-        self, model: Transformer, optimizer: Optimizer, objective: Objective, clip: float, world: World
+        self,
+        model: Transformer,
+        optimizer: Optimizer,
+        objective: Objective,
+        clip: float,
+        world: World,
     ):
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.clip, self.world = clip, world

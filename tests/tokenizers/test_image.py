@@ -28,8 +28,8 @@ def codec() -> ImageCodec:
     return ImageCodec(SMALL).eval()
 
 
-@pytest.fixture
-def pictures_B3HW() -> torch.Tensor:
+@pytest.fixture(name="pictures_B3HW")
+def random_pictures() -> torch.Tensor:
     return torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 

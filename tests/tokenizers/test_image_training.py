@@ -30,6 +30,15 @@ TRAINING = CodecTrainingConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Layers this small are slower on several threads, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def pictures() -> list[torch.Tensor]:
     """Two-coloured pictures: easy to learn, unlike each other."""
@@ -61,16 +70,16 @@ def test_training_leaves_the_random_numbers_of_its_caller_alone(pictures):
 # Before the codebook starts, at that step, and long after it.
 @pytest.mark.parametrize("stop", [3, 4, 10])
 def test_interrupted_training_ends_like_uninterrupted_training(pictures, tmp_path, stop):
-    class Interruption(Exception):
+    class InterruptionError(Exception):
         pass
 
     def interrupt(report: CodecProgress) -> None:
         # The report of a step comes before its save, so the state of `stop` is what is left.
         if report.step > stop:
-            raise Interruption
+            raise InterruptionError
 
     config = TRAINING.model_copy(update={"save_every": stop, "log_every": 1})
-    with pytest.raises(Interruption):
+    with pytest.raises(InterruptionError):
         train_codec(SHAPE, config, pictures, folder=tmp_path, progress=interrupt)
     reports: list[CodecProgress] = []
     resumed = train_codec(SHAPE, config, pictures, folder=tmp_path, progress=reports.append)

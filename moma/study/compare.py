@@ -1,0 +1,213 @@
+"""Runs side by side: loss curves, held-out losses, speed-up, reconstructions and routing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moma.data.batches import Batches
+from moma.evaluate.perplexity import evaluate
+from moma.generate.mixed import MixedModel
+from moma.model.routing import Routing
+from moma.model.transformer import Transformer
+from moma.runs import Run
+from moma.study import figures
+from moma.study.page import Page, captioned, coloured, figure, paragraph, table, tile
+from moma.study.speedup import speedups
+from moma.train.recipe import Recipe
+from moma.train.restore import has_causal_routing, load_run, with_routers
+from moma.train.step import to_device
+from moma.vocabulary import IMAGE, TEXT
+
+MEASURES = ("loss", "loss_text", "loss_image", "perplexity_text", "perplexity_image")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A run, loaded and measured.
+
+    Attributes:
+        name: of the run folder.
+        metrics: its log.
+        results: held-out measures by routing: `choice`, and `causal` if the run can do that.
+    """
+
+    name: str
+    run: Run
+    model: Transformer
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    results: dict[str, dict[str, float]]
+
+    @property
+    def mixed(self) -> MixedModel:
+        """The model with its tokenizers."""
+        return MixedModel.assemble(self.model, self.run.tokenizers, self.recipe.data.row_length)
+
+
+def measure(run: Run, quiet: bool = False) -> Measured:
+    """Load a run and evaluate it with every routing that it can do."""
+    model, recipe = load_run(run)
+    routings = ("choice", "causal") if has_causal_routing(model, recipe) else ("choice",)
+    results = {by: evaluate(model, recipe, by, quiet) for by in routings}  # type: ignore[arg-type]
+    return Measured(run.path.name, run, model, recipe, run.read_metrics(), results)
+
+
+def summary(measured: Sequence[Measured]) -> dict[str, Any]:
+    """Held-out measures of every run, and η of every run against the first."""
+    first, *others = measured
+    return {
+        "runs": {each.name: each.results for each in measured},
+        "speedup": {each.name: speedups(first.metrics, each.metrics) for each in others},
+    }
+
+
+def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, Any]:
+    """Measure runs, write the page, and return the figures (see `summary`).
+
+    Raises:
+        UserError: a folder is no run or has no checkpoint.
+    """
+    measured = [measure(run, quiet) for run in runs]
+    page = Page("Comparison of runs", f"{measured[0].name} is the baseline.")
+    add_comparison(page, measured)
+    page.write(out)
+    return summary(measured)
+
+
+def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
+    """Add the sections that every comparison has."""
+    result = summary(measured)
+    page.section(
+        "Training loss over compute",
+        paragraph("Each point is the mean over the last 5% of the run before it."),
+        figure(figures.loss_curves({each.name: each.metrics for each in measured})),
+    )
+    page.section(
+        "Held-out documents",
+        paragraph(
+            "choice: experts choose the best tokens of the batch, as in training; causal: "
+            "auxiliary routers decide each token by itself, as in generation. Losses in nats."
+        ),
+        table(
+            ("run", "routing", *MEASURES),
+            [
+                (each.name, by, *(values[key] for key in MEASURES))
+                for each in measured
+                for by, values in each.results.items()
+            ],
+        ),
+        paragraph(
+            f"Speed-up η: how many times fewer FLOPs than {measured[0].name} a run needs for "
+            f"{measured[0].name}'s final training loss; a dash where it does not get there."
+        ),
+        table(
+            ("run", "all", "text", "image"),
+            [(name, *values.values()) for name, values in result["speedup"].items()],
+        ),
+    )
+    add_reconstructions(page, measured[0])
+    for each in measured:
+        if with_routers(each.run) != each.run or each.recipe.stage == "aux_router":
+            add_routing(page, each)
+
+
+def add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:
+    """Held-out pictures as the codec draws them from their codes."""
+    mixed, vocabulary = measured.mixed, measured.model.vocabulary
+    pictures: list[Image.Image] = []
+    for batch in Batches(measured.recipe.data, vocabulary, seed=0, split="held_out"):
+        codes = vocabulary.code_of_id[batch.tokens_BS]
+        for row in codes:
+            grids = row[row >= 0].reshape(-1, vocabulary.codes_per_image)
+            pictures += [mixed.picture(codes_of_one) for codes_of_one in grids]
+        if len(pictures) >= count:
+            break
+    page.section(
+        "What the codec keeps",
+        paragraph("Held-out pictures after encoding to codes and back: the best a model can draw."),
+        captioned([tile(picture, "reconstruction") for picture in pictures[:count]], ""),
+    )
+
+
+def add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
+    """For some held-out documents, which expert took which token."""
+    mixed, vocabulary = measured.mixed, measured.model.vocabulary
+    batch = next(iter(Batches(measured.recipe.data, vocabulary, seed=1, split="held_out")))
+    on_device = to_device(batch, measured.model.embedding.weight.device)
+    routing = Routing(capacity="actual", record=True)
+    with torch.no_grad():
+        output = measured.model(on_device.tokens, on_device.documents, on_device.positions, routing)
+    parts = [
+        paragraph(
+            "Batch choice. Above, the picture once for each layer and image expert: codes that the "
+            "expert did not take are dimmed. Below, the text of the last layer: each colour is a "
+            "text expert that took the token; no colour, nobody did."
+        )
+    ]
+    for row, piece in _pieces_with_picture(
+        batch.documents_BS, batch.tokens_BS, vocabulary, documents
+    ):
+        here = np.flatnonzero((batch.documents_BS == piece)[row]) + row * batch.tokens_BS.shape[1]
+        tokens = batch.tokens_BS.reshape(-1)[here]
+        is_image = vocabulary.modality_of_id[tokens] == IMAGE
+        for modality in (IMAGE, TEXT):
+            places = here[is_image == (modality == IMAGE)]
+            chosen_LEn = _chosen(output.routers, modality, places, on_device.tokens, measured.model)
+            if chosen_LEn is None:
+                continue
+            if modality == IMAGE:
+                side = mixed.codec.config.codes_per_side
+                codes = vocabulary.code_of_id[tokens[is_image]][: side * side]
+                maps = chosen_LEn[:, :, : side * side].reshape(*chosen_LEn.shape[:2], side, side)
+                parts.append(figure(figures.expert_maps(mixed.picture(codes), maps)))
+            else:
+                parts.append(coloured(_text_pieces(mixed, tokens[~is_image], chosen_LEn[-1])))
+    page.section(f"Which expert took which token: {measured.name}", *parts)
+
+
+def _pieces_with_picture(
+    documents_BS: np.ndarray, tokens_BS: np.ndarray, vocabulary: Any, count: int
+) -> list[tuple[int, int]]:
+    """(row, piece) of the first pieces of a batch that hold a picture."""
+    rows, columns = np.nonzero(tokens_BS == vocabulary.begin_image)
+    found = dict.fromkeys(
+        (int(row), int(documents_BS[row, column]))
+        for row, column in zip(rows, columns, strict=True)
+    )
+    return list(found)[:count]
+
+
+def _chosen(
+    routers: Sequence[Any],
+    modality: int,
+    places: np.ndarray,
+    tokens_BS: torch.Tensor,
+    model: Transformer,
+) -> np.ndarray | None:
+    """Booleans [layers, experts, places] of the routers of a modality; None if it has none."""
+    of_modality = (model.modality_of_id[tokens_BS] == modality).flatten()
+    index = torch.from_numpy(places)
+    layers = [
+        record.chosen_NE.cpu()[index].T.bool().numpy()
+        for record in routers
+        if bool(record.eligible_N[of_modality].any())
+    ]
+    return np.stack(layers) if layers else None
+
+
+def _text_pieces(
+    mixed: MixedModel, tokens: np.ndarray, chosen_En: np.ndarray
+) -> list[tuple[str, list[str]]]:
+    colours = figures.EXPERT_COLOURS
+    return [
+        (
+            mixed.tokenizer.decode([token], skip_special_tokens=False),
+            [colours[expert % len(colours)] for expert in np.flatnonzero(chosen_En[:, place])],
+        )
+        for place, token in enumerate(tokens.tolist())
+    ]

@@ -1,0 +1,251 @@
+"""The whole way on real pictures: documents → tokenizers → two models → routers → report.
+
+Every stage leaves its result on disk and is not done twice, so that the demo goes on where it was
+interrupted.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from moma.data.prepare import prepare
+from moma.data.sketches import SketchesConfig
+from moma.errors import UserError
+from moma.evaluate.sketches import (
+    Captioned,
+    Drawn,
+    Sketch,
+    caption_sketches,
+    draw_sketches,
+    held_out_compositions,
+    held_out_singles,
+    seen_singles,
+)
+from moma.generate.decode import Sampling
+from moma.recipe import read_recipe
+from moma.runs import Run
+from moma.runtime.world import World, local_device
+from moma.study import figures
+from moma.study.compare import Measured, add_comparison, measure, summary
+from moma.study.page import Page, captioned, grid, paragraph, table, tile
+from moma.train.loop import train
+from moma.train.recipe import Recipe
+from moma.train.restore import ROUTER_RUN
+
+ARCHITECTURES = ("dense", "moe_4t4i")
+SINGLES, COMPOSITIONS, CAPTIONS = 64, 48, 8
+SHOWN = 24
+SAMPLING = Sampling(temperature=0)
+
+
+def demo_recipe() -> Path:
+    """The demo's recipe: beside the package when installed, in the repository otherwise."""
+    package = Path(__file__).parents[1]
+    for folder in (package, package.parent):
+        if (folder / "configs" / "demo.toml").is_file():
+            return folder / "configs" / "demo.toml"
+    raise UserError("configs/demo.toml is missing; install moma again")
+
+
+def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[str, Any]:
+    """Run the demo, or go on with it.
+
+    Args:
+        out: folder for everything it makes; the page is `report.html` there.
+        overrides: changes to the demo's recipe.
+
+    Returns:
+        The figures of the report; keys are listed in `docs/demo.md`.
+
+    Raises:
+        UserError: a data package is missing, or `out` holds another demo.
+    """
+    recipe = read_recipe(Recipe, demo_recipe(), [f"data.path={out / 'data'}", *overrides])
+    clock = Clock(out / "minutes.json")
+    world = World(local_device())
+    with clock("prepare"):
+        prepare(
+            recipe.data,
+            recipe.text_tokenizer,
+            recipe.codec,
+            recipe.codec_training,
+            recipe.seed,
+            world.device,
+            quiet,
+        )
+    for name in ARCHITECTURES:
+        with clock(f"train {name}"):
+            one = _of(recipe, name, out / name)
+            train(one, world, quiet)
+        if name != "dense":
+            with clock(f"routers {name}"):
+                routers = {
+                    "stage": "aux_router",
+                    "from_": out / name,
+                    "run": out / name / ROUTER_RUN,
+                }
+                train(one.model_copy(update=routers), world, quiet)
+    with clock("evaluate"):
+        measured = [measure(Run(out / name), quiet) for name in ARCHITECTURES]
+    with clock("generate"):
+        sketches = {each.name: _sketch(each, recipe.seed) for each in measured}
+    result = summary(measured) | {
+        "codec": json.loads((out / "data" / "codec" / "metrics.json").read_text()),
+        "sketches": {name: scores(*made) for name, made in sketches.items()},
+        "seed": recipe.seed,
+        "minutes": clock.minutes,
+    }
+    _write_report(out, measured, sketches, result)
+    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+class Clock:
+    """Minutes spent in each stage, over interruptions."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.minutes: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of a stage."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            spent = self.minutes.get(stage, 0.0) + (time.monotonic() - start) / 60
+            self.minutes[stage] = round(spent, 2)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.minutes) + "\n")
+
+
+def scores(drawn: Sequence[Drawn], written: Sequence[Captioned]) -> dict[str, float]:
+    """Shares that are right: single objects, halves of compositions, captions."""
+    singles = [right for each in drawn if each.sketch.relation is None for right in each.right]
+    halves = [right for each in drawn if each.sketch.relation for right in each.right]
+    return {
+        "singles_right": sum(singles) / len(singles),
+        "composition_halves_right": sum(halves) / len(halves),
+        "captions_right": sum(each.right for each in written) / len(written),
+    }
+
+
+def _of(recipe: Recipe, architecture: str, run: Path) -> Recipe:
+    model = recipe.model.model_copy(update={"groups": architecture})
+    return recipe.model_copy(update={"model": model, "run": run})
+
+
+def _objects(recipe: Recipe) -> int:
+    """How many objects the recipe's sketches name."""
+    counts = [s.objects for s in recipe.data.sources if isinstance(s, SketchesConfig)]
+    if not counts:
+        raise UserError("the demo's recipe has no source of kind 'sketches'; it scores sketches")
+    return min(counts)
+
+
+def _sketch(measured: Measured, seed: int) -> tuple[list[Drawn], list[Captioned]]:
+    """Pictures for captions and captions for pictures, by causal decoding."""
+    objects = _objects(measured.recipe)
+    model = measured.mixed
+    wanted = seen_singles(objects, SINGLES, seed) + held_out_compositions(
+        objects, COMPOSITIONS, seed
+    )
+    shown: list[Sketch] = held_out_singles(objects, CAPTIONS // 2, seed)
+    shown += held_out_compositions(objects, CAPTIONS - len(shown), seed + 1)
+    return (
+        draw_sketches(model, wanted, objects, SAMPLING),
+        caption_sketches(model, shown, SAMPLING),
+    )
+
+
+def _write_report(
+    out: Path,
+    measured: Sequence[Measured],
+    sketches: dict[str, tuple[list[Drawn], list[Captioned]]],
+    result: dict[str, Any],
+) -> None:
+    page = Page(
+        "MoMa demo",
+        "Two early-fusion models with equal FLOPs a token, trained on the same batches of emoji "
+        "drawings, their names and dictionary definitions: dense, and mixture of modality-aware "
+        "experts (4 text and 4 image experts).",
+    )
+    page.section("Scores", *_score_parts(result))
+    page.section("Pictures from captions", *_picture_parts(sketches, measured))
+    page.section("Captions of held-out pictures", *_caption_parts(sketches))
+    add_comparison(page, measured)
+    page.section("Minutes", table(("stage", "minutes"), list(result["minutes"].items())))
+    page.write(out / "report.html")
+    drawn, _ = sketches[measured[-1].name]
+    best = [(each.picture, each.sketch.caption) for each in _mixture(drawn, 16)]
+    figures.sheet(best).savefig(out / "sheet.png", dpi=100)
+
+
+def _score_parts(result: dict[str, Any]) -> list[str]:
+    keys = ("singles_right", "composition_halves_right", "captions_right")
+    codec = result["codec"]
+    return [
+        paragraph(
+            "Share of pictures in which the right object is the nearest of all, by pixel distance "
+            "to the codec's reconstructions: single objects that training shows, and halves of "
+            "compositions of pairs that it never shows. Captions: every object is named."
+        ),
+        table(
+            ("run", *keys),
+            [(name, *(row[key] for key in keys)) for name, row in result["sketches"].items()],
+        ),
+        paragraph(
+            f"Image codec: {codec['psnr']:.1f} dB on held-out pictures, "
+            f"{100 * codec['codes_used']:.0f}% of its codes in use."
+        ),
+    ]
+
+
+def _picture_parts(
+    sketches: dict[str, tuple[list[Drawn], list[Captioned]]], measured: Sequence[Measured]
+) -> list[str]:
+    size = measured[0].mixed.codec.config.picture_size
+    columns = [_mixture(drawn, 2 * SHOWN) for drawn, _ in sketches.values()]
+    cells = []
+    for together in zip(*columns, strict=True):
+        truth = together[0].sketch.draw(size)
+        tiles = [tile(truth, "true")] + [
+            tile(each.picture, f"{name}: {', '.join(each.shows)}", _mark(each.right))
+            for name, each in zip(sketches, together, strict=True)
+        ]
+        cells.append(captioned(tiles, together[0].sketch.caption))
+    return [
+        paragraph(
+            f"Left the true drawing, then {' and '.join(sketches)}; a green frame where every "
+            "object is right, yellow where one of two is. Hover to see what a picture was taken "
+            "to show."
+        ),
+        grid(cells),
+    ]
+
+
+def _caption_parts(sketches: dict[str, tuple[list[Drawn], list[Captioned]]]) -> list[str]:
+    cells = []
+    for together in zip(*(written for _, written in sketches.values()), strict=True):
+        first = together[0]
+        lines = [f"{name}: {each.caption}" for name, each in zip(sketches, together, strict=True)]
+        picture: Image.Image = first.picture
+        cells.append(captioned([tile(picture, first.sketch.caption)], " · ".join(lines)))
+    return [grid(cells)]
+
+
+def _mixture(drawn: Sequence[Drawn], count: int) -> list[Drawn]:
+    """As many single objects as compositions."""
+    singles = [each for each in drawn if each.sketch.relation is None]
+    pairs = [each for each in drawn if each.sketch.relation is not None]
+    return singles[: count // 2] + pairs[: count // 2]
+
+
+def _mark(right: Sequence[bool]) -> str:
+    return "ok" if all(right) else "half" if any(right) else "no"

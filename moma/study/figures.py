@@ -1,0 +1,76 @@
+"""Plots of the report, drawn without a display."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from moma.study.speedup import LOSSES, smoothed
+
+EXPERT_COLOURS = (
+    "#f4a259",
+    "#5b8e7d",
+    "#8cb9ff",
+    "#d68fb7",
+    "#c9b458",
+    "#9b8ac4",
+    "#7cc6c3",
+    "#c98f7b",
+)
+
+
+def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
+    """Smoothed training loss over FLOPs: all tokens, text targets, image targets."""
+    plot = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, (title, key) in zip(plot.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
+        lowest = np.inf
+        for name, rows in runs.items():
+            flops, loss = smoothed(rows, key)
+            axes.plot(flops, loss, label=name, linewidth=1.6)
+            lowest = min(lowest, loss.min())
+        axes.set_title(title)
+        axes.set_xlabel("training FLOPs")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25, which="both")
+    plot.axes[0].set_ylabel("loss (nats a token)")
+    plot.axes[0].legend(frameon=False)
+    return plot
+
+
+def expert_maps(picture: Image.Image, chosen_LEhw: np.ndarray) -> Figure:
+    """Which image expert took which code of a picture.
+
+    Args:
+        picture: the picture as the codec draws it.
+        chosen_LEhw: booleans for each layer and expert over the grid of codes; a code that the
+            expert did not take is dimmed.
+    """
+    layers, experts, rows, columns = chosen_LEhw.shape
+    plot = Figure(figsize=(1.15 * experts, 1.15 * layers), layout="constrained")
+    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    cell = np.ones((pixels.shape[0] // rows, pixels.shape[1] // columns))
+    for layer, line in enumerate(plot.subplots(layers, experts, squeeze=False)):
+        for expert, axes in enumerate(line):
+            taken = np.kron(chosen_LEhw[layer, expert], cell)[..., None]
+            axes.imshow(pixels * taken + (0.25 * pixels + 0.15) * (1 - taken))
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if layer == 0:
+                axes.set_title(f"expert {expert + 1}", fontsize=8)
+            if expert == 0:
+                axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
+    return plot
+
+
+def sheet(pictures: Sequence[tuple[Image.Image, str]], columns: int = 8) -> Figure:
+    """Pictures with their captions below."""
+    rows = -(-len(pictures) // columns)
+    plot = Figure(figsize=(1.55 * columns, 1.85 * rows), layout="constrained")
+    for axes in plot.subplots(rows, columns, squeeze=False).flat:
+        axes.axis("off")
+    for axes, (picture, caption) in zip(plot.axes, pictures, strict=False):
+        axes.imshow(picture, interpolation="lanczos")
+        axes.set_title(caption.replace(", ", ",\n").replace(" of ", " of\n"), fontsize=7.5, y=-0.42)
+    return plot

@@ -1,0 +1,125 @@
+"""A self-contained HTML page: sections of text, tables and pictures, nothing fetched."""
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+_STYLE = """
+:root { --ink: #1d2430; --soft: #667085; --line: #e3e7ee; --ok: #1a7f4b; --no: #c2413b }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0; background: #f7f8fa }
+main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px }
+h1 { font-size: 26px; margin: 8px 0 } h2 { font-size: 19px; margin: 0 0 8px }
+section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
+  margin: 18px 0; overflow-x: auto }
+p { margin: 6px 0; color: var(--soft); max-width: 75ch }
+table { border-collapse: collapse; margin: 10px 0 }
+th, td { padding: 5px 14px 5px 0; text-align: right;
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
+th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
+img { max-width: 100% } .grid { display: grid; gap: 14px 10px;
+  grid-template-columns: repeat(auto-fill, minmax(226px, 1fr)) }
+figure { margin: 0 } figcaption { font-size: 12.5px; line-height: 1.3 }
+.row { display: flex; gap: 4px } .tile { width: 72px; height: 72px; image-rendering: pixelated;
+  border: 2px solid var(--line); border-radius: 6px; background: #fff }
+.ok { border-color: var(--ok) } .no { border-color: var(--no) } .half { border-color: #d29922 }
+.tokens span { padding: 1px 0; border-radius: 3px; white-space: pre-wrap }
+"""
+
+
+class Page:
+    """Collects sections and writes them as one file."""
+
+    def __init__(self, title: str, introduction: str):
+        self._title = title
+        self._parts = [f"<h1>{html.escape(title)}</h1>", paragraph(introduction)]
+
+    def section(self, title: str, *parts: str) -> None:
+        """Add a section of HTML parts, made by the functions of this module."""
+        body = "\n".join(parts)
+        self._parts.append(f"<section><h2>{html.escape(title)}</h2>\n{body}\n</section>")
+
+    def write(self, path: Path) -> None:
+        """Write the page, in place of an older one only when it is whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        body = "\n".join(self._parts)
+        partial = path.with_suffix(".partial")
+        partial.write_text(
+            f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+            f"<meta name='viewport' content='width=device-width'>"
+            f"<title>{html.escape(self._title)}</title><style>{_STYLE}</style></head>"
+            f"<body><main>\n{body}\n</main></body></html>\n"
+        )
+        partial.rename(path)
+
+
+def paragraph(text: str) -> str:
+    """A paragraph of plain text."""
+    return f"<p>{html.escape(text)}</p>"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table; the first column is a label, numbers are rounded to four digits."""
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(number(cell))}</td>" for cell in row) + "</tr>"
+        for row in rows
+    )
+    return f"<table><tr>{cells}</tr>{body}</table>"
+
+
+def number(value: object) -> str:
+    """A value as it stands in a table; nothing there is a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def figure(plot: Figure) -> str:
+    """A matplotlib figure as an embedded PNG."""
+    buffer = BytesIO()
+    plot.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    return f"<img alt='' src='{_data_url(buffer.getvalue())}'>"
+
+
+def tile(picture: Image.Image, title: str, mark: str = "") -> str:
+    """A small picture, framed by `mark`: ok, half, no, or nothing."""
+    buffer = BytesIO()
+    picture.save(buffer, format="png", optimize=True)
+    source = _data_url(buffer.getvalue())
+    words = html.escape(title)
+    return f"<img class='tile {mark}' alt='{words}' title='{words}' src='{source}'>"
+
+
+def captioned(tiles: Iterable[str], caption: str) -> str:
+    """Tiles side by side above a caption."""
+    return (
+        f"<figure><div class='row'>{''.join(tiles)}</div>"
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+    )
+
+
+def grid(figures: Iterable[str]) -> str:
+    """Figures in as many columns as fit."""
+    return f"<div class='grid'>{''.join(figures)}</div>"
+
+
+def coloured(pieces: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Text pieces, each on a background of its colours, side by side; none is no background."""
+    spans = []
+    for text, colours in pieces:
+        width = 100 / max(1, len(colours))
+        stops = ", ".join(
+            f"{colour} {i * width:.0f}% {(i + 1) * width:.0f}%" for i, colour in enumerate(colours)
+        )
+        style = f" style='background: linear-gradient(90deg, {stops})'" if colours else ""
+        spans.append(f"<span{style}>{html.escape(text)}</span>")
+    return f"<div class='tokens'>{''.join(spans)}</div>"
+
+
+def _data_url(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
