@@ -67,4 +67,4 @@ def is_held_out(document: Document, share: float) -> bool:
     """Whether a document is kept from training: as its source says, else by a hash of its name."""
     if document.held_out is not None:
         return document.held_out
-    return unit_hash(document.name) < share
+    return unit_hash(f"held out: {document.name}") < share

@@ -85,7 +85,7 @@ class SketchesConfig(Config):
     content: Literal["singles", "compositions", "illustrated"]
     objects: int = Field(default=100, ge=2)
     count: int = Field(default=4000, ge=1)
-    repeats: int = Field(default=20, ge=1)
+    repeats: int = Field(default=8, ge=1)
     picture_size: int = Field(default=64, ge=8, multiple_of=4)
     seed: int = 0
     caption_first: float = Field(default=0.75, ge=0, le=1)

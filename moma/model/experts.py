@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from moma.errors import UserError
 from moma.model.auxiliary import AuxiliaryRouter, RouterRecord
-from moma.model.layers import SwiGLU
+from moma.model.layers import SwiGLU, widen
 from moma.model.routing import Routing, Selection, choose_by_batch, choose_causally, take_all
 from moma.recipe import Config
 from moma.vocabulary import MODALITIES, ModalityName
@@ -123,14 +123,14 @@ class RoutedGroup(ExpertGroup):
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, RouterRecord | None]:
-        logits_NE = self.router(x_ND).float()
+        logits_NE = widen(self.router(x_ND))
         if routing.by == "causal":
             return choose_causally(logits_NE, self.auxiliary(x_ND), eligible_N), None
         selection = choose_by_batch(logits_NE, eligible_N, self._capacity(eligible_N, routing))
         if not routing.record:
             return selection, None
         chosen_NE = selection.chosen_NE(x_ND.shape[0])
-        return selection, RouterRecord(chosen_NE, self.auxiliary(x_ND).float(), eligible_N)
+        return selection, RouterRecord(chosen_NE, widen(self.auxiliary(x_ND)), eligible_N)
 
 
 class DenseGroup(SwiGLU):

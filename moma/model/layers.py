@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
+def widen(x: Tensor) -> Tensor:
+    """At least fp32: what decides or accumulates is not left to bf16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class SwiGLU(nn.Module):
     """Feed-forward with a gated hidden layer: down(SiLU(gate(x)) · up(x)).
 
@@ -39,6 +44,6 @@ def rotary_angles(positions_BS: Tensor, head_width: int, theta: float) -> tuple[
 def rotate(x_BSHC: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Apply rotary embedding in the half-split layout: (first, second) half of C are the pairs."""
     cosine, sine = angles
-    first, second = x_BSHC.float().chunk(2, dim=-1)
+    first, second = widen(x_BSHC).chunk(2, dim=-1)
     rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
     return rotated.to(x_BSHC.dtype)

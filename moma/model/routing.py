@@ -48,9 +48,9 @@ class Selection(NamedTuple):
     weight_EK: Tensor
 
     def chosen_NE(self, tokens: int) -> Tensor:
-        """Whether token n is taken by expert e, as zeros and ones of shape [N, E] in fp32."""
-        nobody = torch.zeros(len(self.token_EK), tokens, device=self.token_EK.device)
-        return nobody.scatter_add(1, self.token_EK, self.taken_EK.float()).T
+        """Whether token n is taken by expert e, as zeros and ones of shape [N, E]."""
+        nobody = self.weight_EK.new_zeros(len(self.token_EK), tokens)
+        return nobody.scatter_add(1, self.token_EK, self.taken_EK.to(nobody.dtype)).T
 
 
 def choose_by_batch(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selection:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from moma.data.packing import NO_LABEL, Batch
+from moma.model.layers import widen
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runtime.world import World
@@ -56,15 +57,15 @@ def cross_entropy_sums(
     logits_NV: Tensor, labels_N: Tensor, modality_of_id: Tensor, z_loss: float
 ) -> Losses:
     """Next-token cross-entropy in nats by the modality of the target, ignored labels left out."""
-    logits_NV = logits_NV.float()
+    logits_NV = widen(logits_NV)
     target_N = labels_N.clamp(min=0)
-    counted_N = (labels_N != NO_LABEL).float()
+    counted_N = (labels_N != NO_LABEL).to(logits_NV.dtype)
     normaliser_N = logits_NV.logsumexp(-1)
     picked_N = logits_NV.gather(1, target_N[:, None]).squeeze(1)
     loss_N = (normaliser_N - picked_N) * counted_N
     objective = (loss_N + z_loss * normaliser_N.square() * counted_N).sum()
-    of_modality_NM = _one_hot(modality_of_id[target_N]) * counted_N[:, None]
-    correct_N = (logits_NV.detach().argmax(-1) == target_N).float()
+    of_modality_NM = _one_hot(modality_of_id[target_N], logits_NV.dtype) * counted_N[:, None]
+    correct_N = (logits_NV.detach().argmax(-1) == target_N).to(logits_NV.dtype)
     return Losses(
         objective,
         loss_N.detach() @ of_modality_NM,
@@ -92,8 +93,9 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
     A target is one decision of one router: does expert e take token n.
     """
     output = model(batch.tokens, batch.documents, batch.positions, Routing(record=True))
-    modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()])
-    loss_M, correct_M, targets_M = torch.zeros(3, len(MODALITIES), device=modality_NM.device)
+    dtype = widen(output.logits_BSV).dtype
+    modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()], dtype)
+    loss_M, correct_M, targets_M = modality_NM.new_zeros(3, len(MODALITIES))
     for chosen_NE, likelihood_NE, eligible_N in output.routers:
         eligible_NM = modality_NM * eligible_N[:, None]
         loss_NE = functional.binary_cross_entropy_with_logits(
@@ -101,7 +103,7 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
         )
         loss_M = loss_M + loss_NE.sum(1) @ eligible_NM
         right_NE = (likelihood_NE > 0) == (chosen_NE > 0)
-        correct_M = correct_M + right_NE.float().sum(1) @ eligible_NM
+        correct_M = correct_M + right_NE.to(dtype).sum(1) @ eligible_NM
         targets_M = targets_M + chosen_NE.shape[1] * eligible_NM.sum(0)
     return Losses(loss_M.sum(), loss_M.detach(), correct_M, targets_M)
 
@@ -153,5 +155,5 @@ class Step:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=on_gpu)
 
 
-def _one_hot(modality_N: Tensor) -> Tensor:
-    return functional.one_hot(modality_N, len(MODALITIES)).float()
+def _one_hot(modality_N: Tensor, dtype: torch.dtype) -> Tensor:
+    return functional.one_hot(modality_N, len(MODALITIES)).to(dtype)

@@ -62,7 +62,9 @@ def test_nothing_held_out_appears_in_training_in_any_content():
     pairs: set[frozenset[str]] = set()
     styles: set[tuple[str, str]] = set()
     for content in CONTENTS:
-        for document in SketchesConfig(content=content, count=3000).documents():
+        for document in SketchesConfig.model_validate(
+            {"content": content, "count": 3000}
+        ).documents():
             if document.held_out:
                 continue
             names, style = shown(document)

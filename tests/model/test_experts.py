@@ -1,0 +1,201 @@
+"""Expert groups against a slow loop of the paper's equation."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moma.errors import UserError
+from moma.model.experts import (
+    DenseGroup,
+    ExpertGroup,
+    Experts,
+    GroupConfig,
+    RoutedGroup,
+    make_group,
+    named_groups,
+)
+from moma.model.layers import SwiGLU
+from moma.model.routing import Routing
+from moma.vocabulary import IMAGE, TEXT
+
+DIM, HIDDEN = 6, 10
+ACTUAL = Routing(capacity="actual")
+
+
+def routed(modality: str, experts: int, share: float = 0.5, seed: int = 0) -> RoutedGroup:
+    torch.manual_seed(seed)
+    config = GroupConfig.model_validate({"modalities": [modality], "experts": experts})
+    group = RoutedGroup(DIM, HIDDEN, config, share).double()
+    for parameter in group.parameters():
+        torch.nn.init.normal_(parameter)
+    return group
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def swiglu(group: ExpertGroup, expert: int, x: np.ndarray) -> np.ndarray:
+    gate, up, down = (
+        weight[expert].detach().numpy() for weight in (group.gate_EDF, group.up_EDF, group.down_EFD)
+    )
+    return (silu(x @ gate) * (x @ up)) @ down
+
+
+def equation_one(group: RoutedGroup, x_ND: np.ndarray, member_N: np.ndarray, capacity: int):
+    """METHOD §2, token by token: expert j takes the k highest s_j among its modality's tokens."""
+    weight = group.router.weight.detach().numpy()
+    output = np.zeros_like(x_ND)
+    for expert in range(group.experts):
+        scores = {
+            n: 1 / (1 + np.exp(-(x_ND[n] @ weight[expert])))
+            for n in range(len(x_ND))
+            if member_N[n]
+        }
+        for n in sorted(scores, key=lambda n: -scores[n])[:capacity]:
+            output[n] += scores[n] * swiglu(group, expert, x_ND[n])
+    return output
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.sampled_from([TEXT, IMAGE, -1]), min_size=1, max_size=24),
+    st.integers(2, 4),
+    st.integers(0, 1000),
+)
+def test_routed_group_equals_the_equation(modalities, experts, seed):
+    group = routed("text", experts, seed=seed)
+    x_ND = torch.randn(len(modalities), DIM, dtype=torch.float64)
+    member_N = np.array(modalities) == TEXT
+    y_ND, _ = group(x_ND, torch.tensor(modalities), ACTUAL)
+    capacity = -(-int(member_N.sum()) // experts)
+    expected = equation_one(group, x_ND.numpy(), member_N, capacity)
+    np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-10)
+
+
+def test_static_capacity_equals_actual_where_the_batch_has_the_shares():
+    group = routed("image", 4, share=0.5)
+    x_ND = torch.randn(32, DIM, dtype=torch.float64)
+    modality_N = torch.tensor([TEXT, IMAGE] * 16)
+    static, _ = group(x_ND, modality_N, Routing())
+    actual, _ = group(x_ND, modality_N, ACTUAL)
+    torch.testing.assert_close(static, actual, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("modalities", [[TEXT] * 8, [-1] * 8, [TEXT] * 7 + [IMAGE]])
+def test_absent_modality_leaves_zeros_and_finite_gradients(modalities):
+    group = routed("image", 2)
+    x_ND = torch.randn(8, DIM, dtype=torch.float64, requires_grad=True)
+    y_ND, _ = group(x_ND, torch.tensor(modalities), Routing())
+    y_ND.square().sum().backward()
+    others = torch.tensor(modalities) != IMAGE
+    assert not y_ND[others].any()
+    for parameter in (group.gate_EDF, group.router.weight):
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    if IMAGE not in modalities:
+        assert group.router.weight.grad is not None and not group.router.weight.grad.any()
+
+
+def test_padding_never_competes():
+    group = routed("text", 2, share=1.0)
+    x_ND = torch.randn(8, DIM, dtype=torch.float64)
+    x_ND[4:] *= 100
+    alone, _ = group(x_ND[:4], torch.full((4,), TEXT), ACTUAL)
+    padded, _ = group(x_ND, torch.tensor([TEXT] * 4 + [-1] * 4), ACTUAL)
+    torch.testing.assert_close(padded[:4], alone)
+    assert not padded[4:].any()
+
+
+def test_one_expert_a_modality_equals_plain_feed_forward():
+    torch.manual_seed(0)
+    config = GroupConfig(modalities=("image",), experts=1)
+    group = make_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
+    assert isinstance(group, ExpertGroup) and not isinstance(group, RoutedGroup)
+    for parameter in group.parameters():
+        torch.nn.init.normal_(parameter)
+    plain = SwiGLU(DIM, HIDDEN).double()
+    with torch.no_grad():
+        plain.gate.weight.copy_(group.gate_EDF[0].T)
+        plain.up.weight.copy_(group.up_EDF[0].T)
+        plain.down.weight.copy_(group.down_EFD[0].T)
+    x_ND = torch.randn(10, DIM, dtype=torch.float64)
+    modality_N = torch.tensor([IMAGE, TEXT] * 5)
+    for routing in (Routing(), ACTUAL, Routing(by="causal")):
+        y_ND, _ = group(x_ND, modality_N, routing)
+        torch.testing.assert_close(y_ND[::2], plain(x_ND[::2]))
+        assert not y_ND[1::2].any()
+
+
+def test_dense_is_one_group_without_routing():
+    (config,) = named_groups("dense")
+    assert isinstance(make_group(DIM, HIDDEN, config, (0.5, 0.5)), DenseGroup)
+
+
+def test_causal_routing_follows_the_auxiliary_router_alone():
+    group = routed("text", 3)
+    x_ND = torch.randn(12, DIM, dtype=torch.float64)
+    modality_N = torch.tensor([TEXT] * 9 + [IMAGE] * 3)
+    y_ND, _ = group(x_ND, modality_N, Routing(by="causal"))
+    expected = np.zeros((12, DIM))
+    likelihood = group.auxiliary(x_ND).detach().sigmoid().numpy()
+    score = group.router(x_ND).detach().sigmoid().numpy()
+    for n in range(9):
+        for expert in range(3):
+            if likelihood[n, expert] > 0.5:
+                expected[n] += score[n, expert] * swiglu(group, expert, x_ND[n].numpy())
+    assert (likelihood[:9] > 0.5).any()
+    np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-6)
+
+
+def test_record_tells_the_real_choice():
+    group = routed("text", 2)
+    x_ND = torch.randn(8, DIM, dtype=torch.float64)
+    modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
+    _, record = group(x_ND, modality_N, Routing(capacity="actual", record=True))
+    scores = group.router(x_ND).detach()
+    for expert in range(2):
+        best = scores[:6, expert].topk(3).indices.tolist()
+        assert record.chosen_NE[:, expert].nonzero().flatten().tolist() == sorted(best)
+    assert record.eligible_N.tolist() == [True] * 6 + [False] * 2
+
+
+def test_gradients():
+    group = routed("text", 2, share=0.75)
+    x_ND = torch.randn(6, DIM, dtype=torch.float64, requires_grad=True)
+    modality_N = torch.tensor([TEXT] * 4 + [IMAGE] * 2)
+
+    def run(x, gate, router):
+        y, _ = torch.func.functional_call(
+            group, {"gate_EDF": gate, "router.weight": router}, (x, modality_N, Routing())
+        )
+        return y
+
+    assert torch.autograd.gradcheck(run, (x_ND, group.gate_EDF, group.router.weight))
+
+
+def test_overlapping_groups_add_up():
+    text, everything = routed("text", 2), routed("image", 2)
+    x_BSD = torch.randn(2, 4, DIM, dtype=torch.float64)
+    modality_BS = torch.tensor([[TEXT, IMAGE] * 2] * 2)
+    both, _ = Experts([text, everything])(x_BSD, modality_BS, ACTUAL)
+    parts = [Experts([group])(x_BSD, modality_BS, ACTUAL)[0] for group in (text, everything)]
+    torch.testing.assert_close(both, parts[0] + parts[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dense", [(("text", "image"), 1)]),
+        ("moe_8x", [(("text", "image"), 8)]),
+        ("moe_7t1i", [(("text",), 7), (("image",), 1)]),
+    ],
+)
+def test_names_of_architectures(name, expected):
+    assert [(g.modalities, g.experts) for g in named_groups(name)] == expected
+
+
+def test_unknown_architecture_is_named():
+    with pytest.raises(UserError, match="moe_4x4"):
+        named_groups("moe_4x4")

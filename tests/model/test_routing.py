@@ -1,0 +1,59 @@
+"""Selections: which token goes where, with ties, absent modalities and too many slots."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moma.model.routing import choose_by_batch, choose_causally, take_all
+
+
+@st.composite
+def logits_and_members(draw):
+    tokens, experts = draw(st.integers(1, 20)), draw(st.integers(1, 4))
+    # Few values, so that ties are common.
+    values = draw(st.lists(st.integers(-3, 3), min_size=tokens * experts, max_size=tokens * experts))
+    members = draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    return torch.tensor(values).float().view(tokens, experts), torch.tensor(members)
+
+
+@settings(max_examples=200, deadline=None)
+@given(logits_and_members(), st.integers(1, 25))
+def test_batch_choice_takes_the_best_eligible_tokens(case, capacity):
+    logits_NE, eligible_N = case
+    selection = choose_by_batch(logits_NE, eligible_N, capacity)
+    chosen_NE = selection.chosen_NE(len(logits_NE)).bool()
+    takes = min(capacity, int(eligible_N.sum()))
+    for expert in range(logits_NE.shape[1]):
+        taken = chosen_NE[:, expert]
+        assert int(taken.sum()) == takes
+        assert not (taken & ~eligible_N).any()
+        left = logits_NE[eligible_N & ~taken, expert]
+        if takes and len(left):
+            assert logits_NE[taken, expert].min() >= left.max()
+    weight = selection.weight_EK
+    expected = logits_NE.T.gather(1, selection.token_EK).sigmoid()
+    assert torch.equal(weight[selection.taken_EK], expected[selection.taken_EK])
+    assert not weight[~selection.taken_EK].any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(logits_and_members())
+def test_causal_choice_decides_each_token_by_itself(case):
+    likelihood_NE, eligible_N = case
+    selection = choose_causally(likelihood_NE * 0.5, likelihood_NE, eligible_N)
+    expected = (likelihood_NE > 0) & eligible_N[:, None]
+    assert torch.equal(selection.chosen_NE(len(likelihood_NE)).bool(), expected)
+    order = torch.randperm(len(likelihood_NE))
+    again = choose_causally(likelihood_NE[order], likelihood_NE[order], eligible_N[order])
+    assert torch.equal(again.chosen_NE(len(order)).bool(), expected[order])
+
+
+@settings(max_examples=50, deadline=None)
+@given(logits_and_members(), st.integers(1, 25))
+def test_one_expert_takes_all_with_weight_one(case, capacity):
+    _, eligible_N = case
+    selection = take_all(eligible_N, capacity)
+    members = eligible_N.nonzero().flatten().tolist()[:capacity]
+    taken = selection.taken_EK[0]
+    assert selection.token_EK[0][taken].tolist() == members
+    assert selection.weight_EK[0].tolist() == taken.float().tolist()

@@ -1,0 +1,117 @@
+"""Losses against a slow reference; one step over micro-batches."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.optim import SGD
+
+from moma.data.batches import Batches
+from moma.data.packing import NO_LABEL
+from moma.model.routing import Routing
+from moma.runtime.world import World
+from moma.train.step import (
+    Step,
+    cross_entropy_sums,
+    next_token_objective,
+    router_objective,
+    to_device,
+)
+from moma.vocabulary import IMAGE, TEXT, Vocabulary
+
+WORLD = World(torch.device("cpu"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 5) | st.just(NO_LABEL), min_size=1, max_size=12), st.integers(0, 99))
+def test_cross_entropy_by_modality(labels, seed):
+    torch.manual_seed(seed)
+    logits = torch.randn(len(labels), 6, dtype=torch.float64)
+    modality_of_id = torch.tensor([TEXT, TEXT, TEXT, IMAGE, IMAGE, IMAGE])
+    losses = cross_entropy_sums(logits, torch.tensor(labels), modality_of_id, z_loss=0.1)
+    expected, correct, targets, objective = [0.0, 0.0], [0, 0], [0, 0], 0.0
+    for row, label in zip(logits.numpy(), labels, strict=True):
+        if label == NO_LABEL:
+            continue
+        normaliser = np.log(np.exp(row).sum())
+        modality = int(modality_of_id[label])
+        expected[modality] += normaliser - row[label]
+        objective += normaliser - row[label] + 0.1 * normaliser**2
+        correct[modality] += int(row.argmax() == label)
+        targets[modality] += 1
+    np.testing.assert_allclose(losses.loss_M.numpy(), expected, atol=1e-9)
+    np.testing.assert_allclose(float(losses.objective), objective, atol=1e-9)
+    assert losses.correct_M.tolist() == correct
+    assert losses.targets_M.tolist() == targets
+
+
+def test_labels_are_shifted_exactly_once(tiny):
+    """On random tokens nothing can be predicted; a loss that sees its own input falls anyway."""
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    batch = next(Batches(tiny.data, vocabulary, seed=0))
+    tokens, labels, documents = batch.tokens_BS, batch.labels_BS, batch.documents_BS
+    inside = documents[:, :-1] == documents[:, 1:]
+    assert inside.any()
+    assert (labels[:, :-1][inside] == tokens[:, 1:][inside]).all()
+
+
+def test_micro_batches_add_up_to_the_gradient_of_the_mean(tiny):
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    batches = [next(source) for source in [Batches(tiny.data, vocabulary, seed=0)] * 2]
+    model = tiny.build_model(vocabulary)
+    for router in model.auxiliary_routers():
+        router.requires_grad_(False)
+    objective = next_token_objective(z_loss=0.0, compiled=False)
+    losses = [objective(model, to_device(batch, WORLD.device)) for batch in batches]
+    targets = sum(float(loss.targets_M.sum()) for loss in losses)
+    (sum(loss.objective for loss in losses) / targets).backward()  # type: ignore[union-attr]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    expected = [p.grad.clone() for p in trainable if p.grad is not None]
+    model.zero_grad()
+    before = [p.detach().clone() for p in trainable]
+    step = Step(model, SGD(trainable, lr=1.0), objective, 1e9, WORLD)
+    sums, norm = step(batches, learning_rate=0.5)
+    for parameter, old, gradient in zip(trainable, before, expected, strict=True):
+        torch.testing.assert_close(parameter, old - 0.5 * gradient, atol=1e-6, rtol=1e-5)
+    total = torch.cat([g.flatten() for g in expected]).norm()
+    torch.testing.assert_close(norm, total, rtol=1e-4, atol=1e-6)
+    assert float(sums[2].sum()) == targets
+
+
+def test_a_parameter_without_gradient_is_noticed(tiny):
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    model = tiny.build_model(vocabulary)  # the auxiliary routers are left trainable
+    step = Step(
+        model, SGD(model.parameters(), lr=1.0), next_token_objective(0.0, False), 1.0, WORLD
+    )
+    with pytest.raises(RuntimeError, match="took no part"):
+        step([next(Batches(tiny.data, vocabulary, seed=0))], 0.1)
+
+
+def test_router_objective_is_the_binary_cross_entropy(tiny):
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    model = tiny.build_model(vocabulary).double().requires_grad_(False)
+    for router in model.auxiliary_routers():
+        router.requires_grad_(True)
+    batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), WORLD.device)
+    losses = router_objective(model, batch)
+    records = model(batch.tokens, batch.documents, batch.positions, Routing(record=True)).routers
+    assert len(records) == 4  # two layers, two groups
+    modality_N = vocabulary.modality_of_id[batch.tokens.flatten().numpy()]
+    loss, right, count = np.zeros(2), np.zeros(2), np.zeros(2)
+    for record in records:
+        chance_NE = record.likelihood_NE.detach().sigmoid().numpy()
+        chosen_NE = record.chosen_NE.numpy()
+        for n in np.flatnonzero(record.eligible_N.numpy()):
+            for chance, chosen in zip(chance_NE[n], chosen_NE[n], strict=True):
+                loss[modality_N[n]] -= np.log(chance if chosen else 1 - chance)
+                right[modality_N[n]] += (chance > 0.5) == bool(chosen)
+                count[modality_N[n]] += 1
+    np.testing.assert_allclose(losses.loss_M.numpy(), loss, rtol=1e-5)
+    np.testing.assert_allclose(losses.correct_M.numpy(), right)
+    np.testing.assert_allclose(losses.targets_M.numpy(), count)
+    losses.objective.backward()
+    for name, parameter in model.named_parameters():
+        touched = parameter.grad is not None and bool(parameter.grad.any())
+        assert touched == ("auxiliary" in name)
