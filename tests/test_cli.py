@@ -283,17 +283,13 @@ def test_image_mode_writes_one_png(trained, tmp_path):
         assert (picture.format, picture.size) == ("PNG", (32, 32))
 
 
-def test_mixed_mode_prints_text_and_the_paths_of_pictures(trained, tmp_path):
+def test_mixed_mode_continues_a_picture(trained, tmp_path):
+    out = tmp_path / "out"
     picture = trained / "pictures" / "1.png"
-    for seed in range(4):
-        out = tmp_path / str(seed)
-        printed = succeeds(
-            "generate", trained / "run", "--image", picture, "--out", out, "--seed", seed
-        )
-        for path in out.glob("*"):
-            assert f"{path}\n" in printed
-            with Image.open(path) as drawn:
-                assert drawn.size == (32, 32)
+    printed = succeeds("generate", trained / "run", "--image", picture, "--out", out)
+    assert printed.strip()
+    lines = {line for line in printed.splitlines() if line.startswith(str(out))}
+    assert lines == {str(path) for path in out.glob("*")}
 
 
 def test_the_seed_decides_what_is_generated(trained):
@@ -327,6 +323,41 @@ def test_the_command_line_prints_nothing_but_the_object(trained):
     call = in_a_shell("from moma.cli import main; main()", "evaluate", trained / "run", "--json")
     assert call.returncode == 0, call.stderr
     assert json.loads(call.stdout).keys() == RESULT_KEYS
+
+
+@pytest.mark.xfail(strict=True, reason="both are called by the name of their folder")
+def test_runs_of_the_same_name_stay_apart(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    page = tmp_path / "report.html"
+    out = succeeds("report", trained / "run", tmp_path / "run", "--out", page, "--json")
+    assert len(json.loads(out)["runs"]) == 2
+
+
+@pytest.fixture(scope="module")
+def text_alone(trained, tmp_path_factory) -> Path:
+    """A run without pictures on the prepared data."""
+    run = tmp_path_factory.mktemp("text") / "run"
+    changes = ["data.picture_share=0", "model.groups=dense", f"run={run}"]
+    succeeds("train", trained / "recipe.toml", *changes)
+    return run
+
+
+@pytest.mark.xfail(strict=True, reason="no picture gives NaN in the log and a perfect evaluation")
+def test_what_was_not_measured_is_null(text_alone):
+    result = json.loads(succeeds("evaluate", text_alone, "--json"))
+    assert result["loss"] == result["loss_text"] > 0
+    assert result["loss_image"] is None and result["perplexity_image"] is None
+    assert [row["loss_image"] for row in metrics_of(text_alone)] == [None, None]
+
+
+@pytest.mark.xfail(strict=True, reason="the cut row is taken for bad input")
+def test_a_log_that_was_cut_in_a_row_does_not_stop_training(text_alone, trained):
+    before = metrics_of(text_alone)
+    with (text_alone / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
+    changes = ["data.picture_share=0", "model.groups=dense", f"run={text_alone}"]
+    succeeds("train", trained / "recipe.toml", *changes)
+    assert len(metrics_of(text_alone)) == len(before)
 
 
 # Bad input
@@ -453,6 +484,22 @@ def test_tokenizers_can_come_from_a_prepared_folder(trained, tmp_path):
         assert (tmp_path / "data" / name).read_bytes() == (trained / "data" / name).read_bytes()
 
 
+@pytest.mark.xfail(strict=True, reason="the parts are copied one after the other, in place")
+def test_tokenizers_that_were_loaded_by_half_are_loaded_again(trained, tmp_path):
+    half = tmp_path / "data"
+    half.mkdir()
+    shutil.copyfile(trained / "data" / "tokenizer.json", half / "tokenizer.json")
+    succeeds(
+        "prepare",
+        trained / "recipe.toml",
+        f"data.tokenizers={trained}/data",
+        f"data.path={half}",
+        "seed=9",
+    )
+    weights = "codec/model.safetensors"
+    assert (half / weights).read_bytes() == (trained / "data" / weights).read_bytes()
+
+
 @pytest.mark.parametrize("verb", ["prepare", "train"])
 @pytest.mark.parametrize(
     ("override", "named"),
@@ -504,6 +551,13 @@ def test_a_run_of_another_recipe_is_left_alone(trained):
     message = refuses("train", trained / "recipe.toml", "seed=4")
     assert f"{trained}/run" in message and "'seed'" in message and "run=" in message
     assert (trained / "run" / "recipe.toml").read_text() == before
+
+
+@pytest.mark.xfail(strict=True, reason="a file is copied onto itself")
+def test_a_run_in_the_folder_of_the_data_is_refused(tmp_path):
+    recipe = make_input(tmp_path)
+    succeeds("prepare", recipe)
+    assert "run=" in refuses("train", recipe, f"run={tmp_path}/data")
 
 
 def test_routers_need_something_to_choose(trained, tmp_path):

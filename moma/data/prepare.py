@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def prepare(
     if data.tokenizers is not None and not folder.text.exists():
         _load_tokenizers(Tokenizers(data.tokenizers), folder)
     if not folder.text.exists():
-        tokenizer = train_text_tokenizer(text_tokenizer, _training_texts(data), codec.codebook_size)
+        tokenizer = train_text_tokenizer(text_tokenizer, _training_texts(data, text_tokenizer.documents), codec.codebook_size)
         _save_text(str(folder.text), tokenizer.to_str(pretty=True))
     if not folder.codec.exists():
         _make_codec(data, codec, codec_training, seed, device, folder.codec, quiet)
@@ -119,9 +120,9 @@ def _load_tokenizers(source: Tokenizers, folder: Tokenizers) -> None:
     source.copy_to(folder)
 
 
-def _training_texts(data: DataConfig) -> Iterator[str]:
+def _training_texts(data: DataConfig, documents: int) -> Iterator[str]:
     for source in data.sources:
-        for document in training_documents(source, data.held_out):
+        for document in islice(training_documents(source, data.held_out), documents):
             yield from (segment for segment in document.segments if isinstance(segment, str))
 
 

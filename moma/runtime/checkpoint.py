@@ -10,6 +10,7 @@ import base64
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from torch.optim import Optimizer
 
 from moma.errors import UserError
 from moma.runtime.world import World
+
+# A world of one saves and loads without a process group on purpose.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 _OPTIONS = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
 

@@ -20,9 +20,15 @@ _CODE_NAME = re.compile(r"<code:(\d+)>")
 
 
 class TextTokenizerConfig(Config):
-    """Size of the vocabulary: text, special ids and image codes together (MoMa §2.1)."""
+    """How the text tokenizer is trained.
+
+    Attributes:
+        vocabulary_size: ids of text, special ids and image codes together (MoMa §2.1).
+        documents: how many documents of each source it reads, from the first on.
+    """
 
     vocabulary_size: int = Field(65_536, ge=300)
+    documents: int = Field(1_000_000, ge=1)
 
 
 def train_text_tokenizer(

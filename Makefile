@@ -1,0 +1,34 @@
+# `make demo` and `make test` work on a fresh machine with Python ≥ 3.11 and pip; nothing else is
+# needed. PYTHON=python3.12 chooses another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/installed
+# Two test processes on two cores: more threads in each only get in each other's way.
+TEST_PROCESSES ?= 2
+
+.PHONY: demo test check format clean
+
+demo: $(READY)
+	$(BIN)/moma demo $(DEMO)
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,62 @@
+"""Plots: what is drawn is what was measured."""
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from moma.study import figures
+from moma.study.speedup import smoothed
+
+
+def rows_of(losses):
+    return [
+        {"flops": 10.0 * step, "loss": loss, "loss_text": 2 * loss, "loss_image": loss / 2}
+        for step, loss in enumerate(losses, 1)
+    ]
+
+
+def test_every_run_has_a_curve_for_each_loss():
+    runs = {"dense": rows_of([5.0, 3.0, 2.0]), "sparse": rows_of([4.0, 2.0, 1.0, 0.5])}
+    plot = figures.loss_curves(runs)
+    assert [axes.get_title() for axes in plot.axes] == ["all", "text", "image"]
+    for axes, key in zip(plot.axes, ("loss", "loss_text", "loss_image"), strict=True):
+        assert [line.get_label() for line in axes.lines] == list(runs)
+        for line, rows in zip(axes.lines, runs.values(), strict=True):
+            flops, loss = smoothed(rows, key)
+            assert (np.asarray(line.get_xdata()) == flops).all()
+            assert (np.asarray(line.get_ydata()) == loss).all()
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 3)])
+def test_codes_that_an_expert_did_not_take_are_dimmed(layers, experts):
+    side, cell = 2, 4
+    picture = Image.new("RGB", (side * cell, side * cell), (200, 100, 50))
+    chosen = np.random.default_rng(3).random((layers, experts, side, side)) < 0.5
+    chosen[0, 0] = [[True, False], [False, True]]
+    plot = figures.expert_maps(picture, chosen)
+    assert len(plot.axes) == layers * experts
+    bright = np.array([200, 100, 50]) / 255
+    for number, axes in enumerate(plot.axes):
+        drawn = np.asarray(axes.images[0].get_array())
+        for row in range(side * cell):
+            for column in range(side * cell):
+                taken = chosen[number // experts, number % experts, row // cell, column // cell]
+                assert np.allclose(drawn[row, column], bright, atol=1e-6) == bool(taken)
+    assert plot.axes[0].get_title() == "expert 1" and plot.axes[0].get_ylabel() == "layer 1"
+
+
+def test_every_picture_of_the_sheet_stands_over_its_caption():
+    shades = [10, 60, 110, 160, 210]
+    pictures = [(Image.new("RGB", (4, 4), (shade,) * 3), f"shade {shade}") for shade in shades]
+    plot = figures.sheet(pictures, columns=2)
+    assert len(plot.axes) == 6
+    for axes, shade in zip(plot.axes, shades, strict=False):
+        assert axes.get_title() == f"shade {shade}"
+        assert (np.asarray(axes.images[0].get_array()) == shade).all()
+    assert not plot.axes[5].images and not any(axes.axison for axes in plot.axes)
+
+
+def test_experts_can_be_told_apart():
+    colours = figures.EXPERT_COLOURS
+    assert len({to_hex(colour) for colour in colours}) == len(colours) >= 8

@@ -1,0 +1,167 @@
+"""The page: one file, nothing fetched, nothing of the data taken for markup."""
+
+import base64
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from PIL import Image
+
+from moma.study.page import (
+    Page,
+    captioned,
+    coloured,
+    figure,
+    grid,
+    number,
+    paragraph,
+    table,
+    tile,
+)
+
+NASTY = "<script src='http://x/y.js'></script> & \"'<img onerror=1>"
+VOID = {"meta", "img"}
+
+
+class Reader(HTMLParser):
+    """Collects tags and text, and checks that tags are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def named(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def read(html):
+    reader = Reader()
+    reader.feed(html)
+    reader.close()
+    assert not reader.open
+    return reader
+
+
+def pixels_of(source):
+    head, data = source.split(",")
+    assert head == "data:image/png;base64"
+    with Image.open(BytesIO(base64.b64decode(data))) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+@pytest.fixture
+def picture():
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise)
+
+
+@pytest.fixture
+def page(tmp_path, picture):
+    plot = Figure()
+    plot.subplots().plot([1, 2])
+    page = Page(f"title {NASTY}", f"introduction {NASTY}")
+    page.section(
+        f"section {NASTY}",
+        paragraph(f"paragraph {NASTY}"),
+        table((f"head {NASTY}", "b"), [(f"cell {NASTY}", 0.5)]),
+        figure(plot),
+        grid([captioned([tile(picture, f"tile {NASTY}", "ok")], f"caption {NASTY}")]),
+        coloured([(f"token {NASTY}", ["#ff0000"]), ("plain", [])]),
+    )
+    page.write(tmp_path / "deep" / "page.html")
+    return (tmp_path / "deep" / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(page):
+    reader = read(page)
+    found = {tag for tag, _ in reader.tags}
+    assert not found & {"script", "link", "iframe", "object", "embed", "base", "a"}
+    assert len(reader.named("img")) == 2
+    for _, attributes in reader.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert value is not None and value.startswith("data:image/png;base64,")
+    (style,) = (text for text in reader.text if "font-family" in text or ":root" in text)
+    assert "url(" not in style and "@import" not in style
+
+
+def test_whatever_is_written_stays_text(page):
+    reader = read(page)
+    text = "".join(reader.text)
+    for place in ("title", "introduction", "section", "paragraph", "head", "cell", "caption"):
+        assert f"{place} {NASTY}" in text
+    assert f"token {NASTY}" in text
+    (shown,) = (image for image in reader.named("img") if image.get("class") == "tile ok")
+    assert shown["alt"] == shown["title"] == f"tile {NASTY}"
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\x00\r")))
+def test_any_text_comes_back_from_a_paragraph(text):
+    reader = read(paragraph(text))
+    assert "".join(reader.text) == text
+    assert [tag for tag, _ in reader.tags] == ["p"]
+
+
+def test_pictures_are_embedded_exactly(picture):
+    (image,) = read(tile(picture, "words")).named("img")
+    assert (pixels_of(image["src"]) == np.asarray(picture)).all()
+
+
+def test_a_plot_is_embedded():
+    plot = Figure()
+    plot.subplots().plot([1, 2])
+    (image,) = read(figure(plot)).named("img")
+    assert len(np.unique(pixels_of(image["src"]))) > 1
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), (0.123456, "0.1235"), (12345.6, "1.235e+04"), (12345, "12345"), ("a", "a")],
+)
+def test_cells_are_short(value, shown):
+    assert number(value) == shown
+
+
+def test_a_table_has_a_cell_for_each_value():
+    reader = read(table(("run", "loss"), [("a", 1.0), ("b", None)]))
+    assert "".join(reader.text) == "runlossa1b–"
+    assert len(reader.named("th")) == 2 and len(reader.named("td")) == 4
+
+
+def test_colours_stand_side_by_side():
+    two, none = read(coloured([("x", ["#111111", "#222222"]), ("y", [])])).named("span")
+    assert two["style"] is not None
+    assert "#111111 0% 50%, #222222 50% 100%" in two["style"]
+    assert none == {}
+
+
+def test_an_older_page_stays_until_the_new_one_is_whole(tmp_path):
+    path = tmp_path / "page.html"
+    Page("old", "").write(path)
+    Page("new", "").write(path)
+    assert "new" in path.read_text(encoding="utf-8")
+    assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
+    broken = Page("broken", "")
+    broken.section("section", "\ud800")
+    with pytest.raises(UnicodeEncodeError):
+        broken.write(path)
+    assert "<title>new</title>" in path.read_text(encoding="utf-8")

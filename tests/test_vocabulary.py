@@ -1,0 +1,112 @@
+"""Which id is what, and how a vocabulary is stored and compared."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moma.errors import UserError
+from moma.vocabulary import IMAGE, TEXT, Vocabulary
+
+# The ids of codes are neither adjacent nor in the order of the codebook.
+VOCABULARY = Vocabulary(
+    size=20,
+    beginning=7,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=4,
+    image_codes=(19, 5, 11, 6),
+    codes_per_image=3,
+)
+
+
+def test_every_id_has_the_modality_that_the_codes_give_it():
+    for id_ in range(VOCABULARY.size):
+        expected = IMAGE if id_ in VOCABULARY.image_codes else TEXT
+        assert VOCABULARY.modality_of_id[id_] == expected
+    assert VOCABULARY.modality_of_id.shape == (20,)
+
+
+def test_boundaries_of_pictures_count_as_text():
+    assert VOCABULARY.modality_of_id[VOCABULARY.begin_image] == TEXT
+    assert VOCABULARY.modality_of_id[VOCABULARY.end_image] == TEXT
+
+
+def test_codes_of_ids_are_the_inverse_of_ids_of_codes():
+    for id_ in range(VOCABULARY.size):
+        codes = VOCABULARY.image_codes
+        expected = codes.index(id_) if id_ in codes else -1
+        assert VOCABULARY.code_of_id[id_] == expected
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=3, max_size=3))
+def test_a_wrapped_picture_gives_its_codes_back(codes):
+    ids = VOCABULARY.wrap_image(np.array(codes))
+    assert len(ids) == VOCABULARY.image_span
+    assert (ids[0], ids[-1]) == (VOCABULARY.begin_image, VOCABULARY.end_image)
+    assert VOCABULARY.code_of_id[ids[1:-1]].tolist() == codes
+
+
+def test_a_grid_of_codes_is_wrapped_row_by_row():
+    wide = replace(VOCABULARY, codes_per_image=4)
+    assert wide.wrap_image(np.array([[0, 1], [2, 3]])) == [3, 19, 5, 11, 6, 4]
+
+
+def test_a_saved_vocabulary_is_loaded_equal(tmp_path):
+    VOCABULARY.save(tmp_path / "vocabulary.json")
+    loaded = Vocabulary.load(tmp_path / "vocabulary.json")
+    assert loaded == VOCABULARY
+    assert loaded.fingerprint == VOCABULARY.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": 21},
+        {"beginning": 8},
+        {"end": 8},
+        {"padding": 8},
+        {"begin_image": 8},
+        {"end_image": 8},
+        {"image_codes": (5, 19, 11, 6)},
+        {"codes_per_image": 4},
+    ],
+)
+def test_every_field_changes_the_fingerprint_and_is_named(change):
+    other = replace(VOCABULARY, **change)
+    assert other.fingerprint != VOCABULARY.fingerprint
+    (key,) = change
+    assert VOCABULARY.differences(other).startswith(f"{key} (")
+    assert ", " not in VOCABULARY.differences(other)
+
+
+def test_equal_vocabularies_do_not_differ():
+    same = replace(VOCABULARY)
+    assert same.fingerprint == VOCABULARY.fingerprint
+    assert VOCABULARY.differences(same) == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b"\xff",
+        b"[]",
+        b"3",
+        b'{"size": 3}',
+        json.dumps({"image_codes": 3}).encode(),
+        json.dumps({"image_codes": [], "colour": 3}).encode(),
+    ],
+)
+def test_a_file_that_is_no_vocabulary_is_named(tmp_path, content):
+    path = tmp_path / "vocabulary.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"vocabulary\.json: not a vocabulary.*moma prepare"):
+        Vocabulary.load(path)

@@ -1,0 +1,172 @@
+"""Runs: exact resume, frozen stays frozen, golden losses, refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moma.errors import UserError
+from moma.runs import Run
+from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.world import World
+from moma.train.loop import Trainer, train
+from moma.train.recipe import Recipe
+from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
+
+WORLD = World(torch.device("cpu"))
+GOLDEN = [(0.0, 0.0)] * 4
+KEYS = {
+    "step", "tokens", "flops", "loss", "loss_text", "loss_image", "learning_rate",
+    "gradient_norm", "tokens_per_second",
+}  # fmt: skip
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in (checkpoint / "tensors").glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def assert_same_run(one: Run, other: Run) -> None:
+    """Weights, optimizer and log, bit for bit; only the clock may differ."""
+    first, second = (tensors_of(checkpoints_in(run.checkpoints)[-1]) for run in (one, other))
+    assert first.keys() == second.keys() and any("exp_avg" in key for key in first)
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    rows, others = (
+        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.read_metrics()]
+        for run in (one, other)
+    )
+    assert rows == others
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """Let a run die in the middle of a step, after `steps` whole ones."""
+    real = Trainer._row
+    calls = 0
+
+    def row(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls > steps:
+            raise Killed
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_row", row)
+
+
+def with_run(recipe: Recipe, path: Path, **changes) -> Recipe:
+    return recipe.model_copy(update={"run": path, **changes})
+
+
+@pytest.mark.parametrize("killed_after", [0, 1, 2, 3])
+def test_interrupted_run_equals_undisturbed(tiny, tmp_path, monkeypatch, killed_after):
+    whole = train(with_run(tiny, tmp_path / "whole"), WORLD, quiet=True)
+    recipe = with_run(tiny, tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        kill_after(patch, killed_after)
+        with pytest.raises(Killed):
+            train(recipe, WORLD, quiet=True)
+    torch.manual_seed(killed_after)  # what the process drew before must not matter
+    cut = train(recipe, WORLD, quiet=True)
+    # The recipe says where the run is; all else is equal.
+    assert_same_run(whole, cut)
+    assert [row["step"] for row in cut.read_metrics()] == [2, 4, 6, 8]
+    assert set(cut.read_metrics()[0]) >= KEYS
+
+
+def test_half_written_checkpoint_is_not_taken(tiny, tmp_path):
+    recipe = with_run(tiny, tmp_path / "run")
+    run = train(recipe, WORLD, quiet=True)
+    newest = checkpoints_in(run.checkpoints)[-1]
+    newest.rename(newest.with_suffix(".partial"))
+    assert [path.name for path in checkpoints_in(run.checkpoints)] == ["step-00000004"]
+    train(recipe, WORLD, quiet=True)
+    assert [row["step"] for row in run.read_metrics()] == [2, 4, 6, 8]
+
+
+def test_golden_losses(tiny, tmp_path):
+    """Guards the whole path; change the numbers only with a reason that is written down."""
+    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    losses = [(row["loss_text"], row["loss_image"]) for row in run.read_metrics()]
+    expected = GOLDEN
+    for (text, image), (golden_text, golden_image) in zip(losses, expected, strict=True):
+        assert text == pytest.approx(golden_text, abs=2e-3)
+        assert image == pytest.approx(golden_image, abs=2e-3)
+
+
+def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path):
+    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    rows = run.read_metrics()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    stage = {"stage": "aux_router", "from_": run.path}
+    routers = train(with_run(tiny, run.path / ROUTER_RUN, **stage), WORLD, quiet=True)
+    before, after = (tensors_of(checkpoints_in(r.checkpoints)[-1]) for r in (run, routers))
+    for key in before:
+        if key.startswith("model."):
+            changed = not torch.equal(before[key], after[key])
+            assert changed == ("auxiliary" in key), key
+    trained = {key for key in after if key.startswith("optimizer.")}
+    assert trained and all("auxiliary" in key for key in trained)
+    rows = routers.read_metrics()
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    model, recipe = load_run(run)  # finds the routers in the run's folder
+    require_causal_routing(run, model, recipe)
+
+
+def test_interrupted_router_stage_equals_undisturbed(tiny, tmp_path, monkeypatch):
+    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    stage = {"stage": "aux_router", "from_": run.path}
+    whole = train(with_run(tiny, tmp_path / "whole", **stage), WORLD, quiet=True)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2)
+        with pytest.raises(Killed):
+            train(with_run(tiny, tmp_path / "cut", **stage), WORLD, quiet=True)
+    cut = train(with_run(tiny, tmp_path / "cut", **stage), WORLD, quiet=True)
+    assert_same_run(whole, cut)
+
+
+def test_untrained_routers_are_refused(tiny, tmp_path):
+    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    with pytest.raises(UserError, match="stage=aux_router"):
+        require_causal_routing(run, *load_run(run))
+
+
+def test_run_of_another_recipe_is_refused(tiny, tmp_path):
+    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    with pytest.raises(UserError, match="'seed' differs"):
+        train(with_run(tiny, run.path, seed=7), WORLD, quiet=True)
+
+
+def test_dense_has_no_routers_to_train(tiny, tmp_path):
+    dense = {"model": tiny.model.model_copy(update={"groups": "dense"})}
+    run = train(with_run(tiny, tmp_path / "run", **dense), WORLD, quiet=True)
+    stage = {"stage": "aux_router", "from_": run.path}
+    with pytest.raises(UserError, match="no routers to train"):
+        train(with_run(tiny, tmp_path / "routers", **dense, **stage), WORLD, quiet=True)
+    assert not (tmp_path / "routers").exists()
+
+
+def test_run_without_checkpoint_is_named(tiny, tmp_path):
+    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        load_run(run)
+
+
+def test_no_pickle_in_a_checkpoint(tiny, tmp_path):
+    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    files = [path for path in checkpoints_in(run.checkpoints)[-1].rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json"}
+    for path in files:
+        if path.suffix == ".json":
+            json.loads(path.read_text())
