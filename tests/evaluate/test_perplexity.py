@@ -1,0 +1,51 @@
+"""Held-out loss against a slow count, with both routings."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from moma.data.encoding import open_shards
+from moma.evaluate.perplexity import evaluate
+from moma.model.routing import Routing
+from moma.vocabulary import IMAGE, Vocabulary
+
+
+def slow_losses(model, recipe) -> tuple[list[float], list[float]]:
+    """Each held-out document alone, token by token: text and image losses, causal routing."""
+    text, image = [], []
+    for source in recipe.data.sources:
+        shard = open_shards(recipe.data.folder(source.name), model.vocabulary).splits["held_out"]
+        for row in range(len(shard)):
+            ids = torch.from_numpy(shard.ids(row).astype(np.int64))
+            with torch.no_grad():
+                logits = model(ids[None], routing=Routing(by="causal")).logits_BSV[0]
+            chances = logits.double().log_softmax(-1)
+            for at, target in enumerate(ids[1:].tolist()):
+                is_image = model.vocabulary.modality_of_id[target] == IMAGE
+                (image if is_image else text).append(-float(chances[at, target]))
+    return text, image
+
+
+@pytest.mark.parametrize("groups", ["dense", "moe_2t2i"])
+def test_causal_evaluation_equals_documents_one_by_one(tiny, groups):
+    recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": groups})})
+    # One row that holds everything, so that no document is cut and loses its context.
+    data = recipe.data.model_copy(update={"rows": 1, "row_length": 2048})
+    recipe = recipe.model_copy(update={"data": data})
+    model = recipe.build_model(Vocabulary.load(data.path / "vocabulary.json")).eval()
+    text, image = slow_losses(model, recipe)
+    result = evaluate(model, recipe, "causal", quiet=True)
+    assert result["tokens"] == len(text) + len(image)
+    assert result["loss_text"] == pytest.approx(np.mean(text), rel=1e-5)
+    assert result["loss_image"] == pytest.approx(np.mean(image), rel=1e-5)
+    assert result["loss"] == pytest.approx(np.mean(text + image), rel=1e-5)
+    assert result["perplexity_image"] == pytest.approx(math.exp(result["loss_image"]))
+
+
+def test_batch_choice_differs_where_there_is_a_choice(tiny):
+    model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
+    choice, causal = (evaluate(model, tiny, by, quiet=True) for by in ("choice", "causal"))
+    assert choice["tokens"] == causal["tokens"]
+    assert choice["loss"] != causal["loss"]
