@@ -169,7 +169,9 @@ class Transformer(nn.Module):
         """Draw every weight anew from normal distributions, deterministic for a seed.
 
         Matrices get a standard deviation of 1/√fan-in, so that a layer keeps the scale of what
-        it reads; embeddings get 1, the scale at which a Swin-normed layer adds to them.
+        it reads; embeddings get 1, the scale at which a Swin-normed layer adds to them. The
+        experts of a router start from opposed directions, their mean being zero: they then want
+        different tokens, and fewer tokens are taken by nobody.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
@@ -178,6 +180,8 @@ class Transformer(nn.Module):
             # Experts are stored [E, in, out], linear maps [out, in].
             fan_in = 1 if name == "embedding.weight" else parameter.shape[1]
             values = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
+            if name.endswith("router.weight"):
+                values -= values.mean(dim=0)
             parameter.copy_(values)
 
     def units(self) -> Iterator[nn.Module]:
