@@ -21,5 +21,5 @@ def load(run: str | PathLike[str]) -> "MixedModel":
 
     folder = Run(Path(run))
     model, recipe = load_run(folder)
-    require_causal_routing(folder, model, recipe)
+    require_causal_routing(folder, model)
     return MixedModel.assemble(model, folder.tokenizers, recipe.data.row_length)

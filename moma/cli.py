@@ -37,9 +37,13 @@ def main() -> None:
     except UserError as error:
         print(f"moma: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("moma: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        print(f"moma: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer's answer to Ctrl-C
+            print("moma: interrupted; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 @app.command()
@@ -94,7 +98,7 @@ def evaluate(
         raise UserError(f"--routing {routing}: use choice or causal")
     model, recipe = load_run(Run(run))
     if routing == "causal":
-        require_causal_routing(Run(run), model, recipe)
+        require_causal_routing(Run(run), model)
     result = measure(model, recipe, routing, quiet=as_json)  # type: ignore[arg-type]
     _show(f"{run}, {routing} routing", result, as_json)
 
@@ -121,8 +125,10 @@ def generate(
         raise UserError("nothing to continue: give --prompt, --image or both")
     if temperature < 0 or not 0 < top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
-    content: list[Any] = [] if image is None else [read_picture(image, str(image))]
+    content: list[Any] = [] if image is None else [read_picture(image, "--image", "choose another")]
     content += [prompt] if prompt else []
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is no folder; name another")
     model = moma.load(run)
     (answer,) = model.generate([content], mode, Sampling(temperature, top_p, seed))  # type: ignore[arg-type]
     pictures = 0
@@ -147,6 +153,8 @@ def report(
     from moma.runs import Run
     from moma.study.compare import compare
 
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file in it, such as {out}/report.html")
     result = compare([Run(path) for path in runs], out, quiet=as_json)
     _show(str(out), result, as_json)
 

@@ -32,10 +32,10 @@ def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = 
         UserError: the file cannot be read, or a key or value is wrong; the message names it.
     """
     try:
-        values = tomllib.loads(path.read_text())
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot read the recipe ({error.strerror})") from error
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOML's own, and bytes that are no UTF-8
         raise UserError(f"{path}: not valid TOML ({error})") from error
     return check(schema, override(values, overrides), str(path))
 
@@ -76,7 +76,8 @@ def check(schema: type[AnyConfig], values: dict[str, Any], origin: str) -> AnyCo
 
 def write_recipe(config: Config, path: Path) -> None:
     """Write a configuration as TOML, every key spelled out; keys without a value are left out."""
-    path.write_text(tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True)))
+    values = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    path.write_text(tomli_w.dumps(values), encoding="utf-8")
 
 
 def _parse(value: str) -> Any:
@@ -108,7 +109,9 @@ def _keys_beside(schema: type[BaseModel], location: tuple[int | str, ...]) -> se
         candidates = [model for kind in following for model in _models_in(kind)] or candidates
         tagged = [model for model in candidates if _has_tag(model, part)]
         candidates = tagged or candidates
-    return {name for model in candidates for name in model.model_fields}
+    return {
+        field.alias or name for model in candidates for name, field in model.model_fields.items()
+    }
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

@@ -41,8 +41,9 @@ class Tokenizers:
         """Copy the tokenizers, so that the other folder can be used alone."""
         other.path.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.text, other.text)
-        shutil.copyfile(self.vocabulary, other.vocabulary)
         shutil.copytree(self.codec, other.codec, dirs_exist_ok=True)
+        # Last: where a vocabulary is, the tokenizers are whole.
+        shutil.copyfile(self.vocabulary, other.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,12 @@ class Run:
             UserError: there is no log, or a row of it is broken.
         """
         try:
-            lines = self.metrics.read_text().splitlines()
+            text = self.metrics.read_text()
         except OSError as error:
             raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error
         rows = []
+        # A last row without its line end was cut off while it was written.
+        lines = text[: text.rfind("\n") + 1].splitlines()
         for number, line in enumerate(lines, 1):
             try:
                 rows.append(json.loads(line))

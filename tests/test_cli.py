@@ -325,7 +325,6 @@ def test_the_command_line_prints_nothing_but_the_object(trained):
     assert json.loads(call.stdout).keys() == RESULT_KEYS
 
 
-@pytest.mark.xfail(strict=True, reason="both are called by the name of their folder")
 def test_runs_of_the_same_name_stay_apart(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     page = tmp_path / "report.html"
@@ -342,7 +341,6 @@ def text_alone(trained, tmp_path_factory) -> Path:
     return run
 
 
-@pytest.mark.xfail(strict=True, reason="no picture gives NaN in the log and a perfect evaluation")
 def test_what_was_not_measured_is_null(text_alone):
     result = json.loads(succeeds("evaluate", text_alone, "--json"))
     assert result["loss"] == result["loss_text"] > 0
@@ -350,7 +348,6 @@ def test_what_was_not_measured_is_null(text_alone):
     assert [row["loss_image"] for row in metrics_of(text_alone)] == [None, None]
 
 
-@pytest.mark.xfail(strict=True, reason="the cut row is taken for bad input")
 def test_a_log_that_was_cut_in_a_row_does_not_stop_training(text_alone, trained):
     before = metrics_of(text_alone)
     with (text_alone / "metrics.jsonl").open("a") as log:
@@ -387,15 +384,13 @@ def write_bad_row(row: str) -> Callable[[Path], None]:
         (cut_picture, ["row 8", "cannot read", "7.png", "save it again"]),
         (write_bad_row('{"image": "4.png"'), ["captions.jsonl, row 5", "not valid JSON", "mend"]),
         (write_bad_row('{"image": "4.png"}'), ["captions.jsonl, row 5", "'caption'"]),
-        pytest.param(
+        (
             write_bad_row('{"image": "4.png", "caption": "\\ud800"}'),
             ["captions.jsonl, row 5"],
-            marks=pytest.mark.xfail(strict=True, reason="half of a surrogate pair is not caught"),
         ),
-        pytest.param(
+        (
             write_bad_row('{"image": "\\u0000.png", "caption": "a"}'),
             ["captions.jsonl, row 5"],
-            marks=pytest.mark.xfail(strict=True, reason="a path with a zero byte is not caught"),
         ),
         (
             lambda folder: (folder / "words.txt").write_bytes(b"a\n\xff"),
@@ -447,7 +442,6 @@ def test_a_source_without_documents_is_named_and_training_refuses(tmp_path):
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
-@pytest.mark.xfail(strict=True, reason="the note of the refused settings stays and blocks others")
 def test_settings_that_were_refused_can_be_mended(tmp_path):
     recipe = make_input(tmp_path)
     assert "at least 325" in refuses("prepare", recipe, "codec.codebook_size=64")
@@ -461,7 +455,6 @@ def test_other_settings_do_not_mix_with_prepared_data(trained):
     assert (trained / "data" / "prepared_with.json").read_text() == before
 
 
-@pytest.mark.xfail(strict=True, reason="codes per picture are the recipe's, not the loaded codec's")
 def test_a_loaded_codec_brings_its_own_size(trained, tmp_path):
     succeeds(
         "prepare",
@@ -484,7 +477,6 @@ def test_tokenizers_can_come_from_a_prepared_folder(trained, tmp_path):
         assert (tmp_path / "data" / name).read_bytes() == (trained / "data" / name).read_bytes()
 
 
-@pytest.mark.xfail(strict=True, reason="the parts are copied one after the other, in place")
 def test_tokenizers_that_were_loaded_by_half_are_loaded_again(trained, tmp_path):
     half = tmp_path / "data"
     half.mkdir()
@@ -537,7 +529,6 @@ def test_training_before_preparing_says_so(tmp_path):
         (["stage=aux_router", "from={folder}/empty"], "no checkpoint"),
     ],
 )
-@pytest.mark.xfail(strict=True, reason="the run folder is made before the recipe is known to work")
 def test_a_recipe_that_cannot_train_leaves_no_run(trained, tmp_path, overrides, named):
     shutil.copytree(trained / "run", tmp_path / "empty", ignore=shutil.ignore_patterns("check*"))
     run = tmp_path / "new"
@@ -553,7 +544,6 @@ def test_a_run_of_another_recipe_is_left_alone(trained):
     assert (trained / "run" / "recipe.toml").read_text() == before
 
 
-@pytest.mark.xfail(strict=True, reason="a file is copied onto itself")
 def test_a_run_in_the_folder_of_the_data_is_refused(tmp_path):
     recipe = make_input(tmp_path)
     succeeds("prepare", recipe)
@@ -607,7 +597,6 @@ def test_an_unfinished_checkpoint_is_no_checkpoint(without_checkpoint, trained):
     assert "has no checkpoint" in refuses("evaluate", without_checkpoint)
 
 
-@pytest.mark.xfail(strict=True, reason="the message holds the library's traceback")
 def test_a_damaged_checkpoint_is_named_in_one_line(without_routers):
     for path in without_routers.glob("checkpoints/*/tensors/*"):
         path.write_bytes(path.read_bytes()[:1000])
@@ -650,15 +639,13 @@ def test_a_prompt_longer_than_the_context_is_refused(trained, tmp_path, mode):
         (["--prompt", "a", "--mode", "sound"], "--mode sound"),
         (["--prompt", "a", "--temperature", "-1"], "--temperature"),
         (["--prompt", "a", "--top-p", "0"], "--top-p"),
-        pytest.param(
+        (
             ["--prompt", "a\udcff"],
             "prompt",
-            marks=pytest.mark.xfail(strict=True, reason="bytes that are no UTF-8 are not caught"),
         ),
-        pytest.param(
+        (
             ["--prompt", "a", "--mode", "image", "--out", "{folder}/text.png"],
             "text.png",
-            marks=pytest.mark.xfail(strict=True, reason="a file for a folder is not caught"),
         ),
     ],
 )
@@ -668,7 +655,6 @@ def test_what_cannot_be_continued_is_named(trained, tmp_path, options, named):
     assert named.format(folder=tmp_path) in refuses("generate", trained / "run", *filled)
 
 
-@pytest.mark.xfail(strict=True, reason="the message is written for rows of a caption file")
 def test_the_way_out_for_a_missing_image_speaks_of_no_row(trained, tmp_path):
     assert "row" not in refuses("generate", trained / "run", "--image", tmp_path / "none.png")
 
@@ -677,7 +663,6 @@ def test_an_unknown_routing_is_named(trained):
     assert "--routing best" in refuses("evaluate", trained / "run", "--routing", "best")
 
 
-@pytest.mark.xfail(strict=True, reason="a folder for a file is not caught")
 def test_a_report_that_cannot_be_written_is_named(trained, tmp_path):
     assert str(tmp_path) in refuses("report", trained / "run", "--out", tmp_path)
 
@@ -694,7 +679,6 @@ def test_without_data_packages_the_demo_says_what_to_install(tmp_path):
     assert not list(tmp_path.rglob("shard.json")) and not list(tmp_path.rglob("report.html"))
 
 
-@pytest.mark.xfail(strict=True, reason="typer catches the interruption first")
 def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt

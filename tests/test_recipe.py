@@ -167,7 +167,6 @@ def test_the_valid_keys_are_those_of_the_source_of_that_kind(recipe):
     assert message.endswith("valid keys here: kind, name, path, weight")
 
 
-@pytest.mark.xfail(strict=True, reason="the field's name is shown, not the name in the file")
 def test_from_is_named_as_it_is_written(recipe):
     with pytest.raises(UserError) as caught:
         read_recipe(Recipe, recipe, ["form=runs/a"])
@@ -218,7 +217,6 @@ def test_values_that_do_not_fit_together_are_refused(recipe, changes, message):
     "change",
     ["learning_rate=-1", "warmup=-3", "clip=-1", "beta1=1.5", "epsilon=-1", "weight_decay=-1"],
 )
-@pytest.mark.xfail(strict=True, reason="the optimizer's settings have no bounds")
 def test_settings_that_no_optimizer_takes_are_refused(recipe, change):
     with pytest.raises(UserError, match=change.split("=")[0]):
         read_recipe(Recipe, recipe, [f"pretrain.optimizer.{change}"])
@@ -238,7 +236,6 @@ def test_a_missing_recipe_is_named(tmp_path):
         read_recipe(Recipe, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, raises=UnicodeDecodeError, reason="not caught")
 def test_a_recipe_that_is_not_utf8_is_named(tmp_path):
     (tmp_path / "latin.toml").write_bytes(b"# \xff\n")
     with pytest.raises(UserError, match=r"latin\.toml"):

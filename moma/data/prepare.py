@@ -73,15 +73,21 @@ def prepare(
     """
     folder = Tokenizers(data.path)
     folder.path.mkdir(parents=True, exist_ok=True)
-    _claim(data.path, text_tokenizer, codec, codec_training, seed)
-    if data.tokenizers is not None and not folder.text.exists():
+    note, settings = _claim(data.path, text_tokenizer, codec, codec_training, data.tokenizers, seed)
+    if data.tokenizers is not None and not folder.vocabulary.exists():
         _load_tokenizers(Tokenizers(data.tokenizers), folder)
+        _save_text(str(note), settings)
     if not folder.text.exists():
-        tokenizer = train_text_tokenizer(text_tokenizer, _training_texts(data, text_tokenizer.documents), codec.codebook_size)
+        tokenizer = train_text_tokenizer(
+            text_tokenizer, _training_texts(data, text_tokenizer.documents), codec.codebook_size
+        )
+        # Not before: settings that were refused must not bind the folder.
+        _save_text(str(note), settings)
         _save_text(str(folder.text), tokenizer.to_str(pretty=True))
     if not folder.codec.exists():
         _make_codec(data, codec, codec_training, seed, device, folder.codec, quiet)
-    vocabulary = vocabulary_of(load_text_tokenizer(folder.text), codec.codes_per_side**2)
+    codes_per_image = ImageCodec.load(folder.codec).codes_per_image
+    vocabulary = vocabulary_of(load_text_tokenizer(folder.text), codes_per_image)
     vocabulary.save(folder.vocabulary)
     for source in data.sources:
         _encode(source, data, folder, vocabulary, device, quiet)
@@ -101,8 +107,8 @@ def encode_pictures(
     return codec.encode(batch_B3HW.to(device)).cpu().numpy()
 
 
-def _claim(path: Path, *settings: object) -> None:
-    """Note what the folder is prepared with, or refuse if that was something else."""
+def _claim(path: Path, *settings: object) -> tuple[Path, str]:
+    """The note of what the folder is prepared with; refuses if that was something else."""
     text = json.dumps([str(part) for part in settings])
     note = path / "prepared_with.json"
     if note.exists() and note.read_text() != text:
@@ -110,7 +116,7 @@ def _claim(path: Path, *settings: object) -> None:
             f"{path}: was prepared with other tokenizer or codec settings or another seed; "
             "choose another folder with data.path=…, or delete this one"
         )
-    note.write_text(text)
+    return note, text
 
 
 def _load_tokenizers(source: Tokenizers, folder: Tokenizers) -> None:

@@ -6,6 +6,7 @@ when they are needed, so that the size of the data does not matter.
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
@@ -116,12 +117,13 @@ class TextConfig(Config):
         return _stamp(self.path)
 
 
-def read_picture(path: Path, place: str) -> Image.Image:
+def read_picture(path: Path, place: str, instead: str = "remove the row") -> Image.Image:
     """Read a picture and turn it upright.
 
     Args:
         path: the file.
         place: where the file is named, for the message.
+        instead: the other way out, for the message.
 
     Raises:
         UserError: the file is missing, damaged, or larger than Pillow's limit on pixels.
@@ -131,13 +133,13 @@ def read_picture(path: Path, place: str) -> Image.Image:
             image.load()
             return ImageOps.exif_transpose(image)
     except FileNotFoundError as error:
-        raise UserError(f"{place}: there is no {path}; add the file or remove the row") from error
+        raise UserError(f"{place}: there is no {path}; add the file or {instead}") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{place}: {path} is too large ({error}); shrink it") from error
     # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
     except Exception as error:
         raise UserError(
-            f"{place}: cannot read {path} ({error}); save it again as PNG or JPEG or remove the row"
+            f"{place}: cannot read {path} ({error}); save it again as PNG or JPEG or {instead}"
         ) from error
 
 
@@ -174,6 +176,9 @@ def _text_of(row: dict[str, Any], key: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = ", ".join(row) or "none"
         raise UserError(f"{place}: needs a text under '{key}'; the keys there are: {found}")
+    # JSON can spell what no text and no path may hold: half of a surrogate pair, a zero byte.
+    if "\0" in value or re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{place}: the text under '{key}' is not valid; mend or remove the row")
     return value
 
 

@@ -17,7 +17,7 @@ from moma.vocabulary import IMAGE, MODALITIES, TEXT
 @torch.no_grad()
 def evaluate(
     model: Transformer, recipe: Recipe, routing: RoutingName, quiet: bool = False
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Evaluate on every held-out document of the recipe's data, once.
 
     Args:
@@ -27,7 +27,7 @@ def evaluate(
 
     Returns:
         `loss`, `loss_text`, `loss_image` in nats a target, `perplexity_text`,
-        `perplexity_image`, and `tokens`, the number of targets.
+        `perplexity_image`, and `tokens`, the number of targets; None where there is no target.
 
     Raises:
         UserError: nothing is held out.
@@ -55,12 +55,12 @@ def evaluate(
     loss_M, _, targets_M = sums
     if targets_M.sum() == 0:
         raise UserError(f"{recipe.data.path}: nothing is held out; raise data.held_out")
-    text, image = (float(loss_M[m] / targets_M[m].clamp(min=1)) for m in (TEXT, IMAGE))
+    text, image = (float(loss_M[m] / targets_M[m]) if targets_M[m] else None for m in (TEXT, IMAGE))
     return {
         "loss": float(loss_M.sum() / targets_M.sum()),
         "loss_text": text,
         "loss_image": image,
-        "perplexity_text": math.exp(text),
-        "perplexity_image": math.exp(image),
+        "perplexity_text": None if text is None else math.exp(text),
+        "perplexity_image": None if image is None else math.exp(image),
         "tokens": int(targets_M.sum()),
     }

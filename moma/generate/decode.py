@@ -80,7 +80,10 @@ def generate(
         # Padding on the right is invisible to what precedes it: attention and routing are causal.
         logits_BSV = model(tokens_BS[active, :width], routing=Routing(by="causal")).logits_BSV
         logits_BV = logits_BSV[torch.arange(len(active), device=device), last_B].float().cpu()
-        allowed_BV = torch.from_numpy(np.stack([grammars[row].allowed() for row in active]))
+        room = [min(context - lengths[row], new_tokens - len(answers[row])) for row in active]
+        allowed_BV = torch.from_numpy(
+            np.stack([grammars[row].allowed(left) for row, left in zip(active, room, strict=True)])
+        )
         drawn_B = draw(logits_BV.masked_fill(~allowed_BV, -torch.inf), sampling, generator)
         for row, token in zip(list(active), drawn_B.tolist(), strict=True):
             answers[row].append(token)

@@ -39,14 +39,20 @@ class Grammar:
         elif self._codes_left:
             self._codes_left -= 1
 
-    def allowed(self) -> np.ndarray:
-        """Booleans [V]: the ids that may come next."""
+    def allowed(self, room: int | None = None) -> np.ndarray:
+        """Booleans [V]: the ids that may come next.
+
+        Args:
+            room: how many more tokens may be written; a picture is opened only if it fits.
+        """
         if self._codes_left:
             return self._inside
         if self._codes_left == 0:
             return self._only(self.vocabulary.end_image)
         if self.mode == "image":
             return self._only(self.vocabulary.begin_image)
+        if room is not None and room < self.vocabulary.image_span:
+            return self._outside & ~self._only(self.vocabulary.begin_image)
         return self._outside
 
     def ends_with(self, token: int) -> bool:

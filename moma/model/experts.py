@@ -43,6 +43,8 @@ def named_groups(name: str) -> tuple[GroupConfig, ...]:
         return (GroupConfig(modalities=MODALITIES, experts=int(match[1])),)
     if match := re.fullmatch(r"moe_(\d+)t(\d+)i", name):
         counts = dict(zip(MODALITIES, map(int, match.groups()), strict=True))
+        if 0 in counts.values():
+            raise UserError(f"'{name}': every modality needs an expert; write at least 1")
         return tuple(GroupConfig(modalities=(key,), experts=n) for key, n in counts.items())
     raise UserError(
         f"'{name}': no such architecture; write dense, moe_8x, moe_4t4i (any counts), "

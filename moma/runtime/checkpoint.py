@@ -121,7 +121,10 @@ def _read_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
             no_dist=world.mesh is None,
         )
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-        raise UserError(f"{path}: cannot load the checkpoint ({error})") from error
+        # The library's message ends with the cause, after the traceback of every rank.
+        lines = [line for line in str(error).splitlines() if line.strip(" )")]
+        cause = lines[-1].strip() if lines else type(error).__name__
+        raise UserError(f"{path}: cannot load the checkpoint ({cause})") from error
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Any]:

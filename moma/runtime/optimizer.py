@@ -1,5 +1,6 @@
 """AdamW with the paper's settings, and the learning rate over the steps."""
 
+from pydantic import Field
 from torch import nn
 from torch.optim import AdamW
 
@@ -14,24 +15,35 @@ class OptimizerConfig(Config):
         warmup: steps from 0 to the peak.
         final_ratio: learning rate of the last step as a part of the peak.
         clip: largest norm of the gradient.
+        router_rate: learning rate of the routers as a part of the others'.
     """
 
-    learning_rate: float = 1e-4
-    warmup: int = 4000
-    final_ratio: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-5
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup: int = Field(4000, ge=0)
+    final_ratio: float = Field(0.01, ge=0, le=1)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    epsilon: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, gt=0)
+    router_rate: float = Field(1.0, ge=0)
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over the parameters that require a gradient; vectors (norms, biases) do not decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """AdamW over the parameters that require a gradient; vectors (norms, biases) do not decay.
+
+    Each group of parameters has a `rate` that multiplies the schedule's learning rate.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    routers = [p for name, p in trainable if name.endswith(".router.weight")]
+    others = [p for name, p in trainable if not name.endswith(".router.weight")]
+    matrices = [p for p in others if p.ndim >= 2]
+    vectors = [p for p in others if p.ndim < 2]
+    decay = config.weight_decay
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": decay, "rate": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
+        {"params": routers, "weight_decay": decay, "rate": config.router_rate},
     ]
     return AdamW(
         [group for group in groups if group["params"]],

@@ -41,7 +41,7 @@ class Measured:
     model: Transformer
     recipe: Recipe
     metrics: list[dict[str, Any]]
-    results: dict[str, dict[str, float]]
+    results: dict[str, dict[str, float | None]]
 
     @property
     def mixed(self) -> MixedModel:
@@ -49,12 +49,12 @@ class Measured:
         return MixedModel.assemble(self.model, self.run.tokenizers, self.recipe.data.row_length)
 
 
-def measure(run: Run, quiet: bool = False) -> Measured:
+def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
     """Load a run and evaluate it with every routing that it can do."""
     model, recipe = load_run(run)
-    routings = ("choice", "causal") if has_causal_routing(model, recipe) else ("choice",)
+    routings = ("choice", "causal") if has_causal_routing(run, model) else ("choice",)
     results = {by: evaluate(model, recipe, by, quiet) for by in routings}  # type: ignore[arg-type]
-    return Measured(run.path.name, run, model, recipe, run.read_metrics(), results)
+    return Measured(name or run.path.name, run, model, recipe, run.read_metrics(), results)
 
 
 def summary(measured: Sequence[Measured]) -> dict[str, Any]:
@@ -72,7 +72,10 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
     Raises:
         UserError: a folder is no run or has no checkpoint.
     """
-    measured = [measure(run, quiet) for run in runs]
+    names = [run.path.name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.path) for run in runs]
+    measured = [measure(run, quiet, name) for run, name in zip(runs, names, strict=True)]
     page = Page("Comparison of runs", f"{measured[0].name} is the baseline.")
     add_comparison(page, measured)
     page.write(out)

@@ -25,11 +25,9 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     """Smoothed training loss over FLOPs: all tokens, text targets, image targets."""
     plot = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (title, key) in zip(plot.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
-        lowest = np.inf
         for name, rows in runs.items():
             flops, loss = smoothed(rows, key)
             axes.plot(flops, loss, label=name, linewidth=1.6)
-            lowest = min(lowest, loss.min())
         axes.set_title(title)
         axes.set_xlabel("training FLOPs")
         axes.set_yscale("log")

@@ -18,7 +18,7 @@ Rows = Sequence[dict[str, Any]]
 def smoothed(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     """FLOPs and loss of each logged step, the loss a mean over the last 5% of the run before it."""
     flops = np.array([row["flops"] for row in rows])
-    values = np.array([row[key] for row in rows])
+    values = np.array([row[key] for row in rows], dtype=float)  # None, not measured, is NaN
     width = max(1, round(FINAL_SHARE * len(rows)))
     sums = np.cumsum(np.concatenate(([0.0], values)))
     ends = np.arange(1, len(rows) + 1)

@@ -96,8 +96,19 @@ def vocabulary_of(tokenizer: Tokenizer, codes_per_image: int) -> Vocabulary:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text."""
-    return [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    """Ids of each text.
+
+    Raises:
+        UserError: a text is not Unicode: it holds half of a surrogate pair.
+    """
+    try:
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    except TypeError as error:  # how the library refuses it
+        broken = next(text for text in texts if re.search("[\ud800-\udfff]", text))
+        raise UserError(
+            f"the text {broken[:80]!a}: a prompt or text must be valid UTF-8"
+        ) from error
+    return [encoding.ids for encoding in encodings]
 
 
 def _plain(tokenizer: Tokenizer) -> Tokenizer:

@@ -38,11 +38,13 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
     run = Run(recipe.run)
     data = Tokenizers(recipe.data.path)
     vocabulary = Vocabulary.load(data.vocabulary)
+    _check_source(recipe)
+    model = _prepare_model(recipe, vocabulary, world)
+    trainer = Trainer(recipe, run, model, vocabulary, world)
+    # Last: a recipe that cannot be trained leaves no run behind.
     if world.rank == 0:
         _claim(run, recipe, data)
     world.barrier()
-    model = _prepare_model(recipe, vocabulary, world)
-    trainer = Trainer(recipe, run, model, vocabulary, world)
     trainer.resume()
     with show_progress(
         f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps, quiet or world.rank > 0
@@ -126,8 +128,8 @@ class Trainer:
             "tokens": tokens,
             "flops": tokens * self.flops_per_token,
             "loss": float(loss_M.sum() / total),
-            "loss_text": float(loss_M[TEXT] / targets_M[TEXT]),
-            "loss_image": float(loss_M[IMAGE] / targets_M[IMAGE]),
+            "loss_text": float(loss_M[TEXT] / targets_M[TEXT]) if targets_M[TEXT] else None,
+            "loss_image": float(loss_M[IMAGE] / targets_M[IMAGE]) if targets_M[IMAGE] else None,
             "accuracy": float(correct_M.sum() / total),
             "learning_rate": rate,
             "gradient_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
@@ -193,7 +195,8 @@ def _claim(run: Run, recipe: Recipe, data: Tokenizers) -> None:
                 "choose another folder with run=…, or delete this one"
             )
         return
-    _check_source(recipe)
+    if run.path.resolve() == data.path.resolve():
+        raise UserError(f"{run.path}: holds the prepared data; choose another folder with run=…")
     run.path.mkdir(parents=True, exist_ok=True)
     data.copy_to(run.tokenizers)
     partial = run.recipe.with_suffix(".partial")

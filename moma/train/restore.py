@@ -6,7 +6,7 @@ from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.recipe import read_recipe
 from moma.runs import Run
-from moma.runtime.checkpoint import checkpoints_in, load_model
+from moma.runtime.checkpoint import checkpoints_in, load_model, read_state
 from moma.runtime.world import World, local_device
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
@@ -41,9 +41,17 @@ def load_weights(run: Run, model: Transformer) -> None:
 
 
 def with_routers(run: Run) -> Run:
-    """The run that trained this run's auxiliary routers, if it lies in its folder; else the run."""
+    """The finished run that trained this run's auxiliary routers, in its folder; else the run."""
     inner = Run(run.path / ROUTER_RUN)
-    return inner if checkpoints_in(inner.checkpoints) else run
+    return inner if is_finished(inner) else run
+
+
+def is_finished(run: Run) -> bool:
+    """Whether a run has reached the last step of its recipe."""
+    found = checkpoints_in(run.checkpoints)
+    return bool(found) and (
+        read_state(found[-1])["step"] >= read_run_recipe(run).stage_config.steps
+    )
 
 
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
@@ -60,18 +68,20 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     return model.to(local_device()).eval(), recipe
 
 
-def has_causal_routing(model: Transformer, recipe: Recipe) -> bool:
-    """Whether the model can be run causally: it has no routers, or they are trained."""
-    return recipe.stage == "aux_router" or model.is_causal_without_routers
+def has_causal_routing(run: Run, model: Transformer) -> bool:
+    """Whether a run's model can be used causally: it has no routers, or they are trained."""
+    trained = with_routers(run)
+    by_routers = read_run_recipe(trained).stage == "aux_router" and is_finished(trained)
+    return by_routers or model.is_causal_without_routers
 
 
-def require_causal_routing(run: Run, model: Transformer, recipe: Recipe) -> None:
+def require_causal_routing(run: Run, model: Transformer) -> None:
     """Refuse causal use of a model whose auxiliary routers are not trained.
 
     Raises:
         UserError: saying how to train them.
     """
-    if not has_causal_routing(model, recipe):
+    if not has_causal_routing(run, model):
         raise UserError(
             f"{run.path}: its auxiliary routers are not trained, so it cannot run causally; train "
             f"them with `moma train {run.recipe} stage=aux_router from={run.path} "

@@ -144,7 +144,7 @@ class Step:
             parameter.grad.mul_(scale)
         norm = nn.utils.clip_grad_norm_(self.trainable, self.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return sums, norm

@@ -115,7 +115,6 @@ def test_a_prompt_without_room_for_an_answer_is_refused(mode):
         generate(model, [[0], [*longest, 10]], mode, 20, 20, GREEDY)
 
 
-@pytest.mark.xfail(strict=True, reason="a picture may be opened where it cannot be closed")
 def test_a_picture_is_never_opened_without_room_to_close_it():
     model = make_model()
     for seed in range(20):

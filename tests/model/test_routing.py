@@ -11,7 +11,9 @@ from moma.model.routing import choose_by_batch, choose_causally, take_all
 def logits_and_members(draw):
     tokens, experts = draw(st.integers(1, 20)), draw(st.integers(1, 4))
     # Few values, so that ties are common.
-    values = draw(st.lists(st.integers(-3, 3), min_size=tokens * experts, max_size=tokens * experts))
+    values = draw(
+        st.lists(st.integers(-3, 3), min_size=tokens * experts, max_size=tokens * experts)
+    )
     members = draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
     return torch.tensor(values).float().view(tokens, experts), torch.tensor(members)
 

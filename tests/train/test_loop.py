@@ -25,7 +25,7 @@ KEYS = {
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for file in (checkpoint / "tensors").glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
             found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
@@ -45,7 +45,7 @@ def assert_same_run(one: Run, other: Run) -> None:
     assert rows == others
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -58,7 +58,7 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         nonlocal calls
         calls += 1
         if calls > steps:
-            raise Killed
+            raise KilledError
         return real(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_row", row)
@@ -74,7 +74,7 @@ def test_interrupted_run_equals_undisturbed(tiny, tmp_path, monkeypatch, killed_
     recipe = with_run(tiny, tmp_path / "cut")
     with monkeypatch.context() as patch:
         kill_after(patch, killed_after)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(recipe, WORLD, quiet=True)
     torch.manual_seed(killed_after)  # what the process drew before must not matter
     cut = train(recipe, WORLD, quiet=True)
@@ -120,7 +120,12 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path):
     rows = routers.read_metrics()
     assert rows[-1]["loss"] < rows[0]["loss"]
     model, recipe = load_run(run)  # finds the routers in the run's folder
-    require_causal_routing(run, model, recipe)
+    assert recipe.stage == "aux_router"
+    require_causal_routing(run, model)
+    for checkpoint in checkpoints_in(routers.checkpoints)[1:]:
+        shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match="stage=aux_router"):  # they are not trained to the end
+        require_causal_routing(run, model)
 
 
 def test_interrupted_router_stage_equals_undisturbed(tiny, tmp_path, monkeypatch):
@@ -129,7 +134,7 @@ def test_interrupted_router_stage_equals_undisturbed(tiny, tmp_path, monkeypatch
     whole = train(with_run(tiny, tmp_path / "whole", **stage), WORLD, quiet=True)
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             train(with_run(tiny, tmp_path / "cut", **stage), WORLD, quiet=True)
     cut = train(with_run(tiny, tmp_path / "cut", **stage), WORLD, quiet=True)
     assert_same_run(whole, cut)
@@ -138,7 +143,7 @@ def test_interrupted_router_stage_equals_undisturbed(tiny, tmp_path, monkeypatch
 def test_untrained_routers_are_refused(tiny, tmp_path):
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     with pytest.raises(UserError, match="stage=aux_router"):
-        require_causal_routing(run, *load_run(run))
+        require_causal_routing(run, load_run(run)[0])
 
 
 def test_run_of_another_recipe_is_refused(tiny, tmp_path):

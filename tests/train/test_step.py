@@ -23,6 +23,12 @@ from moma.vocabulary import IMAGE, TEXT, Vocabulary
 WORLD = World(torch.device("cpu"))
 
 
+def with_rate(optimizer: SGD) -> SGD:
+    for group in optimizer.param_groups:
+        group["rate"] = 1.0
+    return optimizer
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 5) | st.just(NO_LABEL), min_size=1, max_size=12), st.integers(0, 99))
 def test_cross_entropy_by_modality(labels, seed):
@@ -70,7 +76,7 @@ def test_micro_batches_add_up_to_the_gradient_of_the_mean(tiny):
     expected = [p.grad.clone() for p in trainable if p.grad is not None]
     model.zero_grad()
     before = [p.detach().clone() for p in trainable]
-    step = Step(model, SGD(trainable, lr=1.0), objective, 1e9, WORLD)
+    step = Step(model, with_rate(SGD(trainable, lr=1.0)), objective, 1e9, WORLD)
     sums, norm = step(batches, learning_rate=0.5)
     for parameter, old, gradient in zip(trainable, before, expected, strict=True):
         torch.testing.assert_close(parameter, old - 0.5 * gradient, atol=1e-6, rtol=1e-5)
@@ -83,7 +89,11 @@ def test_a_parameter_without_gradient_is_noticed(tiny):
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     model = tiny.build_model(vocabulary)  # the auxiliary routers are left trainable
     step = Step(
-        model, SGD(model.parameters(), lr=1.0), next_token_objective(0.0, False), 1.0, WORLD
+        model,
+        with_rate(SGD(model.parameters(), lr=1.0)),
+        next_token_objective(0.0, False),
+        1.0,
+        WORLD,
     )
     with pytest.raises(RuntimeError, match="took no part"):
         step([next(Batches(tiny.data, vocabulary, seed=0))], 0.1)
