@@ -131,6 +131,8 @@ def generate(
         raise UserError(f"--out {out}: is no folder; name another")
     model = moma.load(run)
     (answer,) = model.generate([content], mode, Sampling(temperature, top_p, seed))  # type: ignore[arg-type]
+    if not answer:
+        print("moma: the model ended the document at once", file=sys.stderr)
     pictures = 0
     for part in answer:
         if isinstance(part, str):

@@ -96,5 +96,7 @@ class Vocabulary:
         try:
             fields = json.loads(path.read_text())
             return cls(**{**fields, "image_codes": tuple(fields["image_codes"])})
+        except FileNotFoundError as error:
+            raise UserError(f"{path.parent}: not prepared yet; run `moma prepare`") from error
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{path}: not a vocabulary ({error}); run `moma prepare`") from error

@@ -8,7 +8,7 @@ to show. Chance is one in the number of objects.
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import permutations, product
 
 import numpy as np
 import torch
@@ -96,15 +96,16 @@ def held_out_singles(objects: int, count: int, seed: int) -> list[Sketch]:
 
 def held_out_compositions(objects: int, count: int, seed: int) -> list[Sketch]:
     """Pairs of objects that training never shows together, each in a style it does show."""
-    names, draw = sketches.object_names(objects), random.Random(seed)
-    found: list[Sketch] = []
-    while len(found) < count:
-        first, second = draw.sample(names, 2)
-        style, relation = draw.choice(sketches.STYLES), draw.choice(sketches.RELATIONS)
-        unseen = any(sketches.is_held_out_style(name, style) for name in (first, second))
-        if sketches.is_held_out_pair(first, second) and not unseen:
-            found.append(Sketch((first, second), style, relation))
-    return found
+    draw = random.Random(seed)
+    pairs = [
+        (pair, style)
+        for pair in permutations(sketches.object_names(objects), 2)
+        if sketches.is_held_out_pair(*pair)
+        for style in sketches.STYLES
+        if not any(sketches.is_held_out_style(name, style) for name in pair)
+    ]
+    chosen = draw.sample(pairs, min(count, len(pairs)))
+    return [Sketch(pair, style, draw.choice(sketches.RELATIONS)) for pair, style in chosen]
 
 
 def draw_sketches(

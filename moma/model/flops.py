@@ -42,3 +42,20 @@ def training_flops_per_token(
     """Operations of forward and backward for one token of a micro-batch."""
     parts = forward_flops(config, vocabulary_size, shares, rows, row_length)
     return 3 * sum(parts.values()) / (rows * row_length)
+
+
+def router_stage_flops_per_token(
+    config: ModelConfig, vocabulary_size: int, shares: Sequence[float], rows: int, row_length: int
+) -> float:
+    """Operations of the auxiliary routers' stage: the frozen model runs forward alone."""
+    parts = forward_flops(config, vocabulary_size, shares, rows, row_length)
+    routers = sum(
+        config.dim // 2 * (config.dim + group.experts)
+        for group in config.group_list
+        if group.experts > 1
+    )
+    # The routers' own backward needs no gradient of what they read: once more, not twice, in the
+    # first of their two layers.
+    inputs = sum(config.dim // 2 * config.dim for g in config.group_list if g.experts > 1)
+    auxiliary = 2 * config.layers * (3 * routers - inputs)
+    return sum(parts.values()) / (rows * row_length) + auxiliary

@@ -47,6 +47,8 @@ class ModelConfig(Config):
     def _heads_fit(self) -> "ModelConfig":
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} must be a multiple of 2 × heads ({2 * self.heads})")
+        if not self.group_list:
+            raise ValueError("groups is empty; name an architecture or list at least one group")
         return self
 
     @property

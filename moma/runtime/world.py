@@ -1,6 +1,7 @@
 """The device and the ranks of a job: one code path from one CPU to many nodes."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ class World:
         """Wait until every rank is here."""
         if self.mesh is not None:
             distributed.barrier(group=self.mesh.get_group())
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile can work here: on a CPU it needs a C++ compiler."""
+    return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def local_device() -> torch.device:

@@ -19,7 +19,7 @@ from moma.study import figures
 from moma.study.page import Page, captioned, coloured, figure, paragraph, table, tile
 from moma.study.speedup import speedups
 from moma.train.recipe import Recipe
-from moma.train.restore import has_causal_routing, load_run, with_routers
+from moma.train.restore import has_causal_routing, load_run, read_run_recipe, with_routers
 from moma.train.step import to_device
 from moma.vocabulary import IMAGE, TEXT
 
@@ -54,7 +54,10 @@ def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
     model, recipe = load_run(run)
     routings = ("choice", "causal") if has_causal_routing(run, model) else ("choice",)
     results = {by: evaluate(model, recipe, by, quiet) for by in routings}  # type: ignore[arg-type]
-    return Measured(name or run.path.name, run, model, recipe, run.read_metrics(), results)
+    own = read_run_recipe(run)
+    # The curves are those of pre-training, also for a run that trained routers alone.
+    log = Run(own.from_) if own.stage == "aux_router" and own.from_ else run
+    return Measured(name or run.path.name, run, model, recipe, log.read_metrics(), results)
 
 
 def summary(measured: Sequence[Measured]) -> dict[str, Any]:

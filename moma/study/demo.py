@@ -41,6 +41,7 @@ ARCHITECTURES = ("dense", "moe_4t4i")
 SINGLES, COMPOSITIONS, CAPTIONS = 64, 48, 8
 SHOWN = 24
 SAMPLING = Sampling(temperature=0)
+DECIDED = ("data.path", "model.groups", "run", "stage", "from")
 
 
 def demo_recipe() -> Path:
@@ -65,6 +66,9 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
     Raises:
         UserError: a data package is missing, or `out` holds another demo.
     """
+    for text in overrides:
+        if text.partition("=")[0].strip() in DECIDED:
+            raise UserError(f"override '{text}': the demo decides that itself; use --out")
     recipe = read_recipe(Recipe, demo_recipe(), [f"data.path={out / 'data'}", *overrides])
     clock = Clock(out / "minutes.json")
     world = World(local_device())
@@ -90,9 +94,9 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
                     "run": out / name / ROUTER_RUN,
                 }
                 train(one.model_copy(update=routers), world, quiet)
-    with clock("evaluate"):
+    with clock("evaluate", anew=True):
         measured = [measure(Run(out / name), quiet) for name in ARCHITECTURES]
-    with clock("generate"):
+    with clock("generate", anew=True):
         sketches = {each.name: _sketch(each, recipe.seed) for each in measured}
     result = summary(measured) | {
         "codec": json.loads((out / "data" / "codec" / "metrics.json").read_text()),
@@ -113,13 +117,14 @@ class Clock:
         self.minutes: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
 
     @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        """Add the time of a stage."""
+    def __call__(self, stage: str, anew: bool = False) -> Iterator[None]:
+        """Add the time of a stage; `anew` forgets what an earlier try took."""
         start = time.monotonic()
+        before = 0.0 if anew else self.minutes.get(stage, 0.0)
         try:
             yield
         finally:
-            spent = self.minutes.get(stage, 0.0) + (time.monotonic() - start) / 60
+            spent = before + (time.monotonic() - start) / 60
             self.minutes[stage] = round(spent, 2)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.minutes) + "\n")

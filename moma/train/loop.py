@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from moma.data.batches import Batches
 from moma.errors import UserError
-from moma.model.flops import training_flops_per_token
+from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
 from moma.model.transformer import Transformer
 from moma.progress import Report, show_progress
 from moma.recipe import write_recipe
@@ -18,7 +18,7 @@ from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
 from moma.runtime.optimizer import learning_rate, make_optimizer
 from moma.runtime.sharding import shard
-from moma.runtime.world import World
+from moma.runtime.world import World, can_compile
 from moma.train.recipe import Recipe
 from moma.train.restore import load_weights, read_run_recipe
 from moma.train.step import Objective, Step, next_token_objective, router_objective
@@ -63,7 +63,11 @@ class Trainer:
         self.model, self.world = model, world
         self.optimizer = make_optimizer(model, self.config.optimizer)
         self.step = Step(
-            model, self.optimizer, _objective(recipe), self.config.optimizer.clip, world
+            model,
+            self.optimizer,
+            _objective(recipe, world.device),
+            self.config.optimizer.clip,
+            world,
         )
         self.batches = Batches(
             recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
@@ -72,7 +76,9 @@ class Trainer:
         self.done = 0
         data = recipe.data
         self.tokens_per_step = data.rows * data.row_length * self.config.micro_batches * world.size
-        self.flops_per_token = training_flops_per_token(
+        routers = recipe.stage == "aux_router"
+        count = router_stage_flops_per_token if routers else training_flops_per_token
+        self.flops_per_token = count(
             recipe.model, vocabulary.size, recipe.shares, data.rows, data.row_length
         )
 
@@ -161,10 +167,11 @@ class Trainer:
         )
 
 
-def _objective(recipe: Recipe) -> Objective:
+def _objective(recipe: Recipe, device: torch.device) -> Objective:
     if recipe.stage == "aux_router":
         return router_objective
-    return next_token_objective(recipe.pretrain.z_loss, recipe.pretrain.compile)
+    compiled = recipe.pretrain.compile and can_compile(device)
+    return next_token_objective(recipe.pretrain.z_loss, compiled)
 
 
 def _prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Transformer:
@@ -178,7 +185,7 @@ def _prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Tran
         parameter.requires_grad_((parameter in routers) == trains_routers)
     if trains_routers:
         model.eval()
-    if recipe.stage_config.compile:
+    if recipe.stage_config.compile and can_compile(world.device):
         for unit in model.units():
             unit.compile(fullgraph=True)
     shard(model, model.units(), world)

@@ -47,6 +47,20 @@ class StageConfig(Config):
         return self
 
 
+class RouterOptimizerConfig(OptimizerConfig):
+    """AdamW for auxiliary routers (MoMa Table 6)."""
+
+    warmup: int = Field(1000, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+
+class RouterStageConfig(StageConfig):
+    """How auxiliary routers are trained (MoMa Table 6)."""
+
+    steps: int = Field(5000, ge=1)
+    optimizer: RouterOptimizerConfig = RouterOptimizerConfig()
+
+
 class Recipe(Config):
     """A recipe.
 
@@ -66,9 +80,7 @@ class Recipe(Config):
     data: DataConfig
     model: ModelConfig = ModelConfig()
     pretrain: StageConfig = StageConfig()
-    aux_router: StageConfig = StageConfig(
-        steps=5000, optimizer=OptimizerConfig(warmup=1000, weight_decay=0.0)
-    )
+    aux_router: RouterStageConfig = RouterStageConfig()
 
     @model_validator(mode="after")
     def _router_stage_has_a_model(self) -> "Recipe":

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moma.model.attention import Attention, document_mask
+from moma.model.experts import RoutedGroup
 from moma.model.flops import forward_flops
 from moma.model.layers import rotary_angles
 from moma.model.routing import Routing
@@ -152,7 +153,10 @@ def test_initialisation_depends_on_the_seed_alone():
         assert torch.equal(a, b)
     assert not torch.equal(first.head.weight, other.head.weight)
     assert first.embedding.weight.std().item() == pytest.approx(1, rel=0.2)
-    experts = first.layers[0].experts.groups[0]
+    experts = first.get_submodule("layers.0.experts.groups.0")
+    assert isinstance(experts, RoutedGroup)
+    router = experts.router.weight
+    assert router.sum(0).abs().max().item() < 1e-5 < router.abs().max().item()
     assert experts.gate_EDF.std().item() == pytest.approx(16**-0.5, rel=0.2)
     assert experts.down_EFD.std().item() == pytest.approx(first.config.hidden_width**-0.5, rel=0.2)
 
