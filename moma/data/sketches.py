@@ -28,6 +28,13 @@ from moma.recipe import Config
 
 STYLES = ("flat", "outlined")
 RELATIONS = ("left of", "right of", "above", "below")
+# Where the first object of each relation stands.
+PLACES = {
+    "left of": "on the left",
+    "right of": "on the right",
+    "above": "at the top",
+    "below": "at the bottom",
+}
 
 # Plainly named objects that look unlike each other at 32 pixels; the order is part of recipes.
 _PLAIN_WORDS = """
@@ -69,13 +76,14 @@ class SketchesConfig(Config):
     """Sketches as a source.
 
     Attributes:
-        content: `singles` (one object), `compositions` (two objects and their relation) or
+        content: `singles` (one object), `placed` (one at half size, where a composition would put
+            it: a step towards them), `compositions` (two objects and their relation) or
             `illustrated` (a definition, a picture and its caption in one document).
         objects: how many objects to use: the first 100 are chosen for plain names and distinct
             looks, then follow all others that exist in both styles, skin tones last.
         count: how many compositions to draw.
-        repeats: documents for each picture of `singles`; they differ in order and wording. A
-            held-out picture has one.
+        repeats: documents for each picture of `singles` and `placed`; they differ in order and
+            wording. A held-out picture has one.
         picture_size: side of a picture in pixels, a multiple of 4.
         seed: which compositions are drawn.
         caption_first: share of documents whose caption comes before the picture.
@@ -83,7 +91,7 @@ class SketchesConfig(Config):
     """
 
     kind: Literal["sketches"] = "sketches"
-    content: Literal["singles", "compositions", "illustrated"]
+    content: Literal["singles", "placed", "compositions", "illustrated"]
     objects: int = Field(default=100, ge=2)
     count: int = Field(default=4000, ge=1)
     repeats: int = Field(default=8, ge=1)
@@ -105,6 +113,7 @@ class SketchesConfig(Config):
         """
         return {
             "singles": self._singles,
+            "placed": self._placed,
             "compositions": self._compositions,
             "illustrated": self._illustrated,
         }[self.content]()
@@ -121,6 +130,21 @@ class SketchesConfig(Config):
             yield Document(
                 name=document,
                 segments=self._ordered(document, caption, self._picture(name, style)),
+                held_out=held_out,
+            )
+
+    def _placed(self) -> Iterator[Document]:
+        drawings = product(object_names(self.objects), STYLES, RELATIONS, range(self.repeats))
+        for name, style, relation, repeat in drawings:
+            held_out = is_held_out_style(name, style)
+            if held_out and repeat:
+                continue
+            caption = placed_caption(name, relation, style)
+            document = f"{caption}, {repeat}"
+            read = partial(place, name, relation, style, self.picture_size)
+            yield Document(
+                name=document,
+                segments=self._ordered(document, caption, Picture(caption, read)),
                 held_out=held_out,
             )
 
@@ -223,6 +247,11 @@ def single_caption(name: str, style: str | None) -> str:
     return with_article(name) + (f", {style} style" if style else "")
 
 
+def placed_caption(name: str, relation: str, style: str) -> str:
+    """Caption of one object that stands as the first of a relation: `an apple on the left, …`."""
+    return f"{with_article(name)} {PLACES[relation]}, {style} style"
+
+
 def composition_caption(first: str, relation: str, second: str, style: str) -> str:
     """Caption of two objects: `an apple left of a rocket, flat style`."""
     return f"{with_article(first)} {relation} {with_article(second)}, {style} style"
@@ -264,8 +293,21 @@ def compose(first: str, relation: str, second: str, style: str, size: int) -> Im
     Raises:
         UserError: an object, style or relation is unknown, or a package is missing.
     """
+    return _on_canvas((first, second), relation, style, size)
+
+
+def place(name: str, relation: str, style: str, size: int) -> Image.Image:
+    """Draw one object at half size where the first object of a relation stands, RGB.
+
+    Raises:
+        UserError: an object, style or relation is unknown, or a package is missing.
+    """
+    return _on_canvas((name,), relation, style, size)
+
+
+def _on_canvas(names: tuple[str, ...], relation: str, style: str, size: int) -> Image.Image:
     canvas = Image.new("RGB", (size, size), "white")
-    for name, box in zip((first, second), slots(relation, size), strict=True):
+    for name, box in zip(names, slots(relation, size), strict=False):
         canvas.paste(render(name, style, box.right - box.left), (box.left, box.top))
     return canvas
 

@@ -5,12 +5,16 @@ interrupted.
 """
 
 import json
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from moma.data.prepare import prepare
@@ -27,6 +31,7 @@ from moma.evaluate.sketches import (
     seen_singles,
 )
 from moma.generate.decode import Sampling
+from moma.progress import show_progress
 from moma.recipe import read_recipe
 from moma.runs import Run
 from moma.runtime.world import World, local_device
@@ -82,17 +87,17 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
             world.device,
             quiet,
         )
-    for name in ARCHITECTURES:
-        with clock(f"train {name}"):
-            one = _of(recipe, name, out / name)
-            train(one, world, quiet)
-        if name != "dense":
-            with clock(f"routers {name}"):
-                routers = {
-                    "stage": "aux_router",
-                    "from_": out / name,
-                    "run": out / name / ROUTER_RUN,
-                }
+    recipes = [_of(recipe, name, out / name) for name in ARCHITECTURES]
+    with clock("train"):
+        if world.device.type == "cpu":
+            train_side_by_side(recipes, quiet)
+        else:
+            for one in recipes:
+                train(one, world, quiet)
+    with clock("routers"):
+        for one in recipes:
+            if any(group.experts > 1 for group in one.model.group_list):
+                routers = {"stage": "aux_router", "from_": one.run, "run": one.run / ROUTER_RUN}
                 train(one.model_copy(update=routers), world, quiet)
     with clock("evaluate", anew=True):
         measured = [measure(Run(out / name), quiet) for name in ARCHITECTURES]
@@ -128,6 +133,38 @@ class Clock:
             self.minutes[stage] = round(spent, 2)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.write_text(json.dumps(self.minutes) + "\n")
+
+
+def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
+    """Train each recipe in a process of its own, the cores shared out between them.
+
+    Small models gain little from a second thread: two runs on one core each take less time than
+    one after the other on both.
+    """
+    threads = max(1, (os.cpu_count() or 1) // len(recipes))
+    steps = recipes[0].stage_config.steps
+    with ProcessPoolExecutor(len(recipes), multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(_train_alone, recipe, threads) for recipe in recipes]
+        with show_progress(f"train {' and '.join(ARCHITECTURES)}", steps, quiet) as report:
+            while not all(job.done() for job in jobs):
+                wait(jobs, timeout=1.0, return_when=FIRST_EXCEPTION)
+                if any(job.done() and job.exception() for job in jobs):
+                    break
+                rows = [_last_row(Run(recipe.run)) for recipe in recipes]
+                losses = [f"{row['loss']:.3f}" for row in rows if row]
+                report(min(row["step"] if row else 0 for row in rows), f"loss {' '.join(losses)}")
+        for job in jobs:
+            job.result()
+
+
+def _train_alone(recipe: Recipe, threads: int) -> None:
+    torch.set_num_threads(threads)
+    train(recipe, World(local_device()), quiet=True)
+
+
+def _last_row(run: Run) -> dict[str, Any] | None:
+    rows = run.read_metrics() if run.metrics.is_file() else []
+    return rows[-1] if rows else None
 
 
 def scores(drawn: Sequence[Drawn], written: Sequence[Captioned]) -> dict[str, float]:

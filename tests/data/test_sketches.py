@@ -1,4 +1,5 @@
 import importlib.util
+from itertools import product
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from moma.data.sketches import (
 )
 from moma.errors import UserError
 
-CONTENTS = ("singles", "compositions", "illustrated")
+CONTENTS = ("singles", "placed", "compositions", "illustrated")
 
 
 def picture_of(document: Document) -> Picture:
