@@ -49,13 +49,8 @@ def router_stage_flops_per_token(
 ) -> float:
     """Operations of the auxiliary routers' stage: the frozen model runs forward alone."""
     parts = forward_flops(config, vocabulary_size, shares, rows, row_length)
-    routers = sum(
-        config.dim // 2 * (config.dim + group.experts)
-        for group in config.group_list
-        if group.experts > 1
-    )
-    # The routers' own backward needs no gradient of what they read: once more, not twice, in the
-    # first of their two layers.
-    inputs = sum(config.dim // 2 * config.dim for g in config.group_list if g.experts > 1)
-    auxiliary = 2 * config.layers * (3 * routers - inputs)
+    counts = [group.experts for group in config.group_list if group.experts > 1]
+    # Forward and backward of two layers, but no gradient of what the first of them reads.
+    first, second = config.dim // 2 * config.dim, [config.dim // 2 * count for count in counts]
+    auxiliary = 2 * config.layers * (2 * first * len(counts) + 3 * sum(second))
     return sum(parts.values()) / (rows * row_length) + auxiliary
