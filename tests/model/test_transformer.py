@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moma.model.attention import Attention, document_mask
 from moma.model.experts import RoutedGroup
-from moma.model.flops import forward_flops
+from moma.model.flops import forward_flops, router_stage_flops_per_token
 from moma.model.layers import rotary_angles
 from moma.model.routing import Routing
 from moma.model.transformer import ModelConfig, Transformer
@@ -134,6 +134,18 @@ def test_counted_flops_equal_the_flop_counter(groups):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens)
     counted = sum(forward_flops(model.config, VOCABULARY.size, (0.5, 0.5), 4, 16).values())
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_counted_flops_of_the_router_stage_equal_the_flop_counter():
+    model = build("moe_3t1i").requires_grad_(False)
+    for router in model.auxiliary_routers():
+        router.requires_grad_(True)
+    tokens = mixed_tokens(4, 16, 0)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        records = model(tokens, routing=Routing(record=True)).routers
+        sum(record.likelihood_NE.sum() for record in records).backward()
+    counted = 64 * router_stage_flops_per_token(model.config, VOCABULARY.size, (0.5, 0.5), 4, 16)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

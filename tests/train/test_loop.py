@@ -17,7 +17,8 @@ from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
 
 WORLD = World(torch.device("cpu"))
-GOLDEN = [(0.0, 0.0)] * 4
+# Text and image loss of the logged steps.
+GOLDEN = [(5.9659, 5.7526), (5.572, 4.3641), (4.9329, 3.8152), (4.852, 3.3661)]
 KEYS = {
     "step", "tokens", "flops", "loss", "loss_text", "loss_image", "learning_rate",
     "gradient_norm", "tokens_per_second",
@@ -95,13 +96,15 @@ def test_half_written_checkpoint_is_not_taken(tiny, tmp_path):
 
 
 def test_golden_losses(tiny, tmp_path):
-    """Guards the whole path; change the numbers only with a reason that is written down."""
+    """Guards the whole path; change the numbers only with a reason that is written down.
+
+    The tolerance leaves room for another processor's rounding, which may change a picture's codes.
+    """
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     losses = [(row["loss_text"], row["loss_image"]) for row in run.read_metrics()]
-    expected = GOLDEN
-    for (text, image), (golden_text, golden_image) in zip(losses, expected, strict=True):
-        assert text == pytest.approx(golden_text, abs=2e-3)
-        assert image == pytest.approx(golden_image, abs=2e-3)
+    for (text, image), (golden_text, golden_image) in zip(losses, GOLDEN, strict=True):
+        assert text == pytest.approx(golden_text, abs=0.02)
+        assert image == pytest.approx(golden_image, abs=0.02)
 
 
 def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path):
