@@ -6,6 +6,7 @@ to show. Chance is one in the number of objects.
 """
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
@@ -17,6 +18,7 @@ from PIL import Image
 from moma.data import sketches
 from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
+from moma.progress import Report
 from moma.tokenizers.image import ImageCodec, preprocess
 
 BATCH = 32
@@ -77,7 +79,8 @@ class Captioned:
     @property
     def right(self) -> bool:
         """Whether the caption names every object of the picture."""
-        return all(name in self.caption for name in self.sketch.names)
+        names = (re.escape(name) for name in self.sketch.names)
+        return all(re.search(rf"\b{name}\b", self.caption) for name in names)
 
 
 def seen_singles(objects: int, count: int, seed: int) -> list[Sketch]:
@@ -109,7 +112,11 @@ def held_out_compositions(objects: int, count: int, seed: int) -> list[Sketch]:
 
 
 def draw_sketches(
-    model: MixedModel, wanted: Sequence[Sketch], objects: int, sampling: Sampling
+    model: MixedModel,
+    wanted: Sequence[Sketch],
+    objects: int,
+    sampling: Sampling,
+    progress: Report = lambda done, note="": None,
 ) -> list[Drawn]:
     """Generate a picture for each caption and tell what it shows."""
     size = model.codec.config.picture_size
@@ -122,6 +129,7 @@ def draw_sketches(
             assert isinstance(picture, Image.Image)
             shows = tuple(nearest(picture, box) for box in sketch.boxes(size))
             drawn.append(Drawn(sketch, picture, shows))
+        progress(len(drawn))
     return drawn
 
 

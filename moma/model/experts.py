@@ -125,7 +125,9 @@ class RoutedGroup(ExpertGroup):
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, RouterRecord | None]:
-        logits_NE = widen(self.router(x_ND))
+        # Rounded scores would tie: the choice is made in fp32, whatever the rest is computed in.
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NE = functional.linear(widen(x_ND), widen(self.router.weight))
         if routing.by == "causal":
             return choose_causally(logits_NE, self.auxiliary(x_ND), eligible_N), None
         selection = choose_by_batch(logits_NE, eligible_N, self._capacity(eligible_N, routing))

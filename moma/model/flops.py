@@ -1,4 +1,4 @@
-"""Floating-point operations and parameters, counted from the configuration alone.
+"""Floating-point operations, counted from the configuration alone.
 
 The one place that counts: the trainer, the report and every comparison ask here. A multiply-add is
 two operations; attention counts the full S × S products, as `torch.utils.flop_counter` does;

@@ -68,7 +68,8 @@ def save_checkpoint(
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in checkpoints_in(folder)[:-keep]:
-            shutil.rmtree(old)
+            # Renamed first: a folder without `.partial` is always whole.
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))
     world.barrier()
 
 

@@ -36,9 +36,10 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     routers = [p for name, p in trainable if name.endswith(".router.weight")]
-    others = [p for name, p in trainable if not name.endswith(".router.weight")]
-    matrices = [p for p in others if p.ndim >= 2]
-    vectors = [p for p in others if p.ndim < 2]
+    others = [(name, p) for name, p in trainable if not name.endswith(".router.weight")]
+    # The norms of queries and keys have two dimensions: heads and their width.
+    vectors = [p for name, p in others if p.ndim < 2 or "_norm." in name]
+    matrices = [p for name, p in others if p.ndim >= 2 and "_norm." not in name]
     decay = config.weight_decay
     groups = [
         {"params": matrices, "weight_decay": decay, "rate": 1.0},

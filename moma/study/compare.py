@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Measured:
     metrics: list[dict[str, Any]]
     results: dict[str, dict[str, float | None]]
 
-    @property
+    @cached_property
     def mixed(self) -> MixedModel:
         """The model with its tokenizers."""
         return MixedModel.assemble(self.model, self.run.tokenizers, self.recipe.data.row_length)
@@ -203,7 +204,9 @@ def _chosen(
         for record in routers
         if bool(record.eligible_N[of_modality].any())
     ]
-    return np.stack(layers) if layers else None
+    # Groups may overlap; one that is of another size than the first is left out.
+    alike = [layer for layer in layers if len(layer) == len(layers[0])]
+    return np.stack(alike) if alike else None
 
 
 def _text_pieces(

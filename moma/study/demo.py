@@ -7,9 +7,11 @@ interrupted.
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,7 @@ from moma.runtime.world import World, local_device
 from moma.study import figures
 from moma.study.compare import Measured, add_comparison, measure, summary
 from moma.study.page import Page, captioned, grid, paragraph, table, tile
-from moma.train.loop import train
+from moma.train.loop import refuse_other_recipe, train
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN
 
@@ -75,6 +77,9 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
         if text.partition("=")[0].strip() in DECIDED:
             raise UserError(f"override '{text}': the demo decides that itself; use --out")
     recipe = read_recipe(Recipe, demo_recipe(), [f"data.path={out / 'data'}", *overrides])
+    recipes = [_of(recipe, name, out / name) for name in ARCHITECTURES]
+    for one in recipes:
+        refuse_other_recipe(Run(one.run), one)
     clock = Clock(out / "minutes.json")
     world = World(local_device())
     with clock("prepare"):
@@ -87,7 +92,6 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
             world.device,
             quiet,
         )
-    recipes = [_of(recipe, name, out / name) for name in ARCHITECTURES]
     with clock("train"):
         if world.device.type == "cpu":
             train_side_by_side(recipes, quiet)
@@ -102,7 +106,7 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
     with clock("evaluate", anew=True):
         measured = [measure(Run(out / name), quiet) for name in ARCHITECTURES]
     with clock("generate", anew=True):
-        sketches = {each.name: _sketch(each, recipe.seed) for each in measured}
+        sketches = {each.name: _sketch(each, recipe.seed, quiet) for each in measured}
     result = summary(measured) | {
         "codec": json.loads((out / "data" / "codec" / "metrics.json").read_text()),
         "sketches": {name: scores(*made) for name, made in sketches.items()},
@@ -141,25 +145,49 @@ def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
     Small models gain little from a second thread: two runs on one core each take less time than
     one after the other on both.
     """
-    threads = max(1, (os.cpu_count() or 1) // len(recipes))
-    steps = recipes[0].stage_config.steps
+    threads = max(1, torch.get_num_threads() // len(recipes))
     with ProcessPoolExecutor(len(recipes), multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(_train_alone, recipe, threads) for recipe in recipes]
-        with show_progress(f"train {' and '.join(ARCHITECTURES)}", steps, quiet) as report:
-            while not all(job.done() for job in jobs):
-                wait(jobs, timeout=1.0, return_when=FIRST_EXCEPTION)
-                if any(job.done() and job.exception() for job in jobs):
-                    break
-                rows = [_last_row(Run(recipe.run)) for recipe in recipes]
-                losses = [f"{row['loss']:.3f}" for row in rows if row]
-                report(min(row["step"] if row else 0 for row in rows), f"loss {' '.join(losses)}")
-        for job in jobs:
-            job.result()
+        try:
+            _watch(jobs, recipes, quiet)
+        except BaseException as error:
+            # What the others have done stays, up to their last checkpoint.
+            for child in multiprocessing.active_children():
+                child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "a training process was killed, perhaps for want of memory; "
+                    "the same command goes on from its last checkpoint"
+                ) from error
+            raise
+
+
+def _watch(jobs: Sequence[Future[None]], recipes: Sequence[Recipe], quiet: bool) -> None:
+    """Show how far the slowest run is until all are done; raises what one of them raises."""
+    steps = recipes[0].stage_config.steps
+    with show_progress(f"train {' and '.join(ARCHITECTURES)}", steps, quiet) as report:
+        while not all(job.done() for job in jobs):
+            for job in wait(jobs, timeout=1.0, return_when=FIRST_EXCEPTION).done:
+                job.result()
+            rows = [_last_row(Run(recipe.run)) for recipe in recipes]
+            losses = [f"{row['loss']:.3f}" for row in rows if row]
+            report(min(row["step"] if row else 0 for row in rows), f"loss {' '.join(losses)}")
+    for job in jobs:
+        job.result()
 
 
 def _train_alone(recipe: Recipe, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     train(recipe, World(local_device()), quiet=True)
+
+
+def _end_with_parent() -> None:
+    """A training that nobody waits for must not go on writing into a run that is begun again."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _last_row(run: Run) -> dict[str, Any] | None:
@@ -191,7 +219,7 @@ def _objects(recipe: Recipe) -> int:
     return min(counts)
 
 
-def _sketch(measured: Measured, seed: int) -> tuple[list[Drawn], list[Captioned]]:
+def _sketch(measured: Measured, seed: int, quiet: bool) -> tuple[list[Drawn], list[Captioned]]:
     """Pictures for captions and captions for pictures, by causal decoding."""
     objects = _objects(measured.recipe)
     model = measured.mixed
@@ -200,10 +228,9 @@ def _sketch(measured: Measured, seed: int) -> tuple[list[Drawn], list[Captioned]
     )
     shown: list[Sketch] = held_out_singles(objects, CAPTIONS // 2, seed)
     shown += held_out_compositions(objects, CAPTIONS - len(shown), seed + 1)
-    return (
-        draw_sketches(model, wanted, objects, SAMPLING),
-        caption_sketches(model, shown, SAMPLING),
-    )
+    with show_progress(f"draw with {measured.name}", len(wanted), quiet) as report:
+        drawn = draw_sketches(model, wanted, objects, SAMPLING, report)
+    return drawn, caption_sketches(model, shown, SAMPLING)
 
 
 def _write_report(

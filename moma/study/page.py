@@ -52,7 +52,8 @@ class Page:
             f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             f"<meta name='viewport' content='width=device-width'>"
             f"<title>{html.escape(self._title)}</title><style>{_STYLE}</style></head>"
-            f"<body><main>\n{body}\n</main></body></html>\n"
+            f"<body><main>\n{body}\n</main></body></html>\n",
+            encoding="utf-8",
         )
         partial.rename(path)
 

@@ -1,6 +1,7 @@
 """The training loop of every stage: batches in, steps, log rows and checkpoints out; resumable."""
 
 import json
+import math
 import time
 from typing import Any
 
@@ -15,12 +16,12 @@ from moma.model.transformer import Transformer
 from moma.progress import Report, show_progress
 from moma.recipe import write_recipe
 from moma.runs import Run, Tokenizers
-from moma.runtime.checkpoint import checkpoints_in, load_checkpoint, save_checkpoint
+from moma.runtime.checkpoint import checkpoints_in, load_checkpoint, read_state, save_checkpoint
 from moma.runtime.optimizer import learning_rate, make_optimizer
 from moma.runtime.sharding import shard
 from moma.runtime.world import World, can_compile
 from moma.train.recipe import Recipe
-from moma.train.restore import load_weights, read_run_recipe
+from moma.train.restore import is_finished, load_weights, newest_checkpoint, read_run_recipe
 from moma.train.step import Objective, Step, next_token_objective, router_objective
 from moma.vocabulary import IMAGE, TEXT, Vocabulary
 
@@ -99,7 +100,9 @@ class Trainer:
         if self.world.rank == 0:
             rows = self.run.read_metrics() if self.run.metrics.is_file() else []
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.done]
-            self.run.metrics.write_text("".join(kept))
+            partial = self.run.metrics.with_suffix(".partial")
+            partial.write_text("".join(kept))
+            partial.replace(self.run.metrics)
 
     def run_to_end(self, report: Report) -> None:
         """Train to the last step, logging and saving on the way."""
@@ -129,6 +132,7 @@ class Trainer:
         total = targets_M.sum()
         since = (self.done - 1) % self.config.log_every + 1
         tokens = self.done * self.tokens_per_step
+        gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         row = {
             "step": self.done,
             "tokens": tokens,
@@ -138,12 +142,12 @@ class Trainer:
             "loss_image": float(loss_M[IMAGE] / targets_M[IMAGE]) if targets_M[IMAGE] else None,
             "accuracy": float(correct_M.sum() / total),
             "learning_rate": rate,
-            "gradient_norm": float(norm.full_tensor() if isinstance(norm, DTensor) else norm),
+            "gradient_norm": gradient_norm,
             "tokens_per_second": since * self.tokens_per_step / seconds,
         }
-        if not torch.isfinite(loss_M).all():
+        if not (torch.isfinite(loss_M).all() and math.isfinite(gradient_norm)):
             raise UserError(
-                f"{self.run.path}: the loss is not finite at step {self.done}; "
+                f"{self.run.path}: the loss or its gradient is not finite at step {self.done}; "
                 "lower the learning rate or look at the data of the last steps"
             )
         return row
@@ -180,6 +184,9 @@ def _prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Tran
     routers = {p for router in model.auxiliary_routers() for p in router.parameters()}
     trains_routers = recipe.stage == "aux_router"
     if recipe.from_ is not None:
+        state = read_state(newest_checkpoint(Run(recipe.from_)))
+        if state["vocabulary"] != vocabulary.fingerprint:
+            raise UserError(f"{recipe.from_}: was trained with another vocabulary than the data's")
         load_weights(Run(recipe.from_), model)
     for parameter in model.parameters():
         parameter.requires_grad_((parameter in routers) == trains_routers)
@@ -192,15 +199,20 @@ def _prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Tran
     return model
 
 
+def refuse_other_recipe(run: Run, recipe: Recipe) -> None:
+    """Raise a `UserError` if the folder already holds a run of another recipe."""
+    before = read_run_recipe(run) if run.recipe.is_file() else recipe
+    if before != recipe:
+        raise UserError(
+            f"{run.path}: holds a run of another recipe ({_differences(before, recipe)}); "
+            "choose another folder with run=…, or delete this one"
+        )
+
+
 def _claim(run: Run, recipe: Recipe, data: Tokenizers) -> None:
     """Make the run folder, or check that it was made by this recipe."""
     if run.recipe.is_file():
-        before = read_run_recipe(run)
-        if before != recipe:
-            raise UserError(
-                f"{run.path}: holds a run of another recipe ({_differences(before, recipe)}); "
-                "choose another folder with run=…, or delete this one"
-            )
+        refuse_other_recipe(run, recipe)
         return
     if run.path.resolve() == data.path.resolve():
         raise UserError(f"{run.path}: holds the prepared data; choose another folder with run=…")
@@ -223,6 +235,9 @@ def _check_source(recipe: Recipe) -> None:
         )
     if recipe.stage == "aux_router" and all(g.experts == 1 for g in recipe.model.group_list):
         raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
+    if recipe.stage == "aux_router" and not is_finished(Run(recipe.from_)):
+        newest_checkpoint(Run(recipe.from_))  # says so if there is none
+        raise UserError(f"{recipe.from_}: is not trained to its end; go on with `moma train` first")
 
 
 def _differences(before: Any, after: Any) -> str:

@@ -68,8 +68,8 @@ def cross_entropy_sums(
     correct_N = (logits_NV.detach().argmax(-1) == target_N).to(logits_NV.dtype)
     return Losses(
         objective,
-        loss_N.detach() @ of_modality_NM,
-        correct_N @ of_modality_NM,
+        (loss_N.detach()[:, None] * of_modality_NM).sum(0),
+        (correct_N[:, None] * of_modality_NM).sum(0),
         of_modality_NM.sum(0),
     )
 
@@ -101,9 +101,9 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
         loss_NE = functional.binary_cross_entropy_with_logits(
             likelihood_NE, chosen_NE, reduction="none"
         )
-        loss_M = loss_M + loss_NE.sum(1) @ eligible_NM
+        loss_M = loss_M + (loss_NE.sum(1)[:, None] * eligible_NM).sum(0)
         right_NE = (likelihood_NE > 0) == (chosen_NE > 0)
-        correct_M = correct_M + right_NE.to(dtype).sum(1) @ eligible_NM
+        correct_M = correct_M + (right_NE.to(dtype).sum(1)[:, None] * eligible_NM).sum(0)
         targets_M = targets_M + chosen_NE.shape[1] * eligible_NM.sum(0)
     return Losses(loss_M.sum(), loss_M.detach(), correct_M, targets_M)
 

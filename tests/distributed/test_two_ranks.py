@@ -60,7 +60,8 @@ def on_two_ranks(job, *arguments) -> None:
 def sharded_steps(world: World, recipe: Recipe, out: Path) -> None:
     vocabulary, model, optimizer, step = build(recipe, world)
     data = batches_of(recipe, vocabulary, world.rank)
-    sums = [step([next(data)], 1e-2)[0] for _ in range(STEPS)]
+    taken = [step([next(data)], 1e-2) for _ in range(STEPS)]
+    sums, norms = [s for s, _ in taken], [norm.full_tensor() for _, norm in taken]
     state = {"data": data.get_state()}
     save_checkpoint(out, STEPS, model, optimizer, {"step": STEPS}, state, world, keep=1)
     # What was saved comes back, on the same ranks.
@@ -72,7 +73,7 @@ def sharded_steps(world: World, recipe: Recipe, out: Path) -> None:
         assert torch.equal(other.full_tensor(), fresh.full_tensor())
     sums.append(step([batch], 1e-2)[0])
     if world.rank == 0:
-        torch.save(torch.stack(sums), out / "sums.pt")
+        torch.save((torch.stack(sums), torch.stack(norms)), out / "sums.pt")
 
 
 @pytest.mark.parametrize("groups", ["dense", "moe_2t2i", "moe_3t1i"])
@@ -81,7 +82,8 @@ def test_two_ranks_equal_one_on_the_same_token_groups(tiny, tmp_path, groups):
     on_two_ranks(sharded_steps, recipe, tmp_path)
     vocabulary, model, _, step = build(recipe, World(torch.device("cpu")))
     data = [batches_of(recipe, vocabulary, rank) for rank in range(RANKS)]
-    sums = [step([next(part) for part in data], 1e-2)[0] for _ in range(STEPS)]
+    taken = [step([next(part) for part in data], 1e-2) for _ in range(STEPS)]
+    sums, norms = [s for s, _ in taken], [norm for _, norm in taken]
     sharded = recipe.build_model(vocabulary)
     load_model(tmp_path / f"step-{STEPS:08d}", sharded, World(torch.device("cpu")))
     for name, parameter in model.named_parameters():
@@ -89,7 +91,9 @@ def test_two_ranks_equal_one_on_the_same_token_groups(tiny, tmp_path, groups):
         torch.testing.assert_close(parameter, other, atol=1e-5, rtol=1e-4, msg=name)
     # One more step tells the optimizer's state.
     sums.append(step([next(part) for part in data], 1e-2)[0])
-    found = torch.load(tmp_path / "sums.pt", weights_only=True)
+    found, found_norms = torch.load(tmp_path / "sums.pt", weights_only=True)
+    # Before clipping and Adam, which hide a wrong scale of the gradient.
+    torch.testing.assert_close(found_norms, torch.stack(norms), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(found, torch.stack(sums), atol=1e-2, rtol=1e-4)
 
 

@@ -5,6 +5,7 @@ import torch
 
 from moma.data import sketches
 from moma.evaluate.sketches import (
+    Captioned,
     Drawn,
     NearestObject,
     Sketch,
@@ -61,6 +62,12 @@ def test_right_needs_the_right_object_in_the_right_place():
     picture = sketch.draw(32)
     assert Drawn(sketch, picture, ("apple", "axe")).right == (True, True)
     assert Drawn(sketch, picture, ("axe", "apple")).right == (False, False)
+
+
+def test_a_caption_names_whole_words():
+    picture = Sketch(("apple",), "flat").draw(16)
+    assert Captioned(Sketch(("apple",), "flat"), picture, "an apple, flat style").right
+    assert not Captioned(Sketch(("apple",), "flat"), picture, "a pineapple, flat style").right
 
 
 def test_prompts_are_what_they_say():

@@ -53,7 +53,7 @@ def test_cross_entropy_by_modality(labels, seed):
 
 
 def test_labels_are_shifted_exactly_once(tiny):
-    """On random tokens nothing can be predicted; a loss that sees its own input falls anyway."""
+    """Batches come with labels one ahead; the objective must take them as they are."""
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     batch = next(Batches(tiny.data, vocabulary, seed=0))
     tokens, labels, documents = batch.tokens_BS, batch.labels_BS, batch.documents_BS
