@@ -108,5 +108,8 @@ def test_a_file_that_is_no_vocabulary_is_named(tmp_path, content):
     path = tmp_path / "vocabulary.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match=r"vocabulary\.json: not a vocabulary.*moma prepare"):
+    message = r"vocabulary\.json: not a vocabulary.*moma prepare"
+    if content is None:
+        message = r"not prepared yet; run `moma prepare`"
+    with pytest.raises(UserError, match=message):
         Vocabulary.load(path)
