@@ -132,12 +132,15 @@ def _training_texts(data: DataConfig, documents: int) -> Iterator[str]:
             yield from (segment for segment in document.segments if isinstance(segment, str))
 
 
-def _pictures_of(data: DataConfig, held_out: bool) -> list[Picture]:
+def _pictures_of(data: DataConfig, held_out: bool, documents: int) -> list[Picture]:
+    chosen = (
+        (d for d in source.documents() if is_held_out(d, data.held_out) == held_out)
+        for source in data.sources
+    )
     return [
         segment
-        for source in data.sources
-        for document in source.documents()
-        if is_held_out(document, data.held_out) == held_out
+        for source in chosen
+        for document in islice(source, documents)
         for segment in document.segments
         if isinstance(segment, Picture)
     ]
@@ -153,7 +156,7 @@ def _make_codec(
     quiet: bool,
 ) -> None:
     """Train the codec, measure it on held-out pictures, and put both in place at once."""
-    pictures = PictureTensors(_pictures_of(data, held_out=False), config.picture_size)
+    pictures = PictureTensors(_pictures_of(data, False, training.documents), config.picture_size)
     if not len(pictures):
         raise UserError("no source holds a picture, so there is nothing to train a codec on")
     work = folder.with_name(folder.name + ".partial")
@@ -165,7 +168,7 @@ def _make_codec(
         codec = train_codec(
             config, training, pictures, seed=seed, device=device, folder=work, progress=note
         )
-    held_out = PictureTensors(_pictures_of(data, held_out=True), config.picture_size)
+    held_out = PictureTensors(_pictures_of(data, True, training.documents), config.picture_size)
     metrics = asdict(measure_codec(codec, held_out if len(held_out) else pictures))
     # A few held-out pictures may not need every code: its use is told from the training pictures.
     everything = measure_codec(codec, pictures)

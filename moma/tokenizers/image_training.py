@@ -37,6 +37,7 @@ class CodecTrainingConfig(Config):
     """How an image codec is trained.
 
     Attributes:
+        documents: how many documents of each source give their pictures, from the first on.
         steps: optimizer steps.
         batch_size: pictures in a step.
         learning_rate: its peak, reached after `warmup_steps`; a cosine then lowers it to a
@@ -49,6 +50,7 @@ class CodecTrainingConfig(Config):
         save_every: steps between two saves of the state, if there is a folder for it.
     """
 
+    documents: int = Field(default=1_000_000, ge=1)
     steps: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
