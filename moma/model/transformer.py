@@ -172,8 +172,8 @@ class Transformer(nn.Module):
 
         Matrices get a standard deviation of 1/√fan-in, so that a layer keeps the scale of what
         it reads; embeddings get 1, the scale at which a Swin-normed layer adds to them. The
-        experts of a router start from opposed directions, their mean being zero: they then want
-        different tokens, and fewer tokens are taken by nobody.
+        experts of a router start from opposed directions, their mean being zero, so that they
+        want different tokens.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
