@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from PIL import Image
+from pydantic import Field
+
+from moma.recipe import Config
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,41 @@ class Document:
         segments: text (`str`) and pictures, in order.
         held_out: whether the source itself keeps it from training; None leaves that to a hash
             of the name.
+        row: where it stands in the source, for messages: `captions.jsonl, row 12`.
     """
 
     name: str
     segments: tuple[Segment, ...]
     held_out: bool | None = None
+    row: str = ""
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A row that cannot be a document.
+
+    Attributes:
+        row: where it stands in the source: `captions.jsonl, row 12`.
+        reason: what is wrong and what to do.
+    """
+
+    row: str
+    reason: str
+
+
+class SourceConfig(Config):
+    """What every source's section of a recipe may say.
+
+    Attributes:
+        weight: how often its documents are drawn, relative to the other sources.
+        max_pictures: most pictures of a document; one with more goes on as further documents, so
+            that nothing is lost. Left out, any number.
+        held_out: share of the documents kept from training; left out, the recipe's.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    max_pictures: int | None = Field(default=None, ge=1)
+    held_out: float | None = Field(default=None, ge=0, lt=1)
 
 
 class Source(Protocol):
@@ -53,8 +86,12 @@ class Source(Protocol):
         """Name of the source: of its shards, and in messages."""
         ...
 
-    def documents(self) -> Iterator[Document]:
-        """Yield every document; raises `UserError` naming the row that cannot be read."""
+    def documents(self) -> Iterator[Document | Rejected]:
+        """Yield every row, in a fixed order: as a document, or as rejected with the reason.
+
+        Raises:
+            UserError: the source as a whole cannot be read.
+        """
         ...
 
 
