@@ -268,19 +268,22 @@ def short_definitions(name: str) -> tuple[str, ...]:
 
 
 def slots(relation: str, size: int) -> tuple[Box, Box]:
-    """Where a composition shows its two objects: squares of half the canvas, centred across.
+    """Where a composition shows its two objects: quarters of the canvas, from the top left.
+
+    All begin at a multiple of half the canvas, so that a picture's codes are the same in each.
 
     Raises:
         UserError: the relation is unknown.
     """
-    half, quarter = size // 2, size // 4
-    beside = Box(0, quarter, half, half + quarter), Box(half, quarter, size, half + quarter)
-    stacked = Box(quarter, 0, half + quarter, half), Box(quarter, half, half + quarter, size)
+    half = size // 2
+    corner, right, below = (
+        Box(left, top, left + half, top + half) for left, top in ((0, 0), (half, 0), (0, half))
+    )
     places = {
-        "left of": beside,
-        "right of": beside[::-1],
-        "above": stacked,
-        "below": stacked[::-1],
+        "left of": (corner, right),
+        "right of": (right, corner),
+        "above": (corner, below),
+        "below": (below, corner),
     }
     if relation not in places:
         raise UserError(f"relation '{relation}': use one of {', '.join(RELATIONS)}")

@@ -149,10 +149,10 @@ def test_illustrated_documents_interleave_definition_picture_and_caption():
 @pytest.mark.parametrize(
     ("relation", "first", "second"),
     [
-        ("left of", (0, 16, 32, 48), (32, 16, 64, 48)),
-        ("right of", (32, 16, 64, 48), (0, 16, 32, 48)),
-        ("above", (16, 0, 48, 32), (16, 32, 48, 64)),
-        ("below", (16, 32, 48, 64), (16, 0, 48, 32)),
+        ("left of", (0, 0, 32, 32), (32, 0, 64, 32)),
+        ("right of", (32, 0, 64, 32), (0, 0, 32, 32)),
+        ("above", (0, 0, 32, 32), (0, 32, 32, 64)),
+        ("below", (0, 32, 32, 64), (0, 0, 32, 32)),
     ],
 )
 def test_compositions_show_each_object_in_its_slot_on_white(relation, first, second):
