@@ -8,7 +8,7 @@ elementwise work is left out. Backward costs twice the forward.
 import math
 from collections.abc import Sequence
 
-from moma.model.transformer import ModelConfig
+from moma.model.architecture import ModelConfig
 from moma.vocabulary import MODALITIES
 
 

@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from moma.data.batches import DataConfig
-from moma.model.transformer import ModelConfig, Transformer
+from moma.model.architecture import ModelConfig
+from moma.model.transformer import Transformer
 from moma.recipe import Config
 from moma.runtime.optimizer import OptimizerConfig
 from moma.tokenizers.image import CodecConfig
