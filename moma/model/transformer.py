@@ -156,8 +156,9 @@ def require_sound(unsound_L: Tensor, where: str = "") -> None:
     Raises:
         UserError: naming the layer.
     """
-    if bool((unsound_L > 0).any()):
+    layers = unsound_L.nonzero().flatten().tolist()
+    if layers:
         raise UserError(
-            f"{where}a router of layer {int((unsound_L > 0).int().argmax())} gave a score that is NaN or "
-            "infinite; lower the learning rate or look at the data of the last steps"
+            f"{where}a router of layer {layers[0]} gave a score that is NaN or infinite; "
+            "lower the learning rate or look at the data of the last steps"
         )

@@ -84,6 +84,16 @@ class Recipe(Config):
     aux_router: RouterStageConfig = RouterStageConfig()
 
     @model_validator(mode="after")
+    def _every_modality_has_experts(self) -> "Recipe":
+        named = {name for group in self.model.group_list for name in group.modalities}
+        if unknown := sorted(named - set(MODALITIES)):
+            known = ", ".join(MODALITIES)
+            raise ValueError(f"model.groups: there is no modality '{unknown[0]}'; write {known}")
+        if missing := [name for name in MODALITIES if name not in named]:
+            raise ValueError(f"model.groups: no group takes '{missing[0]}' tokens; give it one")
+        return self
+
+    @model_validator(mode="after")
     def _router_stage_has_a_model(self) -> "Recipe":
         if self.stage == "aux_router" and self.from_ is None:
             raise ValueError("stage 'aux_router' needs from=RUN, the run whose routers it trains")
