@@ -3,13 +3,14 @@
 import json
 import math
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moma.data.batches import Batches
+from moma.data.batches import Batches, prepared_ahead
 from moma.errors import UserError
 from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
 from moma.model.transformer import Transformer
@@ -47,9 +48,11 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         _claim(run, recipe, data)
     world.barrier()
     trainer.resume()
-    with show_progress(
-        f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps, quiet or world.rank > 0
-    ) as report:
+    title, steps = f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps
+    with (
+        closing(trainer.batches),
+        show_progress(title, steps, quiet or world.rank > 0) as report,
+    ):
         trainer.run_to_end(report)
     return run
 
@@ -70,9 +73,10 @@ class Trainer:
             self.config.optimizer.clip,
             world,
         )
-        self.batches = Batches(
+        batches = Batches(
             recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
         )
+        self.batches = prepared_ahead(batches, recipe.data)
         self.fingerprint = vocabulary.fingerprint
         self.done = 0
         data = recipe.data
@@ -85,6 +89,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Restore the newest checkpoint, if there is one, and drop log rows that came after it."""
+        torch.manual_seed(self.recipe.seed + self.world.rank)  # dropout's; a checkpoint has its own
         found = checkpoints_in(self.run.checkpoints)
         if found:
             state, rank_state = load_checkpoint(found[-1], self.model, self.optimizer, self.world)
@@ -106,7 +111,8 @@ class Trainer:
 
     def run_to_end(self, report: Report) -> None:
         """Train to the last step, logging and saving on the way."""
-        sums, since = torch.zeros(3, 2, device=self.world.device), time.monotonic()
+        modalities = len(self.model.vocabulary.modalities)
+        sums, since = torch.zeros(3, modalities, device=self.world.device), time.monotonic()
         report(self.done)
         while self.done < self.config.steps:
             rate = learning_rate(self.config.optimizer, self.done, self.config.steps)
@@ -128,6 +134,7 @@ class Trainer:
 
     def _row(self, sums: Tensor, norm: Tensor, rate: float, seconds: float) -> dict[str, Any]:
         """A row of the log: means since the last row; reading the sums waits for the device."""
+        self.step.require_sound(f"{self.run.path}: until step {self.done}, ")
         loss_M, correct_M, targets_M = sums.double().cpu()
         total = targets_M.sum()
         since = (self.done - 1) % self.config.log_every + 1
@@ -233,7 +240,7 @@ def _check_source(recipe: Recipe) -> None:
             f"{recipe.from_}: was trained with another [model] "
             f"({_differences(before.model, recipe.model)}); use its recipe"
         )
-    if recipe.stage == "aux_router" and all(g.experts == 1 for g in recipe.model.group_list):
+    if recipe.stage == "aux_router" and not recipe.model.has_routers:
         raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
     if recipe.stage == "aux_router" and not is_finished(Run(recipe.from_)):
         newest_checkpoint(Run(recipe.from_))  # says so if there is none

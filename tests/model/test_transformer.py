@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moma.model.attention import Attention, document_mask
+from moma.model.attention import Attention, Sight, document_mask
 from moma.model.experts import RoutedGroup
 from moma.model.flops import forward_flops, router_stage_flops_per_token
 from moma.model.layers import rotary_angles
@@ -93,12 +93,12 @@ def test_row_attention_looks_over_documents():
 
 def test_attention_equals_a_slow_reference():
     torch.manual_seed(0)
-    attention = Attention(12, 2, query_key_norm=True).double()
+    attention = Attention(12, 2, 2, query_key_norm=True).double()
     x = torch.randn(1, 7, 12, dtype=torch.float64)
     documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
     angles = rotary_angles(positions, 6, 10_000.0)
-    got = attention(x, angles, document_mask(documents))[0].detach().numpy()
+    got = attention(x, angles, Sight(document_mask(documents)))[0].detach().numpy()
 
     def head(linear, norm, at, h):
         value = (linear.weight.detach().numpy() @ x[0, at].numpy()).reshape(2, 6)[h]
