@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moma.errors import UserError
+from moma.errors import StoppedError, UserError
 
 app = typer.Typer(
     name="moma",
@@ -37,11 +37,14 @@ def main() -> None:
     except UserError as error:
         print(f"moma: {error}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError as stop:
+        print(f"moma: {stop}", file=sys.stderr)
+        sys.exit(stop.CODE)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"moma: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
         sys.exit(2)
-    except SystemExit as stop:
-        if stop.code == 130:  # Typer's answer to Ctrl-C
+    except SystemExit as leave:
+        if leave.code == 130:  # Typer's answer to Ctrl-C
             print("moma: interrupted; the same command goes on from here", file=sys.stderr)
         raise
 
@@ -75,7 +78,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from moma.train.recipe import Recipe
 
     read = read_recipe(Recipe, recipe, overrides or ())
-    with join_world() as world:
+    with join_world(read.engine.timeout) as world:
         folder = run(read, world)
         if world.rank == 0:
             print(f"trained {folder.path}")

@@ -7,3 +7,13 @@ class UserError(Exception):
     The command line prints the message alone and exits with code 2; every other
     exception is a defect of the program and keeps its traceback.
     """
+
+
+class StoppedError(Exception):
+    """A signal ended the work early; what was done is saved, and the same command goes on.
+
+    The command line exits with `CODE`, "try again later" in sysexits.h, on which job scripts put
+    the job back into the queue.
+    """
+
+    CODE = 75

@@ -76,10 +76,11 @@ class DepthGate(nn.Module):
                 unsound, None
             )
         selection = self._choose(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
-        if not routing.record:
+        if not routing.reported:
             return selection, RouterReport(unsound, None)
         chosen_N1 = selection.chosen_NE(len(x_ND)).sum(1, keepdim=True)
-        record = RouterRecord(chosen_N1, widen(self.auxiliary(x_ND)), eligible_N, kind="depth")
+        likelihood_N1 = widen(self.auxiliary(x_ND)) if routing.record else None
+        record = RouterRecord(chosen_N1, likelihood_N1, eligible_N, logits_N1.detach(), "depth")
         return selection, RouterReport(unsound, record)
 
     def _choose(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:

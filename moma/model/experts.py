@@ -154,10 +154,11 @@ class RoutedGroup(ExpertGroup):
             selection = choose_causally(logits_NE, likelihood_NE, eligible_N)
             return selection, RouterReport(unsound, None)
         selection = choose_by_batch(logits_NE, eligible_N, self._capacity(eligible_N, routing))
-        if not routing.record:
+        if not routing.reported:
             return selection, RouterReport(unsound, None)
         chosen_NE = selection.chosen_NE(x_ND.shape[0])
-        record = RouterRecord(chosen_NE, widen(self.auxiliary(x_ND)), eligible_N)
+        likelihood_NE = widen(self.auxiliary(x_ND)) if routing.record else None
+        record = RouterRecord(chosen_NE, likelihood_NE, eligible_N, logits_NE.detach())
         return selection, RouterReport(unsound, record)
 
 

@@ -29,11 +29,18 @@ class Routing:
         capacity: slots of an expert under `choice`. `static` follows the recipe's modality shares,
             so that every shape is known beforehand; `actual` counts the batch's own tokens.
         record: whether routers report what they chose and what they foretold, to be trained on.
+        choices: whether they report what they chose alone, which costs next to nothing.
     """
 
     by: RoutingName = "choice"
     capacity: CapacityName = "static"
     record: bool = False
+    choices: bool = False
+
+    @property
+    def reported(self) -> bool:
+        """Whether routers report at all."""
+        return self.record or self.choices
 
 
 class Selection(NamedTuple):

@@ -1,32 +1,98 @@
 """Fully sharded data parallelism over the units that a model offers (MoMa §3: FSDP, all ranks)."""
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
+from moma.errors import UserError
+from moma.recipe import Config
+from moma.runtime.recompute import Recompute
 from moma.runtime.world import World
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTypeName = Literal["bf16", "fp32"]
 
-def shard(model: nn.Module, units: Iterable[nn.Module], world: World) -> None:
+
+class EngineConfig(Config):
+    """How a job uses its machines; the recipe of the model is the same on all.
+
+    Attributes:
+        compute: what products are computed in; left out, bf16 on a GPU and fp32 on a CPU.
+            Weights, optimizer and router scores are fp32 always.
+        reduce: what gradients are added up in between ranks.
+        replicate: copies of the sharded model: 1 shards it over all ranks; with more, each copy
+            is sharded over a part of the ranks, a node, say, and gradients are added up between
+            copies (hybrid sharding).
+        recompute: activations that are computed again instead of kept for the backward pass:
+            `none`, a whole `layer`'s, or `selective`: all but products and choices.
+        timeout: seconds after which a rank that does not answer is taken for lost.
+    """
+
+    compute: DTypeName | None = None
+    reduce: DTypeName = "fp32"
+    replicate: int = Field(1, ge=1)
+    recompute: Recompute = "none"
+    timeout: float = Field(600, gt=0)
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        """What products are computed in on a device."""
+        default: DTypeName = "bf16" if device.type == "cuda" else "fp32"
+        return DTYPES[self.compute or default]
+
+
+def shard(
+    model: nn.Module,
+    units: Iterable[nn.Module],
+    world: World,
+    config: EngineConfig = EngineConfig(),  # noqa: B008  frozen
+) -> None:
     """Shard each unit, then what is left of the model, over all ranks; a world of one stays whole.
 
-    On a GPU the units compute in bf16 and reduce their gradients in fp32.
+    Args:
+        model: is changed in place.
+        units: parts whose weights are gathered one by one; inner ones before those around them.
+        world: the ranks.
+        config: precision, and whether the model is replicated.
+
+    Raises:
+        UserError: the ranks cannot be divided between so many copies.
     """
+    if world.size % config.replicate:
+        raise UserError(
+            f"engine.replicate: {world.size} ranks cannot hold {config.replicate} copies of equal "
+            "size; choose a divisor"
+        )
     if world.mesh is None:
         return
-    policy = MixedPrecisionPolicy()
-    if world.device.type == "cuda":
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(
+        param_dtype=config.compute_dtype(world.device),
+        reduce_dtype=DTYPES[config.reduce],
+        # Activations are of that type by themselves; rotary angles have to stay fp32.
+        cast_forward_inputs=False,
+    )
+    mesh = _mesh(world, config)
     for module in (*units, model):
-        fully_shard(module, mesh=world.mesh, mp_policy=policy, shard_placement_fn=_shard_dimension)
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=_shard_dimension)
     if world.device.type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 # gloo cannot scale inside a reduction.
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def _mesh(world: World, config: EngineConfig) -> DeviceMesh:
+    """All ranks in one dimension, or copies × ranks of a copy."""
+    assert world.mesh is not None
+    if config.replicate == 1:
+        return world.mesh
+    shape = (config.replicate, world.size // config.replicate)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def _shard_dimension(parameter: nn.Parameter) -> Shard:

@@ -6,11 +6,16 @@ import sysconfig
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,12 +26,16 @@ class World:
         device: the device of this rank.
         rank, size: number of this process, and how many there are.
         mesh: one-dimensional mesh of all ranks; None for a single process.
+        writers: all ranks once more, on gloo, for the thread that writes checkpoints.
+        signals: and once more, for what is told beside the training.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None
+    writers: ProcessGroup | None = None
+    signals: ProcessGroup | None = None
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of a tensor over all ranks, without a wait for the host."""
@@ -55,18 +64,34 @@ def local_device() -> torch.device:
     return torch.device("cpu")
 
 
+def gather(value: T, group: ProcessGroup | None) -> list[T]:
+    """The value of every rank, in the order of ranks; of this one alone without a group."""
+    if group is None:
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size(group)
+    distributed.all_gather_object(values, value, group=group)
+    return values
+
+
 @contextmanager
-def join_world() -> Iterator[World]:
-    """Join the job that torchrun describes in the environment, or be a world of one."""
+def join_world(timeout: float = 600) -> Iterator[World]:
+    """Join the job that torchrun or Slurm describes in the environment, or be a world of one.
+
+    Args:
+        timeout: seconds after which a rank that does not answer is taken for lost.
+    """
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" not in os.environ:
         yield World(device)
         return
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    wait = timedelta(seconds=timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=wait)
     try:
         rank, size = distributed.get_rank(), distributed.get_world_size()
-        yield World(device, rank, size, init_device_mesh(device.type, (size,)))
+        writers, signals = (distributed.new_group(backend="gloo", timeout=wait) for _ in range(2))
+        yield World(device, rank, size, init_device_mesh(device.type, (size,)), writers, signals)
     finally:
         distributed.destroy_process_group()

@@ -40,7 +40,8 @@ from moma.runtime.world import World, local_device
 from moma.study import figures
 from moma.study.compare import Measured, add_comparison, measure, summary
 from moma.study.page import Page, captioned, grid, paragraph, table, tile
-from moma.train.loop import refuse_other_recipe, train
+from moma.train.changes import refuse_other_recipe
+from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN
 

@@ -1,30 +1,38 @@
-"""The training loop of every stage: batches in, steps, log rows and checkpoints out; resumable."""
+"""The training loop of every stage: batches in; steps, log rows and checkpoints out; resumable."""
 
-import json
-import math
+import sys
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from moma.data.batches import Batches, prepared_ahead
-from moma.errors import UserError
-from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
+from moma.data.batches import Batches, prepared_ahead, share_out
+from moma.errors import StoppedError, UserError
 from moma.model.transformer import Transformer
 from moma.progress import Report, show_progress
-from moma.recipe import write_recipe
 from moma.runs import Run, Tokenizers
-from moma.runtime.checkpoint import checkpoints_in, load_checkpoint, read_state, save_checkpoint
+from moma.runtime.checkpoint import (
+    CheckpointWriter,
+    load_checkpoint,
+    newest_whole,
+    read_rank_states,
+    read_state,
+    restore_random_state,
+)
+from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate, make_optimizer
-from moma.runtime.sharding import shard
-from moma.runtime.world import World, can_compile
+from moma.runtime.world import World
+from moma.train.changes import claim
+from moma.train.fault import Recent, raise_fault
+from moma.train.metrics import HostCopy, Window
 from moma.train.recipe import Recipe
-from moma.train.restore import is_finished, load_weights, newest_checkpoint, read_run_recipe
-from moma.train.step import Objective, Step, next_token_objective, router_objective
-from moma.vocabulary import IMAGE, TEXT, Vocabulary
+from moma.train.stages import check_source, flops_per_token, objective_of, origin, prepare_model
+from moma.train.statistics import Statistics
+from moma.train.step import Step
+from moma.train.tracking import Tracker, make_trackers
+from moma.train.watch import Watch
+from moma.vocabulary import Vocabulary
 
 
 def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
@@ -34,26 +42,25 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         The run folder, finished.
 
     Raises:
-        UserError: the run folder belongs to another recipe, or something the recipe needs is
-            missing.
+        UserError: the run folder belongs to another recipe, something the recipe needs is missing,
+            or the loss went wrong.
+        StoppedError: a signal ended it; what was done is saved.
     """
     run = Run(recipe.run)
     data = Tokenizers(recipe.data.path)
     vocabulary = Vocabulary.load(data.vocabulary)
-    _check_source(recipe)
-    model = _prepare_model(recipe, vocabulary, world)
+    check_source(recipe)
+    model = prepare_model(recipe, vocabulary, world)
     trainer = Trainer(recipe, run, model, vocabulary, world)
     # Last: a recipe that cannot be trained leaves no run behind.
-    if world.rank == 0:
-        _claim(run, recipe, data)
-    world.barrier()
-    trainer.resume()
+    claim(run, recipe, data, world)
     title, steps = f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps
-    with (
-        closing(trainer.batches),
-        show_progress(title, steps, quiet or world.rank > 0) as report,
-    ):
-        trainer.run_to_end(report)
+    with ExitStack() as stack:
+        asked = stack.enter_context(interruption(world))
+        stack.enter_context(closing(trainer))
+        trainer.resume()
+        report = stack.enter_context(show_progress(title, steps, quiet or world.rank > 0))
+        trainer.run_to_end(report, asked)
     return run
 
 
@@ -65,189 +72,191 @@ class Trainer:
     ):
         self.recipe, self.config, self.run = recipe, recipe.stage_config, run
         self.model, self.world = model, world
+        self.fingerprint = vocabulary.fingerprint
         self.optimizer = make_optimizer(model, self.config.optimizer)
+        self.watch = Watch(self.config, world.device)
         self.step = Step(
             model,
             self.optimizer,
-            _objective(recipe, world.device),
+            objective_of(recipe, world.device),
             self.config.optimizer.clip,
             world,
+            self.watch,
+            recipe.engine.compute_dtype(world.device),
         )
         batches = Batches(
             recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
         )
         self.batches = prepared_ahead(batches, recipe.data)
-        self.fingerprint = vocabulary.fingerprint
-        self.done = 0
-        data = recipe.data
-        self.tokens_per_step = data.rows * data.row_length * self.config.micro_batches * world.size
-        routers = recipe.stage == "aux_router"
-        count = router_stage_flops_per_token if routers else training_flops_per_token
-        self.flops_per_token = count(
-            recipe.model, vocabulary.size, recipe.shares, data.rows, data.row_length
+        self.recent = Recent()
+        self.done, self.tokens, self.origin = 0, 0, origin(recipe)
+        self.flops_per_token = flops_per_token(recipe, vocabulary)
+        self.window = Window(recipe, model, self.flops_per_token, world)
+        self.micro_batches = self.config.micro_batches
+        self.writer = CheckpointWriter(
+            run.checkpoints, world, self.config.keep_checkpoints, self.config.keep_every
         )
+        self.trackers: list[Tracker] = []
 
     def resume(self) -> None:
-        """Restore the newest checkpoint, if there is one, and drop log rows that came after it."""
-        torch.manual_seed(self.recipe.seed + self.world.rank)  # dropout's; a checkpoint has its own
-        found = checkpoints_in(self.run.checkpoints)
-        if found:
-            state, rank_state = load_checkpoint(found[-1], self.model, self.optimizer, self.world)
-            if rank_state is None:
-                raise UserError(
-                    f"{found[-1]}: was written by {state['world_size']} ranks; "
-                    f"go on with as many, not {self.world.size}"
-                )
+        """Restore the newest whole checkpoint, if there is one, and drop log rows beyond it."""
+        path, damaged = newest_whole(self.run.checkpoints, self.world)
+        if self.world.rank == 0:
+            for message in damaged:
+                print(f"{message}; goes on from {path.name if path else ''}", file=sys.stderr)
+                broken = self.run.checkpoints / message.partition(":")[0].rpartition("/")[2]
+                broken.rename(broken.with_suffix(".damaged"))
+        # Dropout's and the noise's; a checkpoint has its own.
+        torch.manual_seed(self.recipe.seed + self.world.rank)
+        rank_state = None
+        if path is None:
+            self._set_data(list(self.origin.data))
+        else:
+            state, rank_states = read_state(path), read_rank_states(path)
             if state["vocabulary"] != self.fingerprint:
-                raise UserError(f"{found[-1]}: was trained with another vocabulary than the data's")
-            self.done = state["step"]
-            self.batches.set_state(rank_state["data"])
+                raise UserError(f"{path}: was trained with another vocabulary than the data's")
+            load_checkpoint(path, self.model, self.optimizer, self.world)
+            self._set_counters(state)
+            self._set_data([each["data"] for each in rank_states])
+            if len(rank_states) == self.world.size:
+                rank_state = rank_states[self.world.rank]
         if self.world.rank == 0:
-            rows = self.run.read_metrics() if self.run.metrics.is_file() else []
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= self.done]
-            partial = self.run.metrics.with_suffix(".partial")
-            partial.write_text("".join(kept))
-            partial.replace(self.run.metrics)
+            self.trackers = make_trackers(self.recipe.tracking, self.run, self.done)
+        # Nothing may draw a random number between here and the first step.
+        if rank_state is not None:
+            restore_random_state(rank_state)
 
-    def run_to_end(self, report: Report) -> None:
-        """Train to the last step, logging and saving on the way."""
-        modalities = len(self.model.vocabulary.modalities)
-        sums, since = torch.zeros(3, modalities, device=self.world.device), time.monotonic()
+    def run_to_end(self, report: Report, asked: Interruption) -> None:
+        """Train to the last step, logging and saving on the way.
+
+        Raises:
+            UserError: a loss was not finite or exploded, or a checkpoint cannot be written.
+            StoppedError: a signal came; the work is saved.
+        """
         report(self.done)
+        self.window.restart_clock()
         while self.done < self.config.steps:
-            rate = learning_rate(self.config.optimizer, self.done, self.config.steps)
-            batches = [next(self.batches) for _ in range(self.config.micro_batches)]
-            step_sums, norm = self.step(batches, rate)
-            sums += step_sums
-            self.done += 1
+            self._take_step(report)
             last = self.done == self.config.steps
-            if self.done % self.config.log_every == 0 or last:
-                row = self._row(sums, norm, rate, time.monotonic() - since)
-                sums, since = torch.zeros_like(sums), time.monotonic()
-                self._log(row)
-                report(
-                    self.done, f"loss {row['loss']:.3f}  {row['tokens_per_second']:,.0f} tokens/s"
-                )
-            if self.done % self.config.checkpoint_every == 0 or last:
+            signal = asked.agreed()
+            if self.done % self.config.checkpoint_every == 0 or last or signal:
+                self._write_row(report)
                 self._save()
-                since = time.monotonic()
+                self.window.restart_clock()
+            if signal and not last:
+                self.writer.wait()
+                raise StoppedError(
+                    f"{self.run.path}: stopped by {signal} after step {self.done}, which is saved; "
+                    "the same command goes on from here"
+                )
+        self.writer.wait()
 
-    def _row(self, sums: Tensor, norm: Tensor, rate: float, seconds: float) -> dict[str, Any]:
-        """A row of the log: means since the last row; reading the sums waits for the device."""
-        self.step.require_sound(f"{self.run.path}: until step {self.done}, ")
-        loss_M, correct_M, targets_M = sums.double().cpu()
-        total = targets_M.sum()
-        since = (self.done - 1) % self.config.log_every + 1
-        tokens = self.done * self.tokens_per_step
-        gradient_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        row = {
-            "step": self.done,
-            "tokens": tokens,
-            "flops": tokens * self.flops_per_token,
-            "loss": float(loss_M.sum() / total),
-            "loss_text": float(loss_M[TEXT] / targets_M[TEXT]) if targets_M[TEXT] else None,
-            "loss_image": float(loss_M[IMAGE] / targets_M[IMAGE]) if targets_M[IMAGE] else None,
-            "accuracy": float(correct_M.sum() / total),
-            "learning_rate": rate,
-            "gradient_norm": gradient_norm,
-            "tokens_per_second": since * self.tokens_per_step / seconds,
-        }
-        if not (torch.isfinite(loss_M).all() and math.isfinite(gradient_norm)):
-            raise UserError(
-                f"{self.run.path}: the loss or its gradient is not finite at step {self.done}; "
-                "lower the learning rate or look at the data of the last steps"
+    def close(self) -> None:
+        """End threads and close files."""
+        self.writer.close()
+        self.batches.close()
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _take_step(self, report: Report) -> None:
+        rate = learning_rate(self.config.optimizer, self.done, self.config.steps)
+        begun = time.monotonic()
+        batches = [next(self.batches) for _ in range(self.micro_batches)]
+        waiting = time.monotonic() - begun
+        step = self.done + 1
+        logs = step % self.config.log_every == 0 or step == self.config.steps
+        statistics = Statistics(self.model, self.recipe.engine.replicate) if logs else None
+        self.watch.begin(step)
+        self.recent.add(step, batches)
+        sums, norm = self.step(batches, rate, statistics)
+        # The row of the step before: its copy has arrived while this step was launched.
+        self._write_row(report)
+        self.done = step
+        tokens = sum(batch.tokens_BS.size for batch in batches) * self.world.size
+        self.tokens += tokens
+        self.window.add(sums, tokens, waiting)
+        if statistics is not None:
+            self.window.close_row(
+                {
+                    "step": self.done,
+                    "tokens": self.origin.tokens + self.tokens,
+                    "flops": self.origin.flops + self.tokens * self.flops_per_token,
+                    "learning_rate": rate,
+                    "skipped": self.watch.skipped,
+                },
+                {"norm": norm, "first": self.watch.first},
+                {"unsound": self.step.unsound_L, **statistics.sums},
             )
-        return row
 
-    def _log(self, row: dict[str, Any]) -> None:
-        if self.world.rank == 0:
-            with self.run.metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+    def _write_row(self, report: Report) -> None:
+        """Write the row that is on its way, if there is one."""
+        found = self.window.finish_row()
+        if found is None:
+            return
+        row, tensors = found
+        self._refuse_fault(row["step"], tensors, row["loss"])
+        for tracker in self.trackers:
+            tracker.write(row)
+        loss = "none" if row["loss"] is None else f"{row['loss']:.3f}"
+        left = time.strftime("%H:%M:%S", time.gmtime(row["seconds_left"] % 86_400))
+        days = int(row["seconds_left"] // 86_400)
+        report(
+            row["step"],
+            f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s  MFU {row['mfu']:.0%}  "
+            f"{row['peak_memory'] / 2**30:.1f} GiB  {f'{days} d ' if days else ''}{left} left",
+        )
 
     def _save(self) -> None:
-        state = {"step": self.done, "vocabulary": self.fingerprint}
-        save_checkpoint(
-            self.run.checkpoints,
-            self.done,
-            self.model,
-            self.optimizer,
-            state,
-            {"data": self.batches.get_state()},
-            self.world,
-            self.config.keep_checkpoints,
-        )
+        if self.done % self.config.log_every:  # in the middle of a row
+            unsound = self.world.sum(self.step.unsound_L.float())
+            tensors = HostCopy({"first": self.watch.first, "unsound": unsound}).read()
+            self._refuse_fault(self.done, tensors, None)
+        for tracker in self.trackers:
+            tracker.sync()
+        state = {
+            "step": self.done,
+            "tokens": self.origin.tokens + self.tokens,
+            "flops": self.origin.flops + self.tokens * self.flops_per_token,
+            "tokens_before": self.origin.tokens,
+            "flops_before": self.origin.flops,
+            "learning_rate": learning_rate(self.config.optimizer, self.done, self.config.steps),
+            "micro_batches": self.micro_batches,
+            "vocabulary": self.fingerprint,
+            "window": self.window.get_state(),
+            "watch": self.watch.get_state(),
+            "recipe": self.recipe.model_dump(mode="json", by_alias=True),
+        }
+        own = {"data": self.batches.get_state()}
+        self.writer.save(self.done, self.model, self.optimizer, state, own)
 
+    def _refuse_fault(self, step: int, tensors: dict[str, torch.Tensor], loss: Any) -> None:
+        at_fault = bool(tensors["first"]) and not self.watch.skips
+        if at_fault or tensors["unsound"].any():
+            raise_fault(self.run, self.world, self.recent, step, tensors, loss)
+        self.recent.forget(step)
 
-def _objective(recipe: Recipe, device: torch.device) -> Objective:
-    if recipe.stage == "aux_router":
-        return router_objective
-    compiled = recipe.pretrain.compile and can_compile(device)
-    return next_token_objective(recipe.pretrain.z_loss, compiled)
+    def _set_counters(self, state: dict[str, Any]) -> None:
+        self.done = state["step"]
+        self.tokens = state["tokens"] - state["tokens_before"]
+        before = self.origin._replace(tokens=state["tokens_before"], flops=state["flops_before"])
+        self.origin = before
+        self.window.set_state(state["window"])
+        self.watch.set_state(state["watch"])
+        asked_then = state["recipe"][self.recipe.stage]["micro_batches"]
+        if asked_then == self.config.micro_batches:
+            # As many micro-batches a step as before, whatever the number of ranks.
+            together = state["micro_batches"] * state["world_size"]
+            if together % self.world.size:
+                raise UserError(
+                    f"{self.run.path}: {self.world.size} ranks cannot share the {together} "
+                    f"micro-batches of a step; use {state['world_size']} ranks, or give a step "
+                    f"another size by {self.recipe.stage}.micro_batches"
+                )
+            self.micro_batches = together // self.world.size
 
-
-def _prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Transformer:
-    """Build, load, freeze what the stage does not train, compile, shard: in this order."""
-    model = recipe.build_model(vocabulary).to(world.device)
-    routers = {p for router in model.auxiliary_routers() for p in router.parameters()}
-    trains_routers = recipe.stage == "aux_router"
-    if recipe.from_ is not None:
-        state = read_state(newest_checkpoint(Run(recipe.from_)))
-        if state["vocabulary"] != vocabulary.fingerprint:
-            raise UserError(f"{recipe.from_}: was trained with another vocabulary than the data's")
-        load_weights(Run(recipe.from_), model)
-    for parameter in model.parameters():
-        parameter.requires_grad_((parameter in routers) == trains_routers)
-    if trains_routers:
-        model.eval()
-    if recipe.stage_config.compile and can_compile(world.device):
-        for unit in model.units():
-            unit.compile(fullgraph=True)
-    shard(model, model.units(), world)
-    return model
-
-
-def refuse_other_recipe(run: Run, recipe: Recipe) -> None:
-    """Raise a `UserError` if the folder already holds a run of another recipe."""
-    before = read_run_recipe(run) if run.recipe.is_file() else recipe
-    if before != recipe:
-        raise UserError(
-            f"{run.path}: holds a run of another recipe ({_differences(before, recipe)}); "
-            "choose another folder with run=…, or delete this one"
-        )
-
-
-def _claim(run: Run, recipe: Recipe, data: Tokenizers) -> None:
-    """Make the run folder, or check that it was made by this recipe."""
-    if run.recipe.is_file():
-        refuse_other_recipe(run, recipe)
-        return
-    if run.path.resolve() == data.path.resolve():
-        raise UserError(f"{run.path}: holds the prepared data; choose another folder with run=…")
-    run.path.mkdir(parents=True, exist_ok=True)
-    data.copy_to(run.tokenizers)
-    partial = run.recipe.with_suffix(".partial")
-    write_recipe(recipe, partial)
-    partial.rename(run.recipe)
-
-
-def _check_source(recipe: Recipe) -> None:
-    """Refuse to train routers where there is nothing to choose, or on another architecture."""
-    if recipe.from_ is None:
-        return
-    before = read_run_recipe(Run(recipe.from_))
-    if before.model != recipe.model:
-        raise UserError(
-            f"{recipe.from_}: was trained with another [model] "
-            f"({_differences(before.model, recipe.model)}); use its recipe"
-        )
-    if recipe.stage == "aux_router" and not recipe.model.has_routers:
-        raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
-    if recipe.stage == "aux_router" and not is_finished(Run(recipe.from_)):
-        newest_checkpoint(Run(recipe.from_))  # says so if there is none
-        raise UserError(f"{recipe.from_}: is not trained to its end; go on with `moma train` first")
-
-
-def _differences(before: Any, after: Any) -> str:
-    """Top-level keys whose values differ, for a message."""
-    old, new = before.model_dump(mode="json"), after.model_dump(mode="json")
-    return ", ".join(f"'{key}' differs" for key in old if old[key] != new[key])
+    def _set_data(self, states: list[dict[str, Any]]) -> None:
+        """Go on with the data where ranks stood, now perhaps as many others."""
+        if states and len(states) != self.world.size:
+            states = share_out(states, self.world.size)
+        if states:
+            self.batches.set_state(states[self.world.rank])

@@ -10,9 +10,11 @@ from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
 from moma.recipe import Config
 from moma.runtime.optimizer import OptimizerConfig
+from moma.runtime.sharding import EngineConfig
 from moma.tokenizers.image import CodecConfig
 from moma.tokenizers.image_training import CodecTrainingConfig
 from moma.tokenizers.text import TextTokenizerConfig
+from moma.train.tracking import TrackingConfig
 from moma.vocabulary import IMAGE, MODALITIES, Vocabulary
 
 
@@ -25,6 +27,10 @@ class StageConfig(Config):
         log_every: steps between rows of `metrics.jsonl`; a row is the mean over them.
         checkpoint_every: steps between checkpoints, a multiple of `log_every`.
         keep_checkpoints: how many of the newest stay.
+        keep_every: checkpoints at multiples of so many steps stay as well; 0: none.
+        on_fault: what happens when a loss or gradient is not finite or explodes: `stop`, with what
+            `moma replay` needs, or `skip` the step and count it.
+        explosion: a loss so many times its recent mean has exploded; 0: none has.
         z_loss: weight of (log Z)², which keeps logits from drifting (Chameleon §2.3.2).
         compile: whether layers run as compiled graphs.
     """
@@ -34,6 +40,9 @@ class StageConfig(Config):
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)
+    on_fault: Literal["stop", "skip"] = "stop"
+    explosion: float = Field(5.0, ge=0)
     z_loss: float = 1e-5
     compile: bool = True
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -46,6 +55,16 @@ class StageConfig(Config):
                 f"log_every ({self.log_every}), so that no row of metrics.jsonl is cut in two"
             )
         return self
+
+
+class UpcycleStageConfig(StageConfig):
+    """How a grown model is trained (MoMa §2.5).
+
+    Attributes:
+        noise: whether router scores are sigmoid(z + G′ − G″) with Gumbel noise while it trains.
+    """
+
+    noise: bool = True
 
 
 class RouterOptimizerConfig(OptimizerConfig):
@@ -68,19 +87,23 @@ class Recipe(Config):
     Attributes:
         seed: of every random choice: data order, weights, codec.
         run: the folder that `moma train` writes.
-        stage: what `moma train` does: `pretrain`, or `aux_router` on the finished run `from`.
+        stage: what `moma train` does: `pretrain`; `upcycle`, which grows the seed run `from`; or
+            `aux_router` on the finished run `from`.
     """
 
     seed: int = 0
     run: Path = Path("runs/run")
-    stage: Literal["pretrain", "aux_router"] = "pretrain"
+    stage: Literal["pretrain", "upcycle", "aux_router"] = "pretrain"
     from_: Path | None = Field(None, alias="from")
     text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
     codec: CodecConfig = CodecConfig()
     codec_training: CodecTrainingConfig = CodecTrainingConfig()
     data: DataConfig
     model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
     pretrain: StageConfig = StageConfig()
+    upcycle: UpcycleStageConfig = UpcycleStageConfig()
     aux_router: RouterStageConfig = RouterStageConfig()
 
     @model_validator(mode="after")
@@ -94,15 +117,21 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _router_stage_has_a_model(self) -> "Recipe":
+    def _stage_has_a_model(self) -> "Recipe":
         if self.stage == "aux_router" and self.from_ is None:
             raise ValueError("stage 'aux_router' needs from=RUN, the run whose routers it trains")
+        if self.stage == "upcycle" and self.from_ is None:
+            raise ValueError("stage 'upcycle' needs from=RUN, the seed that it grows")
         return self
 
     @property
     def stage_config(self) -> StageConfig:
         """The settings of the stage that the recipe names."""
-        return self.pretrain if self.stage == "pretrain" else self.aux_router
+        return {
+            "pretrain": self.pretrain,
+            "upcycle": self.upcycle,
+            "aux_router": self.aux_router,
+        }[self.stage]
 
     @property
     def shares(self) -> tuple[float, ...]:

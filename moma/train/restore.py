@@ -1,12 +1,13 @@
 """From a run folder back to a model."""
 
+import sys
 from pathlib import Path
 
 from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.recipe import read_recipe
 from moma.runs import Run
-from moma.runtime.checkpoint import checkpoints_in, load_model, read_state
+from moma.runtime.checkpoint import checkpoints_in, load_model, newest_whole, read_state
 from moma.runtime.world import World, local_device
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
@@ -24,15 +25,17 @@ def read_run_recipe(run: Run) -> Recipe:
 
 
 def newest_checkpoint(run: Run) -> Path:
-    """The newest whole checkpoint of a run.
+    """The newest checkpoint of a run whose files are all as they were written.
 
     Raises:
         UserError: there is none.
     """
-    found = checkpoints_in(run.require().checkpoints)
-    if not found:
+    found, damaged = newest_whole(run.require().checkpoints, World(local_device()))
+    if found is None:
         raise UserError(f"{run.path}: has no checkpoint yet; go on with `moma train`")
-    return found[-1]
+    for message in damaged:
+        print(f"{message}; takes {found.name}", file=sys.stderr)
+    return found
 
 
 def load_weights(run: Run, model: Transformer) -> None:

@@ -8,14 +8,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
 from moma.data.packing import NO_LABEL, Batch
+from moma.model.auxiliary import RouterRecord
 from moma.model.layers import widen
 from moma.model.routing import Routing
-from moma.model.transformer import Transformer, require_sound
+from moma.model.transformer import Transformer
 from moma.runtime.world import World
+from moma.train.statistics import Statistics
+from moma.train.watch import Watch
 from moma.vocabulary import MODALITIES
 
 
@@ -35,6 +39,7 @@ class Losses(NamedTuple):
         objective: what is minimised, a differentiable sum.
         loss_M, correct_M, targets_M: loss, right answers and targets of each modality.
         unsound_L: the layers in which a router's score was NaN or infinite; see `ModelOutput`.
+        routers: what the routers did.
     """
 
     objective: Tensor
@@ -42,6 +47,7 @@ class Losses(NamedTuple):
     correct_M: Tensor
     targets_M: Tensor
     unsound_L: Tensor | None = None
+    routers: Sequence[RouterRecord] = ()
 
 
 Objective = Callable[[Transformer, DeviceBatch], Losses]
@@ -86,7 +92,7 @@ def next_token_objective(z_loss: float, compiled: bool) -> Objective:
     sums = torch.compile(cross_entropy_sums, fullgraph=True) if compiled else cross_entropy_sums
 
     def objective(model: Transformer, batch: DeviceBatch) -> Losses:
-        output = model(batch.tokens, batch.documents, batch.positions)
+        output = model(batch.tokens, batch.documents, batch.positions, Routing(choices=True))
         losses = sums(
             output.logits_BSV.flatten(0, 1),
             batch.labels.flatten(),
@@ -94,7 +100,7 @@ def next_token_objective(z_loss: float, compiled: bool) -> Objective:
             z_loss,
             len(model.vocabulary.modalities),
         )
-        return losses._replace(unsound_L=output.unsound_L)
+        return losses._replace(unsound_L=output.unsound_L, routers=output.routers)
 
     return objective
 
@@ -109,8 +115,9 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
     modalities = len(model.vocabulary.modalities)
     modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()], modalities, dtype)
     loss_M, correct_M, targets_M = modality_NM.new_zeros(3, modalities)
-    for chosen_NE, likelihood_NE, eligible_N, _ in output.routers:
+    for chosen_NE, likelihood_NE, eligible_N, *_ in output.routers:
         eligible_NM = modality_NM * eligible_N[:, None]
+        assert likelihood_NE is not None
         loss_NE = functional.binary_cross_entropy_with_logits(
             likelihood_NE, chosen_NE, reduction="none"
         )
@@ -118,7 +125,9 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
         right_NE = (likelihood_NE > 0) == (chosen_NE > 0)
         correct_M = correct_M + (right_NE.to(dtype).sum(1)[:, None] * eligible_NM).sum(0)
         targets_M = targets_M + chosen_NE.shape[1] * eligible_NM.sum(0)
-    return Losses(loss_M.sum(), loss_M.detach(), correct_M, targets_M, output.unsound_L)
+    return Losses(
+        loss_M.sum(), loss_M.detach(), correct_M, targets_M, output.unsound_L, output.routers
+    )
 
 
 class Step:
@@ -135,22 +144,36 @@ class Step:
         objective: Objective,
         clip: float,
         world: World,
+        watch: Watch | None = None,
+        precision: torch.dtype | None = None,
     ):
+        """Set up.
+
+        Args:
+            model: to be trained, sharded or whole.
+            optimizer: its groups have a `rate`.
+            objective: what the stage minimises.
+            clip: largest norm of the gradient.
+            world: the ranks.
+            watch: judges each step, and may have it skipped.
+            precision: what an unsharded model computes products in; left out, bf16 on a GPU.
+                Elsewhere the sharding decides.
+        """
         self.model, self.optimizer, self.objective = model, optimizer, objective
-        self.clip, self.world = clip, world
+        self.clip, self.world, self.watch = clip, world, watch
+        on_gpu = world.device.type == "cuda"
+        self._low = precision == torch.bfloat16 if precision else on_gpu
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self._unsound_L = torch.zeros(len(model.layers), dtype=torch.bool, device=world.device)
 
-    def __call__(self, batches: Sequence[Batch], learning_rate: float) -> tuple[Tensor, Tensor]:
-        """Take one step."""
-        modalities = len(self.model.vocabulary.modalities)
-        sums = torch.zeros(3, modalities, device=self.world.device)
-        for batch in batches:
-            with self._precision():
-                losses = self.objective(self.model, to_device(batch, self.world.device))
-            losses.objective.backward()
-            self._note(losses.unsound_L)
-            sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        learning_rate: float,
+        statistics: Statistics | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Take one step; `statistics`, if given, sees its last micro-batch and its gradients."""
+        sums, unsound_L = self._backward(batches, statistics)
         self.world.sum(sums)
         # Sharding averages gradients over the ranks; the loss is a mean over all their targets.
         scale = self.world.size / sums[2].sum().clamp(min=1)
@@ -158,34 +181,60 @@ class Step:
             if parameter.grad is None:
                 raise RuntimeError("a trainable parameter took no part in the step")
             parameter.grad.mul_(scale)
-        norm = nn.utils.clip_grad_norm_(self.trainable, self.clip)
+        if statistics is not None:
+            statistics.see_gradients()
+        norm = self._clip()
+        if self.watch is not None:
+            sound = self.watch.judge(sums[0].sum() / sums[2].sum().clamp(min=1), norm)
+            if self.watch.refuses(sound):
+                self.optimizer.zero_grad(set_to_none=True)
+                return torch.zeros_like(sums), torch.zeros_like(norm)
+        self._note(unsound_L)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return sums, norm
 
-    def require_sound(self, where: str) -> None:
-        """Refuse router scores of any step so far that were NaN or infinite, on any rank.
+    def _backward(
+        self, batches: Sequence[Batch], statistics: Statistics | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add up gradients; returns this rank's sums and the layers with unsound scores."""
+        sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
+        unsound_L = torch.zeros_like(self._unsound_L)
+        for index, batch in enumerate(batches):
+            on_device = to_device(batch, self.world.device)
+            with self._precision():
+                losses = self.objective(self.model, on_device)
+            losses.objective.backward()
+            if losses.unsound_L is not None:
+                unsound_L = torch.where(unsound_L.any(), unsound_L, losses.unsound_L)
+            if statistics is not None and index == len(batches) - 1:
+                statistics.see_routers(losses.routers, on_device.tokens)
+            sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
+        return sums, unsound_L
 
-        Reads the device, so it is not asked at every step.
+    def _clip(self) -> Tensor:
+        """Shorten the gradient to the largest norm; returns the norm it had."""
+        gradients = [p.grad for p in self.trainable if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        nn.utils.clip_grads_with_norm_(self.trainable, self.clip, norm)
+        return norm
 
-        Raises:
-            UserError: naming the layer; `where` opens the message.
-        """
-        unsound_L = self._unsound_L.float()
-        self.world.sum(unsound_L)
-        require_sound(unsound_L, where)
+    @property
+    def unsound_L(self) -> Tensor:
+        """The layers in which a router's score was NaN or infinite, on this rank, so far."""
+        return self._unsound_L
 
-    def _note(self, unsound_L: Tensor | None) -> None:
+    def _note(self, unsound_L: Tensor) -> None:
         """Keep the first fault alone: what comes after it in other layers follows from it."""
-        if unsound_L is not None:
-            self._unsound_L = torch.where(self._unsound_L.any(), self._unsound_L, unsound_L)
+        self._unsound_L = torch.where(self._unsound_L.any(), self._unsound_L, unsound_L)
 
     def _precision(self) -> torch.autocast:
-        """bf16 products on a GPU that is not sharded; elsewhere the sharding decides."""
-        on_gpu = self.world.device.type == "cuda" and self.world.mesh is None
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=on_gpu)
+        """bf16 products where they are wanted and sharding does not see to it."""
+        enabled = self._low and self.world.mesh is None
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
 
 def _one_hot(modality_N: Tensor, modalities: int, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,8 @@ from moma.errors import UserError
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
-from moma.train.loop import Trainer, train
+from moma.train.loop import train
+from moma.train.metrics import TIMING, Window
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
 
@@ -40,7 +41,7 @@ def assert_same_run(one: Run, other: Run) -> None:
     for key in first:
         assert torch.equal(first[key], second[key]), key
     rows, others = (
-        [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.read_metrics()]
+        [{k: v for k, v in row.items() if k not in TIMING} for row in run.read_metrics()]
         for run in (one, other)
     )
     assert rows == others
@@ -52,17 +53,17 @@ class KilledError(Exception):
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Let a run die in the middle of a step, after `steps` whole ones."""
-    real = Trainer._row
+    real = Window.close_row
     calls = 0
 
-    def row(self, *arguments):
+    def close_row(self, *arguments):
         nonlocal calls
         calls += 1
         if calls > steps:
             raise KilledError
         return real(self, *arguments)
 
-    monkeypatch.setattr(Trainer, "_row", row)
+    monkeypatch.setattr(Window, "close_row", close_row)
 
 
 def with_run(recipe: Recipe, path: Path, **changes) -> Recipe:
@@ -151,7 +152,7 @@ def test_untrained_routers_are_refused(tiny, tmp_path):
 
 def test_run_of_another_recipe_is_refused(tiny, tmp_path):
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
-    with pytest.raises(UserError, match="'seed' differs"):
+    with pytest.raises(UserError, match="seed: 0 → 7"):
         train(with_run(tiny, run.path, seed=7), WORLD, quiet=True)
 
 

@@ -1,0 +1,75 @@
+"""SIGTERM and SIGINT: every rank leaves at the same step, its work saved."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import Tensor, distributed
+
+from moma.runtime.world import World
+
+
+class Interruption:
+    """Whether somebody asked the job to stop, agreed between all ranks.
+
+    Asked once a step by every rank. What a rank was told travels while the next step computes, so
+    nobody waits for it: all ranks learn of a signal one step after it came.
+    """
+
+    def __init__(self, world: World):
+        self._world = world
+        self._received: int | None = None
+        self._underway: tuple[distributed.Work, Tensor] | None = None
+
+    def receive(self, number: int, frame: FrameType | None = None) -> None:
+        """Take note of a signal; the next one of its kind ends the process at once."""
+        self._received = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def agreed(self) -> str | None:
+        """The name of the signal that a rank received before its last step but one, if any."""
+        if self._world.signals is None:
+            return _name(self._received or 0)
+        told = self._finish()
+        highest = torch.tensor([self._received or 0])
+        work = distributed.all_reduce(
+            highest, distributed.ReduceOp.MAX, group=self._world.signals, async_op=True
+        )
+        self._underway = work, highest
+        return _name(told)
+
+    def close(self) -> None:
+        """Wait for what is still on its way."""
+        self._finish()
+
+    def _finish(self) -> int:
+        if self._underway is None:
+            return 0
+        work, highest = self._underway
+        self._underway = None
+        work.wait()
+        return int(highest)
+
+
+@contextmanager
+def interruption(world: World) -> Iterator[Interruption]:
+    """Listen to SIGTERM and SIGINT; outside of a main thread, which alone may, to nothing."""
+    asked = Interruption(world)
+    before = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, asked.receive)
+    except ValueError:
+        pass
+    try:
+        yield asked
+        asked.close()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _name(number: int) -> str | None:
+    return signal.Signals(number).name if number else None

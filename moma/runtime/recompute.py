@@ -1,0 +1,42 @@
+"""Activation checkpointing: less memory for the backward pass, more computation."""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+Recompute = Literal["none", "layer", "selective"]
+
+_aten = torch.ops.aten
+# What is dear, and the choices, which must come out the same.
+_KEPT = {
+    _aten.mm.default,
+    _aten.bmm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten.topk.default,
+}
+
+
+def recompute(module: nn.Module, how: Recompute) -> None:
+    """Let a module forget activations in the forward pass and compute them again when needed."""
+    if how == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+    module.forward = partial(checkpoint, module.forward, **options)  # type: ignore[method-assign]
+
+
+def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
+    kept = operation in _KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,141 @@
+"""What a stage trains, from where, and by which objective."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from moma.errors import UserError
+from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
+from moma.model.transformer import Transformer
+from moma.runs import Run
+from moma.runtime.checkpoint import read_rank_states, read_state
+from moma.runtime.recompute import recompute
+from moma.runtime.sharding import shard
+from moma.runtime.world import World, can_compile
+from moma.train.changes import differences
+from moma.train.recipe import Recipe
+from moma.train.restore import is_finished, load_weights, newest_checkpoint, read_run_recipe
+from moma.train.step import Objective, next_token_objective, router_objective
+from moma.vocabulary import Vocabulary
+
+
+class Origin(NamedTuple):
+    """Where a run begins.
+
+    Attributes:
+        tokens: seen by the run that it goes on from.
+        flops: spent by that run.
+        data: state of the data of each of that run's ranks; empty: from the beginning.
+    """
+
+    tokens: int = 0
+    flops: float = 0.0
+    data: tuple[dict[str, Any], ...] = ()
+
+
+def check_source(recipe: Recipe) -> None:
+    """Refuse a run `from` that does not suit the stage.
+
+    Raises:
+        UserError: it has another architecture, is not finished, or has nothing to train.
+    """
+    if recipe.from_ is None:
+        return
+    source = Run(recipe.from_)
+    before = read_run_recipe(source)
+    if recipe.stage != "upcycle" and before.model != recipe.model:
+        raise UserError(
+            f"{recipe.from_}: was trained with another [model] "
+            f"({'; '.join(differences(before.model, recipe.model).values())}); use its recipe"
+        )
+    if recipe.stage == "aux_router" and not recipe.model.has_routers:
+        raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
+    if recipe.stage != "pretrain" and not is_finished(source):
+        newest_checkpoint(source)  # says so if there is none
+        raise UserError(f"{recipe.from_}: is not trained to its end; go on with `moma train` first")
+
+
+def prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Transformer:
+    """Build, load or grow, freeze what the stage does not train, compile, shard: in this order."""
+    model = recipe.build_model(vocabulary)
+    if recipe.from_ is not None:
+        _load(recipe, model, vocabulary)
+    model = model.to(world.device)
+    routers = {p for router in model.auxiliary_routers() for p in router.parameters()}
+    trains_routers = recipe.stage == "aux_router"
+    for parameter in model.parameters():
+        parameter.requires_grad_((parameter in routers) == trains_routers)
+    if trains_routers:
+        model.eval()
+    units = list(_units(model))
+    for layer in model.layers:
+        recompute(layer, recipe.engine.recompute)
+    if recipe.stage_config.compile and can_compile(world.device):
+        _compile(model, whole_layers=world.mesh is None or len(units) == len(model.layers))
+    shard(model, units, world, recipe.engine)
+    return model
+
+
+def origin(recipe: Recipe) -> Origin:
+    """Where the run of a recipe begins: a grown model goes on where its seed stopped (§2.5)."""
+    if recipe.stage != "upcycle" or recipe.from_ is None:
+        return Origin()
+    path = newest_checkpoint(Run(recipe.from_))
+    state = read_state(path)
+    data = tuple(each["data"] for each in read_rank_states(path))
+    return Origin(state["tokens"], state["flops"], data)
+
+
+def objective_of(recipe: Recipe, device: torch.device) -> Objective:
+    """What the stage minimises."""
+    if recipe.stage == "aux_router":
+        return router_objective
+    compiled = recipe.stage_config.compile and can_compile(device)
+    return next_token_objective(recipe.stage_config.z_loss, compiled)
+
+
+def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
+    """Operations that the stage spends on a token."""
+    routers = recipe.stage == "aux_router"
+    count = router_stage_flops_per_token if routers else training_flops_per_token
+    data = recipe.data
+    return count(recipe.model, vocabulary.size, recipe.shares, data.rows, data.row_length)
+
+
+def _load(recipe: Recipe, model: Transformer, vocabulary: Vocabulary) -> None:
+    """Fill a model with the weights of the run `from`, grown if the stage says so."""
+    assert recipe.from_ is not None
+    source = Run(recipe.from_)
+    if read_state(newest_checkpoint(source))["vocabulary"] != vocabulary.fingerprint:
+        raise UserError(f"{recipe.from_}: was trained with another vocabulary than the data's")
+    if recipe.stage != "upcycle":
+        load_weights(source, model)
+        return
+    from moma.model.upcycling import grow
+
+    before = read_run_recipe(source)
+    seed = Transformer(before.model, vocabulary, before.shares)
+    load_weights(source, seed)
+    grow(seed.state_dict(), before.model, model)
+
+
+def _units(model: Transformer) -> Iterator[nn.Module]:
+    """Layers, and before each its groups of experts if it has several.
+
+    Groups run one after the other: the next one's weights are gathered while one computes (§3).
+    """
+    for layer in model.units():
+        groups = list(layer.experts.groups)  # type: ignore[union-attr,arg-type]
+        if len(groups) > 1:
+            yield from groups
+        yield layer
+
+
+def _compile(model: Transformer, whole_layers: bool) -> None:
+    """Compile layers, or their parts where sharding gathers weights inside of a layer."""
+    for layer in model.units():
+        parts = [layer] if whole_layers else [layer.attention, *layer.experts.groups]  # type: ignore[misc,list-item,union-attr]
+        for part in parts:
+            part.compile(fullgraph=True)  # type: ignore[union-attr,operator]

@@ -1,0 +1,81 @@
+"""Watches losses and gradients: not finite, or exploding. Judges on the device, without a wait."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moma.errors import UserError
+from moma.train.recipe import StageConfig
+
+# Part of the loss's recent mean that a step replaces.
+_PACE = 0.02
+# So many steps skipped one after the other are no accident.
+_PATIENCE = 10
+
+
+class Watch:
+    """Judges each step by its loss and the norm of its gradient, which all ranks share.
+
+    Attributes:
+        first: number of the first step at fault, 0 if there was none; on the device.
+        skipped: steps skipped so far.
+    """
+
+    def __init__(self, config: StageConfig, device: torch.device):
+        self.skips = config.on_fault == "skip"
+        self.skipped = self._in_a_row = 0
+        self.first = torch.zeros((), device=device)
+        self._explosion = config.explosion
+        self._mean = torch.full((), torch.nan, device=device)
+        self._step = 0
+
+    def begin(self, step: int) -> None:
+        """Name the step that comes, from 1."""
+        self._step = step
+
+    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether the step is sound: a boolean on the device."""
+        sound = loss.isfinite() & norm.isfinite()
+        if self._explosion:
+            # Nothing is larger than the NaN that the mean is at first.
+            sound = sound & ~(loss > self._explosion * self._mean)
+        mean = torch.where(self._mean.isnan(), loss, torch.lerp(self._mean, loss, _PACE))
+        self._mean = torch.where(sound, mean, self._mean)
+        at_fault = (self.first == 0) & ~sound
+        self.first = torch.where(at_fault, float(self._step), self.first)
+        return sound
+
+    def refuses(self, sound: Tensor) -> bool:
+        """Whether the step is to be skipped; waits for the device only if the recipe skips.
+
+        Raises:
+            UserError: too many steps were skipped one after the other.
+        """
+        if not self.skips:
+            return False
+        self._in_a_row = 0 if sound else self._in_a_row + 1
+        self.skipped += not sound
+        if self._in_a_row == _PATIENCE:
+            raise UserError(
+                f"step {self._step}: {_PATIENCE} steps in a row were skipped, their loss or "
+                "gradient not finite or exploding; lower the learning rate, look at the data, or "
+                "set on_fault=stop and see `moma replay`"
+            )
+        return not sound
+
+    def get_state(self) -> dict[str, Any]:
+        """What it remembers; ready for JSON."""
+        mean = float(self._mean)
+        return {
+            "mean": None if mean != mean else mean,
+            "skipped": self.skipped,
+            "in_a_row": self._in_a_row,
+        }
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on where another watch stood."""
+        mean = state["mean"]
+        self._mean.fill_(torch.nan if mean is None else mean)
+        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
