@@ -22,7 +22,7 @@ def checksum(path: Path) -> Entry:
 def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Write what the folder's files are; names are relative to it."""
     files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in entries.items()}
-    write_json(folder / MANIFEST, {"files": dict(sorted(files.items()))})
+    write_json(folder / MANIFEST, {"files": files, "sha256": _digest(files)})
 
 
 def find_faults(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
@@ -34,10 +34,14 @@ def find_faults(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
         world_size: number of ranks.
     """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"]
+        damaged = manifest["sha256"] != _digest(files)
     except OSError:
         return [f"{MANIFEST} is missing"]
     except (ValueError, KeyError, TypeError):
+        damaged = True
+    if damaged:
         return [f"{MANIFEST} is damaged"]
     faults = []
     for name, expected in list(files.items())[rank::world_size]:
@@ -49,6 +53,10 @@ def find_faults(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
         elif checksum(path)[1] != expected["sha256"]:
             faults.append(f"{name} has changed since it was written")
     return faults
+
+
+def _digest(files: Any) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,0 +1,209 @@
+"""Real `moma train` processes, killed at random moments, end as if nothing had happened.
+
+The few kills here run always; twenty over all stages, on one and two ranks:
+`pytest -m slow tests/train/test_kills.py`.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moma.errors import StoppedError
+from moma.recipe import write_recipe
+from moma.runs import Run
+from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.world import World
+from moma.train.loop import train
+from moma.train.metrics import TIMING
+from moma.train.recipe import Recipe
+
+STEPS, CHECKPOINT_EVERY = 48, 4
+ROOT = Path(__file__).parents[2]
+
+
+def recipe_of(tiny: Recipe, run: Path, stage: str, seed_run: Path | None, file: Path) -> Recipe:
+    """A recipe with everything that draws random numbers or runs beside the training."""
+    changes = {"steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY}
+    groups = "moe_1t1i" if stage == "seed" else "moe_2t2i"
+    name = "pretrain" if stage == "seed" else stage
+    recipe = tiny.model_copy(
+        update={
+            "run": run,
+            "stage": name,
+            "from_": seed_run,
+            "model": tiny.model.model_copy(update={"groups": groups, "dropout": 0.1}),
+            name: getattr(tiny, name).model_copy(
+                update=changes
+                | {"compile": False, "log_every": 2, "optimizer": tiny.pretrain.optimizer}
+            ),
+        }
+    )
+    write_recipe(recipe, file)
+    return recipe
+
+
+def start(file: Path, ranks: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "moma.cli", "train", str(file)]
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *launcher, "--master-port", str(port), *command[1:]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for_row(process: subprocess.Popen[str], run: Run, after: int) -> None:
+    """Until the log goes beyond a step, or the process has ended."""
+    while process.poll() is None:
+        rows = run.read_metrics() if run.metrics.is_file() else []
+        if rows and rows[-1]["step"] > after:
+            return
+        time.sleep(0.002)
+
+
+def finish(file: Path, ranks: int) -> None:
+    process = start(file, ranks)
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+
+
+def last_step(run: Run) -> int:
+    found = checkpoints_in(run.checkpoints)
+    return int(found[-1].name[-8:]) if found else 0
+
+
+def killed(file: Path, run: Run, ranks: int, chance: random.Random) -> str:
+    """Start, kill every process at a random moment, and tell when it was."""
+    before = last_step(run)
+    process = start(file, ranks)
+    wait_for_row(process, run, before + chance.randrange(2 * CHECKPOINT_EVERY))
+    if chance.random() < 0.5:  # in the middle of writing, if it is met
+        end = time.monotonic() + 5
+        while process.poll() is None and time.monotonic() < end:
+            if list(run.checkpoints.glob("*.partial")):
+                break
+    time.sleep(chance.uniform(0, 0.05))
+    writing = [path.name for path in run.checkpoints.glob("*.partial")]
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    return f"killed at {last_step(run)} writing {writing}"
+
+
+def contents(run: Run) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted((checkpoints_in(run.checkpoints)[-1] / "tensors").glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for key in opened.keys():  # noqa: SIM118
+                tensors[f"{file.name} {key}"] = opened.get_tensor(key)
+    rows = [{k: v for k, v in row.items() if k not in TIMING} for row in run.read_metrics()]
+    return tensors, rows
+
+
+def assert_same(one: Run, other: Run) -> None:
+    (tensors, rows), (others, other_rows) = contents(one), contents(other)
+    assert [row["step"] for row in other_rows] == list(range(2, STEPS + 1, 2))
+    assert rows == other_rows
+    assert tensors.keys() == others.keys()
+    for key, tensor in tensors.items():
+        assert torch.equal(tensor, others[key]), key
+
+
+def source_of(tiny: Recipe, folder: Path, stage: str) -> Path | None:
+    """The finished run that a stage needs."""
+    if stage == "pretrain":
+        return None
+    seed = {"upcycle": "seed", "aux_router": "pretrain"}[stage]
+    recipe_of(tiny, folder / "source", seed, None, folder / "source.toml")
+    finish(folder / "source.toml", 1)
+    return folder / "source"
+
+
+def check_kills(tiny: Recipe, folder: Path, stage: str, ranks: int, kills: int) -> None:
+    chance = random.Random(kills)
+    source = source_of(tiny, folder, stage)
+    runs = {}
+    for name in ("whole", "cut"):
+        recipe_of(tiny, folder / name, stage, source, folder / f"{name}.toml")
+        runs[name] = Run(folder / name)
+    finish(folder / "whole.toml", ranks)
+    for _ in range(kills):
+        print(stage, ranks, killed(folder / "cut.toml", runs["cut"], ranks, chance), flush=True)
+    finish(folder / "cut.toml", ranks)
+    assert_same(runs["whole"], runs["cut"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "ranks", "kills"),
+    [
+        ("pretrain", 1, 5),
+        ("pretrain", 2, 4),
+        ("upcycle", 1, 3),
+        ("upcycle", 2, 2),
+        ("aux_router", 1, 4),
+        ("aux_router", 2, 2),
+    ],
+)
+def test_twenty_kills(tiny, tmp_path, stage, ranks, kills):
+    check_kills(tiny, tmp_path, stage, ranks, kills)
+
+
+def test_killed_and_stopped_run_equals_undisturbed(tiny, tmp_path):
+    """One SIGKILL, one signal that saves, in the middle of a row too; then to the end."""
+    runs = {name: Run(tmp_path / name) for name in ("whole", "cut")}
+    for name, run in runs.items():
+        recipe = recipe_of(tiny, run.path, "pretrain", None, tmp_path / f"{name}.toml")
+        if name == "whole":
+            train(recipe, World(torch.device("cpu")), quiet=True)
+    file, run = tmp_path / "cut.toml", runs["cut"]
+    killed(file, run, 1, random.Random(1))
+    before = last_step(run)
+    process = start(file, 1)
+    wait_for_row(process, run, before)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == StoppedError.CODE, errors
+    step = last_step(run)
+    assert step > before
+    assert f"stopped by SIGTERM after step {step}" in errors
+    finish(file, 1)
+    assert_same(runs["whole"], run)
+    state = json.loads((run.checkpoints / "latest" / "state.json").read_text())
+    assert state["step"] == STEPS
+    assert state["tokens"] == run.read_metrics()[-1]["tokens"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signals_again_and_again(tiny, tmp_path, ranks):
+    """Every rank of a job gets the signal, as from Slurm."""
+    for name in ("whole", "cut"):
+        recipe_of(tiny, tmp_path / name, "pretrain", None, tmp_path / f"{name}.toml")
+    finish(tmp_path / "whole.toml", ranks)
+    run = Run(tmp_path / "cut")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = last_step(run)
+        process = start(tmp_path / "cut.toml", ranks)
+        wait_for_row(process, run, before)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode != 0
+        assert f"stopped by {number.name} after step {last_step(run)}" in errors
+        assert last_step(run) > before
+    finish(tmp_path / "cut.toml", ranks)
+    assert_same(Run(tmp_path / "whole"), run)
