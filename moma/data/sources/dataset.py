@@ -6,6 +6,7 @@ not streamed are read again when a picture is needed, so that none waits in memo
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from os.path import commonpath
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal, Self
 
 import datasets
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from moma.data.documents import Document, Picture, Rejected, SourceName
 from moma.data.pictures import read_picture
@@ -37,7 +38,7 @@ _BUILDERS = {
     "csv": "csv",
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_CHUNK_ROWS = 64
+_CHUNK_ROWS = 16
 
 
 class DatasetConfig(CaptionReaderConfig):
@@ -72,7 +73,6 @@ class DatasetConfig(CaptionReaderConfig):
     image_column: str | None = None
     segments_column: str | None = None
     streaming: bool = False
-    caption_first: float = Field(default=0.75, ge=0, le=1)
 
     @model_validator(mode="after")
     def _one_layout(self) -> Self:
@@ -87,10 +87,10 @@ class DatasetConfig(CaptionReaderConfig):
         return [column for column in (self.text_column, self.image_column) if column is not None]
 
     def _rows(self) -> Iterator[Document | Rejected]:
-        stamp = self.stamp()
-        for number, values in enumerate(self._values(stamp), start=1):
-            place = f"{self.path}, row {number}"
-            yield attempt(place, partial(self._document, values, number, place, stamp))
+        stamp, folder = self.stamp(), self._folder
+        for number, values in enumerate(self._values(stamp)):
+            row = _Row(values, number, stamp, folder, f"{self.path}, row {number + 1}")
+            yield attempt(row.place, partial(self._document, row))
 
     def stamp(self) -> str:
         """Changes when the size or time of a local file does; of the hub, it tells nothing.
@@ -125,36 +125,28 @@ class DatasetConfig(CaptionReaderConfig):
     def _values(self, stamp: str) -> Iterator[dict[str, Any]]:
         """The rows' columns, pictures undecoded."""
         opened = _open(self, stamp)
-        found = opened.column_names
-        missing = [column for column in self._columns if found and column not in found]
-        if missing:
-            raise UserError(
-                f"{self.path}: has no column '{missing[0]}'; the columns are: {', '.join(found)}"
-            )
         try:
-            # Arrow's own values: `datasets` would decode pictures, wherever their paths lead.
-            chosen = opened.select_columns(self._columns).with_format("arrow")
-            for table in chosen.iter(batch_size=_CHUNK_ROWS):
+            for table in opened.iter(batch_size=_CHUNK_ROWS):
                 yield from table.to_pylist()
         except Exception as error:  # whatever the file, the network and the library raise
             raise UserError(f"{self.path}: cannot read it ({error})") from error
 
-    def _document(self, values: dict[str, Any], number: int, place: str, stamp: str) -> Document:
+    def _document(self, row: "_Row") -> Document:
         if self.segments_column is None and self.image_column is None:
-            text = text_of(values, self.text_column)
-            return Document(digest(text), (text,), row=place)
-        parts = self._parts(values)
+            text = text_of(row.values, self.text_column)
+            return Document(digest(text), (text,), row=row.place)
+        parts = self._parts(row.values)
         stored = [(kind, self._stored(v) if kind == "image" else v) for kind, v in parts]
-        segments = segments_of(stored, partial(self._picture_of, number, place, stamp))
+        segments = segments_of(stored, partial(self._picture_of, row))
         name = name_of(stored)
-        if not self._is_captioned(values):
-            return Document(name, segments, row=place)
+        if not self._is_captioned(row.values):
+            return Document(name, segments, row=row.place)
         caption, picture = segments
         assert isinstance(caption, str) and isinstance(picture, Picture)
         return Document(
             name,
             self._ordered(name, caption, picture),
-            row=place,
+            row=row.place,
             held_out_with=name_of([part for part in stored if part[0] == "image"]),
         )
 
@@ -179,23 +171,39 @@ class DatasetConfig(CaptionReaderConfig):
             raise UserError("a picture is neither bytes nor a path; see the columns' names")
         return value
 
-    def _picture_of(
-        self, number: int, place: str, stamp: str, which: int, stored: bytes | str
-    ) -> Picture:
-        name = f"{place}, picture {which}"
+    def _picture_of(self, row: "_Row", which: int, stored: bytes | str) -> Picture:
+        name = f"{row.place}, picture {which}"
         if isinstance(stored, str):
-            return self._picture(inside(self._folder, stored), name)
+            return self._picture(inside(row.folder, stored), name)
         if self.streaming:
             read = partial(read_picture, stored, name, max_pixels=self.max_pixels)
         else:
-            read = partial(_read_cell, self, stamp, number - 1, which - 1, name)
+            read = partial(_read_cell, self, row.stamp, row.number, which - 1, name)
         return Picture(name, read)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a data set, with what it takes to find it again.
+
+    Attributes:
+        values: its columns.
+        number: its number, from 0.
+        stamp: of the data set.
+        folder: what paths of pictures are relative to.
+        place: for messages.
+    """
+
+    values: dict[str, Any]
+    number: int
+    stamp: str
+    folder: Path
+    place: str
 
 
 def _read_cell(config: DatasetConfig, stamp: str, row: int, which: int, place: str) -> Image.Image:
     """Read a picture of a row; the row is read again, so as not to be kept."""
-    table = _open(config, stamp).with_format("arrow")[row : row + 1]
-    (values,) = table.to_pylist()
+    (values,) = _open(config, stamp)[row : row + 1].to_pylist()
     images = [value for kind, value in config._parts(values) if kind == "image"]
     stored = config._stored(images[which])
     assert isinstance(stored, bytes)
@@ -204,7 +212,24 @@ def _read_cell(config: DatasetConfig, stamp: str, row: int, which: int, place: s
 
 @lru_cache(maxsize=8)
 def _open(config: DatasetConfig, stamp: str) -> Any:
-    """The data set; the stamp is there so that changed files are opened anew."""
+    """The columns that are read, as Arrow tables; the stamp is there to open changed files anew."""
+    try:
+        opened = _load(config)
+        found = opened.column_names or config._columns
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file, the network and the library raise
+        raise UserError(f"{config.path}: `datasets` cannot open it ({error})") from error
+    missing = [column for column in config._columns if column not in found]
+    if missing:
+        raise UserError(
+            f"{config.path}: has no column '{missing[0]}'; the columns are: {', '.join(found)}"
+        )
+    # Arrow's own values: `datasets` would decode pictures, wherever their paths lead.
+    return opened.select_columns(config._columns).with_format("arrow")
+
+
+def _load(config: DatasetConfig) -> Any:
     files = [str(file) for file in config._files()]
     if not files and not Path(config.path).is_dir() and not _HUB_NAME.fullmatch(config.path):
         raise UserError(
@@ -214,12 +239,6 @@ def _open(config: DatasetConfig, stamp: str) -> Any:
     where: dict[str, Any] = {"path": config.path, "name": config.subset}
     if files:
         where = {"path": _BUILDERS[config._ending], "data_files": files}
-    try:
-        return datasets.load_dataset(
-            **where,
-            split=config.split,
-            revision=config.revision,
-            streaming=config.streaming,
-        )
-    except Exception as error:  # whatever the file, the network and the library raise
-        raise UserError(f"{config.path}: `datasets` cannot open it ({error})") from error
+    return datasets.load_dataset(
+        **where, split=config.split, revision=config.revision, streaming=config.streaming
+    )

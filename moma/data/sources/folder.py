@@ -78,7 +78,7 @@ class FolderConfig(CaptionReaderConfig):
             raise UserError("there is no picture beside it; add one or remove the text")
         caption = self._caption(text)
         path = inside(self.path, str(pictures[0].relative_to(self.path)))
-        segments = self._ordered(stem, caption, self._picture(path, str(text)))
+        segments = self._ordered(stem, caption, self._picture(path, str(text), "remove both files"))
         return Document(name=stem, segments=segments, row=str(text))
 
     def _caption(self, file: Path) -> str:

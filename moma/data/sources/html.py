@@ -121,7 +121,10 @@ class HtmlConfig(PictureReaderConfig):
             elif part is None:
                 text.end_line()
             elif is_content(part):
-                segments += [*text.take(), self._picture(part, str(page))]
+                segments += [
+                    *text.take(),
+                    self._picture(part, str(page), "remove it from the page"),
+                ]
         segments += text.take()
         if not segments:
             raise UserError("no text and no picture is left of it; remove the page")

@@ -67,8 +67,8 @@ class PictureReaderConfig(ReaderConfig):
 
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
 
-    def _picture(self, path: Path, place: str) -> Picture:
-        read = partial(read_picture, path, place, max_pixels=self.max_pixels)
+    def _picture(self, path: Path, place: str, instead: str = "remove the row") -> Picture:
+        read = partial(read_picture, path, place, instead, self.max_pixels)
         return Picture(name=f"{place} ({path})", read=read)
 
 
@@ -271,7 +271,7 @@ def matching(pattern: Path) -> list[Path]:
     Raises:
         UserError: there are none.
     """
-    if not glob.has_magic(str(pattern)):
+    if not glob.has_magic(str(pattern)) or pattern.exists():
         return [pattern]
     found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))
     files = [path for path in found if path.is_file()]

@@ -12,6 +12,7 @@ import gzip
 import lzma
 import re
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,9 +161,14 @@ class WebDatasetConfig(CaptionReaderConfig):
                     b"\0"
                 ):  # tarfile takes any block that is no header for the end
                     raise tarfile.ReadError("damaged in its middle")
-        except UserError:
-            raise
-        except Exception as error:  # gzip, bz2 and lzma have errors of their own
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            tarfile.TarError,
+            zlib.error,
+            lzma.LZMAError,
+        ) as error:
             raise UserError(
                 f"{path}: cannot read it ({error}); fetch it again or take it out of 'path'"
             ) from error

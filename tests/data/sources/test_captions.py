@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from moma.data.documents import Picture, Rejected, accepted
+from moma.data.prepare import training_documents
 from moma.data.sources import CaptionsConfig
 from moma.errors import UserError
 
@@ -116,6 +117,21 @@ def test_the_stamp_covers_the_list_and_its_pictures(tmp_path):
     captions_in(tmp_path, [{"image": "a.png", "caption": "another"}])
     stamps.append(source.stamp())
     assert len(set(stamps)) == 5
+
+
+def test_what_is_held_out_is_stable_under_reordering_and_growth(tmp_path):
+    rows = [{"image": f"{number}.png", "caption": "c"} for number in range(400)]
+
+    def in_training(rows, **settings):
+        source = captions_in(tmp_path, rows, **settings)
+        return {document.name for document in training_documents(source, 0.1)}
+
+    half = in_training(rows, held_out=0.5)
+    assert 160 < len(half) < 240 < 340 < len(in_training(rows)) < 380
+    assert in_training(rows[::-1], held_out=0.5) == half
+    more = [{"image": f"new{number}.png", "caption": "c"} for number in range(100)]
+    grown = in_training(more + rows, held_out=0.5)
+    assert {name for name in grown if not name.startswith("new")} == half
 
 
 def test_a_missing_list_is_named(tmp_path):
