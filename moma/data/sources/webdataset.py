@@ -13,9 +13,9 @@ import lzma
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
@@ -70,14 +70,22 @@ class Member:
     data: bytes | None
     problem: str = ""
 
+    def check(self) -> None:
+        """Whether it can be used.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self.problem:
+            raise UserError(f"{self.key}.{self.ending} {self.problem}")
+
     def content(self) -> bytes:
         """What it holds.
 
         Raises:
             UserError: it cannot be used or read.
         """
-        if self.problem:
-            raise UserError(f"{self.key}.{self.ending} {self.problem}")
+        self.check()
         if self.data is not None:
             return self.data
         try:
@@ -110,8 +118,7 @@ class WebDatasetConfig(CaptionReaderConfig):
         for path in matching(self.path):
             for key, members in groupby(self._members(path), key=lambda member: member.key):
                 place = f"{path}, {key}"
-                sample = {member.ending: member for member in members}
-                yield attempt(place, partial(self._document, key, sample, place))
+                yield attempt(place, partial(self._document, key, _sample(members), place))
 
     def stamp(self) -> str:
         """Changes when the size or the time of a tar file does."""
@@ -129,8 +136,7 @@ class WebDatasetConfig(CaptionReaderConfig):
                 f"needs a picture ({', '.join(PICTURES)}) and a caption ({', '.join(TEXTS)}); "
                 f"there is: {found}"
             )
-        if picture.problem:
-            picture.content()
+        picture.check()
         caption = self._caption(text)
         read = partial(_read_member, picture, place, self.max_pixels)
         segments = self._ordered(key, caption, Picture(f"{place}.{picture.ending}", read))
@@ -157,9 +163,8 @@ class WebDatasetConfig(CaptionReaderConfig):
                         archive.members = []  # type: ignore[attr-defined]
                         if not info.isdir():
                             yield self._member(path, archive, info, compressed)
-                if stream.last.strip(
-                    b"\0"
-                ):  # tarfile takes any block that is no header for the end
+                # tarfile takes any block that is no header for the end.
+                if stream.last.strip(b"\0"):
                     raise tarfile.ReadError("damaged in its middle")
         except (
             OSError,
@@ -191,6 +196,16 @@ class WebDatasetConfig(CaptionReaderConfig):
             data = opened.read() if opened is not None else b""
         offset = None if compressed else info.offset_data
         return Member(path, key, ending, offset, info.size, data, problem)
+
+
+def _sample(members: Iterable[Member]) -> dict[str, Member]:
+    """The files of one key by their endings."""
+    sample: dict[str, Member] = {}
+    for member in members:
+        if member.ending in sample:
+            member = replace(member, problem="stands there twice; give each its own key", data=None)
+        sample[member.ending] = member
+    return sample
 
 
 def _key_and_ending(name: str) -> tuple[str, str]:

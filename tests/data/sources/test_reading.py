@@ -3,7 +3,7 @@
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -14,6 +14,7 @@ from moma.errors import UserError
 PICTURES = [Picture(str(n), partial(Image.new, "L", (1, 1))) for n in range(12)]
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.one_of(st.text(min_size=1), st.sampled_from(PICTURES)), min_size=1),
     st.integers(1, 4),
@@ -27,14 +28,16 @@ def test_a_cut_document_loses_nothing_and_has_no_piece_too_many(segments, most):
     assert {(piece.held_out_with, piece.row) for piece in pieces} == {("d", "row 3")}
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.text()), st.lists(st.text()))
 def test_digests_tell_lists_of_texts_apart(first, second):
     assert (digest(*first) == digest(*second)) == (first == second)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.binary(max_size=20).map(lambda data: data.replace(b"\n", b"")), max_size=9))
 def test_lines_know_where_they_begin(tmp_path_factory, rows):
-    path = tmp_path_factory.mktemp("lines") / "a"
+    path = tmp_path_factory.getbasetemp() / "lines"
     path.write_bytes(data := b"\n".join(rows))
     found = list(lines(path))
     assert b"".join(line.bounded() for line in found) == data

@@ -91,6 +91,7 @@ def test_pictures_of_a_plain_tar_do_not_wait_in_memory(tmp_path):
         ([("a.png", png()), ("a.txt", b" ")], "needs a text"),
         ([("a.png", png()), ("a.json", b"{")], "not valid JSON"),
         ([("a.png", png()), ("a.json", b'{"text": "a"}')], "needs a text under 'caption'"),
+        ([*samples("a"), ("a.png", png(9))], "a.png stands there twice"),
         (samples("../../a"), "its path leads out of the archive"),
         (samples("/etc/a"), "its path leads out of the archive"),
         ([("a.png", (tarfile.SYMTYPE, "/etc/passwd")), ("a.txt", b"a")], "is no plain file"),
