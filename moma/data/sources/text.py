@@ -61,20 +61,18 @@ class TextConfig(ReaderConfig):
 def _paragraphs(path: Path) -> Iterator[Document | Rejected]:
     for is_filled, rows in groupby(lines(path), key=_is_filled):
         if is_filled:
-            for piece in _pieces(rows):
-                yield attempt(piece[0].place, partial(_paragraph, piece))
+            yield from map(_paragraph, _pieces(rows))
 
 
-def _paragraph(rows: list[Line]) -> Document:
-    text = "".join(_text(row) for row in rows).strip()
+def _paragraph(rows: list[Line]) -> Document | Rejected:
+    texts = []
+    for row in rows:
+        try:
+            texts.append(row.text())
+        except UserError as error:
+            return Rejected(row.place, f"{error}; its paragraph begins in row {rows[0].number}")
+    text = "".join(texts).strip()
     return Document(digest(text), (text,), row=rows[0].place)
-
-
-def _text(row: Line) -> str:
-    try:
-        return row.text()
-    except UserError as error:
-        raise UserError(f"row {row.number} is {error}") from error
 
 
 def _pieces(rows: Iterator[Line]) -> Iterator[list[Line]]:

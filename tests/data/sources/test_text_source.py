@@ -58,8 +58,8 @@ def test_a_paragraph_that_is_not_utf8_is_rejected(tmp_path):
     assert first == type(first)(first.name, ("fine",), row=f"{path}, row 1")
     assert last.segments == ("fine",)
     assert isinstance(rejected, Rejected)
-    assert rejected.row == f"{path}, row 3"
-    assert "row 4 is not UTF-8" in rejected.reason
+    assert rejected.row == f"{path}, row 4"
+    assert "not UTF-8" in rejected.reason and "begins in row 3" in rejected.reason
 
 
 def test_no_text_is_lost_where_no_line_is_blank(tmp_path, monkeypatch):
