@@ -24,7 +24,7 @@ from datasets.arrow_writer import ArrowWriter
 from PIL import Image
 from pydantic import ValidationError
 
-from moma.data.documents import Document, Picture, Source, is_held_out
+from moma.data.documents import Document, Picture, Source, accepted, is_held_out
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import IMAGE, Vocabulary
@@ -305,7 +305,7 @@ def _write(
         ArrowWriter(path=str(folder / f"{split}.arrow"), features=features) for split in SPLITS
     ]
     counts = [Counts() for _ in SPLITS]
-    documents = iter(source.documents())
+    documents = accepted(source.documents())
     try:
         while chunk := list(itertools.islice(documents, CHUNK_DOCUMENTS)):
             table = _table(chunk, encode(chunk), features)

@@ -22,7 +22,14 @@ from PIL import Image
 from torch import Tensor
 
 from moma.data.batches import DataConfig
-from moma.data.documents import Document, Picture, Source, is_held_out
+from moma.data.documents import (
+    Document,
+    Picture,
+    Source,
+    accepted,
+    held_out_share,
+    is_held_out,
+)
 from moma.data.encoding import encode_source
 from moma.errors import UserError
 from moma.progress import show_progress
@@ -94,9 +101,20 @@ def prepare(
     return vocabulary
 
 
-def training_documents(source: Source, held_out_share: float) -> Iterator[Document]:
-    """The documents of a source that are not held out."""
-    return (d for d in source.documents() if not is_held_out(d, held_out_share))
+def training_documents(source: Source, default_share: float) -> Iterator[Document]:
+    """The documents of a source that are not held out.
+
+    Args:
+        source: where the documents come from.
+        default_share: share of the documents held out, where the source has none of its own.
+    """
+    return documents_of_split(source, default_share, held_out=False)
+
+
+def documents_of_split(source: Source, default_share: float, held_out: bool) -> Iterator[Document]:
+    """The documents of a source that are held out, or that are not."""
+    share = held_out_share(source, default_share)
+    return (d for d in accepted(source.documents()) if is_held_out(d, share) == held_out)
 
 
 def encode_pictures(
@@ -133,10 +151,7 @@ def _training_texts(data: DataConfig, documents: int) -> Iterator[str]:
 
 
 def _pictures_of(data: DataConfig, held_out: bool, documents: int) -> list[Picture]:
-    chosen = (
-        (d for d in source.documents() if is_held_out(d, data.held_out) == held_out)
-        for source in data.sources
-    )
+    chosen = (documents_of_split(source, data.held_out, held_out) for source in data.sources)
     return [
         segment
         for source in chosen
@@ -204,7 +219,7 @@ def _encode(
             partial(encode_texts, tokenizer),
             partial(encode_pictures, codec, device),
             vocabulary,
-            data.held_out,
+            held_out_share(source, data.held_out),
             data.folder(source.name),
             encoders=_digest(folder),
             progress=advance,
