@@ -33,7 +33,7 @@ HEADS = st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 2), (4, 1)])
 def test_attention_inside_documents_equals_a_slow_reference(starts, heads, norm, whole_row):
     documents = np.cumsum(starts, axis=1)
     rows, length = documents.shape
-    module = random_attention(*heads, norm=norm)
+    module = random_attention(heads[0], heads[1], norm)
     x = torch.randn(rows, length, 8, dtype=torch.float64)
     positions = torch.arange(length).expand(rows, length)
     angles = rotary_angles(positions, 8 // heads[0], 10_000.0)
@@ -69,9 +69,10 @@ def test_chosen_tokens_see_the_chosen_of_their_row_and_document(rows, length, pa
     x = torch.randn(1, len(token), 8, dtype=torch.float64)
     position = token % length
     angles = rotary_angles(torch.from_numpy(position)[None], 4, 10_000.0)
-    sight = chosen_sight(
-        *(torch.from_numpy(each)[None] for each in (row, documents[token], taken)), length
+    row_1K, document_1K, taken_1K = (
+        torch.from_numpy(each)[None] for each in (row, documents[token], taken)
     )
+    sight = chosen_sight(row_1K, document_1K, taken_1K, length)
     assert (sight.window is not None) == (len(token) > 2 * length)
     got = numpy(module(x, angles, sight)[0])
     real = list(np.flatnonzero(taken))

@@ -1,5 +1,7 @@
 """A training step is one graph for every architecture, and stays it while the data change."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ VOCABULARY = Vocabulary(
     image_codes=tuple(range(60, 120)),
     codes_per_image=4,
 )
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, dict[str, Any]] = {
     **{
         name: {"groups": name}
         for name in ("dense", "moe_8x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "mod", "mod_moe_1t1i")

@@ -136,10 +136,8 @@ def test_the_gate_takes_the_highest_also_where_scores_tie(batch, share, choose):
     chosen_BS = report.record.chosen_NE.view(eligible.shape).bool()
     assert not (chosen_BS & ~eligible).any()
     assert selection.token_EK.diff(dim=1).gt(0).all()  # as they stand in the batch
-    parts = zip(scores_BS, chosen_BS, eligible, strict=True)
-    if choose == "batch":
-        parts = [(scores_BS, chosen_BS, eligible)]
-    for score, chosen, real in parts:
+    rows = list(zip(scores_BS, chosen_BS, eligible, strict=True))
+    for score, chosen, real in rows if choose == "row" else [(scores_BS, chosen_BS, eligible)]:
         slots = math.ceil(share * score.numel() - 1e-9)
         assert int(chosen.sum()) == min(slots, int(real.sum()))
         if chosen.any() and (real & ~chosen).any():
@@ -202,8 +200,8 @@ def test_actual_capacity_is_a_share_of_the_real_tokens():
     x, real = torch.randn(2, 8, DIM, dtype=torch.float64), torch.ones(2, 8, dtype=torch.bool)
     real[:, 4:] = False
     for eligible, static, actual in ((torch.ones_like(real), 8, 8), (real, 8, 4)):
-        for capacity, expected in (("static", static), ("actual", actual)):
-            selection, _ = gate(x, eligible, Routing(capacity=capacity))
+        for routing, expected in ((BATCH, static), (Routing(capacity="actual"), actual)):
+            selection, _ = gate(x, eligible, routing)
             assert int(selection.taken_EK.sum()) == expected
 
 

@@ -1,5 +1,7 @@
 """Counts from the configuration against built modules and the flop counter."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,7 +32,7 @@ OVERLAPPING = (
     GroupConfig(modalities=("text", "image"), experts=1),
     GroupConfig(modalities=("text", "image"), experts=2),
 )
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     **{
         name: {"groups": name}
         for name in (

@@ -160,7 +160,7 @@ def test_scores_that_are_not_finite_name_their_layer(where, bad):
     tokens = mixed_tokens(2, 8, 0)
     assert not model(tokens).unsound_L.any()
     with torch.no_grad():
-        model.get_submodule(where).weight[0, 0] = bad
+        model.get_parameter(f"{where}.weight")[0, 0] = bad
     layer = int(where.split(".")[1])
     assert model(tokens).unsound_L.nonzero()[0].item() == layer
     for routing in (Routing(capacity="actual"), Routing(by="causal")):

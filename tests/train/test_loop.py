@@ -146,11 +146,11 @@ def test_golden_losses(tiny, tmp_path):
 
 @pytest.mark.parametrize("groups", ["moe_2t2i", "mod", "mod_moe_2t2i"])
 def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, groups):
-    model = {"model": tiny.model.model_copy(update={"groups": groups})}
-    run = train(with_run(tiny, tmp_path / "run", **model), WORLD, quiet=True)
+    changes = {"model": tiny.model.model_copy(update={"groups": groups})}
+    run = train(with_run(tiny, tmp_path / "run", **changes), WORLD, quiet=True)
     rows = run.read_metrics()
     assert rows[-1]["loss"] < rows[0]["loss"]
-    stage = {"stage": "aux_router", "from_": run.path} | model
+    stage = {"stage": "aux_router", "from_": run.path} | changes
     routers = train(with_run(tiny, run.path / ROUTER_RUN, **stage), WORLD, quiet=True)
     before, after = (tensors_of(checkpoints_in(r.checkpoints)[-1]) for r in (run, routers))
     for key in before:
