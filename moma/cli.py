@@ -82,6 +82,16 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Count a recipe's parameters and operations by part; nothing is allocated."""
+    from moma.recipe import read_recipe
+    from moma.study.plan import plan as count
+    from moma.train.recipe import Recipe
+
+    _show(str(recipe), count(read_recipe(Recipe, recipe, overrides or ())), as_json)
+
+
+@app.command()
 def evaluate(
     run: RunFolder,
     routing: Annotated[

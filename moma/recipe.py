@@ -28,16 +28,42 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = ()) -> AnyConfig:
     """Read a TOML recipe, apply `key.sub=value` overrides, and check it.
 
+    A recipe that says `extends = "other.toml"` (relative to itself) starts from that file's values:
+    its own tables are laid over them key by key, anything else takes the place of what was there.
+
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; the message names it.
     """
+    return check(schema, override(_read_toml(path, ()), overrides), str(path))
+
+
+def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """Values of a file over those of the file that it extends, and so on."""
+    if path.resolve() in extended_by:
+        raise UserError(f"{path}: extends itself, by way of {extended_by[-1]}; remove an 'extends'")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot read the recipe ({error.strerror})") from error
+        origin = f", which {extended_by[-1]} extends" if extended_by else ""
+        raise UserError(f"{path}: cannot read the recipe{origin} ({error.strerror})") from error
     except ValueError as error:  # TOML's own, and bytes that are no UTF-8
         raise UserError(f"{path}: not valid TOML ({error})") from error
-    return check(schema, override(values, overrides), str(path))
+    if "extends" not in values:
+        return values
+    base = values.pop("extends")
+    if not isinstance(base, str):
+        raise UserError(f"{path}: 'extends': name one file, such as \"base.toml\"")
+    return _lay_over(_read_toml(path.parent / base, (*extended_by, path.resolve())), values)
+
+
+def _lay_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = _lay_over(below, value)
+        merged[key] = value
+    return merged
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

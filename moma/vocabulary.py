@@ -42,9 +42,14 @@ class Vocabulary:
     image_codes: tuple[int, ...]
     codes_per_image: int
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the modalities; another vocabulary may know more of them."""
+        return MODALITIES
+
     @cached_property
     def modality_of_id(self) -> np.ndarray:
-        """Modality of each id, int64 of shape [V], as an index into `MODALITIES`."""
+        """Modality of each id, int64 of shape [V], as an index into `modalities`."""
         table = np.full(self.size, TEXT, dtype=np.int64)
         table[list(self.image_codes)] = IMAGE
         return table

@@ -1,13 +1,29 @@
 """Self-attention as in Chameleon: normalised queries and keys, rotary positions, causal.
 
-Shapes: see `layers.py`.
+Shapes: see `layers.py`; G key and value heads, W length of a window.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.model.layers import rotate
+
+
+class Sight(NamedTuple):
+    """What each token sees of those before it.
+
+    Attributes:
+        mask: boolean, true where a query sees a key, [B, 1, S, S]; None: all that precede in the
+            row. With windows [S / W rounded up, 1, W, 2 · W].
+        window: length W of the windows in which one long row is attended to: its tokens see only
+            their own window and the one before it, so the cost grows with S · W, not with S².
+    """
+
+    mask: Tensor | None = None
+    window: int | None = None
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:
@@ -18,42 +34,99 @@ def document_mask(documents_BS: Tensor) -> Tensor:
     return same & causal
 
 
+def chosen_sight(row_RK: Tensor, document_RK: Tensor, taken_RK: Tensor, row_length: int) -> Sight:
+    """Sight among tokens picked out of several rows, in the order in which they stand there.
+
+    A token sees the picked ones of its own row and document that stand before it, and itself. An
+    empty slot sees itself and is seen by no other.
+
+    Args:
+        row_RK, document_RK: row and document of the token in each slot.
+        taken_RK: whether a slot holds a token.
+        row_length: most tokens of a row. Where all slots are one sequence (R = 1) of more than two
+            rows' length, windows of this length hold all that a token may see.
+    """
+    slot_RK = torch.arange(row_RK.shape[1], device=row_RK.device).expand_as(row_RK)
+    ids = torch.stack((slot_RK, row_RK, document_RK, taken_RK.to(slot_RK.dtype)), dim=-1)
+    if len(row_RK) > 1 or row_RK.shape[1] <= 2 * row_length:
+        return Sight(_sees(ids, ids))
+    folded = _fold(ids, row_length, filler=-1)
+    return Sight(_sees(folded, _with_window_before(folded, filler=-1)), row_length)
+
+
+def _sees(query_RQI: Tensor, key_RKI: Tensor) -> Tensor:
+    """Boolean [R, 1, Q, K] from slot, row, document and taken of queries and keys."""
+    query_slot, query_row, query_document, _ = query_RQI[:, :, None].unbind(-1)
+    slot, row, document, taken = key_RKI[:, None].unbind(-1)
+    near = (row == query_row) & (document == query_document) & (slot <= query_slot)
+    return (near & ((taken == 1) | (slot == query_slot)))[:, None]
+
+
+def _fold(x_1S: Tensor, window: int, filler: float = 0) -> Tensor:
+    """Cut [1, S, …] into windows [S / W rounded up, W, …]; the last one is filled up."""
+    missing = -x_1S.shape[1] % window
+    rest = x_1S.new_full((1, missing, *x_1S.shape[2:]), filler)
+    return torch.cat((x_1S, rest), dim=1).unflatten(1, (-1, window))[0]
+
+
+def _with_window_before(x_TW: Tensor, filler: float = 0) -> Tensor:
+    """Put the window before in front of each, [T, W, …] to [T, 2 · W, …]."""
+    before = torch.cat((torch.full_like(x_TW[:1], filler), x_TW[:-1]))
+    return torch.cat((before, x_TW), dim=1)
+
+
 class Attention(nn.Module):
     """Causal multi-head attention with LayerNorm on each head's queries and keys.
 
     Source: Chameleon (arXiv 2405.09818) §2.3.1, where the norm keeps softmax from drifting when
-    modalities compete.
+    modalities compete. With fewer key and value heads than query heads, several of the latter
+    share one of the former (grouped queries, arXiv 2305.13245).
+
+    Args:
+        dim, heads: width D and query heads H.
+        kv_heads: heads G of keys and values, a divisor of H.
+        query_key_norm: whether queries and keys are normalised.
     """
 
-    def __init__(self, dim: int, heads: int, query_key_norm: bool):
+    def __init__(self, dim: int, heads: int, kv_heads: int, query_key_norm: bool):
         super().__init__()
-        self.heads = heads
+        self.width = dim // heads
+        self.grouped = kv_heads < heads
         self.query = nn.Linear(dim, dim, bias=False)
-        self.key = nn.Linear(dim, dim, bias=False)
-        self.value = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, kv_heads * self.width, bias=False)
+        self.value = nn.Linear(dim, kv_heads * self.width, bias=False)
         self.output = nn.Linear(dim, dim, bias=False)
-        width = dim // heads
-        self.query_norm = HeadNorm(heads, width) if query_key_norm else nn.Identity()
-        self.key_norm = HeadNorm(heads, width) if query_key_norm else nn.Identity()
+        self.query_norm = HeadNorm(heads, self.width) if query_key_norm else nn.Identity()
+        self.key_norm = HeadNorm(kv_heads, self.width) if query_key_norm else nn.Identity()
 
-    def forward(
-        self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask_BSS: Tensor | None
-    ) -> Tensor:
-        """Attend over [B, S, D]; without a mask, over everything before in the row."""
+    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], sight: Sight) -> Tensor:
+        """Attend over [B, S, D]; `angles` are those of `rotary_angles` at the tokens' positions."""
         query, key, value = (
-            projection(x_BSD).unflatten(-1, (self.heads, -1))
+            projection(x_BSD).unflatten(-1, (-1, self.width))
             for projection in (self.query, self.key, self.value)
         )
         query = rotate(self.query_norm(query), angles)
         key = rotate(self.key_norm(key), angles)
-        mixed_BHSC = functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask_BSS,
-            is_causal=mask_BSS is None,
-        )
-        return self.output(mixed_BHSC.transpose(1, 2).flatten(-2))
+        if sight.window is None:
+            mixed_BSHC = self._mix(query, key, value, sight.mask)
+        else:
+            query = _fold(query, sight.window)
+            key, value = (_with_window_before(_fold(x, sight.window)) for x in (key, value))
+            windows = self._mix(query, key, value, sight.mask)
+            mixed_BSHC = windows.flatten(0, 1)[None, : x_BSD.shape[1]]
+        return self.output(mixed_BSHC.flatten(-2))
+
+    def _mix(
+        self, query_BSHC: Tensor, key_BSGC: Tensor, value_BSGC: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        return functional.scaled_dot_product_attention(
+            query_BSHC.transpose(1, 2),
+            key_BSGC.transpose(1, 2),
+            value_BSGC.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=self.grouped,
+        ).transpose(1, 2)
 
 
 class HeadNorm(nn.Module):

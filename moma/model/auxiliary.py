@@ -1,6 +1,6 @@
 """Auxiliary routers tell from one token alone what the batch would choose (MoMa §2.4)."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,8 +26,34 @@ class RouterRecord(NamedTuple):
         chosen_NE: 1 where the batch choice gave token n to expert e, else 0.
         likelihood_NE: the auxiliary router's logits for the same.
         eligible_N: the tokens that the router had to choose from.
+        kind: whether experts chose (E of them) or a whole layer did (E = 1).
     """
 
     chosen_NE: Tensor
     likelihood_NE: Tensor
     eligible_N: Tensor
+    kind: Literal["experts", "depth"] = "experts"
+
+    def spread(self, token_K: Tensor, tokens: int) -> "RouterRecord":
+        """The record of a router that met only the tokens `token_K`, as one over all N tokens."""
+
+        def over_all(part: Tensor) -> Tensor:
+            return part.new_zeros(tokens, *part.shape[1:]).index_copy(0, token_K, part)
+
+        return self._replace(
+            chosen_NE=over_all(self.chosen_NE),
+            likelihood_NE=over_all(self.likelihood_NE),
+            eligible_N=over_all(self.eligible_N),
+        )
+
+
+class RouterReport(NamedTuple):
+    """What a router tells of a forward pass, besides its selection.
+
+    Attributes:
+        unsound: a boolean on the device: whether a score was NaN or infinite.
+        record: what it did, if it was asked to record.
+    """
+
+    unsound: Tensor
+    record: RouterRecord | None

@@ -12,43 +12,62 @@ import re
 from collections.abc import Sequence
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.errors import UserError
-from moma.model.auxiliary import AuxiliaryRouter, RouterRecord
+from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
 from moma.model.layers import SwiGLU, widen
-from moma.model.routing import Routing, Selection, choose_by_batch, choose_causally, take_all
+from moma.model.routing import (
+    Routing,
+    Selection,
+    any_unsound,
+    choose_by_batch,
+    choose_causally,
+    router_logits,
+    take_all,
+)
 from moma.recipe import Config
-from moma.vocabulary import MODALITIES, ModalityName
+from moma.vocabulary import MODALITIES
 
 
 class GroupConfig(Config):
-    """A group of experts and the modalities whose tokens it takes."""
+    """A group of experts and the modalities whose tokens it takes, by the vocabulary's names."""
 
-    modalities: tuple[ModalityName, ...] = Field(min_length=1)
+    modalities: tuple[str, ...] = Field(min_length=1)
     experts: int = Field(ge=1)
+
+    @field_validator("modalities")
+    @classmethod
+    def _each_once(cls, modalities: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(modalities)) < len(modalities):
+            raise ValueError(f"{', '.join(modalities)}: name each modality once")
+        return modalities
 
 
 def named_groups(name: str) -> tuple[GroupConfig, ...]:
-    """The groups of an architecture by the paper's name, such as `moe_4t4i`.
+    """The groups of an architecture by the paper's name, such as `moe_4t4i` or `mod_moe_4t4i`.
+
+    `mod` alone, and before another name, adds mixture-of-depths (`depth.py`) and leaves the groups
+    as they are.
 
     Raises:
         UserError: the name is none of these.
     """
-    if name == "dense":
+    if name in ("dense", "mod"):
         return (GroupConfig(modalities=MODALITIES, experts=1),)
-    if match := re.fullmatch(r"moe_(\d+)x", name):
+    experts = name.removeprefix("mod_")
+    if match := re.fullmatch(r"moe_([1-9]\d*)x", experts):
         return (GroupConfig(modalities=MODALITIES, experts=int(match[1])),)
-    if match := re.fullmatch(r"moe_(\d+)t(\d+)i", name):
+    if match := re.fullmatch(r"moe_(\d+)t(\d+)i", experts):
         counts = dict(zip(MODALITIES, map(int, match.groups()), strict=True))
         if 0 in counts.values():
             raise UserError(f"'{name}': every modality needs an expert; write at least 1")
         return tuple(GroupConfig(modalities=(key,), experts=n) for key, n in counts.items())
     raise UserError(
-        f"'{name}': no such architecture; write dense, moe_8x, moe_4t4i (any counts), "
-        "or a list of groups such as [{modalities = ['text'], experts = 4}, …]"
+        f"'{name}': no such architecture; write dense, moe_8x, moe_4t4i (any counts), mod, "
+        "mod_moe_4t4i, or a list of groups such as [{modalities = ['text'], experts = 4}, …]"
     )
 
 
@@ -57,22 +76,23 @@ class ExpertGroup(nn.Module):
 
     Args:
         dim, hidden: widths D and F of every expert.
-        config: the group's modalities and number of experts E.
+        modalities: the group's, as the vocabulary numbers them.
+        experts: number of experts E.
         share: the part of all tokens that belongs to these modalities; sets the static capacity.
     """
 
-    def __init__(self, dim: int, hidden: int, config: GroupConfig, share: float):
+    def __init__(
+        self, dim: int, hidden: int, modalities: Sequence[int], experts: int, share: float
+    ):
         super().__init__()
-        self.modalities = tuple(MODALITIES.index(name) for name in config.modalities)
-        self.experts = config.experts
-        self.share = share
-        self.gate_EDF = nn.Parameter(torch.empty(config.experts, dim, hidden))
-        self.up_EDF = nn.Parameter(torch.empty(config.experts, dim, hidden))
-        self.down_EFD = nn.Parameter(torch.empty(config.experts, hidden, dim))
+        self.modalities, self.experts, self.share = tuple(modalities), experts, share
+        self.gate_EDF = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.up_EDF = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.down_EFD = nn.Parameter(torch.empty(experts, hidden, dim))
 
     def forward(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
-    ) -> tuple[Tensor, RouterRecord | None]:
+    ) -> tuple[Tensor, RouterReport | None]:
         """Route the tokens of the group's modalities; others get zeros.
 
         Args:
@@ -81,8 +101,8 @@ class ExpertGroup(nn.Module):
             routing: see `Routing`.
         """
         eligible_N = self._eligible(modality_N)
-        selection, record = self._select(x_ND, eligible_N, routing)
-        return self._run(x_ND, selection), record
+        selection, report = self._select(x_ND, eligible_N, routing)
+        return self._run(x_ND, selection), report
 
     def _eligible(self, modality_N: Tensor) -> Tensor:
         eligible_N = modality_N == self.modalities[0]
@@ -93,13 +113,12 @@ class ExpertGroup(nn.Module):
     def _capacity(self, eligible_N: Tensor, routing: Routing) -> int:
         """K = share · N / E (static), or from the batch's own count (actual)."""
         if routing.capacity == "static":
-            # The small slack keeps a product such as 0.3 · 10 from being rounded up.
-            return math.ceil(self.share * eligible_N.shape[0] / self.experts - 1e-6)
+            return static_capacity(self.share, eligible_N.shape[0], self.experts)
         return math.ceil(int(eligible_N.sum()) / self.experts)
 
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
-    ) -> tuple[Selection, RouterRecord | None]:
+    ) -> tuple[Selection, RouterReport | None]:
         """Without a router (one expert): all tokens of the modality."""
         count = Routing(capacity="actual") if routing.by == "causal" else routing
         return take_all(eligible_N, self._capacity(eligible_N, count)), None
@@ -117,24 +136,29 @@ class ExpertGroup(nn.Module):
 class RoutedGroup(ExpertGroup):
     """A group of several experts: a main router scores, an auxiliary router foretells."""
 
-    def __init__(self, dim: int, hidden: int, config: GroupConfig, share: float):
-        super().__init__(dim, hidden, config, share)
-        self.router = nn.Linear(dim, config.experts, bias=False)
-        self.auxiliary = AuxiliaryRouter(dim, config.experts)
+    def __init__(
+        self, dim: int, hidden: int, modalities: Sequence[int], experts: int, share: float
+    ):
+        super().__init__(dim, hidden, modalities, experts, share)
+        self.router = nn.Linear(dim, experts, bias=False)
+        self.auxiliary = AuxiliaryRouter(dim, experts)
 
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
-    ) -> tuple[Selection, RouterRecord | None]:
-        # Rounded scores would tie: the choice is made in fp32, whatever the rest is computed in.
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = functional.linear(widen(x_ND), widen(self.router.weight))
+    ) -> tuple[Selection, RouterReport | None]:
+        logits_NE = router_logits(self.router, x_ND)
+        unsound = any_unsound(logits_NE, eligible_N)
         if routing.by == "causal":
-            return choose_causally(logits_NE, self.auxiliary(x_ND), eligible_N), None
+            likelihood_NE = self.auxiliary(x_ND)
+            unsound = unsound | any_unsound(likelihood_NE, eligible_N)
+            selection = choose_causally(logits_NE, likelihood_NE, eligible_N)
+            return selection, RouterReport(unsound, None)
         selection = choose_by_batch(logits_NE, eligible_N, self._capacity(eligible_N, routing))
         if not routing.record:
-            return selection, None
+            return selection, RouterReport(unsound, None)
         chosen_NE = selection.chosen_NE(x_ND.shape[0])
-        return selection, RouterRecord(chosen_NE, widen(self.auxiliary(x_ND)), eligible_N)
+        record = RouterRecord(chosen_NE, widen(self.auxiliary(x_ND)), eligible_N)
+        return selection, RouterReport(unsound, record)
 
 
 class DenseGroup(SwiGLU):
@@ -142,20 +166,63 @@ class DenseGroup(SwiGLU):
 
     def forward(  # type: ignore[override]
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
-    ) -> tuple[Tensor, RouterRecord | None]:
+    ) -> tuple[Tensor, RouterReport | None]:
         """Apply the feed-forward to every token, [N, D] to [N, D]."""
         return super().forward(x_ND), None
 
 
+def static_capacity(share: float, tokens: int, experts: int = 1) -> int:
+    """Slots of an expert, K = share · N / E, rounded up."""
+    # The small slack keeps a product such as 0.3 · 10 from being rounded up.
+    return math.ceil(share * tokens / experts - 1e-6)
+
+
+def group_share(
+    config: GroupConfig,
+    shares: Sequence[float],
+    modalities: Sequence[str] = MODALITIES,
+    reach: float = 1.0,
+) -> float:
+    """The part of a layer's tokens that a group's static capacity is made for.
+
+    Experts of a router divide what the modalities have by the recipe's shares. Where only some of
+    the batch reaches the layer (`reach` < 1), nobody knows how many of them are of a modality; a
+    lone expert, who takes every token, has room for as many as there can be.
+
+    Raises:
+        UserError: the group names a modality that is not among `modalities`.
+    """
+    unknown = [name for name in config.modalities if name not in modalities]
+    if unknown:
+        known = ", ".join(modalities)
+        raise UserError(f"a group takes '{unknown[0]}', but the modalities are {known}")
+    share = sum(shares[modalities.index(name)] for name in config.modalities)
+    return min(1.0, share / reach) if config.experts == 1 else share
+
+
 def make_group(
-    dim: int, hidden: int, config: GroupConfig, shares: Sequence[float]
+    dim: int,
+    hidden: int,
+    config: GroupConfig,
+    shares: Sequence[float],
+    modalities: Sequence[str] = MODALITIES,
+    reach: float = 1.0,
 ) -> ExpertGroup | DenseGroup:
-    """The cheapest module that computes a group; `shares` holds the part of each modality."""
-    if config.experts == 1 and set(config.modalities) == set(MODALITIES):
+    """The cheapest module that computes a group.
+
+    Args:
+        dim, hidden: widths D and F.
+        config: the group's modalities and number of experts.
+        shares: the part of each modality among all tokens.
+        modalities: their names, in the order of `shares`.
+        reach: the part of all tokens that reach the layer; below 1 in mixture-of-depths.
+    """
+    share = group_share(config, shares, modalities, reach)
+    if config.experts == 1 and set(config.modalities) == set(modalities):
         return DenseGroup(dim, hidden)
-    share = sum(shares[MODALITIES.index(name)] for name in config.modalities)
     kind = ExpertGroup if config.experts == 1 else RoutedGroup
-    return kind(dim, hidden, config, share)
+    numbers = [modalities.index(name) for name in config.modalities]
+    return kind(dim, hidden, numbers, config.experts, share)
 
 
 class Experts(nn.Module):
@@ -167,14 +234,14 @@ class Experts(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
-    ) -> tuple[Tensor, list[RouterRecord]]:
-        """Map [B, S, D] to [B, S, D] and return what the routers did.
+    ) -> tuple[Tensor, list[RouterReport]]:
+        """Map [B, S, D] to [B, S, D] and return what the routers tell.
 
         Group after group: under sharding, the next group's weights arrive while one computes.
         """
         x_ND, modality_N = x_BSD.flatten(0, 1), modality_BS.flatten()
-        outputs, records = zip(
+        outputs, reports = zip(
             *(group(x_ND, modality_N, routing) for group in self.groups), strict=True
         )
         total_ND = sum(outputs[1:], start=outputs[0])
-        return total_ND.view_as(x_BSD), [record for record in records if record is not None]
+        return total_ND.view_as(x_BSD), [report for report in reports if report is not None]

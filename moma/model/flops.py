@@ -1,39 +1,159 @@
-"""Floating-point operations, counted from the configuration alone.
+"""Parameters and floating-point operations, counted from the configuration alone.
 
-The one place that counts: the trainer, the report and every comparison ask here. A multiply-add is
-two operations; attention counts the full S × S products, as `torch.utils.flop_counter` does;
-elementwise work is left out. Backward costs twice the forward.
+The one place that counts: the trainer, plans and every comparison ask here. A multiply-add is two
+operations; attention counts the full products of queries and keys, masked or not, as
+`torch.utils.flop_counter` does; elementwise work is left out. Backward costs twice the forward.
+
+Under static capacity some slots of mixture-of-depths stay empty; they are counted apart, by
+`empty_slot_flops`, and belong to no other count.
 """
 
-import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from moma.model.transformer import ModelConfig
+from moma.model.architecture import ModelConfig
+from moma.model.experts import GroupConfig, group_share, static_capacity
 from moma.vocabulary import MODALITIES
+
+Counts = dict[str, float]
+
+
+class LayerKind(NamedTuple):
+    """Layers that are alike, and what reaches them of rows × row_length tokens.
+
+    Attributes:
+        layers: how many there are.
+        reach: part of the tokens that attention and experts meet: 1, or what a gate lets through.
+        tokens: that many of them.
+        pairs: of queries and keys in the attention products.
+    """
+
+    layers: int
+    reach: float
+    tokens: int
+    pairs: int
+
+
+def layer_kinds(config: ModelConfig, rows: int, row_length: int) -> list[LayerKind]:
+    """The layers without and those with a gate, which may be none."""
+    gated, tokens = len(config.depth_layers), rows * row_length
+    kinds = [LayerKind(config.layers - gated, 1.0, tokens, tokens * row_length)]
+    depth = config.depth_config
+    if depth is None:
+        return kinds
+    if depth.choose == "row":
+        chosen = static_capacity(depth.share, row_length)
+        return [*kinds, LayerKind(gated, depth.share, rows * chosen, rows * chosen**2)]
+    chosen = static_capacity(depth.share, tokens)
+    # One sequence of all that are chosen; a long one is cut into windows, see `Sight`.
+    windows = -(-chosen // row_length)
+    pairs = chosen**2 if chosen <= 2 * row_length else windows * row_length * 2 * row_length
+    return [*kinds, LayerKind(gated, depth.share, chosen, pairs)]
+
+
+def parameters(config: ModelConfig, vocabulary_size: int) -> Counts:
+    """Number of parameters by kind of part, the auxiliary routers' left out.
+
+    Returns:
+        `embedding`, `attention` with its norms of queries and keys, `norms`, `experts`, `routers`
+        of experts, `depth` (the gates), `head`.
+    """
+    layer = _layer_parameters(config)
+    return {
+        "embedding": vocabulary_size * config.dim,
+        **{part: config.layers * count for part, count in layer.items()},
+        "norms": (2 * config.layers + 1) * config.dim,
+        "depth": len(config.depth_layers) * config.dim,
+        "head": 0 if config.tied_embeddings else vocabulary_size * config.dim,
+    }
+
+
+def auxiliary_parameters(config: ModelConfig) -> int:
+    """Number of parameters of the auxiliary routers, which are trained afterwards."""
+    half = config.dim // 2
+    experts = sum(half * (config.dim + group.experts) for group in _routed(config))
+    return config.layers * experts + len(config.depth_layers) * half * (config.dim + 1)
+
+
+def active_parameters(
+    config: ModelConfig,
+    vocabulary_size: int,
+    shares: Sequence[float],
+    modalities: Sequence[str] = MODALITIES,
+) -> Counts:
+    """Number of parameters that a token meets on average, by kind of part as in `parameters`.
+
+    One expert of each group of its modality; of a layer with a gate, the part of the tokens that
+    it lets through. Embedding table and head count whole.
+    """
+    expert = 3 * config.dim * config.hidden_width
+    layer = {
+        "attention": _layer_parameters(config)["attention"],
+        "experts": sum(group_share(g, shares, modalities) * expert for g in config.group_list),
+        "routers": sum(
+            group_share(g, shares, modalities) * config.dim * g.experts for g in _routed(config)
+        ),
+        "norms": 2 * config.dim,
+    }
+    depth = config.depth_config
+    gated = len(config.depth_layers)
+    met = config.layers - gated + (depth.share * gated if depth else 0)
+    active = parameters(config, vocabulary_size) | {
+        part: met * count for part, count in layer.items()
+    }
+    return active | {"norms": active["norms"] + config.dim}
 
 
 def forward_flops(
-    config: ModelConfig, vocabulary_size: int, shares: Sequence[float], rows: int, row_length: int
-) -> dict[str, float]:
-    """Operations of one forward pass over rows × row_length tokens under static batch choice.
+    config: ModelConfig,
+    vocabulary_size: int,
+    shares: Sequence[float],
+    rows: int,
+    row_length: int,
+    modalities: Sequence[str] = MODALITIES,
+) -> Counts:
+    """Operations of one forward pass over rows × row_length tokens under batch choice.
 
     Returns:
-        Operations by kind of part: `attention`, `routers`, `experts`, `head`.
+        Operations by kind of part: `attention`, `routers`, `experts`, `depth`, `head`.
     """
     tokens = rows * row_length
-    attention = 8 * tokens * config.dim**2 + 4 * tokens * row_length * config.dim
-    routers = experts = 0
-    for group in config.group_list:
-        share = sum(shares[MODALITIES.index(name)] for name in group.modalities)
-        slots = group.experts * math.ceil(share * tokens / group.experts - 1e-6)
-        routers += 2 * tokens * config.dim * group.experts if group.experts > 1 else 0
-        experts += 6 * slots * config.dim * config.hidden_width
+    attention = routers = experts = 0.0
+    for kind in layer_kinds(config, rows, row_length):
+        projections = 4 * config.dim * (config.dim + _key_width(config))
+        attention += kind.layers * (kind.tokens * projections + 4 * kind.pairs * config.dim)
+        for group in config.group_list:
+            slots, _ = _slots(group, kind, shares, modalities)
+            experts += kind.layers * 6 * slots * config.dim * config.hidden_width
+            if group.experts > 1:
+                routers += kind.layers * 2 * kind.tokens * config.dim * group.experts
     return {
-        "attention": config.layers * attention,
-        "routers": config.layers * routers,
-        "experts": config.layers * experts,
+        "attention": attention,
+        "routers": routers,
+        "experts": experts,
+        "depth": len(config.depth_layers) * 2 * tokens * config.dim,
         "head": 2 * tokens * config.dim * vocabulary_size,
     }
+
+
+def empty_slot_flops(
+    config: ModelConfig,
+    shares: Sequence[float],
+    rows: int,
+    row_length: int,
+    modalities: Sequence[str] = MODALITIES,
+) -> float:
+    """Operations of one forward pass on slots that hold no token, under static capacity.
+
+    A lone expert behind a gate has room for every token of its modality that may come through,
+    and cannot know beforehand how many will.
+    """
+    empty = 0.0
+    for kind in layer_kinds(config, rows, row_length):
+        for group in config.group_list:
+            held, room = _slots(group, kind, shares, modalities)
+            empty += kind.layers * 6 * (room - held) * config.dim * config.hidden_width
+    return empty
 
 
 def training_flops_per_token(
@@ -48,9 +168,45 @@ def router_stage_flops_per_token(
     config: ModelConfig, vocabulary_size: int, shares: Sequence[float], rows: int, row_length: int
 ) -> float:
     """Operations of the auxiliary routers' stage: the frozen model runs forward alone."""
-    parts = forward_flops(config, vocabulary_size, shares, rows, row_length)
-    counts = [group.experts for group in config.group_list if group.experts > 1]
-    # Forward and backward of two layers, but no gradient of what the first of them reads.
-    first, second = config.dim // 2 * config.dim, [config.dim // 2 * count for count in counts]
-    auxiliary = 2 * config.layers * (2 * first * len(counts) + 3 * sum(second))
-    return sum(parts.values()) / (rows * row_length) + auxiliary
+    tokens = rows * row_length
+    total = sum(forward_flops(config, vocabulary_size, shares, rows, row_length).values())
+    half = config.dim // 2
+
+    def auxiliary(choices: int) -> int:
+        # Forward and backward of two layers, but no gradient of what the first of them reads.
+        return 2 * half * (2 * config.dim + 3 * choices)
+
+    for kind in layer_kinds(config, rows, row_length):
+        experts = sum(auxiliary(group.experts) for group in _routed(config))
+        total += kind.layers * kind.tokens * experts
+    return total / tokens + len(config.depth_layers) * auxiliary(1)
+
+
+def _routed(config: ModelConfig) -> list[GroupConfig]:
+    return [group for group in config.group_list if group.experts > 1]
+
+
+def _key_width(config: ModelConfig) -> int:
+    """Width of all heads of keys, or of values, together."""
+    return config.dim // config.heads * config.key_heads
+
+
+def _layer_parameters(config: ModelConfig) -> dict[str, int]:
+    norms = 2 * (config.dim + _key_width(config)) if config.query_key_norm else 0
+    expert = 3 * config.dim * config.hidden_width
+    return {
+        "attention": 2 * config.dim * (config.dim + _key_width(config)) + norms,
+        "experts": sum(group.experts for group in config.group_list) * expert,
+        "routers": sum(group.experts for group in _routed(config)) * config.dim,
+    }
+
+
+def _slots(
+    group: GroupConfig, kind: LayerKind, shares: Sequence[float], modalities: Sequence[str]
+) -> tuple[float, int]:
+    """Slots of a group that hold a token, and all that it has under static capacity."""
+    share = group_share(group, shares, modalities, kind.reach)
+    room = group.experts * static_capacity(share, kind.tokens, group.experts)
+    if group.experts > 1 or kind.reach == 1:
+        return room, room
+    return group_share(group, shares, modalities) * kind.tokens, room

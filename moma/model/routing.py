@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moma.model.layers import widen
 
 RoutingName = Literal["choice", "causal"]
 CapacityName = Literal["static", "actual"]
@@ -53,6 +56,20 @@ class Selection(NamedTuple):
         return nobody.scatter_add(1, self.token_EK, self.taken_EK.to(nobody.dtype)).T
 
 
+def router_logits(router: nn.Linear, x_ND: Tensor) -> Tensor:
+    """Logits [N, E] of a main router, in fp32 whatever the rest is in: rounded ones would tie."""
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return functional.linear(widen(x_ND), widen(router.weight))
+
+
+def any_unsound(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
+    """Whether an eligible token has a score that is NaN or infinite: a boolean on the device.
+
+    A NaN would win every choice, so it is told apart and stops the run later, without a wait here.
+    """
+    return (~logits_NE.detach().isfinite().all(1) & eligible_N).any()
+
+
 def choose_by_batch(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selection:
     """Expert choice: each expert takes its `capacity` highest-scored eligible tokens (Eq. 1).
 
@@ -61,10 +78,15 @@ def choose_by_batch(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Sel
         eligible_N: whether a token belongs to the group's modalities and is no padding.
         capacity: slots an expert has, K; slots beyond the eligible tokens stay empty.
     """
-    masked_EN = logits_NE.detach().masked_fill(~eligible_N[:, None], -torch.inf).T
-    token_EK = masked_EN.topk(min(capacity, logits_NE.shape[0]), dim=1).indices
-    taken_EK = eligible_N[token_EK]
-    return Selection(token_EK, taken_EK, logits_NE.T.gather(1, token_EK).sigmoid() * taken_EK)
+    return choose_highest(logits_NE.T, eligible_N.expand(logits_NE.shape[1], -1), capacity)
+
+
+def choose_highest(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selection:
+    """As `choose_by_batch`, each line of E choosing among N tokens of its own."""
+    masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
+    token_EK = masked_EN.topk(min(capacity, logits_EN.shape[1]), dim=1).indices
+    taken_EK = eligible_EN.gather(1, token_EK)
+    return Selection(token_EK, taken_EK, logits_EN.gather(1, token_EK).sigmoid() * taken_EK)
 
 
 def choose_causally(logits_NE: Tensor, likelihood_NE: Tensor, eligible_N: Tensor) -> Selection:

@@ -202,7 +202,7 @@ def _chosen(
     layers = [
         record.chosen_NE.cpu()[index].T.bool().numpy()
         for record in routers
-        if bool(record.eligible_N[of_modality].any())
+        if record.kind == "experts" and bool(record.eligible_N[of_modality].any())
     ]
     # Groups may overlap; one that is of another size than the first is left out.
     alike = [layer for layer in layers if len(layer) == len(layers[0])]

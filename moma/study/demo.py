@@ -100,7 +100,7 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
                 train(one, world, quiet)
     with clock("routers"):
         for one in recipes:
-            if any(group.experts > 1 for group in one.model.group_list):
+            if one.model.has_routers:
                 routers = {"stage": "aux_router", "from_": one.run, "run": one.run / ROUTER_RUN}
                 train(one.model_copy(update=routers), world, quiet)
     with clock("evaluate", anew=True):

@@ -85,6 +85,7 @@ class Trainer:
 
     def resume(self) -> None:
         """Restore the newest checkpoint, if there is one, and drop log rows that came after it."""
+        torch.manual_seed(self.recipe.seed + self.world.rank)  # dropout's; a checkpoint has its own
         found = checkpoints_in(self.run.checkpoints)
         if found:
             state, rank_state = load_checkpoint(found[-1], self.model, self.optimizer, self.world)
@@ -106,7 +107,8 @@ class Trainer:
 
     def run_to_end(self, report: Report) -> None:
         """Train to the last step, logging and saving on the way."""
-        sums, since = torch.zeros(3, 2, device=self.world.device), time.monotonic()
+        modalities = len(self.model.vocabulary.modalities)
+        sums, since = torch.zeros(3, modalities, device=self.world.device), time.monotonic()
         report(self.done)
         while self.done < self.config.steps:
             rate = learning_rate(self.config.optimizer, self.done, self.config.steps)
@@ -128,6 +130,7 @@ class Trainer:
 
     def _row(self, sums: Tensor, norm: Tensor, rate: float, seconds: float) -> dict[str, Any]:
         """A row of the log: means since the last row; reading the sums waits for the device."""
+        self.step.require_sound(f"{self.run.path}: until step {self.done}, ")
         loss_M, correct_M, targets_M = sums.double().cpu()
         total = targets_M.sum()
         since = (self.done - 1) % self.config.log_every + 1
@@ -233,7 +236,7 @@ def _check_source(recipe: Recipe) -> None:
             f"{recipe.from_}: was trained with another [model] "
             f"({_differences(before.model, recipe.model)}); use its recipe"
         )
-    if recipe.stage == "aux_router" and all(g.experts == 1 for g in recipe.model.group_list):
+    if recipe.stage == "aux_router" and not recipe.model.has_routers:
         raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
     if recipe.stage == "aux_router" and not is_finished(Run(recipe.from_)):
         newest_checkpoint(Run(recipe.from_))  # says so if there is none

@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from moma.data.batches import DataConfig
-from moma.model.transformer import ModelConfig, Transformer
+from moma.model.architecture import ModelConfig
+from moma.model.transformer import Transformer
 from moma.recipe import Config
 from moma.runtime.optimizer import OptimizerConfig
 from moma.tokenizers.image import CodecConfig
@@ -81,6 +82,16 @@ class Recipe(Config):
     model: ModelConfig = ModelConfig()
     pretrain: StageConfig = StageConfig()
     aux_router: RouterStageConfig = RouterStageConfig()
+
+    @model_validator(mode="after")
+    def _every_modality_has_experts(self) -> "Recipe":
+        named = {name for group in self.model.group_list for name in group.modalities}
+        if unknown := sorted(named - set(MODALITIES)):
+            known = ", ".join(MODALITIES)
+            raise ValueError(f"model.groups: there is no modality '{unknown[0]}'; write {known}")
+        if missing := [name for name in MODALITIES if name not in named]:
+            raise ValueError(f"model.groups: no group takes '{missing[0]}' tokens; give it one")
+        return self
 
     @model_validator(mode="after")
     def _router_stage_has_a_model(self) -> "Recipe":

@@ -18,16 +18,15 @@ from moma.model.experts import (
 )
 from moma.model.layers import SwiGLU
 from moma.model.routing import Routing
-from moma.vocabulary import IMAGE, TEXT
+from moma.vocabulary import IMAGE, MODALITIES, TEXT, ModalityName
 
 DIM, HIDDEN = 6, 10
 ACTUAL = Routing(capacity="actual")
 
 
-def routed(modality: str, experts: int, share: float = 0.5, seed: int = 0) -> RoutedGroup:
+def routed(modality: ModalityName, experts: int, share: float = 0.5, seed: int = 0) -> RoutedGroup:
     torch.manual_seed(seed)
-    config = GroupConfig.model_validate({"modalities": [modality], "experts": experts})
-    group = RoutedGroup(DIM, HIDDEN, config, share).double()
+    group = RoutedGroup(DIM, HIDDEN, [MODALITIES.index(modality)], experts, share).double()
     for parameter in group.parameters():
         torch.nn.init.normal_(parameter)
     return group
@@ -153,7 +152,8 @@ def test_record_tells_the_real_choice():
     group = routed("text", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
-    _, record = group(x_ND, modality_N, Routing(capacity="actual", record=True))
+    _, report = group(x_ND, modality_N, Routing(capacity="actual", record=True))
+    record = report.record
     scores = group.router(x_ND).detach()
     for expert in range(2):
         best = scores[:6, expert].topk(3).indices.tolist()
