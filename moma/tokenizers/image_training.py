@@ -184,23 +184,27 @@ def train_codec(
 
 
 def measure_codec(
-    codec: ImageCodec, pictures: Sequence[Tensor], batch_size: int = _MEASURED_AT_ONCE
+    codec: ImageCodec,
+    pictures: Sequence[Tensor],
+    batch_size: int = _MEASURED_AT_ONCE,
+    most: int = _MEASURED_PICTURES,
 ) -> CodecMetrics:
     """Reconstruct pictures and report error and use of codes.
 
-    Of more than 2,048 pictures that many are measured, evenly spread.
+    Of more than `most` pictures no more than that are measured, evenly spread.
 
     Args:
         codec: the codec, on any device.
         pictures: as for `train_codec`; best ones that it was not trained on.
         batch_size: pictures at a time, fewer if they are large.
+        most: how many pictures at most.
 
     Raises:
         UserError: there are no pictures.
     """
     if not len(pictures):
         raise UserError("codec measurement: there are no pictures")
-    chosen = range(0, len(pictures), math.ceil(len(pictures) / _MEASURED_PICTURES))
+    chosen = evenly(len(pictures), most)
     device = codec.codebook.device
     squared, values = 0.0, 0
     counts = torch.zeros(len(codec.codebook), dtype=torch.int64)
@@ -212,11 +216,21 @@ def measure_codec(
         counts += codes_BL.flatten().bincount(minlength=len(counts)).cpu()
     shares = counts[counts > 0] / counts.sum()
     return CodecMetrics(
-        psnr=10 * math.log10(_LARGEST_VALUE**2 * values / max(squared, 1e-12)),
+        psnr=signal_to_noise(squared, values),
         codes_used=(counts > 0).double().mean().item(),
         perplexity=shares.log().mul(shares).sum().neg().exp().item(),
         pictures=len(chosen),
     )
+
+
+def evenly(count: int, most: int) -> range:
+    """At most `most` of `count` indices, evenly spread."""
+    return range(0, count, max(1, math.ceil(count / most)))
+
+
+def signal_to_noise(squared: float, values: int) -> float:
+    """Peak signal-to-noise ratio in dB, from the sum of squared errors over `values` in [−1, 1]."""
+    return 10 * math.log10(_LARGEST_VALUE**2 * values / max(squared, 1e-12))
 
 
 class _Training:
