@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moma.cli_tokenizer import app as tokenizer_app
 from moma.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(tokenizer_app)
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")]
 Overrides = Annotated[

@@ -29,6 +29,9 @@ from moma.recipe import Config, check
 _CHANNELS = 3
 _CONFIG_FILE = "config.json"
 _REPAIRS = 20
+# Bounds of what is held at once: pixels in the encoder, distances to codebook vectors.
+_PIXELS_AT_ONCE = 2**22
+_DISTANCES_AT_ONCE = 2**29
 _WEIGHTS_FILE = "model.safetensors"
 
 
@@ -51,6 +54,8 @@ class CodecConfig(Config):
         codebook_decay: share that a codebook vector keeps of its running mean at each step.
         dead_code_threshold: a vector chosen less often per step is replaced; 0 never replaces.
         commitment_weight: weight of the loss that keeps the encoder near the codebook.
+        decoder: whether there is a decoder; without one pictures become codes but not the reverse
+            (the `transformers` port of Chameleon comes without).
     """
 
     picture_size: int = Field(default=512, ge=1)
@@ -66,6 +71,7 @@ class CodecConfig(Config):
     codebook_decay: float = Field(default=0.99, gt=0, lt=1)
     dead_code_threshold: float = Field(default=0.05, ge=0)
     commitment_weight: float = Field(default=0.25, ge=0)
+    decoder: bool = True
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -131,11 +137,15 @@ class ImageCodec(nn.Module):
         # k-means replaces these at the first training step; until then they only differ.
         self.quantizer.codebook = torch.randn(config.codebook_size, config.code_channels)
         self.post_quant_conv = nn.Conv2d(config.code_channels, config.latent_channels, 1)
-        self.decoder = Decoder(
-            in_channels=config.latent_channels,
-            out_channels=pixels,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            **shared,
+        self.decoder = (
+            Decoder(
+                in_channels=config.latent_channels,
+                out_channels=pixels,
+                up_block_types=("UpDecoderBlock2D",) * blocks,
+                **shared,
+            )
+            if config.decoder
+            else None
         )
 
     @property
@@ -144,9 +154,19 @@ class ImageCodec(nn.Module):
         return self.config.codes_per_side**2
 
     @property
+    def pictures_at_once(self) -> int:
+        """How many pictures fit a bounded memory when no gradients are kept."""
+        return max(1, _PIXELS_AT_ONCE // self.config.picture_size**2)
+
+    @property
     def codebook(self) -> Tensor:
         """The codebook vectors, [codebook_size, D]."""
         return cast(Tensor, self.quantizer.codebook)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last layer."""
+        return cast(Any, self.decoder).conv_out.weight
 
     @torch.no_grad()
     def encode(self, pictures_B3HW: Tensor) -> Tensor:
@@ -180,7 +200,8 @@ class ImageCodec(nn.Module):
             codes_BL: int64, `codes_per_image` codes for each picture, row by row.
 
         Raises:
-            UserError: there are more or fewer codes, or one is outside the codebook.
+            UserError: there are more or fewer codes, one is outside the codebook, or the codec has
+                no decoder.
         """
         if codes_BL.shape[1:] != (self.codes_per_image,):
             raise UserError(f"{tuple(codes_BL.shape[1:])} codes: {self.codes_per_image} needed")
@@ -199,8 +220,7 @@ class ImageCodec(nn.Module):
         Returns:
             reconstructions_B3HW (not clamped) and the weighted commitment loss, a scalar.
         """
-        latents_BDhw = self.latents(pictures_B3HW)
-        vectors_BDhw, _, commitment = self.quantizer(latents_BDhw)
+        vectors_BDhw, commitment = self._quantize(self.latents(pictures_B3HW))
         return self.pictures(vectors_BDhw), commitment
 
     @torch.no_grad()
@@ -209,11 +229,14 @@ class ImageCodec(nn.Module):
 
         A picture is mostly background, so k-means alone leaves many vectors on the same spot;
         each repair moves those that nothing chooses. Draws random numbers; ends in training mode.
+        Takes no more of the pictures than fit a bounded memory.
         """
         self.train()
-        latents_BDhw = self.latents(pictures_B3HW)
+        most = _DISTANCES_AT_ONCE // (self.config.codebook_size * self.codes_per_image)
+        parts = pictures_B3HW[: max(1, most)].split(self.pictures_at_once)
+        latents_BDhw = torch.cat([self.latents(part_B3HW) for part_B3HW in parts])
         for _ in range(_REPAIRS):
-            self.quantizer(latents_BDhw)
+            self._quantize(latents_BDhw)
 
     def autoencode(self, pictures_B3HW: Tensor) -> Tensor:
         """Reconstruct pictures without the codebook, for the first steps of training."""
@@ -225,9 +248,24 @@ class ImageCodec(nn.Module):
         return cast(Tensor, self.quant_conv(self.encoder(folded)))
 
     def pictures(self, vectors_BDhw: Tensor) -> Tensor:
-        """What the decoder draws for codebook vectors: pictures_B3HW, not clamped."""
+        """What the decoder draws for codebook vectors: pictures_B3HW, not clamped.
+
+        Raises:
+            UserError: the codec has no decoder.
+        """
+        if self.decoder is None:
+            raise UserError(
+                "this image codec has no decoder: it turns pictures into codes only; load weights "
+                "with a decoder, such as those of Chameleon's original release"
+            )
         drawn = self.decoder(self.post_quant_conv(vectors_BDhw))
         return functional.pixel_shuffle(drawn, self.config.patch)
+
+    def _quantize(self, latents_BDhw: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest codebook vectors and the commitment loss; distances are never rounded."""
+        with torch.autocast(latents_BDhw.device.type, enabled=False):
+            vectors_BDhw, _, commitment = self.quantizer(latents_BDhw.float())
+        return vectors_BDhw, commitment
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder, which is made if needed."""
