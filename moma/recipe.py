@@ -60,8 +60,9 @@ def _lay_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in values.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _lay_over(below, value) if both else value
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = _lay_over(below, value)
+        merged[key] = value
     return merged
 
 

@@ -76,7 +76,7 @@ def sharded_steps(world: World, recipe: Recipe, out: Path) -> None:
         torch.save((torch.stack(sums), torch.stack(norms)), out / "sums.pt")
 
 
-@pytest.mark.parametrize("groups", ["dense", "moe_2t2i", "moe_3t1i"])
+@pytest.mark.parametrize("groups", ["dense", "moe_2t2i", "moe_3t1i", "mod_moe_2t2i"])
 def test_two_ranks_equal_one_on_the_same_token_groups(tiny, tmp_path, groups):
     recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": groups})})
     on_two_ranks(sharded_steps, recipe, tmp_path)

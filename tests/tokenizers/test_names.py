@@ -1,8 +1,7 @@
 """A tokenizer file spelled as Chameleon's: ids by name, in any order, unreachable from text."""
 
-import json
-
 import pytest
+from foreign import CODES, chameleon_file, spelled
 from tokenizers import Tokenizer
 
 from moma.errors import UserError
@@ -14,45 +13,6 @@ from moma.tokenizers.text import (
     train_text_tokenizer,
     vocabulary_of,
 )
-
-CODES = 205
-
-
-def spelled(code: int) -> str:
-    return "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
-
-
-def chameleon_file(as_words: bool, special: bool) -> str:
-    """A small file with the structure of Chameleon's.
-
-    Args:
-        as_words: whether image codes are entries of the model's vocabulary, or added tokens.
-        special: whether added tokens are marked as special.
-    """
-    config = TextTokenizerConfig(vocabulary_size=300)
-    values = json.loads(train_text_tokenizer(config, ["a b " * 9], 0).to_str())
-    text = {piece: id_ for piece, id_ in values["model"]["vocab"].items() if id_ > 4}
-    # Ids have a gap, and codes stand in an order of their own.
-    codes = {spelled(code): 500 + (code * 7) % CODES for code in range(CODES)}
-    names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<racm3:break>": 800, "<eoss>": 801, "<image>": 802}
-    values["model"]["vocab"] = {p: 10 + n for n, p in enumerate(text)} | names
-    values["model"]["vocab"] |= codes if as_words else {}
-    added = names if as_words else names | codes
-    values["added_tokens"] = [
-        {
-            "id": id_,
-            "content": name,
-            "special": special,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-        }
-        for name, id_ in sorted(added.items(), key=lambda item: item[1])
-    ]
-    if not as_words:
-        values["model"]["vocab"] |= codes
-    return json.dumps(values)
 
 
 @pytest.fixture(params=[(True, True), (False, True), (False, False)], ids=str)
