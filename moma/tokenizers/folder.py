@@ -25,7 +25,6 @@ from moma.tokenizers.image import CodecConfig, ImageCodec
 from moma.tokenizers.image_log import CodecLog
 from moma.tokenizers.image_training import (
     STATE_FILE,
-    CodecProgress,
     CodecTrainingConfig,
     measure_codec,
     train_codec,
@@ -69,9 +68,7 @@ def make_codec(
     device: torch.device,
     quiet: bool = False,
 ) -> dict[str, float]:
-    """Train the image codec of a folder, or go on where that was interrupted.
-
-    The log stays in `codec_training/`; the state of an unfinished training is there too.
+    """Train the image codec of a folder, or go on; `codec_training/` keeps log and state.
 
     Args:
         config, training, seed, device: as for `train_codec`.
@@ -93,12 +90,7 @@ def make_codec(
         _require_fit(len(vocabulary.image_codes), config.codebook_size, folder)
     work = folder.path / _TRAINING
     measured = held_out if len(held_out) else pictures
-    log = CodecLog(work, measured)
     with show_progress("image codec", training.steps, quiet) as report:
-
-        def note(state: CodecProgress) -> None:
-            report(state.step, f"L1 {state.absolute_error:.3f}")
-
         codec = train_codec(
             config,
             training,
@@ -106,8 +98,8 @@ def make_codec(
             seed=seed,
             device=device,
             folder=work,
-            progress=note,
-            log=log,
+            progress=lambda state: report(state.step, f"L1 {state.absolute_error:.3f}"),
+            log=CodecLog(work, measured),
         )
     metrics = asdict(measure_codec(codec, measured))
     _place_codec(codec, folder, metrics)

@@ -22,10 +22,15 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from moma.data.documents import unit_hash
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.tokenizers.image import CodecConfig, ImageCodec, in_batches
+from moma.tokenizers.image_batches import (
+    first_pictures,
+    order_of_batches,
+    stack_pictures,
+    step_seed,
+)
 from moma.tokenizers.image_losses import (
     AdversarialConfig,
     Adversary,
@@ -35,7 +40,6 @@ from moma.tokenizers.image_losses import (
 from moma.tokenizers.image_state import Parts, restore_state, save_state
 
 STATE_FILE = "training.safetensors"
-_STARTING_PICTURES = 256
 _MEASURED_PICTURES = 2048
 _MEASURED_AT_ONCE = 64
 _LARGEST_VALUE = 2.0  # pictures span [−1, 1]
@@ -161,14 +165,7 @@ def train_codec(
         training = _Training(codec_config, config, device)
         identity = _identity(codec_config, config, seed, len(pictures))
         start = restore_state(folder / STATE_FILE, training.parts, identity) if folder else 0
-        order = _order(len(pictures), config.batch_size, start, seed)
-        for step in range(start, config.steps):
-            torch.manual_seed(_step_seed(seed, step))
-            batch_B3HW = _batch(pictures, next(order)).to(device, memory_format=torch.channels_last)
-            if step == config.free_steps:
-                training.codec.start_codebook(_first_pictures(pictures, seed).to(device))
-            report = training.step(batch_B3HW, step)
-            done = step + 1
+        for done, report in _steps(training, pictures, start, seed):
             logged, measured, saved = (
                 done % every == 0 or done == config.steps
                 for every in (config.log_every, config.measure_every, config.save_every)
@@ -176,8 +173,7 @@ def train_codec(
             if progress and logged:
                 progress(report())
             if log and (logged or measured):
-                log(report(), training.result if measured and step >= config.free_steps else None)
-                training.codec.train()
+                log(report(), training.result if measured and done > config.free_steps else None)
             if folder and saved:
                 save_state(folder / STATE_FILE, training.parts, identity, done)
     return training.result
@@ -209,7 +205,7 @@ def measure_codec(
     squared, values = 0.0, 0
     counts = torch.zeros(len(codec.codebook), dtype=torch.int64)
     for part in in_batches(len(chosen), min(batch_size, codec.pictures_at_once)):
-        batch_B3HW = _batch(pictures, list(chosen[part])).to(device)
+        batch_B3HW = stack_pictures(pictures, list(chosen[part])).to(device)
         codes_BL = codec.encode(batch_B3HW)
         squared += functional.mse_loss(codec.decode(codes_BL), batch_B3HW, reduction="sum").item()
         values += batch_B3HW.numel()
@@ -319,6 +315,23 @@ class _Training:
         return drawn_B3HW, {"loss": loss} | losses
 
 
+def _steps(
+    training: _Training, pictures: Sequence[Tensor], start: int, seed: int
+) -> Iterator[tuple[int, Callable[[], CodecProgress]]]:
+    """Train step after step; yields how many are done, and the report of the last."""
+    config = training.config
+    order = order_of_batches(len(pictures), config.batch_size, start, seed)
+    for step in range(start, config.steps):
+        torch.manual_seed(step_seed(seed, step))
+        batch_B3HW = stack_pictures(pictures, next(order)).to(
+            training.device, memory_format=torch.channels_last
+        )
+        training.codec.train()
+        if step == config.free_steps:
+            training.codec.start_codebook(first_pictures(pictures, seed).to(training.device))
+        yield step + 1, training.step(batch_B3HW, step)
+
+
 def _new_codec(config: CodecConfig, device: torch.device | str) -> ImageCodec:
     # The layout that convolutions are fastest in; mypy knows `to` without it.
     codec: Any = ImageCodec(config).to(device)
@@ -343,41 +356,6 @@ def _learning_rate(config: CodecTrainingConfig, step: int) -> float:
         return config.learning_rate * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
-
-
-def _order(count: int, batch_size: int, start: int, seed: int) -> Iterator[list[int]]:
-    """Indices of the batches from step `start` on: one shuffled epoch after the other."""
-    position = start * batch_size
-    epoch, indices = -1, []
-    while True:
-        batch = []
-        for place in range(position, position + batch_size):
-            if place // count != epoch:
-                epoch = place // count
-                draw = torch.Generator().manual_seed(_step_seed(seed, epoch, "order"))
-                indices = torch.randperm(count, generator=draw).tolist()
-            batch.append(indices[place % count])
-        position += batch_size
-        yield batch
-
-
-def _batch(pictures: Sequence[Tensor], indices: list[int]) -> Tensor:
-    """Pictures stacked as floats in [−1, 1]."""
-    batch_B3HW = torch.stack([pictures[index] for index in indices])
-    if batch_B3HW.dtype == torch.uint8:
-        return batch_B3HW.float() / 255 * 2 - 1
-    return batch_B3HW
-
-
-def _first_pictures(pictures: Sequence[Tensor], seed: int) -> Tensor:
-    """A random sample that the codebook starts on."""
-    sample = min(len(pictures), _STARTING_PICTURES)
-    return _batch(pictures, next(_order(len(pictures), sample, 0, seed)))
-
-
-def _step_seed(seed: int, step: int, purpose: str = "step") -> int:
-    """A seed for each step: consecutive seeds give unrelated numbers only if they are hashed."""
-    return int(unit_hash(f"{purpose} {seed} {step}") * 2**53)
 
 
 def _cuda_devices(device: torch.device | str) -> list[torch.device]:

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from moma.errors import UserError
 from moma.tokenizers import image_training
 from moma.tokenizers.image import CodecConfig, ImageCodec
+from moma.tokenizers.image_batches import order_of_batches
 from moma.tokenizers.image_losses import AdversarialConfig, PerceptualConfig
 from moma.tokenizers.image_training import (
     CodecProgress,
@@ -245,12 +246,12 @@ def test_measures_agree_with_a_direct_computation(pictures):
 
 
 def test_every_picture_is_drawn_once_an_epoch_and_order_continues_anywhere():
-    whole = image_training._order(10, 4, 0, seed=3)
+    whole = order_of_batches(10, 4, 0, seed=3)
     batches = [next(whole) for _ in range(5)]
     drawn = [index for batch in batches for index in batch]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:]
-    assert next(image_training._order(10, 4, 3, seed=3)) == batches[3]
+    assert next(order_of_batches(10, 4, 3, seed=3)) == batches[3]
 
 
 def test_the_learning_rate_rises_and_falls():
