@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moma.cli_hub import exporting, importing
 from moma.cli_tokenizer import app as tokenizer_app
 from moma.errors import UserError
 
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 
 app.add_typer(tokenizer_app)
+app.add_typer(importing)
+app.add_typer(exporting)
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")]
 Overrides = Annotated[
