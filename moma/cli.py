@@ -103,6 +103,9 @@ def evaluate(
     routing: Annotated[
         str, typer.Option(help="choice: as in training; causal: by the auxiliary routers")
     ] = "choice",
+    data: Annotated[
+        Path | None, typer.Option(help="the prepared data, if it lies elsewhere than in training")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Loss and perplexity on the held-out documents, by modality."""
@@ -115,6 +118,9 @@ def evaluate(
     model, recipe = load_run(Run(run))
     if routing == "causal":
         require_causal_routing(Run(run), model)
+    if data is not None:
+        moved = recipe.data.model_copy(update={"path": data})
+        recipe = recipe.model_copy(update={"data": moved})
     result = measure(model, recipe, routing, quiet=as_json)  # type: ignore[arg-type]
     _show(f"{run}, {routing} routing", result, as_json)
 

@@ -258,6 +258,14 @@ def test_the_routings_differ(trained):
     assert losses[0] != losses[1]
 
 
+def test_data_that_has_moved_can_be_named(trained, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(trained / "data", moved)
+    there = succeeds("evaluate", trained / "run", "--data", moved, "--json")
+    assert there == succeeds("evaluate", trained / "run", "--json")
+    assert str(tmp_path) in refuses("evaluate", trained / "run", "--data", tmp_path)
+
+
 def test_evaluation_without_json_is_a_table(trained):
     out = succeeds("evaluate", trained / "run")
     assert all(key in out for key in RESULT_KEYS)
