@@ -122,7 +122,7 @@ def encode_source(
             _reader(reader) as pictures,
             Encoder(encode_text, encode_pictures, vocabulary) as encoder,
         ):
-            chunks = encoder.encode(rows, pictures)
+            chunks = encoder.encode(rows, pictures, limits.shard_tokens)
             _write(chunks, shards, vocabulary, held_out_share, limits, progress)
         _check_rejected(shards.info, limits, folder)
         if not shards.info.total.documents:

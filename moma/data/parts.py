@@ -207,13 +207,14 @@ def complete_shards(folder: Path, origin: ShardInfo) -> ShardInfo | None:
     found = read_info(folder)
     if found is None or not found.same_origin(origin):
         return None
-    shutil.rmtree(partial_folder(folder), ignore_errors=True)
+    for leftover in (partial_folder(folder), _old_folder(folder)):
+        shutil.rmtree(leftover, ignore_errors=True)
     return found
 
 
 def _put_in_place(folder: Path) -> None:
     """Give finished shards their name; any of these steps may be the last, and is done again."""
-    partial, old = partial_folder(folder), folder.with_name(folder.name + ".old")
+    partial, old = partial_folder(folder), _old_folder(folder)
     for pattern in ("part-*.json", "rejected-*.jsonl", _MAKING_FILE):
         for path in partial.glob(pattern):
             path.unlink()
@@ -241,6 +242,10 @@ def first_rejected(folder: Path) -> str:
 def partial_folder(folder: Path) -> Path:
     """Where the shards of a source stand while they are made."""
     return folder.with_name(folder.name + ".partial")
+
+
+def _old_folder(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def _rejected_files(folder: Path) -> list[Path]:

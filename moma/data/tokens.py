@@ -118,12 +118,12 @@ class Encoder:
             thread.shutdown(cancel_futures=True)
 
     def encode(
-        self, rows: Iterable[Document | Rejected], reader: PictureReader
+        self, rows: Iterable[Document | Rejected], reader: PictureReader, chunk_tokens: int
     ) -> Iterator[list[EncodedDocument | Rejected]]:
-        """The rows of a source, encoded or rejected, a chunk at a time."""
+        """The rows of a source, encoded or rejected, a chunk of about so many tokens at a time."""
         codes = _Codes(self._code_thread, self._codes_of)
         read: list[bytes | UserError] = []
-        for item in reader.read(self._stream(rows)):
+        for item in reader.read(self._stream(rows, chunk_tokens)):
             if isinstance(item, _Chunk):
                 yield self._join(item, iter(read), codes.take())
                 read = []
@@ -133,9 +133,11 @@ class Encoder:
             else:
                 read.append(item)
 
-    def _stream(self, rows: Iterable[Document | Rejected]) -> Iterator[Picture | _Chunk]:
+    def _stream(
+        self, rows: Iterable[Document | Rejected], chunk_tokens: int
+    ) -> Iterator[Picture | _Chunk]:
         """The pictures of each chunk, and behind them the chunk itself."""
-        for chunk in _chunks(rows):
+        for chunk in _chunks(rows, chunk_tokens, self._vocabulary.image_span):
             documents = [row for row in chunk if isinstance(row, Document)]
             segments = [segment for document in documents for segment in document.segments]
             texts = [segment for segment in segments if isinstance(segment, str)]
@@ -247,8 +249,10 @@ class _Codes:
         self._known.update(zip(digests, running.result(), strict=True))
 
 
-def _chunks(rows: Iterable[Document | Rejected]) -> Iterator[list[Document | Rejected]]:
-    """Consecutive rows; documents that a tokenizer cannot hold are rejected."""
+def _chunks(
+    rows: Iterable[Document | Rejected], chunk_tokens: int, image_span: int
+) -> Iterator[list[Document | Rejected]]:
+    """Consecutive rows; documents that tokenizer and codec cannot hold are rejected."""
     chunk: list[Document | Rejected] = []
     pictures = characters = 0
     for row in rows:
@@ -258,8 +262,13 @@ def _chunks(rows: Iterable[Document | Rejected]) -> Iterator[list[Document | Rej
         if isinstance(row, Document):
             pictures += sum(isinstance(segment, Picture) for segment in row.segments)
             characters += sum(len(part) for part in row.segments if isinstance(part, str))
-        full = (CHUNK_DOCUMENTS, CHUNK_PICTURES, CHUNK_CHARACTERS)
-        if any(np.greater_equal((len(chunk), pictures, characters), full)):
+        if (
+            len(chunk) >= CHUNK_DOCUMENTS
+            or pictures >= CHUNK_PICTURES
+            or characters >= CHUNK_CHARACTERS
+            # A token is a character or more, so that this comes rather too soon than too late.
+            or characters + pictures * image_span >= chunk_tokens
+        ):
             yield chunk
             chunk, pictures, characters = [], 0, 0
     if chunk:

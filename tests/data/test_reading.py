@@ -6,26 +6,21 @@ import sys
 import time
 from functools import partial
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from moma.data import reading
 from moma.data.documents import Picture
 from moma.data.reading import PictureReader, Pixels
+from moma.data.sketches import slots
 from moma.errors import UserError
+from moma.tokenizers.pixels import square_pixels
 
-
-def shape(image):
-    return np.asarray(image.convert("RGB"))
+shape = partial(square_pixels, size=2)
 
 
 def picture(number):
     return Picture(str(number), partial(Image.new, "RGB", (2, 2), (number, 0, 0)))
-
-
-def broken(message):
-    raise UserError(message)
 
 
 def outcome(item):
@@ -34,16 +29,17 @@ def outcome(item):
     return str(item)
 
 
+REASON = "relation 'beside': use one of left of, right of, above, below"
 ITEMS = [
     "start",
     *[picture(n) for n in range(9)],
     "middle",
     "again",
-    Picture("bad", partial(broken, "cannot read it")),
+    Picture("bad", partial(slots, "beside", 4)),  # raises `UserError`
     *[picture(n) for n in range(9, 30)],
     "end",
 ]
-EXPECTED = ["start", *range(9), "middle", "again", "cannot read it", *range(9, 30), "end"]
+EXPECTED = ["start", *range(9), "middle", "again", REASON, *range(9, 30), "end"]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -62,9 +58,6 @@ def test_equal_pictures_have_equal_digests(workers):
 
 
 def test_pictures_that_cannot_travel_are_read_here():
-    class Odd(Exception):
-        pass
-
     local = Picture("local", lambda: Image.new("RGB", (2, 2), (5, 0, 0)))
     with PictureReader(shape, 1, patience=0) as reader:
         assert [outcome(item) for item in reader.read([picture(1), local])] == [1, 5]
@@ -108,7 +101,7 @@ def test_a_worker_that_dies_is_told_with_the_way_out():
         yield from [picture(n) for n in range(50)]
 
     with (
-        pytest.raises(UserError, match="reads pictures died.*--workers 0"),
+        pytest.raises(UserError, match=r"reads pictures died.*--workers 0"),
         PictureReader(shape, 1, patience=0) as reader,
     ):
         list(reader.read(items()))
