@@ -63,10 +63,11 @@ def refusal(document: Document) -> str | None:
     if characters > MOST_CHARACTERS:
         return f"{characters} characters of text, at most {MOST_CHARACTERS}; split the document"
     try:
-        for text in texts:
+        for text in (document.name, *texts):
             text.encode()
     except UnicodeEncodeError as error:
-        return f"the text is not Unicode ({error.reason} at character {error.start}); mend it"
+        found = f"{error.reason} at character {error.start} of {text[:40]!a}"
+        return f"not Unicode ({found}); mend it"
     return None
 
 

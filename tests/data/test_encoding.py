@@ -15,7 +15,7 @@ from moma.data.documents import Document, Picture, Rejected
 from moma.data.encoding import Limits, encode_source
 from moma.data.reading import PictureReader
 from moma.data.shards import Encoders, open_shards
-from moma.data.sketches import slots
+from moma.data.sketches import place
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.tokenizers.pixels import square_pixels
@@ -112,7 +112,7 @@ def test_equal_pictures_of_a_chunk_are_encoded_once(tmp_path):
     assert codec.calls == [2]
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 20, 60, 10_000])
+@pytest.mark.parametrize("shard_tokens", [20, 60, 10_000])
 def test_rows_are_found_across_chunks_and_files(tmp_path, monkeypatch, shard_tokens):
     run(tmp_path / "whole")
     monkeypatch.setattr(tokens, "CHUNK_DOCUMENTS", 3)
@@ -131,7 +131,6 @@ def test_rows_are_found_across_chunks_and_files(tmp_path, monkeypatch, shard_tok
     for part in info.parts[:-1]:
         assert sum(counts.tokens for counts in part.counts.values()) >= shard_tokens
     assert (len(info.parts) == 1) == (shard_tokens == 10_000)
-    assert (len(info.parts) == 7) == (shard_tokens == 1)
     whole = open_shards(tmp_path / "whole", VOCABULARY)
     for split, shard in open_shards(tmp_path / "shard", VOCABULARY).splits.items():
         expected = whole.splits[split]
@@ -141,6 +140,15 @@ def test_rows_are_found_across_chunks_and_files(tmp_path, monkeypatch, shard_tok
         for row in range(len(shard)):
             assert shard.ids(row).tolist() == expected.dataset[row]["ids"]
             assert not shard.ids(row).flags.owndata
+
+
+def test_files_are_no_larger_than_asked_for_but_for_one_document(tmp_path):
+    info = run(tmp_path / "shard", limits=Limits(shard_tokens=1))
+    assert [part.stop for part in info.parts] == list(range(1, 21))
+    info = run(tmp_path / "larger", limits=Limits(shard_tokens=40))
+    longest = 11
+    for part in info.parts[:-1]:
+        assert 40 <= sum(counts.tokens for counts in part.counts.values()) < 2 * 40 + longest
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(256, "uint8"), (257, "uint16"), (65537, "uint32")])
@@ -221,25 +229,30 @@ def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, m
         Document("doc 3", (red, "d"), row="list, row 4"),
         Document("doc 4", ()),
         Document("doc 5", ("", "")),
-        "half \ud800"[4:],
+        "\ud800",
         "long text",
         Document("doc 8", (red, red, red)),
         "e",
+        Document("bad \ud800", ("f",), row="list, row 11"),
     )
     info = run(tmp_path / "shard", source, limits=Limits(max_rejected=1))
     train = open_shards(tmp_path / "shard", VOCABULARY).splits["train"]
     assert train.dataset["name"][:] == ["doc 0", "doc 3", "doc 9"]
     assert train.ids(1).tolist() == [0, 3, 5 + 7, 6, 7, 8, 4, *encode_text(["d"])[0], 1]
-    assert info.rejected == 7 and info.rows == 10
+    assert info.rejected == 8 and info.rows == 11
     empty = "it is empty: neither text nor a picture"
     assert [(line["row"], line["reason"]) for line in rejected_in(tmp_path / "shard")] == [
         ("list, row 2", "no caption"),
         ("list, row 3", "cannot read 3.png"),
         ("doc 4", empty),
         ("doc 5", empty),
-        ("doc 6", "the text is not Unicode (surrogates not allowed at character 1); mend it"),
+        ("doc 6", "not Unicode (surrogates not allowed at character 0 of '\\ud800'); mend it"),
         ("doc 7", "9 characters of text, at most 5; split the document"),
         ("doc 8", "3 pictures, at most 2; set the source's max_pictures"),
+        (
+            "list, row 11",
+            "not Unicode (surrogates not allowed at character 4 of 'bad \\ud800'); mend it",
+        ),
     ]
     assert {line["source"] for line in rejected_in(tmp_path / "shard")} == {"given"}
 
@@ -329,7 +342,7 @@ class Pictures:
             parts = [Picture("", partial(Image.new, "RGB", (3, 3), c)) for c in colours]
             if number % 11 == 5:
                 # Raises `UserError`, and a worker knows it without importing this file.
-                parts.insert(1, Picture("", partial(slots, "beside", 4)))
+                parts.insert(1, Picture("", partial(place, "apple", "beside", "flat", 4)))
             yield Document(f"doc {number}", (f"n{number}", *parts))
 
 

@@ -71,7 +71,8 @@ def test_text_comes_back_exactly(tiny, shards, tmp_path):
     for split, shard in shards["text"].splits.items():
         for row in range(len(shard)):
             decoded = decode_document(tiny.data.path, "text", split, row, tmp_path)
-            assert [one["text"] for one in decoded["segments"]][0] in sentences
+            (text,) = (one["text"] for one in decoded["segments"])
+            assert text in sentences
     assert not list(tmp_path.iterdir())
 
 

@@ -198,10 +198,9 @@ def test_dropping_rejected_rows_is_survived_too(tmp_path):
         folder = tmp_path / str(kill_at)
         made = parts.PartialShards(folder, origin, VOCABULARY)
         for number in range(3):
-            part = made.begin_part()
-            part.add({}, [Rejected(f"row {number}", "bad")] if number else [])
-            part.part = part.part.model_copy(update={"stop": number + 1})
-            made.commit(part)
+            writer = made.begin_part()
+            writer.add({}, [Rejected(f"row {number}", "bad")] if number else [])
+            made.commit(writer)
         with pytest.MonkeyPatch.context() as patch:
             Steps(patch, kill_at)
             try:

@@ -12,7 +12,7 @@ from PIL import Image
 from moma.data import reading
 from moma.data.documents import Picture
 from moma.data.reading import PictureReader, Pixels
-from moma.data.sketches import slots
+from moma.data.sketches import place
 from moma.errors import UserError
 from moma.tokenizers.pixels import square_pixels
 
@@ -35,7 +35,7 @@ ITEMS = [
     *[picture(n) for n in range(9)],
     "middle",
     "again",
-    Picture("bad", partial(slots, "beside", 4)),  # raises `UserError`
+    Picture("bad", partial(place, "apple", "beside", "flat", 4)),  # raises `UserError`
     *[picture(n) for n in range(9, 30)],
     "end",
 ]
