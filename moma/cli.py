@@ -165,7 +165,7 @@ def generate(
 ) -> None:
     """Continue a prompt: text to standard output, pictures to PNG files."""
     import moma
-    from moma.data.sources import read_picture
+    from moma.data.pictures import read_picture
     from moma.generate.decode import Sampling
 
     if mode not in ("text", "image", "mixed"):

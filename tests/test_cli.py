@@ -377,25 +377,11 @@ def write_bad_row(row: str) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
-        (write_bad_row('{"image": "4.png"'), ["captions.jsonl, row 5", "not valid JSON", "mend"]),
-        (write_bad_row('{"image": "4.png"}'), ["captions.jsonl, row 5", "'caption'"]),
-        (
-            write_bad_row('{"image": "4.png", "caption": "\\ud800"}'),
-            ["captions.jsonl, row 5"],
-        ),
-        (
-            write_bad_row('{"image": "\\u0000.png", "caption": "a"}'),
-            ["captions.jsonl, row 5"],
-        ),
-        (
-            lambda folder: (folder / "words.txt").write_bytes(b"a\n\xff"),
-            ["words.txt, row 2", "UTF-8"],
-        ),
         (lambda folder: (folder / "words.txt").unlink(), ["words.txt", "cannot read"]),
         (lambda folder: shutil.rmtree(folder / "pictures"), ["captions.jsonl", "cannot read"]),
     ],
 )
-def test_bad_documents_are_named_and_leave_nothing_whole(tmp_path, spoil, named):
+def test_sources_that_cannot_be_read_are_named_and_leave_nothing_whole(tmp_path, spoil, named):
     recipe = make_input(tmp_path)
     spoil(tmp_path)
     message = refuses("prepare", recipe)
@@ -413,10 +399,20 @@ def test_bad_documents_are_named_and_leave_nothing_whole(tmp_path, spoil, named)
             lambda folder: (folder / "pictures" / "7.png").unlink(),
             ["row 8", "there is no", "7.png"],
         ),
-        (cut_picture, ["row 8", "cannot read", "7.png", "save it again"]),
+        (cut_picture, ["row 8", "7.png"]),
+        (write_bad_row('{"image": "4.png"'), ["captions.jsonl, row 5", "not valid JSON", "mend"]),
+        (write_bad_row('{"image": "4.png"}'), ["captions.jsonl, row 5", "'caption'"]),
+        (
+            write_bad_row('{"image": "4.png", "caption": "\\ud800"}'),
+            ["captions.jsonl, row 5"],
+        ),
+        (
+            write_bad_row('{"image": "\\u0000.png", "caption": "a"}'),
+            ["captions.jsonl, row 5"],
+        ),
     ],
 )
-def test_too_many_bad_pictures_are_named_and_leave_no_whole_shards(tmp_path, spoil, named):
+def test_too_many_bad_rows_are_named_and_leave_no_whole_shards(tmp_path, spoil, named):
     recipe = make_input(tmp_path)
     spoil(tmp_path)
     message = refuses("prepare", recipe)
@@ -430,6 +426,13 @@ def test_too_many_bad_pictures_are_named_and_leave_no_whole_shards(tmp_path, spo
     assert result["sources"]["captions"]["documents"] == 11
     assert result["rejected"] == result["sources"]["captions"]["rejected"] == 1
     assert (tmp_path / "data/rejected.jsonl").read_text().splitlines() == [line]
+
+
+def test_a_text_that_is_not_unicode_is_named(tmp_path):
+    recipe = make_input(tmp_path)
+    (tmp_path / "words.txt").write_bytes(b"a\n\xff")
+    message = refuses("prepare", recipe)
+    assert all(part in message for part in ("'text'", "words.txt, row", "UTF-8")), message
 
 
 def test_a_mended_folder_is_prepared_by_the_same_command(tmp_path):

@@ -13,25 +13,19 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from pydantic import Field, model_validator
 
-from moma.data.dictionary import DictionaryConfig
 from moma.data.documents import unit_hash
 from moma.data.packing import Batch, Encoded, Packer, picture_budget
 from moma.data.shards import Encoders, Shard, Shards, open_shards
-from moma.data.sketches import SketchesConfig
-from moma.data.sources import CaptionsConfig, TextConfig
+from moma.data.sources import AnySource
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
-
-SourceConfig = Annotated[
-    CaptionsConfig | TextConfig | SketchesConfig | DictionaryConfig, Field(discriminator="kind")
-]
 
 
 class DataConfig(Config):
@@ -59,7 +53,7 @@ class DataConfig(Config):
     held_out: float = Field(default=0.02, ge=0, lt=1)
     max_rejected: float = Field(default=0.01, ge=0, le=1)
     shard_tokens: int = Field(default=2**25, ge=1)
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[AnySource, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "DataConfig":

@@ -22,7 +22,7 @@ from PIL import Image
 
 from moma.data.documents import Rejected, Source, is_held_out
 from moma.data.parts import PartialShards, complete_shards, first_rejected
-from moma.data.reading import PictureReader
+from moma.data.read_ahead import PictureReader
 from moma.data.shards import (
     REJECTED_FILE,
     SPLITS,

@@ -25,7 +25,7 @@ from moma.data.batches import DataConfig
 from moma.data.encoding import Limits, encode_source
 from moma.data.packing import picture_budget
 from moma.data.parts import copy_rejected
-from moma.data.reading import PictureReader
+from moma.data.read_ahead import PictureReader
 from moma.data.shards import REJECTED_FILE, Encoders, ShardInfo, sum_counts, write_whole
 from moma.data.training_documents import PictureTensors, TrainingDocuments
 from moma.errors import UserError

@@ -17,7 +17,7 @@ from typing import Self
 import numpy as np
 
 from moma.data.documents import Document, Picture, Rejected
-from moma.data.reading import PictureReader, Pixels
+from moma.data.read_ahead import PictureReader, Pixels
 from moma.errors import UserError
 from moma.vocabulary import IMAGE, Vocabulary
 

@@ -8,7 +8,14 @@ from itertools import islice
 from torch import Tensor
 
 from moma.data.batches import DataConfig
-from moma.data.documents import Document, Picture, Rejected, Source, SourceConfig, is_held_out
+from moma.data.documents import (
+    Document,
+    Picture,
+    Rejected,
+    Source,
+    held_out_share,
+    is_held_out,
+)
 from moma.data.encoding import source_digest
 from moma.data.shards import write_whole
 from moma.data.tokens import refusal
@@ -61,12 +68,11 @@ class TrainingDocuments:
         self.data = data
         self._file = data.path / _TRAINED_ON_FILE
         self._rows: dict[str, int] = {}
+        self._digests: dict[str, str] = {}
 
     def held_out(self, source: Source) -> float:
         """Share of a source's documents that is kept from training."""
-        if isinstance(source, SourceConfig) and source.held_out is not None:
-            return source.held_out
-        return self.data.held_out
+        return held_out_share(source, self.data.held_out)
 
     def texts(self, documents: int) -> Iterator[str]:
         """The texts of the first so many training documents of each source."""
@@ -131,7 +137,10 @@ class TrainingDocuments:
         self._rows[source.name] = row
 
     def _digest(self, source: Source) -> str:
-        return source_digest(source, self.held_out(source))
+        # Once: it may have to look at every file of the source.
+        if source.name not in self._digests:
+            self._digests[source.name] = source_digest(source, self.held_out(source))
+        return self._digests[source.name]
 
     def _trained_on(self) -> dict[str, _TrainedOn]:
         if not self._file.exists():

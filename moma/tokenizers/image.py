@@ -46,6 +46,9 @@ class CodecConfig(Config):
         codebook_size: number of codebook vectors.
         encoder_middle: whether the encoder has its innermost layers; without them it is faster,
             and a code depends less on the picture around it.
+        encoder_context: whether a code may depend on the picture around its square at all.
+            Without, an object has the same codes wherever it stands and whatever stands beside
+            it; needs a single block, `patch` doing all the folding.
         middle_attention: whether the innermost block attends over the whole picture.
         norm_groups: groups of each group normalization; divides every width.
         codebook_decay: share that a codebook vector keeps of its running mean at each step.
@@ -61,6 +64,7 @@ class CodecConfig(Config):
     code_channels: int = Field(default=256, ge=1)
     codebook_size: int = Field(default=8192, ge=2)
     encoder_middle: bool = True
+    encoder_context: bool = True
     middle_attention: bool = True
     norm_groups: int = Field(default=32, ge=1)
     codebook_decay: float = Field(default=0.99, gt=0, lt=1)
@@ -74,6 +78,8 @@ class CodecConfig(Config):
                 f"picture_size {self.picture_size} is no multiple of {self.reduction}, "
                 "the pixels that patch and blocks fold into one code"
             )
+        if not self.encoder_context and len(self.block_channels) > 1:
+            raise ValueError("encoder_context = false needs a single width in block_channels")
         for width in self.block_channels:
             if width % self.norm_groups:
                 raise ValueError(f"block width {width} is no multiple of norm_groups")
@@ -108,15 +114,19 @@ class ImageCodec(nn.Module):
             "norm_num_groups": config.norm_groups,
             "mid_block_add_attention": config.middle_attention,
         }
-        self.encoder = Encoder(
-            in_channels=pixels,
-            out_channels=config.latent_channels,
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            double_z=False,
-            **shared,
-        )
-        if not config.encoder_middle:
-            self.encoder.mid_block = cast(Any, nn.Identity())
+        self.encoder: nn.Module
+        if config.encoder_context:
+            self.encoder = Encoder(
+                in_channels=pixels,
+                out_channels=config.latent_channels,
+                down_block_types=("DownEncoderBlock2D",) * blocks,
+                double_z=False,
+                **shared,
+            )
+            if not config.encoder_middle:
+                self.encoder.mid_block = cast(Any, nn.Identity())
+        else:
+            self.encoder = _square_encoder(pixels, config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
         self.quantizer = VectorQuantize(
             dim=config.code_channels,
@@ -255,6 +265,18 @@ class ImageCodec(nn.Module):
         except RuntimeError as error:
             raise UserError(f"{folder}: weights and config.json differ ({error})") from error
         return codec.eval()
+
+
+def _square_encoder(pixels: int, config: CodecConfig) -> nn.Module:
+    """An encoder of 1 × 1 convolutions: it sees a square's own pixels and no others."""
+    width = config.block_channels[0]
+    return nn.Sequential(
+        nn.Conv2d(pixels, width, 1),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 1),
+        nn.SiLU(),
+        nn.Conv2d(width, config.latent_channels, 1),
+    )
 
 
 def preprocess(picture: Image.Image, size: int) -> Tensor:

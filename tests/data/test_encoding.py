@@ -13,7 +13,7 @@ from PIL import Image
 from moma.data import tokens
 from moma.data.documents import Document, Picture, Rejected
 from moma.data.encoding import Limits, encode_source
-from moma.data.reading import PictureReader
+from moma.data.read_ahead import PictureReader
 from moma.data.shards import Encoders, open_shards
 from moma.data.sketches import place
 from moma.errors import UserError

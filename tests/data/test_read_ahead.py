@@ -9,9 +9,9 @@ from functools import partial
 import pytest
 from PIL import Image
 
-from moma.data import reading
+from moma.data import read_ahead
 from moma.data.documents import Picture
-from moma.data.reading import PictureReader, Pixels
+from moma.data.read_ahead import PictureReader, Pixels
 from moma.data.sketches import place
 from moma.errors import UserError
 from moma.tokenizers.pixels import square_pixels
@@ -64,7 +64,7 @@ def test_pictures_that_cannot_travel_are_read_here():
 
 
 def test_small_sources_start_no_worker(monkeypatch):
-    monkeypatch.setattr(reading.subprocess, "Popen", None)
+    monkeypatch.setattr(read_ahead.subprocess, "Popen", None)
     with PictureReader(shape, 2) as reader:
         assert len(list(reader.read(ITEMS))) == len(ITEMS)
 
@@ -80,7 +80,7 @@ def test_no_more_is_read_than_can_be_on_its_way(workers):
 
     with PictureReader(shape, workers, patience=0) as reader:
         for taken, _ in enumerate(reader.read(items()), 1):
-            limit = reading.TASK_PICTURES * (reading.TASKS_AHEAD * workers + 2)
+            limit = read_ahead.TASK_PICTURES * (read_ahead.TASKS_AHEAD * workers + 2)
             assert len(drawn) - taken <= limit
             if taken == 100:
                 break
@@ -122,7 +122,7 @@ import sys, time
 from functools import partial
 from PIL import Image
 from moma.data.documents import Picture
-from moma.data.reading import PictureReader
+from moma.data.read_ahead import PictureReader
 from moma.tokenizers.pixels import square_pixels
 with PictureReader(partial(square_pixels, size=2), 2, patience=0) as reader:
     pictures = [Picture("", partial(Image.new, "RGB", (2, 2))) for _ in range(40)]
