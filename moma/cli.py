@@ -22,6 +22,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+data_app = typer.Typer(help="Look at prepared data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app)
 app.add_typer(importing)
 app.add_typer(exporting)
@@ -53,7 +55,14 @@ def main() -> None:
 
 
 @app.command()
-def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="processes that read pictures; changes no output")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Turn documents into encoded shards: train or load tokenizer and codec, then encode."""
     from moma.data.prepare import prepare as run
     from moma.recipe import read_recipe
@@ -61,15 +70,54 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from moma.train.recipe import Recipe
 
     read = read_recipe(Recipe, recipe, overrides or ())
-    run(
+    prepared = run(
         read.data,
         read.text_tokenizer,
         read.codec,
         read.codec_training,
         read.seed,
         local_device(),
+        quiet=as_json,
+        workers=workers,
     )
+    summary = {"path": str(read.data.path), **prepared.summary()}
+    if as_json:
+        print(json.dumps(summary))
+        return
+    _show_counts(summary, ("documents", "tokens", "pictures", "rejected"))
     print(f"prepared {read.data.path}")
+    if summary["rejected"]:
+        print(f"rejected rows: {read.data.path}/rejected.jsonl")
+
+
+@data_app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="a folder that `moma prepare` wrote")],
+    source: Annotated[str | None, typer.Option(help="only this source")] = None,
+    document: Annotated[
+        int | None, typer.Option(min=0, help="decode this document of the source, from 0")
+    ] = None,
+    split: Annotated[str, typer.Option(help="of the document: train or held_out")] = "train",
+    out: Annotated[
+        Path | None, typer.Option(help="folder for pictures; FOLDER/inspect if left out")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a prepared folder holds: counts, lengths, and any document as text and pictures."""
+    from moma.data import inspect as data
+
+    if document is not None:
+        decoded = data.decode_document(folder, source, split, document, out or folder / "inspect")
+        print(json.dumps(decoded) if as_json else data.as_text(decoded))
+        return
+    result = data.inspect(folder, source, out or folder / "inspect")
+    if as_json:
+        print(json.dumps(result))
+        return
+    keys = ("documents", "tokens", "text_tokens", "image_tokens", "pictures", "rejected")
+    _show_counts(result, keys)
+    print(data.histogram(result))
+    print(result["figure"])
 
 
 @app.command()
@@ -194,6 +242,14 @@ def demo(
 
     result = run_demo(out, overrides or (), quiet=as_json)
     _show(str(out / "report.html"), result, as_json)
+
+
+def _show_counts(summary: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """A table of a data folder: a row a source, and one for all."""
+    table = Table("source", *[key.replace("_", " ") for key in keys], title=summary["path"])
+    for name, counts in [*summary["sources"].items(), ("all", summary)]:
+        table.add_row(name, *[f"{counts[key]:,}" for key in keys])
+    Console().print(table)
 
 
 def _show(title: str, result: dict[str, Any], as_json: bool) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from moma.data.documents import unit_hash
-from moma.data.encoding import Shard, Shards, open_shards
 from moma.data.packing import Batch, Encoded, Packer, picture_budget
+from moma.data.shards import Encoders, Shard, Shards, open_shards
 from moma.data.sources import AnySource
 from moma.errors import UserError
 from moma.recipe import Config
@@ -39,6 +39,8 @@ class DataConfig(Config):
         row_length: tokens of a row (S).
         picture_share: share of a micro-batch's tokens that are image codes.
         held_out: share of the documents kept from training, where a source does not decide it.
+        max_rejected: share of a source's rows that may be unusable before `prepare` stops.
+        shard_tokens: tokens after which `prepare` begins another file of shards.
         sources: where documents come from; a source's weight counts documents, among the
             documents with pictures and among those without.
     """
@@ -49,6 +51,8 @@ class DataConfig(Config):
     row_length: int = Field(ge=2)
     picture_share: float = Field(ge=0, le=1)
     held_out: float = Field(default=0.02, ge=0, lt=1)
+    max_rejected: float = Field(default=0.01, ge=0, le=1)
+    shard_tokens: int = Field(default=2**25, ge=1)
     sources: tuple[AnySource, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -102,8 +106,9 @@ class Batches(grain.DatasetIterator[Batch]):
         self._repeat = split == "train" if repeat is None else repeat
         self._world_size = world_size
         pictures = picture_budget(config.rows, config.row_length, config.picture_share, vocabulary)
+        encoders = Encoders.load(config.path)
         opened = {
-            source.name: open_shards(config.folder(source.name), vocabulary)
+            source.name: open_shards(config.folder(source.name), vocabulary, encoders)
             for source in config.sources
         }
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}

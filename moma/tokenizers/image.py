@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
@@ -25,6 +24,7 @@ from torch.nn import functional
 
 from moma.errors import UserError
 from moma.recipe import Config, check
+from moma.tokenizers.pixels import square_pixels
 
 _CHANNELS = 3
 _CONFIG_FILE = "config.json"
@@ -323,15 +323,16 @@ def preprocess(picture: Image.Image, size: int) -> Tensor:
     Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
     cropped.
     """
-    layer = picture.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    opaque = Image.alpha_composite(white, layer).convert("RGB")
-    scale = size / min(opaque.size)
-    width, height = (max(size, round(side * scale)) for side in opaque.size)
-    resized = opaque.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    cropped = resized.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255 * 2 - 1
+    return to_float(torch.from_numpy(square_pixels(picture, size)))
+
+
+def to_float(pixels_BHW3: Tensor) -> Tensor:
+    """Pixels of one or several pictures, uint8 [..., H, W, 3], as the codec takes them.
+
+    Returns:
+        float [..., 3, H, W] in [−1, 1].
+    """
+    return pixels_BHW3.movedim(-1, -3).float() / 255 * 2 - 1
 
 
 def to_pil(picture_3HW: Tensor) -> Image.Image:

@@ -7,8 +7,7 @@ import pickle
 import pytest
 from PIL import Image
 
-from moma.data.documents import Picture, Rejected, accepted
-from moma.data.prepare import training_documents
+from moma.data.documents import Picture, Rejected, accepted, held_out_share, is_held_out
 from moma.data.sources import CaptionsConfig
 from moma.errors import UserError
 
@@ -124,7 +123,12 @@ def test_what_is_held_out_is_stable_under_reordering_and_growth(tmp_path):
 
     def in_training(rows, **settings):
         source = captions_in(tmp_path, rows, **settings)
-        return {document.name for document in training_documents(source, 0.1)}
+        share = held_out_share(source, 0.1)
+        return {
+            document.name
+            for document in accepted(source.documents())
+            if not is_held_out(document, share)
+        }
 
     half = in_training(rows, held_out=0.5)
     assert 160 < len(half) < 240 < 340 < len(in_training(rows)) < 380
