@@ -314,7 +314,8 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
         {**sketches, "content": "illustrated"},
         {"kind": "dictionary", "entries": 200},
     ]
-    values = recipe.data.model_dump() | {"sources": sources, "rows": 2, "row_length": 128}
+    values = recipe.data.model_dump() | {"sources": sources, "rows": 2, "row_length": 512}
+    values["picture_share"] = 0.125
     data = check(DataConfig, values, "test")
     parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, 0)
     prepare(data, *parts, torch.device("cpu"), quiet=True)
@@ -341,7 +342,7 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
             assert np.isin(span[1:-1], vocabulary.image_codes).all()
             assert span[-1] == vocabulary.end_image
     assert found_ids == ids and found_pairs == pairs
-    budget = 0.25 * 256 / vocabulary.codes_per_image
+    budget = 0.125 * 1024 / vocabulary.codes_per_image
     for batch in take(Batches(data, vocabulary, 0), 50):
         assert (batch.tokens_BS == vocabulary.begin_image).sum() == budget
         assert batch.padding == 0 and (batch.tokens_BS != vocabulary.padding).all()
@@ -380,7 +381,7 @@ def test_rows_may_change_between_saving_and_restoring(folder):
             r"4 pictures in 2 rows of 32 leave room for 10 beside .* padding",
         ),
         ({"picture_share": 0.625}, r"leave room for 0\.4 beside each; lower picture_share"),
-        ({"rows": 40}, r"a step takes 80 pictures on each of 1 ranks.* hold 53 in all"),
+        ({"rows": 40}, r"a step takes 80 pictures .* hold 63 in all"),
         ({"names": ("pictures",), "picture_share": 0.0}, "every document of pictures has a pict"),
         ({"picture_share": 0.26}, r"choose 0\.25 \(4 pictures\) or 0\.3125 \(5 pictures\)"),
         ({"names": ("nowhere",)}, "nowhere: no complete shards"),
