@@ -2,7 +2,7 @@
 
     prepared shards → `Batches`, prepared ahead, on one core  → tokens a second, balance, padding
                     → steps of a real model                   → share of the time spent waiting
-    pictures        → `moma prepare`'s path | the network     → pictures a second of each
+    pictures        → `moma prepare`        | the network     → pictures a second of each
     texts           → documents to shards   | `tokenizers`    → tokens a second of each
 
 What is compared runs in turn, several times, and medians are taken: a shared machine is noisy.
@@ -153,7 +153,10 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
 
 
 def _pictures(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
-    """A folder of captioned pictures through `moma prepare`, beside the encoder's forward alone."""
+    """A folder of captioned pictures through `moma prepare`, beside the network's forward alone.
+
+    The network is encoder and codebook; its pictures lie on the device, ready to be encoded.
+    """
     device = local_device()
     with TemporaryDirectory() as place:
         folder = Path(place)
@@ -173,11 +176,8 @@ def _pictures(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
             prepare(data, *parts, device, quiet=True)
 
         def network() -> None:
-            with torch.no_grad():
-                for start in range(0, count, _PICTURES_AT_ONCE):
-                    codec.latents(
-                        torch.stack(ready[start : start + _PICTURES_AT_ONCE])
-                    ).sum().item()
+            for start in range(0, count, _PICTURES_AT_ONCE):
+                codec.encode(torch.stack(ready[start : start + _PICTURES_AT_ONCE])).cpu()
 
         taken = _in_turn((ours, network), sizes.repeats, lambda: _remove(data.path))
     return {

@@ -19,7 +19,7 @@ from PIL import Image
 from moma.data.batches import Batches, DataConfig, prepared_ahead, share_out
 from moma.data.documents import Document, Picture
 from moma.data.encoding import encode_source, open_shards
-from moma.data.packing import NO_LABEL, Packer
+from moma.data.packing import NO_LABEL, Batch, Packer
 from moma.data.prepare import prepare
 from moma.errors import UserError
 from moma.recipe import check
@@ -281,7 +281,7 @@ class Random:
 @settings(deadline=None, max_examples=25)
 def test_random_documents_are_shown_once_on_any_number_of_ranks(one, other, world_size, share):
     sources = [Random("one", 100, one), Random("other", 200, other)]
-    words = Counter()
+    words: Counter[int] = Counter()
     for source in sources:
         for number, kind in enumerate(source.kinds, source.first):
             words[number] += sum(part or 0 for part in kind)
@@ -290,7 +290,7 @@ def test_random_documents_are_shown_once_on_any_number_of_ranks(one, other, worl
             encode(source, Path(place))
         config = config_of(Path(place), names=("one", "other"), rows=3, picture_share=share)
         budget = round(share * 3 * 32 / 4)
-        found = []
+        found: list[Batch] = []
         for rank in range(world_size):
             found += Batches(config, VOCABULARY, 1, rank, world_size, repeat=False)
             with contextlib.suppress(UserError):  # these documents cannot meet the share
@@ -320,7 +320,8 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
     parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, 0)
     prepare(data, *parts, torch.device("cpu"), quiet=True)
     vocabulary = Vocabulary.load(data.path / "vocabulary.json")
-    ids, pairs = Counter(), Counter()
+    ids: Counter[int] = Counter()
+    pairs: Counter[tuple[int, int]] = Counter()
     for source in data.sources:
         shard = open_shards(data.folder(source.name), vocabulary).splits["train"]
         for row in range(len(shard)):
@@ -330,7 +331,8 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
     shown = [
         batch for rank in range(2) for batch in Batches(data, vocabulary, 0, rank, 2, repeat=False)
     ]
-    found_ids, found_pairs = Counter(), Counter()
+    found_ids: Counter[int] = Counter()
+    found_pairs: Counter[tuple[int, int]] = Counter()
     for batch in shown:
         real = batch.documents_BS >= 0
         tokens, labels = batch.tokens_BS[real].tolist(), batch.labels_BS[real].tolist()
