@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
 from moma.cli_tokenizer import app as tokenizer_app
 from moma.errors import UserError
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 
 data_app = typer.Typer(help="Look at prepared data.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
