@@ -60,9 +60,23 @@ def _lay_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in values.items():
         below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _lay_over(below, value) if both else value
+        if isinstance(below, dict) and isinstance(value, dict):
+            value = _lay_over(below, value)
+        merged[key] = value
     return merged
+
+
+def shipped_recipe(name: str) -> Path:
+    """A recipe of `configs/`: beside the modules when installed, in the repository otherwise.
+
+    Raises:
+        UserError: it is not there.
+    """
+    package = Path(__file__).parent
+    for folder in (package, package.parent):
+        if (folder / "configs" / name).is_file():
+            return folder / "configs" / name
+    raise UserError(f"configs/{name} is missing; install moma again")
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

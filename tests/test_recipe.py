@@ -164,7 +164,9 @@ def test_the_valid_keys_are_those_of_the_source_of_that_kind(recipe):
         read_recipe(Recipe, recipe, ["data.sources.1.paht=1"])
     message = str(caught.value)
     assert "did you mean 'path'" in message
-    assert message.endswith("valid keys here: kind, name, path, weight")
+    assert message.endswith(
+        "valid keys here: held_out, kind, max_pictures, name, path, text_key, weight"
+    )
 
 
 def test_from_is_named_as_it_is_written(recipe):
@@ -266,3 +268,57 @@ def test_the_demo_recipe_is_written_and_read_equal(tmp_path):
     read = read_recipe(Recipe, DEMO)
     write_recipe(read, tmp_path / "copy.toml")
     assert read_recipe(Recipe, tmp_path / "copy.toml") == read
+
+
+def test_a_recipe_extends_another_key_by_key(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "all.toml").write_text(
+        'title = "base"\nparts = [{size = 5}, {size = 6}]\n[inner]\nsize = 2\nnames = ["a"]\n'
+    )
+    (tmp_path / "base" / "half.toml").write_text('extends = "all.toml"\n[inner]\nsize = 3\n')
+    path = tmp_path / "recipe.toml"
+    path.write_text('extends = "base/half.toml"\nparts = [{size = 7}]\n[inner]\nnames = []\n')
+    read = read_recipe(Outer, path, ["title=new"])
+    assert (read.title, read.inner.size, read.inner.names) == ("new", 3, ())
+    assert [part.size for part in read.parts] == [7]
+    assert "extends" not in read.model_dump()
+    write_recipe(read, tmp_path / "resolved.toml")
+    assert read_recipe(Outer, tmp_path / "resolved.toml") == read
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "named"),
+    [
+        ('extends = "base.toml"', None, "base.toml: cannot read the recipe, which .*recipe.toml"),
+        ('extends = "base.toml"', "size = [", "base.toml: not valid TOML"),
+        ('extends = "base.toml"', 'extends = "recipe.toml"', "recipe.toml: extends itself"),
+        ('extends = "recipe.toml"', None, "recipe.toml: extends itself"),
+        ("extends = 3", None, "'extends': name one file"),
+        ('extends = "base.toml"', "sizes = 3", "unknown key 'sizes'"),
+        ('extends = "base.toml"', "inner = 3", "'inner'"),
+    ],
+)
+def test_a_wrong_extension_is_named(tmp_path, text, base, named):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    if base is not None:
+        (tmp_path / "base.toml").write_text(base)
+    with pytest.raises(UserError, match=named):
+        read_recipe(Outer, path)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ('model.groups=[{modalities = ["text", "smell"], experts = 2}]', "no modality 'smell'"),
+        ('model.groups=[{modalities = ["text"], experts = 2}]', "no group takes 'image'"),
+        ('model.groups=[{modalities = ["text", "text"], experts = 2}]', "each modality once"),
+        ("model.groups=mod_dense", "'mod_dense': no such architecture"),
+        ("model.kv_heads=3", "multiple of kv_heads"),
+        ("model.depth.layers=[99]", "no layer 99"),
+        ("model.depth.shares=0.5", "did you mean 'share'"),
+    ],
+)
+def test_an_architecture_that_cannot_be_is_named(recipe, override, named):
+    with pytest.raises(UserError, match=named):
+        read_recipe(Recipe, recipe, [override])

@@ -79,20 +79,29 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """Lay out one period of the sequence; a pool has at least one slot of it."""
-        shares = np.array(weights) / sum(weights)
-        counts = np.maximum(np.round(shares * _SLOTS).astype(np.int64), 1)
-        pool = np.repeat(np.arange(len(counts)), counts)
-        number = np.concatenate([np.arange(count) for count in counts])
-        order = np.argsort((number + 0.5) / counts[pool], kind="stable")
-        self._counts = counts.tolist()
-        self._pool, self._number = pool[order].tolist(), number[order].tolist()
+        """Set up the sequence.
+
+        Args:
+            weights: of the pools; the smallest share that one can have is a slot of the period.
+        """
+        self._counts, self._pool, self._number = _period(tuple(weights))
 
     def __getitem__(self, turn: int) -> tuple[int, int]:
         """The pool whose turn it is, and how many turns it had before."""
         periods, at = divmod(turn, len(self._pool))
         pool = self._pool[at]
         return pool, periods * self._counts[pool] + self._number[at]
+
+
+@lru_cache(maxsize=8)
+def _period(weights: tuple[float, ...]) -> tuple[list[int], list[int], list[int]]:
+    """Slots of each pool; for each slot the pool, and its number among the pool's slots."""
+    shares = np.array(weights) / sum(weights)
+    counts = np.maximum(np.round(shares * _SLOTS).astype(np.int64), 1)
+    pool = np.repeat(np.arange(len(counts)), counts)
+    number = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort((number + 0.5) / counts[pool], kind="stable")
+    return counts.tolist(), pool[order].tolist(), number[order].tolist()
 
 
 class Stream(Iterator[Encoded]):
@@ -159,7 +168,12 @@ class Stream(Iterator[Encoded]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on where another stream of the same pools and rank stood."""
         self._base, self._taken = list(state["base"]), list(state["taken"])
-        self._owed = [list(entry) for entry in state["owed"]]
+        self._owed = [
+            [pool, number]
+            for pool, number in state["owed"]
+            # Beyond the end of a single pass nothing is owed.
+            if self._repeat or number < len(self._pools[pool])
+        ]
         self._turn = sum(self._taken)
 
     def _at(self, turn: int) -> tuple[int, int]:

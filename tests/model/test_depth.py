@@ -1,0 +1,241 @@
+"""Mixture-of-depths against a slow reference; who is not chosen is not touched."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_reference import auxiliary, best, depth_layer, numpy, sigmoid
+from pydantic import ValidationError
+
+from moma.model.architecture import ModelConfig
+from moma.model.attention import Sight
+from moma.model.decoder_layer import Context, DepthLayer, make_layer
+from moma.model.depth import DepthConfig, DepthGate
+from moma.model.experts import ExpertGroup
+from moma.model.layers import rotary_angles
+from moma.model.routing import Routing
+from moma.vocabulary import IMAGE, TEXT, Vocabulary
+
+VOCABULARY = Vocabulary(
+    size=40,
+    beginning=0,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=4,
+    image_codes=tuple(range(5, 21)),
+    codes_per_image=4,
+)
+DIM = 8
+BATCH, CAUSAL = Routing(), Routing(by="causal")
+
+
+def gated_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **changes) -> DepthLayer:
+    config = ModelConfig(groups=groups, dim=DIM, hidden=6, layers=1, heads=2, **changes)
+    layer = make_layer(0, config, VOCABULARY, shares)
+    assert isinstance(layer, DepthLayer)
+    torch.manual_seed(seed)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    return layer.double().eval()
+
+
+def context_of(modality, documents, positions) -> Context:
+    angles = rotary_angles(positions, DIM // 2, 10_000.0)
+    return Context(modality, documents, angles, Sight())
+
+
+@st.composite
+def batches(draw):
+    rows, length = draw(st.integers(1, 3)), draw(st.integers(1, 7))
+    kinds = draw(st.sampled_from([(TEXT, IMAGE), (TEXT,), (IMAGE,), (TEXT, IMAGE, -1), (TEXT, -1)]))
+    size = rows * length
+    modality = draw(st.lists(st.sampled_from(kinds), min_size=size, max_size=size))
+    starts = draw(st.lists(st.booleans(), min_size=size, max_size=size))
+    documents = np.cumsum(np.array(starts).reshape(rows, length), axis=1)
+    modality = np.array(modality).reshape(rows, length)
+    documents[modality < 0] = -1
+    positions = np.array([[(row[: s + 1] == row[s]).sum() - 1 for s in range(length)]
+                          for row in documents])  # fmt: skip
+    torch.manual_seed(draw(st.integers(0, 999)))
+    x = torch.randn(rows, length, DIM, dtype=torch.float64)
+    return x, *(torch.from_numpy(array) for array in (modality, documents, positions))
+
+
+def chosen_by_reference(layer, x_BSD, modality, causal=False):
+    """The tokens that the gate lets through, and every token's score."""
+    x_ND, eligible = numpy(x_BSD.flatten(0, 1)), modality.flatten().numpy() >= 0
+    score_N = sigmoid(x_ND @ numpy(layer.depth.router.weight)[0])
+    real = [n for n in range(len(x_ND)) if eligible[n]]
+    if causal:
+        return [n for n in real if auxiliary(layer.depth.auxiliary, x_ND[n])[0] > 0.5], score_N
+    share, length = layer.depth.share, x_BSD.shape[1]
+    parts = [real]
+    if layer.depth.by_row:
+        parts = [[n for n in real if n // length == row] for row in range(len(x_BSD))]
+    slots = math.ceil(share * len(x_ND) / (len(parts)) - 1e-9)
+    return [n for part in parts for n in best({n: score_N[n] for n in part}, slots)], score_N
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batches(),
+    st.sampled_from(["mod", "mod_moe_1t1i", "mod_moe_2t2i", "mod_moe_3x", "mod_moe_2t1i"]),
+    st.sampled_from([0.2, 0.25, 0.5, 1.0]),
+    st.sampled_from(["batch", "row"]),
+    st.sampled_from(["swin", "pre"]),
+    st.sampled_from([1, 2]),
+    st.booleans(),
+)
+def test_gated_layer_equals_a_slow_reference(batch, groups, share, choose, norm, kv_heads, causal):
+    x_BSD, modality, documents, positions = batch
+    layer = gated_layer(
+        groups, depth=DepthConfig(share=share, choose=choose), norm=norm, kv_heads=kv_heads
+    )
+    context = context_of(modality, documents, positions)
+    y_BSD, _ = layer(x_BSD, context, CAUSAL if causal else BATCH)
+    chosen, score_N = chosen_by_reference(layer, x_BSD, modality, causal)
+    slots = math.ceil(share * modality.numel() - 1e-9)
+    if choose == "row":
+        slots = len(x_BSD) * math.ceil(share * x_BSD.shape[1] - 1e-9)
+
+    def capacity(group, members):  # static: from the shares of all slots
+        return math.ceil(group.share * slots / group.experts - 1e-9)
+
+    expected = depth_layer(
+        layer,
+        numpy(x_BSD.flatten(0, 1)),
+        chosen,
+        score_N,
+        modality.flatten().numpy(),
+        np.arange(modality.numel()) // x_BSD.shape[1],
+        documents.flatten().numpy(),
+        positions.flatten().numpy(),
+        None if causal else capacity,
+    )
+    # Angles are computed in fp32.
+    np.testing.assert_allclose(numpy(y_BSD.flatten(0, 1)), expected, atol=1e-5)
+    others = np.setdiff1d(np.arange(modality.numel()), chosen)
+    assert torch.equal(y_BSD.flatten(0, 1)[others], x_BSD.flatten(0, 1)[others])
+
+
+@settings(max_examples=100, deadline=None)
+@given(batches(), st.sampled_from([0.1, 0.25, 0.6]), st.sampled_from(["batch", "row"]))
+def test_the_gate_takes_the_highest_also_where_scores_tie(batch, share, choose):
+    x_BSD, modality, _, _ = batch
+    gate = DepthGate(DIM, DepthConfig(share=share, choose=choose)).double()
+    x_BSD = x_BSD.sign() * (x_BSD.abs() > 0.8)  # few values: ties are common
+    torch.nn.init.ones_(gate.router.weight)
+    eligible = modality >= 0
+    selection, report = gate(x_BSD, eligible, Routing(record=True))
+    assert not report.unsound
+    scores_BS = x_BSD.sum(-1)
+    chosen_BS = report.record.chosen_NE.view(eligible.shape).bool()
+    assert not (chosen_BS & ~eligible).any()
+    assert selection.token_EK.diff(dim=1).gt(0).all()  # as they stand in the batch
+    rows = list(zip(scores_BS, chosen_BS, eligible, strict=True))
+    for score, chosen, real in rows if choose == "row" else [(scores_BS, chosen_BS, eligible)]:
+        slots = math.ceil(share * score.numel() - 1e-9)
+        assert int(chosen.sum()) == min(slots, int(real.sum()))
+        if chosen.any() and (real & ~chosen).any():
+            assert score[chosen].min() >= score[real & ~chosen].max() - 1e-12
+
+
+def test_both_modalities_compete_for_the_same_slots():
+    layer = gated_layer("mod_moe_1t1i")
+    x = torch.randn(2, 8, DIM, dtype=torch.float64)
+    direction = layer.depth.router.weight[0].detach()
+    modality = torch.tensor([[TEXT, IMAGE] * 4] * 2)
+    x[modality == IMAGE] += 10 * direction  # the gate wants images alone
+    _, reports = layer(
+        x, context_of(modality, modality * 0, torch.arange(8).expand(2, 8)), Routing(record=True)
+    )
+    chosen = reports[-1].record.chosen_NE.view(2, 8).bool()
+    assert int(chosen.sum()) == 4 and (modality[chosen] == IMAGE).all()
+
+
+@pytest.mark.parametrize("of_one_kind", [TEXT, IMAGE])
+def test_a_lone_expert_takes_every_chosen_token_whatever_the_mix(of_one_kind):
+    layer = gated_layer("mod_moe_1t1i", shares=(0.9, 0.1))
+    modality = torch.full((2, 8), of_one_kind)
+    selection, _ = layer.depth(torch.randn(2, 8, DIM, dtype=torch.float64), modality >= 0, BATCH)
+    group = layer.experts.groups[of_one_kind]
+    assert isinstance(group, ExpertGroup)
+    room = group._capacity(torch.ones(selection.token_EK.numel(), dtype=torch.bool), BATCH)
+    of_batch = math.ceil((0.9, 0.1)[of_one_kind] * 16)
+    assert room == min(of_batch, selection.token_EK.numel())
+
+
+def test_padding_changes_nothing_for_real_tokens():
+    layer = gated_layer("mod_moe_2t2i", depth=DepthConfig(share=0.5))
+    modality = torch.tensor([[TEXT, IMAGE, TEXT, IMAGE, -1, -1], [IMAGE, TEXT, -1, -1, -1, -1]])
+    documents = torch.where(modality < 0, -1, 0)
+    context = context_of(modality, documents, torch.arange(6).expand(2, 6))
+    x = torch.randn(2, 6, DIM, dtype=torch.float64)
+    loud = torch.where((modality < 0)[..., None], 1000 * torch.randn_like(x), x)
+    for routing in (BATCH, Routing(capacity="actual"), CAUSAL):
+        before, after = layer(x, context, routing)[0], layer(loud, context, routing)[0]
+        assert torch.equal(before[modality >= 0], after[modality >= 0])
+        assert torch.equal(after[modality < 0], loud[modality < 0])
+
+
+@pytest.mark.parametrize("groups", ["mod", "mod_moe_1t1i", "mod_moe_2t2i"])
+def test_nobody_chosen_leaves_everything_as_it_is(groups):
+    layer = gated_layer(groups)
+    torch.nn.init.zeros_(layer.depth.auxiliary.output.weight)  # a likelihood of exactly one half
+    x = torch.randn(2, 4, DIM, dtype=torch.float64)
+    modality = torch.tensor([[TEXT, IMAGE] * 2] * 2)
+    context = context_of(modality, modality * 0, torch.arange(4).expand(2, 4))
+    assert torch.equal(layer(x, context, CAUSAL)[0], x)
+    nobody = context_of(modality * 0 - 1, modality * 0 - 1, torch.arange(4).expand(2, 4))
+    assert torch.equal(layer(x, nobody, BATCH)[0], x)
+    assert torch.equal(layer(x, nobody, Routing(capacity="actual"))[0], x)
+
+
+def test_actual_capacity_is_a_share_of_the_real_tokens():
+    gate = DepthGate(DIM, DepthConfig(share=0.5)).double()
+    x, real = torch.randn(2, 8, DIM, dtype=torch.float64), torch.ones(2, 8, dtype=torch.bool)
+    real[:, 4:] = False
+    for eligible, static, actual in ((torch.ones_like(real), 8, 8), (real, 8, 4)):
+        for routing, expected in ((BATCH, static), (Routing(capacity="actual"), actual)):
+            selection, _ = gate(x, eligible, routing)
+            assert int(selection.taken_EK.sum()) == expected
+
+
+@pytest.mark.parametrize("groups", ["mod", "mod_moe_1t1i", "mod_moe_2t2i"])
+def test_gradients(groups):
+    layer = gated_layer(groups, depth=DepthConfig(share=0.5))
+    modality = torch.tensor([[TEXT, IMAGE, TEXT, IMAGE]] * 2)
+    context = context_of(modality, modality * 0, torch.arange(4).expand(2, 4))
+    x = torch.randn(2, 4, DIM, dtype=torch.float64, requires_grad=True)
+
+    def run(x, gate, query):
+        names = {"depth.router.weight": gate, "attention.query.weight": query}
+        return torch.func.functional_call(layer, names, (x, context, BATCH))[0]
+
+    weights = (layer.depth.router.weight, layer.attention.query.weight)
+    assert torch.autograd.gradcheck(run, (x, *weights))
+
+
+def test_names_are_short_for_keys():
+    named = ModelConfig(groups="mod_moe_2t2i", layers=5)
+    groups = (
+        {"modalities": ["text"], "experts": 2},
+        {"modalities": ["image"], "experts": 2},
+    )
+    depth = {"share": 0.25, "layers": [0, 2, 4], "choose": "batch"}
+    spelled = ModelConfig.model_validate({"groups": groups, "depth": depth, "layers": 5})
+    assert named.group_list == spelled.group_list
+    assert named.depth_layers == spelled.depth_layers == {0, 2, 4}
+    assert named.depth_config is not None and named.depth_config.share == 0.25
+    assert ModelConfig(groups="mod").group_list == ModelConfig(groups="dense").group_list
+    assert ModelConfig(groups="mod").has_routers and not ModelConfig(groups="dense").has_routers
+    assert ModelConfig(groups="moe_4t4i").depth_config is None
+
+
+def test_layers_that_are_not_there_are_refused():
+    with pytest.raises(ValidationError, match="no layer 4 among 4"):
+        ModelConfig(layers=4, depth=DepthConfig(layers=(0, 4)))

@@ -1,0 +1,152 @@
+"""Counts from the configuration against built modules and the flop counter."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from moma.model import flops
+from moma.model.architecture import ModelConfig
+from moma.model.depth import DepthConfig
+from moma.model.experts import GroupConfig
+from moma.model.routing import Routing
+from moma.model.transformer import Transformer
+from moma.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    size=40,
+    beginning=0,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=4,
+    image_codes=tuple(range(20, 40)),
+    codes_per_image=4,
+)
+SHARES = (0.5, 0.5)
+OVERLAPPING = (
+    GroupConfig(modalities=("text",), experts=3),
+    GroupConfig(modalities=("image",), experts=1),
+    GroupConfig(modalities=("text", "image"), experts=1),
+    GroupConfig(modalities=("text", "image"), experts=2),
+)
+CASES: dict[str, dict[str, Any]] = {
+    **{
+        name: {"groups": name}
+        for name in (
+            "dense", "moe_4x", "moe_1t1i", "moe_2t2i", "moe_3t1i",
+            "mod", "mod_moe_4x", "mod_moe_1t1i", "mod_moe_2t2i",
+        )
+    },
+    "overlapping": {"groups": OVERLAPPING},
+    "overlapping_mod": {"groups": OVERLAPPING, "depth": DepthConfig(share=0.5, layers=(1,))},
+    "by_row": {"groups": "mod_moe_2t2i", "depth": DepthConfig(share=0.3, choose="row")},
+    "grouped_queries": {"groups": "mod_moe_1t1i", "kv_heads": 1},
+    "tied": {"groups": "moe_2t2i", "tied_embeddings": True, "query_key_norm": False},
+    "pre": {"groups": "mod", "norm": "pre", "dropout": 0.1},
+}  # fmt: skip
+
+
+def build(case: str) -> Transformer:
+    config = ModelConfig.model_validate({"dim": 16, "layers": 3, "heads": 2} | CASES[case])
+    model = Transformer(config, VOCABULARY, SHARES)
+    model.initialise(0)
+    return model.eval()
+
+
+def half_of_each(rows: int, length: int) -> torch.Tensor:
+    """Tokens of which exactly half are image codes."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randperm(rows * length, generator=generator) % 2
+    return (3 + torch.arange(rows * length) % 17 + kinds * 20).clamp(max=39).view(rows, length)
+
+
+def counted_by_torch(model: Transformer, tokens: torch.Tensor, routing: Routing) -> int:
+    # The fused CPU kernel is not counted by the counter; the plain products are.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, routing=routing)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parameters_are_exact(case):
+    model = build(case)
+    auxiliary = sum(p.numel() for r in model.auxiliary_routers() for p in r.parameters())
+    parts = flops.parameters(model.config, VOCABULARY.size)
+    assert auxiliary == flops.auxiliary_parameters(model.config)
+    assert sum(parts.values()) == sum(p.numel() for p in model.parameters()) - auxiliary
+    by_name = {"attention": ".attention.", "depth": ".depth.router", "routers": "experts.groups"}
+    for part, name in by_name.items():
+        numbers = [
+            p.numel()
+            for key, p in model.named_parameters()
+            if name in key and (part != "routers" or key.endswith("router.weight"))
+        ]
+        assert parts[part] == sum(numbers)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("rows", "length"), [(4, 16), (12, 8)])  # chosen at once, in windows
+def test_forward_equals_the_flop_counter(case, rows, length):
+    model = build(case)
+    found = counted_by_torch(model, half_of_each(rows, length), Routing())
+    parts = flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
+    empty = flops.empty_slot_flops(model.config, SHARES, rows, length)
+    assert sum(parts.values()) + empty == pytest.approx(found, rel=0.01)
+    if case == "mod_moe_1t1i":  # nothing is computed for empty slots where tokens are counted
+        assert empty > 0
+        actual = counted_by_torch(model, half_of_each(rows, length), Routing(capacity="actual"))
+        assert sum(parts.values()) == pytest.approx(actual, rel=0.01)
+
+
+@pytest.mark.parametrize("case", ["moe_2t2i", "mod_moe_2t2i", "grouped_queries"])
+def test_backward_costs_twice_the_forward(case):
+    model = build(case)
+    tokens = half_of_each(4, 16)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens).logits_BSV.sum().backward()
+    counted = 64 * flops.training_flops_per_token(model.config, VOCABULARY.size, SHARES, 4, 16)
+    counted += 3 * flops.empty_slot_flops(model.config, SHARES, 4, 16)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("case", ["moe_3t1i", "mod", "mod_moe_2t2i", "by_row"])
+def test_the_router_stage_equals_the_flop_counter(case):
+    model = build(case).requires_grad_(False)
+    for router in model.auxiliary_routers():
+        router.requires_grad_(True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        records = model(half_of_each(4, 16), routing=Routing(record=True)).routers
+        torch.stack([record.likelihood_NE.sum() for record in records]).sum().backward()
+    counted = 64 * flops.router_stage_flops_per_token(model.config, VOCABULARY.size, SHARES, 4, 16)
+    counted += flops.empty_slot_flops(model.config, SHARES, 4, 16)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_active_parameters():
+    def active(case):
+        config = build(case).config
+        return flops.active_parameters(config, VOCABULARY.size, (0.75, 0.25))
+
+    def total(case):
+        return flops.parameters(build(case).config, VOCABULARY.size)
+
+    assert active("dense") == total("dense")
+    assert active("moe_1t1i") == total("dense")
+    assert active("moe_3t1i")["experts"] == total("dense")["experts"]
+    assert active("moe_3t1i")["routers"] == 0.75 * total("moe_3t1i")["routers"]
+    mod, dense = active("mod_moe_2t2i"), total("dense")  # layers 0 and 2 for a quarter
+    assert mod["attention"] == pytest.approx(dense["attention"] * (1 + 2 / 4) / 3)
+    assert mod["depth"] == 2 * 16
+    assert active("overlapping")["experts"] == 3 * total("dense")["experts"]
+
+
+def test_experts_cost_what_dense_costs():
+    dense, sparse = (
+        flops.forward_flops(ModelConfig(groups=groups), 65_536, SHARES, 6, 4096)
+        for groups in ("dense", "moe_4t4i")
+    )
+    assert sparse["experts"] == dense["experts"]
+    assert sum(sparse.values()) == pytest.approx(sum(dense.values()), rel=0.01)

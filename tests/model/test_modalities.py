@@ -1,0 +1,136 @@
+"""Three modalities: nothing in the model knows that there are two."""
+
+from functools import cached_property
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_reference import feed_forward, numpy
+
+from moma.errors import UserError
+from moma.model.architecture import ModelConfig
+from moma.model.depth import DepthConfig
+from moma.model.experts import Experts, GroupConfig, make_group
+from moma.model.routing import Routing
+from moma.model.transformer import Transformer
+from moma.train.step import DeviceBatch, next_token_objective, router_objective
+from moma.vocabulary import Vocabulary
+
+NAMES, SHARES = ("text", "image", "audio"), (0.5, 0.25, 0.25)
+ACTUAL = Routing(capacity="actual")
+
+
+class ThreeModalities(Vocabulary):
+    """Ids 0–9 are text, 10–19 image, 20–29 audio."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return NAMES
+
+    @cached_property
+    def modality_of_id(self) -> np.ndarray:
+        return np.arange(self.size) // 10
+
+
+VOCABULARY = ThreeModalities(
+    size=30,
+    beginning=0,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=4,
+    image_codes=tuple(range(10, 20)),
+    codes_per_image=4,
+)
+
+
+def group(names: str, experts: int) -> GroupConfig:
+    return GroupConfig(modalities=tuple(names.split()), experts=experts)
+
+
+GROUPS = [
+    (group("text", 2), group("image", 3), group("audio", 1)),
+    (group("text image audio", 4),),
+    (group("text image audio", 1),),
+    (group("text audio", 2), group("image", 2)),
+    (group("text", 1), group("image audio", 2), group("text image audio", 1)),
+    (group("text image", 2), group("image audio", 3), group("text image audio", 2)),
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(GROUPS),
+    st.lists(st.sampled_from([0, 1, 2, -1]), min_size=1, max_size=16),
+    st.sampled_from(["actual", "causal"]),
+    st.integers(0, 99),
+)
+def test_groups_equal_a_slow_reference(groups, modality, how, seed):
+    torch.manual_seed(seed)
+    experts = Experts([make_group(6, 5, each, SHARES, NAMES) for each in groups]).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(1, len(modality), 6, dtype=torch.float64)
+    routing = Routing(by="causal") if how == "causal" else ACTUAL
+    y, _ = experts(x, torch.tensor([modality]), routing)
+    expected = feed_forward(
+        experts,
+        numpy(x[0]),
+        modality,
+        None if how == "causal" else lambda group, members: -(-members // group.experts),
+    )
+    real = np.array(modality) >= 0  # what padding gets from a dense group is of no account
+    np.testing.assert_allclose(numpy(y[0])[real], expected[real], atol=1e-9)
+
+
+def batch_of(counts) -> DeviceBatch:
+    """Two rows of 16 tokens, `counts` of each modality."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.cat(
+        [
+            torch.randint(3 if m == 0 else 10 * m, 10 * m + 10, (count,), generator=generator)
+            for m, count in enumerate(counts)
+        ]
+    )
+    tokens = ids[torch.randperm(32, generator=generator)].view(2, 16)
+    return DeviceBatch(
+        tokens, tokens.roll(-1, 1), torch.zeros_like(tokens), torch.arange(16).expand(2, 16)
+    )
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_static_capacity_equals_actual_where_the_batch_has_the_shares(groups):
+    model = Transformer(ModelConfig(groups=groups, dim=16, layers=2, heads=2), VOCABULARY, SHARES)
+    model.initialise(0)
+    batch = batch_of((16, 8, 8))
+    static, actual = (model(batch.tokens, routing=routing) for routing in (Routing(), ACTUAL))
+    assert torch.equal(static.logits_BSV, actual.logits_BSV)
+    skewed = batch_of((24, 4, 4))
+    static, actual = (model(skewed.tokens, routing=routing) for routing in (Routing(), ACTUAL))
+    if any(each.experts > 1 for each in groups) and len(groups) > 1:
+        assert not torch.equal(static.logits_BSV, actual.logits_BSV)
+
+
+def test_both_objectives_tell_three_losses():
+    config = ModelConfig(groups=GROUPS[0], dim=16, layers=2, heads=2, depth=DepthConfig(share=0.5))
+    model = Transformer(config, VOCABULARY, SHARES)
+    model.initialise(0)
+    batch = batch_of((16, 8, 8))
+    losses = next_token_objective(0.0, compiled=False)(model, batch)
+    assert losses.targets_M.tolist() == [16, 8, 8]
+    losses.objective.backward()
+    losses = router_objective(model, batch)
+    # Two layers of 2 and 3 experts and one of audio, the first for half the tokens, and its gate.
+    gate, full = torch.tensor([16.0, 8, 8]), torch.tensor([2 * 16, 3 * 8, 0])
+    assert losses.targets_M[2] == gate[2]
+    assert (losses.targets_M >= gate + full).all()
+    assert (losses.loss_M > 0).all()
+
+
+def test_a_modality_that_the_vocabulary_lacks_is_named():
+    with pytest.raises(UserError, match="'smell', but the modalities are text, image, audio"):
+        make_group(6, 5, group("text smell", 2), SHARES, NAMES)
+    with pytest.raises(ValueError, match="each modality once"):
+        group("text text", 2)
