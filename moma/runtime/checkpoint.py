@@ -8,7 +8,7 @@ A checkpoint is a folder `step-00001000`:
     manifest.json          size and checksum of each of these
 
 `writer.py` writes them. The folder has another name until every rank's files are on the disk; only
-then `latest` is led to it.
+then `latest`, a file beside it, names it.
 """
 
 import base64

@@ -166,10 +166,9 @@ class CheckpointWriter:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync_folders([self._folder])
-        link = self._folder / "latest.partial"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(self._folder / "latest")
+        latest = self._folder / "latest.partial"
+        latest.write_text(final.name + "\n")
+        latest.replace(self._folder / "latest")
         sync_folders([self._folder])
         for old in self._superfluous():
             # Renamed first: a folder without a suffix is always complete.

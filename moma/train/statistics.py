@@ -111,10 +111,11 @@ def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
     chosen_NE, eligible_N = record.chosen_NE, record.eligible_N.float()
     eligible_NM = modality_NM * eligible_N[:, None]
     taken_N = chosen_NE.sum(1)
-    score_NE = widen(record.logits_NE).sigmoid()
+    logits_NE = widen(record.logits_NE)
+    score_NE = logits_NE.sigmoid()
     nobody = torch.full_like(score_NE, torch.inf)
     cut_E = torch.where(chosen_NE > 0, score_NE, nobody).amin(0)
-    entropy_N = functional.binary_cross_entropy(score_NE, score_NE, reduction="none").mean(1)
+    entropy_N = (functional.softplus(logits_NE) - logits_NE * score_NE).mean(1)
     foretold_NE = score_NE if record.likelihood_NE is None else record.likelihood_NE
     right_NE = ((foretold_NE > 0) == (chosen_NE > 0)).float()
     one = eligible_N.new_ones(())

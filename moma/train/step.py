@@ -187,6 +187,8 @@ class Step:
         if self.watch is not None:
             sound = self.watch.judge(sums[0].sum() / sums[2].sum().clamp(min=1), norm)
             if self.watch.refuses(sound):
+                if statistics is not None:
+                    statistics.sums.clear()
                 self.optimizer.zero_grad(set_to_none=True)
                 return torch.zeros_like(sums), torch.zeros_like(norm)
         self._note(unsound_L)

@@ -68,9 +68,9 @@ def build(recipe: Recipe, world: World):
     return model, optimizer, step, groups
 
 
-def statistics_of(model, world: World, step, groups) -> dict[str, Tensor]:
+def statistics_of(recipe: Recipe, model, world: World, step, groups) -> dict[str, Tensor]:
     """Sums over all ranks, of a step that is taken."""
-    statistics = Statistics(model, 2 if world.size == 4 else 1)
+    statistics = Statistics(model, recipe.engine.replicate)
     sums, norm = step([next(group) for group in groups], 1e-2, statistics)
     found = {"sums": sums, "norm": norm}
     for name, value in statistics.sums.items():
@@ -90,7 +90,7 @@ def take_steps(world: World, recipe: Recipe, out: Path) -> None:
     with closing(CheckpointWriter(out, world)) as writer:
         writer.save(STEPS, model, optimizer, {"step": STEPS}, state)
         writer.wait()
-    found |= statistics_of(model, world, step, groups)
+    found |= statistics_of(recipe, model, world, step, groups)
     if world.rank == 0:
         torch.save(found, out / f"found-{world.size}.pt")
 
@@ -103,7 +103,7 @@ def go_on(world: World, recipe: Recipe, out: Path) -> dict[str, Tensor]:
     states = [state["data"] for state in read_rank_states(path)]
     for number, group in zip(range(GROUPS)[world.rank :: world.size], groups, strict=True):
         group.set_state(states[number % len(states)][number // len(states)])
-    return statistics_of(model, world, step, groups)
+    return statistics_of(recipe, model, world, step, groups)
 
 
 def in_process(rank: int, ranks: int, port: int, job, *arguments) -> None:

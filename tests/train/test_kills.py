@@ -66,10 +66,15 @@ def start(file: Path, ranks: int) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_row(process: subprocess.Popen[str], run: Run, after: int) -> None:
-    """Until the log goes beyond a step, or the process has ended."""
+def log_of(run: Run) -> int:
+    """Tells logs apart: a process that goes on writes a new one."""
+    return run.metrics.stat().st_ino if run.metrics.is_file() else 0
+
+
+def wait_for_row(process: subprocess.Popen[str], run: Run, before: int, after: int) -> None:
+    """Until a log that is not the one `before` goes beyond a step, or the process has ended."""
     while process.poll() is None:
-        rows = run.read_metrics() if run.metrics.is_file() else []
+        rows = run.read_metrics() if log_of(run) not in (0, before) else []
         if rows and rows[-1]["step"] > after:
             return
         time.sleep(0.002)
@@ -89,8 +94,8 @@ def last_step(run: Run) -> int:
 def killed(file: Path, run: Run, ranks: int, chance: random.Random) -> str:
     """Start, kill every process at a random moment, and tell when it was."""
     before = last_step(run)
-    process = start(file, ranks)
-    wait_for_row(process, run, before + chance.randrange(2 * CHECKPOINT_EVERY))
+    log, process = log_of(run), start(file, ranks)
+    wait_for_row(process, run, log, before + chance.randrange(2 * CHECKPOINT_EVERY))
     if chance.random() < 0.5:  # in the middle of writing, if it is met
         end = time.monotonic() + 5
         while process.poll() is None and time.monotonic() < end:
@@ -184,8 +189,8 @@ def test_killed_and_stopped_run_equals_undisturbed(tiny, tmp_path):
     file, run = tmp_path / "cut.toml", runs["cut"]
     killed(file, run, 1, random.Random(1))
     before = last_step(run)
-    process = start(file, 1)
-    wait_for_row(process, run, before)
+    log, process = log_of(run), start(file, 1)
+    wait_for_row(process, run, log, before)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=500)
     assert process.returncode == StoppedError.CODE, errors
@@ -194,7 +199,8 @@ def test_killed_and_stopped_run_equals_undisturbed(tiny, tmp_path):
     assert f"stopped by SIGTERM after step {step}" in errors
     finish(file, 1)
     assert_same(runs["whole"], run)
-    state = json.loads((run.checkpoints / "latest" / "state.json").read_text())
+    newest = run.checkpoints / (run.checkpoints / "latest").read_text().strip()
+    state = json.loads((newest / "state.json").read_text())
     assert state["step"] == STEPS
     assert state["tokens"] == run.read_metrics()[-1]["tokens"]
 
@@ -209,8 +215,8 @@ def test_signals_again_and_again(tiny, tmp_path, ranks):
     run = Run(tmp_path / "cut")
     for number in (signal.SIGTERM, signal.SIGINT):
         before = last_step(run)
-        process = start(tmp_path / "cut.toml", ranks)
-        wait_for_row(process, run, before)
+        log, process = log_of(run), start(tmp_path / "cut.toml", ranks)
+        wait_for_row(process, run, log, before)
         for each in (*descendants(process.pid), process.pid):
             os.kill(each, number)
         _, errors = process.communicate(timeout=500)
