@@ -22,12 +22,13 @@ import numpy as np
 import torch
 
 from moma.data.batches import DataConfig
+from moma.data.corpus import ReadablePictures
 from moma.data.encoding import Limits, encode_source
 from moma.data.packing import picture_budget
 from moma.data.parts import copy_rejected
 from moma.data.read_ahead import PictureReader
 from moma.data.shards import REJECTED_FILE, Encoders, ShardInfo, sum_counts, write_whole
-from moma.data.training_documents import PictureTensors, TrainingDocuments
+from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
@@ -109,7 +110,7 @@ def prepare(
     reading = TrainingDocuments(data)
     if not folder.text.exists():
         tokenizer = train_text_tokenizer(
-            text_tokenizer, reading.texts(text_tokenizer.documents), codec.codebook_size
+            text_tokenizer, reading.corpus(text_tokenizer.documents).texts(), codec.codebook_size
         )
         # Not before: settings that were refused must not bind the folder.
         write_whole(note, settings)
@@ -205,10 +206,11 @@ def _make_codec(
 
     Where there is no picture and none is asked for, there is no codec.
     """
-    found = sources.pictures(training.documents, held_out=False)
+    corpus, most = sources.corpus(training.documents), sources.data.max_rejected
+    found = corpus.pictures(held_out=False)
     if not found and not sources.data.picture_share:
         return
-    pictures = PictureTensors(found, config.picture_size)
+    pictures = ReadablePictures(found, config.picture_size, most)
     if not len(pictures):
         raise UserError(
             f"picture_share is {sources.data.picture_share:g}, but no source holds a picture, so "
@@ -224,9 +226,7 @@ def _make_codec(
         codec = train_codec(
             config, training, pictures, seed=seed, device=device, folder=work, progress=note
         )
-    held_out = PictureTensors(
-        sources.pictures(training.documents, held_out=True), config.picture_size
-    )
+    held_out = ReadablePictures(corpus.pictures(held_out=True), config.picture_size, most)
     metrics = asdict(measure_codec(codec, held_out if len(held_out) else pictures))
     # A few held-out pictures may not need every code: its use is told from the training pictures.
     everything = measure_codec(codec, pictures)
