@@ -32,6 +32,7 @@ from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
+from moma.tokenizers.folder import place_codec
 from moma.tokenizers.image import CodecConfig, ImageCodec, to_float
 from moma.tokenizers.image_training import (
     CodecProgress,
@@ -117,7 +118,7 @@ def prepare(
         write_whole(folder.text, tokenizer.to_str(pretty=True))
         reading.save()
     if data.tokenizers is None and not folder.codec.exists():
-        _make_codec(reading, codec, codec_training, seed, device, folder.codec, quiet)
+        _make_codec(reading, codec, codec_training, seed, device, folder, quiet)
         reading.save()
     vocabulary = _vocabulary(folder, codec)
     vocabulary.save(folder.vocabulary)
@@ -199,7 +200,7 @@ def _make_codec(
     training: CodecTrainingConfig,
     seed: int,
     device: torch.device,
-    folder: Path,
+    folder: Tokenizers,
     quiet: bool,
 ) -> None:
     """Train the codec, measure it on held-out pictures, and put both in place at once.
@@ -217,7 +218,7 @@ def _make_codec(
             "there is nothing to train a codec on; add a source of pictures or set picture_share "
             "to 0"
         )
-    work = folder.with_name(folder.name + ".partial")
+    work = folder.codec.with_name(folder.codec.name + ".partial")
     with show_progress("image codec", training.steps, quiet) as report:
 
         def note(state: CodecProgress) -> None:
@@ -231,11 +232,7 @@ def _make_codec(
     # A few held-out pictures may not need every code: its use is told from the training pictures.
     everything = measure_codec(codec, pictures)
     metrics |= {"codes_used": everything.codes_used, "perplexity": everything.perplexity}
-    whole = folder.with_name(folder.name + ".whole")
-    shutil.rmtree(whole, ignore_errors=True)
-    codec.save(whole)
-    (whole / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    whole.rename(folder)
+    place_codec(codec, folder, metrics)
     shutil.rmtree(work, ignore_errors=True)
 
 
