@@ -15,10 +15,8 @@ import torch
 from PIL import Image
 
 from moma.data.batches import Batches
-from moma.data.documents import Picture
 from moma.data.prepare import prepare
 from moma.data.shards import Encoders
-from moma.data.training_documents import PictureTensors
 from moma.errors import UserError
 from moma.recipe import check, write_recipe
 from moma.train.recipe import Recipe
@@ -232,19 +230,6 @@ def test_sources_that_changed_after_the_tokenizers_are_told(tmp_path, capsys):
     assert "text" in told and "captions" not in told and "data.path" in told
     assert prepared.sources["text"].total.documents == 51
     assert (tmp_path / "data/codec/model.safetensors").read_bytes() == weights
-
-
-def test_the_codec_trains_on_the_pictures_that_can_be_read():
-    def broken():
-        raise UserError("broken")
-
-    def picture(value):
-        return Picture("", lambda: Image.new("RGB", (2, 2), (value, 0, 0)))
-
-    tensors = PictureTensors([picture(0), Picture("", broken), picture(255)], size=2)
-    assert [tensors[index][0, 0, 0].item() for index in range(3)] == [-1, 1, 1]
-    with pytest.raises(UserError, match="broken"):
-        PictureTensors([Picture("", broken)] * 3, size=2)[1]
 
 
 def test_data_of_another_codec_is_refused_when_it_is_read(tmp_path):
