@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moma.cli_bench import app as bench_app
 from moma.errors import UserError
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench_app, name="bench")
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")]
 Overrides = Annotated[

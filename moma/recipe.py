@@ -66,6 +66,19 @@ def _lay_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def shipped_recipe(name: str) -> Path:
+    """A recipe of `configs/`: beside the modules when installed, in the repository otherwise.
+
+    Raises:
+        UserError: it is not there.
+    """
+    package = Path(__file__).parent
+    for folder in (package, package.parent):
+        if (folder / "configs" / name).is_file():
+            return folder / "configs" / name
+    raise UserError(f"configs/{name} is missing; install moma again")
+
+
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Apply overrides such as `train.steps=100` or `data.sources.0.weight=2` to `values`.
 

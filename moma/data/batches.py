@@ -1,33 +1,37 @@
-"""Encoded shards → micro-batches: mixing, sharing out between ranks, and packing.
+"""Encoded shards → micro-batches: the documents of a rank, packed, and prepared ahead.
 
-    shards of each source → documents with and without pictures → shuffled, repeated
-                          → mixed by weight, once with, once without pictures (grain)
-                          → this rank's samples, i ≡ rank (mod world size) → `Packer` → `Batch`
+    shards of each source → documents with and without pictures → two `Stream`s (`mixing.py`)
+                          → `Packer` → `Batch` → prepared ahead in the background
 
-A sample is a number: where it leads is decided by the seed alone. So an iterator's state is two
-sample numbers, and the references of the documents that are open.
+The seed alone decides which documents a stream yields. So an iterator's state is how far the two
+streams are, and the references of the documents that are open.
 """
 
 import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import grain
 import numpy as np
+from grain.experimental import ThreadPrefetchDatasetIterator
 from pydantic import Field, model_validator
 
 from moma.data.dictionary import DictionaryConfig
-from moma.data.documents import unit_hash
-from moma.data.encoding import Shard, Shards, open_shards
-from moma.data.packing import Batch, Encoded, Packer, picture_budget
+from moma.data.encoding import Shards, open_shards
+from moma.data.mixing import Pool, Stream, share_out_stream
+from moma.data.packing import Batch, Packer, picture_budget
 from moma.data.sketches import SketchesConfig
 from moma.data.sources import CaptionsConfig, TextConfig
+from moma.data.supply import Demand, Pictured, check_supply
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
+
+# Part of the digest of a saved state: raised when the same seed leads to other documents.
+_ORDER = 2
 
 SourceConfig = Annotated[
     CaptionsConfig | TextConfig | SketchesConfig | DictionaryConfig, Field(discriminator="kind")
@@ -45,6 +49,11 @@ class DataConfig(Config):
         row_length: tokens of a row (S).
         picture_share: share of a micro-batch's tokens that are image codes.
         held_out: share of the documents kept from training, where a source does not decide it.
+        most_padding: largest share of positions that may be padding; documents that leave more
+            are refused.
+        workers: threads beside the training: 0 makes a micro-batch when it is asked for, one makes
+            them ahead, further ones read documents ahead of it. What is in them stays the same.
+        prefetch: micro-batches that are made ahead.
         sources: where documents come from; a source's weight counts documents, among the
             documents with pictures and among those without.
     """
@@ -55,6 +64,9 @@ class DataConfig(Config):
     row_length: int = Field(ge=2)
     picture_share: float = Field(ge=0, le=1)
     held_out: float = Field(default=0.02, ge=0, lt=1)
+    most_padding: float = Field(default=0.005, ge=0, le=1)
+    workers: int = Field(default=1, ge=0, le=64)
+    prefetch: int = Field(default=4, ge=1)
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -73,9 +85,9 @@ class DataConfig(Config):
 class Batches(grain.DatasetIterator[Batch]):
     """The micro-batches of one rank, in an order that the seed decides.
 
-    An iterator whose state can be saved and restored; grain's prefetch iterators can stand around
-    it. A single pass (`repeat=False`) shows every document once, up to its last micro-batches,
-    which may hold fewer pictures, and padding.
+    An iterator whose state can be saved and restored; `prepared_ahead` makes them in the
+    background. A single pass (`repeat=False`) shows every document once, up to its last
+    micro-batches, which may hold fewer pictures, and padding.
     """
 
     def __init__(
@@ -102,8 +114,9 @@ class Batches(grain.DatasetIterator[Batch]):
 
         Raises:
             UserError: shards are missing or do not suit the vocabulary, the picture share is no
-                whole number of pictures, or no document has the pictures that it asks for.
+                whole number of pictures, or the documents cannot meet it.
         """
+        self._readers: ThreadPoolExecutor | None = None
         super().__init__()
         self._repeat = split == "train" if repeat is None else repeat
         self._world_size = world_size
@@ -115,14 +128,31 @@ class Batches(grain.DatasetIterator[Batch]):
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}
         weights = {source.name: source.weight for source in config.sources}
         self._digest = _digest(opened, weights, seed, split, self._repeat)
-        with_pictures, without = (
-            _mix(self._shards, weights, f"{seed} {split} {pictured}", pictured, self._repeat)
+        rows_of = {
+            pictured: {
+                name: rows
+                for name, shard in self._shards.items()
+                if len(rows := np.flatnonzero((shard.pictures > 0) == pictured))
+            }
+            for pictured in (True, False)
+        }
+        if self._repeat:
+            self._check_supply(config, pictures, vocabulary, rows_of)
+        if not pictures:
+            rows_of[True] = {}
+        if config.workers > 1:
+            self._readers = ThreadPoolExecutor(config.workers - 1)
+        self._pictured, self._text = (
+            Stream(
+                _pools(rows_of[pictured], weights, f"{seed} {split} {pictured}", self._repeat),
+                self._repeat,
+                self._fetch,
+                rank,
+                world_size,
+                self._readers,
+            )
             for pictured in (True, False)
         )
-        if self._repeat:
-            _check_supply(config, pictures, with_pictures, without)
-        self._pictured = _Stream(with_pictures if pictures else None, self._fetch, rank, world_size)
-        self._text = _Stream(without, self._fetch, rank, world_size)
         self._packer = Packer(
             config.rows, config.row_length, pictures, vocabulary, self._pictured, self._text
         )
@@ -133,14 +163,23 @@ class Batches(grain.DatasetIterator[Batch]):
         Raises:
             UserError: the documents bring more text with each picture than the rows have room for.
         """
-        if not self.unreached_documents:
+        if self.unreached_documents == 0:
             raise StopIteration
         return self._packer.pack()
 
     @property
-    def unreached_documents(self) -> int:
-        """Documents that a single pass has still to show to their end, on this rank."""
-        return self._pictured.remaining + self._text.remaining + sum(self._packer.open_documents)
+    def unreached_documents(self) -> int | None:
+        """Documents that a single pass has still to show to their end; None if it has no end."""
+        if self._repeat:
+            return None
+        streams = (self._pictured.remaining or 0) + (self._text.remaining or 0)
+        return streams + sum(self._packer.open_documents)
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        super().close()
+        if self._readers is not None:
+            self._readers.shutdown(wait=False, cancel_futures=True)
 
     def get_state(self) -> dict[str, Any]:
         """Where the iterator stands; ready for JSON."""
@@ -179,12 +218,45 @@ class Batches(grain.DatasetIterator[Batch]):
         """Ids of a document, unsigned integers of shape [tokens]."""
         return self._shards[source].ids(row)
 
+    def _check_supply(
+        self,
+        config: DataConfig,
+        pictures: int,
+        vocabulary: Vocabulary,
+        rows_of: dict[bool, dict[str, np.ndarray]],
+    ) -> None:
+        demand = Demand(
+            config.rows,
+            config.row_length,
+            pictures,
+            vocabulary.codes_per_image,
+            config.most_padding,
+            self._world_size,
+        )
+        pictured = [
+            Pictured(source.name, source.weight, self._shards[source.name], rows)
+            for source in config.sources
+            if (rows := rows_of[True].get(source.name)) is not None
+        ]
+        names = ", ".join(source.name for source in config.sources)
+        check_supply(demand, pictured, bool(rows_of[False]), names)
+
+
+def prepared_ahead(batches: Batches, config: DataConfig) -> grain.DatasetIterator[Batch]:
+    """The same micro-batches, made in the background if the recipe has workers; to be closed.
+
+    The state is that of the micro-batches taken, not of those that lie ready.
+    """
+    if not config.workers:
+        return batches
+    return ThreadPrefetchDatasetIterator(batches, config.prefetch)
+
 
 def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """Turn the states of all ranks into the states of another number of ranks.
 
-    Nothing is skipped or repeated: open documents are dealt out, and samples that some ranks were
-    still to read while others had gone further are read first.
+    Nothing is skipped or repeated: open documents are dealt out, and documents that some ranks
+    were still to read while others had gone further are read first.
 
     Args:
         states: `Batches.get_state()` of every rank, all after the same step.
@@ -196,7 +268,7 @@ def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[st
         for key in ("waiting", "tails")
     )
     streams = {
-        key: _share_out_stream([state[key] for state in states], world_size)
+        key: share_out_stream([state[key] for state in states], world_size)
         for key in ("pictured", "text")
     }
     return [
@@ -215,116 +287,15 @@ def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[st
     ]
 
 
-def _share_out_stream(states: list[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
-    furthest = max(state["next"] for state in states)
-    owed = sorted(
-        sample
-        for state in states
-        for sample in (*state["owed"], *range(state["next"], furthest, len(states)))
-    )
-    return [
-        {"next": furthest + (rank - furthest) % world_size, "owed": owed[rank::world_size]}
-        for rank in range(world_size)
-    ]
-
-
-class _Place(NamedTuple):
-    source: str
-    row: int
-
-
-class _Rows(Sequence[_Place]):
-    """The places of some documents of one shard; random access for grain."""
-
-    def __init__(self, source: str, rows: np.ndarray) -> None:
-        self._source, self._rows = source, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return _Place(self._source, int(self._rows[index]))
-
-
-def _mix(
-    shards: dict[str, Shard], weights: dict[str, float], key: str, pictured: bool, repeat: bool
-) -> grain.MapDataset[_Place] | None:
-    """The places of all documents with (or without) pictures; None if there are none."""
-    parts, shares = [], []
-    for name, shard in shards.items():
-        rows = np.flatnonzero((shard.pictures > 0) == pictured)
-        if len(rows):
-            part = grain.MapDataset.source(_Rows(name, rows)).shuffle(_seed(f"{key} {name}"))
-            parts.append(part.repeat() if repeat else part)
-            shares.append(weights[name])
-    if not parts:
-        return None
+def _pools(
+    rows_of: dict[str, np.ndarray], weights: dict[str, float], key: str, repeat: bool
+) -> list[Pool]:
     if repeat:
-        return grain.MapDataset.mix(parts, shares)
+        return [
+            Pool({name: rows}, weights[name], f"{key} {name}") for name, rows in rows_of.items()
+        ]
     # A single pass shows every document once: weights have nothing to decide.
-    return grain.MapDataset.concatenate(parts).shuffle(_seed(key))
-
-
-def _seed(key: str) -> int:
-    return int(unit_hash(key) * 2**31)
-
-
-def _check_supply(
-    config: DataConfig,
-    pictures: int,
-    with_pictures: grain.MapDataset | None,
-    without: grain.MapDataset | None,
-) -> None:
-    names = ", ".join(source.name for source in config.sources)
-    if pictures and with_pictures is None:
-        raise UserError(
-            f"picture_share is {config.picture_share:g}, but no document of {names} has a picture; "
-            "add a source of pictures or set picture_share to 0"
-        )
-    if not pictures and without is None:
-        raise UserError(
-            f"picture_share is 0, but every document of {names} has a picture; "
-            "add a source of text or raise picture_share"
-        )
-
-
-class _Stream(Iterator[Encoded]):
-    """One rank's samples of a mixture: i ≡ rank (mod world size)."""
-
-    def __init__(
-        self,
-        places: grain.MapDataset[_Place] | None,
-        fetch: Callable[[str, int], np.ndarray],
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self._places, self._fetch, self._world_size = places, fetch, world_size
-        self._length = 0 if places is None else min(len(places), sys.maxsize)
-        self._next = rank
-        self._owed: list[int] = []  # samples before `_next` that a former rank left over
-
-    @property
-    def remaining(self) -> int:
-        """Documents to come."""
-        return len(self._owed) + len(range(self._next, self._length, self._world_size))
-
-    def __next__(self) -> Encoded:
-        if self._owed:
-            sample = self._owed.pop(0)
-        elif self._next < self._length:
-            sample = self._next
-            self._next += self._world_size
-        else:
-            raise StopIteration
-        assert self._places is not None
-        place = self._places[sample]
-        return Encoded(place.source, place.row, self._fetch(place.source, place.row))
-
-    def get_state(self) -> dict[str, Any]:
-        return {"next": self._next, "owed": list(self._owed)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._next, self._owed = state["next"], list(state["owed"])
+    return [Pool(rows_of, 1.0, key)] if rows_of else []
 
 
 def _digest(
@@ -332,5 +303,5 @@ def _digest(
 ) -> str:
     """Equal when the same samples lead to the same documents."""
     infos = {name: shards.info.model_dump(mode="json") for name, shards in opened.items()}
-    text = json.dumps([infos, weights, seed, split, repeat])
+    text = json.dumps([_ORDER, infos, weights, seed, split, repeat])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

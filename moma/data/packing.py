@@ -248,7 +248,7 @@ class Packer:
         while row.slack and (document := next(self._text, None)) is not None:
             reading = self._open(document)
             row.place_text(reading, min(reading.text_ahead, row.slack))
-        begun = dict.fromkeys([*row.readings, *self._tails])
+        begun = dict.fromkeys([*self._tails, *row.readings])
         self._tails = [
             reading for reading in begun if reading.text_ahead and not reading.pictures_left
         ]

@@ -34,7 +34,7 @@ from moma.evaluate.sketches import (
 )
 from moma.generate.decode import Sampling
 from moma.progress import show_progress
-from moma.recipe import read_recipe
+from moma.recipe import read_recipe, shipped_recipe
 from moma.runs import Run
 from moma.runtime.world import World, local_device
 from moma.study import figures
@@ -52,12 +52,8 @@ DECIDED = ("data.path", "model.groups", "run", "stage", "from")
 
 
 def demo_recipe() -> Path:
-    """The demo's recipe: beside the package when installed, in the repository otherwise."""
-    package = Path(__file__).parents[1]
-    for folder in (package, package.parent):
-        if (folder / "configs" / "demo.toml").is_file():
-            return folder / "configs" / "demo.toml"
-    raise UserError("configs/demo.toml is missing; install moma again")
+    """The demo's recipe."""
+    return shipped_recipe("demo.toml")
 
 
 def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import json
 import math
 import time
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moma.data.batches import Batches
+from moma.data.batches import Batches, prepared_ahead
 from moma.errors import UserError
 from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
 from moma.model.transformer import Transformer
@@ -47,9 +48,11 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         _claim(run, recipe, data)
     world.barrier()
     trainer.resume()
-    with show_progress(
-        f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps, quiet or world.rank > 0
-    ) as report:
+    title, steps = f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps
+    with (
+        closing(trainer.batches),
+        show_progress(title, steps, quiet or world.rank > 0) as report,
+    ):
         trainer.run_to_end(report)
     return run
 
@@ -70,9 +73,10 @@ class Trainer:
             self.config.optimizer.clip,
             world,
         )
-        self.batches = Batches(
+        batches = Batches(
             recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
         )
+        self.batches = prepared_ahead(batches, recipe.data)
         self.fingerprint = vocabulary.fingerprint
         self.done = 0
         data = recipe.data

@@ -19,8 +19,8 @@ from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
 from moma.train.step import Step
 
 WORLD = World(torch.device("cpu"))
-# Text and image loss of the logged steps.
-GOLDEN = [(5.9659, 5.7526), (5.572, 4.3641), (4.9329, 3.8152), (4.852, 3.3661)]
+# Text and image loss of the logged steps; they depend on the order of the documents.
+GOLDEN = [(6.0742, 5.8901), (5.5214, 4.5325), (5.0761, 3.8215), (5.001, 3.7618)]
 KEYS = {
     "step", "tokens", "flops", "loss", "loss_text", "loss_image", "learning_rate",
     "gradient_norm", "tokens_per_second",

@@ -1,0 +1,49 @@
+"""`moma bench …`: how fast the parts are, measured on this machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
+
+
+@app.callback()
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+@app.command()
+def data(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="left out: sketches of 1,024 codes and a dictionary")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="changes to the recipe, such as data.rows=4")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="micro-batches of each repeat")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="training steps")] = 8,
+    pictures: Annotated[int, typer.Option(min=1, help="pictures of each repeat")] = 64,
+    texts: Annotated[int, typer.Option(min=1, help="texts of each repeat")] = 50_000,
+    repeats: Annotated[int, typer.Option(min=1, help="of each measurement")] = 5,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON object and nothing else")
+    ] = False,
+) -> None:
+    """Micro-batches, waiting in training, encoding of pictures and text."""
+    from moma.recipe import read_recipe, shipped_recipe
+    from moma.study.bench_data import Sizes, bench_data
+    from moma.train.recipe import Recipe
+
+    read = read_recipe(Recipe, recipe or shipped_recipe("bench_data.toml"), overrides or ())
+    result = bench_data(read, Sizes(batches, steps, pictures, texts, repeats), quiet=as_json)
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(title=f"data of {recipe or 'the shipped recipe'}", show_header=False)
+    for key, value in result.items():
+        table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)

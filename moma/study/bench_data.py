@@ -1,0 +1,308 @@
+"""How fast data is: micro-batches from shards, waiting in training, encoding of pictures and text.
+
+    prepared shards → `Batches`, prepared ahead, on one core  → tokens a second, balance, padding
+                    → steps of a real model                   → share of the time spent waiting
+    pictures        → `moma prepare`'s path | the network     → pictures a second of each
+    texts           → documents to shards   | `tokenizers`    → tokens a second of each
+
+What is compared runs in turn, several times, and medians are taken: a shared machine is noisy.
+"""
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from moma.data.batches import Batches, prepared_ahead
+from moma.data.documents import Document, Picture
+from moma.data.encoding import encode_source
+from moma.data.prepare import prepare
+from moma.data.sources import CaptionsConfig
+from moma.progress import show_progress
+from moma.runs import Tokenizers
+from moma.runtime.optimizer import make_optimizer
+from moma.runtime.world import World, local_device
+from moma.tokenizers.image import ImageCodec, preprocess
+from moma.tokenizers.text import encode_texts, load_text_tokenizer
+from moma.train.recipe import Recipe
+from moma.train.step import Step, next_token_objective
+from moma.vocabulary import IMAGE, Vocabulary
+
+# As many as `moma prepare` gives the network at once.
+_PICTURES_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        batches: micro-batches of each repeat.
+        steps: training steps.
+        pictures: pictures of each repeat; at most as many as the sources have.
+        texts: texts of each repeat; likewise.
+        repeats: how often each measurement is taken.
+    """
+
+    batches: int = 100
+    steps: int = 8
+    pictures: int = 64
+    texts: int = 50_000
+    repeats: int = 5
+
+
+def bench_data(recipe: Recipe, sizes: Sizes, quiet: bool = False) -> dict[str, Any]:
+    """Measure a recipe's data, which is prepared first if it is not yet.
+
+    Returns:
+        The figures that `docs/batches.md` lists; None where a recipe has nothing to measure.
+
+    Raises:
+        UserError: the data cannot be prepared, or does not suit the recipe.
+    """
+    data = recipe.data
+    parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, recipe.seed)
+    prepare(data, *parts, local_device(), quiet)
+    vocabulary = Vocabulary.load(Tokenizers(data.path).vocabulary)
+    with show_progress("bench data", 5, quiet) as report:
+        result = _balance(recipe, vocabulary, sizes)
+        report(1, "balance")
+        result |= _speed(recipe, vocabulary, sizes)
+        report(2, "batches")
+        result |= _waiting(recipe, vocabulary, sizes)
+        report(3, "training")
+        result |= _pictures(recipe, sizes)
+        report(4, "pictures")
+        result |= _texts(recipe, vocabulary, sizes)
+        report(5, "text")
+    return result
+
+
+def _balance(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
+    """Count what is in the arrays of micro-batches, whatever the packer says."""
+    data, size = recipe.data, recipe.data.rows * recipe.data.row_length
+    padding, worst = 0, 0.0
+    with closing(prepared_ahead(Batches(data, vocabulary, recipe.seed), data)) as batches:
+        for batch in islice(batches, sizes.batches):
+            codes = int((vocabulary.modality_of_id[batch.tokens_BS] == IMAGE).sum())
+            worst = max(worst, abs(codes / size - data.picture_share))
+            padding += int((batch.tokens_BS == vocabulary.padding).sum())
+    return {
+        "rows": data.rows,
+        "row_length": data.row_length,
+        "picture_share": data.picture_share,
+        "padding_share": padding / (sizes.batches * size),
+        # A share such as 0.3333 stands for a third.
+        "image_share_error": 0.0 if worst < 1e-3 / size else worst,
+    }
+
+
+def _speed(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
+    data = recipe.data
+    tokens = sizes.batches * data.rows * data.row_length
+
+    def take(batches: Iterator[Any]) -> float:
+        return tokens / _seconds(lambda: [next(batches) for _ in range(sizes.batches)])
+
+    # The thread that makes them starts inside, and stays on the same core.
+    with (
+        _one_core(),
+        closing(prepared_ahead(Batches(data, vocabulary, recipe.seed), data)) as batches,
+    ):
+        next(batches)
+        found = [take(batches) for _ in range(sizes.repeats)]
+    return {"tokens_per_second": statistics.median(found), "slowest_tokens_per_second": min(found)}
+
+
+def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
+    """Train the recipe's model for some steps and time how long each waits for its batch."""
+    world = World(local_device())
+    model = recipe.build_model(vocabulary).to(world.device)
+    for router in model.auxiliary_routers():
+        router.requires_grad_(False)
+    settings = recipe.pretrain.optimizer
+    objective = next_token_objective(recipe.pretrain.z_loss, compiled=False)
+    step = Step(model, make_optimizer(model, settings), objective, settings.clip, world)
+    waits, steps = [], []
+    with closing(
+        prepared_ahead(Batches(recipe.data, vocabulary, recipe.seed), recipe.data)
+    ) as ahead:
+        for _ in range(sizes.steps + 1):
+            began = time.perf_counter()
+            batch = next(ahead)
+            waits.append(time.perf_counter() - began)
+            _, norm = step([batch], settings.learning_rate)
+            float(norm)  # waits for the device
+            steps.append(time.perf_counter() - began)
+    # The first step starts everything.
+    return {
+        "wait_share": sum(waits[1:]) / sum(steps[1:]),
+        "step_seconds": statistics.median(steps[1:]),
+    }
+
+
+def _pictures(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
+    """A folder of captioned pictures through `moma prepare`, beside the encoder's forward alone."""
+    device = local_device()
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        count = _write_captions(_pictures_of(recipe, sizes.pictures), folder / "captions")
+        if not count:
+            return {"codec_ratio": None}
+        codec = ImageCodec.load(Tokenizers(recipe.data.path).codec).to(device)
+        files = sorted((folder / "captions").glob("*.png"))
+        ready = [_tensor(file, codec, device) for file in files]
+        source = CaptionsConfig(path=folder / "captions")
+        data = recipe.data.model_copy(
+            update={"path": folder / "data", "tokenizers": recipe.data.path, "sources": (source,)}
+        )
+        parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, recipe.seed)
+
+        def ours() -> None:
+            prepare(data, *parts, device, quiet=True)
+
+        def network() -> None:
+            with torch.no_grad():
+                for start in range(0, count, _PICTURES_AT_ONCE):
+                    codec.latents(
+                        torch.stack(ready[start : start + _PICTURES_AT_ONCE])
+                    ).sum().item()
+
+        path, alone = _in_turn((ours, network), sizes.repeats, lambda: _remove(data.path))
+    return {
+        "codec_ratio": alone / path,
+        "pictures_per_second": count / path,
+        "network_pictures_per_second": count / alone,
+    }
+
+
+def _texts(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
+    """Documents of text to shards on disk, beside `encode_batch` and its ids alone."""
+    texts = list(islice(_texts_of(recipe), sizes.texts))
+    if not texts:
+        return {"bpe_ratio": None}
+    tokenizer = load_text_tokenizer(Tokenizers(recipe.data.path).text)
+    source = _Listed([Document(str(number), (text,)) for number, text in enumerate(texts)])
+    tokens = 0
+    with TemporaryDirectory() as place:
+
+        def ours() -> None:
+            encode_text = partial(encode_texts, tokenizer)
+            encode_source(source, encode_text, _no_pictures, vocabulary, 0.0, Path(place) / "text")
+
+        def bare() -> None:
+            nonlocal tokens
+            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+            tokens = sum(len(encoding.ids) for encoding in encodings)
+
+        path, alone = _in_turn((ours, bare), sizes.repeats, lambda: _remove(Path(place) / "text"))
+    return {
+        "bpe_ratio": alone / path,
+        "text_tokens_per_second": tokens / path,
+        "tokenizers_tokens_per_second": tokens / alone,
+    }
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """Documents in memory as a source."""
+
+    all: Sequence[Document]
+    name: str = "listed"
+
+    def documents(self) -> Iterator[Document]:
+        return iter(self.all)
+
+
+def _no_pictures(pictures: Sequence[Any]) -> np.ndarray:
+    raise AssertionError("these documents have no pictures")
+
+
+def _documents_of(recipe: Recipe) -> Iterator[Document]:
+    for source in recipe.data.sources:
+        yield from (row for row in source.documents() if isinstance(row, Document))
+
+
+def _texts_of(recipe: Recipe) -> Iterator[str]:
+    for document in _documents_of(recipe):
+        if not any(isinstance(segment, Picture) for segment in document.segments):
+            yield from (segment for segment in document.segments if isinstance(segment, str))
+
+
+def _pictures_of(recipe: Recipe, most: int) -> Iterator[Picture]:
+    pictures = (
+        segment
+        for document in _documents_of(recipe)
+        for segment in document.segments
+        if isinstance(segment, Picture)
+    )
+    return islice(pictures, most)
+
+
+def _write_captions(pictures: Iterator[Picture], folder: Path) -> int:
+    """A folder of PNG files with a caption each, no picture twice; returns how many."""
+    folder.mkdir()
+    seen: set[bytes] = set()
+    with (folder / "captions.jsonl").open("w") as rows:
+        for picture in pictures:
+            image = picture.read().convert("RGB")
+            if image.tobytes() not in seen:
+                seen.add(image.tobytes())
+                name = f"{len(seen):06}.png"
+                image.save(folder / name)
+                rows.write(f'{{"image": "{name}", "caption": "picture {len(seen)}"}}\n')
+    return len(seen)
+
+
+def _tensor(file: Path, codec: ImageCodec, device: torch.device) -> torch.Tensor:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return preprocess(image, codec.config.picture_size).to(device)
+
+
+def _in_turn(
+    jobs: Sequence[Callable[[], object]], repeats: int, tidy: Callable[[], None]
+) -> list[float]:
+    """Median seconds of each job, in rounds of one each; the first round is not counted."""
+    seconds: list[list[float]] = [[] for _ in jobs]
+    for _ in range(repeats + 1):
+        for job, taken in zip(jobs, seconds, strict=True):
+            taken.append(_seconds(job))
+        tidy()
+    return [statistics.median(taken[1:]) for taken in seconds]
+
+
+def _seconds(job: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Keep this thread and those it starts on one core, where the system can."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
