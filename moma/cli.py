@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moma.cli_bench import app as bench_app
+from moma.cli_hub import exporting, importing
+from moma.cli_tokenizer import app as tokenizer_app
 from moma.errors import UserError
 
 app = typer.Typer(
@@ -21,6 +23,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench_app, name="bench")
+
+data_app = typer.Typer(help="Look at prepared data.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app)
+app.add_typer(importing)
+app.add_typer(exporting)
 
 RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")]
 Overrides = Annotated[
@@ -49,7 +57,14 @@ def main() -> None:
 
 
 @app.command()
-def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="processes that read pictures; changes no output")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Turn documents into encoded shards: train or load tokenizer and codec, then encode."""
     from moma.data.prepare import prepare as run
     from moma.recipe import read_recipe
@@ -57,15 +72,54 @@ def prepare(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from moma.train.recipe import Recipe
 
     read = read_recipe(Recipe, recipe, overrides or ())
-    run(
+    prepared = run(
         read.data,
         read.text_tokenizer,
         read.codec,
         read.codec_training,
         read.seed,
         local_device(),
+        quiet=as_json,
+        workers=workers,
     )
+    summary = {"path": str(read.data.path), **prepared.summary()}
+    if as_json:
+        print(json.dumps(summary))
+        return
+    _show_counts(summary, ("documents", "tokens", "pictures", "rejected"))
     print(f"prepared {read.data.path}")
+    if summary["rejected"]:
+        print(f"rejected rows: {read.data.path}/rejected.jsonl")
+
+
+@data_app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="a folder that `moma prepare` wrote")],
+    source: Annotated[str | None, typer.Option(help="only this source")] = None,
+    document: Annotated[
+        int | None, typer.Option(min=0, help="decode this document of the source, from 0")
+    ] = None,
+    split: Annotated[str, typer.Option(help="of the document: train or held_out")] = "train",
+    out: Annotated[
+        Path | None, typer.Option(help="folder for pictures; FOLDER/inspect if left out")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a prepared folder holds: counts, lengths, and any document as text and pictures."""
+    from moma.data import inspect as data
+
+    if document is not None:
+        decoded = data.decode_document(folder, source, split, document, out or folder / "inspect")
+        print(json.dumps(decoded) if as_json else data.as_text(decoded))
+        return
+    result = data.inspect(folder, source, out or folder / "inspect")
+    if as_json:
+        print(json.dumps(result))
+        return
+    keys = ("documents", "tokens", "text_tokens", "image_tokens", "pictures", "rejected")
+    _show_counts(result, keys)
+    print(data.histogram(result))
+    print(result["figure"])
 
 
 @app.command()
@@ -99,6 +153,9 @@ def evaluate(
     routing: Annotated[
         str, typer.Option(help="choice: as in training; causal: by the auxiliary routers")
     ] = "choice",
+    data: Annotated[
+        Path | None, typer.Option(help="the prepared data, if it lies elsewhere than in training")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Loss and perplexity on the held-out documents, by modality."""
@@ -111,6 +168,9 @@ def evaluate(
     model, recipe = load_run(Run(run))
     if routing == "causal":
         require_causal_routing(Run(run), model)
+    if data is not None:
+        moved = recipe.data.model_copy(update={"path": data})
+        recipe = recipe.model_copy(update={"data": moved})
     result = measure(model, recipe, routing, quiet=as_json)  # type: ignore[arg-type]
     _show(f"{run}, {routing} routing", result, as_json)
 
@@ -128,7 +188,7 @@ def generate(
 ) -> None:
     """Continue a prompt: text to standard output, pictures to PNG files."""
     import moma
-    from moma.data.sources import read_picture
+    from moma.data.pictures import read_picture
     from moma.generate.decode import Sampling
 
     if mode not in ("text", "image", "mixed"):
@@ -184,6 +244,14 @@ def demo(
 
     result = run_demo(out, overrides or (), quiet=as_json)
     _show(str(out / "report.html"), result, as_json)
+
+
+def _show_counts(summary: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """A table of a data folder: a row a source, and one for all."""
+    table = Table("source", *[key.replace("_", " ") for key in keys], title=summary["path"])
+    for name, counts in [*summary["sources"].items(), ("all", summary)]:
+        table.add_row(name, *[f"{counts[key]:,}" for key in keys])
+    Console().print(table)
 
 
 def _show(title: str, result: dict[str, Any], as_json: bool) -> None:

@@ -50,12 +50,21 @@ class _Lines:
     def __init__(self, title: str, total: int | None):
         self.title, self.total = title, total
         self.start = self.last = time.monotonic()
+        self.first: int | None = None  # what was done before this process, or at its first report
 
     def __call__(self, done: int, note: str = "") -> None:
         now = time.monotonic()
+        self.first = done if self.first is None else self.first
         if now - self.last < SECONDS_BETWEEN_LINES and done != self.total:
             return
         self.last = now
         part = f"{done}/{self.total}" if self.total else str(done)
-        line = f"{self.title}: {part} after {now - self.start:.0f} s  {note}"
+        left = self._left(done, now - self.start)
+        line = f"{self.title}: {part} after {now - self.start:.0f} s{left}  {note}"
         print(line, file=sys.stderr, flush=True)
+
+    def _left(self, done: int, seconds: float) -> str:
+        """How long the rest takes at the speed so far, where that can be told."""
+        if not self.total or self.first is None or not self.first < done < self.total:
+            return ""
+        return f", {seconds * (self.total - done) / (done - self.first):.0f} s left"

@@ -34,14 +34,15 @@ class Tokenizers:
 
     @property
     def codec(self) -> Path:
-        """Folder of the image codec."""
+        """Folder of the image codec; missing where there is only text."""
         return self.path / "codec"
 
     def copy_to(self, other: "Tokenizers") -> None:
         """Copy the tokenizers, so that the other folder can be used alone."""
         other.path.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self.text, other.text)
-        shutil.copytree(self.codec, other.codec, dirs_exist_ok=True)
+        if self.codec.is_dir():  # text alone needs none
+            shutil.copytree(self.codec, other.codec, dirs_exist_ok=True)
         # Last: where a vocabulary is, the tokenizers are whole.
         shutil.copyfile(self.vocabulary, other.vocabulary)
 

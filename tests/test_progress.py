@@ -40,7 +40,12 @@ def test_without_a_terminal_there_is_a_line_now_and_then(capsys, clock):
         for done in range(1, 100):
             clock[0] += 1
             report(done, f"note {done}")
-    expected = [f"work: {at}/100 after {at} s  note {at}" for at in range(15, 100, 15)]
+    # The first report came with one done.
+    lefts = [f"{at * (100 - at) / (at - 1):.0f} s left" for at in range(15, 100, 15)]
+    expected = [
+        f"work: {at}/100 after {at} s, {left}  note {at}"
+        for at, left in zip(range(15, 100, 15), lefts, strict=True)
+    ]
     assert lines_of(capsys) == expected
 
 
@@ -49,6 +54,14 @@ def test_the_end_is_always_told(capsys, clock):
         report(1)
         report(2, "all done")
     assert lines_of(capsys) == ["work: 2/2 after 0 s  all done"]
+
+
+def test_what_an_earlier_process_did_is_no_speed_of_this_one(capsys, clock):
+    with show_progress("work", 200) as report:
+        report(100)
+        clock[0] += 20
+        report(110)
+    assert lines_of(capsys) == ["work: 110/200 after 20 s, 180 s left  "]
 
 
 def test_an_unknown_total_is_left_out(capsys, clock):

@@ -164,7 +164,9 @@ def test_the_valid_keys_are_those_of_the_source_of_that_kind(recipe):
         read_recipe(Recipe, recipe, ["data.sources.1.paht=1"])
     message = str(caught.value)
     assert "did you mean 'path'" in message
-    assert message.endswith("valid keys here: kind, name, path, weight")
+    assert message.endswith(
+        "valid keys here: held_out, kind, max_pictures, name, path, text_key, weight"
+    )
 
 
 def test_from_is_named_as_it_is_written(recipe):

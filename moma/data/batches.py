@@ -12,19 +12,17 @@ import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchDatasetIterator
 from pydantic import Field, model_validator
 
-from moma.data.dictionary import DictionaryConfig
-from moma.data.encoding import Shards, open_shards
 from moma.data.mixing import Pool, Stream, share_out_stream
 from moma.data.packing import Batch, Packer, picture_budget
-from moma.data.sketches import SketchesConfig
-from moma.data.sources import CaptionsConfig, TextConfig
+from moma.data.shards import Encoders, Shards, open_shards
+from moma.data.sources import AnySource
 from moma.data.supply import Demand, Pictured, check_supply
 from moma.errors import UserError
 from moma.recipe import Config
@@ -32,10 +30,6 @@ from moma.vocabulary import Vocabulary
 
 # Part of the digest of a saved state: raised when the same seed leads to other documents.
 _ORDER = 2
-
-SourceConfig = Annotated[
-    CaptionsConfig | TextConfig | SketchesConfig | DictionaryConfig, Field(discriminator="kind")
-]
 
 
 class DataConfig(Config):
@@ -49,6 +43,8 @@ class DataConfig(Config):
         row_length: tokens of a row (S).
         picture_share: share of a micro-batch's tokens that are image codes.
         held_out: share of the documents kept from training, where a source does not decide it.
+        max_rejected: share of a source's rows that may be unusable before `prepare` stops.
+        shard_tokens: tokens after which `prepare` begins another file of shards.
         most_padding: largest share of positions that may be padding; documents that leave more
             are refused.
         workers: threads beside the training: 0 makes a micro-batch when it is asked for, one makes
@@ -64,10 +60,12 @@ class DataConfig(Config):
     row_length: int = Field(ge=2)
     picture_share: float = Field(ge=0, le=1)
     held_out: float = Field(default=0.02, ge=0, lt=1)
+    max_rejected: float = Field(default=0.01, ge=0, le=1)
+    shard_tokens: int = Field(default=2**25, ge=1)
     most_padding: float = Field(default=0.005, ge=0, le=1)
     workers: int = Field(default=1, ge=0, le=64)
     prefetch: int = Field(default=4, ge=1)
-    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    sources: tuple[AnySource, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "DataConfig":
@@ -121,8 +119,9 @@ class Batches(grain.DatasetIterator[Batch]):
         self._repeat = split == "train" if repeat is None else repeat
         self._world_size = world_size
         pictures = picture_budget(config.rows, config.row_length, config.picture_share, vocabulary)
+        encoders = Encoders.load(config.path)
         opened = {
-            source.name: open_shards(config.folder(source.name), vocabulary)
+            source.name: open_shards(config.folder(source.name), vocabulary, encoders)
             for source in config.sources
         }
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}

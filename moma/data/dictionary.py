@@ -14,31 +14,25 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moma.data.documents import Document, unit_hash
+from moma.data.documents import Document, SourceConfig, SourceName, unit_hash
 from moma.errors import UserError
-from moma.recipe import Config
 
 # Editorial notes: "[Obs.]", the torn "1913 Webster]", footnote marks such as "{1}".
 _NOTE = re.compile(r"\s*(\[[^\]]*\]|\d{4} Webster\]|\{\d+\})")
 _SPACES = re.compile(r"\s+")
 
 
-class DictionaryConfig(Config):
+class DictionaryConfig(SourceConfig):
     """The dictionary as a source: one document for each headword.
 
     Attributes:
-        weight: how often this source is drawn, relative to the others.
         entries: how many headwords to take, spread over the alphabet; None takes all.
+        name: name of the source: of its shards, and in messages.
     """
 
     kind: Literal["dictionary"] = "dictionary"
-    weight: float = Field(default=1.0, gt=0)
+    name: SourceName = "dictionary"
     entries: int | None = Field(default=None, ge=1)
-
-    @property
-    def name(self) -> str:
-        """Name of the source."""
-        return "dictionary"
 
     def documents(self) -> Iterator[Document]:
         """Yield `word: definitions` for each headword, in an order that a hash decides.

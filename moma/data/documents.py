@@ -6,13 +6,14 @@ memory.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 from PIL import Image
 from pydantic import Field
 
+from moma.errors import UserError
 from moma.recipe import Config
 
 
@@ -42,12 +43,15 @@ class Document:
         held_out: whether the source itself keeps it from training; None leaves that to a hash
             of the name.
         row: where it stands in the source, for messages: `captions.jsonl, row 12`.
+        held_out_with: documents that share it are held out together or not at all; left empty,
+            the name.
     """
 
     name: str
     segments: tuple[Segment, ...]
     held_out: bool | None = None
     row: str = ""
+    held_out_with: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class Rejected:
 
     row: str
     reason: str
+
+
+# A source's name is also the name of its shards' folder.
+SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class SourceConfig(Config):
@@ -100,8 +108,36 @@ def unit_hash(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) / 2**56
 
 
+def held_out_share(source: Source | SourceConfig, default: float) -> float:
+    """The share of a source's documents that is kept from training.
+
+    Args:
+        source: one that says so itself, or does not.
+        default: the recipe's share, for a source that does not.
+    """
+    own = source.held_out if isinstance(source, SourceConfig) else None
+    return default if own is None else own
+
+
 def is_held_out(document: Document, share: float) -> bool:
-    """Whether a document is kept from training: as its source says, else by a hash of its name."""
+    """Whether a document is kept from training: as its source says, else by a hash of its name.
+
+    Args:
+        document: the document.
+        share: `held_out_share` of its source.
+    """
     if document.held_out is not None:
         return document.held_out
-    return unit_hash(f"held out: {document.name}") < share
+    return unit_hash(f"held out: {document.held_out_with or document.name}") < share
+
+
+def accepted(rows: Iterable[Document | Rejected]) -> Iterator[Document]:
+    """The documents among the rows of a source.
+
+    Raises:
+        UserError: a row is rejected.
+    """
+    for row in rows:
+        if isinstance(row, Rejected):
+            raise UserError(f"{row.row}: {row.reason}")
+        yield row

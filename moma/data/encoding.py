@@ -1,43 +1,52 @@
 """Documents → encoded shards: token ids on disk, ready to be mixed and packed.
 
-    source.documents() → chunks → texts through the tokenizer, pictures through the codec
-                       → beginning, segments in order, end → train.arrow, held_out.arrow
+    source.documents() → chunks ─┬→ texts, in a thread → tokenizer ─┬→ beginning, segments in
+                                 └→ pictures, read ahead → codec ───┘   order, end → parts of shards
 
-A source's folder holds one Arrow file for each split (a row is a document: `ids`, `pictures`,
-`name`), the vocabulary, and `shard.json`, which says what was encoded with which settings. It
-appears under its name only when it is whole.
+Chunks, and the batches of pictures inside them, depend on the documents alone: neither the number
+of worker processes nor an interruption changes a byte of what is written (`parts.py`). A document
+that cannot be encoded is set aside with the reason; the others are not disturbed.
 """
 
 import hashlib
-import itertools
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import datasets
 import numpy as np
 import pyarrow as pa
-from datasets.arrow_writer import ArrowWriter
 from PIL import Image
-from pydantic import ValidationError
 
-from moma.data.documents import Document, Picture, Source, is_held_out
+from moma.data.documents import Rejected, Source, is_held_out
+from moma.data.parts import PartialShards, complete_shards, first_rejected
+from moma.data.read_ahead import PictureReader
+from moma.data.shards import (
+    REJECTED_FILE,
+    SPLITS,
+    Counts,
+    Encoders,
+    Shard,
+    ShardInfo,
+    Shards,
+    open_shards,
+    shard_features,
+)
+from moma.data.tokens import EncodedDocument, EncodePictures, Encoder, EncodeText
 from moma.errors import UserError
 from moma.recipe import Config
-from moma.vocabulary import IMAGE, Vocabulary
+from moma.vocabulary import Vocabulary
 
-SPLITS = ("train", "held_out")
+__all__ = ["Counts", "Encoders", "Shard", "ShardInfo", "Shards", "encode_source", "open_shards"]
 
-CHUNK_DOCUMENTS = 256
-BATCH_PICTURES = 16
-# Pictures arrive at full size: a batch is also cut at 64 million pixels, about 200 MB.
-BATCH_PIXELS = 64_000_000
+# A part ends with the chunk that reaches this, or so many tokens as the recipe says.
+PART_ROWS = 1_000_000
+# From so many rows on, the share of rejected ones is judged; before, at the end of the source.
+ROWS_TO_JUDGE = 100
 
-EncodeText = Callable[[list[str]], list[list[int]]]
-EncodePictures = Callable[[list[Image.Image]], np.ndarray]
+Progress = Callable[[ShardInfo], None]
 
 
 @runtime_checkable
@@ -49,319 +58,166 @@ class Stamped(Protocol):
         ...
 
 
-class Counts(Config):
-    """How much a split holds: documents, and their tokens and pictures."""
-
-    documents: int = 0
-    tokens: int = 0
-    pictures: int = 0
-
-    def plus(self, table: pa.Table) -> "Counts":
-        """These counts and those of a table of encoded documents."""
-        return Counts(
-            documents=self.documents + table.num_rows,
-            tokens=self.tokens + len(table.column("ids").combine_chunks().flatten()),
-            pictures=self.pictures + int(np.sum(table.column("pictures").to_numpy())),
-        )
-
-
-class ShardInfo(Config):
-    """What a folder of shards holds, and what it was made from; stored as `shard.json`.
-
-    Attributes:
-        source: name of the source.
-        settings: digest of the source's settings and files, the held-out share and the encoders.
-        fingerprint: the vocabulary's.
-        counts: what each split holds.
-    """
-
-    source: str
-    settings: str
-    fingerprint: str
-    counts: dict[str, Counts]
-
-
-class Shard:
-    """The encoded documents of one split, memory-mapped.
-
-    Attributes:
-        dataset: the rows as a Hugging Face dataset: `ids`, `pictures`, `name`.
-        pictures: number of pictures of each document, int32 of shape [documents].
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.dataset = datasets.Dataset.from_file(str(path))
-        columns = self.dataset.data.table
-        self.pictures: np.ndarray = columns.column("pictures").to_numpy()
-        # Views of the mapped file: a document is a slice, without going through Python lists.
-        chunks = columns.column("ids").chunks
-        self._flat = [chunk.values.to_numpy(zero_copy_only=False) for chunk in chunks]
-        self._bounds = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._first_row = np.cumsum([0, *(len(chunk) for chunk in chunks)])
-
-    def __len__(self) -> int:
-        return int(self._first_row[-1])
-
-    def ids(self, row: int) -> np.ndarray:
-        """Token ids of a document, unsigned integers of shape [tokens]; a read-only view."""
-        chunk = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        at = row - self._first_row[chunk]
-        return self._flat[chunk][self._bounds[chunk][at] : self._bounds[chunk][at + 1]]
-
-
 @dataclass(frozen=True)
-class Shards:
-    """The shards of one source.
+class Limits:
+    """How much may be written at once, and how much may be wrong.
 
     Attributes:
-        info: what they hold.
-        splits: a shard for each name in `SPLITS`.
+        shard_tokens: tokens after which a part, and with it a file of each split, ends.
+        max_rejected: share of a source's rows that may be rejected.
     """
 
-    info: ShardInfo
-    splits: dict[str, Shard]
+    shard_tokens: int = 2**25
+    max_rejected: float = 0.01
 
 
 def encode_source(
     source: Source,
     encode_text: EncodeText,
-    encode_pictures: EncodePictures,
+    encode_pictures: EncodePictures | None,
     vocabulary: Vocabulary,
     held_out_share: float,
     folder: Path,
     *,
-    encoders: str = "",
-    progress: Callable[[int], None] = lambda documents: None,
+    encoders: Encoders | None = None,
+    limits: Limits | None = None,
+    reader: PictureReader | None = None,
+    progress: Progress = lambda info: None,
 ) -> ShardInfo:
-    """Encode every document of a source into `folder`, unless that has been done already.
+    """Encode every document of a source into `folder`, or what an earlier process left to do.
 
     Args:
         source: where the documents come from.
-        encode_text: texts → their token ids, none of which is a special id or an image code.
-        encode_pictures: pictures → codes, integers of shape [pictures, codes_per_image].
+        encode_text: texts → their token ids, none of which is a special id or an image code;
+            called in a thread.
+        encode_pictures: what the reader made of pictures → codes, integers of shape [pictures,
+            codes_per_image]; called in a thread. None if there is no codec.
         vocabulary: the ids.
         held_out_share: share of the documents kept from training, where the source itself does
             not decide it.
         folder: the source's own folder; replaced if it was made with other settings.
-        encoders: digest of the tokenizer and the codec. The vocabulary does not know their
-            weights: without it, shards of an older codec would be taken for complete.
-        progress: told how many documents have been written since the last call.
+        encoders: digests of the tokenizer and the codec: shards of others are made anew.
+        limits: of a file's size and of the share of rejected rows.
+        reader: reads the pictures; left out, in this process, as RGB arrays.
+        progress: told what has been encoded so far, at the start and after each chunk.
 
     Raises:
-        UserError: the source has no documents, or one of them cannot be read.
+        UserError: the source has no documents, too many of its rows were rejected, or it has
+            pictures and there is no codec.
     """
-    settings = _settings_digest(source, held_out_share, encoders)
-    done = _complete_info(folder)
-    if done is not None and (done.settings, done.fingerprint) == (settings, vocabulary.fingerprint):
-        return done
-    with _whole_or_nothing(folder) as partial:
-        encode = _Encoder(encode_text, encode_pictures, vocabulary)
-        info = ShardInfo(
-            source=source.name,
-            settings=settings,
-            fingerprint=vocabulary.fingerprint,
-            counts=_write(source, encode, vocabulary, held_out_share, partial, progress),
-        )
-        vocabulary.save(partial / "vocabulary.json")
-        (partial / "shard.json").write_text(info.model_dump_json(indent=2) + "\n")
+    limits = limits or Limits()
+    origin = ShardInfo(
+        source=source.name,
+        settings=source_digest(source, held_out_share),
+        fingerprint=vocabulary.fingerprint,
+        encoders=encoders or Encoders(),
+    )
+    info = complete_shards(folder, origin)
+    if info is None:
+        shards = PartialShards(folder, origin, vocabulary)
+        if _too_many_rejected(shards.info, limits):
+            shards.drop_rejected()  # perhaps they have been mended
+        rows = islice(source.documents(), shards.info.rows, None)
+        with (
+            _reader(reader) as pictures,
+            Encoder(encode_text, encode_pictures, vocabulary) as encoder,
+        ):
+            chunks = encoder.encode(rows, pictures, limits.shard_tokens)
+            _write(chunks, shards, vocabulary, held_out_share, limits, progress)
+        _check_rejected(shards.info, limits, folder)
+        if not shards.info.total.documents:
+            raise UserError(f"source '{source.name}': it has no documents; check its settings")
+        info = shards.finish()
+    _check_rejected(info, limits, folder)
     return info
 
 
-def open_shards(folder: Path, vocabulary: Vocabulary) -> Shards:
-    """Open the shards of one source.
-
-    Raises:
-        UserError: they are missing or incomplete, or were encoded with another vocabulary.
-    """
-    info = _complete_info(folder)
-    if info is None:
-        raise UserError(f"{folder}: no complete shards here; run `moma prepare`")
-    if info.fingerprint != vocabulary.fingerprint:
-        theirs = Vocabulary.load(folder / "vocabulary.json")
-        raise UserError(
-            f"{folder}: encoded with vocabulary {info.fingerprint}, but {vocabulary.fingerprint} "
-            f"is asked for; they differ in {theirs.differences(vocabulary)}; run `moma prepare` "
-            "again or use the tokenizer and codec that it was encoded with"
-        )
-    try:
-        splits = {split: Shard(folder / f"{split}.arrow") for split in SPLITS}
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise UserError(f"{folder}: damaged ({error}); delete it, run `moma prepare`") from error
-    return Shards(info, splits)
-
-
-@contextmanager
-def _whole_or_nothing(folder: Path) -> Iterator[Path]:
-    """A folder to write to; it takes the place of `folder` if nothing goes wrong."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-class _Encoder:
-    """A chunk of documents → the token ids of each."""
-
-    def __init__(
-        self, encode_text: EncodeText, encode_pictures: EncodePictures, vocabulary: Vocabulary
-    ) -> None:
-        self._encode_text = encode_text
-        self._encode_pictures = encode_pictures
-        self._vocabulary = vocabulary
-        self._reserved = vocabulary.modality_of_id == IMAGE
-        self._reserved[
-            [
-                vocabulary.beginning,
-                vocabulary.end,
-                vocabulary.padding,
-                vocabulary.begin_image,
-                vocabulary.end_image,
-            ]
-        ] = True
-
-    def __call__(self, documents: Sequence[Document]) -> list[np.ndarray]:
-        segments = [segment for document in documents for segment in document.segments]
-        texts = self._texts([segment for segment in segments if isinstance(segment, str)])
-        pictures = self._pictures([part for part in segments if isinstance(part, Picture)])
-        return [self._join(document, texts, pictures) for document in documents]
-
-    def _join(
-        self, document: Document, texts: Iterator[list[int]], pictures: Iterator[list[int]]
-    ) -> np.ndarray:
-        ids = [self._vocabulary.beginning]
-        for segment in document.segments:
-            ids += next(texts if isinstance(segment, str) else pictures)
-        return np.array([*ids, self._vocabulary.end])
-
-    def _texts(self, texts: list[str]) -> Iterator[list[int]]:
-        for text, ids in zip(texts, self._encode_text(texts) if texts else [], strict=True):
-            if self._reserved[ids].any():
-                raise ValueError(f"the tokenizer gave a special id or an image code for {text!r}")
-            yield ids
-
-    def _pictures(self, pictures: list[Picture]) -> Iterator[list[int]]:
-        """Wrapped codes of every picture; equal pictures of the chunk are encoded once."""
-        digests: list[bytes] = []
-        known: dict[bytes, list[int]] = {}
-        for batch in _batches(self._new_pictures(pictures, digests)):
-            codes = self._encode_pictures([image for _, image in batch])
-            expected = (len(batch), self._vocabulary.codes_per_image)
-            if codes.shape != expected:
-                raise ValueError(f"the codec gave codes of shape {codes.shape}, not {expected}")
-            for (digest, _), codes_of_one in zip(batch, codes, strict=True):
-                known[digest] = self._vocabulary.wrap_image(codes_of_one)
-        return (known[digest] for digest in digests)
-
-    def _new_pictures(
-        self, pictures: list[Picture], digests: list[bytes]
-    ) -> Iterator[tuple[bytes, Image.Image]]:
-        """The pictures not seen before, with their digests; notes the digest of every picture."""
-        seen: set[bytes] = set()
-        for picture in pictures:
-            image = picture.read()
-            digests.append(_digest(image))
-            if digests[-1] not in seen:
-                seen.add(digests[-1])
-                yield digests[-1], image
-
-
-def _digest(image: Image.Image) -> bytes:
-    # The palette and transparency belong to the picture, but not to `tobytes`.
-    frame = f"{image.mode} {image.size} {image.getpalette()} {image.info.get('transparency')}"
-    return hashlib.sha256(frame.encode() + image.tobytes()).digest()
-
-
-def _batches(
-    pictures: Iterable[tuple[bytes, Image.Image]],
-) -> Iterator[list[tuple[bytes, Image.Image]]]:
-    batch: list[tuple[bytes, Image.Image]] = []
-    pixels = 0
-    for digest, image in pictures:
-        batch.append((digest, image))
-        pixels += image.width * image.height
-        if len(batch) == BATCH_PICTURES or pixels >= BATCH_PIXELS:
-            yield batch
-            batch, pixels = [], 0
-    if batch:
-        yield batch
-
-
-def _write(
-    source: Source,
-    encode: _Encoder,
-    vocabulary: Vocabulary,
-    held_out_share: float,
-    folder: Path,
-    progress: Callable[[int], None],
-) -> dict[str, Counts]:
-    """Encode chunk after chunk into one file a split; returns what each split holds."""
-    features = _features(vocabulary)
-    writers = [
-        ArrowWriter(path=str(folder / f"{split}.arrow"), features=features) for split in SPLITS
-    ]
-    counts = [Counts() for _ in SPLITS]
-    documents = iter(source.documents())
-    try:
-        while chunk := list(itertools.islice(documents, CHUNK_DOCUMENTS)):
-            table = _table(chunk, encode(chunk), features)
-            held_out = np.array([is_held_out(document, held_out_share) for document in chunk])
-            for split, chosen in enumerate((~held_out, held_out)):
-                part = table.filter(pa.array(chosen))
-                writers[split].write_table(part, CHUNK_DOCUMENTS)
-                counts[split] = counts[split].plus(part)
-            progress(len(chunk))
-        for writer in writers:
-            writer.finalize()
-    finally:
-        for writer in writers:
-            writer.close()
-    if not any(count.documents for count in counts):
-        raise UserError(f"source '{source.name}': it has no documents; check its settings")
-    return dict(zip(SPLITS, counts, strict=True))
-
-
-def _features(vocabulary: Vocabulary) -> datasets.Features:
-    smallest = np.min_scalar_type(vocabulary.size - 1)
-    return datasets.Features(
-        {
-            "ids": datasets.List(datasets.Value(smallest.name)),
-            "pictures": datasets.Value("int32"),
-            "name": datasets.Value("string"),
-        }
-    )
-
-
-def _table(
-    documents: Sequence[Document], ids: Sequence[np.ndarray], features: datasets.Features
-) -> pa.Table:
-    bounds = np.cumsum([0, *(len(of_one) for of_one in ids)], dtype=np.int32)
-    flat = pa.array(np.concatenate(ids), type=features.arrow_schema.field("ids").type.value_type)
-    pictures = [
-        sum(isinstance(segment, Picture) for segment in document.segments) for document in documents
-    ]
-    columns = {
-        "ids": pa.ListArray.from_arrays(pa.array(bounds), flat),
-        "pictures": pa.array(pictures, type=pa.int32()),
-        "name": pa.array([document.name for document in documents]),
-    }
-    return pa.table(columns, schema=features.arrow_schema)
-
-
-def _settings_digest(source: Source, held_out_share: float, encoders: str) -> str:
+def source_digest(source: Source, held_out_share: float) -> str:
+    """Changes with a source's settings and files, and with what is held out."""
     # How often a source is drawn does not change what its documents are.
     settings = source.model_dump_json(exclude={"weight"}) if isinstance(source, Config) else ""
     stamp = source.stamp() if isinstance(source, Stamped) else ""
-    parts = (source.name, settings, stamp, str(held_out_share), encoders)
+    parts = (source.name, settings, stamp, str(held_out_share))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def _complete_info(folder: Path) -> ShardInfo | None:
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """The pixels of a picture of any size, uint8 of shape [H, W, 3]."""
+    return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _reader(given: PictureReader | None) -> Iterator[PictureReader]:
+    if given is not None:
+        yield given
+    else:
+        with PictureReader(rgb_pixels, workers=0) as reader:
+            yield reader
+
+
+def _write(
+    chunks: Iterable[list[EncodedDocument | Rejected]],
+    shards: PartialShards,
+    vocabulary: Vocabulary,
+    held_out_share: float,
+    limits: Limits,
+    progress: Progress,
+) -> None:
+    """Write chunk after chunk, and end a part where it is full."""
+    progress(shards.info)
+    part = shards.begin_part()
     try:
-        return ShardInfo.model_validate_json((folder / "shard.json").read_text())
-    except (OSError, ValidationError):
-        return None
+        for chunk in chunks:
+            documents = [row for row in chunk if isinstance(row, EncodedDocument)]
+            rejected = [row for row in chunk if isinstance(row, Rejected)]
+            part.add(_tables(documents, vocabulary, held_out_share), rejected)
+            so_far = shards.info.with_parts([*shards.info.parts, part.part])
+            progress(so_far)
+            if so_far.rows >= ROWS_TO_JUDGE:
+                _check_rejected(so_far, limits, shards.folder)
+            if part.tokens >= limits.shard_tokens or part.rows >= PART_ROWS:
+                shards.commit(part)
+                part = shards.begin_part()
+        if part.rows:
+            shards.commit(part)
+    finally:
+        part.close()
+
+
+def _too_many_rejected(info: ShardInfo, limits: Limits) -> bool:
+    return info.rejected > limits.max_rejected * info.rows
+
+
+def _check_rejected(info: ShardInfo, limits: Limits, folder: Path) -> None:
+    if _too_many_rejected(info, limits):
+        raise UserError(
+            f"source '{info.source}': {info.rejected} of {info.rows} rows were rejected, more than "
+            f"data.max_rejected = {limits.max_rejected:g} allows; the first: "
+            f"{first_rejected(folder)} ({REJECTED_FILE} in the data folder names all); "
+            "or raise data.max_rejected"
+        )
+
+
+def _tables(
+    documents: Sequence[EncodedDocument], vocabulary: Vocabulary, held_out_share: float
+) -> dict[str, pa.Table]:
+    held_out = np.array([is_held_out(one.document, held_out_share) for one in documents], bool)
+    table = _table(documents, vocabulary)
+    chosen = dict(zip(SPLITS, (~held_out, held_out), strict=True))
+    return {split: table.filter(pa.array(rows)) for split, rows in chosen.items()}
+
+
+def _table(documents: Sequence[EncodedDocument], vocabulary: Vocabulary) -> pa.Table:
+    schema = shard_features(vocabulary).arrow_schema
+    begin, end = np.array([vocabulary.beginning]), np.array([vocabulary.end])
+    ids = [np.concatenate([begin, *one.ids, end]) for one in documents]
+    bounds = np.cumsum([0, *map(len, ids)], dtype=np.int32)
+    flat = np.concatenate([np.empty(0, np.int64), *ids])
+    columns = {
+        "ids": pa.ListArray.from_arrays(
+            pa.array(bounds), pa.array(flat, type=schema.field("ids").type.value_type)
+        ),
+        "pictures": pa.array([one.pictures for one in documents], type=pa.int32()),
+        "name": pa.array([one.document.name for one in documents], type=pa.string()),
+    }
+    return pa.table(columns, schema=schema)

@@ -168,7 +168,12 @@ class Stream(Iterator[Encoded]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on where another stream of the same pools and rank stood."""
         self._base, self._taken = list(state["base"]), list(state["taken"])
-        self._owed = [list(entry) for entry in state["owed"]]
+        self._owed = [
+            [pool, number]
+            for pool, number in state["owed"]
+            # Beyond the end of a single pass nothing is owed.
+            if self._repeat or number < len(self._pools[pool])
+        ]
         self._turn = sum(self._taken)
 
     def _at(self, turn: int) -> tuple[int, int]:

@@ -4,36 +4,41 @@
             → pictures → codec ─┴→ vocabulary → shards/SOURCE
 
 Each part is written whole or not at all and is not made again, so that an interrupted preparation
-goes on where it was.
+goes on where it was. Documents that cannot be used are set aside in `rejected.jsonl`.
 """
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from moma.data.batches import DataConfig
-from moma.data.documents import Document, Picture, Source, is_held_out
-from moma.data.encoding import encode_source
+from moma.data.encoding import Limits, encode_source
+from moma.data.packing import picture_budget
+from moma.data.parts import copy_rejected
+from moma.data.read_ahead import PictureReader
+from moma.data.shards import REJECTED_FILE, Encoders, ShardInfo, sum_counts, write_whole
+from moma.data.training_documents import PictureTensors, TrainingDocuments
 from moma.errors import UserError
-from moma.progress import show_progress
+from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
-from moma.tokenizers.image import CodecConfig, ImageCodec, preprocess
+from moma.tokenizers.image import CodecConfig, ImageCodec, to_float
 from moma.tokenizers.image_training import (
     CodecProgress,
     CodecTrainingConfig,
     measure_codec,
     train_codec,
 )
+from moma.tokenizers.pixels import square_pixels
 from moma.tokenizers.text import (
     TextTokenizerConfig,
     encode_texts,
@@ -44,17 +49,31 @@ from moma.tokenizers.text import (
 from moma.vocabulary import Vocabulary
 
 
-class PictureTensors(Sequence[Tensor]):
-    """Pictures as the codec reads them, each decoded when it is asked for: float [3, H, W]."""
+@dataclass(frozen=True)
+class Prepared:
+    """What a data folder holds.
 
-    def __init__(self, pictures: Sequence[Picture], size: int):
-        self.pictures, self.size = pictures, size
+    Attributes:
+        vocabulary: the ids.
+        sources: what the shards of each source hold.
+    """
 
-    def __len__(self) -> int:
-        return len(self.pictures)
+    vocabulary: Vocabulary
+    sources: dict[str, ShardInfo]
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        return preprocess(self.pictures[index].read(), self.size)
+    def summary(self) -> dict[str, Any]:
+        """Documents, tokens, pictures and rejected rows, in all and of each source, for JSON."""
+        infos = self.sources.values()
+        return {
+            **sum_counts(info.total for info in infos).model_dump(),
+            "rejected": sum(info.rejected for info in infos),
+            "sources": {name: _summary(info) for name, info in self.sources.items()},
+        }
+
+
+def _summary(info: ShardInfo) -> dict[str, Any]:
+    held_out = {"held_out": info.counts["held_out"].model_dump()}
+    return {**info.total.model_dump(), "rejected": info.rejected, **held_out}
 
 
 def prepare(
@@ -65,46 +84,82 @@ def prepare(
     seed: int,
     device: torch.device,
     quiet: bool = False,
-) -> Vocabulary:
+    workers: int | None = None,
+) -> Prepared:
     """Make `data.path` ready for training: tokenizer, codec and shards.
 
+    Args:
+        data, text_tokenizer, codec, codec_training, seed: of the recipe.
+        device: of the codec.
+        quiet: whether to show no progress.
+        workers: most processes that read pictures; left out, as the processor has cores to spare.
+            It changes nothing of what is written.
+
     Raises:
-        UserError: a document cannot be read, or the folder was prepared with other settings.
+        UserError: the recipe's picture share is impossible, too many rows of a source cannot be
+            used, or the folder was prepared with other settings.
     """
     folder = Tokenizers(data.path)
+    _check_budget(data, folder, text_tokenizer, codec)
     folder.path.mkdir(parents=True, exist_ok=True)
     note, settings = _claim(data.path, text_tokenizer, codec, codec_training, data.tokenizers, seed)
     if data.tokenizers is not None and not folder.vocabulary.exists():
         _load_tokenizers(Tokenizers(data.tokenizers), folder)
-        _save_text(str(note), settings)
+        write_whole(note, settings)
+    reading = TrainingDocuments(data)
     if not folder.text.exists():
         tokenizer = train_text_tokenizer(
-            text_tokenizer, _training_texts(data, text_tokenizer.documents), codec.codebook_size
+            text_tokenizer, reading.texts(text_tokenizer.documents), codec.codebook_size
         )
         # Not before: settings that were refused must not bind the folder.
-        _save_text(str(note), settings)
-        _save_text(str(folder.text), tokenizer.to_str(pretty=True))
-    if not folder.codec.exists():
-        _make_codec(data, codec, codec_training, seed, device, folder.codec, quiet)
-    codes_per_image = ImageCodec.load(folder.codec).codes_per_image
-    vocabulary = vocabulary_of(load_text_tokenizer(folder.text), codes_per_image)
+        write_whole(note, settings)
+        write_whole(folder.text, tokenizer.to_str(pretty=True))
+        reading.save()
+    if data.tokenizers is None and not folder.codec.exists():
+        _make_codec(reading, codec, codec_training, seed, device, folder.codec, quiet)
+        reading.save()
+    vocabulary = _vocabulary(folder, codec)
     vocabulary.save(folder.vocabulary)
-    for source in data.sources:
-        _encode(source, data, folder, vocabulary, device, quiet)
-    return vocabulary
-
-
-def training_documents(source: Source, held_out_share: float) -> Iterator[Document]:
-    """The documents of a source that are not held out."""
-    return (d for d in source.documents() if not is_held_out(d, held_out_share))
+    reading.tell_changes()
+    return Prepared(vocabulary, _encode_all(reading, folder, vocabulary, device, quiet, workers))
 
 
 def encode_pictures(
-    codec: ImageCodec, device: torch.device, pictures: Sequence[Image.Image]
+    codec: ImageCodec, device: torch.device, pixels: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Codes of pictures of any size, int64 of shape [pictures, codes_per_image]."""
-    batch_B3HW = torch.stack([preprocess(p, codec.config.picture_size) for p in pictures])
-    return codec.encode(batch_B3HW.to(device)).cpu().numpy()
+    """Codes of pictures of the codec's size, int64 of shape [pictures, codes_per_image].
+
+    Args:
+        codec: on `device`.
+        device: of the codec.
+        pixels: of each picture, uint8 of shape [H, W, 3].
+    """
+    pixels_BHW3 = torch.from_numpy(np.stack(pixels)).to(device)
+    return codec.encode(to_float(pixels_BHW3)).cpu().numpy()
+
+
+def _check_budget(
+    data: DataConfig, folder: Tokenizers, text: TextTokenizerConfig, codec: CodecConfig
+) -> None:
+    """Refuse a picture share that no micro-batch can hold before any work is done."""
+    known = [folder, *([Tokenizers(data.tokenizers)] if data.tokenizers else [])]
+    made = next((one.vocabulary for one in known if one.vocabulary.exists()), None)
+    vocabulary = Vocabulary.load(made) if made else _outline(text, codec)
+    picture_budget(data.rows, data.row_length, data.picture_share, vocabulary)
+
+
+def _outline(text: TextTokenizerConfig, codec: CodecConfig) -> Vocabulary:
+    """The sizes of a vocabulary that is still to be made; its ids mean nothing."""
+    return Vocabulary(
+        size=text.vocabulary_size,
+        beginning=0,
+        end=1,
+        padding=2,
+        begin_image=3,
+        end_image=4,
+        image_codes=(),
+        codes_per_image=codec.codes_per_side**2,
+    )
 
 
 def _claim(path: Path, *settings: object) -> tuple[Path, str]:
@@ -120,34 +175,25 @@ def _claim(path: Path, *settings: object) -> tuple[Path, str]:
 
 
 def _load_tokenizers(source: Tokenizers, folder: Tokenizers) -> None:
-    for needed in (source.text, source.codec, source.vocabulary):
+    for needed in (source.text, source.vocabulary):
         if not needed.exists():
             raise UserError(f"{needed}: is missing; data.tokenizers names no prepared folder")
     source.copy_to(folder)
 
 
-def _training_texts(data: DataConfig, documents: int) -> Iterator[str]:
-    for source in data.sources:
-        for document in islice(training_documents(source, data.held_out), documents):
-            yield from (segment for segment in document.segments if isinstance(segment, str))
-
-
-def _pictures_of(data: DataConfig, held_out: bool, documents: int) -> list[Picture]:
-    chosen = (
-        (d for d in source.documents() if is_held_out(d, data.held_out) == held_out)
-        for source in data.sources
-    )
-    return [
-        segment
-        for source in chosen
-        for document in islice(source, documents)
-        for segment in document.segments
-        if isinstance(segment, Picture)
-    ]
+def _vocabulary(folder: Tokenizers, config: CodecConfig) -> Vocabulary:
+    """The ids by the tokenizer's names, and the codes of a picture by the codec."""
+    if folder.codec.exists():
+        codes_per_image = ImageCodec.load(folder.codec).codes_per_image
+    elif folder.vocabulary.exists():
+        codes_per_image = Vocabulary.load(folder.vocabulary).codes_per_image
+    else:
+        codes_per_image = config.codes_per_side**2
+    return vocabulary_of(load_text_tokenizer(folder.text), codes_per_image)
 
 
 def _make_codec(
-    data: DataConfig,
+    sources: TrainingDocuments,
     config: CodecConfig,
     training: CodecTrainingConfig,
     seed: int,
@@ -155,10 +201,20 @@ def _make_codec(
     folder: Path,
     quiet: bool,
 ) -> None:
-    """Train the codec, measure it on held-out pictures, and put both in place at once."""
-    pictures = PictureTensors(_pictures_of(data, False, training.documents), config.picture_size)
+    """Train the codec, measure it on held-out pictures, and put both in place at once.
+
+    Where there is no picture and none is asked for, there is no codec.
+    """
+    found = sources.pictures(training.documents, held_out=False)
+    if not found and not sources.data.picture_share:
+        return
+    pictures = PictureTensors(found, config.picture_size)
     if not len(pictures):
-        raise UserError("no source holds a picture, so there is nothing to train a codec on")
+        raise UserError(
+            f"picture_share is {sources.data.picture_share:g}, but no source holds a picture, so "
+            "there is nothing to train a codec on; add a source of pictures or set picture_share "
+            "to 0"
+        )
     work = folder.with_name(folder.name + ".partial")
     with show_progress("image codec", training.steps, quiet) as report:
 
@@ -168,7 +224,9 @@ def _make_codec(
         codec = train_codec(
             config, training, pictures, seed=seed, device=device, folder=work, progress=note
         )
-    held_out = PictureTensors(_pictures_of(data, True, training.documents), config.picture_size)
+    held_out = PictureTensors(
+        sources.pictures(training.documents, held_out=True), config.picture_size
+    )
     metrics = asdict(measure_codec(codec, held_out if len(held_out) else pictures))
     # A few held-out pictures may not need every code: its use is told from the training pictures.
     everything = measure_codec(codec, pictures)
@@ -181,46 +239,93 @@ def _make_codec(
     shutil.rmtree(work, ignore_errors=True)
 
 
-def _encode(
-    source: Source,
-    data: DataConfig,
+def _encode_all(
+    sources: TrainingDocuments,
     folder: Tokenizers,
     vocabulary: Vocabulary,
     device: torch.device,
     quiet: bool,
-) -> None:
+    workers: int | None,
+) -> dict[str, ShardInfo]:
+    """Encode every source; `rejected.jsonl` names the rows of all that were set aside."""
     tokenizer = load_text_tokenizer(folder.text)
-    codec = ImageCodec.load(folder.codec).to(device)
-    done = 0
-    with show_progress(f"encode {source.name}", None, quiet) as report:
+    codec = ImageCodec.load(folder.codec).to(device) if folder.codec.exists() else None
+    encoders = _encoders(folder)
+    encoders.save(folder.path)
+    data = sources.data
+    limits = Limits(shard_tokens=data.shard_tokens, max_rejected=data.max_rejected)
+    size = codec.config.picture_size if codec else 1
+    infos: dict[str, ShardInfo] = {}
+    try:
+        with PictureReader(
+            partial(square_pixels, size=size), spare_cores() if workers is None else workers
+        ) as reader:
+            for source in data.sources:
+                total = sources.total(source)
+                with show_progress(f"encode {source.name}", total, quiet) as report:
+                    infos[source.name] = encode_source(
+                        source,
+                        partial(encode_texts, tokenizer),
+                        partial(encode_pictures, codec, device) if codec else None,
+                        vocabulary,
+                        sources.held_out(source),
+                        data.folder(source.name),
+                        encoders=encoders,
+                        limits=limits,
+                        reader=reader,
+                        progress=Speed(report),
+                    )
+    finally:
+        _collect_rejected(data)
+    return infos
 
-        def advance(documents: int) -> None:
-            nonlocal done
-            done += documents
-            report(done, "documents")
 
-        encode_source(
-            source,
-            partial(encode_texts, tokenizer),
-            partial(encode_pictures, codec, device),
-            vocabulary,
-            data.held_out,
-            data.folder(source.name),
-            encoders=_digest(folder),
-            progress=advance,
-        )
+class Speed:
+    """Reports how much has been encoded, and how fast."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._start: ShardInfo | None = None
+        self._began = time.monotonic()
+
+    def __call__(self, info: ShardInfo) -> None:
+        """Report rows done, and documents, tokens and pictures a second since the first call."""
+        self._start = self._start or info
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        done, before = info.total.model_dump(), self._start.total.model_dump()
+        rates = [f"{(done[key] - before[key]) / seconds:,.0f} {key}/s" for key in done]
+        rejected = [f"{info.rejected} rejected"] if info.rejected else []
+        self._report(info.rows, ", ".join([*rates, *rejected]))
 
 
-def _digest(folder: Tokenizers) -> str:
-    """Digest of the tokenizer and the codec, weights included."""
-    files = [folder.text, *sorted(folder.codec.glob("*"))]
+def spare_cores() -> int:
+    """Cores that this process may use beside the one that it is on."""
+    try:
+        return len(os.sched_getaffinity(0)) - 1
+    except AttributeError:  # not on every system
+        return (os.cpu_count() or 1) - 1
+
+
+def _encoders(folder: Tokenizers) -> Encoders:
+    weights = [folder.codec / "config.json", *sorted(folder.codec.glob("*.safetensors"))]
+    return Encoders(
+        tokenizer=_digest([folder.text]),
+        codec=_digest(weights) if folder.codec.exists() else "",
+    )
+
+
+def _digest(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
-def _save_text(path: str, text: str) -> None:
-    partial_path = Path(path + ".partial")
-    partial_path.write_text(text)
-    partial_path.rename(path)
+def _collect_rejected(data: DataConfig) -> None:
+    """One file for all sources, made anew from what is kept beside the shards of each."""
+    unfinished = data.path / (REJECTED_FILE + ".partial")
+    with unfinished.open("wb") as file:
+        for source in data.sources:
+            copy_rejected(data.folder(source.name), file)
+    unfinished.replace(data.path / REJECTED_FILE)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from moma.data.dictionary import definitions, package_folder
-from moma.data.documents import Document, Picture, Segment, unit_hash
+from moma.data.documents import Document, Picture, Segment, SourceConfig, SourceName, unit_hash
+from moma.data.pictures import on_white
 from moma.errors import UserError
-from moma.recipe import Config
 
 STYLES = ("flat", "outlined")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -72,8 +72,8 @@ class Box(NamedTuple):
     bottom: int
 
 
-class SketchesConfig(Config):
-    """Sketches as a source.
+class SketchesConfig(SourceConfig):
+    """Sketches as a source; it decides itself which documents are held out.
 
     Attributes:
         content: `singles` (one object), `placed` (one at half size, where a composition would put
@@ -87,7 +87,7 @@ class SketchesConfig(Config):
         picture_size: side of a picture in pixels, a multiple of 4.
         seed: which compositions are drawn.
         caption_first: share of documents whose caption comes before the picture.
-        weight: how often this source is drawn, relative to the others.
+        given_name: name of the source (`name` in a recipe); left out, it tells the content.
     """
 
     kind: Literal["sketches"] = "sketches"
@@ -98,12 +98,19 @@ class SketchesConfig(Config):
     picture_size: int = Field(default=64, ge=8, multiple_of=4)
     seed: int = 0
     caption_first: float = Field(default=0.75, ge=0, le=1)
-    weight: float = Field(default=1.0, gt=0)
+    given_name: SourceName | None = Field(default=None, alias="name")
+
+    @field_validator("held_out")
+    @classmethod
+    def _decides_itself(cls, share: float | None) -> float | None:
+        if share is not None:
+            raise ValueError("sketches decide themselves what is held out; leave it out")
+        return share
 
     @property
     def name(self) -> str:
         """Name of the source."""
-        return f"sketches-{self.content}"
+        return self.given_name or f"sketches-{self.content}"
 
     def documents(self) -> Iterator[Document]:
         """Yield every document of this content, in a fixed order.
@@ -268,19 +275,22 @@ def short_definitions(name: str) -> tuple[str, ...]:
 
 
 def slots(relation: str, size: int) -> tuple[Box, Box]:
-    """Where a composition shows its two objects: squares of half the canvas, centred across.
+    """Where a composition shows its two objects: quarters of the canvas, from the top left.
+
+    All begin at a multiple of half the canvas, so that a picture's codes are the same in each.
 
     Raises:
         UserError: the relation is unknown.
     """
-    half, quarter = size // 2, size // 4
-    beside = Box(0, quarter, half, half + quarter), Box(half, quarter, size, half + quarter)
-    stacked = Box(quarter, 0, half + quarter, half), Box(quarter, half, half + quarter, size)
+    half = size // 2
+    corner, right, below = (
+        Box(left, top, left + half, top + half) for left, top in ((0, 0), (half, 0), (0, half))
+    )
     places = {
-        "left of": beside,
-        "right of": beside[::-1],
-        "above": stacked,
-        "below": stacked[::-1],
+        "left of": (corner, right),
+        "right of": (right, corner),
+        "above": (corner, below),
+        "below": (below, corner),
     }
     if relation not in places:
         raise UserError(f"relation '{relation}': use one of {', '.join(RELATIONS)}")
@@ -325,13 +335,6 @@ def render(name: str, style: str, size: int) -> Image.Image:
 def _rendered(name: str, style: str, size: int) -> Image.Image:
     drawn = on_white(_source_picture(name, style))
     return drawn.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def on_white(picture: Image.Image) -> Image.Image:
-    """A picture with its transparent parts blended on white, RGB."""
-    layer = picture.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(white, layer).convert("RGB")
 
 
 def _source_picture(name: str, style: str) -> Image.Image:

@@ -104,7 +104,8 @@ def check_supply(demand: Demand, pictured: Sequence[Pictured], has_text: bool, n
     found = sum(int(each.documents.pictures[each.rows].sum()) for each in pictured)
     if found < demand.pictures * demand.world_size:
         raise UserError(
-            f"a step takes {demand.pictures} pictures on each of {demand.world_size} ranks, but "
+            f"a step takes {demand.pictures} pictures for each of its micro-batches, one a rank, "
+            f"{demand.pictures * demand.world_size} in all, but "
             f"the training documents of {names} hold {found} in all, so that a step would show "
             "some twice; add pictures, or lower picture_share or rows"
         )

@@ -25,13 +25,14 @@ class MixedModel:
 
     Attributes:
         model: the transformer, in evaluation mode.
-        tokenizer, codec: its text and picture tokenizers.
+        tokenizer: its text tokenizer.
+        image_codec: its picture tokenizer; None if it was prepared from text alone.
         context: most tokens of a sequence, as in training.
     """
 
     model: Transformer
     tokenizer: Tokenizer
-    codec: ImageCodec
+    image_codec: ImageCodec | None
     context: int
 
     @classmethod
@@ -41,8 +42,24 @@ class MixedModel:
         Raises:
             UserError: a tokenizer is missing or broken.
         """
-        codec = ImageCodec.load(tokenizers.codec).to(model.embedding.weight.device)
+        codec = None
+        if tokenizers.codec.is_dir():
+            codec = ImageCodec.load(tokenizers.codec).to(model.embedding.weight.device)
         return cls(model, load_text_tokenizer(tokenizers.text), codec, context)
+
+    @property
+    def codec(self) -> ImageCodec:
+        """The picture tokenizer.
+
+        Raises:
+            UserError: there is none.
+        """
+        if self.image_codec is None:
+            raise UserError(
+                "this model has no image codec (no folder 'codec' beside its tokenizer.json): it "
+                "can neither read nor draw pictures; ask for text, or prepare data with pictures"
+            )
+        return self.image_codec
 
     def encode(self, content: Sequence[Content]) -> list[int]:
         """Token ids of interleaved text and pictures, opened as a document."""
@@ -95,10 +112,15 @@ class MixedModel:
         """Continue each prompt; returns the text and pictures that follow it.
 
         Raises:
-            UserError: a prompt is empty or longer than the context.
+            UserError: a prompt is empty or longer than the context, or a picture is asked for and
+                there is no codec.
         """
         if not prompts:
             raise UserError("there is no prompt to continue")
+        if self.image_codec is None and mode == "mixed":
+            mode = "text"
+        if mode != "text":
+            _ = self.codec  # says so now, if there is none
         answers = generate(
             self.model,
             [self.encode(prompt) for prompt in prompts],

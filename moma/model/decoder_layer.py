@@ -33,7 +33,7 @@ class Context(NamedTuple):
     sight: Sight
 
     def at(self, selection: Selection) -> "Context":
-        """The same of chosen tokens, [R, K]; an empty slot counts as padding."""
+        """The same of chosen tokens, [R, K]; what is in an empty slot is padding anyway."""
         token_RK, taken_RK, _ = selection
         row_length = self.modality_BS.shape[1]
         document_RK = self.document_BS.flatten()[token_RK]
@@ -42,7 +42,7 @@ class Context(NamedTuple):
             for angle in self.angles
         )
         return Context(
-            self.modality_BS.flatten()[token_RK].masked_fill(~taken_RK, -1),
+            self.modality_BS.flatten()[token_RK],
             document_RK,
             (cosine, sine),
             chosen_sight(token_RK // row_length, document_RK, taken_RK, row_length),

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from moma.errors import UserError
+from moma.runtime.weights import FILE_BYTES, Weights, write_weights
 from moma.runtime.world import World
 
 # A world of one saves and loads without a process group on purpose.
@@ -81,6 +84,10 @@ def load_checkpoint(
     The rank's state is None if the checkpoint was written by another number of ranks.
     """
     state = read_state(path)
+    if not any(path.glob("rank-*.json")):
+        raise UserError(
+            f"{path}: holds weights alone; train from them with from=RUN in another run"
+        )
     load_model(path, model, world)
     # What the optimizer keeps besides tensors (learning rate, decay) is the recipe's.
     full = dcp_state.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
@@ -105,6 +112,50 @@ def load_model(path: Path, model: nn.Module, world: World) -> None:
     _read_tensors(path, tensors, world)
     weights = {key.removeprefix("model."): value for key, value in tensors.items()}
     dcp_state.set_model_state_dict(model, weights)
+
+
+def save_weights(
+    folder: Path, step: int, weights: Weights, state: dict[str, Any], file_bytes: int = FILE_BYTES
+) -> None:
+    """Write a checkpoint of a model's weights alone: to load and to train from, not to resume.
+
+    Args:
+        folder, step, state: as for `save_checkpoint`.
+        weights: by their names in the model.
+        file_bytes: as for `write_weights`.
+    """
+    final = folder / f"step-{step:08d}"
+    partial = final.with_suffix(".partial")
+    (partial / "tensors").mkdir(parents=True)
+    stored = weights.renamed({name: f"model.{name}" for name in weights.outlines})
+    write_weights(stored, partial / "tensors", file_bytes)
+    _write_json(partial / "state.json", state | {"world_size": 1})
+    partial.rename(final)
+
+
+def stored_weights(path: Path) -> Weights:
+    """The model's weights in a checkpoint, by their names in the model, to be read when needed.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
+    try:
+        stored = dcp.HuggingFaceStorageReader(str(path / "tensors")).read_metadata()
+    except Exception as error:  # safetensors' own derives from nothing else
+        raise UserError(f"{path}: cannot read the checkpoint ({error})") from error
+    outlines: dict[str, Tensor] = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in stored.state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        tensors = {name: torch.empty_like(outlines[name], device="cpu") for name in names}
+        _read_tensors(path, tensors, World(torch.device("cpu")))
+        return tensors
+
+    names = {name: name.removeprefix("model.") for name in outlines}
+    return Weights(outlines, read).renamed(names)
 
 
 def read_state(path: Path) -> dict[str, Any]:

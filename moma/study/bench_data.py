@@ -2,7 +2,7 @@
 
     prepared shards → `Batches`, prepared ahead, on one core  → tokens a second, balance, padding
                     → steps of a real model                   → share of the time spent waiting
-    pictures        → `moma prepare`'s path | the network     → pictures a second of each
+    pictures        → `moma prepare`        | the network     → pictures a second of each
     texts           → documents to shards   | `tokenizers`    → tokens a second of each
 
 What is compared runs in turn, several times, and medians are taken: a shared machine is noisy.
@@ -19,7 +19,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -153,7 +153,10 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
 
 
 def _pictures(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
-    """A folder of captioned pictures through `moma prepare`, beside the encoder's forward alone."""
+    """A folder of captioned pictures through `moma prepare`, beside the network's forward alone.
+
+    The network is encoder and codebook; its pictures lie on the device, ready to be encoded.
+    """
     device = local_device()
     with TemporaryDirectory() as place:
         folder = Path(place)
@@ -173,17 +176,14 @@ def _pictures(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
             prepare(data, *parts, device, quiet=True)
 
         def network() -> None:
-            with torch.no_grad():
-                for start in range(0, count, _PICTURES_AT_ONCE):
-                    codec.latents(
-                        torch.stack(ready[start : start + _PICTURES_AT_ONCE])
-                    ).sum().item()
+            for start in range(0, count, _PICTURES_AT_ONCE):
+                codec.encode(torch.stack(ready[start : start + _PICTURES_AT_ONCE])).cpu()
 
-        path, alone = _in_turn((ours, network), sizes.repeats, lambda: _remove(data.path))
+        taken = _in_turn((ours, network), sizes.repeats, lambda: _remove(data.path))
     return {
-        "codec_ratio": alone / path,
-        "pictures_per_second": count / path,
-        "network_pictures_per_second": count / alone,
+        "codec_ratio": taken.ratio,
+        "pictures_per_second": count / taken.ours,
+        "network_pictures_per_second": count / taken.bare,
     }
 
 
@@ -206,11 +206,11 @@ def _texts(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, An
             encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
             tokens = sum(len(encoding.ids) for encoding in encodings)
 
-        path, alone = _in_turn((ours, bare), sizes.repeats, lambda: _remove(Path(place) / "text"))
+        taken = _in_turn((ours, bare), sizes.repeats, lambda: _remove(Path(place) / "text"))
     return {
-        "bpe_ratio": alone / path,
-        "text_tokens_per_second": tokens / path,
-        "tokenizers_tokens_per_second": tokens / alone,
+        "bpe_ratio": taken.ratio,
+        "text_tokens_per_second": tokens / taken.ours,
+        "tokenizers_tokens_per_second": tokens / taken.bare,
     }
 
 
@@ -272,16 +272,27 @@ def _tensor(file: Path, codec: ImageCodec, device: torch.device) -> torch.Tensor
         return preprocess(image, codec.config.picture_size).to(device)
 
 
+class _Taken(NamedTuple):
+    """Median seconds of our way and of the bare one, and the median of bare by ours in a round."""
+
+    ours: float
+    bare: float
+    ratio: float
+
+
 def _in_turn(
-    jobs: Sequence[Callable[[], object]], repeats: int, tidy: Callable[[], None]
-) -> list[float]:
-    """Median seconds of each job, in rounds of one each; the first round is not counted."""
-    seconds: list[list[float]] = [[] for _ in jobs]
+    jobs: tuple[Callable[[], object], Callable[[], object]],
+    repeats: int,
+    tidy: Callable[[], None],
+) -> _Taken:
+    """Time our way and the bare one, one behind the other; the first round is not counted."""
+    rounds = []
     for _ in range(repeats + 1):
-        for job, taken in zip(jobs, seconds, strict=True):
-            taken.append(_seconds(job))
+        rounds.append([_seconds(job) for job in jobs])
         tidy()
-    return [statistics.median(taken[1:]) for taken in seconds]
+    ours, bare = zip(*rounds[1:], strict=True)
+    ratios = [other / own for own, other in rounds[1:]]
+    return _Taken(*map(statistics.median, (ours, bare, ratios)))
 
 
 def _seconds(job: Callable[[], object]) -> float:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
@@ -25,10 +24,14 @@ from torch.nn import functional
 
 from moma.errors import UserError
 from moma.recipe import Config, check
+from moma.tokenizers.pixels import square_pixels
 
 _CHANNELS = 3
 _CONFIG_FILE = "config.json"
 _REPAIRS = 20
+# Bounds of what is held at once: pixels in the encoder, distances to codebook vectors.
+_PIXELS_AT_ONCE = 2**22
+_DISTANCES_AT_ONCE = 2**29
 _WEIGHTS_FILE = "model.safetensors"
 
 
@@ -46,11 +49,16 @@ class CodecConfig(Config):
         codebook_size: number of codebook vectors.
         encoder_middle: whether the encoder has its innermost layers; without them it is faster,
             and a code depends less on the picture around it.
+        encoder_context: whether a code may depend on the picture around its square at all.
+            Without, an object has the same codes wherever it stands and whatever stands beside
+            it; needs a single block, `patch` doing all the folding.
         middle_attention: whether the innermost block attends over the whole picture.
         norm_groups: groups of each group normalization; divides every width.
         codebook_decay: share that a codebook vector keeps of its running mean at each step.
         dead_code_threshold: a vector chosen less often per step is replaced; 0 never replaces.
         commitment_weight: weight of the loss that keeps the encoder near the codebook.
+        decoder: whether there is a decoder; without one pictures become codes but not the reverse
+            (the `transformers` port of Chameleon comes without).
     """
 
     picture_size: int = Field(default=512, ge=1)
@@ -61,11 +69,13 @@ class CodecConfig(Config):
     code_channels: int = Field(default=256, ge=1)
     codebook_size: int = Field(default=8192, ge=2)
     encoder_middle: bool = True
+    encoder_context: bool = True
     middle_attention: bool = True
     norm_groups: int = Field(default=32, ge=1)
     codebook_decay: float = Field(default=0.99, gt=0, lt=1)
     dead_code_threshold: float = Field(default=0.05, ge=0)
     commitment_weight: float = Field(default=0.25, ge=0)
+    decoder: bool = True
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -74,6 +84,8 @@ class CodecConfig(Config):
                 f"picture_size {self.picture_size} is no multiple of {self.reduction}, "
                 "the pixels that patch and blocks fold into one code"
             )
+        if not self.encoder_context and len(self.block_channels) > 1:
+            raise ValueError("encoder_context = false needs a single width in block_channels")
         for width in self.block_channels:
             if width % self.norm_groups:
                 raise ValueError(f"block width {width} is no multiple of norm_groups")
@@ -108,15 +120,19 @@ class ImageCodec(nn.Module):
             "norm_num_groups": config.norm_groups,
             "mid_block_add_attention": config.middle_attention,
         }
-        self.encoder = Encoder(
-            in_channels=pixels,
-            out_channels=config.latent_channels,
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            double_z=False,
-            **shared,
-        )
-        if not config.encoder_middle:
-            self.encoder.mid_block = cast(Any, nn.Identity())
+        self.encoder: nn.Module
+        if config.encoder_context:
+            self.encoder = Encoder(
+                in_channels=pixels,
+                out_channels=config.latent_channels,
+                down_block_types=("DownEncoderBlock2D",) * blocks,
+                double_z=False,
+                **shared,
+            )
+            if not config.encoder_middle:
+                self.encoder.mid_block = cast(Any, nn.Identity())
+        else:
+            self.encoder = _square_encoder(pixels, config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
         self.quantizer = VectorQuantize(
             dim=config.code_channels,
@@ -131,11 +147,15 @@ class ImageCodec(nn.Module):
         # k-means replaces these at the first training step; until then they only differ.
         self.quantizer.codebook = torch.randn(config.codebook_size, config.code_channels)
         self.post_quant_conv = nn.Conv2d(config.code_channels, config.latent_channels, 1)
-        self.decoder = Decoder(
-            in_channels=config.latent_channels,
-            out_channels=pixels,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            **shared,
+        self.decoder = (
+            Decoder(
+                in_channels=config.latent_channels,
+                out_channels=pixels,
+                up_block_types=("UpDecoderBlock2D",) * blocks,
+                **shared,
+            )
+            if config.decoder
+            else None
         )
 
     @property
@@ -144,9 +164,19 @@ class ImageCodec(nn.Module):
         return self.config.codes_per_side**2
 
     @property
+    def pictures_at_once(self) -> int:
+        """How many pictures fit a bounded memory when no gradients are kept."""
+        return max(1, _PIXELS_AT_ONCE // self.config.picture_size**2)
+
+    @property
     def codebook(self) -> Tensor:
         """The codebook vectors, [codebook_size, D]."""
         return cast(Tensor, self.quantizer.codebook)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last layer."""
+        return cast(Any, self.decoder).conv_out.weight
 
     @torch.no_grad()
     def encode(self, pictures_B3HW: Tensor) -> Tensor:
@@ -180,7 +210,8 @@ class ImageCodec(nn.Module):
             codes_BL: int64, `codes_per_image` codes for each picture, row by row.
 
         Raises:
-            UserError: there are more or fewer codes, or one is outside the codebook.
+            UserError: there are more or fewer codes, one is outside the codebook, or the codec has
+                no decoder.
         """
         if codes_BL.shape[1:] != (self.codes_per_image,):
             raise UserError(f"{tuple(codes_BL.shape[1:])} codes: {self.codes_per_image} needed")
@@ -199,8 +230,7 @@ class ImageCodec(nn.Module):
         Returns:
             reconstructions_B3HW (not clamped) and the weighted commitment loss, a scalar.
         """
-        latents_BDhw = self.latents(pictures_B3HW)
-        vectors_BDhw, _, commitment = self.quantizer(latents_BDhw)
+        vectors_BDhw, commitment = self._quantize(self.latents(pictures_B3HW))
         return self.pictures(vectors_BDhw), commitment
 
     @torch.no_grad()
@@ -209,11 +239,14 @@ class ImageCodec(nn.Module):
 
         A picture is mostly background, so k-means alone leaves many vectors on the same spot;
         each repair moves those that nothing chooses. Draws random numbers; ends in training mode.
+        Takes no more of the pictures than fit a bounded memory.
         """
         self.train()
-        latents_BDhw = self.latents(pictures_B3HW)
+        most = _DISTANCES_AT_ONCE // (self.config.codebook_size * self.codes_per_image)
+        parts = pictures_B3HW[: max(1, most)].split(self.pictures_at_once)
+        latents_BDhw = torch.cat([self.latents(part_B3HW) for part_B3HW in parts])
         for _ in range(_REPAIRS):
-            self.quantizer(latents_BDhw)
+            self._quantize(latents_BDhw)
 
     def autoencode(self, pictures_B3HW: Tensor) -> Tensor:
         """Reconstruct pictures without the codebook, for the first steps of training."""
@@ -225,9 +258,24 @@ class ImageCodec(nn.Module):
         return cast(Tensor, self.quant_conv(self.encoder(folded)))
 
     def pictures(self, vectors_BDhw: Tensor) -> Tensor:
-        """What the decoder draws for codebook vectors: pictures_B3HW, not clamped."""
+        """What the decoder draws for codebook vectors: pictures_B3HW, not clamped.
+
+        Raises:
+            UserError: the codec has no decoder.
+        """
+        if self.decoder is None:
+            raise UserError(
+                "this image codec has no decoder: it turns pictures into codes only; load weights "
+                "with a decoder, such as those of Chameleon's original release"
+            )
         drawn = self.decoder(self.post_quant_conv(vectors_BDhw))
         return functional.pixel_shuffle(drawn, self.config.patch)
+
+    def _quantize(self, latents_BDhw: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest codebook vectors and the commitment loss; distances are never rounded."""
+        with torch.autocast(latents_BDhw.device.type, enabled=False):
+            vectors_BDhw, _, commitment = self.quantizer(latents_BDhw.float())
+        return vectors_BDhw, commitment
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder, which is made if needed."""
@@ -257,21 +305,34 @@ class ImageCodec(nn.Module):
         return codec.eval()
 
 
+def _square_encoder(pixels: int, config: CodecConfig) -> nn.Module:
+    """An encoder of 1 × 1 convolutions: it sees a square's own pixels and no others."""
+    width = config.block_channels[0]
+    return nn.Sequential(
+        nn.Conv2d(pixels, width, 1),
+        nn.SiLU(),
+        nn.Conv2d(width, width, 1),
+        nn.SiLU(),
+        nn.Conv2d(width, config.latent_channels, 1),
+    )
+
+
 def preprocess(picture: Image.Image, size: int) -> Tensor:
     """A picture as the codec takes it: float [3, size, size] in [−1, 1].
 
     Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
     cropped.
     """
-    layer = picture.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    opaque = Image.alpha_composite(white, layer).convert("RGB")
-    scale = size / min(opaque.size)
-    width, height = (max(size, round(side * scale)) for side in opaque.size)
-    resized = opaque.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    cropped = resized.crop((left, top, left + size, top + size))
-    return torch.from_numpy(np.array(cropped)).permute(2, 0, 1).float() / 255 * 2 - 1
+    return to_float(torch.from_numpy(square_pixels(picture, size)))
+
+
+def to_float(pixels_BHW3: Tensor) -> Tensor:
+    """Pixels of one or several pictures, uint8 [..., H, W, 3], as the codec takes them.
+
+    Returns:
+        float [..., 3, H, W] in [−1, 1].
+    """
+    return pixels_BHW3.movedim(-1, -3).float() / 255 * 2 - 1
 
 
 def to_pil(picture_3HW: Tensor) -> Image.Image:

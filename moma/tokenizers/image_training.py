@@ -1,6 +1,7 @@
 """Training of the image codec: pictures in, a codec and what it achieves out.
 
     pictures → shuffled batches → encoder → codebook → decoder → L1 + L2 + commitment → Adam
+                                                               (+ perceptual + adversarial)
 
 Everything random depends on the seed and the step alone, and the whole state is one file that is
 replaced in one move; so training that is interrupted and resumed ends bit for bit like training
@@ -12,24 +13,35 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from moma.data.documents import unit_hash
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.tokenizers.image import CodecConfig, ImageCodec, in_batches
+from moma.tokenizers.image_batches import (
+    first_pictures,
+    order_of_batches,
+    stack_pictures,
+    step_seed,
+)
+from moma.tokenizers.image_losses import (
+    AdversarialConfig,
+    Adversary,
+    PerceptualConfig,
+    PerceptualLoss,
+)
+from moma.tokenizers.image_state import Parts, restore_state, save_state
 
-_STATE_FILE = "training.safetensors"
-_MODEL, _OPTIMIZER = "model.", "optimizer."
-_STARTING_PICTURES = 256
+STATE_FILE = "training.safetensors"
 _MEASURED_PICTURES = 2048
+_MEASURED_AT_ONCE = 64
 _LARGEST_VALUE = 2.0  # pictures span [−1, 1]
 
 
@@ -46,7 +58,14 @@ class CodecTrainingConfig(Config):
         free_steps: first steps, without the codebook; it starts on what the encoder then sees.
         squared_weight: weight of the squared error beside the absolute error.
         gradient_clip: largest norm of the gradient.
+        average_decay: share that a moving average of the weights keeps of itself at each step; the
+            average is then the codec that training yields. 0 keeps no average.
+        precision: of the products in encoder and decoder; `auto` is bfloat16 on a GPU and float32
+            elsewhere.
+        perceptual: a loss on features of VGG-16, if its weights are at hand.
+        adversarial: a discriminator, if its weight is not 0.
         log_every: steps between two reports of progress.
+        measure_every: steps between two measurements on held-out pictures, where they are logged.
         save_every: steps between two saves of the state, if there is a folder for it.
     """
 
@@ -58,13 +77,24 @@ class CodecTrainingConfig(Config):
     free_steps: int = Field(default=200, ge=0)
     squared_weight: float = Field(default=1.0, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
+    average_decay: float = Field(default=0.0, ge=0, lt=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    perceptual: PerceptualConfig = PerceptualConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
     log_every: int = Field(default=50, ge=1)
+    measure_every: int = Field(default=500, ge=1)
     save_every: int = Field(default=500, ge=1)
 
 
 @dataclass(frozen=True)
 class CodecProgress:
-    """One report: steps done, of how many, and the step's mean losses."""
+    """One report: steps done, of how many, and the step's mean losses.
+
+    Attributes:
+        perceptual: None without a perceptual loss.
+        adversarial, discriminator: weighted loss of the codec, and loss of the discriminator; None
+            where it takes no part.
+    """
 
     step: int
     steps: int
@@ -72,6 +102,9 @@ class CodecProgress:
     absolute_error: float
     commitment: float
     learning_rate: float
+    perceptual: float | None = None
+    adversarial: float | None = None
+    discriminator: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +133,7 @@ def train_codec(
     device: torch.device | str = "cpu",
     folder: Path | None = None,
     progress: Callable[[CodecProgress], None] | None = None,
+    log: Callable[[CodecProgress, ImageCodec | None], None] | None = None,
 ) -> ImageCodec:
     """Train a codec from the start, or from the state that an interrupted run left in `folder`.
 
@@ -112,71 +146,190 @@ def train_codec(
         device: where to train.
         folder: where the state is saved and looked for; None saves nothing.
         progress: called every `log_every` steps and after the last.
+        log: called with the same reports, and every `measure_every` steps and after the last with
+            the codec of that moment too, once it has a codebook; it must not change it.
 
     Returns:
         The codec on `device`, in evaluation mode.
 
     Raises:
-        UserError: no pictures, or the saved state belongs to another configuration.
+        UserError: no pictures, no decoder, or the saved state belongs to another configuration.
     """
     if not len(pictures):
         raise UserError("codec training: there are no pictures")
+    if not codec_config.decoder:
+        raise UserError("codec.decoder = false: a codec without a decoder cannot be trained")
     config = training_config
     with torch.random.fork_rng(_cuda_devices(device)):
         torch.manual_seed(seed)
-        codec = _new_codec(codec_config, device)
-        optimizer = torch.optim.Adam(codec.parameters(), lr=config.learning_rate, betas=(0.9, 0.99))
+        training = _Training(codec_config, config, device)
         identity = _identity(codec_config, config, seed, len(pictures))
-        start = _restore(folder, codec, optimizer, identity) if folder else 0
-        order = _order(len(pictures), config.batch_size, start, seed)
-        for step in range(start, config.steps):
-            torch.manual_seed(_step_seed(seed, step))
-            batch_B3HW = _batch(pictures, next(order)).to(device, memory_format=torch.channels_last)
-            if step == config.free_steps:
-                codec.start_codebook(_first_pictures(pictures, seed).to(device))
-            report = _train_step(codec, optimizer, batch_B3HW, config, step)
-            done = step + 1
-            if progress and (done % config.log_every == 0 or done == config.steps):
+        start = restore_state(folder / STATE_FILE, training.parts, identity) if folder else 0
+        for done, report in _steps(training, pictures, start, seed):
+            logged, measured, saved = (
+                done % every == 0 or done == config.steps
+                for every in (config.log_every, config.measure_every, config.save_every)
+            )
+            if progress and logged:
                 progress(report())
-            if folder and (done % config.save_every == 0 or done == config.steps):
-                _save(folder, codec, optimizer, identity, done)
-    return codec.eval()
+            if log and (logged or measured):
+                log(report(), training.result if measured and done > config.free_steps else None)
+            if folder and saved:
+                save_state(folder / STATE_FILE, training.parts, identity, done)
+    return training.result
 
 
 def measure_codec(
-    codec: ImageCodec, pictures: Sequence[Tensor], batch_size: int = 64
+    codec: ImageCodec,
+    pictures: Sequence[Tensor],
+    batch_size: int = _MEASURED_AT_ONCE,
+    most: int = _MEASURED_PICTURES,
 ) -> CodecMetrics:
     """Reconstruct pictures and report error and use of codes.
 
-    Of more than 2,048 pictures that many are measured, evenly spread.
+    Of more than `most` pictures no more than that are measured, evenly spread.
 
     Args:
         codec: the codec, on any device.
         pictures: as for `train_codec`; best ones that it was not trained on.
-        batch_size: pictures at a time.
+        batch_size: pictures at a time, fewer if they are large.
+        most: how many pictures at most.
 
     Raises:
         UserError: there are no pictures.
     """
     if not len(pictures):
         raise UserError("codec measurement: there are no pictures")
-    chosen = range(0, len(pictures), math.ceil(len(pictures) / _MEASURED_PICTURES))
+    chosen = evenly(len(pictures), most)
     device = codec.codebook.device
     squared, values = 0.0, 0
     counts = torch.zeros(len(codec.codebook), dtype=torch.int64)
-    for part in in_batches(len(chosen), batch_size):
-        batch_B3HW = _batch(pictures, list(chosen[part])).to(device)
+    for part in in_batches(len(chosen), min(batch_size, codec.pictures_at_once)):
+        batch_B3HW = stack_pictures(pictures, list(chosen[part])).to(device)
         codes_BL = codec.encode(batch_B3HW)
         squared += functional.mse_loss(codec.decode(codes_BL), batch_B3HW, reduction="sum").item()
         values += batch_B3HW.numel()
         counts += codes_BL.flatten().bincount(minlength=len(counts)).cpu()
     shares = counts[counts > 0] / counts.sum()
     return CodecMetrics(
-        psnr=10 * math.log10(_LARGEST_VALUE**2 * values / max(squared, 1e-12)),
+        psnr=signal_to_noise(squared, values),
         codes_used=(counts > 0).double().mean().item(),
         perplexity=shares.log().mul(shares).sum().neg().exp().item(),
         pictures=len(chosen),
     )
+
+
+def evenly(count: int, most: int) -> range:
+    """At most `most` of `count` indices, evenly spread."""
+    return range(0, count, max(1, math.ceil(count / most)))
+
+
+def signal_to_noise(squared: float, values: int) -> float:
+    """Peak signal-to-noise ratio in dB, from the sum of squared errors over `values` in [−1, 1]."""
+    return 10 * math.log10(_LARGEST_VALUE**2 * values / max(squared, 1e-12))
+
+
+class _Training:
+    """A codec and all that trains it; `parts` is what has to be saved of it."""
+
+    def __init__(
+        self, codec: CodecConfig, config: CodecTrainingConfig, device: torch.device | str
+    ) -> None:
+        self.config, self.device = config, torch.device(device)
+        self.codec = _new_codec(codec, device)
+        self.optimizer = torch.optim.Adam(
+            self.codec.parameters(), lr=config.learning_rate, betas=(0.9, 0.99)
+        )
+        self.average = _average(self.codec, config.average_decay) if config.average_decay else None
+        self.perceptual, self.adversary = None, None
+        if config.perceptual.weights is not None:
+            self.perceptual = PerceptualLoss.load(config.perceptual.weights).to(device)
+        if config.adversarial.weight:
+            self.adversary = Adversary(config.adversarial, codec.picture_size, device)
+        automatic = config.precision == "auto" and self.device.type == "cuda"
+        self.reduced = automatic or config.precision == "bfloat16"
+
+    @property
+    def parts(self) -> Parts:
+        """Modules and optimizers by name."""
+        parts: dict[str, nn.Module | Optimizer] = {
+            "model": self.codec,
+            "optimizer": self.optimizer,
+        }
+        if self.average is not None:
+            parts["average"] = self.average
+        if self.adversary is not None:
+            parts["discriminator"] = self.adversary.discriminator
+            parts["discriminator_optimizer"] = self.adversary.optimizer
+        return parts
+
+    @property
+    def result(self) -> ImageCodec:
+        """The codec as it would be used now: the average if one is kept, in evaluation mode."""
+        codec = self.codec if self.average is None else cast(ImageCodec, self.average.module)
+        return codec.eval()
+
+    def step(self, batch_B3HW: Tensor, step: int) -> Callable[[], CodecProgress]:
+        """One optimizer step; returns its report, not yet read from the device."""
+        rate = _learning_rate(self.config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced):
+            drawn_B3HW, losses = self._losses(batch_B3HW, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(self.codec.parameters(), self.config.gradient_clip)
+        self.optimizer.step()
+        if "adversarial" in losses and self.adversary is not None:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced):
+                losses["discriminator"] = self.adversary.learn(drawn_B3HW, batch_B3HW)
+        if self.average is not None:
+            self.average.update_parameters(self.codec)
+        return lambda: CodecProgress(
+            step=step + 1,
+            steps=self.config.steps,
+            learning_rate=rate,
+            **{name: value.item() for name, value in losses.items()},
+        )
+
+    def _losses(self, batch_B3HW: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Reconstructions, and the losses by the names in `CodecProgress`."""
+        config, codec = self.config, self.codec
+        if step < config.free_steps:
+            drawn_B3HW, commitment = codec.autoencode(batch_B3HW), batch_B3HW.new_zeros(())
+        else:
+            drawn_B3HW, commitment = codec(batch_B3HW)
+        drawn_B3HW = drawn_B3HW.float()
+        absolute = functional.l1_loss(drawn_B3HW, batch_B3HW)
+        losses = {"absolute_error": absolute, "commitment": commitment}
+        loss = absolute + config.squared_weight * functional.mse_loss(drawn_B3HW, batch_B3HW)
+        if self.perceptual is not None:
+            losses["perceptual"] = self.perceptual(drawn_B3HW, batch_B3HW)
+            loss = loss + config.perceptual.weight * losses["perceptual"]
+        reconstruction = loss
+        loss = loss + commitment
+        if self.adversary is not None and step >= config.adversarial.start:
+            deceiving = self.adversary.loss(drawn_B3HW, reconstruction, codec.last_layer)
+            losses["adversarial"] = deceiving
+            loss = loss + deceiving
+        return drawn_B3HW, {"loss": loss} | losses
+
+
+def _steps(
+    training: _Training, pictures: Sequence[Tensor], start: int, seed: int
+) -> Iterator[tuple[int, Callable[[], CodecProgress]]]:
+    """Train step after step; yields how many are done, and the report of the last."""
+    config = training.config
+    order = order_of_batches(len(pictures), config.batch_size, start, seed)
+    for step in range(start, config.steps):
+        torch.manual_seed(step_seed(seed, step))
+        batch_B3HW = stack_pictures(pictures, next(order)).to(
+            training.device, memory_format=torch.channels_last
+        )
+        training.codec.train()
+        if step == config.free_steps:
+            training.codec.start_codebook(first_pictures(pictures, seed).to(training.device))
+        yield step + 1, training.step(batch_B3HW, step)
 
 
 def _new_codec(config: CodecConfig, device: torch.device | str) -> ImageCodec:
@@ -185,32 +338,16 @@ def _new_codec(config: CodecConfig, device: torch.device | str) -> ImageCodec:
     return cast(ImageCodec, codec.to(memory_format=torch.channels_last).train())
 
 
-def _train_step(
-    codec: ImageCodec,
-    optimizer: torch.optim.Optimizer,
-    batch_B3HW: Tensor,
-    config: CodecTrainingConfig,
-    step: int,
-) -> Callable[[], CodecProgress]:
-    """One optimizer step; returns its report, not yet read from the device."""
-    rate = _learning_rate(config, step)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    if step < config.free_steps:
-        drawn_B3HW, commitment = codec.autoencode(batch_B3HW), batch_B3HW.new_zeros(())
-    else:
-        drawn_B3HW, commitment = codec(batch_B3HW)
-    absolute = functional.l1_loss(drawn_B3HW, batch_B3HW)
-    loss = (
-        absolute + config.squared_weight * functional.mse_loss(drawn_B3HW, batch_B3HW) + commitment
-    )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(codec.parameters(), config.gradient_clip)
-    optimizer.step()
-    return lambda: CodecProgress(
-        step + 1, config.steps, loss.item(), absolute.item(), commitment.item(), rate
-    )
+def _average(codec: ImageCodec, decay: float) -> AveragedModel:
+    """A moving average of the weights; the codebook, a moving average itself, is copied."""
+
+    def blend(averages: Any, weights: Any, count: Any) -> None:
+        # The first steps are soon forgotten, so that a short training is not mostly its start.
+        share = ((1 + count) / (10 + count)).clamp(max=decay)
+        for average, weight in zip(averages, weights, strict=True):
+            average.lerp_(weight, 1 - share)
+
+    return AveragedModel(codec, multi_avg_fn=blend)
 
 
 def _learning_rate(config: CodecTrainingConfig, step: int) -> float:
@@ -221,48 +358,13 @@ def _learning_rate(config: CodecTrainingConfig, step: int) -> float:
     return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
-def _order(count: int, batch_size: int, start: int, seed: int) -> Iterator[list[int]]:
-    """Indices of the batches from step `start` on: one shuffled epoch after the other."""
-    position = start * batch_size
-    epoch, indices = -1, []
-    while True:
-        batch = []
-        for place in range(position, position + batch_size):
-            if place // count != epoch:
-                epoch = place // count
-                draw = torch.Generator().manual_seed(_step_seed(seed, epoch, "order"))
-                indices = torch.randperm(count, generator=draw).tolist()
-            batch.append(indices[place % count])
-        position += batch_size
-        yield batch
-
-
-def _batch(pictures: Sequence[Tensor], indices: list[int]) -> Tensor:
-    """Pictures stacked as floats in [−1, 1]."""
-    batch_B3HW = torch.stack([pictures[index] for index in indices])
-    if batch_B3HW.dtype == torch.uint8:
-        return batch_B3HW.float() / 255 * 2 - 1
-    return batch_B3HW
-
-
-def _first_pictures(pictures: Sequence[Tensor], seed: int) -> Tensor:
-    """A random sample that the codebook starts on."""
-    sample = min(len(pictures), _STARTING_PICTURES)
-    return _batch(pictures, next(_order(len(pictures), sample, 0, seed)))
-
-
-def _step_seed(seed: int, step: int, purpose: str = "step") -> int:
-    """A seed for each step: consecutive seeds give unrelated numbers only if they are hashed."""
-    return int(unit_hash(f"{purpose} {seed} {step}") * 2**53)
-
-
 def _cuda_devices(device: torch.device | str) -> list[torch.device]:
     return [torch.device(device)] if torch.device(device).type == "cuda" else []
 
 
 def _identity(codec: CodecConfig, training: CodecTrainingConfig, seed: int, count: int) -> str:
     """What has to be the same for a state to be resumed, as JSON."""
-    ignored = {"log_every", "save_every"}
+    ignored = {"log_every", "measure_every", "save_every"}
     facts: dict[str, Any] = {
         "codec": codec.model_dump(mode="json"),
         "training": training.model_dump(mode="json", exclude=ignored),
@@ -270,57 +372,3 @@ def _identity(codec: CodecConfig, training: CodecTrainingConfig, seed: int, coun
         "pictures": count,
     }
     return json.dumps(facts, sort_keys=True)
-
-
-def _save(
-    folder: Path, codec: ImageCodec, optimizer: torch.optim.Optimizer, identity: str, step: int
-) -> None:
-    """Write the state beside the old one, then replace that in one move."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {_MODEL + name: value for name, value in codec.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in values.items()}
-    unfinished = folder / (_STATE_FILE + ".part")
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-        unfinished,
-        metadata={"step": str(step), "identity": identity},
-    )
-    unfinished.replace(folder / _STATE_FILE)
-
-
-def _restore(
-    folder: Path, codec: ImageCodec, optimizer: torch.optim.Optimizer, identity: str
-) -> int:
-    """Read the state, if there is one; returns how many steps it has seen."""
-    file = folder / _STATE_FILE
-    if not file.exists():
-        return 0
-    try:
-        with safe_open(file, "pt") as state:
-            metadata = state.metadata()
-            tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
-    # safetensors reports damage with an exception of its own, derived from Exception alone.
-    except Exception as error:
-        raise UserError(f"{file}: damaged ({error}); delete it to start anew") from error
-    if metadata["identity"] != identity:
-        raise UserError(
-            f"{file}: left by training with another configuration, seed or set of pictures; "
-            "delete it to start anew"
-        )
-    codec.load_state_dict(_below(tensors, _MODEL))
-    optimizer_state: dict[int, dict[str, Tensor]] = {}
-    for key, value in _below(tensors, _OPTIMIZER).items():
-        index, name = key.split(".", 1)
-        optimizer_state.setdefault(int(index), {})[name] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-    return int(metadata["step"])
-
-
-def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    }

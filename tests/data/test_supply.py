@@ -52,7 +52,7 @@ def test_no_pictures_and_no_text():
 
 def test_too_few_pictures_for_a_step():
     message = refusal(demand(8, world_size=2), [pictured(*[(20, 3)] * 5)])
-    assert "8 pictures on each of 2 ranks" in message and "hold 15 in all" in message
+    assert "16 in all, but the training documents" in message and "hold 15 in all" in message
     check_supply(demand(8, world_size=1), [pictured(*[(20, 3)] * 5)], True, "a")
 
 

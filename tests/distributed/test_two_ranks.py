@@ -10,7 +10,12 @@ from torch import multiprocessing
 
 from moma.data.batches import Batches
 from moma.runs import Run
-from moma.runtime.checkpoint import load_checkpoint, load_model, save_checkpoint
+from moma.runtime.checkpoint import (
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    stored_weights,
+)
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.sharding import shard
 from moma.runtime.world import World, join_world
@@ -89,6 +94,11 @@ def test_two_ranks_equal_one_on_the_same_token_groups(tiny, tmp_path, groups):
     for name, parameter in model.named_parameters():
         other = sharded.get_parameter(name)
         torch.testing.assert_close(parameter, other, atol=1e-5, rtol=1e-4, msg=name)
+    # The parts of both ranks can be read without a model, too.
+    stored = stored_weights(tmp_path / f"step-{STEPS:08d}")
+    assert stored.outlines.keys() == sharded.state_dict().keys()
+    for name, value in stored.read(stored.outlines).items():
+        assert torch.equal(value, sharded.state_dict()[name])
     # One more step tells the optimizer's state.
     sums.append(step([next(part) for part in data], 1e-2)[0])
     found, found_norms = torch.load(tmp_path / "sums.pt", weights_only=True)

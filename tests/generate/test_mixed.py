@@ -169,7 +169,7 @@ def test_no_prompt_and_too_long_a_prompt_are_refused(mixed):
         mixed.generate([[noise(index) for index in range(8)]], "image")
 
 
-@pytest.mark.parametrize("missing", ["tokenizer.json", "codec/config.json", "codec"])
+@pytest.mark.parametrize("missing", ["tokenizer.json", "codec/config.json"])
 def test_a_missing_tokenizer_is_named(mixed, folder, tmp_path, missing):
     broken = Tokenizers(tmp_path / "broken")
     folder.copy_to(broken)
@@ -177,3 +177,20 @@ def test_a_missing_tokenizer_is_named(mixed, folder, tmp_path, missing):
     path.rename(tmp_path / "away")
     with pytest.raises(UserError, match=missing.split("/")[0]):
         MixedModel.assemble(mixed.model, broken, CONTEXT)
+
+
+def test_without_a_codec_there_is_text_alone(mixed, folder, tmp_path):
+    tokenizers = Tokenizers(tmp_path / "text")
+    folder.copy_to(tokenizers)
+    tokenizers.codec.rename(tmp_path / "away")
+    alone = MixedModel.assemble(mixed.model, tokenizers, CONTEXT)
+    sampling = Sampling(temperature=0)
+    assert alone.generate([["the"]], "mixed", sampling) == mixed.generate(
+        [["the"]], "text", sampling
+    )
+    for ask in (
+        lambda: alone.generate([["the"]], "image"),
+        lambda: alone.generate([[noise(0)]], "text"),
+    ):
+        with pytest.raises(UserError, match="no folder 'codec'"):
+            ask()

@@ -52,6 +52,19 @@ def test_codes_are_row_major_and_name_the_nearest_vector(codec, pictures_B3HW):
         assert codes_BL[2, row * 4 + column] == distances.argmin()
 
 
+def test_without_context_a_code_depends_on_its_own_square_alone(pictures_B3HW):
+    alone = {"patch": 4, "block_channels": (16,), "encoder_context": False}
+    codec = ImageCodec(SMALL.model_copy(update=alone)).eval()
+    before_BDhw = codec.latents(pictures_B3HW)
+    pictures_B3HW[:, :, 4:8, 8:12] *= -1  # the square in row 1, column 2
+    changed_Bhw = (codec.latents(pictures_B3HW) != before_BDhw).any(dim=1)
+    expected_hw = torch.zeros(4, 4, dtype=torch.bool)
+    expected_hw[1, 2] = True
+    assert torch.equal(changed_Bhw, expected_hw.expand(3, 4, 4))
+    with pytest.raises(UserError, match="encoder_context = false needs a single width"):
+        check(CodecConfig, SMALL.model_dump() | {"encoder_context": False}, "recipe")
+
+
 def test_encoding_changes_nothing_and_does_not_depend_on_the_batch(codec, pictures_B3HW):
     before = {name: value.clone() for name, value in codec.state_dict().items()}
     together = codec.encode(pictures_B3HW)

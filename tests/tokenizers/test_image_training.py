@@ -2,10 +2,14 @@ import math
 
 import pytest
 import torch
+from foreign import random_vgg
+from safetensors.torch import save_file
 
 from moma.errors import UserError
 from moma.tokenizers import image_training
 from moma.tokenizers.image import CodecConfig, ImageCodec
+from moma.tokenizers.image_batches import order_of_batches
+from moma.tokenizers.image_losses import AdversarialConfig, PerceptualConfig
 from moma.tokenizers.image_training import (
     CodecProgress,
     CodecTrainingConfig,
@@ -28,6 +32,13 @@ SHAPE = CodecConfig(
 TRAINING = CodecTrainingConfig(
     steps=12, batch_size=4, warmup_steps=2, free_steps=4, save_every=5, log_every=5
 )
+EVERYTHING = TRAINING.model_copy(
+    update={
+        "average_decay": 0.9,
+        "precision": "bfloat16",
+        "adversarial": AdversarialConfig(weight=0.5, start=6, width=4, layers=1),
+    }
+)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +56,13 @@ def pictures() -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
     colours = torch.rand(30, 3, 2, 1, generator=draw) * 2 - 1
     return list(colours.repeat_interleave(8, 2).expand(30, 3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def vgg_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("vgg") / "vgg16.safetensors"
+    save_file(random_vgg(), file)
+    return file
 
 
 def same(one: ImageCodec, two: ImageCodec) -> bool:
@@ -67,9 +85,9 @@ def test_training_leaves_the_random_numbers_of_its_caller_alone(pictures):
     assert torch.equal(torch.rand(1), expected)
 
 
-# Before the codebook starts, at that step, and long after it.
-@pytest.mark.parametrize("stop", [3, 4, 10])
-def test_interrupted_training_ends_like_uninterrupted_training(pictures, tmp_path, stop):
+def interrupted(config, pictures, folder, stop):
+    """Training that was stopped after step `stop` and then went on."""
+
     class InterruptionError(Exception):
         pass
 
@@ -78,15 +96,103 @@ def test_interrupted_training_ends_like_uninterrupted_training(pictures, tmp_pat
         if report.step > stop:
             raise InterruptionError
 
-    config = TRAINING.model_copy(update={"save_every": stop, "log_every": 1})
     with pytest.raises(InterruptionError):
-        train_codec(SHAPE, config, pictures, folder=tmp_path, progress=interrupt)
+        train_codec(SHAPE, config, pictures, folder=folder, progress=interrupt)
     reports: list[CodecProgress] = []
-    resumed = train_codec(SHAPE, config, pictures, folder=tmp_path, progress=reports.append)
+    resumed = train_codec(SHAPE, config, pictures, folder=folder, progress=reports.append)
     assert reports[0].step == stop + 1
+    return resumed
+
+
+# Before the codebook starts, at that step, and long after it.
+@pytest.mark.parametrize("stop", [3, 4, 10])
+def test_interrupted_training_ends_like_uninterrupted_training(pictures, tmp_path, stop):
+    config = TRAINING.model_copy(update={"save_every": stop, "log_every": 1})
+    resumed = interrupted(config, pictures, tmp_path, stop)
     assert same(resumed, train_codec(SHAPE, config, pictures))
     finished = train_codec(SHAPE, config, pictures, folder=tmp_path)
     assert same(resumed, finished)
+
+
+# Before the discriminator takes part, and after.
+@pytest.mark.parametrize("stop", [5, 9])
+def test_interrupted_training_with_everything_on_ends_the_same(pictures, tmp_path, vgg_file, stop):
+    perceptual = PerceptualConfig(weights=vgg_file, weight=0.1)
+    changes = {"save_every": stop, "log_every": 1, "perceptual": perceptual}
+    config = EVERYTHING.model_copy(update=changes)
+    resumed = interrupted(config, pictures, tmp_path, stop)
+    assert same(resumed, train_codec(SHAPE, config, pictures))
+
+
+def test_the_plain_training_has_the_losses_it_had(pictures):
+    """The demo's codec is trained this way; figures of one machine, so not to the last digit."""
+    reports: list[CodecProgress] = []
+    config = TRAINING.model_copy(update={"steps": 40, "log_every": 20})
+    train_codec(SHAPE, config, pictures, progress=reports.append)
+    assert [report.loss for report in reports] == pytest.approx([0.84769, 0.64133], rel=1e-3)
+    assert [report.commitment for report in reports] == pytest.approx(
+        [0.004902, 0.006276], rel=0.01
+    )
+    assert {reports[1].perceptual, reports[1].adversarial, reports[1].discriminator} == {None}
+
+
+def test_the_average_is_that_of_the_weights_of_every_step(pictures):
+    config = TRAINING.model_copy(update={"free_steps": 0, "measure_every": 1})
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def keep(report: CodecProgress, codec: ImageCodec | None) -> None:
+        assert codec is not None and not codec.training
+        seen.append({name: weight.detach().clone() for name, weight in codec.named_parameters()})
+
+    last = train_codec(SHAPE, config, pictures, log=keep)
+    averaged = train_codec(SHAPE, config.model_copy(update={"average_decay": 0.6}), pictures)
+    assert len(seen) == config.steps
+    for name, weight in averaged.named_parameters():
+        expected = seen[0][name]
+        for count, weights in enumerate(seen[1:], 1):
+            share = min(0.6, (1 + count) / (10 + count))
+            expected = share * expected + (1 - share) * weights[name]
+        torch.testing.assert_close(weight.detach(), expected)
+    assert torch.equal(averaged.codebook, last.codebook)
+    assert not same(averaged, last)
+
+
+def test_the_discriminator_takes_part_from_its_step_on(pictures):
+    reports: list[CodecProgress] = []
+    config = EVERYTHING.model_copy(update={"log_every": 1})
+    train_codec(SHAPE, config, pictures, progress=reports.append)
+    told = [(r.adversarial is not None, r.discriminator is not None) for r in reports]
+    assert told == [(False, False)] * 6 + [(True, True)] * 6
+
+
+def test_bfloat16_learns_nearly_the_same_and_leaves_weights_in_full(pictures):
+    config = TRAINING.model_copy(update={"steps": 60, "learning_rate": 5e-3})
+    reduced = config.model_copy(update={"precision": "bfloat16"})
+    full, half = (train_codec(SHAPE, c, pictures) for c in (config, reduced))
+    assert {value.dtype for value in half.state_dict().values()} == {torch.float32, torch.bool}
+    assert not same(full, half)
+    assert measure_codec(half, pictures).psnr > measure_codec(full, pictures).psnr - 2
+
+
+def test_on_a_cpu_the_automatic_precision_is_full(pictures):
+    full = TRAINING.model_copy(update={"precision": "float32"})
+    assert same(train_codec(SHAPE, TRAINING, pictures), train_codec(SHAPE, full, pictures))
+
+
+def test_reports_and_codecs_are_logged_when_they_are_due(pictures):
+    calls: list[tuple[int, bool]] = []
+    config = TRAINING.model_copy(update={"measure_every": 4})
+    logged = train_codec(
+        SHAPE, config, pictures, log=lambda report, codec: calls.append((report.step, bool(codec)))
+    )
+    # Step 4 is the last without a codebook.
+    assert calls == [(4, False), (5, False), (8, True), (10, False), (12, True)]
+    assert same(logged, train_codec(SHAPE, TRAINING, pictures))
+
+
+def test_a_codec_without_a_decoder_cannot_be_trained(pictures):
+    with pytest.raises(UserError, match=r"codec\.decoder = false"):
+        train_codec(SHAPE.model_copy(update={"decoder": False}), TRAINING, pictures)
 
 
 def test_a_state_of_another_training_or_a_torn_one_is_refused(pictures, tmp_path):
@@ -98,6 +204,9 @@ def test_a_state_of_another_training_or_a_torn_one_is_refused(pictures, tmp_path
     (state,) = tmp_path.iterdir()
     state.write_bytes(b"torn")
     with pytest.raises(UserError, match="delete it"):
+        train_codec(SHAPE, TRAINING, pictures, folder=tmp_path)
+    save_file({"a": torch.zeros(1)}, state)
+    with pytest.raises(UserError, match="another configuration"):
         train_codec(SHAPE, TRAINING, pictures, folder=tmp_path)
 
 
@@ -133,15 +242,16 @@ def test_measures_agree_with_a_direct_computation(pictures):
     entropy = -sum(share * math.log(share) for share in shares)
     assert metrics.perplexity == pytest.approx(math.exp(entropy))
     assert metrics.pictures == len(pictures)
+    assert measure_codec(codec, pictures, most=8) == measure_codec(codec, pictures[::4])
 
 
 def test_every_picture_is_drawn_once_an_epoch_and_order_continues_anywhere():
-    whole = image_training._order(10, 4, 0, seed=3)
+    whole = order_of_batches(10, 4, 0, seed=3)
     batches = [next(whole) for _ in range(5)]
     drawn = [index for batch in batches for index in batch]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:]
-    assert next(image_training._order(10, 4, 3, seed=3)) == batches[3]
+    assert next(order_of_batches(10, 4, 3, seed=3)) == batches[3]
 
 
 def test_the_learning_rate_rises_and_falls():

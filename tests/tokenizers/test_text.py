@@ -7,9 +7,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moma.errors import UserError
+from moma.tokenizers.names import OURS
 from moma.tokenizers.text import (
-    SPECIAL_NAMES,
     TextTokenizerConfig,
+    decode_bytes,
+    encode_bytes,
     encode_texts,
     load_text_tokenizer,
     train_text_tokenizer,
@@ -51,7 +53,29 @@ def test_every_text_comes_back_and_none_becomes_special(tokenizer, vocabulary, t
     assert all(0 <= id_ < vocabulary.size for id_ in ids)
 
 
-@pytest.mark.parametrize("name", [*SPECIAL_NAMES, "<code:0>", "<code:19>"])
+@settings(deadline=None)
+@given(st.binary())
+@example(bytes(range(256)))
+@example(b"caf\xe9 caf\xc3\xa9 \xed\xa0\x80 \xf0\x9f\x98")
+@example("<s> \U0001f600 </s>".encode())
+def test_any_bytes_come_back(tokenizer, vocabulary, data):
+    ids = encode_bytes(tokenizer, data)
+    assert decode_bytes(tokenizer, ids) == data
+    assert not {vocabulary.beginning, vocabulary.end, *vocabulary.image_codes} & set(ids)
+
+
+def test_bytes_that_are_a_text_have_the_ids_of_the_text(tokenizer):
+    assert [encode_bytes(tokenizer, text.encode()) for text in TEXTS] == encode_texts(
+        tokenizer, TEXTS
+    )
+
+
+def test_the_names_of_special_ids_are_shown_when_bytes_are_decoded(tokenizer, vocabulary):
+    ids = [vocabulary.beginning, *encode_bytes(tokenizer, b"a"), vocabulary.image_codes[7]]
+    assert decode_bytes(tokenizer, ids) == b"<s>a<code:7>"
+
+
+@pytest.mark.parametrize("name", [*OURS.special, "<code:0>", "<code:19>"])
 def test_the_name_of_a_special_id_is_ordinary_text(tokenizer, name):
     special = tokenizer.token_to_id(name)
     (ids,) = encode_texts(tokenizer, [f"a {name}{name} b"])
@@ -94,7 +118,7 @@ def test_the_vocabulary_is_read_off_the_names(tokenizer, vocabulary):
         vocabulary.begin_image,
         vocabulary.end_image,
     )
-    assert tuple(map(tokenizer.id_to_token, ids)) == SPECIAL_NAMES
+    assert tuple(map(tokenizer.id_to_token, ids)) == OURS.special
 
 
 def test_training_is_deterministic(tokenizer):
@@ -121,6 +145,37 @@ def test_a_vocabulary_without_room_says_how_much_is_needed(size, codes):
 def test_the_smallest_vocabulary_that_is_promised_works():
     config = TextTokenizerConfig(vocabulary_size=301)
     assert vocabulary_of(train_text_tokenizer(config, TEXTS, 40), 4).size == 301
+
+
+def test_reserved_ids_are_named_and_unreachable():
+    config = TextTokenizerConfig(vocabulary_size=SIZE, reserved=3)
+    tokenizer = train_text_tokenizer(config, TEXTS, CODES)
+    vocabulary = vocabulary_of(tokenizer, 9)
+    reserved = [tokenizer.token_to_id(f"<reserved:{number}>") for number in range(3)]
+    assert vocabulary.size == SIZE
+    assert None not in reserved and not set(reserved) & set(vocabulary.image_codes)
+    (ids,) = encode_texts(tokenizer, ["<reserved:0> <reserved:2>"])
+    assert not set(ids) & set(reserved)
+
+
+def test_ids_are_reserved_in_the_papers_vocabulary_and_not_in_a_small_one():
+    assert len(TextTokenizerConfig().reserved_names) == 256
+    assert TextTokenizerConfig(vocabulary_size=65_535).reserved_names == []
+    assert TextTokenizerConfig(reserved=0).reserved_names == []
+
+
+def test_transformers_reads_the_file_and_gives_the_same_ids(tokenizer, vocabulary, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), split_special_tokens=True
+    )
+    assert len(loaded) == vocabulary.size
+    texts = [*TEXTS[:3], " \r\n\t  two  e\u0301 \U0001f468\u200d\U0001f469 \x00", "x<code:3>y"]
+    for text, ids in zip(texts, encode_texts(tokenizer, texts), strict=True):
+        assert loaded.encode(text, add_special_tokens=False) == ids
+        assert loaded.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert loaded.convert_tokens_to_ids("<code:19>") == vocabulary.image_codes[19]
 
 
 def test_an_error_in_the_texts_passes_through():

@@ -1,0 +1,55 @@
+"""The command line of other libraries' weights: `moma import <format>`, `moma export <format>`."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+importing = typer.Typer(
+    name="import", help="Make a run from another library's weights.", no_args_is_help=True
+)
+exporting = typer.Typer(
+    name="export", help="Write a run's weights for another library.", no_args_is_help=True
+)
+
+
+@importing.command("chameleon")
+def import_chameleon(
+    folder: Annotated[Path, typer.Argument(help="what `transformers` saved: config.json, weights")],
+    out: Annotated[Path, typer.Option(help="the run folder to make")],
+    tokenizers: Annotated[
+        Path | None, typer.Option(help="tokenizers or a run to use in place of the folder's own")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="a recipe whose [data] the run is measured on")
+    ] = None,
+) -> None:
+    """Make a dense run from the `transformers` port of Chameleon."""
+    from moma.hub.chameleon import import_chameleon as run
+    from moma.recipe import read_recipe
+    from moma.runs import Run, Tokenizers
+    from moma.train.recipe import Recipe
+
+    given = None if tokenizers is None else Tokenizers(tokenizers)
+    base = None if recipe is None else read_recipe(Recipe, recipe)
+    _tell(run(folder, Run(out), given, base))
+    print(f"imported {out}")
+
+
+@exporting.command("chameleon")
+def export_chameleon(
+    run: Annotated[Path, typer.Argument(help="the folder of a dense run")],
+    out: Annotated[Path, typer.Option(help="the folder to make")],
+) -> None:
+    """Write a dense run as the `transformers` port of Chameleon."""
+    from moma.hub.chameleon import export_chameleon as export
+    from moma.runs import Run
+
+    _tell(export(Run(run), out))
+    print(f"exported {out}")
+
+
+def _tell(notes: list[str]) -> None:
+    for note in notes:
+        print(f"moma: {note}", file=sys.stderr)

@@ -1,0 +1,222 @@
+"""The command line of tokenizers: `moma tokenizer <verb>`."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moma.errors import UserError
+
+if TYPE_CHECKING:
+    from moma.tokenizers.corpus import Corpus
+
+app = typer.Typer(
+    name="tokenizer",
+    help="Make, import and try text tokenizers and image codecs.",
+    no_args_is_help=True,
+)
+
+OutFolder = Annotated[Path, typer.Option(help="folder of the tokenizers")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+@app.command("train-text")
+def train_text(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="a recipe, or UTF-8 text files; then changes, such as "
+            "text_tokenizer.vocabulary_size=8192 codec.codebook_size=512"
+        ),
+    ],
+    out: OutFolder = Path("runs/tokenizers"),
+) -> None:
+    """Learn byte-level BPE and write `tokenizer.json`, image codes and special ids included."""
+    from moma.runs import Tokenizers
+    from moma.tokenizers.corpus import Corpus
+    from moma.tokenizers.folder import make_text_tokenizer
+    from moma.tokenizers.text import TextTokenizerConfig
+
+    sources, held_out, sections = _texts_of(inputs)
+    config: TextTokenizerConfig = sections.text_tokenizer
+    corpus = Corpus(sources, held_out, config.documents)
+    codes = sections.codec.codebook_size
+    made = make_text_tokenizer(config, codes, corpus.texts(), Tokenizers(out))
+    _tell_rejected(corpus)
+    size = made.get_vocab_size(with_added_tokens=True)
+    print(f"{Tokenizers(out).text}: {size} ids, learned from {corpus.documents} documents")
+    if size < config.vocabulary_size:
+        print(
+            f"moma: the texts hold too few repetitions for {config.vocabulary_size} ids",
+            file=sys.stderr,
+        )
+
+
+@app.command("train-image")
+def train_image(
+    recipe: Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="changes to the recipe, such as codec_training.steps=100"),
+    ] = None,
+    out: OutFolder = Path("runs/tokenizers"),
+    as_json: AsJson = False,
+) -> None:
+    """Train the image codec, or go on where that was interrupted."""
+    from moma.recipe import read_recipe
+    from moma.runs import Tokenizers
+    from moma.runtime.world import local_device
+    from moma.tokenizers.corpus import Corpus, ReadablePictures
+    from moma.tokenizers.folder import make_codec
+    from moma.train.recipe import Recipe
+
+    read = read_recipe(Recipe, recipe, overrides or ())
+    training, size = read.codec_training, read.codec.picture_size
+    if training.perceptual.weights is None:
+        print(
+            "moma: no perceptual loss; codec_training.perceptual.weights names VGG-16's weights",
+            file=sys.stderr,
+        )
+    corpus = Corpus(read.data.sources, read.data.held_out, training.documents)
+    seen, unseen = (ReadablePictures(corpus.pictures(held_out), size) for held_out in (False, True))
+    _tell_rejected(corpus)
+    metrics = make_codec(
+        read.codec, training, seen, unseen, Tokenizers(out), read.seed, local_device(), as_json
+    )
+    for place, reason in sorted(seen.unreadable.items()):
+        print(f"moma: picture {place} was left out: {reason}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(metrics))
+    else:
+        print(f"{Tokenizers(out).codec}: PSNR {metrics['psnr']:.2f} dB, ", end="")
+        print(f"{metrics['codes_used']:.1%} of the codes used, ", end="")
+        print(f"perplexity {metrics['perplexity']:.1f}")
+
+
+@app.command("import-chameleon")
+def import_chameleon(
+    tokenizer: Annotated[Path, typer.Argument(help="its tokenizer file")],
+    weights: Annotated[
+        Path, typer.Argument(help="its picture weights: a file, or a folder of the port")
+    ],
+    out: OutFolder = Path("runs/tokenizers"),
+    picture_size: Annotated[
+        int | None, typer.Option(help="side of a picture in pixels, where the weights differ")
+    ] = None,
+) -> None:
+    """Make a folder of tokenizers from Chameleon's own files."""
+    from moma.runs import Tokenizers
+    from moma.tokenizers.folder import import_chameleon as run
+
+    vocabulary = run(tokenizer, weights, Tokenizers(out), picture_size)
+    print(f"{out}: {vocabulary.size} ids, {len(vocabulary.image_codes)} of them image codes")
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="a run, prepared data, or a tokenizers' folder")],
+    image: Annotated[Path | None, typer.Option(help="a picture to encode and draw again")] = None,
+    text: Annotated[str | None, typer.Option(help="a text to encode")] = None,
+    out: Annotated[
+        Path, typer.Option(help="PNG file: the picture and, beside it, what comes back")
+    ] = Path("reconstruction.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Encode a picture or a text and show what comes back."""
+    if (image is None) == (text is None):
+        raise UserError("give either --image or --text")
+    if image is not None:
+        result = _show_image(folder, image, out)
+        rows = [(key, str(value)) for key, value in result.items()]
+    else:
+        result = _show_text(folder, os.fsencode(text or ""))
+        rows = [(str(i), p) for i, p in zip(result["ids"], result["pieces"], strict=True)]
+        rows.append(("comes back", "exactly" if result["exact"] else result["text"]))
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(title=str(folder), show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
+    from moma.data.pictures import read_picture
+    from moma.runs import Tokenizers
+    from moma.runtime.world import local_device
+    from moma.tokenizers.image import ImageCodec, preprocess
+    from moma.tokenizers.image_log import side_by_side
+    from moma.tokenizers.image_training import signal_to_noise
+
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a PNG file")
+    codec = ImageCodec.load(Tokenizers(folder).codec).to(local_device())
+    picture = read_picture(image, "--image", "choose another")
+    original_3HW = preprocess(picture, codec.config.picture_size)
+    codes_BL = codec.encode(original_3HW[None].to(local_device()))
+    drawn_3HW = codec.decode(codes_BL)[0].cpu()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    side_by_side(original_3HW, drawn_3HW).save(out, format="PNG")
+    squared = (drawn_3HW - original_3HW).square().sum().item()
+    return {
+        "picture": str(out),
+        "codes": codes_BL.numel(),
+        "distinct_codes": codes_BL.unique().numel(),
+        "psnr": round(signal_to_noise(squared, original_3HW.numel()), 3),
+    }
+
+
+def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
+    from moma.runs import Tokenizers
+    from moma.tokenizers.text import decode_bytes, encode_bytes, load_text_tokenizer
+
+    tokenizer = load_text_tokenizer(Tokenizers(folder).text)
+    ids = encode_bytes(tokenizer, data)
+    back = decode_bytes(tokenizer, ids)
+    return {
+        "ids": ids,
+        "pieces": [
+            decode_bytes(tokenizer, [id_]).decode("utf-8", "backslashreplace") for id_ in ids
+        ],
+        "text": back.decode("utf-8", "backslashreplace"),
+        "exact": back == data,
+    }
+
+
+def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, Any]:
+    """Sources, held-out share, and a configuration with `text_tokenizer` and `codec`."""
+    from moma.data.sources import TextConfig
+    from moma.recipe import Config, check, override, read_recipe
+    from moma.tokenizers.image import CodecConfig
+    from moma.tokenizers.text import TextTokenizerConfig
+    from moma.train.recipe import Recipe
+
+    class Sections(Config):
+        text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
+        codec: CodecConfig = CodecConfig()
+
+    if inputs[0].endswith(".toml"):
+        recipe = read_recipe(Recipe, Path(inputs[0]), inputs[1:])
+        return recipe.data.sources, recipe.data.held_out, recipe
+    files = [name for name in inputs if "=" not in name or Path(name).is_file()]
+    changes = [name for name in inputs if name not in files]
+    if not files:
+        raise UserError("name a recipe or text files before the changes")
+    sources = [TextConfig(path=Path(name)) for name in files]
+    return sources, 0.0, check(Sections, override({}, changes), "the command line")
+
+
+def _tell_rejected(corpus: "Corpus") -> None:
+    if corpus.first_rejected is not None:
+        first = corpus.first_rejected
+        print(
+            f"moma: {corpus.rejected} rows were left out; the first: {first.row}: {first.reason}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,356 @@
+"""Encoded shards on disk: what a source's folder holds, and how it is opened.
+
+    shards/SOURCE/   shard.json       what is there, and what it was made from
+                     vocabulary.json  the ids
+                     rejected.jsonl   rows that were set aside
+                     train-00000.arrow, held_out-00000.arrow, …
+
+A row of an Arrow file is a document: `ids`, `pictures`, `name`. The files are memory-mapped. How
+they come to be there whole or not at all is told in `parts.py`.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from pydantic import ValidationError
+
+from moma.errors import UserError
+from moma.recipe import Config
+from moma.vocabulary import Vocabulary
+
+SPLITS = ("train", "held_out")
+
+INFO_FILE = "shard.json"
+VOCABULARY_FILE = "vocabulary.json"
+REJECTED_FILE = "rejected.jsonl"
+# A file that is being written bears this behind its name.
+UNFINISHED = ".writing"
+# Key of the Arrow schema's metadata that says what a file was made with.
+METADATA_KEY = b"moma"
+
+_ENCODERS_FILE = "encoders.json"
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+class Counts(Config):
+    """How much a split holds: documents, and their tokens and pictures."""
+
+    documents: int = 0
+    tokens: int = 0
+    pictures: int = 0
+
+    def plus(self, other: "Counts") -> "Counts":
+        """Both together."""
+        return Counts(
+            documents=self.documents + other.documents,
+            tokens=self.tokens + other.tokens,
+            pictures=self.pictures + other.pictures,
+        )
+
+
+class Encoders(Config):
+    """Digests of the tokenizer and the codec, weights included; empty where there is none.
+
+    The vocabulary does not know them: two codecs may share every id and mean other pictures.
+    """
+
+    tokenizer: str = ""
+    codec: str = ""
+
+    def save(self, folder: Path) -> None:
+        """Write them into a data folder."""
+        write_whole(folder / _ENCODERS_FILE, self.model_dump_json() + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Encoders | None":
+        """Those of a data folder; None where none were saved."""
+        return read_config(cls, folder / _ENCODERS_FILE)
+
+    def differences(self, other: "Encoders") -> str:
+        """What differs, for a message; empty if nothing does."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        return ", ".join(
+            f"{key} ({mine[key] or 'none'} and {theirs[key] or 'none'})"
+            for key in mine
+            if mine[key] != theirs[key]
+        )
+
+
+class Part(Config):
+    """A range of a source's rows that is encoded and on disk.
+
+    Attributes:
+        first, stop: the rows `first` … `stop` − 1, rejected ones among them, counted from 0.
+        counts: what each split holds of them.
+        rejected: how many were rejected.
+    """
+
+    first: int
+    stop: int
+    counts: dict[str, Counts]
+    rejected: int
+
+
+class ShardInfo(Config):
+    """What a folder of shards holds, and what it was made from; stored as `shard.json`.
+
+    Attributes:
+        source: name of the source.
+        settings: digest of the source's settings and files, and the held-out share.
+        fingerprint: the vocabulary's.
+        encoders: digests of the tokenizer and the codec.
+        counts: what each split holds.
+        rejected: rows that were set aside.
+        parts: the rows of the source, in order; each has a file for every split it has documents
+            of.
+    """
+
+    source: str
+    settings: str
+    fingerprint: str
+    encoders: Encoders = Encoders()
+    counts: dict[str, Counts] = dict.fromkeys(SPLITS, Counts())
+    rejected: int = 0
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def total(self) -> Counts:
+        """All splits together."""
+        return sum_counts(self.counts.values())
+
+    @property
+    def rows(self) -> int:
+        """Rows of the source, rejected ones included."""
+        return self.parts[-1].stop if self.parts else 0
+
+    def with_parts(self, parts: Sequence[Part]) -> "ShardInfo":
+        """The same source and encoders with these parts."""
+        counts = {split: sum_counts(part.counts[split] for part in parts) for split in SPLITS}
+        rejected = sum(part.rejected for part in parts)
+        changes = {"counts": counts, "rejected": rejected, "parts": tuple(parts)}
+        return self.model_copy(update=changes)
+
+    def same_origin(self, other: "ShardInfo") -> bool:
+        """Whether both were made from the same documents with the same encoders."""
+        return self.with_parts(()) == other.with_parts(())
+
+    def files(self, folder: Path, split: str) -> list[Path]:
+        """The Arrow files of a split, in the order of the documents."""
+        return [
+            folder / file_name(split, number)
+            for number, part in enumerate(self.parts)
+            if part.counts[split].documents
+        ]
+
+
+def sum_counts(counts: Iterable[Counts]) -> Counts:
+    """The sum of any number of counts."""
+    total = Counts()
+    for count in counts:
+        total = total.plus(count)
+    return total
+
+
+class Shard:
+    """The encoded documents of one split, memory-mapped, over any number of files.
+
+    Attributes:
+        pictures: number of pictures of each document, int32 of shape [documents].
+    """
+
+    def __init__(self, paths: Sequence[Path], features: datasets.Features) -> None:
+        self._paths, self._features = paths, features
+        tables = [_open_table(path) for path in paths]
+        self.pictures: np.ndarray = np.concatenate(
+            [np.empty(0, np.int32), *(table.column("pictures").to_numpy() for table in tables)]
+        )
+        # Views of the mapped files: a document is a slice, without going through Python lists.
+        chunks = [chunk for table in tables for chunk in table.column("ids").chunks]
+        self._flat = [chunk.values.to_numpy() for chunk in chunks]
+        self._bounds = [chunk.offsets.to_numpy() for chunk in chunks]
+        self._first_row = np.cumsum([0, *(len(chunk) for chunk in chunks)])
+        # What each file says it was made from.
+        self.origins: list[dict[str, Any]] = [
+            json.loads(table.schema.metadata[METADATA_KEY]) for table in tables
+        ]
+
+    def __len__(self) -> int:
+        return int(self._first_row[-1])
+
+    def ids(self, row: int) -> np.ndarray:
+        """Token ids of a document, unsigned integers of shape [tokens]; a read-only view."""
+        chunk = int(np.searchsorted(self._first_row, row, side="right")) - 1
+        at = row - self._first_row[chunk]
+        return self._flat[chunk][self._bounds[chunk][at] : self._bounds[chunk][at + 1]]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int32 of shape [documents]."""
+        return np.concatenate([np.empty(0, np.int32), *map(np.diff, self._bounds)])
+
+    @cached_property
+    def dataset(self) -> datasets.Dataset:
+        """The rows as a Hugging Face dataset: `ids`, `pictures`, `name`."""
+        if not self._paths:
+            return datasets.Dataset.from_dict(
+                {name: [] for name in self._features}, features=self._features
+            )
+        return datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(str(path)) for path in self._paths]
+        )
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of one source.
+
+    Attributes:
+        info: what they hold.
+        splits: a shard for each name in `SPLITS`.
+    """
+
+    info: ShardInfo
+    splits: dict[str, Shard]
+
+
+def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None = None) -> Shards:
+    """Open the shards of one source.
+
+    Args:
+        folder: the source's folder.
+        vocabulary: the ids that they must have been encoded with.
+        encoders: the tokenizer and codec that they must have been encoded with; None accepts any.
+
+    Raises:
+        UserError: they are missing, incomplete or damaged, or were encoded with another
+            vocabulary, tokenizer or codec.
+    """
+    info = read_info(folder)
+    if info is None:
+        raise UserError(f"{folder}: no complete shards here; run `moma prepare`")
+    again = "run `moma prepare` again or use the tokenizer and codec that it was encoded with"
+    if info.fingerprint != vocabulary.fingerprint:
+        theirs = Vocabulary.load(folder / VOCABULARY_FILE)
+        raise UserError(
+            f"{folder}: encoded with vocabulary {info.fingerprint}, but {vocabulary.fingerprint} "
+            f"is asked for; they differ in {theirs.differences(vocabulary)}; {again}"
+        )
+    if encoders is not None and info.encoders != encoders:
+        raise UserError(
+            f"{folder}: encoded with another {info.encoders.differences(encoders)}; {again}"
+        )
+    try:
+        splits = {
+            split: Shard(info.files(folder, split), shard_features(vocabulary)) for split in SPLITS
+        }
+    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        raise UserError(f"{folder}: damaged ({error}); delete it, run `moma prepare`") from error
+    for split, shard in splits.items():
+        _check_files(folder, info, split, shard)
+    return Shards(info, splits)
+
+
+def shard_features(vocabulary: Vocabulary) -> datasets.Features:
+    """The columns: ids in the smallest type that holds the vocabulary."""
+    smallest = np.min_scalar_type(vocabulary.size - 1)
+    return datasets.Features(
+        {
+            "ids": datasets.List(datasets.Value(smallest.name)),
+            "pictures": datasets.Value("int32"),
+            "name": datasets.Value("string"),
+        }
+    )
+
+
+def read_info(folder: Path) -> ShardInfo | None:
+    """What a folder of shards holds; None if it is not whole."""
+    return read_config(ShardInfo, folder / INFO_FILE)
+
+
+def read_config(schema: type[AnyConfig], path: Path) -> AnyConfig | None:
+    """A configuration stored as JSON; None if the file is missing or holds something else."""
+    try:
+        return schema.model_validate_json(path.read_text())
+    except (OSError, ValidationError):
+        return None
+
+
+def file_name(split: str, part: int) -> str:
+    """Name of the Arrow file of a split and part."""
+    return f"{split}-{part:05}.arrow"
+
+
+def file_origin(info: ShardInfo) -> dict[str, str]:
+    """What the metadata of a source's files says they were made from."""
+    return {
+        "source": info.source,
+        "settings": info.settings,
+        "vocabulary": info.fingerprint,
+        **info.encoders.model_dump(),
+    }
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, also after a power cut."""
+    unfinished = path.with_name(path.name + UNFINISHED)
+    with unfinished.open("wb") as file:
+        file.write(text.encode())
+        to_disk(file)
+    os.replace(unfinished, path)
+    sync_folder(path.parent)
+
+
+def to_disk(file: BinaryIO) -> None:
+    """Bring what was written to the disk itself."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Bring the names of a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _open_table(path: Path) -> pa.Table:
+    with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
+        return stream.read_all()
+
+
+def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> None:
+    """Refuse files that came from elsewhere or lost their end."""
+    for path, found in zip(info.files(folder, split), shard.origins, strict=True):
+        wrong = [
+            f"{key} ({found.get(key)} and {value})"
+            for key, value in file_origin(info).items()
+            if found.get(key) != value
+        ]
+        if wrong:
+            raise UserError(
+                f"{path}: does not belong to {INFO_FILE} beside it; they differ in "
+                f"{', '.join(wrong)}; delete {folder}, run `moma prepare`"
+            )
+    counts = info.counts[split]
+    found_counts = Counts(
+        documents=len(shard),
+        tokens=int(shard.lengths.sum(dtype=np.int64)),
+        pictures=int(shard.pictures.sum(dtype=np.int64)),
+    )
+    if found_counts != counts:
+        raise UserError(
+            f"{folder}: damaged ({split} has {found_counts.documents} documents and "
+            f"{found_counts.tokens} tokens of {counts.documents} and {counts.tokens}); "
+            "delete it, run `moma prepare`"
+        )

@@ -1,0 +1,244 @@
+"""Parquet, JSON Lines, Arrow and CSV files, and data sets of the Hugging Face hub.
+
+All of them are opened by the library `datasets`. Pictures stay as they are stored; rows that are
+not streamed are read again when a picture is needed, so that none waits in memory.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from os.path import commonpath
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import datasets
+from PIL import Image
+from pydantic import model_validator
+
+from moma.data.documents import Document, Picture, Rejected, SourceName
+from moma.data.pictures import read_picture
+from moma.data.sources.interleaved import Part, name_of, parts_of, segments_of
+from moma.data.sources.reading import (
+    CaptionReaderConfig,
+    attempt,
+    digest,
+    inside,
+    matching,
+    stamp_of,
+    text_of,
+)
+from moma.errors import UserError
+
+_BUILDERS = {
+    "parquet": "parquet",
+    "jsonl": "json",
+    "json": "json",
+    "arrow": "arrow",
+    "csv": "csv",
+}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_CHUNK_ROWS = 16
+
+
+class DatasetConfig(CaptionReaderConfig):
+    """Rows of a data set: local files, a folder of them, or a name on the hub.
+
+    A row is a text (no `image_column`), a picture with its caption, two aligned lists of texts and
+    pictures, or segments (`segments_column`), both as in `interleaved`. A picture is bytes, or a
+    `{bytes, path}` as `datasets` stores it, or a path relative to the files' common folder, which
+    it does not leave. A document is named by a digest of its content; captions of the same picture
+    are held out together.
+
+    Attributes:
+        path: a file or pattern (`.parquet`, `.jsonl`, `.json`, `.arrow`, `.csv`), a folder that
+            `datasets` can load, or a name on the hub such as `owner/name`.
+        subset: the data set's configuration, where it has several.
+        split: the split, or a part of it such as `train[:1000]`.
+        revision: commit of the hub's repository; without it, what is newest.
+        text_column: the column of texts or captions.
+        image_column: the column of pictures; left out, rows are text.
+        segments_column: the column of segments, instead of both.
+        streaming: read rows as they arrive, without a copy on this machine's disk. Pictures then
+            wait in memory, as they are stored, for as long as their documents are held.
+    """
+
+    kind: Literal["dataset"] = "dataset"
+    name: SourceName = "dataset"
+    path: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_column: str = "text"
+    image_column: str | None = None
+    segments_column: str | None = None
+    streaming: bool = False
+
+    @model_validator(mode="after")
+    def _one_layout(self) -> Self:
+        if self.segments_column is not None and self.image_column is not None:
+            raise ValueError("give segments_column or image_column, not both")
+        return self
+
+    @property
+    def _columns(self) -> list[str]:
+        if self.segments_column is not None:
+            return [self.segments_column]
+        return [column for column in (self.text_column, self.image_column) if column is not None]
+
+    def _rows(self) -> Iterator[Document | Rejected]:
+        stamp, folder = self.stamp(), self._folder
+        for number, values in enumerate(self._values(stamp)):
+            row = _Row(values, number, stamp, folder, f"{self.path}, row {number + 1}")
+            yield attempt(row.place, partial(self._document, row))
+
+    def stamp(self) -> str:
+        """Changes when the size or time of a local file does; of the hub, it tells nothing.
+
+        Give a `revision` for what may change there.
+        """
+        files = self._files()
+        if files:
+            return stamp_of(files)
+        folder = Path(self.path)
+        return stamp_of(sorted(p for p in folder.rglob("*") if p.is_file()))
+
+    def _files(self) -> list[Path]:
+        """The local files; none for a folder or a name on the hub."""
+        return matching(Path(self.path)) if self._ending in _BUILDERS else []
+
+    @property
+    def _ending(self) -> str:
+        """The path's ending in lower case, without that of a compression."""
+        return re.sub(r"\.(gz|zst|xz|bz2)$", "", self.path.lower()).rpartition(".")[2]
+
+    @property
+    def _folder(self) -> Path:
+        """What relative paths of pictures are relative to, and do not leave."""
+        files = self._files()
+        if files:
+            return Path(commonpath([file.absolute().parent for file in files]))
+        path = Path(self.path)
+        # Pictures of the hub lie in the library's own cache.
+        return path if path.is_dir() else Path(datasets.config.HF_CACHE_HOME)
+
+    def _values(self, stamp: str) -> Iterator[dict[str, Any]]:
+        """The rows' columns, pictures undecoded."""
+        opened = _open(self, stamp)
+        try:
+            for table in opened.iter(batch_size=_CHUNK_ROWS):
+                yield from table.to_pylist()
+        except Exception as error:  # whatever the file, the network and the library raise
+            raise UserError(f"{self.path}: cannot read it ({error})") from error
+
+    def _document(self, row: "_Row") -> Document:
+        if self.segments_column is None and self.image_column is None:
+            text = text_of(row.values, self.text_column)
+            return Document(digest(text), (text,), row=row.place)
+        parts = self._parts(row.values)
+        stored = [(kind, self._stored(v) if kind == "image" else v) for kind, v in parts]
+        segments = segments_of(stored, partial(self._picture_of, row))
+        name = name_of(stored)
+        if not self._is_captioned(row.values):
+            return Document(name, segments, row=row.place)
+        caption, picture = segments
+        assert isinstance(caption, str) and isinstance(picture, Picture)
+        return Document(
+            name,
+            self._ordered(name, caption, picture),
+            row=row.place,
+            held_out_with=name_of([part for part in stored if part[0] == "image"]),
+        )
+
+    def _is_captioned(self, values: dict[str, Any]) -> bool:
+        return self.image_column is not None and not isinstance(values[self.image_column], list)
+
+    def _parts(self, values: dict[str, Any]) -> list[Part]:
+        if self.image_column is None:
+            return parts_of({"segments": values[self.segments_column or ""]})
+        image = values[self.image_column]
+        if isinstance(image, list):
+            return parts_of({"texts": values[self.text_column], "images": image})
+        if image is None:
+            raise UserError(f"has no picture under '{self.image_column}'")
+        return [("text", text_of(values, self.text_column)), ("image", image)]
+
+    def _stored(self, value: Any) -> bytes | str:
+        """A picture as its bytes, or the name of its file."""
+        if isinstance(value, dict):
+            value = value.get("bytes") or value.get("path")
+        if not isinstance(value, (bytes, str)) or not value:
+            raise UserError("a picture is neither bytes nor a path; see the columns' names")
+        return value
+
+    def _picture_of(self, row: "_Row", which: int, stored: bytes | str) -> Picture:
+        name = f"{row.place}, picture {which}"
+        if isinstance(stored, str):
+            return self._picture(inside(row.folder, stored), name)
+        if self.streaming:
+            read = partial(read_picture, stored, name, max_pixels=self.max_pixels)
+        else:
+            read = partial(_read_cell, self, row.stamp, row.number, which - 1, name)
+        return Picture(name, read)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row of a data set, with what it takes to find it again.
+
+    Attributes:
+        values: its columns.
+        number: its number, from 0.
+        stamp: of the data set.
+        folder: what paths of pictures are relative to.
+        place: for messages.
+    """
+
+    values: dict[str, Any]
+    number: int
+    stamp: str
+    folder: Path
+    place: str
+
+
+def _read_cell(config: DatasetConfig, stamp: str, row: int, which: int, place: str) -> Image.Image:
+    """Read a picture of a row; the row is read again, so as not to be kept."""
+    (values,) = _open(config, stamp)[row : row + 1].to_pylist()
+    images = [value for kind, value in config._parts(values) if kind == "image"]
+    stored = config._stored(images[which])
+    assert isinstance(stored, bytes)
+    return read_picture(stored, place, max_pixels=config.max_pixels)
+
+
+@lru_cache(maxsize=8)
+def _open(config: DatasetConfig, stamp: str) -> Any:
+    """The columns that are read, as Arrow tables; the stamp is there to open changed files anew."""
+    try:
+        opened = _load(config)
+        found = opened.column_names or config._columns
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file, the network and the library raise
+        raise UserError(f"{config.path}: `datasets` cannot open it ({error})") from error
+    missing = [column for column in config._columns if column not in found]
+    if missing:
+        raise UserError(
+            f"{config.path}: has no column '{missing[0]}'; the columns are: {', '.join(found)}"
+        )
+    # Arrow's own values: `datasets` would decode pictures, wherever their paths lead.
+    return opened.select_columns(config._columns).with_format("arrow")
+
+
+def _load(config: DatasetConfig) -> Any:
+    files = [str(file) for file in config._files()]
+    if not files and not Path(config.path).is_dir() and not _HUB_NAME.fullmatch(config.path):
+        raise UserError(
+            f"{config.path}: is no file that ends in {', '.join(_BUILDERS)}, no folder, and no "
+            "name on the hub such as owner/name; check the source's 'path'"
+        )
+    where: dict[str, Any] = {"path": config.path, "name": config.subset}
+    if files:
+        where = {"path": _BUILDERS[config._ending], "data_files": files}
+    return datasets.load_dataset(
+        **where, split=config.split, revision=config.revision, streaming=config.streaming
+    )

@@ -1,0 +1,255 @@
+"""A folder of HTML pages with pictures, each page walked in reading order.
+
+page → elements, without navigation → lines of text and pictures, without decoration → document
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote, urlsplit
+
+from lxml import etree
+from pydantic import Field
+
+from moma.data.documents import Document, Picture, Rejected, Segment, SourceName
+from moma.data.pictures import SUFFIXES, picture_size
+from moma.data.sources.reading import (
+    MAX_ROW_BYTES,
+    PictureReaderConfig,
+    attempt,
+    checked_text,
+    files_below,
+    inside,
+    stamp_of,
+)
+from moma.errors import UserError
+
+_PAGES = (".html", ".htm", ".xhtml")
+_NEVER_SHOWN = frozenset(
+    {
+        *("head", "script", "style", "noscript", "template", "iframe", "object", "svg"),
+        *("nav", "footer", "aside", "form", "button", "select", "textarea"),
+    }
+)
+_NAVIGATION_ROLES = frozenset({"navigation", "banner", "contentinfo", "search", "menu"})
+# A `header` inside of these holds a headline, elsewhere it is the site's.
+_CONTENT = ("article", "main", "section")
+_BLOCKS = frozenset(
+    {
+        *("address", "article", "blockquote", "body", "br", "caption", "dd", "div", "dl", "dt"),
+        *("fieldset", "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr"),
+        *("li", "main", "ol", "p", "section", "table", "tbody", "thead", "tfoot", "tr", "ul"),
+    }
+)
+_CELLS = ("td", "th")
+
+
+class HtmlConfig(PictureReaderConfig):
+    """A folder of HTML pages with pictures; every page is a document, named by its path.
+
+    Navigation, headers, footers and what is never shown are left out: elements such as `nav`, and
+    those with one of `drop_classes`. So are decorations: pictures with a side under `min_side`,
+    those on more than `max_page_share` of the pages (and on more than one page), SVG drawings, and
+    pictures that are not files of the folder but lie in the web or in the page.
+
+    Attributes:
+        path: the folder; folders below it are read too, hidden ones are not.
+        min_side: shortest side of a picture in pixels.
+        max_page_share: largest share of the pages that may show a picture.
+        drop_classes: classes of elements to leave out.
+    """
+
+    kind: Literal["html"] = "html"
+    name: SourceName = "html"
+    path: Path
+    min_side: int = Field(default=64, ge=1)
+    max_page_share: float = Field(default=0.02, gt=0, le=1)
+    drop_classes: tuple[str, ...] = (
+        *("nav", "navbar", "navheader", "navfooter", "navigation", "breadcrumb", "breadcrumbs"),
+        *("menu", "sidebar", "toc", "footer"),
+    )
+
+    def _rows(self) -> Iterator[Document | Rejected]:
+        pages = self._pages()
+        shown_on: Counter[Path] = Counter()
+        for page in pages:
+            shown_on.update(self._pictures_on(page))
+        most = max(1, self.max_page_share * len(pages))
+        # A picture on many pages is measured once; that of one page is not remembered for long.
+        large = lru_cache(maxsize=4096)(self._is_large)
+
+        def is_content(path: Path) -> bool:
+            return shown_on[path] <= most and large(path)
+
+        for page in pages:
+            yield attempt(str(page), partial(self._document, page, is_content))
+
+    def stamp(self) -> str:
+        """Changes when pages or pictures come or go, or the size or time of one does."""
+        kinds = (*_PAGES, *SUFFIXES)
+        return stamp_of(p for p in files_below(self.path) if p.suffix.lower() in kinds)
+
+    def _pages(self) -> list[Path]:
+        pages = [path for path in files_below(self.path) if path.suffix.lower() in _PAGES]
+        if not pages:
+            raise UserError(f"{self.path}: holds no HTML page; check the source's 'path'")
+        return pages
+
+    def _pictures_on(self, page: Path) -> set[Path]:
+        try:
+            return {part for part in self._parts(page) if isinstance(part, Path)}
+        except UserError:
+            return set()  # rejected when its document is made
+
+    def _is_large(self, path: Path) -> bool:
+        size = picture_size(path)
+        # What has no size is missing or damaged: reading it will say so.
+        return size is None or min(size) >= self.min_side
+
+    def _document(self, page: Path, is_content: Callable[[Path], bool]) -> Document:
+        name = checked_text(page.relative_to(self.path).as_posix(), "of its name")
+        text = _Text()
+        segments: list[Segment] = []
+        for part in self._parts(page):
+            if isinstance(part, str):
+                text.add(part)
+            elif isinstance(part, _Preformatted):
+                text.add_lines(part.lines)
+            elif part is None:
+                text.end_line()
+            elif is_content(part):
+                segments += [
+                    *text.take(),
+                    self._picture(part, str(page), "remove it from the page"),
+                ]
+        segments += text.take()
+        if not segments:
+            raise UserError("no text and no picture is left of it; remove the page")
+        for segment in segments:
+            if not isinstance(segment, Picture):
+                checked_text(segment, "of the page")
+        return Document(name=name, segments=tuple(segments), row=str(page))
+
+    def _parts(self, page: Path) -> Iterator["str | _Preformatted | Path | None"]:
+        """Text, pictures' files, and None where a line ends, in reading order."""
+        walk = etree.iterwalk(_parse(page, self.path), events=("start", "end"))
+        for event, element in walk:
+            if event == "start" and self._is_dropped(element):
+                walk.skip_subtree()
+                continue
+            if element.tag in _BLOCKS:
+                yield None
+            if event == "start" and element.tag == "pre":
+                walk.skip_subtree()
+                yield from _preformatted(element)
+            elif event == "start":
+                yield from _text_and_picture(element, page, self.path)
+            else:
+                if element.tag in _CELLS:
+                    yield " "
+                yield element.tail or ""
+
+    def _is_dropped(self, element: Any) -> bool:
+        if element.tag in _NEVER_SHOWN or element.get("role") in _NAVIGATION_ROLES:
+            return True
+        if element.tag == "header" and next(element.iterancestors(*_CONTENT), None) is None:
+            return True
+        hidden = element.get("hidden") is not None or element.get("aria-hidden") == "true"
+        return hidden or not set(self.drop_classes).isdisjoint(element.get("class", "").split())
+
+
+@dataclass(frozen=True)
+class _Preformatted:
+    """Text whose white space counts."""
+
+    lines: str
+
+
+class _Text:
+    """Text between two pictures: lines without surplus white space."""
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+        self._lines: list[str] = []
+
+    def add(self, text: str) -> None:
+        self._pieces.append(text)
+
+    def add_lines(self, lines: str) -> None:
+        self.end_line()
+        self._lines.append(lines)
+
+    def end_line(self) -> None:
+        line = " ".join("".join(self._pieces).split())
+        self._pieces = []
+        if line:
+            self._lines.append(line)
+
+    def take(self) -> list[str]:
+        """The text so far, if there is any; begins anew."""
+        self.end_line()
+        text, self._lines = "\n".join(self._lines), []
+        return [text] if text else []
+
+
+def _parse(page: Path, folder: Path) -> Any:
+    inside(folder, str(page.relative_to(folder)))
+    try:
+        if page.stat().st_size > MAX_ROW_BYTES:
+            raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; break it up or remove it")
+        data = page.read_bytes()
+        encoding = _encoding(data)
+        parser = etree.HTMLParser(
+            remove_comments=True, remove_pis=True, no_network=True, encoding=encoding
+        )
+        root = etree.fromstring(data, parser)
+    except (OSError, LookupError, etree.LxmlError) as error:
+        raise UserError(f"cannot read it ({error}); save it again as UTF-8") from error
+    if root is None:
+        raise UserError("holds nothing; remove the page")
+    return root
+
+
+def _encoding(data: bytes) -> str | None:
+    """UTF-8 if it is, else None: as the page itself says."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return None
+    return "utf-8"
+
+
+def _preformatted(element: Any) -> Iterator[_Preformatted]:
+    text = "".join(element.itertext()).strip("\r\n").rstrip()
+    if text:
+        yield _Preformatted(text)
+
+
+def _text_and_picture(element: Any, page: Path, folder: Path) -> Iterator[str | Path]:
+    if element.tag == "img":
+        source = (element.get("src") or "").strip()
+        picture = _picture_path(source, page, folder)
+        if picture is not None:
+            yield picture
+    yield element.text or ""
+
+
+def _picture_path(source: str, page: Path, folder: Path) -> Path | None:
+    """The picture's file; None if it is none, but lies in the web or in the page.
+
+    Raises:
+        UserError: the path leads out of the folder.
+    """
+    try:
+        address = urlsplit(source)
+    except ValueError:
+        return None
+    name = unquote(address.path)
+    if address.scheme or address.netloc or not name or name.lower().endswith(".svg"):
+        return None
+    if name.startswith("/"):
+        return inside(folder, name.lstrip("/"))
+    return inside(folder, str(page.parent.relative_to(folder) / name))

@@ -1,0 +1,271 @@
+"""What the `transformers` port of Chameleon keeps in a folder, and what ours calls it.
+
+The port rotates the halves of a head, as ours does, so weights differ by their names alone. Norms
+stand before attention and feed-forward, or after them with `swin_norm`; queries and keys have a
+LayerNorm with a weight and a bias for every head.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from moma.errors import UserError
+from moma.model.architecture import ModelConfig
+from moma.recipe import Config, check
+from moma.tokenizers.image import CodecConfig
+from moma.tokenizers.names import CHAMELEON
+from moma.vocabulary import Vocabulary
+
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+PICTURE_PREFIX = "model.vqmodel."
+_LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
+# The id that stands for a picture in a prompt of the port, and what Chameleon had reserved it as.
+_PLACEHOLDER, _RESERVED = "<image>", "<reserved:0>"
+
+_TOP_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+_LAYER_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "experts_norm.weight": "post_attention_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.query_norm.bias": "self_attn.q_norm.bias",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
+    "attention.key_norm.bias": "self_attn.k_norm.bias",
+    "experts.groups.0.gate.weight": "mlp.gate_proj.weight",
+    "experts.groups.0.up.weight": "mlp.up_proj.weight",
+    "experts.groups.0.down.weight": "mlp.down_proj.weight",
+}
+
+
+class _Section(Config):
+    """A part of `config.json`: what is left out has the port's default, more is not read."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Rope(_Section):
+    rope_type: Literal["default"] = "default"
+    type: Literal["default"] = "default"
+    rope_theta: float | None = None
+
+
+class _Pictures(_Section):
+    resolution: int = 512
+    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)
+
+    @property
+    def codes_per_image(self) -> int:
+        return (self.resolution // 2 ** (len(self.channel_multiplier) - 1)) ** 2
+
+
+class PortConfig(_Section):
+    """The port's `config.json`, as far as it decides what is computed.
+
+    Fields with a single value are choices that ours does not have.
+    """
+
+    model_type: Literal["chameleon"]
+    vocab_size: int = 65_536
+    hidden_size: int = 4096
+    intermediate_size: int = 11_008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    swin_norm: bool | None = False
+    rope_parameters: _Rope | None = None
+    rope_scaling: _Rope | None = None
+    rope_theta: float = 10_000.0
+    attention_dropout: float | None = 0.0
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] | None = False
+    mlp_bias: Literal[False] = False
+    tie_word_embeddings: Literal[False] = False
+    vocabulary_map: dict[str, int] = Field(min_length=1)
+    vq_config: _Pictures = _Pictures()
+
+
+def read_port_config(folder: Path) -> PortConfig:
+    """Read the `config.json` of a folder.
+
+    Raises:
+        UserError: there is none, or it describes something else than a Chameleon like ours.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read ({error.strerror}); name a folder that `transformers` wrote"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    return check(PortConfig, values, str(path))
+
+
+def model_config(port: PortConfig, where: str) -> ModelConfig:
+    """Our shape of the same model.
+
+    Raises:
+        UserError: there is no such model; the message begins with `where`.
+    """
+    grouped = port.num_key_value_heads != port.num_attention_heads
+    rope = port.rope_parameters or port.rope_scaling or _Rope()
+    values = {
+        "groups": "dense",
+        "dim": port.hidden_size,
+        "layers": port.num_hidden_layers,
+        "heads": port.num_attention_heads,
+        "kv_heads": port.num_key_value_heads if grouped else None,
+        "hidden": port.intermediate_size,
+        "norm": "swin" if port.swin_norm else "pre",
+        "norm_epsilon": port.rms_norm_eps,
+        "rope_theta": port.rope_theta if rope.rope_theta is None else rope.rope_theta,
+    }
+    return check(ModelConfig, values, where)
+
+
+def require_expressible(config: ModelConfig, where: str) -> None:
+    """Refuse an architecture that Chameleon does not have.
+
+    Raises:
+        UserError: naming what it lacks.
+    """
+    groups = config.group_list
+    lacks = [
+        name
+        for name, found in {
+            "experts": len(groups) > 1 or groups[0].experts > 1,
+            "mixture-of-depths": bool(config.depth_layers),
+            "attention without query_key_norm": not config.query_key_norm,
+            "tied_embeddings (here they are scaled)": config.tied_embeddings,
+        }.items()
+        if found
+    ]
+    if lacks:
+        raise UserError(f"{where}: Chameleon has no {', no '.join(lacks)}; export a dense run")
+
+
+def port_names(layers: int) -> dict[str, str]:
+    """The port's name of every weight of a dense model, by ours."""
+    return _TOP_NAMES | {
+        f"layers.{number}.{ours}": f"model.layers.{number}.{theirs}"
+        for number in range(layers)
+        for ours, theirs in _LAYER_NAMES.items()
+    }
+
+
+def chameleon_spelling(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int, str]:
+    """Chameleon's name of every id that is no text, and of the id for a picture in a prompt.
+
+    Args:
+        ids: all names in the tokenizer, spelled our way or Chameleon's.
+        vocabulary: which of the ids is what.
+    """
+    special = (
+        vocabulary.beginning,
+        vocabulary.end,
+        vocabulary.padding,
+        vocabulary.begin_image,
+        vocabulary.end_image,
+    )
+    names = dict(zip(special, CHAMELEON.special, strict=True))
+    for code, id_ in enumerate(vocabulary.image_codes):
+        names[id_] = f"IMGIMG{str(code).translate(_LETTERS)}Z"
+    if ids.get(_PLACEHOLDER) in (None, vocabulary.begin_image) and _RESERVED in ids:
+        names[ids[_RESERVED]] = _PLACEHOLDER
+    return names
+
+
+def respell(tokenizer_json: str, names: dict[int, str]) -> str:
+    """A `tokenizer.json` in which some ids have other names."""
+    content = json.loads(tokenizer_json)
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {names.get(id_, name): id_ for name, id_ in vocabulary.items()}
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["id"], token["content"])
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+
+
+def port_config(
+    model: ModelConfig,
+    vocabulary: Vocabulary,
+    names: dict[str, int],
+    context: int,
+    dtype: str,
+    pictures: dict[str, Any],
+) -> dict[str, Any]:
+    """The port's `config.json` for a dense model.
+
+    Args:
+        model, vocabulary: of the run.
+        names: ids by their names in Chameleon's spelling.
+        context: most tokens of a sequence.
+        dtype: type of the weights, by PyTorch's name.
+        pictures: what `vq_config` gives.
+    """
+    return {
+        "architectures": ["ChameleonForConditionalGeneration"],
+        "model_type": "chameleon",
+        "dtype": dtype,
+        "vocab_size": vocabulary.size,
+        "hidden_size": model.dim,
+        "intermediate_size": model.hidden_width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.key_heads,
+        "max_position_embeddings": context,
+        "rms_norm_eps": model.norm_epsilon,
+        "swin_norm": model.norm == "swin",
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "tie_word_embeddings": False,
+        "bos_token_id": vocabulary.beginning,
+        "eos_token_id": vocabulary.end,
+        "pad_token_id": vocabulary.padding,
+        "vocabulary_map": names,
+        "vq_config": pictures,
+    }
+
+
+def vq_config(codec: CodecConfig) -> dict[str, Any]:
+    """The port's `vq_config` for a codec of Chameleon's layout.
+
+    Raises:
+        UserError: the widths of its blocks are no multiples of the first.
+    """
+    base = codec.block_channels[0]
+    if any(width % base for width in codec.block_channels):
+        raise UserError("Chameleon's layout needs block_channels that are multiples of the first")
+    return {
+        "resolution": codec.picture_size,
+        "base_channels": base,
+        "channel_multiplier": [width // base for width in codec.block_channels],
+        "num_res_blocks": codec.layers_per_block,
+        "latent_channels": codec.latent_channels,
+        "embed_dim": codec.code_channels,
+        "num_embeddings": codec.codebook_size,
+        "attn_type": "vanilla" if codec.middle_attention else "none",
+    }
+
+
+def small_vq_config(vocabulary: Vocabulary) -> dict[str, Any]:
+    """The smallest `vq_config` that gives as many codes, where there are no picture weights."""
+    return {
+        "resolution": round(vocabulary.codes_per_image**0.5),
+        "base_channels": 32,
+        "channel_multiplier": [1],
+        "num_res_blocks": 1,
+        "latent_channels": 32,
+        "embed_dim": 32,
+        "num_embeddings": len(vocabulary.image_codes),
+    }

@@ -1,0 +1,205 @@
+"""What makes an image codec's reconstructions look right: perceptual and adversarial losses.
+
+Both are off unless a recipe asks for them. Sources: LPIPS (Zhang et al. 2018), whose features of
+VGG-16 are taken here without the learned weights of its channels; VQGAN (Esser et al. 2021) for
+the hinge loss and its adaptive weight; pix2pix (Isola et al. 2017) for the patch discriminator.
+
+Shape suffixes: B pictures, H × W pixels, C channels of a layer.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moma.errors import UserError
+from moma.recipe import Config
+
+# Mean and deviation of the pictures that VGG-16 was trained on, for colours from 0 to 1.
+_VGG_MEAN, _VGG_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Widths of VGG-16's convolutions in stages; between two stages the sides are halved.
+_VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+_LARGEST_ADAPTIVE_WEIGHT = 1e4
+
+
+class PerceptualConfig(Config):
+    """A loss on features of VGG-16.
+
+    Attributes:
+        weights: file with VGG-16's weights under torchvision's names (`features.0.weight`, …), as
+            safetensors or as saved by `torch.save`; without it there is no such loss.
+        weight: of the loss.
+    """
+
+    weights: Path | None = None
+    weight: float = Field(default=1.0, gt=0)
+
+
+class AdversarialConfig(Config):
+    """A discriminator of patches that the codec learns to deceive.
+
+    Attributes:
+        weight: of the loss; 0 trains without a discriminator.
+        start: the step from which it takes part, counted from 0.
+        adaptive: whether the weight is also scaled so that at the decoder's last layer the
+            adversarial gradient is as large as the reconstruction's (VQGAN Eq. 7).
+        width: channels of the discriminator's first layer; each further layer has twice as many,
+            up to eight times.
+        layers: layers that halve the sides.
+        learning_rate: of the discriminator.
+    """
+
+    weight: float = Field(default=0.0, ge=0)
+    start: int = Field(default=10_000, ge=0)
+    adaptive: bool = True
+    width: int = Field(default=64, ge=1)
+    layers: int = Field(default=3, ge=1)
+    learning_rate: float = Field(default=1e-4, gt=0)
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of two pictures' features at the end of each of VGG-16's stages.
+
+    Features are scaled to unit length across channels, so that every stage counts the same.
+    """
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = 3
+        for number, widths in enumerate(_VGG_STAGES):
+            layers += [nn.MaxPool2d(2)] if number else []
+            for width in widths:
+                layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
+                before = width
+        # The numbers of the layers are then torchvision's.
+        self.features = nn.Sequential(*layers)
+        self.register_buffer("mean", torch.tensor(_VGG_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer(
+            "deviation", torch.tensor(_VGG_DEVIATION).view(3, 1, 1), persistent=False
+        )
+        self.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, file: Path) -> "PerceptualLoss":
+        """Read VGG-16's weights.
+
+        Raises:
+            UserError: the file cannot be read, or holds other weights.
+        """
+        loss = cls()
+        try:
+            if file.suffix == ".safetensors":
+                weights = load_file(file)
+            else:
+                weights = torch.load(file, map_location="cpu", weights_only=True)
+            wanted = {name: weights[name] for name in loss.state_dict()}
+            loss.load_state_dict(wanted)
+        # Readers of damaged files raise nearly anything.
+        except Exception as error:
+            raise UserError(
+                f"{file}: not the weights of VGG-16 under torchvision's names ({error}); correct "
+                "codec_training.perceptual.weights or leave it out"
+            ) from error
+        return loss
+
+    def forward(self, drawn_B3HW: Tensor, pictures_B3HW: Tensor) -> Tensor:
+        """Mean over places and pictures of the squared distances, summed over stages; a scalar.
+
+        Args:
+            drawn_B3HW, pictures_B3HW: in [−1, 1], sides of at least 16.
+        """
+        both = torch.cat([drawn_B3HW, pictures_B3HW])
+        distance = both.new_zeros(())
+        for features_BCHW in self._stages(((both + 1) / 2 - self.mean) / self.deviation):
+            unit_BCHW = functional.normalize(features_BCHW.float(), dim=1, eps=1e-10)
+            drawn_BCHW, real_BCHW = unit_BCHW.chunk(2)
+            distance = distance + (drawn_BCHW - real_BCHW).square().sum(1).mean()
+        return distance
+
+    def _stages(self, pictures_B3HW: Tensor) -> Iterator[Tensor]:
+        values = pictures_B3HW
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                yield values
+            values = layer(values)
+        yield values
+
+
+class Adversary:
+    """The discriminator and its own training."""
+
+    def __init__(self, config: AdversarialConfig, picture_size: int, device: torch.device | str):
+        """Build it.
+
+        Raises:
+            UserError: the pictures are too small for so many layers.
+        """
+        if picture_size // 2**config.layers < 4:
+            raise UserError(
+                f"codec_training.adversarial.layers = {config.layers} is too many for pictures of "
+                f"{picture_size} pixels"
+            )
+        self.config = config
+        self.discriminator = _discriminator(config).to(device)
+        self.optimizer = torch.optim.Adam(
+            self.discriminator.parameters(), lr=config.learning_rate, betas=(0.5, 0.9)
+        )
+
+    def loss(self, drawn_B3HW: Tensor, reconstruction: Tensor, last_layer: Tensor) -> Tensor:
+        """The weighted loss of a codec whose drawings are told from pictures, a scalar.
+
+        Args:
+            drawn_B3HW: reconstructions.
+            reconstruction: the reconstruction loss, to which the adaptive weight compares.
+            last_layer: weight of the decoder's last layer.
+        """
+        self.discriminator.requires_grad_(False)
+        deception = -self.discriminator(drawn_B3HW).float().mean()
+        self.discriminator.requires_grad_(True)
+        weight: Tensor | float = self.config.weight
+        if self.config.adaptive:
+            norms = [
+                torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+                for loss in (reconstruction, deception)
+            ]
+            balance = norms[0] / (norms[1] + 1e-4)
+            weight = weight * balance.clamp(max=_LARGEST_ADAPTIVE_WEIGHT)
+        return weight * deception
+
+    def learn(self, drawn_B3HW: Tensor, pictures_B3HW: Tensor) -> Tensor:
+        """One step of the discriminator with the hinge loss, which is returned."""
+        real = self.discriminator(pictures_B3HW).float()
+        false = self.discriminator(drawn_B3HW.detach()).float()
+        loss = (functional.relu(1 - real).mean() + functional.relu(1 + false).mean()) / 2
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def _discriminator(config: AdversarialConfig) -> nn.Sequential:
+    """Convolutions that score overlapping patches: high for pictures, low for drawings."""
+    layers: list[nn.Module] = [nn.Conv2d(3, config.width, 4, 2, 1), nn.LeakyReLU(0.2)]
+    before = config.width
+    for number in range(1, config.layers + 1):
+        width = config.width * min(2**number, 8)
+        stride = 2 if number < config.layers else 1
+        layers += [
+            nn.Conv2d(before, width, 4, stride, 1, bias=False),
+            nn.InstanceNorm2d(width, affine=True),
+            nn.LeakyReLU(0.2),
+        ]
+        before = width
+    layers.append(nn.Conv2d(before, 1, 4, 1, 1))
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+    return nn.Sequential(*layers)

@@ -1,0 +1,33 @@
+"""Pictures as the codec sees them, without torch: processes that only read pictures start fast."""
+
+import numpy as np
+from PIL import Image
+
+# A line of pixels, its short side resized, would take gigabytes.
+_LONGEST = 8
+
+
+def square_pixels(picture: Image.Image, size: int) -> np.ndarray:
+    """The centre of a picture, uint8 of shape [size, size, 3].
+
+    Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
+    cropped.
+    """
+    layer = _without_far_ends(picture).convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    opaque = Image.alpha_composite(white, layer).convert("RGB")
+    scale = size / min(opaque.size)
+    width, height = (max(size, round(side * scale)) for side in opaque.size)
+    resized = opaque.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.array(resized.crop((left, top, left + size, top + size)))
+
+
+def _without_far_ends(picture: Image.Image) -> Image.Image:
+    """The middle of a very long picture: what is far from the centre is cropped in any case."""
+    short = min(picture.size)
+    width, height = (min(side, _LONGEST * short) for side in picture.size)
+    if (width, height) == picture.size:
+        return picture
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))

@@ -1,0 +1,36 @@
+"""Every kind of source: the recipes in the documentation, and what all have in common."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import TypeAdapter
+
+from moma.data import sources
+from moma.data.documents import SourceConfig
+
+KINDS = get_args(get_args(sources.AnySource)[0])
+DOCS = Path(__file__).parents[3] / "docs"
+
+
+def documented_sources():
+    for page in sorted(DOCS.glob("*.md")):
+        for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+            yield from tomllib.loads(block).get("data", {}).get("sources", ())
+
+
+def test_documented_sources_are_valid_and_show_every_kind_of_reader():
+    read = [TypeAdapter(sources.AnySource).validate_python(s) for s in documented_sources()]
+    assert {type(source) for source in read} >= set(KINDS) - {sources.DictionaryConfig}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_the_options_of_all_sources_and_its_keys_are_documented(kind):
+    assert issubclass(kind, SourceConfig)
+    keys = {field.alias or name for name, field in kind.model_fields.items()}
+    assert keys >= {"kind", "name", "weight", "max_pictures", "held_out"}
+    page = (DOCS / "recipes.md").read_text(encoding="utf-8")
+    assert not [key for key in keys if f"`{key}`" not in page]
+    assert f"| `{kind.model_fields['kind'].default}` |" in page

@@ -1,0 +1,146 @@
+"""The folder with a list of captions: what it yields, and what it says about bad rows."""
+
+import json
+import os
+import pickle
+
+import pytest
+from PIL import Image
+
+from moma.data.documents import Picture, Rejected, accepted, held_out_share, is_held_out
+from moma.data.sources import CaptionsConfig
+from moma.errors import UserError
+
+
+def captions_in(folder, rows, **settings):
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    (folder / "captions.jsonl").write_text("\n".join(lines) + "\n")
+    return CaptionsConfig(path=folder, **settings)
+
+
+def pictures_of(source):
+    return [
+        part
+        for document in accepted(source.documents())
+        for part in document.segments
+        if isinstance(part, Picture)
+    ]
+
+
+def test_captions_become_documents_with_their_picture(tmp_path):
+    Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "caption": f"red {number}", "licence": "x"} for number in range(400)]
+    documents = list(accepted(captions_in(tmp_path, rows).documents()))
+    assert [doc.name for doc in documents] == ["a.png"] * 400
+    first = [doc for doc in documents if isinstance(doc.segments[0], str)]
+    assert 0.65 < len(first) / 400 < 0.85
+    picture = next(part for part in documents[0].segments if isinstance(part, Picture))
+    assert picture.read().size == (3, 2)
+    assert "captions.jsonl, row 1" in picture.name
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_caption_first_is_a_share(tmp_path, share):
+    rows = [{"image": str(number), "caption": "b"} for number in range(50)]
+    source = captions_in(tmp_path, rows, caption_first=share)
+    assert all(
+        isinstance(doc.segments[0], str) == bool(share) for doc in accepted(source.documents())
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"image": "a.png",', r"^not valid JSON .*mend or remove"),
+        ("[" * 200_000, "^not valid JSON"),
+        ('["a.png"]', "^no JSON object; write one"),
+        ({"image": "a.png"}, "^needs a text under 'caption'; the keys there are: image"),
+        ({"image": 3, "caption": "b"}, "^needs a text under 'image'"),
+        ({"image": "a.png", "caption": "\ud800"}, "^the text under 'caption' is not valid"),
+        ({"image": "a\0.png", "caption": "b"}, "^the text under 'image' is not valid"),
+        ({"image": "../a.png", "caption": "b"}, r"^the image '\.\./a\.png' lies outside"),
+        ({"image": "/etc/passwd", "caption": "b"}, "lies outside .*copy it into"),
+        ({"image": "https://a.example/a.png", "caption": "b"}, "is a web address; fetch it"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_rejected_and_the_others_are_not(tmp_path, row, reason):
+    good = {"image": "a.png", "caption": "a"}
+    first, rejected, last = captions_in(tmp_path, [good, row, good]).documents()
+    assert first.name == last.name == "a.png"
+    assert isinstance(rejected, Rejected)
+    assert rejected.row == f"{tmp_path / 'captions.jsonl'}, row 2"
+    with pytest.raises(UserError, match=reason):
+        raise UserError(rejected.reason)
+
+
+def test_a_link_out_of_the_folder_is_rejected(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Image.new("RGB", (1, 1)).save(tmp_path / "secret.png")
+    (folder / "a.png").symlink_to(tmp_path / "secret.png")
+    (row,) = captions_in(folder, [{"image": "a.png", "caption": "a"}]).documents()
+    assert isinstance(row, Rejected) and "lies outside" in row.reason
+
+
+def test_pictures_are_read_only_when_asked_for_and_name_their_row(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    names = ["none.png", "text.png", "cut.png", "whole.png"]
+    source = captions_in(
+        tmp_path, [{"image": n, "caption": "c"} for n in names], max_pixels=64 * 64 - 1
+    )
+    messages = ["row 1: there is no .*none.png", "row 2: cannot read .*text", "row 3: ", "row 4: "]
+    for picture, message in zip(pictures_of(source), messages, strict=True):
+        with pytest.raises(UserError, match=message):
+            picture.read()
+
+
+def test_a_picture_can_be_read_in_another_process(tmp_path):
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    (picture,) = pictures_of(captions_in(tmp_path, [{"image": "a.png", "caption": "c"}]))
+    assert pickle.loads(pickle.dumps(picture)).read().size == (3, 2)
+
+
+def test_the_stamp_covers_the_list_and_its_pictures(tmp_path):
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    source = captions_in(tmp_path, [{"image": "a.png", "caption": "c"}, "no JSON"])
+    stamps = [source.stamp()]
+    assert source.stamp() == stamps[0]
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    stamps.append(source.stamp())
+    os.utime(tmp_path / "a.png", ns=(1, 1))
+    stamps.append(source.stamp())
+    (tmp_path / "a.png").unlink()
+    stamps.append(source.stamp())
+    captions_in(tmp_path, [{"image": "a.png", "caption": "another"}])
+    stamps.append(source.stamp())
+    assert len(set(stamps)) == 5
+
+
+def test_what_is_held_out_is_stable_under_reordering_and_growth(tmp_path):
+    rows = [{"image": f"{number}.png", "caption": "c"} for number in range(400)]
+
+    def in_training(rows, **settings):
+        source = captions_in(tmp_path, rows, **settings)
+        share = held_out_share(source, 0.1)
+        return {
+            document.name
+            for document in accepted(source.documents())
+            if not is_held_out(document, share)
+        }
+
+    half = in_training(rows, held_out=0.5)
+    assert 160 < len(half) < 240 < 340 < len(in_training(rows)) < 380
+    assert in_training(rows[::-1], held_out=0.5) == half
+    more = [{"image": f"new{number}.png", "caption": "c"} for number in range(100)]
+    grown = in_training(more + rows, held_out=0.5)
+    assert {name for name in grown if not name.startswith("new")} == half
+
+
+def test_a_missing_list_is_named(tmp_path):
+    source = CaptionsConfig(path=tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"nowhere.*cannot read it"):
+        list(source.documents())
+    with pytest.raises(UserError, match=r"nowhere.*cannot read it"):
+        source.stamp()

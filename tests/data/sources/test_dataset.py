@@ -1,0 +1,193 @@
+"""Parquet, JSON Lines and Arrow files, and repositories as the hub holds them."""
+
+import io
+import json
+import pickle
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from moma.data.documents import Picture, Rejected, accepted
+from moma.data.sources import DatasetConfig
+from moma.errors import UserError
+
+
+def source_of(**settings):
+    return DatasetConfig(**settings)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def png(width):
+    file = io.BytesIO()
+    Image.new("RGB", (width, 2), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def shape(document):
+    return [part if isinstance(part, str) else part.read().width for part in document.segments]
+
+
+def write(path, rows):
+    pa.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    return str(path)
+
+
+CAPTIONED = [{"image": png(n), "text": f"t{n}", "more": n} for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("stored", ["bytes", "struct", "feature"])
+def test_captioned_pictures(tmp_path, streaming, stored):
+    path = tmp_path / "a.parquet"
+    rows = [{"image": {"bytes": r["image"], "path": "x.png"}, "text": r["text"]} for r in CAPTIONED]
+    if stored == "bytes":
+        write(path, CAPTIONED)
+    elif stored == "struct":
+        write(path, rows)
+    else:
+        features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+        datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    source = source_of(path=str(path), image_column="image", streaming=streaming, caption_first=1)
+    documents = list(accepted(source.documents()))
+    assert [shape(document) for document in documents] == [["t1", 1], ["t2", 2], ["t3", 3]]
+    assert documents[1].row == f"{path}, row 2"
+    assert [shape(d) for d in pickle.loads(pickle.dumps(documents))][2] == ["t3", 3]
+    held = [CAPTIONED[n]["image"] in pickle.dumps(d) for n, d in enumerate(documents)]
+    assert held == [streaming] * 3
+
+
+def test_names_are_those_of_the_content_in_every_form_and_order(tmp_path):
+    write(tmp_path / "a.parquet", CAPTIONED)
+    write(tmp_path / "b.parquet", CAPTIONED[::-1])
+    names = [
+        [row.name for row in source_of(path=str(path), image_column="image").documents()]
+        for path in (tmp_path / "a.parquet", tmp_path / "b.parquet")
+    ]
+    assert names[0] == names[1][::-1] and len(set(names[0])) == 3
+
+
+def test_captions_of_one_picture_are_held_out_together(tmp_path):
+    path = write(tmp_path / "a.parquet", [{"image": png(4), "text": f"t{n}"} for n in range(3)])
+    documents = list(source_of(path=path, image_column="image").documents())
+    assert len({document.name for document in documents}) == 3
+    assert len({document.held_out_with for document in documents}) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_aligned_lists_and_segments(tmp_path, streaming):
+    lists = {"texts": ["a", None, "b"], "images": [None, {"bytes": png(5), "path": None}, None]}
+    segments = [
+        {"type": "text", "text": "a", "image": None},
+        {"type": "image", "text": None, "image": {"bytes": png(5), "path": None}},
+        {"type": "text", "text": "b", "image": None},
+    ]
+    path = write(tmp_path / "a.parquet", [{**lists, "segments": segments}])
+    (aligned,) = source_of(
+        path=path, text_column="texts", image_column="images", streaming=streaming
+    ).documents()
+    (listed,) = source_of(path=path, segments_column="segments", streaming=streaming).documents()
+    assert shape(aligned) == shape(listed) == ["a", 5, "b"]
+    assert aligned.name == listed.name
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.arrow", "a.csv", "repository"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_kinds_of_files_and_a_repository(tmp_path, name, streaming):
+    rows = [{"text": f"t{n}", "id": n} for n in range(5)]
+    data = datasets.Dataset.from_list(rows)
+    path = tmp_path / name
+    if name == "repository":
+        (path / "data").mkdir(parents=True)
+        data.to_parquet(path / "data" / "train-00000-of-00001.parquet")
+        data.select([0]).to_parquet(path / "data" / "validation-00000-of-00001.parquet")
+    elif name == "a.jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif name == "a.csv":
+        data.to_csv(path)
+    elif name == "a.parquet":
+        data.to_parquet(path)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, data.data.schema) as out:
+            out.write_table(data.data.table)
+    source = source_of(path=str(path), streaming=streaming)
+    assert [d.segments for d in accepted(source.documents())] == [(f"t{n}",) for n in range(5)]
+    if name == "repository":
+        (only,) = source_of(path=str(path), split="validation", streaming=streaming).documents()
+        assert only.segments == ("t0",)
+
+
+def test_paths_of_pictures_stay_inside_the_folder(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for place in (tmp_path / "secret.png", folder / "a.png"):
+        Image.new("RGB", (7, 2)).save(place)
+    values = ["a.png", "../secret.png", str(tmp_path / "secret.png"), "https://a.example/a.png"]
+    rows = [{"image": {"path": value, "bytes": None}, "text": "t"} for value in values]
+    path = write(folder / "a.parquet", rows)
+    first, *rejected = source_of(path=path, image_column="image", caption_first=1).documents()
+    assert shape(first) == ["t", 7]
+    assert all(isinstance(row, Rejected) for row in rejected)
+    assert ["outside" in row.reason for row in rejected] == [True, True, False]
+
+
+def test_rows_that_cannot_be_used_are_rejected(tmp_path):
+    rows = [
+        {"image": png(1), "text": None},
+        {"image": None, "text": "t"},
+        {"image": png(1), "text": " "},
+        {"image": b"", "text": "t"},
+        {"image": b"no picture", "text": "t"},
+    ]
+    path = write(tmp_path / "a.parquet", rows)
+    *rejected, last = source_of(path=path, image_column="image", caption_first=0).documents()
+    assert [type(row) for row in rejected] == [Rejected] * 4
+    assert rejected[1].row == f"{path}, row 2"
+    assert isinstance(last.segments[0], Picture)
+    with pytest.raises(UserError, match=r"a\.parquet, row 5, picture 1: cannot read"):
+        last.segments[0].read()
+
+
+def test_changed_files_are_opened_anew(tmp_path):
+    path = write(tmp_path / "a.parquet", [{"text": "old"}])
+    source = source_of(path=path)
+    (old,) = source.documents()
+    stamp = source.stamp()
+    write(tmp_path / "a.parquet", [{"text": "another"}])
+    (new,) = source.documents()
+    assert (old.segments, new.segments) == (("old",), ("another",))
+    assert source.stamp() != stamp
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"path": "{folder}/nowhere.parquet"}, "nowhere.parquet: cannot read it"),
+        ({"path": "{folder}/no*.parquet"}, "no file is called so"),
+        (
+            {"path": "{folder}/nowhere"},
+            "is no file that ends in parquet, .* no folder, and no name",
+        ),
+        ({"path": "{folder}/broken.parquet"}, "broken.parquet: `datasets` cannot open it"),
+        ({"path": "{folder}/a.parquet", "split": "test"}, "a.parquet: `datasets` cannot open it"),
+        ({"path": "{folder}/a.parquet", "text_column": "x"}, "has no column 'x'; .* are: text"),
+    ],
+)
+def test_what_cannot_be_opened_is_named(tmp_path, settings, message):
+    write(tmp_path / "a.parquet", [{"text": "t"}])
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 broken PAR1")
+    settings = {**settings, "path": settings["path"].format(folder=tmp_path)}
+    with pytest.raises(UserError, match=message):
+        list(source_of(**settings).documents())
+
+
+def test_two_layouts_at_once_are_refused():
+    with pytest.raises(ValidationError, match="not both"):
+        source_of(path="a.parquet", image_column="a", segments_column="b")

@@ -1,0 +1,120 @@
+"""Interleaved JSON Lines, in both layouts."""
+
+import base64
+import io
+import json
+import pickle
+
+import pytest
+from PIL import Image
+
+from moma.data.documents import Picture, Rejected
+from moma.data.sources import InterleavedConfig
+from moma.errors import UserError
+
+
+def source_of(folder, *rows, **settings):
+    Image.new("RGB", (3, 2), "red").save(folder / "a.png")
+    (folder / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return InterleavedConfig(path=folder / "pages.jsonl", **settings)
+
+
+def shape(document):
+    return [part if isinstance(part, str) else part.read().size for part in document.segments]
+
+
+def data_address(width):
+    file = io.BytesIO()
+    Image.new("RGB", (width, 5)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def test_both_layouts_give_the_same_document(tmp_path):
+    segments = [
+        {"type": "text", "text": "before"},
+        {"type": "image", "image": "a.png"},
+        {"type": "text", "text": " \n"},
+        {"type": "text", "text": "after"},
+    ]
+    lists = {
+        "texts": ["before", None, None, "after"],
+        "images": [None, "a.png", None, None],
+        "metadata": "…",
+    }
+    first, second = source_of(tmp_path, {"segments": segments}, lists).documents()
+    assert shape(first) == shape(second) == ["before", (3, 2), "after"]
+    assert first.name == second.name
+    assert second.row.endswith("pages.jsonl, row 2")
+
+
+def test_names_come_from_the_content(tmp_path):
+    rows = [{"texts": [f"t{n}", None], "images": [None, "a.png"]} for n in range(4)]
+    names = [row.name for row in source_of(tmp_path, *rows).documents()]
+    assert len(set(names)) == 4
+    assert [row.name for row in source_of(tmp_path, *rows[::-1]).documents()] == names[::-1]
+
+
+def test_pictures_in_the_row_are_read_from_it_when_asked_for(tmp_path):
+    rows = [
+        {"texts": ["ä", None, None, None], "images": [None, data_address(w), "a.png", d]}
+        for w, d in ((7, data_address(9)), (8, "data:image/png;base64,!!"))
+    ]
+    first, second = source_of(tmp_path, *rows).documents()
+    assert base64.b64decode(data_address(7)[22:]) not in pickle.dumps(first)
+    assert data_address(7)[22:].encode() not in pickle.dumps(first)
+    assert shape(pickle.loads(pickle.dumps(first))) == ["ä", (7, 5), (3, 2), (9, 5)]
+    *fine, broken = second.segments[1:]
+    assert [picture.read().width for picture in fine] == [8, 3]
+    with pytest.raises(UserError, match=r"row 2, picture 3: cannot read it .*mend or remove"):
+        broken.read()
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": "a"}, "needs 'segments', or 'texts' and 'images'; the keys there are: text"),
+        ({"segments": "a"}, "'segments' must be a list"),
+        ({"segments": []}, "holds no text and no picture"),
+        ({"segments": [{"type": "sound"}]}, "a segment is"),
+        ({"segments": [{"type": "text"}]}, "a segment is"),
+        ({"segments": [{"type": "image", "image": "../b.png"}]}, "lies outside"),
+        ({"segments": [{"type": "image", "image": 3}]}, "picture 1 is no text"),
+        ({"segments": [{"type": "image", "image": "http://a.example/b"}]}, "is a web address"),
+        ({"texts": ["a"]}, "'images' must be a list"),
+        ({"texts": ["a"], "images": []}, "'texts' has 1 places and 'images' 0"),
+        ({"texts": ["a"], "images": ["b"]}, "place 1 has a text and an image"),
+        ({"texts": [4], "images": [None]}, "place 1 of 'texts' is no text"),
+        ({"texts": ["\ud800"], "images": [None]}, "is not valid"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_rejected(tmp_path, row, reason):
+    good = {"segments": [{"type": "text", "text": "good"}]}
+    first, rejected, last = source_of(tmp_path, good, row, good).documents()
+    assert first.segments == last.segments == ("good",)
+    assert isinstance(rejected, Rejected)
+    assert reason in rejected.reason and rejected.row.endswith("pages.jsonl, row 2")
+
+
+def test_more_pictures_than_wanted_go_on_in_further_documents(tmp_path):
+    row = {
+        "texts": ["t0", None, "t1", None, None, "t2"],
+        "images": [None, "a.png", None, "a.png", "a.png", None],
+    }
+    (whole,) = source_of(tmp_path, row).documents()
+    pieces = list(source_of(tmp_path, row, max_pictures=2).documents())
+    assert [shape(piece) for piece in pieces] == [["t0", (3, 2), "t1", (3, 2)], [(3, 2), "t2"]]
+    assert [piece.name for piece in pieces] == [whole.name, f"{whole.name}#2"]
+    assert {piece.held_out_with for piece in pieces} == {whole.name}
+
+
+def test_the_stamp_covers_the_pictures(tmp_path):
+    source = source_of(tmp_path, {"texts": [None], "images": ["a.png"]}, {"no": "document"})
+    before = source.stamp()
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    assert source.stamp() != before
+
+
+def test_pictures_are_segments_of_their_own(tmp_path):
+    (document,) = source_of(tmp_path, {"texts": [None], "images": ["a.png"]}).documents()
+    (picture,) = document.segments
+    assert isinstance(picture, Picture)

@@ -1,0 +1,90 @@
+"""Text files and JSON Lines of text."""
+
+import json
+
+import pytest
+
+from moma.data.documents import Rejected, accepted
+from moma.data.sources import TextConfig, reading
+from moma.data.sources import text as text_module
+from moma.errors import UserError
+
+
+def source_of(**settings):
+    return TextConfig(**settings)
+
+
+def test_paragraphs_are_documents(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes("\ufeff\nEins\nzwei\n \n\n\nDrei ä\n\nEins\nzwei".encode())
+    documents = list(accepted(source_of(path=path).documents()))
+    assert [doc.segments for doc in documents] == [("Eins\nzwei",), ("Drei ä",), ("Eins\nzwei",)]
+    assert documents[0].name == documents[2].name != documents[1].name
+    assert [doc.row.rpartition(", ")[2] for doc in documents] == ["row 2", "row 7", "row 9"]
+
+
+def test_several_files_are_read_in_order(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(f"from {name}")
+    documents = accepted(source_of(path=tmp_path / "*.txt").documents())
+    assert [doc.segments for doc in documents] == [("from a",), ("from b",)]
+
+
+def test_names_do_not_depend_on_the_order(tmp_path):
+    paths = [tmp_path / "one.txt", tmp_path / "other.txt"]
+    paths[0].write_text("a\n\nb\n\nc")
+    paths[1].write_text("new\n\nc\n\nb\n\na")
+    one, other = (
+        {doc.segments: doc.name for doc in accepted(source_of(path=path).documents())}
+        for path in paths
+    )
+    assert one.items() < other.items()
+
+
+def test_json_rows_are_documents(tmp_path):
+    path = tmp_path / "t.jsonl"
+    rows = [{"body": "one\n\ntwo", "text": "no"}, {"text": "x"}, {"body": " "}]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    document, *rejected = source_of(path=path, text_key="body").documents()
+    assert document.segments == ("one\n\ntwo",)
+    assert [row.row for row in rejected] == [f"{path}, row 2", f"{path}, row 3"]
+    assert all("needs a text under 'body'" in row.reason for row in rejected)
+
+
+def test_a_paragraph_that_is_not_utf8_is_rejected(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"fine\n\nbroken\n\xff\n\nfine\n")
+    first, rejected, last = source_of(path=path).documents()
+    assert first == type(first)(first.name, ("fine",), row=f"{path}, row 1")
+    assert last.segments == ("fine",)
+    assert isinstance(rejected, Rejected)
+    assert rejected.row == f"{path}, row 4"
+    assert "not UTF-8" in rejected.reason and "begins in row 3" in rejected.reason
+
+
+def test_no_text_is_lost_where_no_line_is_blank(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "_LONGEST_PARAGRAPH", 100)
+    lines = [f"line {number}" for number in range(200)]
+    (tmp_path / "t.txt").write_text("\n".join(lines))
+    documents = list(accepted(source_of(path=tmp_path / "t.txt").documents()))
+    assert len(documents) > 10
+    assert "\n".join(str(doc.segments[0]) for doc in documents).split("\n") == lines
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_an_endless_line_is_rejected_unread_and_the_next_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 100)
+    good = '{"text": "good"}\n\n'
+    (tmp_path / name).write_text(good + "x" * 1000 + "\n\n" + good)
+    first, rejected, last = source_of(path=tmp_path / name).documents()
+    assert first.segments == last.segments
+    assert rejected.row.endswith("row 3") and "longer than" in rejected.reason
+    assert last.row.endswith("row 5")
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "no*.txt"])
+def test_a_missing_file_is_named(tmp_path, name):
+    source = source_of(path=tmp_path / name)
+    for ask in (lambda: list(source.documents()), source.stamp):
+        with pytest.raises(UserError, match=r"/no.*check the source's 'path'"):
+            ask()

@@ -1,0 +1,172 @@
+"""WebDataset tars: plain and compressed, whole and hostile."""
+
+import io
+import json
+import pickle
+import tarfile
+import tracemalloc
+
+import pytest
+from PIL import Image
+
+from moma.data.documents import Picture, Rejected, accepted
+from moma.data.sources import WebDatasetConfig
+from moma.errors import UserError
+
+
+def png(width=3):
+    file = io.BytesIO()
+    Image.new("RGB", (width, 2), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(data, bytes):
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+            else:
+                info.type, info.linkname = data
+                archive.addfile(info)
+    return path
+
+
+def samples(*keys):
+    return [
+        member
+        for width, key in enumerate(keys, start=1)
+        for member in ((f"{key}.png", png(width)), (f"{key}.txt", f"caption of {key}".encode()))
+    ]
+
+
+def documents_of(path, **settings):
+    return list(WebDatasetConfig(path=path, caption_first=0, **settings).documents())
+
+
+def test_the_files_of_a_key_are_a_document(tmp_path):
+    members = [
+        ("./", (tarfile.DIRTYPE, "")),
+        ("./a/1.5.JPG", png(4)),
+        ("./a/1.txt", b"ignored: no picture"),
+        ("a/2.jpg", png(5)),
+        ("a/2.json", json.dumps({"caption": "from json", "url": "…"}).encode()),
+        ("a/2.cls", b"7"),
+        ("a/3.webp", png(6)),
+        ("a/3.json", b"[]"),
+        ("a/3.txt", "\ufeff text \n".encode()),
+    ]
+    first, second, third = documents_of(write_tar(tmp_path / "a.tar", members))
+    assert isinstance(first, Rejected) and "there is: 5.jpg, txt" in first.reason
+    assert first.row == f"{tmp_path}/a.tar, a/1"
+    assert [d.name for d in (second, third)] == ["a/2", "a/3"]
+    assert [d.segments[1] for d in (second, third)] == ["from json", "text"]
+    assert [d.segments[0].read().width for d in (second, third)] == [5, 6]
+
+
+@pytest.mark.parametrize("compression", ["", ":gz", ":bz2", ":xz"])
+def test_plain_and_compressed_tars_are_read(tmp_path, compression):
+    for name in "ab":
+        members = samples(*(f"{name}{n}" for n in range(3)))
+        write_tar(tmp_path / f"{name}.tar", members, f"w{compression}")
+    documents = list(accepted(documents_of(tmp_path / "*.tar")))
+    assert [document.name for document in documents] == ["a0", "a1", "a2", "b0", "b1", "b2"]
+    pictures = [document.segments[0] for document in pickle.loads(pickle.dumps(documents))]
+    assert [picture.read().width for picture in reversed(pictures)] == [3, 2, 1, 3, 2, 1]
+
+
+def test_pictures_of_a_plain_tar_do_not_wait_in_memory(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(*map(str, range(20))))
+    assert all(png(n + 1) not in pickle.dumps(d) for n, d in enumerate(documents_of(path)))
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("a.png", png())], "needs a picture (jpg, jpeg, png, webp) and a caption (txt, json)"),
+        ([("a.txt", b"a")], "there is: txt"),
+        ([("a.cls", b"a")], "there is: cls"),
+        ([("a.png", png()), ("a.txt", b"\xff")], "the caption is not UTF-8"),
+        ([("a.png", png()), ("a.txt", b" ")], "needs a text"),
+        ([("a.png", png()), ("a.json", b"{")], "not valid JSON"),
+        ([("a.png", png()), ("a.json", b'{"text": "a"}')], "needs a text under 'caption'"),
+        ([*samples("a"), ("a.png", png(9))], "a.png stands there twice"),
+        (samples("../../a"), "its path leads out of the archive"),
+        (samples("/etc/a"), "its path leads out of the archive"),
+        ([("a.png", (tarfile.SYMTYPE, "/etc/passwd")), ("a.txt", b"a")], "is no plain file"),
+        ([("a.png", (tarfile.LNKTYPE, "good.png")), ("a.txt", b"a")], "is no plain file"),
+        ([("a.png", png()), ("a.txt", (tarfile.CHRTYPE, ""))], "a.txt is no plain file"),
+        ([("a.png", b"x" * 5001), ("a.txt", b"a")], "more than max_member_bytes = 5000"),
+        ([("a.png", png()), ("a.txt", b"x" * 5001)], "more than max_member_bytes = 5000"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_sample_that_cannot_be_used_is_rejected(tmp_path, members, reason, mode):
+    path = write_tar(tmp_path / "a.tar", [*samples("good"), *members, *samples("last")], mode)
+    first, rejected, last = documents_of(path, max_member_bytes=5000)
+    assert [first.name, last.name] == ["good", "last"]
+    assert isinstance(rejected, Rejected) and reason in rejected.reason
+    assert last.segments[0].read().size == (1, 2)
+
+
+def test_a_zip_bomb_is_rejected_without_filling_the_memory(tmp_path):
+    size = 200 * 2**20
+    path = tmp_path / "bomb.tar.gz"
+    with tarfile.open(path, "w:gz", compresslevel=1) as archive:
+        info = tarfile.TarInfo("bomb.png")
+        info.size = size
+        with open("/dev/zero", "rb") as zeros:
+            archive.addfile(info, zeros)
+        text = tarfile.TarInfo("bomb.txt")
+        text.size = 1
+        archive.addfile(text, io.BytesIO(b"a"))
+    assert path.stat().st_size < size / 100
+    tracemalloc.start()
+    (rejected,) = documents_of(path)
+    assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    tracemalloc.stop()
+    assert "more than max_member_bytes" in rejected.reason
+
+
+def test_a_header_that_asks_for_everything_is_refused(tmp_path):
+    info = tarfile.TarInfo("a")
+    info.type, info.size = tarfile.XHDTYPE, 2**30
+    (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
+    with pytest.raises(UserError, match=r"a\.tar: cannot read it \(a header of 1073741824 bytes"):
+        documents_of(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_truncated_tar_is_refused(tmp_path, mode):
+    path = write_tar(tmp_path / "a.tar", samples(*map(str, range(50))), mode)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    with pytest.raises(UserError, match=r"a\.tar: cannot read it .*fetch it again or take it out"):
+        documents_of(path)
+
+
+def test_a_tar_that_is_damaged_in_its_middle_is_refused(tmp_path):
+    path = write_tar(tmp_path / "a.tar", samples(*map(str, range(50))))
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        start = archive.getmember("30.png").offset
+    data[start : start + 512] = b"x" * 512
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="damaged in its middle"):
+        documents_of(path)
+
+
+@pytest.mark.parametrize("name", ["nowhere.tar", "no*.tar", "text.tar", "empty.tar"])
+def test_what_is_no_tar_is_named(tmp_path, name):
+    (tmp_path / "text.tar").write_text("no tar" * 1000)
+    (tmp_path / "empty.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=name.replace("*", r"\*")):
+        documents_of(tmp_path / name)
+
+
+def test_a_damaged_picture_names_its_sample(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("a.png", png()[:40]), ("a.txt", b"a")])
+    (document,) = documents_of(path)
+    assert isinstance(document.segments[0], Picture)
+    with pytest.raises(UserError, match=r"a\.tar, a\.png: cannot read"):
+        document.segments[0].read()

@@ -1,0 +1,95 @@
+"""`moma data inspect`: counts against the shards, and documents that come back."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moma.data.inspect import as_text, decode_document, histogram, inspect
+from moma.data.shards import open_shards
+from moma.errors import UserError
+from moma.tokenizers.image import ImageCodec, preprocess, to_pil
+from moma.vocabulary import IMAGE, Vocabulary
+
+
+@pytest.fixture(scope="module")
+def shards(tiny):
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    return {name: open_shards(tiny.data.folder(name), vocabulary) for name in ("captions", "text")}
+
+
+def test_counts_are_those_of_every_token(tiny, shards, tmp_path):
+    result = inspect(tiny.data.path, None, tmp_path)
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    sums = dict.fromkeys(("documents", "tokens", "text_tokens", "image_tokens", "pictures"), 0)
+    for name, opened in shards.items():
+        rows = [shard.ids(row) for shard in opened.splits.values() for row in range(len(shard))]
+        ids = np.concatenate(rows)
+        image = vocabulary.modality_of_id[ids] == IMAGE
+        counted = {
+            "documents": len(rows),
+            "tokens": len(ids),
+            "text_tokens": int((~image).sum()),
+            "image_tokens": int(image.sum()),
+            "pictures": int((ids == vocabulary.begin_image).sum()),
+        }
+        one = result["sources"][name]
+        assert {key: one[key] for key in counted} == counted
+        assert one["rejected"] == 0
+        assert one["splits"]["held_out"]["documents"] == len(opened.splits["held_out"])
+        for start, count in zip(one["lengths"]["from"], one["lengths"]["documents"], strict=True):
+            assert count == sum(start <= len(row) < 2 * start for row in rows)
+        assert sum(one["lengths"]["documents"]) == len(rows)
+        sums = {key: sums[key] + counted[key] for key in sums}
+    assert {key: result[key] for key in sums} == sums
+    assert Image.open(result["figure"]).format == "PNG"
+    assert histogram(result).count("█") > 2
+
+
+def test_one_source_can_be_asked_for(tiny, tmp_path):
+    assert inspect(tiny.data.path, "text", tmp_path)["sources"].keys() == {"text"}
+
+
+def test_a_document_comes_back_as_text_and_pictures(tiny, shards, tmp_path):
+    names = shards["captions"].splits["train"].dataset["name"][:]
+    for row, name in enumerate(names[:4]):
+        decoded = decode_document(tiny.data.path, "captions", "train", row, tmp_path)
+        assert decoded["name"] == name
+        assert sorted(segment["type"] for segment in decoded["segments"]) == ["image", "text"]
+        (text,) = (one["text"] for one in decoded["segments"] if one["type"] == "text")
+        assert text.startswith("a ") and text.endswith(" square")
+        (path,) = (one["image"] for one in decoded["segments"] if one["type"] == "image")
+        # The picture is what the codec makes of the original.
+        codec = ImageCodec.load(tiny.data.path / "codec")
+        original = Image.open(tiny.data.sources[0].path / name)
+        codes = codec.encode(preprocess(original, 16)[None])
+        assert Image.open(path).tobytes() == to_pil(codec.decode(codes)[0]).tobytes()
+        assert path in as_text(decoded) and text in as_text(decoded)
+
+
+def test_text_comes_back_exactly(tiny, shards, tmp_path):
+    sentences = set((tiny.data.sources[1].path).read_text().strip().split("\n\n"))
+    for split, shard in shards["text"].splits.items():
+        for row in range(len(shard)):
+            decoded = decode_document(tiny.data.path, "text", split, row, tmp_path)
+            (text,) = (one["text"] for one in decoded["segments"])
+            assert text in sentences
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("source", "split", "row", "named"),
+    [
+        (None, "train", 0, "--source captions or text"),
+        ("words", "train", 0, "--source words.*captions, text"),
+        ("text", "test", 0, "--split test: use train or held_out"),
+        ("text", "train", 10_000, r"--document 10000: text has \d+ documents"),
+    ],
+)
+def test_what_is_not_there_is_named(tiny, tmp_path, source, split, row, named):
+    with pytest.raises(UserError, match=named):
+        decode_document(tiny.data.path, source, split, row, tmp_path)
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not prepared yet; run `moma prepare`"):
+        inspect(tmp_path, None, tmp_path)

@@ -1,0 +1,265 @@
+"""`moma prepare`: kills, workers, text alone, sources that change, what is refused at once."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moma.data.batches import Batches
+from moma.data.documents import Picture
+from moma.data.prepare import prepare
+from moma.data.shards import Encoders
+from moma.data.training_documents import PictureTensors
+from moma.errors import UserError
+from moma.recipe import check, write_recipe
+from moma.train.recipe import Recipe
+
+WORDS = ["red", "green", "rocket", "left", "of", "an", "apple", "schön"]
+
+
+def make_recipe(folder: Path, rows: int, data: str = "data", **changes) -> Recipe:
+    """Captioned pictures, one in forty of them unreadable, and a text."""
+    pictures = folder / "pictures"
+    if not pictures.exists():
+        pictures.mkdir(parents=True)
+        draw = random.Random(0)
+        lines = []
+        for number in range(rows):
+            if number % 40 == 7:
+                (pictures / f"{number}.png").write_bytes(b"no picture")
+            else:
+                colour = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
+                Image.new("RGB", (20, 16), colour).save(pictures / f"{number}.png")
+            caption = " ".join(draw.choices(WORDS, k=4))
+            lines.append(json.dumps({"image": f"{number}.png", "caption": caption}))
+        (pictures / "captions.jsonl").write_text("\n".join(lines) + "\n")
+        paragraphs = [" ".join(draw.choices(WORDS, k=12)) for _ in range(rows)]
+        (folder / "words.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    sources = [
+        {"kind": "captions", "path": str(pictures)},
+        {"kind": "text", "path": str(folder / "words.txt")},
+    ]
+    values = {
+        "seed": 3,
+        "text_tokenizer": {"vocabulary_size": 300},
+        "codec": {
+            "picture_size": 16,
+            "patch": 4,
+            "block_channels": [8],
+            "layers_per_block": 1,
+            "latent_channels": 8,
+            "code_channels": 8,
+            "codebook_size": 16,
+            "encoder_middle": False,
+            "middle_attention": False,
+            "norm_groups": 4,
+        },
+        "codec_training": {"steps": 4, "batch_size": 4, "warmup_steps": 1, "free_steps": 2},
+        "data": {
+            "path": str(folder / data),
+            "rows": 2,
+            "row_length": 64,
+            "picture_share": 0.25,
+            "held_out": 0.2,
+            "max_rejected": 0.05,
+            "sources": sources,
+            **changes,
+        },
+    }
+    return check(Recipe, values, "test")
+
+
+def run(recipe: Recipe, **options):
+    return prepare(
+        recipe.data,
+        recipe.text_tokenizer,
+        recipe.codec,
+        recipe.codec_training,
+        recipe.seed,
+        torch.device("cpu"),
+        quiet=True,
+        **options,
+    )
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+# Kills
+
+
+def start(recipe_file: Path) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own."""
+    root = Path(__file__).parents[2]
+    return subprocess.Popen(
+        [sys.executable, "-m", "moma.cli", "prepare", recipe_file, "--workers", "1", "--json"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def parts_in(folder: Path) -> int:
+    return len(list(folder.glob("shards/*/train-*.arrow")))
+
+
+def kill_somewhere(process: subprocess.Popen[bytes], folder: Path, draw: random.Random) -> None:
+    """Kill a process: a few parts further on, or at any time before the first one."""
+    if draw.random() < 0.2:
+        until, seconds = float("inf"), draw.uniform(0, 8)
+    else:
+        until, seconds = parts_in(folder) + draw.randint(1, 4), float("inf")
+    end = time.monotonic() + seconds
+    while parts_in(folder) < until and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0, 0.02))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def survive(tmp_path: Path, rows: int, kills: int, shard_tokens: int) -> None:
+    undisturbed = make_recipe(tmp_path, rows, "undisturbed", shard_tokens=shard_tokens)
+    expected = run(undisturbed)
+    assert expected.sources["captions"].rejected == len(range(7, rows, 40)) > 1
+    recipe = make_recipe(tmp_path, rows, "killed", shard_tokens=shard_tokens)
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    draw = random.Random(0)
+    landed = 0
+    while landed < kills:
+        process = start(tmp_path / "recipe.toml")
+        kill_somewhere(process, recipe.data.path, draw)
+        assert process.returncode == -signal.SIGKILL, "nothing was left to do: more rows"
+        landed += 1
+    process = start(tmp_path / "recipe.toml")
+    out, error = process.communicate()
+    assert process.returncode == 0, error.decode()
+    assert json.loads(out) == {"path": str(recipe.data.path), **expected.summary()}
+    assert contents(recipe.data.path) == contents(undisturbed.data.path)
+
+
+def test_a_few_kills_change_no_byte(tmp_path):
+    survive(tmp_path, rows=60, kills=2, shard_tokens=100)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_byte(tmp_path):
+    survive(tmp_path, rows=1200, kills=20, shard_tokens=300)
+
+
+# Otherwise
+
+
+def test_the_summary_counts_what_is_there(tmp_path):
+    recipe = make_recipe(tmp_path, 50)
+    prepared = run(recipe)
+    summary = prepared.summary()
+    captions, text = (summary["sources"][name] for name in ("captions", "text"))
+    assert (captions["documents"], captions["pictures"], captions["rejected"]) == (48, 48, 2)
+    assert text["documents"] == 50 and text["pictures"] == text["rejected"] == 0
+    for key in ("documents", "tokens", "pictures", "rejected"):
+        assert summary[key] == captions[key] + text[key]
+    held_out = prepared.sources["captions"].counts["held_out"]
+    assert captions["held_out"] == held_out.model_dump() and held_out.documents > 0
+    lines = [json.loads(line) for line in (tmp_path / "data/rejected.jsonl").open()]
+    assert [line["source"] for line in lines] == ["captions"] * 2
+    assert [
+        name
+        for line, name in zip(lines, ("7.png", "47.png"), strict=True)
+        if name in line["reason"]
+    ] == ["7.png", "47.png"]
+    # Again: nothing to do, the same answer.
+    before = contents(tmp_path / "data")
+    assert run(recipe).summary() == summary
+    assert contents(tmp_path / "data") == before
+
+
+def test_text_alone_needs_no_codec(tmp_path):
+    recipe = make_recipe(tmp_path, 50, picture_share=0)
+    sources = recipe.data.sources[1:]
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
+    prepared = run(recipe)
+    assert not (tmp_path / "data/codec").exists()
+    assert prepared.vocabulary.codes_per_image == 16
+    assert Encoders.load(tmp_path / "data").codec == ""  # type: ignore[union-attr]
+    assert run(recipe).vocabulary == prepared.vocabulary
+    batch = next(Batches(recipe.data, prepared.vocabulary, seed=0))
+    assert batch.pictures == 0 and batch.padding == 0
+    # Another folder can take its tokenizer over.
+    data = recipe.data.model_copy(
+        update={"tokenizers": tmp_path / "data", "path": tmp_path / "other"}
+    )
+    taken = run(recipe.model_copy(update={"data": data}))
+    assert taken.vocabulary == prepared.vocabulary
+
+
+def test_pictures_that_are_asked_for_and_missing_are_refused(tmp_path):
+    recipe = make_recipe(tmp_path, 50)
+    data = recipe.data.model_copy(update={"sources": recipe.data.sources[1:]})
+    with pytest.raises(UserError, match=r"0\.25, but no source holds a picture.*set picture_share"):
+        run(recipe.model_copy(update={"data": data}))
+
+
+def test_an_impossible_picture_share_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match=r"picture_share 0\.26"):
+        run(make_recipe(tmp_path, 2, picture_share=0.26))
+    assert not (tmp_path / "data").exists()
+
+
+def test_sources_that_changed_after_the_tokenizers_are_told(tmp_path, capsys):
+    recipe = make_recipe(tmp_path, 50)
+    run(recipe)
+    assert capsys.readouterr().err == ""
+    weights = (tmp_path / "data/codec/model.safetensors").read_bytes()
+    with (tmp_path / "words.txt").open("a") as file:
+        file.write("\n\none more")
+    prepared = run(recipe)
+    told = capsys.readouterr().err
+    assert "text" in told and "captions" not in told and "data.path" in told
+    assert prepared.sources["text"].total.documents == 51
+    assert (tmp_path / "data/codec/model.safetensors").read_bytes() == weights
+
+
+def test_the_codec_trains_on_the_pictures_that_can_be_read():
+    def broken():
+        raise UserError("broken")
+
+    def picture(value):
+        return Picture("", lambda: Image.new("RGB", (2, 2), (value, 0, 0)))
+
+    tensors = PictureTensors([picture(0), Picture("", broken), picture(255)], size=2)
+    assert [tensors[index][0, 0, 0].item() for index in range(3)] == [-1, 1, 1]
+    with pytest.raises(UserError, match="broken"):
+        PictureTensors([Picture("", broken)] * 3, size=2)[1]
+
+
+def test_data_of_another_codec_is_refused_when_it_is_read(tmp_path):
+    recipe = make_recipe(tmp_path, 50)
+    vocabulary = run(recipe).vocabulary
+    Batches(recipe.data, vocabulary, seed=0)
+    Encoders(tokenizer="x", codec="y").save(tmp_path / "data")
+    with pytest.raises(UserError, match=r"encoded with another tokenizer .*, codec \(\w+ and y\)"):
+        Batches(recipe.data, vocabulary, seed=0)
+
+
+def test_long_lines_of_pixels_are_cropped_before_they_are_resized():
+    from moma.tokenizers.pixels import square_pixels
+
+    line = np.zeros((1, 60_000, 3), np.uint8)
+    line[:, 29_000:31_000] = 200
+    assert (square_pixels(Image.fromarray(line), 64) == 200).all()
+    assert square_pixels(Image.fromarray(line.transpose(1, 0, 2)), 64).shape == (64, 64, 3)

@@ -1,0 +1,124 @@
+"""Opening shards: what is refused, and by which name."""
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from moma.data.documents import Document
+from moma.data.encoding import encode_source
+from moma.data.shards import Encoders, open_shards
+from moma.errors import UserError
+from moma.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    size=300,
+    beginning=0,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=4,
+    image_codes=tuple(range(5, 21)),
+    codes_per_image=4,
+)
+ENCODERS = Encoders(tokenizer="t1", codec="c1")
+
+
+class Words:
+    name = "words"
+
+    def documents(self):
+        for number in range(20):
+            yield Document(f"doc {number}", (f"{number}",), held_out=number % 5 == 4)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make(tmp_path / "words")
+
+
+def make(folder, vocabulary=VOCABULARY, encoders=ENCODERS):
+    def encode(texts):
+        return [[100 + int(text)] for text in texts]
+
+    encode_source(Words(), encode, None, vocabulary, 0, folder, encoders=encoders)
+    return folder
+
+
+def test_what_was_encoded_is_opened(folder):
+    shards = open_shards(folder, VOCABULARY, ENCODERS)
+    assert {split: len(shard) for split, shard in shards.splits.items()} == {
+        "train": 16,
+        "held_out": 4,
+    }
+    np.testing.assert_array_equal(shards.splits["train"].ids(4), [0, 105, 1])
+    (origin,) = shards.splits["train"].origins
+    assert origin["vocabulary"] == VOCABULARY.fingerprint
+    assert (origin["tokenizer"], origin["codec"], origin["source"]) == ("t1", "c1", "words")
+
+
+def test_another_vocabulary_is_refused_by_name(folder):
+    other = replace(VOCABULARY, size=301)
+    with pytest.raises(UserError, match=rf"{VOCABULARY.fingerprint}.*size \(300 and 301\)"):
+        open_shards(folder, other)
+
+
+@pytest.mark.parametrize(
+    ("encoders", "named"),
+    [
+        (Encoders(tokenizer="t1", codec="c2"), r"another codec \(c1 and c2\);"),
+        (Encoders(tokenizer="t2", codec="c1"), r"another tokenizer \(t1 and t2\);"),
+        (Encoders(), r"tokenizer \(t1 and none\), codec \(c1 and none\);"),
+    ],
+)
+def test_other_encoders_are_refused_by_name(folder, encoders, named):
+    with pytest.raises(UserError, match=named):
+        open_shards(folder, VOCABULARY, encoders)
+
+
+def test_a_file_of_another_vocabulary_is_refused_by_name(folder, tmp_path):
+    other = make(tmp_path / "other", replace(VOCABULARY, size=301))
+    (other / "train-00000.arrow").replace(folder / "train-00000.arrow")
+    with pytest.raises(UserError, match=r"train-00000\.arrow: does not belong.*in vocabulary"):
+        open_shards(folder, VOCABULARY)
+
+
+def test_a_file_of_another_codec_is_refused_by_name(folder, tmp_path):
+    other = make(tmp_path / "other", encoders=Encoders(tokenizer="t1", codec="c2"))
+    (other / "held_out-00000.arrow").replace(folder / "held_out-00000.arrow")
+    with pytest.raises(UserError, match=r"held_out-00000\.arrow: .*codec \(c2 and c1\)"):
+        open_shards(folder, VOCABULARY)
+
+
+def test_missing_shards_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no complete shards here; run `moma prepare`"):
+        open_shards(tmp_path / "words", VOCABULARY)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def cut_by_one_table(path):
+    """The file as far as its schema: a valid stream without a row."""
+    with pa.ipc.open_stream(path.read_bytes()) as stream:
+        schema = stream.schema
+    with pa.ipc.new_stream(path, schema):
+        pass
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [cut, cut_by_one_table, lambda path: path.write_bytes(b""), lambda path: path.unlink()],
+)
+def test_damaged_shards_are_refused(folder, spoil):
+    spoil(folder / "train-00000.arrow")
+    with pytest.raises(UserError, match=r"damaged.*run `moma prepare`"):
+        open_shards(folder, VOCABULARY)
+
+
+def test_encoders_are_found_beside_the_data(tmp_path):
+    assert Encoders.load(tmp_path) is None
+    ENCODERS.save(tmp_path)
+    assert Encoders.load(tmp_path) == ENCODERS

@@ -1,0 +1,135 @@
+"""`moma tokenizer`: the verbs from end to end, and what they say about bad input."""
+
+import json
+import os
+
+import pytest
+import tomli_w
+from conftest import tiny_recipe, write_sources
+from PIL import Image
+from test_cli import moma, refuses, succeeds
+
+from moma.data.pictures import read_picture
+from moma.runs import Tokenizers
+from moma.tokenizers.image import ImageCodec, preprocess
+from moma.tokenizers.image_training import measure_codec
+from moma.vocabulary import Vocabulary
+
+CHANGES = (
+    "text_tokenizer.vocabulary_size=320",
+    "text_tokenizer.reserved=2",
+    "codec.codebook_size=32",
+)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer_cli")
+    write_sources(folder / "sources")
+    recipe = tiny_recipe(folder / "sources", folder / "data")
+    values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    (folder / "recipe.toml").write_text(tomli_w.dumps(values))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(sources):
+    """A folder of tokenizers, made by the verbs."""
+    out = sources / "tokenizers"
+    recipe = sources / "recipe.toml"
+    told = succeeds("tokenizer", "train-text", recipe, "--out", out)
+    assert told.startswith(f"{out}/tokenizer.json: 320 ids, learned from ")
+    outcome = moma(
+        "tokenizer",
+        "train-image",
+        recipe,
+        "codec_training.log_every=2",
+        "codec_training.free_steps=1",
+        "--out",
+        out,
+    )
+    assert outcome.code == 0, outcome.err
+    assert "no perceptual loss; codec_training.perceptual.weights" in outcome.err
+    assert f"{out}/codec: PSNR " in outcome.out and "of the codes used" in outcome.out
+    return out
+
+
+def test_a_recipe_gives_a_whole_folder(made):
+    vocabulary = Vocabulary.load(made / "vocabulary.json")
+    assert (vocabulary.size, len(vocabulary.image_codes), vocabulary.codes_per_image) == (
+        320,
+        32,
+        16,
+    )
+    log = (made / "codec_training" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in log] == [2, 4]
+    assert json.loads(log[-1])["psnr"] > 0
+    assert (made / "codec_training" / "samples" / "step-00000004.png").is_file()
+
+
+def test_prepare_uses_the_folder(sources, made):
+    data = sources / "prepared"
+    succeeds("prepare", sources / "recipe.toml", f"data.tokenizers={made}", f"data.path={data}")
+    assert (data / "vocabulary.json").read_text() == (made / "vocabulary.json").read_text()
+
+
+def test_files_and_changes_give_a_tokenizer(sources, tmp_path):
+    text = sources / "sources" / "text.txt"
+    told = succeeds("tokenizer", "train-text", text, text, *CHANGES, "--out", tmp_path)
+    assert "learned from 120 documents" in told
+    names = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+    assert {"<reserved:0>", "<reserved:1>", "<code:31>"} <= {token["content"] for token in names}
+    assert not (tmp_path / "vocabulary.json").exists()
+
+
+def test_too_little_text_is_told(sources, tmp_path):
+    text = sources / "sources" / "text.txt"
+    changes = ("text_tokenizer.vocabulary_size=4000", "codec.codebook_size=32")
+    outcome = moma("tokenizer", "train-text", text, *changes, "--out", tmp_path)
+    assert outcome.code == 0 and "too few repetitions for 4000 ids" in outcome.err
+
+
+def test_a_shown_picture_stands_beside_what_comes_back(sources, made, tmp_path):
+    picture, out = sources / "sources" / "3.png", tmp_path / "shown" / "both.png"
+    arguments = ("--image", picture, "--out", out)
+    result = json.loads(succeeds("tokenizer", "show", made, *arguments, "--json"))
+    codec = ImageCodec.load(Tokenizers(made).codec)
+    original = preprocess(read_picture(picture, "", ""), 16)
+    assert result["psnr"] == pytest.approx(measure_codec(codec, [original]).psnr, abs=2e-3)
+    assert (result["picture"], result["codes"]) == (str(out), 16)
+    assert 1 <= result["distinct_codes"] <= 16
+    with Image.open(out) as both, Image.open(picture) as before:
+        assert both.size == (36, 16)
+        assert both.crop((0, 0, 16, 16)).tobytes() == before.convert("RGB").tobytes()
+    assert "distinct_codes" in succeeds("tokenizer", "show", made, *arguments)
+
+
+@pytest.mark.parametrize("text", ["a red [bold]square</s> é\n", "", os.fsdecode(b"caf\xe9")])
+def test_a_shown_text_comes_back(made, text):
+    result = json.loads(succeeds("tokenizer", "show", made, "--text", text, "--json"))
+    assert result["exact"] is True
+    assert len(result["ids"]) == len(result["pieces"])
+    expected = os.fsencode(text).decode("utf-8", "backslashreplace")
+    assert result["text"] == expected
+    assert "exactly" in succeeds("tokenizer", "show", made, "--text", text)
+
+
+def test_bad_input_is_one_message(sources, made, tmp_path):
+    recipe, picture = sources / "recipe.toml", sources / "sources" / "3.png"
+    assert "give either --image or --text" in refuses("tokenizer", "show", made)
+    both = ("--image", picture, "--text", "a")
+    assert "give either" in refuses("tokenizer", "show", made, *both)
+    assert "not an image codec" in refuses("tokenizer", "show", tmp_path, "--image", picture)
+    assert "cannot read the tokenizer" in refuses("tokenizer", "show", tmp_path, "--text", "a")
+    missing = refuses("tokenizer", "show", made, "--image", tmp_path / "no.png")
+    assert "there is no" in missing and "no.png" in missing
+    folder = refuses("tokenizer", "show", made, "--image", picture, "--out", tmp_path)
+    assert "is a folder; name a PNG file" in folder
+    again = refuses("tokenizer", "train-text", recipe, "--out", made)
+    assert "is there already" in again
+    assert "no.txt" in refuses("tokenizer", "train-text", tmp_path / "no.txt", *CHANGES)
+    unknown = refuses("tokenizer", "train-text", picture, "codec.size=3")
+    assert "the command line: unknown key 'codec.size'" in unknown
+    assert "name a recipe or text files" in refuses("tokenizer", "train-text", "a=b")
+    weights = refuses("tokenizer", "import-chameleon", made, tmp_path / "no.pt", "--out", tmp_path)
+    assert "no.pt: cannot read the weights" in weights

@@ -1,0 +1,88 @@
+from functools import partial
+
+import pytest
+import torch
+from PIL import Image
+
+from moma.data.documents import Document, Picture, Rejected, SourceConfig
+from moma.errors import UserError
+from moma.tokenizers.corpus import Corpus, ReadablePictures
+from moma.tokenizers.image import preprocess
+
+
+def picture(number, broken=False):
+    def read():
+        if broken:
+            raise UserError(f"picture {number} is broken")
+        return Image.new("RGB", (8, 8), (number, 0, 0))
+
+    return Picture(f"picture {number}", read)
+
+
+class Numbers(SourceConfig):
+    """Documents with a text and a picture each; every fifth row is rejected."""
+
+    name: str = "numbers"
+    count: int = 20
+
+    def documents(self):
+        for number in range(self.count):
+            if number % 5 == 4:
+                yield Rejected(f"numbers, row {number + 1}", "is divisible by five")
+            else:
+                segments = (f"text {number}", picture(number))
+                yield Document(str(number), segments, held_out=number % 2 == 0)
+
+
+def test_training_and_held_out_documents_are_told_apart_and_rejected_rows_counted():
+    corpus = Corpus([Numbers()], held_out=0.5, most=100)
+    assert list(corpus.texts()) == [f"text {n}" for n in range(1, 20, 2) if n % 5 != 4]
+    assert corpus.documents == 8
+    assert corpus.rejected == 4
+    assert corpus.first_rejected == Rejected("numbers, row 5", "is divisible by five")
+    names = [p.name for p in corpus.pictures(held_out=True)]
+    assert names == [f"picture {n}" for n in range(0, 20, 2) if n % 5 != 4]
+
+
+def test_every_source_gives_at_most_as_many_documents_as_asked_for():
+    corpus = Corpus([Numbers(), Numbers()], held_out=0.5, most=3)
+    assert list(corpus.texts()) == ["text 1", "text 3", "text 5"] * 2
+    assert corpus.documents == 6
+
+
+def test_a_source_may_hold_out_a_share_of_its_own():
+    class Plain(Numbers):
+        def documents(self):
+            yield from (Document(str(n), (f"text {n}",)) for n in range(200))
+
+    ours, all_, most = (
+        len(list(Corpus([source], held_out=0.5, most=1000).texts()))
+        for source in (Plain(), Plain(held_out=0.0), Plain(held_out=0.9))
+    )
+    assert 70 < ours < 130
+    assert all_ == 200
+    assert most < 50
+
+
+def test_pictures_are_read_as_the_codec_takes_them():
+    pictures = ReadablePictures([picture(n) for n in range(3)], size=4)
+    assert len(pictures) == 3
+    assert torch.equal(pictures[2], preprocess(Image.new("RGB", (8, 8), (2, 0, 0)), 4))
+    assert len(list(pictures)) == 3
+    with pytest.raises(IndexError):
+        pictures[3]
+
+
+def test_the_next_picture_stands_in_for_one_that_cannot_be_read():
+    broken = {7, 8, 199}
+    pictures = ReadablePictures([picture(n, n in broken) for n in range(300)], size=4)
+    of_index = partial(torch.equal, pictures[9])
+    assert of_index(pictures[7]) and of_index(pictures[8])
+    assert torch.equal(pictures[199], pictures[200])
+    assert pictures.unreadable == {n: f"picture {n} is broken" for n in broken}
+
+
+def test_more_than_a_hundredth_of_broken_pictures_is_an_error():
+    pictures = ReadablePictures([picture(n, n in (3, 4)) for n in range(100)], size=4)
+    with pytest.raises(UserError, match=r"2 of 100 pictures cannot be read.*picture 4 is broken"):
+        pictures[3]
