@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from moma.model.depth import DepthConfig
 from moma.model.experts import GroupConfig, named_groups
+from moma.model.running import RunName
 from moma.recipe import Config
 
 
@@ -26,6 +27,10 @@ class ModelConfig(Config):
             (Chameleon §2.3.1: 0.1 in the 7B model, which has `norm = "pre"`).
         tied_embeddings: whether the head is the embedding table; then what is looked up is
             multiplied by √D, so that one scale suits both (arXiv 1706.03762 §3.4).
+        router_noise: whether logits of the experts' routers get Gumbel-Sigmoid noise while
+            training, for upcycling (MoMa §2.5).
+        experts_run: how the groups' products are run, with equal results: `sequential`, `batched`
+            or `grouped` (see `running.py`); left out, what measured fastest.
     """
 
     groups: str | tuple[GroupConfig, ...] = "moe_4t4i"
@@ -43,6 +48,8 @@ class ModelConfig(Config):
     attend: Literal["document", "row"] = "document"
     dropout: float = Field(0.0, ge=0, lt=1)
     tied_embeddings: bool = False
+    router_noise: bool = False
+    experts_run: RunName | None = None
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelConfig":
@@ -87,6 +94,15 @@ class ModelConfig(Config):
         if depth is None:
             return frozenset()
         return frozenset(range(0, self.layers, 2) if depth.layers is None else depth.layers)
+
+    @property
+    def run_name(self) -> RunName:
+        """How the groups' products are run (docs/results/layer.md)."""
+        if self.experts_run is not None:
+            return self.experts_run
+        # Lone experts behind a gate have room for more tokens than come; `grouped` skips it.
+        lone = sum(group.experts == 1 for group in self.group_list)
+        return "grouped" if self.depth_layers and lone > 1 else "sequential"
 
     @property
     def has_routers(self) -> bool:

@@ -12,7 +12,7 @@ from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention, Sight, chosen_sight
 from moma.model.auxiliary import RouterReport
 from moma.model.depth import DepthConfig, DepthGate
-from moma.model.experts import Experts, make_group
+from moma.model.experts import make_experts, make_group
 from moma.model.routing import Routing, Selection
 from moma.vocabulary import Vocabulary
 
@@ -73,12 +73,11 @@ class Layer(nn.Module):
             config.dim, config.heads, config.key_heads, config.query_key_norm
         )
         width, names = config.hidden_width, vocabulary.modalities
-        self.experts = Experts(
-            [
-                make_group(config.dim, width, group, shares, names, reach)
-                for group in config.group_list
-            ]
-        )
+        groups = [
+            make_group(config.dim, width, group, shares, names, reach, config.router_noise)
+            for group in config.group_list
+        ]
+        self.experts = make_experts(groups, config.run_name)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.experts_norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.dropout = nn.Dropout(config.dropout)

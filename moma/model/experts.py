@@ -4,17 +4,19 @@
 
 A layer holds one group of experts for each set of modalities; a token meets only the groups of its
 own modality (first step, given), and inside a group the experts choose their tokens (second step,
-learned). Outputs of groups add, so groups may overlap. Shapes: see `layers.py`.
+learned). Outputs of groups add, so groups may overlap. How the products are run: `running.py`.
+Shapes: see `layers.py`.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moma.errors import UserError
 from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
@@ -25,9 +27,11 @@ from moma.model.routing import (
     any_unsound,
     choose_by_batch,
     choose_causally,
+    logistic_noise,
     router_logits,
     take_all,
 )
+from moma.model.running import Load, RunName, Strategy, joint_strategy, run_sequential
 from moma.recipe import Config
 from moma.vocabulary import MODALITIES
 
@@ -72,7 +76,7 @@ def named_groups(name: str) -> tuple[GroupConfig, ...]:
 
 
 class ExpertGroup(nn.Module):
-    """The experts of one or more modalities, each a SwiGLU, run as one batched product.
+    """The experts of one or more modalities, each a SwiGLU.
 
     Args:
         dim, hidden: widths D and F of every expert.
@@ -100,9 +104,15 @@ class ExpertGroup(nn.Module):
             modality_N: modality of each token, −1 for padding, which never competes.
             routing: see `Routing`.
         """
-        eligible_N = self._eligible(modality_N)
-        selection, report = self._select(x_ND, eligible_N, routing)
-        return self._run(x_ND, selection), report
+        load, report = self.load(x_ND, modality_N, routing)
+        return run_sequential(x_ND, [load]), report
+
+    def load(
+        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+    ) -> tuple[Load, RouterReport | None]:
+        """Route the tokens, but leave the products to be run with those of other groups."""
+        selection, report = self._select(x_ND, self._eligible(modality_N), routing)
+        return Load(self.gate_EDF, self.up_EDF, self.down_EFD, selection), report
 
     def _eligible(self, modality_N: Tensor) -> Tensor:
         eligible_N = modality_N == self.modalities[0]
@@ -123,23 +133,26 @@ class ExpertGroup(nn.Module):
         count = Routing(capacity="actual") if routing.by == "causal" else routing
         return take_all(eligible_N, self._capacity(eligible_N, count)), None
 
-    def _run(self, x_ND: Tensor, selection: Selection) -> Tensor:
-        """Gather, run every expert on its own tokens, and add the weighted outputs up."""
-        token_EK = selection.token_EK
-        x_EKD = x_ND[token_EK.flatten()].unflatten(0, token_EK.shape)
-        hidden_EKF = functional.silu(x_EKD @ self.gate_EDF) * (x_EKD @ self.up_EDF)
-        y_EKD = (hidden_EKF @ self.down_EFD) * selection.weight_EK[..., None]
-        y_ND = torch.zeros_like(x_ND, dtype=y_EKD.dtype)
-        return y_ND.index_add(0, token_EK.flatten(), y_EKD.flatten(0, 1)).to(x_ND.dtype)
-
 
 class RoutedGroup(ExpertGroup):
-    """A group of several experts: a main router scores, an auxiliary router foretells."""
+    """A group of several experts: a main router scores, an auxiliary router foretells.
+
+    Args:
+        dim, hidden, modalities, experts, share: as for `ExpertGroup`.
+        noise: whether logits get noise while training; see `logistic_noise`.
+    """
 
     def __init__(
-        self, dim: int, hidden: int, modalities: Sequence[int], experts: int, share: float
+        self,
+        dim: int,
+        hidden: int,
+        modalities: Sequence[int],
+        experts: int,
+        share: float,
+        noise: bool = False,
     ):
         super().__init__(dim, hidden, modalities, experts, share)
+        self.noise = noise
         self.router = nn.Linear(dim, experts, bias=False)
         self.auxiliary = AuxiliaryRouter(dim, experts)
 
@@ -147,6 +160,8 @@ class RoutedGroup(ExpertGroup):
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, RouterReport | None]:
         logits_NE = router_logits(self.router, x_ND)
+        if self.noise and self.training and routing.by == "choice":
+            logits_NE = logits_NE + logistic_noise(logits_NE)
         unsound = any_unsound(logits_NE, eligible_N)
         if routing.by == "causal":
             likelihood_NE = self.auxiliary(x_ND)
@@ -208,6 +223,7 @@ def make_group(
     shares: Sequence[float],
     modalities: Sequence[str] = MODALITIES,
     reach: float = 1.0,
+    noise: bool = False,
 ) -> ExpertGroup | DenseGroup:
     """The cheapest module that computes a group.
 
@@ -217,17 +233,24 @@ def make_group(
         shares: the part of each modality among all tokens.
         modalities: their names, in the order of `shares`.
         reach: the part of all tokens that reach the layer; below 1 in mixture-of-depths.
+        noise: whether a router's logits get noise while training.
     """
     share = group_share(config, shares, modalities, reach)
     if config.experts == 1 and set(config.modalities) == set(modalities):
         return DenseGroup(dim, hidden)
-    kind = ExpertGroup if config.experts == 1 else RoutedGroup
     numbers = [modalities.index(name) for name in config.modalities]
-    return kind(dim, hidden, numbers, config.experts, share)
+    if config.experts == 1:
+        return ExpertGroup(dim, hidden, numbers, 1, share)
+    return RoutedGroup(dim, hidden, numbers, config.experts, share, noise)
+
+
+def most_overlap(modalities: Iterable[Iterable[int | str]]) -> int:
+    """The largest number of groups that take the same modality, from the modalities of each."""
+    return max(Counter(chain.from_iterable(modalities)).values(), default=0)
 
 
 class Experts(nn.Module):
-    """The feed-forward of a layer: its groups, added up."""
+    """The feed-forward of a layer: its groups, added up, one after the other."""
 
     def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
         super().__init__()
@@ -236,13 +259,49 @@ class Experts(nn.Module):
     def forward(
         self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
     ) -> tuple[Tensor, list[RouterReport]]:
-        """Map [B, S, D] to [B, S, D] and return what the routers tell.
-
-        Group after group: under sharding, the next group's weights arrive while one computes.
-        """
+        """Map [B, S, D] to [B, S, D] and return what the routers tell."""
         x_ND, modality_N = x_BSD.flatten(0, 1), modality_BS.flatten()
         outputs, reports = zip(
             *(group(x_ND, modality_N, routing) for group in self.groups), strict=True
         )
         total_ND = sum(outputs[1:], start=outputs[0])
         return total_ND.view_as(x_BSD), [report for report in reports if report is not None]
+
+    def units(self) -> list[nn.Module]:
+        """The parts that may be sharded one by one: the next is gathered while one computes."""
+        return list(self.groups) if len(self.groups) > 1 else []
+
+
+class JointExperts(Experts):
+    """The same, all groups run together; the weights stay with the groups."""
+
+    def __init__(self, groups: Sequence[ExpertGroup | DenseGroup], run: Strategy):
+        super().__init__(groups)
+        self.run = run
+        self._choosing = [group for group in groups if isinstance(group, ExpertGroup)]
+        self._plain = [group for group in groups if isinstance(group, DenseGroup)]
+
+    def forward(
+        self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
+    ) -> tuple[Tensor, list[RouterReport]]:
+        """Map [B, S, D] to [B, S, D] and return what the routers tell."""
+        x_ND, modality_N = x_BSD.flatten(0, 1), modality_BS.flatten()
+        loads, reports = zip(
+            *(group.load(x_ND, modality_N, routing) for group in self._choosing), strict=True
+        )
+        outputs = (group(x_ND, modality_N, routing)[0] for group in self._plain)
+        total_ND = sum(outputs, start=self.run(x_ND, loads))
+        return total_ND.view_as(x_BSD), [report for report in reports if report is not None]
+
+    def units(self) -> list[nn.Module]:
+        """None: all weights are needed at once."""
+        return []
+
+
+def make_experts(groups: Sequence[ExpertGroup | DenseGroup], run: RunName) -> Experts:
+    """The feed-forward of a layer, run by a strategy; the names of weights do not depend on it."""
+    choosing = [group for group in groups if isinstance(group, ExpertGroup)]
+    if run == "sequential" or not choosing:
+        return Experts(groups)
+    lone = most_overlap(group.modalities for group in choosing if group.experts == 1)
+    return JointExperts(groups, joint_strategy(run, lone))

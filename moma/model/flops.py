@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moma.model.architecture import ModelConfig
-from moma.model.experts import GroupConfig, group_share, static_capacity
+from moma.model.experts import GroupConfig, group_share, most_overlap, static_capacity
 from moma.vocabulary import MODALITIES
 
 Counts = dict[str, float]
@@ -146,13 +146,17 @@ def empty_slot_flops(
     """Operations of one forward pass on slots that hold no token, under static capacity.
 
     A lone expert behind a gate has room for every token of its modality that may come through,
-    and cannot know beforehand how many will.
+    and cannot know beforehand how many will. Run as one grouped product, lone experts share room.
     """
+    lone = [group for group in config.group_list if group.experts == 1]
+    overlap = most_overlap(group.modalities for group in lone)
     empty = 0.0
     for kind in layer_kinds(config, rows, row_length):
-        for group in config.group_list:
-            held, room = _slots(group, kind, shares, modalities)
-            empty += kind.layers * 6 * (room - held) * config.dim * config.hidden_width
+        slots = [_slots(group, kind, shares, modalities) for group in lone]
+        held, room = (sum(each) for each in zip(*slots, strict=True)) if slots else (0, 0)
+        if config.run_name == "grouped":
+            room = min(room, overlap * kind.tokens)
+        empty += kind.layers * 6 * (room - held) * config.dim * config.hidden_width
     return empty
 
 

@@ -69,6 +69,15 @@ def router_logits(router: nn.Linear, x_ND: Tensor) -> Tensor:
         return functional.linear(widen(x_ND), widen(router.weight))
 
 
+def logistic_noise(logits_NE: Tensor) -> Tensor:
+    """Noise of Gumbel-Sigmoid, sigmoid(z + G′ − G″), for logits z (MoMa §2.5, Equation 5).
+
+    The difference of two independent Gumbel(0, 1) draws is logistic, which is log(u / (1 − u)) of
+    one uniform draw. PyTorch's generator draws, so its seed and state decide.
+    """
+    return torch.rand_like(logits_NE).logit(eps=1e-7)
+
+
 def any_unsound(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
     """Whether an eligible token has a score that is NaN or infinite: a boolean on the device.
 

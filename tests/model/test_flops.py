@@ -42,6 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "overlapping": {"groups": OVERLAPPING},
     "overlapping_mod": {"groups": OVERLAPPING, "depth": DepthConfig(share=0.5, layers=(1,))},
+    "lone_in_turn": {"groups": "mod_moe_1t1i", "experts_run": "sequential"},
+    "lone_batched": {"groups": "mod_moe_1t1i", "experts_run": "batched"},
+    "unequal_grouped": {"groups": "mod_moe_3t1i", "experts_run": "grouped"},
     "by_row": {"groups": "mod_moe_2t2i", "depth": DepthConfig(share=0.3, choose="row")},
     "grouped_queries": {"groups": "mod_moe_1t1i", "kv_heads": 1},
     "tied": {"groups": "moe_2t2i", "tied_embeddings": True, "query_key_norm": False},
@@ -95,13 +98,15 @@ def test_forward_equals_the_flop_counter(case, rows, length):
     parts = flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
     empty = flops.empty_slot_flops(model.config, SHARES, rows, length)
     assert sum(parts.values()) + empty == pytest.approx(found, rel=0.01)
-    if case == "mod_moe_1t1i":  # nothing is computed for empty slots where tokens are counted
+    if case == "mod_moe_1t1i":  # one grouped product shares the room
+        assert empty == 0
+    if case == "lone_in_turn":  # nothing is computed for empty slots where tokens are counted
         assert empty > 0
         actual = counted_by_torch(model, half_of_each(rows, length), Routing(capacity="actual"))
         assert sum(parts.values()) == pytest.approx(actual, rel=0.01)
 
 
-@pytest.mark.parametrize("case", ["moe_2t2i", "mod_moe_2t2i", "grouped_queries"])
+@pytest.mark.parametrize("case", ["moe_2t2i", "mod_moe_2t2i", "grouped_queries", "lone_in_turn"])
 def test_backward_costs_twice_the_forward(case):
     model = build(case)
     tokens = half_of_each(4, 16)

@@ -1,0 +1,107 @@
+"""One product of unequal parts: rows of each expert times the expert's matrix.
+
+    y[start_e : end_e] = x[start_e : end_e] @ weight_e
+
+`torch.nn.functional.grouped_mm` does it in one kernel, in bf16 on a GPU and where widths are
+multiples of 16 bytes. Elsewhere it cannot (fp64, other widths), cannot be compiled (fp32, torch
+2.13) or takes 60 times as long (bf16 on a CPU); there a loop of plain products does the same.
+
+Shapes: T rows, D wide, become F wide; E are the experts of all stacks of weights together.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
+
+
+def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> Tensor:
+    """Multiply the rows of each expert by its matrix; [T, D] to [T, F].
+
+    Args:
+        x_TD: rows, expert after expert.
+        weights: stacks of matrices [E', D, F], the sum of all E' being E.
+        end_E: int32, the row after each expert's last; that of the last expert is T.
+    """
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):  # neither product knows of it
+        dtype = torch.get_autocast_dtype(device)
+        x_TD, weights = x_TD.to(dtype), [weight.to(dtype) for weight in weights]
+    if _fits_the_kernel(x_TD, weights[0]):
+        return functional.grouped_mm(x_TD, torch.cat(tuple(weights)), offs=end_E)
+    return _product(x_TD, list(weights), end_E)
+
+
+def _fits_the_kernel(x_TD: Tensor, weight_EDF: Tensor) -> bool:
+    widths = (x_TD.shape[1], weight_EDF.shape[2])
+    on_gpu = x_TD.device.type == "cuda" and x_TD.dtype == torch.bfloat16
+    return on_gpu and len(x_TD) > 0 and not any(width % 8 for width in widths)
+
+
+@torch.library.custom_op("moma::grouped_product", mutates_args=())
+def _product(x_TD: Tensor, weights: list[Tensor], end_E: Tensor) -> Tensor:
+    y_TF = x_TD.new_empty(len(x_TD), weights[0].shape[2])
+    for (start, end), weight_DF in zip(_parts(end_E), _matrices(weights), strict=True):
+        torch.mm(x_TD[start:end], weight_DF, out=y_TF[start:end])
+    return y_TF
+
+
+@torch.library.custom_op("moma::grouped_outer", mutates_args=())
+def _outer(x_TD: Tensor, y_TF: Tensor, end_E: Tensor, experts: list[int]) -> list[Tensor]:
+    """For each expert, x.T @ y over its rows: stacks [E', D, F], E' from `experts`."""
+    shape = (x_TD.shape[1], y_TF.shape[1])
+    stacks = [x_TD.new_empty(count, *shape) for count in experts]
+    for (start, end), out_DF in zip(_parts(end_E), _matrices(stacks), strict=True):
+        torch.mm(x_TD[start:end].T, y_TF[start:end], out=out_DF)
+    return stacks
+
+
+def _parts(end_E: Tensor) -> list[tuple[int, int]]:
+    ends = end_E.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def _matrices(stacks: Sequence[Tensor]) -> list[Tensor]:
+    return [matrix for stack in stacks for matrix in stack.unbind()]
+
+
+@_product.register_fake
+def _(x_TD: Tensor, weights: list[Tensor], end_E: Tensor) -> Tensor:
+    return x_TD.new_empty(len(x_TD), weights[0].shape[2])
+
+
+@_outer.register_fake
+def _(x_TD: Tensor, y_TF: Tensor, end_E: Tensor, experts: list[int]) -> list[Tensor]:
+    return [x_TD.new_empty(count, x_TD.shape[1], y_TF.shape[1]) for count in experts]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_TD, weights, end_E = inputs
+    ctx.save_for_backward(x_TD, end_E, *weights)
+
+
+def _backward(ctx: Any, grad_TF: Tensor) -> tuple[Any, ...]:
+    x_TD, end_E, *weights = ctx.saved_tensors
+    grad_TF = grad_TF.contiguous()  # the gradient of a sum has no strides to multiply with
+    grad_x_TD, grads = None, [None] * len(weights)
+    if ctx.needs_input_grad[0]:
+        grad_x_TD = _product(grad_TF, [weight.mT for weight in weights], end_E)
+    if any(ctx.needs_input_grad[1]):
+        grads = _outer(x_TD, grad_TF, end_E, [len(weight) for weight in weights])
+    return grad_x_TD, grads, None
+
+
+_product.register_autograd(_backward, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.moma.grouped_product)
+def _product_flops(x_shape: Any, weight_shapes: Any, *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * weight_shapes[0][2]
+
+
+@register_flop_formula(torch.ops.moma.grouped_outer)
+def _outer_flops(x_shape: Any, y_shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * x_shape[0] * x_shape[1] * y_shape[1]

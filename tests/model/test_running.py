@@ -1,0 +1,173 @@
+"""Three ways to run experts, one result; weights, graphs and compaction are the same in all."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moma.model.architecture import ModelConfig
+from moma.model.experts import Experts, GroupConfig, JointExperts, make_experts, make_group
+from moma.model.grouped import grouped_product
+from moma.model.routing import Routing
+from moma.model.transformer import Transformer
+from moma.runtime.world import can_compile
+from moma.vocabulary import MODALITIES, Vocabulary
+
+DIM, HIDDEN, RUNS = 8, 12, ("sequential", "batched", "grouped")
+SHARES = (0.5, 0.5)
+
+
+def groups_of(*counts: tuple[str, int]) -> tuple[GroupConfig, ...]:
+    return tuple(GroupConfig(modalities=tuple(n.split()), experts=e) for n, e in counts)
+
+
+LAYERS = {
+    "4t4i": groups_of(("text", 4), ("image", 4)),
+    "3t1i": groups_of(("text", 3), ("image", 1)),
+    "1t1i": groups_of(("text", 1), ("image", 1)),
+    "8x": groups_of(("text image", 8)),
+    "overlapping": groups_of(("text", 1), ("image", 2), ("text image", 2), ("text image", 1)),
+    "lone twice": groups_of(("text", 1), ("image", 1), ("image", 1)),
+}
+
+
+def build(layer: str, run: str, reach: float = 1.0, dtype=torch.float32) -> Experts:
+    groups = [make_group(DIM, HIDDEN, each, SHARES, MODALITIES, reach) for each in LAYERS[layer]]
+    experts = make_experts(groups, run)
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return experts.to(dtype)
+
+
+def outcome(experts: Experts, x, modality, routing) -> list[torch.Tensor]:
+    """Output, and gradients of everything, of a sum: its own gradient has no strides."""
+    experts.zero_grad()
+    x = x.clone().requires_grad_()
+    y, reports = experts(x, modality, routing)
+    y.sum().backward()
+    y2, _ = experts(x, modality, routing)
+    y2.square().sum().backward()
+    assert x.grad is not None
+    grads = [p.grad for p in experts.parameters() if p.grad is not None]
+    return [y, x.grad, *grads, *(report.unsound for report in reports)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(LAYERS)),
+    st.lists(st.sampled_from([0, 1, -1]), min_size=1, max_size=24),
+    st.sampled_from([Routing(), Routing(capacity="actual"), Routing(by="causal")]),
+    st.sampled_from([1.0, 0.25]),
+    st.integers(0, 99),
+)
+def test_strategies_are_equal(layer, modality, routing, reach, seed):
+    x = torch.randn(1, len(modality), DIM, generator=torch.Generator().manual_seed(seed))
+    results = [
+        outcome(build(layer, run, reach), x, torch.tensor([modality]), routing) for run in RUNS
+    ]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
+
+
+def test_strategies_are_strategies():
+    """Were they one and the same, the test above would show nothing."""
+    kinds = {run: build("4t4i", run) for run in RUNS}
+    assert type(kinds["sequential"]) is Experts and len(kinds["sequential"].units()) == 2
+    for run in ("batched", "grouped"):
+        joint = kinds[run]
+        assert isinstance(joint, JointExperts) and joint.units() == []
+        assert run in repr(joint.run)
+
+
+def test_names_of_weights_do_not_depend_on_the_strategy():
+    states = [build("overlapping", run).state_dict() for run in RUNS]
+    assert list(states[0]) == list(states[1]) == list(states[2])
+    assert any(name.startswith("groups.1.gate_EDF") for name in states[0])
+
+
+def test_lone_experts_behind_a_gate_share_the_room(monkeypatch):
+    """Each has room for every token; one grouped product has as many rows as tokens."""
+    import moma.model.running as running
+
+    rows = []
+    monkeypatch.setattr(
+        running,
+        "grouped_product",
+        lambda x, *rest: (rows.append(len(x)), grouped_product(x, *rest))[1],
+    )
+    x, modality = torch.randn(1, 10, DIM), torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, -1, 0]])
+    build("1t1i", "grouped", reach=0.25)(x, modality, Routing())
+    build("lone twice", "grouped", reach=0.25)(x, modality, Routing())
+    build("1t1i", "grouped")(x, modality, Routing())
+    assert rows == [10] * 3 + [20] * 3 + [10] * 3
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 99))
+def test_grouped_product_equals_one_product_for_each_expert(counts, split, seed):
+    torch.manual_seed(seed)
+    x = torch.randn(sum(counts), 3, dtype=torch.float64)
+    stack = torch.randn(len(counts), 3, 5, dtype=torch.float64)
+    weights = [part for part in stack.split(split)]
+    end = torch.tensor(counts).cumsum(0).int()
+    parts = [rows @ stack[e] for e, rows in enumerate(x.split(counts))]
+    torch.testing.assert_close(grouped_product(x, weights, end), torch.cat(parts))
+
+
+def test_gradients_of_the_grouped_product():
+    torch.manual_seed(0)
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    a, b = (torch.randn(e, 3, 2, dtype=torch.float64, requires_grad=True) for e in (1, 2))
+    end = torch.tensor([2, 2, 6], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda x, a, b: grouped_product(x, [a, b], end), (x, a, b))
+    # Frozen weights, as while auxiliary routers train.
+    (grad,) = torch.autograd.grad(grouped_product(x, [a.detach(), b.detach()], end).sum(), x)
+    assert grad.shape == x.shape
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_under_autocast_products_are_bf16_and_the_sum_is_not(run):
+    x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
+    experts = build("3t1i", run)
+    exact, _ = experts(x, modality, Routing())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = experts(x, modality, Routing())
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def assert_one_graph(run: str, backend: str) -> None:
+    x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
+    for layer, reach in (("overlapping", 0.25), ("3t1i", 1.0)):
+        torch.compiler.reset()
+        experts = build(layer, run, reach)
+        compiled = torch.compile(experts, fullgraph=True, backend=backend)
+        expected = outcome(experts, x, modality, Routing())
+        found = outcome(compiled, x, modality, Routing())
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_every_strategy_is_one_graph_forward_and_backward(run):
+    """Captured whole, without code."""
+    assert_one_graph(run, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
+@pytest.mark.parametrize("run", RUNS)
+def test_compiled_code_of_every_strategy_equals_eager(run):
+    assert_one_graph(run, "inductor")
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_recipe_chooses(run):
+    vocabulary = Vocabulary(12, 0, 1, 2, 3, 4, (5, 6), 1)
+    config = ModelConfig(dim=8, layers=2, heads=2, groups="mod_moe_1t1i", experts_run=run)
+    model = Transformer(config, vocabulary, SHARES)
+    model.initialise(0)
+    default = Transformer(config.model_copy(update={"experts_run": None}), vocabulary, SHARES)
+    default.load_state_dict(model.state_dict())
+    tokens = torch.tensor([[7, 5, 8, 6, 9, 5, 10, 6]])
+    torch.testing.assert_close(model(tokens).logits_BSV, default(tokens).logits_BSV)
