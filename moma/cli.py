@@ -13,7 +13,7 @@ from rich.table import Table
 from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
 from moma.cli_tokenizer import app as tokenizer_app
-from moma.errors import StoppedError, UserError
+from moma.errors import LostRankError, StoppedError, UserError
 
 app = typer.Typer(
     name="moma",
@@ -47,6 +47,9 @@ def main() -> None:
     except UserError as error:
         print(f"moma: {error}", file=sys.stderr)
         sys.exit(2)
+    except LostRankError as error:
+        print(f"moma: {error}", file=sys.stderr)
+        sys.exit(1)
     except StoppedError as stop:
         print(f"moma: {stop}", file=sys.stderr)
         sys.exit(stop.CODE)
@@ -127,17 +130,25 @@ def inspect(
 
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Run the stage that the recipe names, or go on where it was interrupted."""
-    from moma.recipe import read_recipe
+    """Run the stage that the recipe names, or its chain; go on where it was interrupted."""
     from moma.runtime.world import join_world
-    from moma.train.loop import train as run
-    from moma.train.recipe import Recipe
+    from moma.study.chain import Evaluation, read_chain, run_chain
 
-    read = read_recipe(Recipe, recipe, overrides or ())
-    with join_world(read.engine.timeout) as world:
-        folder = run(read, world)
+    steps = read_chain(recipe, overrides or ())
+    timeout = max(step.engine.timeout for step in steps if not isinstance(step, Evaluation))
+    with join_world(timeout) as world:
+        folder = run_chain(steps, world)
         if world.rank == 0:
-            print(f"trained {folder.path}")
+            print(f"trained {folder}")
+
+
+@app.command()
+def replay(run: RunFolder, as_json: AsJson = False) -> None:
+    """Go through the steps that led to a run's fault once more, and look into the last."""
+    from moma.runs import Run
+    from moma.train.replay import replay as go_through
+
+    _show(f"{run}, its fault", go_through(Run(run), quiet=as_json), as_json)
 
 
 @app.command()

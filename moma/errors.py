@@ -9,6 +9,13 @@ class UserError(Exception):
     """
 
 
+class LostRankError(Exception):
+    """Another process of the job ended or does not answer; the job can begin again.
+
+    The command line prints the message and exits with code 1, on which launchers restart the job.
+    """
+
+
 class StoppedError(Exception):
     """A signal ended the work early; what was done is saved, and the same command goes on.
 

@@ -34,7 +34,16 @@ def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; the message names it.
     """
-    return check(schema, override(_read_toml(path, ()), overrides), str(path))
+    return check(schema, read_values(path, overrides), str(path))
+
+
+def read_values(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a TOML recipe with what it extends and with overrides, as plain values, unchecked.
+
+    Raises:
+        UserError: the file cannot be read, or an override leads nowhere.
+    """
+    return override(_read_toml(path, ()), overrides)
 
 
 def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
@@ -53,15 +62,16 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("extends")
     if not isinstance(base, str):
         raise UserError(f"{path}: 'extends': name one file, such as \"base.toml\"")
-    return _lay_over(_read_toml(path.parent / base, (*extended_by, path.resolve())), values)
+    return lay_over(_read_toml(path.parent / base, (*extended_by, path.resolve())), values)
 
 
-def _lay_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def lay_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values over others: tables key by key, anything else takes the place of what was there."""
     merged = dict(base)
     for key, value in values.items():
         below = merged.get(key)
         if isinstance(below, dict) and isinstance(value, dict):
-            value = _lay_over(below, value)
+            value = lay_over(below, value)
         merged[key] = value
     return merged
 

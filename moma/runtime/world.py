@@ -15,6 +15,8 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moma.errors import LostRankError
+
 T = TypeVar("T")
 
 
@@ -71,6 +73,29 @@ def gather(value: T, group: ProcessGroup | None) -> list[T]:
     values: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(values, value, group=group)
     return values
+
+
+@contextmanager
+def telling_of_lost_ranks(world: World) -> Iterator[None]:
+    """Turn an error between ranks into one that says so.
+
+    Raises:
+        LostRankError: a rank is gone, or did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        told = str(error)
+        between = isinstance(error, distributed.DistError) or any(
+            word in told for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer")
+        )
+        if world.mesh is None or not between:
+            raise
+        cause = told.strip().splitlines()[0] if told.strip() else type(error).__name__
+        raise LostRankError(
+            f"rank {world.rank} of {world.size}: lost another rank ({cause}); begun again, the job "
+            "goes on from its last checkpoint"
+        ) from error
 
 
 @contextmanager

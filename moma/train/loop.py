@@ -21,7 +21,7 @@ from moma.runtime.checkpoint import (
 )
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate, make_optimizer
-from moma.runtime.world import World
+from moma.runtime.world import World, telling_of_lost_ranks
 from moma.runtime.writer import CheckpointWriter
 from moma.train.changes import claim
 from moma.train.fault import Recent, raise_fault
@@ -45,6 +45,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         UserError: the run folder belongs to another recipe, something the recipe needs is missing,
             or the loss went wrong.
         StoppedError: a signal ended it; what was done is saved.
+        LostRankError: another rank is gone.
     """
     run = Run(recipe.run)
     data = Tokenizers(recipe.data.path)
@@ -58,6 +59,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
     with ExitStack() as stack:
         asked = stack.enter_context(interruption(world))
         stack.enter_context(closing(trainer))
+        stack.enter_context(telling_of_lost_ranks(world))
         trainer.resume()
         report = stack.enter_context(show_progress(title, steps, quiet or world.rank > 0))
         trainer.run_to_end(report, asked)

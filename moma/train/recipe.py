@@ -57,16 +57,6 @@ class StageConfig(Config):
         return self
 
 
-class UpcycleStageConfig(StageConfig):
-    """How a grown model is trained (MoMa §2.5).
-
-    Attributes:
-        noise: whether router scores are sigmoid(z + G′ − G″) with Gumbel noise while it trains.
-    """
-
-    noise: bool = True
-
-
 class RouterOptimizerConfig(OptimizerConfig):
     """AdamW for auxiliary routers (MoMa Table 6)."""
 
@@ -103,7 +93,7 @@ class Recipe(Config):
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
     pretrain: StageConfig = StageConfig()
-    upcycle: UpcycleStageConfig = UpcycleStageConfig()
+    upcycle: StageConfig = StageConfig()
     aux_router: RouterStageConfig = RouterStageConfig()
 
     @model_validator(mode="after")

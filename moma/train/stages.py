@@ -126,14 +126,13 @@ def _load(recipe: Recipe, model: Transformer, vocabulary: Vocabulary) -> None:
 
 
 def _units(model: Transformer) -> Iterator[nn.Module]:
-    """Layers, and before each its groups of experts if it has several.
+    """Layers, and before each its groups of experts if they run one after the other.
 
-    Groups run one after the other: the next one's weights are gathered while one computes (§3).
+    Then the next group's weights are gathered while one computes (§3).
     """
     for layer in model.units():
-        _, *groups = _parts(layer)
-        if len(groups) > 1:
-            yield from groups
+        assert isinstance(layer, Layer)
+        yield from layer.experts.units()
         yield layer
 
 
@@ -145,6 +144,6 @@ def _compile(model: Transformer, whole_layers: bool) -> None:
 
 
 def _parts(layer: nn.Module) -> list[nn.Module]:
-    """Attention and groups of experts: nearly all that a layer computes."""
+    """Attention and experts, group by group if they run so: nearly all that a layer computes."""
     assert isinstance(layer, Layer)
-    return [layer.attention, *layer.experts.groups]
+    return [layer.attention, *(layer.experts.units() or [layer.experts])]

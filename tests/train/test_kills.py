@@ -52,13 +52,13 @@ def recipe_of(tiny: Recipe, run: Path, stage: str, seed_run: Path | None, file: 
     return recipe
 
 
-def start(file: Path, ranks: int) -> subprocess.Popen[str]:
+def start(file: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "moma.cli", "train", str(file)]
     if ranks > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
         command = [sys.executable, *launcher, "--master-port", str(port), *command[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -224,4 +224,19 @@ def test_signals_again_and_again(tiny, tmp_path, ranks):
         assert f"stopped by {number.name} after step {last_step(run)}" in errors
         assert last_step(run) > before
     finish(tmp_path / "cut.toml", ranks)
+    assert_same(Run(tmp_path / "whole"), run)
+
+
+@pytest.mark.slow
+def test_a_lost_rank_is_told_and_torchrun_begins_again(tiny, tmp_path):
+    for name in ("whole", "cut"):
+        recipe_of(tiny, tmp_path / name, "pretrain", None, tmp_path / f"{name}.toml")
+    finish(tmp_path / "whole.toml", 2)
+    run, file = Run(tmp_path / "cut"), tmp_path / "cut.toml"
+    process = start(file, 2, "--max-restarts", "1")
+    wait_for_row(process, run, 0, 2 * CHECKPOINT_EVERY)
+    os.kill(descendants(process.pid)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+    assert "lost another rank" in errors
     assert_same(Run(tmp_path / "whole"), run)

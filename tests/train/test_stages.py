@@ -1,0 +1,238 @@
+"""Every stage: what it trains gets a gradient, what it freezes stays, where it begins; faults."""
+
+import json
+import math
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from moma.errors import UserError
+from moma.recipe import read_recipe
+from moma.runs import Run
+from moma.runtime.checkpoint import checkpoints_in, load_model, newest_whole, read_state
+from moma.runtime.world import World
+from moma.study.chain import Evaluation, read_chain, run_chain
+from moma.train.loop import train
+from moma.train.metrics import TIMING
+from moma.train.recipe import Recipe
+from moma.train.replay import replay
+from moma.train.restore import load_run
+from moma.vocabulary import Vocabulary
+
+WORLD = World(torch.device("cpu"))
+
+
+def with_groups(tiny: Recipe, groups: str, **changes) -> Recipe:
+    model = tiny.model.model_copy(update={"groups": groups})
+    return tiny.model_copy(update={"model": model, **changes})
+
+
+def weights_at(run: Run, recipe: Recipe, index: int) -> dict[str, torch.Tensor]:
+    model = recipe.build_model(Vocabulary.load(run.tokenizers.vocabulary))
+    load_model(checkpoints_in(run.checkpoints)[index], model, WORLD)
+    return dict(model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def seed(tiny, tmp_path_factory) -> Run:
+    folder = tmp_path_factory.mktemp("seed")
+    return train(with_groups(tiny, "mod_moe_1t1i", run=folder / "seed"), WORLD, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def grown(tiny, seed) -> Run:
+    stage = tiny.pretrain.model_copy(update={"steps": 6, "checkpoint_every": 2})
+    changes = {"run": seed.path.parent / "grown", "stage": "upcycle", "from_": seed.path}
+    recipe = with_groups(tiny, "mod_moe_2t2i", **changes, upcycle=stage)
+    recipe = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"router_noise": True})}
+    )
+    return train(recipe, WORLD, quiet=True)
+
+
+def recipe_of(run: Run) -> Recipe:
+    return read_recipe(Recipe, run.recipe)
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "upcycle", "aux_router"])
+def test_what_is_trained_moves_and_what_is_frozen_stays(tiny, seed, grown, stage, tmp_path):
+    """Every trainable parameter got a gradient (a step refuses otherwise) that moved it."""
+    runs = {"pretrain": seed, "upcycle": grown}
+    if stage == "aux_router":
+        update = {"stage": stage, "from_": grown.path, "run": tmp_path / "routers"}
+        runs[stage] = train(recipe_of(grown).model_copy(update=update), WORLD, quiet=True)
+    recipe = recipe_of(runs[stage])
+    before, after = (weights_at(runs[stage], recipe, index) for index in (0, -1))
+    for name, old in before.items():
+        trained = (".auxiliary." in name) == (stage == "aux_router")
+        assert torch.equal(old, after[name]) != trained, name
+
+
+def test_a_grown_run_goes_on_where_its_seed_stopped(tiny, seed, grown):
+    last, rows = seed.read_metrics()[-1], grown.read_metrics()
+    tokens = 2 * tiny.data.rows * tiny.data.row_length
+    assert [row["tokens"] for row in rows] == [last["tokens"] + n * tokens for n in (1, 2, 3)]
+    assert rows[0]["flops"] > last["flops"]
+    step = (rows[1]["flops"] - rows[0]["flops"], rows[0]["flops"] - last["flops"])
+    assert step[0] == pytest.approx(step[1])
+    # The schedule begins anew, with its warm-up; the data does not.
+    assert rows[0]["learning_rate"] == pytest.approx(tiny.pretrain.optimizer.learning_rate)
+    state = read_state(checkpoints_in(grown.checkpoints)[-1])
+    assert state["tokens"] == rows[-1]["tokens"] and state["tokens_before"] == last["tokens"]
+    assert set(rows[-1]["routers"]) == {"0.text", "0.image", "0.depth", "1.text", "1.image"}
+    assert load_run(grown)[1].stage == "upcycle"
+
+
+def test_data_of_a_grown_run_are_fresh(tiny, seed, tmp_path):
+    """One step more of the seed's data: the state tells where it stands."""
+    stage = tiny.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
+    changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
+    run = train(with_groups(tiny, "mod_moe_2t2i", **changes), WORLD, quiet=True)
+    longer = tiny.pretrain.model_copy(update={"steps": 10, "checkpoint_every": 10})
+    other = with_groups(tiny, "mod_moe_1t1i", run=tmp_path / "longer", pretrain=longer)
+    whole = train(other, WORLD, quiet=True)
+    states = []
+    for each in (run, whole):
+        path, _ = newest_whole(each.checkpoints, WORLD)
+        assert path is not None
+        states.append(json.loads((path / "rank-0.json").read_text())["data"])
+    assert states[0] == states[1]
+
+
+def test_a_chain_goes_on_at_the_right_stage(tiny, tmp_path, monkeypatch):
+    from moma.recipe import write_recipe
+
+    write_recipe(tiny, tmp_path / "base.toml")
+    chain = tmp_path / "chain.toml"
+    chain.write_text(f"""
+extends = "base.toml"
+run = "{tmp_path}/chain"
+[upcycle]
+steps = 4
+log_every = 2
+checkpoint_every = 2
+compile = false
+[[chain]]
+name = "seed"
+model = {{ groups = "moe_1t1i" }}
+[[chain]]
+stage = "upcycle"
+model = {{ groups = "moe_2t2i", router_noise = true }}
+[[chain]]
+stage = "aux_router"
+[[chain]]
+stage = "evaluate"
+""")
+    steps = read_chain(chain)
+    runs = [tmp_path / "chain" / name for name in ("seed", "upcycle", "upcycle/aux_router")]
+    assert [step.run for step in steps] == [*runs, runs[1]]
+    assert [step.from_ for step in steps if isinstance(step, Recipe)] == [None, *runs[:2]]
+    run_chain(steps[:2], WORLD, quiet=True)  # as if it had been stopped here
+    stamp = (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns
+    assert run_chain(read_chain(chain), WORLD, quiet=True) == runs[2]
+    assert (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns == stamp
+    result = json.loads((runs[1] / "evaluation-causal.json").read_text())
+    assert all(math.isfinite(value) for value in result.values() if value is not None)
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ('[[chain]]\nstage = "evaluate"', "nothing was trained before"),
+        ("[[chain]]\nmodle = 1", "step 1 of the chain: unknown key 'modle'"),
+        ('[[chain]]\nname = "a"\n[[chain]]\nname = "a"', "two steps write"),
+        ('[[chain]]\n[[chain]]\nstage = "evaluate"\nrouting = "best"', "use choice or causal"),
+        ("chain = 3", "one \\[\\[chain\\]\\] table"),
+    ],
+)
+def test_wrong_chains_are_refused(tiny, tmp_path, lines, told):
+    from moma.recipe import write_recipe
+
+    write_recipe(tiny, tmp_path / "base.toml")
+    (tmp_path / "chain.toml").write_text(f'extends = "base.toml"\n{lines}\n')
+    with pytest.raises(UserError, match=told):
+        read_chain(tmp_path / "chain.toml")
+
+
+def test_the_shipped_chain_is_one():
+    from moma.recipe import shipped_recipe
+
+    steps = read_chain(shipped_recipe("demo_chain.toml"))
+    assert isinstance(steps[-1], Evaluation)
+    assert [step.stage for step in steps if isinstance(step, Recipe)] == [
+        "pretrain", "upcycle", "aux_router",
+    ]  # fmt: skip
+
+
+def exploding(tiny: Recipe, path, **changes) -> Recipe:
+    optimizer = tiny.pretrain.optimizer.model_copy(update={"learning_rate": 1e3, "warmup": 5})
+    stage = tiny.pretrain.model_copy(update={"optimizer": optimizer, "explosion": 2.0} | changes)
+    return tiny.model_copy(update={"run": path, "pretrain": stage})
+
+
+def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
+    recipe = exploding(tiny, tmp_path / "run")
+    with pytest.raises(UserError, match=r"at step \d+ the loss .* explodes.*moma replay"):
+        train(recipe, WORLD, quiet=True)
+    run = Run(recipe.run)
+    fault = json.loads((run.path / "fault" / "fault.json").read_text())
+    assert 1 < fault["step"] <= 8
+    found = replay(run, quiet=True)
+    assert found["step"] == fault["step"] and found["same_batches"]
+    (batch,) = found["micro_batches"]
+    worst = max(batch["loss_text"], batch["loss_image"])
+    assert worst > 2 * found["loss_before"] and len(found["gradients"]) == 5
+    with pytest.raises(UserError, match=f"at step {fault['step']} "):  # nothing bad was saved
+        train(recipe, WORLD, quiet=True)
+    # Harmless to change: from here on such steps are left out.
+    skipping = exploding(tiny, tmp_path / "run", on_fault="skip")
+    try:
+        train(skipping, WORLD, quiet=True)
+    except UserError as error:
+        assert "in a row were skipped" in str(error)
+    else:
+        assert run.read_metrics()[-1]["skipped"] > 0
+
+
+def test_nothing_to_replay_is_said(seed):
+    with pytest.raises(UserError, match="has met no fault"):
+        replay(seed)
+
+
+def test_changes_of_a_recipe(tiny, tmp_path, capsys):
+    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
+    train(recipe, WORLD, quiet=True)
+    stage = tiny.pretrain.model_copy(update={"keep_checkpoints": 1, "log_every": 4})
+    harmless = recipe.model_copy(update={"pretrain": stage})
+    train(harmless, WORLD, quiet=True)
+    errors = capsys.readouterr().err
+    assert "pretrain.keep_checkpoints: 2 → 1" in errors and "pretrain.log_every: 2 → 4" in errors
+    assert read_recipe(Recipe, tmp_path / "run" / "recipe.toml") == harmless
+    stage = tiny.pretrain.model_copy(update={"steps": 9, "z_loss": 0.5})
+    with pytest.raises(UserError, match=r"steps: 8 → 9; pretrain\.z_loss: 1e-05 → 0\.5"):
+        train(recipe.model_copy(update={"pretrain": stage}), WORLD, quiet=True)
+
+
+def test_tensorboard_shows_what_the_log_says(seed):
+    events = EventAccumulator(str(seed.path / "tensorboard"))
+    events.Reload()
+    rows = seed.read_metrics()
+    for key in ("loss", "gradient_norms/experts", "routers/0.depth/cut"):
+        shown = [(event.step, event.value) for event in events.Scalars(key)]
+        values = []
+        for row in rows:
+            value = row
+            for part in key.split("/"):
+                value = value[part]
+            values.append((row["step"], pytest.approx(value, rel=1e-5)))
+        assert shown == values
+    assert set(TIMING) <= set(events.Tags()["scalars"])
+
+
+def test_wandb_without_its_package_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    tracking = tiny.tracking.model_copy(update={"wandb_project": "moma"})
+    recipe = tiny.model_copy(update={"run": tmp_path / "run", "tracking": tracking})
+    with pytest.raises(UserError, match="pip install wandb"):
+        train(recipe, WORLD, quiet=True)

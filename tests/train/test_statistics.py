@@ -1,0 +1,79 @@
+"""Statistics of routers and gradients against slow references."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from moma.data.batches import Batches
+from moma.model.routing import Routing
+from moma.train.recipe import Recipe
+from moma.train.statistics import Statistics, describe, router_names
+from moma.train.step import to_device
+from moma.vocabulary import IMAGE, TEXT, Vocabulary
+
+CPU = torch.device("cpu")
+
+
+def model_of(tiny: Recipe, groups: str):
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": groups})})
+    return vocabulary, recipe.build_model(vocabulary)
+
+
+@pytest.mark.parametrize("groups", ["moe_4x", "mod_moe_2t2i"])
+def test_routers_against_counting(tiny, groups):
+    vocabulary, model = model_of(tiny, groups)
+    batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), CPU)
+    records = model(batch.tokens, batch.documents, batch.positions, Routing(record=True)).routers
+    statistics = Statistics(model)
+    statistics.see_routers(records, batch.tokens)
+    told = describe(statistics.sums, model, trains_routers=True)["routers"]
+    names = router_names(model)
+    expected_names = {
+        "moe_4x": ["0.text+image", "1.text+image"],
+        "mod_moe_2t2i": ["0.text", "0.image", "0.depth", "1.text", "1.image"],
+    }
+    assert names == list(told) == expected_names[groups]
+    modality_N = vocabulary.modality_of_id[batch.tokens.flatten().numpy()]
+    for name, record in zip(names, records, strict=True):
+        score_NE = 1 / (1 + np.exp(-record.logits_NE.detach().double().numpy()))
+        assert record.likelihood_NE is not None
+        foretold_NE = record.likelihood_NE.detach().numpy() > 0
+        chosen_NE = record.chosen_NE.numpy() > 0
+        counted = np.flatnonzero(record.eligible_N.numpy())
+        taken = [int(chosen_NE[n].sum()) for n in counted]
+        entropy = [
+            -(s * math.log(s) + (1 - s) * math.log(1 - s)) for n in counted for s in score_NE[n]
+        ]
+        found = told[name]
+        assert found["entropy"] == pytest.approx(np.mean(entropy), rel=1e-4)
+        assert found["agreement"] == pytest.approx(
+            np.mean([foretold_NE[n] == chosen_NE[n] for n in counted]), rel=1e-5
+        )
+        cuts = [score_NE[chosen_NE[:, e], e].min() for e in range(chosen_NE.shape[1])]
+        assert found["cut"] == pytest.approx(np.mean(cuts), rel=1e-5)
+        if name.endswith("depth"):
+            for key, modality in (("text", TEXT), ("image", IMAGE)):
+                its = [n for n in counted if modality_N[n] == modality]
+                share = np.mean([chosen_NE[n].any() for n in its])
+                assert found["share"][key] == pytest.approx(share, rel=1e-5)
+        else:
+            assert found["untaken"] == pytest.approx(np.mean(np.array(taken) == 0), abs=1e-6)
+            assert found["several"] == pytest.approx(np.mean(np.array(taken) > 1), abs=1e-6)
+
+
+def test_gradients_by_kind(tiny):
+    _, model = model_of(tiny, "mod_moe_2t2i")
+    for number, parameter in enumerate(model.parameters(), 1):
+        parameter.grad = torch.full_like(parameter, float(number))
+    statistics = Statistics(model)
+    statistics.see_gradients()
+    norms = describe(statistics.sums, model, trains_routers=False)["gradient_norms"]
+    kinds = {"embedding", "attention", "experts", "routers", "norms", "head", "auxiliary"}
+    assert norms.keys() == kinds
+    total = sum(float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None)
+    assert sum(norm**2 for norm in norms.values()) == pytest.approx(total, rel=1e-5)
+    head = model.head.weight.grad
+    assert head is not None and norms["head"] == pytest.approx(float(head.norm()), rel=1e-5)
