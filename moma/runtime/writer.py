@@ -80,9 +80,10 @@ class CheckpointWriter:
             process_group=self._world.writers,
             no_dist=self._world.mesh is None,
         )
+        upload = written if isinstance(written, Future) else written.upload_completion
         own = dict(rank_state) | {"random": _random_state()}
         shared = dict(state) | {"world_size": self._world.size}
-        self._underway = self._thread.submit(self._finish, written, final, shared, own)
+        self._underway = self._thread.submit(self._finish, upload, final, shared, own)
 
     def wait(self) -> None:
         """Wait until what was saved last is whole.

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -55,11 +54,8 @@ def recipe_of(tiny: Recipe, run: Path, stage: str, seed_run: Path | None, file: 
 def start(file: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "moma.cli", "train", str(file)]
     if ranks > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *options]
-        command = [sys.executable, *launcher, "--master-port", str(port), *command[1:]]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        command = [sys.executable, *launcher, *options, *command[1:]]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
