@@ -69,7 +69,7 @@ def take_by_turns(model: Transformer) -> None:
 
     for module in model.modules():
         if isinstance(module, RoutedGroup):
-            module.auxiliary.forward = by_turns(module)
+            module.auxiliary.forward = by_turns(module)  # type: ignore[method-assign]
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,7 +99,7 @@ def test_a_token_that_two_experts_take_does_too_but_one_that_none_takes_does_not
     expected = before(tokens, routing=Routing(by="causal")).logits_BSV
     for everyone, equal in ((1.0, True), (-1.0, False)):
         for router in after.auxiliary_routers():
-            router.forward = lambda x, e=everyone: x.new_full((len(x), 2), e)
+            router.forward = lambda x, e=everyone: x.new_full((len(x), 2), e)  # type: ignore[method-assign,misc]
         found = after(tokens, routing=Routing(by="causal")).logits_BSV
         assert torch.allclose(found, expected, atol=1e-5) == equal
 
