@@ -14,7 +14,7 @@ from rich.table import Table
 from moma.errors import UserError
 
 if TYPE_CHECKING:
-    from moma.tokenizers.corpus import Corpus
+    from moma.data.corpus import Corpus
 
 app = typer.Typer(
     name="tokenizer",
@@ -38,8 +38,8 @@ def train_text(
     out: OutFolder = Path("runs/tokenizers"),
 ) -> None:
     """Learn byte-level BPE and write `tokenizer.json`, image codes and special ids included."""
+    from moma.data.corpus import Corpus
     from moma.runs import Tokenizers
-    from moma.tokenizers.corpus import Corpus
     from moma.tokenizers.folder import make_text_tokenizer
     from moma.tokenizers.text import TextTokenizerConfig
 
@@ -69,10 +69,10 @@ def train_image(
     as_json: AsJson = False,
 ) -> None:
     """Train the image codec, or go on where that was interrupted."""
+    from moma.data.corpus import Corpus, ReadablePictures
     from moma.recipe import read_recipe
     from moma.runs import Tokenizers
     from moma.runtime.world import local_device
-    from moma.tokenizers.corpus import Corpus, ReadablePictures
     from moma.tokenizers.folder import make_codec
     from moma.train.recipe import Recipe
 
@@ -89,8 +89,8 @@ def train_image(
     metrics = make_codec(
         read.codec, training, seen, unseen, Tokenizers(out), read.seed, local_device(), as_json
     )
-    for place, reason in sorted(seen.unreadable.items()):
-        print(f"moma: picture {place} was left out: {reason}", file=sys.stderr)
+    for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
+        print(f"moma: a picture was left out: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps(metrics))
     else:

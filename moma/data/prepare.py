@@ -22,15 +22,18 @@ import numpy as np
 import torch
 
 from moma.data.batches import DataConfig
+from moma.data.corpus import ReadablePictures
 from moma.data.encoding import Limits, encode_source
 from moma.data.packing import picture_budget
 from moma.data.parts import copy_rejected
 from moma.data.read_ahead import PictureReader
-from moma.data.shards import REJECTED_FILE, Encoders, ShardInfo, sum_counts, write_whole
-from moma.data.training_documents import PictureTensors, TrainingDocuments
+from moma.data.shards import REJECTED_FILE, Encoders, ShardInfo, sum_counts
+from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
+from moma.files import write_whole
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
+from moma.tokenizers.folder import place_codec
 from moma.tokenizers.image import CodecConfig, ImageCodec, to_float
 from moma.tokenizers.image_training import (
     CodecProgress,
@@ -109,14 +112,14 @@ def prepare(
     reading = TrainingDocuments(data)
     if not folder.text.exists():
         tokenizer = train_text_tokenizer(
-            text_tokenizer, reading.texts(text_tokenizer.documents), codec.codebook_size
+            text_tokenizer, reading.corpus(text_tokenizer.documents).texts(), codec.codebook_size
         )
         # Not before: settings that were refused must not bind the folder.
         write_whole(note, settings)
         write_whole(folder.text, tokenizer.to_str(pretty=True))
         reading.save()
     if data.tokenizers is None and not folder.codec.exists():
-        _make_codec(reading, codec, codec_training, seed, device, folder.codec, quiet)
+        _make_codec(reading, codec, codec_training, seed, device, folder, quiet)
         reading.save()
     vocabulary = _vocabulary(folder, codec)
     vocabulary.save(folder.vocabulary)
@@ -198,24 +201,26 @@ def _make_codec(
     training: CodecTrainingConfig,
     seed: int,
     device: torch.device,
-    folder: Path,
+    folder: Tokenizers,
     quiet: bool,
 ) -> None:
     """Train the codec, measure it on held-out pictures, and put both in place at once.
 
     Where there is no picture and none is asked for, there is no codec.
     """
-    found = sources.pictures(training.documents, held_out=False)
+    # Encoding judges the share of what cannot be read, of every source by itself.
+    corpus = sources.corpus(training.documents)
+    found = corpus.pictures(held_out=False)
     if not found and not sources.data.picture_share:
         return
-    pictures = PictureTensors(found, config.picture_size)
+    pictures = ReadablePictures(found, config.picture_size, most_unreadable=1)
     if not len(pictures):
         raise UserError(
             f"picture_share is {sources.data.picture_share:g}, but no source holds a picture, so "
             "there is nothing to train a codec on; add a source of pictures or set picture_share "
             "to 0"
         )
-    work = folder.with_name(folder.name + ".partial")
+    work = folder.codec.with_name(folder.codec.name + ".partial")
     with show_progress("image codec", training.steps, quiet) as report:
 
         def note(state: CodecProgress) -> None:
@@ -224,18 +229,14 @@ def _make_codec(
         codec = train_codec(
             config, training, pictures, seed=seed, device=device, folder=work, progress=note
         )
-    held_out = PictureTensors(
-        sources.pictures(training.documents, held_out=True), config.picture_size
+    held_out = ReadablePictures(
+        corpus.pictures(held_out=True), config.picture_size, most_unreadable=1
     )
     metrics = asdict(measure_codec(codec, held_out if len(held_out) else pictures))
     # A few held-out pictures may not need every code: its use is told from the training pictures.
     everything = measure_codec(codec, pictures)
     metrics |= {"codes_used": everything.codes_used, "perplexity": everything.perplexity}
-    whole = folder.with_name(folder.name + ".whole")
-    shutil.rmtree(whole, ignore_errors=True)
-    codec.save(whole)
-    (whole / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    whole.rename(folder)
+    place_codec(codec, folder, metrics)
     shutil.rmtree(work, ignore_errors=True)
 
 

@@ -1,52 +1,16 @@
-"""What tokenizer and codec are trained on: the first training documents of every source."""
+"""What is remembered of the documents that tokenizer and codec were trained on."""
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import islice
-
-from torch import Tensor
 
 from moma.data.batches import DataConfig
-from moma.data.documents import (
-    Document,
-    Picture,
-    Rejected,
-    Source,
-    held_out_share,
-    is_held_out,
-)
+from moma.data.corpus import Corpus
+from moma.data.documents import Source, held_out_share
 from moma.data.encoding import source_digest
-from moma.data.shards import write_whole
-from moma.data.tokens import refusal
-from moma.errors import UserError
+from moma.files import write_whole
 from moma.recipe import Config, check
-from moma.tokenizers.image import preprocess
 
 _TRAINED_ON_FILE = "trained_on.json"
-
-
-class PictureTensors(Sequence[Tensor]):
-    """Pictures as the codec reads them, each decoded when it is asked for: float [3, H, W].
-
-    In place of a picture that cannot be read stands the next one that can.
-    """
-
-    def __init__(self, pictures: Sequence[Picture], size: int):
-        self.pictures, self.size = pictures, size
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        for place in range(index, index + len(self.pictures)):
-            try:
-                picture = self.pictures[place % len(self.pictures)].read()
-            except UserError as error:
-                unreadable = error
-            else:
-                return preprocess(picture, self.size)
-        raise unreadable
 
 
 class _TrainedOn(Config):
@@ -74,21 +38,11 @@ class TrainingDocuments:
         """Share of a source's documents that is kept from training."""
         return held_out_share(source, self.data.held_out)
 
-    def texts(self, documents: int) -> Iterator[str]:
-        """The texts of the first so many training documents of each source."""
-        for source in self.data.sources:
-            for document in islice(self._documents(source, held_out=False), documents):
-                yield from (segment for segment in document.segments if isinstance(segment, str))
-
-    def pictures(self, documents: int, held_out: bool) -> list[Picture]:
-        """The pictures of the first so many training (or held-out) documents of each source."""
-        return [
-            segment
-            for source in self.data.sources
-            for document in islice(self._documents(source, held_out), documents)
-            for segment in document.segments
-            if isinstance(segment, Picture)
-        ]
+    def corpus(self, documents: int) -> Corpus:
+        """The first so many documents of each source."""
+        corpus = Corpus(self.data.sources, self.data.held_out, documents)
+        corpus.rows = self._rows  # what is learned while reading stays known
+        return corpus
 
     def save(self) -> None:
         """Note which documents the tokenizers are trained on: those of the first call stay."""
@@ -125,16 +79,6 @@ class TrainingDocuments:
                 "data.path to train them anew",
                 file=sys.stderr,
             )
-
-    def _documents(self, source: Source, held_out: bool) -> Iterator[Document]:
-        """Documents of one split that the tokenizers can hold."""
-        share, row = self.held_out(source), 0
-        for row, document in enumerate(source.documents(), 1):  # noqa: B007
-            if isinstance(document, Rejected) or refusal(document):
-                continue
-            if is_held_out(document, share) == held_out:
-                yield document
-        self._rows[source.name] = row
 
     def _digest(self, source: Source) -> str:
         # Once: it may have to look at every file of the source.

@@ -102,7 +102,7 @@ def make_codec(
             log=CodecLog(work, measured),
         )
     metrics = asdict(measure_codec(codec, measured))
-    _place_codec(codec, folder, metrics)
+    place_codec(codec, folder, metrics)
     (work / STATE_FILE).unlink()
     _complete(folder)
     return metrics
@@ -130,7 +130,7 @@ def import_chameleon(
     _require_fit(len(vocabulary.image_codes), codec.config.codebook_size, folder)
     folder.path.mkdir(parents=True, exist_ok=True)
     _place_text(file.read_text(encoding="utf-8"), folder)
-    _place_codec(codec, folder, {})
+    place_codec(codec, folder, {})
     vocabulary.save(folder.vocabulary)
     return vocabulary
 
@@ -167,7 +167,7 @@ def _place_text(text: str, folder: Tokenizers) -> None:
     partial.replace(folder.text)
 
 
-def _place_codec(codec: ImageCodec, folder: Tokenizers, metrics: dict[str, float]) -> None:
+def place_codec(codec: ImageCodec, folder: Tokenizers, metrics: dict[str, float]) -> None:
     """Put a codec in place whole."""
     whole = folder.codec.with_name(folder.codec.name + ".whole")
     shutil.rmtree(whole, ignore_errors=True)

@@ -92,13 +92,19 @@ def expert(group, number, x):
 
 
 def feed_forward(experts, x_ND, modality_N, capacity_of=None):
-    """Equation 1; `capacity_of(group, members)` tells batch choice's k, None routes causally."""
+    """Equation 1; `capacity_of(group, members)` tells batch choice's k, None routes causally.
+
+    A lone expert takes its members in order, as many as it has room for.
+    """
     output = np.zeros_like(x_ND)
     for group in experts.groups:
         taken = getattr(group, "modalities", None)
         members = [n for n in range(len(x_ND)) if taken is None or modality_N[n] in taken]
         if not hasattr(group, "router"):
-            for n in members:
+            room = (
+                None if capacity_of is None or taken is None else capacity_of(group, len(members))
+            )
+            for n in members[:room]:
                 output[n] += expert(group, 0, x_ND[n])
             continue
         for e, weight in enumerate(numpy(group.router.weight)):

@@ -102,8 +102,12 @@ def test_gated_layer_equals_a_slow_reference(batch, groups, share, choose, norm,
     if choose == "row":
         slots = len(x_BSD) * math.ceil(share * x_BSD.shape[1] - 1e-9)
 
-    def capacity(group, members):  # static: from the shares of all slots
-        return math.ceil(group.share * slots / group.experts - 1e-9)
+    def capacity(group, members):  # static: from the recipe's shares, one half each
+        kinds = len(group.modalities)
+        if group.experts > 1:
+            return math.ceil(kinds * slots / 2 / group.experts - 1e-9)
+        # Alone: room for all that are chosen, or for all that the recipe gives the modality.
+        return slots if share <= 0.5 else math.ceil(slots / 2 - 1e-9)
 
     expected = depth_layer(
         layer,

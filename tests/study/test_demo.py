@@ -15,6 +15,7 @@ SMALL = [
     "codec.codebook_size=64",
     "text_tokenizer.vocabulary_size=400",
     "data.rows=1",
+    "data.picture_share=0.5",
     "data.held_out=0.05",
     "data.sources.0.objects=40",
     "data.sources.0.repeats=1",

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
+from moma.data.corpus import Corpus, ReadablePictures
 from moma.data.documents import Document, Picture, Rejected, SourceConfig
 from moma.errors import UserError
-from moma.tokenizers.corpus import Corpus, ReadablePictures
 from moma.tokenizers.image import preprocess
 
 
@@ -42,6 +42,18 @@ def test_training_and_held_out_documents_are_told_apart_and_rejected_rows_counte
     assert corpus.first_rejected == Rejected("numbers, row 5", "is divisible by five")
     names = [p.name for p in corpus.pictures(held_out=True)]
     assert names == [f"picture {n}" for n in range(0, 20, 2) if n % 5 != 4]
+    assert (corpus.rejected, corpus.rows) == (4, {"numbers": 20})  # read twice, counted once
+
+
+def test_what_no_tokenizer_can_hold_is_rejected_too():
+    class Torn(Numbers):
+        def documents(self):
+            yield Document("a", ("half of a pair: \ud800",), held_out=False, row="torn, row 1")
+            yield Document("b", ("whole",), held_out=False)
+
+    corpus = Corpus([Torn()], held_out=0.5, most=100)
+    assert list(corpus.texts()) == ["whole"]
+    assert corpus.first_rejected is not None and corpus.first_rejected.row == "torn, row 1"
 
 
 def test_every_source_gives_at_most_as_many_documents_as_asked_for():
@@ -84,5 +96,11 @@ def test_the_next_picture_stands_in_for_one_that_cannot_be_read():
 
 def test_more_than_a_hundredth_of_broken_pictures_is_an_error():
     pictures = ReadablePictures([picture(n, n in (3, 4)) for n in range(100)], size=4)
-    with pytest.raises(UserError, match=r"2 of 100 pictures cannot be read.*picture 4 is broken"):
+    with pytest.raises(UserError, match=r"2 of 100 pictures .*picture 4 is broken"):
         pictures[3]
+
+
+def test_all_pictures_broken_is_an_error_whatever_is_allowed():
+    pictures = ReadablePictures([picture(n, True) for n in range(3)], size=4, most_unreadable=1)
+    with pytest.raises(UserError, match="3 of 3 pictures cannot be read"):
+        pictures[1]

@@ -1,7 +1,8 @@
 """What tokenizers learn from: the texts and pictures of a recipe's sources.
 
-Nothing is held in memory but the places of pictures. Rows and pictures that cannot be read are
-left out, counted, and told at the end.
+Nothing is held in memory but the places of pictures. (Streams and compressed tars have no places:
+their pictures wait as stored bytes, so bound their number.) Rows and pictures that cannot be read
+are left out and counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,9 @@ from moma.data.documents import (
     held_out_share,
     is_held_out,
 )
+from moma.data.tokens import refusal
 from moma.errors import UserError
 from moma.tokenizers.image import preprocess
-
-_UNREADABLE_SHARE = 0.01
 
 
 class Corpus:
@@ -28,8 +28,8 @@ class Corpus:
 
     Attributes:
         documents: how many documents were read.
-        rejected: how many rows could not be documents.
-        first_rejected: the first of them.
+        first_rejected: the first row that could not be a document.
+        rows: how many rows each source has, by its name, if it was read to its end.
     """
 
     def __init__(self, sources: Sequence[Source], held_out: float, most: int):
@@ -41,8 +41,15 @@ class Corpus:
             most: documents of each source, from the first on.
         """
         self._sources, self._held_out, self._most = sources, held_out, most
-        self.documents = self.rejected = 0
+        self.documents = 0
+        self._rejected: dict[str, int] = {}
         self.first_rejected: Rejected | None = None
+        self.rows: dict[str, int] = {}
+
+    @property
+    def rejected(self) -> int:
+        """How many of the rows that were read could not be documents."""
+        return sum(self._rejected.values())
 
     def texts(self) -> Iterator[str]:
         """The texts of the documents that are for training."""
@@ -71,12 +78,19 @@ class Corpus:
                 yield document
 
     def _readable(self, source: Source) -> Iterator[Document]:
-        for row in source.documents():
+        """The documents of a source that tokenizer and codec can hold."""
+        number = rejected = 0
+        for number, row in enumerate(source.documents(), 1):  # noqa: B007
             if isinstance(row, Document):
-                yield row
-                continue
-            self.rejected += 1
+                reason = refusal(row)
+                if reason is None:
+                    yield row
+                    continue
+                row = Rejected(row.row or row.name, reason)
+            rejected += 1
+            self._rejected[source.name] = max(rejected, self._rejected.get(source.name, 0))
             self.first_rejected = self.first_rejected or row
+        self.rows[source.name] = number
 
 
 class ReadablePictures(Sequence[Tensor]):
@@ -88,8 +102,15 @@ class ReadablePictures(Sequence[Tensor]):
         unreadable: reason of each index that could not be read so far.
     """
 
-    def __init__(self, pictures: Sequence[Picture], size: int):
-        self.pictures, self.size = pictures, size
+    def __init__(self, pictures: Sequence[Picture], size: int, most_unreadable: float = 0.01):
+        """Read nothing yet.
+
+        Args:
+            pictures: where they are.
+            size: side of a picture in pixels.
+            most_unreadable: share of them that may be unreadable.
+        """
+        self.pictures, self.size, self.most_unreadable = pictures, size, most_unreadable
         self.unreadable: dict[int, str] = {}
 
     def __len__(self) -> int:
@@ -99,7 +120,7 @@ class ReadablePictures(Sequence[Tensor]):
         """The picture at `index`, an integer.
 
         Raises:
-            UserError: more than 1% of the pictures cannot be read.
+            UserError: all of the pictures, or more than `most_unreadable`, cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -113,8 +134,9 @@ class ReadablePictures(Sequence[Tensor]):
 
     def _set_aside(self, index: int, error: UserError) -> None:
         self.unreadable[index] = str(error)
-        if len(self.unreadable) > _UNREADABLE_SHARE * len(self):
+        found, most = len(self.unreadable), self.most_unreadable * len(self)
+        if found > most or found == len(self):
             raise UserError(
-                f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than "
-                f"{_UNREADABLE_SHARE:.0%}; the last: {error}"
+                f"{found} of {len(self)} pictures cannot be read, and {self.most_unreadable:.0%} "
+                f"may be; the last: {error}"
             ) from error
