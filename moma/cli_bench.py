@@ -8,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moma.errors import UserError
+
 app = typer.Typer(help="Measure speed on this machine.", no_args_is_help=True)
 
 
@@ -46,4 +48,38 @@ def data(
     table = Table(title=f"data of {recipe or 'the shipped recipe'}", show_header=False)
     for key, value in result.items():
         table.add_row(key, f"{value:,.4g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+@app.command()
+def layer(
+    dim: Annotated[
+        list[int] | None, typer.Option(min=32, help="width; may be given several times [256, 512]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=32, help="a multiple of 32, half of pictures")] = 4096,
+    repeats: Annotated[int, typer.Option(min=1, help="of everything, in turn")] = 31,
+    dtype: Annotated[str, typer.Option(help="of weights and tokens: fp32 or bf16")] = "fp32",
+    eager: Annotated[bool, typer.Option("--eager", help="without torch.compile")] = False,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="leave out what other processes take; for one thread")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON list and nothing else")
+    ] = False,
+) -> None:
+    """Experts that choose their tokens, beside a feed-forward that need not."""
+    from moma.study.bench_layer import DTYPES, Sizes, bench_layer
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: use {' or '.join(DTYPES)}")
+    if tokens % 32:
+        raise UserError(f"--tokens {tokens}: must be a multiple of 32")
+    sizes = Sizes(tuple(dim or (256, 512)), tokens, repeats, dtype, not eager, cpu_time)
+    rows = bench_layer(sizes, quiet=as_json)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(*rows[0], title=f"feed-forward of {tokens:,} tokens")
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)

@@ -89,8 +89,8 @@ def train_image(
     metrics = make_codec(
         read.codec, training, seen, unseen, Tokenizers(out), read.seed, local_device(), as_json
     )
-    for place, reason in sorted(seen.unreadable.items()):
-        print(f"moma: picture {place} was left out: {reason}", file=sys.stderr)
+    for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
+        print(f"moma: a picture was left out: {reason}", file=sys.stderr)
     if as_json:
         print(json.dumps(metrics))
     else:

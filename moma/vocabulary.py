@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from moma.errors import UserError
+from moma.files import write_whole
 
 ModalityName = Literal["text", "image"]
 MODALITIES: tuple[ModalityName, ...] = ("text", "image")
@@ -89,7 +90,7 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
-        path.write_text(json.dumps(asdict(self)) + "\n")
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":

@@ -1,7 +1,8 @@
 """What tokenizers learn from: the texts and pictures of a recipe's sources.
 
-Nothing is held in memory but the places of pictures. Rows and pictures that cannot be read are
-left out and counted.
+Nothing is held in memory but the places of pictures. (Streams and compressed tars have no places:
+their pictures wait as stored bytes, so bound their number.) Rows and pictures that cannot be read
+are left out and counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -85,7 +86,7 @@ class Corpus:
                 if reason is None:
                     yield row
                     continue
-                row = Rejected(row.row, reason)
+                row = Rejected(row.row or row.name, reason)
             rejected += 1
             self._rejected[source.name] = max(rejected, self._rejected.get(source.name, 0))
             self.first_rejected = self.first_rejected or row
@@ -119,7 +120,7 @@ class ReadablePictures(Sequence[Tensor]):
         """The picture at `index`, an integer.
 
         Raises:
-            UserError: more than `most_unreadable` of the pictures cannot be read.
+            UserError: all of the pictures, or more than `most_unreadable`, cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -133,8 +134,9 @@ class ReadablePictures(Sequence[Tensor]):
 
     def _set_aside(self, index: int, error: UserError) -> None:
         self.unreadable[index] = str(error)
-        if len(self.unreadable) > self.most_unreadable * len(self):
+        found, most = len(self.unreadable), self.most_unreadable * len(self)
+        if found > most or found == len(self):
             raise UserError(
-                f"{len(self.unreadable)} of {len(self)} pictures cannot be read, more than "
-                f"{self.most_unreadable:.0%}; the last: {error}"
+                f"{found} of {len(self)} pictures cannot be read, and {self.most_unreadable:.0%} "
+                f"may be; the last: {error}"
             ) from error

@@ -27,7 +27,6 @@ from moma.data.shards import (
     METADATA_KEY,
     REJECTED_FILE,
     SPLITS,
-    UNFINISHED,
     VOCABULARY_FILE,
     Counts,
     Part,
@@ -38,10 +37,8 @@ from moma.data.shards import (
     read_info,
     shard_features,
     sum_counts,
-    sync_folder,
-    to_disk,
-    write_whole,
 )
+from moma.files import UNFINISHED, sync_folder, to_disk, write_whole
 from moma.vocabulary import Vocabulary
 
 _MAKING_FILE = "making.json"

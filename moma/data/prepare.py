@@ -27,9 +27,10 @@ from moma.data.encoding import Limits, encode_source
 from moma.data.packing import picture_budget
 from moma.data.parts import copy_rejected
 from moma.data.read_ahead import PictureReader
-from moma.data.shards import REJECTED_FILE, Encoders, ShardInfo, sum_counts, write_whole
+from moma.data.shards import REJECTED_FILE, Encoders, ShardInfo, sum_counts
 from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
+from moma.files import write_whole
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
 from moma.tokenizers.folder import place_codec
@@ -207,11 +208,12 @@ def _make_codec(
 
     Where there is no picture and none is asked for, there is no codec.
     """
-    corpus, most = sources.corpus(training.documents), sources.data.max_rejected
+    # Encoding judges the share of what cannot be read, of every source by itself.
+    corpus = sources.corpus(training.documents)
     found = corpus.pictures(held_out=False)
     if not found and not sources.data.picture_share:
         return
-    pictures = ReadablePictures(found, config.picture_size, most)
+    pictures = ReadablePictures(found, config.picture_size, most_unreadable=1)
     if not len(pictures):
         raise UserError(
             f"picture_share is {sources.data.picture_share:g}, but no source holds a picture, so "
@@ -227,7 +229,9 @@ def _make_codec(
         codec = train_codec(
             config, training, pictures, seed=seed, device=device, folder=work, progress=note
         )
-    held_out = ReadablePictures(corpus.pictures(held_out=True), config.picture_size, most)
+    held_out = ReadablePictures(
+        corpus.pictures(held_out=True), config.picture_size, most_unreadable=1
+    )
     metrics = asdict(measure_codec(codec, held_out if len(held_out) else pictures))
     # A few held-out pictures may not need every code: its use is told from the training pictures.
     everything = measure_codec(codec, pictures)

@@ -10,12 +10,11 @@ they come to be there whole or not at all is told in `parts.py`.
 """
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import datasets
 import numpy as np
@@ -23,6 +22,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from moma.errors import UserError
+from moma.files import write_whole
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
@@ -31,8 +31,6 @@ SPLITS = ("train", "held_out")
 INFO_FILE = "shard.json"
 VOCABULARY_FILE = "vocabulary.json"
 REJECTED_FILE = "rejected.jsonl"
-# A file that is being written bears this behind its name.
-UNFINISHED = ".writing"
 # Key of the Arrow schema's metadata that says what a file was made with.
 METADATA_KEY = b"moma"
 
@@ -297,31 +295,6 @@ def file_origin(info: ShardInfo) -> dict[str, str]:
         "vocabulary": info.fingerprint,
         **info.encoders.model_dump(),
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("wb") as file:
-        file.write(text.encode())
-        to_disk(file)
-    os.replace(unfinished, path)
-    sync_folder(path.parent)
-
-
-def to_disk(file: BinaryIO) -> None:
-    """Bring what was written to the disk itself."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Bring the names of a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _open_table(path: Path) -> pa.Table:

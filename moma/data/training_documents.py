@@ -1,4 +1,4 @@
-"""What tokenizer and codec are trained on: the first training documents of every source."""
+"""What is remembered of the documents that tokenizer and codec were trained on."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ from moma.data.batches import DataConfig
 from moma.data.corpus import Corpus
 from moma.data.documents import Source, held_out_share
 from moma.data.encoding import source_digest
-from moma.data.shards import write_whole
+from moma.files import write_whole
 from moma.recipe import Config, check
 
 _TRAINED_ON_FILE = "trained_on.json"

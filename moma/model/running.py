@@ -93,9 +93,9 @@ def _nothing(x_ND: Tensor) -> Tensor:
 def _merge(loads: Sequence[Load]) -> Load:
     if len(loads) == 1:
         return loads[0]
-    *weights, selections = zip(*loads, strict=True)
+    gate, up, down, selections = zip(*loads, strict=True)
     selection = Selection(*(torch.cat(parts) for parts in zip(*selections, strict=True)))
-    return Load(*(torch.cat(parts) for parts in weights), selection)
+    return Load(torch.cat(gate), torch.cat(up), torch.cat(down), selection)
 
 
 def _slots(loads: Sequence[Load], lone_tokens: int) -> tuple[Selection, Tensor]:

@@ -96,5 +96,11 @@ def test_the_next_picture_stands_in_for_one_that_cannot_be_read():
 
 def test_more_than_a_hundredth_of_broken_pictures_is_an_error():
     pictures = ReadablePictures([picture(n, n in (3, 4)) for n in range(100)], size=4)
-    with pytest.raises(UserError, match=r"2 of 100 pictures cannot be read.*picture 4 is broken"):
+    with pytest.raises(UserError, match=r"2 of 100 pictures .*picture 4 is broken"):
         pictures[3]
+
+
+def test_all_pictures_broken_is_an_error_whatever_is_allowed():
+    pictures = ReadablePictures([picture(n, True) for n in range(3)], size=4, most_unreadable=1)
+    with pytest.raises(UserError, match="3 of 3 pictures cannot be read"):
+        pictures[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moma.data import encoding, parts, shards, tokens
+from moma.data import parts, tokens
 from moma.data.documents import Document, Rejected
 from moma.data.encoding import Limits, encode_source
 from moma.data.shards import ShardInfo, open_shards
@@ -217,9 +217,3 @@ def test_dropping_rejected_rows_is_survived_too(tmp_path):
             assert len(again.info.parts) == 1
             return
     pytest.fail("dropping never ended")
-
-
-def test_the_modules_under_test_are_those_that_are_patched():
-    # `Steps` replaces functions of `os` and `shutil` that these modules look up by module.
-    assert shards.os is os and parts.os is os and parts.shutil is shutil
-    assert encoding.PartialShards is parts.PartialShards

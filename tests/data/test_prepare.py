@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from moma.data.batches import Batches
+from moma.data.documents import Document, is_held_out
 from moma.data.prepare import prepare
 from moma.data.shards import Encoders
 from moma.errors import UserError
@@ -248,3 +249,12 @@ def test_long_lines_of_pixels_are_cropped_before_they_are_resized():
     line[:, 29_000:31_000] = 200
     assert (square_pixels(Image.fromarray(line), 64) == 200).all()
     assert square_pixels(Image.fromarray(line.transpose(1, 0, 2)), 64).shape == (64, 64, 3)
+
+
+def test_a_broken_picture_among_few_held_out_ones_is_set_aside(tmp_path):
+    recipe = make_recipe(tmp_path, 120, held_out=0.05)
+    (source, _) = recipe.data.sources
+    kept = [d for d in source.documents() if isinstance(d, Document) and is_held_out(d, 0.05)]
+    assert 0 < len(kept) < 10
+    (tmp_path / "pictures" / kept[0].name).write_bytes(b"no picture")
+    assert run(recipe).summary()["rejected"] in (3, 4)  # it may be one of the three anyway

@@ -1,5 +1,7 @@
 """Three ways to run experts, one result; weights, graphs and compaction are the same in all."""
 
+from typing import Any, get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +11,13 @@ from moma.model.architecture import ModelConfig
 from moma.model.experts import Experts, GroupConfig, JointExperts, make_experts, make_group
 from moma.model.grouped import grouped_product
 from moma.model.routing import Routing
+from moma.model.running import RunName
 from moma.model.transformer import Transformer
 from moma.runtime.world import can_compile
 from moma.vocabulary import MODALITIES, Vocabulary
 
-DIM, HIDDEN, RUNS = 8, 12, ("sequential", "batched", "grouped")
+DIM, HIDDEN = 8, 12
+RUNS: tuple[RunName, ...] = get_args(RunName)
 SHARES = (0.5, 0.5)
 
 
@@ -31,7 +35,7 @@ LAYERS = {
 }
 
 
-def build(layer: str, run: str, reach: float = 1.0, dtype=torch.float32) -> Experts:
+def build(layer: str, run: RunName, reach: float = 1.0, dtype=torch.float32) -> Experts:
     groups = [make_group(DIM, HIDDEN, each, SHARES, MODALITIES, reach) for each in LAYERS[layer]]
     experts = make_experts(groups, run)
     torch.manual_seed(0)
@@ -40,7 +44,7 @@ def build(layer: str, run: str, reach: float = 1.0, dtype=torch.float32) -> Expe
     return experts.to(dtype)
 
 
-def outcome(experts: Experts, x, modality, routing) -> list[torch.Tensor]:
+def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
     """Output, and gradients of everything, of a sum: its own gradient has no strides."""
     experts.zero_grad()
     x = x.clone().requires_grad_()
@@ -90,12 +94,13 @@ def test_lone_experts_behind_a_gate_share_the_room(monkeypatch):
     """Each has room for every token; one grouped product has as many rows as tokens."""
     import moma.model.running as running
 
-    rows = []
-    monkeypatch.setattr(
-        running,
-        "grouped_product",
-        lambda x, *rest: (rows.append(len(x)), grouped_product(x, *rest))[1],
-    )
+    rows: list[int] = []
+
+    def counted(x_TD, *rest):
+        rows.append(len(x_TD))
+        return grouped_product(x_TD, *rest)
+
+    monkeypatch.setattr(running, "grouped_product", counted)
     x, modality = torch.randn(1, 10, DIM), torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, -1, 0]])
     build("1t1i", "grouped", reach=0.25)(x, modality, Routing())
     build("lone twice", "grouped", reach=0.25)(x, modality, Routing())
@@ -137,7 +142,7 @@ def test_under_autocast_products_are_bf16_and_the_sum_is_not(run):
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def assert_one_graph(run: str, backend: str) -> None:
+def assert_one_graph(run: RunName, backend: str) -> None:
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
     for layer, reach in (("overlapping", 0.25), ("3t1i", 1.0)):
         torch.compiler.reset()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import datasets
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image
 from pydantic import model_validator
 
@@ -219,7 +220,9 @@ def _open(config: DatasetConfig, stamp: str) -> Any:
     except UserError:
         raise
     except Exception as error:  # whatever the file, the network and the library raise
-        raise UserError(f"{config.path}: `datasets` cannot open it ({error})") from error
+        cause = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+        offline = "; HF_HUB_OFFLINE=0 lets it ask the hub" if HF_HUB_OFFLINE else ""
+        raise UserError(f"{config.path}: `datasets` cannot open it ({cause}){offline}") from error
     missing = [column for column in config._columns if column not in found]
     if missing:
         raise UserError(

@@ -1,0 +1,280 @@
+"""What choosing tokens costs: a feed-forward of experts beside one that need not choose.
+
+    for each width, all variants in turn, many times:  forward + backward  → median milliseconds
+    for each variant, once:                            → the most memory it takes
+
+| variant | what runs on N tokens, half of them of pictures |
+|---|---|
+| `dense` | one SwiGLU |
+| `floor` | eight experts, each on the next eighth of the tokens: no routers, nothing gathered |
+| `sequential`, `batched`, `grouped` | `moe_4t4i`, run in these ways |
+| `mod`, `mod_moe_…` | a gate takes a quarter of the tokens, the experts take those (§2.3) |
+| `…_floor` | the same experts on the first quarter of the tokens, each on the next part of it |
+
+All have the operations of `dense`, behind a gate a quarter of them; there, `mod_floor` counts as
+the dense layer. What is compared runs in turn: a shared machine is noisy.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+
+from moma.model.architecture import ModelConfig
+from moma.model.depth import DepthConfig, DepthGate
+from moma.model.experts import Experts, make_experts, make_group, named_groups
+from moma.model.layers import SwiGLU
+from moma.model.routing import Routing
+from moma.model.running import RunName
+from moma.progress import Report, show_progress
+from moma.runtime.world import can_compile, local_device
+
+SHARES, RUN = (0.5, 0.5), 1024
+STRATEGIES: tuple[RunName, ...] = get_args(RunName)
+GATED = ("mod", "mod_moe_1t1i", "mod_moe_4t4i")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        dims: widths D; ffn is 4 · D, and the hidden width what a recipe's `model.dim` gives, two
+            thirds of that, rounded up (Table 1 of MoMa).
+        tokens: N.
+        repeats: rounds, in each of which every variant runs once.
+        dtype: of weights and tokens, `fp32` or `bf16`.
+        compiled: whether the variants run as compiled graphs, as `moma train` runs layers.
+        cpu_time: whether what other processes take is left out; several threads then add up.
+    """
+
+    dims: tuple[int, ...] = (256, 512)
+    tokens: int = 4096
+    repeats: int = 31
+    dtype: str = "fp32"
+    compiled: bool = True
+    cpu_time: bool = False
+
+
+def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
+    """Measure all variants at all widths.
+
+    Returns:
+        For each: `dim`, `ffn`, `variant`, median `milliseconds`, speed against floor and dense
+        (above 1 is faster), `peak_bytes` beyond weights, their gradients and the tokens.
+    """
+    rounds = len(sizes.dims) * sizes.repeats
+    with show_progress("bench layer", rounds, quiet) as report:
+        return [
+            row
+            for index, dim in enumerate(sizes.dims)
+            for row in _rows(dim, sizes, lambda done, i=index: report(i * sizes.repeats + done))
+        ]
+
+
+def _rows(dim: int, sizes: Sizes, report: Report) -> list[dict[str, Any]]:
+    device = local_device()
+    modules = variants(dim, sizes.tokens)
+    jobs = {}
+    for name, module in modules.items():
+        module.to(device, DTYPES[sizes.dtype])
+        if sizes.compiled and can_compile(device):
+            module.compile(fullgraph=True)
+        jobs[name] = _job(module, dim, sizes, device)
+    peaks = {name: _peak(job, device) for name, job in jobs.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    names, clock = list(jobs), time.process_time if sizes.cpu_time else time.perf_counter
+    for number in range(sizes.repeats):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            seconds[name].append(_seconds(jobs[name], modules[name], device, clock))
+        report(number + 1)
+    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    return [
+        {
+            "dim": dim,
+            "ffn": 4 * dim,
+            "variant": name,
+            "milliseconds": 1000 * median[name],
+            "ratio_to_floor": median[_floor_of(name)] / median[name],
+            "ratio_to_dense": median[_dense_of(name)] / median[name],
+            "peak_bytes": peaks[name],
+        }
+        for name in names
+    ]
+
+
+def variants(dim: int, tokens: int) -> dict[str, nn.Module]:
+    """The modules that are compared, from [1, N, D] and modality [1, N] to [1, N, D].
+
+    Args:
+        dim: width D.
+        tokens: N, a multiple of 32, so that all experts take as many.
+    """
+    hidden = ModelConfig(dim=dim, heads=1).hidden_width
+    modules: dict[str, nn.Module] = {
+        "dense": Slices(SwiGLU(dim, hidden)),
+        "floor": Slices(Stack(8, dim, hidden)),
+    }
+    for run in STRATEGIES:
+        modules[run] = Chosen(_experts("moe_4t4i", dim, hidden, run))
+    floors = (SwiGLU(dim, hidden), Stack(2, dim, hidden), Stack(8, dim, hidden))
+    for name, floor in zip(GATED, floors, strict=True):
+        run = ModelConfig(groups=name).run_name
+        gate = DepthGate(dim, DepthConfig())
+        modules[f"{name}_floor"] = FirstSlices(floor, int(gate.share * tokens))
+        modules[name] = Gated(_experts(name, dim, hidden, run, gate.share), gate)
+    torch.manual_seed(0)
+    for parameter in chain.from_iterable(module.parameters() for module in modules.values()):
+        nn.init.normal_(parameter, std=dim**-0.5)
+    return modules
+
+
+def _experts(name: str, dim: int, hidden: int, run: RunName, reach: float = 1.0) -> Experts:
+    groups = [make_group(dim, hidden, g, SHARES, reach=reach) for g in named_groups(name)]
+    return make_experts(groups, run)
+
+
+class Stack(nn.Module):
+    """Experts, each on the next part of the tokens, in one batched product."""
+
+    def __init__(self, experts: int, dim: int, hidden: int):
+        super().__init__()
+        self.gate_EDF = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.up_EDF = nn.Parameter(torch.empty(experts, dim, hidden))
+        self.down_EFD = nn.Parameter(torch.empty(experts, hidden, dim))
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Map [N, D] to [N, D]."""
+        x_EKD = x_ND.unflatten(0, (len(self.gate_EDF), -1))
+        hidden_EKF = functional.silu(x_EKD @ self.gate_EDF) * (x_EKD @ self.up_EDF)
+        return (hidden_EKF @ self.down_EFD).flatten(0, 1)
+
+
+class Slices(nn.Module):
+    """A feed-forward of all tokens, as they lie."""
+
+    def __init__(self, feed: nn.Module):
+        super().__init__()
+        self.feed = feed
+
+    def forward(self, x_1ND: Tensor, modality_1N: Tensor) -> Tensor:
+        """Map [1, N, D] to [1, N, D]."""
+        return self.feed(x_1ND[0])[None]
+
+
+class FirstSlices(nn.Module):
+    """A feed-forward that is added to the first K tokens; the others stay as they are."""
+
+    def __init__(self, feed: nn.Module, chosen: int):
+        super().__init__()
+        self.feed, self.chosen = feed, chosen
+
+    def forward(self, x_1ND: Tensor, modality_1N: Tensor) -> Tensor:
+        """Map [1, N, D] to [1, N, D]."""
+        first_KD, rest_ND = x_1ND[0, : self.chosen], x_1ND[0, self.chosen :]
+        return torch.cat((first_KD + self.feed(first_KD), rest_ND))[None]
+
+
+class Chosen(nn.Module):
+    """Experts that choose among all tokens."""
+
+    def __init__(self, experts: Experts):
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, x_1ND: Tensor, modality_1N: Tensor) -> Tensor:
+        """Map [1, N, D] to [1, N, D]."""
+        return self.experts(x_1ND, modality_1N, Routing())[0]
+
+
+class Gated(nn.Module):
+    """Experts behind a gate: `DepthLayer` without its attention and norms."""
+
+    def __init__(self, experts: Experts, gate: DepthGate):
+        super().__init__()
+        self.experts, self.gate = experts, gate
+
+    def forward(self, x_1ND: Tensor, modality_1N: Tensor) -> Tensor:
+        """Map [1, N, D] to [1, N, D]."""
+        (token_1K, taken_1K, weight_1K), _ = self.gate(x_1ND, modality_1N >= 0, Routing())
+        token_K = token_1K[0]
+        modality_1K = modality_1N[:, token_K].masked_fill(~taken_1K, -1)
+        fed_1KD, _ = self.experts(x_1ND[:, token_K], modality_1K, Routing())
+        update_KD = (fed_1KD * weight_1K[..., None])[0]
+        return x_1ND[0].index_add(0, token_K, update_KD.to(x_1ND.dtype))[None]
+
+
+def _job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Callable[[], None]:
+    """Forward and backward on tokens that come in runs of one modality, as pictures do."""
+    dtype = DTYPES[sizes.dtype]
+    shape = (1, sizes.tokens, dim)
+    x_1ND, gradient_1ND = torch.randn(2, *shape, device=device, dtype=dtype)
+    x_1ND.requires_grad_()
+    runs = max(1, min(RUN, sizes.tokens // 2))
+    modality_1N = (torch.arange(sizes.tokens, device=device) // runs % 2)[None]
+
+    def job() -> None:
+        x_1ND.grad = None
+        module(x_1ND, modality_1N).backward(gradient_1ND)
+
+    return job
+
+
+def _seconds(
+    job: Callable[[], None], module: nn.Module, device: torch.device, clock: Callable[[], float]
+) -> float:
+    """As in a training step: gradients do not exist before."""
+    module.zero_grad()
+    _synchronise(device)
+    began = clock()
+    job()
+    _synchronise(device)
+    return clock() - began
+
+
+def _peak(job: Callable[[], None], device: torch.device) -> int:
+    """The most bytes that were allocated at once, beyond what is there after a first call.
+
+    There are weights and their gradients then. On a GPU the allocator tells; elsewhere the
+    profiler's record of everything that was allocated and freed, in compiled code too.
+    """
+    job()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        job()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        job()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]"]
+    in_time = sorted(changes, key=lambda event: event["ts"])
+    return max(accumulate((event["args"]["Bytes"] for event in in_time), initial=0))
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _floor_of(variant: str) -> str:
+    name = variant.removesuffix("_floor")
+    return f"{name}_floor" if name in GATED else "floor"
+
+
+def _dense_of(variant: str) -> str:
+    return "mod_floor" if variant.removesuffix("_floor") in GATED else "dense"

@@ -1,0 +1,309 @@
+"""Growing: what is copied, what is new, what fits, and the seed's output at the first step."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moma.errors import UserError
+from moma.model.architecture import ModelConfig
+from moma.model.depth import DepthConfig
+from moma.model.experts import GroupConfig, RoutedGroup
+from moma.model.routing import Routing, logistic_noise
+from moma.model.transformer import Transformer
+from moma.model.upcycling import grow, sources_of_groups
+from moma.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    size=40,
+    beginning=0,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=4,
+    image_codes=tuple(range(20, 40)),
+    codes_per_image=4,
+)
+TEXT_IDS, CODES = range(5, 20), range(20, 40)
+
+
+def config_of(groups, **changes) -> ModelConfig:
+    # A norm forgets the routers' weights exactly but for its epsilon.
+    values = {"dim": 16, "layers": 3, "heads": 2, "norm_epsilon": 1e-12}
+    return ModelConfig.model_validate(values | {"groups": groups} | changes)
+
+
+def build(groups, seed: int = 0, **changes) -> Transformer:
+    model = Transformer(config_of(groups, **changes), VOCABULARY, (0.5, 0.5))
+    model.initialise(seed)
+    return model
+
+
+def grown_from(seed: Transformer, groups, **changes) -> Transformer:
+    model = build(groups, seed=1, **changes)
+    grow(seed.state_dict(), seed.config, model)
+    return model
+
+
+def tokens_of(rows: int, length: int, seed: int) -> torch.Tensor:
+    """As many codes as text."""
+    generator = torch.Generator().manual_seed(seed)
+    half = rows * length // 2
+    text = torch.randint(TEXT_IDS[0], TEXT_IDS[-1] + 1, (half,), generator=generator)
+    codes = torch.randint(CODES[0], CODES[-1] + 1, (rows * length - half,), generator=generator)
+    order = torch.randperm(rows * length, generator=generator)
+    return torch.cat((text, codes))[order].view(rows, length)
+
+
+def take_by_turns(model: Transformer) -> None:
+    """Make expert e take every E-th token of its modality, by the auxiliary routers' word."""
+
+    def by_turns(group: RoutedGroup):
+        def foretell(x_ND):
+            turn_N = torch.arange(len(x_ND)) % group.experts
+            return torch.nn.functional.one_hot(turn_N, group.experts).to(x_ND.dtype) - 0.5
+
+        return foretell
+
+    for module in model.modules():
+        if isinstance(module, RoutedGroup):
+            module.auxiliary.forward = by_turns(module)  # type: ignore[method-assign]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["dense", "moe_1t1i"]),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 99),
+)
+def test_a_token_that_one_expert_takes_gives_the_seeds_output(seed_groups, text, image, seed):
+    before = build(seed_groups, seed=seed).double().eval()
+    after = grown_from(before, f"moe_{text}t{image}i", experts_run="grouped").double().eval()
+    grow(before.state_dict(), before.config, after)  # in fp64 too
+    take_by_turns(after)
+    tokens = tokens_of(2, 12, seed)
+    expected = before(tokens, routing=Routing(by="causal")).logits_BSV
+    found = after(tokens, routing=Routing(by="causal")).logits_BSV
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_token_that_two_experts_take_does_too_but_one_that_none_takes_does_not():
+    """Swin norm takes the sum of the weights out; nothing can be normed where nothing is added."""
+    before = build("moe_1t1i").double().eval()
+    after = grown_from(before, "moe_2t2i").double().eval()
+    grow(before.state_dict(), before.config, after)
+    tokens = tokens_of(2, 12, 0)
+    expected = before(tokens, routing=Routing(by="causal")).logits_BSV
+    for everyone, equal in ((1.0, True), (-1.0, False)):
+        for router in after.auxiliary_routers():
+            router.forward = lambda x, e=everyone: x.new_full((len(x), 2), e)  # type: ignore[method-assign,misc]
+        found = after(tokens, routing=Routing(by="causal")).logits_BSV
+        assert torch.allclose(found, expected, atol=1e-5) == equal
+
+
+def test_batch_choice_keeps_what_exactly_one_expert_took():
+    """One layer, real choice: token by token."""
+    before = build("moe_1t1i", layers=1).eval()
+    after = grown_from(before, "moe_3t2i", layers=1).eval()
+    tokens = tokens_of(3, 16, 0)
+    records = after(tokens, routing=Routing(record=True)).routers
+    taken = sum(record.chosen_NE.sum(1) for record in records)
+    same = (after(tokens).logits_BSV - before(tokens).logits_BSV).abs().amax(-1).flatten() < 1e-4
+    assert same[taken == 1].all() and (taken == 1).any()
+    assert not same[taken == 0].any() and (taken == 0).any()
+
+
+STEPS = [
+    ("dense", "dense"),
+    ("dense", "moe_1t1i"),
+    ("dense", "moe_8x"),
+    ("dense", "moe_7t1i"),
+    ("dense", "mod"),
+    ("dense", "mod_moe_2t2i"),
+    ("moe_1t1i", "moe_1t1i"),
+    ("moe_1t1i", "moe_4t4i"),
+    ("moe_1t1i", "mod_moe_1t1i"),
+    ("moe_1t1i", "mod_moe_3t1i"),
+    ("moe_4t4i", "mod_moe_4t4i"),
+    ("mod", "mod_moe_2t2i"),
+    ("mod_moe_1t1i", "mod_moe_4t4i"),
+]
+
+
+@pytest.mark.parametrize(("seed_groups", "groups"), STEPS)
+def test_what_is_copied_and_what_is_new(seed_groups, groups):
+    seed, fresh = build(seed_groups, seed=0), build(groups, seed=1)
+    state, drawn = seed.state_dict(), fresh.state_dict()
+    grown = grown_from(seed, groups).state_dict()
+    same_groups = seed_groups.removeprefix("mod_") == groups.removeprefix("mod_")
+    assert list(grown) == list(drawn)
+    for name, value in grown.items():
+        if ".auxiliary." in name:
+            expected = drawn[name]
+        elif ".depth." in name:
+            expected = state.get(name, drawn[name])
+        elif name.endswith("router.weight"):
+            expected = state[name] if same_groups else drawn[name]
+        elif ".experts.groups." in name:
+            expected = expert_of(seed, name, value)
+        else:
+            expected = state[name]
+        assert torch.equal(value, expected), name
+    assert not torch.equal(grown["head.weight"], drawn["head.weight"])
+
+
+def expert_of(seed: Transformer, name: str, value: torch.Tensor) -> torch.Tensor:
+    """The seed's expert for the modality of a grown group, copied, by looking at the modules."""
+    _, layer, _, _, number, part = name.split(".")[:6]
+    groups = seed.get_submodule(f"layers.{layer}.experts.groups")
+    group = groups[min(int(number), len(groups) - 1)]  # type: ignore[index,arg-type]
+    kind = part.split("_")[0]
+    if hasattr(group, kind):
+        stack = getattr(group, kind).weight.T[None]
+    else:
+        stack = getattr(group, f"{kind}_{'EFD' if kind == 'down' else 'EDF'}")
+    if value.ndim == 2:
+        return stack[0].T
+    return stack if len(stack) == len(value) else stack.repeat(len(value), 1, 1)
+
+
+def group(names: str, experts: int) -> GroupConfig:
+    return GroupConfig(modalities=tuple(names.split()), experts=experts)
+
+
+def test_groups_find_their_sources():
+    shared = (group("text", 1), group("image", 1), group("text image", 1))
+    wide = (group("image", 4), group("text image", 2), group("text", 3))
+    assert sources_of_groups(shared, wide) == [1, 2, 0]
+    audio = (group("text", 1), group("image audio", 1))
+    split = (group("audio", 2), group("text", 2), group("image", 2))
+    assert sources_of_groups(audio, split) == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("seed_groups", "groups", "message"),
+    [
+        ("moe_1t1i", "moe_8x", "no group of the seed"),
+        ("moe_1t1i", "dense", "no group of the seed"),
+        ("moe_2t2i", "moe_4t4i", "a group grows from one expert"),
+        ("moe_4x", "moe_2t2i", "a group grows from one expert"),
+        ("mod_moe_1t1i", "moe_4t4i", "layer 0"),
+        ([group("text", 1), group("image", 1), group("text image", 1)], "moe_2t2i", "same experts"),
+        ([group("text image", 1), group("text image", 1)], "moe_2t2i", "more than one group"),
+    ],
+)
+def test_seeds_that_do_not_fit_are_named(seed_groups, groups, message):
+    with pytest.raises(UserError, match=message):
+        grown_from(build(seed_groups), groups)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dim", 32), ("layers", 2), ("heads", 4), ("kv_heads", 1), ("hidden", 24),
+        ("norm", "pre"), ("query_key_norm", False), ("rope_theta", 500.0), ("attend", "row"),
+        ("tied_embeddings", True),
+    ],
+)  # fmt: skip
+def test_another_shape_is_named(key, value):
+    model = build("moe_2t2i", seed=1, **{key: value})
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    seed = build("moe_1t1i")
+    with pytest.raises(UserError, match=f"model.{key}: the seed has"):
+        grow(seed.state_dict(), seed.config, model)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_what_decides_nothing_may_differ():
+    seed = build("moe_1t1i", hidden_multiple=1, hidden=64)
+    grown_from(seed, "moe_2t2i", dropout=0.1, kv_heads=2, router_noise=True, experts_run="batched",
+               hidden_multiple=64)  # fmt: skip
+
+
+def test_gates_may_be_added_to_more_layers():
+    seed = build("mod_moe_1t1i", depth=DepthConfig(layers=(1,)))
+    grown = grown_from(seed, "mod_moe_2t2i", depth=DepthConfig(layers=(0, 1)))
+    fresh = build("mod_moe_2t2i", seed=1, depth=DepthConfig(layers=(0, 1)))
+    kept, new = "layers.1.depth.router.weight", "layers.0.depth.router.weight"
+    assert torch.equal(grown.state_dict()[kept], seed.state_dict()[kept])
+    assert torch.equal(grown.state_dict()[new], fresh.state_dict()[new])
+
+
+def test_a_state_that_is_no_seeds_is_refused_before_anything_changes():
+    seed, model = build("moe_1t1i"), build("moe_2t2i", seed=1)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = seed.state_dict()
+    smaller = state | {"head.weight": state["head.weight"][:30]}
+    missing = {name: weight for name, weight in state.items() if name != "norm.weight"}
+    for broken, message in ((smaller, r"\[30, 16\]"), (missing, "norm.weight")):
+        with pytest.raises(UserError, match=message):
+            grow(broken, seed.config, model)
+        assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
+
+
+def noisy(training: bool) -> Transformer:
+    return build("mod_moe_2t2i", router_noise=True).train(training)
+
+
+def test_noise_is_the_difference_of_two_gumbels():
+    torch.manual_seed(0)
+    noise = logistic_noise(torch.empty(400_000)).double()
+    assert noise.isfinite().all()
+    gumbel = torch.distributions.Gumbel(0.0, 1.0).sample((2, 400_000)).double()
+    difference = gumbel[0] - gumbel[1]
+    for quantile in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
+        exact = math.log(quantile / (1 - quantile))
+        for sample in (noise, difference):
+            assert sample.quantile(quantile).item() == pytest.approx(exact, abs=0.05)
+    assert noise.mean().item() == pytest.approx(0, abs=0.02)
+    assert noise.var().item() == pytest.approx(math.pi**2 / 3, rel=0.02)
+
+
+def test_noise_follows_the_generator_and_is_off_in_evaluation():
+    tokens = tokens_of(2, 12, 0)
+    model, plain = noisy(True), build("mod_moe_2t2i")
+
+    def run(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return model(tokens).logits_BSV
+
+    assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
+    model.eval()
+    state = torch.get_rng_state()
+    assert torch.equal(model(tokens).logits_BSV, plain(tokens).logits_BSV)
+    assert torch.equal(torch.get_rng_state(), state), "evaluation drew numbers"
+    model.train()
+    causal = Routing(by="causal")
+    assert torch.equal(model(tokens, routing=causal).logits_BSV,
+                       plain(tokens, routing=causal).logits_BSV)  # fmt: skip
+    plain.train()
+    assert torch.equal(plain(tokens).logits_BSV, plain.eval()(tokens).logits_BSV)
+
+
+def test_noise_changes_choice_and_weight_of_experts_alone():
+    """Gates are not explored: a wrong choice of theirs cannot be made up for (§2.4)."""
+    tokens, records = tokens_of(2, 12, 0), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        records.append(noisy(True)(tokens, routing=Routing(record=True)).routers)
+    first = [record.kind for record in records[0]].index("depth")
+    assert torch.equal(records[0][first].chosen_NE, records[1][first].chosen_NE)
+    assert not all(torch.equal(a.chosen_NE, b.chosen_NE) for a, b in zip(*records, strict=True))
+
+
+def test_a_noisy_step_is_one_graph():
+    model, tokens = noisy(True), tokens_of(2, 12, 0)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        torch.manual_seed(0)
+        model.zero_grad()
+        logits = run(tokens).logits_BSV
+        logits.square().sum().backward()
+        gradient = model.get_parameter("layers.1.experts.groups.0.router.weight").grad
+        results.append([logits, gradient])
+    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
