@@ -26,6 +26,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 $(READY): pyproject.toml constraints.txt
+	@echo 'installing into $(VENV): about 2 GB, some minutes'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	touch $(READY)

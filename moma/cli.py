@@ -3,8 +3,9 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,6 +15,9 @@ from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
 from moma.cli_tokenizer import app as tokenizer_app
 from moma.errors import LostRankError, StoppedError, UserError
+
+if TYPE_CHECKING:
+    from moma.study.page import Table as Content
 
 app = typer.Typer(
     name="moma",
@@ -58,7 +62,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as leave:
         if leave.code == 130:  # Typer's answer to Ctrl-C
-            print("moma: interrupted; the same command goes on from here", file=sys.stderr)
+            print("moma: interrupted; the same command goes on from what is saved", file=sys.stderr)
         raise
 
 
@@ -132,7 +136,7 @@ def inspect(
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     """Run the stage that the recipe names, or its chain; go on where it was interrupted."""
     from moma.runtime.world import join_world
-    from moma.study.chain import Evaluation, read_chain, run_chain
+    from moma.study.chain import Evaluation, next_command, read_chain, run_chain
 
     steps = read_chain(recipe, overrides or ())
     timeout = max(step.engine.timeout for step in steps if not isinstance(step, Evaluation))
@@ -140,6 +144,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
         folder = run_chain(steps, world)
         if world.rank == 0:
             print(f"trained {folder}")
+            print(f"next: {next_command(steps[-1])}")
 
 
 @app.command()
@@ -239,12 +244,12 @@ def report(
 ) -> None:
     """Compare runs in one self-contained HTML page."""
     from moma.runs import Run
-    from moma.study.compare import compare
+    from moma.study.compare import compare, comparison_tables
 
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a file in it, such as {out}/report.html")
     result = compare([Run(path) for path in runs], out, quiet=as_json)
-    _show(str(out), result, as_json)
+    _show_tables(result, comparison_tables(result), out, as_json)
 
 
 @app.command()
@@ -254,10 +259,10 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """The whole way on real pictures: data, training, routers, evaluation, generation, report."""
-    from moma.study.demo import run_demo
+    from moma.study.demo import demo_tables, run_demo
 
     result = run_demo(out, overrides or (), quiet=as_json)
-    _show(str(out / "report.html"), result, as_json)
+    _show_tables(result, demo_tables(result), out / "report.html", as_json)
 
 
 def _show_counts(summary: dict[str, Any], keys: tuple[str, ...]) -> None:
@@ -268,13 +273,36 @@ def _show_counts(summary: dict[str, Any], keys: tuple[str, ...]) -> None:
     Console().print(table)
 
 
+def _show_tables(
+    result: dict[str, Any], tables: "Sequence[Content]", report: Path, as_json: bool
+) -> None:
+    """What a report holds in figures, and where it is."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    console = Console()
+    for content in tables:
+        table = Table(*content.head, title=content.title, caption=content.explanation)
+        for row in content.rows:
+            table.add_row(*map(_shown, row))
+        console.print(table)
+    print(f"report: {report}")
+
+
+def _shown(value: object) -> str:
+    """A value in a table for people; nothing there is a dash."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def _show(title: str, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
     table = Table(title=title, show_header=False)
     for key, value in _flat(result):
-        table.add_row(key, f"{value:.4f}" if isinstance(value, float) else str(value))
+        table.add_row(key, _shown(value))
     Console().print(table)
 
 

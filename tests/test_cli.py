@@ -319,6 +319,18 @@ def test_the_report_is_one_file(trained, tmp_path):
     assert "Which expert took which token" in page.read_text(encoding="utf-8")
 
 
+def test_the_report_prints_tables_for_people(trained, tmp_path):
+    page = tmp_path / "page.html"
+    told = succeeds("report", trained / "run", "--out", page)
+    assert "Held-out documents" in told and "causal" in told and "None" not in told
+    assert told.rstrip().endswith(f"report: {page}".rpartition("/")[2])
+
+
+def test_a_training_tells_what_comes_next(trained):
+    told = succeeds("train", trained / "recipe.toml").split("next: moma ")[1].split()
+    assert told[0] == "train" and "stage=aux_router" in told
+
+
 def test_what_is_done_is_not_done_again(trained):
     files = [path for path in trained.rglob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
@@ -572,7 +584,7 @@ def test_a_recipe_that_cannot_train_leaves_no_run(trained, tmp_path, overrides, 
 def test_a_run_of_another_recipe_is_left_alone(trained):
     before = (trained / "run" / "recipe.toml").read_text()
     message = refuses("train", trained / "recipe.toml", "seed=4")
-    assert f"{trained}/run" in message and "'seed'" in message and "run=" in message
+    assert f"{trained}/run" in message and "seed: 3 → 4" in message and "run=" in message
     assert (trained / "run" / "recipe.toml").read_text() == before
 
 

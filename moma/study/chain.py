@@ -91,6 +91,18 @@ def run_chain(steps: Iterable[Recipe | Evaluation], world: World, quiet: bool = 
     return last
 
 
+def next_command(done: Recipe | Evaluation) -> str:
+    """What one would type after the last step of a chain."""
+    if isinstance(done, Evaluation):
+        return f"moma generate {done.run} --prompt …"
+    if done.stage == "aux_router":
+        return f"moma evaluate {done.from_} --routing causal"
+    if done.model.has_routers:
+        routers = done.run / ROUTER_RUN
+        return f"moma train {Run(done.run).recipe} stage=aux_router from={done.run} run={routers}"
+    return f"moma evaluate {done.run} --routing causal"
+
+
 def _evaluation(link: dict[str, Any], run: Path | None, origin: str) -> Evaluation:
     routing = link.pop("routing", "causal")
     if run is None:

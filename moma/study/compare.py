@@ -17,14 +17,20 @@ from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
-from moma.study.page import Page, captioned, coloured, figure, paragraph, table, tile
+from moma.study.page import Page, Table, captioned, coloured, figure, paragraph, table, tile
 from moma.study.speedup import speedups
 from moma.train.recipe import Recipe
 from moma.train.restore import has_causal_routing, load_run, read_run_recipe, with_routers
 from moma.train.step import to_device
 from moma.vocabulary import IMAGE, TEXT
 
-MEASURES = ("loss", "loss_text", "loss_image", "perplexity_text", "perplexity_image")
+MEASURES = {
+    "loss": "loss",
+    "loss_text": "of text",
+    "loss_image": "of images",
+    "perplexity_text": "perplexity of text",
+    "perplexity_image": "of images",
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,32 @@ def summary(measured: Sequence[Measured]) -> dict[str, Any]:
     }
 
 
+def comparison_tables(result: dict[str, Any]) -> list[Table]:
+    """What `summary` found, as tables for people: held-out measures, speed-up if there is one."""
+    held_out = Table(
+        "Held-out documents",
+        "choice: experts choose the best tokens of the batch, as in training; causal: auxiliary "
+        "routers decide each token by itself, as in generation. Losses in nats a token.",
+        ("run", "routing", *MEASURES.values()),
+        [
+            (name, routing, *(values[key] for key in MEASURES))
+            for name, by_routing in result["runs"].items()
+            for routing, values in by_routing.items()
+        ],
+    )
+    if not result["speedup"]:
+        return [held_out]
+    baseline = next(iter(result["runs"]))
+    speedup = Table(
+        "Speed-up η",
+        f"How many times fewer FLOPs than {baseline} a run needs for {baseline}'s final training "
+        "loss; a dash where it does not get there.",
+        ("run", "all tokens", "text", "images"),
+        [(name, *values.values()) for name, values in result["speedup"].items()],
+    )
+    return [held_out, speedup]
+
+
 def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, Any]:
     """Measure runs, write the page, and return the figures (see `summary`).
 
@@ -88,39 +120,17 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
 
 def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
     """Add the sections that every comparison has."""
-    result = summary(measured)
     page.section(
         "Training loss over compute",
         paragraph("Each point is the mean over the last 5% of the run before it."),
         figure(figures.loss_curves({each.name: each.metrics for each in measured})),
     )
-    page.section(
-        "Held-out documents",
-        paragraph(
-            "choice: experts choose the best tokens of the batch, as in training; causal: "
-            "auxiliary routers decide each token by itself, as in generation. Losses in nats."
-        ),
-        table(
-            ("run", "routing", *MEASURES),
-            [
-                (each.name, by, *(values[key] for key in MEASURES))
-                for each in measured
-                for by, values in each.results.items()
-            ],
-        ),
-        paragraph(
-            f"Speed-up η: how many times fewer FLOPs than {measured[0].name} a run needs for "
-            f"{measured[0].name}'s final training loss; a dash where it does not get there."
-        ),
-        table(
-            ("run", "all", "text", "image"),
-            [(name, *values.values()) for name, values in result["speedup"].items()],
-        ),
-    )
+    for each in comparison_tables(summary(measured)):
+        page.section(each.title, paragraph(each.explanation), table(each))
     add_reconstructions(page, measured[0])
-    for each in measured:
-        if with_routers(each.run) != each.run or each.recipe.stage == "aux_router":
-            add_routing(page, each)
+    for run in measured:
+        if with_routers(run.run) != run.run or run.recipe.stage == "aux_router":
+            add_routing(page, run)
 
 
 def add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:

@@ -38,8 +38,8 @@ from moma.recipe import read_recipe, shipped_recipe
 from moma.runs import Run
 from moma.runtime.world import World, local_device
 from moma.study import figures
-from moma.study.compare import Measured, add_comparison, measure, summary
-from moma.study.page import Page, captioned, grid, paragraph, table, tile
+from moma.study.compare import Measured, add_comparison, comparison_tables, measure, summary
+from moma.study.page import Page, Table, captioned, grid, paragraph, percent, table, tile
 from moma.train.changes import refuse_other_recipe
 from moma.train.loop import train
 from moma.train.recipe import Recipe
@@ -242,35 +242,42 @@ def _write_report(
         "drawings, their names and dictionary definitions: dense, and mixture of modality-aware "
         "experts (4 text and 4 image experts).",
     )
-    page.section("Scores", *_score_parts(result))
+    scored = _score_table(result)
+    page.section(scored.title, paragraph(scored.explanation), table(scored))
     page.section("Pictures from captions", *_picture_parts(sketches, measured))
     page.section("Captions of held-out pictures", *_caption_parts(sketches))
     add_comparison(page, measured)
-    page.section("Minutes", table(("stage", "minutes"), list(result["minutes"].items())))
+    minutes = _minutes_table(result)
+    page.section(minutes.title, table(minutes))
     page.write(out / "report.html")
     drawn, _ = sketches[measured[-1].name]
-    best = [(each.picture, each.sketch.caption) for each in _mixture(drawn, 16)]
-    figures.sheet(best).savefig(out / "sheet.png", dpi=100)
+    shown = [(each.picture, each.sketch.caption, _mark(each.right)) for each in _mixture(drawn, 16)]
+    figures.sheet(shown).savefig(out / "sheet.png", dpi=100)
 
 
-def _score_parts(result: dict[str, Any]) -> list[str]:
+def demo_tables(result: dict[str, Any]) -> list[Table]:
+    """What `run_demo` found, as tables for people."""
+    return [_score_table(result), *comparison_tables(result), _minutes_table(result)]
+
+
+def _score_table(result: dict[str, Any]) -> Table:
     keys = ("singles_right", "composition_halves_right", "captions_right")
     codec = result["codec"]
-    return [
-        paragraph(
-            "Share of pictures in which the right object is the nearest of all, by pixel distance "
-            "to the codec's reconstructions: single objects that training shows, and halves of "
-            "compositions of pairs that it never shows. Captions: every object is named."
-        ),
-        table(
-            ("run", *keys),
-            [(name, *(row[key] for key in keys)) for name, row in result["sketches"].items()],
-        ),
-        paragraph(
-            f"Image codec: {codec['psnr']:.1f} dB on held-out pictures, "
-            f"{100 * codec['codes_used']:.0f}% of its codes in use."
-        ),
-    ]
+    return Table(
+        "Pictures and captions that are right",
+        "Right is a picture whose nearest object of all, by pixel distance to the codec's "
+        "reconstructions, is the one asked for: single objects that training shows, and halves of "
+        "compositions of pairs that it never shows. Captions: every object is named. The codec: "
+        f"{codec['psnr']:.1f} dB on held-out pictures, {percent(codec['codes_used'])} of its codes "
+        "in use.",
+        ("run", "single objects", "halves of compositions", "captions of held-out pictures"),
+        [(name, *(percent(row[key]) for key in keys)) for name, row in result["sketches"].items()],
+    )
+
+
+def _minutes_table(result: dict[str, Any]) -> Table:
+    rows = list(result["minutes"].items())
+    return Table("Minutes", "", ("stage", "minutes"), rows)
 
 
 def _picture_parts(
@@ -289,8 +296,8 @@ def _picture_parts(
     return [
         paragraph(
             f"Left the true drawing, then {' and '.join(sketches)}; a green frame where every "
-            "object is right, yellow where one of two is. Hover to see what a picture was taken "
-            "to show."
+            "object is right, yellow where one of two is, red where none is. Hover to see what a "
+            "picture was taken to show."
         ),
         grid(cells),
     ]

@@ -20,6 +20,9 @@ EXPERT_COLOURS = (
     "#c98f7b",
 )
 
+# Frames of pictures: all right, half, none; the page's style has the same.
+MARKS = {"ok": "#1a7f4b", "half": "#d29922", "no": "#c2413b"}
+
 
 def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     """Smoothed training loss over FLOPs: all tokens, text targets, image targets."""
@@ -62,13 +65,16 @@ def expert_maps(picture: Image.Image, chosen_LEhw: np.ndarray) -> Figure:
     return plot
 
 
-def sheet(pictures: Sequence[tuple[Image.Image, str]], columns: int = 8) -> Figure:
-    """Pictures with their captions below."""
+def sheet(pictures: Sequence[tuple[Image.Image, str, str]], columns: int = 8) -> Figure:
+    """Pictures with their captions below, framed by their marks: ok, half or no."""
     rows = -(-len(pictures) // columns)
     plot = Figure(figsize=(1.55 * columns, 1.85 * rows), layout="constrained")
     for axes in plot.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, (picture, caption) in zip(plot.axes, pictures, strict=False):
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+    for axes, (picture, caption, mark) in zip(plot.axes, pictures, strict=False):
         axes.imshow(picture, interpolation="lanczos")
+        axes.spines[:].set(visible=True, color=MARKS[mark], linewidth=1.8)
         axes.set_title(caption.replace(", ", ",\n").replace(" of ", " of\n"), fontsize=7.5, y=-0.42)
     return plot

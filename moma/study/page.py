@@ -5,6 +5,7 @@ import html
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from PIL import Image
@@ -29,6 +30,22 @@ figure { margin: 0 } figcaption { font-size: 12.5px; line-height: 1.3 }
 .ok { border-color: var(--ok) } .no { border-color: var(--no) } .half { border-color: #d29922 }
 .tokens span { padding: 1px 0; border-radius: 3px; white-space: pre-wrap }
 """
+
+
+class Table(NamedTuple):
+    """Figures for people, on a page or on a terminal.
+
+    Attributes:
+        title: what it shows.
+        explanation: how to read it.
+        head: names of the columns.
+        rows: the first cell is a label.
+    """
+
+    title: str
+    explanation: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[object]]
 
 
 class Page:
@@ -63,12 +80,12 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; the first column is a label, numbers are rounded to four digits."""
-    cells = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+def table(content: Table) -> str:
+    """A table without its title; numbers are rounded to four digits."""
+    cells = "".join(f"<th>{html.escape(name)}</th>" for name in content.head)
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(number(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
+        for row in content.rows
     )
     return f"<table><tr>{cells}</tr>{body}</table>"
 
@@ -78,6 +95,11 @@ def number(value: object) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def percent(share: float) -> str:
+    """A share as it stands in a table."""
+    return f"{100 * share:.0f}%"
 
 
 def figure(plot: Figure) -> str:

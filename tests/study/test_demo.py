@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moma.errors import UserError
-from moma.study.demo import Clock, demo_recipe, run_demo
+from moma.study.demo import Clock, demo_recipe, demo_tables, run_demo
 
 SMALL = [
     "codec_training.steps=6",
@@ -51,10 +51,17 @@ def test_the_whole_way_and_again(tmp_path):
         "captions_right",
     }
     page = (tmp_path / "report.html").read_text()
-    for title in ("Scores", "Pictures from captions", "Training loss", "Which expert took"):
+    for title in (
+        "captions that are right",
+        "Pictures from captions",
+        "Training loss",
+        "Which expert took",
+    ):
         assert title in page
     assert "src='http" not in page and "<script" not in page
     assert (tmp_path / "sheet.png").is_file()
+    for content in demo_tables(result):
+        assert content.rows and all(len(row) == len(content.head) for row in content.rows)
     assert json.loads((tmp_path / "result.json").read_text()) == result
     again = run_demo(tmp_path, SMALL, quiet=True)
     for key in ("runs", "speedup", "codec", "sketches", "seed"):

@@ -48,13 +48,19 @@ def test_codes_that_an_expert_did_not_take_are_dimmed(layers, experts):
 
 def test_every_picture_of_the_sheet_stands_over_its_caption():
     shades = [10, 60, 110, 160, 210]
-    pictures = [(Image.new("RGB", (4, 4), (shade,) * 3), f"shade {shade}") for shade in shades]
+    marks = ["ok", "half", "no", "ok", "ok"]
+    pictures = [
+        (Image.new("RGB", (4, 4), (shade,) * 3), f"shade {shade}", mark)
+        for shade, mark in zip(shades, marks, strict=True)
+    ]
     plot = figures.sheet(pictures, columns=2)
     assert len(plot.axes) == 6
     for axes, shade in zip(plot.axes, shades, strict=False):
         assert axes.get_title() == f"shade {shade}"
         assert (np.asarray(axes.images[0].get_array()) == shade).all()
-    assert not plot.axes[5].images and not any(axes.axison for axes in plot.axes)
+    frames = [axes.spines["left"].get_edgecolor() for axes in plot.axes]
+    assert frames[0] == frames[3] == frames[4] and len(set(frames[:3])) == 3
+    assert not plot.axes[5].images and not plot.axes[5].spines["left"].get_visible()
 
 
 def test_experts_can_be_told_apart():

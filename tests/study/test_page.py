@@ -13,6 +13,7 @@ from PIL import Image
 
 from moma.study.page import (
     Page,
+    Table,
     captioned,
     coloured,
     figure,
@@ -80,7 +81,7 @@ def page(tmp_path, picture):
     page.section(
         f"section {NASTY}",
         paragraph(f"paragraph {NASTY}"),
-        table((f"head {NASTY}", "b"), [(f"cell {NASTY}", 0.5)]),
+        table(Table("", "", (f"head {NASTY}", "b"), [(f"cell {NASTY}", 0.5)])),
         figure(plot),
         grid([captioned([tile(picture, f"tile {NASTY}", "ok")], f"caption {NASTY}")]),
         coloured([(f"token {NASTY}", ["#ff0000"]), ("plain", [])]),
@@ -142,7 +143,7 @@ def test_cells_are_short(value, shown):
 
 
 def test_a_table_has_a_cell_for_each_value():
-    reader = read(table(("run", "loss"), [("a", 1.0), ("b", None)]))
+    reader = read(table(Table("", "", ("run", "loss"), [("a", 1.0), ("b", None)])))
     assert "".join(reader.text) == "runlossa1b–"
     assert len(reader.named("th")) == 2 and len(reader.named("td")) == 4
 
