@@ -139,7 +139,8 @@ def _parse(value: str) -> Any:
 def _explain(schema: type[BaseModel], problem: Any) -> str:
     key = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"'{key}': {problem['msg']}"
+        told = problem["msg"].removeprefix("Value error, ")
+        return f"'{key}': {told}" if key else told
     valid = sorted(_keys_beside(schema, problem["loc"]))
     close = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""

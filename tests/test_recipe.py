@@ -203,7 +203,7 @@ def test_every_mistake_is_told_at_once():
     [
         (["pretrain.log_every=3"], "checkpoint_every .1000. must be a multiple of log_every .3."),
         (["stage=aux_router"], "from=RUN"),
-        (["stage=upcycle"], "'stage'"),
+        (["stage=upcycle"], "stage 'upcycle' needs from=RUN"),
         (["model.heads=5"], "multiple of 2 × heads"),
         (["data.sources=[]"], "'data.sources'"),
         (["data.sources.1.name=captions"], "several sources are named captions"),
