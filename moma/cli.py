@@ -280,29 +280,26 @@ def _show_tables(
     if as_json:
         print(json.dumps(result))
         return
+    from moma.study.page import number
+
     console = Console()
     for content in tables:
         table = Table(*content.head, title=content.title, caption=content.explanation)
         for row in content.rows:
-            table.add_row(*map(_shown, row))
+            table.add_row(*map(number, row))
         console.print(table)
     print(f"report: {report}")
-
-
-def _shown(value: object) -> str:
-    """A value in a table for people; nothing there is a dash."""
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _show(title: str, result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result))
         return
+    from moma.study.page import number
+
     table = Table(title=title, show_header=False)
     for key, value in _flat(result):
-        table.add_row(key, _shown(value))
+        table.add_row(key, number(value))
     Console().print(table)
 
 
