@@ -12,7 +12,7 @@ from test_cli import moma, refuses, succeeds
 from moma.data.pictures import read_picture
 from moma.runs import Tokenizers
 from moma.tokenizers.image import ImageCodec, preprocess
-from moma.tokenizers.image_training import measure_codec
+from moma.tokenizers.image_measures import measure_codec
 from moma.vocabulary import Vocabulary
 
 CHANGES = (

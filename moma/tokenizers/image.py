@@ -101,6 +101,11 @@ class CodecConfig(Config):
         """Rows, and columns, of codes (h = w)."""
         return self.picture_size // self.reduction
 
+    @property
+    def codes_per_image(self) -> int:
+        """How many codes one picture takes (L)."""
+        return self.codes_per_side**2
+
 
 class ImageCodec(nn.Module):
     """Encoder, codebook and decoder; deterministic outside of training."""
@@ -161,7 +166,7 @@ class ImageCodec(nn.Module):
     @property
     def codes_per_image(self) -> int:
         """How many codes one picture takes (L)."""
-        return self.config.codes_per_side**2
+        return self.config.codes_per_image
 
     @property
     def pictures_at_once(self) -> int:
@@ -291,18 +296,32 @@ class ImageCodec(nn.Module):
         Raises:
             UserError: a file is missing or damaged, or the weights do not fit the configuration.
         """
+        config = read_codec_config(folder)
         try:
-            values = json.loads((folder / _CONFIG_FILE).read_text())
             weights = load_file(folder / _WEIGHTS_FILE)
         # safetensors reports damage with an exception of its own, derived from Exception alone.
         except Exception as error:
             raise UserError(f"{folder}: not an image codec ({error})") from error
-        codec = cls(check(CodecConfig, values, str(folder / _CONFIG_FILE)))
+        codec = cls(config)
         try:
             codec.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"{folder}: weights and config.json differ ({error})") from error
         return codec.eval()
+
+
+def read_codec_config(folder: Path) -> CodecConfig:
+    """The configuration of a codec written by `save`, without its weights.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    file = folder / _CONFIG_FILE
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not an image codec ({error})") from error
+    return check(CodecConfig, values, str(file))
 
 
 def _square_encoder(pixels: int, config: CodecConfig) -> nn.Module:
