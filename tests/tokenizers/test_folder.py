@@ -118,7 +118,7 @@ def test_nothing_is_replaced_and_parts_have_to_fit(tmp_path):
     assert not folder.text.exists()
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for a kill: nothing in the program catches it."""
 
 
@@ -127,12 +127,12 @@ def killed_when(monkeypatch, name, run):
 
     def replace(source, target):
         if Path(target).name == name:
-            raise Killed
+            raise KilledError
         os.rename(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr("moma.files.os.replace", replace)
-        with pytest.raises(Killed):
+        with pytest.raises(KilledError):
             run()
 
 
