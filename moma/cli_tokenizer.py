@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moma.cli_arguments import AsJson, Overrides, RecipeFile, readable_recipe
 from moma.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ app = typer.Typer(
 )
 
 OutFolder = Annotated[Path, typer.Option(help="folder of the tokenizers")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
 @app.command("train-text")
@@ -40,6 +40,8 @@ def train_text(
     out: OutFolder = Path("runs/tokenizers"),
 ) -> None:
     """Learn byte-level BPE and write `tokenizer.json`, image codes and special ids included."""
+    if inputs[0].endswith(".toml"):
+        readable_recipe(Path(inputs[0]))
     from moma.data.corpus import Corpus
     from moma.runs import Tokenizers
     from moma.tokenizers.folder import is_made, make_text_tokenizer
@@ -65,11 +67,8 @@ def train_text(
 
 @app.command("train-image")
 def train_image(
-    recipe: Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="changes to the recipe, such as codec_training.steps=100"),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     out: OutFolder = Path("runs/tokenizers"),
     as_json: AsJson = False,
 ) -> None:
@@ -144,6 +143,8 @@ def show(
     """Encode a picture or a text and show what comes back."""
     if (image is None) == (text is None):
         raise UserError("give either --image or --text")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a PNG file")
     if image is not None:
         result = _show_image(folder, image, out)
         rows = [(key, str(value)) for key, value in result.items()]
@@ -168,8 +169,6 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     from moma.tokenizers.image_log import side_by_side
     from moma.tokenizers.image_measures import signal_to_noise
 
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a PNG file")
     codec = ImageCodec.load(Tokenizers(folder).codec).to(local_device())
     picture = read_picture(image, "--image", "choose another")
     original_3HW = preprocess(picture, codec.config.picture_size)

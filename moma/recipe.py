@@ -34,7 +34,16 @@ def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; the message names it.
     """
-    return check(schema, override(_read_toml(path, ()), overrides), str(path))
+    return check(schema, read_values(path, overrides), str(path))
+
+
+def read_values(path: Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a TOML recipe with what it extends and with overrides, as plain values, unchecked.
+
+    Raises:
+        UserError: the file cannot be read, or an override leads nowhere.
+    """
+    return override(_read_toml(path, ()), overrides)
 
 
 def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
