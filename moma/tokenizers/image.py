@@ -113,7 +113,7 @@ class ImageCodec(nn.Module):
     def __init__(self, config: CodecConfig):
         super().__init__()
         # Both take seconds to import, which commands that touch no codec should not pay.
-        from diffusers.models.autoencoders.vae import Decoder, Encoder
+        from diffusers.models.autoencoders.vae import Decoder
         from vector_quantize_pytorch import VectorQuantize
 
         self.config = config
@@ -125,19 +125,7 @@ class ImageCodec(nn.Module):
             "norm_num_groups": config.norm_groups,
             "mid_block_add_attention": config.middle_attention,
         }
-        self.encoder: nn.Module
-        if config.encoder_context:
-            self.encoder = Encoder(
-                in_channels=pixels,
-                out_channels=config.latent_channels,
-                down_block_types=("DownEncoderBlock2D",) * blocks,
-                double_z=False,
-                **shared,
-            )
-            if not config.encoder_middle:
-                self.encoder.mid_block = cast(Any, nn.Identity())
-        else:
-            self.encoder = _square_encoder(pixels, config)
+        self.encoder = _encoder(pixels, config, shared)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
         self.quantizer = VectorQuantize(
             dim=config.code_channels,
@@ -322,6 +310,24 @@ def read_codec_config(folder: Path) -> CodecConfig:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not an image codec ({error})") from error
     return check(CodecConfig, values, str(file))
+
+
+def _encoder(pixels: int, config: CodecConfig, shared: dict[str, Any]) -> nn.Module:
+    """The encoder, `pixels` being the channels of a folded picture."""
+    from diffusers.models.autoencoders.vae import Encoder
+
+    if not config.encoder_context:
+        return _square_encoder(pixels, config)
+    encoder = Encoder(
+        in_channels=pixels,
+        out_channels=config.latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * len(config.block_channels),
+        double_z=False,
+        **shared,
+    )
+    if not config.encoder_middle:
+        encoder.mid_block = cast(Any, nn.Identity())
+    return cast(nn.Module, encoder)
 
 
 def _square_encoder(pixels: int, config: CodecConfig) -> nn.Module:

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -139,11 +140,12 @@ def killed_when(monkeypatch, name, run):
 @pytest.mark.parametrize("first", ["text", "codec"])
 def test_a_kill_before_the_vocabulary_is_written_is_made_good(tmp_path, monkeypatch, first):
     folder = Tokenizers(tmp_path)
-    before, after, part = (codec_in, text_in, folder.text)
-    if first == "text":
-        before, after, part = (lambda to: text_in(to, picture_size=32), codec_in, folder.codec)
-    before(folder)
-    killed_when(monkeypatch, "vocabulary.json", lambda: after(folder))
+    text, codec = partial(text_in, folder, picture_size=32), partial(codec_in, folder)
+    before, after, part = (
+        (text, codec, folder.codec) if first == "text" else (codec, text, folder.text)
+    )
+    before()
+    killed_when(monkeypatch, "vocabulary.json", after)
     assert part.exists()
     assert is_made(part, folder, SHAPE)
     assert codes_of(folder) == (8, 4)
