@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moma.cli_arguments import AsJson, Overrides, RecipeFile, RunFolder, Version
 from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
 from moma.cli_tokenizer import app as tokenizer_app
@@ -34,12 +35,10 @@ app.add_typer(tokenizer_app)
 app.add_typer(importing)
 app.add_typer(exporting)
 
-RecipeFile = Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="changes to the recipe, such as pretrain.steps=100")
-]
-RunFolder = Annotated[Path, typer.Argument(help="a folder that `moma train` wrote")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+@app.callback()
+def root(version: Version = False) -> None:
+    """What stands before a verb."""
 
 
 def main() -> None:
@@ -178,12 +177,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Loss and perplexity on the held-out documents, by modality."""
+    if routing not in ("choice", "causal"):
+        raise UserError(f"--routing {routing}: use choice or causal")
     from moma.evaluate.perplexity import evaluate as measure
     from moma.runs import Run
     from moma.train.restore import load_run, require_causal_routing
 
-    if routing not in ("choice", "causal"):
-        raise UserError(f"--routing {routing}: use choice or causal")
     model, recipe = load_run(Run(run))
     if routing == "causal":
         require_causal_routing(Run(run), model)
@@ -206,20 +205,20 @@ def generate(
     top_p: Annotated[float, typer.Option(help="draw among the likeliest")] = 0.9,
 ) -> None:
     """Continue a prompt: text to standard output, pictures to PNG files."""
-    import moma
-    from moma.data.pictures import read_picture
-    from moma.generate.decode import Sampling
-
     if mode not in ("text", "image", "mixed"):
         raise UserError(f"--mode {mode}: use text, image or mixed")
     if not prompt and image is None:
         raise UserError("nothing to continue: give --prompt, --image or both")
     if temperature < 0 or not 0 < top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
-    content: list[Any] = [] if image is None else [read_picture(image, "--image", "choose another")]
-    content += [prompt] if prompt else []
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is no folder; name another")
+    import moma
+    from moma.data.pictures import read_picture
+    from moma.generate.decode import Sampling
+
+    content: list[Any] = [] if image is None else [read_picture(image, "--image", "choose another")]
+    content += [prompt] if prompt else []
     model = moma.load(run)
     (answer,) = model.generate([content], mode, Sampling(temperature, top_p, seed))  # type: ignore[arg-type]
     if not answer:
@@ -243,11 +242,11 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs in one self-contained HTML page."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file in it, such as {out}/report.html")
     from moma.runs import Run
     from moma.study.compare import compare, comparison_tables
 
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file in it, such as {out}/report.html")
     result = compare([Run(path) for path in runs], out, quiet=as_json)
     _show_tables(result, comparison_tables(result), out, as_json)
 

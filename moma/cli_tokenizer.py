@@ -11,10 +11,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from moma.cli_arguments import AsJson, Overrides, RecipeFile, readable_recipe
 from moma.errors import UserError
 
 if TYPE_CHECKING:
     from moma.data.corpus import Corpus
+    from moma.runs import Tokenizers
+    from moma.train.recipe import Recipe
 
 app = typer.Typer(
     name="tokenizer",
@@ -23,7 +26,6 @@ app = typer.Typer(
 )
 
 OutFolder = Annotated[Path, typer.Option(help="folder of the tokenizers")]
-AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
 @app.command("train-text")
@@ -38,19 +40,24 @@ def train_text(
     out: OutFolder = Path("runs/tokenizers"),
 ) -> None:
     """Learn byte-level BPE and write `tokenizer.json`, image codes and special ids included."""
+    if inputs[0].endswith(".toml"):
+        readable_recipe(Path(inputs[0]))
     from moma.data.corpus import Corpus
     from moma.runs import Tokenizers
-    from moma.tokenizers.folder import make_text_tokenizer
+    from moma.tokenizers.folder import is_made, make_text_tokenizer
     from moma.tokenizers.text import TextTokenizerConfig
 
     sources, held_out, sections = _texts_of(inputs)
     config: TextTokenizerConfig = sections.text_tokenizer
+    folder = Tokenizers(out)
+    if is_made(folder.text, folder, sections.codec):
+        print(f"{folder.text}: made before; the folder is complete now")
+        return
     corpus = Corpus(sources, held_out, config.documents)
-    codes = sections.codec.codebook_size
-    made = make_text_tokenizer(config, codes, corpus.texts(), Tokenizers(out))
+    made = make_text_tokenizer(config, sections.codec, corpus.texts(), folder)
     _tell_rejected(corpus)
     size = made.get_vocab_size(with_added_tokens=True)
-    print(f"{Tokenizers(out).text}: {size} ids, learned from {corpus.documents} documents")
+    print(f"{folder.text}: {size} ids, learned from {corpus.documents} documents")
     if size < config.vocabulary_size:
         print(
             f"moma: the texts hold too few repetitions for {config.vocabulary_size} ids",
@@ -60,43 +67,48 @@ def train_text(
 
 @app.command("train-image")
 def train_image(
-    recipe: Annotated[Path, typer.Argument(help="a recipe, such as configs/demo.toml")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="changes to the recipe, such as codec_training.steps=100"),
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     out: OutFolder = Path("runs/tokenizers"),
     as_json: AsJson = False,
 ) -> None:
     """Train the image codec, or go on where that was interrupted."""
-    from moma.data.corpus import Corpus, ReadablePictures
     from moma.recipe import read_recipe
     from moma.runs import Tokenizers
-    from moma.runtime.world import local_device
-    from moma.tokenizers.folder import make_codec
+    from moma.tokenizers.folder import is_made, read_metrics
     from moma.train.recipe import Recipe
 
     read = read_recipe(Recipe, recipe, overrides or ())
-    training, size = read.codec_training, read.codec.picture_size
+    folder = Tokenizers(out)
+    if not is_made(folder.codec, folder, read.codec):
+        _train_codec(read, folder, quiet=as_json)
+    metrics = read_metrics(folder)
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    print(f"{folder.codec}: PSNR {metrics['psnr']:.2f} dB, ", end="")
+    print(f"{metrics['codes_used']:.1%} of the codes used, ", end="")
+    print(f"perplexity {metrics['perplexity']:.1f}")
+
+
+def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
+    """Train the codec on the pictures of a recipe, and tell what was left out."""
+    from moma.data.corpus import Corpus, ReadablePictures
+    from moma.runtime.world import local_device
+    from moma.tokenizers.folder import make_codec
+
+    data, training, size = recipe.data, recipe.codec_training, recipe.codec.picture_size
     if training.perceptual.weights is None:
         print(
             "moma: no perceptual loss; codec_training.perceptual.weights names VGG-16's weights",
             file=sys.stderr,
         )
-    corpus = Corpus(read.data.sources, read.data.held_out, training.documents)
+    corpus = Corpus(data.sources, data.held_out, training.documents)
     seen, unseen = (ReadablePictures(corpus.pictures(held_out), size) for held_out in (False, True))
     _tell_rejected(corpus)
-    metrics = make_codec(
-        read.codec, training, seen, unseen, Tokenizers(out), read.seed, local_device(), as_json
-    )
+    make_codec(recipe.codec, training, seen, unseen, folder, recipe.seed, local_device(), quiet)
     for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
         print(f"moma: a picture was left out: {reason}", file=sys.stderr)
-    if as_json:
-        print(json.dumps(metrics))
-    else:
-        print(f"{Tokenizers(out).codec}: PSNR {metrics['psnr']:.2f} dB, ", end="")
-        print(f"{metrics['codes_used']:.1%} of the codes used, ", end="")
-        print(f"perplexity {metrics['perplexity']:.1f}")
 
 
 @app.command("import-chameleon")
@@ -131,6 +143,8 @@ def show(
     """Encode a picture or a text and show what comes back."""
     if (image is None) == (text is None):
         raise UserError("give either --image or --text")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a PNG file")
     if image is not None:
         result = _show_image(folder, image, out)
         rows = [(key, str(value)) for key, value in result.items()]
@@ -153,10 +167,8 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     from moma.runtime.world import local_device
     from moma.tokenizers.image import ImageCodec, preprocess
     from moma.tokenizers.image_log import side_by_side
-    from moma.tokenizers.image_training import signal_to_noise
+    from moma.tokenizers.image_measures import signal_to_noise
 
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a PNG file")
     codec = ImageCodec.load(Tokenizers(folder).codec).to(local_device())
     picture = read_picture(image, "--image", "choose another")
     original_3HW = preprocess(picture, codec.config.picture_size)

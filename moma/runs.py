@@ -10,10 +10,12 @@ shards/SOURCE/           tokenizer.json, vocabulary.json, codec/    copies
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moma.errors import UserError
+from moma.files import place_whole
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ class Tokenizers:
     def copy_to(self, other: "Tokenizers") -> None:
         """Copy the tokenizers, so that the other folder can be used alone."""
         other.path.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(self.text, other.text)
+        # First away and last there: where a vocabulary is, the tokenizers are whole.
+        other.vocabulary.unlink(missing_ok=True)
+        place_whole(other.text, partial(shutil.copyfile, self.text))
         if self.codec.is_dir():  # text alone needs none
-            shutil.copytree(self.codec, other.codec, dirs_exist_ok=True)
-        # Last: where a vocabulary is, the tokenizers are whole.
-        shutil.copyfile(self.vocabulary, other.vocabulary)
+            shutil.rmtree(other.codec, ignore_errors=True)
+            place_whole(other.codec, partial(shutil.copytree, self.codec))
+        place_whole(other.vocabulary, partial(shutil.copyfile, self.vocabulary))
 
 
 @dataclass(frozen=True)

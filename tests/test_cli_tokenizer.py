@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import tomli_w
@@ -12,7 +13,7 @@ from test_cli import moma, refuses, succeeds
 from moma.data.pictures import read_picture
 from moma.runs import Tokenizers
 from moma.tokenizers.image import ImageCodec, preprocess
-from moma.tokenizers.image_training import measure_codec
+from moma.tokenizers.image_measures import measure_codec
 from moma.vocabulary import Vocabulary
 
 CHANGES = (
@@ -79,7 +80,42 @@ def test_files_and_changes_give_a_tokenizer(sources, tmp_path):
     assert "learned from 120 documents" in told
     names = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
     assert {"<reserved:0>", "<reserved:1>", "<code:31>"} <= {token["content"] for token in names}
-    assert not (tmp_path / "vocabulary.json").exists()
+    vocabulary = Vocabulary.load(tmp_path / "vocabulary.json")
+    # As many codes a picture as [codec] says, until there is a codec.
+    assert (len(vocabulary.image_codes), vocabulary.codes_per_image) == (32, 1024)
+
+
+def test_the_same_command_completes_what_was_killed_at_its_end(sources, made, tmp_path):
+    folder, recipe = tmp_path / "killed", sources / "recipe.toml"
+    shutil.copytree(made, folder)
+    whole = (folder / "vocabulary.json").read_text()
+    for verb in ("train-text", "train-image"):
+        (folder / "vocabulary.json").unlink()
+        told = succeeds("tokenizer", verb, recipe, "--out", folder)
+        assert told.startswith(f"{folder}/")
+        assert (folder / "vocabulary.json").read_text() == whole
+        assert "is there already" in refuses("tokenizer", verb, recipe, "--out", folder)
+    (folder / "vocabulary.json").unlink()
+    figures = json.loads(succeeds("tokenizer", "train-image", recipe, "--out", folder, "--json"))
+    assert figures == json.loads((folder / "codec/metrics.json").read_text())
+    assert figures.keys() == {"psnr", "codes_used", "perplexity", "pictures"}
+
+
+def test_text_alone_is_prepared_with_a_text_tokenizer_alone(sources, tmp_path):
+    text = sources / "sources" / "text.txt"
+    succeeds("tokenizer", "train-text", text, *CHANGES, "--out", tmp_path / "text")
+    values = {"path": str(tmp_path / "data"), "rows": 2, "row_length": 64, "picture_share": 0}
+    source = {"kind": "text", "path": str(text)}
+    tokenizers = {"tokenizers": str(tmp_path / "text")}
+    recipe = tmp_path / "text.toml"
+    for name, more in (("taken", tokenizers), ("own", {})):
+        values |= {"path": str(tmp_path / name), "sources": [source]}
+        recipe.write_text(tomli_w.dumps({"data": values | more}))
+        changes = () if more else CHANGES
+        counts = json.loads(succeeds("prepare", recipe, *changes, "--json"))
+        assert counts["documents"] == 60 and counts["pictures"] == 0
+        assert not (tmp_path / name / "codec").exists()
+        assert Vocabulary.load(tmp_path / name / "vocabulary.json").size == 320
 
 
 def test_too_little_text_is_told(sources, tmp_path):

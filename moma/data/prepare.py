@@ -7,48 +7,30 @@ Each part is written whole or not at all and is not made again, so that an inter
 goes on where it was. Documents that cannot be used are set aside in `rejected.jsonl`.
 """
 
-import hashlib
-import json
 import os
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from moma.data.batches import DataConfig
-from moma.data.corpus import ReadablePictures
 from moma.data.encoding import Limits, encode_source
 from moma.data.packing import picture_budget
 from moma.data.parts import copy_rejected
 from moma.data.read_ahead import PictureReader
-from moma.data.shards import REJECTED_FILE, Encoders, ShardInfo, sum_counts
+from moma.data.shards import REJECTED_FILE, ShardInfo, sum_counts
+from moma.data.tokenizers import encoders_of, provide_tokenizers
 from moma.data.training_documents import TrainingDocuments
-from moma.errors import UserError
-from moma.files import write_whole
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
-from moma.tokenizers.folder import place_codec
 from moma.tokenizers.image import CodecConfig, ImageCodec, to_float
-from moma.tokenizers.image_training import (
-    CodecProgress,
-    CodecTrainingConfig,
-    measure_codec,
-    train_codec,
-)
+from moma.tokenizers.image_training import CodecTrainingConfig
 from moma.tokenizers.pixels import square_pixels
-from moma.tokenizers.text import (
-    TextTokenizerConfig,
-    encode_texts,
-    load_text_tokenizer,
-    train_text_tokenizer,
-    vocabulary_of,
-)
+from moma.tokenizers.text import TextTokenizerConfig, encode_texts, load_text_tokenizer
 from moma.vocabulary import Vocabulary
 
 
@@ -105,24 +87,10 @@ def prepare(
     folder = Tokenizers(data.path)
     _check_budget(data, folder, text_tokenizer, codec)
     folder.path.mkdir(parents=True, exist_ok=True)
-    note, settings = _claim(data.path, text_tokenizer, codec, codec_training, data.tokenizers, seed)
-    if data.tokenizers is not None and not folder.vocabulary.exists():
-        _load_tokenizers(Tokenizers(data.tokenizers), folder)
-        write_whole(note, settings)
     reading = TrainingDocuments(data)
-    if not folder.text.exists():
-        tokenizer = train_text_tokenizer(
-            text_tokenizer, reading.corpus(text_tokenizer.documents).texts(), codec.codebook_size
-        )
-        # Not before: settings that were refused must not bind the folder.
-        write_whole(note, settings)
-        write_whole(folder.text, tokenizer.to_str(pretty=True))
-        reading.save()
-    if data.tokenizers is None and not folder.codec.exists():
-        _make_codec(reading, codec, codec_training, seed, device, folder, quiet)
-        reading.save()
-    vocabulary = _vocabulary(folder, codec)
-    vocabulary.save(folder.vocabulary)
+    vocabulary = provide_tokenizers(
+        reading, text_tokenizer, codec, codec_training, seed, device, quiet
+    )
     reading.tell_changes()
     return Prepared(vocabulary, _encode_all(reading, folder, vocabulary, device, quiet, workers))
 
@@ -161,83 +129,8 @@ def _outline(text: TextTokenizerConfig, codec: CodecConfig) -> Vocabulary:
         begin_image=3,
         end_image=4,
         image_codes=(),
-        codes_per_image=codec.codes_per_side**2,
+        codes_per_image=codec.codes_per_image,
     )
-
-
-def _claim(path: Path, *settings: object) -> tuple[Path, str]:
-    """The note of what the folder is prepared with; refuses if that was something else."""
-    text = json.dumps([str(part) for part in settings])
-    note = path / "prepared_with.json"
-    if note.exists() and note.read_text() != text:
-        raise UserError(
-            f"{path}: was prepared with other tokenizer or codec settings or another seed; "
-            "choose another folder with data.path=…, or delete this one"
-        )
-    return note, text
-
-
-def _load_tokenizers(source: Tokenizers, folder: Tokenizers) -> None:
-    for needed in (source.text, source.vocabulary):
-        if not needed.exists():
-            raise UserError(f"{needed}: is missing; data.tokenizers names no prepared folder")
-    source.copy_to(folder)
-
-
-def _vocabulary(folder: Tokenizers, config: CodecConfig) -> Vocabulary:
-    """The ids by the tokenizer's names, and the codes of a picture by the codec."""
-    if folder.codec.exists():
-        codes_per_image = ImageCodec.load(folder.codec).codes_per_image
-    elif folder.vocabulary.exists():
-        codes_per_image = Vocabulary.load(folder.vocabulary).codes_per_image
-    else:
-        codes_per_image = config.codes_per_side**2
-    return vocabulary_of(load_text_tokenizer(folder.text), codes_per_image)
-
-
-def _make_codec(
-    sources: TrainingDocuments,
-    config: CodecConfig,
-    training: CodecTrainingConfig,
-    seed: int,
-    device: torch.device,
-    folder: Tokenizers,
-    quiet: bool,
-) -> None:
-    """Train the codec, measure it on held-out pictures, and put both in place at once.
-
-    Where there is no picture and none is asked for, there is no codec.
-    """
-    # Encoding judges the share of what cannot be read, of every source by itself.
-    corpus = sources.corpus(training.documents)
-    found = corpus.pictures(held_out=False)
-    if not found and not sources.data.picture_share:
-        return
-    pictures = ReadablePictures(found, config.picture_size, most_unreadable=1)
-    if not len(pictures):
-        raise UserError(
-            f"picture_share is {sources.data.picture_share:g}, but no source holds a picture, so "
-            "there is nothing to train a codec on; add a source of pictures or set picture_share "
-            "to 0"
-        )
-    work = folder.codec.with_name(folder.codec.name + ".partial")
-    with show_progress("image codec", training.steps, quiet) as report:
-
-        def note(state: CodecProgress) -> None:
-            report(state.step, f"L1 {state.absolute_error:.3f}")
-
-        codec = train_codec(
-            config, training, pictures, seed=seed, device=device, folder=work, progress=note
-        )
-    held_out = ReadablePictures(
-        corpus.pictures(held_out=True), config.picture_size, most_unreadable=1
-    )
-    metrics = asdict(measure_codec(codec, held_out if len(held_out) else pictures))
-    # A few held-out pictures may not need every code: its use is told from the training pictures.
-    everything = measure_codec(codec, pictures)
-    metrics |= {"codes_used": everything.codes_used, "perplexity": everything.perplexity}
-    place_codec(codec, folder, metrics)
-    shutil.rmtree(work, ignore_errors=True)
 
 
 def _encode_all(
@@ -251,7 +144,7 @@ def _encode_all(
     """Encode every source; `rejected.jsonl` names the rows of all that were set aside."""
     tokenizer = load_text_tokenizer(folder.text)
     codec = ImageCodec.load(folder.codec).to(device) if folder.codec.exists() else None
-    encoders = _encoders(folder)
+    encoders = encoders_of(folder)
     encoders.save(folder.path)
     data = sources.data
     limits = Limits(shard_tokens=data.shard_tokens, max_rejected=data.max_rejected)
@@ -305,22 +198,6 @@ def spare_cores() -> int:
         return len(os.sched_getaffinity(0)) - 1
     except AttributeError:  # not on every system
         return (os.cpu_count() or 1) - 1
-
-
-def _encoders(folder: Tokenizers) -> Encoders:
-    weights = [folder.codec / "config.json", *sorted(folder.codec.glob("*.safetensors"))]
-    return Encoders(
-        tokenizer=_digest([folder.text]),
-        codec=_digest(weights) if folder.codec.exists() else "",
-    )
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def _collect_rejected(data: DataConfig) -> None:

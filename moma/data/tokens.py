@@ -157,8 +157,9 @@ class Encoder:
         """Ids of pictures with their boundaries."""
         if self._encode_pictures is None:
             raise UserError(
-                "there is a picture, but no codec: none was trained, since the first documents "
-                "had no pictures; raise codec_training.documents and prepare another folder"
+                "there is a picture, but no codec: data.tokenizers has none, or none was trained, "
+                "since the first documents had no pictures; take others, or raise "
+                "codec_training.documents, and prepare another folder"
             )
         codes = self._encode_pictures(values)
         expected = (len(values), self._vocabulary.codes_per_image)

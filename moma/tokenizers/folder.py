@@ -3,32 +3,33 @@
     texts    → `make_text_tokenizer` → tokenizer.json ─┐
     pictures → `make_codec`          → codec/ ─────────┴→ vocabulary.json
 
-`import_chameleon` makes all three from Chameleon's files. The vocabulary is written as soon as both
-others are there; the folder can then be named as `data.tokenizers`.
+`moma prepare` and `moma tokenizer` make theirs here alike; `import_chameleon` makes all three from
+Chameleon's files. The vocabulary is written as soon as there is a text tokenizer, and follows the
+codec when that comes. Each part is there whole or not at all; `complete` does what a kill between
+two of them left undone.
 """
 
 import json
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from moma.errors import UserError
+from moma.files import place_whole, write_whole
 from moma.progress import show_progress
 from moma.runs import Tokenizers
 from moma.tokenizers.chameleon import load_chameleon_codec
-from moma.tokenizers.image import CodecConfig, ImageCodec
+from moma.tokenizers.image import CodecConfig, ImageCodec, read_codec_config
 from moma.tokenizers.image_log import CodecLog
-from moma.tokenizers.image_training import (
-    STATE_FILE,
-    CodecTrainingConfig,
-    measure_codec,
-    train_codec,
-)
+from moma.tokenizers.image_measures import measure_trained
+from moma.tokenizers.image_training import STATE_FILE, CodecTrainingConfig, train_codec
 from moma.tokenizers.text import (
     TextTokenizerConfig,
     load_text_tokenizer,
@@ -38,23 +39,31 @@ from moma.tokenizers.text import (
 from moma.vocabulary import Vocabulary
 
 _TRAINING = "codec_training"
+_METRICS_FILE = "metrics.json"
 
 
 def make_text_tokenizer(
-    config: TextTokenizerConfig, codebook_size: int, texts: Iterable[str], folder: Tokenizers
+    config: TextTokenizerConfig, codec: CodecConfig, texts: Iterable[str], folder: Tokenizers
 ) -> Tokenizer:
     """Train the text tokenizer of a folder.
+
+    Args:
+        config: how to train it.
+        codec: tells how many image codes there are and, as long as the folder has no codec, how
+            many a picture takes.
+        texts: what it learns from.
+        folder: where it goes.
 
     Raises:
         UserError: there is one already, its vocabulary has no room, or it does not fit the codec.
     """
     _require_absent(folder.text)
     if folder.codec.exists():
-        _require_fit(codebook_size, ImageCodec.load(folder.codec).config.codebook_size, folder)
-    tokenizer = train_text_tokenizer(config, texts, codebook_size)
+        _require_fit(codec.codebook_size, read_codec_config(folder.codec).codebook_size, folder)
+    tokenizer = train_text_tokenizer(config, texts, codec.codebook_size)
     folder.path.mkdir(parents=True, exist_ok=True)
-    _place_text(tokenizer.to_str(pretty=True), folder)
-    _complete(folder)
+    write_whole(folder.text, tokenizer.to_str(pretty=True))
+    complete(folder, codec)
     return tokenizer
 
 
@@ -67,18 +76,17 @@ def make_codec(
     seed: int,
     device: torch.device,
     quiet: bool = False,
-) -> dict[str, float]:
+) -> None:
     """Train the image codec of a folder, or go on; `codec_training/` keeps log and state.
+
+    Beside the codec stands what it achieves, the fields of `CodecMetrics`, in `metrics.json`.
 
     Args:
         config, training, seed, device: as for `train_codec`.
         pictures: what it learns from.
-        held_out: what it is measured on; if there are none, the pictures that it learns from.
+        held_out: what its error is measured on; if there are none, on what it learns from.
         folder: where the codec goes.
         quiet: whether to show no progress.
-
-    Returns:
-        The last measurement, by the names in `CodecMetrics`.
 
     Raises:
         UserError: there is a codec already, there are no pictures, or the unfinished training in
@@ -86,10 +94,9 @@ def make_codec(
     """
     _require_absent(folder.codec)
     if folder.text.exists():
-        vocabulary = vocabulary_of(load_text_tokenizer(folder.text), config.codes_per_side**2)
+        vocabulary = vocabulary_of(load_text_tokenizer(folder.text), config.codes_per_image)
         _require_fit(len(vocabulary.image_codes), config.codebook_size, folder)
     work = folder.path / _TRAINING
-    measured = held_out if len(held_out) else pictures
     with show_progress("image codec", training.steps, quiet) as report:
         codec = train_codec(
             config,
@@ -99,13 +106,24 @@ def make_codec(
             device=device,
             folder=work,
             progress=lambda state: report(state.step, f"L1 {state.absolute_error:.3f}"),
-            log=CodecLog(work, measured),
+            log=CodecLog(work, pictures, held_out),
         )
-    metrics = asdict(measure_codec(codec, measured))
-    place_codec(codec, folder, metrics)
-    (work / STATE_FILE).unlink()
-    _complete(folder)
-    return metrics
+    _place_codec(codec, folder, asdict(measure_trained(codec, pictures, held_out)))
+    complete(folder, config)
+
+
+def read_metrics(folder: Tokenizers) -> dict[str, Any]:
+    """What the codec of a folder achieved when it was made, by the names in `CodecMetrics`.
+
+    Raises:
+        UserError: it was not made here, or its figures cannot be read.
+    """
+    file = folder.codec / _METRICS_FILE
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot read what the codec achieves ({error})") from error
+    return values
 
 
 def import_chameleon(
@@ -122,24 +140,66 @@ def import_chameleon(
     Raises:
         UserError: a file cannot be read, the folder has tokenizers already, or the two do not fit.
     """
-    _require_absent(folder.text)
-    _require_absent(folder.codec)
     file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
+    begun = _is_begun(file, folder)
+    if not begun:
+        _require_absent(folder.text)
+        _require_absent(folder.codec)
     codec = load_chameleon_codec(weights, picture_size)
     vocabulary = vocabulary_of(_read(file), codec.codes_per_image)
     _require_fit(len(vocabulary.image_codes), codec.config.codebook_size, folder)
     folder.path.mkdir(parents=True, exist_ok=True)
-    _place_text(file.read_text(encoding="utf-8"), folder)
-    place_codec(codec, folder, {})
+    if not begun:
+        place_whole(folder.text, partial(shutil.copyfile, file))
+    if not folder.codec.exists():
+        _place_codec(codec, folder, {})
     vocabulary.save(folder.vocabulary)
     return vocabulary
 
 
-def _complete(folder: Tokenizers) -> None:
-    """Write the vocabulary if tokenizer and codec are both there."""
-    if folder.text.exists() and folder.codec.exists():
-        codes_per_image = ImageCodec.load(folder.codec).codes_per_image
-        vocabulary_of(load_text_tokenizer(folder.text), codes_per_image).save(folder.vocabulary)
+def complete(folder: Tokenizers, codec: CodecConfig) -> bool:
+    """Do what is left to do once tokenizer or codec is in place, also after a kill.
+
+    Args:
+        folder: of the tokenizers.
+        codec: tells how many codes a picture takes where there is neither codec nor vocabulary.
+
+    Returns:
+        Whether anything was left to do.
+    """
+    state = folder.path / _TRAINING / STATE_FILE
+    trained = folder.codec.exists() and state.exists()
+    if trained:
+        state.unlink()
+    if not folder.text.exists():
+        return trained
+    known = Vocabulary.load(folder.vocabulary) if folder.vocabulary.exists() else None
+    if folder.codec.exists():
+        codes_per_image = read_codec_config(folder.codec).codes_per_image
+    else:
+        codes_per_image = known.codes_per_image if known else codec.codes_per_image
+    vocabulary = vocabulary_of(load_text_tokenizer(folder.text), codes_per_image)
+    if vocabulary == known:
+        return trained
+    vocabulary.save(folder.vocabulary)
+    return True
+
+
+def is_made(part: Path, folder: Tokenizers, codec: CodecConfig) -> bool:
+    """Whether a run that was killed at its end has put a part in place; the rest is then done.
+
+    Args:
+        part: the tokenizer or the codec of the folder.
+        folder, codec: as for `complete`.
+
+    Raises:
+        UserError: the part is there, and nothing was left to do.
+    """
+    if not part.exists():
+        return False
+    if not complete(folder, codec):
+        _require_absent(part)
+    return True
 
 
 def _require_absent(path: Path) -> None:
@@ -155,23 +215,22 @@ def _require_fit(named: int, codebook_size: int, folder: Tokenizers) -> None:
         )
 
 
+def _is_begun(file: Path, folder: Tokenizers) -> bool:
+    """Whether an import of this tokenizer file was killed before its end."""
+    placed = file.is_file() and folder.text.exists() and not folder.vocabulary.exists()
+    return placed and folder.text.read_bytes() == file.read_bytes()
+
+
 def _read(file: Path) -> Tokenizer:
     if not file.is_file():
         raise UserError(f"{file}: there is no such tokenizer file")
     return load_text_tokenizer(file)
 
 
-def _place_text(text: str, folder: Tokenizers) -> None:
-    partial = folder.text.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(folder.text)
+def _place_codec(codec: ImageCodec, folder: Tokenizers, metrics: dict[str, Any]) -> None:
+    def fill(path: Path) -> None:
+        codec.save(path)
+        if metrics:
+            (path / _METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
 
-
-def place_codec(codec: ImageCodec, folder: Tokenizers, metrics: dict[str, float]) -> None:
-    """Put a codec in place whole."""
-    whole = folder.codec.with_name(folder.codec.name + ".whole")
-    shutil.rmtree(whole, ignore_errors=True)
-    codec.save(whole)
-    if metrics:
-        (whole / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    whole.rename(folder.codec)
+    place_whole(folder.codec, fill)

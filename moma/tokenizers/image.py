@@ -101,6 +101,11 @@ class CodecConfig(Config):
         """Rows, and columns, of codes (h = w)."""
         return self.picture_size // self.reduction
 
+    @property
+    def codes_per_image(self) -> int:
+        """How many codes one picture takes (L)."""
+        return self.codes_per_side**2
+
 
 class ImageCodec(nn.Module):
     """Encoder, codebook and decoder; deterministic outside of training."""
@@ -108,7 +113,7 @@ class ImageCodec(nn.Module):
     def __init__(self, config: CodecConfig):
         super().__init__()
         # Both take seconds to import, which commands that touch no codec should not pay.
-        from diffusers.models.autoencoders.vae import Decoder, Encoder
+        from diffusers.models.autoencoders.vae import Decoder
         from vector_quantize_pytorch import VectorQuantize
 
         self.config = config
@@ -120,19 +125,7 @@ class ImageCodec(nn.Module):
             "norm_num_groups": config.norm_groups,
             "mid_block_add_attention": config.middle_attention,
         }
-        self.encoder: nn.Module
-        if config.encoder_context:
-            self.encoder = Encoder(
-                in_channels=pixels,
-                out_channels=config.latent_channels,
-                down_block_types=("DownEncoderBlock2D",) * blocks,
-                double_z=False,
-                **shared,
-            )
-            if not config.encoder_middle:
-                self.encoder.mid_block = cast(Any, nn.Identity())
-        else:
-            self.encoder = _square_encoder(pixels, config)
+        self.encoder = _encoder(pixels, config, shared)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
         self.quantizer = VectorQuantize(
             dim=config.code_channels,
@@ -161,7 +154,7 @@ class ImageCodec(nn.Module):
     @property
     def codes_per_image(self) -> int:
         """How many codes one picture takes (L)."""
-        return self.config.codes_per_side**2
+        return self.config.codes_per_image
 
     @property
     def pictures_at_once(self) -> int:
@@ -291,18 +284,50 @@ class ImageCodec(nn.Module):
         Raises:
             UserError: a file is missing or damaged, or the weights do not fit the configuration.
         """
+        config = read_codec_config(folder)
         try:
-            values = json.loads((folder / _CONFIG_FILE).read_text())
             weights = load_file(folder / _WEIGHTS_FILE)
         # safetensors reports damage with an exception of its own, derived from Exception alone.
         except Exception as error:
             raise UserError(f"{folder}: not an image codec ({error})") from error
-        codec = cls(check(CodecConfig, values, str(folder / _CONFIG_FILE)))
+        codec = cls(config)
         try:
             codec.load_state_dict(weights)
         except RuntimeError as error:
             raise UserError(f"{folder}: weights and config.json differ ({error})") from error
         return codec.eval()
+
+
+def read_codec_config(folder: Path) -> CodecConfig:
+    """The configuration of a codec written by `save`, without its weights.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    file = folder / _CONFIG_FILE
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: not an image codec ({error})") from error
+    return check(CodecConfig, values, str(file))
+
+
+def _encoder(pixels: int, config: CodecConfig, shared: dict[str, Any]) -> nn.Module:
+    """The encoder, `pixels` being the channels of a folded picture."""
+    from diffusers.models.autoencoders.vae import Encoder
+
+    if not config.encoder_context:
+        return _square_encoder(pixels, config)
+    encoder = Encoder(
+        in_channels=pixels,
+        out_channels=config.latent_channels,
+        down_block_types=("DownEncoderBlock2D",) * len(config.block_channels),
+        double_z=False,
+        **shared,
+    )
+    if not config.encoder_middle:
+        encoder.mid_block = cast(Any, nn.Identity())
+    return cast(nn.Module, encoder)
 
 
 def _square_encoder(pixels: int, config: CodecConfig) -> nn.Module:

@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from moma.files import place_whole, to_disk, write_whole
 from moma.runs import Run
 from moma.tokenizers.image import ImageCodec, to_pil
-from moma.tokenizers.image_training import CodecProgress, evenly, measure_codec
+from moma.tokenizers.image_measures import evenly, measure_trained
+from moma.tokenizers.image_training import CodecProgress
 
 _MEASURED_PICTURES = 256
 _SAMPLES = 8
@@ -21,14 +23,16 @@ _GAP = 4
 class CodecLog:
     """Writes a row for every report, measures the codec and draws samples when it is shown one."""
 
-    def __init__(self, folder: Path, pictures: Sequence[Tensor]):
+    def __init__(self, folder: Path, pictures: Sequence[Tensor], held_out: Sequence[Tensor] = ()):
         """Go on with the log in a folder, or start one.
 
         Args:
             folder: gets `metrics.jsonl` and `samples/step-00000500.png`, ….
-            pictures: what to measure and draw; best pictures that training does not see.
+            pictures: what training sees, for the use of codes.
+            held_out: what it does not see, for the error and the samples; if there are none,
+                `pictures` have to do.
         """
-        self._folder, self._pictures = folder, pictures
+        self._folder, self._pictures, self._held_out = folder, pictures, held_out
         self._file = Run(folder).metrics
         self._started = False
 
@@ -37,29 +41,31 @@ class CodecLog:
         row = {key: value for key, value in asdict(report).items() if value is not None}
         del row["steps"]
         if codec is not None:
-            row |= asdict(measure_codec(codec, self._pictures, most=_MEASURED_PICTURES))
+            measured = measure_trained(codec, self._pictures, self._held_out, _MEASURED_PICTURES)
+            row |= asdict(measured)
             self._draw(codec, report.step)
         if not self._started:
             self._drop_from(report.step)
             self._started = True
-        with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self._file.open("ab") as file:
+            file.write((json.dumps(row) + "\n").encode())
+            to_disk(file)  # no later than the state that counts this step as done
 
     def _drop_from(self, step: int) -> None:
         """Drop rows of steps that are done again, as after an interruption."""
         self._folder.mkdir(parents=True, exist_ok=True)
         rows = Run(self._folder).read_metrics() if self._file.exists() else []
-        partial = self._file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(r) + "\n" for r in rows if r["step"] < step))
-        partial.replace(self._file)
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] < step)
+        write_whole(self._file, kept)
 
     def _draw(self, codec: ImageCodec, step: int) -> None:
-        indices = evenly(len(self._pictures), _SAMPLES)
-        originals_B3HW = torch.stack([self._pictures[index] for index in indices])
+        pictures = self._held_out if len(self._held_out) else self._pictures
+        indices = evenly(len(pictures), _SAMPLES)
+        originals_B3HW = torch.stack([pictures[index] for index in indices])
         folder = self._folder / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         sheet = in_two_rows(originals_B3HW, reconstruct(codec, originals_B3HW))
-        sheet.save(folder / f"step-{step:08d}.png")
+        place_whole(folder / f"step-{step:08d}.png", lambda path: sheet.save(path, format="PNG"))
 
 
 def reconstruct(codec: ImageCodec, pictures_B3HW: Tensor) -> Tensor:

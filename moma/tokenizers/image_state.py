@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moma.errors import UserError
+from moma.files import place_whole
 
 Parts = Mapping[str, nn.Module | Optimizer]
 
 
 def save_state(file: Path, parts: Parts, identity: str, step: int) -> None:
-    """Write the state beside the old one, then replace that in one move.
+    """Write the state beside the old one, bring it to the disk, then replace that in one move.
 
     Args:
         file: where; its folder is made if needed.
@@ -31,9 +32,8 @@ def save_state(file: Path, parts: Parts, identity: str, step: int) -> None:
         for part, owner in parts.items()
         for name, value in _tensors(owner).items()
     }
-    unfinished = file.with_name(file.name + ".part")
-    save_file(tensors, unfinished, metadata={"step": str(step), "identity": identity})
-    unfinished.replace(file)
+    metadata = {"step": str(step), "identity": identity}
+    place_whole(file, lambda path: save_file(tensors, path, metadata=metadata))
 
 
 def restore_state(file: Path, parts: Parts, identity: str) -> int:

@@ -1,4 +1,4 @@
-"""Training of the image codec: pictures in, a codec and what it achieves out.
+"""Training of the image codec: pictures in, a codec out.
 
     pictures → shuffled batches → encoder → codebook → decoder → L1 + L2 + commitment → Adam
                                                                (+ perceptual + adversarial)
@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from moma.errors import UserError
 from moma.recipe import Config
-from moma.tokenizers.image import CodecConfig, ImageCodec, in_batches
+from moma.tokenizers.image import CodecConfig, ImageCodec
 from moma.tokenizers.image_batches import (
     first_pictures,
     order_of_batches,
@@ -40,9 +40,6 @@ from moma.tokenizers.image_losses import (
 from moma.tokenizers.image_state import Parts, restore_state, save_state
 
 STATE_FILE = "training.safetensors"
-_MEASURED_PICTURES = 2048
-_MEASURED_AT_ONCE = 64
-_LARGEST_VALUE = 2.0  # pictures span [−1, 1]
 
 
 class CodecTrainingConfig(Config):
@@ -85,6 +82,15 @@ class CodecTrainingConfig(Config):
     measure_every: int = Field(default=500, ge=1)
     save_every: int = Field(default=500, ge=1)
 
+    @property
+    def of_effect(self) -> dict[str, Any]:
+        """The settings that decide what training yields, for JSON: those of reports do not."""
+        return self.model_dump(mode="json", exclude={"log_every", "measure_every", "save_every"})
+
+    def is_due(self, every: int, done: int) -> bool:
+        """Whether something that is done `every` so many steps, and at the end, is due now."""
+        return done % every == 0 or done == self.steps
+
 
 @dataclass(frozen=True)
 class CodecProgress:
@@ -107,21 +113,7 @@ class CodecProgress:
     discriminator: float | None = None
 
 
-@dataclass(frozen=True)
-class CodecMetrics:
-    """What a codec achieves.
-
-    Attributes:
-        psnr: peak signal-to-noise ratio of reconstructions, in dB, over all pictures at once.
-        codes_used: share of the codebook that these pictures use.
-        perplexity: exp of the entropy of the codes' frequencies.
-        pictures: how many pictures were measured.
-    """
-
-    psnr: float
-    codes_used: float
-    perplexity: float
-    pictures: int
+Log = Callable[[CodecProgress, ImageCodec | None], None]
 
 
 def train_codec(
@@ -133,7 +125,7 @@ def train_codec(
     device: torch.device | str = "cpu",
     folder: Path | None = None,
     progress: Callable[[CodecProgress], None] | None = None,
-    log: Callable[[CodecProgress, ImageCodec | None], None] | None = None,
+    log: Log | None = None,
 ) -> ImageCodec:
     """Train a codec from the start, or from the state that an interrupted run left in `folder`.
 
@@ -166,67 +158,13 @@ def train_codec(
         identity = _identity(codec_config, config, seed, len(pictures))
         start = restore_state(folder / STATE_FILE, training.parts, identity) if folder else 0
         for done, report in _steps(training, pictures, start, seed):
-            logged, measured, saved = (
-                done % every == 0 or done == config.steps
-                for every in (config.log_every, config.measure_every, config.save_every)
-            )
-            if progress and logged:
+            if progress and config.is_due(config.log_every, done):
                 progress(report())
-            if log and (logged or measured):
-                log(report(), training.result if measured and done > config.free_steps else None)
-            if folder and saved:
+            if log:
+                _log(log, training, done, report)
+            if folder and config.is_due(config.save_every, done):
                 save_state(folder / STATE_FILE, training.parts, identity, done)
     return training.result
-
-
-def measure_codec(
-    codec: ImageCodec,
-    pictures: Sequence[Tensor],
-    batch_size: int = _MEASURED_AT_ONCE,
-    most: int = _MEASURED_PICTURES,
-) -> CodecMetrics:
-    """Reconstruct pictures and report error and use of codes.
-
-    Of more than `most` pictures no more than that are measured, evenly spread.
-
-    Args:
-        codec: the codec, on any device.
-        pictures: as for `train_codec`; best ones that it was not trained on.
-        batch_size: pictures at a time, fewer if they are large.
-        most: how many pictures at most.
-
-    Raises:
-        UserError: there are no pictures.
-    """
-    if not len(pictures):
-        raise UserError("codec measurement: there are no pictures")
-    chosen = evenly(len(pictures), most)
-    device = codec.codebook.device
-    squared, values = 0.0, 0
-    counts = torch.zeros(len(codec.codebook), dtype=torch.int64)
-    for part in in_batches(len(chosen), min(batch_size, codec.pictures_at_once)):
-        batch_B3HW = stack_pictures(pictures, list(chosen[part])).to(device)
-        codes_BL = codec.encode(batch_B3HW)
-        squared += functional.mse_loss(codec.decode(codes_BL), batch_B3HW, reduction="sum").item()
-        values += batch_B3HW.numel()
-        counts += codes_BL.flatten().bincount(minlength=len(counts)).cpu()
-    shares = counts[counts > 0] / counts.sum()
-    return CodecMetrics(
-        psnr=signal_to_noise(squared, values),
-        codes_used=(counts > 0).double().mean().item(),
-        perplexity=shares.log().mul(shares).sum().neg().exp().item(),
-        pictures=len(chosen),
-    )
-
-
-def evenly(count: int, most: int) -> range:
-    """At most `most` of `count` indices, evenly spread."""
-    return range(0, count, max(1, math.ceil(count / most)))
-
-
-def signal_to_noise(squared: float, values: int) -> float:
-    """Peak signal-to-noise ratio in dB, from the sum of squared errors over `values` in [−1, 1]."""
-    return 10 * math.log10(_LARGEST_VALUE**2 * values / max(squared, 1e-12))
 
 
 class _Training:
@@ -332,6 +270,14 @@ def _steps(
         yield step + 1, training.step(batch_B3HW, step)
 
 
+def _log(log: Log, training: "_Training", done: int, report: Callable[[], CodecProgress]) -> None:
+    """Call the log if it is due: with the codec where that is measured and has a codebook."""
+    config = training.config
+    measured = config.is_due(config.measure_every, done)
+    if measured or config.is_due(config.log_every, done):
+        log(report(), training.result if measured and done > config.free_steps else None)
+
+
 def _new_codec(config: CodecConfig, device: torch.device | str) -> ImageCodec:
     # The layout that convolutions are fastest in; mypy knows `to` without it.
     codec: Any = ImageCodec(config).to(device)
@@ -364,10 +310,9 @@ def _cuda_devices(device: torch.device | str) -> list[torch.device]:
 
 def _identity(codec: CodecConfig, training: CodecTrainingConfig, seed: int, count: int) -> str:
     """What has to be the same for a state to be resumed, as JSON."""
-    ignored = {"log_every", "measure_every", "save_every"}
     facts: dict[str, Any] = {
         "codec": codec.model_dump(mode="json"),
-        "training": training.model_dump(mode="json", exclude=ignored),
+        "training": training.of_effect,
         "seed": seed,
         "pictures": count,
     }

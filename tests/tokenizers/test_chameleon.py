@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from moma.errors import UserError
 from moma.tokenizers.chameleon import (
@@ -191,6 +192,60 @@ def test_chameleons_own_shape_is_the_originals():
     assert tuple(layout["decoder.up.0.block.2.conv2.weight"].shape) == (128, 128, 3, 3)
     assert "decoder.up.0.upsample.conv.weight" not in layout
     assert tuple(layout["quantize.embedding.weight"].shape) == (8192, 256)
+
+
+def slow_decoder(weights, codes_BL, side, multipliers, layers):
+    """The original release's way from codes to pictures, layer after layer by its names."""
+
+    def convolution(name, x, padding):
+        return functional.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], 1, padding)
+
+    def norm(name, x):
+        return functional.group_norm(
+            x, 32, weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-6
+        )
+
+    def residual(name, x):
+        h = convolution(f"{name}.conv1", functional.silu(norm(f"{name}.norm1", x)), 1)
+        h = convolution(f"{name}.conv2", functional.silu(norm(f"{name}.norm2", h)), 1)
+        shortcut = f"{name}.nin_shortcut"
+        return h + (convolution(shortcut, x, 0) if f"{shortcut}.weight" in weights else x)
+
+    def attention(name, x):
+        normed = norm(f"{name}.norm", x)
+        q, k, v = (convolution(f"{name}.{part}", normed, 0).flatten(2) for part in "qkv")
+        shares = (q.transpose(1, 2) @ k / q.shape[1] ** 0.5).softmax(-1)
+        seen = (v @ shares.transpose(1, 2)).view_as(x)
+        return x + convolution(f"{name}.proj_out", seen, 0)
+
+    vectors = weights["quantize.embedding.weight"][codes_BL].unflatten(1, (side, side))
+    x = convolution("post_quant_conv", vectors.permute(0, 3, 1, 2), 0)
+    x = residual("decoder.mid.block_1", convolution("decoder.conv_in", x, 1))
+    x = residual("decoder.mid.block_2", attention("decoder.mid.attn_1", x))
+    for level in reversed(range(len(multipliers))):
+        for layer in range(layers + 1):
+            x = residual(f"decoder.up.{level}.block.{layer}", x)
+        if level > 0:
+            larger = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+            x = convolution(f"decoder.up.{level}.upsample.conv", larger, 1)
+    return convolution("decoder.conv_out", functional.silu(norm("decoder.norm_out", x)), 1)
+
+
+def test_the_originals_weights_draw_the_originals_pictures():
+    draw = torch.Generator().manual_seed(4)
+    weights = {}
+    for name, shape in original_names((1, 1, 2), 2).items():
+        scale = 0.2 if "norm" in name else torch.Size(shape[1:]).numel() ** -0.5
+        weights[name] = torch.randn(shape, generator=draw) * scale
+        weights[name] += 1.0 if "norm" in name and name.endswith("weight") else 0.0
+    codec = from_original_layout(weights, SIZE)
+    codes_BL = torch.randint(64, (2, 64), generator=draw)
+    expected_B3HW = slow_decoder(weights, codes_BL, 8, (1, 1, 2), 2)
+    assert expected_B3HW.shape == (2, 3, SIZE, SIZE)
+    torch.testing.assert_close(
+        codec.decode(codes_BL), expected_B3HW.clamp(-1, 1), rtol=1e-4, atol=1e-4
+    )
+    assert expected_B3HW.clamp(-1, 1).std() > 0.1
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])

@@ -1,6 +1,10 @@
-"""Folders of tokenizers: whole only when both parts are there, and then ready for `prepare`."""
+"""Folders of tokenizers: made piece by piece, whole after any kill, ready for `prepare`."""
 
 import json
+import os
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,10 +14,18 @@ from safetensors.torch import save_file
 
 from moma.data.prepare import prepare
 from moma.errors import UserError
+from moma.files import UNFINISHED
 from moma.runs import Tokenizers
 from moma.tokenizers.chameleon import original_layout
-from moma.tokenizers.folder import import_chameleon, make_codec, make_text_tokenizer
+from moma.tokenizers.folder import (
+    import_chameleon,
+    is_made,
+    make_codec,
+    make_text_tokenizer,
+    read_metrics,
+)
 from moma.tokenizers.image import CodecConfig, ImageCodec
+from moma.tokenizers.image_measures import measure_trained
 from moma.tokenizers.image_training import CodecTrainingConfig
 from moma.tokenizers.text import TextTokenizerConfig, load_text_tokenizer
 from moma.vocabulary import Vocabulary
@@ -39,37 +51,63 @@ CPU = torch.device("cpu")
 
 def codec_in(folder, **changes):
     config = SHAPE.model_copy(update=changes)
-    return make_codec(config, TRAINING, PICTURES[2:], PICTURES[:2], folder, 0, CPU, quiet=True)
+    make_codec(config, TRAINING, PICTURES[2:], PICTURES[:2], folder, 0, CPU, quiet=True)
 
 
-@pytest.mark.parametrize("text_first", [True, False])
-def test_the_vocabulary_follows_when_both_parts_are_there(tmp_path, text_first):
-    folder = Tokenizers(tmp_path / "made")
-    parts = [lambda: make_text_tokenizer(TEXT, 8, TEXTS, folder), lambda: codec_in(folder)]
-    first, second = parts if text_first else reversed(parts)
-    first()
-    assert not folder.vocabulary.exists()
-    second()
+def text_in(folder, **changes):
+    make_text_tokenizer(TEXT, SHAPE.model_copy(update=changes), TEXTS, folder)
+
+
+def codes_of(folder):
     vocabulary = Vocabulary.load(folder.vocabulary)
-    assert (len(vocabulary.image_codes), vocabulary.codes_per_image) == (8, 4)
-    assert not list(folder.path.rglob("*.partial")) and not list(folder.path.rglob("*.whole"))
+    return len(vocabulary.image_codes), vocabulary.codes_per_image
+
+
+def no_half_files(folder):
+    return not [path for path in folder.path.rglob("*") if path.name.endswith(UNFINISHED)]
+
+
+def test_the_vocabulary_is_there_with_the_text_and_follows_the_codec(tmp_path):
+    folder = Tokenizers(tmp_path / "made")
+    text_in(folder, picture_size=32)
+    assert codes_of(folder) == (8, 16)
+    codec_in(folder)
+    assert codes_of(folder) == (8, 4)
+    assert no_half_files(folder)
+
+
+def test_a_codec_waits_for_the_text_with_its_vocabulary(tmp_path):
+    folder = Tokenizers(tmp_path / "made")
+    codec_in(folder)
+    assert not folder.vocabulary.exists()
+    text_in(folder, picture_size=32)
+    assert codes_of(folder) == (8, 4)
 
 
 def test_a_made_codec_leaves_its_log_and_measures_and_no_state(tmp_path):
     folder = Tokenizers(tmp_path)
-    metrics = codec_in(folder)
+    codec_in(folder)
+    codec = ImageCodec.load(folder.codec)
+    assert codec.config == SHAPE
+    metrics = read_metrics(folder)
+    assert metrics == asdict(measure_trained(codec, PICTURES[2:], PICTURES[:2]))
     assert metrics["pictures"] == 2
-    assert json.loads((folder.codec / "metrics.json").read_text()) == metrics
     left = sorted(path.name for path in (tmp_path / "codec_training").iterdir())
     assert left == ["metrics.jsonl", "samples"]
-    assert ImageCodec.load(folder.codec).config == SHAPE
+    last = json.loads((tmp_path / "codec_training/metrics.jsonl").read_text().splitlines()[-1])
+    assert metrics == {key: last[key] for key in metrics}
+
+
+def test_figures_of_no_codec_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"metrics\.json: cannot read"):
+        read_metrics(Tokenizers(tmp_path))
 
 
 def test_nothing_is_replaced_and_parts_have_to_fit(tmp_path):
     folder = Tokenizers(tmp_path)
-    make_text_tokenizer(TEXT, 8, TEXTS, folder)
+    text_in(folder)
     with pytest.raises(UserError, match=r"tokenizer\.json: is there already"):
-        make_text_tokenizer(TEXT, 8, TEXTS, folder)
+        text_in(folder)
     with pytest.raises(UserError, match="names 8 image codes and the codec has 16"):
         codec_in(folder, codebook_size=16)
     codec_in(folder)
@@ -77,8 +115,78 @@ def test_nothing_is_replaced_and_parts_have_to_fit(tmp_path):
         codec_in(folder)
     folder.text.unlink()
     with pytest.raises(UserError, match="names 7 image codes and the codec has 8"):
-        make_text_tokenizer(TEXT, 7, TEXTS, folder)
+        text_in(folder, codebook_size=7)
     assert not folder.text.exists()
+
+
+class KilledError(Exception):
+    """Stands for a kill: nothing in the program catches it."""
+
+
+def killed_when(monkeypatch, name, run):
+    """Run until a file or folder of that name would be renamed into its place."""
+
+    def replace(source, target):
+        if Path(target).name == name:
+            raise KilledError
+        os.rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("moma.files.os.replace", replace)
+        with pytest.raises(KilledError):
+            run()
+
+
+@pytest.mark.parametrize("first", ["text", "codec"])
+def test_a_kill_before_the_vocabulary_is_written_is_made_good(tmp_path, monkeypatch, first):
+    folder = Tokenizers(tmp_path)
+    text, codec = partial(text_in, folder, picture_size=32), partial(codec_in, folder)
+    before, after, part = (
+        (text, codec, folder.codec) if first == "text" else (codec, text, folder.text)
+    )
+    before()
+    killed_when(monkeypatch, "vocabulary.json", after)
+    assert part.exists()
+    assert is_made(part, folder, SHAPE)
+    assert codes_of(folder) == (8, 4)
+    with pytest.raises(UserError, match="is there already"):
+        is_made(part, folder, SHAPE)
+
+
+def test_a_kill_before_the_text_is_in_place_leaves_everything_to_do(tmp_path, monkeypatch):
+    folder = Tokenizers(tmp_path)
+    killed_when(monkeypatch, "tokenizer.json", lambda: text_in(folder))
+    assert not is_made(folder.text, folder, SHAPE)
+    text_in(folder)
+    assert codes_of(folder) == (8, 4) and no_half_files(folder)
+
+
+def test_a_kill_around_the_placing_of_the_codec_trains_nothing_twice(tmp_path, monkeypatch):
+    whole, folder = Tokenizers(tmp_path / "whole"), Tokenizers(tmp_path / "killed")
+    codec_in(whole)
+    killed_when(monkeypatch, "codec", lambda: codec_in(folder))
+    state = folder.path / "codec_training" / "training.safetensors"
+    assert state.exists() and not folder.codec.exists()
+    assert not is_made(folder.codec, folder, SHAPE)
+    with monkeypatch.context() as patch:
+
+        def step(*_):
+            raise AssertionError("a step is done again")
+
+        patch.setattr("moma.tokenizers.image_training._Training.step", step)
+        # The next kill comes when the codec is in place and the state is still there.
+        patch.setattr("moma.tokenizers.folder.complete", lambda *_: None)
+        codec_in(folder)
+    assert state.exists() and folder.codec.exists()
+    assert is_made(folder.codec, folder, SHAPE)
+    assert not state.exists()
+    assert contents(folder.path) == contents(whole.path)
+
+
+def contents(path):
+    return {
+        str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()
+    }
 
 
 @pytest.fixture(name="files")
@@ -119,10 +227,20 @@ def test_chameleons_files_have_to_fit(files, tmp_path):
     folder = Tokenizers(tmp_path / "chameleon")
     with pytest.raises(UserError, match="no such tokenizer file"):
         import_chameleon(tmp_path / "missing.json", weights, folder, 16)
-    make_text_tokenizer(TEXT, 8, TEXTS, Tokenizers(tmp_path / "ours"))
+    text_in(Tokenizers(tmp_path / "ours"))
     with pytest.raises(UserError, match="names 8 image codes and the codec has 205"):
         import_chameleon(tmp_path / "ours", weights, folder, 16)
     assert not folder.path.exists()
     import_chameleon(text, weights, folder, 16)
     with pytest.raises(UserError, match="is there already"):
         import_chameleon(text, weights, folder, 16)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "codec", "vocabulary.json"])
+def test_a_killed_import_goes_on(files, tmp_path, monkeypatch, name):
+    text, weights = files
+    whole, folder = Tokenizers(tmp_path / "whole"), Tokenizers(tmp_path / "killed")
+    import_chameleon(text, weights, whole, 16)
+    killed_when(monkeypatch, name, lambda: import_chameleon(text, weights, folder, 16))
+    import_chameleon(text, weights, folder, 16)
+    assert contents(folder.path) == contents(whole.path)

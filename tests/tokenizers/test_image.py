@@ -97,6 +97,56 @@ def test_starting_the_codebook_spreads_it_over_the_latents(codec, pictures_B3HW)
     assert used > 0.8 * SMALL.codebook_size
 
 
+def codec_in_training(pictures_B3HW, **changes):
+    torch.manual_seed(0)
+    codec = ImageCodec(SMALL.model_copy(update=changes))
+    codec.start_codebook(pictures_B3HW)
+    return codec
+
+
+def latents_of(codec, pictures_B3HW):
+    """What the encoder sees: a vector of each square of each picture."""
+    return codec.latents(pictures_B3HW).detach().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def test_a_codebook_vector_is_the_moving_average_of_what_chose_it(pictures_B3HW):
+    """Van den Oord et al. 2017, appendix A.1, one vector after the other."""
+    codec = codec_in_training(pictures_B3HW, codebook_decay=0.9, dead_code_threshold=0)
+    pictures_B3HW = -pictures_B3HW  # other ones: k-means left the codebook at rest
+    book, epsilon = codec.quantizer._codebook, 1e-5
+    counts_C, sums_CD = book.cluster_size[0].clone(), book.embed_avg[0].clone()
+    before_CD = codec.codebook.clone()
+    latents_ND = latents_of(codec, pictures_B3HW)
+    chosen_N = torch.stack([(before_CD - x_D).square().sum(1).argmin() for x_D in latents_ND])
+    for code in range(len(before_CD)):
+        its_ND = latents_ND[chosen_N == code]
+        counts_C[code] = 0.9 * counts_C[code] + 0.1 * len(its_ND)
+        sums_CD[code] = 0.9 * sums_CD[code] + 0.1 * its_ND.sum(0)
+    total = counts_C.sum()
+    smoothed_C = (counts_C + epsilon) / (total + len(counts_C) * epsilon) * total
+    codec(pictures_B3HW)
+    torch.testing.assert_close(codec.codebook, sums_CD / smoothed_C[:, None])
+    assert not torch.equal(codec.codebook, before_CD)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0])
+def test_vectors_that_nothing_chooses_move_to_what_the_encoder_sees(pictures_B3HW, threshold):
+    codec = codec_in_training(pictures_B3HW, dead_code_threshold=threshold)
+    book = codec.quantizer._codebook
+    book.embed[0, :4], book.cluster_size[0, :4], book.embed_avg[0, :4] = 100, 0.01, 1
+    latents_ND = latents_of(codec, pictures_B3HW)
+    codec(pictures_B3HW)
+    far = codec.codebook.abs().amax(1) > 50
+    if not threshold:
+        assert far.nonzero().flatten().tolist() == [0, 1, 2, 3]
+        return
+    assert not far.any()
+    for vector_D in codec.codebook[:4]:
+        assert (latents_ND - vector_D).abs().amax(1).min() < 1e-6
+    # Each is at home in another place, and is chosen there at once.
+    assert {0, 1, 2, 3} <= set(codec.eval().encode(pictures_B3HW).flatten().tolist())
+
+
 def test_a_saved_codec_gives_the_same_codes(codec, pictures_B3HW, tmp_path):
     codec.save(tmp_path / "codec")
     loaded = ImageCodec.load(tmp_path / "codec")

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 from foreign import random_vgg
@@ -10,12 +8,8 @@ from moma.tokenizers import image_training
 from moma.tokenizers.image import CodecConfig, ImageCodec
 from moma.tokenizers.image_batches import order_of_batches
 from moma.tokenizers.image_losses import AdversarialConfig, PerceptualConfig
-from moma.tokenizers.image_training import (
-    CodecProgress,
-    CodecTrainingConfig,
-    measure_codec,
-    train_codec,
-)
+from moma.tokenizers.image_measures import measure_codec
+from moma.tokenizers.image_training import CodecProgress, CodecTrainingConfig, train_codec
 
 SHAPE = CodecConfig(
     picture_size=16,
@@ -230,21 +224,6 @@ def test_bytes_and_floats_are_the_same_pictures(pictures):
     assert same(train_codec(SHAPE, TRAINING, coded), train_codec(SHAPE, TRAINING, floats))
 
 
-def test_measures_agree_with_a_direct_computation(pictures):
-    codec = train_codec(SHAPE, TRAINING, pictures)
-    metrics = measure_codec(codec, pictures, batch_size=7)
-    batch_B3HW = torch.stack(pictures)
-    codes_BL = codec.encode(batch_B3HW)
-    error = (codec.decode(codes_BL) - batch_B3HW).square().mean().item()
-    assert metrics.psnr == pytest.approx(10 * math.log10(4 / error), rel=1e-4)
-    shares = [(codes_BL == code).double().mean().item() for code in codes_BL.unique()]
-    assert metrics.codes_used == len(shares) / SHAPE.codebook_size
-    entropy = -sum(share * math.log(share) for share in shares)
-    assert metrics.perplexity == pytest.approx(math.exp(entropy))
-    assert metrics.pictures == len(pictures)
-    assert measure_codec(codec, pictures, most=8) == measure_codec(codec, pictures[::4])
-
-
 def test_every_picture_is_drawn_once_an_epoch_and_order_continues_anywhere():
     whole = order_of_batches(10, 4, 0, seed=3)
     batches = [next(whole) for _ in range(5)]
@@ -262,8 +241,6 @@ def test_the_learning_rate_rises_and_falls():
     assert rates[99] < 0.02 * config.learning_rate
 
 
-def test_no_pictures_is_an_error(pictures):
+def test_no_pictures_is_an_error():
     with pytest.raises(UserError, match="no pictures"):
         train_codec(SHAPE, TRAINING, [])
-    with pytest.raises(UserError, match="no pictures"):
-        measure_codec(ImageCodec(SHAPE), [])
