@@ -9,7 +9,7 @@ that cannot be encoded is set aside with the reason; the others are not disturbe
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from moma.data.documents import Rejected, Source, is_held_out
+from moma.data.documents import Source, is_held_out
 from moma.data.parts import PartialShards, complete_shards, first_rejected
 from moma.data.read_ahead import PictureReader
 from moma.data.shards import (
@@ -34,7 +34,7 @@ from moma.data.shards import (
     open_shards,
     shard_features,
 )
-from moma.data.tokens import EncodedDocument, EncodePictures, Encoder, EncodeText
+from moma.data.tokens import EncodedChunk, EncodePictures, Encoder, EncodeText
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
@@ -156,7 +156,7 @@ def _reader(given: PictureReader | None) -> Iterator[PictureReader]:
 
 
 def _write(
-    chunks: Iterable[list[EncodedDocument | Rejected]],
+    chunks: Iterable[EncodedChunk],
     shards: PartialShards,
     vocabulary: Vocabulary,
     held_out_share: float,
@@ -168,9 +168,7 @@ def _write(
     part = shards.begin_part()
     try:
         for chunk in chunks:
-            documents = [row for row in chunk if isinstance(row, EncodedDocument)]
-            rejected = [row for row in chunk if isinstance(row, Rejected)]
-            part.add(_tables(documents, vocabulary, held_out_share), rejected)
+            part.add(_tables(chunk, vocabulary, held_out_share), chunk.rejected)
             so_far = shards.info.with_parts([*shards.info.parts, part.part])
             progress(so_far)
             if so_far.rows >= ROWS_TO_JUDGE:
@@ -199,25 +197,22 @@ def _check_rejected(info: ShardInfo, limits: Limits, folder: Path) -> None:
 
 
 def _tables(
-    documents: Sequence[EncodedDocument], vocabulary: Vocabulary, held_out_share: float
+    chunk: EncodedChunk, vocabulary: Vocabulary, held_out_share: float
 ) -> dict[str, pa.Table]:
-    held_out = np.array([is_held_out(one.document, held_out_share) for one in documents], bool)
-    table = _table(documents, vocabulary)
+    held_out = np.array([is_held_out(one, held_out_share) for one in chunk.documents], bool)
+    table = _table(chunk, vocabulary)
     chosen = dict(zip(SPLITS, (~held_out, held_out), strict=True))
     return {split: table.filter(pa.array(rows)) for split, rows in chosen.items()}
 
 
-def _table(documents: Sequence[EncodedDocument], vocabulary: Vocabulary) -> pa.Table:
+def _table(chunk: EncodedChunk, vocabulary: Vocabulary) -> pa.Table:
     schema = shard_features(vocabulary).arrow_schema
-    begin, end = np.array([vocabulary.beginning]), np.array([vocabulary.end])
-    ids = [np.concatenate([begin, *one.ids, end]) for one in documents]
-    bounds = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-    flat = np.concatenate([np.empty(0, np.int64), *ids])
+    bounds = np.cumsum([0, *chunk.lengths], dtype=np.int32)
     columns = {
         "ids": pa.ListArray.from_arrays(
-            pa.array(bounds), pa.array(flat, type=schema.field("ids").type.value_type)
+            pa.array(bounds), pa.array(chunk.ids, type=schema.field("ids").type.value_type)
         ),
-        "pictures": pa.array([one.pictures for one in documents], type=pa.int32()),
-        "name": pa.array([one.document.name for one in documents], type=pa.string()),
+        "pictures": pa.array(chunk.pictures, type=pa.int32()),
+        "name": pa.array([one.name for one in chunk.documents], type=pa.string()),
     }
     return pa.table(columns, schema=schema)
