@@ -1,6 +1,6 @@
 """Documents → token ids: chunks of rows through tokenizer and codec.
 
-    rows → chunks ─┬→ texts, in a thread → tokenizer ──────────────┬→ ids of each document
+    rows → chunks ─┬→ texts, in two threads → tokenizer ───────────┬→ ids of each document
                    └→ pictures, read ahead → batches → codec, in a ┘
                                                        thread
 Chunks, and the batches of pictures inside them, depend on the rows alone: the number of worker
@@ -28,6 +28,7 @@ CHUNK_PICTURES = 256
 CHUNK_CHARACTERS = 1_000_000
 # The tokenizer is faster with the texts of several chunks at once, if they are not too long.
 CHUNKS_TOGETHER = 8
+TEXTS_AHEAD = 2
 BATCH_PICTURES = 16
 BATCHES_AHEAD = 2
 # More of one document would take gigabytes: tokenizing takes some hundred times the text's size.
@@ -147,16 +148,17 @@ class Encoder:
                 vocabulary.end_image,
             ]
         ] = True
-        # Both leave Python for most of their time, so that texts, codes and rows overlap.
-        self._text_thread = ThreadPoolExecutor(1, "texts")
+        # All leave Python for most of their time, so that texts, codes and rows overlap. While one
+        # thread turns what the tokenizer gave into ids, the tokenizer works for the other.
+        self._text_threads = ThreadPoolExecutor(TEXTS_AHEAD, "texts")
         self._code_thread = ThreadPoolExecutor(1, "codes")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for thread in (self._text_thread, self._code_thread):
-            thread.shutdown(cancel_futures=True)
+        for threads in (self._text_threads, self._code_thread):
+            threads.shutdown(cancel_futures=True)
 
     def encode(
         self, rows: Iterable[Document | Rejected], reader: PictureReader, chunk_tokens: int
@@ -179,7 +181,7 @@ class Encoder:
     ) -> Iterator[Picture | _Encoding]:
         """The pictures of each chunk, and behind them the chunk itself."""
         chunks = _chunks(rows, chunk_tokens, self._vocabulary.image_span)
-        for encodings in _one_ahead(map(self._begin, _together(chunks))):
+        for encodings in _ahead(map(self._begin, _together(chunks)), TEXTS_AHEAD):
             for encoding in encodings:
                 segments = encoding.chunk.segments
                 yield from (segment for segment in segments if isinstance(segment, Picture))
@@ -189,7 +191,7 @@ class Encoder:
         """Let the texts of some chunks be encoded."""
         segments = (segment for chunk in chunks for segment in chunk.segments)
         texts = [segment for segment in segments if isinstance(segment, str)]
-        encoded = self._text_thread.submit(self._texts, texts)
+        encoded = self._text_threads.submit(self._texts, texts)
         return [_Encoding(chunk, encoded) for chunk in chunks]
 
     def _texts(self, texts: list[str]) -> Iterator[np.ndarray]:
@@ -358,11 +360,11 @@ def _together(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
         yield group
 
 
-def _one_ahead(items: Iterable[T]) -> Iterator[T]:
-    """The same items, each when the next one has been begun."""
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items, each when so many further ones have been begun."""
     waiting: deque[T] = deque()
     for item in items:
         waiting.append(item)
-        if len(waiting) > 1:
+        if len(waiting) > count:
             yield waiting.popleft()
     yield from waiting
