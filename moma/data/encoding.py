@@ -23,23 +23,11 @@ from PIL import Image
 from moma.data.documents import Source, is_held_out
 from moma.data.parts import PartialShards, complete_shards, first_rejected
 from moma.data.read_ahead import PictureReader
-from moma.data.shards import (
-    REJECTED_FILE,
-    SPLITS,
-    Counts,
-    Encoders,
-    Shard,
-    ShardInfo,
-    Shards,
-    open_shards,
-    shard_features,
-)
+from moma.data.shards import REJECTED_FILE, SPLITS, Encoders, ShardInfo, shard_features
 from moma.data.tokens import EncodedChunk, EncodePictures, Encoder, EncodeText
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
-
-__all__ = ["Counts", "Encoders", "Shard", "ShardInfo", "Shards", "encode_source", "open_shards"]
 
 # A part ends with the chunk that reaches this, or so many tokens as the recipe says.
 PART_ROWS = 1_000_000

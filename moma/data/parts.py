@@ -38,7 +38,7 @@ from moma.data.shards import (
     shard_features,
     sum_counts,
 )
-from moma.files import UNFINISHED, sync_folder, to_disk, write_whole
+from moma.files import UNFINISHED, sync_folder, to_disk, write_whole, writing_whole
 from moma.vocabulary import Vocabulary
 
 _MAKING_FILE = "making.json"
@@ -85,10 +85,8 @@ class PartialShards:
 
     def finish(self) -> ShardInfo:
         """Give the shards their name; they replace older ones."""
-        with (self.path / (REJECTED_FILE + UNFINISHED)).open("wb") as all_rejected:
+        with writing_whole(self.path / REJECTED_FILE) as all_rejected:
             copy_rejected(self.folder, all_rejected)
-            to_disk(all_rejected)
-        os.replace(all_rejected.name, self.path / REJECTED_FILE)
         self._vocabulary.save(self.path / VOCABULARY_FILE)
         write_whole(self.path / INFO_FILE, self.info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)

@@ -18,9 +18,10 @@ from PIL import Image
 
 from moma.data.batches import Batches, DataConfig, prepared_ahead, share_out
 from moma.data.documents import Document, Picture
-from moma.data.encoding import encode_source, open_shards
+from moma.data.encoding import encode_source
 from moma.data.packing import NO_LABEL, Batch, Packer
 from moma.data.prepare import prepare
+from moma.data.shards import open_shards
 from moma.errors import UserError
 from moma.recipe import check
 from moma.vocabulary import Vocabulary
