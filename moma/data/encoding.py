@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from moma.data.documents import Source, is_held_out
+from moma.data.documents import Document, Rejected, Source, is_held_out
 from moma.data.parts import PartialShards, complete_shards, first_rejected
 from moma.data.read_ahead import PictureReader
 from moma.data.shards import REJECTED_FILE, SPLITS, Encoders, ShardInfo, shard_features
@@ -76,8 +77,7 @@ def encode_source(
 
     Args:
         source: where the documents come from.
-        encode_text: texts → their token ids, none of which is a special id or an image code;
-            called in a thread.
+        encode_text: texts → their token ids, none of them special or of an image; in threads.
         encode_pictures: what the reader made of pictures → codes, integers of shape [pictures,
             codes_per_image]; called in a thread. None if there is no codec.
         vocabulary: the ids.
@@ -90,8 +90,7 @@ def encode_source(
         progress: told what has been encoded so far, at the start and after each chunk.
 
     Raises:
-        UserError: the source has no documents, too many of its rows were rejected, or it has
-            pictures and there is no codec.
+        UserError: there are no documents, too many rejected rows, or pictures without a codec.
     """
     limits = limits or Limits()
     origin = ShardInfo(
@@ -102,22 +101,34 @@ def encode_source(
     )
     info = complete_shards(folder, origin)
     if info is None:
-        shards = PartialShards(folder, origin, vocabulary)
-        if _too_many_rejected(shards.info, limits):
-            shards.drop_rejected()  # perhaps they have been mended
-        rows = islice(source.documents(), shards.info.rows, None)
         with (
             _reader(reader) as pictures,
             Encoder(encode_text, encode_pictures, vocabulary) as encoder,
         ):
-            chunks = encoder.encode(rows, pictures, limits.shard_tokens)
-            _write(chunks, shards, vocabulary, held_out_share, limits, progress)
-        _check_rejected(shards.info, limits, folder)
-        if not shards.info.total.documents:
-            raise UserError(f"source '{source.name}': it has no documents; check its settings")
-        info = shards.finish()
+            shards = PartialShards(folder, origin, vocabulary)
+            encode = partial(encoder.encode, reader=pictures, chunk_tokens=limits.shard_tokens)
+            info = _encode_rest(source, encode, shards, held_out_share, limits, progress)
     _check_rejected(info, limits, folder)
     return info
+
+
+def _encode_rest(
+    source: Source,
+    encode: Callable[[Iterable[Document | Rejected]], Iterable[EncodedChunk]],
+    shards: PartialShards,
+    held_out_share: float,
+    limits: Limits,
+    progress: Progress,
+) -> ShardInfo:
+    """Encode the rows that are not on the disk yet, and give the shards their name."""
+    if _too_many_rejected(shards.info, limits):
+        shards.drop_rejected()  # perhaps they have been mended
+    rows = islice(source.documents(), shards.info.rows, None)
+    _write(encode(rows), shards, held_out_share, limits, progress)
+    _check_rejected(shards.info, limits, shards.folder)
+    if not shards.info.total.documents:
+        raise UserError(f"source '{source.name}': it has no documents; check its settings")
+    return shards.finish()
 
 
 def source_digest(source: Source, held_out_share: float) -> str:
@@ -146,7 +157,6 @@ def _reader(given: PictureReader | None) -> Iterator[PictureReader]:
 def _write(
     chunks: Iterable[EncodedChunk],
     shards: PartialShards,
-    vocabulary: Vocabulary,
     held_out_share: float,
     limits: Limits,
     progress: Progress,
@@ -156,7 +166,7 @@ def _write(
     part = shards.begin_part()
     try:
         for chunk in chunks:
-            part.add(_tables(chunk, vocabulary, held_out_share), chunk.rejected)
+            part.add(_tables(chunk, shards.vocabulary, held_out_share), chunk.rejected)
             so_far = shards.info.with_parts([*shards.info.parts, part.part])
             progress(so_far)
             if so_far.rows >= ROWS_TO_JUDGE:

@@ -49,6 +49,8 @@ class PartialShards:
 
     Attributes:
         info: what is on disk so far.
+        folder: where they stand when they are whole.
+        vocabulary: the ids.
     """
 
     def __init__(self, folder: Path, origin: ShardInfo, vocabulary: Vocabulary) -> None:
@@ -62,7 +64,7 @@ class PartialShards:
         """
         self.folder = folder
         self.path = partial_folder(folder)
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         if read_config(ShardInfo, self.path / _MAKING_FILE) != origin:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
@@ -72,7 +74,7 @@ class PartialShards:
 
     def begin_part(self) -> "PartWriter":
         """Begin the part after the last one."""
-        return PartWriter(self.path, self.info, shard_features(self._vocabulary))
+        return PartWriter(self.path, self.info, shard_features(self.vocabulary))
 
     def commit(self, part: "PartWriter") -> None:
         """Put a part on the disk; from here on it counts."""
@@ -87,7 +89,7 @@ class PartialShards:
         """Give the shards their name; they replace older ones."""
         with writing_whole(self.path / REJECTED_FILE) as all_rejected:
             copy_rejected(self.folder, all_rejected)
-        self._vocabulary.save(self.path / VOCABULARY_FILE)
+        self.vocabulary.save(self.path / VOCABULARY_FILE)
         write_whole(self.path / INFO_FILE, self.info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)
         return self.info

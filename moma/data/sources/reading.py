@@ -218,7 +218,7 @@ def text_of(values: dict[str, Any], key: str) -> str:
     """
     value = values.get(key)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"'{key}' holds {type(value).__name__}, no text")
+        raise UserError(f"needs a text under '{key}', not {type(value).__name__}")
     if not value or not value.strip():
         found = ", ".join(values) or "none"
         raise UserError(f"needs a text under '{key}'; the keys there are: {found}")

@@ -214,7 +214,7 @@ def test_broken_rows_of_json_lines_are_set_aside(tmp_path, streaming, capfd):
     assert shape(first) == ["ä\u2028 \x85 one", 7] and shape(last) == ["2020-01-01", 7]
     assert [row.row for row in rejected] == [f"{path}, row {n}" for n in (2, 4, 5, 6)]
     for row, reason in zip(
-        rejected, ("not valid JSON", "not valid JSON", "has no 'text'", "holds int"), strict=True
+        rejected, ("not valid JSON", "not valid JSON", "has no 'text'", "not int"), strict=True
     ):
         assert reason in row.reason
     assert capfd.readouterr().err == ""  # no progress bars of `datasets`
