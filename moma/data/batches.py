@@ -111,8 +111,7 @@ class Batches(grain.DatasetIterator[Batch]):
                 by default `train` repeats and `held_out` does not.
 
         Raises:
-            UserError: shards are missing or do not suit the vocabulary, the picture share is no
-                whole number of pictures, or the documents cannot meet it.
+            UserError: shards are missing, or cannot meet what the recipe asks for.
         """
         self._readers: ThreadPoolExecutor | None = None
         super().__init__()
