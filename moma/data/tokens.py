@@ -234,7 +234,8 @@ class Encoder:
         documents: list[Document] = []
         rejected: list[Rejected] = []
         pieces: list[np.ndarray] = [self._end[:0]]
-        lengths, pictures = [], []
+        lengths: list[int] = []
+        pictures: list[int] = []
         for row in rows:
             if isinstance(row, Rejected):
                 rejected.append(row)
