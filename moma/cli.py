@@ -43,8 +43,8 @@ def root(version: Version = False) -> None:
 
 def main() -> None:
     """Run a verb; a `UserError` becomes one line on standard error and exit code 2."""
-    # The packages that read data would otherwise look for hubs on a machine without a network.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # `datasets` would otherwise ask a server whenever it opens a file, also without a network.
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     try:
         app()
     except UserError as error:

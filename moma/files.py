@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,9 +12,16 @@ UNFINISHED = ".writing"
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, also after a power cut."""
+    with writing_whole(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when all of it is written and on the disk."""
     unfinished = path.with_name(path.name + UNFINISHED)
     with unfinished.open("wb") as file:
-        file.write(text.encode())
+        yield file
         to_disk(file)
     os.replace(unfinished, path)
     sync_folder(path.parent)

@@ -111,30 +111,18 @@ class Batches(grain.DatasetIterator[Batch]):
                 by default `train` repeats and `held_out` does not.
 
         Raises:
-            UserError: shards are missing or do not suit the vocabulary, the picture share is no
-                whole number of pictures, or the documents cannot meet it.
+            UserError: shards are missing, or cannot meet what the recipe asks for.
         """
         self._readers: ThreadPoolExecutor | None = None
         super().__init__()
         self._repeat = split == "train" if repeat is None else repeat
         self._world_size = world_size
         pictures = picture_budget(config.rows, config.row_length, config.picture_share, vocabulary)
-        encoders = Encoders.load(config.path)
-        opened = {
-            source.name: open_shards(config.folder(source.name), vocabulary, encoders)
-            for source in config.sources
-        }
+        opened = _open(config, vocabulary)
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}
         weights = {source.name: source.weight for source in config.sources}
         self._digest = _digest(opened, weights, seed, split, self._repeat)
-        rows_of = {
-            pictured: {
-                name: rows
-                for name, shard in self._shards.items()
-                if len(rows := np.flatnonzero((shard.pictures > 0) == pictured))
-            }
-            for pictured in (True, False)
-        }
+        rows_of = {pictured: self._rows(pictured) for pictured in (True, False)}
         if self._repeat:
             self._check_supply(config, pictures, vocabulary, rows_of)
         if not pictures:
@@ -142,13 +130,8 @@ class Batches(grain.DatasetIterator[Batch]):
         if config.workers > 1:
             self._readers = ThreadPoolExecutor(config.workers - 1)
         self._pictured, self._text = (
-            Stream(
-                _pools(rows_of[pictured], weights, f"{seed} {split} {pictured}", self._repeat),
-                self._repeat,
-                self._fetch,
-                rank,
-                world_size,
-                self._readers,
+            self._stream(
+                _pools(rows_of[pictured], weights, f"{seed} {split} {pictured}", self._repeat), rank
             )
             for pictured in (True, False)
         )
@@ -212,6 +195,17 @@ class Batches(grain.DatasetIterator[Batch]):
         self._pictured.set_state(state["pictured"])
         self._text.set_state(state["text"])
         self._packer.set_state(state["packer"], self._fetch)
+
+    def _rows(self, pictured: bool) -> dict[str, np.ndarray]:
+        """Of each source that has some, the rows with pictures, or those without."""
+        return {
+            name: rows
+            for name, shard in self._shards.items()
+            if len(rows := np.flatnonzero((shard.pictures > 0) == pictured))
+        }
+
+    def _stream(self, pools: list[Pool], rank: int) -> Stream:
+        return Stream(pools, self._repeat, self._fetch, rank, self._world_size, self._readers)
 
     def _fetch(self, source: str, row: int) -> np.ndarray:
         """Ids of a document, unsigned integers of shape [tokens]."""
@@ -284,6 +278,14 @@ def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[st
         }
         for rank in range(world_size)
     ]
+
+
+def _open(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Shards]:
+    encoders = Encoders.load(config.path)
+    return {
+        source.name: open_shards(config.folder(source.name), vocabulary, encoders)
+        for source in config.sources
+    }
 
 
 def _pools(

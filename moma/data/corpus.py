@@ -1,13 +1,19 @@
 """What tokenizers learn from: the texts and pictures of a recipe's sources.
 
-Nothing is held in memory but the places of pictures. (Streams and compressed tars have no places:
-their pictures wait as stored bytes, so bound their number.) Rows and pictures that cannot be read
-are left out and counted.
+Nothing is held in memory but the places of pictures. Streams and compressed tars have no places:
+their pictures wait, as they are stored, in a temporary file that ends with the process. Rows and
+pictures that cannot be read are left out and counted.
 """
 
+import os
+import pickle
+import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
+from typing import IO
 
+from PIL import Image
 from torch import Tensor
 
 from moma.data.documents import (
@@ -21,6 +27,9 @@ from moma.data.documents import (
 from moma.data.tokens import refusal
 from moma.errors import UserError
 from moma.tokenizers.image import preprocess
+
+# What tells where a picture lies is smaller; one that carries its bytes is larger, or small anyway.
+_MOST_BYTES_HELD = 2048
 
 
 class Corpus:
@@ -58,8 +67,9 @@ class Corpus:
 
     def pictures(self, held_out: bool) -> list[Picture]:
         """The pictures of the documents that are for training, or of those held out."""
+        waiting = _WaitingPictures()
         return [
-            segment
+            waiting.put_aside(segment)
             for document in self._chosen(held_out)
             for segment in document.segments
             if isinstance(segment, Picture)
@@ -91,6 +101,44 @@ class Corpus:
             self._rejected[source.name] = max(rejected, self._rejected.get(source.name, 0))
             self.first_rejected = self.first_rejected or row
         self.rows[source.name] = number
+
+
+class _WaitingPictures:
+    """Pictures that carry what they are stored as, on the disk instead of in memory.
+
+    The file has no name, so that nobody else writes what is unpickled here.
+    """
+
+    def __init__(self) -> None:
+        self._file: IO[bytes] | None = None
+
+    def put_aside(self, picture: Picture) -> Picture:
+        """The same picture, without its bytes."""
+        try:
+            data = pickle.dumps(picture.read)
+        except (pickle.PicklingError, AttributeError, TypeError):  # it is made, not stored
+            return picture
+        if len(data) <= _MOST_BYTES_HELD:
+            return picture
+        if self._file is None:
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        begin = self._file.seek(0, os.SEEK_END)
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{tempfile.gettempdir()}: cannot keep the pictures that the codec is trained on "
+                f"({error.strerror}); set TMPDIR to another folder or lower "
+                "codec_training.documents"
+            ) from error
+        return Picture(picture.name, partial(_read_again, self._file, begin, len(data)))
+
+
+def _read_again(file: IO[bytes], begin: int, size: int) -> Image.Image:
+    read = pickle.loads(os.pread(file.fileno(), size, begin))
+    image: Image.Image = read()
+    return image
 
 
 class ReadablePictures(Sequence[Tensor]):

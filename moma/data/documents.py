@@ -6,14 +6,13 @@ memory.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 from PIL import Image
 from pydantic import Field
 
-from moma.errors import UserError
 from moma.recipe import Config
 
 
@@ -129,15 +128,3 @@ def is_held_out(document: Document, share: float) -> bool:
     if document.held_out is not None:
         return document.held_out
     return unit_hash(f"held out: {document.held_out_with or document.name}") < share
-
-
-def accepted(rows: Iterable[Document | Rejected]) -> Iterator[Document]:
-    """The documents among the rows of a source.
-
-    Raises:
-        UserError: a row is rejected.
-    """
-    for row in rows:
-        if isinstance(row, Rejected):
-            raise UserError(f"{row.row}: {row.reason}")
-        yield row

@@ -9,9 +9,10 @@ that cannot be encoded is set aside with the reason; the others are not disturbe
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -20,26 +21,14 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from moma.data.documents import Rejected, Source, is_held_out
+from moma.data.documents import Document, Rejected, Source, is_held_out
 from moma.data.parts import PartialShards, complete_shards, first_rejected
 from moma.data.read_ahead import PictureReader
-from moma.data.shards import (
-    REJECTED_FILE,
-    SPLITS,
-    Counts,
-    Encoders,
-    Shard,
-    ShardInfo,
-    Shards,
-    open_shards,
-    shard_features,
-)
-from moma.data.tokens import EncodedDocument, EncodePictures, Encoder, EncodeText
+from moma.data.shards import REJECTED_FILE, SPLITS, Encoders, ShardInfo, shard_features
+from moma.data.tokens import EncodedChunk, EncodePictures, Encoder, EncodeText
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
-
-__all__ = ["Counts", "Encoders", "Shard", "ShardInfo", "Shards", "encode_source", "open_shards"]
 
 # A part ends with the chunk that reaches this, or so many tokens as the recipe says.
 PART_ROWS = 1_000_000
@@ -88,8 +77,7 @@ def encode_source(
 
     Args:
         source: where the documents come from.
-        encode_text: texts → their token ids, none of which is a special id or an image code;
-            called in a thread.
+        encode_text: texts → their token ids, none of them special or of an image; in threads.
         encode_pictures: what the reader made of pictures → codes, integers of shape [pictures,
             codes_per_image]; called in a thread. None if there is no codec.
         vocabulary: the ids.
@@ -102,8 +90,7 @@ def encode_source(
         progress: told what has been encoded so far, at the start and after each chunk.
 
     Raises:
-        UserError: the source has no documents, too many of its rows were rejected, or it has
-            pictures and there is no codec.
+        UserError: there are no documents, too many rejected rows, or pictures without a codec.
     """
     limits = limits or Limits()
     origin = ShardInfo(
@@ -114,22 +101,34 @@ def encode_source(
     )
     info = complete_shards(folder, origin)
     if info is None:
-        shards = PartialShards(folder, origin, vocabulary)
-        if _too_many_rejected(shards.info, limits):
-            shards.drop_rejected()  # perhaps they have been mended
-        rows = islice(source.documents(), shards.info.rows, None)
         with (
             _reader(reader) as pictures,
             Encoder(encode_text, encode_pictures, vocabulary) as encoder,
         ):
-            chunks = encoder.encode(rows, pictures, limits.shard_tokens)
-            _write(chunks, shards, vocabulary, held_out_share, limits, progress)
-        _check_rejected(shards.info, limits, folder)
-        if not shards.info.total.documents:
-            raise UserError(f"source '{source.name}': it has no documents; check its settings")
-        info = shards.finish()
+            shards = PartialShards(folder, origin, vocabulary)
+            encode = partial(encoder.encode, reader=pictures, chunk_tokens=limits.shard_tokens)
+            info = _encode_rest(source, encode, shards, held_out_share, limits, progress)
     _check_rejected(info, limits, folder)
     return info
+
+
+def _encode_rest(
+    source: Source,
+    encode: Callable[[Iterable[Document | Rejected]], Iterable[EncodedChunk]],
+    shards: PartialShards,
+    held_out_share: float,
+    limits: Limits,
+    progress: Progress,
+) -> ShardInfo:
+    """Encode the rows that are not on the disk yet, and give the shards their name."""
+    if _too_many_rejected(shards.info, limits):
+        shards.drop_rejected()  # perhaps they have been mended
+    rows = islice(source.documents(), shards.info.rows, None)
+    _write(encode(rows), shards, held_out_share, limits, progress)
+    _check_rejected(shards.info, limits, shards.folder)
+    if not shards.info.total.documents:
+        raise UserError(f"source '{source.name}': it has no documents; check its settings")
+    return shards.finish()
 
 
 def source_digest(source: Source, held_out_share: float) -> str:
@@ -156,9 +155,8 @@ def _reader(given: PictureReader | None) -> Iterator[PictureReader]:
 
 
 def _write(
-    chunks: Iterable[list[EncodedDocument | Rejected]],
+    chunks: Iterable[EncodedChunk],
     shards: PartialShards,
-    vocabulary: Vocabulary,
     held_out_share: float,
     limits: Limits,
     progress: Progress,
@@ -168,9 +166,7 @@ def _write(
     part = shards.begin_part()
     try:
         for chunk in chunks:
-            documents = [row for row in chunk if isinstance(row, EncodedDocument)]
-            rejected = [row for row in chunk if isinstance(row, Rejected)]
-            part.add(_tables(documents, vocabulary, held_out_share), rejected)
+            part.add(_tables(chunk, shards.vocabulary, held_out_share), chunk.rejected)
             so_far = shards.info.with_parts([*shards.info.parts, part.part])
             progress(so_far)
             if so_far.rows >= ROWS_TO_JUDGE:
@@ -199,25 +195,22 @@ def _check_rejected(info: ShardInfo, limits: Limits, folder: Path) -> None:
 
 
 def _tables(
-    documents: Sequence[EncodedDocument], vocabulary: Vocabulary, held_out_share: float
+    chunk: EncodedChunk, vocabulary: Vocabulary, held_out_share: float
 ) -> dict[str, pa.Table]:
-    held_out = np.array([is_held_out(one.document, held_out_share) for one in documents], bool)
-    table = _table(documents, vocabulary)
+    held_out = np.array([is_held_out(one, held_out_share) for one in chunk.documents], bool)
+    table = _table(chunk, vocabulary)
     chosen = dict(zip(SPLITS, (~held_out, held_out), strict=True))
     return {split: table.filter(pa.array(rows)) for split, rows in chosen.items()}
 
 
-def _table(documents: Sequence[EncodedDocument], vocabulary: Vocabulary) -> pa.Table:
+def _table(chunk: EncodedChunk, vocabulary: Vocabulary) -> pa.Table:
     schema = shard_features(vocabulary).arrow_schema
-    begin, end = np.array([vocabulary.beginning]), np.array([vocabulary.end])
-    ids = [np.concatenate([begin, *one.ids, end]) for one in documents]
-    bounds = np.cumsum([0, *map(len, ids)], dtype=np.int32)
-    flat = np.concatenate([np.empty(0, np.int64), *ids])
+    bounds = np.cumsum([0, *chunk.lengths], dtype=np.int32)
     columns = {
         "ids": pa.ListArray.from_arrays(
-            pa.array(bounds), pa.array(flat, type=schema.field("ids").type.value_type)
+            pa.array(bounds), pa.array(chunk.ids, type=schema.field("ids").type.value_type)
         ),
-        "pictures": pa.array([one.pictures for one in documents], type=pa.int32()),
-        "name": pa.array([one.document.name for one in documents], type=pa.string()),
+        "pictures": pa.array(chunk.pictures, type=pa.int32()),
+        "name": pa.array([one.name for one in chunk.documents], type=pa.string()),
     }
     return pa.table(columns, schema=schema)

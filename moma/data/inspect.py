@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma.data.shards import SPLITS, Encoders, Shards, open_shards
+from moma.data.shards import SPLITS, Encoders, Shard, Shards, open_shards
 from moma.errors import UserError
 from moma.runs import Tokenizers
 from moma.tokenizers.image import ImageCodec, to_pil
@@ -87,17 +87,7 @@ def decode_document(
     """
     tokenizers = Tokenizers(folder)
     vocabulary = Vocabulary.load(tokenizers.vocabulary)
-    opened = _open(folder, source, vocabulary)
-    if len(opened) > 1:
-        raise UserError(
-            f"--document {row}: name one of the sources: --source {' or '.join(opened)}"
-        )
-    if split not in SPLITS:
-        raise UserError(f"--split {split}: use {' or '.join(SPLITS)}")
-    ((name, shards),) = opened.items()
-    shard = shards.splits[split]
-    if not 0 <= row < len(shard):
-        raise UserError(f"--document {row}: {name} has {len(shard)} documents in {split}, from 0")
+    name, shard = _shard_of(_open(folder, source, vocabulary), split, row)
     ids = shard.ids(row)
     tokenizer = load_text_tokenizer(tokenizers.text)
     codec = ImageCodec.load(tokenizers.codec) if shard.pictures[row] else None
@@ -126,6 +116,21 @@ def as_text(decoded: dict[str, Any]) -> str:
     """A document that `decode_document` decoded, for reading."""
     title = "{source}, {split}, row {row}: {name} ({tokens} tokens)".format(**decoded)
     return "\n".join([title, *(one.get("text") or one["image"] for one in decoded["segments"])])
+
+
+def _shard_of(opened: dict[str, Shards], split: str, row: int) -> tuple[str, Shard]:
+    """The source that is meant, and its split that has the row."""
+    if len(opened) > 1:
+        raise UserError(
+            f"--document {row}: name one of the sources: --source {' or '.join(opened)}"
+        )
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: use {' or '.join(SPLITS)}")
+    ((name, shards),) = opened.items()
+    shard = shards.splits[split]
+    if not 0 <= row < len(shard):
+        raise UserError(f"--document {row}: {name} has {len(shard)} documents in {split}, from 0")
+    return name, shard
 
 
 def _open(folder: Path, source: str | None, vocabulary: Vocabulary) -> dict[str, Shards]:

@@ -10,8 +10,9 @@ of each pool.
 """
 
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -135,6 +136,7 @@ class Stream(Iterator[Encoded]):
         self._turn = 0
         self._owed: list[list[int]] = []  # pool and number of what former ranks left below the base
         self._readers = readers
+        self._touching: deque[Future[None]] = deque()
 
     @property
     def remaining(self) -> int | None:
@@ -150,7 +152,9 @@ class Stream(Iterator[Encoded]):
         if not self._owed and self.remaining == 0:
             raise StopIteration
         if self._readers and self._turn % _READ_TOGETHER == 0:
-            self._readers.submit(self._touch, self._turn + _READ_AHEAD)
+            while self._touching and self._touching[0].done():
+                self._touching.popleft().result()  # or its error would be lost
+            self._touching.append(self._readers.submit(self._touch, self._turn + _READ_AHEAD))
         if self._owed:
             pool, number = self._owed.pop(0)
         else:

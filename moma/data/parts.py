@@ -38,7 +38,7 @@ from moma.data.shards import (
     shard_features,
     sum_counts,
 )
-from moma.files import UNFINISHED, sync_folder, to_disk, write_whole
+from moma.files import UNFINISHED, sync_folder, to_disk, write_whole, writing_whole
 from moma.vocabulary import Vocabulary
 
 _MAKING_FILE = "making.json"
@@ -49,6 +49,8 @@ class PartialShards:
 
     Attributes:
         info: what is on disk so far.
+        folder: where they stand when they are whole.
+        vocabulary: the ids.
     """
 
     def __init__(self, folder: Path, origin: ShardInfo, vocabulary: Vocabulary) -> None:
@@ -62,7 +64,7 @@ class PartialShards:
         """
         self.folder = folder
         self.path = partial_folder(folder)
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         if read_config(ShardInfo, self.path / _MAKING_FILE) != origin:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
@@ -72,7 +74,7 @@ class PartialShards:
 
     def begin_part(self) -> "PartWriter":
         """Begin the part after the last one."""
-        return PartWriter(self.path, self.info, shard_features(self._vocabulary))
+        return PartWriter(self.path, self.info, shard_features(self.vocabulary))
 
     def commit(self, part: "PartWriter") -> None:
         """Put a part on the disk; from here on it counts."""
@@ -85,11 +87,9 @@ class PartialShards:
 
     def finish(self) -> ShardInfo:
         """Give the shards their name; they replace older ones."""
-        with (self.path / (REJECTED_FILE + UNFINISHED)).open("wb") as all_rejected:
+        with writing_whole(self.path / REJECTED_FILE) as all_rejected:
             copy_rejected(self.folder, all_rejected)
-            to_disk(all_rejected)
-        os.replace(all_rejected.name, self.path / REJECTED_FILE)
-        self._vocabulary.save(self.path / VOCABULARY_FILE)
+        self.vocabulary.save(self.path / VOCABULARY_FILE)
         write_whole(self.path / INFO_FILE, self.info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)
         return self.info

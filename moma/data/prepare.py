@@ -25,6 +25,7 @@ from moma.data.read_ahead import PictureReader
 from moma.data.shards import REJECTED_FILE, ShardInfo, sum_counts
 from moma.data.tokenizers import encoders_of, provide_tokenizers
 from moma.data.training_documents import TrainingDocuments
+from moma.files import writing_whole
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
 from moma.tokenizers.image import CodecConfig, ImageCodec, to_float
@@ -155,7 +156,7 @@ def _encode_all(
             partial(square_pixels, size=size), spare_cores() if workers is None else workers
         ) as reader:
             for source in data.sources:
-                total = sources.total(source)
+                total = None if quiet else sources.total(source)
                 with show_progress(f"encode {source.name}", total, quiet) as report:
                     infos[source.name] = encode_source(
                         source,
@@ -202,8 +203,6 @@ def spare_cores() -> int:
 
 def _collect_rejected(data: DataConfig) -> None:
     """One file for all sources, made anew from what is kept beside the shards of each."""
-    unfinished = data.path / (REJECTED_FILE + ".partial")
-    with unfinished.open("wb") as file:
+    with writing_whole(data.path / REJECTED_FILE) as file:
         for source in data.sources:
             copy_rejected(data.folder(source.name), file)
-    unfinished.replace(data.path / REJECTED_FILE)

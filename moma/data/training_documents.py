@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 from moma.data.batches import DataConfig
 from moma.data.corpus import Corpus
@@ -10,6 +11,8 @@ from moma.data.encoding import source_digest
 from moma.files import write_whole
 from moma.recipe import Config, check
 
+# Rows are counted for so long, that the time left can be told.
+SECONDS_TO_COUNT = 30.0
 _TRAINED_ON_FILE = "trained_on.json"
 
 
@@ -57,11 +60,25 @@ class TrainingDocuments:
         write_whole(self._file, json.dumps(values, indent=2) + "\n")
 
     def total(self, source: Source) -> int | None:
-        """Rows of a source, if it has not changed since it was read to its end."""
+        """Rows of a source, where they are known or soon counted."""
         if source.name in self._rows:
             return self._rows[source.name]
         before = self._trained_on().get(source.name)
-        return before.rows if before and before.digest == self._digest(source) else None
+        if before and before.rows and before.digest == self._digest(source):
+            return before.rows
+        # A stream would be fetched twice; shards that are there need no time that could be told.
+        if getattr(source, "streaming", False) or self.data.folder(source.name).exists():
+            return None
+        return self._count(source)
+
+    def _count(self, source: Source) -> int | None:
+        """Rows of a source; None if counting takes long. Reading a row opens no picture."""
+        number, end = 0, time.monotonic() + SECONDS_TO_COUNT
+        for number, _ in enumerate(source.documents(), 1):  # noqa: B007
+            if time.monotonic() > end:
+                return None
+        self._rows[source.name] = number
+        return number
 
     def tell_changes(self) -> None:
         """Say which sources tokenizer and codec do not know as they are now."""

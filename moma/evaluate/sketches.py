@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from moma.data import sketches
+from moma.data.drawings import STYLES, render
 from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
 from moma.progress import Report
@@ -43,7 +44,7 @@ class Sketch:
     def draw(self, size: int) -> Image.Image:
         """The true picture, `size` × `size` pixels."""
         if self.relation is None:
-            return sketches.render(self.names[0], self.style, size)
+            return render(self.names[0], self.style, size)
         first, second = self.names
         return sketches.compose(first, self.relation, second, self.style, size)
 
@@ -85,14 +86,14 @@ class Captioned:
 
 def seen_singles(objects: int, count: int, seed: int) -> list[Sketch]:
     """Single objects in a style in which training shows them, drawn at random."""
-    pairs = product(sketches.object_names(objects), sketches.STYLES)
+    pairs = product(sketches.object_names(objects), STYLES)
     seen = [Sketch((n,), style) for n, style in pairs if not sketches.is_held_out_style(n, style)]
     return random.Random(seed).sample(seen, min(count, len(seen)))
 
 
 def held_out_singles(objects: int, count: int, seed: int) -> list[Sketch]:
     """Single objects in a style in which training never shows them, drawn at random."""
-    pairs = product(sketches.object_names(objects), sketches.STYLES)
+    pairs = product(sketches.object_names(objects), STYLES)
     unseen = [Sketch((n,), style) for n, style in pairs if sketches.is_held_out_style(n, style)]
     return random.Random(seed).sample(unseen, min(count, len(unseen)))
 
@@ -104,7 +105,7 @@ def held_out_compositions(objects: int, count: int, seed: int) -> list[Sketch]:
         (pair, style)
         for pair in permutations(sketches.object_names(objects), 2)
         if sketches.is_held_out_pair(*pair)
-        for style in sketches.STYLES
+        for style in STYLES
         if not any(sketches.is_held_out_style(name, style) for name in pair)
     ]
     chosen = draw.sample(pairs, min(count, len(pairs)))
@@ -159,15 +160,15 @@ class NearestObject:
             self._known[box] = self._reconstructions(box)
         crop = np.asarray(picture.crop(box), dtype=np.float32)
         errors_R = np.square(self._known[box] - crop).mean(axis=(1, 2, 3))
-        return self.names[int(errors_R.argmin()) // len(sketches.STYLES)]
+        return self.names[int(errors_R.argmin()) // len(STYLES)]
 
     @torch.no_grad()
     def _reconstructions(self, box: sketches.Box) -> np.ndarray:
         """Every object in every style as the codec draws it in `box`: [R, height, width, 3]."""
         pictures = []
-        for name, style in product(self.names, sketches.STYLES):
+        for name, style in product(self.names, STYLES):
             canvas = Image.new("RGB", (self.size, self.size), "white")
-            canvas.paste(sketches.render(name, style, box.right - box.left), box[:2])
+            canvas.paste(render(name, style, box.right - box.left), box[:2])
             pictures.append(preprocess(canvas, self.size))
         device = self.codec.codebook.device
         crops = []

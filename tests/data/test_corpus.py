@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -104,3 +105,33 @@ def test_all_pictures_broken_is_an_error_whatever_is_allowed():
     pictures = ReadablePictures([picture(n, True) for n in range(3)], size=4, most_unreadable=1)
     with pytest.raises(UserError, match="3 of 3 pictures cannot be read"):
         pictures[1]
+
+
+class Stored(Numbers):
+    """Pictures that carry their bytes, as those of a stream do."""
+
+    def documents(self):
+        for number in range(self.count):
+            data = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+            read = partial(Image.fromarray, data)
+            yield Document(str(number), (Picture(f"picture {number}", read),), held_out=False)
+
+
+def test_pictures_that_carry_their_bytes_wait_on_the_disk():
+    source = Stored()
+    pictures = Corpus([source], held_out=0.5, most=100).pictures(held_out=False)
+    stored = [document.segments[0] for document in source.documents()]
+    assert [one.name for one in pictures] == [one.name for one in stored]
+    for one, expected in reversed(list(zip(pictures, stored, strict=True))):
+        assert one.read().tobytes() == expected.read().tobytes()
+        held = sum(len(a.tobytes()) for a in one.read.args if isinstance(a, np.ndarray))
+        assert held == 0
+
+
+def test_a_full_disk_is_told(monkeypatch):
+    def full(*arguments, **options):
+        return open("/dev/full", "w+b")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(UserError, match=r"No space left.*set TMPDIR"):
+        Corpus([Stored()], held_out=0.5, most=100).pictures(held_out=False)

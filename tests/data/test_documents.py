@@ -1,16 +1,6 @@
-"""What is held out, and what a rejected row says."""
+"""What is held out."""
 
-import pytest
-
-from moma.data.documents import (
-    Document,
-    Rejected,
-    SourceConfig,
-    accepted,
-    held_out_share,
-    is_held_out,
-)
-from moma.errors import UserError
+from moma.data.documents import Document, SourceConfig, held_out_share, is_held_out
 
 
 def test_a_source_s_own_share_goes_before_the_recipe_s():
@@ -36,11 +26,3 @@ def test_documents_of_one_origin_are_held_out_together():
         alone = is_held_out(Document(origin, ()), 0.5)
         pieces = [Document(f"{origin}#{n}", (), held_out_with=origin) for n in range(5)]
         assert {is_held_out(piece, 0.5) for piece in pieces} == {alone}
-
-
-def test_a_rejected_row_is_named_with_its_reason():
-    document = Document("a", ())
-    rows = accepted([document, Rejected("list, row 2", "no JSON"), document])
-    assert next(rows) == document
-    with pytest.raises(UserError, match=r"^list, row 2: no JSON$"):
-        next(rows)

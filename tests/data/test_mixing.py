@@ -160,3 +160,21 @@ def test_readers_change_nothing_and_are_ahead():
 def test_nothing_comes_of_nothing():
     assert stream_of([], repeat=False).remaining == 0
     assert list(stream_of([], repeat=True)) == []
+
+
+def test_what_goes_wrong_when_reading_ahead_is_raised():
+    with ThreadPoolExecutor(1) as readers:
+        stream = stream_of([pool_of(2000)], readers=readers)
+        turn, ahead = stream._touch, []
+
+        def broken(first):
+            ahead.append(first)
+            raise OSError("the disk is gone")
+
+        stream._touch = broken
+        next(stream)
+        readers.submit(lambda: None).result()  # what was asked for is over
+        stream._touch = turn
+        with pytest.raises(OSError, match="the disk is gone"):
+            list(islice(stream, 100))
+    assert ahead == [256]

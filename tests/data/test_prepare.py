@@ -14,12 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from moma.data import training_documents
 from moma.data.batches import Batches
 from moma.data.documents import Document, is_held_out
-from moma.data.prepare import prepare
-from moma.data.shards import Encoders
+from moma.data.prepare import Speed, prepare
+from moma.data.shards import Counts, Encoders, Part, ShardInfo
+from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
 from moma.recipe import check, write_recipe
+from moma.tokenizers import folder as folder_module
 from moma.train.recipe import Recipe
 
 WORDS = ["red", "green", "rocket", "left", "of", "an", "apple", "schön"]
@@ -77,7 +80,7 @@ def make_recipe(folder: Path, rows: int, data: str = "data", **changes) -> Recip
     return check(Recipe, values, "test")
 
 
-def run(recipe: Recipe, **options):
+def run(recipe: Recipe, quiet: bool = True, **options):
     return prepare(
         recipe.data,
         recipe.text_tokenizer,
@@ -85,7 +88,7 @@ def run(recipe: Recipe, **options):
         recipe.codec_training,
         recipe.seed,
         torch.device("cpu"),
-        quiet=True,
+        quiet=quiet,
         **options,
     )
 
@@ -204,6 +207,71 @@ def test_text_alone_needs_no_codec(tmp_path):
     )
     taken = run(recipe.model_copy(update={"data": data}))
     assert taken.vocabulary == prepared.vocabulary
+
+
+def test_the_first_run_with_tokenizers_of_another_folder_knows_how_much_there_is(tmp_path, capsys):
+    recipe = make_recipe(tmp_path, 50)
+    run(recipe)
+    taken = make_recipe(tmp_path, 50, "other", tokenizers=str(tmp_path / "data"))
+    run(taken, quiet=False)
+    told = capsys.readouterr().err
+    assert "encode captions: 50/50 after" in told and "encode text: 50/50 after" in told
+    assert TrainingDocuments(taken.data).total(taken.data.sources[0]) is None  # it is there
+
+
+def test_counting_gives_up_where_it_takes_long(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, 50)
+    monkeypatch.setattr(training_documents, "SECONDS_TO_COUNT", -1)
+    assert TrainingDocuments(recipe.data).total(recipe.data.sources[1]) is None
+    monkeypatch.setattr(training_documents, "SECONDS_TO_COUNT", 60)
+    assert TrainingDocuments(recipe.data).total(recipe.data.sources[1]) == 50
+
+
+def test_speed_is_what_was_encoded_since_the_first_report(monkeypatch):
+    clock = iter([100.0, 100.0, 104.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    told = []
+    speed = Speed(lambda done, note="": told.append((done, note)))
+    before = ShardInfo(source="a", settings="", fingerprint="")
+    counts = {"train": Counts(documents=10, tokens=3000, pictures=4), "held_out": Counts()}
+    part = Part(first=0, stop=12, counts=counts, rejected=2)
+    speed(before.with_parts([part]))  # by an earlier process
+    more = {
+        "train": Counts(documents=6, tokens=4000, pictures=4),
+        "held_out": Counts(documents=2, tokens=400, pictures=4),
+    }
+    speed(before.with_parts([part, Part(first=12, stop=21, counts=more, rejected=1)]))
+    assert told == [
+        (12, "0 documents/s, 0 tokens/s, 0 pictures/s, 2 rejected"),
+        (21, "2 documents/s, 1,100 tokens/s, 2 pictures/s, 3 rejected"),
+    ]
+
+
+def test_training_of_the_codec_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+    undisturbed, recipe = (make_recipe(tmp_path, 40, name) for name in ("undisturbed", "data"))
+    training = recipe.codec_training.model_copy(update={"save_every": 2, "log_every": 1})
+    undisturbed, recipe = (
+        one.model_copy(update={"codec_training": training}) for one in (undisturbed, recipe)
+    )
+    run(undisturbed)
+    real, steps = folder_module.train_codec, []
+
+    def watched(*arguments, progress, **options):
+        def note(state):
+            steps.append(state.step)
+            progress(state)
+            if steps == [1, 2, 3]:
+                raise KeyboardInterrupt
+
+        return real(*arguments, progress=note, **options)
+
+    monkeypatch.setattr(folder_module, "train_codec", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe)
+    assert not (tmp_path / "data/codec").exists()
+    run(recipe)
+    assert steps == [1, 2, 3, 3, 4]
+    assert contents(tmp_path / "data") == contents(tmp_path / "undisturbed")
 
 
 def test_pictures_that_are_asked_for_and_missing_are_refused(tmp_path):

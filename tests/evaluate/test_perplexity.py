@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moma.data.encoding import open_shards
+from moma.data.shards import open_shards
 from moma.evaluate.perplexity import evaluate
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, Vocabulary

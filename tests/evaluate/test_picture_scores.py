@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from moma.data import sketches
+from moma.data.drawings import STYLES, render
 from moma.evaluate.sketches import (
     Captioned,
     Drawn,
@@ -41,7 +42,7 @@ def test_a_reconstruction_is_nearest_to_itself():
     box = sketches.Box(0, 0, 32, 32)
     found = []
     for name in NAMES:
-        picture = sketches.render(name, "flat", 32)
+        picture = render(name, "flat", 32)
         with torch.no_grad():
             drawn = codec.decode(codec.encode(preprocess(picture, 32)[None]))[0]
         found.append(nearest(to_pil(drawn), box))
@@ -53,7 +54,7 @@ def test_each_box_is_compared_with_objects_in_that_box():
     nearest = NearestObject(random_codec(), NAMES, 32)
     left, right = sketches.slots("left of", 32)
     drawn = nearest._reconstructions(left)
-    assert drawn.shape == (len(NAMES) * len(sketches.STYLES), 16, 16, 3)
+    assert drawn.shape == (len(NAMES) * len(STYLES), 16, 16, 3)
     assert left != right
 
 

@@ -1,19 +1,19 @@
 """Parquet, JSON Lines, Arrow and CSV files, and data sets of the Hugging Face hub.
 
 All of them are opened by the library `datasets`. Pictures stay as they are stored; rows that are
-not streamed are read again when a picture is needed, so that none waits in memory.
+not streamed are read again when a picture is needed, so that none waits in memory. JSON Lines are
+opened as lines and parsed here, so that one broken row does not stop the others.
 """
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from os.path import commonpath
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import datasets
-from huggingface_hub.constants import HF_HUB_OFFLINE
 from PIL import Image
 from pydantic import model_validator
 
@@ -26,6 +26,7 @@ from moma.data.sources.reading import (
     digest,
     inside,
     matching,
+    parse_object,
     stamp_of,
     text_of,
 )
@@ -33,13 +34,16 @@ from moma.errors import UserError
 
 _BUILDERS = {
     "parquet": "parquet",
-    "jsonl": "json",
+    "jsonl": "text",
     "json": "json",
     "arrow": "arrow",
     "csv": "csv",
 }
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK_ROWS = 16
+_TEXTS = ("string", "large_string", "null")
+# The column of lines, and an encoding that keeps every byte of them.
+_LINE, _BYTES = "text", "latin-1"
 
 
 class DatasetConfig(CaptionReaderConfig):
@@ -90,6 +94,8 @@ class DatasetConfig(CaptionReaderConfig):
     def _rows(self) -> Iterator[Document | Rejected]:
         stamp, folder = self.stamp(), self._folder
         for number, values in enumerate(self._values(stamp)):
+            if self._by_line and not values[_LINE].strip():
+                continue
             row = _Row(values, number, stamp, folder, f"{self.path}, row {number + 1}")
             yield attempt(row.place, partial(self._document, row))
 
@@ -114,6 +120,11 @@ class DatasetConfig(CaptionReaderConfig):
         return re.sub(r"\.(gz|zst|xz|bz2)$", "", self.path.lower()).rpartition(".")[2]
 
     @property
+    def _by_line(self) -> bool:
+        """Whether rows are lines of JSON."""
+        return self._ending == "jsonl"
+
+    @property
     def _folder(self) -> Path:
         """What relative paths of pictures are relative to, and do not leave."""
         files = self._files()
@@ -132,7 +143,17 @@ class DatasetConfig(CaptionReaderConfig):
         except Exception as error:  # whatever the file, the network and the library raise
             raise UserError(f"{self.path}: cannot read it ({error})") from error
 
+    def _parsed(self, line: str) -> dict[str, Any]:
+        """The columns of a line of JSON."""
+        values = parse_object(line.encode(_BYTES))
+        missing = [column for column in self._columns if column not in values]
+        if missing:
+            raise UserError(f"has no '{missing[0]}'; the keys there are: {', '.join(values)}")
+        return values
+
     def _document(self, row: "_Row") -> Document:
+        if self._by_line:
+            row = replace(row, values=self._parsed(row.values[_LINE]))
         if self.segments_column is None and self.image_column is None:
             text = text_of(row.values, self.text_column)
             return Document(digest(text), (text,), row=row.place)
@@ -214,27 +235,63 @@ def _read_cell(config: DatasetConfig, stamp: str, row: int, which: int, place: s
 @lru_cache(maxsize=8)
 def _open(config: DatasetConfig, stamp: str) -> Any:
     """The columns that are read, as Arrow tables; the stamp is there to open changed files anew."""
+    columns = [_LINE] if config._by_line else config._columns
     try:
         opened = _load(config)
-        found = opened.column_names or config._columns
+        found = opened.column_names or columns
     except UserError:
         raise
     except Exception as error:  # whatever the file, the network and the library raise
         cause = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-        offline = "; HF_HUB_OFFLINE=0 lets it ask the hub" if HF_HUB_OFFLINE else ""
-        raise UserError(f"{config.path}: `datasets` cannot open it ({cause}){offline}") from error
-    missing = [column for column in config._columns if column not in found]
+        raise UserError(
+            f"{config.path}: `datasets` cannot open it ({cause}){_advice(config)}"
+        ) from error
+    missing = [column for column in columns if column not in found]
     if missing:
         raise UserError(
             f"{config.path}: has no column '{missing[0]}'; the columns are: {', '.join(found)}"
         )
+    if not config._by_line and config.segments_column is None:
+        _check_texts(config, opened.features or {})
     # Arrow's own values: `datasets` would decode pictures, wherever their paths lead.
-    return opened.select_columns(config._columns).with_format("arrow")
+    return opened.select_columns(columns).with_format("arrow")
+
+
+def _check_texts(config: DatasetConfig, features: dict[str, Any]) -> None:
+    """Refuse a column of numbers or the like as texts at once, instead of row by row."""
+    feature = features.get(config.text_column)
+    feature = getattr(feature, "feature", feature)  # of a list
+    if isinstance(feature, datasets.Value) and feature.dtype not in _TEXTS:
+        others = [
+            name
+            for name, one in features.items()
+            if isinstance(one, datasets.Value) and one.dtype in _TEXTS
+        ]
+        raise UserError(
+            f"{config.path}: the column '{config.text_column}' holds {feature.dtype}, no texts; "
+            f"set text_column to a column of texts: {', '.join(others) or 'there is none'}"
+        )
+
+
+def _is_on_hub(config: DatasetConfig) -> bool:
+    return not config._files() and not Path(config.path).is_dir()
+
+
+def _advice(config: DatasetConfig) -> str:
+    """What to do where a name on the hub cannot be opened."""
+    if not _is_on_hub(config):
+        return ""
+    if datasets.config.HF_HUB_OFFLINE:
+        return "; HF_HUB_OFFLINE is set: unset it to let it ask the hub"
+    return (
+        "; a name on the hub needs a network, and for closed data sets a login: "
+        "or fetch its files and give their path"
+    )
 
 
 def _load(config: DatasetConfig) -> Any:
     files = [str(file) for file in config._files()]
-    if not files and not Path(config.path).is_dir() and not _HUB_NAME.fullmatch(config.path):
+    if _is_on_hub(config) and not _HUB_NAME.fullmatch(config.path):
         raise UserError(
             f"{config.path}: is no file that ends in {', '.join(_BUILDERS)}, no folder, and no "
             "name on the hub such as owner/name; check the source's 'path'"
@@ -242,6 +299,9 @@ def _load(config: DatasetConfig) -> Any:
     where: dict[str, Any] = {"path": config.path, "name": config.subset}
     if files:
         where = {"path": _BUILDERS[config._ending], "data_files": files}
+    if config._by_line:
+        where["encoding"] = _BYTES
+    datasets.disable_progress_bars()  # `prepare` shows its own
     return datasets.load_dataset(
         **where, split=config.split, revision=config.revision, streaming=config.streaming
     )

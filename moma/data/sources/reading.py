@@ -217,7 +217,9 @@ def text_of(values: dict[str, Any], key: str) -> str:
         UserError: it is not; the reason names the keys that are.
     """
     value = values.get(key)
-    if not isinstance(value, str) or not value.strip():
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"needs a text under '{key}', not {type(value).__name__}")
+    if not value or not value.strip():
         found = ", ".join(values) or "none"
         raise UserError(f"needs a text under '{key}'; the keys there are: {found}")
     return checked_text(value, f"under '{key}'")
@@ -229,9 +231,11 @@ def checked_text(value: str, where: str) -> str:
     Raises:
         UserError: it holds what no text may hold, though JSON can spell it.
     """
-    # Half of a surrogate pair, or a zero byte.
     if "\0" in value or re.search("[\ud800-\udfff]", value):
-        raise UserError(f"the text {where} is not valid; mend or remove the row")
+        raise UserError(
+            f"the text {where} is not valid: it holds a zero byte or half of a surrogate pair; "
+            "mend or remove the row"
+        )
     return value
 
 

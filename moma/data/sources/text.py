@@ -1,6 +1,7 @@
 """Plain text: paragraphs of text files, and rows of JSON Lines."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -11,6 +12,7 @@ from moma.data.sources.reading import (
     Line,
     ReaderConfig,
     attempt,
+    checked_text,
     digest,
     filled,
     lines,
@@ -28,7 +30,8 @@ class TextConfig(ReaderConfig):
     """UTF-8 text files; their paragraphs, separated by blank lines, are the documents.
 
     Of a file whose name ends in `.jsonl` every row is a document. A document is named by a digest
-    of its text. A paragraph over 1 MiB goes on as further documents, cut where a line ends.
+    of its text. A paragraph over 1 MiB goes on as further documents, cut where a line ends;
+    they are held out together.
 
     Attributes:
         path: the file, or a pattern such as `texts/**/*.txt`.
@@ -61,14 +64,24 @@ class TextConfig(ReaderConfig):
 def _paragraphs(path: Path) -> Iterator[Document | Rejected]:
     for is_filled, rows in groupby(lines(path), key=_is_filled):
         if is_filled:
-            yield from map(_paragraph, _pieces(rows))
+            yield from _held_out_together(map(_paragraph, _pieces(rows)))
+
+
+def _held_out_together(pieces: Iterator[Document | Rejected]) -> Iterator[Document | Rejected]:
+    """The pieces of a paragraph, which go by the name of the first one."""
+    first = ""
+    for piece in pieces:
+        if isinstance(piece, Document):
+            piece = replace(piece, held_out_with=first)
+            first = first or piece.name
+        yield piece
 
 
 def _paragraph(rows: list[Line]) -> Document | Rejected:
     texts = []
     for row in rows:
         try:
-            texts.append(row.text())
+            texts.append(checked_text(row.text(), "of the line"))
         except UserError as error:
             return Rejected(row.place, f"{error}; its paragraph begins in row {rows[0].number}")
     text = "".join(texts).strip()

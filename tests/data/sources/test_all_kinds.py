@@ -17,7 +17,9 @@ DOCS = Path(__file__).parents[3] / "docs"
 
 def documented_sources():
     for page in sorted(DOCS.glob("*.md")):
-        for block in re.findall(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
+        text = page.read_text(encoding="utf-8")
+        blocks = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+        for block in [*blocks, *re.findall(r"\.toml <<'END'\n(.*?)END\n", text, re.DOTALL)]:
             yield from tomllib.loads(block).get("data", {}).get("sources", ())
 
 

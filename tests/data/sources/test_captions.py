@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 from PIL import Image
+from rows import accepted
 
-from moma.data.documents import Picture, Rejected, accepted, held_out_share, is_held_out
+from moma.data.documents import Picture, Rejected, held_out_share, is_held_out
 from moma.data.sources import CaptionsConfig
 from moma.errors import UserError
 

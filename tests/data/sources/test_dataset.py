@@ -5,13 +5,15 @@ import json
 import pickle
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
 from pydantic import ValidationError
+from rows import accepted
 
-from moma.data.documents import Picture, Rejected, accepted
+from moma.data.documents import Picture, Rejected
 from moma.data.sources import DatasetConfig
 from moma.errors import UserError
 
@@ -191,3 +193,65 @@ def test_what_cannot_be_opened_is_named(tmp_path, settings, message):
 def test_two_layouts_at_once_are_refused():
     with pytest.raises(ValidationError, match="not both"):
         source_of(path="a.parquet", image_column="a", segments_column="b")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_rows_of_json_lines_are_set_aside(tmp_path, streaming, capfd):
+    Image.new("RGB", (7, 2)).save(tmp_path / "a.png")
+    lines = [
+        json.dumps({"text": "ä\u2028 \x85 one", "image": "a.png"}, ensure_ascii=False).encode(),
+        b'{"text": "cut',
+        b"",
+        b'{"text": "\xff", "image": "a.png"}',
+        b'{"image": "a.png"}',
+        b'{"text": 7, "image": "a.png"}',
+        b'{"text": "2020-01-01", "image": "a.png", "more": {"a": 1}}',
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    source = source_of(path=str(path), image_column="image", streaming=streaming, caption_first=1)
+    first, *rejected, last = source.documents()
+    assert shape(first) == ["ä\u2028 \x85 one", 7] and shape(last) == ["2020-01-01", 7]
+    assert [row.row for row in rejected] == [f"{path}, row {n}" for n in (2, 4, 5, 6)]
+    for row, reason in zip(
+        rejected, ("not valid JSON", "not valid JSON", "has no 'text'", "not int"), strict=True
+    ):
+        assert reason in row.reason
+    assert capfd.readouterr().err == ""  # no progress bars of `datasets`
+
+
+def test_names_do_not_depend_on_the_kind_of_file(tmp_path):
+    rows = [{"segments": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    paths = [str(tmp_path / "a.jsonl"), write(tmp_path / "a.parquet", rows)]
+    ours, theirs = (
+        [d.name for d in accepted(source_of(path=p, segments_column="segments").documents())]
+        for p in paths
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("column", ["id", "ids"])
+def test_a_column_of_numbers_is_refused_once(tmp_path, streaming, column):
+    rows = [{"id": 1, "ids": [1, 2], "caption": "a", "image": [None, png(1)]}]
+    path = write(tmp_path / "a.parquet", rows)
+    source = source_of(path=path, text_column=column, image_column="image", streaming=streaming)
+    with pytest.raises(UserError, match=rf"'{column}' holds int64, no texts; .*: caption$"):
+        list(source.documents())
+
+
+def test_a_name_on_the_hub_that_cannot_be_reached_is_told(monkeypatch):
+    source = source_of(path="nobody/nothing")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set: unset it"):
+        list(source.documents())
+
+    def unreachable(**arguments):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match=r"no route.*needs a network"):
+        list(source.documents())

@@ -3,8 +3,9 @@
 import json
 
 import pytest
+from rows import accepted
 
-from moma.data.documents import Rejected, accepted
+from moma.data.documents import Rejected, is_held_out
 from moma.data.sources import TextConfig, reading
 from moma.data.sources import text as text_module
 from moma.errors import UserError
@@ -88,3 +89,22 @@ def test_a_missing_file_is_named(tmp_path, name):
     for ask in (lambda: list(source.documents()), source.stamp):
         with pytest.raises(UserError, match=r"/no.*check the source's 'path'"):
             ask()
+
+
+def test_pieces_of_a_paragraph_are_held_out_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "_LONGEST_PARAGRAPH", 30)
+    long = "\n".join(f"line {number}" for number in range(50))
+    (tmp_path / "t.txt").write_text(f"short\n\n{long}\n\nother")
+    short, *pieces, other = accepted(source_of(path=tmp_path / "t.txt").documents())
+    assert len(pieces) > 10
+    for share in (n / 20 for n in range(20)):
+        assert len({is_held_out(piece, share) for piece in pieces}) == 1
+    assert {d.held_out_with for d in (short, pieces[0], other)} == {""}
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_a_zero_byte_is_rejected(tmp_path, name):
+    row = json.dumps({"text": "a\0b"}) if name == "t.jsonl" else "a\0b"
+    (tmp_path / name).write_text(row)
+    (rejected,) = source_of(path=tmp_path / name).documents()
+    assert isinstance(rejected, Rejected) and "zero byte" in rejected.reason

@@ -8,8 +8,9 @@ import tracemalloc
 
 import pytest
 from PIL import Image
+from rows import accepted
 
-from moma.data.documents import Picture, Rejected, accepted
+from moma.data.documents import Picture, Rejected
 from moma.data.sources import WebDatasetConfig
 from moma.errors import UserError
 
