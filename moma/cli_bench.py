@@ -83,3 +83,44 @@ def layer(
     for row in rows:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)
+
+
+@app.command()
+def throughput(
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(help="recipes, the first being the baseline; and changes to all of them"),
+    ] = None,
+    table2: Annotated[
+        bool, typer.Option("--table2", help="instead: the architectures of Table 2")
+    ] = False,
+    row: Annotated[str, typer.Option(help="of --table2: 256, 90m, 435m or 1b4")] = "256",
+    repeats: Annotated[int, typer.Option(min=1, help="of a step of each, in turn")] = 11,
+    warm_up: Annotated[int, typer.Option(min=1, help="steps of each before")] = 2,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="measure what the log's statistics cost instead")
+    ] = False,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="leave out what other processes take; for one thread")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON list and nothing else")
+    ] = False,
+) -> None:
+    """Steps of `moma train` on made-up documents: tokens a second, MFU, memory."""
+    from moma.study.bench_throughput import Sizes, bench_statistics, bench_throughput, named, table2 as rows_of
+    chosen = recipes or []
+    overrides = [text for text in chosen if "=" in text]
+    paths = [Path(text) for text in chosen if "=" not in text]
+    if table2 == bool(paths):
+        raise UserError("name recipes, or give --table2")
+    found = rows_of(row, overrides) if table2 else named(paths, overrides)
+    sizes = Sizes(repeats, warm_up, cpu_time)
+    measure = bench_statistics if statistics else bench_throughput
+    rows = measure(found, sizes, quiet=as_json)
+    if table2 and not statistics:
+        rows = [{"ratio_to_dense" if k == "ratio_to_first" else k: v for k, v in r.items()} for r in rows]
+    if as_json:
+        print(json.dumps(rows))
+        return
+    print(rows)

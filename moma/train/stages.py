@@ -12,13 +12,15 @@ from moma.model.flops import router_stage_flops_per_token, training_flops_per_to
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.checkpoint import read_rank_states, read_state
+from moma.runtime.optimizer import make_optimizer
 from moma.runtime.recompute import recompute
 from moma.runtime.sharding import shard
 from moma.runtime.world import World, can_compile
 from moma.train.changes import differences
 from moma.train.recipe import Recipe
 from moma.train.restore import is_finished, load_weights, newest_checkpoint, read_run_recipe
-from moma.train.step import Objective, next_token_objective, router_objective
+from moma.train.step import Objective, Step, next_token_objective, router_objective
+from moma.train.watch import Watch
 from moma.vocabulary import Vocabulary
 
 
@@ -98,6 +100,20 @@ def objective_of(recipe: Recipe, device: torch.device) -> Objective:
         return router_objective
     compiled = recipe.stage_config.compile and can_compile(device)
     return next_token_objective(recipe.stage_config.z_loss, compiled)
+
+
+def make_step(recipe: Recipe, model: Transformer, world: World, watch: Watch) -> Step:
+    """The step of the recipe's stage, with an optimizer of its own."""
+    settings = recipe.stage_config.optimizer
+    return Step(
+        model,
+        make_optimizer(model, settings),
+        objective_of(recipe, world.device),
+        settings.clip,
+        world,
+        watch,
+        recipe.engine.compute_dtype(world.device),
+    )
 
 
 def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
