@@ -108,19 +108,35 @@ def throughput(
     ] = False,
 ) -> None:
     """Steps of `moma train` on made-up documents: tokens a second, MFU, memory."""
-    from moma.study.bench_throughput import Sizes, bench_statistics, bench_throughput, named, table2 as rows_of
-    chosen = recipes or []
-    overrides = [text for text in chosen if "=" in text]
-    paths = [Path(text) for text in chosen if "=" not in text]
+    from moma.study import bench_throughput as bench
+
+    overrides = [text for text in recipes or () if "=" in text]
+    paths = [Path(text) for text in recipes or () if "=" not in text]
     if table2 == bool(paths):
-        raise UserError("name recipes, or give --table2")
-    found = rows_of(row, overrides) if table2 else named(paths, overrides)
-    sizes = Sizes(repeats, warm_up, cpu_time)
-    measure = bench_statistics if statistics else bench_throughput
-    rows = measure(found, sizes, quiet=as_json)
-    if table2 and not statistics:
-        rows = [{"ratio_to_dense" if k == "ratio_to_first" else k: v for k, v in r.items()} for r in rows]
+        raise UserError("name one or more recipes, or give --table2")
+    chosen = bench.table2(row, overrides) if table2 else bench.named(paths, overrides)
+    sizes = bench.Sizes(repeats, warm_up, cpu_time)
+    if statistics:
+        rows = bench.bench_statistics(chosen, sizes, quiet=as_json)
+    else:
+        baseline = "dense" if table2 else "first"
+        rows = bench.bench_throughput(chosen, sizes, baseline, quiet=as_json)
     if as_json:
         print(json.dumps(rows))
         return
-    print(rows)
+    table = Table(*rows[0], title="a step of the trainer")
+    for found in rows:
+        table.add_row(*(_readable(key, value) for key, value in found.items()))
+    Console().print(table)
+
+
+def _readable(key: str, value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    if key == "peak_bytes":
+        return f"{value / 2**30:.2f} GiB"
+    if key in ("flops_per_token", "parameters"):
+        return f"{value / 1e6:,.1f}M"
+    if key in ("mfu", "spread", "overhead"):
+        return f"{value:.1%}" if key == "mfu" else f"{value:.2%}"
+    return f"{value:,.0f}" if value > 100 else f"{value:.4f}"

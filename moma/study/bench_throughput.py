@@ -100,13 +100,13 @@ def named(paths: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Rec
 
 
 def bench_throughput(
-    recipes: Mapping[str, Recipe], sizes: Sizes, quiet: bool = False
+    recipes: Mapping[str, Recipe], sizes: Sizes, baseline: str = "first", quiet: bool = False
 ) -> list[dict[str, Any]]:
     """Measure recipes by name, in turn.
 
     Returns:
-        For each the figures that `docs/throughput.md` lists; `ratio_to_first` is the median of the
-        ratios of all rounds.
+        For each the figures that `docs/throughput.md` lists. `ratio_to_…` and the `baseline`'s name
+        is the median of the ratios to the first recipe's speed, round by round.
 
     Raises:
         UserError: a recipe cannot be packed, or needs more memory than there is.
@@ -128,7 +128,7 @@ def bench_throughput(
             "name": runner.name,
             "tokens_per_second": statistics.median(own),
             "spread": _spread(own),
-            "ratio_to_first": statistics.median(map(truediv, own, speeds[0])),
+            f"ratio_to_{baseline}": statistics.median(map(truediv, own, speeds[0])),
             "mfu": statistics.median(own) * runner.flops_per_token / peak_of[runner.dtype],
             "peak_bytes": runner.peak_bytes,
             "flops_per_token": round(runner.flops_per_token),
@@ -144,8 +144,8 @@ def bench_statistics(
     """Measure what the log's statistics of routers and gradients cost.
 
     Returns:
-        For each recipe `name`; median `step_seconds` of a step without any; `keeping` and `logging`,
-        what is added to it by keeping what routers did, at every step, and by a row of the log;
+        For each recipe `name`; median `step_seconds` of a step without any; `keeping` and
+        `logging`, what is added to it by routers telling what they did, and by a row of the log;
         `overhead`, the two together as a part of a step, with a row every `log_every` steps.
     """
     device = local_device()
@@ -168,7 +168,9 @@ def bench_statistics(
 def _overhead(
     runner: "_Runner", bare: list[float], kept: list[float], logged: list[float]
 ) -> dict[str, Any]:
-    keeping, logging = (statistics.median(map(sub, *pair)) for pair in ((kept, bare), (logged, kept)))
+    keeping, logging = (
+        statistics.median(map(sub, *pair)) for pair in ((kept, bare), (logged, kept))
+    )
     step = statistics.median(bare)
     return {
         "name": runner.name,
@@ -199,6 +201,7 @@ class _Runner:
             [[packer.pack() for _ in range(self.config.micro_batches)] for _ in range(_STEPS)]
         )
         self._model = prepare_model(recipe, vocabulary, world)
+        self.parameters = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
         self._step = make_step(recipe, self._model, world, Watch(self.config, device))
         self._window = Window(recipe, self._model, self.flops_per_token, world)
         compiled = self.config.compile and can_compile(device)

@@ -1,6 +1,6 @@
 """Micro-batches without data: made-up documents, packed as real ones are.
 
-Speed and memory depend on shapes, on how many pictures and documents a row holds, and hardly on what
+Speed and memory depend on shapes, on how many pictures and documents a row holds, hardly on what
 they say.
 """
 

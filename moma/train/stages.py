@@ -66,13 +66,8 @@ def prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Trans
     if recipe.from_ is not None:
         _load(recipe, model, vocabulary)
     model = model.to(world.device)
-    routers = {p for router in model.auxiliary_routers() for p in router.parameters()}
-    trains_routers = recipe.stage == "aux_router"
-    for parameter in model.parameters():
-        parameter.requires_grad_((parameter in routers) == trains_routers)
-    if trains_routers:
-        model.eval()
-    units = list(_units(model))
+    train_only(model, routers=recipe.stage == "aux_router")
+    units = list(units_of(model))
     for layer in model.units():
         # Operations are remembered one by one: no sharding may happen among them.
         parts = _parts(layer) if recipe.engine.recompute == "selective" else [layer]
@@ -82,6 +77,15 @@ def prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Trans
         _compile(model, whole_layers=world.mesh is None or len(units) == len(model.layers))
     shard(model, units, world, recipe.engine)
     return model
+
+
+def train_only(model: Transformer, routers: bool) -> None:
+    """Freeze all but the auxiliary routers, which then see the model as it is, or only these."""
+    own = {p for router in model.auxiliary_routers() for p in router.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_((parameter in own) == routers)
+    if routers:
+        model.eval()
 
 
 def origin(recipe: Recipe) -> Origin:
@@ -141,8 +145,8 @@ def _load(recipe: Recipe, model: Transformer, vocabulary: Vocabulary) -> None:
     grow(seed.state_dict(), before.model, model)
 
 
-def _units(model: Transformer) -> Iterator[nn.Module]:
-    """Layers, and before each its groups of experts if they run one after the other.
+def units_of(model: Transformer) -> Iterator[nn.Module]:
+    """What is sharded one by one: layers, and before each its groups of experts if these run apart.
 
     Then the next group's weights are gathered while one computes (§3).
     """
