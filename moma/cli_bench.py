@@ -95,6 +95,9 @@ def throughput(
         bool, typer.Option("--table2", help="instead: the architectures of Table 2")
     ] = False,
     row: Annotated[str, typer.Option(help="of --table2: 256, 90m, 435m or 1b4")] = "256",
+    only: Annotated[
+        list[str] | None, typer.Option(help="of --table2, beside dense; may be given several times")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="of a step of each, in turn")] = 11,
     warm_up: Annotated[int, typer.Option(min=1, help="steps of each before")] = 2,
     statistics: Annotated[
@@ -114,7 +117,11 @@ def throughput(
     paths = [Path(text) for text in recipes or () if "=" not in text]
     if table2 == bool(paths):
         raise UserError("name one or more recipes, or give --table2")
-    chosen = bench.table2(row, overrides) if table2 else bench.named(paths, overrides)
+    chosen = (
+        bench.table2(row, overrides, only or bench.TABLE2)
+        if table2
+        else bench.named(paths, overrides)
+    )
     sizes = bench.Sizes(repeats, warm_up, cpu_time)
     if statistics:
         rows = bench.bench_statistics(chosen, sizes, quiet=as_json)

@@ -66,14 +66,23 @@ class Sizes:
         return time.process_time if self.cpu_time else time.perf_counter
 
 
-def table2(row: str, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+def table2(
+    row: str, overrides: Sequence[str] = (), only: Sequence[str] = TABLE2
+) -> dict[str, Recipe]:
     """The architectures of Table 2 at one row, that is at about the same operations a token.
 
+    Args:
+        row: of Table 1, or `256`.
+        overrides: changes to each recipe.
+        only: some of the architectures; `dense` is among them always, as the others' baseline.
+
     Raises:
-        UserError: there is no such row, or an override is wrong.
+        UserError: there is no such row or architecture, or an override is wrong.
     """
     if row not in ROWS:
         raise UserError(f"--row {row}: use {', '.join(ROWS)}")
+    if unknown := [name for name in only if name not in TABLE2]:
+        raise UserError(f"--only {unknown[0]}: use {', '.join(TABLE2)}")
     plain, deep = (shipped_recipe(name) for name in ROWS[row])
     return {
         name: read_recipe(
@@ -82,6 +91,7 @@ def table2(row: str, overrides: Sequence[str] = ()) -> dict[str, Recipe]:
             [f"model.groups={name}", *overrides],
         )
         for name in TABLE2
+        if name in ("dense", *only)
     }
 
 
