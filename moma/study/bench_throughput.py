@@ -252,10 +252,10 @@ class _Runner:
         synchronise(self._device)
         return clock() - began
 
-    def warm_up(self, jobs: Sequence[Callable[[], None]], times: int) -> None:
+    def warm_up(self, jobs: list[Callable[[], None]], times: int) -> None:
         """Compile, settle, and find the most memory that a step needs."""
         try:
-            for job in (*jobs, *(jobs * times)):
+            for job in jobs * (1 + times):
                 job()
             self.peak_bytes = self._held() + allocated_peak(self.train, self._device)
         except torch.OutOfMemoryError as error:

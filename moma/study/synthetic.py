@@ -22,8 +22,12 @@ def made_up_vocabulary(recipe: Recipe) -> Vocabulary:
     """A vocabulary of a recipe's sizes; the ids mean nothing."""
     codes = recipe.codec.codebook_size
     return Vocabulary(
-        recipe.text_tokenizer.vocabulary_size,
-        *range(_SPECIAL),
+        size=recipe.text_tokenizer.vocabulary_size,
+        beginning=0,
+        end=1,
+        padding=2,
+        begin_image=3,
+        end_image=4,
         image_codes=tuple(range(_SPECIAL, _SPECIAL + codes)),
         codes_per_image=recipe.codec.codes_per_side**2,
     )

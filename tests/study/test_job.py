@@ -36,7 +36,8 @@ def test_time_and_cost():
 def test_memory_is_of_the_largest_rank():
     found = job_of(gpus=256)["memory"]
     assert found["total"] == sum(found[part] for part in PARTS)
-    assert (found["largest_rank"], found["smallest_rank"]) == (0, 255)
+    # From the 17th rank on, the 16 heads' norms leave nothing to hold.
+    assert (found["largest_rank"], found["smallest_rank"]) == (0, 16)
     assert found["held_by_largest"] == sum(found[part] for part in PARTS[:3])
     assert found["held_by_largest"] > found["held_by_smallest"]
     one = job_of(gpus=1)["memory"]
@@ -48,7 +49,8 @@ def test_memory_is_of_the_largest_rank():
 
 def test_copies_hold_more_and_send_less():
     whole, copied = (job_of(overrides=(f"engine.replicate={n}",), gpus=16) for n in (1, 2))
-    assert copied["memory"]["parameters"] == 2 * whole["memory"]["parameters"]
+    twice = 2 * whole["memory"]["parameters"]
+    assert copied["memory"]["parameters"] == pytest.approx(twice, rel=1e-3)
     assert copied["communication"]["gathered"] < whole["communication"]["gathered"]
     with pytest.raises(UserError, match=r"replicate: 16 GPUs cannot hold 3 copies"):
         job_of(overrides=("engine.replicate=3",), gpus=16)
