@@ -1,5 +1,7 @@
 """Planned activations against the memory of a real step."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from moma.train.step import to_device
 
 CPU = torch.device("cpu")
 NEAR = 0.15
-CASES = {
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dense": ("dense", "none", {}),
     "dense, again": ("dense", "layer", {}),
     "dense, selective": ("dense", "selective", {}),

@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def held_in(recipe: Recipe, world: World) -> dict[str, int]:
         found["gradients"] = storages(p.grad for p in model.parameters() if p.grad is not None)
         return clip()
 
-    step._clip = caught
+    step._clip = caught  # type: ignore[method-assign]
     step([made_up_batches(recipe, vocabulary, world.rank).pack()], 1e-3)
     found["parameters"] = storages(model.parameters())
     states = step.optimizer.state.values()
@@ -111,10 +112,11 @@ def test_256_ranks_of_the_largest_sparse_model_build_their_shards(made_up_world,
     planned = held_bytes(model, 256, rank)
     whole = sum(p.numel() for p in model.parameters())
     shard(model, units_of(model), made_up_world(256, rank), EngineConfig(compute="bf16"))
-    local = [p.to_local() for p in model.parameters()]
+    parameters: list[Any] = list(model.parameters())
+    local = [p.to_local() for p in parameters]
     assert all(part.is_meta for part in local)
     assert sum(part.untyped_storage().nbytes() for part in local) == planned["parameters"]
-    trained = [p.to_local().numel() for p in model.parameters() if p.requires_grad]
+    trained = [p.to_local().numel() for p in parameters if p.requires_grad]
     assert sum(8 * numel + 4 for numel in trained) == planned["optimizer"]
     # As even as can be: no rank holds more than 1% above its part.
     assert planned["parameters"] < 1.01 * 4 * whole / 256
