@@ -14,6 +14,7 @@ from rich.table import Table
 from moma.cli_arguments import AsJson, Overrides, RecipeFile, RunFolder, Version
 from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
+from moma.cli_plan import app as plan_app
 from moma.cli_tokenizer import app as tokenizer_app
 from moma.errors import LostRankError, StoppedError, UserError
 
@@ -34,6 +35,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app)
 app.add_typer(importing)
 app.add_typer(exporting)
+app.add_typer(plan_app)
 
 
 @app.callback()
@@ -153,16 +155,6 @@ def replay(run: RunFolder, as_json: AsJson = False) -> None:
     from moma.train.replay import replay as go_through
 
     _show(f"{run}, its fault", go_through(Run(run), quiet=as_json), as_json)
-
-
-@app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Count a recipe's parameters and operations by part; nothing is allocated."""
-    from moma.recipe import read_recipe
-    from moma.study.plan import plan as count
-    from moma.train.recipe import Recipe
-
-    _show(str(recipe), count(read_recipe(Recipe, recipe, overrides or ())), as_json)
 
 
 @app.command()

@@ -83,3 +83,67 @@ def layer(
     for row in rows:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     Console().print(table)
+
+
+@app.command()
+def throughput(
+    recipes: Annotated[
+        list[str] | None,
+        typer.Argument(help="recipes, the first being the baseline; and changes to all of them"),
+    ] = None,
+    table2: Annotated[
+        bool, typer.Option("--table2", help="instead: the architectures of Table 2")
+    ] = False,
+    row: Annotated[str, typer.Option(help="of --table2: 256, 90m, 435m or 1b4")] = "256",
+    only: Annotated[
+        list[str] | None, typer.Option(help="of --table2, beside dense; may be given several times")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="of a step of each, in turn")] = 11,
+    warm_up: Annotated[int, typer.Option(min=1, help="steps of each before")] = 2,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="measure what the log's statistics cost instead")
+    ] = False,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="leave out what other processes take; for one thread")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="print one JSON list and nothing else")
+    ] = False,
+) -> None:
+    """Steps of `moma train` on made-up documents: tokens a second, MFU, memory."""
+    from moma.study import bench_throughput as bench
+
+    overrides = [text for text in recipes or () if "=" in text]
+    paths = [Path(text) for text in recipes or () if "=" not in text]
+    if table2 == bool(paths):
+        raise UserError("name one or more recipes, or give --table2")
+    chosen = (
+        bench.table2(row, overrides, only or bench.TABLE2)
+        if table2
+        else bench.named(paths, overrides)
+    )
+    sizes = bench.Sizes(repeats, warm_up, cpu_time)
+    if statistics:
+        rows = bench.bench_statistics(chosen, sizes, quiet=as_json)
+    else:
+        baseline = "dense" if table2 else "first"
+        rows = bench.bench_throughput(chosen, sizes, baseline, quiet=as_json)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    table = Table(*rows[0], title="a step of the trainer")
+    for found in rows:
+        table.add_row(*(_readable(key, value) for key, value in found.items()))
+    Console().print(table)
+
+
+def _readable(key: str, value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    if key == "peak_bytes":
+        return f"{value / 2**30:.2f} GiB"
+    if key in ("flops_per_token", "parameters"):
+        return f"{value / 1e6:,.1f}M"
+    if key in ("mfu", "spread", "overhead"):
+        return f"{value:.1%}" if key == "mfu" else f"{value:.2%}"
+    return f"{value:,.0f}" if value > 100 else f"{value:.4f}"

@@ -13,7 +13,7 @@ FLOORS = (
     {"train", "generate"},
     {"evaluate", "hub"},
     {"study"},
-    {"cli", "cli_arguments", "cli_bench", "cli_hub", "cli_tokenizer", "web"},
+    {"cli", "cli_arguments", "cli_bench", "cli_hub", "cli_plan", "cli_tokenizer", "web"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

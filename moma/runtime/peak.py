@@ -1,8 +1,14 @@
-"""How fast a device multiplies matrices: what use of it is measured against (MFU)."""
+"""What a device gives: its fastest matrix product, against which use is measured, and memory."""
 
+import json
 import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
@@ -11,10 +17,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
-        _synchronise(device)
+        synchronise(device)
         start = time.perf_counter()
         torch.mm(a, b)
-        _synchronise(device)
+        synchronise(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -28,6 +34,29 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _synchronise(device: torch.device) -> None:
+def allocated_peak(job: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that a job has allocated at once, beyond what was there before it.
+
+    On a GPU the allocator tells; elsewhere the profiler's record of everything that was allocated
+    and freed, in compiled code too.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        job()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        job()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        record.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = [event for event in events if event["name"] == "[memory]"]
+    in_time = sorted(changes, key=lambda event: event["ts"])
+    return max(accumulate((event["args"]["Bytes"] for event in in_time), initial=0))
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -34,7 +34,12 @@ def recompute(module: nn.Module, how: Recompute) -> None:
     options: dict[str, Any] = {"use_reentrant": False}
     if how == "selective":
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
-    module.forward = partial(checkpoint, module.forward, **options)  # type: ignore[method-assign]
+    computed = module.forward
+
+    def forward(*arguments: Any) -> Any:  # compiling needs a function of ours here
+        return checkpoint(computed, *arguments, **options)
+
+    module.forward = forward  # type: ignore[method-assign]
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:

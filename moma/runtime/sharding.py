@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -77,8 +77,13 @@ def shard(
         cast_forward_inputs=False,
     )
     mesh = _mesh(world, config)
+    ranks = world.size // config.replicate
+
+    def placement(parameter: nn.Parameter) -> Shard:
+        return Shard(shard_dimension(parameter, ranks))
+
     for module in (*units, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=_shard_dimension)
+        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
     if world.device.type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
@@ -95,6 +100,12 @@ def _mesh(world: World, config: EngineConfig) -> DeviceMesh:
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def _shard_dimension(parameter: nn.Parameter) -> Shard:
-    """Stacked experts [E, in, out] are cut along `in`: E may be smaller than the world."""
-    return Shard(1 if parameter.ndim == 3 else 0)
+def shard_dimension(parameter: Tensor, ranks: int) -> int:
+    """The dimension that is cut between ranks.
+
+    Stacked experts [E, in, out] are cut along a width that the ranks divide, which sharding asks
+    of any dimension but the first: E may be smaller than the world.
+    """
+    if parameter.ndim < 3:
+        return 0
+    return next((width for width in (1, 2) if parameter.shape[width] % ranks == 0), 0)

@@ -20,16 +20,15 @@ from moma.runtime.checkpoint import (
     restore_random_state,
 )
 from moma.runtime.interrupt import Interruption, interruption
-from moma.runtime.optimizer import learning_rate, make_optimizer
+from moma.runtime.optimizer import learning_rate
 from moma.runtime.world import World, telling_of_lost_ranks
 from moma.runtime.writer import CheckpointWriter
 from moma.train.changes import claim
 from moma.train.fault import Recent, raise_fault
 from moma.train.metrics import HostCopy, Window
 from moma.train.recipe import Recipe
-from moma.train.stages import check_source, flops_per_token, objective_of, origin, prepare_model
+from moma.train.stages import check_source, flops_per_token, make_step, origin, prepare_model
 from moma.train.statistics import Statistics
-from moma.train.step import Step
 from moma.train.tracking import Tracker, make_trackers
 from moma.train.watch import Watch
 from moma.vocabulary import Vocabulary
@@ -75,17 +74,9 @@ class Trainer:
         self.recipe, self.config, self.run = recipe, recipe.stage_config, run
         self.model, self.world = model, world
         self.fingerprint = vocabulary.fingerprint
-        self.optimizer = make_optimizer(model, self.config.optimizer)
         self.watch = Watch(self.config, world.device)
-        self.step = Step(
-            model,
-            self.optimizer,
-            objective_of(recipe, world.device),
-            self.config.optimizer.clip,
-            world,
-            self.watch,
-            recipe.engine.compute_dtype(world.device),
-        )
+        self.step = make_step(recipe, model, world, self.watch)
+        self.optimizer = self.step.optimizer
         batches = Batches(
             recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
         )

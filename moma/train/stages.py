@@ -12,13 +12,15 @@ from moma.model.flops import router_stage_flops_per_token, training_flops_per_to
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.checkpoint import read_rank_states, read_state
+from moma.runtime.optimizer import make_optimizer
 from moma.runtime.recompute import recompute
 from moma.runtime.sharding import shard
 from moma.runtime.world import World, can_compile
 from moma.train.changes import differences
 from moma.train.recipe import Recipe
 from moma.train.restore import is_finished, load_weights, newest_checkpoint, read_run_recipe
-from moma.train.step import Objective, next_token_objective, router_objective
+from moma.train.step import Objective, Step, next_token_objective, router_objective
+from moma.train.watch import Watch
 from moma.vocabulary import Vocabulary
 
 
@@ -64,13 +66,8 @@ def prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Trans
     if recipe.from_ is not None:
         _load(recipe, model, vocabulary)
     model = model.to(world.device)
-    routers = {p for router in model.auxiliary_routers() for p in router.parameters()}
-    trains_routers = recipe.stage == "aux_router"
-    for parameter in model.parameters():
-        parameter.requires_grad_((parameter in routers) == trains_routers)
-    if trains_routers:
-        model.eval()
-    units = list(_units(model))
+    train_only(model, routers=recipe.stage == "aux_router")
+    units = list(units_of(model))
     for layer in model.units():
         # Operations are remembered one by one: no sharding may happen among them.
         parts = _parts(layer) if recipe.engine.recompute == "selective" else [layer]
@@ -80,6 +77,15 @@ def prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Trans
         _compile(model, whole_layers=world.mesh is None or len(units) == len(model.layers))
     shard(model, units, world, recipe.engine)
     return model
+
+
+def train_only(model: Transformer, routers: bool) -> None:
+    """Freeze all but the auxiliary routers, which then see the model as it is, or only these."""
+    own = {p for router in model.auxiliary_routers() for p in router.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_((parameter in own) == routers)
+    if routers:
+        model.eval()
 
 
 def origin(recipe: Recipe) -> Origin:
@@ -98,6 +104,20 @@ def objective_of(recipe: Recipe, device: torch.device) -> Objective:
         return router_objective
     compiled = recipe.stage_config.compile and can_compile(device)
     return next_token_objective(recipe.stage_config.z_loss, compiled)
+
+
+def make_step(recipe: Recipe, model: Transformer, world: World, watch: Watch) -> Step:
+    """The step of the recipe's stage, with an optimizer of its own."""
+    settings = recipe.stage_config.optimizer
+    return Step(
+        model,
+        make_optimizer(model, settings),
+        objective_of(recipe, world.device),
+        settings.clip,
+        world,
+        watch,
+        recipe.engine.compute_dtype(world.device),
+    )
 
 
 def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
@@ -125,8 +145,8 @@ def _load(recipe: Recipe, model: Transformer, vocabulary: Vocabulary) -> None:
     grow(seed.state_dict(), before.model, model)
 
 
-def _units(model: Transformer) -> Iterator[nn.Module]:
-    """Layers, and before each its groups of experts if they run one after the other.
+def units_of(model: Transformer) -> Iterator[nn.Module]:
+    """What is sharded one by one: layers, and before each its groups of experts if these run apart.
 
     Then the next group's weights are gathered while one computes (§3).
     """

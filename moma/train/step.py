@@ -87,12 +87,18 @@ def cross_entropy_sums(
     )
 
 
-def next_token_objective(z_loss: float, compiled: bool) -> Objective:
-    """Pre-training: cross-entropy of the next token over text and images, with z-loss."""
+def next_token_objective(z_loss: float, compiled: bool, choices: bool = True) -> Objective:
+    """Pre-training: cross-entropy of the next token over text and images, with z-loss.
+
+    Args:
+        z_loss: its weight.
+        compiled: whether the loss runs as a compiled graph.
+        choices: whether routers tell what they chose, which rows of the log need.
+    """
     sums = torch.compile(cross_entropy_sums, fullgraph=True) if compiled else cross_entropy_sums
 
     def objective(model: Transformer, batch: DeviceBatch) -> Losses:
-        output = model(batch.tokens, batch.documents, batch.positions, Routing(choices=True))
+        output = model(batch.tokens, batch.documents, batch.positions, Routing(choices=choices))
         losses = sums(
             output.logits_BSV.flatten(0, 1),
             batch.labels.flatten(),
