@@ -97,7 +97,9 @@ def prepare(
     if as_json:
         print(json.dumps(summary))
         return
-    _show_counts(summary, ("documents", "tokens", "pictures", "rejected"))
+    for counts in (summary, *summary["sources"].values()):
+        counts["held_out"] = counts["held_out"]["documents"]
+    _show_counts(summary, ("documents", "held_out", "tokens", "pictures", "rejected"))
     print(f"prepared {read.data.path}")
     if summary["rejected"]:
         print(f"rejected rows: {read.data.path}/rejected.jsonl")

@@ -53,6 +53,7 @@ class Prepared:
         return {
             **sum_counts(info.total for info in infos).model_dump(),
             "rejected": sum(info.rejected for info in infos),
+            "held_out": sum_counts(info.counts["held_out"] for info in infos).model_dump(),
             "sources": {name: _summary(info) for name, info in self.sources.items()},
         }
 

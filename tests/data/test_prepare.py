@@ -177,6 +177,8 @@ def test_the_summary_counts_what_is_there(tmp_path):
         assert summary[key] == captions[key] + text[key]
     held_out = prepared.sources["captions"].counts["held_out"]
     assert captions["held_out"] == held_out.model_dump() and held_out.documents > 0
+    in_all = held_out.documents + text["held_out"]["documents"]
+    assert summary["held_out"]["documents"] == in_all
     lines = [json.loads(line) for line in (tmp_path / "data/rejected.jsonl").open()]
     assert [line["source"] for line in lines] == ["captions"] * 2
     assert [
