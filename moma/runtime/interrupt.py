@@ -8,6 +8,7 @@ from types import FrameType
 import torch
 from torch import Tensor, distributed
 
+from moma.errors import StoppedError
 from moma.runtime.world import World
 
 
@@ -24,9 +25,14 @@ class Interruption:
         self._underway: tuple[distributed.Work, Tensor] | None = None
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Take note of a signal; the next one of its kind ends the process at once."""
+        """Take note of a signal; a second Ctrl-C ends the process at once.
+
+        A second SIGTERM does not: launchers pass one on that this process has got already, and
+        send SIGKILL when they mean it.
+        """
         self._received = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> str | None:
         """The name of the signal that a rank received before its last step but one, if any."""
@@ -66,6 +72,9 @@ def interruption(world: World) -> Iterator[Interruption]:
     try:
         yield asked
         asked.close()
+    except StoppedError:  # all ranks leave together, so that nothing need be left on its way
+        asked.close()
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
