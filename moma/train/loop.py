@@ -11,6 +11,7 @@ import torch
 
 from moma.data.batches import Batches, prepared_ahead, share_out
 from moma.errors import SharedError, StoppedError
+from moma.files import held_alone
 from moma.model.transformer import Transformer
 from moma.progress import Report, show_progress
 from moma.runs import Run, Tokenizers
@@ -26,7 +27,7 @@ from moma.runtime.checkpoint import (
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate, make_optimizer
 from moma.runtime.trace import Trace
-from moma.runtime.world import World, agreeing, telling_of_lost_ranks
+from moma.runtime.world import World, agreeing, gather, telling_of_lost_ranks
 from moma.runtime.writer import CheckpointWriter
 from moma.train.changes import claim
 from moma.train.fault import Recent, raise_fault
@@ -46,6 +47,9 @@ from moma.train.tracking import Tracker, make_trackers
 from moma.train.watch import Watch
 from moma.vocabulary import Vocabulary
 
+# Seconds after which a lost node's hold on a run folder should have ended.
+_PATIENCE = 120.0
+
 
 def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
     """Run the stage that the recipe names, or go on where it was interrupted.
@@ -62,6 +66,8 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
     run, data = Run(recipe.run), Tokenizers(recipe.data.path)
     with ExitStack() as stack:
         stack.enter_context(telling_of_lost_ranks(world))
+        asked = stack.enter_context(interruption(world))
+        held = _hold(run, recipe, world, stack)
         newest, damaged = newest_whole(run.checkpoints, world)
         if newest is not None and _is_last(newest, recipe):
             claim(run, recipe, data, world)
@@ -75,16 +81,28 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
             trainer = stack.enter_context(closing(Trainer(recipe, run, model, vocabulary, world)))
         # Last: a recipe that cannot be trained leaves no run behind.
         claim(run, recipe, data, world)
+        if not held:
+            _hold(run, recipe, world, stack)
         if newest is None:
             trainer.begin(begin)
         else:
             trainer.resume(newest, damaged)
         title, steps = f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps
-        # From here on there is something to save.
-        asked = stack.enter_context(interruption(world))
+        asked.listen()
         report = stack.enter_context(show_progress(title, steps, quiet or world.rank > 0))
         trainer.run_to_end(report, asked)
     return run
+
+
+def _hold(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
+    """Keep other processes out of the run folder, if it is there; the same on all ranks."""
+    there = gather(run.path.is_dir(), world.writers)[0]
+    if there:
+        with agreeing(world):
+            if world.rank == 0:
+                patience = min(_PATIENCE, recipe.engine.timeout / 2)
+                stack.enter_context(held_alone(run.path, patience))
+    return there
 
 
 def _is_last(checkpoint: Path, recipe: Recipe) -> bool:

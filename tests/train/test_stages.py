@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moma.data.batches import Batches
 from moma.errors import UserError
+from moma.files import held_alone
+from moma.model.depth import DepthConfig
 from moma.recipe import read_recipe, shipped_recipe, write_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in, load_model, newest_whole, read_state
@@ -82,7 +84,11 @@ def test_every_trainable_parameter_gets_a_gradient(tiny, seed, grown, stage):
     if stage == "aux_router":
         recipe = recipe.model_copy(update={"stage": stage, "from_": grown.path})
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
-    model = prepare_model(recipe, vocabulary, WORLD, find_source(recipe, WORLD))
+    source = find_source(recipe, WORLD)
+    # A gate may keep all tokens of a modality from its layer's experts: here all pass.
+    every = recipe.model.model_copy(update={"depth": DepthConfig(share=1.0)})
+    recipe = recipe.model_copy(update={"model": every})
+    model = prepare_model(recipe, vocabulary, WORLD, source)
     batch = to_device(next(Batches(recipe.data, vocabulary, recipe.seed)), WORLD.device)
     objective_of(recipe, WORLD.device)(model, batch).objective.backward()
     for name, parameter in model.named_parameters():
@@ -144,12 +150,28 @@ def test_a_finished_run_is_left_as_it_is(seed):
     assert state() == before
 
 
+def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tmp_path, capsys):
+    engine = tiny.engine.model_copy(update={"timeout": 0.1})
+    recipe = tiny.model_copy(update={"run": tmp_path / "run", "engine": engine})
+    (tmp_path / "run").mkdir()
+    with (
+        held_alone(tmp_path / "run", 0),
+        pytest.raises(UserError, match="another process is at work there"),
+    ):
+        train(recipe, WORLD, quiet=True)
+    assert "waits for another process" in capsys.readouterr().err
+    assert not list((tmp_path / "run").iterdir())
+    with held_alone(tmp_path / "run", 0):  # the refusal let go of it
+        pass
+
+
 def test_three_steps_are_traced(tiny, tmp_path):
     engine = tiny.engine.model_copy(update={"trace": 2})
     run = train(tiny.model_copy(update={"run": tmp_path / "run", "engine": engine}), WORLD, True)
     (file,) = (run.path / "trace").iterdir()
     assert file.name == "trace-00000005.json.gz"
-    names = [event["name"] for event in json.loads(gzip.open(file).read())["traceEvents"]]
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = [event["name"] for event in events]
     assert sum("AdamW.step" in name for name in names) == 3
 
 
