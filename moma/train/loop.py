@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -288,6 +288,8 @@ class Trainer:
     def _refuse_fault(self, step: int, tensors: dict[str, torch.Tensor], loss: Any) -> None:
         at_fault = bool(tensors["first"]) and not self.watch.skips
         if at_fault or tensors["unsound"].any():
+            with suppress(SharedError):  # the newest checkpoint is to be the one to replay from
+                self.writer.wait()
             raise_fault(self.run, self.world, self.recent, step, tensors, loss)
         self.recent.forget(step)
 
