@@ -16,7 +16,7 @@ from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
 from moma.cli_plan import app as plan_app
 from moma.cli_tokenizer import app as tokenizer_app
-from moma.errors import LostRankError, StoppedError, UserError
+from moma.errors import LostRankError, SharedError, StoppedError, UserError
 
 if TYPE_CHECKING:
     from moma.study.page import Table as Content
@@ -50,13 +50,13 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        print(f"moma: {error}", file=sys.stderr)
+        _tell(error, by_all=isinstance(error, SharedError))
         sys.exit(2)
     except LostRankError as error:
-        print(f"moma: {error}", file=sys.stderr)
+        _tell(error)
         sys.exit(1)
     except StoppedError as stop:
-        print(f"moma: {stop}", file=sys.stderr)
+        _tell(stop, by_all=True)
         sys.exit(stop.CODE)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         print(f"moma: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
@@ -65,6 +65,15 @@ def main() -> None:
         if leave.code == 130:  # Typer's answer to Ctrl-C
             print("moma: interrupted; the same command goes on from what is saved", file=sys.stderr)
         raise
+
+
+def _tell(error: Exception, by_all: bool = False) -> None:
+    """Print a message; of one that all ranks of a job have, the first rank alone."""
+    rank = int(os.environ.get("RANK", 0))
+    if not rank:
+        print(f"moma: {error}", file=sys.stderr)
+    elif not by_all:
+        print(f"moma, rank {rank}: {error}", file=sys.stderr)
 
 
 @app.command()

@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class SharedError(UserError):
+    """A `UserError` that all ranks of a job raise alike: the first one tells it for all."""
+
+
 class LostRankError(Exception):
     """Another process of the job ended or does not answer; the job can begin again.
 

@@ -1,11 +1,15 @@
-"""Files that are there whole or not at all, also after a power cut."""
+"""Files that are there whole or not at all, also after a power cut; folders held by one process."""
 
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from moma.errors import UserError
 
 UNFINISHED = ".writing"
 
@@ -56,3 +60,46 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def held_alone(folder: Path, patience: float) -> Iterator[None]:
+    """Hold a folder against other processes; the system lets go of it however this one ends.
+
+    Where the file system knows no locks, nobody is kept out.
+
+    Args:
+        folder: is there.
+        patience: seconds to wait for another process to let go.
+
+    Raises:
+        UserError: it did not.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(handle, folder, patience)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path, patience: float) -> None:
+    import fcntl  # not on every system
+
+    end, told = time.monotonic() + patience, False
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"{folder}: another process is at work there; wait for its end, or choose "
+                    "another folder"
+                ) from error
+        except OSError:
+            return
+        if not told:
+            print(f"{folder}: waits for another process to end", file=sys.stderr)
+        told = True
+        time.sleep(0.2)

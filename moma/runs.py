@@ -9,6 +9,7 @@ shards/SOURCE/           tokenizer.json, vocabulary.json, codec/    copies
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any
 
 from moma.errors import UserError
 from moma.files import place_whole
+
+# Bytes that no row of a log exceeds.
+_LONGEST_ROW = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -93,16 +97,32 @@ class Run:
         Raises:
             UserError: there is no log, or a row of it is broken.
         """
+        return list(self.each_metric())
+
+    def each_metric(self) -> Iterator[dict[str, Any]]:
+        """The same one by one, so that a long log need not lie in memory.
+
+        Raises:
+            UserError: there is no log, or a row of it is broken.
+        """
         try:
-            text = self.metrics.read_text()
+            with self.metrics.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.endswith(b"\n"):
+                        return  # cut off while it was written
+                    try:
+                        yield json.loads(line)
+                    except ValueError as error:
+                        told = f"{self.metrics}, row {number}: not JSON ({error})"
+                        raise UserError(told) from error
         except OSError as error:
             raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error
-        rows = []
-        # A last row without its line end was cut off while it was written.
-        lines = text[: text.rfind("\n") + 1].splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise UserError(f"{self.metrics}, row {number}: not JSON ({error})") from error
-        return rows
+
+    def last_metric(self) -> dict[str, Any] | None:
+        """The last logged step, read from the log's end; None if there is none yet."""
+        if not self.metrics.is_file():
+            return None
+        with self.metrics.open("rb") as file:
+            file.seek(max(0, self.metrics.stat().st_size - _LONGEST_ROW))
+            *rows, _ = file.read().split(b"\n")  # after the last line end, one is being written
+        return json.loads(rows[-1]) if rows else None

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from moma.errors import UserError
+from moma.errors import SharedError, UserError
 from moma.runtime.manifest import checksum, find_faults, read_json, write_json, write_manifest
 from moma.runtime.weights import FILE_BYTES, Weights, write_weights
 from moma.runtime.world import World, gather
@@ -46,8 +46,8 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are all as they were written.
+def newest_whole(folder: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint whose files are all as they were written; all ranks together.
 
     Returns:
         The checkpoint, None if there is none at all, and what is wrong with newer ones, each
@@ -57,19 +57,33 @@ def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:
         UserError: there are checkpoints, but none is whole.
     """
     candidates = gather([path.name for path in checkpoints_in(folder)], world.writers)[0]
-    damaged: list[str] = []
+    damaged: dict[Path, str] = {}
     for path in (folder / name for name in reversed(candidates)):
         parts = gather(find_faults(path, world.rank, world.size), world.writers)
         faults = [fault for part in parts for fault in part]
         if not faults:
             return path, damaged
-        damaged.append(f"{path}: {', '.join(dict.fromkeys(faults))}")
+        damaged[path] = f"{path}: {', '.join(dict.fromkeys(faults))}"
     if damaged:
-        raise UserError(
-            "no checkpoint is whole: " + "; ".join(damaged) + "; restore one from a copy, "
+        raise SharedError(
+            "no checkpoint is whole: " + "; ".join(damaged.values()) + "; restore one from a copy, "
             f"or delete {folder} to begin anew"
         )
-    return None, []
+    return None, {}
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it is no longer taken for one."""
+    number, aside = 1, path.with_suffix(".damaged")
+    while aside.exists():  # the same step was damaged before
+        number += 1
+        aside = path.with_suffix(f".damaged-{number}")
+    path.rename(aside)
+
+
+def holds_weights_alone(path: Path) -> bool:
+    """Whether a checkpoint is one of `save_weights`: nothing to go on from but the weights."""
+    return not any(path.glob("rank-*.json"))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
@@ -78,8 +92,8 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, world: W
     Raises:
         UserError: the checkpoint holds weights alone, or those of another model.
     """
-    if not any(path.glob("rank-*.json")):
-        raise UserError(
+    if holds_weights_alone(path):
+        raise SharedError(
             f"{path}: holds weights alone; train from them with from=RUN in another run"
         )
     load_model(path, model, world)

@@ -2,12 +2,14 @@
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
+from moma.errors import StoppedError
 from moma.runtime.world import World
 
 
@@ -21,12 +23,24 @@ class Interruption:
     def __init__(self, world: World):
         self._world = world
         self._received: int | None = None
+        self._before: dict[int, Any] = {}
         self._underway: tuple[distributed.Work, Tensor] | None = None
 
+    def listen(self) -> None:
+        """Take note of signals from here on: before, there is nothing to save."""
+        with suppress(ValueError):  # outside of a main thread, which alone may
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self.receive)
+
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Take note of a signal; the next one of its kind ends the process at once."""
+        """Take note of a signal; a second Ctrl-C ends the process at once.
+
+        A second SIGTERM does not: launchers pass one on that this process has got already, and
+        send SIGKILL when they mean it.
+        """
         self._received = number
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> str | None:
         """The name of the signal that a rank received before its last step but one, if any."""
@@ -44,6 +58,12 @@ class Interruption:
         """Wait for what is still on its way."""
         self._finish()
 
+    def give_back(self, stopped: bool = False) -> None:
+        """Leave signals to whom they belonged; while a process stops, SIGTERM tells it nothing."""
+        for number, handler in self._before.items():
+            ignored = stopped and number == signal.SIGTERM
+            signal.signal(number, signal.SIG_IGN if ignored else handler)
+
     def _finish(self) -> int:
         if self._underway is None:
             return 0
@@ -55,20 +75,17 @@ class Interruption:
 
 @contextmanager
 def interruption(world: World) -> Iterator[Interruption]:
-    """Listen to SIGTERM and SIGINT; outside of a main thread, which alone may, to nothing."""
-    asked = Interruption(world)
-    before = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, asked.receive)
-    except ValueError:
-        pass
+    """SIGTERM and SIGINT of a piece of work, from `listen` on."""
+    asked, stopped = Interruption(world), False
     try:
         yield asked
         asked.close()
+    except StoppedError:  # all ranks leave together, so that nothing need be left on its way
+        stopped = True
+        asked.close()
+        raise
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        asked.give_back(stopped)
 
 
 def _name(number: int) -> str | None:

@@ -32,6 +32,7 @@ class EngineConfig(Config):
         recompute: activations that are computed again instead of kept for the backward pass:
             `none`, a whole `layer`'s, or `selective`: all but products and choices.
         timeout: seconds after which a rank that does not answer is taken for lost.
+        trace: so many steps after the program has begun, the first rank traces three; 0: none.
     """
 
     compute: DTypeName | None = None
@@ -39,6 +40,7 @@ class EngineConfig(Config):
     replicate: int = Field(1, ge=1)
     recompute: Recompute = "none"
     timeout: float = Field(600, gt=0)
+    trace: int = Field(0, ge=0)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """What products are computed in on a device."""

@@ -15,7 +15,7 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moma.errors import LostRankError
+from moma.errors import LostRankError, SharedError, UserError
 
 T = TypeVar("T")
 
@@ -73,6 +73,23 @@ def gather(value: T, group: ProcessGroup | None) -> list[T]:
     values: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(values, value, group=group)
     return values
+
+
+@contextmanager
+def agreeing(world: World) -> Iterator[None]:
+    """Let every rank do something by itself; where one cannot, all leave together.
+
+    Raises:
+        SharedError: what the first of them said.
+    """
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    told = [each for each in gather(problem and str(problem), world.writers) if each]
+    if told:
+        raise SharedError(told[0]) from problem
 
 
 @contextmanager

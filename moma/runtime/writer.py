@@ -13,7 +13,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moma.errors import UserError
+from moma.errors import SharedError
+from moma.files import write_whole
 from moma.runtime.checkpoint import (
     cause,
     checkpoints_in,
@@ -31,7 +32,7 @@ _SMALL_FILES = 1 << 20
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time; to be closed.
 
-    All ranks call every method together.
+    All ranks call every method together, `sweep` excepted.
     """
 
     def __init__(self, folder: Path, world: World, keep: int = 2, keep_every: int = 0):
@@ -47,6 +48,14 @@ class CheckpointWriter:
         self._keep, self._keep_every = keep, keep_every
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._underway: Future[str | None] | None = None
+
+    def sweep(self) -> None:
+        """Remove what earlier processes left unfinished: perhaps no step comes by its name again.
+
+        Rank 0 alone, before anything is saved.
+        """
+        for path in self._folder.glob("step-*.partial"):
+            shutil.rmtree(path, ignore_errors=True)
 
     def save(
         self,
@@ -94,7 +103,7 @@ class CheckpointWriter:
         if self._underway is not None:
             underway, self._underway = self._underway, None
             if problem := underway.result():
-                raise UserError(problem)
+                raise SharedError(problem)
 
     def close(self) -> None:
         """Let the thread end; what it writes is written to the end."""
@@ -118,7 +127,7 @@ class CheckpointWriter:
 
     def _agree(self, final: Path, problem: str | None) -> None:
         if told := self._refusal(final, problem):
-            raise UserError(told)
+            raise SharedError(told)
 
     def _refusal(self, final: Path, problem: str | None) -> str | None:
         """The message for every rank if one has a problem."""
@@ -167,13 +176,11 @@ class CheckpointWriter:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync_folders([self._folder])
-        latest = self._folder / "latest.partial"
-        latest.write_text(final.name + "\n")
-        latest.replace(self._folder / "latest")
-        sync_folders([self._folder])
+        write_whole(self._folder / "latest", final.name + "\n")
         for old in self._superfluous():
-            # Renamed first: a folder without a suffix is always complete.
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))
+            # Renamed first: a folder without a suffix is always complete. What cannot be removed,
+            # as on a network's disk while it is read, is swept up later.
+            shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
     def _superfluous(self) -> list[Path]:
         older = checkpoints_in(self._folder)[: -self._keep]

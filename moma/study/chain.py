@@ -15,13 +15,14 @@ What a step says stays for those after it. Steps that are finished are not done 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
-from moma.recipe import check, lay_over, read_values
+from moma.recipe import check, lay_over, override, read_values
 from moma.runs import Run
 from moma.runtime.world import World
 from moma.train.loop import train
@@ -41,8 +42,10 @@ class Evaluation(NamedTuple):
         return self.run / f"evaluation-{self.routing}.json"
 
 
-def read_chain(path: Path, overrides: Iterable[str] = ()) -> list[Recipe | Evaluation]:
+def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evaluation]:
     """Read a chain, or a recipe, which is a chain of one step.
+
+    Overrides change every step, `chain.0.model.groups=…` the first alone.
 
     Raises:
         UserError: a key or value is wrong; the message names it and its step.
@@ -54,6 +57,8 @@ def read_chain(path: Path, overrides: Iterable[str] = ()) -> list[Recipe | Evalu
     if not isinstance(links, list) or not links or not all(isinstance(n, dict) for n in links):
         raise UserError(f"{path}: 'chain': write one [[chain]] table for each step")
     base = Path(values.get("run", "runs/run"))
+    # The command line has the last word, over what a step says, too.
+    last = [text for text in overrides if not text.lstrip().startswith("chain.")]
     steps: list[Recipe | Evaluation] = []
     before: Path | None = None
     for number, link in enumerate(links, 1):
@@ -62,7 +67,11 @@ def read_chain(path: Path, overrides: Iterable[str] = ()) -> list[Recipe | Evalu
             steps.append(_evaluation(link, before, origin))
             continue
         name = link.pop("name", stage)
-        values = lay_over(values, link)
+        if "run" in link:
+            raise UserError(
+                f"{origin}: 'run' stands above the chain; a step's folder in it is its 'name'"
+            )
+        values = override(deepcopy(lay_over(values, link)), last)
         source = link.get("from", None if stage == "pretrain" else before)
         run = Path(source) / ROUTER_RUN if stage == "aux_router" and source else base / name
         own = values | {"stage": stage, "run": str(run)}

@@ -166,7 +166,7 @@ def _watch(jobs: Sequence[Future[None]], recipes: Sequence[Recipe], quiet: bool)
         while not all(job.done() for job in jobs):
             for job in wait(jobs, timeout=1.0, return_when=FIRST_EXCEPTION).done:
                 job.result()
-            rows = [_last_row(Run(recipe.run)) for recipe in recipes]
+            rows = [Run(recipe.run).last_metric() for recipe in recipes]
             losses = [f"{row['loss']:.3f}" for row in rows if row]
             report(min(row["step"] if row else 0 for row in rows), f"loss {' '.join(losses)}")
     for job in jobs:
@@ -185,11 +185,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _last_row(run: Run) -> dict[str, Any] | None:
-    rows = run.read_metrics() if run.metrics.is_file() else []
-    return rows[-1] if rows else None
 
 
 def scores(drawn: Sequence[Drawn], written: Sequence[Captioned]) -> dict[str, float]:

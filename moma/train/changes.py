@@ -7,7 +7,7 @@ from typing import Any
 from moma.errors import UserError
 from moma.recipe import Config, write_recipe
 from moma.runs import Run, Tokenizers
-from moma.runtime.world import World, gather
+from moma.runtime.world import World, agreeing
 from moma.train.recipe import Recipe
 from moma.train.restore import read_run_recipe
 
@@ -21,6 +21,7 @@ _HARMLESS = (
     "engine.replicate",
     "engine.recompute",
     "engine.timeout",
+    "engine.trace",
     "tracking.*",
     "STAGE.log_every",
     "STAGE.checkpoint_every",
@@ -63,15 +64,9 @@ def claim(run: Run, recipe: Recipe, data: Tokenizers, world: World) -> None:
     Raises:
         UserError: the folder belongs to something else.
     """
-    problem = None
-    if world.rank == 0:
-        try:
+    with agreeing(world):
+        if world.rank == 0:
             _claim(run, recipe, data)
-        except UserError as error:
-            problem = str(error)
-    told = gather(problem, world.writers)[0]
-    if told:
-        raise UserError(told)
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moma.data.packing import Batch
-from moma.errors import UserError
+from moma.errors import SharedError
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.manifest import write_json
@@ -36,6 +36,11 @@ class Recent:
     def forget(self, step: int) -> None:
         """Drop those until a step that was sound."""
         self._batches = {key: value for key, value in self._batches.items() if key > step}
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, on this rank."""
+        return max(map(len, self._batches.values()), default=0)
 
     def save(self, step: int, path: Path) -> None:
         """Write a step's micro-batches, if they are still there."""
@@ -73,12 +78,13 @@ def raise_fault(
     if world.rank == 0:
         finite = loss is not None and math.isfinite(loss)
         told = {"step": at, "layers": layers, "loss": loss if finite else str(loss)}
-        told |= {"world_size": world.size, "checkpoint": before[-1] if before else None}
+        told |= {"world_size": world.size, "micro_batches": recent.micro_batches}
+        told["checkpoint"] = before[-1] if before else None
         write_json(folder / "fault.json", told)
     where = (
         f", a router of layer {layers[0]} gave a score that is NaN or infinite" if layers else ""
     )
-    raise UserError(
+    raise SharedError(
         f"{run.path}: at step {at} the loss or its gradient is not finite or explodes{where}; "
         f"`moma replay {run.path}` shows where, pretrain.on_fault=skip leaves such steps out, "
         "a lower learning rate avoids them"

@@ -2,36 +2,52 @@
 
 import sys
 import time
-from contextlib import ExitStack, closing
+from collections.abc import Mapping
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moma.data.batches import Batches, prepared_ahead, share_out
-from moma.errors import StoppedError, UserError
+from moma.errors import SharedError, StoppedError
+from moma.files import held_alone
 from moma.model.transformer import Transformer
 from moma.progress import Report, show_progress
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import (
+    holds_weights_alone,
     load_checkpoint,
     newest_whole,
     read_rank_states,
     read_state,
     restore_random_state,
+    set_aside,
 )
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate
-from moma.runtime.world import World, telling_of_lost_ranks
+from moma.runtime.trace import Trace
+from moma.runtime.world import World, agreeing, gather, telling_of_lost_ranks
 from moma.runtime.writer import CheckpointWriter
 from moma.train.changes import claim
 from moma.train.fault import Recent, raise_fault
 from moma.train.metrics import HostCopy, Window
 from moma.train.recipe import Recipe
-from moma.train.stages import check_source, flops_per_token, make_step, origin, prepare_model
+from moma.train.stages import (
+    Origin,
+    find_source,
+    flops_per_token,
+    make_step,
+    origin,
+    prepare_model,
+)
 from moma.train.statistics import Statistics
 from moma.train.tracking import Tracker, make_trackers
 from moma.train.watch import Watch
 from moma.vocabulary import Vocabulary
+
+# Seconds after which a lost node's hold on a run folder should have ended.
+_PATIENCE = 120.0
 
 
 def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
@@ -46,23 +62,52 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         StoppedError: a signal ended it; what was done is saved.
         LostRankError: another rank is gone.
     """
-    run = Run(recipe.run)
-    data = Tokenizers(recipe.data.path)
-    vocabulary = Vocabulary.load(data.vocabulary)
-    check_source(recipe)
-    model = prepare_model(recipe, vocabulary, world)
-    trainer = Trainer(recipe, run, model, vocabulary, world)
-    # Last: a recipe that cannot be trained leaves no run behind.
-    claim(run, recipe, data, world)
-    title, steps = f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps
+    run, data = Run(recipe.run), Tokenizers(recipe.data.path)
     with ExitStack() as stack:
-        asked = stack.enter_context(interruption(world))
-        stack.enter_context(closing(trainer))
         stack.enter_context(telling_of_lost_ranks(world))
-        trainer.resume()
+        asked = stack.enter_context(interruption(world))
+        held = _hold(run, recipe, world, stack)
+        newest, damaged = newest_whole(run.checkpoints, world)
+        if newest is not None and _is_last(newest, recipe):
+            claim(run, recipe, data, world)
+            return run
+        # A run that has begun needs the one that it began from no more.
+        source = find_source(recipe, world) if newest is None else None
+        with agreeing(world):
+            vocabulary = Vocabulary.load(data.vocabulary)
+            model = prepare_model(recipe, vocabulary, world, source)
+            begin = origin(recipe, source)
+            trainer = stack.enter_context(closing(Trainer(recipe, run, model, vocabulary, world)))
+        # Last: a recipe that cannot be trained leaves no run behind.
+        claim(run, recipe, data, world)
+        if not held:
+            _hold(run, recipe, world, stack)
+        if newest is None:
+            trainer.begin(begin)
+        else:
+            trainer.resume(newest, damaged)
+        title, steps = f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps
+        asked.listen()
         report = stack.enter_context(show_progress(title, steps, quiet or world.rank > 0))
         trainer.run_to_end(report, asked)
     return run
+
+
+def _hold(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
+    """Keep other processes out of the run folder, if it is there; the same on all ranks."""
+    there = gather(run.path.is_dir(), world.writers)[0]
+    if there:
+        with agreeing(world):
+            if world.rank == 0:
+                patience = min(_PATIENCE, recipe.engine.timeout / 2)
+                stack.enter_context(held_alone(run.path, patience))
+    return there
+
+
+def _is_last(checkpoint: Path, recipe: Recipe) -> bool:
+    """Whether a run that has this checkpoint is finished, by training."""
+    finished = read_state(checkpoint)["step"] >= recipe.stage_config.steps
+    return finished and not holds_weights_alone(checkpoint)
 
 
 class Trainer:
@@ -82,7 +127,7 @@ class Trainer:
         )
         self.batches = prepared_ahead(batches, recipe.data)
         self.recent = Recent()
-        self.done, self.tokens, self.origin = 0, 0, origin(recipe)
+        self.done, self.tokens, self.origin = 0, 0, Origin()
         self.flops_per_token = flops_per_token(recipe, vocabulary)
         self.window = Window(recipe, model, self.flops_per_token, world)
         self.micro_batches = self.config.micro_batches
@@ -90,35 +135,41 @@ class Trainer:
             run.checkpoints, world, self.config.keep_checkpoints, self.config.keep_every
         )
         self.trackers: list[Tracker] = []
+        traced = recipe.engine.trace if world.rank == 0 else 0
+        self.trace = Trace(run.path / "trace", traced)
 
-    def resume(self) -> None:
-        """Restore the newest whole checkpoint, if there is one, and drop log rows beyond it."""
-        path, damaged = newest_whole(self.run.checkpoints, self.world)
-        if self.world.rank == 0:
-            for message in damaged:
-                print(f"{message}; goes on from {path.name if path else ''}", file=sys.stderr)
-                broken = self.run.checkpoints / message.partition(":")[0].rpartition("/")[2]
-                broken.rename(broken.with_suffix(".damaged"))
-        # Dropout's and the noise's; a checkpoint has its own.
+    def begin(self, origin: Origin) -> None:
+        """Begin with step 1, where the data and counters of another run stood, perhaps."""
+        self.origin = origin
+        self._set_data(list(origin.data))
+        self._open_log()
+        # Dropout's and the noise's.
         torch.manual_seed(self.recipe.seed + self.world.rank)
-        rank_state = None
-        if path is None:
-            self._set_data(list(self.origin.data))
-        else:
-            state = read_state(path)
-            if state["vocabulary"] != self.fingerprint:
-                raise UserError(f"{path}: was trained with another vocabulary than the data's")
-            load_checkpoint(path, self.model, self.optimizer, self.world)
-            rank_states = read_rank_states(path)
-            self._set_counters(state)
-            self._set_data([each["data"] for each in rank_states])
-            if len(rank_states) == self.world.size:
-                rank_state = rank_states[self.world.rank]
+
+    def resume(self, path: Path, damaged: Mapping[Path, str]) -> None:
+        """Restore a checkpoint, and drop log rows beyond it.
+
+        Args:
+            path: the newest whole one.
+            damaged: newer ones, each with what is wrong with it.
+        """
         if self.world.rank == 0:
-            self.trackers = make_trackers(self.recipe.tracking, self.run, self.done)
+            for broken, message in damaged.items():
+                print(f"{message}; goes on from {path.name}", file=sys.stderr)
+                set_aside(broken)
+        state = read_state(path)
+        if state["vocabulary"] != self.fingerprint:
+            raise SharedError(f"{path}: was trained with another vocabulary than the data's")
+        load_checkpoint(path, self.model, self.optimizer, self.world)
+        rank_states = read_rank_states(path)
+        self._set_counters(state)
+        self._set_data([each["data"] for each in rank_states])
+        self._open_log()
         # Nothing may draw a random number between here and the first step.
-        if rank_state is not None:
-            restore_random_state(rank_state)
+        if len(rank_states) == self.world.size:
+            restore_random_state(rank_states[self.world.rank])
+        else:
+            torch.manual_seed(self.recipe.seed + self.world.rank)
 
     def run_to_end(self, report: Report, asked: Interruption) -> None:
         """Train to the last step, logging and saving on the way.
@@ -147,6 +198,7 @@ class Trainer:
 
     def close(self) -> None:
         """End threads and close files."""
+        self.trace.close()
         self.writer.close()
         self.batches.close()
         for tracker in self.trackers:
@@ -163,6 +215,7 @@ class Trainer:
         self.watch.begin(step)
         self.recent.add(step, batches)
         sums, norm = self.step(batches, rate, statistics)
+        self.trace.end_step(step)
         # The row of the step before: its copy has arrived while this step was launched.
         self._write_row(report)
         self.done = step
@@ -226,6 +279,8 @@ class Trainer:
     def _refuse_fault(self, step: int, tensors: dict[str, torch.Tensor], loss: Any) -> None:
         at_fault = bool(tensors["first"]) and not self.watch.skips
         if at_fault or tensors["unsound"].any():
+            with suppress(SharedError):  # the newest checkpoint is to be the one to replay from
+                self.writer.wait()
             raise_fault(self.run, self.world, self.recent, step, tensors, loss)
         self.recent.forget(step)
 
@@ -241,12 +296,18 @@ class Trainer:
             # As many micro-batches a step as before, whatever the number of ranks.
             together = state["micro_batches"] * state["world_size"]
             if together % self.world.size:
-                raise UserError(
+                raise SharedError(
                     f"{self.run.path}: {self.world.size} ranks cannot share the {together} "
                     f"micro-batches of a step; use {state['world_size']} ranks, or give a step "
                     f"another size by {self.recipe.stage}.micro_batches"
                 )
             self.micro_batches = together // self.world.size
+
+    def _open_log(self) -> None:
+        with agreeing(self.world):
+            if self.world.rank == 0:
+                self.writer.sweep()
+                self.trackers = make_trackers(self.recipe.tracking, self.run, self.done)
 
     def _set_data(self, states: list[dict[str, Any]]) -> None:
         """Go on with the data where ranks stood, now perhaps as many others."""

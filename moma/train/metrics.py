@@ -58,8 +58,7 @@ class Window:
         self._sums = torch.zeros(3, len(model.vocabulary.modalities), device=world.device)
         dtype = recipe.engine.compute_dtype(world.device)
         self._peak = matmul_peak(world.device, dtype) * world.size
-        self._steps, self._tokens, self._waiting = 0, 0, 0.0
-        self._since = time.monotonic()
+        self.restart_clock()
         self._underway: tuple[HostCopy, Row, int, int, float] | None = None
 
     def add(self, sums: Tensor, tokens: int, waiting: float) -> None:
@@ -70,8 +69,9 @@ class Window:
         self._waiting += waiting
 
     def restart_clock(self) -> None:
-        """Leave out of the next row's speed what took time until now."""
+        """Leave out of the next row's speed what was done until now."""
         self._since = time.monotonic()
+        self._steps, self._tokens, self._waiting = 0, 0, 0.0
 
     def close_row(self, row: Row, shared: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
         """Begin to read a row; `finish_row` gives it.
@@ -118,13 +118,12 @@ class Window:
         return row, tensors
 
     def get_state(self) -> dict[str, Any]:
-        """The sums since the last row; ready for JSON."""
-        return {"sums": self._sums.tolist(), "steps": self._steps, "tokens": self._tokens}
+        """The sums since the last row; ready for JSON. The clock's are a process's own."""
+        return {"sums": self._sums.tolist()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Go on where another window stood."""
         self._sums.copy_(torch.tensor(state["sums"]))
-        self._steps, self._tokens = state["steps"], state["tokens"]
 
     @staticmethod
     def _losses(sums: Tensor) -> Row:

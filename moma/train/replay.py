@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moma.data.batches import Batches
+from moma.data.batches import Batches, share_out
 from moma.data.packing import Batch
 from moma.errors import UserError
 from moma.progress import show_progress
@@ -27,7 +27,7 @@ from moma.runtime.optimizer import learning_rate, make_optimizer
 from moma.runtime.world import World, local_device
 from moma.train.recipe import Recipe
 from moma.train.restore import read_run_recipe
-from moma.train.stages import objective_of, origin, prepare_model
+from moma.train.stages import find_source, objective_of, origin, prepare_model
 from moma.train.step import Step, to_device
 from moma.vocabulary import Vocabulary
 
@@ -54,13 +54,14 @@ def replay(run: Run, quiet: bool = False) -> dict[str, Any]:
     recipe = _uncompiled(read_run_recipe(run))
     world = World(local_device())
     vocabulary = Vocabulary.load(run.tokenizers.vocabulary)
-    model = prepare_model(recipe, vocabulary, world)
+    source = find_source(recipe, world) if fault["checkpoint"] is None else None
+    model = prepare_model(recipe, vocabulary, world, source)
     config = recipe.stage_config
     optimizer = make_optimizer(model, config.optimizer)
     ranks = fault["world_size"]
-    sources = [Batches(recipe.data, vocabulary, recipe.seed, rank, ranks) for rank in range(ranks)]
-    done, micro_batches = 0, config.micro_batches
-    states = list(origin(recipe).data)
+    streams = [Batches(recipe.data, vocabulary, recipe.seed, rank, ranks) for rank in range(ranks)]
+    done, micro_batches = 0, fault["micro_batches"]
+    states = list(origin(recipe, source).data)
     torch.manual_seed(recipe.seed)
     if fault["checkpoint"] is not None:
         path = run.checkpoints / fault["checkpoint"]
@@ -68,18 +69,24 @@ def replay(run: Run, quiet: bool = False) -> dict[str, Any]:
             raise UserError(f"{path}: is gone; the fault cannot be replayed without it")
         state, rank_states = read_state(path), read_rank_states(path)
         load_checkpoint(path, model, optimizer, world)
-        done, micro_batches = state["step"], state["micro_batches"]
-        states = [each["data"] for each in rank_states]
+        done, states = state["step"], [each["data"] for each in rank_states]
         restore_random_state(rank_states[0])
     if states and len(states) != ranks:
-        raise UserError(f"{run.path}: changed its number of ranks since; cannot be replayed")
-    for source, data in zip(sources, states, strict=False):
-        source.set_state(data)
+        states = share_out(states, ranks)
+    for stream, data in zip(streams, states, strict=False):
+        stream.set_state(data)
 
     def draw() -> list[list[Batch]]:
-        return [[next(source) for _ in range(micro_batches)] for source in sources]
+        return [[next(stream) for _ in range(micro_batches)] for stream in streams]
 
-    step = Step(model, optimizer, objective_of(recipe, world.device), config.optimizer.clip, world)
+    step = Step(
+        model,
+        optimizer,
+        objective_of(recipe, world.device),
+        config.optimizer.clip,
+        world,
+        precision=recipe.engine.compute_dtype(world.device),
+    )
     found: dict[str, Any] = {"loss_before": None, "gradient_norm": None}
     with show_progress(f"replay {run.path.name}", fault["step"], quiet) as report:
         while done < fault["step"] - 1:
@@ -90,8 +97,8 @@ def replay(run: Run, quiet: bool = False) -> dict[str, Any]:
             found = {"loss_before": loss, "gradient_norm": float(norm)}
             report(done, f"loss {loss:.3f}")
     batches = draw()
-    for source in sources:
-        source.close()
+    for stream in streams:
+        stream.close()
     saved = [load_file(folder / f"rank-{rank}.safetensors") for rank in range(ranks)]
     return {
         "step": fault["step"],
@@ -136,7 +143,8 @@ def _inspect(
     for rank, its in enumerate(batches):
         for batch in its:
             faulty.clear()
-            losses = step.objective(model, to_device(batch, step.world.device))
+            with step.precision():
+                losses = step.objective(model, to_device(batch, step.world.device))
             losses.objective.backward()
             mean_M = (losses.loss_M / losses.targets_M.clamp(min=1)).tolist()
             by_modality = {

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from moma.errors import UserError
+from moma.errors import SharedError, UserError
 from moma.model.transformer import Transformer
 from moma.recipe import read_recipe
 from moma.runs import Run
@@ -24,17 +24,23 @@ def read_run_recipe(run: Run) -> Recipe:
     return read_recipe(Recipe, run.require().recipe)
 
 
-def newest_checkpoint(run: Run) -> Path:
+def newest_checkpoint(run: Run, world: World | None = None) -> Path:
     """The newest checkpoint of a run whose files are all as they were written.
+
+    Args:
+        run: whose it is.
+        world: ranks that look for it together; left out, this process alone.
 
     Raises:
         UserError: there is none.
     """
-    found, damaged = newest_whole(run.require().checkpoints, World(local_device()))
+    world = world or World(local_device())
+    found, damaged = newest_whole(run.require().checkpoints, world)
     if found is None:
-        raise UserError(f"{run.path}: has no checkpoint yet; go on with `moma train`")
-    for message in damaged:
-        print(f"{message}; takes {found.name}", file=sys.stderr)
+        raise SharedError(f"{run.path}: has no checkpoint yet; go on with `moma train`")
+    if world.rank == 0:
+        for message in damaged.values():
+            print(f"{message}; takes {found.name}", file=sys.stderr)
     return found
 
 

@@ -1,6 +1,7 @@
 """What a stage trains, from where, and by which objective."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -11,14 +12,19 @@ from moma.model.decoder_layer import Layer
 from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
 from moma.model.transformer import Transformer
 from moma.runs import Run
-from moma.runtime.checkpoint import read_rank_states, read_state
+from moma.runtime.checkpoint import (
+    holds_weights_alone,
+    load_model,
+    read_rank_states,
+    read_state,
+)
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.recompute import recompute
 from moma.runtime.sharding import shard
-from moma.runtime.world import World, can_compile
+from moma.runtime.world import World, agreeing, can_compile
 from moma.train.changes import differences
 from moma.train.recipe import Recipe
-from moma.train.restore import is_finished, load_weights, newest_checkpoint, read_run_recipe
+from moma.train.restore import newest_checkpoint, read_run_recipe
 from moma.train.step import Objective, Step, next_token_objective, router_objective
 from moma.train.watch import Watch
 from moma.vocabulary import Vocabulary
@@ -38,16 +44,45 @@ class Origin(NamedTuple):
     data: tuple[dict[str, Any], ...] = ()
 
 
-def check_source(recipe: Recipe) -> None:
-    """Refuse a run `from` that does not suit the stage.
+class Source(NamedTuple):
+    """The run `from`.
+
+    Attributes:
+        recipe: its recipe.
+        checkpoint: its newest whole checkpoint.
+        state: what that holds for all ranks.
+    """
+
+    recipe: Recipe
+    checkpoint: Path
+    state: dict[str, Any]
+
+
+def find_source(recipe: Recipe, world: World) -> Source | None:
+    """The run that the recipe's run begins from, if it has one; all ranks together.
 
     Raises:
-        UserError: it has another architecture, is not finished, or has nothing to train.
+        UserError: it does not suit the stage: it has another architecture, is not finished, or has
+            nothing to train.
     """
     if recipe.from_ is None:
-        return
-    source = Run(recipe.from_)
-    before = read_run_recipe(source)
+        return None
+    with agreeing(world):
+        before = read_run_recipe(Run(recipe.from_))
+        _refuse_other_model(recipe, before)
+    checkpoint = newest_checkpoint(Run(recipe.from_), world)
+    with agreeing(world):
+        state = read_state(checkpoint)
+        # What is newest may be damaged, and what is whole not the end.
+        if recipe.stage != "pretrain" and state["step"] < before.stage_config.steps:
+            raise UserError(
+                f"{recipe.from_}: is not trained to its end ({checkpoint.name} is its newest whole "
+                "checkpoint); go on with `moma train` first"
+            )
+    return Source(before, checkpoint, state)
+
+
+def _refuse_other_model(recipe: Recipe, before: Recipe) -> None:
     if recipe.stage != "upcycle" and before.model != recipe.model:
         raise UserError(
             f"{recipe.from_}: was trained with another [model] "
@@ -55,16 +90,25 @@ def check_source(recipe: Recipe) -> None:
         )
     if recipe.stage == "aux_router" and not recipe.model.has_routers:
         raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
-    if recipe.stage != "pretrain" and not is_finished(source):
-        newest_checkpoint(source)  # says so if there is none
-        raise UserError(f"{recipe.from_}: is not trained to its end; go on with `moma train` first")
 
 
-def prepare_model(recipe: Recipe, vocabulary: Vocabulary, world: World) -> Transformer:
-    """Build, load or grow, freeze what the stage does not train, compile, shard: in this order."""
+def prepare_model(
+    recipe: Recipe, vocabulary: Vocabulary, world: World, source: Source | None = None
+) -> Transformer:
+    """Build, load or grow, freeze what the stage does not train, compile, shard: in this order.
+
+    Args:
+        recipe: the recipe.
+        vocabulary: the data's.
+        world: the ranks.
+        source: the run to begin from; left out, the weights are new ones.
+
+    Raises:
+        UserError: the source does not fit.
+    """
     model = recipe.build_model(vocabulary)
-    if recipe.from_ is not None:
-        _load(recipe, model, vocabulary)
+    if source is not None:
+        _load(recipe, model, vocabulary, source)
     model = model.to(world.device)
     train_only(model, routers=recipe.stage == "aux_router")
     units = list(units_of(model))
@@ -88,14 +132,12 @@ def train_only(model: Transformer, routers: bool) -> None:
         model.eval()
 
 
-def origin(recipe: Recipe) -> Origin:
+def origin(recipe: Recipe, source: Source | None) -> Origin:
     """Where the run of a recipe begins: a grown model goes on where its seed stopped (§2.5)."""
-    if recipe.stage != "upcycle" or recipe.from_ is None:
+    if recipe.stage != "upcycle" or source is None or holds_weights_alone(source.checkpoint):
         return Origin()
-    path = newest_checkpoint(Run(recipe.from_))
-    state = read_state(path)
-    data = tuple(each["data"] for each in read_rank_states(path))
-    return Origin(state["tokens"], state["flops"], data)
+    data = tuple(each["data"] for each in read_rank_states(source.checkpoint))
+    return Origin(source.state["tokens"], source.state["flops"], data)
 
 
 def objective_of(recipe: Recipe, device: torch.device) -> Objective:
@@ -128,20 +170,19 @@ def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
     return count(recipe.model, vocabulary.size, recipe.shares, data.rows, data.row_length)
 
 
-def _load(recipe: Recipe, model: Transformer, vocabulary: Vocabulary) -> None:
+def _load(recipe: Recipe, model: Transformer, vocabulary: Vocabulary, source: Source) -> None:
     """Fill a model with the weights of the run `from`, grown if the stage says so."""
-    assert recipe.from_ is not None
-    source = Run(recipe.from_)
-    if read_state(newest_checkpoint(source))["vocabulary"] != vocabulary.fingerprint:
+    if source.state["vocabulary"] != vocabulary.fingerprint:
         raise UserError(f"{recipe.from_}: was trained with another vocabulary than the data's")
+    alone = World(torch.device("cpu"))  # every rank reads what it then shards
     if recipe.stage != "upcycle":
-        load_weights(source, model)
+        load_model(source.checkpoint, model, alone)
         return
     from moma.model.upcycling import grow
 
-    before = read_run_recipe(source)
+    before = source.recipe
     seed = Transformer(before.model, vocabulary, before.shares)
-    load_weights(source, seed)
+    load_model(source.checkpoint, seed, alone)
     grow(seed.state_dict(), before.model, model)
 
 

@@ -185,7 +185,7 @@ class Step:
         scale = self.world.size / sums[2].sum().clamp(min=1)
         for parameter in self.trainable:
             if parameter.grad is None:
-                raise RuntimeError("a trainable parameter took no part in the step")
+                raise RuntimeError(f"{self._name(parameter)}: took no part in the step")
             parameter.grad.mul_(scale)
         if statistics is not None:
             statistics.see_gradients()
@@ -212,7 +212,7 @@ class Step:
         unsound_L = torch.zeros_like(self._unsound_L)
         for index, batch in enumerate(batches):
             on_device = to_device(batch, self.world.device)
-            with self._precision():
+            with self.precision():
                 losses = self.objective(self.model, on_device)
             losses.objective.backward()
             if losses.unsound_L is not None:
@@ -221,6 +221,9 @@ class Step:
                 statistics.see_routers(losses.routers, on_device.tokens)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
         return sums, unsound_L
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        return next(name for name, each in self.model.named_parameters() if each is parameter)
 
     def _clip(self) -> Tensor:
         """Shorten the gradient to the largest norm; returns the norm it had."""
@@ -239,7 +242,7 @@ class Step:
         """Keep the first fault alone: what comes after it in other layers follows from it."""
         self._unsound_L = torch.where(self._unsound_L.any(), self._unsound_L, unsound_L)
 
-    def _precision(self) -> torch.autocast:
+    def precision(self) -> torch.autocast:
         """bf16 products where they are wanted and sharding does not see to it."""
         enabled = self._low and self.world.mesh is None
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)

@@ -1,11 +1,14 @@
 """Where rows of the log go: `metrics.jsonl` always, TensorBoard, Weights & Biases if asked for."""
 
 import json
-import os
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from moma.errors import UserError
+from moma.files import to_disk, write_whole
 from moma.recipe import Config
 from moma.runs import Run
 
@@ -41,26 +44,36 @@ class JsonLines:
     """`metrics.jsonl`: a row a line."""
 
     def __init__(self, run: Run, step: int):
-        """Go on after `step`; rows beyond it are dropped, they will be written anew."""
-        rows = run.read_metrics() if run.metrics.is_file() else []
-        kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= step]
+        """Go on after `step`; rows beyond it are dropped, they will be written anew.
+
+        Raises:
+            UserError: a row that is to stay is broken, or the disk is full.
+        """
+        self._path = run.metrics
         partial = run.metrics.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(run.metrics)
-        self._file = run.metrics.open("a")
+        with _on_disk(run.metrics):
+            with partial.open("wb") as file:
+                for row in _until(run, step):
+                    file.write(json.dumps(row).encode() + b"\n")
+                to_disk(file)
+            partial.replace(run.metrics)
+            self._file = run.metrics.open("ab")
 
     def write(self, row: Row) -> None:
         """Add a row, visible at once."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with _on_disk(self._path):
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Bring all rows to the disk: no checkpoint may be ahead of its log."""
-        os.fsync(self._file.fileno())
+        with _on_disk(self._path):
+            to_disk(self._file)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # of a row that could not be written, and was told
+            self._file.close()
 
 
 class TensorBoard:
@@ -70,24 +83,29 @@ class TensorBoard:
         """Go on after `step`; later points of an interrupted run are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1)
+        self._path = run.path / "tensorboard"
+        with _on_disk(self._path):
+            self._writer = SummaryWriter(str(self._path), purge_step=step + 1)
 
     def write(self, row: Row) -> None:
         """Add the row's numbers."""
-        for key, value in numbers(row):
-            self._writer.add_scalar(key, value, row["step"])
+        with _on_disk(self._path):
+            for key, value in numbers(row):
+                self._writer.add_scalar(key, value, row["step"])
 
     def sync(self) -> None:
         """Hand all rows to the system."""
-        self._writer.flush()
+        with _on_disk(self._path):
+            self._writer.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._writer.close()
+        with suppress(OSError):
+            self._writer.close()
 
 
 class WandB:
-    """A run of Weights & Biases that bears the folder's name."""
+    """A run of Weights & Biases that bears the folder's name; `RUN/wandb-id` tells which it is."""
 
     def __init__(self, run: Run, project: str):
         """Begin it, or go on with it.
@@ -102,9 +120,15 @@ class WandB:
                 "tracking.wandb_project: the package 'wandb' is missing; pip install wandb, or "
                 "leave the key out"
             ) from error
-        name = run.path.resolve().name
+        file = run.path / "wandb-id"
+        if not file.is_file():
+            write_whole(file, uuid.uuid4().hex + "\n")
         self._run = wandb.init(
-            project=project, name=name, id=name, resume="allow", dir=str(run.path)
+            project=project,
+            name="/".join(run.path.resolve().parts[-2:]),
+            id=file.read_text().strip(),
+            resume="allow",
+            dir=str(run.path),
         )
 
     def write(self, row: Row) -> None:
@@ -127,6 +151,28 @@ def make_trackers(config: TrackingConfig, run: Run, step: int) -> list[Tracker]:
     if config.wandb_project:
         trackers.append(WandB(run, config.wandb_project))
     return trackers
+
+
+@contextmanager
+def _on_disk(path: Path) -> Iterator[None]:
+    """Let a full disk be told as one."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write ({error.strerror or error}); free some disk space, and the same "
+            "command goes on from the last checkpoint"
+        ) from error
+
+
+def _until(run: Run, step: int) -> Iterator[Row]:
+    """Rows up to a step: these came to the disk before its checkpoint, what follows may be torn."""
+    if step and run.metrics.is_file():
+        for row in run.each_metric():
+            if row["step"] <= step:
+                yield row
+            if row["step"] >= step:
+                return
 
 
 def numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moma.errors import UserError
+from moma.errors import SharedError
 from moma.train.recipe import StageConfig
 
 # Part of the loss's recent mean that a step replaces.
@@ -58,7 +58,7 @@ class Watch:
         self._in_a_row = 0 if sound else self._in_a_row + 1
         self.skipped += not sound
         if self._in_a_row == _PATIENCE:
-            raise UserError(
+            raise SharedError(
                 f"step {self._step}: {_PATIENCE} steps in a row were skipped, their loss or "
                 "gradient not finite or exploding; lower the learning rate, look at the data, or "
                 "set on_fault=stop and see `moma replay`"

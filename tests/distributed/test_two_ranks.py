@@ -3,17 +3,24 @@
 A step has four groups of tokens (micro-batches), shared out between one, two or four ranks.
 """
 
+import json
+import operator
 import os
 import shutil
 import socket
 from contextlib import closing
+from functools import reduce
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, multiprocessing
+from torch.distributed.fsdp import FSDPModule
 
-from moma.data.batches import Batches
+from moma.data.batches import Batches, share_out
+from moma.data.packing import Batch
 from moma.errors import UserError
 from moma.runs import Run
 from moma.runtime.checkpoint import (
@@ -27,6 +34,7 @@ from moma.runtime.optimizer import make_optimizer
 from moma.runtime.sharding import EngineConfig
 from moma.runtime.world import World, join_world
 from moma.runtime.writer import CheckpointWriter
+from moma.train import loop
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.stages import prepare_model
@@ -106,6 +114,64 @@ def go_on(world: World, recipe: Recipe, out: Path) -> dict[str, Tensor]:
     return statistics_of(recipe, model, world, step, groups)
 
 
+class Lanes:
+    """A rank's share of four streams of micro-batches, as of four ranks, whatever their number.
+
+    So a step has the same token groups on any number of ranks, which real batches, dealt out anew,
+    have not.
+    """
+
+    def __init__(self, recipe: Recipe, world: World):
+        vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
+        self._lanes = {
+            lane: Batches(recipe.data, vocabulary, 0, lane, GROUPS)
+            for lane in range(GROUPS)[world.rank :: world.size]
+        }
+        self._turn = cycle(self._lanes.values())
+
+    def __next__(self) -> Batch:
+        return next(next(self._turn))
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(lane): batches.get_state() for lane, batches in self._lanes.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for lane, batches in self._lanes.items():
+            batches.set_state(state[str(lane)])
+
+    def close(self) -> None:
+        pass
+
+
+def train_lanes(world: World, tiny: Recipe, run: Path) -> Run:
+    """`train`, all but the data its own; two micro-batches a step on each of two ranks."""
+    stage = tiny.pretrain.model_copy(update={"micro_batches": GROUPS // 2})
+    recipe = tiny.model_copy(update={"run": run, "pretrain": stage})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "prepared_ahead", lambda batches, config: Lanes(recipe, world))
+        together = lambda states, size: [reduce(operator.or_, states)] * size  # noqa: E731
+        patch.setattr(loop, "share_out", together)
+        return loop.train(recipe, world, quiet=True)
+
+
+def begun(out: Path, run: Path) -> Path:
+    """A copy of the two ranks' run, as it was half-way."""
+    shutil.copytree(out / "lanes", run)
+    shutil.rmtree(checkpoints_in(Run(run).checkpoints)[-1])
+    return run
+
+
+def assert_goes_on_as(whole: Run, run: Run) -> None:
+    rows, others = whole.read_metrics(), run.read_metrics()
+    assert [row["step"] for row in others] == [2, 4, 6, 8] and rows[:2] == others[:2]
+    for row, other in zip(rows[2:], others[2:], strict=True):
+        for key in ("tokens", "flops", "learning_rate"):
+            assert row[key] == other[key]
+        for key in ("loss", "loss_text", "loss_image"):
+            assert other[key] == pytest.approx(row[key], rel=1e-5)
+        assert other["gradient_norm"] == pytest.approx(row["gradient_norm"], rel=1e-4)
+
+
 def in_process(rank: int, ranks: int, port: int, job, *arguments) -> None:
     torch.set_num_threads(1)
     os.environ |= {
@@ -126,12 +192,29 @@ def on_ranks(ranks: int, job, *arguments) -> None:
     multiprocessing.spawn(in_process, (ranks, port, job, *arguments), nprocs=ranks)
 
 
+def recipe_with(tiny: Recipe, run: str) -> Recipe:
+    recipe = recipe_of(tiny, "moe_2t2i", EngineConfig())
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"experts_run": run})})
+
+
+def units_of(recipe: Recipe, world: World) -> list[str]:
+    """The parts of a model whose weights are gathered one by one."""
+    model, *_ = build(recipe, world)
+    return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+
+
 def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     for name, (groups, engine, _) in CASES.items():
         take_steps(world, recipe_of(tiny, groups, engine), out / name)
     run = tiny.model_copy(update={"run": out / "run"})
     train(run, world, quiet=True)
     train(run, world, quiet=True)  # finds itself finished
+    train_lanes(world, tiny, out / "lanes")
+    units = {run: units_of(recipe_with(tiny, run), world) for run in ("sequential", "batched")}
+    if world.rank == 0:
+        (out / "units.json").write_text(json.dumps(units))
+    seed = recipe_of(tiny, "moe_1t1i", EngineConfig())
+    train(seed.model_copy(update={"run": out / "seed"}), world, quiet=True)
 
 
 def job_of_four(world: World, tiny: Recipe, two: Path, out: Path) -> None:
@@ -140,6 +223,10 @@ def job_of_four(world: World, tiny: Recipe, two: Path, out: Path) -> None:
         found = go_on(world, recipe_of(tiny, "moe_2t2i", engine), two / "moe_2t2i")
         if world.rank == 0:
             torch.save(found, out / f"{name}.pt")
+    if world.rank == 0:
+        begun(two, out / "lanes")
+    world.barrier()
+    train_lanes(world, tiny, out / "lanes")
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +318,41 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, two, tmp_path):
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in whole]
     assert rows[:2] == whole[:2] and rows[-1]["loss"] < rows[1]["loss"]
     assert len(read_rank_states(checkpoints_in(run.checkpoints)[-1])) == 1
+
+
+def test_training_goes_on_alike_on_one_rank_and_on_four(tiny, two, four, tmp_path):
+    """The whole trainer: counters, schedule, optimizer, scale of the gradient, rows."""
+    whole = Run(two / "lanes")
+    assert_goes_on_as(whole, Run(four / "lanes"))
+    assert_goes_on_as(whole, train_lanes(ALONE, tiny, begun(two, tmp_path / "run")))
+
+
+def test_one_rank_grows_the_seed_of_two(tiny, two, tmp_path):
+    seed = Run(two / "seed")
+    stage = tiny.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
+    grown = recipe_of(tiny, "moe_2t2i", EngineConfig())
+    changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
+    run = train(grown.model_copy(update=changes), ALONE, quiet=True)
+    (row,) = run.read_metrics()
+    tokens = 2 * tiny.data.rows * tiny.data.row_length
+    assert row["tokens"] == seed.read_metrics()[-1]["tokens"] + tokens
+    # Its documents are those that neither rank of the seed had taken.
+    states = [state["data"] for state in read_rank_states(checkpoints_in(seed.checkpoints)[-1])]
+    ((wanted,), (found,)) = (
+        share_out(states, 1),
+        [state["data"] for state in read_rank_states(checkpoints_in(run.checkpoints)[-1])],
+    )
+    for stream in ("pictured", "text"):
+        assert sum(wanted[stream]["base"]) > 0
+        assert found[stream]["base"] == wanted[stream]["base"]
+
+
+def test_groups_that_run_one_after_the_other_are_gathered_one_by_one(two):
+    units = json.loads((two / "units.json").read_text())
+    layers = ["", "layers.0", "layers.1"]
+    assert sorted(units["batched"]) == layers
+    groups = [f"layers.{n}.experts.groups.{g}" for n in range(2) for g in range(2)]
+    assert sorted(units["sequential"]) == sorted([*layers, *groups])
 
 
 def test_copies_that_the_ranks_cannot_hold_are_refused(tiny):

@@ -19,6 +19,7 @@ from moma.runtime.checkpoint import (
     read_rank_states,
     read_state,
     restore_random_state,
+    set_aside,
 )
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
@@ -97,20 +98,55 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, file, damage, tol
     save(tmp_path, 1, 2, 3)
     (path,) = (tmp_path / "step-00000003").glob(file)
     damage(path)
-    taken, (message,) = newest_whole(tmp_path, WORLD)
+    taken, damaged = newest_whole(tmp_path, WORLD)
     assert taken is not None and taken.name == "step-00000002"
+    ((broken, message),) = damaged.items()
+    assert broken == tmp_path / "step-00000003"
     assert "step-00000003" in message and path.name in message
     # A damaged manifest can tell no more of itself.
     assert told in message or path.name == "manifest.json"
 
 
 def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path):
-    assert newest_whole(tmp_path, WORLD) == (None, [])
+    assert newest_whole(tmp_path, WORLD) == (None, {})
     save(tmp_path, 1, 2)
     for path in checkpoints_in(tmp_path):
         flip(path / "state.json")
     with pytest.raises(UserError, match=r"no checkpoint is whole: .*00002.*state.*00001.*state"):
         newest_whole(tmp_path, WORLD)
+
+
+def test_a_step_may_be_damaged_again_and_again(tmp_path):
+    for time in range(3):
+        save(tmp_path, 4)
+        set_aside(tmp_path / "step-00000004")
+        assert names(tmp_path) == []
+        assert len(list(tmp_path.glob("*.damaged*"))) == time + 1
+
+
+def test_what_earlier_processes_left_unfinished_is_swept_up(tmp_path):
+    save(tmp_path, 4)
+    shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000003.partial")
+    with closing(CheckpointWriter(tmp_path, WORLD)) as writer:
+        writer.sweep()
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000004", "latest"}
+
+
+def test_an_old_one_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
+    """As on a network's disk, where a file that is read is renamed instead of removed."""
+    real = shutil.rmtree
+
+    def rmtree(path: Path, ignore_errors: bool = False) -> None:
+        if path.name == "step-00000001.partial" and path.is_dir():
+            if ignore_errors:
+                return
+            raise OSError("Directory not empty")
+        real(path, ignore_errors=ignore_errors)
+
+    save(tmp_path, 1, keep=1)
+    monkeypatch.setattr(writing.shutil, "rmtree", rmtree)
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["step-00000002"]
 
 
 def test_without_room_the_old_one_stays(tmp_path, monkeypatch):

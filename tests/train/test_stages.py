@@ -1,14 +1,20 @@
 """Every stage: what it trains gets a gradient, what it freezes stays, where it begins; faults."""
 
+import gzip
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from moma.data.batches import Batches
 from moma.errors import UserError
-from moma.recipe import read_recipe
+from moma.files import held_alone
+from moma.model.depth import DepthConfig
+from moma.recipe import read_recipe, shipped_recipe, write_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in, load_model, newest_whole, read_state
 from moma.runtime.world import World
@@ -18,6 +24,8 @@ from moma.train.metrics import TIMING
 from moma.train.recipe import Recipe
 from moma.train.replay import replay
 from moma.train.restore import load_run
+from moma.train.stages import find_source, objective_of, prepare_model
+from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
 
 WORLD = World(torch.device("cpu"))
@@ -69,6 +77,104 @@ def test_what_is_trained_moves_and_what_is_frozen_stays(tiny, seed, grown, stage
         assert torch.equal(old, after[name]) != trained, name
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "upcycle", "aux_router"])
+def test_every_trainable_parameter_gets_a_gradient(tiny, seed, grown, stage):
+    """One that is not all zeros, which weight decay could hide."""
+    recipe = recipe_of(seed if stage == "pretrain" else grown)
+    if stage == "aux_router":
+        recipe = recipe.model_copy(update={"stage": stage, "from_": grown.path})
+    vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
+    source = find_source(recipe, WORLD)
+    # A gate may keep all tokens of a modality from its layer's experts: here all pass.
+    every = recipe.model.model_copy(update={"depth": DepthConfig(share=1.0)})
+    recipe = recipe.model_copy(update={"model": every})
+    model = prepare_model(recipe, vocabulary, WORLD, source)
+    batch = to_device(next(Batches(recipe.data, vocabulary, recipe.seed)), WORLD.device)
+    objective_of(recipe, WORLD.device)(model, batch).objective.backward()
+    for name, parameter in model.named_parameters():
+        trained = (".auxiliary." in name) == (stage == "aux_router")
+        assert parameter.requires_grad == trained, name
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == trained, name
+
+
+def copy_of(run: Run, folder: Path, **changes) -> tuple[Run, Recipe]:
+    """A copy of a run, its recipe at home there."""
+    shutil.copytree(run.path, folder)
+    recipe = recipe_of(run).model_copy(update={"run": folder, **changes})
+    write_recipe(recipe, Run(folder).recipe)
+    return Run(folder), recipe
+
+
+def damage_newest(run: Run) -> Path:
+    newest = checkpoints_in(run.checkpoints)[-1]
+    (shard,) = (newest / "tensors").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1])
+    return newest
+
+
+def test_a_run_that_has_begun_needs_its_seed_no_more(seed, grown, tmp_path, capsys):
+    """Twice damaged at the same step, and in a folder whose name might mislead."""
+    run, recipe = copy_of(grown, tmp_path / "a:b/step-1", from_=tmp_path / "gone")
+    for name in ("step-00000006.damaged", "step-00000006.damaged-2"):
+        newest = damage_newest(run)
+        train(recipe, WORLD, quiet=True)
+        assert "goes on from step-00000004" in capsys.readouterr().err
+        assert newest.is_dir() and (run.checkpoints / name).is_dir()
+    drop = (*TIMING, "recipe")
+    rows, others = (
+        [{k: v for k, v in row.items() if k not in drop} for row in each.read_metrics()]
+        for each in (run, grown)
+    )
+    assert rows == others
+
+
+def test_a_seed_whose_end_is_damaged_is_not_finished(tiny, seed, tmp_path):
+    run, _ = copy_of(seed, tmp_path / "seed")
+    damage_newest(run)
+    for stage in ("upcycle", "aux_router"):
+        changes = {"run": tmp_path / "run", "stage": stage, "from_": run.path}
+        recipe = with_groups(tiny, "mod_moe_1t1i", **changes)
+        with pytest.raises(
+            UserError, match=r"not trained to its end \(step-00000004 is its newest"
+        ):
+            train(recipe, WORLD, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_left_as_it_is(seed):
+    def state() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in seed.path.rglob("*") if path.is_file()}
+
+    before = state()
+    train(recipe_of(seed), WORLD, quiet=True)
+    assert state() == before
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tmp_path, capsys):
+    engine = tiny.engine.model_copy(update={"timeout": 0.1})
+    recipe = tiny.model_copy(update={"run": tmp_path / "run", "engine": engine})
+    (tmp_path / "run").mkdir()
+    with (
+        held_alone(tmp_path / "run", 0),
+        pytest.raises(UserError, match="another process is at work there"),
+    ):
+        train(recipe, WORLD, quiet=True)
+    assert "waits for another process" in capsys.readouterr().err
+    assert not list((tmp_path / "run").iterdir())
+    with held_alone(tmp_path / "run", 0):  # the refusal let go of it
+        pass
+
+
+def test_three_steps_are_traced(tiny, tmp_path):
+    engine = tiny.engine.model_copy(update={"trace": 2})
+    run = train(tiny.model_copy(update={"run": tmp_path / "run", "engine": engine}), WORLD, True)
+    (file,) = (run.path / "trace").iterdir()
+    assert file.name == "trace-00000005.json.gz"
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = [event["name"] for event in events]
+    assert sum("AdamW.step" in name for name in names) == 3
+
+
 def test_a_grown_run_goes_on_where_its_seed_stopped(tiny, seed, grown):
     last, rows = seed.read_metrics()[-1], grown.read_metrics()
     tokens = 2 * tiny.data.rows * tiny.data.row_length
@@ -101,8 +207,6 @@ def test_data_of_a_grown_run_are_fresh(tiny, seed, tmp_path):
 
 
 def test_a_chain_goes_on_at_the_right_stage(tiny, tmp_path, monkeypatch):
-    from moma.recipe import write_recipe
-
     write_recipe(tiny, tmp_path / "base.toml")
     chain = tmp_path / "chain.toml"
     chain.write_text(f"""
@@ -143,26 +247,41 @@ stage = "evaluate"
         ("[[chain]]\nmodle = 1", "step 1 of the chain: unknown key 'modle'"),
         ('[[chain]]\nname = "a"\n[[chain]]\nname = "a"', "two steps write"),
         ('[[chain]]\n[[chain]]\nstage = "evaluate"\nrouting = "best"', "use choice or causal"),
+        ('[[chain]]\nrun = "x"', "'run' stands above the chain"),
         ("chain = 3", "one \\[\\[chain\\]\\] table"),
     ],
 )
 def test_wrong_chains_are_refused(tiny, tmp_path, lines, told):
-    from moma.recipe import write_recipe
-
     write_recipe(tiny, tmp_path / "base.toml")
     (tmp_path / "chain.toml").write_text(f'extends = "base.toml"\n{lines}\n')
     with pytest.raises(UserError, match=told):
         read_chain(tmp_path / "chain.toml")
 
 
-def test_the_shipped_chain_is_one():
-    from moma.recipe import shipped_recipe
+def test_the_command_line_has_the_last_word(tiny, tmp_path):
+    write_recipe(tiny, tmp_path / "base.toml")
+    (tmp_path / "chain.toml").write_text(
+        'extends = "base.toml"\n[[chain]]\nname = "a"\npretrain = { steps = 3 }\n'
+        '[[chain]]\nname = "b"\nmodel = { layers = 3 }\n'
+    )
+    overrides = ["pretrain.steps=5", "chain.0.model.layers=4", f"run={tmp_path}/runs"]
+    steps = [each for each in read_chain(tmp_path / "chain.toml", overrides)]
+    assert [step.run.name for step in steps] == ["a", "b"]
+    assert steps[0].run.parent == tmp_path / "runs"
+    for step, layers in zip(steps, (4, 3), strict=True):
+        assert isinstance(step, Recipe)
+        assert (step.pretrain.steps, step.model.layers) == (5, layers)
 
+
+def test_the_shipped_chain_trains_as_long_as_the_demo():
+    demo = read_recipe(Recipe, shipped_recipe("demo.toml"))
     steps = read_chain(shipped_recipe("demo_chain.toml"))
     assert isinstance(steps[-1], Evaluation)
     assert [step.stage for step in steps if isinstance(step, Recipe)] == [
         "pretrain", "upcycle", "aux_router",
     ]  # fmt: skip
+    trained = [step.stage_config.steps for step in steps[:2] if isinstance(step, Recipe)]
+    assert sum(trained) == demo.pretrain.steps
 
 
 def exploding(tiny: Recipe, path, **changes) -> Recipe:

@@ -1,0 +1,54 @@
+"""Signals in this process: which are taken note of, and which end it."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from moma.errors import StoppedError
+from moma.runtime.interrupt import interruption
+from moma.runtime.world import World
+
+WORLD = World(torch.device("cpu"))
+
+
+def test_sigterm_may_come_twice():
+    """From Slurm to every process, and from torchrun once more."""
+    before = signal.getsignal(signal.SIGTERM)
+    with interruption(WORLD) as asked:
+        assert signal.getsignal(signal.SIGTERM) == before  # nothing to save yet
+        asked.listen()
+        assert asked.agreed() is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert asked.agreed() == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with interruption(WORLD) as asked:
+        asked.listen()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.agreed() == "SIGINT"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_handlers_are_put_back_after_an_error():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyError), interruption(WORLD) as asked:
+        asked.listen()
+        raise KeyError
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_process_that_stops_is_not_stopped_again():
+    """It has yet to say so, with the right exit code."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(StoppedError), interruption(WORLD) as asked:
+        asked.listen()
+        raise StoppedError
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
