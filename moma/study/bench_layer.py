@@ -55,6 +55,7 @@ class Sizes:
         tokens: N.
         repeats: rounds, in each of which every variant runs once.
         dtype: of weights and tokens, `fp32` or `bf16`.
+        device: `cpu` or `cuda`; left out, the GPU if there is one.
         compiled: whether the variants run as compiled graphs, as `moma train` runs layers.
         cpu_time: whether what other processes take is left out; several threads then add up.
     """
@@ -63,12 +64,17 @@ class Sizes:
     tokens: int = 4096
     repeats: int = 31
     dtype: str = "fp32"
+    device: str | None = None
     compiled: bool = True
     cpu_time: bool = False
 
 
 def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
     """Measure all variants at all widths.
+
+    Args:
+        sizes: what is measured.
+        quiet: whether progress is not shown.
 
     Returns:
         For each: `dim`, `ffn`, `variant`, median `milliseconds`, speed against floor and dense
@@ -84,7 +90,7 @@ def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
 
 
 def _rows(dim: int, sizes: Sizes, report: Report) -> list[dict[str, Any]]:
-    device = local_device()
+    device = torch.device(sizes.device) if sizes.device else local_device()
     modules = variants(dim, sizes.tokens)
     jobs = {}
     for name, module in modules.items():
