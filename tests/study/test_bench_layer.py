@@ -41,8 +41,8 @@ def test_every_variant_has_the_operations_of_what_it_is_measured_against(modules
     assert count["mod_floor"] * 4 == count["dense"]
     for name in STRATEGIES:
         assert 1 <= count[name] / count["floor"] < 1.05
-    for name in ("mod", "mod_moe_1t1i", "mod_moe_4t4i"):
-        assert 1 <= count[name] / count[f"{name}_floor"] < 1.05
+    for gated in ("mod", "mod_moe_1t1i", "mod_moe_4t4i"):
+        assert 1 <= count[gated] / count[f"{gated}_floor"] < 1.05
 
 
 def test_the_floor_is_one_feed_forward_for_each_slice():
