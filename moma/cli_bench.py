@@ -59,6 +59,9 @@ def layer(
     tokens: Annotated[int, typer.Option(min=32, help="a multiple of 32, half of pictures")] = 4096,
     repeats: Annotated[int, typer.Option(min=1, help="of everything, in turn")] = 31,
     dtype: Annotated[str, typer.Option(help="of weights and tokens: fp32 or bf16")] = "fp32",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda [the GPU if there is one]")
+    ] = None,
     eager: Annotated[bool, typer.Option("--eager", help="without torch.compile")] = False,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="leave out what other processes take; for one thread")
@@ -68,13 +71,20 @@ def layer(
     ] = False,
 ) -> None:
     """Experts that choose their tokens, beside a feed-forward that need not."""
+    import torch
+
     from moma.study.bench_layer import DTYPES, Sizes, bench_layer
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: use {' or '.join(DTYPES)}")
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {device}: use cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; leave it out, or use cpu")
     if tokens % 32:
         raise UserError(f"--tokens {tokens}: must be a multiple of 32")
-    sizes = Sizes(tuple(dim or (256, 512)), tokens, repeats, dtype, not eager, cpu_time)
+    widths = tuple(dim or (256, 512))
+    sizes = Sizes(widths, tokens, repeats, dtype, device, not eager, cpu_time)
     rows = bench_layer(sizes, quiet=as_json)
     if as_json:
         print(json.dumps(rows))

@@ -13,6 +13,7 @@ from moma.model.attention import Attention, Sight, chosen_sight
 from moma.model.auxiliary import RouterReport
 from moma.model.depth import DepthConfig, DepthGate
 from moma.model.experts import make_experts, make_group
+from moma.model.layers import add_rows_, take_rows
 from moma.model.routing import Routing, Selection
 from moma.vocabulary import Vocabulary
 
@@ -123,11 +124,11 @@ class DepthLayer(Layer):
         """Map [B, S, D] to [B, S, D]; the gate's report comes after those of the experts."""
         selection, gate = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, token_RK = x_BSD.flatten(0, 1), selection.token_EK
-        attended_RKD, fed_RKD, reports = self._updates(
-            x_ND[token_RK], context.at(selection), routing
-        )
+        x_RKD = take_rows(x_ND, token_RK.flatten()).unflatten(0, token_RK.shape)
+        attended_RKD, fed_RKD, reports = self._updates(x_RKD, context.at(selection), routing)
         update_RKD = (attended_RKD + fed_RKD) * selection.weight_EK[..., None]
-        y_ND = x_ND.index_add(0, token_RK.flatten(), update_RKD.flatten(0, 1).to(x_ND.dtype))
+        update_TD = update_RKD.flatten(0, 1).to(x_ND.dtype)
+        y_ND = add_rows_(x_ND.clone(), token_RK.flatten(), update_TD)
         over_all = [
             report._replace(record=report.record.spread(token_RK.flatten(), len(x_ND)))
             if report.record is not None

@@ -67,7 +67,7 @@ class DepthGate(nn.Module):
             The selection [R, K] with tokens in the order of the batch, and what the gate tells.
         """
         x_ND, eligible_N = x_BSD.flatten(0, 1), eligible_BS.flatten()
-        logits_N1 = router_logits(self.router, x_ND)
+        logits_N1 = router_logits(self.router.weight[0], x_ND)[:, None]
         unsound = any_unsound(logits_N1, eligible_N)
         if routing.by == "causal":
             likelihood_N1 = self.auxiliary(x_ND)

@@ -159,7 +159,7 @@ class RoutedGroup(ExpertGroup):
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, RouterReport | None]:
-        logits_NE = router_logits(self.router, x_ND)
+        logits_NE = router_logits(self.router.weight, x_ND)
         if self.noise and self.training and routing.by == "choice":
             logits_NE = logits_NE + logistic_noise(logits_NE)
         unsound = any_unsound(logits_NE, eligible_N)

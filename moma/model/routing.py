@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from moma.model.layers import widen
@@ -63,10 +63,16 @@ class Selection(NamedTuple):
         return nobody.scatter_add(1, self.token_EK, self.taken_EK.to(nobody.dtype)).T
 
 
-def router_logits(router: nn.Linear, x_ND: Tensor) -> Tensor:
-    """Logits [N, E] of a main router, in fp32 whatever the rest is in: rounded ones would tie."""
+def router_logits(weight: Tensor, x_ND: Tensor) -> Tensor:
+    """Logits of a main router, in fp32 whatever the rest is in: rounded ones would tie.
+
+    Args:
+        weight: of all experts, [E, D], which gives [N, E]; or of a gate, [D], which gives [N]: a
+            vector costs less than a matrix of one row.
+        x_ND: tokens.
+    """
     with torch.autocast(x_ND.device.type, enabled=False):
-        return functional.linear(widen(x_ND), widen(router.weight))
+        return functional.linear(widen(x_ND), widen(weight))
 
 
 def logistic_noise(logits_NE: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moma.model.grouped import grouped_product
+from moma.model.layers import add_rows_, take_rows
 from moma.model.routing import Selection
 
 RunName = Literal["sequential", "batched", "grouped"]
@@ -53,10 +54,10 @@ def run_sequential(x_ND: Tensor, loads: Sequence[Load]) -> Tensor:
     for load in loads:
         token_EK, _, weight_EK = load.selection
         token_T = token_EK.flatten()
-        x_EKD = x_ND.index_select(0, token_T).unflatten(0, token_EK.shape)
+        x_EKD = take_rows(x_ND, token_T).unflatten(0, token_EK.shape)
         hidden_EKF = functional.silu(x_EKD @ load.gate_EDF) * (x_EKD @ load.up_EDF)
         y_EKD = (hidden_EKF @ load.down_EFD) * weight_EK[..., None]
-        y_ND.index_add_(0, token_T, y_EKD.flatten(0, 1))
+        add_rows_(y_ND, token_T, y_EKD.flatten(0, 1))
     return y_ND.to(x_ND.dtype)
 
 
@@ -79,10 +80,10 @@ def run_grouped(x_ND: Tensor, loads: Sequence[Load], lone_overlap: int) -> Tenso
     """
     gate, up, down, _ = zip(*loads, strict=True)
     (token_T, _, weight_T), end_E = _slots(loads, lone_overlap * len(x_ND))
-    x_TD = x_ND.index_select(0, token_T)
+    x_TD = take_rows(x_ND, token_T)
     gate_TF, up_TF = (grouped_product(x_TD, part, end_E) for part in (gate, up))
     y_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E) * weight_T[:, None]
-    return _nothing(x_ND).index_add_(0, token_T, y_TD).to(x_ND.dtype)
+    return add_rows_(_nothing(x_ND), token_T, y_TD).to(x_ND.dtype)
 
 
 def _nothing(x_ND: Tensor) -> Tensor:

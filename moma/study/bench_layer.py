@@ -33,7 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthGate
 from moma.model.experts import Experts, make_experts, make_group, named_groups
-from moma.model.layers import SwiGLU
+from moma.model.layers import SwiGLU, add_rows_, take_rows
 from moma.model.routing import Routing
 from moma.model.running import RunName
 from moma.progress import Report, show_progress
@@ -55,6 +55,7 @@ class Sizes:
         tokens: N.
         repeats: rounds, in each of which every variant runs once.
         dtype: of weights and tokens, `fp32` or `bf16`.
+        device: `cpu` or `cuda`; left out, the GPU if there is one.
         compiled: whether the variants run as compiled graphs, as `moma train` runs layers.
         cpu_time: whether what other processes take is left out; several threads then add up.
     """
@@ -63,12 +64,17 @@ class Sizes:
     tokens: int = 4096
     repeats: int = 31
     dtype: str = "fp32"
+    device: str | None = None
     compiled: bool = True
     cpu_time: bool = False
 
 
 def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
     """Measure all variants at all widths.
+
+    Args:
+        sizes: what is measured.
+        quiet: whether progress is not shown.
 
     Returns:
         For each: `dim`, `ffn`, `variant`, median `milliseconds`, speed against floor and dense
@@ -84,7 +90,7 @@ def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
 
 
 def _rows(dim: int, sizes: Sizes, report: Report) -> list[dict[str, Any]]:
-    device = local_device()
+    device = torch.device(sizes.device) if sizes.device else local_device()
     modules = variants(dim, sizes.tokens)
     jobs = {}
     for name, module in modules.items():
@@ -210,9 +216,9 @@ class Gated(nn.Module):
         (token_1K, taken_1K, weight_1K), _ = self.gate(x_1ND, modality_1N >= 0, Routing())
         token_K = token_1K[0]
         modality_1K = modality_1N[:, token_K].masked_fill(~taken_1K, -1)
-        fed_1KD, _ = self.experts(x_1ND[:, token_K], modality_1K, Routing())
+        fed_1KD, _ = self.experts(take_rows(x_1ND[0], token_K)[None], modality_1K, Routing())
         update_KD = (fed_1KD * weight_1K[..., None])[0]
-        return x_1ND[0].index_add(0, token_K, update_KD.to(x_1ND.dtype))[None]
+        return add_rows_(x_1ND[0].clone(), token_K, update_KD.to(x_1ND.dtype))[None]
 
 
 def _job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Callable[[], None]:

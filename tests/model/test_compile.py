@@ -108,3 +108,21 @@ def test_a_compiled_layer_equals_eager():
         unit.compile(fullgraph=True)
     compiled = model(tokens, documents, positions).logits_BSV
     torch.testing.assert_close(eager, compiled, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ARCHITECTURES)
+def test_a_step_never_waits_for_the_device(case):
+    """In bf16, as on a GPU: in fp32, experts in one grouped product would wait."""
+    model, step = make_step(case)
+    model.cuda()
+    batches = [[part.cuda() for part in batch_of(number)] for number in range(3)]
+    for number, batch in enumerate(batches):
+        # The first step sets up what later ones find ready.
+        torch.cuda.set_sync_debug_mode("error" if number else "default")
+        try:
+            with torch.autocast("cuda", torch.bfloat16):
+                objective, _, _ = step(*batch)
+            objective.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
