@@ -15,20 +15,16 @@ All have the operations of `dense`, behind a gate a quarter of them; there, `mod
 the dense layer. What is compared runs in turn: a shared machine is noisy.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate, chain
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from itertools import chain
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.profiler import ProfilerActivity, profile
 
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthGate
@@ -37,6 +33,7 @@ from moma.model.layers import SwiGLU, add_rows_, take_rows
 from moma.model.routing import Routing
 from moma.model.running import RunName
 from moma.progress import Report, show_progress
+from moma.runtime.peak import allocated_peak, synchronise
 from moma.runtime.world import can_compile, local_device
 
 SHARES, RUN = (0.5, 0.5), 1024
@@ -98,7 +95,10 @@ def _rows(dim: int, sizes: Sizes, report: Report) -> list[dict[str, Any]]:
         if sizes.compiled and can_compile(device):
             module.compile(fullgraph=True)
         jobs[name] = _job(module, dim, sizes, device)
-    peaks = {name: _peak(job, device) for name, job in jobs.items()}
+    peaks = {}
+    for name, job in jobs.items():
+        job()  # weights have gradients from here on
+        peaks[name] = allocated_peak(job, device)
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
     names, clock = list(jobs), time.process_time if sizes.cpu_time else time.perf_counter
     for number in range(sizes.repeats):
@@ -242,39 +242,11 @@ def _seconds(
 ) -> float:
     """As in a training step: gradients do not exist before."""
     module.zero_grad()
-    _synchronise(device)
+    synchronise(device)
     began = clock()
     job()
-    _synchronise(device)
+    synchronise(device)
     return clock() - began
-
-
-def _peak(job: Callable[[], None], device: torch.device) -> int:
-    """The most bytes that were allocated at once, beyond what is there after a first call.
-
-    There are weights and their gradients then. On a GPU the allocator tells; elsewhere the
-    profiler's record of everything that was allocated and freed, in compiled code too.
-    """
-    job()
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        job()
-        return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        job()
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        record.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    changes = [event for event in events if event["name"] == "[memory]"]
-    in_time = sorted(changes, key=lambda event: event["ts"])
-    return max(accumulate((event["args"]["Bytes"] for event in in_time), initial=0))
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _floor_of(variant: str) -> str:

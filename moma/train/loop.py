@@ -245,12 +245,10 @@ class Trainer:
         for tracker in self.trackers:
             tracker.write(row)
         loss = "none" if row["loss"] is None else f"{row['loss']:.3f}"
-        left = time.strftime("%H:%M:%S", time.gmtime(row["seconds_left"] % 86_400))
-        days = int(row["seconds_left"] // 86_400)
         report(
             row["step"],
             f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s  MFU {row['mfu']:.0%}  "
-            f"{row['peak_memory'] / 2**30:.1f} GiB  {f'{days} d ' if days else ''}{left} left",
+            f"{row['peak_memory'] / 2**30:.1f} GiB",
         )
 
     def _save(self) -> None:

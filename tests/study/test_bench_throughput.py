@@ -5,14 +5,12 @@ import statistics
 
 import numpy as np
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from moma.cli import app
 from moma.data.packing import NO_LABEL
 from moma.errors import UserError
 from moma.recipe import write_recipe
-from moma.runtime.peak import allocated_peak
 from moma.study import bench_throughput as bench
 from moma.study.plan import plan
 from moma.study.synthetic import made_up_batches, made_up_vocabulary
@@ -105,12 +103,3 @@ def test_the_rounds_begin_with_another_recipe_each():
     assert bench._spread([1.0]) == 0
     low, middle, high = statistics.quantiles([1.0, 2.0, 4.0], n=4, method="inclusive")
     assert bench._spread([4.0, 1.0, 2.0]) == pytest.approx((high - low) / 2 / middle)
-
-
-def test_memory_of_a_job_is_what_it_holds_at_once():
-    def job() -> None:
-        for _ in range(3):
-            torch.empty(1 << 20), torch.empty(1 << 20)
-
-    found = allocated_peak(job, torch.device("cpu"))
-    assert 2 * 4 << 20 <= found < 3 * 4 << 20
