@@ -174,6 +174,23 @@ def group(names: str, experts: int) -> GroupConfig:
     return GroupConfig(modalities=tuple(names.split()), experts=experts)
 
 
+def test_growing_step_by_step_ends_where_growing_at_once_does():
+    """Dense → 1t1i → 4t4i → with gates: experts and all that is shared stay the first seed's."""
+    dense = build("dense", seed=3)
+    pairs = grown_from(dense, "moe_1t1i")
+    many = grown_from(pairs, "moe_4t4i")
+    gated = grown_from(many, "mod_moe_4t4i")
+    at_once = grown_from(dense, "mod_moe_4t4i")
+    new = (".router.", ".auxiliary.", ".depth.")
+    once, last, before = (model.state_dict() for model in (at_once, gated, many))
+    assert once.keys() == last.keys()
+    for name, weight in last.items():
+        if not any(part in name for part in new):
+            assert torch.equal(weight, once[name]), name
+        elif ".experts." in name and ".router." in name:
+            assert torch.equal(weight, before[name]), name  # they had been learned
+
+
 def test_groups_find_their_sources():
     shared = (group("text", 1), group("image", 1), group("text image", 1))
     wide = (group("image", 4), group("text image", 2), group("text", 3))
