@@ -47,6 +47,9 @@ def main() -> None:
     """Run a verb; a `UserError` becomes one line on standard error and exit code 2."""
     # `datasets` would otherwise ask a server whenever it opens a file, also without a network.
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    # Large pages for large tensors of a CPU, where the system lends them: gradients of experts are
+    # made anew in every step, page by page (docs/results/layer.md).
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
     except UserError as error:

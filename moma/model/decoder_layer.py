@@ -13,7 +13,7 @@ from moma.model.attention import Attention, Sight, chosen_sight
 from moma.model.auxiliary import RouterReport
 from moma.model.depth import DepthConfig, DepthGate
 from moma.model.experts import make_experts, make_group
-from moma.model.layers import add_rows_, take_rows
+from moma.model.layers import add_rows, take_rows
 from moma.model.routing import Routing, Selection
 from moma.vocabulary import Vocabulary
 
@@ -128,7 +128,7 @@ class DepthLayer(Layer):
         attended_RKD, fed_RKD, reports = self._updates(x_RKD, context.at(selection), routing)
         update_RKD = (attended_RKD + fed_RKD) * selection.weight_EK[..., None]
         update_TD = update_RKD.flatten(0, 1).to(x_ND.dtype)
-        y_ND = add_rows_(x_ND.clone(), token_RK.flatten(), update_TD)
+        y_ND = add_rows(x_ND, token_RK.flatten(), update_TD)
         over_all = [
             report._replace(record=report.record.spread(token_RK.flatten(), len(x_ND)))
             if report.record is not None

@@ -15,7 +15,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
-from moma.model.experts import static_capacity
 from moma.model.layers import widen
 from moma.model.routing import (
     Routing,
@@ -24,6 +23,7 @@ from moma.model.routing import (
     choose_causally,
     choose_highest,
     router_logits,
+    static_capacity,
 )
 from moma.recipe import Config
 
@@ -67,7 +67,7 @@ class DepthGate(nn.Module):
             The selection [R, K] with tokens in the order of the batch, and what the gate tells.
         """
         x_ND, eligible_N = x_BSD.flatten(0, 1), eligible_BS.flatten()
-        logits_N1 = router_logits(self.router.weight[0], x_ND)[:, None]
+        logits_N1 = router_logits(self.router.weight, x_ND)
         unsound = any_unsound(logits_N1, eligible_N)
         if routing.by == "causal":
             likelihood_N1 = self.auxiliary(x_ND)

@@ -4,23 +4,26 @@
 
 A layer holds one group of experts for each set of modalities; a token meets only the groups of its
 own modality (first step, given), and inside a group the experts choose their tokens (second step,
-learned). Outputs of groups add, so groups may overlap. How the products are run: `running.py`.
+learned: `routing.py`). Outputs of groups add, so groups may overlap. `add_experts` is the equation;
+other ways to run the products, with equal results: `running.py`.
 Shapes: see `layers.py`.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moma.errors import UserError
 from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
-from moma.model.layers import SwiGLU, widen
+from moma.model.layers import SwiGLU, add_rows, take_rows, widen
 from moma.model.routing import (
     Routing,
     Selection,
@@ -29,9 +32,10 @@ from moma.model.routing import (
     choose_causally,
     logistic_noise,
     router_logits,
+    static_capacity,
     take_all,
 )
-from moma.model.running import Load, RunName, Strategy, joint_strategy, run_sequential
+from moma.model.running import Load, RunName, merge_alike, run_grouped
 from moma.recipe import Config
 from moma.vocabulary import MODALITIES
 
@@ -75,6 +79,26 @@ def named_groups(name: str) -> tuple[GroupConfig, ...]:
     )
 
 
+def add_experts(total_ND: Tensor, x_ND: Tensor, load: Load) -> Tensor:
+    """Equation 1: total + Σ_j s_j(x) · FFN_j(x) over the experts j that took x; [N, D] to [N, D].
+
+    Args:
+        total_ND: what other experts gave, in the precision in which outputs are added up.
+        x_ND: tokens.
+        load: the experts and the tokens that they took.
+    """
+    token_EK, _, score_EK = load.selection
+    token_T = token_EK.flatten()
+    x_EKD = take_rows(x_ND, token_T).unflatten(0, token_EK.shape)
+    ffn_EKD = (functional.silu(x_EKD @ load.gate_EDF) * (x_EKD @ load.up_EDF)) @ load.down_EFD
+    return add_rows(total_ND, token_T, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
+
+
+def no_output(x_ND: Tensor) -> Tensor:
+    """Zeros to add the experts' outputs to: in fp32 at least, as scores and weights are."""
+    return torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+
+
 class ExpertGroup(nn.Module):
     """The experts of one or more modalities, each a SwiGLU.
 
@@ -95,17 +119,19 @@ class ExpertGroup(nn.Module):
         self.down_EFD = nn.Parameter(torch.empty(experts, hidden, dim))
 
     def forward(
-        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+        self, x_ND: Tensor, modality_N: Tensor, routing: Routing, total_ND: Tensor | None = None
     ) -> tuple[Tensor, RouterReport | None]:
-        """Route the tokens of the group's modalities; others get zeros.
+        """Route the tokens of the group's modalities and add what their experts give.
 
         Args:
             x_ND: tokens of all modalities.
             modality_N: modality of each token, −1 for padding, which never competes.
             routing: see `Routing`.
+            total_ND: what other groups gave; left out, nothing.
         """
         load, report = self.load(x_ND, modality_N, routing)
-        return run_sequential(x_ND, [load]), report
+        total_ND = no_output(x_ND) if total_ND is None else total_ND
+        return add_experts(total_ND, x_ND, load), report
 
     def load(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
@@ -121,8 +147,8 @@ class ExpertGroup(nn.Module):
         return eligible_N
 
     def _capacity(self, eligible_N: Tensor, routing: Routing) -> int:
-        """K = share · N / E (static), or from the batch's own count (actual)."""
-        if routing.capacity == "static":
+        """K = share · N / E (static), or from the batch's own count (actual, and causally)."""
+        if routing.by == "choice" and routing.capacity == "static":
             return static_capacity(self.share, eligible_N.shape[0], self.experts)
         return math.ceil(int(eligible_N.sum()) / self.experts)
 
@@ -130,8 +156,7 @@ class ExpertGroup(nn.Module):
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, RouterReport | None]:
         """Without a router (one expert): all tokens of the modality."""
-        count = Routing(capacity="actual") if routing.by == "causal" else routing
-        return take_all(eligible_N, self._capacity(eligible_N, count)), None
+        return take_all(eligible_N, self._capacity(eligible_N, routing)), None
 
 
 class RoutedGroup(ExpertGroup):
@@ -181,16 +206,11 @@ class DenseGroup(SwiGLU):
     """One expert for every modality is a plain feed-forward: nothing to route."""
 
     def forward(  # type: ignore[override]
-        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+        self, x_ND: Tensor, modality_N: Tensor, routing: Routing, total_ND: Tensor | None = None
     ) -> tuple[Tensor, RouterReport | None]:
-        """Apply the feed-forward to every token, [N, D] to [N, D]."""
-        return super().forward(x_ND), None
-
-
-def static_capacity(share: float, tokens: int, experts: int = 1) -> int:
-    """Slots of an expert, K = share · N / E, rounded up."""
-    # The small slack keeps a product such as 0.3 · 10 from being rounded up.
-    return math.ceil(share * tokens / experts - 1e-6)
+        """Apply the feed-forward to every token and add it to the total, [N, D] to [N, D]."""
+        y_ND = super().forward(x_ND)
+        return y_ND if total_ND is None else total_ND + y_ND, None
 
 
 def group_share(
@@ -250,7 +270,7 @@ def most_overlap(modalities: Iterable[Iterable[int | str]]) -> int:
 
 
 class Experts(nn.Module):
-    """The feed-forward of a layer: its groups, added up, one after the other."""
+    """The feed-forward of a layer: its groups, added up, one after the other (`sequential`)."""
 
     def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
         super().__init__()
@@ -260,12 +280,19 @@ class Experts(nn.Module):
         self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
     ) -> tuple[Tensor, list[RouterReport]]:
         """Map [B, S, D] to [B, S, D] and return what the routers tell."""
-        x_ND, modality_N = x_BSD.flatten(0, 1), modality_BS.flatten()
-        outputs, reports = zip(
-            *(group(x_ND, modality_N, routing) for group in self.groups), strict=True
-        )
-        total_ND = sum(outputs[1:], start=outputs[0])
-        return total_ND.view_as(x_BSD), [report for report in reports if report is not None]
+        total_ND, reports = self._add_up(x_BSD.flatten(0, 1), modality_BS.flatten(), routing)
+        told = [report for report in reports if report is not None]
+        return total_ND.to(x_BSD.dtype).view_as(x_BSD), told
+
+    def _add_up(
+        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+    ) -> tuple[Tensor, list[RouterReport | None]]:
+        total_ND, reports = None, []
+        for group in self.groups:
+            total_ND, report = group(x_ND, modality_N, routing, total_ND)
+            reports.append(report)
+        assert total_ND is not None
+        return total_ND, reports
 
     def units(self) -> list[nn.Module]:
         """The parts that may be sharded one by one: the next is gathered while one computes."""
@@ -273,25 +300,34 @@ class Experts(nn.Module):
 
 
 class JointExperts(Experts):
-    """The same, all groups run together; the weights stay with the groups."""
+    """The same, all groups run together (`batched`, `grouped`); the weights stay with the groups.
 
-    def __init__(self, groups: Sequence[ExpertGroup | DenseGroup], run: Strategy):
+    Args:
+        groups: all but those in `choosing` are plain feed-forwards.
+        choosing: the groups whose experts take some tokens.
+        run: adds to a total [N, D] what the experts of some loads give.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[ExpertGroup | DenseGroup],
+        choosing: Sequence[ExpertGroup],
+        run: Callable[[Tensor, Tensor, Sequence[Load]], Tensor],
+    ):
         super().__init__(groups)
-        self.run = run
-        self._choosing = [group for group in groups if isinstance(group, ExpertGroup)]
-        self._plain = [group for group in groups if isinstance(group, DenseGroup)]
+        self.run, self._choosing = run, list(choosing)
+        self._plain = [group for group in groups if group not in choosing]
 
-    def forward(
-        self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
-    ) -> tuple[Tensor, list[RouterReport]]:
-        """Map [B, S, D] to [B, S, D] and return what the routers tell."""
-        x_ND, modality_N = x_BSD.flatten(0, 1), modality_BS.flatten()
+    def _add_up(
+        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+    ) -> tuple[Tensor, list[RouterReport | None]]:
         loads, reports = zip(
             *(group.load(x_ND, modality_N, routing) for group in self._choosing), strict=True
         )
-        outputs = (group(x_ND, modality_N, routing)[0] for group in self._plain)
-        total_ND = sum(outputs, start=self.run(x_ND, loads))
-        return total_ND.view_as(x_BSD), [report for report in reports if report is not None]
+        total_ND = self.run(no_output(x_ND), x_ND, loads)
+        for group in self._plain:
+            total_ND, _ = group(x_ND, modality_N, routing, total_ND)
+        return total_ND, list(reports)
 
     def units(self) -> list[nn.Module]:
         """None: all weights are needed at once."""
@@ -303,5 +339,13 @@ def make_experts(groups: Sequence[ExpertGroup | DenseGroup], run: RunName) -> Ex
     choosing = [group for group in groups if isinstance(group, ExpertGroup)]
     if run == "sequential" or not choosing:
         return Experts(groups)
+    if run == "batched":
+        return JointExperts(groups, choosing, _add_batched)
     lone = most_overlap(group.modalities for group in choosing if group.experts == 1)
-    return JointExperts(groups, joint_strategy(run, lone))
+    return JointExperts(groups, choosing, partial(run_grouped, lone_overlap=lone))
+
+
+def _add_batched(total_ND: Tensor, x_ND: Tensor, loads: Sequence[Load]) -> Tensor:
+    for load in merge_alike(loads):
+        total_ND = add_experts(total_ND, x_ND, load)
+    return total_ND

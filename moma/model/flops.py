@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from moma.model.architecture import ModelConfig
-from moma.model.experts import GroupConfig, group_share, most_overlap, static_capacity
+from moma.model.experts import GroupConfig, group_share, most_overlap
+from moma.model.routing import static_capacity
 from moma.vocabulary import MODALITIES
 
 Counts = dict[str, float]

@@ -19,13 +19,13 @@ def take_rows(x_ND: Tensor, token_T: Tensor) -> Tensor:
     return x_ND.gather(0, token_T[:, None].expand(-1, x_ND.shape[1]))
 
 
-def add_rows_(y_ND: Tensor, token_T: Tensor, z_TD: Tensor) -> Tensor:
-    """Add rows to those of some tokens, which may come several times; in place.
+def add_rows(y_ND: Tensor, token_T: Tensor, z_TD: Tensor) -> Tensor:
+    """Rows added to those of some tokens, which may come several times, [N, D].
 
     Not `index_add`, of this and as the backward of `index_select`: compiled for several threads of
     a CPU, that adds number by number, atomically, and takes ten times as long (torch 2.13).
     """
-    return y_ND.scatter_add_(0, token_T[:, None].expand(-1, y_ND.shape[1]), z_TD)
+    return y_ND.scatter_add(0, token_T[:, None].expand(-1, y_ND.shape[1]), z_TD)
 
 
 class SwiGLU(nn.Module):

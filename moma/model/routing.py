@@ -7,8 +7,9 @@ decides each token by itself, from the auxiliary routers' likelihoods (§2.4).
 Shapes: see `layers.py`; E are the experts of one group, K the slots of an expert.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from moma.model.layers import widen
 
 RoutingName = Literal["choice", "causal"]
 CapacityName = Literal["static", "actual"]
+
+# Up to so many, a router's logits are products with a vector.
+_FEW_EXPERTS = 16
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,48 @@ class Selection(NamedTuple):
         return nobody.scatter_add(1, self.token_EK, self.taken_EK.to(nobody.dtype)).T
 
 
-def router_logits(weight: Tensor, x_ND: Tensor) -> Tensor:
+def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
     """Logits of a main router, in fp32 whatever the rest is in: rounded ones would tie.
 
     Args:
-        weight: of all experts, [E, D], which gives [N, E]; or of a gate, [D], which gives [N]: a
-            vector costs less than a matrix of one row.
+        weight_ED: of each expert; of a gate, one row.
         x_ND: tokens.
+
+    Returns:
+        [N, E], which lies in memory expert by expert, as choices go through it.
     """
     with torch.autocast(x_ND.device.type, enabled=False):
-        return functional.linear(widen(x_ND), widen(weight))
+        if len(weight_ED) > _FEW_EXPERTS:
+            return functional.linear(widen(x_ND), widen(weight_ED))
+        return _LogitsOfFew.apply(widen(x_ND), widen(weight_ED)).T
+
+
+class _LogitsOfFew(torch.autograd.Function):
+    """W · xᵀ, [E, N], one expert at a time.
+
+    Compiled, products with a vector and sums of outer products run in what else goes through the
+    tokens; as matrices of few rows they are products of their own, and take longer
+    (docs/results/layer.md). Of the three only the weight's gradient is better off as one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight_ED)
+        return torch.stack([x_ND @ weight_D for weight_D in weight_ED.unbind()])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x_ND, weight_ED = ctx.saved_tensors
+        (grad_EN,) = grads
+        parts = zip(grad_EN.unbind(), weight_ED.unbind(), strict=True)
+        grad_x_ND = sum(grad_N[:, None] * weight_D for grad_N, weight_D in parts)
+        return grad_x_ND, grad_EN @ x_ND
+
+
+def static_capacity(share: float, tokens: int, experts: int = 1) -> int:
+    """Slots of an expert, K = share · N / E, rounded up."""
+    # The small slack keeps a product such as 0.3 · 10 from being rounded up.
+    return math.ceil(share * tokens / experts - 1e-6)
 
 
 def logistic_noise(logits_NE: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from moma.model.architecture import ModelConfig
-from moma.model.experts import group_share, most_overlap, static_capacity
+from moma.model.experts import group_share, most_overlap
 from moma.model.flops import LayerKind, layer_kinds
+from moma.model.routing import static_capacity
 from moma.train.recipe import Recipe
 
 

@@ -29,7 +29,7 @@ from torch.nn import functional
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthGate
 from moma.model.experts import Experts, make_experts, make_group, named_groups
-from moma.model.layers import SwiGLU, add_rows_, take_rows
+from moma.model.layers import SwiGLU, add_rows, take_rows
 from moma.model.routing import Routing
 from moma.model.running import RunName
 from moma.progress import Report, show_progress
@@ -218,7 +218,7 @@ class Gated(nn.Module):
         modality_1K = modality_1N[:, token_K].masked_fill(~taken_1K, -1)
         fed_1KD, _ = self.experts(take_rows(x_1ND[0], token_K)[None], modality_1K, Routing())
         update_KD = (fed_1KD * weight_1K[..., None])[0]
-        return add_rows_(x_1ND[0].clone(), token_K, update_KD.to(x_1ND.dtype))[None]
+        return add_rows(x_1ND[0], token_K, update_KD.to(x_1ND.dtype))[None]
 
 
 def _job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Callable[[], None]:

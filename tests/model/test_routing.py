@@ -1,10 +1,12 @@
 """Selections: which token goes where, with ties, absent modalities and too many slots."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.model.routing import choose_by_batch, choose_causally, take_all
+from moma.model import routing
+from moma.model.routing import choose_by_batch, choose_causally, router_logits, take_all
 
 
 @st.composite
@@ -59,3 +61,13 @@ def test_one_expert_takes_all_with_weight_one(case, capacity):
     taken = selection.taken_EK[0]
     assert selection.token_EK[0][taken].tolist() == members
     assert selection.weight_EK[0].tolist() == taken.float().tolist()
+
+
+def test_logits_one_by_one_and_at_once_are_the_same(monkeypatch):
+    x_ND = torch.randn(6, 8, dtype=torch.double, requires_grad=True)
+    weight_ED = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
+    expected = x_ND.detach().numpy() @ weight_ED.detach().numpy().T
+    for few in (0, 3):
+        monkeypatch.setattr(routing, "_FEW_EXPERTS", few)
+        assert router_logits(weight_ED, x_ND).detach().numpy() == pytest.approx(expected)
+        assert torch.autograd.gradcheck(router_logits, (weight_ED, x_ND))
