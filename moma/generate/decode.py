@@ -14,6 +14,7 @@ from moma.errors import UserError
 from moma.generate.grammar import Grammar, Mode
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
+from moma.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -56,44 +57,81 @@ def generate(
     Raises:
         UserError: a prompt leaves no room for an answer.
     """
+    _refuse_long(prompts, mode, context, model.vocabulary)
+    rows = _Rows(model, prompts, mode, context, new_tokens)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    active = list(range(len(prompts)))
+    while active:
+        logits_BV = rows.next_logits(active).masked_fill(~rows.allowed(active), -torch.inf)
+        drawn_B = draw(logits_BV, sampling, generator).tolist()
+        goes_on = [rows.append(row, token) for row, token in zip(active, drawn_B, strict=True)]
+        active = [row for row, more in zip(active, goes_on, strict=True) if more]
+    return rows.answers
+
+
+def _refuse_long(
+    prompts: Sequence[Sequence[int]], mode: Mode, context: int, vocabulary: Vocabulary
+) -> None:
     longest = max(map(len, prompts))
-    needed = longest + (model.vocabulary.image_span if mode == "image" else 1)
-    if needed > context:
+    if longest + (vocabulary.image_span if mode == "image" else 1) > context:
         raise UserError(
             f"the prompt has {longest} tokens; with its answer that is more than the context of "
             f"{context}; shorten it"
         )
-    device = model.embedding.weight.device
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens_BS = torch.full((len(prompts), context), model.vocabulary.padding, device=device)
-    grammars = [Grammar(model.vocabulary, mode) for _ in prompts]
-    for row, prompt in enumerate(prompts):
-        tokens_BS[row, : len(prompt)] = torch.tensor(list(prompt))
-        for token in prompt:
-            grammars[row].advance(token)
-    answers: list[list[int]] = [[] for _ in prompts]
-    generator = torch.Generator().manual_seed(sampling.seed)
-    active = list(range(len(prompts)))
-    while active:
-        last_B = torch.from_numpy(lengths[active] - 1).to(device)
-        width = int(lengths[active].max())
+
+
+class _Rows:
+    """Prompts with what was answered so far, a row each.
+
+    Attributes:
+        answers: the new tokens of each row.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[Sequence[int]],
+        mode: Mode,
+        context: int,
+        new_tokens: int,
+    ):
+        self._model, self._context, self._new_tokens = model, context, new_tokens
+        self._device, padding = model.embedding.weight.device, model.vocabulary.padding
+        self._lengths = np.array([len(prompt) for prompt in prompts])
+        self._tokens_BS = torch.full((len(prompts), context), padding, device=self._device)
+        self._grammars = [Grammar(model.vocabulary, mode) for _ in prompts]
+        for row, prompt in enumerate(prompts):
+            self._tokens_BS[row, : len(prompt)] = torch.tensor(list(prompt))
+            for token in prompt:
+                self._grammars[row].advance(token)
+        self.answers: list[list[int]] = [[] for _ in prompts]
+
+    def next_logits(self, active: list[int]) -> Tensor:
+        """Logits of the next token of some rows, fp32 [B, V] on the host."""
+        last_B = torch.from_numpy(self._lengths[active] - 1).to(self._device)
+        width = int(self._lengths[active].max())
         # Padding on the right is invisible to what precedes it: attention and routing are causal.
-        logits_BSV = model(tokens_BS[active, :width], routing=Routing(by="causal")).logits_BSV
-        logits_BV = logits_BSV[torch.arange(len(active), device=device), last_B].float().cpu()
-        room = [min(context - lengths[row], new_tokens - len(answers[row])) for row in active]
-        allowed_BV = torch.from_numpy(
-            np.stack([grammars[row].allowed(left) for row, left in zip(active, room, strict=True)])
-        )
-        drawn_B = draw(logits_BV.masked_fill(~allowed_BV, -torch.inf), sampling, generator)
-        for row, token in zip(list(active), drawn_B.tolist(), strict=True):
-            answers[row].append(token)
-            grammars[row].advance(token)
-            tokens_BS[row, lengths[row]] = token
-            lengths[row] += 1
-            full = lengths[row] >= context or len(answers[row]) >= new_tokens
-            if full or grammars[row].ends_with(token):
-                active.remove(row)
-    return answers
+        tokens_BS = self._tokens_BS[active, :width]
+        logits_BSV = self._model(tokens_BS, routing=Routing(by="causal")).logits_BSV
+        return logits_BSV[torch.arange(len(active), device=self._device), last_B].float().cpu()
+
+    def allowed(self, active: list[int]) -> Tensor:
+        """What the grammar allows in the room that is left, boolean [B, V]."""
+        masks = [self._grammars[row].allowed(self._room(row)) for row in active]
+        return torch.from_numpy(np.stack(masks))
+
+    def append(self, row: int, token: int) -> bool:
+        """Take a token into a row; tells whether the row goes on."""
+        self.answers[row].append(token)
+        self._grammars[row].advance(token)
+        self._tokens_BS[row, self._lengths[row]] = token
+        self._lengths[row] += 1
+        return self._room(row) > 0 and not self._grammars[row].ends_with(token)
+
+    def _room(self, row: int) -> int:
+        """Tokens that an answer may still take."""
+        left = self._context - int(self._lengths[row])
+        return min(left, self._new_tokens - len(self.answers[row]))
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

@@ -70,36 +70,12 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
     Raises:
         UserError: a data package is missing, or `out` holds another demo.
     """
-    for text in overrides:
-        if text.partition("=")[0].strip() in DECIDED:
-            raise UserError(f"override '{text}': the demo decides that itself; use --out")
-    recipe = read_recipe(Recipe, demo_recipe(), [f"data.path={out / 'data'}", *overrides])
+    recipe = _decided(out, overrides)
     recipes = [_of(recipe, name, out / name) for name in ARCHITECTURES]
     for one in recipes:
         refuse_other_recipe(Run(one.run), one)
     clock = Clock(out / "minutes.json")
-    world = World(local_device())
-    with clock("prepare"):
-        prepare(
-            recipe.data,
-            recipe.text_tokenizer,
-            recipe.codec,
-            recipe.codec_training,
-            recipe.seed,
-            world.device,
-            quiet,
-        )
-    with clock("train"):
-        if world.device.type == "cpu":
-            train_side_by_side(recipes, quiet)
-        else:
-            for one in recipes:
-                train(one, world, quiet)
-    with clock("routers"):
-        for one in recipes:
-            if one.model.has_routers:
-                routers = {"stage": "aux_router", "from_": one.run, "run": one.run / ROUTER_RUN}
-                train(one.model_copy(update=routers), world, quiet)
+    _prepare_and_train(recipe, recipes, clock, quiet)
     with clock("evaluate", anew=True):
         measured = [measure(Run(out / name), quiet) for name in ARCHITECTURES]
     with clock("generate", anew=True):
@@ -113,6 +89,35 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
     _write_report(out, measured, sketches, result)
     (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def _decided(out: Path, overrides: Sequence[str]) -> Recipe:
+    """The demo's recipe with changes, its data below `out`."""
+    for text in overrides:
+        if text.partition("=")[0].strip() in DECIDED:
+            raise UserError(f"override '{text}': the demo decides that itself; use --out")
+    return read_recipe(Recipe, demo_recipe(), [f"data.path={out / 'data'}", *overrides])
+
+
+def _prepare_and_train(
+    recipe: Recipe, recipes: Sequence[Recipe], clock: "Clock", quiet: bool
+) -> None:
+    """Make the data, then all models on it, and the auxiliary routers of those that choose."""
+    world = World(local_device())
+    parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, recipe.seed)
+    with clock("prepare"):
+        prepare(recipe.data, *parts, world.device, quiet)
+    with clock("train"):
+        if world.device.type == "cpu":
+            train_side_by_side(recipes, quiet)
+        else:
+            for one in recipes:
+                train(one, world, quiet)
+    with clock("routers"):
+        for one in recipes:
+            if one.model.has_routers:
+                routers = {"stage": "aux_router", "from_": one.run, "run": one.run / ROUTER_RUN}
+                train(one.model_copy(update=routers), world, quiet)
 
 
 class Clock:
