@@ -86,9 +86,10 @@ class Layer(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: Context, routing: Routing
     ) -> tuple[Tensor, list[RouterReport]]:
-        """Map [B, S, D] to [B, S, D] and return what the layer's routers tell."""
+        """Map [B, S, D] to [B, S, D]; return what routers tell, and last a report of the output."""
         attended_BSD, fed_BSD, reports = self._updates(x_BSD, context, routing)
-        return x_BSD + attended_BSD + fed_BSD, reports
+        y_BSD = x_BSD + attended_BSD + fed_BSD
+        return y_BSD, [*reports, _of_output(y_BSD)]
 
     def _updates(
         self, x_BSD: Tensor, context: Context, routing: Routing
@@ -121,7 +122,10 @@ class DepthLayer(Layer):
     def forward(
         self, x_BSD: Tensor, context: Context, routing: Routing
     ) -> tuple[Tensor, list[RouterReport]]:
-        """Map [B, S, D] to [B, S, D]; the gate's report comes after those of the experts."""
+        """Map [B, S, D] to [B, S, D]; the gate's report comes after those of the experts.
+
+        The last report is the output's.
+        """
         selection, gate = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, token_RK = x_BSD.flatten(0, 1), selection.token_EK
         x_RKD = take_rows(x_ND, token_RK.flatten()).unflatten(0, token_RK.shape)
@@ -135,7 +139,12 @@ class DepthLayer(Layer):
             else report
             for report in reports
         ]
-        return y_ND.view_as(x_BSD), [*over_all, gate]
+        return y_ND.view_as(x_BSD), [*over_all, gate, _of_output(y_ND)]
+
+
+def _of_output(y_BSD: Tensor) -> RouterReport:
+    """Whether a layer's output is not finite: nor is its sum then, and one pass finds it."""
+    return RouterReport(~y_BSD.detach().sum().isfinite(), None)
 
 
 def make_layer(

@@ -22,7 +22,6 @@ from moma.study.chain import Evaluation, read_chain, run_chain
 from moma.train.loop import train
 from moma.train.metrics import TIMING
 from moma.train.recipe import Recipe
-from moma.train.replay import replay
 from moma.train.restore import load_run
 from moma.train.stages import find_source, objective_of, prepare_model
 from moma.train.step import to_device
@@ -282,41 +281,6 @@ def test_the_shipped_chain_trains_as_long_as_the_demo():
     ]  # fmt: skip
     trained = [step.stage_config.steps for step in steps[:2] if isinstance(step, Recipe)]
     assert sum(trained) == demo.pretrain.steps
-
-
-def exploding(tiny: Recipe, path, **changes) -> Recipe:
-    optimizer = tiny.pretrain.optimizer.model_copy(update={"learning_rate": 1e3, "warmup": 5})
-    stage = tiny.pretrain.model_copy(update={"optimizer": optimizer, "explosion": 2.0} | changes)
-    return tiny.model_copy(update={"run": path, "pretrain": stage})
-
-
-def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
-    recipe = exploding(tiny, tmp_path / "run")
-    with pytest.raises(UserError, match=r"at step \d+ the loss .* explodes.*moma replay"):
-        train(recipe, WORLD, quiet=True)
-    run = Run(recipe.run)
-    fault = json.loads((run.path / "fault" / "fault.json").read_text())
-    assert 1 < fault["step"] <= 8
-    found = replay(run, quiet=True)
-    assert found["step"] == fault["step"] and found["same_batches"]
-    (batch,) = found["micro_batches"]
-    worst = max(batch["loss_text"], batch["loss_image"])
-    assert worst > 2 * found["loss_before"] and len(found["gradients"]) == 5
-    with pytest.raises(UserError, match=f"at step {fault['step']} "):  # nothing bad was saved
-        train(recipe, WORLD, quiet=True)
-    # Harmless to change: from here on such steps are left out.
-    skipping = exploding(tiny, tmp_path / "run", on_fault="skip")
-    try:
-        train(skipping, WORLD, quiet=True)
-    except UserError as error:
-        assert "in a row were skipped" in str(error)
-    else:
-        assert run.read_metrics()[-1]["skipped"] > 0
-
-
-def test_nothing_to_replay_is_said(seed):
-    with pytest.raises(UserError, match="has met no fault"):
-        replay(seed)
 
 
 def test_changes_of_a_recipe(tiny, tmp_path, capsys):
