@@ -8,14 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moma.errors import UserError
+from moma.errors import StorageError, UserError
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
+from moma.train import loop
 from moma.train.loop import train
 from moma.train.metrics import TIMING, Window
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
+from moma.train.tracking import JsonLines
 
 WORLD = World(torch.device("cpu"))
 # Text and image loss of the logged steps; they depend on the order of the documents.
@@ -96,6 +98,24 @@ def test_dropout_is_drawn_anew_after_an_interruption(tiny, tmp_path, monkeypatch
             train(with_run(recipe, tmp_path / "cut"), WORLD, quiet=True)
     torch.manual_seed(5)
     assert_same_run(whole, train(with_run(recipe, tmp_path / "cut"), WORLD, quiet=True))
+
+
+def test_seeds_differ_between_ranks_and_steps():
+    """After a change of the number of ranks; and from those of a run's beginning."""
+    seeds = {loop._seed_after(0, step, rank) for step in range(50) for rank in range(8)}
+    assert len(seeds) == 400 and not seeds & set(range(8))
+
+
+def test_a_log_that_cannot_be_written_ends_the_run(tiny, tmp_path, monkeypatch):
+    """At the next step, and no checkpoint is made without its log."""
+
+    def write(self, row):
+        raise StorageError("metrics.jsonl: cannot write")
+
+    monkeypatch.setattr(JsonLines, "write", write)
+    with pytest.raises(StorageError, match="cannot write"):
+        train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    assert not checkpoints_in(Run(tmp_path / "run").checkpoints)
 
 
 def test_half_written_checkpoint_is_not_taken(tiny, tmp_path):

@@ -205,6 +205,38 @@ def test_data_of_a_grown_run_are_fresh(tiny, seed, tmp_path):
     assert states[0] == states[1]
 
 
+@pytest.mark.parametrize(("change", "named"), [({"seed": 5}, "seed"), ({"weight": 9.0}, "weights")])
+def test_a_grown_run_of_other_documents_leaves_nothing(tiny, seed, tmp_path, change, named):
+    stage = tiny.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
+    changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
+    recipe = with_groups(tiny, "mod_moe_2t2i", **changes)
+    if "weight" in change:
+        first, *others = tiny.data.sources
+        sources = (first.model_copy(update=change), *others)
+        wrong = {"data": tiny.data.model_copy(update={"sources": sources})}
+    else:
+        wrong = change
+    with pytest.raises(UserError, match="belongs to other documents: .* restore them$"):
+        train(recipe.model_copy(update=wrong), WORLD, quiet=True)
+    assert not (tmp_path / "run").exists()
+    train(recipe, WORLD, quiet=True)
+
+
+def test_a_chain_that_was_moved_goes_on(seed, grown, tmp_path, capsys):
+    """Where its seed is matters no more; the newest checkpoint is gone, so that it has to."""
+    moved = {run: tmp_path / run.path.name for run in (seed, grown)}
+    for run, folder in moved.items():
+        shutil.copytree(run.path, folder)
+    run = Run(moved[grown])
+    shutil.rmtree(checkpoints_in(run.checkpoints)[-1])
+    recipe = recipe_of(run).model_copy(update={"run": run.path, "from_": moved[seed]})
+    train(recipe, WORLD, quiet=True)
+    assert f"from: '{seed.path}' → '{moved[seed]}'" in capsys.readouterr().err
+    assert recipe_of(run) == recipe
+    for name, weights in weights_at(grown, recipe, -1).items():
+        assert torch.equal(weights, weights_at(run, recipe, -1)[name])
+
+
 def test_a_chain_goes_on_at_the_right_stage(tiny, tmp_path, monkeypatch):
     write_recipe(tiny, tmp_path / "base.toml")
     chain = tmp_path / "chain.toml"
