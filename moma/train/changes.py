@@ -14,7 +14,8 @@ from moma.train.recipe import Recipe
 from moma.train.restore import read_run_recipe
 
 STAGES = ("pretrain", "upcycle", "aux_router")
-# Where things are, how they are watched and on what they run: the result stays what it was.
+# Where things are, how they are watched and on what they run: the result stays what it was, but for
+# the tokens of a step, which may follow the machines.
 _HARMLESS = (
     "run",
     "from",  # needed only to begin

@@ -216,7 +216,7 @@ def test_a_grown_run_of_other_documents_leaves_nothing(tiny, seed, tmp_path, cha
         wrong = {"data": tiny.data.model_copy(update={"sources": sources})}
     else:
         wrong = change
-    with pytest.raises(UserError, match="belongs to other documents: .* restore them$"):
+    with pytest.raises(UserError, match=r"belongs to other documents: .* restore them$"):
         train(recipe.model_copy(update=wrong), WORLD, quiet=True)
     assert not (tmp_path / "run").exists()
     train(recipe, WORLD, quiet=True)
