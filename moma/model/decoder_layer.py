@@ -86,10 +86,10 @@ class Layer(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: Context, routing: Routing
     ) -> tuple[Tensor, list[RouterReport]]:
-        """Map [B, S, D] to [B, S, D]; return what routers tell, and last a report of the output."""
+        """Map [B, S, D] to [B, S, D]; return a report of the output, and what the routers tell."""
         attended_BSD, fed_BSD, reports = self._updates(x_BSD, context, routing)
         y_BSD = x_BSD + attended_BSD + fed_BSD
-        return y_BSD, [*reports, _of_output(y_BSD)]
+        return y_BSD, [_of_output(y_BSD), *reports]
 
     def _updates(
         self, x_BSD: Tensor, context: Context, routing: Routing
@@ -122,10 +122,7 @@ class DepthLayer(Layer):
     def forward(
         self, x_BSD: Tensor, context: Context, routing: Routing
     ) -> tuple[Tensor, list[RouterReport]]:
-        """Map [B, S, D] to [B, S, D]; the gate's report comes after those of the experts.
-
-        The last report is the output's.
-        """
+        """Map [B, S, D] to [B, S, D]; the gate's report comes after those of the experts."""
         selection, gate = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, token_RK = x_BSD.flatten(0, 1), selection.token_EK
         x_RKD = take_rows(x_ND, token_RK.flatten()).unflatten(0, token_RK.shape)
@@ -139,7 +136,7 @@ class DepthLayer(Layer):
             else report
             for report in reports
         ]
-        return y_ND.view_as(x_BSD), [*over_all, gate, _of_output(y_ND)]
+        return y_ND.view_as(x_BSD), [_of_output(y_ND), *over_all, gate]
 
 
 def _of_output(y_BSD: Tensor) -> RouterReport:

@@ -315,20 +315,6 @@ def test_the_shipped_chain_trains_as_long_as_the_demo():
     assert sum(trained) == demo.pretrain.steps
 
 
-def test_changes_of_a_recipe(tiny, tmp_path, capsys):
-    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
-    train(recipe, WORLD, quiet=True)
-    stage = tiny.pretrain.model_copy(update={"keep_checkpoints": 1, "log_every": 4})
-    harmless = recipe.model_copy(update={"pretrain": stage})
-    train(harmless, WORLD, quiet=True)
-    errors = capsys.readouterr().err
-    assert "pretrain.keep_checkpoints: 2 → 1" in errors and "pretrain.log_every: 2 → 4" in errors
-    assert read_recipe(Recipe, tmp_path / "run" / "recipe.toml") == harmless
-    stage = tiny.pretrain.model_copy(update={"steps": 9, "z_loss": 0.5})
-    with pytest.raises(UserError, match=r"steps: 8 → 9; pretrain\.z_loss: 1e-05 → 0\.5"):
-        train(recipe.model_copy(update={"pretrain": stage}), WORLD, quiet=True)
-
-
 def test_tensorboard_shows_what_the_log_says(seed):
     events = EventAccumulator(str(seed.path / "tensorboard"))
     events.Reload()
