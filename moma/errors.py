@@ -1,9 +1,10 @@
 """Errors that are meant for the person at the keyboard, each with its exit code."""
 
 import errno
+import shutil
 
 # What a disk or a network's file system says when it is full or ails; it may be well again later.
-_AILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EROFS)
+_AILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.EROFS)
 
 
 class UserError(Exception):
@@ -55,6 +56,8 @@ class StoppedError(Exception):
 
 def told_by_system(error: OSError) -> UserError | None:
     """What the system said of a file, as a message; None if it speaks of a defect."""
+    if isinstance(error, shutil.Error):  # of a folder: source, copy and reason of each file
+        return StorageError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}")
     told = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
         return UserError(f"{told}; choose another path")

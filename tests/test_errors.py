@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 
@@ -21,6 +22,7 @@ def system(number: int) -> OSError:
         (system(errno.EACCES), 2, "moma: a/file: Permission denied; choose another path"),
         (system(errno.ENOSPC), 74, "moma: a/file: No space left on device; see to the disk"),
         (system(errno.EIO), 74, "moma: a/file: Input/output error"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left")]), 74, "moma: cannot copy a: [Errno"),
         (StorageError("full"), 74, "moma: full"),
         (SharedStorageError("full"), 74, "moma: full"),
         (LostRankError("gone"), 1, "moma: gone"),
