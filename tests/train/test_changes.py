@@ -1,5 +1,7 @@
 """What may change between stop and resume; the recipe of a run outlives a power cut."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ WORLD = World(torch.device("cpu"))
 
 
 def test_the_recipe_is_on_the_disk_before_a_run_begins(tiny, tmp_path, monkeypatch):
-    synced = []
+    synced: list[Path] = []
     monkeypatch.setattr(files, "sync_folder", synced.append)
     run = Run(tmp_path / "run")
     recipe = tiny.model_copy(update={"run": run.path})
