@@ -16,7 +16,7 @@ from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
 from moma.cli_plan import app as plan_app
 from moma.cli_tokenizer import app as tokenizer_app
-from moma.errors import LostRankError, SharedError, StoppedError, UserError
+from moma.errors import LostRankError, SharedError, StoppedError, UserError, told_by_system
 
 if TYPE_CHECKING:
     from moma.study.page import Table as Content
@@ -44,7 +44,7 @@ def root(version: Version = False) -> None:
 
 
 def main() -> None:
-    """Run a verb; a `UserError` becomes one line on standard error and exit code 2."""
+    """Run a verb; a `UserError` becomes one line on standard error and its exit code."""
     # `datasets` would otherwise ask a server whenever it opens a file, also without a network.
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     # Large pages for large tensors of a CPU, where the system lends them: gradients of experts are
@@ -54,16 +54,19 @@ def main() -> None:
         app()
     except UserError as error:
         _tell(error, by_all=isinstance(error, SharedError))
-        sys.exit(2)
+        sys.exit(error.CODE)
     except LostRankError as error:
         _tell(error)
         sys.exit(1)
     except StoppedError as stop:
         _tell(stop, by_all=True)
         sys.exit(stop.CODE)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        print(f"moma: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
-        sys.exit(2)
+    except OSError as error:
+        told = told_by_system(error)
+        if told is None:
+            raise
+        _tell(told)
+        sys.exit(told.CODE)
     except SystemExit as leave:
         if leave.code == 130:  # Typer's answer to Ctrl-C
             print("moma: interrupted; the same command goes on from what is saved", file=sys.stderr)

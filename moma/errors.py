@@ -1,16 +1,40 @@
-"""The one error that is meant for the person at the keyboard."""
+"""Errors that are meant for the person at the keyboard, each with its exit code."""
+
+import errno
+import shutil
+
+# What a disk or a network's file system says when it is full or ails; it may be well again later.
+_AILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.EROFS)
 
 
 class UserError(Exception):
     """Bad input: the message names the file, key or row at fault and the way out.
 
-    The command line prints the message alone and exits with code 2; every other
-    exception is a defect of the program and keeps its traceback.
+    The command line prints the message alone and exits with `CODE`; every other exception is a
+    defect of the program and keeps its traceback.
     """
+
+    CODE = 2
 
 
 class SharedError(UserError):
     """A `UserError` that all ranks of a job raise alike: the first one tells it for all."""
+
+
+class StorageError(UserError):
+    """Something could not be written or read: the disk is full, say; later it may work.
+
+    The command line exits with `CODE`, "input/output error" in sysexits.h, on which job scripts
+    begin again, a few times.
+    """
+
+    CODE = 74
+
+
+class SharedStorageError(SharedError, StorageError):
+    """A `StorageError` that all ranks of a job raise alike."""
+
+    CODE = StorageError.CODE
 
 
 class LostRankError(Exception):
@@ -28,3 +52,15 @@ class StoppedError(Exception):
     """
 
     CODE = 75
+
+
+def told_by_system(error: OSError) -> UserError | None:
+    """What the system said of a file, as a message; None if it speaks of a defect."""
+    if isinstance(error, shutil.Error):  # of a folder: source, copy and reason of each file
+        return StorageError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}")
+    told = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
+        return UserError(f"{told}; choose another path")
+    if error.errno in _AILING:
+        return StorageError(f"{told}; see to the disk, and the same command goes on")
+    return None

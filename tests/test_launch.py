@@ -1,4 +1,4 @@
-"""The Slurm script with stand-ins for Slurm's own programs: which exit code leads where."""
+"""The launch scripts with stand-ins for the programs they call: which exit code leads where."""
 
 import os
 import signal
@@ -7,56 +7,161 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
-SCRIPT = Path(__file__).parents[1] / "launch" / "slurm.sbatch"
+LAUNCH = Path(__file__).parents[1] / "launch"
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo node1; else echo "$@" >> "$FOUND/requeued"; fi
 """
+# As Slurm does: two tasks in process groups of their own, signals passed on, the first task that
+# fails ends the other with SIGTERM, and the highest code is srun's.
 SRUN = """#!/bin/bash
+set -m
+[ "$1" = --kill-on-bad-exit=1 ] && shift
+highest=0
+for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & tasks[n]=$!; done
+pass_on() { for task in "${tasks[@]}"; do kill -TERM -- "-$task" 2> /dev/null; done; }
+trap pass_on TERM
 echo "$MASTER_ADDR $WORLD_SIZE" > "$FOUND/started"
-while [ ! -e "$FOUND/end" ]; do sleep 0.02; done
-exit $(cat "$FOUND/end")
+left=2
+while [ $left -gt 0 ]; do
+  wait -n -p ended "${tasks[@]}"; code=$?
+  [ -z "$ended" ] && continue  # a signal was passed on
+  for n in "${!tasks[@]}"; do [ "${tasks[n]}" = "$ended" ] && unset "tasks[n]"; done
+  left=$((left - 1))
+  [ $code -gt $highest ] && highest=$code
+  [ $code -ne 0 ] && pass_on
+  ended=
+done
+exit $highest
 """
+# Task N does what the file `task-N` says.
+MOMA = """#!/bin/bash
+echo "$@" >> "$FOUND/called"
+. "$FOUND/task-$RANK"
+"""
+# Until it gets SIGTERM; then as if nobody had listened yet, or as when all is saved.
+LOADS = "sleep 60 & wait; exit 9"
+SAVES = "trap 'exit 75' TERM; sleep 60 & wait; exit 9"
+DEAF = "trap '' TERM; sleep 1; exit 1"
+
+
+def write_programs(folder: Path, **programs: str) -> None:
+    for name, text in programs.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
 
 
 @pytest.fixture
-def start(tmp_path):
-    for name, text in (("scontrol", SCONTROL), ("srun", SRUN)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+def slurm(tmp_path):
+    write_programs(tmp_path, scontrol=SCONTROL, srun=SRUN, moma=MOMA)
 
-    def run(code: int, restarts: int = 0) -> subprocess.Popen[str]:
-        slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
+    def run(*tasks: str, preempt: bool = False, restarts: int = 0) -> tuple[int, bool, str]:
+        """Exit code, whether it went back into the queue, and errors."""
+        for name in ("started", "requeued"):
+            (tmp_path / name).unlink(missing_ok=True)
+        for number, text in enumerate(tasks):
+            (tmp_path / f"task-{number}").write_text(text)
+        its = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
+        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": "2", "MOST_FAILURES": "2"}
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOUND": str(tmp_path)}
-        environment = os.environ | slurm | path | {"SLURM_RESTART_COUNT": str(restarts)}
         process = subprocess.Popen(
-            ["bash", str(SCRIPT), "my.toml"], env=environment, stderr=subprocess.PIPE, text=True
+            ["bash", str(LAUNCH / "slurm.sbatch"), "my.toml"],
+            env=os.environ | its | path,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+            start_new_session=True,
         )
         while not (tmp_path / "started").exists():
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)  # as when the job is preempted
-        time.sleep(0.1)
-        (tmp_path / "end").write_text(str(code))
-        return process
+        if preempt:
+            time.sleep(0.5)  # the tasks are at work
+            os.killpg(process.pid, signal.SIGTERM)  # the script and srun get it
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, (tmp_path / "requeued").exists(), errors
 
     return run
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued", "left_with"),
+    ("tasks", "left_with", "requeued"),
     [
-        (0, 0, False, 0),
-        (2, 0, False, 2),
-        (75, 0, True, 0),
-        (75, 99, True, 0),
-        (137, 19, True, 0),
-        (137, 20, False, 137),
+        (("exit 0", "exit 0"), 0, False),
+        (("exit 2", SAVES), 2, False),
+        ((LOADS, "exit 2"), 2, False),
+        (("exit 1", "sleep 0.5; exit 2"), 2, False),  # the lost rank is quicker than the reason
+        ((DEAF, "exit 74"), 0, True),
+        (("exit 1", LOADS), 0, True),
     ],
 )
-def test_exit_codes(start, tmp_path, code, restarts, requeued, left_with):
-    process = start(code, restarts)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == left_with
-    assert (tmp_path / "requeued").exists() == requeued
-    assert ("gave up" in errors) == (left_with == 137)
+def test_exit_codes(slurm, tmp_path, tasks, left_with, requeued):
+    code, again, _ = slurm(*tasks)
+    assert (code, again) == (left_with, requeued)
     assert (tmp_path / "started").read_text() == "node1 16\n"
+    assert (tmp_path / "called").read_text() == "train my.toml\n" * 2
+    assert (tmp_path / "moma-7.failures").exists() == requeued
+
+
+@pytest.mark.parametrize("tasks", [(LOADS, LOADS), (SAVES, SAVES), (LOADS, SAVES)])
+def test_preemption_is_no_failure_also_before_the_first_step(slurm, tmp_path, tasks):
+    code, again, errors = slurm(*tasks, preempt=True, restarts=99)
+    assert (code, again) == (0, True), errors
+    assert not (tmp_path / "moma-7.failures").exists()
+
+
+def test_only_failures_one_after_the_other_are_counted(slurm):
+    for restarts in range(2):
+        assert slurm("exit 1", "exit 137", restarts=restarts)[:2] == (0, True)
+    assert slurm(SAVES, SAVES, preempt=True, restarts=2)[:2] == (0, True)
+    for restarts in range(3, 5):
+        assert slurm("exit 74", "exit 0", restarts=restarts)[:2] == (0, True)
+    code, again, errors = slurm("exit 74", "exit 0", restarts=5)
+    assert (code, again) == (1, False) and "gave up after 2 restarts" in errors
+    assert "task 0 failed with exit code 74" in errors
+
+
+def sky() -> dict:
+    return yaml.safe_load((LAUNCH / "sky.yaml").read_text())
+
+
+@pytest.mark.parametrize("before", ["nothing", "folder", "link"])
+def test_the_sky_machine_prepares_and_trains_in_the_bucket(tmp_path, before):
+    work, bucket, programs = (tmp_path / name for name in ("work", "bucket", "programs"))
+    for folder in (work, bucket, programs):
+        folder.mkdir()
+    tell = '#!/bin/bash\necho "$(basename "$0") $*" >> "$FOUND"\n'
+    write_programs(programs, moma=tell, torchrun=tell, pip=tell)
+    if before == "folder":
+        (work / "runs").mkdir()
+    elif before == "link":
+        (work / "runs").symlink_to(bucket)
+    job = sky()
+    assert job["file_mounts"]["/runs"]["name"] == "${BUCKET}" and job["num_nodes"] == 1
+    environment = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "FOUND": str(tmp_path / "found"),
+        "RECIPE": job["envs"]["RECIPE"],
+        "SKYPILOT_NUM_NODES": "1",
+        "SKYPILOT_NODE_RANK": "0",
+        "SKYPILOT_NUM_GPUS_PER_NODE": "8",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
+    for script in (job["setup"], job["run"].replace("/runs ", f"{bucket} ")):
+        subprocess.run(["bash", "-c", script], cwd=work, env=environment, check=True)
+    assert (work / "runs").is_symlink() and (work / "runs").resolve() == bucket
+    assert not list(bucket.iterdir())
+    installed, prepared, trained = (tmp_path / "found").read_text().splitlines()
+    assert installed == "pip install -c constraints.txt -e .[demo]"
+    assert prepared == "moma prepare configs/demo.toml"
+    assert "--rdzv-endpoint 10.0.0.1:29500" in trained
+    assert trained.endswith("-m moma.cli train configs/demo.toml")
+
+
+def test_several_sky_machines_on_a_bucket_are_refused(tmp_path):
+    environment = os.environ | {"SKYPILOT_NUM_NODES": "2"}
+    call = subprocess.run(
+        ["bash", "-c", sky()["run"]], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert call.returncode == 2 and "several machines" in call.stderr
+    assert not list(tmp_path.iterdir())

@@ -202,6 +202,7 @@ def test_every_mistake_is_told_at_once():
     ("changes", "message"),
     [
         (["pretrain.log_every=3"], "checkpoint_every .1000. must be a multiple of log_every .3."),
+        (["upcycle.keep_every=1500"], "keep_every .1500. must be a multiple of checkpoint_every"),
         (["stage=aux_router"], "from=RUN"),
         (["stage=upcycle"], "stage 'upcycle' needs from=RUN"),
         (["model.heads=5"], "multiple of 2 × heads"),

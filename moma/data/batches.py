@@ -185,7 +185,7 @@ class Batches(grain.DatasetIterator[Batch]):
         if state["data"] != self._digest:
             raise UserError(
                 "the saved data state belongs to other documents: sources, weights, shards or seed "
-                "have changed; restore them, or begin the data anew"
+                "have changed; restore them"
             )
         if state["world_size"] != self._world_size:
             raise UserError(

@@ -60,6 +60,8 @@ class Batch:
         positions_BS: position inside the piece, from 0; 0 on padding.
         pictures: number of pictures.
         padding: number of padding positions.
+        origins: for each row, source and shard row of the document of each of its pieces, as
+            `documents_BS` numbers them.
     """
 
     tokens_BS: np.ndarray
@@ -68,6 +70,7 @@ class Batch:
     positions_BS: np.ndarray
     pictures: int
     padding: int
+    origins: tuple[tuple[tuple[str, int], ...], ...]
 
 
 def picture_budget(rows: int, row_length: int, share: float, vocabulary: Vocabulary) -> int:
@@ -105,6 +108,7 @@ def empty_batch(rows: int, row_length: int, vocabulary: Vocabulary) -> Batch:
         positions_BS=np.zeros(shape, dtype=np.int64),
         pictures=0,
         padding=rows * row_length,
+        origins=((),) * rows,
     )
 
 
@@ -163,12 +167,15 @@ class Packer:
         # Without shuffling, pictures would always stand at the start of a row.
         order = np.random.default_rng(self._packed)
         pictures = filled = 0
+        origins = []
         for number, quota in enumerate(self._quotas()):
             row = _Row(self._row_length, quota, self._vocabulary.image_span)
             self._place_pictures(row)
             self._place_text(row)
             pieces = row.pieces()
-            _lay_out(batch, number, [pieces[at] for at in order.permutation(len(pieces))])
+            pieces = [pieces[at] for at in order.permutation(len(pieces))]
+            _lay_out(batch, number, pieces)
+            origins.append(tuple((piece.source, piece.row) for piece in pieces))
             pictures += row.pictures
             filled += sum(piece.stop - piece.start for piece in pieces)
         self._packed += 1
@@ -180,6 +187,7 @@ class Packer:
             batch.positions_BS,
             pictures=pictures,
             padding=batch.padding - filled,
+            origins=tuple(origins),
         )
 
     def get_state(self) -> dict[str, Any]:
@@ -300,6 +308,8 @@ class _Reading:
 
 
 class _Piece(NamedTuple):
+    source: str
+    row: int
     ids: np.ndarray
     start: int
     stop: int
@@ -356,7 +366,7 @@ class _Row:
     def pieces(self) -> list[_Piece]:
         """What the row holds: one piece a document, since its tokens in the row are adjacent."""
         return [
-            _Piece(reading.document.ids, start, reading.offset)
+            _Piece(*reading.document, start, reading.offset)
             for reading, start in self.readings.items()
         ]
 
@@ -364,7 +374,7 @@ class _Row:
 def _lay_out(batch: Batch, row: int, pieces: list[_Piece]) -> None:
     """Write a row's pieces one behind the other."""
     at = 0
-    for number, (ids, start, stop) in enumerate(pieces):
+    for number, (_, _, ids, start, stop) in enumerate(pieces):
         end = at + stop - start
         batch.tokens_BS[row, at:end] = ids[start:stop]
         # One id beyond the piece; at the document's end there is none and the last label stays.

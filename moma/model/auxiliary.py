@@ -51,10 +51,10 @@ class RouterRecord(NamedTuple):
 
 
 class RouterReport(NamedTuple):
-    """What a router tells of a forward pass, besides its selection.
+    """What a router tells of a forward pass, besides its selection; or a layer of its output.
 
     Attributes:
-        unsound: a boolean on the device: whether a score was NaN or infinite.
+        unsound: a boolean on the device: whether a score, or the output, was NaN or infinite.
         record: what it did, if it was asked to record.
     """
 

@@ -86,9 +86,10 @@ class Layer(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: Context, routing: Routing
     ) -> tuple[Tensor, list[RouterReport]]:
-        """Map [B, S, D] to [B, S, D] and return what the layer's routers tell."""
+        """Map [B, S, D] to [B, S, D]; return a report of the output, and what the routers tell."""
         attended_BSD, fed_BSD, reports = self._updates(x_BSD, context, routing)
-        return x_BSD + attended_BSD + fed_BSD, reports
+        y_BSD = x_BSD + attended_BSD + fed_BSD
+        return y_BSD, [_of_output(y_BSD), *reports]
 
     def _updates(
         self, x_BSD: Tensor, context: Context, routing: Routing
@@ -135,7 +136,12 @@ class DepthLayer(Layer):
             else report
             for report in reports
         ]
-        return y_ND.view_as(x_BSD), [*over_all, gate]
+        return y_ND.view_as(x_BSD), [_of_output(y_ND), *over_all, gate]
+
+
+def _of_output(y_BSD: Tensor) -> RouterReport:
+    """Whether a layer's output is not finite: nor is its sum then, and one pass finds it."""
+    return RouterReport(~y_BSD.detach().sum().isfinite(), None)
 
 
 def make_layer(

@@ -25,7 +25,8 @@ class ModelOutput(NamedTuple):
     Attributes:
         logits_BSV: of the next token.
         routers: what each recording router did, layer by layer.
-        unsound_L: booleans on the device: the layers in which a router's score was NaN or infinite.
+        unsound_L: booleans on the device: the layers whose output, or a router's score in them, is
+            NaN or infinite. The first is at fault; later ones follow from it.
     """
 
     logits_BSV: Tensor
@@ -87,8 +88,7 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x_BSD, told = layer(x_BSD, context, routing)
             reports.extend(told)
-            nothing = x_BSD.new_zeros((), dtype=torch.bool)
-            unsound.append(torch.stack([nothing, *(report.unsound for report in told)]).any())
+            unsound.append(torch.stack([report.unsound for report in told]).any())
         unsound_L = torch.stack(unsound)
         if routing.by == "causal" or routing.capacity == "actual":  # these wait for the device
             require_sound(unsound_L)
@@ -147,10 +147,10 @@ class Transformer(nn.Module):
 
 
 def require_sound(unsound_L: Tensor, where: str = "") -> None:
-    """Refuse scores that are NaN or infinite; reads the device.
+    """Refuse outputs and scores that are NaN or infinite; reads the device.
 
     Args:
-        unsound_L: see `ModelOutput`; the first that is not zero is at fault, later ones follow.
+        unsound_L: see `ModelOutput`.
         where: words that open the message.
 
     Raises:
@@ -159,6 +159,11 @@ def require_sound(unsound_L: Tensor, where: str = "") -> None:
     layers = unsound_L.nonzero().flatten().tolist()
     if layers:
         raise UserError(
-            f"{where}a router of layer {layers[0]} gave a score that is NaN or infinite; "
-            "lower the learning rate or look at the data of the last steps"
+            f"{where}{first_unsound(layers)}; lower the learning rate in a new run, or look at the "
+            "data of the last steps"
         )
+
+
+def first_unsound(layers: Sequence[int]) -> str:
+    """Names the first of the layers that are not sound."""
+    return f"the output of layer {layers[0]}, or a score of a router in it, is NaN or infinite"

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: every rank leaves at the same step, its work saved."""
+"""SIGTERM, SIGINT, and what one rank alone cannot do: every rank leaves at the same step."""
 
 import signal
 from collections.abc import Iterator
@@ -9,20 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from moma.errors import StoppedError
+from moma.errors import SharedStorageError, StoppedError, StorageError
 from moma.runtime.world import World
+
+# Told between ranks as if it were a signal; above all of them.
+_PROBLEM = 1000
 
 
 class Interruption:
     """Whether somebody asked the job to stop, agreed between all ranks.
 
+    `problem` is what this rank could not write by itself, if anything: it is told as signals are.
     Asked once a step by every rank. What a rank was told travels while the next step computes, so
     nobody waits for it: all ranks learn of a signal one step after it came.
     """
 
     def __init__(self, world: World):
         self._world = world
-        self._received: int | None = None
+        self._received = 0
+        self.problem: StorageError | None = None
         self._before: dict[int, Any] = {}
         self._underway: tuple[distributed.Work, Tensor] | None = None
 
@@ -43,16 +48,21 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
 
     def agreed(self) -> str | None:
-        """The name of the signal that a rank received before its last step but one, if any."""
+        """The name of the signal that a rank received before its last step but one, if any.
+
+        Raises:
+            SharedStorageError: a rank had a problem.
+        """
+        own = _PROBLEM if self.problem else self._received
         if self._world.signals is None:
-            return _name(self._received or 0)
+            return self._name(own)
         told = self._finish()
-        highest = torch.tensor([self._received or 0])
+        highest = torch.tensor([own])
         work = distributed.all_reduce(
             highest, distributed.ReduceOp.MAX, group=self._world.signals, async_op=True
         )
         self._underway = work, highest
-        return _name(told)
+        return self._name(told)
 
     def close(self) -> None:
         """Wait for what is still on its way."""
@@ -72,6 +82,11 @@ class Interruption:
         work.wait()
         return int(highest)
 
+    def _name(self, number: int) -> str | None:
+        if number == _PROBLEM:
+            raise SharedStorageError(str(self.problem or "another rank cannot write"))
+        return signal.Signals(number).name if number else None
+
 
 @contextmanager
 def interruption(world: World) -> Iterator[Interruption]:
@@ -86,7 +101,3 @@ def interruption(world: World) -> Iterator[Interruption]:
         raise
     finally:
         asked.give_back(stopped)
-
-
-def _name(number: int) -> str | None:
-    return signal.Signals(number).name if number else None

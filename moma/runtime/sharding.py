@@ -31,6 +31,9 @@ class EngineConfig(Config):
             copies (hybrid sharding).
         recompute: activations that are computed again instead of kept for the backward pass:
             `none`, a whole `layer`'s, or `selective`: all but products and choices.
+        step_size: what becomes of a step when a run goes on with another number of ranks: it is
+            `kept`, its micro-batches shared out anew, or `grows` with them, each rank having the
+            stage's `micro_batches`.
         timeout: seconds after which a rank that does not answer is taken for lost.
         trace: so many steps after the program has begun, the first rank traces three; 0: none.
     """
@@ -39,6 +42,7 @@ class EngineConfig(Config):
     reduce: DTypeName = "fp32"
     replicate: int = Field(1, ge=1)
     recompute: Recompute = "none"
+    step_size: Literal["kept", "grows"] = "kept"
     timeout: float = Field(600, gt=0)
     trace: int = Field(0, ge=0)
 

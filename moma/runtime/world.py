@@ -15,7 +15,14 @@ from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from moma.errors import LostRankError, SharedError, UserError
+from moma.errors import (
+    LostRankError,
+    SharedError,
+    SharedStorageError,
+    StorageError,
+    UserError,
+    told_by_system,
+)
 
 T = TypeVar("T")
 
@@ -80,16 +87,22 @@ def agreeing(world: World) -> Iterator[None]:
     """Let every rank do something by itself; where one cannot, all leave together.
 
     Raises:
-        SharedError: what the first of them said.
+        SharedError: what the first of them said; a `SharedStorageError` if it was about a disk.
     """
-    problem = None
+    problem: UserError | None = None
     try:
         yield
     except UserError as error:
         problem = error
-    told = [each for each in gather(problem and str(problem), world.writers) if each]
+    except OSError as error:
+        problem = told_by_system(error)
+        if problem is None:
+            raise
+    own = problem and (isinstance(problem, StorageError), str(problem))
+    told = [each for each in gather(own, world.writers) if each]
     if told:
-        raise SharedError(told[0]) from problem
+        of_storage, message = told[0]
+        raise (SharedStorageError if of_storage else SharedError)(message) from problem
 
 
 @contextmanager

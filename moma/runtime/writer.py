@@ -13,7 +13,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moma.errors import SharedError
+from moma.errors import SharedStorageError
 from moma.files import write_whole
 from moma.runtime.checkpoint import (
     cause,
@@ -75,7 +75,7 @@ class CheckpointWriter:
             rank_state: JSON-able state of this rank; the state of its random numbers is added.
 
         Raises:
-            UserError: the disk has no room, or the checkpoint before could not be written.
+            StorageError: the disk has no room, or the checkpoint before could not be written.
         """
         self.wait()
         final = self._folder / f"step-{step:08d}"
@@ -98,12 +98,12 @@ class CheckpointWriter:
         """Wait until what was saved last is whole.
 
         Raises:
-            UserError: it could not be written.
+            StorageError: it could not be written.
         """
         if self._underway is not None:
             underway, self._underway = self._underway, None
             if problem := underway.result():
-                raise SharedError(problem)
+                raise SharedStorageError(problem)
 
     def close(self) -> None:
         """Let the thread end; what it writes is written to the end."""
@@ -127,7 +127,7 @@ class CheckpointWriter:
 
     def _agree(self, final: Path, problem: str | None) -> None:
         if told := self._refusal(final, problem):
-            raise SharedError(told)
+            raise SharedStorageError(told)
 
     def _refusal(self, final: Path, problem: str | None) -> str | None:
         """The message for every rank if one has a problem."""

@@ -212,7 +212,8 @@ class _Runner:
         )
         self._model = prepare_model(recipe, vocabulary, world)
         self.parameters = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        self._step = make_step(recipe, self._model, world, Watch(self.config, device))
+        self._watch = Watch(self.config, device)
+        self._step = make_step(recipe, self._model, world, self._watch)
         self._window = Window(recipe, self._model, self.flops_per_token, world)
         compiled = self.config.compile and can_compile(device)
         self._told = self._step.objective
@@ -240,8 +241,8 @@ class _Runner:
         """A step that ends with a row of the log."""
         collected = Statistics(self._model)
         norm = self._take_step(collected)
-        own = {"unsound": self._step.unsound_L, **collected.sums}
-        self._window.close_row({"step": 1}, {"norm": norm}, own)
+        shared = {"norm": norm, **self._watch.evidence}
+        self._window.close_row({"step": 1}, shared, collected.sums)
         self._window.finish_row()
 
     def seconds(self, job: Callable[[], None], clock: Callable[[], float]) -> float:

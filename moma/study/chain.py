@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
+from moma.files import write_whole
 from moma.recipe import check, lay_over, override, read_values
 from moma.runs import Run
 from moma.runtime.world import World
@@ -129,6 +130,4 @@ def _evaluate(step: Evaluation, quiet: bool) -> None:
     if step.routing == "causal":
         require_causal_routing(run, model)
     result = evaluate(model, recipe, step.routing, quiet=quiet)  # type: ignore[arg-type]
-    partial = step.file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    partial.rename(step.file)
+    write_whole(step.file, json.dumps(result, indent=2) + "\n")

@@ -2,9 +2,11 @@
 
 import sys
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 from moma.errors import UserError
+from moma.files import place_whole
 from moma.recipe import Config, write_recipe
 from moma.runs import Run, Tokenizers
 from moma.runtime.world import World, agreeing
@@ -12,14 +14,17 @@ from moma.train.recipe import Recipe
 from moma.train.restore import read_run_recipe
 
 STAGES = ("pretrain", "upcycle", "aux_router")
-# Where things are, how they are watched and on what they run: the result stays what it was.
+# Where things are, how they are watched and on what they run: the result stays what it was, but for
+# the tokens of a step, which may follow the machines.
 _HARMLESS = (
     "run",
+    "from",  # needed only to begin
     "data.path",
     "data.workers",
     "data.prefetch",
     "engine.replicate",
     "engine.recompute",
+    "engine.step_size",
     "engine.timeout",
     "engine.trace",
     "tracking.*",
@@ -92,9 +97,7 @@ def _claim(run: Run, recipe: Recipe, data: Tokenizers) -> None:
     else:
         run.path.mkdir(parents=True, exist_ok=True)
         data.copy_to(run.tokenizers)
-    partial = run.recipe.with_suffix(".partial")
-    write_recipe(recipe, partial)
-    partial.rename(run.recipe)
+    place_whole(run.recipe, partial(write_recipe, recipe))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

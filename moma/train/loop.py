@@ -1,8 +1,9 @@
 """The training loop of every stage: batches in; steps, log rows and checkpoints out; resumable."""
 
+import hashlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from moma.data.batches import Batches, prepared_ahead, share_out
-from moma.errors import SharedError, StoppedError
+from moma.errors import SharedError, StoppedError, StorageError
 from moma.files import held_alone
 from moma.model.transformer import Transformer
 from moma.progress import Report, show_progress
@@ -42,7 +43,7 @@ from moma.train.stages import (
     prepare_model,
 )
 from moma.train.statistics import Statistics
-from moma.train.tracking import Tracker, make_trackers
+from moma.train.tracking import Row, Tracker, make_trackers
 from moma.train.watch import Watch
 from moma.vocabulary import Vocabulary
 
@@ -78,6 +79,8 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
             model = prepare_model(recipe, vocabulary, world, source)
             begin = origin(recipe, source)
             trainer = stack.enter_context(closing(Trainer(recipe, run, model, vocabulary, world)))
+            if newest is None:
+                trainer.take_data(begin.data)
         # Last: a recipe that cannot be trained leaves no run behind.
         claim(run, recipe, data, world)
         if not held:
@@ -135,13 +138,13 @@ class Trainer:
             run.checkpoints, world, self.config.keep_checkpoints, self.config.keep_every
         )
         self.trackers: list[Tracker] = []
+        self.problem: StorageError | None = None  # with the log
         traced = recipe.engine.trace if world.rank == 0 else 0
         self.trace = Trace(run.path / "trace", traced)
 
     def begin(self, origin: Origin) -> None:
-        """Begin with step 1, where the data and counters of another run stood, perhaps."""
+        """Begin with step 1, where the counters of another run stood, perhaps."""
         self.origin = origin
-        self._set_data(list(origin.data))
         self._open_log()
         # Dropout's and the noise's.
         torch.manual_seed(self.recipe.seed + self.world.rank)
@@ -163,19 +166,34 @@ class Trainer:
         load_checkpoint(path, self.model, self.optimizer, self.world)
         rank_states = read_rank_states(path)
         self._set_counters(state)
-        self._set_data([each["data"] for each in rank_states])
+        self.take_data([each["data"] for each in rank_states])
         self._open_log()
         # Nothing may draw a random number between here and the first step.
         if len(rank_states) == self.world.size:
             restore_random_state(rank_states[self.world.rank])
         else:
-            torch.manual_seed(self.recipe.seed + self.world.rank)
+            torch.manual_seed(_seed_after(self.recipe.seed, self.done, self.world.rank))
+
+    def take_data(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on with the data where ranks stood, now perhaps as many others.
+
+        Args:
+            states: of each of those ranks; empty: from the beginning.
+
+        Raises:
+            UserError: they belong to other data.
+        """
+        if states and len(states) != self.world.size:
+            states = share_out(states, self.world.size)
+        if states:
+            self.batches.set_state(states[self.world.rank])
 
     def run_to_end(self, report: Report, asked: Interruption) -> None:
         """Train to the last step, logging and saving on the way.
 
         Raises:
-            UserError: a loss was not finite or exploded, or a checkpoint cannot be written.
+            UserError: a loss was not finite or exploded.
+            StorageError: a checkpoint or the log cannot be written.
             StoppedError: a signal came; the work is saved.
         """
         report(self.done)
@@ -183,6 +201,7 @@ class Trainer:
         while self.done < self.config.steps:
             self._take_step(report)
             last = self.done == self.config.steps
+            asked.problem = self.problem
             signal = asked.agreed()
             if self.done % self.config.checkpoint_every == 0 or last or signal:
                 self._write_row(report)
@@ -231,8 +250,8 @@ class Trainer:
                     "learning_rate": rate,
                     "skipped": self.watch.skipped,
                 },
-                {"norm": norm, "first": self.watch.first},
-                {"unsound": self.step.unsound_L, **statistics.sums},
+                {"norm": norm, **self.watch.evidence},
+                statistics.sums,
             )
 
     def _write_row(self, report: Report) -> None:
@@ -241,9 +260,8 @@ class Trainer:
         if found is None:
             return
         row, tensors = found
-        self._refuse_fault(row["step"], tensors, row["loss"])
-        for tracker in self.trackers:
-            tracker.write(row)
+        self._refuse_fault(row["step"], tensors)
+        self._track(row)
         loss = "none" if row["loss"] is None else f"{row['loss']:.3f}"
         report(
             row["step"],
@@ -251,13 +269,26 @@ class Trainer:
             f"{row['peak_memory'] / 2**30:.1f} GiB",
         )
 
+    def _track(self, row: Row) -> None:
+        """Hand a row to the trackers; what this rank alone cannot write is told to all later."""
+        try:
+            for tracker in self.trackers if self.problem is None else ():
+                tracker.write(row)
+        except StorageError as problem:
+            self.problem = problem
+
+    def _sync_log(self) -> None:
+        """Bring the log to the disk, on which no checkpoint may be ahead of it."""
+        with agreeing(self.world):
+            if self.problem is not None:
+                raise self.problem
+            for tracker in self.trackers:
+                tracker.sync()
+
     def _save(self) -> None:
         if self.done % self.config.log_every:  # in the middle of a row
-            unsound = self.world.sum(self.step.unsound_L.float())
-            tensors = HostCopy({"first": self.watch.first, "unsound": unsound}).read()
-            self._refuse_fault(self.done, tensors, None)
-        for tracker in self.trackers:
-            tracker.sync()
+            self._refuse_fault(self.done, HostCopy(self.watch.evidence).read())
+        self._sync_log()
         state = {
             "step": self.done,
             "tokens": self.origin.tokens + self.tokens,
@@ -274,32 +305,36 @@ class Trainer:
         own = {"data": self.batches.get_state()}
         self.writer.save(self.done, self.model, self.optimizer, state, own)
 
-    def _refuse_fault(self, step: int, tensors: dict[str, torch.Tensor], loss: Any) -> None:
-        at_fault = bool(tensors["first"]) and not self.watch.skips
-        if at_fault or tensors["unsound"].any():
+    def _refuse_fault(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Stop if there was a fault until a step that is done."""
+        if tensors["first"] and not self.watch.skips:
             with suppress(SharedError):  # the newest checkpoint is to be the one to replay from
                 self.writer.wait()
-            raise_fault(self.run, self.world, self.recent, step, tensors, loss)
+            raise_fault(self.recipe, self.world, self.recent, tensors)
         self.recent.forget(step)
 
     def _set_counters(self, state: dict[str, Any]) -> None:
         self.done = state["step"]
         self.tokens = state["tokens"] - state["tokens_before"]
-        before = self.origin._replace(tokens=state["tokens_before"], flops=state["flops_before"])
-        self.origin = before
+        self.origin = Origin(state["tokens_before"], state["flops_before"])
         self.window.set_state(state["window"])
         self.watch.set_state(state["watch"])
-        asked_then = state["recipe"][self.recipe.stage]["micro_batches"]
-        if asked_then == self.config.micro_batches:
-            # As many micro-batches a step as before, whatever the number of ranks.
-            together = state["micro_batches"] * state["world_size"]
-            if together % self.world.size:
-                raise SharedError(
-                    f"{self.run.path}: {self.world.size} ranks cannot share the {together} "
-                    f"micro-batches of a step; use {state['world_size']} ranks, or give a step "
-                    f"another size by {self.recipe.stage}.micro_batches"
-                )
-            self.micro_batches = together // self.world.size
+        before = state["recipe"][self.recipe.stage]["micro_batches"]
+        if before == self.config.micro_batches and self.recipe.engine.step_size == "kept":
+            self.micro_batches = self._share_step(state["micro_batches"] * state["world_size"])
+
+    def _share_step(self, together: int) -> int:
+        """Micro-batches of each rank, in a step that keeps its size whatever the ranks' number."""
+        ranks, own = self.world.size, self.config.micro_batches
+        if together % ranks:
+            tokens = self.recipe.data.rows * self.recipe.data.row_length
+            raise SharedError(
+                f"{self.run.path}: {ranks} ranks cannot share the {together} micro-batches of a "
+                f"step; use a divisor of {together} as number of ranks, and a step keeps its "
+                f"{together * tokens:,} tokens; or let it grow with engine.step_size=grows to "
+                f"{ranks} times {own} micro-batches, {ranks * own * tokens:,} tokens"
+            )
+        return together // ranks
 
     def _open_log(self) -> None:
         with agreeing(self.world):
@@ -307,9 +342,8 @@ class Trainer:
                 self.writer.sweep()
                 self.trackers = make_trackers(self.recipe.tracking, self.run, self.done)
 
-    def _set_data(self, states: list[dict[str, Any]]) -> None:
-        """Go on with the data where ranks stood, now perhaps as many others."""
-        if states and len(states) != self.world.size:
-            states = share_out(states, self.world.size)
-        if states:
-            self.batches.set_state(states[self.world.rank])
+
+def _seed_after(seed: int, step: int, rank: int) -> int:
+    """A seed for what comes after a step, so that no rank draws what one has drawn before."""
+    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+    return int.from_bytes(digest[:4])

@@ -27,7 +27,8 @@ class StageConfig(Config):
         log_every: steps between rows of `metrics.jsonl`; a row is the mean over them.
         checkpoint_every: steps between checkpoints, a multiple of `log_every`.
         keep_checkpoints: how many of the newest stay.
-        keep_every: checkpoints at multiples of so many steps stay as well; 0: none.
+        keep_every: checkpoints at multiples of so many steps, itself a multiple of
+            `checkpoint_every`, stay as well; 0: none.
         on_fault: what happens when a loss or gradient is not finite or explodes: `stop`, with what
             `moma replay` needs, or `skip` the step and count it.
         explosion: a loss so many times its recent mean has exploded; 0: none has.
@@ -53,6 +54,15 @@ class StageConfig(Config):
             raise ValueError(
                 f"checkpoint_every ({self.checkpoint_every}) must be a multiple of "
                 f"log_every ({self.log_every}), so that no row of metrics.jsonl is cut in two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_to_keep(self) -> "StageConfig":
+        if self.keep_every % self.checkpoint_every:
+            raise ValueError(
+                f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every "
+                f"({self.checkpoint_every}): only at these steps is there one to keep"
             )
         return self
 

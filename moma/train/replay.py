@@ -4,6 +4,7 @@ One process plays all ranks. Random numbers (dropout, noise) are the same if the
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ def replay(run: Run, quiet: bool = False) -> dict[str, Any]:
     Returns:
         `step`, `checkpoint` (where it began), `same_batches` (whether the batches are those that
         the run had), `loss_before` and `gradient_norm` of the step before; `micro_batches` of the
-        step, each with `rank`, losses by modality and the first part of the model whose output is
-        not finite; `gradients`, the largest norms by parameter.
+        step, each with `rank`, losses by modality, the first part of the model whose output is
+        not finite, and `documents`, by source the rows of those that the run had in it;
+        `gradients`, the largest norms by parameter.
 
     Raises:
         UserError: the run has met no fault, or cannot be loaded.
@@ -51,34 +53,60 @@ def replay(run: Run, quiet: bool = False) -> dict[str, Any]:
     if not (folder / "fault.json").is_file():
         raise UserError(f"{run.path}: has met no fault (no fault/fault.json); nothing to replay")
     fault = read_json(folder / "fault.json")
+    ranks = range(fault["world_size"])
     recipe = _uncompiled(read_run_recipe(run))
-    world = World(local_device())
     vocabulary = Vocabulary.load(run.tokenizers.vocabulary)
-    source = find_source(recipe, world) if fault["checkpoint"] is None else None
+    with closing(_Streams(recipe, vocabulary, len(ranks), fault["micro_batches"])) as streams:
+        step, done = _restore(run, recipe, vocabulary, streams, fault["checkpoint"])
+        before = _go_through(step, recipe, streams, done, fault["step"], quiet)
+        batches = streams.draw()
+    saved = [load_file(folder / f"rank-{rank}.safetensors") for rank in ranks]
+    inspected = _inspect(step, batches, vocabulary)
+    origins = [each for n in ranks for each in read_json(folder / f"rank-{n}.json")["documents"]]
+    for told, rows in zip(inspected["micro_batches"], origins, strict=False):
+        told["documents"] = _by_source(rows)
+    return {
+        "step": fault["step"],
+        "checkpoint": fault["checkpoint"],
+        "same_batches": all(map(_same, batches, saved)),
+        **before,
+        **inspected,
+    }
+
+
+class _Streams:
+    """The micro-batches of all ranks, in one process."""
+
+    def __init__(self, recipe: Recipe, vocabulary: Vocabulary, ranks: int, micro_batches: int):
+        self._micro_batches = micro_batches
+        self._ranks = [
+            Batches(recipe.data, vocabulary, recipe.seed, rank, ranks) for rank in range(ranks)
+        ]
+
+    def set_states(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on where perhaps another number of ranks stood; empty: from the beginning."""
+        if states and len(states) != len(self._ranks):
+            states = share_out(states, len(self._ranks))
+        for stream, state in zip(self._ranks, states, strict=False):
+            stream.set_state(state)
+
+    def draw(self) -> list[list[Batch]]:
+        """A step's, rank by rank."""
+        return [[next(stream) for _ in range(self._micro_batches)] for stream in self._ranks]
+
+    def close(self) -> None:
+        for stream in self._ranks:
+            stream.close()
+
+
+def _restore(
+    run: Run, recipe: Recipe, vocabulary: Vocabulary, streams: _Streams, checkpoint: str | None
+) -> tuple[Step, int]:
+    """The step and the number of steps done where the replay begins; the streams stand there."""
+    world, config = World(local_device()), recipe.stage_config
+    source = find_source(recipe, world) if checkpoint is None else None
     model = prepare_model(recipe, vocabulary, world, source)
-    config = recipe.stage_config
     optimizer = make_optimizer(model, config.optimizer)
-    ranks = fault["world_size"]
-    streams = [Batches(recipe.data, vocabulary, recipe.seed, rank, ranks) for rank in range(ranks)]
-    done, micro_batches = 0, fault["micro_batches"]
-    states = list(origin(recipe, source).data)
-    torch.manual_seed(recipe.seed)
-    if fault["checkpoint"] is not None:
-        path = run.checkpoints / fault["checkpoint"]
-        if not path.is_dir():
-            raise UserError(f"{path}: is gone; the fault cannot be replayed without it")
-        state, rank_states = read_state(path), read_rank_states(path)
-        load_checkpoint(path, model, optimizer, world)
-        done, states = state["step"], [each["data"] for each in rank_states]
-        restore_random_state(rank_states[0])
-    if states and len(states) != ranks:
-        states = share_out(states, ranks)
-    for stream, data in zip(streams, states, strict=False):
-        stream.set_state(data)
-
-    def draw() -> list[list[Batch]]:
-        return [[next(stream) for _ in range(micro_batches)] for stream in streams]
-
     step = Step(
         model,
         optimizer,
@@ -87,26 +115,42 @@ def replay(run: Run, quiet: bool = False) -> dict[str, Any]:
         world,
         precision=recipe.engine.compute_dtype(world.device),
     )
+    if checkpoint is None:
+        streams.set_states(origin(recipe, source).data)
+        torch.manual_seed(recipe.seed)
+        return step, 0
+    path = run.checkpoints / checkpoint
+    if not path.is_dir():
+        raise UserError(f"{path}: is gone; the fault cannot be replayed without it")
+    rank_states = read_rank_states(path)
+    load_checkpoint(path, model, optimizer, world)
+    streams.set_states([each["data"] for each in rank_states])
+    restore_random_state(rank_states[0])
+    return step, read_state(path)["step"]
+
+
+def _go_through(
+    step: Step, recipe: Recipe, streams: _Streams, done: int, until: int, quiet: bool
+) -> dict[str, Any]:
+    """Take the steps before the step `until`; tells the last one's loss and gradient."""
+    config = recipe.stage_config
     found: dict[str, Any] = {"loss_before": None, "gradient_norm": None}
-    with show_progress(f"replay {run.path.name}", fault["step"], quiet) as report:
-        while done < fault["step"] - 1:
-            together = [batch for its in draw() for batch in its]
-            sums, norm = step(together, learning_rate(config.optimizer, done, config.steps))
-            done += 1
+    with show_progress(f"replay {recipe.run.name}", until, quiet) as report:
+        for number in range(done, until - 1):
+            together = [batch for its in streams.draw() for batch in its]
+            sums, norm = step(together, learning_rate(config.optimizer, number, config.steps))
             loss = float(sums[0].sum() / sums[2].sum())
             found = {"loss_before": loss, "gradient_norm": float(norm)}
-            report(done, f"loss {loss:.3f}")
-    batches = draw()
-    for stream in streams:
-        stream.close()
-    saved = [load_file(folder / f"rank-{rank}.safetensors") for rank in range(ranks)]
-    return {
-        "step": fault["step"],
-        "checkpoint": fault["checkpoint"],
-        "same_batches": all(map(_same, batches, saved)),
-        **found,
-        **_inspect(step, batches, vocabulary),
-    }
+            report(number + 1, f"loss {loss:.3f}")
+    return found
+
+
+def _by_source(rows: Sequence[Sequence[tuple[str, int]]]) -> dict[str, list[int]]:
+    """The documents of a micro-batch, each once."""
+    found: dict[str, set[int]] = {}
+    for source, document in (piece for row in rows for piece in row):
+        found.setdefault(source, set()).add(document)
+    return {source: sorted(documents) for source, documents in sorted(found.items())}
 
 
 def _uncompiled(recipe: Recipe) -> Recipe:

@@ -38,7 +38,7 @@ class Losses(NamedTuple):
     Attributes:
         objective: what is minimised, a differentiable sum.
         loss_M, correct_M, targets_M: loss, right answers and targets of each modality.
-        unsound_L: the layers in which a router's score was NaN or infinite; see `ModelOutput`.
+        unsound_L: the layers whose output or router's score is NaN or infinite; see `ModelOutput`.
         routers: what the routers did.
     """
 
@@ -170,7 +170,6 @@ class Step:
         on_gpu = world.device.type == "cuda"
         self._low = precision == torch.bfloat16 if precision else on_gpu
         self.trainable = [p for p in model.parameters() if p.requires_grad]
-        self._unsound_L = torch.zeros(len(model.layers), dtype=torch.bool, device=world.device)
 
     def __call__(
         self,
@@ -179,8 +178,7 @@ class Step:
         statistics: Statistics | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Take one step; `statistics`, if given, sees its last micro-batch and its gradients."""
-        sums, unsound_L = self._backward(batches, statistics)
-        self.world.sum(sums)
+        sums, unsound_L = self._over_ranks(*self._backward(batches, statistics))
         # Sharding averages gradients over the ranks; the loss is a mean over all their targets.
         scale = self.world.size / sums[2].sum().clamp(min=1)
         for parameter in self.trainable:
@@ -191,13 +189,13 @@ class Step:
             statistics.see_gradients()
         norm = self._clip()
         if self.watch is not None:
-            sound = self.watch.judge(sums[0].sum() / sums[2].sum().clamp(min=1), norm)
+            loss = sums[0].sum() / sums[2].sum().clamp(min=1)
+            sound = self.watch.judge(loss, norm, unsound_L)
             if self.watch.refuses(sound):
                 if statistics is not None:
                     statistics.sums.clear()
                 self.optimizer.zero_grad(set_to_none=True)
                 return torch.zeros_like(sums), torch.zeros_like(norm)
-        self._note(unsound_L)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate"]
         self.optimizer.step()
@@ -207,9 +205,9 @@ class Step:
     def _backward(
         self, batches: Sequence[Batch], statistics: Statistics | None
     ) -> tuple[Tensor, Tensor]:
-        """Add up gradients; returns this rank's sums and the layers with unsound scores."""
+        """Add up gradients; returns this rank's sums, and the unsound layers of the first batch."""
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
-        unsound_L = torch.zeros_like(self._unsound_L)
+        unsound_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
         for index, batch in enumerate(batches):
             on_device = to_device(batch, self.world.device)
             with self.precision():
@@ -222,6 +220,11 @@ class Step:
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
         return sums, unsound_L
 
+    def _over_ranks(self, sums: Tensor, unsound_L: Tensor) -> tuple[Tensor, Tensor]:
+        """Both of all ranks, in one reduction."""
+        both = self.world.sum(torch.cat((sums.flatten(), unsound_L.to(sums.dtype))))
+        return both[: sums.numel()].view_as(sums), both[sums.numel() :] > 0
+
     def _name(self, parameter: nn.Parameter) -> str:
         return next(name for name, each in self.model.named_parameters() if each is parameter)
 
@@ -232,15 +235,6 @@ class Step:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         nn.utils.clip_grads_with_norm_(self.trainable, self.clip, norm)
         return norm
-
-    @property
-    def unsound_L(self) -> Tensor:
-        """The layers in which a router's score was NaN or infinite, on this rank, so far."""
-        return self._unsound_L
-
-    def _note(self, unsound_L: Tensor) -> None:
-        """Keep the first fault alone: what comes after it in other layers follows from it."""
-        self._unsound_L = torch.where(self._unsound_L.any(), self._unsound_L, unsound_L)
 
     def precision(self) -> torch.autocast:
         """bf16 products where they are wanted and sharding does not see to it."""

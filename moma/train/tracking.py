@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from moma.errors import UserError
+from moma.errors import StorageError, UserError
 from moma.files import to_disk, write_whole
 from moma.recipe import Config
 from moma.runs import Run
@@ -47,7 +47,8 @@ class JsonLines:
         """Go on after `step`; rows beyond it are dropped, they will be written anew.
 
         Raises:
-            UserError: a row that is to stay is broken, or the disk is full.
+            UserError: a row that is to stay is broken.
+            StorageError: the disk is full, say.
         """
         self._path = run.metrics
         partial = run.metrics.with_suffix(".partial")
@@ -159,7 +160,7 @@ def _on_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
+        raise StorageError(
             f"{path}: cannot write ({error.strerror or error}); free some disk space, and the same "
             "command goes on from the last checkpoint"
         ) from error

@@ -19,14 +19,17 @@ class Watch:
     """Judges each step by its loss and the norm of its gradient, which all ranks share.
 
     Attributes:
-        first: number of the first step at fault, 0 if there was none; on the device.
+        evidence: tensors on the device: `first`, the number of the first step at fault, 0 if there
+            was none, and what was found in that step: `fault_loss`, `fault_norm`, and `unsound`,
+            the layers whose output or router's score was not finite, [L].
         skipped: steps skipped so far.
     """
 
     def __init__(self, config: StageConfig, device: torch.device):
         self.skips = config.on_fault == "skip"
         self.skipped = self._in_a_row = 0
-        self.first = torch.zeros((), device=device)
+        nothing = torch.zeros((), device=device)
+        self.evidence = dict.fromkeys(("first", "fault_loss", "fault_norm", "unsound"), nothing)
         self._explosion = config.explosion
         self._mean = torch.full((), torch.nan, device=device)
         self._step = 0
@@ -35,16 +38,27 @@ class Watch:
         """Name the step that comes, from 1."""
         self._step = step
 
-    def judge(self, loss: Tensor, norm: Tensor) -> Tensor:
-        """Whether the step is sound: a boolean on the device."""
-        sound = loss.isfinite() & norm.isfinite()
+    def judge(self, loss: Tensor, norm: Tensor, unsound_L: Tensor) -> Tensor:
+        """Whether the step is sound: a boolean on the device.
+
+        Args:
+            loss: mean over all targets.
+            norm: of the gradient.
+            unsound_L: booleans, as in `ModelOutput`.
+        """
+        sound = loss.isfinite() & norm.isfinite() & ~unsound_L.any()
         if self._explosion:
             # Nothing is larger than the NaN that the mean is at first.
             sound = sound & ~(loss > self._explosion * self._mean)
         mean = torch.where(self._mean.isnan(), loss, torch.lerp(self._mean, loss, _PACE))
         self._mean = torch.where(sound, mean, self._mean)
-        at_fault = (self.first == 0) & ~sound
-        self.first = torch.where(at_fault, float(self._step), self.first)
+        # Whatever comes after the first fault may follow from it.
+        at_fault = (self.evidence["first"] == 0) & ~sound
+        step = torch.full_like(loss, self._step)
+        found = zip(self.evidence, (step, loss, norm, unsound_L.to(loss.dtype)), strict=True)
+        self.evidence = {
+            name: torch.where(at_fault, value, self.evidence[name]) for name, value in found
+        }
         return sound
 
     def refuses(self, sound: Tensor) -> bool:
@@ -60,8 +74,8 @@ class Watch:
         if self._in_a_row == _PATIENCE:
             raise SharedError(
                 f"step {self._step}: {_PATIENCE} steps in a row were skipped, their loss or "
-                "gradient not finite or exploding; lower the learning rate, look at the data, or "
-                "set on_fault=stop and see `moma replay`"
+                "gradient not finite or exploding; set on_fault=stop and see `moma replay`, look "
+                "at the data, or lower the learning rate in a new run"
             )
         return not sound
 

@@ -84,17 +84,14 @@ def pieces_of(batch):
 
 
 def assert_shows_once(batches, documents):
-    """Every token of every document once, in order: pieces are put together by what comes next."""
+    """Every token of every document once, in order, each piece with its document's origin."""
     remaining = {(d.source, d.row): d.ids.astype(np.int64) for d in documents}
     for batch in batches:
-        for tokens, labels in pieces_of(batch):
-            key = next(
-                key
-                for key, ids in remaining.items()
-                if len(ids) >= len(tokens)
-                and (ids[: len(tokens)] == tokens).all()
-                and labels[-1] == (ids[len(tokens)] if len(ids) > len(tokens) else NO_LABEL)
-            )
+        origins = itertools.chain.from_iterable(batch.origins)
+        for (tokens, labels), key in zip(pieces_of(batch), origins, strict=True):
+            ids = remaining[key]
+            assert (ids[: len(tokens)] == tokens).all() and len(ids) >= len(tokens)
+            assert labels[-1] == (ids[len(tokens)] if len(ids) > len(tokens) else NO_LABEL)
             assert (labels[:-1] == tokens[1:]).all()
             remaining[key] = remaining[key][len(tokens) :]
             if not len(remaining[key]):

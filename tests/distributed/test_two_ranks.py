@@ -5,9 +5,7 @@ A step has four groups of tokens (micro-batches), shared out between one, two or
 
 import json
 import operator
-import os
 import shutil
-import socket
 from contextlib import closing
 from functools import reduce
 from itertools import cycle
@@ -16,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from ranks import on_ranks
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from moma.data.batches import Batches, share_out
@@ -32,14 +31,14 @@ from moma.runtime.checkpoint import (
 )
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.sharding import EngineConfig
-from moma.runtime.world import World, join_world
+from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 from moma.train import loop
 from moma.train.loop import train
 from moma.train.recipe import Recipe
-from moma.train.stages import prepare_model
+from moma.train.stages import objective_of, prepare_model
 from moma.train.statistics import Statistics
-from moma.train.step import Step, next_token_objective
+from moma.train.step import Step
 from moma.vocabulary import Vocabulary
 
 GROUPS, STEPS = 4, 3
@@ -53,21 +52,26 @@ CASES = {
     "selective": ("mod_moe_3t1i", EngineConfig(recompute="selective"), 1e-5),
     "reduce": ("moe_2t2i", EngineConfig(reduce="bf16"), 2e-2),
     "compute": ("moe_2t2i", EngineConfig(compute="bf16"), 5e-2),
+    "aux_router": ("mod_moe_3t1i", EngineConfig(), 1e-5),
 }
+STAGES = {"aux_router": "aux_router"}  # the others pre-train
 HYBRID = EngineConfig(replicate=2)
 
 
-def recipe_of(tiny: Recipe, groups: str, engine: EngineConfig) -> Recipe:
-    stage = tiny.pretrain.model_copy(update={"compile": False})
+def recipe_of(tiny: Recipe, groups: str, engine: EngineConfig, stage: str = "pretrain") -> Recipe:
     model = tiny.model.model_copy(update={"groups": groups})
-    return tiny.model_copy(update={"model": model, "engine": engine, "pretrain": stage})
+    return tiny.model_copy(update={"model": model, "engine": engine, "stage": stage})
+
+
+def stage_of(case: str) -> str:
+    return STAGES.get(case, "pretrain")
 
 
 def build(recipe: Recipe, world: World):
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
-    optimizer = make_optimizer(model, recipe.pretrain.optimizer)
-    objective = next_token_objective(1e-5, compiled=False)
+    optimizer = make_optimizer(model, recipe.stage_config.optimizer)
+    objective = objective_of(recipe, world.device)
     step = Step(model, optimizer, objective, 1.0, world, None, torch.float32)
     groups = [
         Batches(recipe.data, vocabulary, seed=0, rank=number, world_size=GROUPS)
@@ -172,26 +176,6 @@ def assert_goes_on_as(whole: Run, run: Run) -> None:
         assert other["gradient_norm"] == pytest.approx(row["gradient_norm"], rel=1e-4)
 
 
-def in_process(rank: int, ranks: int, port: int, job, *arguments) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    with join_world() as world:
-        job(world, *arguments)
-
-
-def on_ranks(ranks: int, job, *arguments) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(in_process, (ranks, port, job, *arguments), nprocs=ranks)
-
-
 def recipe_with(tiny: Recipe, run: str) -> Recipe:
     recipe = recipe_of(tiny, "moe_2t2i", EngineConfig())
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"experts_run": run})})
@@ -205,7 +189,7 @@ def units_of(recipe: Recipe, world: World) -> list[str]:
 
 def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     for name, (groups, engine, _) in CASES.items():
-        take_steps(world, recipe_of(tiny, groups, engine), out / name)
+        take_steps(world, recipe_of(tiny, groups, engine, stage_of(name)), out / name)
     run = tiny.model_copy(update={"run": out / "run"})
     train(run, world, quiet=True)
     train(run, world, quiet=True)  # finds itself finished
@@ -227,6 +211,17 @@ def job_of_four(world: World, tiny: Recipe, two: Path, out: Path) -> None:
         begun(two, out / "lanes")
     world.barrier()
     train_lanes(world, tiny, out / "lanes")
+    grow_step(world, tiny.model_copy(update={"run": two / "grown"}), out)
+
+
+def grow_step(world: World, recipe: Recipe, out: Path) -> None:
+    """Two ranks' steps of two micro-batches are too small for four, unless they may grow."""
+    with pytest.raises(UserError) as refused:
+        train(recipe, world, quiet=True)
+    if world.rank == 0:
+        (out / "refused").write_text(str(refused.value))
+    engine = recipe.engine.model_copy(update={"step_size": "grows"})
+    train(recipe.model_copy(update={"engine": engine}), world, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +236,8 @@ def two(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def four(tiny, two, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("four")
+    shutil.copytree(two / "run", two / "grown")
+    shutil.rmtree(checkpoints_in(two / "grown" / "checkpoints")[-1])
     on_ranks(4, job_of_four, tiny, two, out)
     return out
 
@@ -249,12 +246,17 @@ def load(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)
 
 
-def assert_equals_one_process(tiny: Recipe, groups: str, out: Path, ranks: int, near: float):
-    recipe = recipe_of(tiny, groups, EngineConfig())
+def assert_equals_one_process(
+    tiny: Recipe, groups: str, out: Path, ranks: int, near: float, stage: str = "pretrain"
+) -> None:
+    recipe = recipe_of(tiny, groups, EngineConfig(), stage)
     (out / "alone").mkdir()
     take_steps(ALONE, recipe, out / "alone")
     expected, found = load(out / "alone" / "found-1.pt"), load(out / f"found-{ranks}.pt")
-    assert expected.keys() == found.keys() and len(expected) > 2 * STEPS + 5
+    assert expected.keys() == found.keys()
+    kinds = [name for name in expected if name.startswith("gradient")]
+    assert kinds == ["gradient auxiliary"] if stage == "aux_router" else len(kinds) > 3
+    assert all(expected[kind] > 0 for kind in kinds)
     for key, value in expected.items():
         wanted, got = (value[0], found[key][0]) if "sums" in key else (value, found[key])
         # Norms before clipping and Adam, which hide a wrong scale of the gradient.
@@ -285,7 +287,7 @@ def test_two_ranks_equal_one_on_the_same_token_groups(tiny, two, name):
         torch.testing.assert_close(found["sums"][0], expected["sums"][0], rtol=near, atol=0)
         assert not torch.equal(found["1 sums"], expected["1 sums"])
     else:
-        assert_equals_one_process(tiny, groups, two / name, 2, near)
+        assert_equals_one_process(tiny, groups, two / name, 2, near, stage_of(name))
 
 
 def test_hybrid_sharding_equals_one_process(tiny, four):
@@ -314,10 +316,22 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, two, tmp_path):
     shutil.rmtree(checkpoints_in(run.checkpoints)[-1])
     train(tiny.model_copy(update={"run": run.path}), ALONE, quiet=True)
     rows = run.read_metrics()
+    # What it draws is not what a rank has drawn before.
+    assert torch.initial_seed() not in (tiny.seed, tiny.seed + 1)
     # A step has as many tokens as before: one rank takes the micro-batches of two.
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in whole]
     assert rows[:2] == whole[:2] and rows[-1]["loss"] < rows[1]["loss"]
     assert len(read_rank_states(checkpoints_in(run.checkpoints)[-1])) == 1
+
+
+def test_a_step_may_grow_with_the_ranks(tiny, two, four):
+    told = (four / "refused").read_text()
+    one = tiny.data.rows * tiny.data.row_length
+    assert "4 ranks cannot share the 2 micro-batches of a step; use a divisor of 2" in told
+    assert f"keeps its {2 * one:,} tokens" in told
+    assert f"engine.step_size=grows to 4 times 1 micro-batches, {4 * one:,} tokens" in told
+    tokens = [row["tokens"] for row in Run(two / "grown").read_metrics()]
+    assert tokens == [4 * one, 8 * one, 16 * one, 24 * one]
 
 
 def test_training_goes_on_alike_on_one_rank_and_on_four(tiny, two, four, tmp_path):

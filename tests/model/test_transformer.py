@@ -164,5 +164,5 @@ def test_scores_that_are_not_finite_name_their_layer(where, bad):
     layer = int(where.split(".")[1])
     assert model(tokens).unsound_L.nonzero()[0].item() == layer
     for routing in (Routing(capacity="actual"), Routing(by="causal")):
-        with pytest.raises(UserError, match=f"router of layer {layer} gave a score"):
+        with pytest.raises(UserError, match=f"output of layer {layer}, or a score of a router"):
             model(tokens, routing=routing)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
-from moma.errors import UserError
+from moma.errors import StorageError, UserError
 from moma.runtime import writer as writing
 from moma.runtime.checkpoint import (
     checkpoints_in,
@@ -154,7 +154,7 @@ def test_without_room_the_old_one_stays(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(
-        UserError, match=r"needs [\d,]+ bytes, but the disk has 1,000.*00001 is kept"
+        StorageError, match=r"needs [\d,]+ bytes, but the disk has 1,000.*00001 is kept"
     ):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001"] and not list(tmp_path.glob("*.partial"))
@@ -179,7 +179,7 @@ def test_a_write_that_fails_keeps_the_old_one(tmp_path, size):
         largest_file(size),
     ):
         writer.save(2, *make(2), {"step": 2}, {"data": []})
-        with pytest.raises(UserError, match=r"00002: cannot write .*00001 is kept"):
+        with pytest.raises(StorageError, match=r"00002: cannot write .*00001 is kept"):
             writer.wait()
     path, damaged = newest_whole(tmp_path, WORLD)
     assert path is not None and path.name == "step-00000001" and not damaged

@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 
-from moma.errors import StoppedError
+from moma.errors import SharedStorageError, StoppedError, StorageError
 from moma.runtime.interrupt import interruption
 from moma.runtime.world import World
 
@@ -52,3 +52,11 @@ def test_a_process_that_stops_is_not_stopped_again():
         raise StoppedError
     os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, before)
+
+
+def test_what_one_rank_cannot_write_is_told_as_a_signal_is():
+    with pytest.raises(SharedStorageError, match="full"), interruption(WORLD) as asked:
+        assert asked.agreed() is None
+        asked.problem = StorageError("full")
+        asked.receive(signal.SIGTERM)  # what cannot be written comes first: nothing can be saved
+        asked.agreed()

@@ -22,6 +22,7 @@ from moma.recipe import write_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
+from moma.study.chain import read_chain, run_chain
 from moma.train.loop import train
 from moma.train.metrics import TIMING
 from moma.train.recipe import Recipe
@@ -128,9 +129,9 @@ def contents(run: Run) -> tuple[dict[str, torch.Tensor], list[dict]]:
     return tensors, rows
 
 
-def assert_same(one: Run, other: Run) -> None:
+def assert_same(one: Run, other: Run, steps: int = STEPS) -> None:
     (tensors, rows), (others, other_rows) = contents(one), contents(other)
-    assert [row["step"] for row in other_rows] == list(range(2, STEPS + 1, 2))
+    assert [row["step"] for row in other_rows] == list(range(2, steps + 1, 2))
     assert rows == other_rows
     assert tensors.keys() == others.keys()
     for key, tensor in tensors.items():
@@ -201,6 +202,37 @@ def test_killed_and_stopped_run_equals_undisturbed(tiny, tmp_path):
     state = json.loads((newest / "state.json").read_text())
     assert state["step"] == STEPS
     assert state["tokens"] == run.read_metrics()[-1]["tokens"]
+
+
+def test_a_chain_killed_in_its_middle_equals_an_undisturbed_one(tiny, tmp_path):
+    """In its second stage, by SIGKILL; then one command to the end."""
+    changes = {"compile": False, "log_every": 2, "checkpoint_every": 4}
+    stage = {"optimizer": tiny.pretrain.optimizer, **changes}
+    seed = tiny.pretrain.model_copy(update={"steps": 4})
+    grown = tiny.upcycle.model_copy(update={"steps": STEPS, **stage})
+    base = tiny.model_copy(update={"pretrain": seed, "upcycle": grown})
+    write_recipe(base, tmp_path / "base.toml")
+    for name in ("whole", "cut"):
+        (tmp_path / f"{name}.toml").write_text(
+            f'''extends = "base.toml"
+run = "{tmp_path}/{name}"
+[[chain]]
+name = "seed"
+model = {{ groups = "moe_1t1i", dropout = 0.1 }}
+[[chain]]
+stage = "upcycle"
+model = {{ groups = "moe_2t2i", router_noise = true }}
+[[chain]]
+stage = "aux_router"
+'''
+        )
+    world = World(torch.device("cpu"))
+    run_chain(read_chain(tmp_path / "whole.toml"), world, quiet=True)
+    killed(tmp_path / "cut.toml", Run(tmp_path / "cut" / "upcycle"), 1, random.Random(2))
+    assert not (tmp_path / "cut/upcycle/aux_router").exists()
+    run_chain(read_chain(tmp_path / "cut.toml"), world, quiet=True)
+    for part, steps in (("seed", 4), ("upcycle", STEPS), ("upcycle/aux_router", 6)):
+        assert_same(Run(tmp_path / "whole" / part), Run(tmp_path / "cut" / part), steps)
 
 
 @pytest.mark.slow

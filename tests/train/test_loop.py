@@ -8,16 +8,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from moma.errors import UserError
-from moma.model.depth import DepthConfig
+from moma.errors import StorageError, UserError
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
+from moma.train import loop
 from moma.train.loop import train
 from moma.train.metrics import TIMING, Window
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
-from moma.train.step import Step
+from moma.train.tracking import JsonLines
 
 WORLD = World(torch.device("cpu"))
 # Text and image loss of the logged steps; they depend on the order of the documents.
@@ -100,27 +100,22 @@ def test_dropout_is_drawn_anew_after_an_interruption(tiny, tmp_path, monkeypatch
     assert_same_run(whole, train(with_run(recipe, tmp_path / "cut"), WORLD, quiet=True))
 
 
-@pytest.mark.parametrize("broken", ["layers.1.depth.router", "layers.2.experts.groups.0.router"])
-def test_scores_that_are_not_finite_stop_and_name_the_layer(tiny, tmp_path, monkeypatch, broken):
-    changes = {"groups": "mod_moe_2t2i", "layers": 4, "depth": DepthConfig(layers=(1, 3))}
-    recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update=changes)})
-    real, taken = Step.__call__, 0
+def test_seeds_differ_between_ranks_and_steps():
+    """After a change of the number of ranks; and from those of a run's beginning."""
+    seeds = {loop._seed_after(0, step, rank) for step in range(50) for rank in range(8)}
+    assert len(seeds) == 400 and not seeds & set(range(8))
 
-    def step(self, *arguments):
-        nonlocal taken
-        taken += 1
-        if taken == 3:  # amid two rows of the log; all that follows is broken everywhere
-            with torch.no_grad():
-                self.model.get_submodule(broken).weight.fill_(torch.nan)
-        return real(self, *arguments)
 
-    monkeypatch.setattr(Step, "__call__", step)
-    layer = broken.split(".")[1]
-    with pytest.raises(UserError, match=f"at step 3 .* a router of layer {layer} gave a score"):
-        train(with_run(recipe, tmp_path / "run"), WORLD, quiet=True)
-    run = Run(tmp_path / "run")
-    assert [row["step"] for row in run.read_metrics()] == [2]
-    assert not checkpoints_in(run.checkpoints)
+def test_a_log_that_cannot_be_written_ends_the_run(tiny, tmp_path, monkeypatch):
+    """At the next step, and no checkpoint is made without its log."""
+
+    def write(self, row):
+        raise StorageError("metrics.jsonl: cannot write")
+
+    monkeypatch.setattr(JsonLines, "write", write)
+    with pytest.raises(StorageError, match="cannot write"):
+        train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    assert not checkpoints_in(Run(tmp_path / "run").checkpoints)
 
 
 def test_half_written_checkpoint_is_not_taken(tiny, tmp_path):

@@ -22,7 +22,6 @@ from moma.study.chain import Evaluation, read_chain, run_chain
 from moma.train.loop import train
 from moma.train.metrics import TIMING
 from moma.train.recipe import Recipe
-from moma.train.replay import replay
 from moma.train.restore import load_run
 from moma.train.stages import find_source, objective_of, prepare_model
 from moma.train.step import to_device
@@ -206,6 +205,38 @@ def test_data_of_a_grown_run_are_fresh(tiny, seed, tmp_path):
     assert states[0] == states[1]
 
 
+@pytest.mark.parametrize(("change", "named"), [({"seed": 5}, "seed"), ({"weight": 9.0}, "weights")])
+def test_a_grown_run_of_other_documents_leaves_nothing(tiny, seed, tmp_path, change, named):
+    stage = tiny.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
+    changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
+    recipe = with_groups(tiny, "mod_moe_2t2i", **changes)
+    if "weight" in change:
+        first, *others = tiny.data.sources
+        sources = (first.model_copy(update=change), *others)
+        wrong = {"data": tiny.data.model_copy(update={"sources": sources})}
+    else:
+        wrong = change
+    with pytest.raises(UserError, match=r"belongs to other documents: .* restore them$"):
+        train(recipe.model_copy(update=wrong), WORLD, quiet=True)
+    assert not (tmp_path / "run").exists()
+    train(recipe, WORLD, quiet=True)
+
+
+def test_a_chain_that_was_moved_goes_on(seed, grown, tmp_path, capsys):
+    """Where its seed is matters no more; the newest checkpoint is gone, so that it has to."""
+    moved = {run: tmp_path / run.path.name for run in (seed, grown)}
+    for run, folder in moved.items():
+        shutil.copytree(run.path, folder)
+    run = Run(moved[grown])
+    shutil.rmtree(checkpoints_in(run.checkpoints)[-1])
+    recipe = recipe_of(run).model_copy(update={"run": run.path, "from_": moved[seed]})
+    train(recipe, WORLD, quiet=True)
+    assert f"from: '{seed.path}' → '{moved[seed]}'" in capsys.readouterr().err
+    assert recipe_of(run) == recipe
+    for name, weights in weights_at(grown, recipe, -1).items():
+        assert torch.equal(weights, weights_at(run, recipe, -1)[name])
+
+
 def test_a_chain_goes_on_at_the_right_stage(tiny, tmp_path, monkeypatch):
     write_recipe(tiny, tmp_path / "base.toml")
     chain = tmp_path / "chain.toml"
@@ -282,55 +313,6 @@ def test_the_shipped_chain_trains_as_long_as_the_demo():
     ]  # fmt: skip
     trained = [step.stage_config.steps for step in steps[:2] if isinstance(step, Recipe)]
     assert sum(trained) == demo.pretrain.steps
-
-
-def exploding(tiny: Recipe, path, **changes) -> Recipe:
-    optimizer = tiny.pretrain.optimizer.model_copy(update={"learning_rate": 1e3, "warmup": 5})
-    stage = tiny.pretrain.model_copy(update={"optimizer": optimizer, "explosion": 2.0} | changes)
-    return tiny.model_copy(update={"run": path, "pretrain": stage})
-
-
-def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
-    recipe = exploding(tiny, tmp_path / "run")
-    with pytest.raises(UserError, match=r"at step \d+ the loss .* explodes.*moma replay"):
-        train(recipe, WORLD, quiet=True)
-    run = Run(recipe.run)
-    fault = json.loads((run.path / "fault" / "fault.json").read_text())
-    assert 1 < fault["step"] <= 8
-    found = replay(run, quiet=True)
-    assert found["step"] == fault["step"] and found["same_batches"]
-    (batch,) = found["micro_batches"]
-    worst = max(batch["loss_text"], batch["loss_image"])
-    assert worst > 2 * found["loss_before"] and len(found["gradients"]) == 5
-    with pytest.raises(UserError, match=f"at step {fault['step']} "):  # nothing bad was saved
-        train(recipe, WORLD, quiet=True)
-    # Harmless to change: from here on such steps are left out.
-    skipping = exploding(tiny, tmp_path / "run", on_fault="skip")
-    try:
-        train(skipping, WORLD, quiet=True)
-    except UserError as error:
-        assert "in a row were skipped" in str(error)
-    else:
-        assert run.read_metrics()[-1]["skipped"] > 0
-
-
-def test_nothing_to_replay_is_said(seed):
-    with pytest.raises(UserError, match="has met no fault"):
-        replay(seed)
-
-
-def test_changes_of_a_recipe(tiny, tmp_path, capsys):
-    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
-    train(recipe, WORLD, quiet=True)
-    stage = tiny.pretrain.model_copy(update={"keep_checkpoints": 1, "log_every": 4})
-    harmless = recipe.model_copy(update={"pretrain": stage})
-    train(harmless, WORLD, quiet=True)
-    errors = capsys.readouterr().err
-    assert "pretrain.keep_checkpoints: 2 → 1" in errors and "pretrain.log_every: 2 → 4" in errors
-    assert read_recipe(Recipe, tmp_path / "run" / "recipe.toml") == harmless
-    stage = tiny.pretrain.model_copy(update={"steps": 9, "z_loss": 0.5})
-    with pytest.raises(UserError, match=r"steps: 8 → 9; pretrain\.z_loss: 1e-05 → 0\.5"):
-        train(recipe.model_copy(update={"pretrain": stage}), WORLD, quiet=True)
 
 
 def test_tensorboard_shows_what_the_log_says(seed):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from moma.errors import UserError
+from moma.errors import StorageError, UserError
 from moma.runs import Run
 from moma.train.tracking import JsonLines, TrackingConfig, make_trackers
 
@@ -76,7 +76,7 @@ def test_a_full_disk_is_told(tmp_path):
     log = JsonLines(run, 0)
     log.write(row(2))
     with largest_file(run.metrics.stat().st_size + 5):
-        with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write \(.*free some disk"):
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write \(.*free some disk"):
             log.write(row(4))
         log.close()
     write(run, 4, after=2)

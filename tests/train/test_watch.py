@@ -18,6 +18,7 @@ from moma.train.watch import Watch
 from moma.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
+SOUND = torch.zeros(2, dtype=torch.bool)
 VALUES = st.floats(0.125, 64, width=32) | st.sampled_from([math.nan, math.inf])
 
 
@@ -28,7 +29,7 @@ def test_judges_as_a_slow_reference(steps, explosion):
     mean, first = None, 0
     for number, (loss, norm) in enumerate(steps, 1):
         watch.begin(number)
-        judged = bool(watch.judge(torch.tensor(loss), torch.tensor(norm)))
+        judged = bool(watch.judge(torch.tensor(loss), torch.tensor(norm), SOUND))
         sound = math.isfinite(loss) and math.isfinite(norm)
         if sound and explosion and mean is not None and loss > explosion * mean:
             sound = abs(loss - explosion * mean) < 1e-4 * loss and judged  # rounding
@@ -37,7 +38,7 @@ def test_judges_as_a_slow_reference(steps, explosion):
             mean = loss if mean is None else mean + 0.02 * (loss - mean)
         elif not first:
             first = number
-    assert int(watch.first) == first
+    assert int(watch.evidence["first"]) == first
     state = watch.get_state()
     assert (state["mean"] is None) == (mean is None)
     again = Watch(StageConfig(explosion=explosion), CPU)

@@ -1,0 +1,29 @@
+"""Processes that share a job over gloo."""
+
+import os
+import socket
+
+import torch
+from torch import multiprocessing
+
+from moma.runtime.world import join_world
+
+
+def in_process(rank: int, ranks: int, port: int, job, *arguments) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with join_world() as world:
+        job(world, *arguments)
+
+
+def on_ranks(ranks: int, job, *arguments) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(in_process, (ranks, port, job, *arguments), nprocs=ranks)

@@ -1,0 +1,58 @@
+"""Which error leads to which exit code."""
+
+import errno
+import os
+import shutil
+
+import pytest
+
+from moma import cli
+from moma.errors import LostRankError, SharedError, SharedStorageError, StoppedError, StorageError
+from moma.runtime.world import World, agreeing, local_device
+
+
+def system(number: int) -> OSError:
+    return OSError(number, os.strerror(number), "a/file")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (SharedError("wrong"), 2, "moma: wrong"),
+        (system(errno.EACCES), 2, "moma: a/file: Permission denied; choose another path"),
+        (system(errno.ENOSPC), 74, "moma: a/file: No space left on device; see to the disk"),
+        (system(errno.EIO), 74, "moma: a/file: Input/output error"),
+        (shutil.Error([("a", "b", "[Errno 28] No space left")]), 74, "moma: cannot copy a: [Errno"),
+        (StorageError("full"), 74, "moma: full"),
+        (SharedStorageError("full"), 74, "moma: full"),
+        (LostRankError("gone"), 1, "moma: gone"),
+        (StoppedError("saved"), 75, "moma: saved"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, error, code, told):
+    def app() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == code
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch):
+    def app() -> None:
+        raise system(errno.ENOENT)
+
+    monkeypatch.setattr(cli, "app", app)
+    with pytest.raises(FileNotFoundError):
+        cli.main()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, SharedStorageError), (errno.EACCES, SharedError)]
+)
+def test_what_ranks_agree_upon_keeps_its_kind(number, kind):
+    with pytest.raises(SharedError) as told, agreeing(World(local_device())):
+        raise system(number)
+    assert type(told.value) is kind

@@ -1,0 +1,65 @@
+"""What may change between stop and resume; the recipe of a run outlives a power cut."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moma import files
+from moma.errors import UserError
+from moma.recipe import read_recipe
+from moma.runs import Run, Tokenizers
+from moma.runtime.world import World
+from moma.train.changes import claim, refuse_other_recipe
+from moma.train.loop import train
+from moma.train.recipe import Recipe
+
+WORLD = World(torch.device("cpu"))
+
+
+def test_the_recipe_is_on_the_disk_before_a_run_begins(tiny, tmp_path, monkeypatch):
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "sync_folder", synced.append)
+    run = Run(tmp_path / "run")
+    recipe = tiny.model_copy(update={"run": run.path})
+    claim(run, recipe, Tokenizers(tiny.data.path), WORLD)
+    assert synced[-2:] == [run.recipe.with_name("recipe.toml.writing"), run.path]
+    assert read_recipe(Recipe, run.recipe) == recipe
+    assert {path.suffix for path in run.path.glob("*.*")} == {".toml", ".json"}
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "passes"),
+    [
+        ("engine", {"step_size": "grows"}, True),
+        ("engine", {"reduce": "bf16"}, False),
+        ("pretrain", {"micro_batches": 3}, True),
+        ("pretrain", {"z_loss": 0.5}, False),
+        ("upcycle", {"z_loss": 0.5}, True),
+    ],
+)
+def test_which_changes_pass(tiny, tmp_path, section, change, passes):
+    run = Run(tmp_path / "run")
+    claim(run, tiny, Tokenizers(tiny.data.path), WORLD)
+    changed = tiny.model_copy(update={section: getattr(tiny, section).model_copy(update=change)})
+    (key,) = change
+    if passes:
+        (told,) = refuse_other_recipe(run, changed)
+        assert told.startswith(f"{section}.{key}: ")
+    else:
+        with pytest.raises(UserError, match=rf"another recipe \({section}\.{key}: "):
+            refuse_other_recipe(run, changed)
+
+
+def test_changes_of_a_recipe(tiny, tmp_path, capsys):
+    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
+    train(recipe, WORLD, quiet=True)
+    stage = tiny.pretrain.model_copy(update={"keep_checkpoints": 1, "log_every": 4})
+    harmless = recipe.model_copy(update={"pretrain": stage})
+    train(harmless, WORLD, quiet=True)
+    errors = capsys.readouterr().err
+    assert "pretrain.keep_checkpoints: 2 → 1" in errors and "pretrain.log_every: 2 → 4" in errors
+    assert read_recipe(Recipe, tmp_path / "run" / "recipe.toml") == harmless
+    stage = tiny.pretrain.model_copy(update={"steps": 9, "z_loss": 0.5})
+    with pytest.raises(UserError, match=r"steps: 8 → 9; pretrain\.z_loss: 1e-05 → 0\.5"):
+        train(recipe.model_copy(update={"pretrain": stage}), WORLD, quiet=True)

@@ -1,0 +1,176 @@
+"""A step at fault: what is named, what is saved under its number, what a replay shows."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from moma.data.batches import Batches
+from moma.errors import UserError
+from moma.model.depth import DepthConfig
+from moma.runs import Run
+from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.world import World
+from moma.train.loop import train
+from moma.train.recipe import Recipe
+from moma.train.replay import replay
+from moma.train.step import Losses, Step
+from moma.vocabulary import Vocabulary
+
+WORLD = World(torch.device("cpu"))
+AT = 3  # amid two rows of the log
+
+
+def before_step(monkeypatch: pytest.MonkeyPatch, change) -> None:
+    """Let something happen to the third step, and see it again in none that follows."""
+    real, taken = Step.__call__, 0
+
+    def step(self, *arguments):
+        nonlocal taken
+        taken += 1
+        if taken != AT:
+            return real(self, *arguments)
+        objective = self.objective
+        change(self)
+        try:
+            return real(self, *arguments)
+        finally:
+            self.objective = objective
+
+    monkeypatch.setattr(Step, "__call__", step)
+
+
+def poison(name: str):
+    """A weight that is not finite: what follows is broken everywhere."""
+
+    def change(step: Step) -> None:
+        with torch.no_grad():
+            step.model.get_parameter(name).fill_(torch.nan)
+
+    return change
+
+
+def with_losses(changed):
+    """Let a step's losses be others."""
+
+    def change(step: Step) -> None:
+        real = step.objective
+        step.objective = lambda model, batch: changed(real(model, batch))
+
+    return change
+
+
+def of_groups(tiny: Recipe, groups: str, path, **changes) -> Recipe:
+    model = tiny.model.model_copy(update={"groups": groups})
+    stage = tiny.pretrain.model_copy(update=changes)
+    return tiny.model_copy(update={"run": path, "model": model, "pretrain": stage})
+
+
+@pytest.mark.parametrize(
+    ("groups", "broken", "named"),
+    [
+        ("dense", "layers.1.attention.output.weight", "the output of layer 1, or"),
+        ("moe_1t1i", "layers.1.experts.groups.0.gate_EDF", "the output of layer 1, or"),
+        ("moe_2t2i", "layers.0.experts_norm.weight", "the output of layer 0, or"),
+        ("moe_2t2i", "head.weight", "the loss is not finite, though the outputs"),
+    ],
+)
+def test_the_first_part_at_fault_is_named(tiny, tmp_path, monkeypatch, groups, broken, named):
+    before_step(monkeypatch, poison(broken))
+    with pytest.raises(UserError, match=rf"at step 3 {named}.* pretrain\.on_fault=skip"):
+        train(of_groups(tiny, groups, tmp_path / "run"), WORLD, quiet=True)
+    fault = json.loads((tmp_path / "run/fault/fault.json").read_text())
+    assert fault["step"] == AT and fault["checkpoint"] is None
+    assert fault["layers"][:1] == ([int(broken[7])] if broken.startswith("layers") else [])
+    assert fault["loss"] == "nan" == fault["gradient_norm"]
+
+
+def test_a_gradient_that_is_not_finite_is_told_as_one(tiny, tmp_path, monkeypatch):
+    worse = with_losses(lambda losses: losses._replace(objective=losses.objective * math.inf))
+    before_step(monkeypatch, worse)
+    with pytest.raises(UserError, match="at step 3 the gradient is not finite, though the loss is"):
+        train(of_groups(tiny, "moe_2t2i", tmp_path / "run"), WORLD, quiet=True)
+    assert json.loads((tmp_path / "run/fault/fault.json").read_text())["loss"] < 10
+
+
+def unsound(losses: Losses) -> Losses:
+    """As with a score that is infinite: the loss may be finite all the same."""
+    return losses._replace(unsound_L=torch.tensor([False, True]))
+
+
+def test_scores_that_are_not_finite_obey_on_fault(tiny, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        before_step(patch, with_losses(unsound))
+        with pytest.raises(UserError, match="at step 3 the output of layer 1, or a score"):
+            train(of_groups(tiny, "moe_2t2i", tmp_path / "stop"), WORLD, quiet=True)
+    fault = json.loads((tmp_path / "stop/fault/fault.json").read_text())
+    assert (fault["step"], fault["layers"]) == (AT, [1]) and fault["loss"] < 10
+    before_step(monkeypatch, with_losses(unsound))
+    run = train(of_groups(tiny, "moe_2t2i", tmp_path / "skip", on_fault="skip"), WORLD, quiet=True)
+    assert [row["skipped"] for row in run.read_metrics()] == [0, 1, 1, 1]
+
+
+def test_the_advice_names_the_stage(tiny, tmp_path, monkeypatch):
+    run = train(of_groups(tiny, "moe_2t2i", tmp_path / "run"), WORLD, quiet=True)
+    changes = {"stage": "aux_router", "from_": run.path, "run": tmp_path / "routers"}
+    before_step(monkeypatch, with_losses(unsound))
+    with pytest.raises(UserError, match=r"aux_router\.on_fault=skip .* in a new run avoids"):
+        train(tiny.model_copy(update=changes), WORLD, quiet=True)
+
+
+@pytest.mark.parametrize("broken", ["layers.1.depth.router", "layers.2.experts.groups.0.router"])
+def test_scores_that_are_not_finite_stop_and_name_the_layer(tiny, tmp_path, monkeypatch, broken):
+    changes = {"groups": "mod_moe_2t2i", "layers": 4, "depth": DepthConfig(layers=(1, 3))}
+    recipe = tiny.model_copy(
+        update={"model": tiny.model.model_copy(update=changes), "run": tmp_path / "run"}
+    )
+    before_step(monkeypatch, poison(f"{broken}.weight"))
+    layer = broken.split(".")[1]
+    with pytest.raises(UserError, match=f"at step 3 the output of layer {layer}, or a score"):
+        train(recipe, WORLD, quiet=True)
+    run = Run(tmp_path / "run")
+    assert [row["step"] for row in run.read_metrics()] == [2]
+    assert not checkpoints_in(run.checkpoints)
+
+
+def exploding(tiny: Recipe, path, **changes) -> Recipe:
+    optimizer = tiny.pretrain.optimizer.model_copy(update={"learning_rate": 1e3, "warmup": 5})
+    stage = tiny.pretrain.model_copy(update={"optimizer": optimizer, "explosion": 2.0} | changes)
+    return tiny.model_copy(update={"run": path, "pretrain": stage})
+
+
+def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
+    recipe = exploding(tiny, tmp_path / "run")
+    with pytest.raises(UserError, match=r"at step \d+ the loss .* explodes.*moma replay"):
+        train(recipe, WORLD, quiet=True)
+    run = Run(recipe.run)
+    fault = json.loads((run.path / "fault" / "fault.json").read_text())
+    assert 1 < fault["step"] <= 8 and fault["loss"] > 0 and fault["layers"] == []
+    data = Batches(tiny.data, Vocabulary.load(run.tokenizers.vocabulary), tiny.seed)
+    *_, drawn = (next(data) for _ in range(fault["step"]))
+    saved = json.loads((run.path / "fault" / "rank-0.json").read_text())["documents"]
+    assert saved == [[[list(piece) for piece in row] for row in drawn.origins]]
+    found = replay(run, quiet=True)
+    assert found["step"] == fault["step"] and found["same_batches"]
+    (batch,) = found["micro_batches"]
+    worst = max(batch["loss_text"], batch["loss_image"])
+    assert worst > 2 * found["loss_before"] and len(found["gradients"]) == 5
+    shown = {(source, row) for source, rows in batch["documents"].items() for row in rows}
+    assert shown == {piece for row in drawn.origins for piece in row}
+    with pytest.raises(UserError, match=f"at step {fault['step']} "):  # nothing bad was saved
+        train(recipe, WORLD, quiet=True)
+    # Harmless to change: from here on such steps are left out.
+    skipping = exploding(tiny, tmp_path / "run", on_fault="skip")
+    try:
+        train(skipping, WORLD, quiet=True)
+    except UserError as error:
+        assert "in a row were skipped" in str(error)
+    else:
+        assert run.read_metrics()[-1]["skipped"] > 0
+
+
+def test_nothing_to_replay_is_said(tiny, tmp_path):
+    run = train(tiny.model_copy(update={"run": tmp_path / "run"}), WORLD, quiet=True)
+    with pytest.raises(UserError, match="has met no fault"):
+        replay(run)
