@@ -35,9 +35,10 @@ while [ $left -gt 0 ]; do
 done
 exit $highest
 """
-# Task N does what the file `task-N` says.
+# Task N does what the file `task-N` says, once both are there.
 MOMA = """#!/bin/bash
 echo "$@" >> "$FOUND/called"
+until [ "$(wc -l < "$FOUND/called")" = 2 ]; do sleep 0.02; done
 . "$FOUND/task-$RANK"
 """
 # Until it gets SIGTERM; then as if nobody had listened yet, or as when all is saved.
@@ -58,12 +59,12 @@ def slurm(tmp_path):
 
     def run(*tasks: str, preempt: bool = False, restarts: int = 0) -> tuple[int, bool, str]:
         """Exit code, whether it went back into the queue, and errors."""
-        for name in ("started", "requeued"):
+        for name in ("started", "called", "requeued"):
             (tmp_path / name).unlink(missing_ok=True)
         for number, text in enumerate(tasks):
             (tmp_path / f"task-{number}").write_text(text)
         its = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
-        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": "2", "MOST_FAILURES": "2"}
+        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": "3", "MOST_FAILURES": "2"}
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOUND": str(tmp_path)}
         process = subprocess.Popen(
             ["bash", str(LAUNCH / "slurm.sbatch"), "my.toml"],
@@ -76,7 +77,7 @@ def slurm(tmp_path):
         while not (tmp_path / "started").exists():
             time.sleep(0.02)
         if preempt:
-            time.sleep(0.5)  # the tasks are at work
+            time.sleep(1)  # the tasks are at work
             os.killpg(process.pid, signal.SIGTERM)  # the script and srun get it
         _, errors = process.communicate(timeout=60)
         return process.returncode, (tmp_path / "requeued").exists(), errors
