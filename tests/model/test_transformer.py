@@ -23,6 +23,8 @@ VOCABULARY = Vocabulary(
     codes_per_image=4,
 )
 ARCHITECTURES = ("dense", "moe_4x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "mod", "mod_moe_2t2i")
+CHOICE, ACTUAL, CAUSAL = Routing(), Routing(capacity="actual"), Routing(by="causal")
+RECORD = Routing(record=True)
 
 
 def build(groups: str, **changes) -> Transformer:
@@ -152,17 +154,34 @@ def test_the_content_of_padding_changes_nothing(groups):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["layers.1.experts.groups.0.router", "layers.2.depth.router"])
-def test_scores_that_are_not_finite_name_their_layer(where, bad):
+@pytest.mark.parametrize(
+    ("where", "seen_by"),
+    [
+        ("layers.1.experts.groups.0.router", (CHOICE, ACTUAL, RECORD, CAUSAL)),
+        ("layers.2.depth.router", (CHOICE, ACTUAL, RECORD, CAUSAL)),
+        ("layers.1.experts.groups.0.auxiliary.output", (RECORD, CAUSAL)),
+        ("layers.2.depth.auxiliary.output", (RECORD, CAUSAL)),
+    ],
+)
+def test_scores_that_are_not_finite_name_their_layer(where, seen_by, bad):
     config = ModelConfig(groups="mod_moe_2t2i", dim=16, layers=4, heads=2)
     model = Transformer(config, VOCABULARY, (0.5, 0.5)).eval()
     model.initialise(0)
     tokens = mixed_tokens(2, 8, 0)
-    assert not model(tokens).unsound_L.any()
+    assert not model(tokens, routing=RECORD).unsound_L.any()
     with torch.no_grad():
         model.get_parameter(f"{where}.weight")[0, 0] = bad
     layer = int(where.split(".")[1])
-    assert model(tokens).unsound_L.nonzero()[0].item() == layer
-    for routing in (Routing(capacity="actual"), Routing(by="causal")):
-        with pytest.raises(UserError, match=f"router of layer {layer} gave a score"):
-            model(tokens, routing=routing)
+    for routing in (CHOICE, ACTUAL, RECORD, CAUSAL):
+        if routing in (ACTUAL, CAUSAL) and routing in seen_by:
+            with pytest.raises(UserError, match=f"router of layer {layer} gave a score"):
+                model(tokens, routing=routing)
+        else:
+            found = model(tokens, routing=routing).unsound_L.nonzero().flatten().tolist()
+            assert found[:1] == ([layer] if routing in seen_by else [])
+
+
+@pytest.mark.parametrize("groups", ARCHITECTURES)
+def test_a_model_is_causal_by_itself_where_nothing_is_chosen(groups):
+    model = build(groups)
+    assert model.is_causal_without_routers == (not list(model.auxiliary_routers()))
