@@ -162,7 +162,8 @@ def test_both_modalities_compete_for_the_same_slots():
 
 
 @pytest.mark.parametrize("of_one_kind", [TEXT, IMAGE])
-def test_a_lone_expert_takes_every_chosen_token_whatever_the_mix(of_one_kind):
+def test_a_lone_expert_behind_a_gate_has_room_for_all_that_can_come(of_one_kind):
+    """All that are chosen, or the recipe's share of the whole batch if that is fewer."""
     layer = gated_layer("mod_moe_1t1i", shares=(0.9, 0.1))
     modality = torch.full((2, 8), of_one_kind)
     selection, _ = layer.depth(torch.randn(2, 8, DIM, dtype=torch.float64), modality >= 0, BATCH)

@@ -107,29 +107,52 @@ def test_padding_never_competes():
     assert not padded[4:].any()
 
 
-def test_one_expert_a_modality_equals_plain_feed_forward():
-    torch.manual_seed(0)
-    config = GroupConfig(modalities=("image",), experts=1)
-    group = make_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
-    assert isinstance(group, ExpertGroup) and not isinstance(group, RoutedGroup)
-    for parameter in group.parameters():
-        torch.nn.init.normal_(parameter)
+def plain_of(group: ExpertGroup) -> SwiGLU:
+    """The same feed-forward without anything that routes."""
     plain = SwiGLU(DIM, HIDDEN).double()
     with torch.no_grad():
         plain.gate.weight.copy_(group.gate_EDF[0].T)
         plain.up.weight.copy_(group.up_EDF[0].T)
         plain.down.weight.copy_(group.down_EFD[0].T)
+    return plain
+
+
+ROUTINGS = [Routing(), ACTUAL, Routing(by="causal")]
+
+
+@pytest.mark.parametrize("modality", [TEXT, IMAGE])
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_expert_a_modality_equals_plain_feed_forward(modality, routing):
+    torch.manual_seed(0)
+    config = GroupConfig(modalities=(MODALITIES[modality],), experts=1)
+    group = make_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
+    assert isinstance(group, ExpertGroup) and not isinstance(group, RoutedGroup)
+    for parameter in group.parameters():
+        torch.nn.init.normal_(parameter)
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
     modality_N = torch.tensor([IMAGE, TEXT] * 5)
-    for routing in (Routing(), ACTUAL, Routing(by="causal")):
-        y_ND, _ = group(x_ND, modality_N, routing)
-        torch.testing.assert_close(y_ND[::2], plain(x_ND[::2]))
-        assert not y_ND[1::2].any()
+    y_ND, _ = group(x_ND, modality_N, routing)
+    own_N = modality_N == modality
+    torch.testing.assert_close(y_ND[own_N], plain_of(group)(x_ND[own_N]))
+    assert not y_ND[~own_N].any()
 
 
-def test_dense_is_one_group_without_routing():
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_one_group_of_one_equals_dense(routing):
+    """As a plain feed-forward, which it is, and as a stack of one expert, which it could be."""
+    torch.manual_seed(0)
+    stack = ExpertGroup(DIM, HIDDEN, [TEXT, IMAGE], 1, share=1.0).double()
+    for parameter in stack.parameters():
+        torch.nn.init.normal_(parameter)
+    plain = plain_of(stack)
     (config,) = named_groups("dense")
-    assert isinstance(make_group(DIM, HIDDEN, config, (0.5, 0.5)), DenseGroup)
+    dense = make_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
+    assert isinstance(dense, DenseGroup)
+    dense.load_state_dict(plain.state_dict())
+    x_ND = torch.randn(10, DIM, dtype=torch.float64)
+    modality_N = torch.tensor([IMAGE, TEXT, TEXT] * 3 + [TEXT])
+    for group in (dense, stack):
+        torch.testing.assert_close(group(x_ND, modality_N, routing)[0], plain(x_ND))
 
 
 def test_causal_routing_follows_the_auxiliary_router_alone():

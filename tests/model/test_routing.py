@@ -1,10 +1,12 @@
 """Selections: which token goes where, with ties, absent modalities and too many slots."""
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.model.routing import choose_by_batch, choose_causally, take_all
+from moma.model.routing import any_unsound, choose_by_batch, choose_causally, take_all
 
 
 @st.composite
@@ -59,3 +61,13 @@ def test_one_expert_takes_all_with_weight_one(case, capacity):
     taken = selection.taken_EK[0]
     assert selection.token_EK[0][taken].tolist() == members
     assert selection.weight_EK[0].tolist() == taken.float().tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(logits_and_members(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
+def test_a_score_is_unsound_only_where_a_token_may_be_chosen(case, bad, data):
+    logits_NE, eligible_N = case
+    assert not any_unsound(logits_NE, eligible_N)
+    n, expert = (data.draw(st.integers(0, size - 1)) for size in logits_NE.shape)
+    logits_NE[n, expert] = bad
+    assert bool(any_unsound(logits_NE, eligible_N)) == bool(eligible_N[n])

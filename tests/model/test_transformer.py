@@ -137,6 +137,29 @@ def test_dropout_drops_what_is_added_while_training_alone():
     assert torch.equal(first, model(tokens).logits_BSV) and not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("norm", ["swin", "pre"])
+@pytest.mark.parametrize("groups", ["dense", "mod"])
+@pytest.mark.parametrize("silent", ["attention.output", "experts.groups.0.down"])
+def test_dropout_acts_on_what_attention_adds_and_on_what_experts_add(groups, norm, silent):
+    """With either silent, the other's update is dropped or doubled, number by number."""
+    model = build(groups, dropout=0.5, norm=norm)
+    model.layers = model.layers[:1]
+    layer = model.layers[0]
+    torch.nn.init.zeros_(layer.get_submodule(silent).get_parameter("weight"))
+    tokens = mixed_tokens(8, 8, 0)
+    read = model.embedding(tokens)
+    added = []
+    torch.manual_seed(0)
+    for training in (False, True):
+        model.train(training)
+        (found,) = _inputs_of(model.norm, lambda: model(tokens))
+        added.append((found - read)[(found != read).any(-1)])
+    whole, dropped = added
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean().item() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("groups", ["mod_moe_2t2i", "moe_4x", "moe_1t1i"])
 def test_the_content_of_padding_changes_nothing(groups):
     model = build(groups)
