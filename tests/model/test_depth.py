@@ -179,21 +179,6 @@ def test_actual_capacity_is_a_share_of_the_real_tokens():
             assert int(selection.taken_EK.sum()) == expected
 
 
-@pytest.mark.parametrize("groups", ["mod", "mod_moe_1t1i", "mod_moe_2t2i"])
-def test_gradients(groups):
-    layer = gated_layer(groups, depth=DepthConfig(share=0.5))
-    modality = torch.tensor([[TEXT, IMAGE, TEXT, IMAGE]] * 2)
-    context = context_of(modality, modality * 0, torch.arange(4).expand(2, 4))
-    x = torch.randn(2, 4, DIM, dtype=torch.float64, requires_grad=True)
-
-    def run(x, gate, query):
-        names = {"depth.router.weight": gate, "attention.query.weight": query}
-        return torch.func.functional_call(layer, names, (x, context, BATCH))[0]
-
-    weights = (layer.depth.router.weight, layer.attention.query.weight)
-    assert torch.autograd.gradcheck(run, (x, *weights))
-
-
 def test_names_are_short_for_keys():
     named = ModelConfig(groups="mod_moe_2t2i", layers=5)
     groups = (

@@ -154,20 +154,6 @@ def test_record_tells_the_real_choice():
     assert record.eligible_N.tolist() == [True] * 6 + [False] * 2
 
 
-def test_gradients():
-    group = routed("text", 2, share=0.75)
-    x_ND = torch.randn(6, DIM, dtype=torch.float64, requires_grad=True)
-    modality_N = torch.tensor([TEXT] * 4 + [IMAGE] * 2)
-
-    def run(x, gate, router):
-        y, _ = torch.func.functional_call(
-            group, {"gate_EDF": gate, "router.weight": router}, (x, modality_N, Routing())
-        )
-        return y
-
-    assert torch.autograd.gradcheck(run, (x_ND, group.gate_EDF, group.router.weight))
-
-
 def test_overlapping_groups_add_up():
     text, everything = routed("text", 2), routed("image", 2)
     x_BSD = torch.randn(2, 4, DIM, dtype=torch.float64)
