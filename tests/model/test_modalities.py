@@ -8,13 +8,17 @@ from hypothesis import strategies as st
 from model_reference import feed_forward, groups_of, numpy
 from three_modalities import GROUPS, NAMES, SHARES, VOCABULARY, group
 
+from moma.data.packing import Batch
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
 from moma.model.experts import Experts, make_group
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
-from moma.train.step import DeviceBatch, next_token_objective, router_objective
+from moma.runtime.optimizer import OptimizerConfig, make_optimizer
+from moma.runtime.world import World
+from moma.train.stages import train_only
+from moma.train.step import DeviceBatch, Step, next_token_objective, router_objective
 
 ACTUAL = Routing(capacity="actual")
 
@@ -82,6 +86,20 @@ def test_both_objectives_tell_three_losses():
     assert losses.targets_M[2] == gate[2]
     assert (losses.targets_M >= gate + full).all()
     assert (losses.loss_M > 0).all()
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_training_lowers_the_loss_of_every_modality(groups):
+    config = ModelConfig(groups=groups, dim=16, layers=2, heads=2, depth=DepthConfig(share=0.5))
+    model = Transformer(config, VOCABULARY, SHARES)
+    model.initialise(0)
+    train_only(model, routers=False)
+    optimizer = make_optimizer(model, OptimizerConfig())
+    step = Step(model, optimizer, next_token_objective(0.0, False), 1.0, World(torch.device("cpu")))
+    tokens, labels, documents, positions = (part.numpy() for part in batch_of((16, 8, 8)))
+    batch = Batch(tokens, labels, documents, positions, pictures=0, padding=0)
+    losses = [step([batch], learning_rate=3e-3)[0][0] for _ in range(30)]
+    assert (losses[-1] < 0.5 * losses[0]).all()
 
 
 def test_a_modality_that_the_vocabulary_lacks_is_named():
