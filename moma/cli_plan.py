@@ -66,20 +66,22 @@ def _counts(title: str, result: dict[str, Any]) -> Table:
     )
     for column in table.columns[1:]:
         column.justify = "right"
-    counts = [result["parts"][key] for key in ("parameters", "active_parameters")]
-    flops = result["parts"]["flops_per_token"]
-    for part in dict.fromkeys([*counts[0], *flops]):
-        if not any(each.get(part) for each in (*counts, flops)):
-            continue
-        row = [_short(each[part]) if each.get(part) else "" for each in counts]
-        table.add_row(part, *row, f"{flops[part] / 1e9:.3f}" if flops.get(part) else "")
-    table.add_row(
-        "all",
-        _short(result["parameters"]),
-        _short(result["active_parameters"]),
-        f"{result['flops_per_token'] / 1e9:.3f}",
-        style="bold",
-    )
+    keys = ("parameters", "active_parameters", "flops_per_token")
+
+    def add(name: str, counts: list[int], style: str | None = None) -> None:
+        numbers = [*map(_short, counts[:2]), f"{counts[2] / 1e9:.3f}"]
+        told = [number if count else "" for number, count in zip(numbers, counts, strict=True)]
+        if any(counts):
+            table.add_row(name, *told, style=style)
+
+    parts = [result["parts"][key] for key in keys]
+    for part in dict.fromkeys([*parts[0], *parts[2]]):
+        add(part, [each.get(part, 0) for each in parts])
+    if result["layers"]["gated"]:
+        for kind, count in result["layers"].items():
+            of_kind = [sum(result["parts_by_layer"][key][kind].values()) for key in keys]
+            add(f"in {count} {kind} layers", of_kind, "dim")
+    add("all", [result[key] for key in keys], "bold")
     return table
 
 

@@ -61,7 +61,7 @@ class Batch:
         pictures: number of pictures.
         padding: number of padding positions.
         origins: for each row, source and shard row of the document of each of its pieces, as
-            `documents_BS` numbers them.
+            `documents_BS` numbers them; empty where nobody knows.
     """
 
     tokens_BS: np.ndarray
@@ -70,7 +70,7 @@ class Batch:
     positions_BS: np.ndarray
     pictures: int
     padding: int
-    origins: tuple[tuple[tuple[str, int], ...], ...]
+    origins: tuple[tuple[tuple[str, int], ...], ...] = ()
 
 
 def picture_budget(rows: int, row_length: int, share: float, vocabulary: Vocabulary) -> int:
@@ -108,7 +108,6 @@ def empty_batch(rows: int, row_length: int, vocabulary: Vocabulary) -> Batch:
         positions_BS=np.zeros(shape, dtype=np.int64),
         pictures=0,
         padding=rows * row_length,
-        origins=((),) * rows,
     )
 
 

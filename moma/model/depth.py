@@ -79,7 +79,10 @@ class DepthGate(nn.Module):
         if not routing.reported:
             return selection, RouterReport(unsound, None)
         chosen_N1 = selection.chosen_NE(len(x_ND)).sum(1, keepdim=True)
-        likelihood_N1 = widen(self.auxiliary(x_ND)) if routing.record else None
+        likelihood_N1 = None
+        if routing.record:
+            likelihood_N1 = widen(self.auxiliary(x_ND))
+            unsound = unsound | any_unsound(likelihood_N1, eligible_N)
         record = RouterRecord(chosen_N1, likelihood_N1, eligible_N, logits_N1.detach(), "depth")
         return selection, RouterReport(unsound, record)
 

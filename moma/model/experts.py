@@ -197,7 +197,10 @@ class RoutedGroup(ExpertGroup):
         if not routing.reported:
             return selection, RouterReport(unsound, None)
         chosen_NE = selection.chosen_NE(x_ND.shape[0])
-        likelihood_NE = widen(self.auxiliary(x_ND)) if routing.record else None
+        likelihood_NE = None
+        if routing.record:
+            likelihood_NE = widen(self.auxiliary(x_ND))
+            unsound = unsound | any_unsound(likelihood_NE, eligible_N)
         record = RouterRecord(chosen_NE, likelihood_NE, eligible_N, logits_NE.detach())
         return selection, RouterReport(unsound, record)
 

@@ -8,7 +8,7 @@ Under static capacity some slots of mixture-of-depths stay empty; they are count
 `empty_slot_flops`, and belong to no other count.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moma.model.architecture import ModelConfig
@@ -17,6 +17,10 @@ from moma.model.routing import static_capacity
 from moma.vocabulary import MODALITIES
 
 Counts = dict[str, float]
+# Of layers without a gate (`full`), of those with one (`gated`), and of what is `outside` layers.
+CountsByKind = dict[str, Counts]
+
+_PARTS = ("embedding", "attention", "norms", "experts", "routers", "depth", "head")
 
 
 class LayerKind(NamedTuple):
@@ -52,6 +56,13 @@ def layer_kinds(config: ModelConfig, rows: int, row_length: int) -> list[LayerKi
     return [*kinds, LayerKind(gated, depth.share, chosen, pairs)]
 
 
+def in_all(by_kind: Mapping[str, Counts]) -> Counts:
+    """Counts of layers of every kind, and of what is outside them, added up part by part."""
+    counts = by_kind.values()
+    found = [part for part in _PARTS if any(part in each for each in counts)]
+    return {part: sum(each.get(part, 0) for each in counts) for part in found}
+
+
 def parameters(config: ModelConfig, vocabulary_size: int) -> Counts:
     """Number of parameters by kind of part, the auxiliary routers' left out.
 
@@ -59,13 +70,20 @@ def parameters(config: ModelConfig, vocabulary_size: int) -> Counts:
         `embedding`, `attention` with its norms of queries and keys, `norms`, `experts`, `routers`
         of experts, `depth` (the gates), `head`.
     """
-    layer = _layer_parameters(config)
+    return in_all(parameters_by_kind(config, vocabulary_size))
+
+
+def parameters_by_kind(config: ModelConfig, vocabulary_size: int) -> CountsByKind:
+    """The same by kind of layer, as in `CountsByKind`."""
+    layer, gated = _layer_parameters(config), len(config.depth_layers)
     return {
-        "embedding": vocabulary_size * config.dim,
-        **{part: config.layers * count for part, count in layer.items()},
-        "norms": (2 * config.layers + 1) * config.dim,
-        "depth": len(config.depth_layers) * config.dim,
-        "head": 0 if config.tied_embeddings else vocabulary_size * config.dim,
+        "full": _times(config.layers - gated, layer),
+        "gated": _times(gated, layer | {"depth": config.dim}),
+        "outside": {
+            "embedding": vocabulary_size * config.dim,
+            "norms": config.dim,
+            "head": 0 if config.tied_embeddings else vocabulary_size * config.dim,
+        },
     }
 
 
@@ -87,22 +105,30 @@ def active_parameters(
     One expert of each group of its modality; of a layer with a gate, the part of the tokens that
     it lets through. Embedding table and head count whole.
     """
-    expert = 3 * config.dim * config.hidden_width
-    layer = {
-        "attention": _layer_parameters(config)["attention"],
+    return in_all(active_by_kind(config, vocabulary_size, shares, modalities))
+
+
+def active_by_kind(
+    config: ModelConfig,
+    vocabulary_size: int,
+    shares: Sequence[float],
+    modalities: Sequence[str] = MODALITIES,
+) -> CountsByKind:
+    """The same by kind of layer, as in `CountsByKind`."""
+    whole, expert = _layer_parameters(config), 3 * config.dim * config.hidden_width
+    layer = whole | {
         "experts": sum(group_share(g, shares, modalities) * expert for g in config.group_list),
         "routers": sum(
             group_share(g, shares, modalities) * config.dim * g.experts for g in _routed(config)
         ),
-        "norms": 2 * config.dim,
     }
-    depth = config.depth_config
-    gated = len(config.depth_layers)
-    met = config.layers - gated + (depth.share * gated if depth else 0)
-    active = parameters(config, vocabulary_size) | {
-        part: met * count for part, count in layer.items()
+    depth, gated = config.depth_config, len(config.depth_layers)
+    met = depth.share * gated if depth else 0
+    return {
+        "full": _times(config.layers - gated, layer),
+        "gated": _times(met, layer) | {"depth": gated * config.dim},
+        "outside": parameters_by_kind(config, vocabulary_size)["outside"],
     }
-    return active | {"norms": active["norms"] + config.dim}
 
 
 def forward_flops(
@@ -118,22 +144,39 @@ def forward_flops(
     Returns:
         Operations by kind of part: `attention`, `routers`, `experts`, `depth`, `head`.
     """
+    return in_all(forward_by_kind(config, vocabulary_size, shares, rows, row_length, modalities))
+
+
+def forward_by_kind(
+    config: ModelConfig,
+    vocabulary_size: int,
+    shares: Sequence[float],
+    rows: int,
+    row_length: int,
+    modalities: Sequence[str] = MODALITIES,
+) -> CountsByKind:
+    """The same by kind of layer, as in `CountsByKind`."""
     tokens = rows * row_length
-    attention = routers = experts = 0.0
-    for kind in layer_kinds(config, rows, row_length):
+
+    def inside(kind: LayerKind) -> Counts:
         projections = 4 * config.dim * (config.dim + _key_width(config))
-        attention += kind.layers * (kind.tokens * projections + 4 * kind.pairs * config.dim)
-        for group in config.group_list:
-            slots, _ = _slots(group, kind, shares, modalities)
-            experts += kind.layers * 6 * slots * config.dim * config.hidden_width
-            if group.experts > 1:
-                routers += kind.layers * 2 * kind.tokens * config.dim * group.experts
+        slots = sum(_slots(each, kind, shares, modalities)[0] for each in config.group_list)
+        scores = sum(each.experts for each in _routed(config))
+        layer = {
+            "attention": kind.tokens * projections + 4 * kind.pairs * config.dim,
+            "routers": 2 * kind.tokens * config.dim * scores,
+            "experts": 6 * slots * config.dim * config.hidden_width,
+        }
+        return _times(kind.layers, layer)
+
+    full, *gated = (inside(kind) for kind in layer_kinds(config, rows, row_length))
     return {
-        "attention": attention,
-        "routers": routers,
-        "experts": experts,
-        "depth": len(config.depth_layers) * 2 * tokens * config.dim,
-        "head": 2 * tokens * config.dim * vocabulary_size,
+        "full": full,
+        "gated": {
+            **(gated[0] if gated else dict.fromkeys(full, 0.0)),
+            "depth": len(config.depth_layers) * 2 * tokens * config.dim,
+        },
+        "outside": {"head": 2 * tokens * config.dim * vocabulary_size},
     }
 
 
@@ -196,14 +239,19 @@ def _key_width(config: ModelConfig) -> int:
     return config.dim // config.heads * config.key_heads
 
 
-def _layer_parameters(config: ModelConfig) -> dict[str, int]:
+def _layer_parameters(config: ModelConfig) -> Counts:
     norms = 2 * (config.dim + _key_width(config)) if config.query_key_norm else 0
     expert = 3 * config.dim * config.hidden_width
     return {
         "attention": 2 * config.dim * (config.dim + _key_width(config)) + norms,
         "experts": sum(group.experts for group in config.group_list) * expert,
         "routers": sum(group.experts for group in _routed(config)) * config.dim,
+        "norms": 2 * config.dim,
     }
+
+
+def _times(layers: float, counts: Mapping[str, float]) -> Counts:
+    return {part: layers * count for part, count in counts.items()}
 
 
 def _slots(

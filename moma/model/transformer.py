@@ -143,7 +143,7 @@ class Transformer(nn.Module):
     @property
     def is_causal_without_routers(self) -> bool:
         """Whether no layer chooses among tokens, so that batch choice is causal already."""
-        return not any(isinstance(module, AuxiliaryRouter) for module in self.modules())
+        return not self.config.has_routers
 
 
 def require_sound(unsound_L: Tensor, where: str = "") -> None:

@@ -11,22 +11,26 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         `parameters`, `active_parameters`, `flops_per_token` (forward + backward), each with its
-        parts by kind; `auxiliary_parameters`, which are trained afterwards and belong to no total;
-        `empty_slot_flops_per_token`, spent on slots without a token; `layers`, those without and
-        with a gate; `tokens_per_step` of one rank.
+        `parts`, and these by kind of layer, `parts_by_layer`; `auxiliary_parameters`, which are
+        trained afterwards and belong to no total; `empty_slot_flops_per_token`, spent on slots
+        without a token; `layers`, those without and with a gate; `tokens_per_step` of one rank.
     """
     config, vocabulary_size = recipe.model, recipe.text_tokenizer.vocabulary_size
     rows, row_length = recipe.data.rows, recipe.data.row_length
     tokens = rows * row_length
-    forward = flops.forward_flops(config, vocabulary_size, recipe.shares, rows, row_length)
+    forward = flops.forward_by_kind(config, vocabulary_size, recipe.shares, rows, row_length)
     empty = flops.empty_slot_flops(config, recipe.shares, rows, row_length)
-    parts = {
-        "parameters": flops.parameters(config, vocabulary_size),
-        "active_parameters": flops.active_parameters(config, vocabulary_size, recipe.shares),
-        "flops_per_token": {part: 3 * count / tokens for part, count in forward.items()},
+    counts = {
+        "parameters": flops.parameters_by_kind(config, vocabulary_size),
+        "active_parameters": flops.active_by_kind(config, vocabulary_size, recipe.shares),
+        "flops_per_token": {
+            kind: {part: 3 * count / tokens for part, count in parts.items()}
+            for kind, parts in forward.items()
+        },
     }
+    totals = {key: flops.in_all(by_kind) for key, by_kind in counts.items()}
     return {
-        **{key: round(sum(counts.values())) for key, counts in parts.items()},
+        **{key: round(sum(parts.values())) for key, parts in totals.items()},
         "auxiliary_parameters": flops.auxiliary_parameters(config),
         "empty_slot_flops_per_token": round(3 * empty / tokens),
         "layers": {
@@ -34,8 +38,13 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "gated": len(config.depth_layers),
         },
         "tokens_per_step": tokens * recipe.pretrain.micro_batches,
-        "parts": {
-            key: {part: round(count) for part, count in counts.items()}
-            for key, counts in parts.items()
+        "parts": {key: _rounded(parts) for key, parts in totals.items()},
+        "parts_by_layer": {
+            key: {kind: _rounded(parts) for kind, parts in by_kind.items()}
+            for key, by_kind in counts.items()
         },
     }
+
+
+def _rounded(parts: flops.Counts) -> dict[str, int]:
+    return {part: round(count) for part, count in parts.items()}

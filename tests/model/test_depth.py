@@ -7,17 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_reference import auxiliary, best, depth_layer, numpy, sigmoid
+from model_reference import Tokens, depth_layer, gate_choice, groups_of, numpy, slots
 from pydantic import ValidationError
 
 from moma.model.architecture import ModelConfig
 from moma.model.attention import Sight
 from moma.model.decoder_layer import Context, DepthLayer, make_layer
 from moma.model.depth import DepthConfig, DepthGate
-from moma.model.experts import ExpertGroup
+from moma.model.experts import ExpertGroup, named_groups
 from moma.model.layers import rotary_angles
 from moma.model.routing import Routing
-from moma.vocabulary import IMAGE, TEXT, Vocabulary
+from moma.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary
 
 VOCABULARY = Vocabulary(
     size=40,
@@ -65,21 +65,6 @@ def batches(draw):
     return x, *(torch.from_numpy(array) for array in (modality, documents, positions))
 
 
-def chosen_by_reference(layer, x_BSD, modality, causal=False):
-    """The tokens that the gate lets through, and every token's score."""
-    x_ND, eligible = numpy(x_BSD.flatten(0, 1)), modality.flatten().numpy() >= 0
-    score_N = sigmoid(x_ND @ numpy(layer.depth.router.weight)[0])
-    real = [n for n in range(len(x_ND)) if eligible[n]]
-    if causal:
-        return [n for n in real if auxiliary(layer.depth.auxiliary, x_ND[n])[0] > 0.5], score_N
-    share, length = layer.depth.share, x_BSD.shape[1]
-    parts = [real]
-    if layer.depth.by_row:
-        parts = [[n for n in real if n // length == row] for row in range(len(x_BSD))]
-    slots = math.ceil(share * len(x_ND) / (len(parts)) - 1e-9)
-    return [n for part in parts for n in best({n: score_N[n] for n in part}, slots)], score_N
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     batches(),
@@ -92,37 +77,21 @@ def chosen_by_reference(layer, x_BSD, modality, causal=False):
 )
 def test_gated_layer_equals_a_slow_reference(batch, groups, share, choose, norm, kv_heads, causal):
     x_BSD, modality, documents, positions = batch
-    layer = gated_layer(
-        groups, depth=DepthConfig(share=share, choose=choose), norm=norm, kv_heads=kv_heads
-    )
-    context = context_of(modality, documents, positions)
-    y_BSD, _ = layer(x_BSD, context, CAUSAL if causal else BATCH)
-    chosen, score_N = chosen_by_reference(layer, x_BSD, modality, causal)
-    slots = math.ceil(share * modality.numel() - 1e-9)
-    if choose == "row":
-        slots = len(x_BSD) * math.ceil(share * x_BSD.shape[1] - 1e-9)
-
-    def capacity(group, members):  # static: from the recipe's shares, one half each
-        kinds = len(group.modalities)
-        if group.experts > 1:
-            return math.ceil(kinds * slots / 2 / group.experts - 1e-9)
-        # Alone: room for all that are chosen, or for all that the recipe gives the modality.
-        return slots if share <= 0.5 else math.ceil(slots / 2 - 1e-9)
-
-    expected = depth_layer(
-        layer,
-        numpy(x_BSD.flatten(0, 1)),
-        chosen,
-        score_N,
-        modality.flatten().numpy(),
-        np.arange(modality.numel()) // x_BSD.shape[1],
-        documents.flatten().numpy(),
-        positions.flatten().numpy(),
-        None if causal else capacity,
-    )
+    layer_depth = DepthConfig(share=share, choose=choose)
+    layer = gated_layer(groups, depth=layer_depth, norm=norm, kv_heads=kv_heads)
+    y_BSD, _ = layer(x_BSD, context_of(modality, documents, positions), CAUSAL if causal else BATCH)
+    how, x_ND = "causal" if causal else "static", numpy(x_BSD.flatten(0, 1))
+    rows, length = modality.shape
+    numbers = (part.flatten().numpy() for part in (modality, documents, positions))
+    modality_N, document_N, position_N = numbers
+    tokens = Tokens(modality_N, np.arange(len(x_ND)) // length, document_N, position_N)
+    chosen, score_N = gate_choice(layer.depth, layer_depth, x_ND, tokens, how)
+    met = rows * slots(share, length) if choose == "row" else slots(share, len(x_ND))
+    parts = (layer.experts.groups, named_groups(groups), (0.5, 0.5), MODALITIES)
+    expected = depth_layer(layer, groups_of(*parts, how, met, share), x_ND, chosen, score_N, tokens)
     # Angles are computed in fp32.
     np.testing.assert_allclose(numpy(y_BSD.flatten(0, 1)), expected, atol=1e-5)
-    others = np.setdiff1d(np.arange(modality.numel()), chosen)
+    others = np.setdiff1d(np.arange(len(x_ND)), chosen)
     assert torch.equal(y_BSD.flatten(0, 1)[others], x_BSD.flatten(0, 1)[others])
 
 
@@ -162,7 +131,8 @@ def test_both_modalities_compete_for_the_same_slots():
 
 
 @pytest.mark.parametrize("of_one_kind", [TEXT, IMAGE])
-def test_a_lone_expert_takes_every_chosen_token_whatever_the_mix(of_one_kind):
+def test_a_lone_expert_behind_a_gate_has_room_for_all_that_can_come(of_one_kind):
+    """All that are chosen, or the recipe's share of the whole batch if that is fewer."""
     layer = gated_layer("mod_moe_1t1i", shares=(0.9, 0.1))
     modality = torch.full((2, 8), of_one_kind)
     selection, _ = layer.depth(torch.randn(2, 8, DIM, dtype=torch.float64), modality >= 0, BATCH)
@@ -207,21 +177,6 @@ def test_actual_capacity_is_a_share_of_the_real_tokens():
         for routing, expected in ((BATCH, static), (Routing(capacity="actual"), actual)):
             selection, _ = gate(x, eligible, routing)
             assert int(selection.taken_EK.sum()) == expected
-
-
-@pytest.mark.parametrize("groups", ["mod", "mod_moe_1t1i", "mod_moe_2t2i"])
-def test_gradients(groups):
-    layer = gated_layer(groups, depth=DepthConfig(share=0.5))
-    modality = torch.tensor([[TEXT, IMAGE, TEXT, IMAGE]] * 2)
-    context = context_of(modality, modality * 0, torch.arange(4).expand(2, 4))
-    x = torch.randn(2, 4, DIM, dtype=torch.float64, requires_grad=True)
-
-    def run(x, gate, query):
-        names = {"depth.router.weight": gate, "attention.query.weight": query}
-        return torch.func.functional_call(layer, names, (x, context, BATCH))[0]
-
-    weights = (layer.depth.router.weight, layer.attention.query.weight)
-    assert torch.autograd.gradcheck(run, (x, *weights))
 
 
 def test_names_are_short_for_keys():

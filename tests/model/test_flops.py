@@ -112,6 +112,48 @@ def test_forward_equals_the_flop_counter(case, rows, length):
         assert sum(parts.values()) == pytest.approx(actual, rel=0.01)
 
 
+def counted_by_part(model: Transformer, tokens: torch.Tensor) -> dict[str, int]:
+    """What the counter finds in the modules of each part."""
+
+    def product_with_vector(matrix, vector, *_, **__):  # a gate's; the counter knows none
+        return 2 * matrix[0] * matrix[1]
+
+    extra = {torch.ops.aten.mv: product_with_vector}
+    with (
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False, custom_mapping=extra) as counter,
+    ):
+        model(tokens)
+
+    def inside(*ends: str, of: Any = None) -> int:
+        return sum(
+            each.get(of, 0) if of else sum(each.values())
+            for name, each in counter.get_flop_counts().items()
+            if name.endswith(ends)
+        )
+
+    # In experts, main routers and plain feed-forwards alone multiply two matrices; others, stacks.
+    mm = torch.ops.aten.mm
+    routers = inside(".experts", of=mm) - inside(".gate", ".up", ".down", of=mm)
+    return {
+        "attention": inside(".attention"),
+        "routers": routers,
+        "experts": inside(".experts") - routers,
+        "depth": inside(".depth"),
+        "head": inside(".head"),
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("rows", "length"), [(4, 16), (12, 8)])
+def test_every_part_equals_the_flop_counter(case, rows, length):
+    model = build(case)
+    found = counted_by_part(model, half_of_each(rows, length))
+    parts = flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
+    parts["experts"] += flops.empty_slot_flops(model.config, SHARES, rows, length)
+    assert found == pytest.approx(parts, rel=1e-3)
+
+
 @pytest.mark.parametrize("case", ["moe_2t2i", "mod_moe_2t2i", "grouped_queries", "lone_in_turn"])
 def test_backward_costs_twice_the_forward(case):
     model = build(case)

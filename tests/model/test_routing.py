@@ -1,12 +1,20 @@
 """Selections: which token goes where, with ties, absent modalities and too many slots."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moma.model import routing
-from moma.model.routing import choose_by_batch, choose_causally, router_logits, take_all
+from moma.model.routing import (
+    any_unsound,
+    choose_by_batch,
+    choose_causally,
+    router_logits,
+    take_all,
+)
 
 
 @st.composite
@@ -71,3 +79,13 @@ def test_logits_one_by_one_and_at_once_are_the_same(monkeypatch):
         monkeypatch.setattr(routing, "_FEW_EXPERTS", few)
         assert router_logits(weight_ED, x_ND).detach().numpy() == pytest.approx(expected)
         assert torch.autograd.gradcheck(router_logits, (weight_ED, x_ND))
+
+
+@settings(max_examples=100, deadline=None)
+@given(logits_and_members(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
+def test_a_score_is_unsound_only_where_a_token_may_be_chosen(case, bad, data):
+    logits_NE, eligible_N = case
+    assert not any_unsound(logits_NE, eligible_N)
+    n, expert = (data.draw(st.integers(0, size - 1)) for size in logits_NE.shape)
+    logits_NE[n, expert] = bad
+    assert bool(any_unsound(logits_NE, eligible_N)) == bool(eligible_N[n])

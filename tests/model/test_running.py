@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moma.model import grouped
 from moma.model.architecture import ModelConfig
 from moma.model.experts import Experts, GroupConfig, JointExperts, make_experts, make_group
 from moma.model.grouped import grouped_product
@@ -129,6 +130,74 @@ def test_gradients_of_the_grouped_product():
     # Frozen weights, as while auxiliary routers train.
     (grad,) = torch.autograd.grad(grouped_product(x, [a.detach(), b.detach()], end).sum(), x)
     assert grad.shape == x.shape
+
+
+def product_and_gradients(x, weights, end) -> list[torch.Tensor]:
+    inputs = [each.detach().clone().requires_grad_() for each in (x, *weights)]
+    y = grouped_product(inputs[0], inputs[1:], end)
+    return [y, *torch.autograd.grad(y.float().square().sum(), inputs)]
+
+
+def expert_by_expert(x, weights, end) -> list[torch.Tensor]:
+    """The same in float64: rows of each expert times its matrix."""
+    inputs = [each.detach().double().requires_grad_() for each in (x, *weights)]
+    matrices = [matrix for stack in inputs[1:] for matrix in stack]
+    starts = [0, *end.tolist()[:-1]]
+    parts = [
+        inputs[0][start:stop] @ matrix
+        for start, stop, matrix in zip(starts, end.tolist(), matrices, strict=True)
+    ]
+    y = torch.cat(parts)
+    return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+
+COUNTS = [[5, 0, 9, 2], [0, 0, 16, 0], [0, 7, 0, 0], [1, 2, 3, 4]]
+
+
+def rows_and_weights(counts, device="cpu", dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randn(sum(counts), 16, device=device, dtype=dtype)
+    weights = [torch.randn(e, 16, 24, device=device, dtype=dtype) for e in (3, 1)]
+    return x, weights, torch.tensor(counts, device=device).cumsum(0).int()
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_the_kernel_equals_one_product_for_each_expert(counts, monkeypatch):
+    """As a GPU runs it; some experts have no rows."""
+    calls = []
+    kernel = torch.nn.functional.grouped_mm
+
+    def counted(*args, **kwargs):
+        calls.append(args)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
+    monkeypatch.setattr(grouped, "_fits_the_kernel", lambda *_: True)
+    case = rows_and_weights(counts)
+    found, expected = product_and_gradients(*case), expert_by_expert(*case)
+    assert len(calls) == 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layer", sorted(LAYERS))
+@pytest.mark.parametrize("reach", [1.0, 0.25])
+def test_the_strategy_with_the_kernel_equals_the_others(layer, reach, monkeypatch):
+    x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1, 1, -1] * 4])
+    expected = outcome(build(layer, "sequential", reach), x, modality, Routing())
+    monkeypatch.setattr(grouped, "_fits_the_kernel", lambda *_: True)
+    found = outcome(build(layer, "grouped", reach), x, modality, Routing())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("counts", COUNTS)
+def test_the_kernel_equals_one_product_for_each_expert_in_bf16(counts):
+    case = rows_and_weights(counts, "cuda", torch.bfloat16)
+    assert grouped._fits_the_kernel(case[0], case[1][0])
+    for found, expected in zip(product_and_gradients(*case), expert_by_expert(*case), strict=True):
+        error = (found.double() - expected).abs().max()
+        assert error <= 0.02 * expected.abs().max()
 
 
 @pytest.mark.parametrize("run", RUNS)

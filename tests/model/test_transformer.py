@@ -23,6 +23,8 @@ VOCABULARY = Vocabulary(
     codes_per_image=4,
 )
 ARCHITECTURES = ("dense", "moe_4x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "mod", "mod_moe_2t2i")
+CHOICE, ACTUAL, CAUSAL = Routing(), Routing(capacity="actual"), Routing(by="causal")
+RECORD = Routing(record=True)
 
 
 def build(groups: str, **changes) -> Transformer:
@@ -135,6 +137,29 @@ def test_dropout_drops_what_is_added_while_training_alone():
     assert torch.equal(first, model(tokens).logits_BSV) and not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("norm", ["swin", "pre"])
+@pytest.mark.parametrize("groups", ["dense", "mod"])
+@pytest.mark.parametrize("silent", ["attention.output", "experts.groups.0.down"])
+def test_dropout_acts_on_what_attention_adds_and_on_what_experts_add(groups, norm, silent):
+    """With either silent, the other's update is dropped or doubled, number by number."""
+    model = build(groups, dropout=0.5, norm=norm)
+    model.layers = model.layers[:1]
+    layer = model.layers[0]
+    torch.nn.init.zeros_(layer.get_submodule(silent).get_parameter("weight"))
+    tokens = mixed_tokens(8, 8, 0)
+    read = model.embedding(tokens)
+    added = []
+    torch.manual_seed(0)
+    for training in (False, True):
+        model.train(training)
+        (found,) = _inputs_of(model.norm, lambda: model(tokens))
+        added.append((found - read)[(found != read).any(-1)])
+    whole, dropped = added
+    kept = dropped != 0
+    assert 0.4 < kept.float().mean().item() < 0.6
+    torch.testing.assert_close(dropped[kept], 2 * whole[kept], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("groups", ["mod_moe_2t2i", "moe_4x", "moe_1t1i"])
 def test_the_content_of_padding_changes_nothing(groups):
     model = build(groups)
@@ -152,17 +177,34 @@ def test_the_content_of_padding_changes_nothing(groups):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["layers.1.experts.groups.0.router", "layers.2.depth.router"])
-def test_scores_that_are_not_finite_name_their_layer(where, bad):
+@pytest.mark.parametrize(
+    ("where", "seen_by"),
+    [
+        ("layers.1.experts.groups.0.router", (CHOICE, ACTUAL, RECORD, CAUSAL)),
+        ("layers.2.depth.router", (CHOICE, ACTUAL, RECORD, CAUSAL)),
+        ("layers.1.experts.groups.0.auxiliary.output", (RECORD, CAUSAL)),
+        ("layers.2.depth.auxiliary.output", (RECORD, CAUSAL)),
+    ],
+)
+def test_scores_that_are_not_finite_name_their_layer(where, seen_by, bad):
     config = ModelConfig(groups="mod_moe_2t2i", dim=16, layers=4, heads=2)
     model = Transformer(config, VOCABULARY, (0.5, 0.5)).eval()
     model.initialise(0)
     tokens = mixed_tokens(2, 8, 0)
-    assert not model(tokens).unsound_L.any()
+    assert not model(tokens, routing=RECORD).unsound_L.any()
     with torch.no_grad():
         model.get_parameter(f"{where}.weight")[0, 0] = bad
     layer = int(where.split(".")[1])
-    assert model(tokens).unsound_L.nonzero()[0].item() == layer
-    for routing in (Routing(capacity="actual"), Routing(by="causal")):
-        with pytest.raises(UserError, match=f"output of layer {layer}, or a score of a router"):
-            model(tokens, routing=routing)
+    for routing in (CHOICE, ACTUAL, RECORD, CAUSAL):
+        if routing in (ACTUAL, CAUSAL) and routing in seen_by:
+            with pytest.raises(UserError, match=f"output of layer {layer}, or a score of a router"):
+                model(tokens, routing=routing)
+        else:
+            found = model(tokens, routing=routing).unsound_L.nonzero().flatten().tolist()
+            assert found[:1] == ([layer] if routing in seen_by else [])
+
+
+@pytest.mark.parametrize("groups", ARCHITECTURES)
+def test_a_model_is_causal_by_itself_where_nothing_is_chosen(groups):
+    model = build(groups)
+    assert model.is_causal_without_routers == (not list(model.auxiliary_routers()))

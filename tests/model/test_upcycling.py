@@ -311,6 +311,23 @@ def test_noise_changes_choice_and_weight_of_experts_alone():
     assert not all(torch.equal(a.chosen_NE, b.chosen_NE) for a, b in zip(*records, strict=True))
 
 
+def test_noise_is_in_the_weight_as_in_the_choice():
+    """Equation 5 replaces the score wherever it stands: σ(z + noise) chooses and multiplies."""
+    torch.manual_seed(0)
+    group = RoutedGroup(8, 6, [0], experts=3, share=1.0, noise=True)
+    for parameter in group.parameters():
+        torch.nn.init.normal_(parameter)
+    x, modality = torch.randn(12, 8), torch.zeros(12, dtype=torch.long)
+    torch.manual_seed(1)
+    selection = group.load(x, modality, Routing())[0].selection
+    torch.manual_seed(1)
+    uniform = torch.rand(12, 3)
+    score_EN = (x @ group.router.weight.T + (uniform / (1 - uniform)).log()).sigmoid().T
+    chosen = torch.stack([line.topk(4).indices for line in score_EN])
+    assert torch.equal(selection.token_EK.sort().values, chosen.sort().values)
+    torch.testing.assert_close(selection.weight_EK, score_EN.gather(1, selection.token_EK))
+
+
 def test_a_noisy_step_is_one_graph():
     model, tokens = noisy(True), tokens_of(2, 12, 0)
     torch.compiler.reset()

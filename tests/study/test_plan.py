@@ -88,6 +88,40 @@ def test_operations_are_matched_closely_where_rows_are_counted_by_themselves(siz
     assert mod == pytest.approx(dense, rel=0.02)
 
 
+@pytest.mark.parametrize("architecture", ["moe_4t4i", "mod", "mod_moe_1t1i"])
+def test_parts_are_told_by_kind_of_layer(architecture):
+    recipe = recipe_of("90m", architecture)
+    found = plan(recipe)
+    assert found["parts_by_layer"].keys() == found["parts"].keys()
+    for key, by_kind in found["parts_by_layer"].items():
+        assert list(by_kind) == ["full", "gated", "outside"]
+        for part, total in found["parts"][key].items():
+            assert sum(kind.get(part, 0) for kind in by_kind.values()) == pytest.approx(
+                total, abs=2
+            )
+    with torch.device("meta"):
+        codes = tuple(range(4, 4 + 8192))
+        vocabulary = Vocabulary(65_536, 0, 1, 2, 3, 8196, codes, 1024)
+        model = Transformer(recipe.model, vocabulary, recipe.shares)
+    held = {"full": 0, "gated": 0, "outside": 0}
+    for name, parameter in model.named_parameters():
+        if ".auxiliary." not in name:
+            in_layer = name.startswith("layers.")
+            gated = in_layer and int(name.split(".")[1]) in recipe.model.depth_layers
+            held["gated" if gated else "full" if in_layer else "outside"] += parameter.numel()
+    by_kind = found["parts_by_layer"]["parameters"]
+    assert {kind: sum(parts.values()) for kind, parts in by_kind.items()} == held
+    # A gate lets a quarter through, and is itself asked for every token.
+    active, whole = (found["parts_by_layer"][key] for key in ("active_parameters", "parameters"))
+    assert active["gated"]["attention"] == whole["gated"]["attention"] / 4
+    assert active["gated"]["depth"] == whole["gated"]["depth"]
+    flops = found["parts_by_layer"]["flops_per_token"]
+    assert (flops["gated"]["experts"] > 0) == (found["layers"]["gated"] > 0)
+    assert flops["gated"]["experts"] * found["layers"]["full"] == pytest.approx(
+        flops["full"]["experts"] * found["layers"]["gated"] / 4, rel=1e-3
+    )
+
+
 @pytest.mark.parametrize("architecture", ["dense", "moe_6t2i", "mod_moe_4t4i"])
 def test_the_model_of_a_plan_has_as_many_parameters(architecture):
     recipe = recipe_of("435m", architecture)
@@ -109,3 +143,6 @@ def test_the_verb_prints_one_object_and_takes_overrides():
     assert whole["parameters"] == plan(recipe_of("90m", "dense"))["parameters"]
     table = run(app, arguments[:2]).stdout
     assert all(words in table for words in ("attention", "92.4M", "GFLOPs a token"))
+    assert "layers " not in table.split("all")[0]
+    table = run(app, ["plan", str(CONFIGS / "90m_mod.toml")]).stdout
+    assert all(words in table for words in ("in 7 full layers", "in 7 gated layers", "depth"))

@@ -1,0 +1,109 @@
+"""Gradients of every module against finite differences: of what it reads and of all its weights."""
+
+from collections.abc import Callable
+from typing import Any, get_args
+
+import pytest
+import torch
+from three_modalities import group
+from torch import Tensor, nn
+
+from moma.model.architecture import ModelConfig
+from moma.model.attention import Attention, Sight, document_mask
+from moma.model.auxiliary import AuxiliaryRouter
+from moma.model.decoder_layer import Context, make_layer
+from moma.model.depth import DepthConfig
+from moma.model.experts import Experts, make_experts, make_group
+from moma.model.layers import SwiGLU, rotary_angles
+from moma.model.routing import Routing
+from moma.model.running import RunName
+from moma.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary
+
+DIM, HIDDEN, SHARES = 8, 3, (0.5, 0.5)
+VOCABULARY = Vocabulary(12, 0, 1, 2, 3, 4, (5, 6), 1)
+OVERLAPPING = (group("text", 2), group("image", 1), group("text image", 2))
+MODALITY = torch.tensor([[TEXT, IMAGE, TEXT, IMAGE], [TEXT, TEXT, IMAGE, IMAGE]])
+DOCUMENTS = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]])
+POSITIONS = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
+ANGLES = rotary_angles(POSITIONS, DIM // 2, 10_000.0)
+
+
+def assert_gradients(module: nn.Module, x: Tensor, *rest: Any, output: Callable = lambda y: y):
+    """Hold `output(module(x, *rest))` against finite differences.
+
+    Number by number where there are few, else in a random direction (`fast_mode`). Auxiliary
+    routers inside the module are left out: batch choice does not ask them.
+    """
+    torch.manual_seed(0)
+    for parameter in module.double().parameters():
+        nn.init.normal_(parameter, std=0.5)
+    weights = {name: p for name, p in module.named_parameters() if "auxiliary." not in name}
+
+    def run(x, *values):
+        named = dict(zip(weights, values, strict=True))
+        return output(torch.func.functional_call(module, named, (x, *rest)))
+
+    inputs = (x.double().requires_grad_(), *weights.values())
+    # What takes no part has a gradient of zeros, which finite differences confirm.
+    for gradient in torch.autograd.grad(run(*inputs).square().sum(), inputs):
+        assert gradient.any()
+    many = sum(each.numel() for each in inputs) > 300
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=many)
+
+
+def first(outputs: tuple) -> Tensor:
+    return outputs[0]
+
+
+def some_tokens(*shape: int) -> Tensor:
+    return torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(0))
+
+
+def test_of_an_auxiliary_router():
+    assert_gradients(AuxiliaryRouter(DIM, 3), some_tokens(5))
+
+
+def test_of_a_plain_feed_forward():
+    assert_gradients(SwiGLU(DIM, HIDDEN), some_tokens(5))
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("capacity", ["static", "actual"])
+def test_of_a_group_alone_and_with_a_router(experts, capacity):
+    module = make_group(DIM, HIDDEN, group("text", experts), (0.75, 0.25))
+    routing = Routing(capacity=capacity)
+    assert_gradients(module, some_tokens(8), MODALITY.flatten(), routing, output=first)
+
+
+@pytest.mark.parametrize("run", get_args(RunName))
+@pytest.mark.parametrize("reach", [1.0, 0.5])
+def test_of_overlapping_groups_in_every_strategy(run, reach):
+    groups = [make_group(DIM, HIDDEN, each, SHARES, MODALITIES, reach) for each in OVERLAPPING]
+    experts = make_experts(groups, run)
+    assert (type(experts) is Experts) == (run == "sequential")
+    assert_gradients(experts, some_tokens(2, 4), MODALITY, Routing(), output=first)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("norm", [True, False])
+def test_of_attention_inside_documents(kv_heads, norm):
+    sight = Sight(document_mask(DOCUMENTS))
+    assert_gradients(Attention(DIM, 2, kv_heads, norm), some_tokens(2, 4), ANGLES, sight)
+
+
+@pytest.mark.parametrize("norm", ["swin", "pre"])
+@pytest.mark.parametrize("depth", [None, "batch", "row"])
+@pytest.mark.parametrize("groups", ["dense", "moe_1t1i", "moe_2t2i"])
+def test_of_a_layer_with_and_without_a_gate(groups, depth, norm):
+    config = ModelConfig(
+        groups=groups,
+        depth=depth and DepthConfig(share=0.5, choose=depth),
+        dim=DIM,
+        hidden=HIDDEN,
+        layers=1,
+        heads=2,
+        norm=norm,
+    )
+    layer = make_layer(0, config, VOCABULARY, SHARES)
+    context = Context(MODALITY, DOCUMENTS, ANGLES, Sight(document_mask(DOCUMENTS)))
+    assert_gradients(layer, some_tokens(2, 4), context, Routing(), output=first)
