@@ -132,7 +132,8 @@ def test_the_sky_machine_prepares_and_trains_in_the_bucket(tmp_path, before):
     for folder in (work, bucket, programs):
         folder.mkdir()
     tell = '#!/bin/bash\necho "$(basename "$0") $*" >> "$FOUND"\n'
-    write_programs(programs, moma=tell, torchrun=tell, pip=tell)
+    afresh = tell + '[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ]\n'
+    write_programs(programs, moma=tell, torchrun=afresh, pip=tell)
     if before == "folder":
         (work / "runs").mkdir()
     elif before == "link":

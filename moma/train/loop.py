@@ -279,6 +279,7 @@ class Trainer:
 
     def _sync_log(self) -> None:
         """Bring the log to the disk, on which no checkpoint may be ahead of it."""
+        self.writer.wait()  # its thread talks between ranks by the same group
         with agreeing(self.world):
             if self.problem is not None:
                 raise self.problem

@@ -1,5 +1,6 @@
 """What goes wrong on one of two ranks alone: both leave alike, and say the same."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,14 @@ from moma.errors import SharedError, SharedStorageError, StorageError
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
+from moma.runtime.writer import CheckpointWriter
 from moma.train import stages
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.step import Objective
 from moma.train.tracking import JsonLines
+
+FINISH = CheckpointWriter._finish
 
 
 def full_disk(self: JsonLines, row: dict) -> None:
@@ -36,6 +40,12 @@ def sick(real: Objective) -> Objective:
     return objective
 
 
+def slow_disk(self: CheckpointWriter, *arguments) -> str | None:
+    """One rank's files are late, while the others tell each other theirs."""
+    time.sleep(0.3)
+    return FINISH(self, *arguments)
+
+
 def job(world: World, tiny: Recipe, out: Path) -> None:
     stage = tiny.pretrain.model_copy(update={"log_every": 1})
     with pytest.MonkeyPatch.context() as patch:
@@ -52,6 +62,12 @@ def job(world: World, tiny: Recipe, out: Path) -> None:
             changes = {"run": out / "fault", "pretrain": stage}
             train(tiny.model_copy(update=changes), world, quiet=True)
     (out / f"fault-{world.rank}").write_text(str(fault.value))
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 0:
+            patch.setattr(CheckpointWriter, "_finish", slow_disk)
+        often = stage.model_copy(update={"checkpoint_every": 1})
+        changes = {"run": out / "slow", "pretrain": often}
+        train(tiny.model_copy(update=changes), world, quiet=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +90,9 @@ def test_a_score_that_is_not_finite(left):
     files = {path.name for path in (left / "fault" / "fault").iterdir()}
     ranks = {f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")}
     assert files == {"fault.json"} | ranks
+
+
+def test_a_checkpoint_that_is_late_on_one_rank(left):
+    run = Run(left / "slow")
+    assert [row["step"] for row in run.read_metrics()] == list(range(1, 9))
+    assert checkpoints_in(run.checkpoints)[-1].name == "step-00000008"
