@@ -3,8 +3,8 @@
 Shapes: see `layers.py`.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,7 @@ class Transformer(nn.Module):
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
             self._embedding_scale = config.dim**0.5
-        table = torch.from_numpy(vocabulary.modality_of_id)
-        self.register_buffer("modality_of_id", table, persistent=False)
+        self.register_buffer("modality_of_id", self._modality_table(), persistent=False)
         self._padding = vocabulary.padding
 
     def forward(
@@ -109,8 +108,21 @@ class Transformer(nn.Module):
             return Context(modality_BS, torch.zeros_like(tokens_BS), angles, Sight())
         return Context(modality_BS, documents_BS, angles, Sight(document_mask(documents_BS)))
 
+    def _modality_table(self) -> Tensor:
+        return torch.from_numpy(self.vocabulary.modality_of_id)
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """As of any module, but what is no weight is filled, and tied embeddings stay tied."""
+        super().to_empty(device=device, recurse=recurse)
+        self.modality_of_id.copy_(self._modality_table())
+        if self.config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        return self
+
     @torch.no_grad()
-    def initialise(self, seed: int) -> None:
+    def initialise(
+        self, seed: int, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_
+    ) -> None:
         """Draw every weight anew from normal distributions, deterministic for a seed.
 
         Matrices get a standard deviation of 1/√fan-in, so that a layer keeps the scale of what
@@ -119,18 +131,25 @@ class Transformer(nn.Module):
         needs. The experts of a router start from opposed directions, their mean being zero, so
         that they want different tokens. Norms start as ones, biases as zeros. The paper and
         Chameleon do not tell how they start.
+
+        Args:
+            seed: of the draw.
+            fill: puts whole values into a parameter, which may be sharded: one is there at a time.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2 or "_norm." in name:
-                continue
-            # Experts are stored [E, in, out], linear maps [out, in].
-            looked_up = name == "embedding.weight" and not self.config.tied_embeddings
-            fan_in = 1 if looked_up else parameter.shape[1]
-            values = torch.randn(parameter.shape, generator=generator) * fan_in**-0.5
-            if name.endswith("router.weight") and len(values) > 1:
-                values -= values.mean(dim=0)
-            parameter.copy_(values)
+            fill(parameter, self._draw(name, parameter.shape, generator))
+
+    def _draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        if len(shape) < 2 or "_norm." in name:
+            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+        # Experts are stored [E, in, out], linear maps [out, in].
+        looked_up = name == "embedding.weight" and not self.config.tied_embeddings
+        fan_in = 1 if looked_up else shape[1]
+        values = torch.randn(shape, generator=generator).mul_(fan_in**-0.5)
+        if name.endswith("router.weight") and len(values) > 1:
+            values -= values.mean(dim=0)
+        return values
 
     def units(self) -> Iterator[nn.Module]:
         """The modules to compile and to shard one by one."""

@@ -8,7 +8,9 @@ has not, every auxiliary router. What that means for the first step: docs/upcycl
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +19,7 @@ from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.experts import GroupConfig
 from moma.model.transformer import Transformer
+from moma.runtime.weights import Weights
 
 # What may differ between seed and grown model; everything else decides the weights that are copied
 # or what they compute.
@@ -25,7 +28,13 @@ _PARTS = ("gate", "up", "down")
 _IN_GROUP = re.compile(r"(layers\.\d+\.experts\.groups)\.(\d+)\.(.+)")
 
 
-@torch.no_grad()
+class _Copy(NamedTuple):
+    """What a parameter starts from: a weight of the seed, brought into shape without a copy."""
+
+    name: str
+    shaped: Callable[[Tensor], Tensor]
+
+
 def grow(seed_state: Mapping[str, Tensor], seed: ModelConfig, model: Transformer) -> None:
     """Fill a freshly initialised model with a seed's weights, in place.
 
@@ -37,17 +46,43 @@ def grow(seed_state: Mapping[str, Tensor], seed: ModelConfig, model: Transformer
     Raises:
         UserError: the seed does not fit; the model is as it was.
     """
+    grow_from(Weights.of(seed_state), seed, model)
+
+
+@torch.no_grad()
+def grow_from(
+    weights: Weights,
+    seed: ModelConfig,
+    model: Transformer,
+    fill: Callable[[Tensor, Tensor], object] = Tensor.copy_,
+) -> None:
+    """The same from weights that are read layer by layer.
+
+    Args:
+        weights: the seed's, by the names of its state dict.
+        seed: its configuration.
+        model: not yet trained; sharded if `fill` knows how to.
+        fill: puts whole values into a parameter.
+
+    Raises:
+        UserError: the seed does not fit; the model is as it was.
+    """
     _require_same_shape(seed, model.config)
     _require_gates_kept(seed, model.config)
     sources = sources_of_groups(seed.group_list, model.config.group_list)
     copies = {
-        name: _source_of(name, parameter, seed_state, seed, model.config, sources)
+        name: _source_of(name, parameter, weights.outlines, seed, model.config, sources)
         for name, parameter in model.named_parameters()
     }
-    for name, parameter in model.named_parameters():
-        copy = copies[name]
-        if copy is not None:
-            parameter.copy_(copy)
+
+    def copy(parts: Iterable[tuple[str, Tensor]]) -> None:
+        wanted = [(part, made) for name, part in parts if (made := copies[name]) is not None]
+        found = weights.read({made.name for _, made in wanted})
+        for parameter, made in wanted:
+            fill(parameter, made.shaped(found[made.name]))
+
+    for _, parts in groupby(model.named_parameters(), lambda part: part[0].split(".")[:2]):
+        copy(parts)
 
 
 def sources_of_groups(seed: Sequence[GroupConfig], grown: Sequence[GroupConfig]) -> list[int]:
@@ -127,35 +162,39 @@ def _require_gates_kept(seed: ModelConfig, grown: ModelConfig) -> None:
 def _source_of(
     name: str,
     parameter: Tensor,
-    seed_state: Mapping[str, Tensor],
+    outlines: Mapping[str, Tensor],
     seed: ModelConfig,
     grown: ModelConfig,
     sources: Sequence[int],
-) -> Tensor | None:
+) -> _Copy | None:
     """What a parameter starts from; None: from what it was drawn."""
     if ".auxiliary." in name:
         return None
     if ".depth." in name and int(name.split(".")[1]) not in seed.depth_layers:
         return None
-    value: Tensor | None
     if match := _IN_GROUP.fullmatch(name):
         prefix, number, part = match.groups()
         source = sources[int(number)]
         experts = grown.group_list[int(number)].experts
         if part == "router.weight" and seed.group_list[source].experts != experts:
             return None
-        value = _in_group(f"{prefix}.{source}", part, experts, seed_state)
+        copy = _in_group(f"{prefix}.{source}", part, experts, outlines)
     else:
-        value = _taken(seed_state, name)
-    if value.shape != parameter.shape:
+        copy = _Copy(name, _as_it_is)
+    if copy.name not in outlines:
         raise UserError(
-            f"the seed's '{name}' is {list(value.shape)}, the model's {list(parameter.shape)}; "
+            f"the seed has no weight '{copy.name}'; was it trained with the recipe it names?"
+        )
+    shape = copy.shaped(outlines[copy.name]).shape
+    if shape != parameter.shape:
+        raise UserError(
+            f"the seed's '{name}' is {list(shape)}, the model's {list(parameter.shape)}; "
             "was it trained with this recipe and vocabulary?"
         )
-    return value
+    return copy
 
 
-def _in_group(prefix: str, part: str, experts: int, seed_state: Mapping[str, Tensor]) -> Tensor:
+def _in_group(prefix: str, part: str, experts: int, outlines: Mapping[str, Tensor]) -> _Copy:
     """A weight of a group from the seed's group `prefix`, whichever of two forms either has.
 
     A group for all modalities with one expert keeps plain linear maps [out, in], others a stack
@@ -163,20 +202,19 @@ def _in_group(prefix: str, part: str, experts: int, seed_state: Mapping[str, Ten
     """
     kind, stacked = part.split("_")[0].split(".")[0], "_" in part
     if kind not in _PARTS:
-        return _taken(seed_state, f"{prefix}.{part}")
+        return _Copy(f"{prefix}.{part}", _as_it_is)
     plain = f"{prefix}.{kind}.weight"
-    if plain in seed_state:
-        weight_EIO = seed_state[plain].T[None]
-    else:
-        weight_EIO = _taken(seed_state, f"{prefix}.{kind}_{'EFD' if kind == 'down' else 'EDF'}")
-    if not stacked:
-        return weight_EIO[0].T
-    return weight_EIO.expand(experts, -1, -1) if len(weight_EIO) == 1 else weight_EIO
+    was_plain = plain in outlines
+
+    def shaped(weight: Tensor) -> Tensor:
+        weight_EIO = weight.T[None] if was_plain else weight
+        if not stacked:
+            return weight_EIO[0].T
+        return weight_EIO.expand(experts, -1, -1) if len(weight_EIO) == 1 else weight_EIO
+
+    name = plain if was_plain else f"{prefix}.{kind}_{'EFD' if kind == 'down' else 'EDF'}"
+    return _Copy(name, shaped)
 
 
-def _taken(seed_state: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in seed_state:
-        raise UserError(
-            f"the seed has no weight '{name}'; was it trained with the recipe it names?"
-        )
-    return seed_state[name]
+def _as_it_is(weight: Tensor) -> Tensor:
+    return weight

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from moma.errors import SharedError, UserError
+from moma.files import write_whole
 from moma.runtime.manifest import checksum, find_faults, read_json, write_json, write_manifest
 from moma.runtime.weights import FILE_BYTES, Weights, write_weights
 from moma.runtime.world import World, gather
@@ -72,13 +73,23 @@ def newest_whole(folder: Path, world: World) -> tuple[Path | None, dict[Path, st
     return None, {}
 
 
+def name_latest(folder: Path) -> None:
+    """Let the file `latest` name the newest checkpoint; without one it is gone."""
+    found = checkpoints_in(folder)
+    if found:
+        write_whole(folder / "latest", found[-1].name + "\n")
+    else:
+        (folder / "latest").unlink(missing_ok=True)
+
+
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint, so that it is no longer taken for one."""
+    """Rename a damaged checkpoint, so that it is no longer taken for one, nor named by `latest`."""
     number, aside = 1, path.with_suffix(".damaged")
     while aside.exists():  # the same step was damaged before
         number += 1
         aside = path.with_suffix(f".damaged-{number}")
     path.rename(aside)
+    name_latest(path.parent)
 
 
 def holds_weights_alone(path: Path) -> bool:

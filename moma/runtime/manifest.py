@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moma.errors import UserError
+from moma.files import to_disk
 
 MANIFEST = "manifest.json"
 Entry = tuple[int, str]
@@ -61,10 +61,9 @@ def _digest(files: Any) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is on the disk when this returns."""
-    with path.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("wb") as file:
+        file.write(json.dumps(value).encode())
+        to_disk(file)
 
 
 def read_json(path: Path) -> Any:
@@ -77,13 +76,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read the checkpoint ({error})") from error
-
-
-def sync_folders(folders: Sequence[Path]) -> None:
-    """Bring the names in folders to the disk."""
-    for folder in folders:
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -13,17 +12,19 @@ from torch.utils.checkpoint import (
 
 Recompute = Literal["none", "layer", "selective"]
 
-_aten = torch.ops.aten
-# What is dear, and the choices, which must come out the same.
+# What is dear, and the choices, which must come out the same. By name: the model's own operation
+# need not be there yet.
 _KEPT = {
-    _aten.mm.default,
-    _aten.bmm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten.topk.default,
+    "aten.mm.default",
+    "aten.bmm.default",
+    "aten.addmm.default",
+    "aten._grouped_mm.default",
+    "moma.grouped_product.default",
+    "aten._scaled_dot_product_flash_attention.default",
+    "aten._scaled_dot_product_efficient_attention.default",
+    "aten._scaled_dot_product_cudnn_attention.default",
+    "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "aten.topk.default",
 }
 
 
@@ -43,5 +44,5 @@ def recompute(module: nn.Module, how: Recompute) -> None:
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    kept = operation in _KEPT
+    kept = str(operation) in _KEPT
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moma.errors import UserError
 from moma.recipe import Config
@@ -95,6 +95,26 @@ def shard(
             if isinstance(module, FSDPModule):
                 # gloo cannot scale inside a reduction.
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def fill(parameter: Tensor, values: Tensor) -> None:
+    """Copy a rank's own part of whole values into its part of a parameter; all, if it is whole.
+
+    Args:
+        parameter: sharded or whole.
+        values: of the whole parameter; may be a view.
+    """
+    if not isinstance(parameter, DTensor):
+        parameter.copy_(values)
+        return
+    mesh = parameter.device_mesh
+    for number, placement in enumerate(parameter.placements):
+        if isinstance(placement, Shard):
+            parts = values.chunk(mesh.size(number), placement.dim)
+            own = mesh.get_local_rank(number)
+            # Behind the last part there are ranks that hold nothing.
+            values = parts[own] if own < len(parts) else values.narrow(placement.dim, 0, 0)
+    parameter.to_local().copy_(values)
 
 
 def _mesh(world: World, config: EngineConfig) -> DeviceMesh:

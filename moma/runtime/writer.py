@@ -2,31 +2,37 @@
 
 import base64
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from moma.errors import SharedStorageError
-from moma.files import write_whole
+from moma.files import sync_folder
 from moma.runtime.checkpoint import (
     cause,
     checkpoints_in,
     model_tensors,
+    name_latest,
     optimizer_tensors,
     step_of,
 )
-from moma.runtime.manifest import Entry, checksum, sync_folders, write_json, write_manifest
+from moma.runtime.manifest import Entry, checksum, write_json, write_manifest
 from moma.runtime.world import World, gather
 
 # Room for file headers and JSON beside the tensors.
 _SMALL_FILES = 1 << 20
+# Seconds within which other nodes' files should be seen: a network's disk shows a folder as it was
+# up to a minute ago.
+_LATE = 60
 
 
 class CheckpointWriter:
@@ -35,7 +41,14 @@ class CheckpointWriter:
     All ranks call every method together, `sweep` excepted.
     """
 
-    def __init__(self, folder: Path, world: World, keep: int = 2, keep_every: int = 0):
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        keep: int = 2,
+        keep_every: int = 0,
+        pause: Callable[[float], None] = time.sleep,
+    ):
         """Set up.
 
         Args:
@@ -43,9 +56,10 @@ class CheckpointWriter:
             world: the ranks.
             keep: how many of the newest stay.
             keep_every: checkpoints at multiples of so many steps stay too; 0: none.
+            pause: waits for so many seconds.
         """
         self._folder, self._world = folder, world
-        self._keep, self._keep_every = keep, keep_every
+        self._keep, self._keep_every, self._pause = keep, keep_every, pause
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._underway: Future[str | None] | None = None
 
@@ -81,7 +95,7 @@ class CheckpointWriter:
         final = self._folder / f"step-{step:08d}"
         partial = final.with_suffix(".partial")
         tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
-        self._agree(final, self._make_room(partial, sum(map(_local_bytes, tensors.values()))))
+        self._agree(final, self._make_room(partial, sum(map(_written_bytes, tensors.values()))))
         writer = dcp.HuggingFaceStorageWriter(str(partial / "tensors"), save_distributed=True)
         written = dcp.async_save(
             tensors,
@@ -168,15 +182,19 @@ class CheckpointWriter:
         partial = final.with_suffix(".partial")
         write_json(partial / "state.json", state)
         entries = {**entries, "state.json": checksum(partial / "state.json")}
-        found = {str(file.relative_to(partial)) for file in partial.rglob("*") if file.is_file()}
-        if found != entries.keys():
-            raise OSError(f"{sorted(found ^ entries.keys())[0]} is there without its rank, or gone")
+        for _ in range(_LATE):
+            if _files_in(partial) >= entries.keys():
+                break
+            self._pause(1)
+        if wrong := _files_in(partial) ^ entries.keys():
+            raise OSError(f"{sorted(wrong)[0]} is there without its rank, or gone")
         write_manifest(partial, entries)
-        sync_folders([partial / "tensors", partial])
+        sync_folder(partial / "tensors")
+        sync_folder(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        sync_folders([self._folder])
-        write_whole(self._folder / "latest", final.name + "\n")
+        sync_folder(self._folder)
+        name_latest(self._folder)
         for old in self._superfluous():
             # Renamed first: a folder without a suffix is always complete. What cannot be removed,
             # as on a network's disk while it is read, is swept up later.
@@ -188,8 +206,20 @@ class CheckpointWriter:
         return [path for path in older if not (every and step_of(path) % every == 0)]
 
 
-def _local_bytes(tensor: Tensor) -> int:
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+def _files_in(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def _written_bytes(tensor: Tensor) -> int:
+    """What a rank adds to a checkpoint: of equal shards, one is written."""
+    if not isinstance(tensor, DTensor):
+        return tensor.nbytes
+    copies = prod(
+        tensor.device_mesh.size(number)
+        for number, placement in enumerate(tensor.placements)
+        if isinstance(placement, Replicate)
+    )
+    return -(-tensor.to_local().nbytes // copies)
 
 
 def _random_state() -> dict[str, str]:

@@ -76,7 +76,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         source = find_source(recipe, world) if newest is None else None
         with agreeing(world):
             vocabulary = Vocabulary.load(data.vocabulary)
-            model = prepare_model(recipe, vocabulary, world, source)
+            model = prepare_model(recipe, vocabulary, world, source, newest is not None)
             begin = origin(recipe, source)
             trainer = stack.enter_context(closing(Trainer(recipe, run, model, vocabulary, world)))
             if newest is None:

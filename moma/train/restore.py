@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import torch
+
 from moma.errors import SharedError, UserError
 from moma.model.transformer import Transformer
 from moma.recipe import read_recipe
@@ -44,23 +46,21 @@ def newest_checkpoint(run: Run, world: World | None = None) -> Path:
     return found
 
 
-def load_weights(run: Run, model: Transformer) -> None:
-    """Load the newest weights of a run into a model of its shape."""
-    load_model(newest_checkpoint(run), model, World(next(model.parameters()).device))
-
-
 def with_routers(run: Run) -> Run:
     """The finished run that trained this run's auxiliary routers, in its folder; else the run."""
-    inner = Run(run.path / ROUTER_RUN)
-    return inner if is_finished(inner) else run
+    found = _trained_routers(Run(run.path / ROUTER_RUN))
+    return run if found is None else found[0]
 
 
-def is_finished(run: Run) -> bool:
-    """Whether a run has reached the last step of its recipe."""
-    found = checkpoints_in(run.checkpoints)
-    return bool(found) and (
-        read_state(found[-1])["step"] >= read_run_recipe(run).stage_config.steps
-    )
+def _trained_routers(run: Run) -> tuple[Run, Path] | None:
+    """A run that trains routers and its newest whole checkpoint, if that is of its last step."""
+    if not checkpoints_in(run.checkpoints):
+        return None
+    recipe = read_run_recipe(run)
+    if recipe.stage != "aux_router":
+        return None
+    found = newest_checkpoint(run)
+    return (run, found) if read_state(found)["step"] >= recipe.stage_config.steps else None
 
 
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
@@ -69,19 +69,19 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     Raises:
         UserError: the folder is no run or has no checkpoint.
     """
-    newest_checkpoint(run)
-    run = with_routers(run)
+    routers = _trained_routers(Run(run.path / ROUTER_RUN))
+    run, checkpoint = routers or (run, newest_checkpoint(run))
     recipe = read_run_recipe(run)
     model = Transformer(recipe.model, Vocabulary.load(run.tokenizers.vocabulary), recipe.shares)
-    load_weights(run, model)
+    load_model(checkpoint, model, World(torch.device("cpu")))
     return model.to(local_device()).eval(), recipe
 
 
 def has_causal_routing(run: Run, model: Transformer) -> bool:
     """Whether a run's model can be used causally: it has no routers, or they are trained."""
-    trained = with_routers(run)
-    by_routers = read_run_recipe(trained).stage == "aux_router" and is_finished(trained)
-    return by_routers or model.is_causal_without_routers
+    if model.is_causal_without_routers:
+        return True
+    return any(_trained_routers(each) for each in (Run(run.path / ROUTER_RUN), run))
 
 
 def require_causal_routing(run: Run, model: Transformer) -> None:

@@ -17,10 +17,11 @@ from moma.runtime.checkpoint import (
     load_model,
     read_rank_states,
     read_state,
+    stored_weights,
 )
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.recompute import recompute
-from moma.runtime.sharding import shard
+from moma.runtime.sharding import fill, shard
 from moma.runtime.world import World, agreeing, can_compile
 from moma.train.changes import differences
 from moma.train.recipe import Recipe
@@ -93,23 +94,30 @@ def _refuse_other_model(recipe: Recipe, before: Recipe) -> None:
 
 
 def prepare_model(
-    recipe: Recipe, vocabulary: Vocabulary, world: World, source: Source | None = None
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    world: World,
+    source: Source | None = None,
+    resumes: bool = False,
 ) -> Transformer:
-    """Build, load or grow, freeze what the stage does not train, compile, shard: in this order.
+    """Outline, freeze what the stage does not train, compile, shard, and only then fill.
+
+    So a rank holds its own shards, and besides one whole parameter, or a layer of a seed.
 
     Args:
         recipe: the recipe.
         vocabulary: the data's.
         world: the ranks.
         source: the run to begin from; left out, the weights are new ones.
+        resumes: whether the weights are left to be loaded from a checkpoint.
 
     Raises:
         UserError: the source does not fit.
     """
-    model = recipe.build_model(vocabulary)
-    if source is not None:
-        _load(recipe, model, vocabulary, source)
-    model = model.to(world.device)
+    if source is not None and source.state["vocabulary"] != vocabulary.fingerprint:
+        raise UserError(f"{recipe.from_}: was trained with another vocabulary than the data's")
+    with torch.device("meta"):
+        model = Transformer(recipe.model, vocabulary, recipe.shares)
     train_only(model, routers=recipe.stage == "aux_router")
     units = list(units_of(model))
     for layer in model.units():
@@ -120,6 +128,9 @@ def prepare_model(
     if recipe.stage_config.compile and can_compile(world.device):
         _compile(model, whole_layers=world.mesh is None or len(units) == len(model.layers))
     shard(model, units, world, recipe.engine)
+    model.to_empty(device=world.device)
+    if not resumes:
+        _fill(recipe, model, source)
     return model
 
 
@@ -170,20 +181,19 @@ def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
     return count(recipe.model, vocabulary.size, recipe.shares, data.rows, data.row_length)
 
 
-def _load(recipe: Recipe, model: Transformer, vocabulary: Vocabulary, source: Source) -> None:
-    """Fill a model with the weights of the run `from`, grown if the stage says so."""
-    if source.state["vocabulary"] != vocabulary.fingerprint:
-        raise UserError(f"{recipe.from_}: was trained with another vocabulary than the data's")
-    alone = World(torch.device("cpu"))  # every rank reads what it then shards
+def _fill(recipe: Recipe, model: Transformer, source: Source | None) -> None:
+    """New weights, or those of the run `from`, grown if the stage says so."""
+    if source is None or recipe.stage == "upcycle":
+        model.initialise(recipe.seed, fill)
+    if source is None:
+        return
     if recipe.stage != "upcycle":
+        alone = World(torch.device("cpu"))  # every rank reads its own shards, and tells by itself
         load_model(source.checkpoint, model, alone)
         return
-    from moma.model.upcycling import grow
+    from moma.model.upcycling import grow_from
 
-    before = source.recipe
-    seed = Transformer(before.model, vocabulary, before.shares)
-    load_model(source.checkpoint, seed, alone)
-    grow(seed.state_dict(), before.model, model)
+    grow_from(stored_weights(source.checkpoint), source.recipe.model, model, fill)
 
 
 def units_of(model: Transformer) -> Iterator[nn.Module]:

@@ -321,7 +321,7 @@ def test_noise_is_in_the_weight_as_in_the_choice():
     torch.manual_seed(1)
     selection = group.load(x, modality, Routing())[0].selection
     torch.manual_seed(1)
-    uniform = torch.rand(12, 3)
+    uniform = torch.rand(3, 12).T  # as logits lie in memory
     score_EN = (x @ group.router.weight.T + (uniform / (1 - uniform)).log()).sigmoid().T
     chosen = torch.stack([line.topk(4).indices for line in score_EN])
     assert torch.equal(selection.token_EK.sort().values, chosen.sort().values)

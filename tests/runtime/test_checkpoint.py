@@ -124,6 +124,48 @@ def test_a_step_may_be_damaged_again_and_again(tmp_path):
         assert len(list(tmp_path.glob("*.damaged*"))) == time + 1
 
 
+def test_latest_names_what_is_left(tmp_path):
+    save(tmp_path, 1, 2, 3, keep=3)
+    for left in (2, 1):
+        set_aside(tmp_path / f"step-{left + 1:08d}")
+        assert (tmp_path / "latest").read_text() == f"step-{left:08d}\n"
+    set_aside(tmp_path / "step-00000001")
+    assert not (tmp_path / "latest").exists()
+
+
+class LateFile:
+    """A disk on which a rank's file is seen only after some pauses."""
+
+    def __init__(self, folder: Path, after: int, monkeypatch):
+        self.pauses: list[float] = []
+        self.after, self.folder = after, folder
+        real = writing._files_in
+        monkeypatch.setattr(writing, "_files_in", lambda path: self._seen(real(path)))
+
+    def _seen(self, files: set[str]) -> set[str]:
+        return files if len(self.pauses) >= self.after else files - {"rank-0.json"}
+
+    def save(self) -> None:
+        with closing(CheckpointWriter(self.folder, WORLD, pause=self.pauses.append)) as writer:
+            writer.save(1, *make(1), {"step": 1}, {"data": []})
+            writer.wait()
+
+
+@pytest.mark.parametrize("after", [0, 1, 60])
+def test_files_that_are_seen_late_are_waited_for(tmp_path, monkeypatch, after):
+    late = LateFile(tmp_path, after, monkeypatch)
+    late.save()
+    assert late.pauses == [1] * after
+    assert newest_whole(tmp_path, WORLD) == (tmp_path / "step-00000001", {})
+
+
+def test_files_that_do_not_come_within_a_minute_are_refused(tmp_path, monkeypatch):
+    late = LateFile(tmp_path, 61, monkeypatch)
+    with pytest.raises(UserError, match=r"rank-0\.json is there without its rank, or gone"):
+        late.save()
+    assert sum(late.pauses) == 60 and names(tmp_path) == []
+
+
 def test_what_earlier_processes_left_unfinished_is_swept_up(tmp_path):
     save(tmp_path, 4)
     shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000003.partial")

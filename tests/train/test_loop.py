@@ -10,13 +10,14 @@ from safetensors import safe_open
 
 from moma.errors import StorageError, UserError
 from moma.runs import Run
+from moma.runtime import checkpoint
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
 from moma.train import loop
 from moma.train.loop import train
 from moma.train.metrics import TIMING, Window
 from moma.train.recipe import Recipe
-from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
+from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing, with_routers
 from moma.train.tracking import JsonLines
 
 WORLD = World(torch.device("cpu"))
@@ -160,9 +161,32 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, gro
     model, recipe = load_run(run)  # finds the routers in the run's folder
     assert recipe.stage == "aux_router"
     require_causal_routing(run, model)
-    for checkpoint in checkpoints_in(routers.checkpoints)[1:]:
-        shutil.rmtree(checkpoint)
+    for path in checkpoints_in(routers.checkpoints)[1:]:
+        shutil.rmtree(path)
     with pytest.raises(UserError, match="stage=aux_router"):  # they are not trained to the end
+        require_causal_routing(run, model)
+
+
+def test_routers_count_as_trained_by_their_newest_whole_checkpoint(tiny, tmp_path, monkeypatch):
+    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+    stage = {"stage": "aux_router", "from_": run.path}
+    routers = train(with_run(tiny, run.path / ROUTER_RUN, **stage), WORLD, quiet=True)
+    checked, real = [], checkpoint.find_faults
+
+    def find_faults(path: Path, *ranks: int) -> list[str]:
+        checked.append(path)
+        return real(path, *ranks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "find_faults", find_faults)
+        model, _ = load_run(run)
+    newest = checkpoints_in(routers.checkpoints)[-1]
+    assert checked == [newest]  # once, and none whose weights are not needed
+    assert with_routers(run) == routers
+    (shard,) = (newest / "tensors").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1])  # the last one; those before are whole
+    assert load_run(run)[1].stage == "pretrain" and with_routers(run) == run
+    with pytest.raises(UserError, match="stage=aux_router"):
         require_causal_routing(run, model)
 
 

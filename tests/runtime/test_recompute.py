@@ -1,0 +1,62 @@
+"""What is computed once, and what again, counted."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moma.model.architecture import ModelConfig
+from moma.model.decoder_layer import Layer
+from moma.model.transformer import Transformer
+from moma.runtime.recompute import recompute
+from moma.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    size=40,
+    beginning=0,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=4,
+    image_codes=tuple(range(20, 40)),
+    codes_per_image=4,
+)
+PRODUCTS = ("aten.mm.default", "aten.bmm.default", "moma.grouped_product.default")
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.calls[str(operation)] += 1
+        return operation(*arguments, **(options or {}))
+
+
+def calls(groups: str, run: str, how) -> Counter[str]:
+    config = ModelConfig.model_validate(
+        {"groups": groups, "dim": 16, "layers": 2, "heads": 2, "experts_run": run}
+    )
+    model = Transformer(config, VOCABULARY, (0.5, 0.5))
+    model.initialise(0)
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        for part in [layer] if how == "layer" else [layer.attention, layer.experts]:
+            recompute(part, how)
+    tokens = torch.arange(5, 37).view(2, 16)
+    with Counting() as counting:
+        model(tokens).logits_BSV.square().mean().backward()
+    return counting.calls
+
+
+@pytest.mark.parametrize("run", ["sequential", "batched", "grouped"])
+@pytest.mark.parametrize("groups", ["moe_2t2i", "mod_moe_1t1i"])
+def test_selective_computes_no_product_and_no_choice_again(groups, run):
+    none, selective, layer = (calls(groups, run, how) for how in ("none", "selective", "layer"))
+    for name in (*PRODUCTS, "aten.topk.default"):
+        assert selective[name] == none[name], name
+    assert selective["aten.silu.default"] > none["aten.silu.default"]
+    experts = PRODUCTS[2] if run == "grouped" else PRODUCTS[1]
+    assert layer[experts] > none[experts] > 0
