@@ -31,7 +31,7 @@ from moma.runs import Tokenizers
 from moma.tokenizers.image import CodecConfig, ImageCodec, to_float
 from moma.tokenizers.image_training import CodecTrainingConfig
 from moma.tokenizers.pixels import square_pixels
-from moma.tokenizers.text import TextTokenizerConfig, encode_texts, load_text_tokenizer
+from moma.tokenizers.text import TextTokenizerConfig, encode_each, load_text_tokenizer
 from moma.vocabulary import Vocabulary
 
 
@@ -161,7 +161,7 @@ def _encode_all(
                 with show_progress(f"encode {source.name}", total, quiet) as report:
                     infos[source.name] = encode_source(
                         source,
-                        partial(encode_texts, tokenizer),
+                        partial(encode_each, tokenizer),
                         partial(encode_pictures, codec, device) if codec else None,
                         vocabulary,
                         sources.held_out(source),

@@ -34,7 +34,7 @@ from moma.runs import Tokenizers
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.world import World, local_device
 from moma.tokenizers.image import ImageCodec, preprocess
-from moma.tokenizers.text import encode_texts, load_text_tokenizer
+from moma.tokenizers.text import encode_each, load_text_tokenizer
 from moma.train.recipe import Recipe
 from moma.train.step import Step, next_token_objective
 from moma.vocabulary import IMAGE, Vocabulary
@@ -217,7 +217,7 @@ def _encoding(
     with TemporaryDirectory() as place:
 
         def ours() -> None:
-            encode_text = partial(encode_texts, tokenizer)
+            encode_text = partial(encode_each, tokenizer)
             encode_source(
                 source, encode_text, _no_pictures, vocabulary, share, Path(place) / "text"
             )

@@ -23,10 +23,10 @@ from moma.data.documents import (
     Segment,
     SourceConfig,
     SourceName,
-    unit_hash,
 )
 from moma.data.pictures import MAX_PIXELS, MOST_PIXELS, read_picture
 from moma.errors import UserError
+from moma.hashes import unit_hash
 
 # A row of a list, a page or a member of an archive is held in memory whole.
 MAX_ROW_BYTES = 64 * 2**20
