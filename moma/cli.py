@@ -58,7 +58,9 @@ def main() -> None:
     except StoppedError as stop:
         _tell(stop, by_all=True)
         sys.exit(stop.CODE)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.filename is None:
+            raise
         print(f"moma: {error.filename}: {error.strerror}; choose another path", file=sys.stderr)
         sys.exit(2)
     except SystemExit as leave:

@@ -126,7 +126,9 @@ def is_held_out(document: Document, share: float) -> bool:
 
 def which_held_out(documents: Sequence[Document], share: float) -> np.ndarray:
     """`is_held_out` of each document, bool of shape [documents]; in less time than one by one."""
-    chosen = unit_hashes([f"held out: {one.held_out_with or one.name}" for one in documents]) < share
+    chosen = (
+        unit_hashes([f"held out: {one.held_out_with or one.name}" for one in documents]) < share
+    )
     for number, document in enumerate(documents):
         if document.held_out is not None:
             chosen[number] = document.held_out

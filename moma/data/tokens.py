@@ -11,29 +11,22 @@ reason; the others are not disturbed.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
+from threading import Lock
 from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
+from moma.data.chunks import Chunk, chunks_of, together
 from moma.data.documents import Document, Picture, Rejected
 from moma.data.read_ahead import PictureReader, Pixels
 from moma.errors import UserError
 from moma.vocabulary import IMAGE, Vocabulary
 
-# A chunk ends with the document that reaches one of these.
-CHUNK_DOCUMENTS = 1024
-CHUNK_PICTURES = 256
-CHUNK_CHARACTERS = 1_000_000
-# The tokenizer is faster with the texts of several chunks at once, if they are not too long.
-CHUNKS_TOGETHER = 8
 TEXTS_AHEAD = 2
 BATCH_PICTURES = 16
 BATCHES_AHEAD = 2
-# More of one document would take gigabytes: tokenizing takes some hundred times the text's size.
-MOST_CHARACTERS = 20_000_000
-MOST_PICTURES = 10_000
 
 T = TypeVar("T")
 EncodeText = Callable[[list[str]], Iterable[list[int]]]
@@ -58,82 +51,6 @@ class EncodedChunk:
     lengths: np.ndarray
     pictures: np.ndarray
     rejected: list[Rejected]
-
-
-def refusal(document: Document) -> str | None:
-    """Why tokenizer and codec cannot hold a document; None if it can."""
-    pictures, characters, plain = _size(document)
-    if pictures > MOST_PICTURES:
-        return f"{pictures} pictures, at most {MOST_PICTURES}; set the source's max_pictures"
-    if characters > MOST_CHARACTERS:
-        return f"{characters} characters of text, at most {MOST_CHARACTERS}; split the document"
-    if plain:
-        return None
-    for text in (document.name, *document.segments):
-        if isinstance(text, Picture):
-            continue
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"{error.reason} at character {error.start} of {text[:40]!a}"
-            return f"not Unicode ({found}); mend it"
-    return None
-
-
-def _size(document: Document) -> tuple[int, int, bool]:
-    """Pictures, characters of text, and whether all of these are ASCII, and the name too."""
-    pictures, characters, plain = 0, 0, document.name.isascii()
-    for segment in document.segments:
-        if isinstance(segment, str):
-            characters += len(segment)
-            plain = plain and segment.isascii()
-        else:
-            pictures += 1
-    return pictures, characters, plain
-
-
-@dataclass
-class _Chunk:
-    """Consecutive rows of a source.
-
-    Attributes:
-        rows: as the source yields them; those that a tokenizer cannot hold are rejected.
-        documents: those of the rows that are documents.
-        texts, pictures: the segments of the documents, in order.
-        characters: characters of the texts.
-    """
-
-    rows: list[Document | Rejected] = field(default_factory=list)
-    documents: list[Document] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    characters: int = 0
-
-    def add(self, row: Document | Rejected) -> None:
-        """Take a row in; a document that tokenizer and codec cannot hold as rejected."""
-        if isinstance(row, Document):
-            if reason := refusal(row):
-                row = Rejected(row.row or row.name, reason)
-            else:
-                self.documents.append(row)
-                for segment in row.segments:
-                    if isinstance(segment, str):
-                        self.texts.append(segment)
-                        self.characters += len(segment)
-                    else:
-                        self.pictures.append(segment)
-        self.rows.append(row)
-
-    def is_full(self, chunk_tokens: int, image_span: int) -> bool:
-        """Whether the row that was added last ends it."""
-        pictures = len(self.pictures)
-        return (
-            len(self.rows) >= CHUNK_DOCUMENTS
-            or pictures >= CHUNK_PICTURES
-            or self.characters >= CHUNK_CHARACTERS
-            # A token is a character or more, so that this comes rather too soon than too late.
-            or self.characters + pictures * image_span >= chunk_tokens
-        )
 
 
 class _Ids(NamedTuple):
@@ -166,7 +83,7 @@ class _Encoding:
         texts: the ids of each of these chunks, in order; each takes its own.
     """
 
-    chunk: _Chunk
+    chunk: Chunk
     texts: Future[Iterator[_Ids]]
 
 
@@ -194,8 +111,10 @@ class Encoder:
             ]
         ] = True
         # All leave Python for most of their time, so that texts, codes and rows overlap. While one
-        # thread turns what the tokenizer gave into ids, the tokenizer works for the other.
+        # thread turns what the tokenizer gave into ids, the tokenizer works for the other: one
+        # after the other, or both would be done with it, and wait for Python, at the same time.
         self._text_threads = ThreadPoolExecutor(TEXTS_AHEAD, "texts")
+        self._tokenizing = Lock()
         self._code_thread = ThreadPoolExecutor(1, "codes")
 
     def __enter__(self) -> Self:
@@ -225,13 +144,13 @@ class Encoder:
         self, rows: Iterable[Document | Rejected], chunk_tokens: int
     ) -> Iterator[Picture | _Encoding]:
         """The pictures of each chunk, and behind them the chunk itself."""
-        chunks = _chunks(rows, chunk_tokens, self._vocabulary.image_span)
-        for encodings in _ahead(map(self._begin, _together(chunks)), TEXTS_AHEAD):
+        chunks = chunks_of(rows, chunk_tokens, self._vocabulary.image_span)
+        for encodings in _ahead(map(self._begin, together(chunks)), TEXTS_AHEAD):
             for encoding in encodings:
                 yield from encoding.chunk.pictures
                 yield encoding
 
-    def _begin(self, chunks: list[_Chunk]) -> list[_Encoding]:
+    def _begin(self, chunks: list[Chunk]) -> list[_Encoding]:
         """Let the texts of some chunks be encoded."""
         encoded = self._text_threads.submit(self._texts, [chunk.texts for chunk in chunks])
         return [_Encoding(chunk, encoded) for chunk in chunks]
@@ -239,10 +158,12 @@ class Encoder:
     def _texts(self, groups: list[list[str]]) -> Iterator[_Ids]:
         """Ids of the texts of each group."""
         texts = list(chain.from_iterable(groups))
+        with self._tokenizing:
+            encoded = self._encode_text(texts)
         lengths: list[int] = []
 
         def counted() -> Iterator[list[int]]:
-            for ids in self._encode_text(texts):
+            for ids in encoded:
                 lengths.append(len(ids))
                 yield ids
 
@@ -277,7 +198,7 @@ class Encoder:
 
     def _join(
         self,
-        chunk: _Chunk,
+        chunk: Chunk,
         texts: _Ids,
         read: list[bytes | UserError],
         codes: dict[bytes, np.ndarray],
@@ -299,9 +220,10 @@ class Encoder:
         kept[list(reasons)] = False
         if reasons:
             flat = flat[np.repeat(kept, tokens)]
-        documents, rejected = chunk.documents, []
-        if len(documents) < len(chunk.rows) or reasons:
-            documents, rejected = _told_apart(chunk.rows, reasons)
+        all_are_kept = len(chunk.documents) == len(chunk.rows) and not reasons
+        documents, rejected = (
+            (chunk.documents, []) if all_are_kept else _told_apart(chunk.rows, reasons)
+        )
         pictures = segments.sums(~segments.is_text)[kept]
         return EncodedChunk(
             documents, self._wrapped(flat, tokens[kept]), tokens[kept] + 2, pictures, rejected
@@ -429,36 +351,6 @@ class _Codes:
     def _collect(self) -> None:
         digests, running = self._running.popleft()
         self._known.update(zip(digests, running.result(), strict=True))
-
-
-def _chunks(
-    rows: Iterable[Document | Rejected], chunk_tokens: int, image_span: int
-) -> Iterator[_Chunk]:
-    """Consecutive rows; documents that tokenizer and codec cannot hold are rejected."""
-    chunk = _Chunk()
-    for row in rows:
-        chunk.add(row)
-        if chunk.is_full(chunk_tokens, image_span):
-            yield chunk
-            chunk = _Chunk()
-    if chunk.rows:
-        yield chunk
-
-
-def _together(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Chunks whose texts are encoded at once; where there are pictures, each by itself."""
-    group: list[_Chunk] = []
-    for chunk in chunks:
-        group.append(chunk)
-        if (
-            len(group) == CHUNKS_TOGETHER
-            or chunk.pictures
-            or sum(one.characters for one in group) >= CHUNK_CHARACTERS
-        ):
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _ahead(items: Iterable[T], count: int) -> Iterator[T]:

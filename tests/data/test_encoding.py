@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moma.data import tokens
+from moma.data import chunks, tokens
 from moma.data.documents import Document, Picture, Rejected
 from moma.data.encoding import Limits, encode_source
 from moma.data.read_ahead import PictureReader
@@ -115,7 +115,7 @@ def test_equal_pictures_of_a_chunk_are_encoded_once(tmp_path):
 @pytest.mark.parametrize("shard_tokens", [20, 60, 10_000])
 def test_rows_are_found_across_chunks_and_files(tmp_path, monkeypatch, shard_tokens):
     run(tmp_path / "whole")
-    monkeypatch.setattr(tokens, "CHUNK_DOCUMENTS", 3)
+    monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 3)
     monkeypatch.setattr(tokens, "BATCH_PICTURES", 1)
     codec, seen = Codec(), []
     info = run(
@@ -219,8 +219,8 @@ def test_special_ids_from_the_tokenizer_are_a_defect(tmp_path):
 
 
 def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "MOST_CHARACTERS", 5)
-    monkeypatch.setattr(tokens, "MOST_PICTURES", 2)
+    monkeypatch.setattr(chunks, "MOST_CHARACTERS", 5)
+    monkeypatch.setattr(chunks, "MOST_PICTURES", 2)
     red = Picture("red", partial(Image.new, "RGB", (2, 2), (7, 0, 0)))
     source = Given(
         "a",
@@ -273,7 +273,7 @@ def rows_with(bad, count):
     ],
 )
 def test_too_many_rejected_rows_stop_the_run(tmp_path, monkeypatch, bad, count, share, stops_at):
-    monkeypatch.setattr(tokens, "CHUNK_DOCUMENTS", 10)
+    monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 10)
     source = Given(*rows_with(bad, count))
     seen = []
     call = partial(
@@ -294,7 +294,7 @@ def test_too_many_rejected_rows_stop_the_run(tmp_path, monkeypatch, bad, count, 
 
 
 def test_a_higher_share_goes_on_and_mended_rows_are_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK_DOCUMENTS", 10)
+    monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 10)
     rows = rows_with(range(100, 110), 200)
     limits = Limits(shard_tokens=50, max_rejected=0.01)
     for folder in ("allowed", "mended"):
@@ -351,7 +351,7 @@ def contents(folder):
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK_DOCUMENTS", 7)
+    monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 7)
     monkeypatch.setattr(tokens, "BATCH_PICTURES", 4)
     limits = Limits(shard_tokens=200, max_rejected=1)
     calls = []
