@@ -31,6 +31,9 @@ def data(
     pictures: Annotated[int, typer.Option(min=1, help="pictures of each repeat")] = 64,
     texts: Annotated[int, typer.Option(min=1, help="texts of each repeat")] = 50_000,
     repeats: Annotated[int, typer.Option(min=1, help="of each measurement")] = 5,
+    cpu_time: Annotated[
+        bool, typer.Option("--cpu-time", help="of encoding: leave out what other processes take")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="print one JSON object and nothing else")
     ] = False,
@@ -41,7 +44,8 @@ def data(
     from moma.train.recipe import Recipe
 
     read = read_recipe(Recipe, recipe or shipped_recipe("bench_data.toml"), overrides or ())
-    result = bench_data(read, Sizes(batches, steps, pictures, texts, repeats), quiet=as_json)
+    sizes = Sizes(batches, steps, pictures, texts, repeats, cpu_time)
+    result = bench_data(read, sizes, quiet=as_json)
     if as_json:
         print(json.dumps(result))
         return

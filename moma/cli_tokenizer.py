@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -47,14 +47,19 @@ def train_text(
     from moma.tokenizers.folder import is_made, make_text_tokenizer
     from moma.tokenizers.text import TextTokenizerConfig
 
-    sources, held_out, sections = _texts_of(inputs)
+    sources, held_out, most_rejected, sections = _texts_of(inputs)
     config: TextTokenizerConfig = sections.text_tokenizer
     folder = Tokenizers(out)
     if is_made(folder.text, folder, sections.codec):
         print(f"{folder.text}: made before; the folder is complete now")
         return
     corpus = Corpus(sources, held_out, config.documents)
-    made = make_text_tokenizer(config, sections.codec, corpus.texts(), folder)
+
+    def texts() -> Iterator[str]:
+        yield from corpus.texts()
+        corpus.check(most_rejected)  # before anything is made of them
+
+    made = make_text_tokenizer(config, sections.codec, texts(), folder)
     _tell_rejected(corpus)
     size = made.get_vocab_size(with_added_tokens=True)
     print(f"{folder.text}: {size} ids, learned from {corpus.documents} documents")
@@ -104,9 +109,12 @@ def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
             file=sys.stderr,
         )
     corpus = Corpus(data.sources, data.held_out, training.documents)
-    seen, unseen = (ReadablePictures(corpus.pictures(held_out), size) for held_out in (False, True))
+    seen = ReadablePictures(corpus.pictures(held_out=False), size, data.max_rejected)
+    # The error is measured on some of these: on training pictures if none can be read.
+    unseen = ReadablePictures(corpus.pictures(held_out=True), size, most_unreadable=1)
     _tell_rejected(corpus)
-    make_codec(recipe.codec, training, seen, unseen, folder, recipe.seed, local_device(), quiet)
+    measured = unseen if unseen.has_readable else ()
+    make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
     for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
         print(f"moma: a picture was left out: {reason}", file=sys.stderr)
 
@@ -202,27 +210,34 @@ def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
     }
 
 
-def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, Any]:
-    """Sources, held-out share, and a configuration with `text_tokenizer` and `codec`."""
+def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
+    """Sources, shares to hold out and to reject, and a configuration of tokenizer and codec."""
+    from pydantic import Field
+
     from moma.data.sources import TextConfig
     from moma.recipe import Config, check, override, read_recipe
     from moma.tokenizers.image import CodecConfig
     from moma.tokenizers.text import TextTokenizerConfig
     from moma.train.recipe import Recipe
 
+    class Rejected(Config):
+        max_rejected: float = Field(default=0.01, ge=0, le=1)
+
     class Sections(Config):
         text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
         codec: CodecConfig = CodecConfig()
+        data: Rejected = Rejected()
 
     if inputs[0].endswith(".toml"):
         recipe = read_recipe(Recipe, Path(inputs[0]), inputs[1:])
-        return recipe.data.sources, recipe.data.held_out, recipe
+        return recipe.data.sources, recipe.data.held_out, recipe.data.max_rejected, recipe
     files = [name for name in inputs if "=" not in name or Path(name).is_file()]
     changes = [name for name in inputs if name not in files]
     if not files:
         raise UserError("name a recipe or text files before the changes")
     sources = [TextConfig(path=Path(name)) for name in files]
-    return sources, 0.0, check(Sections, override({}, changes), "the command line")
+    sections = check(Sections, override({}, changes), "the command line")
+    return sources, 0.0, sections.data.max_rejected, sections
 
 
 def _tell_rejected(corpus: "Corpus") -> None:

@@ -59,8 +59,6 @@ def told_by_system(error: OSError) -> UserError | None:
     if isinstance(error, shutil.Error):  # of a folder: source, copy and reason of each file
         return StorageError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}")
     told = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-    if isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
-        return UserError(f"{told}; choose another path")
     if error.errno in _AILING:
         return StorageError(f"{told}; see to the disk, and the same command goes on")
-    return None
+    return None if error.filename is None else UserError(f"{told}; choose another path")

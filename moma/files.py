@@ -24,11 +24,23 @@ def write_whole(path: Path, text: str) -> None:
 def writing_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when all of it is written and on the disk."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    with unfinished.open("wb") as file:
-        yield file
-        to_disk(file)
-    os.replace(unfinished, path)
-    sync_folder(path.parent)
+    with naming(path):
+        with unfinished.open("wb") as file:
+            yield file
+            to_disk(file)
+        os.replace(unfinished, path)
+        sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name a file: one of writing, such as of a full disk, does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
 
 
 def place_whole(path: Path, fill: Callable[[Path], object]) -> None:

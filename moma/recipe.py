@@ -19,7 +19,7 @@ from moma.errors import UserError
 class Config(BaseModel):
     """A section of a recipe: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -119,8 +119,14 @@ def check(schema: type[AnyConfig], values: dict[str, Any], origin: str) -> AnyCo
     try:
         return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(schema, problem) for problem in error.errors()]
-        raise UserError(f"{origin}: " + "; ".join(lines)) from error
+        problems = error.errors()
+        told = [
+            _explain(schema, problem)
+            for problem in problems
+            # A list that lost its members to errors of their own is not short as well.
+            if problem["type"] != "too_short" or not _is_within(problem["loc"], problems)
+        ]
+        raise UserError(f"{origin}: " + "; ".join(told)) from error
 
 
 def write_recipe(config: Config, path: Path) -> None:
@@ -136,8 +142,14 @@ def _parse(value: str) -> Any:
         return value
 
 
+def _is_within(location: tuple[int | str, ...], problems: list[Any]) -> bool:
+    """Whether a problem lies inside of what `location` points to."""
+    depth = len(location)
+    return any(p["loc"][:depth] == location and len(p["loc"]) > depth for p in problems)
+
+
 def _explain(schema: type[BaseModel], problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
+    key = ".".join(_written(schema, problem["loc"]))
     if problem["type"] != "extra_forbidden":
         told = problem["msg"].removeprefix("Value error, ")
         return f"'{key}': {told}" if key else told
@@ -149,19 +161,34 @@ def _explain(schema: type[BaseModel], problem: Any) -> str:
 
 def _keys_beside(schema: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
     """Names of the fields that are allowed where `location` points to an unknown one."""
-    candidates: list[Any] = [schema]
+    candidates = [schema]
     for part in location[:-1]:
-        following = [
-            model.model_fields[part].annotation
-            for model in candidates
-            if isinstance(part, str) and part in model.model_fields
-        ]
-        candidates = [model for kind in following for model in _models_in(kind)] or candidates
-        tagged = [model for model in candidates if _has_tag(model, part)]
-        candidates = tagged or candidates
+        candidates = _below(candidates, part)
     return {
         field.alias or name for model in candidates for name, field in model.model_fields.items()
     }
+
+
+def _written(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """A location as recipes write it: without pydantic's names for members of a tagged union."""
+    candidates, written = [schema], []
+    for part in location:
+        is_key = any(part in model.model_fields for model in candidates)
+        if is_key or not any(_has_tag(model, part) for model in candidates):
+            written.append(str(part))
+        candidates = _below(candidates, part)
+    return written
+
+
+def _below(candidates: list[type[BaseModel]], part: int | str) -> list[type[BaseModel]]:
+    """The models that one more part of a location leads to from any of `candidates`."""
+    following = [
+        model.model_fields[part].annotation
+        for model in candidates
+        if isinstance(part, str) and part in model.model_fields
+    ]
+    candidates = [model for kind in following for model in _models_in(kind)] or candidates
+    return [model for model in candidates if _has_tag(model, part)] or candidates
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

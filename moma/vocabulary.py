@@ -7,10 +7,10 @@ Nothing else in the system stores a token's modality: it is looked up here.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class Vocabulary:
     @cached_property
     def fingerprint(self) -> str:
         """Short digest: equal for equal vocabularies, written into shards and checkpoints."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self._values()).encode()).hexdigest()[:16]
 
     def wrap_image(self, codes: np.ndarray) -> list[int]:
         """Ids of a picture in a sequence: boundary, codes ([codes_per_image] indices), boundary."""
@@ -79,7 +79,7 @@ class Vocabulary:
 
     def differences(self, other: "Vocabulary") -> str:
         """The fields in which two vocabularies differ, for a message; empty if they are equal."""
-        mine, theirs = asdict(self), asdict(other)
+        mine, theirs = self._values(), other._values()
         return ", ".join(
             f"{key} ({len(mine[key])} and {len(theirs[key])} ids)"
             if key == "image_codes"
@@ -90,7 +90,11 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
-        write_whole(path, json.dumps(asdict(self)) + "\n")
+        write_whole(path, json.dumps(self._values()) + "\n")
+
+    def _values(self) -> dict[str, Any]:
+        # `asdict` would copy each of the image codes.
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def load(cls, path: Path) -> "Vocabulary":

@@ -732,3 +732,10 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
     outcome = moma("prepare", make_input(tmp_path))
     assert outcome.code == 130
     assert "the same command goes on" in outcome.err
+
+
+def test_paths_that_the_system_refuses_are_one_message(trained, tmp_path):
+    recipe = trained / "recipe.toml"
+    for path in ("/proc/x", f"{tmp_path}/{'x' * 300}"):
+        told = refuses("prepare", recipe, f"data.path={path}")
+        assert path in told and told.endswith("; choose another path")

@@ -10,6 +10,7 @@ from conftest import tiny_recipe, write_sources
 from PIL import Image
 from test_cli import moma, refuses, succeeds
 
+from moma.data.documents import is_held_out
 from moma.data.pictures import read_picture
 from moma.runs import Tokenizers
 from moma.tokenizers.image import ImageCodec, preprocess
@@ -169,3 +170,40 @@ def test_bad_input_is_one_message(sources, made, tmp_path):
     assert "name a recipe or text files" in refuses("tokenizer", "train-text", "a=b")
     weights = refuses("tokenizer", "import-chameleon", made, tmp_path / "no.pt", "--out", tmp_path)
     assert "no.pt: cannot read the weights" in weights
+
+
+def test_texts_without_a_usable_row_make_no_tokenizer(sources, tmp_path):
+    broken, out = tmp_path / "broken.txt", tmp_path / "out"
+    broken.write_bytes(b"\xff\xfe")
+    told = refuses("tokenizer", "train-text", broken, *CHANGES, "--out", out)
+    assert "no document to learn from" in told and f"{broken}, row 1: not UTF-8" in told
+    broken.write_bytes(b"\xff\n\n" + b"a word\n\n" * 9)
+    told = refuses("tokenizer", "train-text", broken, *CHANGES, "--out", out)
+    assert "1 of 10 rows were rejected" in told and "raise data.max_rejected" in told
+    assert not out.exists()
+    allowed = "data.max_rejected=0.1"
+    assert "9 documents" in succeeds(
+        "tokenizer", "train-text", broken, *CHANGES, allowed, "--out", out
+    )
+
+
+def test_held_out_pictures_that_cannot_be_read_cost_no_codec(sources, tmp_path):
+    pictures = tmp_path / "pictures"
+    write_sources(pictures)
+    recipe = tiny_recipe(pictures, tmp_path / "data")
+    (source, _) = recipe.data.sources
+    for document in source.documents():
+        if is_held_out(document, 0.2):
+            (pictures / document.name).write_bytes(b"no picture")
+    values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    (tmp_path / "recipe.toml").write_text(tomli_w.dumps(values))
+    outcome = moma("tokenizer", "train-image", tmp_path / "recipe.toml", "--out", tmp_path / "out")
+    assert outcome.code == 0 and "a picture was left out" in outcome.err
+
+
+def test_a_picture_that_cannot_be_written_is_one_message(sources, made, tmp_path):
+    (tmp_path / "file").write_text("")
+    picture = sources / "sources" / "3.png"
+    for out in (tmp_path / "file" / "out.png", "/proc/x/out.png"):
+        told = refuses("tokenizer", "show", made, "--image", picture, "--out", out)
+        assert told.endswith("; choose another path")

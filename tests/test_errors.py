@@ -20,6 +20,7 @@ def system(number: int) -> OSError:
     [
         (SharedError("wrong"), 2, "moma: wrong"),
         (system(errno.EACCES), 2, "moma: a/file: Permission denied; choose another path"),
+        (system(errno.ENOENT), 2, "moma: a/file: No such file or directory; choose another path"),
         (system(errno.ENOSPC), 74, "moma: a/file: No space left on device; see to the disk"),
         (system(errno.EIO), 74, "moma: a/file: Input/output error"),
         (shutil.Error([("a", "b", "[Errno 28] No space left")]), 74, "moma: cannot copy a: [Errno"),
@@ -42,10 +43,10 @@ def test_exit_codes(monkeypatch, capsys, error, code, told):
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
     def app() -> None:
-        raise system(errno.ENOENT)
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # of no file that somebody named
 
     monkeypatch.setattr(cli, "app", app)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(OSError, match="Bad file descriptor"):
         cli.main()
 
 

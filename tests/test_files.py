@@ -1,10 +1,11 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
 
 import pytest
 
-from moma.files import UNFINISHED, place_whole, write_whole
+from moma.files import UNFINISHED, naming, place_whole, write_whole
 
 
 def fill_folder(path):
@@ -67,3 +68,16 @@ def test_everything_is_on_the_disk_before_the_name_and_the_name_at_last(
     parts = {"whole" + UNFINISHED} | ({"one", "two", "deep"} if kind == "folder" else set())
     assert set(events[: len(parts)]) == parts
     assert events[len(parts) :] == ["renamed", tmp_path.name]
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as caught:
+        write_whole(tmp_path / "a.json", "a")
+    assert caught.value.filename == str(tmp_path / "a.json")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(FileNotFoundError, match=r"b\.json"), naming(tmp_path / "a.json"):
+        (tmp_path / "b.json").read_text()

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moma"
 FLOORS = (
-    {"errors", "files", "vocabulary", "recipe", "runs", "progress"},
+    {"errors", "files", "hashes", "vocabulary", "recipe", "runs", "progress"},
     {"runtime"},
     {"tokenizers", "data", "model"},
     {"train", "generate"},

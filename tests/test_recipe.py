@@ -208,7 +208,7 @@ def test_every_mistake_is_told_at_once():
         (["model.heads=5"], "multiple of 2 × heads"),
         (["data.sources=[]"], "'data.sources'"),
         (["data.sources.1.name=captions"], "several sources are named captions"),
-        (["data.sources.0.name=a/b"], "'data.sources.0.captions.name'"),
+        (["data.sources.0.name=a/b"], "'data.sources.0.name'"),
     ],
 )
 def test_values_that_do_not_fit_together_are_refused(recipe, changes, message):
@@ -323,3 +323,17 @@ def test_a_wrong_extension_is_named(tmp_path, text, base, named):
 def test_an_architecture_that_cannot_be_is_named(recipe, override, named):
     with pytest.raises(UserError, match=named):
         read_recipe(Recipe, recipe, [override])
+
+
+def test_an_unknown_key_of_a_source_is_told_as_it_is_written(recipe):
+    with pytest.raises(UserError) as caught:
+        read_recipe(Recipe, recipe, ["data.sources.0.colour=1"])
+    told = str(caught.value)
+    assert "unknown key 'data.sources.0.colour'" in told
+    assert "at least 1 item" not in told and ";" not in told.partition("valid keys here")[2]
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
+def test_numbers_are_finite(recipe, value):
+    with pytest.raises(UserError, match=r"'data\.sources\.0\.weight': .*finite"):
+        read_recipe(Recipe, recipe, [f"data.sources.0.weight={value}"])

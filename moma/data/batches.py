@@ -9,7 +9,8 @@ streams are, and the references of the documents that are open.
 
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pydantic import Field, model_validator
 
 from moma.data.mixing import Pool, Stream, share_out_stream
 from moma.data.packing import Batch, Packer, picture_budget
-from moma.data.shards import Encoders, Shards, open_shards
+from moma.data.shards import Encoders, Shard, Shards, open_shards
 from moma.data.sources import AnySource
 from moma.data.supply import Demand, Pictured, check_supply
 from moma.errors import UserError
@@ -127,6 +128,8 @@ class Batches(grain.DatasetIterator[Batch]):
             self._check_supply(config, pictures, vocabulary, rows_of)
         if not pictures:
             rows_of[True] = {}
+            if self._repeat and not rank:
+                print(*_left_out(self._shards), sep="", end="", file=sys.stderr)
         if config.workers > 1:
             self._readers = ThreadPoolExecutor(config.workers - 1)
         self._pictured, self._text = (
@@ -277,6 +280,27 @@ def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[st
             },
         }
         for rank in range(world_size)
+    ]
+
+
+def tell_left_out(config: DataConfig, vocabulary: Vocabulary) -> None:
+    """Say on standard error how much training without pictures leaves out; nothing if nothing."""
+    opened = _open(config, vocabulary)
+    shards = {name: one.splits["train"] for name, one in opened.items()}
+    print(*_left_out(shards), sep="", end="", file=sys.stderr)
+
+
+def _left_out(shards: Mapping[str, Shard]) -> list[str]:
+    """A line if documents have pictures."""
+    pictures = [shard.pictures[shard.pictures > 0] for shard in shards.values()]
+    if not any(map(len, pictures)):
+        return []
+    found, of_all = sum(map(len, pictures)), sum(map(len, shards.values()))
+    named = ", ".join(n for n, found in zip(shards, pictures, strict=True) if len(found))
+    return [
+        f"note: picture_share is 0, so {found:,} of the {of_all:,} training documents, those with "
+        f"pictures ({sum(int(one.sum()) for one in pictures):,} in {named}), are left out, their "
+        "text too\n"
     ]
 
 

@@ -16,6 +16,7 @@ from typing import IO
 from PIL import Image
 from torch import Tensor
 
+from moma.data.chunks import refusal
 from moma.data.documents import (
     Document,
     Picture,
@@ -24,7 +25,6 @@ from moma.data.documents import (
     held_out_share,
     is_held_out,
 )
-from moma.data.tokens import refusal
 from moma.errors import UserError
 from moma.tokenizers.image import preprocess
 
@@ -51,6 +51,7 @@ class Corpus:
         """
         self._sources, self._held_out, self._most = sources, held_out, most
         self.documents = 0
+        self._read: dict[str, int] = {}
         self._rejected: dict[str, int] = {}
         self.first_rejected: Rejected | None = None
         self.rows: dict[str, int] = {}
@@ -59,6 +60,27 @@ class Corpus:
     def rejected(self) -> int:
         """How many of the rows that were read could not be documents."""
         return sum(self._rejected.values())
+
+    def check(self, most_rejected: float) -> None:
+        """Refuse what was read.
+
+        Args:
+            most_rejected: share of a source's rows that may be rejected.
+
+        Raises:
+            UserError: there was no document, or too many rows of a source could not be one.
+        """
+        first = self.first_rejected
+        told = f"; the first: {first.row}: {first.reason}" if first else ""
+        if not self.documents:
+            raise UserError(f"there is no document to learn from{told}; check the sources")
+        for name, rejected in self._rejected.items():
+            if rejected > most_rejected * self._read[name]:
+                raise UserError(
+                    f"source '{name}': {rejected} of {self._read[name]} rows were rejected, more "
+                    f"than data.max_rejected = {most_rejected:g} allows{told}; or raise "
+                    "data.max_rejected"
+                )
 
     def texts(self) -> Iterator[str]:
         """The texts of the documents that are for training."""
@@ -90,7 +112,8 @@ class Corpus:
     def _readable(self, source: Source) -> Iterator[Document]:
         """The documents of a source that tokenizer and codec can hold."""
         number = rejected = 0
-        for number, row in enumerate(source.documents(), 1):  # noqa: B007
+        for number, row in enumerate(source.documents(), 1):
+            self._read[source.name] = max(number, self._read.get(source.name, 0))
             if isinstance(row, Document):
                 reason = refusal(row)
                 if reason is None:
@@ -160,6 +183,14 @@ class ReadablePictures(Sequence[Tensor]):
         """
         self.pictures, self.size, self.most_unreadable = pictures, size, most_unreadable
         self.unreadable: dict[int, str] = {}
+
+    @property
+    def has_readable(self) -> bool:
+        """Whether there is a picture that can be read."""
+        try:
+            return self[0] is not None
+        except (IndexError, UserError):
+            return False
 
     def __len__(self) -> int:
         return len(self.pictures)

@@ -5,14 +5,15 @@ fixed order. Pictures are read when they are needed, so that a source of million
 memory.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Protocol
 
+import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from moma.hashes import unit_hashes
 from moma.recipe import Config
 
 
@@ -102,11 +103,6 @@ class Source(Protocol):
         ...
 
 
-def unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on `text` alone: splits by it are stable under growth."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7]) / 2**56
-
-
 def held_out_share(source: Source | SourceConfig, default: float) -> float:
     """The share of a source's documents that is kept from training.
 
@@ -125,6 +121,15 @@ def is_held_out(document: Document, share: float) -> bool:
         document: the document.
         share: `held_out_share` of its source.
     """
-    if document.held_out is not None:
-        return document.held_out
-    return unit_hash(f"held out: {document.held_out_with or document.name}") < share
+    return bool(which_held_out([document], share)[0])
+
+
+def which_held_out(documents: Sequence[Document], share: float) -> np.ndarray:
+    """`is_held_out` of each document, bool of shape [documents]; in less time than one by one."""
+    chosen = (
+        unit_hashes([f"held out: {one.held_out_with or one.name}" for one in documents]) < share
+    )
+    for number, document in enumerate(documents):
+        if document.held_out is not None:
+            chosen[number] = document.held_out
+    return chosen

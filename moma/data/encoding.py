@@ -1,7 +1,8 @@
 """Documents → encoded shards: token ids on disk, ready to be mixed and packed.
 
-    source.documents() → chunks ─┬→ texts, in a thread → tokenizer ─┬→ beginning, segments in
-                                 └→ pictures, read ahead → codec ───┘   order, end → parts of shards
+    source.documents() → chunks ─┬→ texts, in two threads → tokenizer ─┬→ beginning, segments in
+                                 └→ pictures, read ahead → codec ──────┘   order, end → parts of
+                                                                           shards
 
 Chunks, and the batches of pictures inside them, depend on the documents alone: neither the number
 of worker processes nor an interruption changes a byte of what is written (`parts.py`). A document
@@ -21,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from moma.data.documents import Document, Rejected, Source, is_held_out
+from moma.data.documents import Document, Rejected, Source, which_held_out
 from moma.data.parts import PartialShards, complete_shards, first_rejected
 from moma.data.read_ahead import PictureReader
 from moma.data.shards import REJECTED_FILE, SPLITS, Encoders, ShardInfo, shard_features
@@ -197,7 +198,7 @@ def _check_rejected(info: ShardInfo, limits: Limits, folder: Path) -> None:
 def _tables(
     chunk: EncodedChunk, vocabulary: Vocabulary, held_out_share: float
 ) -> dict[str, pa.Table]:
-    held_out = np.array([is_held_out(one, held_out_share) for one in chunk.documents], bool)
+    held_out = which_held_out(chunk.documents, held_out_share)
     table = _table(chunk, vocabulary)
     chosen = dict(zip(SPLITS, (~held_out, held_out), strict=True))
     return {split: table.filter(pa.array(rows)) for split, rows in chosen.items()}
@@ -205,7 +206,7 @@ def _tables(
 
 def _table(chunk: EncodedChunk, vocabulary: Vocabulary) -> pa.Table:
     schema = shard_features(vocabulary).arrow_schema
-    bounds = np.cumsum([0, *chunk.lengths], dtype=np.int32)
+    bounds = np.concatenate([[0], np.cumsum(chunk.lengths)]).astype(np.int32)
     columns = {
         "ids": pa.ListArray.from_arrays(
             pa.array(bounds), pa.array(chunk.ids, type=schema.field("ids").type.value_type)

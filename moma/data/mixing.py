@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from grain.experimental import index_shuffle
 
-from moma.data.documents import unit_hash
 from moma.data.packing import Encoded
+from moma.hashes import unit_hash
 
 # Slots over which weights are rounded: a source's share is off by at most half a slot.
 _SLOTS = 100_000

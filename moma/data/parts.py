@@ -38,7 +38,7 @@ from moma.data.shards import (
     shard_features,
     sum_counts,
 )
-from moma.files import UNFINISHED, sync_folder, to_disk, write_whole, writing_whole
+from moma.files import UNFINISHED, naming, sync_folder, to_disk, write_whole, writing_whole
 from moma.vocabulary import Vocabulary
 
 _MAKING_FILE = "making.json"
@@ -149,7 +149,15 @@ class PartWriter:
         return self.part.stop - self.part.first
 
     def add(self, tables: dict[str, pa.Table], rejected: Sequence[Rejected]) -> None:
-        """Write the next rows: encoded documents by split, and rejected ones."""
+        """Write the next rows: encoded documents by split, and rejected ones.
+
+        Raises:
+            OSError: they cannot be written; it names the folder.
+        """
+        with naming(self._folder):
+            self._add(tables, rejected)
+
+    def _add(self, tables: dict[str, pa.Table], rejected: Sequence[Rejected]) -> None:
         counts = dict(self.part.counts)
         for split, table in tables.items():
             if table.num_rows:
@@ -172,11 +180,12 @@ class PartWriter:
 
     def commit(self) -> Part:
         """Bring the files to the disk, give them their names, and then the part's record."""
-        for writer in self._writers.values():
-            writer.close()
-        for file in self._files.values():
-            to_disk(file)
-        self._open.close()
+        with naming(self._folder):
+            for writer in self._writers.values():
+                writer.close()
+            for file in self._files.values():
+                to_disk(file)
+            self._open.close()
         for name in self._files:
             os.replace(self._folder / (name + UNFINISHED), self._folder / name)
         sync_folder(self._folder)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma.data.batches import DataConfig
+from moma.data.batches import DataConfig, tell_left_out
 from moma.data.encoding import Limits, encode_source
 from moma.data.packing import picture_budget
 from moma.data.parts import copy_rejected
@@ -25,14 +25,17 @@ from moma.data.read_ahead import PictureReader
 from moma.data.shards import REJECTED_FILE, ShardInfo, sum_counts
 from moma.data.tokenizers import encoders_of, provide_tokenizers
 from moma.data.training_documents import TrainingDocuments
-from moma.files import writing_whole
+from moma.files import held_alone, writing_whole
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
 from moma.tokenizers.image import CodecConfig, ImageCodec, to_float
 from moma.tokenizers.image_training import CodecTrainingConfig
 from moma.tokenizers.pixels import square_pixels
-from moma.tokenizers.text import TextTokenizerConfig, encode_texts, load_text_tokenizer
+from moma.tokenizers.text import TextTokenizerConfig, encode_each, load_text_tokenizer
 from moma.vocabulary import Vocabulary
+
+# Seconds to wait for another process that prepares the same folder.
+PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,21 @@ def prepare(
 
     Raises:
         UserError: the recipe's picture share is impossible, too many rows of a source cannot be
-            used, or the folder was prepared with other settings.
+            used, the folder was prepared with other settings, or another process is at work there.
     """
     folder = Tokenizers(data.path)
     _check_budget(data, folder, text_tokenizer, codec)
     folder.path.mkdir(parents=True, exist_ok=True)
-    reading = TrainingDocuments(data)
-    vocabulary = provide_tokenizers(
-        reading, text_tokenizer, codec, codec_training, seed, device, quiet
-    )
-    reading.tell_changes()
-    return Prepared(vocabulary, _encode_all(reading, folder, vocabulary, device, quiet, workers))
+    with held_alone(folder.path, PATIENCE):
+        reading = TrainingDocuments(data)
+        vocabulary = provide_tokenizers(
+            reading, text_tokenizer, codec, codec_training, seed, device, quiet
+        )
+        reading.tell_changes()
+        infos = _encode_all(reading, folder, vocabulary, device, quiet, workers)
+    if not data.picture_share:
+        tell_left_out(data, vocabulary)
+    return Prepared(vocabulary, infos)
 
 
 def encode_pictures(
@@ -161,7 +168,7 @@ def _encode_all(
                 with show_progress(f"encode {source.name}", total, quiet) as report:
                     infos[source.name] = encode_source(
                         source,
-                        partial(encode_texts, tokenizer),
+                        partial(encode_each, tokenizer),
                         partial(encode_pictures, codec, device) if codec else None,
                         vocabulary,
                         sources.held_out(source),

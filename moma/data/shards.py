@@ -70,8 +70,16 @@ class Encoders(Config):
 
     @classmethod
     def load(cls, folder: Path) -> "Encoders | None":
-        """Those of a data folder; None where none were saved."""
-        return read_config(cls, folder / _ENCODERS_FILE)
+        """Those of a data folder; None where none were saved.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        file = folder / _ENCODERS_FILE
+        found = read_config(cls, file)
+        if found is None and file.exists():
+            raise UserError(f"{file}: damaged; run `moma prepare` again, which writes it anew")
+        return found
 
     def differences(self, other: "Encoders") -> str:
         """What differs, for a message; empty if nothing does."""

@@ -18,9 +18,10 @@ from PIL import Image
 from pydantic import Field, field_validator
 
 from moma.data.dictionary import definitions
-from moma.data.documents import Document, Picture, Segment, SourceConfig, SourceName, unit_hash
+from moma.data.documents import Document, Picture, Segment, SourceConfig, SourceName
 from moma.data.drawings import STYLES, drawings, render
 from moma.errors import UserError
+from moma.hashes import unit_hash
 
 RELATIONS = ("left of", "right of", "above", "below")
 # Where the first object of each relation stands.

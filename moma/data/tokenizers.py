@@ -130,7 +130,8 @@ def _make_codec(
         ReadablePictures(pictures, config.picture_size, most_unreadable=1)
         for pictures in (found, corpus.pictures(held_out=True))
     )
-    make_codec(config, training, seen, unseen, folder, seed, device, quiet)
+    measured = unseen if unseen.has_readable else ()
+    make_codec(config, training, seen, measured, folder, seed, device, quiet)
 
 
 def _bind(folder: Tokenizers, settings: dict[str, Any]) -> None:

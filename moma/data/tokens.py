@@ -12,31 +12,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
-from typing import Self, TypeGuard, TypeVar
+from itertools import chain
+from threading import Lock
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from moma.data.documents import Document, Picture, Rejected, Segment
+from moma.data.chunks import Chunk, chunks_of, together
+from moma.data.documents import Document, Picture, Rejected
 from moma.data.read_ahead import PictureReader, Pixels
 from moma.errors import UserError
 from moma.vocabulary import IMAGE, Vocabulary
 
-# A chunk ends with the document that reaches one of these.
-CHUNK_DOCUMENTS = 1024
-CHUNK_PICTURES = 256
-CHUNK_CHARACTERS = 1_000_000
-# The tokenizer is faster with the texts of several chunks at once, if they are not too long.
-CHUNKS_TOGETHER = 8
 TEXTS_AHEAD = 2
 BATCH_PICTURES = 16
 BATCHES_AHEAD = 2
-# More of one document would take gigabytes: tokenizing takes some hundred times the text's size.
-MOST_CHARACTERS = 20_000_000
-MOST_PICTURES = 10_000
 
 T = TypeVar("T")
-EncodeText = Callable[[list[str]], list[list[int]]]
+EncodeText = Callable[[list[str]], Iterable[list[int]]]
 EncodePictures = Callable[[list[np.ndarray]], np.ndarray]
 
 
@@ -48,69 +41,37 @@ class EncodedChunk:
         documents: those that could be encoded.
         ids: their tokens one behind another, integers of shape [tokens]; pictures are wrapped in
             their boundaries and documents in their beginning and end.
-        lengths: tokens of each document.
-        pictures: pictures of each document.
+        lengths: tokens of each document, int64 of shape [documents].
+        pictures: pictures of each document, int64 of shape [documents].
         rejected: the other rows.
     """
 
     documents: list[Document]
     ids: np.ndarray
-    lengths: list[int]
-    pictures: list[int]
+    lengths: np.ndarray
+    pictures: np.ndarray
     rejected: list[Rejected]
 
 
-def refusal(document: Document) -> str | None:
-    """Why tokenizer and codec cannot hold a document; None if it can."""
-    pictures, characters = _size(document)
-    if pictures > MOST_PICTURES:
-        return f"{pictures} pictures, at most {MOST_PICTURES}; set the source's max_pictures"
-    if characters > MOST_CHARACTERS:
-        return f"{characters} characters of text, at most {MOST_CHARACTERS}; split the document"
-    for text in (document.name, *filter(_is_text, document.segments)):
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"{error.reason} at character {error.start} of {text[:40]!a}"
-            return f"not Unicode ({found}); mend it"
-    return None
-
-
-def _is_text(segment: Segment) -> TypeGuard[str]:
-    return isinstance(segment, str)
-
-
-def _size(document: Document) -> tuple[int, int]:
-    """Pictures, and characters of text."""
-    pictures = characters = 0
-    for segment in document.segments:
-        if isinstance(segment, str):
-            characters += len(segment)
-        else:
-            pictures += 1
-    return pictures, characters
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Consecutive rows of a source.
+class _Ids(NamedTuple):
+    """Ids of texts.
 
     Attributes:
-        rows: as the source yields them; those that a tokenizer cannot hold are rejected.
-        pictures: pictures of the documents.
-        characters: characters of their texts.
+        flat: of all texts, one behind another, int64 of shape [tokens].
+        lengths: how many each text has, int64 of shape [texts].
     """
 
-    rows: list[Document | Rejected]
-    pictures: int
-    characters: int
+    flat: np.ndarray
+    lengths: np.ndarray
 
-    @property
-    def segments(self) -> Iterator[Segment]:
-        """The segments of the documents, in order."""
-        for row in self.rows:
-            if isinstance(row, Document):
-                yield from row.segments
+    def split(self, counts: Iterable[int]) -> "Iterator[_Ids]":
+        """Those of the first so many texts, of the next so many, …."""
+        text = token = 0
+        for count in counts:
+            lengths = self.lengths[text : text + count]
+            tokens = int(lengths.sum())
+            yield _Ids(self.flat[token : token + tokens], lengths)
+            text, token = text + count, token + tokens
 
 
 @dataclass(frozen=True)
@@ -119,11 +80,11 @@ class _Encoding:
 
     Attributes:
         chunk: the rows.
-        texts: ids of every text of all these chunks, in order; each takes its own.
+        texts: the ids of each of these chunks, in order; each takes its own.
     """
 
-    chunk: _Chunk
-    texts: Future[Iterator[np.ndarray]]
+    chunk: Chunk
+    texts: Future[Iterator[_Ids]]
 
 
 class Encoder:
@@ -138,8 +99,6 @@ class Encoder:
         self._encode_text = encode_text
         self._encode_pictures = encode_pictures
         self._vocabulary = vocabulary
-        self._beginning = np.array([vocabulary.beginning])
-        self._end = np.array([vocabulary.end])
         self._id_of_code = np.asarray(vocabulary.image_codes, dtype=np.int64)
         self._reserved = vocabulary.modality_of_id == IMAGE
         self._reserved[
@@ -152,8 +111,10 @@ class Encoder:
             ]
         ] = True
         # All leave Python for most of their time, so that texts, codes and rows overlap. While one
-        # thread turns what the tokenizer gave into ids, the tokenizer works for the other.
+        # thread turns what the tokenizer gave into ids, the tokenizer works for the other: one
+        # after the other, or both would be done with it, and wait for Python, at the same time.
         self._text_threads = ThreadPoolExecutor(TEXTS_AHEAD, "texts")
+        self._tokenizing = Lock()
         self._code_thread = ThreadPoolExecutor(1, "codes")
 
     def __enter__(self) -> Self:
@@ -171,7 +132,7 @@ class Encoder:
         read: list[bytes | UserError] = []
         for item in reader.read(self._stream(rows, chunk_tokens)):
             if isinstance(item, _Encoding):
-                yield self._join(item.chunk.rows, item.texts.result(), iter(read), codes.take())
+                yield self._join(item.chunk, next(item.texts.result()), read, codes.take())
                 read = []
             elif isinstance(item, Pixels):
                 codes.add(item)
@@ -183,32 +144,39 @@ class Encoder:
         self, rows: Iterable[Document | Rejected], chunk_tokens: int
     ) -> Iterator[Picture | _Encoding]:
         """The pictures of each chunk, and behind them the chunk itself."""
-        chunks = _chunks(rows, chunk_tokens, self._vocabulary.image_span)
-        for encodings in _ahead(map(self._begin, _together(chunks)), TEXTS_AHEAD):
+        chunks = chunks_of(rows, chunk_tokens, self._vocabulary.image_span)
+        for encodings in _ahead(map(self._begin, together(chunks)), TEXTS_AHEAD):
             for encoding in encodings:
-                segments = encoding.chunk.segments
-                yield from (segment for segment in segments if isinstance(segment, Picture))
+                yield from encoding.chunk.pictures
                 yield encoding
 
-    def _begin(self, chunks: list[_Chunk]) -> list[_Encoding]:
+    def _begin(self, chunks: list[Chunk]) -> list[_Encoding]:
         """Let the texts of some chunks be encoded."""
-        segments = (segment for chunk in chunks for segment in chunk.segments)
-        texts = [segment for segment in segments if isinstance(segment, str)]
-        encoded = self._text_threads.submit(self._texts, texts)
+        encoded = self._text_threads.submit(self._texts, [chunk.texts for chunk in chunks])
         return [_Encoding(chunk, encoded) for chunk in chunks]
 
-    def _texts(self, texts: list[str]) -> Iterator[np.ndarray]:
-        """Ids of each text: views of one array, since making an array takes as long as a text."""
-        encoded = self._encode_text(texts)
-        bounds = list(accumulate(map(len, encoded), initial=0))
-        ids = np.fromiter(chain.from_iterable(encoded), np.int64, bounds[-1])
-        views = [ids[start:end] for start, end in pairwise(bounds)]
-        if self._reserved[ids].any():
+    def _texts(self, groups: list[list[str]]) -> Iterator[_Ids]:
+        """Ids of the texts of each group."""
+        texts = list(chain.from_iterable(groups))
+        with self._tokenizing:
+            encoded = self._encode_text(texts)
+        lengths: list[int] = []
+
+        def counted() -> Iterator[list[int]]:
+            for ids in encoded:
+                lengths.append(len(ids))
+                yield ids
+
+        flat = np.fromiter(chain.from_iterable(counted()), np.int64)
+        ids = _Ids(flat, np.array(lengths, np.int64))
+        if self._reserved[flat].any():
             wrong = next(
-                text for text, one in zip(texts, views, strict=True) if self._reserved[one].any()
+                text
+                for text, (own, _) in zip(texts, ids.split([1] * len(texts)), strict=True)
+                if self._reserved[own].any()
             )
             raise ValueError(f"the tokenizer gave a special id or an image code for {wrong!r}")
-        return iter(views)
+        return ids.split(map(len, groups))
 
     def _codes_of(self, values: list[np.ndarray]) -> list[np.ndarray]:
         """Ids of pictures with their boundaries."""
@@ -230,53 +198,117 @@ class Encoder:
 
     def _join(
         self,
-        rows: list[Document | Rejected],
-        texts: Iterator[np.ndarray],
-        read: Iterator[bytes | UserError],
+        chunk: Chunk,
+        texts: _Ids,
+        read: list[bytes | UserError],
         codes: dict[bytes, np.ndarray],
     ) -> EncodedChunk:
-        documents: list[Document] = []
-        rejected: list[Rejected] = []
-        pieces: list[np.ndarray] = [self._end[:0]]
-        lengths: list[int] = []
-        pictures: list[int] = []
-        for row in rows:
-            if isinstance(row, Rejected):
-                rejected.append(row)
-                continue
-            ids, broken = _join_one(row, texts, read, codes)
-            tokens = sum(map(len, ids))
-            if not broken and not tokens:
-                broken = "it is empty: neither text nor a picture"
-            if broken:
-                rejected.append(Rejected(row.row or row.name, broken))
-                continue
-            documents.append(row)
-            pieces += (self._beginning, *ids, self._end)
-            lengths.append(tokens + 2)
-            pictures.append(_size(row)[0])
-        return EncodedChunk(documents, np.concatenate(pieces), lengths, pictures, rejected)
+        """Put texts and pictures of a chunk into its documents, for all of them at once."""
+        segments = _Segments.of(chunk.documents)
+        unreadable = np.array([isinstance(found, UserError) for found in read], bool)
+        lengths = np.empty(len(segments.is_text), np.int64)
+        lengths[segments.is_text] = texts.lengths
+        lengths[~segments.is_text] = np.where(unreadable, 0, self._vocabulary.image_span)
+        flat = np.empty(lengths.sum(), np.int64)
+        in_text = np.repeat(segments.is_text, lengths)
+        flat[in_text] = texts.flat
+        drawn = [codes[found] for found in read if not isinstance(found, UserError)]
+        flat[~in_text] = np.concatenate([flat[:0], *drawn])
+        tokens = segments.sums(lengths)
+        reasons = _reasons(segments, tokens, read)
+        kept = np.ones(len(chunk.documents), bool)
+        kept[list(reasons)] = False
+        if reasons:
+            flat = flat[np.repeat(kept, tokens)]
+        all_are_kept = len(chunk.documents) == len(chunk.rows) and not reasons
+        documents, rejected = (
+            (chunk.documents, []) if all_are_kept else _told_apart(chunk.rows, reasons)
+        )
+        pictures = segments.sums(~segments.is_text)[kept]
+        return EncodedChunk(
+            documents, self._wrapped(flat, tokens[kept]), tokens[kept] + 2, pictures, rejected
+        )
+
+    def _wrapped(self, flat: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """The ids of documents, each between its beginning and its end.
+
+        Args:
+            flat: their ids, one behind another.
+            tokens: how many each of them has.
+        """
+        ends = np.cumsum(tokens + 2)
+        wrapped = np.empty(len(flat) + 2 * len(tokens), np.int64)
+        inside = np.ones(len(wrapped), bool)
+        for places, id_ in (
+            (ends - tokens - 2, self._vocabulary.beginning),
+            (ends - 1, self._vocabulary.end),
+        ):
+            wrapped[places] = id_
+            inside[places] = False
+        wrapped[inside] = flat
+        return wrapped
 
 
-def _join_one(
-    document: Document,
-    texts: Iterator[np.ndarray],
-    read: Iterator[bytes | UserError],
-    codes: dict[bytes, np.ndarray],
-) -> tuple[list[np.ndarray], str]:
-    """A document's ids and what is wrong with it; takes its texts and pictures from its chunk's."""
-    ids: list[np.ndarray] = []
-    broken = ""
-    for segment in document.segments:
-        if isinstance(segment, str):
-            ids.append(next(texts))
-            continue
-        found = next(read)
+class _Segments(NamedTuple):
+    """The segments of some documents, one behind another.
+
+    Attributes:
+        is_text: whether each is a text, else it is a picture; bool of shape [segments].
+        bounds: number of the first segment of each document, and at last of all segments; int64
+            of shape [documents + 1].
+    """
+
+    is_text: np.ndarray
+    bounds: np.ndarray
+
+    @classmethod
+    def of(cls, documents: list[Document]) -> "_Segments":
+        """Those of documents."""
+        parts = [document.segments for document in documents]
+        kinds = [isinstance(segment, str) for segment in chain.from_iterable(parts)]
+        return cls(np.array(kinds, bool), _starts(np.array([*map(len, parts)], np.int64)))
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """Sum over the segments of each document, of a value for each segment."""
+        return np.diff(_starts(values)[self.bounds])
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    """Where each of some runs begins, and where the last ends; int64 of shape [runs + 1]."""
+    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+
+
+def _reasons(
+    segments: _Segments, tokens: np.ndarray, read: list[bytes | UserError]
+) -> dict[int, str]:
+    """What is wrong with a document, by its number: its first broken picture, or nothing in it."""
+    reasons: dict[int, str] = {}
+    of_picture = np.searchsorted(segments.bounds, np.flatnonzero(~segments.is_text), "right") - 1
+    for number, found in zip(of_picture.tolist(), read, strict=True):
         if isinstance(found, UserError):
-            broken = broken or str(found)
+            reasons.setdefault(number, str(found))
+    for number in np.flatnonzero(tokens == 0).tolist():
+        reasons.setdefault(number, "it is empty: neither text nor a picture")
+    return reasons
+
+
+def _told_apart(
+    rows: list[Document | Rejected], reasons: dict[int, str]
+) -> tuple[list[Document], list[Rejected]]:
+    """Documents, and rows that are rejected: already, or for a reason by the document's number."""
+    documents: list[Document] = []
+    rejected: list[Rejected] = []
+    number = 0
+    for row in rows:
+        if isinstance(row, Rejected):
+            rejected.append(row)
+            continue
+        if reason := reasons.get(number):
+            rejected.append(Rejected(row.row or row.name, reason))
         else:
-            ids.append(codes[found])
-    return ids, broken
+            documents.append(row)
+        number += 1
+    return documents, rejected
 
 
 class _Codes:
@@ -319,50 +351,6 @@ class _Codes:
     def _collect(self) -> None:
         digests, running = self._running.popleft()
         self._known.update(zip(digests, running.result(), strict=True))
-
-
-def _chunks(
-    rows: Iterable[Document | Rejected], chunk_tokens: int, image_span: int
-) -> Iterator[_Chunk]:
-    """Consecutive rows; documents that tokenizer and codec cannot hold are rejected."""
-    chunk: list[Document | Rejected] = []
-    pictures = characters = 0
-    for row in rows:
-        if isinstance(row, Document):
-            if reason := refusal(row):
-                row = Rejected(row.row or row.name, reason)
-            else:
-                more_pictures, more_characters = _size(row)
-                pictures += more_pictures
-                characters += more_characters
-        chunk.append(row)
-        if (
-            len(chunk) >= CHUNK_DOCUMENTS
-            or pictures >= CHUNK_PICTURES
-            or characters >= CHUNK_CHARACTERS
-            # A token is a character or more, so that this comes rather too soon than too late.
-            or characters + pictures * image_span >= chunk_tokens
-        ):
-            yield _Chunk(chunk, pictures, characters)
-            chunk, pictures, characters = [], 0, 0
-    if chunk:
-        yield _Chunk(chunk, pictures, characters)
-
-
-def _together(chunks: Iterable[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Chunks whose texts are encoded at once; where there are pictures, each by itself."""
-    group: list[_Chunk] = []
-    for chunk in chunks:
-        group.append(chunk)
-        if (
-            len(group) == CHUNKS_TOGETHER
-            or chunk.pictures
-            or sum(one.characters for one in group) >= CHUNK_CHARACTERS
-        ):
-            yield group
-            group = []
-    if group:
-        yield group
 
 
 def _ahead(items: Iterable[T], count: int) -> Iterator[T]:

@@ -8,6 +8,7 @@ from moma.data.batches import DataConfig
 from moma.data.corpus import Corpus
 from moma.data.documents import Source, held_out_share
 from moma.data.encoding import source_digest
+from moma.errors import UserError
 from moma.files import write_whole
 from moma.recipe import Config, check
 
@@ -106,5 +107,11 @@ class TrainingDocuments:
     def _trained_on(self) -> dict[str, _TrainedOn]:
         if not self._file.exists():
             return {}
-        values = json.loads(self._file.read_text())
+        try:
+            values = dict(json.loads(self._file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{self._file}: damaged ({error}); delete it: it is only there to tell which "
+                "sources changed"
+            ) from error
         return {name: check(_TrainedOn, value, str(self._file)) for name, value in values.items()}

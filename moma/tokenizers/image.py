@@ -13,17 +13,19 @@ Shape suffixes: B pictures, H × W pixels, h × w codes, L = h·w, D width of a 
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Self, cast
 
 import torch
 from PIL import Image
 from pydantic import Field, model_validator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.errors import UserError
 from moma.recipe import Config, check
+from moma.tokenizers.image_state import write_tensors
 from moma.tokenizers.pixels import square_pixels
 
 _CHANNELS = 3
@@ -271,10 +273,14 @@ class ImageCodec(nn.Module):
         return vectors_BDhw, commitment
 
     def save(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, which is made if needed."""
+        """Write `config.json` and `model.safetensors` into a folder, which is made if needed.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
-        save_file(weights, folder / _WEIGHTS_FILE)
+        write_tensors(weights, folder / _WEIGHTS_FILE)
         (folder / _CONFIG_FILE).write_text(self.config.model_dump_json(indent=2) + "\n")
 
     @classmethod
@@ -294,7 +300,9 @@ class ImageCodec(nn.Module):
         try:
             codec.load_state_dict(weights)
         except RuntimeError as error:
-            raise UserError(f"{folder}: weights and config.json differ ({error})") from error
+            # Behind a heading, a line or a name for each tensor: the first ones tell enough.
+            told = shorten(str(error).partition("\n")[2] or str(error), 160, placeholder=" …")
+            raise UserError(f"{folder}: weights and config.json differ ({told})") from error
         return codec.eval()
 
 

@@ -3,10 +3,11 @@
 parts by name (modules and optimizers) ↔ tensors `part.name` in safetensors
 """
 
+import errno
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -25,6 +26,9 @@ def save_state(file: Path, parts: Parts, identity: str, step: int) -> None:
         parts: what the state is made of.
         identity: what has to be the same for a state to be resumed.
         step: steps done.
+
+    Raises:
+        OSError: it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     tensors = {
@@ -33,7 +37,22 @@ def save_state(file: Path, parts: Parts, identity: str, step: int) -> None:
         for name, value in _tensors(owner).items()
     }
     metadata = {"step": str(step), "identity": identity}
-    place_whole(file, lambda path: save_file(tensors, path, metadata=metadata))
+    place_whole(file, lambda path: write_tensors(tensors, path, metadata))
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors by name into a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    # The library has an exception of its own, derived from Exception alone.
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"cannot write it ({error})", str(path)) from error
 
 
 def restore_state(file: Path, parts: Parts, identity: str) -> int:

@@ -135,3 +135,29 @@ def test_a_full_disk_is_told(monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(UserError, match=r"No space left.*set TMPDIR"):
         Corpus([Stored()], held_out=0.5, most=100).pictures(held_out=False)
+
+
+def test_whether_any_picture_can_be_read_is_known_without_a_fault():
+    def pictures(*broken):
+        return ReadablePictures([picture(n, b) for n, b in enumerate(broken)], 4, most_unreadable=1)
+
+    assert pictures(True, False).has_readable
+    assert not pictures(True, True).has_readable
+    assert not pictures().has_readable
+
+
+def test_too_many_rejected_rows_and_none_at_all_are_refused():
+    corpus = Corpus([Numbers(), Numbers(name="other", count=4)], held_out=0.5, most=100)
+    list(corpus.texts())
+    corpus.check(0.2)
+    with pytest.raises(UserError, match=r"'numbers': 4 of 20 rows .* 0\.19 .* row 5: is divisible"):
+        corpus.check(0.19)
+
+    class Broken(Numbers):
+        def documents(self):
+            yield Rejected("broken, row 1", "not UTF-8")
+
+    corpus = Corpus([Broken()], held_out=0.5, most=100)
+    list(corpus.texts())
+    with pytest.raises(UserError, match="no document to learn from; the first: broken, row 1: not"):
+        corpus.check(1.0)

@@ -1,6 +1,12 @@
 """What is held out."""
 
-from moma.data.documents import Document, SourceConfig, held_out_share, is_held_out
+from moma.data.documents import (
+    Document,
+    SourceConfig,
+    held_out_share,
+    is_held_out,
+    which_held_out,
+)
 
 
 def test_a_source_s_own_share_goes_before_the_recipe_s():
@@ -26,3 +32,15 @@ def test_documents_of_one_origin_are_held_out_together():
         alone = is_held_out(Document(origin, ()), 0.5)
         pieces = [Document(f"{origin}#{n}", (), held_out_with=origin) for n in range(5)]
         assert {is_held_out(piece, 0.5) for piece in pieces} == {alone}
+
+
+def test_many_documents_are_told_apart_as_one_is():
+    told = [None, True, False]
+    documents = [
+        Document(f"dö{n}", (), held_out=told[n % 3], held_out_with="x" * (n % 5))
+        for n in range(300)
+    ]
+    for share in (0.0, 0.3, 1.0):
+        expected = [is_held_out(document, share) for document in documents]
+        assert which_held_out(documents, share).tolist() == expected
+    assert which_held_out([], 0.5).tolist() == []

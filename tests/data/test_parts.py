@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moma.data import parts, tokens
+from moma.data import chunks, parts
 from moma.data.documents import Document, Rejected
 from moma.data.encoding import Limits, encode_source
 from moma.data.shards import ShardInfo, open_shards
@@ -69,7 +69,7 @@ def contents(folder):
 
 @pytest.fixture(autouse=True)
 def small_chunks_and_a_fast_disk(monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK_DOCUMENTS", 3)
+    monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 3)
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 

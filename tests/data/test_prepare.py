@@ -1,5 +1,6 @@
 """`moma prepare`: kills, workers, text alone, sources that change, what is refused at once."""
 
+import errno
 import json
 import os
 import random
@@ -14,13 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.data import training_documents
+from moma.data import parts, training_documents
+from moma.data import prepare as prepare_module
 from moma.data.batches import Batches
 from moma.data.documents import Document, is_held_out
 from moma.data.prepare import Speed, prepare
 from moma.data.shards import Counts, Encoders, Part, ShardInfo
 from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
+from moma.files import held_alone
 from moma.recipe import check, write_recipe
 from moma.tokenizers import folder as folder_module
 from moma.train.recipe import Recipe
@@ -328,3 +331,64 @@ def test_a_broken_picture_among_few_held_out_ones_is_set_aside(tmp_path):
     assert 0 < len(kept) < 10
     (tmp_path / "pictures" / kept[0].name).write_bytes(b"no picture")
     assert run(recipe).summary()["rejected"] in (3, 4)  # it may be one of the three anyway
+
+
+def test_held_out_pictures_that_all_are_broken_leave_the_measure_to_training_ones(tmp_path):
+    recipe = make_recipe(tmp_path, 120, held_out=0.05, max_rejected=0.5)
+    (source, _) = recipe.data.sources
+    kept = [d for d in source.documents() if isinstance(d, Document) and is_held_out(d, 0.05)]
+    assert kept
+    for document in kept:
+        (tmp_path / "pictures" / document.name).write_bytes(b"no picture")
+    prepared = run(recipe)
+    assert prepared.sources["captions"].counts["held_out"].documents == 0
+    assert json.loads((tmp_path / "data/codec/metrics.json").read_text())["psnr"] > 0
+
+
+def test_pictures_that_a_share_of_0_leaves_out_are_told(tmp_path, capsys):
+    recipe = make_recipe(tmp_path, 50, picture_share=0)
+    prepared = run(recipe)
+    left_out = prepared.sources["captions"].counts["train"]
+    of_all = left_out.documents + prepared.sources["text"].counts["train"].documents
+    expected = (
+        f"note: picture_share is 0, so {left_out.documents} of the {of_all} training documents, "
+        f"those with pictures ({left_out.pictures} in captions), are left out, their text too\n"
+    )
+    assert capsys.readouterr().err == expected
+    Batches(recipe.data, prepared.vocabulary, seed=0)
+    assert capsys.readouterr().err == expected
+    Batches(recipe.data, prepared.vocabulary, seed=0, rank=1, world_size=2)
+    Batches(recipe.data, prepared.vocabulary, seed=0, split="held_out")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, 2)
+    monkeypatch.setattr(prepare_module, "PATIENCE", 0.0)
+    (tmp_path / "data").mkdir()
+    with (
+        held_alone(tmp_path / "data", 0),
+        pytest.raises(UserError, match="another process is at work"),
+    ):
+        run(recipe)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_broken_record_of_what_was_trained_on_is_told(tmp_path):
+    recipe = make_recipe(tmp_path, 50)
+    run(recipe)
+    for broken in ("", "[1, 2]", "3"):
+        (tmp_path / "data/trained_on.json").write_text(broken)
+        with pytest.raises(UserError, match=r"trained_on\.json: damaged .*delete it"):
+            run(recipe)
+
+
+def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, 50)
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(parts, "to_disk", full)
+    with pytest.raises(OSError, match=r"No space left on device.*captions\.partial"):
+        run(recipe)

@@ -122,3 +122,11 @@ def test_encoders_are_found_beside_the_data(tmp_path):
     assert Encoders.load(tmp_path) is None
     ENCODERS.save(tmp_path)
     assert Encoders.load(tmp_path) == ENCODERS
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"tokenizer": 3}'])
+def test_damaged_encoders_are_refused(tmp_path, text):
+    assert Encoders.load(tmp_path) is None
+    (tmp_path / "encoders.json").write_text(text)
+    with pytest.raises(UserError, match=r"encoders\.json: damaged; run `moma prepare` again"):
+        Encoders.load(tmp_path)

@@ -1,5 +1,6 @@
 """Recipes that their documents cannot feed: refused with the numbers, and the advice holds."""
 
+import math
 import re
 
 import numpy as np
@@ -7,10 +8,22 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moma.data.supply import Demand, Pictured, check_supply
+from moma.data.packing import Encoded, Packer
+from moma.data.supply import Demand, Pictured, _Text, check_supply
 from moma.errors import UserError
+from moma.vocabulary import Vocabulary
 
 CODES = 16
+VOCABULARY = Vocabulary(
+    size=30,
+    beginning=0,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=6,
+    image_codes=(4,),
+    codes_per_image=CODES,
+)
 
 
 class Documents:
@@ -102,3 +115,57 @@ def test_the_advice_is_accepted(documents, pictures, has_text):
         text, count = map(sum, zip(*documents, strict=True))
         needed = text / count + CODES + 2
         assert not too_much or needed > 400
+
+
+def test_what_may_be_missing_at_first_counts():
+    """Texts of one length need 0.16% beyond the average, those that differ need more."""
+    alike, differing = ([(text, 1) for text in texts] * 900 for texts in ((31, 31), (21, 41)))
+    check_supply(demand(8, most_padding=0.023), [pictured(*alike)], False, "a")
+    message = refusal(demand(8, most_padding=0.023), [pictured(*differing)], has_text=False)
+    assert "2.00% of the positions would be padding" in message
+    assert "of the first 300 micro-batches up to 0.69% more" in message
+    check_supply(demand(8, most_padding=0.027), [pictured(*differing)], False, "a")
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 60), st.integers(1, 3)), min_size=1, max_size=12),
+    st.sampled_from([40, 400]),
+    st.integers(1, 3),
+    st.integers(4, 12),
+    st.integers(0, 2**16),
+)
+@settings(deadline=None, max_examples=60)
+def test_what_is_accepted_keeps_padding_within_the_limit(kinds, count, rows, pictures, seed):
+    """The packer's first 300 micro-batches, with the least limit that is accepted."""
+    source = pictured(*(kinds * (count // len(kinds) + 1)))
+    documents = source.documents
+    text = sum(documents.texts) / documents.pictures.sum()
+    row_length = math.ceil(pictures * (text + CODES + 2) * 1.001 / rows)
+    assume(rows * (row_length // (CODES + 2)) >= pictures)
+    bare = demand(pictures, rows, row_length)
+    found = _Text.of([source], bare)
+    limit = bare.padding(pictures, found.beside) + found.padding_at_first(bare, pictures)
+    wanted = demand(pictures, rows, row_length, most_padding=limit * 1.0001)
+    check_supply(wanted, [source], False, "a")
+    packer = Packer(rows, row_length, pictures, VOCABULARY, shuffled(documents, seed), iter([]))
+    padding = 0
+    for _ in range(300):
+        try:
+            padding += packer.pack().padding
+        except UserError:  # text of some documents is longer than any row has room for
+            return
+    assert padding <= wanted.most_padding * 300 * wanted.size
+
+
+def shuffled(documents, seed):
+    """The documents epoch after epoch, each picture with a part of the text before it."""
+    draw = np.random.default_rng(seed)
+    while True:
+        for row in draw.permutation(len(documents.texts)):
+            words, picture = [5], [3, *[4] * CODES, 6]
+            places = int(documents.pictures[row]) + 1
+            before = draw.multinomial(documents.texts[row], [1 / places] * places)
+            parts = [words * before[0]]
+            for text in before[1:]:
+                parts += [picture, words * text]
+            yield Encoded("a", int(row), np.array([id_ for part in parts for id_ in part]))

@@ -1,11 +1,14 @@
 """`moma bench data` on the small world: what it counts is right, what it times is there."""
 
 import json
+import time
 
 import pytest
 from typer.testing import CliRunner
 
 from moma.cli import app
+from moma.data.documents import Picture
+from moma.errors import UserError
 from moma.recipe import read_recipe, shipped_recipe, write_recipe
 from moma.study import bench_data
 from moma.train.recipe import Recipe
@@ -69,3 +72,21 @@ def test_the_shipped_recipe_is_valid_and_asks_for_1024_codes():
     recipe = read_recipe(Recipe, shipped_recipe("bench_data.toml"))
     assert recipe.codec.codes_per_side**2 == 1024
     assert recipe.data.row_length == 4096
+
+
+def test_pictures_that_cannot_be_read_are_passed_over(tiny, tmp_path):
+    def missing():
+        raise UserError("there is none")
+
+    pictures = [*bench_data._pictures_of(tiny, 1), Picture("missing", missing)]
+    assert bench_data._write_captions(iter(pictures[::-1]), tmp_path / "c") == 1
+
+
+def test_processor_time_leaves_out_waiting():
+    def wait():
+        time.sleep(0.05)
+
+    for cpu_time, is_least in ((True, False), (False, True)):
+        sizes = bench_data.Sizes(repeats=1, cpu_time=cpu_time)
+        taken = bench_data._in_turn((wait, wait), sizes, lambda: None)
+        assert (taken.ours >= 0.05) is is_least

@@ -217,3 +217,17 @@ def test_preprocessing_uses_the_exact_scale_and_to_pil_undoes_it():
     torch.testing.assert_close(levels[0].flatten(), torch.arange(256) / 255 * 2 - 1)
     assert to_pil(levels).tobytes() == picture.tobytes()
     assert to_pil(levels * 3).getextrema()[0] == (0, 255)
+
+
+def test_a_codec_that_cannot_be_written_names_the_file(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(OSError, match=r"cannot write it .*model\.safetensors"):
+        ImageCodec(SMALL).save(tmp_path)
+
+
+def test_another_configuration_than_the_weights_is_told_in_a_line(tmp_path):
+    ImageCodec(SMALL).save(tmp_path)
+    (tmp_path / "config.json").write_text(CodecConfig(decoder=False).model_dump_json())
+    with pytest.raises(UserError, match=r"weights and config\.json differ") as caught:
+        ImageCodec.load(tmp_path)
+    assert len(str(caught.value)) < 300 + len(str(tmp_path)) and "\n" not in str(caught.value)

@@ -1,11 +1,15 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 from foreign import random_vgg
 from safetensors.torch import save_file
 
+from moma.data.prepare import encode_pictures
 from moma.errors import UserError
 from moma.tokenizers import image_training
-from moma.tokenizers.image import CodecConfig, ImageCodec
+from moma.tokenizers.image import CodecConfig, ImageCodec, to_pil
 from moma.tokenizers.image_batches import order_of_batches
 from moma.tokenizers.image_losses import AdversarialConfig, PerceptualConfig
 from moma.tokenizers.image_measures import measure_codec
@@ -244,3 +248,30 @@ def test_the_learning_rate_rises_and_falls():
 def test_no_pictures_is_an_error():
     with pytest.raises(UserError, match="no pictures"):
         train_codec(SHAPE, TRAINING, [])
+
+
+@pytest.mark.gpu
+def test_a_gpu_trains_in_bfloat16_and_encodes_in_batches(pictures, tmp_path):
+    """A few steps with everything on, gone on with from the state, and codes of all pictures."""
+    device = torch.device("cuda")
+    training = EVERYTHING.model_copy(update={"precision": "auto", "steps": 8})
+    reports: list[CodecProgress] = []
+
+    def train():
+        return train_codec(
+            SHAPE, training, pictures, device=device, folder=tmp_path, progress=reports.append
+        )
+
+    codec = train()
+    assert codec.codebook.device.type == "cuda"
+    assert {value.dtype for value in codec.parameters()} == {torch.float32}
+    assert all(value.isfinite().all() for value in codec.state_dict().values())
+    assert reports[-1].step == 8 and math.isfinite(reports[-1].loss)
+    again = train()  # nothing is left to do
+    assert len(reports) == 2 and same(codec, again)
+    pixels = [np.asarray(to_pil(picture)) for picture in pictures]
+    codes = encode_pictures(codec, device, pixels)
+    assert codes.shape == (len(pictures), SHAPE.codes_per_image) and codes.dtype == np.int64
+    alone = np.concatenate([encode_pictures(codec, device, [one]) for one in pixels])
+    # Another size of batch may take another kernel: a code that lies between two may differ.
+    assert (codes == alone).mean() > 0.98

@@ -23,8 +23,9 @@ class CaptionsConfig(CaptionReaderConfig):
     """A folder of pictures with a caption each, listed in its `captions.jsonl`.
 
     A row of the list is an object such as `{"image": "cats/1.jpg", "caption": "Two cats."}`; the
-    picture's path is relative to the folder and stays inside it. A document is named after its
-    picture: several captions of one picture are held out together or not at all.
+    picture's path is relative to the folder and stays inside it. A document is named by where its
+    picture lies in the folder, however the row spells it: several captions of one picture are held
+    out together or not at all.
 
     Attributes:
         path: the folder.
@@ -49,9 +50,10 @@ class CaptionsConfig(CaptionReaderConfig):
     def _document(self, line: Line) -> Document:
         values = line.values()
         image, caption = (text_of(values, key) for key in ("image", "caption"))
-        picture = self._picture(inside(self.path, image), line.place)
-        segments = self._ordered(image, caption, picture)
-        return Document(name=image, segments=segments, row=line.place)
+        path = inside(self.path, image)
+        name = path.relative_to(self.path.resolve()).as_posix()
+        segments = self._ordered(name, caption, self._picture(path, line.place))
+        return Document(name=name, segments=segments, row=line.place)
 
     def _pictures(self) -> Iterator[Path]:
         for line in filled(lines(self._list)):

@@ -302,6 +302,8 @@ def _load(config: DatasetConfig) -> Any:
     if config._by_line:
         where["encoding"] = _BYTES
     datasets.disable_progress_bars()  # `prepare` shows its own
+    # What it logs about a file that it cannot read, it raises as well.
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     return datasets.load_dataset(
         **where, split=config.split, revision=config.revision, streaming=config.streaming
     )

@@ -3,6 +3,7 @@
 page → elements, without navigation → lines of text and pictures, without decoration → document
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ _BLOCKS = frozenset(
     }
 )
 _CELLS = ("td", "th")
+# A picture's address in `srcset`, and how large it is.
+_CANDIDATE = re.compile(r"([^\s,](?:\S*[^\s,])?)(?:\s+([\d.]+)[wx])?\s*(?:,|$)")
 
 
 class HtmlConfig(PictureReaderConfig):
@@ -53,7 +56,8 @@ class HtmlConfig(PictureReaderConfig):
     Navigation, headers, footers and what is never shown are left out: elements such as `nav`, and
     those with one of `drop_classes`. So are decorations: pictures with a side under `min_side`,
     those on more than `max_page_share` of the pages (and on more than one page), SVG drawings, and
-    pictures that are not files of the folder but lie in the web or in the page.
+    pictures that are not files of the folder but lie in the web or in the page. A picture that is
+    loaded late is read from `data-src` or the largest of `srcset`, its own or a `picture`'s.
 
     Attributes:
         path: the folder; folders below it are read too, hidden ones are not.
@@ -203,11 +207,22 @@ def _parse(page: Path, folder: Path) -> Any:
         data = page.read_bytes()
         encoding = _encoding(data)
         parser = etree.HTMLParser(
-            remove_comments=True, remove_pis=True, no_network=True, encoding=encoding
+            remove_comments=True,
+            remove_pis=True,
+            no_network=True,
+            encoding=encoding,
+            huge_tree=True,  # else what is nested deeper than 256 elements is dropped
         )
         root = etree.fromstring(data, parser)
     except (OSError, LookupError, etree.LxmlError) as error:
         raise UserError(f"cannot read it ({error}); save it again as UTF-8") from error
+    # Whatever is beyond the parser's limits, it drops without raising.
+    dropped = parser.error_log.filter_from_level(etree.ErrorLevels.FATAL).filter_types(
+        [etree.ErrorTypes.ERR_RESOURCE_LIMIT]
+    )
+    if dropped:
+        told = dropped[0].message.partition(",")[0]
+        raise UserError(f"cannot read all of it ({told}); simplify the page or remove it")
     if root is None:
         raise UserError("holds nothing; remove the page")
     return root
@@ -230,11 +245,33 @@ def _preformatted(element: Any) -> Iterator[_Preformatted]:
 
 def _text_and_picture(element: Any, page: Path, folder: Path) -> Iterator[str | Path]:
     if element.tag == "img":
-        source = (element.get("src") or "").strip()
-        picture = _picture_path(source, page, folder)
-        if picture is not None:
-            yield picture
+        paths = (_picture_path(address, page, folder) for address in _addresses(element))
+        pictures = [path for path in paths if path is not None]
+        # One that is missing is told when it is read.
+        yield from ([path for path in pictures if path.is_file()] or pictures)[:1]
     yield element.text or ""
+
+
+def _addresses(image: Any) -> Iterator[str]:
+    """Where an `img` may have its picture: the first that is a file counts."""
+    for key in ("src", "data-src"):
+        yield (image.get(key) or "").strip()
+    # The parser takes a `source` for something that holds what follows.
+    sources = (
+        each for picture in image.iterancestors("picture") for each in picture.iter("source")
+    )
+    for element in (image, *sources):
+        for key in ("srcset", "data-srcset"):
+            candidates = _CANDIDATE.findall(element.get(key) or "")
+            by_size = sorted(candidates, key=lambda found: _number(found[1]), reverse=True)
+            yield from (address for address, _ in by_size)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
 
 
 def _picture_path(source: str, page: Path, folder: Path) -> Path | None:

@@ -23,10 +23,10 @@ from moma.data.documents import (
     Segment,
     SourceConfig,
     SourceName,
-    unit_hash,
 )
 from moma.data.pictures import MAX_PIXELS, MOST_PIXELS, read_picture
 from moma.errors import UserError
+from moma.hashes import unit_hash
 
 # A row of a list, a page or a member of an archive is held in memory whole.
 MAX_ROW_BYTES = 64 * 2**20
@@ -231,9 +231,9 @@ def checked_text(value: str, where: str) -> str:
     Raises:
         UserError: it holds what no text may hold, though JSON can spell it.
     """
-    if "\0" in value or re.search("[\ud800-\udfff]", value):
+    if not value.isascii() and re.search("[\ud800-\udfff]", value):
         raise UserError(
-            f"the text {where} is not valid: it holds a zero byte or half of a surrogate pair; "
+            f"the text {where} is not valid: it holds half of a surrogate pair; "
             "mend or remove the row"
         )
     return value
@@ -254,7 +254,7 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         UserError: the name leads out of the folder, or is none.
     """
-    if re.match(r"[a-z]+://", name):
+    if re.match(r"[a-z]+://", name, re.IGNORECASE):
         raise UserError(f"the image '{name}' is a web address; fetch it and write its path")
     root = folder.resolve()
     try:

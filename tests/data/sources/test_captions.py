@@ -58,10 +58,11 @@ def test_caption_first_is_a_share(tmp_path, share):
         ({"image": "a.png"}, "^needs a text under 'caption'; the keys there are: image"),
         ({"image": 3, "caption": "b"}, "^needs a text under 'image'"),
         ({"image": "a.png", "caption": "\ud800"}, "^the text under 'caption' is not valid"),
-        ({"image": "a\0.png", "caption": "b"}, "^the text under 'image' is not valid"),
+        ({"image": "a\0.png", "caption": "b"}, r"^the image 'a\\x00.png' is no path"),
         ({"image": "../a.png", "caption": "b"}, r"^the image '\.\./a\.png' lies outside"),
         ({"image": "/etc/passwd", "caption": "b"}, "lies outside .*copy it into"),
         ({"image": "https://a.example/a.png", "caption": "b"}, "is a web address; fetch it"),
+        ({"image": "HTTP://a.example/a.png", "caption": "b"}, "is a web address; fetch it"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_rejected_and_the_others_are_not(tmp_path, row, reason):
@@ -145,3 +146,15 @@ def test_a_missing_list_is_named(tmp_path):
         list(source.documents())
     with pytest.raises(UserError, match=r"nowhere.*cannot read it"):
         source.stamp()
+
+
+def test_however_a_row_spells_a_picture_it_is_one_document_s_name(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.png", "sub/b.png"):
+        Image.new("RGB", (3, 2)).save(tmp_path / name)
+    (tmp_path / "link.png").symlink_to("a.png")
+    spelled = ["a.png", "./a.png", "sub/../a.png", "link.png", "sub/b.png", "sub//b.png"]
+    rows = [{"image": name, "caption": "c"} for name in spelled]
+    documents = list(accepted(captions_in(tmp_path, rows).documents()))
+    assert [one.name for one in documents] == ["a.png"] * 4 + ["sub/b.png"] * 2
+    assert len({isinstance(one.segments[0], str) for one in documents[:4]}) == 1

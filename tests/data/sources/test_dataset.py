@@ -255,3 +255,10 @@ def test_a_name_on_the_hub_that_cannot_be_reached_is_told(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(UserError, match=r"no route.*needs a network"):
         list(source.documents())
+
+
+def test_a_file_that_cannot_be_read_is_told_once(tmp_path, capfd):
+    (tmp_path / "bad.parquet").write_bytes(b"no Parquet at all")
+    with pytest.raises(UserError, match=r"bad\.parquet: `datasets` cannot open it"):
+        list(DatasetConfig(path=str(tmp_path / "bad.parquet")).documents())
+    assert capfd.readouterr().err == ""

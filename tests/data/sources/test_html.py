@@ -165,3 +165,37 @@ def test_the_stamp_covers_pages_and_pictures(tmp_path):
 def test_a_folder_without_pages_is_named(tmp_path, name):
     with pytest.raises(UserError, match="check the source's 'path'"):
         list(HtmlConfig(path=tmp_path / name).documents())
+
+
+@pytest.mark.parametrize("depth", [300, 2000])
+def test_deeply_nested_text_is_kept(tmp_path, depth):
+    body = "<div>" * depth + "deep" + "</div>" * depth + "<p>after</p>"
+    assert walked(tmp_path, body) == ["deep\nafter"]
+
+
+def test_a_page_deeper_than_can_be_read_is_rejected(tmp_path):
+    pages = {"a.html": "<p>before</p>" + "<div>" * 3000 + "deep", "b.html": "good"}
+    deep, good = write(tmp_path, pages).documents()
+    assert isinstance(deep, Rejected) and "Excessive depth in document: 2048" in deep.reason
+    assert good.segments == ("good",)
+
+
+@pytest.mark.parametrize(
+    ("shown", "file"),
+    [
+        ('<img data-src="b.png">', "b.png"),
+        ('<img src="data:image/gif;base64,AAAA" data-src="b.png">', "b.png"),
+        ('<img src="gone.png" data-src="b.png">', "b.png"),
+        ('<img src="a.png" data-src="b.png">', "a.png"),
+        ('<img srcset="a.png 320w, b.png 640w">', "b.png"),
+        ('<img srcset="a.png 1.5x,\n b.png">', "a.png"),
+        ('<img srcset="https://a.example/big.png 2x, b.png 1x">', "b.png"),
+        ('<img data-srcset="a.png, b.png">', "a.png"),
+        ('<picture><source srcset="gone.webp"><source srcset="b.png 1x"><img></picture>', "b.png"),
+        ('<picture><source srcset="b.png"><img src="a.png"></picture>', "a.png"),
+        ('<img src="gone.png" srcset="gone2.png 9w">', "gone.png"),
+        ('<img src="a.png" srcset="x y z , ,, b.png 1..2x">', "a.png"),
+    ],
+)
+def test_pictures_that_are_loaded_late_are_found(tmp_path, shown, file):
+    assert walked(tmp_path, f"<p>x</p>{shown}", pictures=("a.png", "b.png")) == ["x", [file]]

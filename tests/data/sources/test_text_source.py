@@ -103,8 +103,8 @@ def test_pieces_of_a_paragraph_are_held_out_together(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
-def test_a_zero_byte_is_rejected(tmp_path, name):
+def test_a_zero_byte_is_text_like_any_other(tmp_path, name):
     row = json.dumps({"text": "a\0b"}) if name == "t.jsonl" else "a\0b"
     (tmp_path / name).write_text(row)
-    (rejected,) = source_of(path=tmp_path / name).documents()
-    assert isinstance(rejected, Rejected) and "zero byte" in rejected.reason
+    (document,) = accepted(source_of(path=tmp_path / name).documents())
+    assert document.segments == ("a\0b",)
