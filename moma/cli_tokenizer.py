@@ -112,6 +112,8 @@ def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
     seen = ReadablePictures(corpus.pictures(held_out=False), size, data.max_rejected)
     # The error is measured on some of these: on training pictures if none can be read.
     unseen = ReadablePictures(corpus.pictures(held_out=True), size, most_unreadable=1)
+    if corpus.documents:  # without any, it is told that there are no pictures
+        corpus.check(data.max_rejected)
     _tell_rejected(corpus)
     measured = unseen if unseen.has_readable else ()
     make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
