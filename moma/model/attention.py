@@ -16,8 +16,8 @@ class Sight(NamedTuple):
     """What each token sees of those before it.
 
     Attributes:
-        mask: boolean, true where a query sees a key, [B, 1, S, S]; None: all that precede in the
-            row. With windows [S / W rounded up, 1, W, 2 · W].
+        mask: boolean, true where a query sees a key, or `as_numbers` of it, [B, 1, S, S]; None: all
+            that precede in the row. With windows [S / W rounded up, 1, W, 2 · W].
         window: length W of the windows in which one long row is attended to: its tokens see only
             their own window and the one before it, so the cost grows with S · W, not with S².
     """
@@ -32,6 +32,14 @@ def document_mask(documents_BS: Tensor) -> Tensor:
     causal = torch.ones(size, size, dtype=torch.bool, device=documents_BS.device).tril()
     same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
     return same & causal
+
+
+def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores: 0 where a query sees a key, −∞ elsewhere.
+
+    For a mask that several layers share: of a boolean, each makes numbers, and keeps them.
+    """
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def chosen_sight(row_RK: Tensor, document_RK: Tensor, taken_RK: Tensor, row_length: int) -> Sight:

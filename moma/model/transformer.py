@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
-from moma.model.attention import Sight, document_mask
+from moma.model.attention import Sight, as_numbers, document_mask
 from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
 from moma.model.decoder_layer import Context, make_layer
 from moma.model.layers import rotary_angles
@@ -106,7 +106,14 @@ class Transformer(nn.Module):
         )
         if self.config.attend == "row" or documents_BS is None:
             return Context(modality_BS, torch.zeros_like(tokens_BS), angles, Sight())
-        return Context(modality_BS, documents_BS, angles, Sight(document_mask(documents_BS)))
+        mask = as_numbers(document_mask(documents_BS), self._product_dtype(tokens_BS.device))
+        return Context(modality_BS, documents_BS, angles, Sight(mask))
+
+    def _product_dtype(self, device: torch.device) -> torch.dtype:
+        """What attention computes in, as its mask has to be."""
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.embedding.weight.dtype
 
     def _modality_table(self) -> Tensor:
         return torch.from_numpy(self.vocabulary.modality_of_id)

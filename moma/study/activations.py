@@ -28,7 +28,7 @@ class _Kept(NamedTuple):
         gated: of D, more behind a gate.
         hidden: of F, for each slot of an expert.
         slot: of D, for each slot of a routed expert, and of one that is alone in its group.
-        mask: whether the mask of attention is kept, as numbers.
+        mask: whether a gated layer's own mask of attention is kept, as numbers.
     """
 
     width: int
@@ -75,7 +75,7 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
         wide, hidden = _WORKING
         working = size * kind.tokens * (wide * config.dim + hidden * config.hidden_width)
         most = max(most, whole - left + working)
-    shared = _shared(config, tokens, data.row_length)
+    shared = _shared(config, tokens, data.row_length, size)
     loss = _loss(tokens * recipe.text_tokenizer.vocabulary_size, compiled, size)
     return round(kept + shared + max(most, loss))
 
@@ -89,7 +89,7 @@ def _numbers(
     normed = kept.normed * config.query_key_norm
     token = (kept.width + normed + kept.gated * gated) * config.dim + (kept.keys + normed) * keys
     found = kind.tokens * token + tokens * config.dim * gated  # a gate reads all tokens
-    if kept.mask and (gated or config.attend == "document"):
+    if kept.mask and gated:
         found += kind.pairs
     routed, lone, plain = _slots(config, shares, kind)
     found += (routed + lone + plain) * kept.hidden * config.hidden_width
@@ -117,9 +117,9 @@ def _slots(config: ModelConfig, shares: tuple[float, ...], kind: LayerKind) -> t
     return routed, lone, plain
 
 
-def _shared(config: ModelConfig, tokens: int, row_length: int) -> int:
-    """Bytes of angles and of the mask as booleans."""
-    mask = tokens * row_length if config.attend == "document" else 0
+def _shared(config: ModelConfig, tokens: int, row_length: int, size: int) -> int:
+    """Bytes of angles and of the mask."""
+    mask = tokens * row_length * size if config.attend == "document" else 0
     return mask + 4 * tokens * config.dim // config.heads
 
 

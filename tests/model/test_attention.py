@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from model_reference import attention as slow_attention
 from model_reference import earlier, numpy
 
-from moma.model.attention import Attention, Sight, chosen_sight, document_mask
+from moma.model.attention import Attention, Sight, as_numbers, chosen_sight, document_mask
 from moma.model.layers import rotary_angles
 
 
@@ -48,6 +48,19 @@ def test_attention_inside_documents_equals_a_slow_reference(starts, heads, norm,
         earlier(row_N, document_N, list(range(rows * length))),
     )
     np.testing.assert_allclose(numpy(got.flatten(0, 1)), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mask_of_numbers_gives_the_same_bits(dtype):
+    module = random_attention(4, 2, True).to(dtype)
+    x = torch.randn(2, 9, 8, dtype=dtype, requires_grad=True)
+    mask = document_mask(torch.tensor([[0] * 4 + [1] * 5, [0] * 9]))
+    angles = rotary_angles(torch.arange(9)[None], 2, 10_000.0)
+    results = []
+    for sight in (Sight(mask), Sight(as_numbers(mask, dtype))):
+        y = module(x, angles, sight)
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @settings(max_examples=60, deadline=None)

@@ -78,6 +78,19 @@ def test_documents_do_not_see_each_other(groups):
     torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_all_layers_share_one_mask_in_the_precision_of_their_products(dtype):
+    model, masks = build("dense"), []
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+    model = model.double() if dtype == torch.float64 else model
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda _, given: masks.append(given[1].sight.mask))
+    with autocast:
+        model(mixed_tokens(1, 8, 0), torch.tensor([[0] * 4 + [1] * 4]))
+    assert len(masks) > 1 and all(mask is masks[0] for mask in masks)
+    assert masks[0].dtype == dtype
+
+
 def test_row_attention_looks_over_documents():
     model = build("dense", attend="row")
     tokens = mixed_tokens(1, 8, 0)

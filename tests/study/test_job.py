@@ -4,12 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from moma.cli import app
 from moma.errors import UserError
 from moma.recipe import read_recipe
+from moma.study.activations import activation_bytes
 from moma.study.job import Machine, plan_job
+from moma.study.memory import gathered_bytes, held_bytes, outline
 from moma.study.plan import plan
 from moma.train.recipe import Recipe
 
@@ -45,6 +48,16 @@ def test_memory_is_of_the_largest_rank():
     assert one["gradients"] == 4 * counts["parameters"]
     assert one["parameters"] == one["gradients"] + 4 * counts["auxiliary_parameters"]
     assert not one["fits"] and one["activations"] == found["activations"]
+
+
+@pytest.mark.parametrize("path", sorted(PAPER.glob("1b4_*.toml")), ids=lambda path: path.stem)
+def test_the_largest_recipes_fit_80_gigabytes_with_the_papers_tokens(path):
+    """With room left for what is not planned: contexts, buffers of links, gaps."""
+    recipe = read_recipe(Recipe, path)
+    model, gpu = outline(recipe), torch.device("cuda")
+    parts = (*held_bytes(model, 256).values(), gathered_bytes(model, recipe, 256, gpu))
+    assert sum(parts) + activation_bytes(recipe, gpu) < 64 * 2**30
+    assert 256 * plan(recipe)["tokens_per_step"] == 2**23
 
 
 def test_copies_hold_more_and_send_less():
