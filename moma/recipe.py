@@ -90,7 +90,7 @@ def shipped_recipe(name: str) -> Path:
 
 
 def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """Apply overrides such as `train.steps=100` or `data.sources.0.weight=2` to `values`.
+    """Apply overrides such as `pretrain.steps=100` or `data.sources.0.weight=2` to `values`.
 
     Raises:
         UserError: an override has no `=`, or its path leads through something that is no table.
@@ -98,7 +98,7 @@ def override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator:
-            raise UserError(f"override '{text}': write key=value, for example train.steps=100")
+            raise UserError(f"override '{text}': write key=value, for example pretrain.steps=100")
         *path, last = key.strip().split(".")
         node: Any = values
         try:
