@@ -262,7 +262,7 @@ def test_a_file_that_cannot_be_read_is_told_once(tmp_path):
     """By the error alone: the library's log would say it twice more."""
     told: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = told.append  # type: ignore[method-assign]
+    handler.emit = told.append  # type: ignore[method-assign, assignment]
     logger = logging.getLogger("datasets")
     logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
