@@ -196,3 +196,10 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot read.*moma prepare"):
         load_text_tokenizer(path)
+
+
+@given(st.lists(st.text(), max_size=8))
+@settings(deadline=None, max_examples=200)
+def test_the_fast_way_gives_the_ids_of_the_slow_one(tokenizer, texts):
+    slow = tokenizer.encode_batch([*texts, *TEXTS], add_special_tokens=False)
+    assert encode_texts(tokenizer, [*texts, *TEXTS]) == [encoding.ids for encoding in slow]
