@@ -156,6 +156,24 @@ def test_a_compiled_layer_equals_eager():
     torch.testing.assert_close(model(*parts).logits_BSV, eager, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("case", ["moe_2t2i", "mod_moe_2t2i", "tied_batched", "grouped_unequal"])
+def test_a_compiled_layer_keeps_no_zeros_for_its_backward(case):
+    torch.compiler.reset()
+    model, kept = Trainer(case, layers=1).model, []
+    for unit in model.units():
+        unit.compile(fullgraph=True, backend="aot_eager_decomp_partition")
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.detach().clone())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(torch.from_numpy(batch_of(1).tokens_BS))
+    widths = [each.shape for each in kept if each.is_floating_point() and each.ndim == 2]
+    assert (ROWS * LENGTH, 16) in widths
+    assert all(each.any() for each in kept if each.is_floating_point())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ARCHITECTURES)
 def test_a_step_never_waits_for_the_device(case):
