@@ -1,5 +1,6 @@
 """Processes that share a job over gloo."""
 
+import faulthandler
 import os
 import socket
 
@@ -10,6 +11,7 @@ from moma.runtime.world import join_world
 
 
 def in_process(rank: int, ranks: int, port: int, job, *arguments) -> None:
+    faulthandler.enable()
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
