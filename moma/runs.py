@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moma.errors import UserError
+from moma.errors import UserError, told_by_json
 from moma.files import place_whole
 
 # Bytes that no row of a log exceeds.
@@ -113,7 +113,7 @@ class Run:
                     try:
                         yield json.loads(line)
                     except ValueError as error:
-                        told = f"{self.metrics}, row {number}: not JSON ({error})"
+                        told = f"{self.metrics}, row {number}: not JSON ({told_by_json(error)})"
                         raise UserError(told) from error
         except OSError as error:
             raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error
