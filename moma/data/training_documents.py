@@ -92,9 +92,9 @@ class TrainingDocuments:
         ]
         if before and changed:
             print(
-                f"note: tokenizer and codec in {self.data.path} were trained before these sources "
-                f"were added or changed, and are kept: {', '.join(changed)}; choose another "
-                "data.path to train them anew",
+                f"note: added or changed since tokenizer and codec in {self.data.path} were "
+                f"trained: {', '.join(changed)}; both are kept, as is right where only some rows "
+                "were mended; to train them anew, choose another data.path",
                 file=sys.stderr,
             )
 
