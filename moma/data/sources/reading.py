@@ -69,7 +69,7 @@ class PictureReaderConfig(ReaderConfig):
 
     def _picture(self, path: Path, place: str, instead: str = "remove the row") -> Picture:
         read = partial(read_picture, path, place, instead, self.max_pixels)
-        return Picture(name=f"{place} ({path})", read=read)
+        return Picture(name=f"{place} ({path})", read=read, file=path)
 
 
 class CaptionReaderConfig(PictureReaderConfig):
