@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from moma.cli_arguments import AsJson, Overrides, RecipeFile, RunFolder, Version
+from moma.cli_arguments import AsJson, Overrides, RecipeFile, RunFolder, Verbs, Version
 from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
 from moma.cli_plan import app as plan_app
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="moma",
+    cls=Verbs,
     help="Pre-train, run and study mixed-modal language models with modality-aware sparsity.",
     no_args_is_help=True,
     add_completion=False,

@@ -1,10 +1,42 @@
 """Arguments that several verbs take, checked before a verb imports what takes seconds (torch)."""
 
+import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from moma.errors import UserError
+
+
+class Verbs(TyperGroup):
+    """The verbs; a change to the recipe that is written as an option is told how to write it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            # Of Click, or of the copy of it that later versions of Typer bring.
+            if type(error).__name__ == "NoSuchOption":
+                _refuse_dashes(error)
+            raise
+
+
+def _refuse_dashes(error: Any) -> None:
+    given = [text for text in sys.argv if text.startswith(f"{error.option_name}=")]
+    takes_changes = any(parameter.name == "overrides" for parameter in error.ctx.command.params)
+    has_section = "." in error.option_name
+    similar = set(error.possibilities or ()) - {"--help"}
+    if not given or not takes_changes or (similar and not has_section):
+        return
+    section = "" if has_section else ", or with its section as in pretrain.steps=100"
+    raise UserError(
+        f"{given[0]}: there is no such option; write a change to the recipe without dashes: "
+        f"{given[0].lstrip('-')}{section}"
+    )
 
 
 def readable_recipe(recipe: Path) -> Path:

@@ -244,8 +244,7 @@ def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
 
 def _tell_rejected(corpus: "Corpus") -> None:
     if corpus.first_rejected is not None:
-        first = corpus.first_rejected
         print(
-            f"moma: {corpus.rejected} rows were left out; the first: {first.row}: {first.reason}",
+            f"moma: {corpus.rejected} rows were left out; the first: {corpus.first_rejected.told}",
             file=sys.stderr,
         )

@@ -1,6 +1,7 @@
 """Errors that are meant for the person at the keyboard, each with its exit code."""
 
 import errno
+import json
 import shutil
 
 # What a disk or a network's file system says when it is full or ails; it may be well again later.
@@ -62,3 +63,10 @@ def told_by_system(error: OSError) -> UserError | None:
     if error.errno in _AILING:
         return StorageError(f"{told}; see to the disk, and the same command goes on")
     return None if error.filename is None else UserError(f"{told}; choose another path")
+
+
+def told_by_json(error: Exception) -> str:
+    """What is wrong with JSON, and at which character: a line's number would seem the row's."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}: character {error.pos + 1}"
+    return str(error)

@@ -15,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from moma.errors import UserError
 
+_EXAMPLE = "a TOML file such as configs/demo.toml"
+
 
 class Config(BaseModel):
     """A section of a recipe: immutable, and an unknown key is an error."""
@@ -54,15 +56,30 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         origin = f", which {extended_by[-1]} extends" if extended_by else ""
-        raise UserError(f"{path}: cannot read the recipe{origin} ({error.strerror})") from error
+        inside = path / "recipe.toml"
+        meant = inside if inside.is_file() else f"a recipe, {_EXAMPLE}"
+        raise UserError(
+            f"{path}: cannot read the recipe{origin} ({error.strerror}); name {meant}"
+        ) from error
     except ValueError as error:  # TOML's own, and bytes that are no UTF-8
-        raise UserError(f"{path}: not valid TOML ({error})") from error
+        raise UserError(f"{path}: not valid TOML ({error}); a recipe is {_EXAMPLE}") from error
     if "extends" not in values:
         return values
     base = values.pop("extends")
     if not isinstance(base, str):
         raise UserError(f"{path}: 'extends': name one file, such as \"base.toml\"")
     return lay_over(_read_toml(path.parent / base, (*extended_by, path.resolve())), values)
+
+
+def told_by_recipe(path: Path, *keys: str) -> str:
+    """The text at a key of a recipe, for a hint; empty if there is none, or no recipe."""
+    try:
+        value: Any = read_values(path)
+    except UserError:
+        return ""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value if isinstance(value, str) else ""
 
 
 def lay_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

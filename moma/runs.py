@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moma.errors import UserError
+from moma.errors import UserError, told_by_json
 from moma.files import place_whole
+from moma.recipe import told_by_recipe
 
 # Bytes that no row of a log exceeds.
 _LONGEST_ROW = 1 << 20
@@ -85,11 +86,21 @@ class Run:
         """This run, if it is one.
 
         Raises:
-            UserError: the folder is no run.
+            UserError: it is a folder without a run, a file, or not there.
         """
-        if not self.recipe.is_file():
-            raise UserError(f"{self.path}: not a run folder (no recipe.toml); run `moma train`")
-        return self
+        if self.recipe.is_file():
+            return self
+        if self.path.is_dir():
+            inside = sorted(path.parent for path in self.path.glob("*/recipe.toml"))
+            hint = f"{inside[0]} is one" if inside else "run `moma train`"
+            raise UserError(f"{self.path}: not a run folder (no recipe.toml); {hint}")
+        if not self.path.exists():
+            raise UserError(
+                f"{self.path}: there is no such folder; name one that `moma train` wrote"
+            )
+        run = told_by_recipe(self.path, "run")
+        hint = f"this recipe's is {run}" if run else "name one that `moma train` wrote"
+        raise UserError(f"{self.path}: is a file, not a run folder; {hint}")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The logged steps, oldest first.
@@ -113,7 +124,7 @@ class Run:
                     try:
                         yield json.loads(line)
                     except ValueError as error:
-                        told = f"{self.metrics}, row {number}: not JSON ({error})"
+                        told = f"{self.metrics}, row {number}: not JSON ({told_by_json(error)})"
                         raise UserError(told) from error
         except OSError as error:
             raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error

@@ -632,7 +632,9 @@ def test_a_folder_that_cannot_be_used_is_named(trained, tmp_path, without_checkp
     fill["run"] = trained / "pictures"
     assert f"{trained}/pictures: not a run folder" in refuses(*(a.format(**fill) for a in call))
     fill["run"] = tmp_path / "nowhere"
-    assert f"{tmp_path}/nowhere: not a run folder" in refuses(*(a.format(**fill) for a in call))
+    assert f"{tmp_path}/nowhere: there is no such folder" in refuses(
+        *(a.format(**fill) for a in call)
+    )
     assert not out.exists()
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from test_cli import refuses, succeeds
+from test_cli import moma, refuses, succeeds
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "datasets", "grain", "transformers", "diffusers", "pandas", "tokenizers"}
@@ -52,6 +52,25 @@ def test_answers_that_need_no_model_do_not_wait_for_one(tmp_path, arguments, cod
 
 def test_the_version_is_that_of_the_package():
     assert succeeds("--version") == f"moma {version('moma')}\n"
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (["train", "a.toml", "--pretrain.steps=3"], "without dashes: pretrain.steps=3"),
+        (["train", "a.toml", "--steps=3"], "dashes: steps=3, or with its section as in pretrain."),
+        (["bench", "data", "--data.rows=3"], "without dashes: data.rows=3"),
+    ],
+)
+def test_a_change_written_as_an_option_is_told_how_to_be_written(call, told):
+    assert told in refuses(*call)
+
+
+@pytest.mark.parametrize("call", [["prepare", "a", "--worker=3"], ["evaluate", "a", "--steps=3"]])
+def test_other_options_that_there_are_not_are_told_by_the_usage(call):
+    outcome = moma(*call)
+    assert outcome.code == 2 and "No such option" in outcome.err
+    assert "without dashes" not in outcome.err
 
 
 def test_what_is_no_recipe_and_no_run_is_named(tmp_path):

@@ -228,14 +228,22 @@ def test_settings_that_no_optimizer_takes_are_refused(recipe, change):
 def test_bad_toml_is_named_with_its_place(tmp_path):
     path = tmp_path / "bad.toml"
     path.write_text("[data\n")
-    with pytest.raises(UserError, match=r"bad\.toml: not valid TOML .*line 1"):
+    with pytest.raises(
+        UserError, match=r"bad\.toml: not valid TOML .*line 1.*; a recipe is a TOML"
+    ):
         read_recipe(Recipe, path)
 
 
 def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no\.toml: cannot read the recipe"):
+    example = r"name a recipe, a TOML file such as configs/demo\.toml"
+    with pytest.raises(
+        UserError, match=rf"no\.toml: cannot read the recipe \(No such .*; {example}"
+    ):
         read_recipe(Recipe, tmp_path / "no.toml")
-    with pytest.raises(UserError, match="cannot read the recipe"):
+    with pytest.raises(UserError, match=rf"cannot read the recipe \(Is a directory\); {example}"):
+        read_recipe(Recipe, tmp_path)
+    (tmp_path / "recipe.toml").touch()
+    with pytest.raises(UserError, match=r"\(Is a directory\); name \S+/recipe\.toml$"):
         read_recipe(Recipe, tmp_path)
 
 

@@ -65,6 +65,26 @@ def test_a_folder_is_a_run_if_it_has_a_recipe(tmp_path):
     assert run.require() is run
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("nowhere", r"nowhere: there is no such folder; name one that `moma train` wrote"),
+        ("mine.toml", r"mine\.toml: is a file, not a run folder; this recipe's is runs/mine"),
+        ("bare.toml", r"bare\.toml: is a file, not a run folder; name one that `moma train`"),
+        ("notes.txt", r"notes\.txt: is a file, not a run folder; name one that `moma train`"),
+        ("many", r"many: not a run folder .*; \S+/many/a is one"),
+    ],
+)
+def test_what_is_no_run_is_told_apart(tmp_path, name, told):
+    (tmp_path / "mine.toml").write_text('run = "runs/mine"\n')
+    (tmp_path / "bare.toml").write_text("seed = 1\n")
+    (tmp_path / "notes.txt").write_text("no recipe")
+    (tmp_path / "many/a").mkdir(parents=True)
+    (tmp_path / "many/a/recipe.toml").touch()
+    with pytest.raises(UserError, match=told):
+        Run(tmp_path / name).require()
+
+
 def test_metrics_are_read_in_order(tmp_path):
     rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1e-9}]
     Run(tmp_path).metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -84,5 +104,7 @@ def test_missing_metrics_are_named(tmp_path):
 @pytest.mark.parametrize("broken", ["{", '{"step": 2', "step 2"])
 def test_a_broken_row_is_named(tmp_path, broken):
     Run(tmp_path).metrics.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, row 2: not JSON"):
+    with pytest.raises(
+        UserError, match=r"metrics\.jsonl, row 2: not JSON \([^:]+: character \d+\)$"
+    ):
         Run(tmp_path).read_metrics()

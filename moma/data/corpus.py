@@ -1,8 +1,9 @@
 """What tokenizers learn from: the texts and pictures of a recipe's sources.
 
 Nothing is held in memory but the places of pictures. Streams and compressed tars have no places:
-their pictures wait, as they are stored, in a temporary file that ends with the process. Rows and
-pictures that cannot be read are left out and counted.
+their pictures wait, as they are stored, in a temporary file that ends with the process. Rows that
+cannot be read, or whose pictures are not there, are left out and counted, and so are pictures that
+turn out to be unreadable.
 """
 
 import os
@@ -30,6 +31,8 @@ from moma.tokenizers.image import preprocess
 
 # What tells where a picture lies is smaller; one that carries its bytes is larger, or small anyway.
 _MOST_BYTES_HELD = 2048
+# A source may be wrong throughout: so many of its rows are named.
+_MOST_NAMED = 10_000
 
 
 class Corpus:
@@ -37,7 +40,7 @@ class Corpus:
 
     Attributes:
         documents: how many documents were read.
-        first_rejected: the first row that could not be a document.
+        rejected_rows: the rows that could not be documents, or the first of them, if many.
         rows: how many rows each source has, by its name, if it was read to its end.
     """
 
@@ -53,13 +56,23 @@ class Corpus:
         self.documents = 0
         self._read: dict[str, int] = {}
         self._rejected: dict[str, int] = {}
-        self.first_rejected: Rejected | None = None
+        self.rejected_rows: list[Rejected] = []
         self.rows: dict[str, int] = {}
 
     @property
     def rejected(self) -> int:
         """How many of the rows that were read could not be documents."""
         return sum(self._rejected.values())
+
+    @property
+    def first_rejected(self) -> Rejected | None:
+        """The first row that could not be a document."""
+        return next(iter(self.rejected_rows), None)
+
+    @property
+    def read(self) -> int:
+        """How many rows were read."""
+        return sum(self._read.values())
 
     def check(self, most_rejected: float) -> None:
         """Refuse what was read.
@@ -70,17 +83,31 @@ class Corpus:
         Raises:
             UserError: there was no document, or too many rows of a source could not be one.
         """
-        first = self.first_rejected
-        told = f"; the first: {first.row}: {first.reason}" if first else ""
         if not self.documents:
-            raise UserError(f"there is no document to learn from{told}; check the sources")
+            raise UserError(f"there is no document to learn from{self._told}; check the sources")
+        self.check_rejected(most_rejected)
+
+    def check_rejected(self, most_rejected: float, others: str = "") -> None:
+        """Refuse sources of which too many rows were rejected.
+
+        Args:
+            most_rejected: share of a source's rows that may be rejected.
+            others: where the message sends for rows beside the first.
+
+        Raises:
+            UserError: there is such a source.
+        """
         for name, rejected in self._rejected.items():
             if rejected > most_rejected * self._read[name]:
                 raise UserError(
                     f"source '{name}': {rejected} of {self._read[name]} rows were rejected, more "
-                    f"than data.max_rejected = {most_rejected:g} allows{told}; or raise "
-                    "data.max_rejected"
+                    f"than data.max_rejected = {most_rejected:g} allows{self._told}{others}; or "
+                    "raise data.max_rejected"
                 )
+
+    @property
+    def _told(self) -> str:
+        return f"; the first: {self.first_rejected.told}" if self.first_rejected else ""
 
     def texts(self) -> Iterator[str]:
         """The texts of the documents that are for training."""
@@ -115,15 +142,22 @@ class Corpus:
         for number, row in enumerate(source.documents(), 1):
             self._read[source.name] = max(number, self._read.get(source.name, 0))
             if isinstance(row, Document):
-                reason = refusal(row)
+                reason = refusal(row) or _missing_picture(row)
                 if reason is None:
                     yield row
                     continue
                 row = Rejected(row.row or row.name, reason)
             rejected += 1
-            self._rejected[source.name] = max(rejected, self._rejected.get(source.name, 0))
-            self.first_rejected = self.first_rejected or row
+            if rejected > self._rejected.get(source.name, 0):  # not read before
+                self._rejected[source.name] = rejected
+                self.rejected_rows += [row][: _MOST_NAMED - len(self.rejected_rows)]
         self.rows[source.name] = number
+
+
+def _missing_picture(document: Document) -> str | None:
+    """Why a document cannot be used, as far as that is known without reading its pictures."""
+    pictures = (part for part in document.segments if isinstance(part, Picture))
+    return next((told for picture in pictures if (told := picture.missing())), None)
 
 
 class _WaitingPictures:

@@ -5,14 +5,17 @@ fixed order. Pictures are read when they are needed, so that a source of million
 memory.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Protocol
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from moma.errors import UserError
 from moma.hashes import unit_hashes
 from moma.recipe import Config
 
@@ -24,10 +27,22 @@ class Picture:
     Attributes:
         name: where it comes from, for messages: a path and row, or a description.
         read: returns the decoded picture; raises `UserError` if it cannot be read.
+        file: what it reads, where the picture has a file of its own.
     """
 
     name: str
     read: Callable[[], Image.Image]
+    file: Path | None = None
+
+    def missing(self) -> str | None:
+        """Why it cannot be read, if it has a file of its own that is not there; else None."""
+        if self.file is None or os.path.exists(self.file):
+            return None
+        try:
+            self.read()
+        except UserError as error:
+            return str(error)
+        return None
 
 
 Segment = str | Picture
@@ -65,6 +80,11 @@ class Rejected:
 
     row: str
     reason: str
+
+    @property
+    def told(self) -> str:
+        """Row and reason, for a message."""
+        return self.reason if self.row in self.reason else f"{self.row}: {self.reason}"
 
 
 # A source's name is also the name of its shards' folder.

@@ -12,6 +12,7 @@ import torch
 
 from moma.data.shards import SPLITS, Encoders, Shard, Shards, open_shards
 from moma.errors import UserError
+from moma.recipe import told_by_recipe
 from moma.runs import Tokenizers
 from moma.tokenizers.image import ImageCodec, to_pil
 from moma.tokenizers.text import load_text_tokenizer
@@ -37,7 +38,7 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
     Raises:
         UserError: the folder is not prepared, or has no such source.
     """
-    vocabulary = Vocabulary.load(Tokenizers(folder).vocabulary)
+    vocabulary = _vocabulary_of(folder)
     opened = _open(folder, source, vocabulary)
     sources = {name: _describe(shards, vocabulary) for name, shards in opened.items()}
     keys = ("documents", "tokens", "text_tokens", "image_tokens", "pictures", "rejected")
@@ -86,7 +87,7 @@ def decode_document(
         UserError: there is no such source, split or document.
     """
     tokenizers = Tokenizers(folder)
-    vocabulary = Vocabulary.load(tokenizers.vocabulary)
+    vocabulary = _vocabulary_of(folder)
     name, shard = _shard_of(_open(folder, source, vocabulary), split, row)
     ids = shard.ids(row)
     tokenizer = load_text_tokenizer(tokenizers.text)
@@ -116,6 +117,14 @@ def as_text(decoded: dict[str, Any]) -> str:
     """A document that `decode_document` decoded, for reading."""
     title = "{source}, {split}, row {row}: {name} ({tokens} tokens)".format(**decoded)
     return "\n".join([title, *(one.get("text") or one["image"] for one in decoded["segments"])])
+
+
+def _vocabulary_of(folder: Path) -> Vocabulary:
+    if folder.is_file():
+        data = told_by_recipe(folder, "data", "path")
+        hint = f"this recipe's is {data}" if data else "name one that `moma prepare` wrote"
+        raise UserError(f"{folder}: is a file, not a data folder; {hint}")
+    return Vocabulary.load(Tokenizers(folder).vocabulary)
 
 
 def _shard_of(opened: dict[str, Shards], split: str, row: int) -> tuple[str, Shard]:

@@ -167,8 +167,7 @@ class PartWriter:
         if rejected:
             file = self._file(_rejected_name(self._number))
             for row in rejected:
-                line = {"source": self._source, "row": row.row, "reason": row.reason}
-                file.write(json.dumps(line).encode() + b"\n")
+                file.write(rejected_line(self._source, row))
             file.flush()  # for who reads them before the part ends
         rows = sum(table.num_rows for table in tables.values()) + len(rejected)
         self.part = Part(
@@ -238,11 +237,17 @@ def copy_rejected(folder: Path, out: BinaryIO) -> None:
         _copy(path, out)
 
 
+def rejected_line(source: str, row: Rejected) -> bytes:
+    """A row as `rejected.jsonl` names it."""
+    line = {"source": source, "row": row.row, "reason": row.reason}
+    return json.dumps(line).encode() + b"\n"
+
+
 def first_rejected(folder: Path) -> str:
     """The first rejected row of a source and the reason."""
     with next(path for path in _rejected_files(folder)).open("rb") as file:
         line = json.loads(file.readline())
-    return line["reason"] if line["row"] in line["reason"] else f"{line['row']}: {line['reason']}"
+    return Rejected(line["row"], line["reason"]).told
 
 
 def partial_folder(folder: Path) -> Path:

@@ -9,7 +9,7 @@ would have made others are refused.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,24 @@ def provide_tokenizers(
             **_named("codec", codec.model_dump(mode="json")),
             **_named("codec_training", training.of_effect),
         }
-        _bind(folder, settings)
-        if not folder.text.exists():
-            texts = reading.corpus(text.documents).texts()
-            make_text_tokenizer(text, codec, texts, folder)
+        if folder.text.exists():
+            _bind(folder, settings)
+        else:
+            make_text_tokenizer(text, codec, _texts(reading, text, settings), folder)
             reading.save()
         if not folder.codec.exists():
             _make_codec(reading, codec, training, seed, device, folder, quiet)
             reading.save()
     complete(folder, codec)
     return Vocabulary.load(folder.vocabulary)
+
+
+def _texts(
+    reading: TrainingDocuments, text: TextTokenizerConfig, settings: dict[str, Any]
+) -> Iterator[str]:
+    """What the text tokenizer learns from; settings bind when all of it could be read."""
+    yield from reading.texts(text.documents)
+    _bind(Tokenizers(reading.data.path), settings)
 
 
 def encoders_of(folder: Tokenizers) -> Encoders:
@@ -115,8 +123,7 @@ def _make_codec(
     quiet: bool,
 ) -> None:
     """Train the codec; where there is no picture and none is asked for, there is none."""
-    corpus = reading.corpus(training.documents)
-    found = corpus.pictures(held_out=False)
+    found = reading.pictures(training.documents, held_out=False)
     share = reading.data.picture_share
     if not found and not share:
         return
@@ -128,7 +135,7 @@ def _make_codec(
     # Encoding judges the share of what cannot be read, of every source by itself.
     seen, unseen = (
         ReadablePictures(pictures, config.picture_size, most_unreadable=1)
-        for pictures in (found, corpus.pictures(held_out=True))
+        for pictures in (found, reading.pictures(training.documents, held_out=True))
     )
     measured = unseen if unseen.has_readable else ()
     make_codec(config, training, seen, measured, folder, seed, device, quiet)

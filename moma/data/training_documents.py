@@ -1,15 +1,18 @@
-"""What is remembered of the documents that tokenizer and codec were trained on."""
+"""The documents that tokenizer and codec are trained on, and what is remembered of them."""
 
 import json
 import sys
 import time
+from collections.abc import Iterator
 
 from moma.data.batches import DataConfig
 from moma.data.corpus import Corpus
-from moma.data.documents import Source, held_out_share
-from moma.data.encoding import source_digest
+from moma.data.documents import Picture, Source, held_out_share
+from moma.data.encoding import ROWS_TO_JUDGE, source_digest
+from moma.data.parts import rejected_line
+from moma.data.shards import REJECTED_FILE
 from moma.errors import UserError
-from moma.files import write_whole
+from moma.files import write_whole, writing_whole
 from moma.recipe import Config, check
 
 # Rows are counted for so long, that the time left can be told.
@@ -42,11 +45,44 @@ class TrainingDocuments:
         """Share of a source's documents that is kept from training."""
         return held_out_share(source, self.data.held_out)
 
-    def corpus(self, documents: int) -> Corpus:
-        """The first so many documents of each source."""
-        corpus = Corpus(self.data.sources, self.data.held_out, documents)
-        corpus.rows = self._rows  # what is learned while reading stays known
-        return corpus
+    def texts(self, documents: int) -> Iterator[str]:
+        """The texts of the first so many training documents of each source.
+
+        Raises:
+            UserError: too many rows of a source cannot be used; `rejected.jsonl` names them.
+        """
+        for corpus in self._read(documents):
+            yield from corpus.texts()
+
+    def pictures(self, documents: int, held_out: bool) -> list[Picture]:
+        """The pictures of the first so many documents of each source, held out or not.
+
+        Raises:
+            UserError: as `texts`.
+        """
+        return [one for corpus in self._read(documents) for one in corpus.pictures(held_out)]
+
+    def _read(self, documents: int) -> Iterator[Corpus]:
+        """A source after the other, judged once it was read: here, not when the codec is made."""
+        for source in self.data.sources:
+            corpus = Corpus([source], self.data.held_out, documents)
+            yield corpus
+            self._rows |= corpus.rows  # what is learned while reading stays known
+            # As in encoding: more than may be rejected of the first few need not be of all.
+            if corpus.rows or corpus.read >= ROWS_TO_JUDGE:
+                self._judge(source, corpus)
+
+    def _judge(self, source: Source, corpus: Corpus) -> None:
+        """Refuse a source of which too many rows cannot be used, and leave their names."""
+        named, rejected = len(corpus.rejected_rows), corpus.rejected
+        which = "all" if named == rejected else f"the first {named:,}"
+        others = f" ({REJECTED_FILE} in the data folder names {which})"
+        try:
+            corpus.check_rejected(self.data.max_rejected, others)
+        except UserError:
+            with writing_whole(self.data.path / REJECTED_FILE) as file:
+                file.writelines(rejected_line(source.name, row) for row in corpus.rejected_rows)
+            raise
 
     def save(self) -> None:
         """Note which documents the tokenizers are trained on: those of the first call stay."""
@@ -92,9 +128,9 @@ class TrainingDocuments:
         ]
         if before and changed:
             print(
-                f"note: tokenizer and codec in {self.data.path} were trained before these sources "
-                f"were added or changed, and are kept: {', '.join(changed)}; choose another "
-                "data.path to train them anew",
+                f"note: added or changed since tokenizer and codec in {self.data.path} were "
+                f"trained: {', '.join(changed)}; both are kept, as is right where only some rows "
+                "were mended; to train them anew, choose another data.path",
                 file=sys.stderr,
             )
 

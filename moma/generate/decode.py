@@ -73,10 +73,11 @@ def _refuse_long(
     prompts: Sequence[Sequence[int]], mode: Mode, context: int, vocabulary: Vocabulary
 ) -> None:
     longest = max(map(len, prompts))
-    if longest + (vocabulary.image_span if mode == "image" else 1) > context:
+    answer, what = (vocabulary.image_span, "the picture") if mode == "image" else (1, "an answer")
+    if longest > context - answer:
         raise UserError(
-            f"the prompt has {longest} tokens; with its answer that is more than the context of "
-            f"{context}; shorten it"
+            f"the prompt has {longest} tokens, and the context of {context} has room for "
+            f"{context - answer} beside {what}; shorten it"
         )
 
 

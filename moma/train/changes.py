@@ -11,7 +11,7 @@ from moma.recipe import Config, write_recipe
 from moma.runs import Run, Tokenizers
 from moma.runtime.world import World, agreeing
 from moma.train.recipe import Recipe
-from moma.train.restore import read_run_recipe
+from moma.train.restore import ROUTER_RUN, read_run_recipe
 
 STAGES = ("pretrain", "upcycle", "aux_router")
 # Where things are, how they are watched and on what they run: the result stays what it was, but for
@@ -56,9 +56,11 @@ def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
         text for key, text in changes.items() if not any(fnmatch(key, each) for each in patterns)
     ]
     if harmful:
+        way_out = "choose another folder with run=…, or delete this one"
+        if recipe.from_ and recipe.stage == "aux_router" and "stage" in changes:
+            way_out = f"routers go into a folder of their own: run={recipe.from_ / ROUTER_RUN}"
         raise UserError(
-            f"{run.path}: holds a run of another recipe ({'; '.join(harmful)}); "
-            "choose another folder with run=…, or delete this one"
+            f"{run.path}: holds a run of another recipe ({'; '.join(harmful)}); {way_out}"
         )
     return list(changes.values())
 

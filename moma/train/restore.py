@@ -39,7 +39,9 @@ def newest_checkpoint(run: Run, world: World | None = None) -> Path:
     world = world or World(local_device())
     found, damaged = newest_whole(run.require().checkpoints, world)
     if found is None:
-        raise SharedError(f"{run.path}: has no checkpoint yet; go on with `moma train`")
+        raise SharedError(
+            f"{run.path}: has no checkpoint yet; go on with `moma train {run.recipe}`"
+        )
     if world.rank == 0:
         for message in damaged.values():
             print(f"{message}; takes {found.name}", file=sys.stderr)

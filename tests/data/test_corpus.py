@@ -7,6 +7,7 @@ from PIL import Image
 
 from moma.data.corpus import Corpus, ReadablePictures
 from moma.data.documents import Document, Picture, Rejected, SourceConfig
+from moma.data.pictures import read_picture
 from moma.errors import UserError
 from moma.tokenizers.image import preprocess
 
@@ -55,6 +56,34 @@ def test_what_no_tokenizer_can_hold_is_rejected_too():
     corpus = Corpus([Torn()], held_out=0.5, most=100)
     assert list(corpus.texts()) == ["whole"]
     assert corpus.first_rejected is not None and corpus.first_rejected.row == "torn, row 1"
+
+
+def test_a_picture_that_is_not_there_is_known_before_any_is_read(tmp_path):
+    (tmp_path / "there.png").touch()  # whether it can be read is not asked
+
+    class Filed(Numbers):
+        def documents(self):
+            for name in ("there", "gone"):
+                read = partial(read_picture, tmp_path / f"{name}.png", f"filed, row {name}")
+                found = Picture(name, read, tmp_path / f"{name}.png")
+                yield Document(name, (found, name), held_out=False, row=f"filed, row {name}")
+
+    corpus = Corpus([Filed()], held_out=0.5, most=100)
+    assert list(corpus.texts()) == ["there"]
+    assert corpus.first_rejected is not None
+    told = f"filed, row gone: there is no {tmp_path}/gone.png; add the file or remove the row"
+    assert corpus.first_rejected.told == told
+
+
+def test_the_first_of_many_rejected_rows_are_kept(monkeypatch):
+    monkeypatch.setattr("moma.data.corpus._MOST_NAMED", 3)
+    corpus = Corpus([Numbers()], held_out=0.5, most=100)
+    for _ in range(2):
+        list(corpus.texts())
+        assert corpus.rejected == 4
+        assert [row.row for row in corpus.rejected_rows] == [
+            f"numbers, row {n}" for n in (5, 10, 15)
+        ]
 
 
 def test_every_source_gives_at_most_as_many_documents_as_asked_for():

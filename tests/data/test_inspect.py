@@ -93,3 +93,16 @@ def test_what_is_not_there_is_named(tiny, tmp_path, source, split, row, named):
 def test_a_folder_without_shards_is_refused(tmp_path):
     with pytest.raises(UserError, match="not prepared yet; run `moma prepare`"):
         inspect(tmp_path, None, tmp_path)
+
+
+def test_a_recipe_in_the_place_of_its_data_is_told(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    for text, hint in (
+        ('[data]\npath = "data/mine"\n', "this recipe's is data/mine"),
+        ("data = 3", "name one that `moma prepare` wrote"),
+    ):
+        recipe.write_text(text)
+        with pytest.raises(UserError, match=f"is a file, not a data folder; {hint}"):
+            inspect(recipe, None, tmp_path)
+        with pytest.raises(UserError, match=f"is a file, not a data folder; {hint}"):
+            decode_document(recipe, None, "train", 0, tmp_path)

@@ -292,6 +292,44 @@ def test_an_impossible_picture_share_is_refused_before_any_work(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("spoilt", ["row", "picture", "source"])
+def test_what_cannot_be_used_is_told_before_anything_is_trained(tmp_path, capsys, spoilt):
+    recipe = make_recipe(tmp_path, 50)
+    rows = tmp_path / "pictures/captions.jsonl"
+    pictures, words = [tmp_path / f"pictures/{n}.png" for n in (3, 4, 5)], tmp_path / "words.txt"
+    whole = {path: path.read_bytes() for path in (rows, *pictures, words)}
+    if spoilt == "row":
+        rows.write_bytes(whole[rows].replace(b'{"image": "1', b'{"image" "1', 3))
+        told, named = r"3 of 50 rows .*row 2: not valid JSON .*\(rejected\.jsonl .* names all\)", 3
+    elif spoilt == "picture":
+        for picture in pictures:
+            picture.unlink()
+        told, named = r"3 of 50 rows .*row 4: there is no \S+3\.png; add the file", 3
+    else:
+        words.unlink()
+        told, named = r"words\.txt: cannot read it", 0
+    with pytest.raises(UserError, match=told):
+        run(recipe)
+    left = contents(tmp_path / "data")
+    assert left.keys() == ({"rejected.jsonl"} if named else set())
+    lines = left.get("rejected.jsonl", b"").splitlines()
+    assert [json.loads(line)["source"] for line in lines] == ["captions"] * named
+    for path, data in whole.items():
+        path.write_bytes(data)
+    assert run(recipe).sources["captions"].rejected == 2  # pictures that only reading tells apart
+    assert capsys.readouterr().err == ""
+
+
+def test_the_first_rows_of_a_source_do_not_speak_for_all(tmp_path):
+    recipe = make_recipe(tmp_path, 50, max_rejected=0.08)
+    for number in (0, 1):
+        (tmp_path / f"pictures/{number}.png").unlink()
+    text = recipe.text_tokenizer.model_copy(update={"documents": 5})
+    training = recipe.codec_training.model_copy(update={"documents": 5})
+    few = recipe.model_copy(update={"text_tokenizer": text, "codec_training": training})
+    assert run(few).sources["captions"].rejected == 4
+
+
 def test_sources_that_changed_after_the_tokenizers_are_told(tmp_path, capsys):
     recipe = make_recipe(tmp_path, 50)
     run(recipe)
@@ -301,7 +339,8 @@ def test_sources_that_changed_after_the_tokenizers_are_told(tmp_path, capsys):
         file.write("\n\none more")
     prepared = run(recipe)
     told = capsys.readouterr().err
-    assert "text" in told and "captions" not in told and "data.path" in told
+    assert told.startswith("note: added or changed since") and "captions" not in told
+    assert "trained: text; both are kept, as is right where only some rows were mended" in told
     assert prepared.sources["text"].total.documents == 51
     assert (tmp_path / "data/codec/model.safetensors").read_bytes() == weights
 

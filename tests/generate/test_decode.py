@@ -111,7 +111,8 @@ def test_a_prompt_without_room_for_an_answer_is_refused(mode):
     room = VOCABULARY.image_span if mode == "image" else 1
     longest = [0, *[10] * (20 - room - 1)]
     assert len(generate(model, [longest], mode, 20, 20, GREEDY)[0]) == room
-    with pytest.raises(UserError, match=rf"{len(longest) + 1} tokens.*context of 20"):
+    told = rf"{len(longest) + 1} tokens, and the context of 20 has room for {len(longest)} beside"
+    with pytest.raises(UserError, match=told):
         generate(model, [[0], [*longest, 10]], mode, 20, 20, GREEDY)
 
 

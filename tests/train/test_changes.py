@@ -51,6 +51,15 @@ def test_which_changes_pass(tiny, tmp_path, section, change, passes):
             refuse_other_recipe(run, changed)
 
 
+def test_routers_in_the_folder_of_their_run_are_told_where_to_go(tiny, tmp_path):
+    run = Run(tmp_path / "run")
+    claim(run, tiny, Tokenizers(tiny.data.path), WORLD)
+    routers = tiny.model_copy(update={"stage": "aux_router", "from_": run.path})
+    with pytest.raises(UserError, match=rf"stage: .*own: run={run.path}/aux_router$") as told:
+        refuse_other_recipe(run, routers)
+    assert "delete" not in str(told.value)
+
+
 def test_changes_of_a_recipe(tiny, tmp_path, capsys):
     recipe = tiny.model_copy(update={"run": tmp_path / "run"})
     train(recipe, WORLD, quiet=True)

@@ -226,7 +226,9 @@ def test_dense_has_no_routers_to_train(tiny, tmp_path):
 def test_run_without_checkpoint_is_named(tiny, tmp_path):
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     shutil.rmtree(run.checkpoints)
-    with pytest.raises(UserError, match="no checkpoint yet"):
+    with pytest.raises(
+        UserError, match=rf"no checkpoint yet; go on with `moma train {run.recipe}`"
+    ):
         load_run(run)
 
 

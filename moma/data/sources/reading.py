@@ -25,7 +25,7 @@ from moma.data.documents import (
     SourceName,
 )
 from moma.data.pictures import MAX_PIXELS, MOST_PIXELS, read_picture
-from moma.errors import UserError
+from moma.errors import UserError, told_by_json
 from moma.hashes import unit_hash
 
 # A row of a list, a page or a member of an archive is held in memory whole.
@@ -69,7 +69,7 @@ class PictureReaderConfig(ReaderConfig):
 
     def _picture(self, path: Path, place: str, instead: str = "remove the row") -> Picture:
         read = partial(read_picture, path, place, instead, self.max_pixels)
-        return Picture(name=f"{place} ({path})", read=read)
+        return Picture(name=f"{place} ({path})", read=read, file=path)
 
 
 class CaptionReaderConfig(PictureReaderConfig):
@@ -204,7 +204,9 @@ def parse_object(data: bytes) -> dict[str, Any]:
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error}); mend or remove the row") from error
+        raise UserError(
+            f"not valid JSON ({told_by_json(error)}); mend or remove the row"
+        ) from error
     if not isinstance(values, dict):
         raise UserError('no JSON object; write one such as {"image": "1.png", "caption": "…"}')
     return values

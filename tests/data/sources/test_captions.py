@@ -52,7 +52,10 @@ def test_caption_first_is_a_share(tmp_path, share):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ('{"image": "a.png",', r"^not valid JSON .*mend or remove"),
+        (
+            '{"image": "a.png",',
+            r"^not valid JSON \(Expecting [^:]*: character \d+\); mend or remove",
+        ),
         ("[" * 200_000, "^not valid JSON"),
         ('["a.png"]', "^no JSON object; write one"),
         ({"image": "a.png"}, "^needs a text under 'caption'; the keys there are: image"),
