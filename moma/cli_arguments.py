@@ -26,16 +26,21 @@ class Verbs(TyperGroup):
 
 
 def _refuse_dashes(error: Any) -> None:
-    given = [text for text in sys.argv if text.startswith(f"{error.option_name}=")]
-    takes_changes = any(parameter.name == "overrides" for parameter in error.ctx.command.params)
     has_section = "." in error.option_name
+    given = [
+        text
+        for text in sys.argv
+        if text.startswith(f"{error.option_name}=") or (has_section and text == error.option_name)
+    ]
+    takes_changes = any(parameter.name == "overrides" for parameter in error.ctx.command.params)
     similar = set(error.possibilities or ()) - {"--help"}
     if not given or not takes_changes or (similar and not has_section):
         return
+    change = given[0].lstrip("-") + ("" if "=" in given[0] else "=…")
     section = "" if has_section else ", or with its section as in pretrain.steps=100"
     raise UserError(
         f"{given[0]}: there is no such option; write a change to the recipe without dashes: "
-        f"{given[0].lstrip('-')}{section}"
+        f"{change}{section}"
     )
 
 

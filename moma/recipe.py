@@ -5,6 +5,7 @@ this module only reads, overrides, checks and writes them.
 """
 
 import difflib
+import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -57,7 +58,7 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         origin = f", which {extended_by[-1]} extends" if extended_by else ""
         inside = path / "recipe.toml"
-        meant = inside if inside.is_file() else f"a recipe, {_EXAMPLE}"
+        meant = inside if os.path.isfile(inside) else f"a recipe, {_EXAMPLE}"
         raise UserError(
             f"{path}: cannot read the recipe{origin} ({error.strerror}); name {meant}"
         ) from error
@@ -73,9 +74,11 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
 
 def told_by_recipe(path: Path, *keys: str) -> str:
     """The text at a key of a recipe, for a hint; empty if there is none, or no recipe."""
+    if path.suffix != ".toml":
+        return ""  # perhaps a file of weights, not to be read for a hint
     try:
         value: Any = read_values(path)
-    except UserError:
+    except (UserError, ValueError, RecursionError):
         return ""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None

@@ -58,6 +58,7 @@ def test_the_version_is_that_of_the_package():
     ("call", "told"),
     [
         (["train", "a.toml", "--pretrain.steps=3"], "without dashes: pretrain.steps=3"),
+        (["train", "a.toml", "--pretrain.steps", "3"], "without dashes: pretrain.steps=…"),
         (["train", "a.toml", "--steps=3"], "dashes: steps=3, or with its section as in pretrain."),
         (["bench", "data", "--data.rows=3"], "without dashes: data.rows=3"),
     ],

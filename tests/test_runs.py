@@ -71,6 +71,7 @@ def test_a_folder_is_a_run_if_it_has_a_recipe(tmp_path):
         ("nowhere", r"nowhere: there is no such folder; name one that `moma train` wrote"),
         ("mine.toml", r"mine\.toml: is a file, not a run folder; this recipe's is runs/mine"),
         ("bare.toml", r"bare\.toml: is a file, not a run folder; name one that `moma train`"),
+        ("weights", r"weights: is a file, not a run folder; name one that `moma train`"),
         ("notes.txt", r"notes\.txt: is a file, not a run folder; name one that `moma train`"),
         ("many", r"many: not a run folder .*; \S+/many/a is one"),
     ],
@@ -78,6 +79,7 @@ def test_a_folder_is_a_run_if_it_has_a_recipe(tmp_path):
 def test_what_is_no_run_is_told_apart(tmp_path, name, told):
     (tmp_path / "mine.toml").write_text('run = "runs/mine"\n')
     (tmp_path / "bare.toml").write_text("seed = 1\n")
+    (tmp_path / "weights").write_text('run = "a file of weights is not read for a hint"')
     (tmp_path / "notes.txt").write_text("no recipe")
     (tmp_path / "many/a").mkdir(parents=True)
     (tmp_path / "many/a/recipe.toml").touch()

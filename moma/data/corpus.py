@@ -1,9 +1,8 @@
 """What tokenizers learn from: the texts and pictures of a recipe's sources.
 
 Nothing is held in memory but the places of pictures. Streams and compressed tars have no places:
-their pictures wait, as they are stored, in a temporary file that ends with the process. Rows that
-cannot be read, or whose pictures are not there, are left out and counted, and so are pictures that
-turn out to be unreadable.
+their pictures wait, as they are stored, in a temporary file that ends with the process. Rows and
+pictures that cannot be read are left out and counted.
 """
 
 import os
@@ -32,7 +31,7 @@ from moma.tokenizers.image import preprocess
 # What tells where a picture lies is smaller; one that carries its bytes is larger, or small anyway.
 _MOST_BYTES_HELD = 2048
 # A source may be wrong throughout: so many of its rows are named.
-_MOST_NAMED = 10_000
+_MOST_NAMED = 1_000
 
 
 class Corpus:
@@ -44,15 +43,20 @@ class Corpus:
         rows: how many rows each source has, by its name, if it was read to its end.
     """
 
-    def __init__(self, sources: Sequence[Source], held_out: float, most: int):
+    def __init__(
+        self, sources: Sequence[Source], held_out: float, most: int, with_pictures: bool = False
+    ):
         """Read from the start of each source.
 
         Args:
             sources: where documents come from.
             held_out: share kept from training, where a source has none of its own.
             most: documents of each source, from the first on.
+            with_pictures: whether rows whose pictures are not there count as rejected; they stay
+                among the documents, as texts and as places of pictures.
         """
         self._sources, self._held_out, self._most = sources, held_out, most
+        self._with_pictures = with_pictures
         self.documents = 0
         self._read: dict[str, int] = {}
         self._rejected: dict[str, int] = {}
@@ -142,9 +146,11 @@ class Corpus:
         for number, row in enumerate(source.documents(), 1):
             self._read[source.name] = max(number, self._read.get(source.name, 0))
             if isinstance(row, Document):
-                reason = refusal(row) or _missing_picture(row)
-                if reason is None:
+                refused = refusal(row)
+                if refused is None:
                     yield row
+                reason = refused or (_missing_picture(row) if self._with_pictures else None)
+                if reason is None:
                     continue
                 row = Rejected(row.row or row.name, reason)
             rejected += 1

@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 
 from moma.data.batches import DataConfig
+from moma.data.chunks import CHUNK_DOCUMENTS
 from moma.data.corpus import Corpus
 from moma.data.documents import Picture, Source, held_out_share
-from moma.data.encoding import ROWS_TO_JUDGE, source_digest
-from moma.data.parts import rejected_line
+from moma.data.encoding import source_digest
+from moma.data.parts import copy_rejected, rejected_line
 from moma.data.shards import REJECTED_FILE
 from moma.errors import UserError
 from moma.files import write_whole, writing_whole
@@ -65,11 +66,12 @@ class TrainingDocuments:
     def _read(self, documents: int) -> Iterator[Corpus]:
         """A source after the other, judged once it was read: here, not when the codec is made."""
         for source in self.data.sources:
-            corpus = Corpus([source], self.data.held_out, documents)
+            corpus = Corpus([source], self.data.held_out, documents, with_pictures=True)
             yield corpus
             self._rows |= corpus.rows  # what is learned while reading stays known
-            # As in encoding: more than may be rejected of the first few need not be of all.
-            if corpus.rows or corpus.read >= ROWS_TO_JUDGE:
+            # More than may be rejected of the first rows need not be of all; encoding, too, judges
+            # after so many.
+            if corpus.rows or corpus.read >= CHUNK_DOCUMENTS:
                 self._judge(source, corpus)
 
     def _judge(self, source: Source, corpus: Corpus) -> None:
@@ -81,6 +83,9 @@ class TrainingDocuments:
             corpus.check_rejected(self.data.max_rejected, others)
         except UserError:
             with writing_whole(self.data.path / REJECTED_FILE) as file:
+                for other in self.data.sources:
+                    if other.name != source.name:
+                        copy_rejected(self.data.folder(other.name), file)
                 file.writelines(rejected_line(source.name, row) for row in corpus.rejected_rows)
             raise
 

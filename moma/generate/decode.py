@@ -77,7 +77,7 @@ def _refuse_long(
     if longest > context - answer:
         raise UserError(
             f"the prompt has {longest} tokens, and the context of {context} has room for "
-            f"{context - answer} beside {what}; shorten it"
+            f"{max(0, context - answer)} beside {what}; shorten it"
         )
 
 

@@ -95,8 +95,13 @@ def add_experts(total_ND: Tensor, x_ND: Tensor, load: Load) -> Tensor:
 
 
 def no_output(x_ND: Tensor) -> Tensor:
-    """Zeros to add the experts' outputs to: in fp32 at least, as scores and weights are."""
-    return torch.zeros_like(x_ND, dtype=torch.promote_types(x_ND.dtype, torch.float32))
+    """Zeros to add the experts' outputs to: in fp32 at least, as scores and weights are.
+
+    Not made as [N, D]: compiled, they would be taken for the zeros to which the backward of
+    `take_rows` adds, and be kept for it.
+    """
+    dtype = torch.promote_types(x_ND.dtype, torch.float32)
+    return x_ND.new_zeros(x_ND.numel(), dtype=dtype).view_as(x_ND)
 
 
 class ExpertGroup(nn.Module):

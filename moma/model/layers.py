@@ -15,13 +15,8 @@ def widen(x: Tensor) -> Tensor:
 
 
 def take_rows(x_ND: Tensor, token_T: Tensor) -> Tensor:
-    """The rows of some tokens, [T, D].
-
-    Not from [N, D]: compiled, the zeros to which the backward adds would be taken for those to
-    which `add_rows` adds in the forward, and be kept from there on.
-    """
-    token_1TD = token_T[None, :, None].expand(1, -1, x_ND.shape[1])
-    return x_ND[None].gather(1, token_1TD)[0]
+    """The rows of some tokens, [T, D]."""
+    return x_ND.gather(0, token_T[:, None].expand(-1, x_ND.shape[1]))
 
 
 def add_rows(y_ND: Tensor, token_T: Tensor, z_TD: Tensor) -> Tensor:

@@ -68,11 +68,15 @@ def test_a_picture_that_is_not_there_is_known_before_any_is_read(tmp_path):
                 found = Picture(name, read, tmp_path / f"{name}.png")
                 yield Document(name, (found, name), held_out=False, row=f"filed, row {name}")
 
-    corpus = Corpus([Filed()], held_out=0.5, most=100)
-    assert list(corpus.texts()) == ["there"]
-    assert corpus.first_rejected is not None
+    corpus = Corpus([Filed()], held_out=0.5, most=100, with_pictures=True)
+    assert list(corpus.texts()) == ["there", "gone"]
+    places = [picture.name for picture in corpus.pictures(held_out=False)]
+    assert places == ["there", "gone"]  # it may be back when they are read
+    assert corpus.rejected == 1 and corpus.first_rejected is not None
     told = f"filed, row gone: there is no {tmp_path}/gone.png; add the file or remove the row"
     assert corpus.first_rejected.told == told
+    without = Corpus([Filed()], held_out=0.5, most=100)
+    assert list(without.texts()) == ["there", "gone"] and not without.rejected
 
 
 def test_the_first_of_many_rejected_rows_are_kept(monkeypatch):

@@ -21,6 +21,7 @@ from moma.data.batches import Batches
 from moma.data.documents import Document, is_held_out
 from moma.data.prepare import Speed, prepare
 from moma.data.shards import Counts, Encoders, Part, ShardInfo
+from moma.data.sources.captions import CaptionsConfig
 from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
 from moma.files import held_alone
@@ -328,6 +329,22 @@ def test_the_first_rows_of_a_source_do_not_speak_for_all(tmp_path):
     training = recipe.codec_training.model_copy(update={"documents": 5})
     few = recipe.model_copy(update={"text_tokenizer": text, "codec_training": training})
     assert run(few).sources["captions"].rejected == 4
+
+
+def test_a_refused_source_leaves_the_rejected_rows_of_others(tmp_path):
+    recipe = make_recipe(tmp_path, 50)
+    run(recipe)
+    before = (tmp_path / "data/rejected.jsonl").read_bytes()
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/captions.jsonl").write_text("no row\n")
+    more = CaptionsConfig(name="more", path=tmp_path / "more")
+    sources = (*recipe.data.sources, more)
+    data = recipe.data.model_copy(update={"sources": sources})
+    (tmp_path / "data/tokenizer.json").unlink()
+    with pytest.raises(UserError, match="source 'more': 1 of 1 rows"):
+        run(recipe.model_copy(update={"data": data}))
+    after = (tmp_path / "data/rejected.jsonl").read_bytes()
+    assert before and after.startswith(before) and b'"more"' in after
 
 
 def test_sources_that_changed_after_the_tokenizers_are_told(tmp_path, capsys):
