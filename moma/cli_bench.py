@@ -28,7 +28,7 @@ def data(
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="micro-batches of each repeat")] = 100,
     steps: Annotated[int, typer.Option(min=1, help="training steps")] = 8,
-    pictures: Annotated[int, typer.Option(min=1, help="pictures of each repeat")] = 64,
+    pictures: Annotated[int, typer.Option(min=1, help="pictures of each repeat")] = 384,
     texts: Annotated[int, typer.Option(min=1, help="texts of each repeat")] = 50_000,
     repeats: Annotated[int, typer.Option(min=1, help="of each measurement")] = 5,
     cpu_time: Annotated[

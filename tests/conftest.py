@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import train
 from PIL import Image
 
 from moma.data.prepare import prepare
@@ -102,3 +103,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         quiet=True,
     )
     return recipe
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder in which everything was prepared and trained; not to be changed."""
+    return train(tmp_path_factory.mktemp("trained"))

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from test_cli import moma, refuses, succeeds
+from command_line import moma, refuses, succeeds
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "datasets", "grain", "transformers", "diffusers", "pandas", "tokenizers"}

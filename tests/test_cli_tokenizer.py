@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import tomli_w
+from command_line import moma, refuses, succeeds
 from conftest import tiny_recipe, write_sources
 from PIL import Image
-from test_cli import moma, refuses, succeeds
 
 from moma.data.documents import is_held_out
 from moma.data.pictures import read_picture

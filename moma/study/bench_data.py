@@ -61,7 +61,7 @@ class Sizes:
 
     batches: int = 100
     steps: int = 8
-    pictures: int = 256
+    pictures: int = 384
     texts: int = 50_000
     repeats: int = 5
     cpu_time: bool = False

@@ -34,6 +34,10 @@ _REPAIRS = 20
 # Bounds of what is held at once: pixels in the encoder, distances to codebook vectors.
 _PIXELS_AT_ONCE = 2**22
 _DISTANCES_AT_ONCE = 2**29
+# On a CPU: tensors that the allocator keeps. Larger ones come from the system anew each time, page
+# by page (docs/results/data.md).
+_NUMBERS_AT_ONCE_ON_CPU = 2**21
+_DISTANCES_AT_ONCE_ON_CPU = 2**22
 _WEIGHTS_FILE = "model.safetensors"
 
 
@@ -192,10 +196,16 @@ class ImageCodec(nn.Module):
                 f"pictures of shape {tuple(pictures_B3HW.shape[1:])}: this codec takes "
                 f"{(_CHANNELS, side, side)}"
             )
-        latents_BDhw = self.latents(pictures_B3HW)
-        vectors_BLD = latents_BDhw.flatten(2).transpose(1, 2)
-        half_norms = self.codebook.square().sum(1) / 2
-        return (vectors_BLD @ self.codebook.T - half_norms).argmax(-1)
+        pictures, vectors = _at_once(self.config, pictures_B3HW)
+        latents_BDhw = torch.cat([self.latents(part) for part in pictures_B3HW.split(pictures)])
+        vectors_ND = latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
+        # |v − c|² is smallest where v · c − |c|² / 2 is largest.
+        half_norms_C = -self.codebook.square().sum(1) / 2
+        codes = [
+            torch.addmm(half_norms_C, part_ND, self.codebook.T).argmax(1)
+            for part_ND in vectors_ND.split(vectors)
+        ]
+        return torch.cat(codes).unflatten(0, (-1, self.codes_per_image))
 
     @torch.no_grad()
     def decode(self, codes_BL: Tensor) -> Tensor:
@@ -318,6 +328,20 @@ def read_codec_config(folder: Path) -> CodecConfig:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: not an image codec ({error})") from error
     return check(CodecConfig, values, str(file))
+
+
+def _at_once(config: CodecConfig, pictures_B3HW: Tensor) -> tuple[int, int]:
+    """How many pictures go through the encoder at once, and how many vectors to the codebook."""
+    if pictures_B3HW.device.type != "cpu":
+        return len(pictures_B3HW), max(1, _DISTANCES_AT_ONCE // config.codebook_size)
+    side = config.picture_size // config.patch
+    numbers = max(
+        width * (side // 2**block) ** 2 for block, width in enumerate(config.block_channels)
+    )
+    return (
+        max(1, _NUMBERS_AT_ONCE_ON_CPU // numbers),
+        max(1, _DISTANCES_AT_ONCE_ON_CPU // config.codebook_size),
+    )
 
 
 def _encoder(pixels: int, config: CodecConfig, shared: dict[str, Any]) -> nn.Module:

@@ -2,8 +2,8 @@
 
 import pytest
 from chameleon_port import assert_same_weights, random_port, save
+from command_line import moma, refuses, succeeds
 from PIL import Image
-from test_cli import moma, refuses, succeeds
 
 pytest.importorskip("transformers")
 

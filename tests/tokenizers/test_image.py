@@ -7,6 +7,7 @@ from PIL import Image
 
 from moma.errors import UserError
 from moma.recipe import check
+from moma.tokenizers import image
 from moma.tokenizers.image import CodecConfig, ImageCodec, preprocess, to_pil
 
 SMALL = CodecConfig(
@@ -71,6 +72,18 @@ def test_encoding_changes_nothing_and_does_not_depend_on_the_batch(codec, pictur
     alone = torch.cat([codec.encode(picture[None]) for picture in pictures_B3HW])
     assert torch.equal(together, alone)
     assert all(torch.equal(value, before[name]) for name, value in codec.state_dict().items())
+
+
+def test_a_processor_encodes_in_small_parts(codec, pictures_B3HW, monkeypatch):
+    """Two pictures, folded to 8 × 8 and 8 channels wide, then one; distances of three vectors."""
+    expected, seen = codec.encode(pictures_B3HW), []
+    monkeypatch.setattr(image, "_NUMBERS_AT_ONCE_ON_CPU", 2 * 8 * 8 * 8)
+    monkeypatch.setattr(image, "_DISTANCES_AT_ONCE_ON_CPU", 3 * SMALL.codebook_size)
+    codec.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    assert torch.equal(codec.encode(pictures_B3HW), expected)
+    assert seen == [2, 1]
+    assert image._at_once(SMALL, pictures_B3HW) == (2, 3)
+    assert image._at_once(SMALL, pictures_B3HW.to("meta"))[0] == 3
 
 
 def test_decoding_draws_in_range_and_follows_the_quantizer(codec, pictures_B3HW):

@@ -1,0 +1,185 @@
+"""A user's own folder, the command line called on it, and what came of it."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+from moma import cli
+
+RECIPE = """
+seed = 3
+run = "{folder}/run"
+
+[text_tokenizer]
+vocabulary_size = 300
+
+[codec]
+picture_size = 32
+patch = 4
+block_channels = [8, 16]
+layers_per_block = 1
+latent_channels = 8
+code_channels = 8
+codebook_size = 16
+encoder_middle = false
+middle_attention = false
+norm_groups = 4
+
+[codec_training]
+steps = 4
+batch_size = 4
+warmup_steps = 1
+free_steps = 2
+
+[data]
+path = "{folder}/data"
+rows = 2
+row_length = 64
+picture_share = 0.5
+held_out = 0.3
+
+[[data.sources]]
+kind = "captions"
+path = "{folder}/pictures"
+
+[[data.sources]]
+kind = "text"
+path = "{folder}/words.txt"
+
+[model]
+groups = "moe_2t2i"
+dim = 32
+layers = 2
+heads = 2
+
+[pretrain]
+steps = 4
+log_every = 2
+checkpoint_every = 2
+compile = false
+
+[pretrain.optimizer]
+learning_rate = 1e-3
+warmup = 1
+
+[aux_router]
+steps = 2
+log_every = 1
+checkpoint_every = 1
+compile = false
+"""
+
+
+class Outcome(NamedTuple):
+    """What a call of the command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def moma(*arguments: object) -> Outcome:
+    """Call the command line in this process, as the shell would."""
+    out, err = io.StringIO(), io.StringIO()
+    code: object = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr(sys, "argv", ["moma", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+    return Outcome(0 if code is None else int(str(code)), out.getvalue(), err.getvalue())
+
+
+def succeeds(*arguments: object) -> str:
+    outcome = moma(*arguments)
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+def refuses(*arguments: object) -> str:
+    """The one message of a call that has to fail as bad input does."""
+    outcome = moma(*arguments)
+    assert (outcome.code, outcome.out) == (2, ""), outcome
+    # Progress may stand before the message, nothing after it.
+    message = outcome.err.splitlines()[-1]
+    assert message.startswith("moma: ") and outcome.err.count("moma: ") == 1, outcome.err
+    assert "Traceback" not in outcome.err
+    return message.removeprefix("moma: ")
+
+
+def make_input(folder: Path) -> Path:
+    """Twelve pictures with captions, a text, and a recipe for them."""
+    draw = random.Random(0)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    rows = []
+    for number in range(12):
+        colour = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
+        picture = Image.new("RGB", (40, 32), colour)
+        picture.paste((255, 255, 255), (number, 4, number + 20, 24))
+        picture.save(pictures / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": f"box {number}"})
+    write_rows(folder, rows)
+    words = ["red", "green", "rocket", "left", "of", "an", "apple", "schön"]
+    paragraphs = [" ".join(draw.choices(words, k=12)) for _ in range(20)]
+    (folder / "words.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    recipe = folder / "recipe.toml"
+    recipe.write_text(RECIPE.format(folder=folder))
+    return recipe
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    lines = (folder / "pictures" / "captions.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "pictures" / "captions.jsonl").write_text(text)
+
+
+def whole_shards(folder: Path) -> set[str]:
+    return {path.parent.name for path in folder.glob("data/shards/*/shard.json")}
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def in_a_shell(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run Python code with command-line arguments in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+
+
+def routers_of(folder: Path) -> list[str]:
+    return ["stage=aux_router", f"from={folder}/run", f"run={folder}/run/aux_router"]
+
+
+def train(folder: Path) -> Path:
+    """Fill an empty folder: input, prepared data, a run, its routers."""
+    recipe = make_input(folder)
+    assert f"prepared {folder}/data" in succeeds("prepare", recipe)
+    assert f"trained {folder}/run" in succeeds("train", recipe)
+    assert f"trained {folder}/run/aux_router" in succeeds("train", recipe, *routers_of(folder))
+    return folder
