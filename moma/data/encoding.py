@@ -72,6 +72,7 @@ def encode_source(
     encoders: Encoders | None = None,
     limits: Limits | None = None,
     reader: PictureReader | None = None,
+    codec_apart: bool = True,
     progress: Progress = lambda info: None,
 ) -> ShardInfo:
     """Encode every document of a source into `folder`, or what an earlier process left to do.
@@ -80,7 +81,7 @@ def encode_source(
         source: where the documents come from.
         encode_text: texts → their token ids, none of them special or of an image; in threads.
         encode_pictures: what the reader made of pictures → codes, integers of shape [pictures,
-            codes_per_image]; called in a thread. None if there is no codec.
+            codes_per_image]. None if there is no codec.
         vocabulary: the ids.
         held_out_share: share of the documents kept from training, where the source itself does
             not decide it.
@@ -88,6 +89,7 @@ def encode_source(
         encoders: digests of the tokenizer and the codec: shards of others are made anew.
         limits: of a file's size and of the share of rejected rows.
         reader: reads the pictures; left out, in this process, as RGB arrays.
+        codec_apart: whether pictures are encoded in a thread, beside everything else.
         progress: told what has been encoded so far, at the start and after each chunk.
 
     Raises:
@@ -104,7 +106,7 @@ def encode_source(
     if info is None:
         with (
             _reader(reader) as pictures,
-            Encoder(encode_text, encode_pictures, vocabulary) as encoder,
+            Encoder(encode_text, encode_pictures, vocabulary, codec_apart) as encoder,
         ):
             shards = PartialShards(folder, origin, vocabulary)
             encode = partial(encoder.encode, reader=pictures, chunk_tokens=limits.shard_tokens)

@@ -176,6 +176,7 @@ def _encode_all(
                         encoders=encoders,
                         limits=limits,
                         reader=reader,
+                        codec_apart=device.type != "cpu",
                         progress=Speed(report),
                     )
     finally:

@@ -1,8 +1,10 @@
 """Documents → token ids: chunks of rows through tokenizer and codec.
 
     rows → chunks ─┬→ texts, in two threads → tokenizer ───────────┬→ ids of each document
-                   └→ pictures, read ahead → batches → codec, in a ┘
-                                                       thread
+                   └→ pictures, read ahead → batches → codec ──────┘
+
+The codec of a GPU has a thread; that of a CPU, which needs all cores, does not.
+
 Chunks, and the batches of pictures inside them, depend on the rows alone: the number of worker
 processes changes nothing of what comes out. A document that cannot be encoded is rejected with the
 reason; the others are not disturbed.
@@ -10,11 +12,11 @@ reason; the others are not disturbed.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from threading import Lock
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 
@@ -87,6 +89,17 @@ class _Encoding:
     texts: Future[Iterator[_Ids]]
 
 
+class _AtOnce(Executor):
+    """Calls in the calling thread, which waits."""
+
+    def submit(  # type: ignore[override]
+        self, call: Callable[..., T], /, *args: Any, **options: Any
+    ) -> Future[T]:
+        done: Future[T] = Future()
+        done.set_result(call(*args, **options))
+        return done
+
+
 class Encoder:
     """Rows → encoded documents, chunk by chunk; a context manager that ends its threads."""
 
@@ -95,6 +108,7 @@ class Encoder:
         encode_text: EncodeText,
         encode_pictures: EncodePictures | None,
         vocabulary: Vocabulary,
+        codec_apart: bool,
     ) -> None:
         self._encode_text = encode_text
         self._encode_pictures = encode_pictures
@@ -115,7 +129,9 @@ class Encoder:
         # after the other, or both would be done with it, and wait for Python, at the same time.
         self._text_threads = ThreadPoolExecutor(TEXTS_AHEAD, "texts")
         self._tokenizing = Lock()
-        self._code_thread = ThreadPoolExecutor(1, "codes")
+        # Two threads of a CPU that both run PyTorch have more threads of OpenMP than there are
+        # cores, which then go to sleep between any two operations (docs/results/data.md).
+        self._code_thread = ThreadPoolExecutor(1, "codes") if codec_apart else _AtOnce()
 
     def __enter__(self) -> Self:
         return self
@@ -312,10 +328,10 @@ def _told_apart(
 
 
 class _Codes:
-    """The codes of a chunk's pictures: equal pictures are encoded once, in a thread."""
+    """The codes of a chunk's pictures: equal pictures are encoded once."""
 
     def __init__(
-        self, thread: ThreadPoolExecutor, encode: Callable[[list[np.ndarray]], list[np.ndarray]]
+        self, thread: Executor, encode: Callable[[list[np.ndarray]], list[np.ndarray]]
     ) -> None:
         self._thread, self._encode = thread, encode
         self._batch: dict[bytes, np.ndarray] = {}

@@ -13,14 +13,20 @@ def square_pixels(picture: Image.Image, size: int) -> np.ndarray:
     Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
     cropped.
     """
-    layer = _without_far_ends(picture).convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    opaque = Image.alpha_composite(white, layer).convert("RGB")
+    opaque = _on_white(_without_far_ends(picture))
     scale = size / min(opaque.size)
     width, height = (max(size, round(side * scale)) for side in opaque.size)
     resized = opaque.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - size) // 2, (height - size) // 2
     return np.array(resized.crop((left, top, left + size, top + size)))
+
+
+def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode == "RGB" and not picture.has_transparency_data:
+        return picture
+    layer = picture.convert("RGBA")
+    white = Image.new("RGBA", layer.size, "white")
+    return Image.alpha_composite(white, layer).convert("RGB")
 
 
 def _without_far_ends(picture: Image.Image) -> Image.Image:

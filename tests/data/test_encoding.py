@@ -1,6 +1,7 @@
 """Encoding: what a document becomes, what is set aside, when it is done again."""
 
 import json
+import threading
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -67,10 +68,11 @@ def encode_text(texts):
 
 class Codec:
     def __init__(self):
-        self.calls = []
+        self.calls, self.threads = [], set()
 
     def __call__(self, pictures):
         self.calls.append(len(pictures))
+        self.threads.add(threading.get_ident())
         return np.array([[picture[0, 0, 0], 1, 2, 3] for picture in pictures])
 
 
@@ -348,6 +350,16 @@ class Pictures:
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("codec_apart", [False, True])
+def test_the_codec_has_a_thread_of_its_own_or_none(tmp_path, codec_apart):
+    codec = Codec()
+    run(tmp_path / "shard", Numbers(), codec, codec_apart=codec_apart)
+    assert (codec.threads == {threading.get_ident()}) is not codec_apart
+    assert len(codec.threads) == 1
+    run(tmp_path / "other", Numbers(), codec, codec_apart=not codec_apart)
+    assert contents(tmp_path / "shard") == contents(tmp_path / "other")
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -285,6 +286,19 @@ def test_pictures_that_are_asked_for_and_missing_are_refused(tmp_path):
     data = recipe.data.model_copy(update={"sources": recipe.data.sources[1:]})
     with pytest.raises(UserError, match=r"0\.25, but no source holds a picture.*set picture_share"):
         run(recipe.model_copy(update={"data": data}))
+
+
+def test_a_processor_encodes_where_it_was_asked_to(tmp_path, monkeypatch):
+    """Beside a second thread with PyTorch in it, operations wait for each other."""
+    threads, real = set(), prepare_module.encode_pictures
+
+    def encode(*arguments):
+        threads.add(threading.get_ident())
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare_module, "encode_pictures", encode)
+    run(make_recipe(tmp_path, rows=50))
+    assert threads == {threading.get_ident()}
 
 
 def test_an_impossible_picture_share_is_refused_before_any_work(tmp_path):
