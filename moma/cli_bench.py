@@ -30,7 +30,7 @@ def data(
     steps: Annotated[int, typer.Option(min=1, help="training steps")] = 8,
     pictures: Annotated[int, typer.Option(min=1, help="pictures of each repeat")] = 384,
     texts: Annotated[int, typer.Option(min=1, help="texts of each repeat")] = 50_000,
-    repeats: Annotated[int, typer.Option(min=1, help="of each measurement")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="of each measurement")] = 7,
     cpu_time: Annotated[
         bool, typer.Option("--cpu-time", help="of encoding: leave out what other processes take")
     ] = False,

@@ -63,7 +63,7 @@ class Sizes:
     steps: int = 8
     pictures: int = 384
     texts: int = 50_000
-    repeats: int = 5
+    repeats: int = 7
     cpu_time: bool = False
 
 
