@@ -28,6 +28,7 @@ from moma.data.training_documents import TrainingDocuments
 from moma.files import held_alone, writing_whole
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
+from moma.runtime.allocator import keep_freed_memory
 from moma.tokenizers.image import CodecConfig, ImageCodec, to_float
 from moma.tokenizers.image_training import CodecTrainingConfig
 from moma.tokenizers.pixels import square_pixels
@@ -89,6 +90,7 @@ def prepare(
         UserError: the recipe's picture share is impossible, too many rows of a source cannot be
             used, the folder was prepared with other settings, or another process is at work there.
     """
+    keep_freed_memory(device)
     folder = Tokenizers(data.path)
     _check_budget(data, folder, text_tokenizer, codec)
     folder.path.mkdir(parents=True, exist_ok=True)
