@@ -12,6 +12,7 @@ from moma.model.decoder_layer import Layer
 from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
 from moma.model.transformer import Transformer
 from moma.runs import Run
+from moma.runtime.allocator import keep_freed_memory
 from moma.runtime.checkpoint import (
     holds_weights_alone,
     load_model,
@@ -161,6 +162,7 @@ def objective_of(recipe: Recipe, device: torch.device) -> Objective:
 
 def make_step(recipe: Recipe, model: Transformer, world: World, watch: Watch) -> Step:
     """The step of the recipe's stage, with an optimizer of its own."""
+    keep_freed_memory(world.device)
     settings = recipe.stage_config.optimizer
     return Step(
         model,
