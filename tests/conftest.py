@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import train
 from PIL import Image
 
 from moma.data.prepare import prepare
 from moma.recipe import check
 from moma.train.recipe import Recipe
+
+pytest.register_assert_rewrite("command_line")
+from command_line import train  # noqa: E402
 
 # Several test processes share few cores.
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from threading import Lock
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import NamedTuple, ParamSpec, Self, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ TEXTS_AHEAD = 2
 BATCH_PICTURES = 16
 BATCHES_AHEAD = 2
 
+P = ParamSpec("P")
 T = TypeVar("T")
 EncodeText = Callable[[list[str]], Iterable[list[int]]]
 EncodePictures = Callable[[list[np.ndarray]], np.ndarray]
@@ -90,13 +91,11 @@ class _Encoding:
 
 
 class _AtOnce(Executor):
-    """Calls in the calling thread, which waits."""
+    """Calls in the calling thread, which waits; what a call raises leaves here."""
 
-    def submit(  # type: ignore[override]
-        self, call: Callable[..., T], /, *args: Any, **options: Any
-    ) -> Future[T]:
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         done: Future[T] = Future()
-        done.set_result(call(*args, **options))
+        done.set_result(fn(*args, **kwargs))
         return done
 
 
@@ -124,27 +123,28 @@ class Encoder:
                 vocabulary.end_image,
             ]
         ] = True
-        # All leave Python for most of their time, so that texts, codes and rows overlap. While one
+        # They leave Python for most of their time, so that texts and rows overlap. While one
         # thread turns what the tokenizer gave into ids, the tokenizer works for the other: one
         # after the other, or both would be done with it, and wait for Python, at the same time.
         self._text_threads = ThreadPoolExecutor(TEXTS_AHEAD, "texts")
         self._tokenizing = Lock()
-        # Two threads of a CPU that both run PyTorch have more threads of OpenMP than there are
-        # cores, which then go to sleep between any two operations (docs/results/data.md).
-        self._code_thread = ThreadPoolExecutor(1, "codes") if codec_apart else _AtOnce()
+        # Once two threads have run PyTorch on a CPU, each has threads of OpenMP of its own,
+        # together more than there are cores: these then sleep between any two operations
+        # (docs/results/data.md).
+        self._codec_calls = ThreadPoolExecutor(1, "codes") if codec_apart else _AtOnce()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for threads in (self._text_threads, self._code_thread):
+        for threads in (self._text_threads, self._codec_calls):
             threads.shutdown(cancel_futures=True)
 
     def encode(
         self, rows: Iterable[Document | Rejected], reader: PictureReader, chunk_tokens: int
     ) -> Iterator[EncodedChunk]:
         """The rows of a source, encoded or rejected, a chunk of about so many tokens at a time."""
-        codes = _Codes(self._code_thread, self._codes_of)
+        codes = _Codes(self._codec_calls, self._codes_of)
         read: list[bytes | UserError] = []
         for item in reader.read(self._stream(rows, chunk_tokens)):
             if isinstance(item, _Encoding):
@@ -331,9 +331,9 @@ class _Codes:
     """The codes of a chunk's pictures: equal pictures are encoded once."""
 
     def __init__(
-        self, thread: Executor, encode: Callable[[list[np.ndarray]], list[np.ndarray]]
+        self, calls: Executor, encode: Callable[[list[np.ndarray]], list[np.ndarray]]
     ) -> None:
-        self._thread, self._encode = thread, encode
+        self._calls, self._encode = calls, encode
         self._batch: dict[bytes, np.ndarray] = {}
         self._running: deque[tuple[list[bytes], Future[list[np.ndarray]]]] = deque()
         self._known: dict[bytes, np.ndarray] = {}
@@ -360,7 +360,7 @@ class _Codes:
         return known
 
     def _submit(self) -> None:
-        running = self._thread.submit(self._encode, list(self._batch.values()))
+        running = self._calls.submit(self._encode, list(self._batch.values()))
         self._running.append((list(self._batch), running))
         self._batch = {}
 

@@ -7,7 +7,8 @@ The default configuration has the shape of Chameleon's VQGAN: 512 × 512 pixels 
 of 8,192 vectors. Encoder and decoder are those of `diffusers`, the codebook and its learning are
 those of `vector_quantize_pytorch`.
 
-Shape suffixes: B pictures, H × W pixels, h × w codes, L = h·w, D width of a codebook vector.
+Shape suffixes: B pictures, H × W pixels, h × w codes, L = h·w, N = B·L, C vectors of the codebook,
+D width of one.
 """
 
 import json
@@ -34,8 +35,8 @@ _REPAIRS = 20
 # Bounds of what is held at once: pixels in the encoder, distances to codebook vectors.
 _PIXELS_AT_ONCE = 2**22
 _DISTANCES_AT_ONCE = 2**29
-# On a CPU: tensors that the allocator keeps. Larger ones come from the system anew each time, page
-# by page (docs/results/data.md).
+# On a CPU: 8 and 16 MiB, which the allocator keeps without being told, too (docs/results/data.md);
+# a single picture may be larger.
 _NUMBERS_AT_ONCE_ON_CPU = 2**21
 _DISTANCES_AT_ONCE_ON_CPU = 2**22
 _WEIGHTS_FILE = "model.safetensors"
@@ -196,14 +197,15 @@ class ImageCodec(nn.Module):
                 f"pictures of shape {tuple(pictures_B3HW.shape[1:])}: this codec takes "
                 f"{(_CHANNELS, side, side)}"
             )
-        pictures, vectors = _at_once(self.config, pictures_B3HW)
-        latents_BDhw = torch.cat([self.latents(part) for part in pictures_B3HW.split(pictures)])
+        most_pictures, most_vectors = _at_once(self.config, pictures_B3HW)
+        parts = pictures_B3HW.split(most_pictures)
+        latents_BDhw = torch.cat([self.latents(part_B3HW) for part_B3HW in parts])
         vectors_ND = latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
         # |v − c|² is smallest where v · c − |c|² / 2 is largest.
-        half_norms_C = -self.codebook.square().sum(1) / 2
+        half_norms_C = self.codebook.square().sum(1) / 2
         codes = [
-            torch.addmm(half_norms_C, part_ND, self.codebook.T).argmax(1)
-            for part_ND in vectors_ND.split(vectors)
+            torch.addmm(half_norms_C, part_ND, self.codebook.T, beta=-1).argmax(1)
+            for part_ND in vectors_ND.split(most_vectors)
         ]
         return torch.cat(codes).unflatten(0, (-1, self.codes_per_image))
 
@@ -331,7 +333,7 @@ def read_codec_config(folder: Path) -> CodecConfig:
 
 
 def _at_once(config: CodecConfig, pictures_B3HW: Tensor) -> tuple[int, int]:
-    """How many pictures go through the encoder at once, and how many vectors to the codebook."""
+    """How many pictures go through the encoder's blocks at once, and vectors to the codebook."""
     if pictures_B3HW.device.type != "cpu":
         return len(pictures_B3HW), max(1, _DISTANCES_AT_ONCE // config.codebook_size)
     side = config.picture_size // config.patch

@@ -80,9 +80,16 @@ def test_a_processor_encodes_in_small_parts(codec, pictures_B3HW, monkeypatch):
     monkeypatch.setattr(image, "_NUMBERS_AT_ONCE_ON_CPU", 2 * 8 * 8 * 8)
     monkeypatch.setattr(image, "_DISTANCES_AT_ONCE_ON_CPU", 3 * SMALL.codebook_size)
     codec.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    compared, addmm = [], torch.addmm
+
+    def record(norms_C, vectors_ND, *others, **options):
+        compared.append(len(vectors_ND))
+        return addmm(norms_C, vectors_ND, *others, **options)
+
+    monkeypatch.setattr(image.torch, "addmm", record)
     assert torch.equal(codec.encode(pictures_B3HW), expected)
     assert seen == [2, 1]
-    assert image._at_once(SMALL, pictures_B3HW) == (2, 3)
+    assert compared == [3] * 16
     assert image._at_once(SMALL, pictures_B3HW.to("meta"))[0] == 3
 
 
@@ -221,6 +228,13 @@ def test_preprocessing_blends_resizes_and_crops_the_centre():
     assert levels[:, 10, 10].tolist() == [1, -1, -1]
     assert levels[2, 2:].max() == -1  # the blue border lay outside of the centre
     assert preprocess(Image.new("L", (3, 7), 255), 16).shape == (3, 16, 16)
+
+
+def test_a_transparent_colour_becomes_white():
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    assert preprocess(red, 4)[:, 0, 0].tolist() == [1, -1, -1]
+    red.info["transparency"] = (255, 0, 0)  # as PNG files of three channels have it
+    assert preprocess(red, 4)[:, 0, 0].tolist() == [1, 1, 1]
 
 
 def test_preprocessing_uses_the_exact_scale_and_to_pil_undoes_it():
