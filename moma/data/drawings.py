@@ -11,8 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from moma.data.dictionary import package_folder
-from moma.data.pictures import on_white
 from moma.errors import UserError
+from moma.tokenizers.pixels import on_white
 
 STYLES = ("flat", "outlined")
 # Plainly named objects that look unlike each other at 32 pixels; the order is part of recipes.

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from moma.errors import UserError
+from moma.tokenizers.pixels import on_white
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # How files of these formats are called. Of two files of one name the first is taken.
@@ -67,13 +68,6 @@ def picture_size(file: Path) -> tuple[int, int] | None:
             return image.size
     except Exception:  # Damaged headers make Pillow raise nearly anything.
         return None
-
-
-def on_white(picture: Image.Image) -> Image.Image:
-    """A picture with its transparent parts blended on white, RGB."""
-    layer = picture.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(white, layer).convert("RGB")
 
 
 @contextmanager
@@ -131,7 +125,7 @@ def _flat(image: Image.Image) -> Image.Image:
         return _from_16_bits(image)
     if image.mode == "F":
         raise ValueError("its pixels are fractions, so that black and white are not known")
-    return on_white(image) if image.has_transparency_data else image.convert("RGB")
+    return on_white(image)
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -17,10 +17,10 @@ def keep_freed_memory(device: torch.device) -> None:
     """Let a CPU's tensors be made in memory that others have left, as long as this process lives.
 
     glibc gives what is large back to the system as soon as it is freed, and takes it anew page by
-    page, each of which is filled with zeros: up to a third of the time of a codec's convolutions
-    (docs/results/data.md). Kept are tensors of up to 1 GiB: whatever lies between others, and 2 GiB
-    at the end. Other C libraries are left as they are, and so is everything where there is a GPU
-    or the environment sets the allocator.
+    page, each of which is filled with zeros: a third of a codec's time, before it encoded in small
+    parts (docs/results/data.md). Kept are tensors of up to 1 GiB: whatever lies between others,
+    and 2 GiB at the end. Other C libraries are left as they are, and so is everything where there
+    is a GPU or the environment sets the allocator.
     """
     if device.type != "cpu" or any(name.startswith(_SET_BY_USER) for name in os.environ):
         return

@@ -13,7 +13,7 @@ def square_pixels(picture: Image.Image, size: int) -> np.ndarray:
     Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
     cropped.
     """
-    opaque = _on_white(_without_far_ends(picture))
+    opaque = on_white(_without_far_ends(picture))
     scale = size / min(opaque.size)
     width, height = (max(size, round(side * scale)) for side in opaque.size)
     resized = opaque.resize((width, height), Image.Resampling.LANCZOS)
@@ -21,9 +21,10 @@ def square_pixels(picture: Image.Image, size: int) -> np.ndarray:
     return np.array(resized.crop((left, top, left + size, top + size)))
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB" and not picture.has_transparency_data:
-        return picture
+def on_white(picture: Image.Image) -> Image.Image:
+    """A picture with its transparent parts blended on white, RGB."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
     layer = picture.convert("RGBA")
     white = Image.new("RGBA", layer.size, "white")
     return Image.alpha_composite(white, layer).convert("RGB")

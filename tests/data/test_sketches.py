@@ -8,7 +8,6 @@ from PIL import Image
 from moma.data import drawings
 from moma.data.documents import Document, Picture
 from moma.data.drawings import STYLES, render
-from moma.data.pictures import on_white
 from moma.data.sketches import (
     RELATIONS,
     SketchesConfig,
@@ -24,6 +23,7 @@ from moma.data.sketches import (
 )
 from moma.errors import UserError
 from moma.recipe import check
+from moma.tokenizers.pixels import on_white
 
 CONTENTS = ("singles", "placed", "compositions", "illustrated")
 
