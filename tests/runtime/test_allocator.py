@@ -31,8 +31,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.fixture
 def unset(monkeypatch):
-    """An environment that says nothing of the allocator."""
-    for name in [name for name in os.environ if name.startswith(allocator._SET_BY_USER)]:
+    """An environment that says nothing of the allocator, nor of the size of pages."""
+    # The command line, called in this process by other tests, asks for large pages.
+    names = (*allocator._SET_BY_USER, "THP_MEM_ALLOC_ENABLE")
+    for name in [name for name in os.environ if name.startswith(names)]:
         monkeypatch.delenv(name)
 
 
