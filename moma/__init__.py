@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def load(run: str | PathLike[str]) -> "MixedModel":
-    """Load a run as a model ready for causal use.
+    """ExpertInputs a run as a model ready for causal use.
 
     Raises:
         moma.errors.UserError: the folder is no run, has no checkpoint, or holds a model whose
@@ -22,4 +22,4 @@ def load(run: str | PathLike[str]) -> "MixedModel":
     folder = Run(Path(run))
     model, recipe = load_run(folder)
     require_causal_routing(folder, model)
-    return MixedModel.assemble(model, folder.tokenizers, recipe.data.row_length)
+    return MixedModel.assemble(model, folder.tokenizers, recipe.data.sequence_length)

@@ -16,7 +16,7 @@ from moma.cli_bench import app as bench_app
 from moma.cli_hub import exporting, importing
 from moma.cli_plan import app as plan_app
 from moma.cli_tokenizer import app as tokenizer_app
-from moma.errors import LostRankError, SharedError, StoppedError, UserError, told_by_system
+from moma.errors import LostRankError, SharedError, StoppedError, UserError, os_error_message
 
 if TYPE_CHECKING:
     from moma.study.page import Table as Content
@@ -54,19 +54,19 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        _tell(error, by_all=isinstance(error, SharedError))
+        _report(error, by_all=isinstance(error, SharedError))
         sys.exit(error.CODE)
     except LostRankError as error:
-        _tell(error)
+        _report(error)
         sys.exit(1)
     except StoppedError as stop:
-        _tell(stop, by_all=True)
+        _report(stop, by_all=True)
         sys.exit(stop.CODE)
     except OSError as error:
-        told = told_by_system(error)
+        told = os_error_message(error)
         if told is None:
             raise
-        _tell(told)
+        _report(told)
         sys.exit(told.CODE)
     except SystemExit as leave:
         if leave.code == 130:  # Typer's answer to Ctrl-C
@@ -74,7 +74,7 @@ def main() -> None:
         raise
 
 
-def _tell(error: Exception, by_all: bool = False) -> None:
+def _report(error: Exception, by_all: bool = False) -> None:
     """Print a message; of one that all ranks of a job have, the first rank alone."""
     rank = int(os.environ.get("RANK", 0))
     if not rank:
@@ -88,7 +88,7 @@ def prepare(
     recipe: RecipeFile,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(min=0, help="processes that read pictures; changes no output")
+        int | None, typer.Option(min=0, help="processes that read images; changes no output")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -115,7 +115,7 @@ def prepare(
         return
     for counts in (summary, *summary["sources"].values()):
         counts["held_out"] = counts["held_out"]["documents"]
-    _show_counts(summary, ("documents", "held_out", "tokens", "pictures", "rejected"))
+    _show_counts(summary, ("documents", "held_out", "tokens", "images", "rejected"))
     print(f"prepared {read.data.path}")
     if summary["rejected"]:
         print(f"rejected rows: {read.data.path}/rejected.jsonl")
@@ -130,11 +130,11 @@ def inspect(
     ] = None,
     split: Annotated[str, typer.Option(help="of the document: train or held_out")] = "train",
     out: Annotated[
-        Path | None, typer.Option(help="folder for pictures; FOLDER/inspect if left out")
+        Path | None, typer.Option(help="folder for images; FOLDER/inspect if left out")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a prepared folder holds: counts, lengths, and any document as text and pictures."""
+    """What a prepared folder holds: counts, lengths, and any document as text and images."""
     from moma.data import inspect as data
 
     if document is not None:
@@ -145,7 +145,7 @@ def inspect(
     if as_json:
         print(json.dumps(result))
         return
-    keys = ("documents", "tokens", "text_tokens", "image_tokens", "pictures", "rejected")
+    keys = ("documents", "tokens", "text_tokens", "image_tokens", "images", "rejected")
     _show_counts(result, keys)
     print(data.histogram(result))
     print(result["figure"])
@@ -207,14 +207,14 @@ def evaluate(
 def generate(
     run: RunFolder,
     prompt: Annotated[str, typer.Option(help="text to continue")] = "",
-    image: Annotated[Path | None, typer.Option(help="a picture that precedes the text")] = None,
+    image: Annotated[Path | None, typer.Option(help="an image that precedes the text")] = None,
     mode: Annotated[str, typer.Option(help="what to write: text, image or mixed")] = "mixed",
-    out: Annotated[Path, typer.Option(help="folder for pictures")] = Path("."),
+    out: Annotated[Path, typer.Option(help="folder for images")] = Path("."),
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token")] = 0.7,
     top_p: Annotated[float, typer.Option(help="draw among the likeliest")] = 0.9,
 ) -> None:
-    """Continue a prompt: text to standard output, pictures to PNG files."""
+    """Continue a prompt: text to standard output, images to PNG files."""
     if mode not in ("text", "image", "mixed"):
         raise UserError(f"--mode {mode}: use text, image or mixed")
     if not prompt and image is None:
@@ -224,23 +224,23 @@ def generate(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is no folder; name another")
     import moma
-    from moma.data.pictures import read_picture
+    from moma.data.images import read_image
     from moma.generate.decode import Sampling
 
-    content: list[Any] = [] if image is None else [read_picture(image, "--image", "choose another")]
+    content: list[Any] = [] if image is None else [read_image(image, "--image", "choose another")]
     content += [prompt] if prompt else []
     model = moma.load(run)
     (answer,) = model.generate([content], mode, Sampling(temperature, top_p, seed))  # type: ignore[arg-type]
     if not answer:
         print("moma: the model ended the document at once", file=sys.stderr)
-    pictures = 0
+    images = 0
     for part in answer:
         if isinstance(part, str):
             print(part)
         else:
-            pictures += 1
+            images += 1
             out.mkdir(parents=True, exist_ok=True)
-            path = out / f"picture_{pictures}.png"
+            path = out / f"image_{images}.png"
             part.save(path)
             print(path)
 
@@ -267,7 +267,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="folder for everything it makes")] = Path("runs/demo"),
     as_json: AsJson = False,
 ) -> None:
-    """The whole way on real pictures: data, training, routers, evaluation, generation, report."""
+    """The whole way on real images: data, training, routers, evaluation, generation, report."""
     from moma.study.demo import demo_tables, run_demo
 
     result = run_demo(out, overrides or (), quiet=as_json)

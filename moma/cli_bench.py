@@ -24,11 +24,12 @@ def data(
         Path | None, typer.Argument(help="left out: sketches of 1,024 codes and a dictionary")
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="changes to the recipe, such as data.rows=4")
+        list[str] | None,
+        typer.Argument(help="changes to the recipe, such as data.micro_batch_size=4"),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="micro-batches of each repeat")] = 100,
     steps: Annotated[int, typer.Option(min=1, help="training steps")] = 8,
-    pictures: Annotated[int, typer.Option(min=1, help="pictures of each repeat")] = 384,
+    images: Annotated[int, typer.Option(min=1, help="images of each repeat")] = 384,
     texts: Annotated[int, typer.Option(min=1, help="texts of each repeat")] = 50_000,
     repeats: Annotated[int, typer.Option(min=1, help="of each measurement")] = 7,
     cpu_time: Annotated[
@@ -38,13 +39,13 @@ def data(
         bool, typer.Option("--json", help="print one JSON object and nothing else")
     ] = False,
 ) -> None:
-    """Micro-batches, waiting in training, encoding of pictures and text."""
+    """Micro-batches, waiting in training, encoding of images and text."""
     from moma.recipe import read_recipe, shipped_recipe
     from moma.study.bench_data import Sizes, bench_data
     from moma.train.recipe import Recipe
 
     read = read_recipe(Recipe, recipe or shipped_recipe("bench_data.toml"), overrides or ())
-    sizes = Sizes(batches, steps, pictures, texts, repeats, cpu_time)
+    sizes = Sizes(batches, steps, images, texts, repeats, cpu_time)
     result = bench_data(read, sizes, quiet=as_json)
     if as_json:
         print(json.dumps(result))
@@ -60,7 +61,7 @@ def layer(
     dim: Annotated[
         list[int] | None, typer.Option(min=32, help="width; may be given several times [256, 512]")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=32, help="a multiple of 32, half of pictures")] = 4096,
+    tokens: Annotated[int, typer.Option(min=32, help="a multiple of 32, half of images")] = 4096,
     repeats: Annotated[int, typer.Option(min=1, help="of everything, in turn")] = 31,
     dtype: Annotated[str, typer.Option(help="of weights and tokens: fp32 or bf16")] = "fp32",
     device: Annotated[

@@ -33,7 +33,7 @@ def import_chameleon(
 
     given = None if tokenizers is None else Tokenizers(tokenizers)
     base = None if recipe is None else read_recipe(Recipe, recipe)
-    _tell(run(folder, Run(out), given, base))
+    _report(run(folder, Run(out), given, base))
     print(f"imported {out}")
 
 
@@ -46,10 +46,10 @@ def export_chameleon(
     from moma.hub.chameleon import export_chameleon as export
     from moma.runs import Run
 
-    _tell(export(Run(run), out))
+    _report(export(Run(run), out))
     print(f"exported {out}")
 
 
-def _tell(notes: list[str]) -> None:
+def _report(notes: list[str]) -> None:
     for note in notes:
         print(f"moma: {note}", file=sys.stderr)

@@ -97,60 +97,60 @@ def train_image(
 
 
 def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
-    """Train the codec on the pictures of a recipe, and tell what was left out."""
-    from moma.data.corpus import Corpus, ReadablePictures
+    """Train the codec on the images of a recipe, and tell what was left out."""
+    from moma.data.corpus import Corpus, ReadableImages
     from moma.runtime.world import local_device
     from moma.tokenizers.folder import make_codec
 
-    data, training, size = recipe.data, recipe.codec_training, recipe.codec.picture_size
+    data, training, size = recipe.data, recipe.codec_training, recipe.codec.image_size
     if training.perceptual.weights is None:
         print(
             "moma: no perceptual loss; codec_training.perceptual.weights names VGG-16's weights",
             file=sys.stderr,
         )
     corpus = Corpus(data.sources, data.held_out, training.documents)
-    seen = ReadablePictures(corpus.pictures(held_out=False), size, data.max_rejected)
-    # The error is measured on some of these: on training pictures if none can be read.
-    unseen = ReadablePictures(corpus.pictures(held_out=True), size, most_unreadable=1)
-    if corpus.documents:  # without any, it is told that there are no pictures
+    seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
+    # The error is measured on some of these: on training images if none can be read.
+    unseen = ReadableImages(corpus.images(held_out=True), size, most_unreadable=1)
+    if corpus.documents:  # without any, it is told that there are no images
         corpus.check(data.max_rejected)
     _tell_rejected(corpus)
     measured = unseen if unseen.has_readable else ()
     make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
     for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
-        print(f"moma: a picture was left out: {reason}", file=sys.stderr)
+        print(f"moma: an image was left out: {reason}", file=sys.stderr)
 
 
 @app.command("import-chameleon")
 def import_chameleon(
     tokenizer: Annotated[Path, typer.Argument(help="its tokenizer file")],
     weights: Annotated[
-        Path, typer.Argument(help="its picture weights: a file, or a folder of the port")
+        Path, typer.Argument(help="its image weights: a file, or a folder of the port")
     ],
     out: OutFolder = Path("runs/tokenizers"),
-    picture_size: Annotated[
-        int | None, typer.Option(help="side of a picture in pixels, where the weights differ")
+    image_size: Annotated[
+        int | None, typer.Option(help="side of an image in pixels, where the weights differ")
     ] = None,
 ) -> None:
     """Make a folder of tokenizers from Chameleon's own files."""
     from moma.runs import Tokenizers
     from moma.tokenizers.folder import import_chameleon as run
 
-    vocabulary = run(tokenizer, weights, Tokenizers(out), picture_size)
+    vocabulary = run(tokenizer, weights, Tokenizers(out), image_size)
     print(f"{out}: {vocabulary.size} ids, {len(vocabulary.image_codes)} of them image codes")
 
 
 @app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="a run, prepared data, or a tokenizers' folder")],
-    image: Annotated[Path | None, typer.Option(help="a picture to encode and draw again")] = None,
+    image: Annotated[Path | None, typer.Option(help="an image to encode and draw again")] = None,
     text: Annotated[str | None, typer.Option(help="a text to encode")] = None,
     out: Annotated[
-        Path, typer.Option(help="PNG file: the picture and, beside it, what comes back")
+        Path, typer.Option(help="PNG file: the image and, beside it, what comes back")
     ] = Path("reconstruction.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Encode a picture or a text and show what comes back."""
+    """Encode an image or a text and show what comes back."""
     if (image is None) == (text is None):
         raise UserError("give either --image or --text")
     if out.is_dir():
@@ -172,7 +172,7 @@ def show(
 
 
 def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
-    from moma.data.pictures import read_picture
+    from moma.data.images import read_image
     from moma.runs import Tokenizers
     from moma.runtime.world import local_device
     from moma.tokenizers.image import ImageCodec, preprocess
@@ -180,15 +180,15 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     from moma.tokenizers.image_measures import signal_to_noise
 
     codec = ImageCodec.load(Tokenizers(folder).codec).to(local_device())
-    picture = read_picture(image, "--image", "choose another")
-    original_3HW = preprocess(picture, codec.config.picture_size)
+    opened = read_image(image, "--image", "choose another")
+    original_3HW = preprocess(opened, codec.config.image_size)
     codes_BL = codec.encode(original_3HW[None].to(local_device()))
     drawn_3HW = codec.decode(codes_BL)[0].cpu()
     out.parent.mkdir(parents=True, exist_ok=True)
     side_by_side(original_3HW, drawn_3HW).save(out, format="PNG")
     squared = (drawn_3HW - original_3HW).square().sum().item()
     return {
-        "picture": str(out),
+        "image": str(out),
         "codes": codes_BL.numel(),
         "distinct_codes": codes_BL.unique().numel(),
         "psnr": round(signal_to_noise(squared, original_3HW.numel()), 3),

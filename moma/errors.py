@@ -55,7 +55,7 @@ class StoppedError(Exception):
     CODE = 75
 
 
-def told_by_system(error: OSError) -> UserError | None:
+def os_error_message(error: OSError) -> UserError | None:
     """What the system said of a file, as a message; None if it speaks of a defect."""
     if isinstance(error, shutil.Error):  # of a folder: source, copy and reason of each file
         return StorageError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}")
@@ -65,7 +65,7 @@ def told_by_system(error: OSError) -> UserError | None:
     return None if error.filename is None else UserError(f"{told}; choose another path")
 
 
-def told_by_json(error: Exception) -> str:
+def json_error_message(error: Exception) -> str:
     """What is wrong with JSON, and at which character: a line's number would seem the row's."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}: character {error.pos + 1}"

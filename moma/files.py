@@ -14,26 +14,26 @@ from moma.errors import UserError
 UNFINISHED = ".writing"
 
 
-def write_whole(path: Path, text: str) -> None:
+def atomic_write(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all, also after a power cut."""
-    with writing_whole(path) as file:
+    with atomic_open(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
-def writing_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when all of it is written and on the disk."""
     unfinished = path.with_name(path.name + UNFINISHED)
-    with naming(path):
+    with add_path_to_errors(path):
         with unfinished.open("wb") as file:
             yield file
-            to_disk(file)
+            sync_file(file)
         os.replace(unfinished, path)
         sync_folder(path.parent)
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def add_path_to_errors(path: Path) -> Iterator[None]:
     """Let an error of the system name a file: one of writing, such as of a full disk, does not."""
     try:
         yield
@@ -43,7 +43,7 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def place_whole(path: Path, fill: Callable[[Path], object]) -> None:
+def atomic_replace(path: Path, fill: Callable[[Path], object]) -> None:
     """Make a file or a folder that is there whole or not at all, also after a power cut.
 
     Args:
@@ -59,7 +59,7 @@ def place_whole(path: Path, fill: Callable[[Path], object]) -> None:
     sync_folder(path.parent)
 
 
-def to_disk(file: BinaryIO) -> None:
+def sync_file(file: BinaryIO) -> None:
     """Bring what was written to the disk itself."""
     file.flush()
     os.fsync(file.fileno())
@@ -75,7 +75,7 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def held_alone(folder: Path, patience: float) -> Iterator[None]:
+def lock_folder(folder: Path, patience: float) -> Iterator[None]:
     """Hold a folder against other processes; the system lets go of it however this one ends.
 
     Where the file system knows no locks, nobody is kept out.

@@ -69,10 +69,10 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("extends")
     if not isinstance(base, str):
         raise UserError(f"{path}: 'extends': name one file, such as \"base.toml\"")
-    return lay_over(_read_toml(path.parent / base, (*extended_by, path.resolve())), values)
+    return merge_tables(_read_toml(path.parent / base, (*extended_by, path.resolve())), values)
 
 
-def told_by_recipe(path: Path, *keys: str) -> str:
+def recipe_value(path: Path, *keys: str) -> str:
     """The text at a key of a recipe, for a hint; empty if there is none, or no recipe."""
     if path.suffix != ".toml":
         return ""  # perhaps a file of weights, not to be read for a hint
@@ -85,13 +85,13 @@ def told_by_recipe(path: Path, *keys: str) -> str:
     return value if isinstance(value, str) else ""
 
 
-def lay_over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def merge_tables(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Values over others: tables key by key, anything else takes the place of what was there."""
     merged = dict(base)
     for key, value in values.items():
         below = merged.get(key)
         if isinstance(below, dict) and isinstance(value, dict):
-            value = lay_over(below, value)
+            value = merge_tables(below, value)
         merged[key] = value
     return merged
 
@@ -134,7 +134,7 @@ def check(schema: type[AnyConfig], values: dict[str, Any], origin: str) -> AnyCo
     """Turn plain values into a checked configuration.
 
     Raises:
-        UserError: naming `origin`, the key at fault, and the valid keys if it is unknown.
+        UserError: names `origin`, the key at fault, and the valid keys if it is unknown.
     """
     try:
         return schema.model_validate(values)

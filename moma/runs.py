@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moma.errors import UserError, told_by_json
-from moma.files import place_whole
-from moma.recipe import told_by_recipe
+from moma.errors import UserError, json_error_message
+from moma.files import atomic_replace
+from moma.recipe import recipe_value
 
 # Bytes that no row of a log exceeds.
 _LONGEST_ROW = 1 << 20
@@ -49,11 +49,11 @@ class Tokenizers:
         other.path.mkdir(parents=True, exist_ok=True)
         # First away and last there: where a vocabulary is, the tokenizers are whole.
         other.vocabulary.unlink(missing_ok=True)
-        place_whole(other.text, partial(shutil.copyfile, self.text))
+        atomic_replace(other.text, partial(shutil.copyfile, self.text))
         if self.codec.is_dir():  # text alone needs none
             shutil.rmtree(other.codec, ignore_errors=True)
-            place_whole(other.codec, partial(shutil.copytree, self.codec))
-        place_whole(other.vocabulary, partial(shutil.copyfile, self.vocabulary))
+            atomic_replace(other.codec, partial(shutil.copytree, self.codec))
+        atomic_replace(other.vocabulary, partial(shutil.copyfile, self.vocabulary))
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Run:
             raise UserError(
                 f"{self.path}: there is no such folder; name one that `moma train` wrote"
             )
-        run = told_by_recipe(self.path, "run")
+        run = recipe_value(self.path, "run")
         hint = f"this recipe's is {run}" if run else "name one that `moma train` wrote"
         raise UserError(f"{self.path}: is a file, not a run folder; {hint}")
 
@@ -124,7 +124,9 @@ class Run:
                     try:
                         yield json.loads(line)
                     except ValueError as error:
-                        told = f"{self.metrics}, row {number}: not JSON ({told_by_json(error)})"
+                        told = (
+                            f"{self.metrics}, row {number}: not JSON ({json_error_message(error)})"
+                        )
                         raise UserError(told) from error
         except OSError as error:
             raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error

@@ -1,6 +1,6 @@
-"""Which id is text and which is picture: the one place that knows.
+"""Which id is text and which is image: the one place that knows.
 
-Text and pictures share one range of ids (MoMa §2.1). A picture inside a sequence reads
+Text and images share one range of ids (MoMa §2.1). An image inside a sequence reads
 `begin_image`, its codes row by row, `end_image`; the two boundary ids count as text.
 Nothing else in the system stores a token's modality: it is looked up here.
 """
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moma.errors import UserError
-from moma.files import write_whole
+from moma.files import atomic_write
 
 ModalityName = Literal["text", "image"]
 MODALITIES: tuple[ModalityName, ...] = ("text", "image")
@@ -29,9 +29,9 @@ class Vocabulary:
     Attributes:
         size: number of ids, text and image codes together (V).
         beginning, end, padding: ids that open and close a document, and that fill a row.
-        begin_image, end_image: ids around a picture (Chameleon's BOI and EOI).
+        begin_image, end_image: ids around an image (Chameleon's BOI and EOI).
         image_codes: id of each code of the codec's codebook, in the codebook's order.
-        codes_per_image: how many codes one picture takes.
+        codes_per_image: how many codes one image takes.
     """
 
     size: int
@@ -64,7 +64,7 @@ class Vocabulary:
 
     @property
     def image_span(self) -> int:
-        """Tokens that one picture takes in a sequence, its boundaries included."""
+        """Tokens that one image takes in a sequence, its boundaries included."""
         return self.codes_per_image + 2
 
     @cached_property
@@ -73,7 +73,7 @@ class Vocabulary:
         return hashlib.sha256(json.dumps(self._values()).encode()).hexdigest()[:16]
 
     def wrap_image(self, codes: np.ndarray) -> list[int]:
-        """Ids of a picture in a sequence: boundary, codes ([codes_per_image] indices), boundary."""
+        """Ids of an image in a sequence: boundary, codes ([codes_per_image] indices), boundary."""
         ids = np.asarray(self.image_codes)[codes.reshape(-1)]
         return [self.begin_image, *ids.tolist(), self.end_image]
 
@@ -90,7 +90,7 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
-        write_whole(path, json.dumps(self._values()) + "\n")
+        atomic_write(path, json.dumps(self._values()) + "\n")
 
     def _values(self) -> dict[str, Any]:
         # `asdict` would copy each of the image codes.

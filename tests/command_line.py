@@ -23,7 +23,7 @@ run = "{folder}/run"
 vocabulary_size = 300
 
 [codec]
-picture_size = 32
+image_size = 32
 patch = 4
 block_channels = [8, 16]
 layers_per_block = 1
@@ -38,18 +38,18 @@ norm_groups = 4
 steps = 4
 batch_size = 4
 warmup_steps = 1
-free_steps = 2
+quantizer_start_step = 2
 
 [data]
 path = "{folder}/data"
-rows = 2
-row_length = 64
-picture_share = 0.5
+micro_batch_size = 2
+sequence_length = 64
+image_share = 0.5
 held_out = 0.3
 
 [[data.sources]]
 kind = "captions"
-path = "{folder}/pictures"
+path = "{folder}/images"
 
 [[data.sources]]
 kind = "text"
@@ -123,16 +123,16 @@ def refuses(*arguments: object) -> str:
 
 
 def make_input(folder: Path) -> Path:
-    """Twelve pictures with captions, a text, and a recipe for them."""
+    """Twelve images with captions, a text, and a recipe for them."""
     draw = random.Random(0)
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     rows = []
     for number in range(12):
         colour = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
-        picture = Image.new("RGB", (40, 32), colour)
-        picture.paste((255, 255, 255), (number, 4, number + 20, 24))
-        picture.save(pictures / f"{number}.png")
+        image = Image.new("RGB", (40, 32), colour)
+        image.paste((255, 255, 255), (number, 4, number + 20, 24))
+        image.save(images / f"{number}.png")
         rows.append({"image": f"{number}.png", "caption": f"box {number}"})
     write_rows(folder, rows)
     words = ["red", "green", "rocket", "left", "of", "an", "apple", "schön"]
@@ -144,13 +144,13 @@ def make_input(folder: Path) -> Path:
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:
-    lines = (folder / "pictures" / "captions.jsonl").read_text().splitlines()
+    lines = (folder / "images" / "captions.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "pictures" / "captions.jsonl").write_text(text)
+    (folder / "images" / "captions.jsonl").write_text(text)
 
 
 def whole_shards(folder: Path) -> set[str]:

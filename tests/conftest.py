@@ -1,4 +1,4 @@
-"""A small world on disk: captioned pictures and text, prepared by the real thing."""
+"""A small world on disk: captioned images and text, prepared by the real thing."""
 
 import json
 import os
@@ -41,12 +41,12 @@ def write_sources(folder: Path) -> None:
 
 
 def tiny_recipe(sources: Path, data: Path, **changes) -> Recipe:
-    """A recipe of seconds: 16 × 16 pictures of 16 codes, two layers of width 16."""
+    """A recipe of seconds: 16 × 16 images of 16 codes, two layers of width 16."""
     values = {
         "run": str(data.parent / "run"),
         "text_tokenizer": {"vocabulary_size": 320},
         "codec": {
-            "picture_size": 16,
+            "image_size": 16,
             "patch": 4,
             "block_channels": [8],
             "layers_per_block": 1,
@@ -60,9 +60,9 @@ def tiny_recipe(sources: Path, data: Path, **changes) -> Recipe:
         "codec_training": {"steps": 4, "batch_size": 8},
         "data": {
             "path": str(data),
-            "rows": 2,
-            "row_length": 64,
-            "picture_share": 0.25,
+            "micro_batch_size": 2,
+            "sequence_length": 64,
+            "image_share": 0.25,
             "held_out": 0.2,
             "sources": [
                 {"kind": "captions", "path": str(sources)},

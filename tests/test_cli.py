@@ -59,9 +59,9 @@ def test_evaluation_is_one_object_over_every_held_out_target(trained, routing):
         assert result[f"perplexity_{modality}"] == pytest.approx(expected)
     shards = [json.loads(path.read_text()) for path in trained.glob("data/shards/*/shard.json")]
     held_out = [shard["counts"]["held_out"] for shard in shards]
-    # Every token but the first of a document is a target; a picture has 16 codes.
+    # Every token but the first of a document is a target; an image has 16 codes.
     assert result["tokens"] == sum(part["tokens"] - part["documents"] for part in held_out)
-    image = 16 * sum(part["pictures"] for part in held_out) / result["tokens"]
+    image = 16 * sum(part["images"] for part in held_out) / result["tokens"]
     assert 0 < image < 1
     mean = image * result["loss_image"] + (1 - image) * result["loss_text"]
     assert result["loss"] == pytest.approx(mean)
@@ -88,7 +88,7 @@ def test_evaluation_without_json_is_a_table(trained):
     assert all(key in out for key in RESULT_KEYS)
 
 
-def test_text_mode_writes_no_picture(trained, tmp_path):
+def test_text_mode_writes_no_image(trained, tmp_path):
     out = tmp_path / "out"
     text = succeeds(
         "generate", trained / "run", "--prompt", "box 3", "--mode", "text", "--out", out
@@ -104,14 +104,14 @@ def test_image_mode_writes_one_png(trained, tmp_path):
     )
     (path,) = out.iterdir()
     assert printed == f"{path}\n"
-    with Image.open(path) as picture:
-        assert (picture.format, picture.size) == ("PNG", (32, 32))
+    with Image.open(path) as image:
+        assert (image.format, image.size) == ("PNG", (32, 32))
 
 
-def test_mixed_mode_continues_a_picture(trained, tmp_path):
+def test_mixed_mode_continues_an_image(trained, tmp_path):
     out = tmp_path / "out"
-    picture = trained / "pictures" / "1.png"
-    printed = succeeds("generate", trained / "run", "--image", picture, "--out", out)
+    image = trained / "images" / "1.png"
+    printed = succeeds("generate", trained / "run", "--image", image, "--out", out)
     assert printed.strip()
     lines = {line for line in printed.splitlines() if line.startswith(str(out))}
     assert lines == {str(path) for path in out.glob("*")}
@@ -171,9 +171,9 @@ def test_runs_of_the_same_name_stay_apart(trained, tmp_path):
 
 @pytest.fixture(scope="module")
 def text_alone(trained, tmp_path_factory) -> Path:
-    """A run without pictures on the prepared data."""
+    """A run without images on the prepared data."""
     run = tmp_path_factory.mktemp("text") / "run"
-    changes = ["data.picture_share=0", "model.groups=dense", f"run={run}"]
+    changes = ["data.image_share=0", "model.groups=dense", f"run={run}"]
     succeeds("train", trained / "recipe.toml", *changes)
     return run
 
@@ -190,6 +190,6 @@ def test_a_log_that_was_cut_in_a_row_does_not_stop_training(text_alone, trained)
     with (text_alone / "metrics.jsonl").open("a") as log:
         log.write('{"step": 5, "lo')
     shutil.rmtree(max((text_alone / "checkpoints").glob("step-*")))  # it has to go on
-    changes = ["data.picture_share=0", "model.groups=dense", f"run={text_alone}"]
+    changes = ["data.image_share=0", "model.groups=dense", f"run={text_alone}"]
     succeeds("train", trained / "recipe.toml", *changes)
     assert len(metrics_of(text_alone)) == len(before)

@@ -60,7 +60,7 @@ def test_the_version_is_that_of_the_package():
         (["train", "a.toml", "--pretrain.steps=3"], "without dashes: pretrain.steps=3"),
         (["train", "a.toml", "--pretrain.steps", "3"], "without dashes: pretrain.steps=…"),
         (["train", "a.toml", "--steps=3"], "dashes: steps=3, or with its section as in pretrain."),
-        (["bench", "data", "--data.rows=3"], "without dashes: data.rows=3"),
+        (["bench", "data", "--data.micro_batch_size=3"], "without dashes: data.micro_batch_size=3"),
     ],
 )
 def test_a_change_written_as_an_option_is_told_how_to_be_written(call, told):

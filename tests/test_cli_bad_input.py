@@ -18,8 +18,8 @@ from command_line import (
 )
 
 
-def cut_picture(folder: Path) -> None:
-    path = folder / "pictures" / "7.png"
+def cut_image(folder: Path) -> None:
+    path = folder / "images" / "7.png"
     path.write_bytes(path.read_bytes()[:50])
 
 
@@ -27,7 +27,7 @@ def write_bad_row(row: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         rows = [json.dumps(row) for row in read_rows(folder)]
         text = "\n".join([*rows[:4], row, *rows[5:]]) + "\n"
-        (folder / "pictures" / "captions.jsonl").write_text(text)
+        (folder / "images" / "captions.jsonl").write_text(text)
 
     return write
 
@@ -36,7 +36,7 @@ def write_bad_row(row: str) -> Callable[[Path], None]:
     ("spoil", "named"),
     [
         (lambda folder: (folder / "words.txt").unlink(), ["words.txt", "cannot read"]),
-        (lambda folder: shutil.rmtree(folder / "pictures"), ["captions.jsonl", "cannot read"]),
+        (lambda folder: shutil.rmtree(folder / "images"), ["captions.jsonl", "cannot read"]),
     ],
 )
 def test_sources_that_cannot_be_read_are_named_and_leave_nothing_whole(tmp_path, spoil, named):
@@ -54,10 +54,10 @@ def test_sources_that_cannot_be_read_are_named_and_leave_nothing_whole(tmp_path,
     ("spoil", "named"),
     [
         (
-            lambda folder: (folder / "pictures" / "7.png").unlink(),
+            lambda folder: (folder / "images" / "7.png").unlink(),
             ["row 8", "there is no", "7.png"],
         ),
-        (cut_picture, ["row 8", "7.png"]),
+        (cut_image, ["row 8", "7.png"]),
         (write_bad_row('{"image": "4.png"'), ["captions.jsonl, row 5", "not valid JSON", "mend"]),
         (write_bad_row('{"image": "4.png"}'), ["captions.jsonl, row 5", "'caption'"]),
         (
@@ -95,11 +95,11 @@ def test_a_text_that_is_not_unicode_is_named(tmp_path):
 
 def test_a_mended_folder_is_prepared_by_the_same_command(tmp_path):
     recipe = make_input(tmp_path)
-    picture = tmp_path / "pictures" / "7.png"
-    whole = picture.read_bytes()
-    picture.unlink()
+    image = tmp_path / "images" / "7.png"
+    whole = image.read_bytes()
+    image.unlink()
     refuses("prepare", recipe)
-    picture.write_bytes(whole)
+    image.write_bytes(whole)
     succeeds("prepare", recipe)
     assert whole_shards(tmp_path) == {"captions", "text"}
 
@@ -107,7 +107,7 @@ def test_a_mended_folder_is_prepared_by_the_same_command(tmp_path):
 def test_shards_appear_only_whole(tmp_path):
     recipe = make_input(tmp_path)
     succeeds("prepare", recipe)
-    # A picture is missing now, and the list has changed: the old shards are no longer true.
+    # An image is missing now, and the list has changed: the old shards are no longer true.
     write_rows(tmp_path, [{"image": "gone.png", "caption": "box"}, *read_rows(tmp_path)])
     before = (tmp_path / "data/shards/captions/shard.json").read_text()
     assert "gone.png" in refuses("prepare", recipe)
@@ -143,7 +143,7 @@ def test_a_loaded_codec_brings_its_own_size(trained, tmp_path):
         trained / "recipe.toml",
         f"data.tokenizers={trained}/data",
         f"data.path={tmp_path}/data",
-        "codec.picture_size=64",
+        "codec.image_size=64",
     )
     assert json.loads((tmp_path / "data/vocabulary.json").read_text())["codes_per_image"] == 16
 
@@ -207,7 +207,7 @@ def test_training_before_preparing_says_so(tmp_path):
     [
         (["model.groups=moe_zz"], "moe_zz"),
         (["model.groups=moe_0t2i"], "moe_0t2i"),
-        (["data.picture_share=0.49"], "0.49"),
+        (["data.image_share=0.49"], "0.49"),
         (["stage=aux_router", "from={folder}/empty"], "no checkpoint"),
     ],
 )
@@ -266,8 +266,8 @@ def test_a_folder_that_cannot_be_used_is_named(trained, tmp_path, without_checkp
     out = tmp_path / "out"
     fill = {"run": without_checkpoint, "out": out}
     assert f"{without_checkpoint}: has no checkpoint" in refuses(*(a.format(**fill) for a in call))
-    fill["run"] = trained / "pictures"
-    assert f"{trained}/pictures: not a run folder" in refuses(*(a.format(**fill) for a in call))
+    fill["run"] = trained / "images"
+    assert f"{trained}/images: not a run folder" in refuses(*(a.format(**fill) for a in call))
     fill["run"] = tmp_path / "nowhere"
     assert f"{tmp_path}/nowhere: there is no such folder" in refuses(
         *(a.format(**fill) for a in call)
@@ -334,7 +334,7 @@ def test_a_prompt_longer_than_the_context_is_refused(trained, tmp_path, mode):
     ],
 )
 def test_what_cannot_be_continued_is_named(trained, tmp_path, options, named):
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     filled = [option.format(folder=tmp_path) for option in options]
     assert named.format(folder=tmp_path) in refuses("generate", trained / "run", *filled)
 

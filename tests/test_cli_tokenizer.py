@@ -11,7 +11,7 @@ from conftest import tiny_recipe, write_sources
 from PIL import Image
 
 from moma.data.documents import is_held_out
-from moma.data.pictures import read_picture
+from moma.data.images import read_image
 from moma.runs import Tokenizers
 from moma.tokenizers.image import ImageCodec, preprocess
 from moma.tokenizers.image_measures import measure_codec
@@ -46,7 +46,7 @@ def made(sources):
         "train-image",
         recipe,
         "codec_training.log_every=2",
-        "codec_training.free_steps=1",
+        "codec_training.quantizer_start_step=1",
         "--out",
         out,
     )
@@ -82,7 +82,7 @@ def test_files_and_changes_give_a_tokenizer(sources, tmp_path):
     names = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
     assert {"<reserved:0>", "<reserved:1>", "<code:31>"} <= {token["content"] for token in names}
     vocabulary = Vocabulary.load(tmp_path / "vocabulary.json")
-    # As many codes a picture as [codec] says, until there is a codec.
+    # As many codes an image as [codec] says, until there is a codec.
     assert (len(vocabulary.image_codes), vocabulary.codes_per_image) == (32, 1024)
 
 
@@ -99,13 +99,18 @@ def test_the_same_command_completes_what_was_killed_at_its_end(sources, made, tm
     (folder / "vocabulary.json").unlink()
     figures = json.loads(succeeds("tokenizer", "train-image", recipe, "--out", folder, "--json"))
     assert figures == json.loads((folder / "codec/metrics.json").read_text())
-    assert figures.keys() == {"psnr", "codes_used", "perplexity", "pictures"}
+    assert figures.keys() == {"psnr", "codes_used", "perplexity", "images"}
 
 
 def test_text_alone_is_prepared_with_a_text_tokenizer_alone(sources, tmp_path):
     text = sources / "sources" / "text.txt"
     succeeds("tokenizer", "train-text", text, *CHANGES, "--out", tmp_path / "text")
-    values = {"path": str(tmp_path / "data"), "rows": 2, "row_length": 64, "picture_share": 0}
+    values = {
+        "path": str(tmp_path / "data"),
+        "micro_batch_size": 2,
+        "sequence_length": 64,
+        "image_share": 0,
+    }
     source = {"kind": "text", "path": str(text)}
     tokenizers = {"tokenizers": str(tmp_path / "text")}
     recipe = tmp_path / "text.toml"
@@ -114,7 +119,7 @@ def test_text_alone_is_prepared_with_a_text_tokenizer_alone(sources, tmp_path):
         recipe.write_text(tomli_w.dumps({"data": values | more}))
         changes = () if more else CHANGES
         counts = json.loads(succeeds("prepare", recipe, *changes, "--json"))
-        assert counts["documents"] == 60 and counts["pictures"] == 0
+        assert counts["documents"] == 60 and counts["images"] == 0
         assert not (tmp_path / name / "codec").exists()
         assert Vocabulary.load(tmp_path / name / "vocabulary.json").size == 320
 
@@ -126,16 +131,16 @@ def test_too_little_text_is_told(sources, tmp_path):
     assert outcome.code == 0 and "too few repetitions for 4000 ids" in outcome.err
 
 
-def test_a_shown_picture_stands_beside_what_comes_back(sources, made, tmp_path):
-    picture, out = sources / "sources" / "3.png", tmp_path / "shown" / "both.png"
-    arguments = ("--image", picture, "--out", out)
+def test_a_shown_image_stands_beside_what_comes_back(sources, made, tmp_path):
+    image, out = sources / "sources" / "3.png", tmp_path / "shown" / "both.png"
+    arguments = ("--image", image, "--out", out)
     result = json.loads(succeeds("tokenizer", "show", made, *arguments, "--json"))
     codec = ImageCodec.load(Tokenizers(made).codec)
-    original = preprocess(read_picture(picture, "", ""), 16)
+    original = preprocess(read_image(image, "", ""), 16)
     assert result["psnr"] == pytest.approx(measure_codec(codec, [original]).psnr, abs=2e-3)
-    assert (result["picture"], result["codes"]) == (str(out), 16)
+    assert (result["image"], result["codes"]) == (str(out), 16)
     assert 1 <= result["distinct_codes"] <= 16
-    with Image.open(out) as both, Image.open(picture) as before:
+    with Image.open(out) as both, Image.open(image) as before:
         assert both.size == (36, 16)
         assert both.crop((0, 0, 16, 16)).tobytes() == before.convert("RGB").tobytes()
     assert "distinct_codes" in succeeds("tokenizer", "show", made, *arguments)
@@ -152,20 +157,20 @@ def test_a_shown_text_comes_back(made, text):
 
 
 def test_bad_input_is_one_message(sources, made, tmp_path):
-    recipe, picture = sources / "recipe.toml", sources / "sources" / "3.png"
+    recipe, image = sources / "recipe.toml", sources / "sources" / "3.png"
     assert "give either --image or --text" in refuses("tokenizer", "show", made)
-    both = ("--image", picture, "--text", "a")
+    both = ("--image", image, "--text", "a")
     assert "give either" in refuses("tokenizer", "show", made, *both)
-    assert "not an image codec" in refuses("tokenizer", "show", tmp_path, "--image", picture)
+    assert "not an image codec" in refuses("tokenizer", "show", tmp_path, "--image", image)
     assert "cannot read the tokenizer" in refuses("tokenizer", "show", tmp_path, "--text", "a")
     missing = refuses("tokenizer", "show", made, "--image", tmp_path / "no.png")
     assert "there is no" in missing and "no.png" in missing
-    folder = refuses("tokenizer", "show", made, "--image", picture, "--out", tmp_path)
+    folder = refuses("tokenizer", "show", made, "--image", image, "--out", tmp_path)
     assert "is a folder; name a PNG file" in folder
     again = refuses("tokenizer", "train-text", recipe, "--out", made)
     assert "is there already" in again
     assert "no.txt" in refuses("tokenizer", "train-text", tmp_path / "no.txt", *CHANGES)
-    unknown = refuses("tokenizer", "train-text", picture, "codec.size=3")
+    unknown = refuses("tokenizer", "train-text", image, "codec.size=3")
     assert "the command line: unknown key 'codec.size'" in unknown
     assert "name a recipe or text files" in refuses("tokenizer", "train-text", "a=b")
     weights = refuses("tokenizer", "import-chameleon", made, tmp_path / "no.pt", "--out", tmp_path)
@@ -187,23 +192,23 @@ def test_texts_without_a_usable_row_make_no_tokenizer(sources, tmp_path):
     )
 
 
-def test_held_out_pictures_that_cannot_be_read_cost_no_codec(sources, tmp_path):
-    pictures = tmp_path / "pictures"
-    write_sources(pictures)
-    recipe = tiny_recipe(pictures, tmp_path / "data")
+def test_held_out_images_that_cannot_be_read_cost_no_codec(sources, tmp_path):
+    images = tmp_path / "images"
+    write_sources(images)
+    recipe = tiny_recipe(images, tmp_path / "data")
     (source, _) = recipe.data.sources
     for document in source.documents():
         if is_held_out(document, 0.2):
-            (pictures / document.name).write_bytes(b"no picture")
+            (images / document.name).write_bytes(b"no image")
     values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     (tmp_path / "recipe.toml").write_text(tomli_w.dumps(values))
     outcome = moma("tokenizer", "train-image", tmp_path / "recipe.toml", "--out", tmp_path / "out")
-    assert outcome.code == 0 and "a picture was left out" in outcome.err
+    assert outcome.code == 0 and "an image was left out" in outcome.err
 
 
-def test_a_picture_that_cannot_be_written_is_one_message(sources, made, tmp_path):
+def test_an_image_that_cannot_be_written_is_one_message(sources, made, tmp_path):
     (tmp_path / "file").write_text("")
-    picture = sources / "sources" / "3.png"
+    image = sources / "sources" / "3.png"
     for out in (tmp_path / "file" / "out.png", "/proc/x/out.png"):
-        told = refuses("tokenizer", "show", made, "--image", picture, "--out", out)
+        told = refuses("tokenizer", "show", made, "--image", image, "--out", out)
         assert told.endswith("; choose another path")

@@ -8,7 +8,7 @@ import pytest
 
 from moma import cli
 from moma.errors import LostRankError, SharedError, SharedStorageError, StoppedError, StorageError
-from moma.runtime.world import World, agreeing, local_device
+from moma.runtime.world import World, local_device, raise_on_all_ranks
 
 
 def system(number: int) -> OSError:
@@ -54,6 +54,6 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
     ("number", "kind"), [(errno.ENOSPC, SharedStorageError), (errno.EACCES, SharedError)]
 )
 def test_what_ranks_agree_upon_keeps_its_kind(number, kind):
-    with pytest.raises(SharedError) as told, agreeing(World(local_device())):
+    with pytest.raises(SharedError) as told, raise_on_all_ranks(World(local_device())):
         raise system(number)
     assert type(told.value) is kind

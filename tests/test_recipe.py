@@ -16,10 +16,10 @@ from moma.train.recipe import Recipe
 MINIMAL = """
 [data]
 path = "data"
-rows = 2
-row_length = 64
-picture_share = 0.5
-sources = [{kind = "captions", path = "pictures"}, {kind = "text", path = "words.txt"}]
+micro_batch_size = 2
+sequence_length = 64
+image_share = 0.5
+sources = [{kind = "captions", path = "images"}, {kind = "text", path = "words.txt"}]
 """
 DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"
 
@@ -46,7 +46,7 @@ def recipe(tmp_path):
 
 def test_a_minimal_recipe_is_filled_with_defaults(recipe):
     read = read_recipe(Recipe, recipe)
-    assert read.data.rows == 2
+    assert read.data.micro_batch_size == 2
     assert [source.kind for source in read.data.sources] == ["captions", "text"]
     assert read.stage == "pretrain" and read.stage_config is read.pretrain
     assert read.shares == (0.5, 0.5)
@@ -103,7 +103,13 @@ def test_a_list_of_groups_can_be_given(recipe):
 
 @pytest.mark.parametrize(
     "text",
-    ["seed", "data.sources.5.weight=1", "data.sources.first.weight=1", "data.rows.x=1", "a.b.c.d"],
+    [
+        "seed",
+        "data.sources.5.weight=1",
+        "data.sources.first.weight=1",
+        "data.micro_batch_size.x=1",
+        "a.b.c.d",
+    ],
 )
 def test_an_override_that_leads_nowhere_is_quoted(recipe, text):
     with pytest.raises(UserError, match=f"override '{text}'"):
@@ -165,7 +171,7 @@ def test_the_valid_keys_are_those_of_the_source_of_that_kind(recipe):
     message = str(caught.value)
     assert "did you mean 'path'" in message
     assert message.endswith(
-        "valid keys here: held_out, kind, max_pictures, name, path, text_key, weight"
+        "valid keys here: held_out, kind, max_images, name, path, text_key, weight"
     )
 
 

@@ -31,7 +31,7 @@ def test_every_id_has_the_modality_that_the_codes_give_it():
     assert VOCABULARY.modality_of_id.shape == (20,)
 
 
-def test_boundaries_of_pictures_count_as_text():
+def test_boundaries_of_images_count_as_text():
     assert VOCABULARY.modality_of_id[VOCABULARY.begin_image] == TEXT
     assert VOCABULARY.modality_of_id[VOCABULARY.end_image] == TEXT
 
@@ -45,7 +45,7 @@ def test_codes_of_ids_are_the_inverse_of_ids_of_codes():
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=3, max_size=3))
-def test_a_wrapped_picture_gives_its_codes_back(codes):
+def test_a_wrapped_image_gives_its_codes_back(codes):
     ids = VOCABULARY.wrap_image(np.array(codes))
     assert len(ids) == VOCABULARY.image_span
     assert (ids[0], ids[-1]) == (VOCABULARY.begin_image, VOCABULARY.end_image)

@@ -1,6 +1,6 @@
 """Encoded shards → micro-batches: the documents of a rank, packed, and prepared ahead.
 
-    shards of each source → documents with and without pictures → two `Stream`s (`mixing.py`)
+    shards of each source → documents with and without images → two `Stream`s (`mixing.py`)
                           → `Packer` → `Batch` → prepared ahead in the background
 
 The seed alone decides which documents a stream yields. So an iterator's state is how far the two
@@ -21,10 +21,10 @@ from grain.experimental import ThreadPrefetchDatasetIterator
 from pydantic import Field, model_validator
 
 from moma.data.mixing import Pool, Stream, share_out_stream
-from moma.data.packing import Batch, Packer, picture_budget
+from moma.data.packing import Batch, Packer, image_budget
 from moma.data.shards import Encoders, Shard, Shards, open_shards
 from moma.data.sources import AnySource
-from moma.data.supply import Demand, Pictured, check_supply
+from moma.data.supply import Demand, ImageDocuments, check_supply
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
@@ -40,9 +40,9 @@ class DataConfig(Config):
         path: folder of the prepared data: tokenizers, and the shards of each source.
         tokenizers: a prepared folder or a run whose tokenizer and codec are used; left out, they
             are trained on the sources.
-        rows: rows of a micro-batch, the share of one rank in one step (B).
-        row_length: tokens of a row (S).
-        picture_share: share of a micro-batch's tokens that are image codes.
+        micro_batch_size: sequences of a micro-batch, the share of one rank in one step (B).
+        sequence_length: tokens of a sequence (S).
+        image_share: share of a micro-batch's tokens that are image codes.
         held_out: share of the documents kept from training, where a source does not decide it.
         max_rejected: share of a source's rows that may be unusable before `prepare` stops.
         shard_tokens: tokens after which `prepare` begins another file of shards.
@@ -52,14 +52,14 @@ class DataConfig(Config):
             them ahead, further ones read documents ahead of it. What is in them stays the same.
         prefetch: micro-batches that are made ahead.
         sources: where documents come from; a source's weight counts documents, among the
-            documents with pictures and among those without.
+            documents with images and among those without.
     """
 
     path: Path
     tokenizers: Path | None = None
-    rows: int = Field(ge=1)
-    row_length: int = Field(ge=2)
-    picture_share: float = Field(ge=0, le=1)
+    micro_batch_size: int = Field(ge=1)
+    sequence_length: int = Field(ge=2)
+    image_share: float = Field(ge=0, le=1)
     held_out: float = Field(default=0.02, ge=0, lt=1)
     max_rejected: float = Field(default=0.01, ge=0, le=1)
     shard_tokens: int = Field(default=2**25, ge=1)
@@ -86,7 +86,7 @@ class Batches(grain.DatasetIterator[Batch]):
 
     An iterator whose state can be saved and restored; `prepared_ahead` makes them in the
     background. A single pass (`repeat=False`) shows every document once, up to its last
-    micro-batches, which may hold fewer pictures, and padding.
+    micro-batches, which may hold fewer images, and padding.
     """
 
     def __init__(
@@ -118,35 +118,46 @@ class Batches(grain.DatasetIterator[Batch]):
         super().__init__()
         self._repeat = split == "train" if repeat is None else repeat
         self._world_size = world_size
-        pictures = picture_budget(config.rows, config.row_length, config.picture_share, vocabulary)
+        images = image_budget(
+            config.micro_batch_size, config.sequence_length, config.image_share, vocabulary
+        )
         opened = _open(config, vocabulary)
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}
         weights = {source.name: source.weight for source in config.sources}
         self._digest = _digest(opened, weights, seed, split, self._repeat)
-        rows_of = {pictured: self._rows(pictured) for pictured in (True, False)}
+        rows_of = {with_images: self._rows(with_images) for with_images in (True, False)}
         if self._repeat:
-            self._check_supply(config, pictures, vocabulary, rows_of)
-        if not pictures:
+            self._check_supply(config, images, vocabulary, rows_of)
+        if not images:
             rows_of[True] = {}
             if self._repeat and not rank:
                 print(*_left_out(self._shards), sep="", end="", file=sys.stderr)
         if config.workers > 1:
             self._readers = ThreadPoolExecutor(config.workers - 1)
-        self._pictured, self._text = (
+        self._with_images, self._text = (
             self._stream(
-                _pools(rows_of[pictured], weights, f"{seed} {split} {pictured}", self._repeat), rank
+                _pools(
+                    rows_of[with_images], weights, f"{seed} {split} {with_images}", self._repeat
+                ),
+                rank,
             )
-            for pictured in (True, False)
+            for with_images in (True, False)
         )
         self._packer = Packer(
-            config.rows, config.row_length, pictures, vocabulary, self._pictured, self._text
+            config.micro_batch_size,
+            config.sequence_length,
+            images,
+            vocabulary,
+            self._with_images,
+            self._text,
         )
 
     def __next__(self) -> Batch:
         """The next micro-batch; at the end of a single pass, StopIteration.
 
         Raises:
-            UserError: the documents bring more text with each picture than the rows have room for.
+            UserError: the documents bring more text with each image than the sequences have room
+            for.
         """
         if self.unreached_documents == 0:
             raise StopIteration
@@ -157,7 +168,7 @@ class Batches(grain.DatasetIterator[Batch]):
         """Documents that a single pass has still to show to their end; None if it has no end."""
         if self._repeat:
             return None
-        streams = (self._pictured.remaining or 0) + (self._text.remaining or 0)
+        streams = (self._with_images.remaining or 0) + (self._text.remaining or 0)
         return streams + sum(self._packer.open_documents)
 
     def close(self) -> None:
@@ -171,7 +182,7 @@ class Batches(grain.DatasetIterator[Batch]):
         return {
             "data": self._digest,
             "world_size": self._world_size,
-            "pictured": self._pictured.get_state(),
+            "with_images": self._with_images.get_state(),
             "text": self._text.get_state(),
             "packer": self._packer.get_state(),
         }
@@ -195,16 +206,16 @@ class Batches(grain.DatasetIterator[Batch]):
                 f"the saved data state is one of {state['world_size']} ranks, but there are "
                 f"{self._world_size}; share the states out anew before loading one"
             )
-        self._pictured.set_state(state["pictured"])
+        self._with_images.set_state(state["with_images"])
         self._text.set_state(state["text"])
         self._packer.set_state(state["packer"], self._fetch)
 
-    def _rows(self, pictured: bool) -> dict[str, np.ndarray]:
-        """Of each source that has some, the rows with pictures, or those without."""
+    def _rows(self, with_images: bool) -> dict[str, np.ndarray]:
+        """Of each source that has some, the rows with images, or those without."""
         return {
             name: rows
             for name, shard in self._shards.items()
-            if len(rows := np.flatnonzero((shard.pictures > 0) == pictured))
+            if len(rows := np.flatnonzero((shard.images > 0) == with_images))
         }
 
     def _stream(self, pools: list[Pool], rank: int) -> Stream:
@@ -217,25 +228,25 @@ class Batches(grain.DatasetIterator[Batch]):
     def _check_supply(
         self,
         config: DataConfig,
-        pictures: int,
+        images: int,
         vocabulary: Vocabulary,
         rows_of: dict[bool, dict[str, np.ndarray]],
     ) -> None:
         demand = Demand(
-            config.rows,
-            config.row_length,
-            pictures,
+            config.micro_batch_size,
+            config.sequence_length,
+            images,
             vocabulary.codes_per_image,
             config.most_padding,
             self._world_size,
         )
-        pictured = [
-            Pictured(source.name, source.weight, self._shards[source.name], rows)
+        with_images = [
+            ImageDocuments(source.name, source.weight, self._shards[source.name], rows)
             for source in config.sources
             if (rows := rows_of[True].get(source.name)) is not None
         ]
         names = ", ".join(source.name for source in config.sources)
-        check_supply(demand, pictured, bool(rows_of[False]), names)
+        check_supply(demand, with_images, bool(rows_of[False]), names)
 
 
 def prepared_ahead(batches: Batches, config: DataConfig) -> grain.DatasetIterator[Batch]:
@@ -265,13 +276,13 @@ def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[st
     )
     streams = {
         key: share_out_stream([state[key] for state in states], world_size)
-        for key in ("pictured", "text")
+        for key in ("with_images", "text")
     }
     return [
         {
             "data": states[0]["data"],
             "world_size": world_size,
-            "pictured": streams["pictured"][rank],
+            "with_images": streams["with_images"][rank],
             "text": streams["text"][rank],
             "packer": {
                 "packed": packers[0]["packed"],
@@ -283,23 +294,23 @@ def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[st
     ]
 
 
-def tell_left_out(config: DataConfig, vocabulary: Vocabulary) -> None:
-    """Say on standard error how much training without pictures leaves out; nothing if nothing."""
+def warn_left_out(config: DataConfig, vocabulary: Vocabulary) -> None:
+    """Say on standard error how much training without images leaves out; nothing if nothing."""
     opened = _open(config, vocabulary)
     shards = {name: one.splits["train"] for name, one in opened.items()}
     print(*_left_out(shards), sep="", end="", file=sys.stderr)
 
 
 def _left_out(shards: Mapping[str, Shard]) -> list[str]:
-    """A line if documents have pictures."""
-    pictures = [shard.pictures[shard.pictures > 0] for shard in shards.values()]
-    if not any(map(len, pictures)):
+    """A line if documents have images."""
+    images = [shard.images[shard.images > 0] for shard in shards.values()]
+    if not any(map(len, images)):
         return []
-    found, of_all = sum(map(len, pictures)), sum(map(len, shards.values()))
-    named = ", ".join(n for n, found in zip(shards, pictures, strict=True) if len(found))
+    found, of_all = sum(map(len, images)), sum(map(len, shards.values()))
+    named = ", ".join(n for n, found in zip(shards, images, strict=True) if len(found))
     return [
-        f"note: picture_share is 0, so {found:,} of the {of_all:,} training documents, those with "
-        f"pictures ({sum(int(one.sum()) for one in pictures):,} in {named}), are left out, their "
+        f"note: image_share is 0, so {found:,} of the {of_all:,} training documents, those with "
+        f"images ({sum(int(one.sum()) for one in images):,} in {named}), are left out, their "
         "text too\n"
     ]
 

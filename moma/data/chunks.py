@@ -6,30 +6,30 @@ Where a chunk ends depends on the rows alone, so that what is written does too.
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from moma.data.documents import Document, Picture, Rejected
+from moma.data.documents import Document, ImageRef, Rejected
 
 # A chunk ends with the document that reaches one of these.
 CHUNK_DOCUMENTS = 1024
-CHUNK_PICTURES = 256
+CHUNK_IMAGES = 256
 CHUNK_CHARACTERS = 1_000_000
 # The tokenizer is faster with the texts of several chunks at once, if they are not too long.
 CHUNKS_TOGETHER = 8
 # More of one document would take gigabytes: tokenizing takes some hundred times the text's size.
 MOST_CHARACTERS = 20_000_000
-MOST_PICTURES = 10_000
+MOST_IMAGES = 10_000
 
 
 def refusal(document: Document) -> str | None:
     """Why tokenizer and codec cannot hold a document; None if it can."""
-    pictures, characters, plain = _size(document)
-    if pictures > MOST_PICTURES:
-        return f"{pictures} pictures, at most {MOST_PICTURES}; set the source's max_pictures"
+    images, characters, plain = _size(document)
+    if images > MOST_IMAGES:
+        return f"{images} images, at most {MOST_IMAGES}; set the source's max_images"
     if characters > MOST_CHARACTERS:
         return f"{characters} characters of text, at most {MOST_CHARACTERS}; split the document"
     if plain:
         return None
     for text in (document.name, *document.segments):
-        if isinstance(text, Picture):
+        if isinstance(text, ImageRef):
             continue
         try:
             text.encode()
@@ -40,15 +40,15 @@ def refusal(document: Document) -> str | None:
 
 
 def _size(document: Document) -> tuple[int, int, bool]:
-    """Pictures, characters of text, and whether all of these are ASCII, and the name too."""
-    pictures, characters, plain = 0, 0, document.name.isascii()
+    """Images, characters of text, and whether all of these are ASCII, and the name too."""
+    images, characters, plain = 0, 0, document.name.isascii()
     for segment in document.segments:
         if isinstance(segment, str):
             characters += len(segment)
             plain = plain and segment.isascii()
         else:
-            pictures += 1
-    return pictures, characters, plain
+            images += 1
+    return images, characters, plain
 
 
 @dataclass
@@ -58,14 +58,14 @@ class Chunk:
     Attributes:
         rows: as the source yields them; those that a tokenizer cannot hold are rejected.
         documents: those of the rows that are documents.
-        texts, pictures: the segments of the documents, in order.
+        texts, images: the segments of the documents, in order.
         characters: characters of the texts.
     """
 
     rows: list[Document | Rejected] = field(default_factory=list)
     documents: list[Document] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[ImageRef] = field(default_factory=list)
     characters: int = 0
 
     def add(self, row: Document | Rejected) -> None:
@@ -80,18 +80,18 @@ class Chunk:
                         self.texts.append(segment)
                         self.characters += len(segment)
                     else:
-                        self.pictures.append(segment)
+                        self.images.append(segment)
         self.rows.append(row)
 
     def is_full(self, chunk_tokens: int, image_span: int) -> bool:
         """Whether the row that was added last ends it."""
-        pictures = len(self.pictures)
+        images = len(self.images)
         return (
             len(self.rows) >= CHUNK_DOCUMENTS
-            or pictures >= CHUNK_PICTURES
+            or images >= CHUNK_IMAGES
             or self.characters >= CHUNK_CHARACTERS
             # A token is a character or more, so that this comes rather too soon than too late.
-            or self.characters + pictures * image_span >= chunk_tokens
+            or self.characters + images * image_span >= chunk_tokens
         )
 
 
@@ -110,13 +110,13 @@ def chunks_of(
 
 
 def together(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
-    """Chunks whose texts are encoded at once; where there are pictures, each by itself."""
+    """Chunks whose texts are encoded at once; where there are images, each by itself."""
     group: list[Chunk] = []
     for chunk in chunks:
         group.append(chunk)
         if (
             len(group) == CHUNKS_TOGETHER
-            or chunk.pictures
+            or chunk.images
             or sum(one.characters for one in group) >= CHUNK_CHARACTERS
         ):
             yield group

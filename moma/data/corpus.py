@@ -1,8 +1,8 @@
-"""What tokenizers learn from: the texts and pictures of a recipe's sources.
+"""What tokenizers learn from: the texts and images of a recipe's sources.
 
-Nothing is held in memory but the places of pictures. Streams and compressed tars have no places:
-their pictures wait, as they are stored, in a temporary file that ends with the process. Rows and
-pictures that cannot be read are left out and counted.
+Nothing is held in memory but the places of images. Streams and compressed tars have no places:
+their images wait, as they are stored, in a temporary file that ends with the process. Rows and
+images that cannot be read are left out and counted.
 """
 
 import os
@@ -19,7 +19,7 @@ from torch import Tensor
 from moma.data.chunks import refusal
 from moma.data.documents import (
     Document,
-    Picture,
+    ImageRef,
     Rejected,
     Source,
     held_out_share,
@@ -28,7 +28,7 @@ from moma.data.documents import (
 from moma.errors import UserError
 from moma.tokenizers.image import preprocess
 
-# What tells where a picture lies is smaller; one that carries its bytes is larger, or small anyway.
+# What tells where an image lies is smaller; one that carries its bytes is larger, or small anyway.
 _MOST_BYTES_HELD = 2048
 # A source may be wrong throughout: so many of its rows are named.
 _MOST_NAMED = 1_000
@@ -44,7 +44,7 @@ class Corpus:
     """
 
     def __init__(
-        self, sources: Sequence[Source], held_out: float, most: int, with_pictures: bool = False
+        self, sources: Sequence[Source], held_out: float, most: int, with_images: bool = False
     ):
         """Read from the start of each source.
 
@@ -52,11 +52,11 @@ class Corpus:
             sources: where documents come from.
             held_out: share kept from training, where a source has none of its own.
             most: documents of each source, from the first on.
-            with_pictures: whether rows whose pictures are not there count as rejected; they stay
-                among the documents, as texts and as places of pictures.
+            with_images: whether rows whose images are not there count as rejected; they stay
+                among the documents, as texts and as places of images.
         """
         self._sources, self._held_out, self._most = sources, held_out, most
-        self._with_pictures = with_pictures
+        self._with_images = with_images
         self.documents = 0
         self._read: dict[str, int] = {}
         self._rejected: dict[str, int] = {}
@@ -118,14 +118,14 @@ class Corpus:
         for document in self._chosen(held_out=False):
             yield from (segment for segment in document.segments if isinstance(segment, str))
 
-    def pictures(self, held_out: bool) -> list[Picture]:
-        """The pictures of the documents that are for training, or of those held out."""
-        waiting = _WaitingPictures()
+    def images(self, held_out: bool) -> list[ImageRef]:
+        """The images of the documents that are for training, or of those held out."""
+        waiting = _WaitingImages()
         return [
             waiting.put_aside(segment)
             for document in self._chosen(held_out)
             for segment in document.segments
-            if isinstance(segment, Picture)
+            if isinstance(segment, ImageRef)
         ]
 
     def _chosen(self, held_out: bool) -> Iterator[Document]:
@@ -149,7 +149,7 @@ class Corpus:
                 refused = refusal(row)
                 if refused is None:
                     yield row
-                reason = refused or (_missing_picture(row) if self._with_pictures else None)
+                reason = refused or (_missing_image(row) if self._with_images else None)
                 if reason is None:
                     continue
                 row = Rejected(row.row or row.name, reason)
@@ -160,14 +160,14 @@ class Corpus:
         self.rows[source.name] = number
 
 
-def _missing_picture(document: Document) -> str | None:
-    """Why a document cannot be used, as far as that is known without reading its pictures."""
-    pictures = (part for part in document.segments if isinstance(part, Picture))
-    return next((told for picture in pictures if (told := picture.missing())), None)
+def _missing_image(document: Document) -> str | None:
+    """Why a document cannot be used, as far as that is known without reading its images."""
+    images = (part for part in document.segments if isinstance(part, ImageRef))
+    return next((told for image in images if (told := image.missing())), None)
 
 
-class _WaitingPictures:
-    """Pictures that carry what they are stored as, on the disk instead of in memory.
+class _WaitingImages:
+    """Images that carry what they are stored as, on the disk instead of in memory.
 
     The file has no name, so that nobody else writes what is unpickled here.
     """
@@ -175,14 +175,14 @@ class _WaitingPictures:
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
 
-    def put_aside(self, picture: Picture) -> Picture:
-        """The same picture, without its bytes."""
+    def put_aside(self, image: ImageRef) -> ImageRef:
+        """The same image, without its bytes."""
         try:
-            data = pickle.dumps(picture.read)
+            data = pickle.dumps(image.read)
         except (pickle.PicklingError, AttributeError, TypeError):  # it is made, not stored
-            return picture
+            return image
         if len(data) <= _MOST_BYTES_HELD:
-            return picture
+            return image
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
         begin = self._file.seek(0, os.SEEK_END)
@@ -191,11 +191,11 @@ class _WaitingPictures:
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"{tempfile.gettempdir()}: cannot keep the pictures that the codec is trained on "
+                f"{tempfile.gettempdir()}: cannot keep the images that the codec is trained on "
                 f"({error.strerror}); set TMPDIR to another folder or lower "
                 "codec_training.documents"
             ) from error
-        return Picture(picture.name, partial(_read_again, self._file, begin, len(data)))
+        return ImageRef(image.name, partial(_read_again, self._file, begin, len(data)))
 
 
 def _read_again(file: IO[bytes], begin: int, size: int) -> Image.Image:
@@ -204,49 +204,49 @@ def _read_again(file: IO[bytes], begin: int, size: int) -> Image.Image:
     return image
 
 
-class ReadablePictures(Sequence[Tensor]):
-    """Pictures as the codec takes them, each read when it is asked for: float [3, H, W].
+class ReadableImages(Sequence[Tensor]):
+    """Images as the codec takes them, each read when it is asked for: float [3, H, W].
 
-    In the place of a picture that cannot be read stands the next one that can.
+    In the place of an image that cannot be read stands the next one that can.
 
     Attributes:
         unreadable: reason of each index that could not be read so far.
     """
 
-    def __init__(self, pictures: Sequence[Picture], size: int, most_unreadable: float = 0.01):
+    def __init__(self, images: Sequence[ImageRef], size: int, most_unreadable: float = 0.01):
         """Read nothing yet.
 
         Args:
-            pictures: where they are.
-            size: side of a picture in pixels.
+            images: where they are.
+            size: side of an image in pixels.
             most_unreadable: share of them that may be unreadable.
         """
-        self.pictures, self.size, self.most_unreadable = pictures, size, most_unreadable
+        self.images, self.size, self.most_unreadable = images, size, most_unreadable
         self.unreadable: dict[int, str] = {}
 
     @property
     def has_readable(self) -> bool:
-        """Whether there is a picture that can be read."""
+        """Whether there is an image that can be read."""
         try:
             return self[0] is not None
         except (IndexError, UserError):
             return False
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        """The picture at `index`, an integer.
+        """The image at `index`, an integer.
 
         Raises:
-            UserError: all of the pictures, or more than `most_unreadable`, cannot be read.
+            UserError: all of the images, or more than `most_unreadable`, cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
         while True:
             if index not in self.unreadable:
                 try:
-                    return preprocess(self.pictures[index].read(), self.size)
+                    return preprocess(self.images[index].read(), self.size)
                 except UserError as error:
                     self._set_aside(index, error)
             index = (index + 1) % len(self)
@@ -256,6 +256,6 @@ class ReadablePictures(Sequence[Tensor]):
         found, most = len(self.unreadable), self.most_unreadable * len(self)
         if found > most or found == len(self):
             raise UserError(
-                f"{found} of {len(self)} pictures cannot be read, and {self.most_unreadable:.0%} "
+                f"{found} of {len(self)} images cannot be read, and {self.most_unreadable:.0%} "
                 f"may be; the last: {error}"
             ) from error

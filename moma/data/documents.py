@@ -1,7 +1,7 @@
-"""What every source yields: documents, each an ordered list of text and pictures.
+"""What every source yields: documents, each an ordered list of text and images.
 
 A source is a configuration (a `Config` with a `kind`) whose `documents()` yields `Document`s in a
-fixed order. Pictures are read when they are needed, so that a source of millions of rows costs no
+fixed order. Images are read when they are needed, so that a source of millions of rows costs no
 memory.
 """
 
@@ -21,13 +21,13 @@ from moma.recipe import Config
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture that is read on demand.
+class ImageRef:
+    """An image that is read on demand.
 
     Attributes:
         name: where it comes from, for messages: a path and row, or a description.
-        read: returns the decoded picture; raises `UserError` if it cannot be read.
-        file: what it reads, where the picture has a file of its own.
+        read: returns the decoded image; raises `UserError` if it cannot be read.
+        file: what it reads, where the image has a file of its own.
     """
 
     name: str
@@ -45,16 +45,16 @@ class Picture:
         return None
 
 
-Segment = str | Picture
+Segment = str | ImageRef
 
 
 @dataclass(frozen=True)
 class Document:
-    """Interleaved text and pictures, in reading order.
+    """Interleaved text and images, in reading order.
 
     Attributes:
         name: stable identity of the document inside its source.
-        segments: text (`str`) and pictures, in order.
+        segments: text (`str`) and images, in order.
         held_out: whether the source itself keeps it from training; None leaves that to a hash
             of the name.
         row: where it stands in the source, for messages: `captions.jsonl, row 12`.
@@ -96,13 +96,13 @@ class SourceConfig(Config):
 
     Attributes:
         weight: how often its documents are drawn, relative to the other sources.
-        max_pictures: most pictures of a document; one with more goes on as further documents, so
+        max_images: most images of a document; one with more goes on as further documents, so
             that nothing is lost. Left out, any number.
         held_out: share of the documents kept from training; left out, the recipe's.
     """
 
     weight: float = Field(default=1.0, gt=0)
-    max_pictures: int | None = Field(default=None, ge=1)
+    max_images: int | None = Field(default=None, ge=1)
     held_out: float | None = Field(default=None, ge=0, lt=1)
 
 

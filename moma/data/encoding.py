@@ -1,10 +1,10 @@
 """Documents → encoded shards: token ids on disk, ready to be mixed and packed.
 
     source.documents() → chunks ─┬→ texts, in two threads → tokenizer ─┬→ beginning, segments in
-                                 └→ pictures, read ahead → codec ──────┘   order, end → parts of
+                                 └→ images, read ahead → codec ──────┘   order, end → parts of
                                                                            shards
 
-Chunks, and the batches of pictures inside them, depend on the documents alone: neither the number
+Chunks, and the batches of images inside them, depend on the documents alone: neither the number
 of worker processes nor an interruption changes a byte of what is written (`parts.py`). A document
 that cannot be encoded is set aside with the reason; the others are not disturbed.
 """
@@ -24,9 +24,9 @@ from PIL import Image
 
 from moma.data.documents import Document, Rejected, Source, which_held_out
 from moma.data.parts import PartialShards, complete_shards, first_rejected
-from moma.data.read_ahead import PictureReader
+from moma.data.read_ahead import ImageReader
 from moma.data.shards import REJECTED_FILE, SPLITS, Encoders, ShardInfo, shard_features
-from moma.data.tokens import EncodedChunk, EncodePictures, Encoder, EncodeText
+from moma.data.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
@@ -40,10 +40,10 @@ Progress = Callable[[ShardInfo], None]
 
 
 @runtime_checkable
-class Stamped(Protocol):
+class Fingerprinted(Protocol):
     """A source that can tell whether the files behind it have changed."""
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Changes when the files do."""
         ...
 
@@ -64,14 +64,14 @@ class Limits:
 def encode_source(
     source: Source,
     encode_text: EncodeText,
-    encode_pictures: EncodePictures | None,
+    encode_images: EncodeImages | None,
     vocabulary: Vocabulary,
     held_out_share: float,
     folder: Path,
     *,
     encoders: Encoders | None = None,
     limits: Limits | None = None,
-    reader: PictureReader | None = None,
+    reader: ImageReader | None = None,
     codec_apart: bool = True,
     progress: Progress = lambda info: None,
 ) -> ShardInfo:
@@ -80,7 +80,7 @@ def encode_source(
     Args:
         source: where the documents come from.
         encode_text: texts → their token ids, none of them special or of an image; in threads.
-        encode_pictures: what the reader made of pictures → codes, integers of shape [pictures,
+        encode_images: what the reader made of images → codes, integers of shape [images,
             codes_per_image]. None if there is no codec.
         vocabulary: the ids.
         held_out_share: share of the documents kept from training, where the source itself does
@@ -88,28 +88,28 @@ def encode_source(
         folder: the source's own folder; replaced if it was made with other settings.
         encoders: digests of the tokenizer and the codec: shards of others are made anew.
         limits: of a file's size and of the share of rejected rows.
-        reader: reads the pictures; left out, in this process, as RGB arrays.
-        codec_apart: whether pictures are encoded in a thread, beside everything else.
+        reader: reads the images; left out, in this process, as RGB arrays.
+        codec_apart: whether images are encoded in a thread, beside everything else.
         progress: told what has been encoded so far, at the start and after each chunk.
 
     Raises:
-        UserError: there are no documents, too many rejected rows, or pictures without a codec.
+        UserError: there are no documents, too many rejected rows, or images without a codec.
     """
     limits = limits or Limits()
     origin = ShardInfo(
         source=source.name,
-        settings=source_digest(source, held_out_share),
+        settings=source_fingerprint(source, held_out_share),
         fingerprint=vocabulary.fingerprint,
         encoders=encoders or Encoders(),
     )
     info = complete_shards(folder, origin)
     if info is None:
         with (
-            _reader(reader) as pictures,
-            Encoder(encode_text, encode_pictures, vocabulary, codec_apart) as encoder,
+            _reader(reader) as images,
+            Encoder(encode_text, encode_images, vocabulary, codec_apart) as encoder,
         ):
             shards = PartialShards(folder, origin, vocabulary)
-            encode = partial(encoder.encode, reader=pictures, chunk_tokens=limits.shard_tokens)
+            encode = partial(encoder.encode, reader=images, chunk_tokens=limits.shard_tokens)
             info = _encode_rest(source, encode, shards, held_out_share, limits, progress)
     _check_rejected(info, limits, folder)
     return info
@@ -134,26 +134,26 @@ def _encode_rest(
     return shards.finish()
 
 
-def source_digest(source: Source, held_out_share: float) -> str:
+def source_fingerprint(source: Source, held_out_share: float) -> str:
     """Changes with a source's settings and files, and with what is held out."""
     # How often a source is drawn does not change what its documents are.
     settings = source.model_dump_json(exclude={"weight"}) if isinstance(source, Config) else ""
-    stamp = source.stamp() if isinstance(source, Stamped) else ""
-    parts = (source.name, settings, stamp, str(held_out_share))
+    fingerprint = source.fingerprint() if isinstance(source, Fingerprinted) else ""
+    parts = (source.name, settings, fingerprint, str(held_out_share))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """The pixels of a picture of any size, uint8 of shape [H, W, 3]."""
+    """The pixels of an image of any size, uint8 of shape [H, W, 3]."""
     return np.asarray(image.convert("RGB"))
 
 
 @contextmanager
-def _reader(given: PictureReader | None) -> Iterator[PictureReader]:
+def _reader(given: ImageReader | None) -> Iterator[ImageReader]:
     if given is not None:
         yield given
     else:
-        with PictureReader(rgb_pixels, workers=0) as reader:
+        with ImageReader(rgb_pixels, workers=0) as reader:
             yield reader
 
 
@@ -213,7 +213,7 @@ def _table(chunk: EncodedChunk, vocabulary: Vocabulary) -> pa.Table:
         "ids": pa.ListArray.from_arrays(
             pa.array(bounds), pa.array(chunk.ids, type=schema.field("ids").type.value_type)
         ),
-        "pictures": pa.array(chunk.pictures, type=pa.int32()),
+        "images": pa.array(chunk.images, type=pa.int32()),
         "name": pa.array([one.name for one in chunk.documents], type=pa.string()),
     }
     return pa.table(columns, schema=schema)

@@ -1,7 +1,7 @@
 """What a prepared folder holds: counts, lengths, and documents decoded again.
 
 shards → counts and lengths by source → JSON, text, `lengths.png`
-a row  → ids → text and pictures → `SOURCE-SPLIT-ROW-1.png`, …
+a row  → ids → text and images → `SOURCE-SPLIT-ROW-1.png`, …
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from moma.data.shards import SPLITS, Encoders, Shard, Shards, open_shards
 from moma.errors import UserError
-from moma.recipe import told_by_recipe
+from moma.recipe import recipe_value
 from moma.runs import Tokenizers
 from moma.tokenizers.image import ImageCodec, to_pil
 from moma.tokenizers.text import load_text_tokenizer
@@ -31,8 +31,8 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
 
     Returns:
         `path`, `figure`, and of all sources together as of each in `sources`: `documents`,
-        `tokens`, `text_tokens`, `image_tokens` (codes; a picture's boundaries are text),
-        `pictures`, `rejected`, `lengths`: `from` and `documents`, the least length of each class
+        `tokens`, `text_tokens`, `image_tokens` (codes; an image's boundaries are text),
+        `images`, `rejected`, `lengths`: `from` and `documents`, the least length of each class
         and how many documents are in it. Each source also has `splits`: the counts by split.
 
     Raises:
@@ -41,7 +41,7 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
     vocabulary = _vocabulary_of(folder)
     opened = _open(folder, source, vocabulary)
     sources = {name: _describe(shards, vocabulary) for name, shards in opened.items()}
-    keys = ("documents", "tokens", "text_tokens", "image_tokens", "pictures", "rejected")
+    keys = ("documents", "tokens", "text_tokens", "image_tokens", "images", "rejected")
     lengths = np.concatenate([_lengths(shards) for shards in opened.values()])
     result = {
         "path": str(folder),
@@ -70,14 +70,14 @@ def histogram(result: dict[str, Any]) -> str:
 def decode_document(
     folder: Path, source: str | None, split: str, row: int, out: Path
 ) -> dict[str, Any]:
-    """Turn an encoded document back into text and pictures.
+    """Turn an encoded document back into text and images.
 
     Args:
         folder: a folder that `moma prepare` wrote.
         source: name of the source; may be None if there is only one.
         split: `train` or `held_out`.
         row: the document's row in that split, from 0.
-        out: folder for the pictures.
+        out: folder for the images.
 
     Returns:
         `source`, `split`, `row`, `name`, `tokens`, and `segments`, each with `type` (`text` or
@@ -91,7 +91,7 @@ def decode_document(
     name, shard = _shard_of(_open(folder, source, vocabulary), split, row)
     ids = shard.ids(row)
     tokenizer = load_text_tokenizer(tokenizers.text)
-    codec = ImageCodec.load(tokenizers.codec) if shard.pictures[row] else None
+    codec = ImageCodec.load(tokenizers.codec) if shard.images[row] else None
     segments: list[dict[str, str]] = []
     for part in _segments(ids, vocabulary):
         if codec is not None and part[0] == vocabulary.begin_image:
@@ -121,7 +121,7 @@ def as_text(decoded: dict[str, Any]) -> str:
 
 def _vocabulary_of(folder: Path) -> Vocabulary:
     if folder.is_file():
-        data = told_by_recipe(folder, "data", "path")
+        data = recipe_value(folder, "data", "path")
         hint = f"this recipe's is {data}" if data else "name one that `moma prepare` wrote"
         raise UserError(f"{folder}: is a file, not a data folder; {hint}")
     return Vocabulary.load(Tokenizers(folder).vocabulary)
@@ -156,7 +156,7 @@ def _open(folder: Path, source: str | None, vocabulary: Vocabulary) -> dict[str,
 
 def _describe(shards: Shards, vocabulary: Vocabulary) -> dict[str, Any]:
     total = shards.info.total
-    image_tokens = total.pictures * vocabulary.codes_per_image
+    image_tokens = total.images * vocabulary.codes_per_image
     return {
         **total.model_dump(),
         "text_tokens": total.tokens - image_tokens,
@@ -197,7 +197,7 @@ def _draw(lengths: dict[str, dict[str, list[int]]], path: Path) -> None:
 
 
 def _segments(ids: np.ndarray, vocabulary: Vocabulary) -> list[np.ndarray]:
-    """The parts of a document: texts, and pictures with their boundaries."""
+    """The parts of a document: texts, and images with their boundaries."""
     inside = ids[1:-1]
     starts = np.flatnonzero(inside == vocabulary.begin_image)
     ends = np.flatnonzero(inside == vocabulary.end_image) + 1

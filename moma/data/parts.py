@@ -38,7 +38,14 @@ from moma.data.shards import (
     shard_features,
     sum_counts,
 )
-from moma.files import UNFINISHED, naming, sync_folder, to_disk, write_whole, writing_whole
+from moma.files import (
+    UNFINISHED,
+    add_path_to_errors,
+    atomic_open,
+    atomic_write,
+    sync_file,
+    sync_folder,
+)
 from moma.vocabulary import Vocabulary
 
 _MAKING_FILE = "making.json"
@@ -68,7 +75,7 @@ class PartialShards:
         if read_config(ShardInfo, self.path / _MAKING_FILE) != origin:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
-            write_whole(self.path / _MAKING_FILE, origin.model_dump_json() + "\n")
+            atomic_write(self.path / _MAKING_FILE, origin.model_dump_json() + "\n")
         self.info = origin
         self._keep(list(self._committed()))
 
@@ -87,10 +94,10 @@ class PartialShards:
 
     def finish(self) -> ShardInfo:
         """Give the shards their name; they replace older ones."""
-        with writing_whole(self.path / REJECTED_FILE) as all_rejected:
+        with atomic_open(self.path / REJECTED_FILE) as all_rejected:
             copy_rejected(self.folder, all_rejected)
         self.vocabulary.save(self.path / VOCABULARY_FILE)
-        write_whole(self.path / INFO_FILE, self.info.model_dump_json(indent=2) + "\n")
+        atomic_write(self.path / INFO_FILE, self.info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)
         return self.info
 
@@ -154,7 +161,7 @@ class PartWriter:
         Raises:
             OSError: they cannot be written; it names the folder.
         """
-        with naming(self._folder):
+        with add_path_to_errors(self._folder):
             self._add(tables, rejected)
 
     def _add(self, tables: dict[str, pa.Table], rejected: Sequence[Rejected]) -> None:
@@ -179,16 +186,16 @@ class PartWriter:
 
     def commit(self) -> Part:
         """Bring the files to the disk, give them their names, and then the part's record."""
-        with naming(self._folder):
+        with add_path_to_errors(self._folder):
             for writer in self._writers.values():
                 writer.close()
             for file in self._files.values():
-                to_disk(file)
+                sync_file(file)
             self._open.close()
         for name in self._files:
             os.replace(self._folder / (name + UNFINISHED), self._folder / name)
         sync_folder(self._folder)
-        write_whole(self._folder / _part_name(self._number), self.part.model_dump_json() + "\n")
+        atomic_write(self._folder / _part_name(self._number), self.part.model_dump_json() + "\n")
         return self.part
 
     def _writer(self, split: str) -> pa.RecordBatchStreamWriter:
@@ -284,5 +291,5 @@ def _count(table: pa.Table) -> Counts:
     return Counts(
         documents=table.num_rows,
         tokens=len(table.column("ids").combine_chunks().flatten()),
-        pictures=int(np.sum(table.column("pictures").to_numpy())),
+        images=int(np.sum(table.column("images").to_numpy())),
     )

@@ -1,7 +1,7 @@
 """From documents to encoded shards: tokenizers trained or loaded, then every source encoded.
 
     sources → texts → BPE ─┐
-            → pictures → codec ─┴→ vocabulary → shards/SOURCE
+            → images → codec ─┴→ vocabulary → shards/SOURCE
 
 Each part is written whole or not at all and is not made again, so that an interrupted preparation
 goes on where it was. Documents that cannot be used are set aside in `rejected.jsonl`.
@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma.data.batches import DataConfig, tell_left_out
+from moma.data.batches import DataConfig, warn_left_out
 from moma.data.encoding import Limits, encode_source
-from moma.data.packing import picture_budget
+from moma.data.packing import image_budget
 from moma.data.parts import copy_rejected
-from moma.data.read_ahead import PictureReader
+from moma.data.read_ahead import ImageReader
 from moma.data.shards import REJECTED_FILE, ShardInfo, sum_counts
 from moma.data.tokenizers import encoders_of, provide_tokenizers
 from moma.data.training_documents import TrainingDocuments
-from moma.files import held_alone, writing_whole
+from moma.files import atomic_open, lock_folder
 from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
@@ -52,7 +52,7 @@ class Prepared:
     sources: dict[str, ShardInfo]
 
     def summary(self) -> dict[str, Any]:
-        """Documents, tokens, pictures and rejected rows, in all and of each source, for JSON."""
+        """Documents, tokens, images and rejected rows, in all and of each source, for JSON."""
         infos = self.sources.values()
         return {
             **sum_counts(info.total for info in infos).model_dump(),
@@ -83,38 +83,38 @@ def prepare(
         data, text_tokenizer, codec, codec_training, seed: of the recipe.
         device: of the codec.
         quiet: whether to show no progress.
-        workers: most processes that read pictures; left out, as the processor has cores to spare.
+        workers: most processes that read images; left out, as the processor has cores to spare.
             It changes nothing of what is written.
 
     Raises:
-        UserError: the recipe's picture share is impossible, too many rows of a source cannot be
+        UserError: the recipe's image share is impossible, too many rows of a source cannot be
             used, the folder was prepared with other settings, or another process is at work there.
     """
     keep_freed_memory(device)
     folder = Tokenizers(data.path)
     _check_budget(data, folder, text_tokenizer, codec)
     folder.path.mkdir(parents=True, exist_ok=True)
-    with held_alone(folder.path, PATIENCE):
+    with lock_folder(folder.path, PATIENCE):
         reading = TrainingDocuments(data)
         vocabulary = provide_tokenizers(
             reading, text_tokenizer, codec, codec_training, seed, device, quiet
         )
-        reading.tell_changes()
+        reading.warn_changes()
         infos = _encode_all(reading, folder, vocabulary, device, quiet, workers)
-    if not data.picture_share:
-        tell_left_out(data, vocabulary)
+    if not data.image_share:
+        warn_left_out(data, vocabulary)
     return Prepared(vocabulary, infos)
 
 
-def encode_pictures(
+def encode_images(
     codec: ImageCodec, device: torch.device, pixels: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Codes of pictures of the codec's size, int64 of shape [pictures, codes_per_image].
+    """Codes of images of the codec's size, int64 of shape [images, codes_per_image].
 
     Args:
         codec: on `device`.
         device: of the codec.
-        pixels: of each picture, uint8 of shape [H, W, 3].
+        pixels: of each image, uint8 of shape [H, W, 3].
     """
     pixels_BHW3 = torch.from_numpy(np.stack(pixels)).to(device)
     return codec.encode(to_float(pixels_BHW3)).cpu().numpy()
@@ -123,11 +123,11 @@ def encode_pictures(
 def _check_budget(
     data: DataConfig, folder: Tokenizers, text: TextTokenizerConfig, codec: CodecConfig
 ) -> None:
-    """Refuse a picture share that no micro-batch can hold before any work is done."""
+    """Refuse an image share that no micro-batch can hold before any work is done."""
     known = [folder, *([Tokenizers(data.tokenizers)] if data.tokenizers else [])]
     made = next((one.vocabulary for one in known if one.vocabulary.exists()), None)
     vocabulary = Vocabulary.load(made) if made else _outline(text, codec)
-    picture_budget(data.rows, data.row_length, data.picture_share, vocabulary)
+    image_budget(data.micro_batch_size, data.sequence_length, data.image_share, vocabulary)
 
 
 def _outline(text: TextTokenizerConfig, codec: CodecConfig) -> Vocabulary:
@@ -159,10 +159,10 @@ def _encode_all(
     encoders.save(folder.path)
     data = sources.data
     limits = Limits(shard_tokens=data.shard_tokens, max_rejected=data.max_rejected)
-    size = codec.config.picture_size if codec else 1
+    size = codec.config.image_size if codec else 1
     infos: dict[str, ShardInfo] = {}
     try:
-        with PictureReader(
+        with ImageReader(
             partial(square_pixels, size=size), spare_cores() if workers is None else workers
         ) as reader:
             for source in data.sources:
@@ -171,7 +171,7 @@ def _encode_all(
                     infos[source.name] = encode_source(
                         source,
                         partial(encode_each, tokenizer),
-                        partial(encode_pictures, codec, device) if codec else None,
+                        partial(encode_images, codec, device) if codec else None,
                         vocabulary,
                         sources.held_out(source),
                         data.folder(source.name),
@@ -195,7 +195,7 @@ class Speed:
         self._began = time.monotonic()
 
     def __call__(self, info: ShardInfo) -> None:
-        """Report rows done, and documents, tokens and pictures a second since the first call."""
+        """Report rows done, and documents, tokens and images a second since the first call."""
         self._start = self._start or info
         seconds = max(time.monotonic() - self._began, 1e-9)
         done, before = info.total.model_dump(), self._start.total.model_dump()
@@ -214,6 +214,6 @@ def spare_cores() -> int:
 
 def _collect_rejected(data: DataConfig) -> None:
     """One file for all sources, made anew from what is kept beside the shards of each."""
-    with writing_whole(data.path / REJECTED_FILE) as file:
+    with atomic_open(data.path / REJECTED_FILE) as file:
         for source in data.sources:
             copy_rejected(data.folder(source.name), file)

@@ -1,6 +1,6 @@
-"""Pictures read ahead, in worker processes where that pays, and handed on in order.
+"""Images read ahead, in worker processes where that pays, and handed on in order.
 
-    items → pictures in tasks of a few → worker processes → pixels, in the order of the items
+    items → images in tasks of a few → worker processes → pixels, in the order of the items
           → everything else passes through, in its place
 
 A worker is a Python process of its own that reads tasks from its standard input and answers on its
@@ -24,19 +24,19 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
-from moma.data.documents import Picture
+from moma.data.documents import ImageRef
 from moma.errors import UserError
 
 # A worker takes about a second to start: sources that are read faster need none.
 SECONDS_BEFORE_WORKERS = 3.0
-TASK_PICTURES = 4
+TASK_IMAGES = 4
 TASKS_AHEAD = 4  # of each worker
 
 Shape = Callable[[Image.Image], np.ndarray]
 
 
 class Pixels(NamedTuple):
-    """A picture that was read.
+    """An image that was read.
 
     Attributes:
         digest: equal for equal values.
@@ -47,8 +47,8 @@ class Pixels(NamedTuple):
     values: np.ndarray
 
 
-class PictureReader:
-    """Reads pictures in order; a context manager that ends its worker processes.
+class ImageReader:
+    """Reads images in order; a context manager that ends its worker processes.
 
     The first seconds are read in this process, so that small sources do not wait for workers. What
     comes out depends neither on that nor on the number of workers. At most `TASKS_AHEAD` tasks of
@@ -61,7 +61,7 @@ class PictureReader:
         """Set up the reader; nothing is started yet.
 
         Args:
-            shape: decoded picture → array; runs in the workers, so it must be picklable.
+            shape: decoded image → array; runs in the workers, so it must be picklable.
             workers: most processes; 0 reads everything here.
             patience: seconds of reading in this process before workers are started.
         """
@@ -83,10 +83,10 @@ class PictureReader:
             worker.close()
 
     def read(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Read the pictures among the items, in order.
+        """Read the images among the items, in order.
 
         Yields:
-            For a `Picture`, its `Pixels`, or the `UserError` that says why it cannot be read;
+            For a `Image`, its `Pixels`, or the `UserError` that says why it cannot be read;
             every other item as it is.
 
         Raises:
@@ -103,7 +103,7 @@ class PictureReader:
 
     def _start(self, task: list[Any]) -> Callable[[], list[Any]]:
         """Begin a task, if a worker can; returns what gives its outcome."""
-        if not isinstance(task[0], Picture):
+        if not isinstance(task[0], ImageRef):
             return lambda: task
         if self._threads is None and self._most and self._spent >= self._patience:
             self._start_workers()
@@ -117,28 +117,28 @@ class PictureReader:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(len(self._workers))
 
-    def _read_here(self, pictures: list[Picture]) -> list[Pixels | UserError]:
+    def _read_here(self, images: list[ImageRef]) -> list[Pixels | UserError]:
         began = time.monotonic()
-        outcome = _read(pictures, self._shape)
+        outcome = _read(images, self._shape)
         self._spent += time.monotonic() - began
         return outcome
 
-    def _ask(self, pictures: list[Picture]) -> list[Pixels | UserError]:
-        """Let an idle worker read; here, if the pictures cannot travel. Runs in a thread."""
+    def _ask(self, images: list[ImageRef]) -> list[Pixels | UserError]:
+        """Let an idle worker read; here, if the images cannot travel. Runs in a thread."""
         try:
-            task = pickle.dumps(pictures)
+            task = pickle.dumps(images)
         except (pickle.PicklingError, AttributeError, TypeError):
-            return _read(pictures, self._shape)
+            return _read(images, self._shape)
         worker = self._idle.get()
         try:
             answer = worker.ask(task)
         finally:
             self._idle.put(worker)
-        return _read(pictures, self._shape) if answer is None else answer
+        return _read(images, self._shape) if answer is None else answer
 
 
 class _Worker:
-    """A process that reads pictures."""
+    """A process that reads images."""
 
     def __init__(self, shape: Shape) -> None:
         # The same modules as here; a session of its own, so that Ctrl-C is this process's affair.
@@ -153,7 +153,7 @@ class _Worker:
         pickle.dump(shape, self._process.stdin)  # type: ignore[arg-type]
 
     def ask(self, task: bytes) -> list[Pixels | UserError] | None:
-        """What the worker read; None if it does not know the pictures' code."""
+        """What the worker read; None if it does not know the images' code."""
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             pickle.dump(task, self._process.stdin)
@@ -161,7 +161,7 @@ class _Worker:
             answer: list[Pixels | UserError] | None = pickle.load(self._process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as error:
             raise UserError(
-                f"a process that reads pictures died (status {self._process.poll()}), perhaps for "
+                f"a process that reads images died (status {self._process.poll()}), perhaps for "
                 "want of memory; run the same command again, with --workers 0 if it happens again"
             ) from error
         return answer
@@ -193,19 +193,19 @@ def serve() -> None:
 
 def _answer(task: bytes, shape: Shape) -> list[Pixels | UserError] | None:
     try:
-        pictures = pickle.loads(task)
+        images = pickle.loads(task)
     except (AttributeError, ImportError):  # a class of the other process's `__main__`, say
         return None
-    return _read(pictures, shape)
+    return _read(images, shape)
 
 
-def _read(pictures: list[Picture], shape: Shape) -> list[Pixels | UserError]:
-    return [_read_one(picture, shape) for picture in pictures]
+def _read(images: list[ImageRef], shape: Shape) -> list[Pixels | UserError]:
+    return [_read_one(image, shape) for image in images]
 
 
-def _read_one(picture: Picture, shape: Shape) -> Pixels | UserError:
+def _read_one(image: ImageRef, shape: Shape) -> Pixels | UserError:
     try:
-        values = shape(picture.read())
+        values = shape(image.read())
     except UserError as error:
         return error
     digest = hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes())
@@ -213,15 +213,15 @@ def _read_one(picture: Picture, shape: Shape) -> Pixels | UserError:
 
 
 def _tasks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    """Pictures that follow one another, a few together; everything else alone."""
-    pictures: list[Any] = []
+    """Images that follow one another, a few together; everything else alone."""
+    images: list[Any] = []
     for item in items:
-        if isinstance(item, Picture):
-            pictures.append(item)
-        if pictures and (len(pictures) == TASK_PICTURES or not isinstance(item, Picture)):
-            yield pictures
-            pictures = []
-        if not isinstance(item, Picture):
+        if isinstance(item, ImageRef):
+            images.append(item)
+        if images and (len(images) == TASK_IMAGES or not isinstance(item, ImageRef)):
+            yield images
+            images = []
+        if not isinstance(item, ImageRef):
             yield [item]
-    if pictures:
-        yield pictures
+    if images:
+        yield images

@@ -5,7 +5,7 @@
                      rejected.jsonl   rows that were set aside
                      train-00000.arrow, held_out-00000.arrow, …
 
-A row of an Arrow file is a document: `ids`, `pictures`, `name`. The files are memory-mapped. How
+A row of an Arrow file is a document: `ids`, `images`, `name`. The files are memory-mapped. How
 they come to be there whole or not at all is told in `parts.py`.
 """
 
@@ -22,7 +22,7 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from moma.errors import UserError
-from moma.files import write_whole
+from moma.files import atomic_write
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
@@ -40,25 +40,25 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 class Counts(Config):
-    """How much a split holds: documents, and their tokens and pictures."""
+    """How much a split holds: documents, and their tokens and images."""
 
     documents: int = 0
     tokens: int = 0
-    pictures: int = 0
+    images: int = 0
 
     def plus(self, other: "Counts") -> "Counts":
         """Both together."""
         return Counts(
             documents=self.documents + other.documents,
             tokens=self.tokens + other.tokens,
-            pictures=self.pictures + other.pictures,
+            images=self.images + other.images,
         )
 
 
 class Encoders(Config):
     """Digests of the tokenizer and the codec, weights included; empty where there is none.
 
-    The vocabulary does not know them: two codecs may share every id and mean other pictures.
+    The vocabulary does not know them: two codecs may share every id and mean other images.
     """
 
     tokenizer: str = ""
@@ -66,7 +66,7 @@ class Encoders(Config):
 
     def save(self, folder: Path) -> None:
         """Write them into a data folder."""
-        write_whole(folder / _ENCODERS_FILE, self.model_dump_json() + "\n")
+        atomic_write(folder / _ENCODERS_FILE, self.model_dump_json() + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "Encoders | None":
@@ -170,14 +170,14 @@ class Shard:
     """The encoded documents of one split, memory-mapped, over any number of files.
 
     Attributes:
-        pictures: number of pictures of each document, int32 of shape [documents].
+        images: number of images of each document, int32 of shape [documents].
     """
 
     def __init__(self, paths: Sequence[Path], features: datasets.Features) -> None:
         self._paths, self._features = paths, features
         tables = [_open_table(path) for path in paths]
-        self.pictures: np.ndarray = np.concatenate(
-            [np.empty(0, np.int32), *(table.column("pictures").to_numpy() for table in tables)]
+        self.images: np.ndarray = np.concatenate(
+            [np.empty(0, np.int32), *(table.column("images").to_numpy() for table in tables)]
         )
         # Views of the mapped files: a document is a slice, without going through Python lists.
         chunks = [chunk for table in tables for chunk in table.column("ids").chunks]
@@ -205,7 +205,7 @@ class Shard:
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
-        """The rows as a Hugging Face dataset: `ids`, `pictures`, `name`."""
+        """The rows as a Hugging Face dataset: `ids`, `images`, `name`."""
         if not self._paths:
             return datasets.Dataset.from_dict(
                 {name: [] for name in self._features}, features=self._features
@@ -271,7 +271,7 @@ def shard_features(vocabulary: Vocabulary) -> datasets.Features:
     return datasets.Features(
         {
             "ids": datasets.List(datasets.Value(smallest.name)),
-            "pictures": datasets.Value("int32"),
+            "images": datasets.Value("int32"),
             "name": datasets.Value("string"),
         }
     )
@@ -327,7 +327,7 @@ def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> Non
     found_counts = Counts(
         documents=len(shard),
         tokens=int(shard.lengths.sum(dtype=np.int64)),
-        pictures=int(shard.pictures.sum(dtype=np.int64)),
+        images=int(shard.images.sum(dtype=np.int64)),
     )
     if found_counts != counts:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Small pictures with exact captions: emoji in two drawing styles, alone and two by two.
+"""Small images with exact captions: emoji in two drawing styles, alone and two by two.
 
 What is kept from training is decided by name alone, so that it is the same for every recipe: some
 pairs of objects never share a canvas, and some objects are never shown in one of the two styles.
@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import Field, field_validator
 
 from moma.data.dictionary import definitions
-from moma.data.documents import Document, Picture, Segment, SourceConfig, SourceName
+from moma.data.documents import Document, ImageRef, Segment, SourceConfig, SourceName
 from moma.data.drawings import STYLES, drawings, render
 from moma.errors import UserError
 from moma.hashes import unit_hash
@@ -58,15 +58,15 @@ class SketchesConfig(SourceConfig):
     Attributes:
         content: `singles` (one object), `placed` (one at half size, where a composition would put
             it: a step towards them), `compositions` (two objects and their relation) or
-            `illustrated` (a definition, a picture and its caption in one document).
+            `illustrated` (a definition, an image and its caption in one document).
         objects: how many objects to use: the first 100 are chosen for plain names and distinct
             looks, then follow all others that exist in both styles, skin tones last.
         count: how many compositions to draw.
-        repeats: documents for each picture of `singles` and `placed`; they differ in order and
-            wording. A held-out picture has one.
-        picture_size: side of a picture in pixels, a multiple of 4.
+        repeats: documents for each image of `singles` and `placed`; they differ in order and
+            wording. A held-out image has one.
+        image_size: side of an image in pixels, a multiple of 4.
         seed: which compositions are drawn.
-        caption_first: share of documents whose caption comes before the picture.
+        caption_first: share of documents whose caption comes before the image.
         given_name: name of the source (`name` in a recipe); left out, it tells the content.
     """
 
@@ -75,7 +75,7 @@ class SketchesConfig(SourceConfig):
     objects: int = Field(default=100, ge=2)
     count: int = Field(default=4000, ge=1)
     repeats: int = Field(default=8, ge=1)
-    picture_size: int = Field(default=64, ge=8, multiple_of=4)
+    image_size: int = Field(default=64, ge=8, multiple_of=4)
     seed: int = 0
     caption_first: float = Field(default=0.75, ge=0, le=1)
     given_name: SourceName | None = Field(default=None, alias="name")
@@ -116,7 +116,7 @@ class SketchesConfig(SourceConfig):
             caption = single_caption(name, None if plain else style)
             yield Document(
                 name=document,
-                segments=self._ordered(document, caption, self._picture(name, style)),
+                segments=self._ordered(document, caption, self._image(name, style)),
                 held_out=held_out,
             )
 
@@ -128,20 +128,20 @@ class SketchesConfig(SourceConfig):
                 continue
             caption = placed_caption(name, relation, style)
             document = f"{caption}, {repeat}"
-            read = partial(place, name, relation, style, self.picture_size)
+            read = partial(place, name, relation, style, self.image_size)
             yield Document(
                 name=document,
-                segments=self._ordered(document, caption, Picture(caption, read)),
+                segments=self._ordered(document, caption, ImageRef(caption, read)),
                 held_out=held_out,
             )
 
     def _compositions(self) -> Iterator[Document]:
         for first, relation, second, style in self._drawn():
             caption = composition_caption(first, relation, second, style)
-            read = partial(compose, first, relation, second, style, self.picture_size)
+            read = partial(compose, first, relation, second, style, self.image_size)
             yield Document(
                 name=caption,
-                segments=self._ordered(caption, caption, Picture(caption, read)),
+                segments=self._ordered(caption, caption, ImageRef(caption, read)),
                 held_out=is_held_out_pair(first, second),
             )
 
@@ -178,19 +178,19 @@ class SketchesConfig(SourceConfig):
                 before = f"{before} {caption}"
             else:
                 after = f"{caption} {after}".strip()
-            segments = (before, self._picture(name, style), after)
+            segments = (before, self._image(name, style), after)
             yield Document(
                 name=document,
                 segments=tuple(segment for segment in segments if segment),
                 held_out=is_held_out_style(name, style),
             )
 
-    def _picture(self, name: str, style: str) -> Picture:
-        read = partial(render, name, style, self.picture_size)
-        return Picture(single_caption(name, style), read)
+    def _image(self, name: str, style: str) -> ImageRef:
+        read = partial(render, name, style, self.image_size)
+        return ImageRef(single_caption(name, style), read)
 
-    def _ordered(self, document: str, caption: str, picture: Picture) -> tuple[Segment, ...]:
-        return (caption, picture) if self._caption_first(document) else (picture, caption)
+    def _ordered(self, document: str, caption: str, image: ImageRef) -> tuple[Segment, ...]:
+        return (caption, image) if self._caption_first(document) else (image, caption)
 
     def _caption_first(self, document: str) -> bool:
         return unit_hash(f"caption first: {document}") < self.caption_first
@@ -257,7 +257,7 @@ def short_definitions(name: str) -> tuple[str, ...]:
 def slots(relation: str, size: int) -> tuple[Box, Box]:
     """Where a composition shows its two objects: quarters of the canvas, from the top left.
 
-    All begin at a multiple of half the canvas, so that a picture's codes are the same in each.
+    All begin at a multiple of half the canvas, so that an image's codes are the same in each.
 
     Raises:
         UserError: the relation is unknown.

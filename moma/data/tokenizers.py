@@ -1,7 +1,7 @@
 """The tokenizers of a data folder: trained on its sources, or taken from another folder.
 
     sources → texts → BPE ─┐                     data.tokenizers → a copy ─┐
-            → pictures → codec ─┴→ vocabulary                              ┴→ vocabulary
+            → images → codec ─┴→ vocabulary                              ┴→ vocabulary
 
 A folder keeps the tokenizers that it has: a note says what they were made with, and settings that
 would have made others are refused.
@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from moma.data.corpus import ReadablePictures
+from moma.data.corpus import ReadableImages
 from moma.data.shards import Encoders
 from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
-from moma.files import write_whole
+from moma.files import atomic_write
 from moma.runs import Tokenizers
 from moma.tokenizers.folder import complete, make_codec, make_text_tokenizer
 from moma.tokenizers.image import CodecConfig
@@ -55,7 +55,7 @@ def provide_tokenizers(
     """
     data, folder = reading.data, Tokenizers(reading.data.path)
     if data.tokenizers is not None:
-        _take(Tokenizers(data.tokenizers), folder, data.picture_share)
+        _take(Tokenizers(data.tokenizers), folder, data.image_share)
     else:
         settings = {
             "seed": seed,
@@ -92,7 +92,7 @@ def encoders_of(folder: Tokenizers) -> Encoders:
     )
 
 
-def _take(source: Tokenizers, folder: Tokenizers, picture_share: float) -> None:
+def _take(source: Tokenizers, folder: Tokenizers, image_share: float) -> None:
     """Copy tokenizers, unless that was done already."""
     taken = folder.vocabulary.exists() and any(key.startswith(_TAKEN) for key in _note_of(folder))
     if taken and not source.path.exists():
@@ -103,10 +103,10 @@ def _take(source: Tokenizers, folder: Tokenizers, picture_share: float) -> None:
                 f"{needed}: is missing; data.tokenizers names no whole folder of tokenizers: "
                 "finish it with the command that makes it"
             )
-    if picture_share and not source.codec.exists():
+    if image_share and not source.codec.exists():
         raise UserError(
-            f"{source.path}: has no image codec, and picture_share is {picture_share:g}; make one "
-            f"with `moma tokenizer train-image --out {source.path}`, or set picture_share to 0"
+            f"{source.path}: has no image codec, and image_share is {image_share:g}; make one "
+            f"with `moma tokenizer train-image --out {source.path}`, or set image_share to 0"
         )
     _bind(folder, _named(_TAKEN, encoders_of(source).model_dump()))
     if not folder.vocabulary.exists():
@@ -122,20 +122,20 @@ def _make_codec(
     folder: Tokenizers,
     quiet: bool,
 ) -> None:
-    """Train the codec; where there is no picture and none is asked for, there is none."""
-    found = reading.pictures(training.documents, held_out=False)
-    share = reading.data.picture_share
+    """Train the codec; where there is no image and none is asked for, there is none."""
+    found = reading.images(training.documents, held_out=False)
+    share = reading.data.image_share
     if not found and not share:
         return
     if not found:
         raise UserError(
-            f"picture_share is {share:g}, but no source holds a picture, so there is nothing to "
-            "train a codec on; add a source of pictures or set picture_share to 0"
+            f"image_share is {share:g}, but no source holds an image, so there is nothing to "
+            "train a codec on; add a source of images or set image_share to 0"
         )
     # Encoding judges the share of what cannot be read, of every source by itself.
     seen, unseen = (
-        ReadablePictures(pictures, config.picture_size, most_unreadable=1)
-        for pictures in (found, reading.pictures(training.documents, held_out=True))
+        ReadableImages(images, config.image_size, most_unreadable=1)
+        for images in (found, reading.images(training.documents, held_out=True))
     )
     measured = unseen if unseen.has_readable else ()
     make_codec(config, training, seen, measured, folder, seed, device, quiet)
@@ -155,7 +155,7 @@ def _bind(folder: Tokenizers, settings: dict[str, Any]) -> None:
             "choose another folder with data.path=…, or delete this one"
         )
     if keys:
-        write_whole(folder.path / _NOTE_FILE, json.dumps(settings, indent=2) + "\n")
+        atomic_write(folder.path / _NOTE_FILE, json.dumps(settings, indent=2) + "\n")
 
 
 def _note_of(folder: Tokenizers) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Documents → token ids: chunks of rows through tokenizer and codec.
 
     rows → chunks ─┬→ texts, in two threads → tokenizer ───────────┬→ ids of each document
-                   └→ pictures, read ahead → batches → codec ──────┘
+                   └→ images, read ahead → batches → codec ──────┘
 
 The codec of a GPU has a thread; that of a CPU, which needs all cores, does not.
 
-Chunks, and the batches of pictures inside them, depend on the rows alone: the number of worker
+Chunks, and the batches of images inside them, depend on the rows alone: the number of worker
 processes changes nothing of what comes out. A document that cannot be encoded is rejected with the
 reason; the others are not disturbed.
 """
@@ -21,19 +21,19 @@ from typing import NamedTuple, ParamSpec, Self, TypeVar
 import numpy as np
 
 from moma.data.chunks import Chunk, chunks_of, together
-from moma.data.documents import Document, Picture, Rejected
-from moma.data.read_ahead import PictureReader, Pixels
+from moma.data.documents import Document, ImageRef, Rejected
+from moma.data.read_ahead import ImageReader, Pixels
 from moma.errors import UserError
 from moma.vocabulary import IMAGE, Vocabulary
 
 TEXTS_AHEAD = 2
-BATCH_PICTURES = 16
+BATCH_IMAGES = 16
 BATCHES_AHEAD = 2
 
 P = ParamSpec("P")
 T = TypeVar("T")
 EncodeText = Callable[[list[str]], Iterable[list[int]]]
-EncodePictures = Callable[[list[np.ndarray]], np.ndarray]
+EncodeImages = Callable[[list[np.ndarray]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class EncodedChunk:
 
     Attributes:
         documents: those that could be encoded.
-        ids: their tokens one behind another, integers of shape [tokens]; pictures are wrapped in
+        ids: their tokens one behind another, integers of shape [tokens]; images are wrapped in
             their boundaries and documents in their beginning and end.
         lengths: tokens of each document, int64 of shape [documents].
-        pictures: pictures of each document, int64 of shape [documents].
+        images: images of each document, int64 of shape [documents].
         rejected: the other rows.
     """
 
     documents: list[Document]
     ids: np.ndarray
     lengths: np.ndarray
-    pictures: np.ndarray
+    images: np.ndarray
     rejected: list[Rejected]
 
 
@@ -105,12 +105,12 @@ class Encoder:
     def __init__(
         self,
         encode_text: EncodeText,
-        encode_pictures: EncodePictures | None,
+        encode_images: EncodeImages | None,
         vocabulary: Vocabulary,
         codec_apart: bool,
     ) -> None:
         self._encode_text = encode_text
-        self._encode_pictures = encode_pictures
+        self._encode_images = encode_images
         self._vocabulary = vocabulary
         self._id_of_code = np.asarray(vocabulary.image_codes, dtype=np.int64)
         self._reserved = vocabulary.modality_of_id == IMAGE
@@ -141,7 +141,7 @@ class Encoder:
             threads.shutdown(cancel_futures=True)
 
     def encode(
-        self, rows: Iterable[Document | Rejected], reader: PictureReader, chunk_tokens: int
+        self, rows: Iterable[Document | Rejected], reader: ImageReader, chunk_tokens: int
     ) -> Iterator[EncodedChunk]:
         """The rows of a source, encoded or rejected, a chunk of about so many tokens at a time."""
         codes = _Codes(self._codec_calls, self._codes_of)
@@ -158,12 +158,12 @@ class Encoder:
 
     def _stream(
         self, rows: Iterable[Document | Rejected], chunk_tokens: int
-    ) -> Iterator[Picture | _Encoding]:
-        """The pictures of each chunk, and behind them the chunk itself."""
+    ) -> Iterator[ImageRef | _Encoding]:
+        """The images of each chunk, and behind them the chunk itself."""
         chunks = chunks_of(rows, chunk_tokens, self._vocabulary.image_span)
         for encodings in _ahead(map(self._begin, together(chunks)), TEXTS_AHEAD):
             for encoding in encodings:
-                yield from encoding.chunk.pictures
+                yield from encoding.chunk.images
                 yield encoding
 
     def _begin(self, chunks: list[Chunk]) -> list[_Encoding]:
@@ -195,14 +195,14 @@ class Encoder:
         return ids.split(map(len, groups))
 
     def _codes_of(self, values: list[np.ndarray]) -> list[np.ndarray]:
-        """Ids of pictures with their boundaries."""
-        if self._encode_pictures is None:
+        """Ids of images with their boundaries."""
+        if self._encode_images is None:
             raise UserError(
-                "there is a picture, but no codec: data.tokenizers has none, or none was trained, "
-                "since the first documents had no pictures; take others, or raise "
+                "there is an image, but no codec: data.tokenizers has none, or none was trained, "
+                "since the first documents had no images; take others, or raise "
                 "codec_training.documents, and prepare another folder"
             )
-        codes = self._encode_pictures(values)
+        codes = self._encode_images(values)
         expected = (len(values), self._vocabulary.codes_per_image)
         if codes.shape != expected:
             raise ValueError(f"the codec gave codes of shape {codes.shape}, not {expected}")
@@ -219,7 +219,7 @@ class Encoder:
         read: list[bytes | UserError],
         codes: dict[bytes, np.ndarray],
     ) -> EncodedChunk:
-        """Put texts and pictures of a chunk into its documents, for all of them at once."""
+        """Put texts and images of a chunk into its documents, for all of them at once."""
         segments = _Segments.of(chunk.documents)
         unreadable = np.array([isinstance(found, UserError) for found in read], bool)
         lengths = np.empty(len(segments.is_text), np.int64)
@@ -240,9 +240,9 @@ class Encoder:
         documents, rejected = (
             (chunk.documents, []) if all_are_kept else _told_apart(chunk.rows, reasons)
         )
-        pictures = segments.sums(~segments.is_text)[kept]
+        images = segments.sums(~segments.is_text)[kept]
         return EncodedChunk(
-            documents, self._wrapped(flat, tokens[kept]), tokens[kept] + 2, pictures, rejected
+            documents, self._wrapped(flat, tokens[kept]), tokens[kept] + 2, images, rejected
         )
 
     def _wrapped(self, flat: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -269,7 +269,7 @@ class _Segments(NamedTuple):
     """The segments of some documents, one behind another.
 
     Attributes:
-        is_text: whether each is a text, else it is a picture; bool of shape [segments].
+        is_text: whether each is a text, else it is an image; bool of shape [segments].
         bounds: number of the first segment of each document, and at last of all segments; int64
             of shape [documents + 1].
     """
@@ -297,14 +297,14 @@ def _starts(counts: np.ndarray) -> np.ndarray:
 def _reasons(
     segments: _Segments, tokens: np.ndarray, read: list[bytes | UserError]
 ) -> dict[int, str]:
-    """What is wrong with a document, by its number: its first broken picture, or nothing in it."""
+    """What is wrong with a document, by its number: its first broken image, or nothing in it."""
     reasons: dict[int, str] = {}
-    of_picture = np.searchsorted(segments.bounds, np.flatnonzero(~segments.is_text), "right") - 1
-    for number, found in zip(of_picture.tolist(), read, strict=True):
+    of_image = np.searchsorted(segments.bounds, np.flatnonzero(~segments.is_text), "right") - 1
+    for number, found in zip(of_image.tolist(), read, strict=True):
         if isinstance(found, UserError):
             reasons.setdefault(number, str(found))
     for number in np.flatnonzero(tokens == 0).tolist():
-        reasons.setdefault(number, "it is empty: neither text nor a picture")
+        reasons.setdefault(number, "it is empty: neither text nor an image")
     return reasons
 
 
@@ -328,7 +328,7 @@ def _told_apart(
 
 
 class _Codes:
-    """The codes of a chunk's pictures: equal pictures are encoded once."""
+    """The codes of a chunk's images: equal images are encoded once."""
 
     def __init__(
         self, calls: Executor, encode: Callable[[list[np.ndarray]], list[np.ndarray]]
@@ -340,18 +340,18 @@ class _Codes:
         self._seen: set[bytes] = set()
 
     def add(self, pixels: Pixels) -> None:
-        """Encode a picture; waits if too many are on their way."""
+        """Encode an image; waits if too many are on their way."""
         if pixels.digest in self._seen:
             return
         self._seen.add(pixels.digest)
         self._batch[pixels.digest] = pixels.values
-        if len(self._batch) == BATCH_PICTURES:
+        if len(self._batch) == BATCH_IMAGES:
             self._submit()
         while len(self._running) > BATCHES_AHEAD:
             self._collect()
 
     def take(self) -> dict[bytes, np.ndarray]:
-        """Ids by digest of all pictures since the last call, boundaries included."""
+        """Ids by digest of all images since the last call, boundaries included."""
         if self._batch:
             self._submit()
         while self._running:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from moma.data.batches import DataConfig
 from moma.data.chunks import CHUNK_DOCUMENTS
 from moma.data.corpus import Corpus
-from moma.data.documents import Picture, Source, held_out_share
-from moma.data.encoding import source_digest
+from moma.data.documents import ImageRef, Source, held_out_share
+from moma.data.encoding import source_fingerprint
 from moma.data.parts import copy_rejected, rejected_line
 from moma.data.shards import REJECTED_FILE
 from moma.errors import UserError
-from moma.files import write_whole, writing_whole
+from moma.files import atomic_open, atomic_write
 from moma.recipe import Config, check
 
 # Rows are counted for so long, that the time left can be told.
@@ -55,18 +55,18 @@ class TrainingDocuments:
         for corpus in self._read(documents):
             yield from corpus.texts()
 
-    def pictures(self, documents: int, held_out: bool) -> list[Picture]:
-        """The pictures of the first so many documents of each source, held out or not.
+    def images(self, documents: int, held_out: bool) -> list[ImageRef]:
+        """The images of the first so many documents of each source, held out or not.
 
         Raises:
             UserError: as `texts`.
         """
-        return [one for corpus in self._read(documents) for one in corpus.pictures(held_out)]
+        return [one for corpus in self._read(documents) for one in corpus.images(held_out)]
 
     def _read(self, documents: int) -> Iterator[Corpus]:
         """A source after the other, judged once it was read: here, not when the codec is made."""
         for source in self.data.sources:
-            corpus = Corpus([source], self.data.held_out, documents, with_pictures=True)
+            corpus = Corpus([source], self.data.held_out, documents, with_images=True)
             yield corpus
             self._rows |= corpus.rows  # what is learned while reading stays known
             # More than may be rejected of the first rows need not be of all; encoding, too, judges
@@ -82,7 +82,7 @@ class TrainingDocuments:
         try:
             corpus.check_rejected(self.data.max_rejected, others)
         except UserError:
-            with writing_whole(self.data.path / REJECTED_FILE) as file:
+            with atomic_open(self.data.path / REJECTED_FILE) as file:
                 for other in self.data.sources:
                     if other.name != source.name:
                         copy_rejected(self.data.folder(other.name), file)
@@ -99,7 +99,7 @@ class TrainingDocuments:
             else one.model_dump()
             for name, one in (before or now).items()
         }
-        write_whole(self._file, json.dumps(values, indent=2) + "\n")
+        atomic_write(self._file, json.dumps(values, indent=2) + "\n")
 
     def total(self, source: Source) -> int | None:
         """Rows of a source, where they are known or soon counted."""
@@ -114,7 +114,7 @@ class TrainingDocuments:
         return self._count(source)
 
     def _count(self, source: Source) -> int | None:
-        """Rows of a source; None if counting takes long. Reading a row opens no picture."""
+        """Rows of a source; None if counting takes long. Reading a row opens no image."""
         number, end = 0, time.monotonic() + SECONDS_TO_COUNT
         for number, _ in enumerate(source.documents(), 1):  # noqa: B007
             if time.monotonic() > end:
@@ -122,7 +122,7 @@ class TrainingDocuments:
         self._rows[source.name] = number
         return number
 
-    def tell_changes(self) -> None:
+    def warn_changes(self) -> None:
         """Say which sources tokenizer and codec do not know as they are now."""
         before = self._trained_on()
         now = {source.name: self._digest(source) for source in self.data.sources}
@@ -142,7 +142,7 @@ class TrainingDocuments:
     def _digest(self, source: Source) -> str:
         # Once: it may have to look at every file of the source.
         if source.name not in self._digests:
-            self._digests[source.name] = source_digest(source, self.held_out(source))
+            self._digests[source.name] = source_fingerprint(source, self.held_out(source))
         return self._digests[source.name]
 
     def _trained_on(self) -> dict[str, _TrainedOn]:

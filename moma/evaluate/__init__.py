@@ -1,1 +1,1 @@
-"""Losses, perplexities and picture scores of a trained model."""
+"""Losses, perplexities and image scores of a trained model."""

@@ -1,7 +1,7 @@
 """Does a generated sketch show what its caption names: nearest object by pixel distance.
 
-A picture, or each half of a composition, is compared with the codec's own reconstruction of every
-object in both styles at the same place; the object of the nearest one is what the picture is taken
+An image, or each half of a composition, is compared with the codec's own reconstruction of every
+object in both styles at the same place; the object of the nearest one is what the image is taken
 to show. Chance is one in the number of objects.
 """
 
@@ -42,7 +42,7 @@ class Sketch:
         return sketches.composition_caption(first, self.relation, second, self.style)
 
     def draw(self, size: int) -> Image.Image:
-        """The true picture, `size` × `size` pixels."""
+        """The true image, `size` × `size` pixels."""
         if self.relation is None:
             return render(self.names[0], self.style, size)
         first, second = self.names
@@ -57,10 +57,10 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A generated picture and what each of its boxes shows by the nearest object."""
+    """A generated image and what each of its boxes shows by the nearest object."""
 
     sketch: Sketch
-    picture: Image.Image
+    image: Image.Image
     shows: tuple[str, ...]
 
     @property
@@ -71,15 +71,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A held-out picture and the caption that the model wrote for it."""
+    """A held-out image and the caption that the model wrote for it."""
 
     sketch: Sketch
-    picture: Image.Image
+    image: Image.Image
     caption: str
 
     @property
     def right(self) -> bool:
-        """Whether the caption names every object of the picture."""
+        """Whether the caption names every object of the image."""
         names = (re.escape(name) for name in self.sketch.names)
         return all(re.search(rf"\b{name}\b", self.caption) for name in names)
 
@@ -119,17 +119,17 @@ def draw_sketches(
     sampling: Sampling,
     progress: Report = lambda done, note="": None,
 ) -> list[Drawn]:
-    """Generate a picture for each caption and tell what it shows."""
-    size = model.codec.config.picture_size
+    """Generate an image for each caption and tell what it shows."""
+    size = model.codec.config.image_size
     nearest = NearestObject(model.codec, sketches.object_names(objects), size)
     drawn = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
         answers = model.generate([[sketch.caption] for sketch in part], "image", sampling)
-        for sketch, (picture,) in zip(part, answers, strict=True):
-            assert isinstance(picture, Image.Image)
-            shows = tuple(nearest(picture, box) for box in sketch.boxes(size))
-            drawn.append(Drawn(sketch, picture, shows))
+        for sketch, (image,) in zip(part, answers, strict=True):
+            assert isinstance(image, Image.Image)
+            shows = tuple(nearest(image, box) for box in sketch.boxes(size))
+            drawn.append(Drawn(sketch, image, shows))
         progress(len(drawn))
     return drawn
 
@@ -137,43 +137,43 @@ def draw_sketches(
 def caption_sketches(
     model: MixedModel, shown: Sequence[Sketch], sampling: Sampling
 ) -> list[Captioned]:
-    """Write a caption for each true picture."""
-    size = model.codec.config.picture_size
-    pictures = [sketch.draw(size) for sketch in shown]
-    answers = model.generate([[picture] for picture in pictures], "text", sampling, new_tokens=32)
+    """Write a caption for each true image."""
+    size = model.codec.config.image_size
+    images = [sketch.draw(size) for sketch in shown]
+    answers = model.generate([[image] for image in images], "text", sampling, new_tokens=32)
     return [
-        Captioned(sketch, picture, "".join(part for part in answer if isinstance(part, str)))
-        for sketch, picture, answer in zip(shown, pictures, answers, strict=True)
+        Captioned(sketch, image, "".join(part for part in answer if isinstance(part, str)))
+        for sketch, image, answer in zip(shown, images, answers, strict=True)
     ]
 
 
 class NearestObject:
-    """Tells which object a box of a picture shows."""
+    """Tells which object a box of an image shows."""
 
     def __init__(self, codec: ImageCodec, names: Sequence[str], size: int):
         self.codec, self.names, self.size = codec, names, size
         self._known: dict[sketches.Box, np.ndarray] = {}
 
-    def __call__(self, picture: Image.Image, box: sketches.Box) -> str:
+    def __call__(self, image: Image.Image, box: sketches.Box) -> str:
         """Name of the object whose reconstruction in `box` has the least squared error."""
         if box not in self._known:
             self._known[box] = self._reconstructions(box)
-        crop = np.asarray(picture.crop(box), dtype=np.float32)
+        crop = np.asarray(image.crop(box), dtype=np.float32)
         errors_R = np.square(self._known[box] - crop).mean(axis=(1, 2, 3))
         return self.names[int(errors_R.argmin()) // len(STYLES)]
 
     @torch.no_grad()
     def _reconstructions(self, box: sketches.Box) -> np.ndarray:
         """Every object in every style as the codec draws it in `box`: [R, height, width, 3]."""
-        pictures = []
+        images = []
         for name, style in product(self.names, STYLES):
             canvas = Image.new("RGB", (self.size, self.size), "white")
             canvas.paste(render(name, style, box.right - box.left), box[:2])
-            pictures.append(preprocess(canvas, self.size))
+            images.append(preprocess(canvas, self.size))
         device = self.codec.codebook.device
         crops = []
-        for start in range(0, len(pictures), BATCH):
-            batch_B3HW = torch.stack(pictures[start : start + BATCH]).to(device)
+        for start in range(0, len(images), BATCH):
+            batch_B3HW = torch.stack(images[start : start + BATCH]).to(device)
             drawn_BHW3 = self.codec.decode(self.codec.encode(batch_B3HW)).permute(0, 2, 3, 1)
             levels = ((drawn_BHW3.clamp(-1, 1) + 1) * 127.5).round().cpu().numpy()
             crops.append(levels[:, box.top : box.bottom, box.left : box.right])

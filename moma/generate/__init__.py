@@ -1,1 +1,1 @@
-"""Writing text and pictures with a trained model, one token at a time."""
+"""Writing text and images with a trained model, one token at a time."""

@@ -73,7 +73,7 @@ def _refuse_long(
     prompts: Sequence[Sequence[int]], mode: Mode, context: int, vocabulary: Vocabulary
 ) -> None:
     longest = max(map(len, prompts))
-    answer, what = (vocabulary.image_span, "the picture") if mode == "image" else (1, "an answer")
+    answer, what = (vocabulary.image_span, "the image") if mode == "image" else (1, "an answer")
     if longest > context - answer:
         raise UserError(
             f"the prompt has {longest} tokens, and the context of {context} has room for "

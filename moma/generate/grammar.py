@@ -1,6 +1,6 @@
-"""What may follow what in a mixed sequence: text anywhere, pictures whole and closed.
+"""What may follow what in a mixed sequence: text anywhere, images whole and closed.
 
-A picture is its opening boundary, exactly as many codes as the codec gives, and its closing
+An image is its opening boundary, exactly as many codes as the codec gives, and its closing
 boundary; in between nothing else is allowed, outside of it no code is (Chameleon's decoding).
 """
 
@@ -18,7 +18,7 @@ class Grammar:
 
     Args:
         vocabulary: the ids.
-        mode: `text` writes text alone; `image` writes one picture and ends; `mixed` does both.
+        mode: `text` writes text alone; `image` writes one image and ends; `mixed` does both.
     """
 
     def __init__(self, vocabulary: Vocabulary, mode: Mode):
@@ -43,7 +43,7 @@ class Grammar:
         """Booleans [V]: the ids that may come next.
 
         Args:
-            room: how many more tokens may be written; a picture is opened only if it fits.
+            room: how many more tokens may be written; an image is opened only if it fits.
         """
         if self._codes_left:
             return self._inside

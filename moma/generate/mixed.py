@@ -1,4 +1,4 @@
-"""A trained model together with its tokenizers: text and pictures in, text and pictures out."""
+"""A trained model together with its tokenizers: text and images in, text and images out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class MixedModel:
     Attributes:
         model: the transformer, in evaluation mode.
         tokenizer: its text tokenizer.
-        image_codec: its picture tokenizer; None if it was prepared from text alone.
+        image_codec: its image tokenizer; None if it was prepared from text alone.
         context: most tokens of a sequence, as in training.
     """
 
@@ -49,7 +49,7 @@ class MixedModel:
 
     @property
     def codec(self) -> ImageCodec:
-        """The picture tokenizer.
+        """The image tokenizer.
 
         Raises:
             UserError: there is none.
@@ -57,12 +57,12 @@ class MixedModel:
         if self.image_codec is None:
             raise UserError(
                 "this model has no image codec (no folder 'codec' beside its tokenizer.json): it "
-                "can neither read nor draw pictures; ask for text, or prepare data with pictures"
+                "can neither read nor draw images; ask for text, or prepare data with images"
             )
         return self.image_codec
 
     def encode(self, content: Sequence[Content]) -> list[int]:
-        """Token ids of interleaved text and pictures, opened as a document."""
+        """Token ids of interleaved text and images, opened as a document."""
         ids = [self.model.vocabulary.beginning]
         for part in content:
             if isinstance(part, str):
@@ -72,7 +72,7 @@ class MixedModel:
         return ids
 
     def decode(self, ids: Sequence[int]) -> list[Content]:
-        """Text and pictures of a sequence; a picture that is cut off is left out."""
+        """Text and images of a sequence; an image that is cut off is left out."""
         content: list[Content] = []
         vocabulary = self.model.vocabulary
         text: list[int] = []
@@ -86,20 +86,20 @@ class MixedModel:
                 content.append(self.tokenizer.decode(text))
                 text = []
             if token == vocabulary.end_image and len(codes) == vocabulary.codes_per_image:
-                content.append(self.picture(np.array(codes)))
+                content.append(self.image(np.array(codes)))
             if token in (vocabulary.begin_image, vocabulary.end_image):
                 codes = []
             elif token not in (vocabulary.beginning, vocabulary.end, vocabulary.padding):
                 text.append(token)
         return content
 
-    def codes(self, picture: Image.Image) -> np.ndarray:
-        """Codes of a picture of any size, int64 [codes_per_image]."""
-        tensor_3HW = preprocess(picture, self.codec.config.picture_size)
+    def codes(self, image: Image.Image) -> np.ndarray:
+        """Codes of an image of any size, int64 [codes_per_image]."""
+        tensor_3HW = preprocess(image, self.codec.config.image_size)
         return self.codec.encode(tensor_3HW[None].to(self._device))[0].cpu().numpy()
 
-    def picture(self, codes: np.ndarray) -> Image.Image:
-        """The picture of [codes_per_image] codes."""
+    def image(self, codes: np.ndarray) -> Image.Image:
+        """The image of [codes_per_image] codes."""
         return to_pil(self.codec.decode(torch.from_numpy(codes)[None].to(self._device))[0])
 
     def generate(
@@ -109,10 +109,10 @@ class MixedModel:
         sampling: Sampling | None = None,
         new_tokens: int | None = None,
     ) -> list[list[Content]]:
-        """Continue each prompt; returns the text and pictures that follow it.
+        """Continue each prompt; returns the text and images that follow it.
 
         Raises:
-            UserError: a prompt is empty or longer than the context, or a picture is asked for and
+            UserError: a prompt is empty or longer than the context, or an image is asked for and
                 there is no codec.
         """
         if not prompts:

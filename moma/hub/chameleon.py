@@ -22,7 +22,7 @@ from moma.data.sources import TextConfig
 from moma.errors import UserError
 from moma.hub.chameleon_format import (
     CONFIG_FILE,
-    PICTURE_PREFIX,
+    IMAGE_PREFIX,
     TOKENIZER_FILE,
     PortConfig,
     chameleon_spelling,
@@ -127,19 +127,19 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
         raise UserError(f"{checkpoint}: has no {lost[0]}; it is not of this recipe's model")
     weights = stored.renamed(names)
     dtype = weights.outlines["lm_head.weight"].dtype
-    pictures, picture_config, notes = _pictures(run.tokenizers, vocabulary, dtype)
+    images, image_config, notes = _images(run.tokenizers, vocabulary, dtype)
     with _whole(folder) as partial:
-        ids = _export_tokenizer(run.tokenizers, vocabulary, bool(pictures), partial, notes)
+        ids = _export_tokenizer(run.tokenizers, vocabulary, bool(images), partial, notes)
         values = port_config(
             recipe.model,
             vocabulary,
             ids,
-            recipe.data.row_length,
+            recipe.data.sequence_length,
             str(dtype).removeprefix("torch."),
-            picture_config,
+            image_config,
         )
         _write_json(partial / CONFIG_FILE, values)
-        write_weights(weights | Weights.of(pictures), partial, file_bytes)
+        write_weights(weights | Weights.of(images), partial, file_bytes)
     return notes
 
 
@@ -178,7 +178,7 @@ def _matched(found: Weights, config: ModelConfig, vocabulary: Vocabulary, folder
     with torch.device("meta"):
         expected = Transformer(config, vocabulary, shares).state_dict()
     names = port_names(config.layers)
-    theirs = {name for name in found.outlines if not name.startswith(PICTURE_PREFIX)}
+    theirs = {name for name in found.outlines if not name.startswith(IMAGE_PREFIX)}
     missing, unknown = sorted({*names.values()} - theirs), sorted(theirs - {*names.values()})
     if missing or unknown:
         raise UserError(
@@ -205,7 +205,7 @@ def _place_tokenizers(
         vocabulary.save(target.vocabulary)
         return [
             f"{folder} has no {TOKENIZER_FILE}, so that the run takes token ids alone; "
-            "give --tokenizers to read text and pictures"
+            "give --tokenizers to read text and images"
         ]
     if given is None:
         own = import_tokenizers(folder, folder, target)
@@ -221,7 +221,7 @@ def _place_tokenizers(
     if ImageCodec.load(target.codec).config.decoder:
         return []
     return [
-        "the picture weights have no decoder, as always in this format: the run reads pictures and "
+        "the image weights have no decoder, as always in this format: the run reads images and "
         "writes text; give --tokenizers with a decoder to draw"
     ]
 
@@ -234,9 +234,9 @@ def _recipe(
         "data": DataConfig(
             path=run.path / "data",
             tokenizers=run.path,
-            rows=1,
-            row_length=port.max_position_embeddings,
-            picture_share=0.0,
+            micro_batch_size=1,
+            sequence_length=port.max_position_embeddings,
+            image_share=0.0,
             sources=(TextConfig(path=run.path / "texts.txt"),),
         ).model_dump()
     }
@@ -255,11 +255,11 @@ def _recipe(
     return check(Recipe, values, str(run.recipe))
 
 
-def _pictures(
+def _images(
     tokenizers: Tokenizers, vocabulary: Vocabulary, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Picture weights by the port's names, its `vq_config`, and what is lost."""
-    lost = "the folder has no picture weights, so that it takes token ids alone"
+    """Image weights by the port's names, its `vq_config`, and what is lost."""
+    lost = "the folder has no image weights, so that it takes token ids alone"
     if not tokenizers.codec.exists():
         return {}, small_vq_config(vocabulary), [f"{tokenizers.codec} is missing; {lost}"]
     codec = ImageCodec.load(tokenizers.codec)
@@ -268,19 +268,19 @@ def _pictures(
     except UserError as error:
         return {}, small_vq_config(vocabulary), [f"{error}; {lost}"]
     weights = {
-        PICTURE_PREFIX + name: value.contiguous()
+        IMAGE_PREFIX + name: value.contiguous()
         for name, value in layout.items()
         if not name.startswith("decoder.")
     }
     # The codec is kept in float32; what came from a smaller type goes back to it unchanged.
     if all(torch.equal(value.to(dtype).float(), value) for value in weights.values()):
         weights = {name: value.to(dtype) for name, value in weights.items()}
-    notes = ["this format has no picture decoder; it stays in the run"]
+    notes = ["this format has no image decoder; it stays in the run"]
     return weights, config, notes if codec.config.decoder else []
 
 
 def _export_tokenizer(
-    tokenizers: Tokenizers, vocabulary: Vocabulary, pictures: bool, folder: Path, notes: list[str]
+    tokenizers: Tokenizers, vocabulary: Vocabulary, images: bool, folder: Path, notes: list[str]
 ) -> dict[str, int]:
     """Write the tokenizer in Chameleon's spelling; returns the ids by their names."""
     ids: dict[str, int] = {}
@@ -297,8 +297,8 @@ def _export_tokenizer(
         _write_json(folder / "tokenizer_config.json", values)
     spelled = {name: id_ for id_, name in names.items()}
     spelled |= {names.get(id_, name): id_ for name, id_ in ids.items()}
-    if not pictures:
-        spelled.pop("<image>", None)  # a prompt with a picture is then refused
+    if not images:
+        spelled.pop("<image>", None)  # a prompt with an image is then refused
     return spelled
 
 

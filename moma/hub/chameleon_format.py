@@ -19,9 +19,9 @@ from moma.tokenizers.names import CHAMELEON
 from moma.vocabulary import Vocabulary
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
-PICTURE_PREFIX = "model.vqmodel."
+IMAGE_PREFIX = "model.vqmodel."
 _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
-# The id that stands for a picture in a prompt of the port, and what Chameleon had reserved it as.
+# The id that stands for an image in a prompt of the port, and what Chameleon had reserved it as.
 _PLACEHOLDER, _RESERVED = "<image>", "<reserved:0>"
 
 _TOP_NAMES = {
@@ -58,7 +58,7 @@ class _Rope(_Section):
     rope_theta: float | None = None
 
 
-class _Pictures(_Section):
+class _Images(_Section):
     resolution: int = 512
     channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)
 
@@ -92,7 +92,7 @@ class PortConfig(_Section):
     mlp_bias: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
     vocabulary_map: dict[str, int] = Field(min_length=1)
-    vq_config: _Pictures = _Pictures()
+    vq_config: _Images = _Images()
 
 
 def read_port_config(folder: Path) -> PortConfig:
@@ -139,7 +139,7 @@ def require_expressible(config: ModelConfig, where: str) -> None:
     """Refuse an architecture that Chameleon does not have.
 
     Raises:
-        UserError: naming what it lacks.
+        UserError: names what it lacks.
     """
     groups = config.group_list
     lacks = [
@@ -166,7 +166,7 @@ def port_names(layers: int) -> dict[str, str]:
 
 
 def chameleon_spelling(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int, str]:
-    """Chameleon's name of every id that is no text, and of the id for a picture in a prompt.
+    """Chameleon's name of every id that is no text, and of the id for an image in a prompt.
 
     Args:
         ids: all names in the tokenizer, spelled our way or Chameleon's.
@@ -203,7 +203,7 @@ def port_config(
     names: dict[str, int],
     context: int,
     dtype: str,
-    pictures: dict[str, Any],
+    images: dict[str, Any],
 ) -> dict[str, Any]:
     """The port's `config.json` for a dense model.
 
@@ -212,7 +212,7 @@ def port_config(
         names: ids by their names in Chameleon's spelling.
         context: most tokens of a sequence.
         dtype: type of the weights, by PyTorch's name.
-        pictures: what `vq_config` gives.
+        images: what `vq_config` gives.
     """
     return {
         "architectures": ["ChameleonForConditionalGeneration"],
@@ -233,7 +233,7 @@ def port_config(
         "eos_token_id": vocabulary.end,
         "pad_token_id": vocabulary.padding,
         "vocabulary_map": names,
-        "vq_config": pictures,
+        "vq_config": images,
     }
 
 
@@ -247,7 +247,7 @@ def vq_config(codec: CodecConfig) -> dict[str, Any]:
     if any(width % base for width in codec.block_channels):
         raise UserError("Chameleon's layout needs block_channels that are multiples of the first")
     return {
-        "resolution": codec.picture_size,
+        "resolution": codec.image_size,
         "base_channels": base,
         "channel_multiplier": [width // base for width in codec.block_channels],
         "num_res_blocks": codec.layers_per_block,
@@ -259,7 +259,7 @@ def vq_config(codec: CodecConfig) -> dict[str, Any]:
 
 
 def small_vq_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The smallest `vq_config` that gives as many codes, where there are no picture weights."""
+    """The smallest `vq_config` that gives as many codes, where there are no image weights."""
     return {
         "resolution": round(vocabulary.codes_per_image**0.5),
         "base_channels": 32,

@@ -12,7 +12,7 @@ from torch.nn import functional
 from moma.model.layers import rotate
 
 
-class Sight(NamedTuple):
+class AttentionMask(NamedTuple):
     """What each token sees of those before it.
 
     Attributes:
@@ -42,8 +42,10 @@ def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def chosen_sight(row_RK: Tensor, document_RK: Tensor, taken_RK: Tensor, row_length: int) -> Sight:
-    """Sight among tokens picked out of several rows, in the order in which they stand there.
+def chosen_mask(
+    row_RK: Tensor, document_RK: Tensor, taken_RK: Tensor, sequence_length: int
+) -> AttentionMask:
+    """The mask among tokens picked out of several sequences, in the order of the sequences.
 
     A token sees the picked ones of its own row and document that stand before it, and itself. An
     empty slot sees itself and is seen by no other.
@@ -51,15 +53,15 @@ def chosen_sight(row_RK: Tensor, document_RK: Tensor, taken_RK: Tensor, row_leng
     Args:
         row_RK, document_RK: row and document of the token in each slot.
         taken_RK: whether a slot holds a token.
-        row_length: most tokens of a row. Where all slots are one sequence (R = 1) of more than two
-            rows' length, windows of this length hold all that a token may see.
+        sequence_length: most tokens of a sequence. Where all slots are one sequence (R = 1) of
+            more than twice that length, windows of this length hold all that a token may see.
     """
     slot_RK = torch.arange(row_RK.shape[1], device=row_RK.device).expand_as(row_RK)
     ids = torch.stack((slot_RK, row_RK, document_RK, taken_RK.to(slot_RK.dtype)), dim=-1)
-    if len(row_RK) > 1 or row_RK.shape[1] <= 2 * row_length:
-        return Sight(_sees(ids, ids))
-    folded = _fold(ids, row_length, filler=-1)
-    return Sight(_sees(folded, _with_window_before(folded, filler=-1)), row_length)
+    if len(row_RK) > 1 or row_RK.shape[1] <= 2 * sequence_length:
+        return AttentionMask(_sees(ids, ids))
+    folded = _fold(ids, sequence_length, filler=-1)
+    return AttentionMask(_sees(folded, _with_window_before(folded, filler=-1)), sequence_length)
 
 
 def _sees(query_RQI: Tensor, key_RKI: Tensor) -> Tensor:
@@ -107,7 +109,7 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(heads, self.width) if query_key_norm else nn.Identity()
         self.key_norm = HeadNorm(kv_heads, self.width) if query_key_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], sight: Sight) -> Tensor:
+    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], sight: AttentionMask) -> Tensor:
         """Attend over [B, S, D]; `angles` are those of `rotary_angles` at the tokens' positions."""
         query, key, value = (
             projection(x_BSD).unflatten(-1, (-1, self.width))

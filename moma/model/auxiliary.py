@@ -24,14 +24,14 @@ class RouterRecord(NamedTuple):
 
     Attributes:
         chosen_NE: 1 where the batch choice gave token n to expert e, else 0.
-        likelihood_NE: the auxiliary router's logits for the same, if they were asked for.
+        auxiliary_logits_NE: the auxiliary router's logits for the same, if they were asked for.
         eligible_N: the tokens that the router had to choose from.
         logits_NE: the main router's logits.
         kind: whether experts chose (E of them) or a whole layer did (E = 1).
     """
 
     chosen_NE: Tensor
-    likelihood_NE: Tensor | None
+    auxiliary_logits_NE: Tensor | None
     eligible_N: Tensor
     logits_NE: Tensor
     kind: Literal["experts", "depth"] = "experts"
@@ -44,7 +44,9 @@ class RouterRecord(NamedTuple):
 
         return self._replace(
             chosen_NE=over_all(self.chosen_NE),
-            likelihood_NE=None if self.likelihood_NE is None else over_all(self.likelihood_NE),
+            auxiliary_logits_NE=None
+            if self.auxiliary_logits_NE is None
+            else over_all(self.auxiliary_logits_NE),
             eligible_N=over_all(self.eligible_N),
             logits_NE=over_all(self.logits_NE),
         )
@@ -54,9 +56,9 @@ class RouterReport(NamedTuple):
     """What a router tells of a forward pass, besides its selection; or a layer of its output.
 
     Attributes:
-        unsound: a boolean on the device: whether a score, or the output, was NaN or infinite.
+        nonfinite: a boolean on the device: whether a score, or the output, was NaN or infinite.
         record: what it did, if it was asked to record.
     """
 
-    unsound: Tensor
+    nonfinite: Tensor
     record: RouterRecord | None

@@ -9,11 +9,11 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
-from moma.model.attention import Attention, Sight, chosen_sight
+from moma.model.attention import Attention, AttentionMask, chosen_mask
 from moma.model.auxiliary import RouterReport
 from moma.model.depth import DepthConfig, DepthGate
 from moma.model.experts import make_experts, make_group
-from moma.model.layers import add_rows, take_rows
+from moma.model.layers import gather, scatter_add
 from moma.model.routing import Routing, Selection
 from moma.vocabulary import Vocabulary
 
@@ -31,12 +31,12 @@ class Context(NamedTuple):
     modality_BS: Tensor
     document_BS: Tensor
     angles: tuple[Tensor, Tensor]
-    sight: Sight
+    sight: AttentionMask
 
     def at(self, selection: Selection) -> "Context":
         """The same of chosen tokens, [R, K]; what is in an empty slot is padding anyway."""
         token_RK, taken_RK, _ = selection
-        row_length = self.modality_BS.shape[1]
+        sequence_length = self.modality_BS.shape[1]
         document_RK = self.document_BS.flatten()[token_RK]
         cosine, sine = (
             angle.expand(*self.modality_BS.shape, -1, -1).flatten(0, 1)[token_RK]
@@ -46,7 +46,7 @@ class Context(NamedTuple):
             self.modality_BS.flatten()[token_RK],
             document_RK,
             (cosine, sine),
-            chosen_sight(token_RK // row_length, document_RK, taken_RK, row_length),
+            chosen_mask(token_RK // sequence_length, document_RK, taken_RK, sequence_length),
         )
 
 
@@ -58,7 +58,7 @@ class Layer(nn.Module):
 
     Args:
         config, vocabulary, shares: as for `Transformer`.
-        reach: the part of all tokens that attention and experts meet.
+        token_fraction: the part of all tokens that attention and experts meet.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Layer(nn.Module):
         config: ModelConfig,
         vocabulary: Vocabulary,
         shares: Sequence[float],
-        reach: float = 1.0,
+        token_fraction: float = 1.0,
     ):
         super().__init__()
         self.swin = config.norm == "swin"
@@ -75,7 +75,7 @@ class Layer(nn.Module):
         )
         width, names = config.hidden_width, vocabulary.modalities
         groups = [
-            make_group(config.dim, width, group, shares, names, reach, config.router_noise)
+            make_group(config.dim, width, group, shares, names, token_fraction, config.router_noise)
             for group in config.group_list
         ]
         self.experts = make_experts(groups, config.run_name)
@@ -116,7 +116,7 @@ class DepthLayer(Layer):
         shares: Sequence[float],
         depth: DepthConfig,
     ):
-        super().__init__(config, vocabulary, shares, reach=depth.share)
+        super().__init__(config, vocabulary, shares, token_fraction=depth.share)
         self.depth = DepthGate(config.dim, depth)
 
     def forward(
@@ -125,11 +125,11 @@ class DepthLayer(Layer):
         """Map [B, S, D] to [B, S, D]; the gate's report comes after those of the experts."""
         selection, gate = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, token_RK = x_BSD.flatten(0, 1), selection.token_EK
-        x_RKD = take_rows(x_ND, token_RK.flatten()).unflatten(0, token_RK.shape)
+        x_RKD = gather(x_ND, token_RK.flatten()).unflatten(0, token_RK.shape)
         attended_RKD, fed_RKD, reports = self._updates(x_RKD, context.at(selection), routing)
         update_RKD = (attended_RKD + fed_RKD) * selection.weight_EK[..., None]
         update_TD = update_RKD.flatten(0, 1).to(x_ND.dtype)
-        y_ND = add_rows(x_ND, token_RK.flatten(), update_TD)
+        y_ND = scatter_add(x_ND, token_RK.flatten(), update_TD)
         over_all = [
             report._replace(record=report.record.spread(token_RK.flatten(), len(x_ND)))
             if report.record is not None

@@ -15,11 +15,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
-from moma.model.layers import widen
+from moma.model.layers import upcast
 from moma.model.routing import (
     Routing,
     Selection,
-    any_unsound,
+    any_nonfinite,
     choose_causally,
     choose_highest,
     router_logits,
@@ -68,23 +68,25 @@ class DepthGate(nn.Module):
         """
         x_ND, eligible_N = x_BSD.flatten(0, 1), eligible_BS.flatten()
         logits_N1 = router_logits(self.router.weight, x_ND)
-        unsound = any_unsound(logits_N1, eligible_N)
+        nonfinite = any_nonfinite(logits_N1, eligible_N)
         if routing.by == "causal":
-            likelihood_N1 = self.auxiliary(x_ND)
-            unsound = unsound | any_unsound(likelihood_N1, eligible_N)
-            return choose_causally(logits_N1, likelihood_N1, eligible_N), RouterReport(
-                unsound, None
+            auxiliary_logits_N1 = self.auxiliary(x_ND)
+            nonfinite = nonfinite | any_nonfinite(auxiliary_logits_N1, eligible_N)
+            return choose_causally(logits_N1, auxiliary_logits_N1, eligible_N), RouterReport(
+                nonfinite, None
             )
         selection = self._choose(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
         if not routing.reported:
-            return selection, RouterReport(unsound, None)
+            return selection, RouterReport(nonfinite, None)
         chosen_N1 = selection.chosen_NE(len(x_ND)).sum(1, keepdim=True)
-        likelihood_N1 = None
+        auxiliary_logits_N1 = None
         if routing.record:
-            likelihood_N1 = widen(self.auxiliary(x_ND))
-            unsound = unsound | any_unsound(likelihood_N1, eligible_N)
-        record = RouterRecord(chosen_N1, likelihood_N1, eligible_N, logits_N1.detach(), "depth")
-        return selection, RouterReport(unsound, record)
+            auxiliary_logits_N1 = upcast(self.auxiliary(x_ND))
+            nonfinite = nonfinite | any_nonfinite(auxiliary_logits_N1, eligible_N)
+        record = RouterRecord(
+            chosen_N1, auxiliary_logits_N1, eligible_N, logits_N1.detach(), "depth"
+        )
+        return selection, RouterReport(nonfinite, record)
 
     def _choose(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:
         rows = len(logits_BS) if self.by_row else 1

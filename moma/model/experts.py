@@ -23,11 +23,11 @@ from torch.nn import functional
 
 from moma.errors import UserError
 from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
-from moma.model.layers import SwiGLU, add_rows, take_rows, widen
+from moma.model.layers import SwiGLU, gather, scatter_add, upcast
 from moma.model.routing import (
     Routing,
     Selection,
-    any_unsound,
+    any_nonfinite,
     choose_by_batch,
     choose_causally,
     logistic_noise,
@@ -35,7 +35,7 @@ from moma.model.routing import (
     static_capacity,
     take_all,
 )
-from moma.model.running import Load, RunName, merge_alike, run_grouped
+from moma.model.running import ExpertInputs, RunName, merge_alike, run_grouped
 from moma.recipe import Config
 from moma.vocabulary import MODALITIES
 
@@ -79,7 +79,7 @@ def named_groups(name: str) -> tuple[GroupConfig, ...]:
     )
 
 
-def add_experts(total_ND: Tensor, x_ND: Tensor, load: Load) -> Tensor:
+def add_experts(total_ND: Tensor, x_ND: Tensor, load: ExpertInputs) -> Tensor:
     """Equation 1: total + Σ_j s_j(x) · FFN_j(x) over the experts j that took x; [N, D] to [N, D].
 
     Args:
@@ -89,16 +89,16 @@ def add_experts(total_ND: Tensor, x_ND: Tensor, load: Load) -> Tensor:
     """
     token_EK, _, score_EK = load.selection
     token_T = token_EK.flatten()
-    x_EKD = take_rows(x_ND, token_T).unflatten(0, token_EK.shape)
+    x_EKD = gather(x_ND, token_T).unflatten(0, token_EK.shape)
     ffn_EKD = (functional.silu(x_EKD @ load.gate_EDF) * (x_EKD @ load.up_EDF)) @ load.down_EFD
-    return add_rows(total_ND, token_T, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
+    return scatter_add(total_ND, token_T, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
 
 
 def no_output(x_ND: Tensor) -> Tensor:
     """Zeros to add the experts' outputs to: in fp32 at least, as scores and weights are.
 
     Not made as [N, D]: compiled, they would be taken for the zeros to which the backward of
-    `take_rows` adds, and be kept for it.
+    `gather` adds, and be kept for it.
     """
     dtype = torch.promote_types(x_ND.dtype, torch.float32)
     return x_ND.new_zeros(x_ND.numel(), dtype=dtype).view_as(x_ND)
@@ -140,10 +140,10 @@ class ExpertGroup(nn.Module):
 
     def load(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
-    ) -> tuple[Load, RouterReport | None]:
+    ) -> tuple[ExpertInputs, RouterReport | None]:
         """Route the tokens, but leave the products to be run with those of other groups."""
         selection, report = self._select(x_ND, self._eligible(modality_N), routing)
-        return Load(self.gate_EDF, self.up_EDF, self.down_EFD, selection), report
+        return ExpertInputs(self.gate_EDF, self.up_EDF, self.down_EFD, selection), report
 
     def _eligible(self, modality_N: Tensor) -> Tensor:
         eligible_N = modality_N == self.modalities[0]
@@ -192,22 +192,22 @@ class RoutedGroup(ExpertGroup):
         logits_NE = router_logits(self.router.weight, x_ND)
         if self.noise and self.training and routing.by == "choice":
             logits_NE = logits_NE + logistic_noise(logits_NE)
-        unsound = any_unsound(logits_NE, eligible_N)
+        nonfinite = any_nonfinite(logits_NE, eligible_N)
         if routing.by == "causal":
-            likelihood_NE = self.auxiliary(x_ND)
-            unsound = unsound | any_unsound(likelihood_NE, eligible_N)
-            selection = choose_causally(logits_NE, likelihood_NE, eligible_N)
-            return selection, RouterReport(unsound, None)
+            auxiliary_logits_NE = self.auxiliary(x_ND)
+            nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
+            selection = choose_causally(logits_NE, auxiliary_logits_NE, eligible_N)
+            return selection, RouterReport(nonfinite, None)
         selection = choose_by_batch(logits_NE, eligible_N, self._capacity(eligible_N, routing))
         if not routing.reported:
-            return selection, RouterReport(unsound, None)
+            return selection, RouterReport(nonfinite, None)
         chosen_NE = selection.chosen_NE(x_ND.shape[0])
-        likelihood_NE = None
+        auxiliary_logits_NE = None
         if routing.record:
-            likelihood_NE = widen(self.auxiliary(x_ND))
-            unsound = unsound | any_unsound(likelihood_NE, eligible_N)
-        record = RouterRecord(chosen_NE, likelihood_NE, eligible_N, logits_NE.detach())
-        return selection, RouterReport(unsound, record)
+            auxiliary_logits_NE = upcast(self.auxiliary(x_ND))
+            nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
+        record = RouterRecord(chosen_NE, auxiliary_logits_NE, eligible_N, logits_NE.detach())
+        return selection, RouterReport(nonfinite, record)
 
 
 class DenseGroup(SwiGLU):
@@ -225,12 +225,13 @@ def group_share(
     config: GroupConfig,
     shares: Sequence[float],
     modalities: Sequence[str] = MODALITIES,
-    reach: float = 1.0,
+    token_fraction: float = 1.0,
 ) -> float:
     """The part of a layer's tokens that a group's static capacity is made for.
 
     Experts of a router divide what the modalities have by the recipe's shares. Where only some of
-    the batch reaches the layer (`reach` < 1), nobody knows how many of them are of a modality; a
+    the batch reaches the layer (`token_fraction` < 1), nobody knows how many of them are of a
+    modality; a
     lone expert, who takes every token, has room for as many as there can be.
 
     Raises:
@@ -241,7 +242,7 @@ def group_share(
         known = ", ".join(modalities)
         raise UserError(f"a group takes '{unknown[0]}', but the modalities are {known}")
     share = sum(shares[modalities.index(name)] for name in config.modalities)
-    return min(1.0, share / reach) if config.experts == 1 else share
+    return min(1.0, share / token_fraction) if config.experts == 1 else share
 
 
 def make_group(
@@ -250,7 +251,7 @@ def make_group(
     config: GroupConfig,
     shares: Sequence[float],
     modalities: Sequence[str] = MODALITIES,
-    reach: float = 1.0,
+    token_fraction: float = 1.0,
     noise: bool = False,
 ) -> ExpertGroup | DenseGroup:
     """The cheapest module that computes a group.
@@ -260,10 +261,11 @@ def make_group(
         config: the group's modalities and number of experts.
         shares: the part of each modality among all tokens.
         modalities: their names, in the order of `shares`.
-        reach: the part of all tokens that reach the layer; below 1 in mixture-of-depths.
+        token_fraction: the fraction of all tokens that reaches the layer; below 1 in
+        mixture-of-depths.
         noise: whether a router's logits get noise while training.
     """
-    share = group_share(config, shares, modalities, reach)
+    share = group_share(config, shares, modalities, token_fraction)
     if config.experts == 1 and set(config.modalities) == set(modalities):
         return DenseGroup(dim, hidden)
     numbers = [modalities.index(name) for name in config.modalities]
@@ -320,7 +322,7 @@ class JointExperts(Experts):
         self,
         groups: Sequence[ExpertGroup | DenseGroup],
         choosing: Sequence[ExpertGroup],
-        run: Callable[[Tensor, Tensor, Sequence[Load]], Tensor],
+        run: Callable[[Tensor, Tensor, Sequence[ExpertInputs]], Tensor],
     ):
         super().__init__(groups)
         self.run, self._choosing = run, list(choosing)
@@ -350,10 +352,10 @@ def make_experts(groups: Sequence[ExpertGroup | DenseGroup], run: RunName) -> Ex
     if run == "batched":
         return JointExperts(groups, choosing, _add_batched)
     lone = most_overlap(group.modalities for group in choosing if group.experts == 1)
-    return JointExperts(groups, choosing, partial(run_grouped, lone_overlap=lone))
+    return JointExperts(groups, choosing, partial(run_grouped, single_expert_overlap=lone))
 
 
-def _add_batched(total_ND: Tensor, x_ND: Tensor, loads: Sequence[Load]) -> Tensor:
+def _add_batched(total_ND: Tensor, x_ND: Tensor, loads: Sequence[ExpertInputs]) -> Tensor:
     for load in merge_alike(loads):
         total_ND = add_experts(total_ND, x_ND, load)
     return total_ND

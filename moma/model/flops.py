@@ -24,35 +24,45 @@ _PARTS = ("embedding", "attention", "norms", "experts", "routers", "depth", "hea
 
 
 class LayerKind(NamedTuple):
-    """Layers that are alike, and what reaches them of rows × row_length tokens.
+    """Layers that are alike, and what reaches them of micro_batch_size × sequence_length tokens.
 
     Attributes:
         layers: how many there are.
-        reach: part of the tokens that attention and experts meet: 1, or what a gate lets through.
+        token_fraction: part of the tokens that attention and experts meet: 1, or what a gate lets
+        through.
         tokens: that many of them.
         pairs: of queries and keys in the attention products.
     """
 
     layers: int
-    reach: float
+    token_fraction: float
     tokens: int
     pairs: int
 
 
-def layer_kinds(config: ModelConfig, rows: int, row_length: int) -> list[LayerKind]:
+def layer_kinds(
+    config: ModelConfig, micro_batch_size: int, sequence_length: int
+) -> list[LayerKind]:
     """The layers without and those with a gate, which may be none."""
-    gated, tokens = len(config.depth_layers), rows * row_length
-    kinds = [LayerKind(config.layers - gated, 1.0, tokens, tokens * row_length)]
+    gated, tokens = len(config.depth_layers), micro_batch_size * sequence_length
+    kinds = [LayerKind(config.layers - gated, 1.0, tokens, tokens * sequence_length)]
     depth = config.depth_config
     if depth is None:
         return kinds
     if depth.choose == "row":
-        chosen = static_capacity(depth.share, row_length)
-        return [*kinds, LayerKind(gated, depth.share, rows * chosen, rows * chosen**2)]
+        chosen = static_capacity(depth.share, sequence_length)
+        return [
+            *kinds,
+            LayerKind(gated, depth.share, micro_batch_size * chosen, micro_batch_size * chosen**2),
+        ]
     chosen = static_capacity(depth.share, tokens)
-    # One sequence of all that are chosen; a long one is cut into windows, see `Sight`.
-    windows = -(-chosen // row_length)
-    pairs = chosen**2 if chosen <= 2 * row_length else windows * row_length * 2 * row_length
+    # One sequence of all that are chosen; a long one is cut into windows, see `AttentionMask`.
+    windows = -(-chosen // sequence_length)
+    pairs = (
+        chosen**2
+        if chosen <= 2 * sequence_length
+        else windows * sequence_length * 2 * sequence_length
+    )
     return [*kinds, LayerKind(gated, depth.share, chosen, pairs)]
 
 
@@ -135,28 +145,32 @@ def forward_flops(
     config: ModelConfig,
     vocabulary_size: int,
     shares: Sequence[float],
-    rows: int,
-    row_length: int,
+    micro_batch_size: int,
+    sequence_length: int,
     modalities: Sequence[str] = MODALITIES,
 ) -> Counts:
-    """Operations of one forward pass over rows × row_length tokens under batch choice.
+    """Operations of one forward pass over a micro-batch under batch choice.
 
     Returns:
         Operations by kind of part: `attention`, `routers`, `experts`, `depth`, `head`.
     """
-    return in_all(forward_by_kind(config, vocabulary_size, shares, rows, row_length, modalities))
+    return in_all(
+        forward_by_kind(
+            config, vocabulary_size, shares, micro_batch_size, sequence_length, modalities
+        )
+    )
 
 
 def forward_by_kind(
     config: ModelConfig,
     vocabulary_size: int,
     shares: Sequence[float],
-    rows: int,
-    row_length: int,
+    micro_batch_size: int,
+    sequence_length: int,
     modalities: Sequence[str] = MODALITIES,
 ) -> CountsByKind:
     """The same by kind of layer, as in `CountsByKind`."""
-    tokens = rows * row_length
+    tokens = micro_batch_size * sequence_length
 
     def inside(kind: LayerKind) -> Counts:
         projections = 4 * config.dim * (config.dim + _key_width(config))
@@ -169,7 +183,7 @@ def forward_by_kind(
         }
         return _times(kind.layers, layer)
 
-    full, *gated = (inside(kind) for kind in layer_kinds(config, rows, row_length))
+    full, *gated = (inside(kind) for kind in layer_kinds(config, micro_batch_size, sequence_length))
     return {
         "full": full,
         "gated": {
@@ -183,8 +197,8 @@ def forward_by_kind(
 def empty_slot_flops(
     config: ModelConfig,
     shares: Sequence[float],
-    rows: int,
-    row_length: int,
+    micro_batch_size: int,
+    sequence_length: int,
     modalities: Sequence[str] = MODALITIES,
 ) -> float:
     """Operations of one forward pass on slots that hold no token, under static capacity.
@@ -195,7 +209,7 @@ def empty_slot_flops(
     lone = [group for group in config.group_list if group.experts == 1]
     overlap = most_overlap(group.modalities for group in lone)
     empty = 0.0
-    for kind in layer_kinds(config, rows, row_length):
+    for kind in layer_kinds(config, micro_batch_size, sequence_length):
         slots = [_slots(group, kind, shares, modalities) for group in lone]
         held, room = (sum(each) for each in zip(*slots, strict=True)) if slots else (0, 0)
         if config.run_name == "grouped":
@@ -205,26 +219,36 @@ def empty_slot_flops(
 
 
 def training_flops_per_token(
-    config: ModelConfig, vocabulary_size: int, shares: Sequence[float], rows: int, row_length: int
+    config: ModelConfig,
+    vocabulary_size: int,
+    shares: Sequence[float],
+    micro_batch_size: int,
+    sequence_length: int,
 ) -> float:
     """Operations of forward and backward for one token of a micro-batch."""
-    parts = forward_flops(config, vocabulary_size, shares, rows, row_length)
-    return 3 * sum(parts.values()) / (rows * row_length)
+    parts = forward_flops(config, vocabulary_size, shares, micro_batch_size, sequence_length)
+    return 3 * sum(parts.values()) / (micro_batch_size * sequence_length)
 
 
 def router_stage_flops_per_token(
-    config: ModelConfig, vocabulary_size: int, shares: Sequence[float], rows: int, row_length: int
+    config: ModelConfig,
+    vocabulary_size: int,
+    shares: Sequence[float],
+    micro_batch_size: int,
+    sequence_length: int,
 ) -> float:
     """Operations of the auxiliary routers' stage: the frozen model runs forward alone."""
-    tokens = rows * row_length
-    total = sum(forward_flops(config, vocabulary_size, shares, rows, row_length).values())
+    tokens = micro_batch_size * sequence_length
+    total = sum(
+        forward_flops(config, vocabulary_size, shares, micro_batch_size, sequence_length).values()
+    )
     half = config.dim // 2
 
     def auxiliary(choices: int) -> int:
         # Forward and backward of two layers, but no gradient of what the first of them reads.
         return 2 * half * (2 * config.dim + 3 * choices)
 
-    for kind in layer_kinds(config, rows, row_length):
+    for kind in layer_kinds(config, micro_batch_size, sequence_length):
         experts = sum(auxiliary(group.experts) for group in _routed(config))
         total += kind.layers * kind.tokens * experts
     return total / tokens + len(config.depth_layers) * auxiliary(1)
@@ -258,8 +282,8 @@ def _slots(
     group: GroupConfig, kind: LayerKind, shares: Sequence[float], modalities: Sequence[str]
 ) -> tuple[float, int]:
     """Slots of a group that hold a token, and all that it has under static capacity."""
-    share = group_share(group, shares, modalities, kind.reach)
+    share = group_share(group, shares, modalities, kind.token_fraction)
     room = group.experts * static_capacity(share, kind.tokens, group.experts)
-    if group.experts > 1 or kind.reach == 1:
+    if group.experts > 1 or kind.token_fraction == 1:
         return room, room
     return group_share(group, shares, modalities) * kind.tokens, room

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """At least fp32: what decides or accumulates is not left to bf16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def take_rows(x_ND: Tensor, token_T: Tensor) -> Tensor:
+def gather(x_ND: Tensor, token_T: Tensor) -> Tensor:
     """The rows of some tokens, [T, D]."""
     return x_ND.gather(0, token_T[:, None].expand(-1, x_ND.shape[1]))
 
 
-def add_rows(y_ND: Tensor, token_T: Tensor, z_TD: Tensor) -> Tensor:
+def scatter_add(y_ND: Tensor, token_T: Tensor, z_TD: Tensor) -> Tensor:
     """Rows added to those of some tokens, which may come several times, [N, D].
 
     Not `index_add`, of this and as the backward of `index_select`: compiled for several threads of
@@ -58,6 +58,6 @@ def rotary_angles(positions_BS: Tensor, head_width: int, theta: float) -> tuple[
 def rotate(x_BSHC: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Apply rotary embedding in the half-split layout: (first, second) half of C are the pairs."""
     cosine, sine = angles
-    first, second = widen(x_BSHC).chunk(2, dim=-1)
+    first, second = upcast(x_BSHC).chunk(2, dim=-1)
     rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
     return rotated.to(x_BSHC.dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moma.model.layers import widen
+from moma.model.layers import upcast
 
 RoutingName = Literal["choice", "causal"]
 CapacityName = Literal["static", "actual"]
@@ -79,8 +79,8 @@ def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
     """
     with torch.autocast(x_ND.device.type, enabled=False):
         if len(weight_ED) > _FEW_EXPERTS:
-            return functional.linear(widen(x_ND), widen(weight_ED))
-        return _LogitsOfFew.apply(widen(x_ND), widen(weight_ED)).T
+            return functional.linear(upcast(x_ND), upcast(weight_ED))
+        return _LogitsOfFew.apply(upcast(x_ND), upcast(weight_ED)).T
 
 
 class _LogitsOfFew(torch.autograd.Function):
@@ -120,7 +120,7 @@ def logistic_noise(logits_NE: Tensor) -> Tensor:
     return torch.rand_like(logits_NE).logit(eps=1e-7)
 
 
-def any_unsound(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
+def any_nonfinite(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
     """Whether an eligible token has a score that is NaN or infinite: a boolean on the device.
 
     A NaN would win every choice, so it is told apart and stops the run later, without a wait here.
@@ -147,7 +147,9 @@ def choose_highest(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Sel
     return Selection(token_EK, taken_EK, logits_EN.gather(1, token_EK).sigmoid() * taken_EK)
 
 
-def choose_causally(logits_NE: Tensor, likelihood_NE: Tensor, eligible_N: Tensor) -> Selection:
+def choose_causally(
+    logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Tensor
+) -> Selection:
     """Causal choice: expert e takes token n iff its likelihood is above one half (§2.4).
 
     The number of slots is what the busiest expert needs, so the shape depends on the data: this
@@ -155,10 +157,10 @@ def choose_causally(logits_NE: Tensor, likelihood_NE: Tensor, eligible_N: Tensor
 
     Args:
         logits_NE: main router logits, which give the weight alone.
-        likelihood_NE: the auxiliary router's logits; above 0 is a likelihood above 0.5.
+        auxiliary_logits_NE: the auxiliary router's logits; above 0 is a likelihood above 0.5.
         eligible_N: as for `choose_by_batch`.
     """
-    chosen_EN = ((likelihood_NE > 0) & eligible_N[:, None]).T
+    chosen_EN = ((auxiliary_logits_NE > 0) & eligible_N[:, None]).T
     capacity = int(chosen_EN.sum(1).max())
     # Taken tokens first, in order; what follows them are the empty slots.
     token_EK = chosen_EN.byte().sort(dim=1, descending=True, stable=True).indices[:, :capacity]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
-from moma.model.attention import Sight, as_numbers, document_mask
+from moma.model.attention import AttentionMask, as_numbers, document_mask
 from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
 from moma.model.decoder_layer import Context, make_layer
 from moma.model.layers import rotary_angles
@@ -25,13 +25,14 @@ class ModelOutput(NamedTuple):
     Attributes:
         logits_BSV: of the next token.
         routers: what each recording router did, layer by layer.
-        unsound_L: booleans on the device: the layers whose output, or a router's score in them, is
+        nonfinite_L: booleans on the device: the layers whose output, or a router's score in them,
+        is
             NaN or infinite. The first is at fault; later ones follow from it.
     """
 
     logits_BSV: Tensor
     routers: list[RouterRecord]
-    unsound_L: Tensor
+    nonfinite_L: Tensor
 
 
 class Transformer(nn.Module):
@@ -83,16 +84,16 @@ class Transformer(nn.Module):
         context = self._context(tokens_BS, documents_BS, positions_BS)
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
         reports: list[RouterReport] = []
-        unsound: list[Tensor] = []
+        nonfinite: list[Tensor] = []
         for layer in self.layers:
             x_BSD, told = layer(x_BSD, context, routing)
             reports.extend(told)
-            unsound.append(torch.stack([report.unsound for report in told]).any())
-        unsound_L = torch.stack(unsound)
+            nonfinite.append(torch.stack([report.nonfinite for report in told]).any())
+        nonfinite_L = torch.stack(nonfinite)
         if routing.by == "causal" or routing.capacity == "actual":  # these wait for the device
-            require_sound(unsound_L)
+            require_finite(nonfinite_L)
         records = [report.record for report in reports if report.record is not None]
-        return ModelOutput(self.head(self.norm(x_BSD)), records, unsound_L)
+        return ModelOutput(self.head(self.norm(x_BSD)), records, nonfinite_L)
 
     def _context(
         self, tokens_BS: Tensor, documents_BS: Tensor | None, positions_BS: Tensor | None
@@ -105,9 +106,9 @@ class Transformer(nn.Module):
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
         if self.config.attend == "row" or documents_BS is None:
-            return Context(modality_BS, torch.zeros_like(tokens_BS), angles, Sight())
+            return Context(modality_BS, torch.zeros_like(tokens_BS), angles, AttentionMask())
         mask = as_numbers(document_mask(documents_BS), self._product_dtype(tokens_BS.device))
-        return Context(modality_BS, documents_BS, angles, Sight(mask))
+        return Context(modality_BS, documents_BS, angles, AttentionMask(mask))
 
     def _product_dtype(self, device: torch.device) -> torch.dtype:
         """What attention computes in, as its mask has to be."""
@@ -172,24 +173,25 @@ class Transformer(nn.Module):
         return not self.config.has_routers
 
 
-def require_sound(unsound_L: Tensor, where: str = "") -> None:
+def require_finite(nonfinite_L: Tensor, where: str = "") -> None:
     """Refuse outputs and scores that are NaN or infinite; reads the device.
 
     Args:
-        unsound_L: see `ModelOutput`.
+        nonfinite_L: see `ModelOutput`.
         where: words that open the message.
 
     Raises:
-        UserError: naming the layer.
+        UserError: names the layer.
     """
-    layers = unsound_L.nonzero().flatten().tolist()
+    layers = nonfinite_L.nonzero().flatten().tolist()
     if layers:
         raise UserError(
-            f"{where}{first_unsound(layers)}; lower the learning rate in a new run, or look at the "
+            f"{where}{first_nonfinite(layers)}; lower the learning rate in a new run, or look at "
+            f"the "
             "data of the last steps"
         )
 
 
-def first_unsound(layers: Sequence[int]) -> str:
+def first_nonfinite(layers: Sequence[int]) -> str:
     """Names the first of the layers that are not sound."""
     return f"the output of layer {layers[0]}, or a score of a router in it, is NaN or infinite"

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from moma.errors import SharedError, UserError
-from moma.files import write_whole
+from moma.files import atomic_write
 from moma.runtime.manifest import checksum, find_faults, read_json, write_json, write_manifest
 from moma.runtime.weights import FILE_BYTES, Weights, write_weights
 from moma.runtime.world import World, gather
@@ -52,7 +52,7 @@ def newest_whole(folder: Path, world: World) -> tuple[Path | None, dict[Path, st
 
     Returns:
         The checkpoint, None if there is none at all, and what is wrong with newer ones, each
-        message naming checkpoint and file.
+        message that names the checkpoint and file.
 
     Raises:
         UserError: there are checkpoints, but none is whole.
@@ -77,7 +77,7 @@ def name_latest(folder: Path) -> None:
     """Let the file `latest` name the newest checkpoint; without one it is gone."""
     found = checkpoints_in(folder)
     if found:
-        write_whole(folder / "latest", found[-1].name + "\n")
+        atomic_write(folder / "latest", found[-1].name + "\n")
     else:
         (folder / "latest").unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moma.errors import UserError
-from moma.files import to_disk
+from moma.files import sync_file
 
 MANIFEST = "manifest.json"
 Entry = tuple[int, str]
@@ -26,7 +26,7 @@ def write_manifest(folder: Path, entries: Mapping[str, Entry]) -> None:
 
 
 def find_faults(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What is wrong with a folder's files, each fault naming its file; empty if it is whole.
+    """What is wrong with a folder's files, each naming its file; empty if it is whole.
 
     Args:
         folder: holds a manifest.
@@ -63,7 +63,7 @@ def write_json(path: Path, value: Any) -> None:
     """Write a JSON file that is on the disk when this returns."""
     with path.open("wb") as file:
         file.write(json.dumps(value).encode())
-        to_disk(file)
+        sync_file(file)
 
 
 def read_json(path: Path) -> Any:

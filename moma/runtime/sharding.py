@@ -33,7 +33,7 @@ class EngineConfig(Config):
             `none`, a whole `layer`'s, or `selective`: all but products and choices.
         step_size: what becomes of a step when a run goes on with another number of ranks: it is
             `kept`, its micro-batches shared out anew, or `grows` with them, each rank having the
-            stage's `micro_batches`.
+            stage's `gradient_accumulation_steps`.
         timeout: seconds after which a rank that does not answer is taken for lost.
         trace: so many steps after the program has begun, the first rank traces three; 0: none.
     """

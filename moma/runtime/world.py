@@ -21,7 +21,7 @@ from moma.errors import (
     SharedStorageError,
     StorageError,
     UserError,
-    told_by_system,
+    os_error_message,
 )
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ def gather(value: T, group: ProcessGroup | None) -> list[T]:
 
 
 @contextmanager
-def agreeing(world: World) -> Iterator[None]:
+def raise_on_all_ranks(world: World) -> Iterator[None]:
     """Let every rank do something by itself; where one cannot, all leave together.
 
     Raises:
@@ -95,7 +95,7 @@ def agreeing(world: World) -> Iterator[None]:
     except UserError as error:
         problem = error
     except OSError as error:
-        problem = told_by_system(error)
+        problem = os_error_message(error)
         if problem is None:
             raise
     own = problem and (isinstance(problem, StorageError), str(problem))
@@ -106,7 +106,7 @@ def agreeing(world: World) -> Iterator[None]:
 
 
 @contextmanager
-def telling_of_lost_ranks(world: World) -> Iterator[None]:
+def reporting_lost_ranks(world: World) -> Iterator[None]:
     """Turn an error between ranks into one that says so.
 
     Raises:

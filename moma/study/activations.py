@@ -61,10 +61,13 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
         device: decides the precision, if the recipe does not.
     """
     config, data = recipe.model, recipe.data
-    tokens, size = data.rows * data.row_length, recipe.engine.compute_dtype(device).itemsize
+    tokens, size = (
+        data.micro_batch_size * data.sequence_length,
+        recipe.engine.compute_dtype(device).itemsize,
+    )
     compiled, again = recipe.pretrain.compile, recipe.engine.recompute
     kept, most = 0.0, 0.0
-    for kind in layer_kinds(config, data.rows, data.row_length):
+    for kind in layer_kinds(config, data.micro_batch_size, data.sequence_length):
         if not kind.layers:
             continue
         whole = size * _numbers(config, recipe.shares, kind, tokens, _WHOLE[compiled])
@@ -75,7 +78,7 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
         wide, hidden = _WORKING
         working = size * kind.tokens * (wide * config.dim + hidden * config.hidden_width)
         most = max(most, whole - left + working)
-    shared = _shared(config, tokens, data.row_length, size)
+    shared = _shared(config, tokens, data.sequence_length, size)
     loss = _loss(tokens * recipe.text_tokenizer.vocabulary_size, compiled, size)
     return round(kept + shared + max(most, loss))
 
@@ -84,7 +87,7 @@ def _numbers(
     config: ModelConfig, shares: tuple[float, ...], kind: LayerKind, tokens: int, kept: _Kept
 ) -> float:
     """Numbers that one layer of a kind keeps, of all `tokens` of the micro-batch."""
-    gated = kind.reach < 1
+    gated = kind.token_fraction < 1
     keys = config.dim // config.heads * config.key_heads
     normed = kept.normed * config.query_key_norm
     token = (kept.width + normed + kept.gated * gated) * config.dim + (kept.keys + normed) * keys
@@ -104,7 +107,7 @@ def _slots(config: ModelConfig, shares: tuple[float, ...], kind: LayerKind) -> t
     routed = lone = plain = 0
     alone = [group for group in config.group_list if group.experts == 1]
     for group in config.group_list:
-        share = group_share(group, shares, reach=kind.reach)
+        share = group_share(group, shares, token_fraction=kind.token_fraction)
         room = group.experts * static_capacity(share, kind.tokens, group.experts)
         if group.experts > 1:
             routed += room
@@ -117,9 +120,9 @@ def _slots(config: ModelConfig, shares: tuple[float, ...], kind: LayerKind) -> t
     return routed, lone, plain
 
 
-def _shared(config: ModelConfig, tokens: int, row_length: int, size: int) -> int:
+def _shared(config: ModelConfig, tokens: int, sequence_length: int, size: int) -> int:
     """Bytes of angles and of the mask."""
-    mask = tokens * row_length * size if config.attend == "document" else 0
+    mask = tokens * sequence_length * size if config.attend == "document" else 0
     return mask + 4 * tokens * config.dim // config.heads
 
 

@@ -1,8 +1,8 @@
-"""How fast data is: micro-batches from shards, waiting in training, encoding of pictures and text.
+"""How fast data is: micro-batches from shards, waiting in training, encoding of images and text.
 
     prepared shards → `Batches`, prepared ahead, on one core  → tokens a second, balance, padding
                     → steps of a real model                   → share of the time spent waiting
-    pictures        → `moma prepare`        | the network     → pictures a second of each
+    images        → `moma prepare`        | the network     → images a second of each
     texts           → documents to shards   | `tokenizers`    → tokens a second of each
 
 What is compared runs in turn, several times, and medians are taken: a shared machine is noisy.
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from moma.data.batches import Batches, prepared_ahead
-from moma.data.documents import Document, Picture
+from moma.data.documents import Document, ImageRef
 from moma.data.encoding import encode_source
 from moma.data.prepare import prepare
 from moma.data.sources import CaptionsConfig
@@ -41,7 +41,7 @@ from moma.train.step import Step, next_token_objective
 from moma.vocabulary import IMAGE, Vocabulary
 
 # As many as `moma prepare` gives the network at once.
-_PICTURES_AT_ONCE = 16
+_IMAGES_AT_ONCE = 16
 _TEXTS_OF_LONGER = 16
 
 
@@ -52,7 +52,7 @@ class Sizes:
     Attributes:
         batches: micro-batches of each repeat.
         steps: training steps.
-        pictures: pictures of each repeat; at most as many as the sources have.
+        images: images of each repeat; at most as many as the sources have.
         texts: texts of each repeat; likewise.
         repeats: how often each measurement is taken.
         cpu_time: whether what other processes take is left out of `codec_ratio` and `bpe_ratio`;
@@ -61,7 +61,7 @@ class Sizes:
 
     batches: int = 100
     steps: int = 8
-    pictures: int = 384
+    images: int = 384
     texts: int = 50_000
     repeats: int = 7
     cpu_time: bool = False
@@ -87,8 +87,8 @@ def bench_data(recipe: Recipe, sizes: Sizes, quiet: bool = False) -> dict[str, A
         report(2, "batches")
         result |= _waiting(recipe, vocabulary, sizes)
         report(3, "training")
-        result |= _pictures(recipe, sizes)
-        report(4, "pictures")
+        result |= _images(recipe, sizes)
+        report(4, "images")
         result |= _texts(recipe, vocabulary, sizes)
         report(5, "text")
     return result
@@ -96,17 +96,17 @@ def bench_data(recipe: Recipe, sizes: Sizes, quiet: bool = False) -> dict[str, A
 
 def _balance(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
     """Count what is in the arrays of micro-batches, whatever the packer says."""
-    data, size = recipe.data, recipe.data.rows * recipe.data.row_length
+    data, size = recipe.data, recipe.data.micro_batch_size * recipe.data.sequence_length
     padding, worst = 0, 0.0
     with closing(prepared_ahead(Batches(data, vocabulary, recipe.seed), data)) as batches:
         for batch in islice(batches, sizes.batches):
             codes = int((vocabulary.modality_of_id[batch.tokens_BS] == IMAGE).sum())
-            worst = max(worst, abs(codes / size - data.picture_share))
+            worst = max(worst, abs(codes / size - data.image_share))
             padding += int((batch.tokens_BS == vocabulary.padding).sum())
     return {
-        "rows": data.rows,
-        "row_length": data.row_length,
-        "picture_share": data.picture_share,
+        "micro_batch_size": data.micro_batch_size,
+        "sequence_length": data.sequence_length,
+        "image_share": data.image_share,
         "padding_share": padding / (sizes.batches * size),
         # A share such as 0.3333 stands for a third.
         "image_share_error": 0.0 if worst < 1e-3 / size else worst,
@@ -115,7 +115,7 @@ def _balance(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
 
 def _speed(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
     data = recipe.data
-    tokens = sizes.batches * data.rows * data.row_length
+    tokens = sizes.batches * data.micro_batch_size * data.sequence_length
 
     def take(batches: Iterator[Any]) -> float:
         return tokens / _seconds(lambda: [next(batches) for _ in range(sizes.batches)])
@@ -157,15 +157,15 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
     }
 
 
-def _pictures(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
-    """A folder of captioned pictures through `moma prepare`, beside the network's forward alone.
+def _images(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
+    """A folder of captioned images through `moma prepare`, beside the network's forward alone.
 
-    The network is encoder and codebook; its pictures lie on the device, ready to be encoded.
+    The network is encoder and codebook; its images lie on the device, ready to be encoded.
     """
     device = local_device()
     with TemporaryDirectory() as place:
         folder = Path(place)
-        count = _write_captions(_pictures_of(recipe, sizes.pictures), folder / "captions")
+        count = _write_captions(_images_of(recipe, sizes.images), folder / "captions")
         if not count:
             return {"codec_ratio": None}
         codec = ImageCodec.load(Tokenizers(recipe.data.path).codec).to(device)
@@ -181,14 +181,14 @@ def _pictures(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
             prepare(data, *parts, device, quiet=True)
 
         def network() -> None:
-            for start in range(0, count, _PICTURES_AT_ONCE):
-                codec.encode(torch.stack(ready[start : start + _PICTURES_AT_ONCE])).cpu()
+            for start in range(0, count, _IMAGES_AT_ONCE):
+                codec.encode(torch.stack(ready[start : start + _IMAGES_AT_ONCE])).cpu()
 
         taken = _in_turn((ours, network), sizes, lambda: _remove(data.path))
     return {
         "codec_ratio": taken.ratio,
-        "pictures_per_second": count / taken.ours,
-        "network_pictures_per_second": count / taken.bare,
+        "images_per_second": count / taken.ours,
+        "network_images_per_second": count / taken.bare,
     }
 
 
@@ -222,9 +222,7 @@ def _encoding(
 
         def ours() -> None:
             encode_text = partial(encode_each, tokenizer)
-            encode_source(
-                source, encode_text, _no_pictures, vocabulary, share, Path(place) / "text"
-            )
+            encode_source(source, encode_text, _no_images, vocabulary, share, Path(place) / "text")
 
         def bare() -> None:
             nonlocal tokens
@@ -250,8 +248,8 @@ class _Listed:
         return iter(self.all)
 
 
-def _no_pictures(pictures: Sequence[Any]) -> np.ndarray:
-    raise AssertionError("these documents have no pictures")
+def _no_images(images: Sequence[Any]) -> np.ndarray:
+    raise AssertionError("these documents have no images")
 
 
 def _documents_of(recipe: Recipe) -> Iterator[Document]:
@@ -261,35 +259,35 @@ def _documents_of(recipe: Recipe) -> Iterator[Document]:
 
 def _texts_of(recipe: Recipe) -> Iterator[str]:
     for document in _documents_of(recipe):
-        if not any(isinstance(segment, Picture) for segment in document.segments):
+        if not any(isinstance(segment, ImageRef) for segment in document.segments):
             yield from (segment for segment in document.segments if isinstance(segment, str))
 
 
-def _pictures_of(recipe: Recipe, most: int) -> Iterator[Picture]:
-    pictures = (
+def _images_of(recipe: Recipe, most: int) -> Iterator[ImageRef]:
+    images = (
         segment
         for document in _documents_of(recipe)
         for segment in document.segments
-        if isinstance(segment, Picture)
+        if isinstance(segment, ImageRef)
     )
-    return islice(pictures, most)
+    return islice(images, most)
 
 
-def _write_captions(pictures: Iterator[Picture], folder: Path) -> int:
-    """A folder of PNG files with a caption each, no picture twice; returns how many."""
+def _write_captions(images: Iterator[ImageRef], folder: Path) -> int:
+    """A folder of PNG files with a caption each, no image twice; returns how many."""
     folder.mkdir()
     seen: set[bytes] = set()
     with (folder / "captions.jsonl").open("w") as rows:
-        for picture in pictures:
+        for image in images:
             try:
-                image = picture.read().convert("RGB")
+                opened = image.read().convert("RGB")
             except UserError:
                 continue  # as `moma prepare` does
-            if image.tobytes() not in seen:
-                seen.add(image.tobytes())
+            if opened.tobytes() not in seen:
+                seen.add(opened.tobytes())
                 name = f"{len(seen):06}.png"
-                image.save(folder / name)
-                rows.write(f'{{"image": "{name}", "caption": "picture {len(seen)}"}}\n')
+                opened.save(folder / name)
+                rows.write(f'{{"image": "{name}", "caption": "image {len(seen)}"}}\n')
     return len(seen)
 
 
@@ -297,7 +295,7 @@ def _tensor(file: Path, codec: ImageCodec, device: torch.device) -> torch.Tensor
     from PIL import Image
 
     with Image.open(file) as image:
-        return preprocess(image, codec.config.picture_size).to(device)
+        return preprocess(image, codec.config.image_size).to(device)
 
 
 class _Taken(NamedTuple):

@@ -3,7 +3,7 @@
     for each width, all variants in turn, many times:  forward + backward  → median milliseconds
     for each variant, once:                            → the most memory it takes
 
-| variant | what runs on N tokens, half of them of pictures |
+| variant | what runs on N tokens, half of them of images |
 |---|---|
 | `dense` | one SwiGLU |
 | `floor` | eight experts, each on the next eighth of the tokens: no routers, nothing gathered |
@@ -29,7 +29,7 @@ from torch.nn import functional
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthGate
 from moma.model.experts import Experts, make_experts, make_group, named_groups
-from moma.model.layers import SwiGLU, add_rows, take_rows
+from moma.model.layers import SwiGLU, gather, scatter_add
 from moma.model.routing import Routing
 from moma.model.running import RunName
 from moma.progress import Report, show_progress
@@ -146,8 +146,13 @@ def variants(dim: int, tokens: int) -> dict[str, nn.Module]:
     return modules
 
 
-def _experts(name: str, dim: int, hidden: int, run: RunName, reach: float = 1.0) -> Experts:
-    groups = [make_group(dim, hidden, g, SHARES, reach=reach) for g in named_groups(name)]
+def _experts(
+    name: str, dim: int, hidden: int, run: RunName, token_fraction: float = 1.0
+) -> Experts:
+    groups = [
+        make_group(dim, hidden, g, SHARES, token_fraction=token_fraction)
+        for g in named_groups(name)
+    ]
     return make_experts(groups, run)
 
 
@@ -216,13 +221,13 @@ class Gated(nn.Module):
         (token_1K, taken_1K, weight_1K), _ = self.gate(x_1ND, modality_1N >= 0, Routing())
         token_K = token_1K[0]
         modality_1K = modality_1N[:, token_K].masked_fill(~taken_1K, -1)
-        fed_1KD, _ = self.experts(take_rows(x_1ND[0], token_K)[None], modality_1K, Routing())
+        fed_1KD, _ = self.experts(gather(x_1ND[0], token_K)[None], modality_1K, Routing())
         update_KD = (fed_1KD * weight_1K[..., None])[0]
-        return add_rows(x_1ND[0], token_K, update_KD.to(x_1ND.dtype))[None]
+        return scatter_add(x_1ND[0], token_K, update_KD.to(x_1ND.dtype))[None]
 
 
 def _job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Callable[[], None]:
-    """Forward and backward on tokens that come in runs of one modality, as pictures do."""
+    """Forward and backward on tokens that come in runs of one modality, as images do."""
     dtype = DTYPES[sizes.dtype]
     shape = (1, sizes.tokens, dim)
     x_1ND, gradient_1ND = torch.randn(2, *shape, device=device, dtype=dtype)

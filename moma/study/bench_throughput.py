@@ -30,7 +30,7 @@ from moma.train.recipe import Recipe
 from moma.train.stages import flops_per_token, make_step, prepare_model
 from moma.train.statistics import Statistics
 from moma.train.step import next_token_objective
-from moma.train.watch import Watch
+from moma.train.watch import LossMonitor
 
 # Recipes of a row of Table 2: without and with mixture-of-depths.
 ROWS = {
@@ -203,16 +203,23 @@ class _Runner:
         self.name, self.config = name, recipe.pretrain
         self.flops_per_token = flops_per_token(recipe, vocabulary)
         self.dtype = recipe.engine.compute_dtype(device)
-        self.tokens = self.config.micro_batches * recipe.data.rows * recipe.data.row_length
+        self.tokens = (
+            self.config.gradient_accumulation_steps
+            * recipe.data.micro_batch_size
+            * recipe.data.sequence_length
+        )
         self.peak_bytes = 0
         self._device, self._parks = device, parks and device.type == "cuda"
         packer = made_up_batches(recipe, vocabulary)
         self._batches = cycle(
-            [[packer.pack() for _ in range(self.config.micro_batches)] for _ in range(_STEPS)]
+            [
+                [packer.pack() for _ in range(self.config.gradient_accumulation_steps)]
+                for _ in range(_STEPS)
+            ]
         )
         self._model = prepare_model(recipe, vocabulary, world)
         self.parameters = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        self._watch = Watch(self.config, device)
+        self._watch = LossMonitor(self.config, device)
         self._step = make_step(recipe, self._model, world, self._watch)
         self._window = Window(recipe, self._model, self.flops_per_token, world)
         compiled = self.config.compile and can_compile(device)
@@ -262,7 +269,7 @@ class _Runner:
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{self.name}: a step needs more memory than the device has; "
-                "lower data.rows, or leave this recipe out"
+                "lower data.micro_batch_size, or leave this recipe out"
             ) from error
 
     def _take_step(self, collected: Statistics | None) -> Tensor:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
-from moma.files import write_whole
-from moma.recipe import check, lay_over, override, read_values
+from moma.files import atomic_write
+from moma.recipe import check, merge_tables, override, read_values
 from moma.runs import Run
 from moma.runtime.world import World
 from moma.train.loop import train
@@ -72,7 +72,7 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
             raise UserError(
                 f"{origin}: 'run' stands above the chain; a step's folder in it is its 'name'"
             )
-        values = override(deepcopy(lay_over(values, link)), last)
+        values = override(deepcopy(merge_tables(values, link)), last)
         source = link.get("from", None if stage == "pretrain" else before)
         run = Path(source) / ROUTER_RUN if stage == "aux_router" and source else base / name
         own = values | {"stage": stage, "run": str(run)}
@@ -130,4 +130,4 @@ def _evaluate(step: Evaluation, quiet: bool) -> None:
     if step.routing == "causal":
         require_causal_routing(run, model)
     result = evaluate(model, recipe, step.routing, quiet=quiet)  # type: ignore[arg-type]
-    write_whole(step.file, json.dumps(result, indent=2) + "\n")
+    atomic_write(step.file, json.dumps(result, indent=2) + "\n")

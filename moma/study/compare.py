@@ -53,11 +53,13 @@ class Measured:
     @cached_property
     def mixed(self) -> MixedModel:
         """The model with its tokenizers."""
-        return MixedModel.assemble(self.model, self.run.tokenizers, self.recipe.data.row_length)
+        return MixedModel.assemble(
+            self.model, self.run.tokenizers, self.recipe.data.sequence_length
+        )
 
 
 def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
-    """Load a run and evaluate it with every routing that it can do."""
+    """ExpertInputs a run and evaluate it with every routing that it can do."""
     model, recipe = load_run(run)
     routings = ("choice", "causal") if has_causal_routing(run, model) else ("choice",)
     results = {by: evaluate(model, recipe, by, quiet) for by in routings}  # type: ignore[arg-type]
@@ -134,20 +136,20 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
 
 
 def add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:
-    """Held-out pictures as the codec draws them from their codes."""
+    """Held-out images as the codec draws them from their codes."""
     mixed, vocabulary = measured.mixed, measured.model.vocabulary
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for batch in Batches(measured.recipe.data, vocabulary, seed=0, split="held_out"):
         codes = vocabulary.code_of_id[batch.tokens_BS]
         for row in codes:
             grids = row[row >= 0].reshape(-1, vocabulary.codes_per_image)
-            pictures += [mixed.picture(codes_of_one) for codes_of_one in grids]
-        if len(pictures) >= count:
+            images += [mixed.image(codes_of_one) for codes_of_one in grids]
+        if len(images) >= count:
             break
     page.section(
         "What the codec keeps",
-        paragraph("Held-out pictures after encoding to codes and back: the best a model can draw."),
-        captioned([tile(picture, "reconstruction") for picture in pictures[:count]], ""),
+        paragraph("Held-out images after encoding to codes and back: the best a model can draw."),
+        captioned([tile(image, "reconstruction") for image in images[:count]], ""),
     )
 
 
@@ -161,12 +163,12 @@ def add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
         output = measured.model(on_device.tokens, on_device.documents, on_device.positions, routing)
     parts = [
         paragraph(
-            "Batch choice. Above, the picture once for each layer and image expert: codes that the "
+            "Batch choice. Above, the image once for each layer and image expert: codes that the "
             "expert did not take are dimmed. Below, the text of the last layer: each colour is a "
             "text expert that took the token; no colour, nobody did."
         )
     ]
-    for row, piece in _pieces_with_picture(
+    for row, piece in _pieces_with_image(
         batch.documents_BS, batch.tokens_BS, vocabulary, documents
     ):
         here = np.flatnonzero((batch.documents_BS == piece)[row]) + row * batch.tokens_BS.shape[1]
@@ -181,16 +183,16 @@ def add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
                 side = mixed.codec.config.codes_per_side
                 codes = vocabulary.code_of_id[tokens[is_image]][: side * side]
                 maps = chosen_LEn[:, :, : side * side].reshape(*chosen_LEn.shape[:2], side, side)
-                parts.append(figure(figures.expert_maps(mixed.picture(codes), maps)))
+                parts.append(figure(figures.expert_maps(mixed.image(codes), maps)))
             else:
                 parts.append(coloured(_text_pieces(mixed, tokens[~is_image], chosen_LEn[-1])))
     page.section(f"Which expert took which token: {measured.name}", *parts)
 
 
-def _pieces_with_picture(
+def _pieces_with_image(
     documents_BS: np.ndarray, tokens_BS: np.ndarray, vocabulary: Any, count: int
 ) -> list[tuple[int, int]]:
-    """(row, piece) of the first pieces of a batch that hold a picture."""
+    """(row, piece) of the first pieces of a batch that hold an image."""
     rows, columns = np.nonzero(tokens_BS == vocabulary.begin_image)
     found = dict.fromkeys(
         (int(row), int(documents_BS[row, column]))

@@ -1,4 +1,4 @@
-"""The whole way on real pictures: documents → tokenizers → two models → routers → report.
+"""The whole way on real images: documents → tokenizers → two models → routers → report.
 
 Every stage leaves its result on disk and is not done twice, so that the demo goes on where it was
 interrupted.
@@ -217,7 +217,7 @@ def _objects(recipe: Recipe) -> int:
 
 
 def _sketch(measured: Measured, seed: int, quiet: bool) -> tuple[list[Drawn], list[Captioned]]:
-    """Pictures for captions and captions for pictures, by causal decoding."""
+    """Images for captions and captions for images, by causal decoding."""
     objects = _objects(measured.recipe)
     model = measured.mixed
     wanted = seen_singles(objects, SINGLES, seed) + held_out_compositions(
@@ -244,14 +244,14 @@ def _write_report(
     )
     scored = _score_table(result)
     page.section(scored.title, paragraph(scored.explanation), table(scored))
-    page.section("Pictures from captions", *_picture_parts(sketches, measured))
-    page.section("Captions of held-out pictures", *_caption_parts(sketches))
+    page.section("Images from captions", *_image_parts(sketches, measured))
+    page.section("Captions of held-out images", *_caption_parts(sketches))
     add_comparison(page, measured)
     minutes = _minutes_table(result)
     page.section(minutes.title, table(minutes))
     page.write(out / "report.html")
     drawn, _ = sketches[measured[-1].name]
-    shown = [(each.picture, each.sketch.caption, _mark(each.right)) for each in _mixture(drawn, 16)]
+    shown = [(each.image, each.sketch.caption, _mark(each.right)) for each in _mixture(drawn, 16)]
     figures.sheet(shown).savefig(out / "sheet.png", dpi=100)
 
 
@@ -264,13 +264,13 @@ def _score_table(result: dict[str, Any]) -> Table:
     keys = ("singles_right", "composition_halves_right", "captions_right")
     codec = result["codec"]
     return Table(
-        "Pictures and captions that are right",
-        "Right is a picture whose nearest object of all, by pixel distance to the codec's "
+        "Images and captions that are right",
+        "Right is an image whose nearest object of all, by pixel distance to the codec's "
         "reconstructions, is the one asked for: single objects that training shows, and halves of "
         "compositions of pairs that it never shows. Captions: every object is named. The codec: "
-        f"{codec['psnr']:.1f} dB on held-out pictures, {percent(codec['codes_used'])} of its codes "
+        f"{codec['psnr']:.1f} dB on held-out images, {percent(codec['codes_used'])} of its codes "
         "in use.",
-        ("run", "single objects", "halves of compositions", "captions of held-out pictures"),
+        ("run", "single objects", "halves of compositions", "captions of held-out images"),
         [(name, *(percent(row[key]) for key in keys)) for name, row in result["sketches"].items()],
     )
 
@@ -280,16 +280,16 @@ def _minutes_table(result: dict[str, Any]) -> Table:
     return Table("Minutes", "", ("stage", "minutes"), rows)
 
 
-def _picture_parts(
+def _image_parts(
     sketches: dict[str, tuple[list[Drawn], list[Captioned]]], measured: Sequence[Measured]
 ) -> list[str]:
-    size = measured[0].mixed.codec.config.picture_size
+    size = measured[0].mixed.codec.config.image_size
     columns = [_mixture(drawn, 2 * SHOWN) for drawn, _ in sketches.values()]
     cells = []
     for together in zip(*columns, strict=True):
         truth = together[0].sketch.draw(size)
         tiles = [tile(truth, "true")] + [
-            tile(each.picture, f"{name}: {', '.join(each.shows)}", _mark(each.right))
+            tile(each.image, f"{name}: {', '.join(each.shows)}", _mark(each.right))
             for name, each in zip(sketches, together, strict=True)
         ]
         cells.append(captioned(tiles, together[0].sketch.caption))
@@ -297,7 +297,7 @@ def _picture_parts(
         paragraph(
             f"Left the true drawing, then {' and '.join(sketches)}; a green frame where every "
             "object is right, yellow where one of two is, red where none is. Hover to see what a "
-            "picture was taken to show."
+            "image was taken to show."
         ),
         grid(cells),
     ]
@@ -308,8 +308,8 @@ def _caption_parts(sketches: dict[str, tuple[list[Drawn], list[Captioned]]]) -> 
     for together in zip(*(written for _, written in sketches.values()), strict=True):
         first = together[0]
         lines = [f"{name}: {each.caption}" for name, each in zip(sketches, together, strict=True)]
-        picture: Image.Image = first.picture
-        cells.append(captioned([tile(picture, first.sketch.caption)], " · ".join(lines)))
+        image: Image.Image = first.image
+        cells.append(captioned([tile(image, first.sketch.caption)], " · ".join(lines)))
     return [grid(cells)]
 
 

@@ -20,7 +20,7 @@ EXPERT_COLOURS = (
     "#c98f7b",
 )
 
-# Frames of pictures: all right, half, none; the page's style has the same.
+# Frames of images: all right, half, none; the page's style has the same.
 MARKS = {"ok": "#1a7f4b", "half": "#d29922", "no": "#c2413b"}
 
 
@@ -40,17 +40,17 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     return plot
 
 
-def expert_maps(picture: Image.Image, chosen_LEhw: np.ndarray) -> Figure:
-    """Which image expert took which code of a picture.
+def expert_maps(image: Image.Image, chosen_LEhw: np.ndarray) -> Figure:
+    """Which image expert took which code of an image.
 
     Args:
-        picture: the picture as the codec draws it.
+        image: the image as the codec draws it.
         chosen_LEhw: booleans for each layer and expert over the grid of codes; a code that the
             expert did not take is dimmed.
     """
     layers, experts, rows, columns = chosen_LEhw.shape
     plot = Figure(figsize=(1.15 * experts, 1.15 * layers), layout="constrained")
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32) / 255
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
     cell = np.ones((pixels.shape[0] // rows, pixels.shape[1] // columns))
     for layer, line in enumerate(plot.subplots(layers, experts, squeeze=False)):
         for expert, axes in enumerate(line):
@@ -65,16 +65,16 @@ def expert_maps(picture: Image.Image, chosen_LEhw: np.ndarray) -> Figure:
     return plot
 
 
-def sheet(pictures: Sequence[tuple[Image.Image, str, str]], columns: int = 8) -> Figure:
-    """Pictures with their captions below, framed by their marks: ok, half or no."""
-    rows = -(-len(pictures) // columns)
+def sheet(images: Sequence[tuple[Image.Image, str, str]], columns: int = 8) -> Figure:
+    """Images with their captions below, framed by their marks: ok, half or no."""
+    rows = -(-len(images) // columns)
     plot = Figure(figsize=(1.55 * columns, 1.85 * rows), layout="constrained")
     for axes in plot.subplots(rows, columns, squeeze=False).flat:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-    for axes, (picture, caption, mark) in zip(plot.axes, pictures, strict=False):
-        axes.imshow(picture, interpolation="lanczos")
+    for axes, (image, caption, mark) in zip(plot.axes, images, strict=False):
+        axes.imshow(image, interpolation="lanczos")
         axes.spines[:].set(visible=True, color=MARKS[mark], linewidth=1.8)
         axes.set_title(caption.replace(", ", ",\n").replace(" of ", " of\n"), fontsize=7.5, y=-0.42)
     return plot

@@ -116,7 +116,7 @@ def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, 
     gradients are scattered and added up. Rings send (R − 1) / R of what is gathered or scattered
     between R ranks; between copies, gradients go round twice.
     """
-    engine, times = recipe.engine, recipe.pretrain.micro_batches
+    engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
     size, sent = engine.compute_dtype(_GPU).itemsize, DTYPES[engine.reduce].itemsize
     root, units = unit_elements(model)
     trained = held_bytes(model, 1)["gradients"] / 4

@@ -1,4 +1,4 @@
-"""A self-contained HTML page: sections of text, tables and pictures, nothing fetched."""
+"""A self-contained HTML page: sections of text, tables and images, nothing fetched."""
 
 import base64
 import html
@@ -109,10 +109,10 @@ def figure(plot: Figure) -> str:
     return f"<img alt='' src='{_data_url(buffer.getvalue())}'>"
 
 
-def tile(picture: Image.Image, title: str, mark: str = "") -> str:
-    """A small picture, framed by `mark`: ok, half, no, or nothing."""
+def tile(image: Image.Image, title: str, mark: str = "") -> str:
+    """A small image, framed by `mark`: ok, half, no, or nothing."""
     buffer = BytesIO()
-    picture.save(buffer, format="png", optimize=True)
+    image.save(buffer, format="png", optimize=True)
     source = _data_url(buffer.getvalue())
     words = html.escape(title)
     return f"<img class='tile {mark}' alt='{words}' title='{words}' src='{source}'>"

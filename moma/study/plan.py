@@ -16,10 +16,12 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         without a token; `layers`, those without and with a gate; `tokens_per_step` of one rank.
     """
     config, vocabulary_size = recipe.model, recipe.text_tokenizer.vocabulary_size
-    rows, row_length = recipe.data.rows, recipe.data.row_length
-    tokens = rows * row_length
-    forward = flops.forward_by_kind(config, vocabulary_size, recipe.shares, rows, row_length)
-    empty = flops.empty_slot_flops(config, recipe.shares, rows, row_length)
+    micro_batch_size, sequence_length = recipe.data.micro_batch_size, recipe.data.sequence_length
+    tokens = micro_batch_size * sequence_length
+    forward = flops.forward_by_kind(
+        config, vocabulary_size, recipe.shares, micro_batch_size, sequence_length
+    )
+    empty = flops.empty_slot_flops(config, recipe.shares, micro_batch_size, sequence_length)
     counts = {
         "parameters": flops.parameters_by_kind(config, vocabulary_size),
         "active_parameters": flops.active_by_kind(config, vocabulary_size, recipe.shares),
@@ -37,7 +39,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "full": config.layers - len(config.depth_layers),
             "gated": len(config.depth_layers),
         },
-        "tokens_per_step": tokens * recipe.pretrain.micro_batches,
+        "tokens_per_step": tokens * recipe.pretrain.gradient_accumulation_steps,
         "parts": {key: _rounded(parts) for key, parts in totals.items()},
         "parts_by_layer": {
             key: {kind: _rounded(parts) for kind, parts in by_kind.items()}

@@ -1,6 +1,6 @@
 """Micro-batches without data: made-up documents, packed as real ones are.
 
-Speed and memory depend on shapes, on how many pictures and documents a row holds, hardly on what
+Speed and memory depend on shapes, on how many images and documents a row holds, hardly on what
 they say.
 """
 
@@ -9,12 +9,12 @@ from itertools import count
 
 import numpy as np
 
-from moma.data.packing import Encoded, Packer, picture_budget
+from moma.data.packing import Encoded, Packer, image_budget
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
 _SPECIAL = 5
-# Text tokens: of a document without pictures, on average; of a caption, at least and at most.
+# Text tokens: of a document without images, on average; of a caption, at least and at most.
 _TEXT, _CAPTION = 400, (8, 32)
 
 
@@ -34,17 +34,17 @@ def made_up_vocabulary(recipe: Recipe) -> Vocabulary:
 
 
 def made_up_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> Packer:
-    """Endless micro-batches of captioned pictures and of text, one by each call of `pack`.
+    """Endless micro-batches of captioned images and of text, one by each call of `pack`.
 
     Raises:
-        UserError: the picture share is no whole number of pictures.
+        UserError: the image share is no whole number of images.
     """
     data = recipe.data
-    pictures = picture_budget(data.rows, data.row_length, data.picture_share, vocabulary)
+    images = image_budget(data.micro_batch_size, data.sequence_length, data.image_share, vocabulary)
     return Packer(
-        data.rows,
-        data.row_length,
-        pictures,
+        data.micro_batch_size,
+        data.sequence_length,
+        images,
         vocabulary,
         _captioned(vocabulary, np.random.default_rng((recipe.seed, rank, 0))),
         _texts(vocabulary, np.random.default_rng((recipe.seed, rank, 1))),
@@ -55,8 +55,8 @@ def _captioned(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[
     codes = len(vocabulary.image_codes)
     for row in count():
         caption = _words(vocabulary, random, int(random.integers(*_CAPTION)))
-        picture = vocabulary.wrap_image(random.integers(0, codes, vocabulary.codes_per_image))
-        ids = [vocabulary.beginning, *caption, *picture, vocabulary.end]
+        image = vocabulary.wrap_image(random.integers(0, codes, vocabulary.codes_per_image))
+        ids = [vocabulary.beginning, *caption, *image, vocabulary.end]
         yield Encoded("captions", row, np.array(ids, dtype=np.uint32))
 
 

@@ -1,4 +1,4 @@
-"""Chameleon's picture weights as an `ImageCodec`, and an `ImageCodec` as Chameleon's weights.
+"""Chameleon's image weights as an `ImageCodec`, and an `ImageCodec` as Chameleon's weights.
 
 Two layouts are read. The original release has encoder, codebook and decoder, under the names of
 taming-transformers (`encoder.down.0.block.0.conv1.weight`, …). The `transformers` port has the same
@@ -20,7 +20,7 @@ from moma.errors import UserError
 from moma.recipe import check
 from moma.tokenizers.image import CodecConfig, ImageCodec
 
-_PICTURE_SIZE = 512
+_IMAGE_SIZE = 512
 _NORM_GROUPS = 32
 _CODEBOOK, _ORIGINAL_CODEBOOK = "quantizer._codebook.embed", "quantize.embedding.weight"
 _PREFIX = re.compile(r"^(model\.)?vqmodel\.")
@@ -41,34 +41,34 @@ _SPELLINGS = (
 )
 
 
-def load_chameleon_codec(path: Path, picture_size: int | None = None) -> ImageCodec:
-    """Read Chameleon's picture weights, on the CPU and in evaluation mode.
+def load_chameleon_codec(path: Path, image_size: int | None = None) -> ImageCodec:
+    """Read Chameleon's image weights, on the CPU and in evaluation mode.
 
     Args:
         path: a file of weights (safetensors, or what `torch.save` wrote), or a folder of the
             `transformers` port with one or more safetensors files.
-        picture_size: side of a picture in pixels, which weights do not tell; left out, what the
+        image_size: side of an image in pixels, which weights do not tell; left out, what the
             folder's `config.json` says, else Chameleon's 512.
 
     Raises:
         UserError: the weights cannot be read, or are not of Chameleon's kind.
     """
     tensors = _read(path)
-    size = picture_size or _resolution(path) or _PICTURE_SIZE
+    size = image_size or _resolution(path) or _IMAGE_SIZE
     try:
         return from_original_layout(tensors, size)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def from_original_layout(tensors: dict[str, Tensor], picture_size: int) -> ImageCodec:
+def from_original_layout(tensors: dict[str, Tensor], image_size: int) -> ImageCodec:
     """A codec with weights under Chameleon's names; its shape is told by theirs.
 
     Raises:
         UserError: a weight is missing, unknown or of a shape that does not fit.
     """
     wanted_parts = {name for name in tensors if name.startswith(_PARTS)}
-    codec = ImageCodec(_config(tensors, picture_size))
+    codec = ImageCodec(_config(tensors, image_size))
     state = codec.state_dict()
     blocks = len(codec.config.block_channels)
     names = {name: _original_name(name, blocks) for name in _weights(codec)}
@@ -76,7 +76,7 @@ def from_original_layout(tensors: dict[str, Tensor], picture_size: int) -> Image
     unknown = sorted(wanted_parts - set(names.values()))
     if missing or unknown:
         raise UserError(
-            "not Chameleon's picture weights "
+            "not Chameleon's image weights "
             f"({len(missing)} missing: {_some(missing)}; {len(unknown)} unknown: {_some(unknown)})"
         )
     for ours, theirs in names.items():
@@ -134,7 +134,7 @@ def _original_name(name: str, blocks: int) -> str:
     return name
 
 
-def _config(tensors: dict[str, Tensor], picture_size: int) -> CodecConfig:
+def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
     """The shape of the codec that these weights are of."""
     if any(re.match(r"encoder\.down\.\d+\.attn\.", name) for name in tensors):
         raise UserError("weights with attention outside of the innermost block are not supported")
@@ -148,7 +148,7 @@ def _config(tensors: dict[str, Tensor], picture_size: int) -> CodecConfig:
     try:
         codebook_size, code_channels = tensors[_ORIGINAL_CODEBOOK].shape
         values = {
-            "picture_size": picture_size,
+            "image_size": image_size,
             "block_channels": [
                 len(tensors[f"encoder.down.{block}.block.0.conv1.weight"])
                 for block in range(blocks)
@@ -162,12 +162,12 @@ def _config(tensors: dict[str, Tensor], picture_size: int) -> CodecConfig:
             "decoder": "decoder.conv_in.weight" in tensors,
         }
     except (KeyError, ValueError) as error:
-        raise UserError(f"not Chameleon's picture weights (no {error})") from error
+        raise UserError(f"not Chameleon's image weights (no {error})") from error
     return check(CodecConfig, values, "the shape of the weights")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The picture weights in a file or folder, in float32, without the prefix of a whole model."""
+    """The image weights in a file or folder, in float32, without the prefix of a whole model."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path}: holds no safetensors file")
@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, "pt") as tensors:
-            # A file may hold a whole language model beside the picture weights.
+            # A file may hold a whole language model beside the image weights.
             names = [name for name in tensors.keys() if _is_ours(name)]  # noqa: SIM118
             return {name: tensors.get_tensor(name) for name in names}
     except Exception as error:  # the library's own exception derives from nothing else
@@ -208,7 +208,7 @@ def _is_ours(name: str) -> bool:
 
 
 def _resolution(path: Path) -> int | None:
-    """Side of a picture by the port's `config.json`, if the folder has one."""
+    """Side of an image by the port's `config.json`, if the folder has one."""
     file = path / "config.json"
     if not file.is_file():
         return None

@@ -1,7 +1,7 @@
 """A folder of tokenizers, made piece by piece: text tokenizer, image codec, vocabulary.
 
     texts    → `make_text_tokenizer` → tokenizer.json ─┐
-    pictures → `make_codec`          → codec/ ─────────┴→ vocabulary.json
+    images → `make_codec`          → codec/ ─────────┴→ vocabulary.json
 
 `moma prepare` and `moma tokenizer` make theirs here alike; `import_chameleon` makes all three from
 Chameleon's files. The vocabulary is written as soon as there is a text tokenizer, and follows the
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from moma.errors import UserError
-from moma.files import place_whole, write_whole
+from moma.files import atomic_replace, atomic_write
 from moma.progress import show_progress
 from moma.runs import Tokenizers
 from moma.tokenizers.chameleon import load_chameleon_codec
@@ -50,7 +50,7 @@ def make_text_tokenizer(
     Args:
         config: how to train it.
         codec: tells how many image codes there are and, as long as the folder has no codec, how
-            many a picture takes.
+            many an image takes.
         texts: what it learns from.
         folder: where it goes.
 
@@ -62,7 +62,7 @@ def make_text_tokenizer(
         _require_fit(codec.codebook_size, read_codec_config(folder.codec).codebook_size, folder)
     tokenizer = train_text_tokenizer(config, texts, codec.codebook_size)
     folder.path.mkdir(parents=True, exist_ok=True)
-    write_whole(folder.text, tokenizer.to_str(pretty=True))
+    atomic_write(folder.text, tokenizer.to_str(pretty=True))
     complete(folder, codec)
     return tokenizer
 
@@ -70,7 +70,7 @@ def make_text_tokenizer(
 def make_codec(
     config: CodecConfig,
     training: CodecTrainingConfig,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     held_out: Sequence[Tensor],
     folder: Tokenizers,
     seed: int,
@@ -83,13 +83,13 @@ def make_codec(
 
     Args:
         config, training, seed, device: as for `train_codec`.
-        pictures: what it learns from.
+        images: what it learns from.
         held_out: what its error is measured on; if there are none, on what it learns from.
         folder: where the codec goes.
         quiet: whether to show no progress.
 
     Raises:
-        UserError: there is a codec already, there are no pictures, or the unfinished training in
+        UserError: there is a codec already, there are no images, or the unfinished training in
             the folder has other settings.
     """
     _require_absent(folder.codec)
@@ -101,14 +101,14 @@ def make_codec(
         codec = train_codec(
             config,
             training,
-            pictures,
+            images,
             seed=seed,
             device=device,
             folder=work,
             progress=lambda state: report(state.step, f"L1 {state.absolute_error:.3f}"),
-            log=CodecLog(work, pictures, held_out),
+            log=CodecLog(work, images, held_out),
         )
-    _place_codec(codec, folder, asdict(measure_trained(codec, pictures, held_out)))
+    _place_codec(codec, folder, asdict(measure_trained(codec, images, held_out)))
     complete(folder, config)
 
 
@@ -127,15 +127,15 @@ def read_metrics(folder: Tokenizers) -> dict[str, Any]:
 
 
 def import_chameleon(
-    tokenizer: Path, weights: Path, folder: Tokenizers, picture_size: int | None = None
+    tokenizer: Path, weights: Path, folder: Tokenizers, image_size: int | None = None
 ) -> Vocabulary:
     """Make a folder of tokenizers from Chameleon's files.
 
     Args:
         tokenizer: its tokenizer file; a folder that holds a `tokenizer.json` will do.
-        weights: its picture weights; see `load_chameleon_codec`.
+        weights: its image weights; see `load_chameleon_codec`.
         folder: where they go.
-        picture_size: see `load_chameleon_codec`.
+        image_size: see `load_chameleon_codec`.
 
     Raises:
         UserError: a file cannot be read, the folder has tokenizers already, or the two do not fit.
@@ -145,12 +145,12 @@ def import_chameleon(
     if not begun:
         _require_absent(folder.text)
         _require_absent(folder.codec)
-    codec = load_chameleon_codec(weights, picture_size)
+    codec = load_chameleon_codec(weights, image_size)
     vocabulary = vocabulary_of(_read(file), codec.codes_per_image)
     _require_fit(len(vocabulary.image_codes), codec.config.codebook_size, folder)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not begun:
-        place_whole(folder.text, partial(shutil.copyfile, file))
+        atomic_replace(folder.text, partial(shutil.copyfile, file))
     if not folder.codec.exists():
         _place_codec(codec, folder, {})
     vocabulary.save(folder.vocabulary)
@@ -162,7 +162,7 @@ def complete(folder: Tokenizers, codec: CodecConfig) -> bool:
 
     Args:
         folder: of the tokenizers.
-        codec: tells how many codes a picture takes where there is neither codec nor vocabulary.
+        codec: tells how many codes an image takes where there is neither codec nor vocabulary.
 
     Returns:
         Whether anything was left to do.
@@ -233,4 +233,4 @@ def _place_codec(codec: ImageCodec, folder: Tokenizers, metrics: dict[str, Any])
         if metrics:
             (path / _METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n")
 
-    place_whole(folder.codec, fill)
+    atomic_replace(folder.codec, fill)

@@ -1,13 +1,13 @@
-"""The image codec: pictures to codes of a learned codebook, and back.
+"""The image codec: images to codes of a learned codebook, and back.
 
-    picture → `preprocess` → [3, H, W] in [−1, 1] → `encode` → codes, row by row
-    codes → `decode` → [3, H, W] → `to_pil` → picture
+    image → `preprocess` → [3, H, W] in [−1, 1] → `encode` → codes, row by row
+    codes → `decode` → [3, H, W] → `to_pil` → image
 
 The default configuration has the shape of Chameleon's VQGAN: 512 × 512 pixels become 32 × 32 codes
 of 8,192 vectors. Encoder and decoder are those of `diffusers`, the codebook and its learning are
 those of `vector_quantize_pytorch`.
 
-Shape suffixes: B pictures, H × W pixels, h × w codes, L = h·w, N = B·L, C vectors of the codebook,
+Shape suffixes: B images, H × W pixels, h × w codes, L = h·w, N = B·L, C vectors of the codebook,
 D width of one.
 """
 
@@ -36,7 +36,7 @@ _REPAIRS = 20
 _PIXELS_AT_ONCE = 2**22
 _DISTANCES_AT_ONCE = 2**29
 # On a CPU: 8 and 16 MiB, which the allocator keeps without being told, too (docs/results/data.md);
-# a single picture may be larger.
+# a single image may be larger.
 _NUMBERS_AT_ONCE_ON_CPU = 2**21
 _DISTANCES_AT_ONCE_ON_CPU = 2**22
 _WEIGHTS_FILE = "model.safetensors"
@@ -46,7 +46,7 @@ class CodecConfig(Config):
     """Shape of an image codec.
 
     Attributes:
-        picture_size: side of a picture in pixels.
+        image_size: side of an image in pixels.
         patch: side of the pixel blocks that are folded into channels before the first layer;
             1 for Chameleon's shape, more for speed.
         block_channels: width of each block; every block but the last halves the sides.
@@ -55,20 +55,20 @@ class CodecConfig(Config):
         code_channels: width of a codebook vector (D).
         codebook_size: number of codebook vectors.
         encoder_middle: whether the encoder has its innermost layers; without them it is faster,
-            and a code depends less on the picture around it.
-        encoder_context: whether a code may depend on the picture around its square at all.
+            and a code depends less on the image around it.
+        encoder_context: whether a code may depend on the image around its square at all.
             Without, an object has the same codes wherever it stands and whatever stands beside
             it; needs a single block, `patch` doing all the folding.
-        middle_attention: whether the innermost block attends over the whole picture.
+        middle_attention: whether the innermost block attends over the whole image.
         norm_groups: groups of each group normalization; divides every width.
         codebook_decay: share that a codebook vector keeps of its running mean at each step.
         dead_code_threshold: a vector chosen less often per step is replaced; 0 never replaces.
         commitment_weight: weight of the loss that keeps the encoder near the codebook.
-        decoder: whether there is a decoder; without one pictures become codes but not the reverse
+        decoder: whether there is a decoder; without one images become codes but not the reverse
             (the `transformers` port of Chameleon comes without).
     """
 
-    picture_size: int = Field(default=512, ge=1)
+    image_size: int = Field(default=512, ge=1)
     patch: int = Field(default=1, ge=1)
     block_channels: tuple[int, ...] = Field(default=(128, 128, 256, 256, 512), min_length=1)
     layers_per_block: int = Field(default=2, ge=1)
@@ -86,9 +86,9 @@ class CodecConfig(Config):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.picture_size % self.reduction:
+        if self.image_size % self.reduction:
             raise ValueError(
-                f"picture_size {self.picture_size} is no multiple of {self.reduction}, "
+                f"image_size {self.image_size} is no multiple of {self.reduction}, "
                 "the pixels that patch and blocks fold into one code"
             )
         if not self.encoder_context and len(self.block_channels) > 1:
@@ -106,11 +106,11 @@ class CodecConfig(Config):
     @property
     def codes_per_side(self) -> int:
         """Rows, and columns, of codes (h = w)."""
-        return self.picture_size // self.reduction
+        return self.image_size // self.reduction
 
     @property
     def codes_per_image(self) -> int:
-        """How many codes one picture takes (L)."""
+        """How many codes one image takes (L)."""
         return self.codes_per_side**2
 
 
@@ -160,13 +160,13 @@ class ImageCodec(nn.Module):
 
     @property
     def codes_per_image(self) -> int:
-        """How many codes one picture takes (L)."""
+        """How many codes one image takes (L)."""
         return self.config.codes_per_image
 
     @property
-    def pictures_at_once(self) -> int:
-        """How many pictures fit a bounded memory when no gradients are kept."""
-        return max(1, _PIXELS_AT_ONCE // self.config.picture_size**2)
+    def images_at_once(self) -> int:
+        """How many images fit a bounded memory when no gradients are kept."""
+        return max(1, _PIXELS_AT_ONCE // self.config.image_size**2)
 
     @property
     def codebook(self) -> Tensor:
@@ -179,26 +179,26 @@ class ImageCodec(nn.Module):
         return cast(Any, self.decoder).conv_out.weight
 
     @torch.no_grad()
-    def encode(self, pictures_B3HW: Tensor) -> Tensor:
-        """The nearest codebook vector of each square of a picture, row by row.
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """The nearest codebook vector of each square of an image, row by row.
 
         Args:
-            pictures_B3HW: float in [−1, 1].
+            images_B3HW: float in [−1, 1].
 
         Returns:
             codes_BL, int64.
 
         Raises:
-            UserError: the pictures do not have the codec's size.
+            UserError: the images do not have the codec's size.
         """
-        side = self.config.picture_size
-        if tuple(pictures_B3HW.shape[1:]) != (_CHANNELS, side, side):
+        side = self.config.image_size
+        if tuple(images_B3HW.shape[1:]) != (_CHANNELS, side, side):
             raise UserError(
-                f"pictures of shape {tuple(pictures_B3HW.shape[1:])}: this codec takes "
+                f"images of shape {tuple(images_B3HW.shape[1:])}: this codec takes "
                 f"{(_CHANNELS, side, side)}"
             )
-        most_pictures, most_vectors = _at_once(self.config, pictures_B3HW)
-        parts = pictures_B3HW.split(most_pictures)
+        most_images, most_vectors = _at_once(self.config, images_B3HW)
+        parts = images_B3HW.split(most_images)
         latents_BDhw = torch.cat([self.latents(part_B3HW) for part_B3HW in parts])
         vectors_ND = latents_BDhw.permute(0, 2, 3, 1).flatten(0, 2)
         # |v − c|² is smallest where v · c − |c|² / 2 is largest.
@@ -211,10 +211,10 @@ class ImageCodec(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes_BL: Tensor) -> Tensor:
-        """The pictures that codes stand for, pictures_B3HW in [−1, 1].
+        """The images that codes stand for, images_B3HW in [−1, 1].
 
         Args:
-            codes_BL: int64, `codes_per_image` codes for each picture, row by row.
+            codes_BL: int64, `codes_per_image` codes for each image, row by row.
 
         Raises:
             UserError: there are more or fewer codes, one is outside the codebook, or the codec has
@@ -226,10 +226,10 @@ class ImageCodec(nn.Module):
             raise UserError(f"codes outside of 0 … {len(self.codebook) - 1}")
         side = self.config.codes_per_side
         vectors_BhwD = self.codebook[codes_BL].unflatten(1, (side, side))
-        return self.pictures(vectors_BhwD.permute(0, 3, 1, 2)).clamp(-1, 1)
+        return self.images(vectors_BhwD.permute(0, 3, 1, 2)).clamp(-1, 1)
 
-    def forward(self, pictures_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct pictures through the codebook, for training.
+    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruct images through the codebook, for training.
 
         In training mode the codebook follows the encoder, and random numbers are drawn when it
         starts and when unused vectors are replaced.
@@ -237,42 +237,42 @@ class ImageCodec(nn.Module):
         Returns:
             reconstructions_B3HW (not clamped) and the weighted commitment loss, a scalar.
         """
-        vectors_BDhw, commitment = self._quantize(self.latents(pictures_B3HW))
-        return self.pictures(vectors_BDhw), commitment
+        vectors_BDhw, commitment = self._quantize(self.latents(images_B3HW))
+        return self.images(vectors_BDhw), commitment
 
     @torch.no_grad()
-    def start_codebook(self, pictures_B3HW: Tensor) -> None:
-        """Lay the codebook over what the encoder sees in these pictures: k-means, then repairs.
+    def start_codebook(self, images_B3HW: Tensor) -> None:
+        """Lay the codebook over what the encoder sees in these images: k-means, then repairs.
 
-        A picture is mostly background, so k-means alone leaves many vectors on the same spot;
+        An image is mostly background, so k-means alone leaves many vectors on the same spot;
         each repair moves those that nothing chooses. Draws random numbers; ends in training mode.
-        Takes no more of the pictures than fit a bounded memory.
+        Takes no more of the images than fit a bounded memory.
         """
         self.train()
         most = _DISTANCES_AT_ONCE // (self.config.codebook_size * self.codes_per_image)
-        parts = pictures_B3HW[: max(1, most)].split(self.pictures_at_once)
+        parts = images_B3HW[: max(1, most)].split(self.images_at_once)
         latents_BDhw = torch.cat([self.latents(part_B3HW) for part_B3HW in parts])
         for _ in range(_REPAIRS):
             self._quantize(latents_BDhw)
 
-    def autoencode(self, pictures_B3HW: Tensor) -> Tensor:
-        """Reconstruct pictures without the codebook, for the first steps of training."""
-        return self.pictures(self.latents(pictures_B3HW))
+    def autoencode(self, images_B3HW: Tensor) -> Tensor:
+        """Reconstruct images without the codebook, for the first steps of training."""
+        return self.images(self.latents(images_B3HW))
 
-    def latents(self, pictures_B3HW: Tensor) -> Tensor:
-        """What the encoder sees in pictures, before the codebook: latents_BDhw."""
-        folded = functional.pixel_unshuffle(pictures_B3HW, self.config.patch)
+    def latents(self, images_B3HW: Tensor) -> Tensor:
+        """What the encoder sees in images, before the codebook: latents_BDhw."""
+        folded = functional.pixel_unshuffle(images_B3HW, self.config.patch)
         return cast(Tensor, self.quant_conv(self.encoder(folded)))
 
-    def pictures(self, vectors_BDhw: Tensor) -> Tensor:
-        """What the decoder draws for codebook vectors: pictures_B3HW, not clamped.
+    def images(self, vectors_BDhw: Tensor) -> Tensor:
+        """What the decoder draws for codebook vectors: images_B3HW, not clamped.
 
         Raises:
             UserError: the codec has no decoder.
         """
         if self.decoder is None:
             raise UserError(
-                "this image codec has no decoder: it turns pictures into codes only; load weights "
+                "this image codec has no decoder: it turns images into codes only; load weights "
                 "with a decoder, such as those of Chameleon's original release"
             )
         drawn = self.decoder(self.post_quant_conv(vectors_BDhw))
@@ -332,11 +332,11 @@ def read_codec_config(folder: Path) -> CodecConfig:
     return check(CodecConfig, values, str(file))
 
 
-def _at_once(config: CodecConfig, pictures_B3HW: Tensor) -> tuple[int, int]:
-    """How many pictures go through the encoder's blocks at once, and vectors to the codebook."""
-    if pictures_B3HW.device.type != "cpu":
-        return len(pictures_B3HW), max(1, _DISTANCES_AT_ONCE // config.codebook_size)
-    side = config.picture_size // config.patch
+def _at_once(config: CodecConfig, images_B3HW: Tensor) -> tuple[int, int]:
+    """How many images go through the encoder's blocks at once, and vectors to the codebook."""
+    if images_B3HW.device.type != "cpu":
+        return len(images_B3HW), max(1, _DISTANCES_AT_ONCE // config.codebook_size)
+    side = config.image_size // config.patch
     numbers = max(
         width * (side // 2**block) ** 2 for block, width in enumerate(config.block_channels)
     )
@@ -347,7 +347,7 @@ def _at_once(config: CodecConfig, pictures_B3HW: Tensor) -> tuple[int, int]:
 
 
 def _encoder(pixels: int, config: CodecConfig, shared: dict[str, Any]) -> nn.Module:
-    """The encoder, `pixels` being the channels of a folded picture."""
+    """The encoder, `pixels` being the channels of a folded image."""
     from diffusers.models.autoencoders.vae import Encoder
 
     if not config.encoder_context:
@@ -376,17 +376,17 @@ def _square_encoder(pixels: int, config: CodecConfig) -> nn.Module:
     )
 
 
-def preprocess(picture: Image.Image, size: int) -> Tensor:
-    """A picture as the codec takes it: float [3, size, size] in [−1, 1].
+def preprocess(image: Image.Image, size: int) -> Tensor:
+    """An image as the codec takes it: float [3, size, size] in [−1, 1].
 
     Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
     cropped.
     """
-    return to_float(torch.from_numpy(square_pixels(picture, size)))
+    return to_float(torch.from_numpy(square_pixels(image, size)))
 
 
 def to_float(pixels_BHW3: Tensor) -> Tensor:
-    """Pixels of one or several pictures, uint8 [..., H, W, 3], as the codec takes them.
+    """Pixels of one or several images, uint8 [..., H, W, 3], as the codec takes them.
 
     Returns:
         float [..., 3, H, W] in [−1, 1].
@@ -394,9 +394,9 @@ def to_float(pixels_BHW3: Tensor) -> Tensor:
     return pixels_BHW3.movedim(-1, -3).float() / 255 * 2 - 1
 
 
-def to_pil(picture_3HW: Tensor) -> Image.Image:
-    """A picture in [−1, 1] as an RGB image; values outside are clipped."""
-    levels = ((picture_3HW.float().clamp(-1, 1) + 1) / 2 * 255).round()
+def to_pil(image_3HW: Tensor) -> Image.Image:
+    """An image in [−1, 1] as an RGB image; values outside are clipped."""
+    levels = ((image_3HW.float().clamp(-1, 1) + 1) / 2 * 255).round()
     return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy(), "RGB")
 
 

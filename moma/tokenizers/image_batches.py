@@ -1,4 +1,4 @@
-"""Which pictures a step of a codec's training sees: everything follows from seed and step."""
+"""Which images a step of a codec's training sees: everything follows from seed and step."""
 
 from collections.abc import Iterator, Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moma.hashes import unit_hash
 
-_STARTING_PICTURES = 256
+_STARTING_IMAGES = 256
 
 
 def order_of_batches(count: int, batch_size: int, start: int, seed: int) -> Iterator[list[int]]:
@@ -26,18 +26,18 @@ def order_of_batches(count: int, batch_size: int, start: int, seed: int) -> Iter
         yield batch
 
 
-def stack_pictures(pictures: Sequence[Tensor], indices: list[int]) -> Tensor:
-    """Pictures stacked as floats in [−1, 1]."""
-    batch_B3HW = torch.stack([pictures[index] for index in indices])
+def stack_images(images: Sequence[Tensor], indices: list[int]) -> Tensor:
+    """Images stacked as floats in [−1, 1]."""
+    batch_B3HW = torch.stack([images[index] for index in indices])
     if batch_B3HW.dtype == torch.uint8:
         return batch_B3HW.float() / 255 * 2 - 1
     return batch_B3HW
 
 
-def first_pictures(pictures: Sequence[Tensor], seed: int) -> Tensor:
+def first_images(images: Sequence[Tensor], seed: int) -> Tensor:
     """A random sample that the codebook starts on."""
-    sample = min(len(pictures), _STARTING_PICTURES)
-    return stack_pictures(pictures, next(order_of_batches(len(pictures), sample, 0, seed)))
+    sample = min(len(images), _STARTING_IMAGES)
+    return stack_images(images, next(order_of_batches(len(images), sample, 0, seed)))
 
 
 def step_seed(seed: int, step: int, purpose: str = "step") -> int:

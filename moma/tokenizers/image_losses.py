@@ -4,7 +4,7 @@ Both are off unless a recipe asks for them. Sources: LPIPS (Zhang et al. 2018), 
 VGG-16 are taken here without the learned weights of its channels; VQGAN (Esser et al. 2021) for
 the hinge loss and its adaptive weight; pix2pix (Isola et al. 2017) for the patch discriminator.
 
-Shape suffixes: B pictures, H × W pixels, C channels of a layer.
+Shape suffixes: B images, H × W pixels, C channels of a layer.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from torch.nn import functional
 from moma.errors import UserError
 from moma.recipe import Config
 
-# Mean and deviation of the pictures that VGG-16 was trained on, for colours from 0 to 1.
+# Mean and deviation of the images that VGG-16 was trained on, for colours from 0 to 1.
 _VGG_MEAN, _VGG_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Widths of VGG-16's convolutions in stages; between two stages the sides are halved.
 _VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -62,7 +62,7 @@ class AdversarialConfig(Config):
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of two pictures' features at the end of each of VGG-16's stages.
+    """Distance of two images' features at the end of each of VGG-16's stages.
 
     Features are scaled to unit length across channels, so that every stage counts the same.
     """
@@ -110,22 +110,22 @@ class PerceptualLoss(nn.Module):
             ) from error
         return loss
 
-    def forward(self, drawn_B3HW: Tensor, pictures_B3HW: Tensor) -> Tensor:
-        """Mean over places and pictures of the squared distances, summed over stages; a scalar.
+    def forward(self, reconstructions_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
+        """Mean over places and images of the squared distances, summed over stages; a scalar.
 
         Args:
-            drawn_B3HW, pictures_B3HW: in [−1, 1], sides of at least 16.
+            reconstructions_B3HW, images_B3HW: in [−1, 1], sides of at least 16.
         """
-        both = torch.cat([drawn_B3HW, pictures_B3HW])
+        both = torch.cat([reconstructions_B3HW, images_B3HW])
         distance = both.new_zeros(())
         for features_BCHW in self._stages(((both + 1) / 2 - self.mean) / self.deviation):
             unit_BCHW = functional.normalize(features_BCHW.float(), dim=1, eps=1e-10)
-            drawn_BCHW, real_BCHW = unit_BCHW.chunk(2)
-            distance = distance + (drawn_BCHW - real_BCHW).square().sum(1).mean()
+            reconstructions_BCHW, real_BCHW = unit_BCHW.chunk(2)
+            distance = distance + (reconstructions_BCHW - real_BCHW).square().sum(1).mean()
         return distance
 
-    def _stages(self, pictures_B3HW: Tensor) -> Iterator[Tensor]:
-        values = pictures_B3HW
+    def _stages(self, images_B3HW: Tensor) -> Iterator[Tensor]:
+        values = images_B3HW
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 yield values
@@ -136,16 +136,16 @@ class PerceptualLoss(nn.Module):
 class Adversary:
     """The discriminator and its own training."""
 
-    def __init__(self, config: AdversarialConfig, picture_size: int, device: torch.device | str):
+    def __init__(self, config: AdversarialConfig, image_size: int, device: torch.device | str):
         """Build it.
 
         Raises:
-            UserError: the pictures are too small for so many layers.
+            UserError: the images are too small for so many layers.
         """
-        if picture_size // 2**config.layers < 4:
+        if image_size // 2**config.layers < 4:
             raise UserError(
-                f"codec_training.adversarial.layers = {config.layers} is too many for pictures of "
-                f"{picture_size} pixels"
+                f"codec_training.adversarial.layers = {config.layers} is too many for images of "
+                f"{image_size} pixels"
             )
         self.config = config
         self.discriminator = _discriminator(config).to(device)
@@ -153,31 +153,33 @@ class Adversary:
             self.discriminator.parameters(), lr=config.learning_rate, betas=(0.5, 0.9)
         )
 
-    def loss(self, drawn_B3HW: Tensor, reconstruction: Tensor, last_layer: Tensor) -> Tensor:
-        """The weighted loss of a codec whose drawings are told from pictures, a scalar.
+    def loss(
+        self, reconstructions_B3HW: Tensor, reconstruction: Tensor, last_layer: Tensor
+    ) -> Tensor:
+        """The weighted loss of a codec whose drawings are told from images, a scalar.
 
         Args:
-            drawn_B3HW: reconstructions.
+            reconstructions_B3HW: reconstructions.
             reconstruction: the reconstruction loss, to which the adaptive weight compares.
             last_layer: weight of the decoder's last layer.
         """
         self.discriminator.requires_grad_(False)
-        deception = -self.discriminator(drawn_B3HW).float().mean()
+        generator_loss = -self.discriminator(reconstructions_B3HW).float().mean()
         self.discriminator.requires_grad_(True)
         weight: Tensor | float = self.config.weight
         if self.config.adaptive:
             norms = [
                 torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-                for loss in (reconstruction, deception)
+                for loss in (reconstruction, generator_loss)
             ]
             balance = norms[0] / (norms[1] + 1e-4)
             weight = weight * balance.clamp(max=_LARGEST_ADAPTIVE_WEIGHT)
-        return weight * deception
+        return weight * generator_loss
 
-    def learn(self, drawn_B3HW: Tensor, pictures_B3HW: Tensor) -> Tensor:
+    def learn(self, reconstructions_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
         """One step of the discriminator with the hinge loss, which is returned."""
-        real = self.discriminator(pictures_B3HW).float()
-        false = self.discriminator(drawn_B3HW.detach()).float()
+        real = self.discriminator(images_B3HW).float()
+        false = self.discriminator(reconstructions_B3HW.detach()).float()
         loss = (functional.relu(1 - real).mean() + functional.relu(1 + false).mean()) / 2
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -186,7 +188,7 @@ class Adversary:
 
 
 def _discriminator(config: AdversarialConfig) -> nn.Sequential:
-    """Convolutions that score overlapping patches: high for pictures, low for drawings."""
+    """Convolutions that score overlapping patches: high for images, low for drawings."""
     layers: list[nn.Module] = [nn.Conv2d(3, config.width, 4, 2, 1), nn.LeakyReLU(0.2)]
     before = config.width
     for number in range(1, config.layers + 1):

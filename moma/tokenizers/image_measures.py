@@ -10,11 +10,11 @@ from torch.nn import functional
 
 from moma.errors import UserError
 from moma.tokenizers.image import ImageCodec, in_batches
-from moma.tokenizers.image_batches import stack_pictures
+from moma.tokenizers.image_batches import stack_images
 
-_MEASURED_PICTURES = 2048
+_MEASURED_IMAGES = 2048
 _MEASURED_AT_ONCE = 64
-_LARGEST_VALUE = 2.0  # pictures span [−1, 1]
+_LARGEST_VALUE = 2.0  # images span [−1, 1]
 
 
 @dataclass(frozen=True)
@@ -22,45 +22,45 @@ class CodecMetrics:
     """What a codec achieves.
 
     Attributes:
-        psnr: peak signal-to-noise ratio of reconstructions, in dB, over all pictures at once.
-        codes_used: share of the codebook that pictures use.
+        psnr: peak signal-to-noise ratio of reconstructions, in dB, over all images at once.
+        codes_used: share of the codebook that images use.
         perplexity: exp of the entropy of the codes' frequencies.
-        pictures: of how many pictures `psnr` is.
+        images: of how many images `psnr` is.
     """
 
     psnr: float
     codes_used: float
     perplexity: float
-    pictures: int
+    images: int
 
 
 def measure_codec(
     codec: ImageCodec,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     batch_size: int = _MEASURED_AT_ONCE,
-    most: int = _MEASURED_PICTURES,
+    most: int = _MEASURED_IMAGES,
 ) -> CodecMetrics:
-    """Reconstruct pictures and report error and use of codes.
+    """Reconstruct images and report error and use of codes.
 
-    Of more than `most` pictures no more than that are measured, evenly spread.
+    Of more than `most` images no more than that are measured, evenly spread.
 
     Args:
         codec: the codec, on any device.
-        pictures: as for `train_codec`; best ones that it was not trained on.
-        batch_size: pictures at a time, fewer if they are large.
-        most: how many pictures at most.
+        images: as for `train_codec`; best ones that it was not trained on.
+        batch_size: images at a time, fewer if they are large.
+        most: how many images at most.
 
     Raises:
-        UserError: there are no pictures.
+        UserError: there are no images.
     """
-    if not len(pictures):
-        raise UserError("codec measurement: there are no pictures")
-    chosen = evenly(len(pictures), most)
+    if not len(images):
+        raise UserError("codec measurement: there are no images")
+    chosen = evenly(len(images), most)
     device = codec.codebook.device
     squared, values = 0.0, 0
     counts = torch.zeros(len(codec.codebook), dtype=torch.int64)
-    for part in in_batches(len(chosen), min(batch_size, codec.pictures_at_once)):
-        batch_B3HW = stack_pictures(pictures, list(chosen[part])).to(device)
+    for part in in_batches(len(chosen), min(batch_size, codec.images_at_once)):
+        batch_B3HW = stack_images(images, list(chosen[part])).to(device)
         codes_BL = codec.encode(batch_B3HW)
         squared += functional.mse_loss(codec.decode(codes_BL), batch_B3HW, reduction="sum").item()
         values += batch_B3HW.numel()
@@ -70,34 +70,34 @@ def measure_codec(
         psnr=signal_to_noise(squared, values),
         codes_used=(counts > 0).double().mean().item(),
         perplexity=shares.log().mul(shares).sum().neg().exp().item(),
-        pictures=len(chosen),
+        images=len(chosen),
     )
 
 
 def measure_trained(
     codec: ImageCodec,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     held_out: Sequence[Tensor],
-    most: int = _MEASURED_PICTURES,
+    most: int = _MEASURED_IMAGES,
 ) -> CodecMetrics:
-    """The error on held-out pictures, and the use of codes on those that the codec learned from.
+    """The error on held-out images, and the use of codes on those that the codec learned from.
 
-    A few held-out pictures may not need every code, so they do not tell whether codes lie idle.
+    A few held-out images may not need every code, so they do not tell whether codes lie idle.
 
     Args:
         codec: the codec, on any device.
-        pictures: what it was trained on.
-        held_out: what it has not seen; if there are none, `pictures` tell the error too.
-        most: how many pictures of each at most, evenly spread.
+        images: what it was trained on.
+        held_out: what it has not seen; if there are none, `images` tell the error too.
+        most: how many images of each at most, evenly spread.
 
     Raises:
-        UserError: there are no pictures.
+        UserError: there are no images.
     """
-    use = measure_codec(codec, pictures, most=most)
+    use = measure_codec(codec, images, most=most)
     if not len(held_out):
         return use
     error = measure_codec(codec, held_out, most=most)
-    return replace(use, psnr=error.psnr, pictures=error.pictures)
+    return replace(use, psnr=error.psnr, images=error.images)
 
 
 def evenly(count: int, most: int) -> range:

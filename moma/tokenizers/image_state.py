@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from moma.errors import UserError
-from moma.files import place_whole
+from moma.files import atomic_replace
 
 Parts = Mapping[str, nn.Module | Optimizer]
 
@@ -37,7 +37,7 @@ def save_state(file: Path, parts: Parts, identity: str, step: int) -> None:
         for name, value in _tensors(owner).items()
     }
     metadata = {"step": str(step), "identity": identity}
-    place_whole(file, lambda path: write_tensors(tensors, path, metadata))
+    atomic_replace(file, lambda path: write_tensors(tensors, path, metadata))
 
 
 def write_tensors(
@@ -72,7 +72,7 @@ def restore_state(file: Path, parts: Parts, identity: str) -> int:
         raise UserError(f"{file}: damaged ({error}); delete it to start anew") from error
     if metadata.get("identity") != identity:
         raise UserError(
-            f"{file}: left by training with another configuration, seed or set of pictures; "
+            f"{file}: left by training with another configuration, seed or set of images; "
             "delete it to start anew"
         )
     for part, owner in parts.items():

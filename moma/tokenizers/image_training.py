@@ -1,6 +1,6 @@
-"""Training of the image codec: pictures in, a codec out.
+"""Training of the image codec: images in, a codec out.
 
-    pictures → shuffled batches → encoder → codebook → decoder → L1 + L2 + commitment → Adam
+    images → shuffled batches → encoder → codebook → decoder → L1 + L2 + commitment → Adam
                                                                (+ perceptual + adversarial)
 
 Everything random depends on the seed and the step alone, and the whole state is one file that is
@@ -26,9 +26,9 @@ from moma.errors import UserError
 from moma.recipe import Config
 from moma.tokenizers.image import CodecConfig, ImageCodec
 from moma.tokenizers.image_batches import (
-    first_pictures,
+    first_images,
     order_of_batches,
-    stack_pictures,
+    stack_images,
     step_seed,
 )
 from moma.tokenizers.image_losses import (
@@ -46,13 +46,14 @@ class CodecTrainingConfig(Config):
     """How an image codec is trained.
 
     Attributes:
-        documents: how many documents of each source give their pictures, from the first on.
+        documents: how many documents of each source give their images, from the first on.
         steps: optimizer steps.
-        batch_size: pictures in a step.
+        batch_size: images in a step.
         learning_rate: its peak, reached after `warmup_steps`; a cosine then lowers it to a
             hundredth.
         warmup_steps: steps over which the learning rate rises.
-        free_steps: first steps, without the codebook; it starts on what the encoder then sees.
+        quantizer_start_step: first steps, without the codebook; it starts on what the encoder then
+        sees.
         squared_weight: weight of the squared error beside the absolute error.
         gradient_clip: largest norm of the gradient.
         average_decay: share that a moving average of the weights keeps of itself at each step; the
@@ -62,7 +63,7 @@ class CodecTrainingConfig(Config):
         perceptual: a loss on features of VGG-16, if its weights are at hand.
         adversarial: a discriminator, if its weight is not 0.
         log_every: steps between two reports of progress.
-        measure_every: steps between two measurements on held-out pictures, where they are logged.
+        measure_every: steps between two measurements on held-out images, where they are logged.
         save_every: steps between two saves of the state, if there is a folder for it.
     """
 
@@ -71,7 +72,7 @@ class CodecTrainingConfig(Config):
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
-    free_steps: int = Field(default=200, ge=0)
+    quantizer_start_step: int = Field(default=200, ge=0)
     squared_weight: float = Field(default=1.0, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
     average_decay: float = Field(default=0.0, ge=0, lt=1)
@@ -119,7 +120,7 @@ Log = Callable[[CodecProgress, ImageCodec | None], None]
 def train_codec(
     codec_config: CodecConfig,
     training_config: CodecTrainingConfig,
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     *,
     seed: int = 0,
     device: torch.device | str = "cpu",
@@ -132,9 +133,9 @@ def train_codec(
     Args:
         codec_config: shape of the codec.
         training_config: how to train it.
-        pictures: tensors [3, H, W] of the codec's size, float in [−1, 1] or uint8; read when a
+        images: tensors [3, H, W] of the codec's size, float in [−1, 1] or uint8; read when a
             batch needs them, so that a lazy sequence may hold any number.
-        seed: decides initial weights, order of pictures and replaced codebook vectors.
+        seed: decides initial weights, order of images and replaced codebook vectors.
         device: where to train.
         folder: where the state is saved and looked for; None saves nothing.
         progress: called every `log_every` steps and after the last.
@@ -145,19 +146,19 @@ def train_codec(
         The codec on `device`, in evaluation mode.
 
     Raises:
-        UserError: no pictures, no decoder, or the saved state belongs to another configuration.
+        UserError: no images, no decoder, or the saved state belongs to another configuration.
     """
-    if not len(pictures):
-        raise UserError("codec training: there are no pictures")
+    if not len(images):
+        raise UserError("codec training: there are no images")
     if not codec_config.decoder:
         raise UserError("codec.decoder = false: a codec without a decoder cannot be trained")
     config = training_config
     with torch.random.fork_rng(_cuda_devices(device)):
         torch.manual_seed(seed)
         training = _Training(codec_config, config, device)
-        identity = _identity(codec_config, config, seed, len(pictures))
+        identity = _identity(codec_config, config, seed, len(images))
         start = restore_state(folder / STATE_FILE, training.parts, identity) if folder else 0
-        for done, report in _steps(training, pictures, start, seed):
+        for done, report in _steps(training, images, start, seed):
             if progress and config.is_due(config.log_every, done):
                 progress(report())
             if log:
@@ -183,7 +184,7 @@ class _Training:
         if config.perceptual.weights is not None:
             self.perceptual = PerceptualLoss.load(config.perceptual.weights).to(device)
         if config.adversarial.weight:
-            self.adversary = Adversary(config.adversarial, codec.picture_size, device)
+            self.adversary = Adversary(config.adversarial, codec.image_size, device)
         automatic = config.precision == "auto" and self.device.type == "cuda"
         self.reduced = automatic or config.precision == "bfloat16"
 
@@ -213,14 +214,14 @@ class _Training:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced):
-            drawn_B3HW, losses = self._losses(batch_B3HW, step)
+            reconstructions_B3HW, losses = self._losses(batch_B3HW, step)
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         torch.nn.utils.clip_grad_norm_(self.codec.parameters(), self.config.gradient_clip)
         self.optimizer.step()
         if "adversarial" in losses and self.adversary is not None:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.reduced):
-                losses["discriminator"] = self.adversary.learn(drawn_B3HW, batch_B3HW)
+                losses["discriminator"] = self.adversary.learn(reconstructions_B3HW, batch_B3HW)
         if self.average is not None:
             self.average.update_parameters(self.codec)
         return lambda: CodecProgress(
@@ -233,40 +234,47 @@ class _Training:
     def _losses(self, batch_B3HW: Tensor, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Reconstructions, and the losses by the names in `CodecProgress`."""
         config, codec = self.config, self.codec
-        if step < config.free_steps:
-            drawn_B3HW, commitment = codec.autoencode(batch_B3HW), batch_B3HW.new_zeros(())
+        if step < config.quantizer_start_step:
+            reconstructions_B3HW, commitment = (
+                codec.autoencode(batch_B3HW),
+                batch_B3HW.new_zeros(()),
+            )
         else:
-            drawn_B3HW, commitment = codec(batch_B3HW)
-        drawn_B3HW = drawn_B3HW.float()
-        absolute = functional.l1_loss(drawn_B3HW, batch_B3HW)
+            reconstructions_B3HW, commitment = codec(batch_B3HW)
+        reconstructions_B3HW = reconstructions_B3HW.float()
+        absolute = functional.l1_loss(reconstructions_B3HW, batch_B3HW)
         losses = {"absolute_error": absolute, "commitment": commitment}
-        loss = absolute + config.squared_weight * functional.mse_loss(drawn_B3HW, batch_B3HW)
+        loss = absolute + config.squared_weight * functional.mse_loss(
+            reconstructions_B3HW, batch_B3HW
+        )
         if self.perceptual is not None:
-            losses["perceptual"] = self.perceptual(drawn_B3HW, batch_B3HW)
+            losses["perceptual"] = self.perceptual(reconstructions_B3HW, batch_B3HW)
             loss = loss + config.perceptual.weight * losses["perceptual"]
         reconstruction = loss
         loss = loss + commitment
         if self.adversary is not None and step >= config.adversarial.start:
-            deceiving = self.adversary.loss(drawn_B3HW, reconstruction, codec.last_layer)
-            losses["adversarial"] = deceiving
-            loss = loss + deceiving
-        return drawn_B3HW, {"loss": loss} | losses
+            generator_loss = self.adversary.loss(
+                reconstructions_B3HW, reconstruction, codec.last_layer
+            )
+            losses["adversarial"] = generator_loss
+            loss = loss + generator_loss
+        return reconstructions_B3HW, {"loss": loss} | losses
 
 
 def _steps(
-    training: _Training, pictures: Sequence[Tensor], start: int, seed: int
+    training: _Training, images: Sequence[Tensor], start: int, seed: int
 ) -> Iterator[tuple[int, Callable[[], CodecProgress]]]:
     """Train step after step; yields how many are done, and the report of the last."""
     config = training.config
-    order = order_of_batches(len(pictures), config.batch_size, start, seed)
+    order = order_of_batches(len(images), config.batch_size, start, seed)
     for step in range(start, config.steps):
         torch.manual_seed(step_seed(seed, step))
-        batch_B3HW = stack_pictures(pictures, next(order)).to(
+        batch_B3HW = stack_images(images, next(order)).to(
             training.device, memory_format=torch.channels_last
         )
         training.codec.train()
-        if step == config.free_steps:
-            training.codec.start_codebook(first_pictures(pictures, seed).to(training.device))
+        if step == config.quantizer_start_step:
+            training.codec.start_codebook(first_images(images, seed).to(training.device))
         yield step + 1, training.step(batch_B3HW, step)
 
 
@@ -275,7 +283,7 @@ def _log(log: Log, training: "_Training", done: int, report: Callable[[], CodecP
     config = training.config
     measured = config.is_due(config.measure_every, done)
     if measured or config.is_due(config.log_every, done):
-        log(report(), training.result if measured and done > config.free_steps else None)
+        log(report(), training.result if measured and done > config.quantizer_start_step else None)
 
 
 def _new_codec(config: CodecConfig, device: torch.device | str) -> ImageCodec:
@@ -314,6 +322,6 @@ def _identity(codec: CodecConfig, training: CodecTrainingConfig, seed: int, coun
         "codec": codec.model_dump(mode="json"),
         "training": training.of_effect,
         "seed": seed,
-        "pictures": count,
+        "images": count,
     }
     return json.dumps(facts, sort_keys=True)

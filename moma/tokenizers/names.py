@@ -80,7 +80,7 @@ def read_vocabulary(ids: dict[str, int], codes_per_image: int) -> Vocabulary:
 
     Args:
         ids: id of each name.
-        codes_per_image: how many codes one picture takes.
+        codes_per_image: how many codes one image takes.
 
     Raises:
         UserError: a special id or an image code is missing.

@@ -6,10 +6,10 @@ from functools import partial
 from typing import Any
 
 from moma.errors import UserError
-from moma.files import place_whole
+from moma.files import atomic_replace
 from moma.recipe import Config, write_recipe
 from moma.runs import Run, Tokenizers
-from moma.runtime.world import World, agreeing
+from moma.runtime.world import World, raise_on_all_ranks
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, read_run_recipe
 
@@ -32,7 +32,7 @@ _HARMLESS = (
     "STAGE.checkpoint_every",
     "STAGE.keep_checkpoints",
     "STAGE.keep_every",
-    "STAGE.micro_batches",
+    "STAGE.gradient_accumulation_steps",
     "STAGE.on_fault",
     "STAGE.explosion",
 )
@@ -65,19 +65,19 @@ def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
     return list(changes.values())
 
 
-def claim(run: Run, recipe: Recipe, data: Tokenizers, world: World) -> None:
+def check_resumed_recipe(run: Run, recipe: Recipe, data: Tokenizers, world: World) -> None:
     """Make the run folder, or check that it was made by this recipe; all ranks together.
 
     Raises:
         UserError: the folder belongs to something else.
     """
-    with agreeing(world):
+    with raise_on_all_ranks(world):
         if world.rank == 0:
             _claim(run, recipe, data)
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:
-    """Keys whose values differ, each with a text such as `data.rows: 8 → 16`."""
+    """Keys whose values differ, each with a text such as `data.micro_batch_size: 8 → 16`."""
     old, new = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (before, after))
     return {
         key: f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
@@ -99,7 +99,7 @@ def _claim(run: Run, recipe: Recipe, data: Tokenizers) -> None:
     else:
         run.path.mkdir(parents=True, exist_ok=True)
         data.copy_to(run.tokenizers)
-    place_whole(run.recipe, partial(write_recipe, recipe))
+    atomic_replace(run.recipe, partial(write_recipe, recipe))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from moma.data.packing import Batch
 from moma.errors import SharedError
-from moma.model.transformer import first_unsound
+from moma.model.transformer import first_nonfinite
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.manifest import write_json
-from moma.runtime.world import World, agreeing
+from moma.runtime.world import World, raise_on_all_ranks
 from moma.train.recipe import Recipe
 
 _PARTS = ("tokens_BS", "labels_BS", "documents_BS", "positions_BS")
@@ -65,13 +65,13 @@ def raise_fault(
         recipe: of the run in whose folder it is kept.
         world: the ranks.
         recent: this rank's last micro-batches.
-        tensors: the evidence of the watch; see `Watch`.
+        tensors: the evidence of the watch; see `LossMonitor`.
 
     Raises:
         UserError: always.
     """
     run, step = Run(recipe.run), int(tensors["first"])
-    layers = tensors["unsound"].nonzero().flatten().tolist()
+    layers = tensors["nonfinite"].nonzero().flatten().tolist()
     loss, norm = (float(tensors[key]) for key in ("fault_loss", "fault_norm"))
     folder = run.path / "fault"
     before = [path.name for path in checkpoints_in(run.checkpoints)]
@@ -84,7 +84,7 @@ def raise_fault(
         "micro_batches": recent.micro_batches,
         "checkpoint": before[-1] if before else None,
     }
-    with agreeing(world):
+    with raise_on_all_ranks(world):
         folder.mkdir(parents=True, exist_ok=True)
         recent.save(step, folder / f"rank-{world.rank}.safetensors")
         if world.rank == 0:
@@ -99,7 +99,7 @@ def raise_fault(
 def _what(layers: Sequence[int], loss: float, norm: float) -> str:
     """The first thing that is wrong, in the order in which a step computes."""
     if layers:
-        return first_unsound(layers)
+        return first_nonfinite(layers)
     if not math.isfinite(loss):
         return "the loss is not finite, though the outputs of all layers are"
     if not math.isfinite(norm):

@@ -12,7 +12,7 @@ import torch
 
 from moma.data.batches import Batches, prepared_ahead, share_out
 from moma.errors import SharedError, StoppedError, StorageError
-from moma.files import held_alone
+from moma.files import lock_folder
 from moma.model.transformer import Transformer
 from moma.progress import Report, show_progress
 from moma.runs import Run, Tokenizers
@@ -28,9 +28,9 @@ from moma.runtime.checkpoint import (
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate
 from moma.runtime.trace import Trace
-from moma.runtime.world import World, agreeing, gather, telling_of_lost_ranks
+from moma.runtime.world import World, gather, raise_on_all_ranks, reporting_lost_ranks
 from moma.runtime.writer import CheckpointWriter
-from moma.train.changes import claim
+from moma.train.changes import check_resumed_recipe
 from moma.train.fault import Recent, raise_fault
 from moma.train.metrics import HostCopy, Window
 from moma.train.recipe import Recipe
@@ -44,7 +44,7 @@ from moma.train.stages import (
 )
 from moma.train.statistics import Statistics
 from moma.train.tracking import Row, Tracker, make_trackers
-from moma.train.watch import Watch
+from moma.train.watch import LossMonitor
 from moma.vocabulary import Vocabulary
 
 # Seconds after which a lost node's hold on a run folder should have ended.
@@ -65,16 +65,16 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
     """
     run, data = Run(recipe.run), Tokenizers(recipe.data.path)
     with ExitStack() as stack:
-        stack.enter_context(telling_of_lost_ranks(world))
+        stack.enter_context(reporting_lost_ranks(world))
         asked = stack.enter_context(interruption(world))
         held = _hold(run, recipe, world, stack)
         newest, damaged = newest_whole(run.checkpoints, world)
         if newest is not None and _is_last(newest, recipe):
-            claim(run, recipe, data, world)
+            check_resumed_recipe(run, recipe, data, world)
             return run
         # A run that has begun needs the one that it began from no more.
         source = find_source(recipe, world) if newest is None else None
-        with agreeing(world):
+        with raise_on_all_ranks(world):
             vocabulary = Vocabulary.load(data.vocabulary)
             model = prepare_model(recipe, vocabulary, world, source, newest is not None)
             begin = origin(recipe, source)
@@ -82,7 +82,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
             if newest is None:
                 trainer.take_data(begin.data)
         # Last: a recipe that cannot be trained leaves no run behind.
-        claim(run, recipe, data, world)
+        check_resumed_recipe(run, recipe, data, world)
         if not held:
             _hold(run, recipe, world, stack)
         if newest is None:
@@ -100,10 +100,10 @@ def _hold(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
     """Keep other processes out of the run folder, if it is there; the same on all ranks."""
     there = gather(run.path.is_dir(), world.writers)[0]
     if there:
-        with agreeing(world):
+        with raise_on_all_ranks(world):
             if world.rank == 0:
                 patience = min(_PATIENCE, recipe.engine.timeout / 2)
-                stack.enter_context(held_alone(run.path, patience))
+                stack.enter_context(lock_folder(run.path, patience))
     return there
 
 
@@ -122,7 +122,7 @@ class Trainer:
         self.recipe, self.config, self.run = recipe, recipe.stage_config, run
         self.model, self.world = model, world
         self.fingerprint = vocabulary.fingerprint
-        self.watch = Watch(self.config, world.device)
+        self.watch = LossMonitor(self.config, world.device)
         self.step = make_step(recipe, model, world, self.watch)
         self.optimizer = self.step.optimizer
         batches = Batches(
@@ -133,7 +133,7 @@ class Trainer:
         self.done, self.tokens, self.origin = 0, 0, Origin()
         self.flops_per_token = flops_per_token(recipe, vocabulary)
         self.window = Window(recipe, model, self.flops_per_token, world)
-        self.micro_batches = self.config.micro_batches
+        self.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         self.writer = CheckpointWriter(
             run.checkpoints, world, self.config.keep_checkpoints, self.config.keep_every
         )
@@ -226,7 +226,7 @@ class Trainer:
     def _take_step(self, report: Report) -> None:
         rate = learning_rate(self.config.optimizer, self.done, self.config.steps)
         begun = time.monotonic()
-        batches = [next(self.batches) for _ in range(self.micro_batches)]
+        batches = [next(self.batches) for _ in range(self.gradient_accumulation_steps)]
         waiting = time.monotonic() - begun
         step = self.done + 1
         logs = step % self.config.log_every == 0 or step == self.config.steps
@@ -280,7 +280,7 @@ class Trainer:
     def _sync_log(self) -> None:
         """Bring the log to the disk, on which no checkpoint may be ahead of it."""
         self.writer.wait()  # its thread talks between ranks by the same group
-        with agreeing(self.world):
+        with raise_on_all_ranks(self.world):
             if self.problem is not None:
                 raise self.problem
             for tracker in self.trackers:
@@ -297,7 +297,7 @@ class Trainer:
             "tokens_before": self.origin.tokens,
             "flops_before": self.origin.flops,
             "learning_rate": learning_rate(self.config.optimizer, self.done, self.config.steps),
-            "micro_batches": self.micro_batches,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
             "vocabulary": self.fingerprint,
             "window": self.window.get_state(),
             "watch": self.watch.get_state(),
@@ -320,15 +320,20 @@ class Trainer:
         self.origin = Origin(state["tokens_before"], state["flops_before"])
         self.window.set_state(state["window"])
         self.watch.set_state(state["watch"])
-        before = state["recipe"][self.recipe.stage]["micro_batches"]
-        if before == self.config.micro_batches and self.recipe.engine.step_size == "kept":
-            self.micro_batches = self._share_step(state["micro_batches"] * state["world_size"])
+        before = state["recipe"][self.recipe.stage]["gradient_accumulation_steps"]
+        if (
+            before == self.config.gradient_accumulation_steps
+            and self.recipe.engine.step_size == "kept"
+        ):
+            self.gradient_accumulation_steps = self._share_step(
+                state["gradient_accumulation_steps"] * state["world_size"]
+            )
 
     def _share_step(self, together: int) -> int:
         """Micro-batches of each rank, in a step that keeps its size whatever the ranks' number."""
-        ranks, own = self.world.size, self.config.micro_batches
+        ranks, own = self.world.size, self.config.gradient_accumulation_steps
         if together % ranks:
-            tokens = self.recipe.data.rows * self.recipe.data.row_length
+            tokens = self.recipe.data.micro_batch_size * self.recipe.data.sequence_length
             raise SharedError(
                 f"{self.run.path}: {ranks} ranks cannot share the {together} micro-batches of a "
                 f"step; use a divisor of {together} as number of ranks, and a step keeps its "
@@ -338,7 +343,7 @@ class Trainer:
         return together // ranks
 
     def _open_log(self) -> None:
-        with agreeing(self.world):
+        with raise_on_all_ranks(self.world):
             if self.world.rank == 0:
                 self.writer.sweep()
                 self.trackers = make_trackers(self.recipe.tracking, self.run, self.done)

@@ -23,7 +23,8 @@ class StageConfig(Config):
 
     Attributes:
         steps: optimizer steps.
-        micro_batches: batches whose gradients are added up in one step, on every rank.
+        gradient_accumulation_steps: batches whose gradients are added up in one step, on every
+        rank.
         log_every: steps between rows of `metrics.jsonl`; a row is the mean over them.
         checkpoint_every: steps between checkpoints, a multiple of `log_every`.
         keep_checkpoints: how many of the newest stay.
@@ -37,7 +38,7 @@ class StageConfig(Config):
     """
 
     steps: int = Field(160_000, ge=1)
-    micro_batches: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
@@ -136,7 +137,7 @@ class Recipe(Config):
     @property
     def shares(self) -> tuple[float, ...]:
         """Part of each modality in a batch, in the order of `MODALITIES`."""
-        image = self.data.picture_share
+        image = self.data.image_share
         return tuple(image if index == IMAGE else 1 - image for index in range(len(MODALITIES)))
 
     def build_model(self, vocabulary: Vocabulary) -> Transformer:

@@ -23,12 +23,12 @@ from moma.runtime.checkpoint import (
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.recompute import recompute
 from moma.runtime.sharding import fill, shard
-from moma.runtime.world import World, agreeing, can_compile
+from moma.runtime.world import World, can_compile, raise_on_all_ranks
 from moma.train.changes import differences
 from moma.train.recipe import Recipe
 from moma.train.restore import newest_checkpoint, read_run_recipe
 from moma.train.step import Objective, Step, next_token_objective, router_objective
-from moma.train.watch import Watch
+from moma.train.watch import LossMonitor
 from moma.vocabulary import Vocabulary
 
 
@@ -69,11 +69,11 @@ def find_source(recipe: Recipe, world: World) -> Source | None:
     """
     if recipe.from_ is None:
         return None
-    with agreeing(world):
+    with raise_on_all_ranks(world):
         before = read_run_recipe(Run(recipe.from_))
         _refuse_other_model(recipe, before)
     checkpoint = newest_checkpoint(Run(recipe.from_), world)
-    with agreeing(world):
+    with raise_on_all_ranks(world):
         state = read_state(checkpoint)
         # What is newest may be damaged, and what is whole not the end.
         if recipe.stage != "pretrain" and state["step"] < before.stage_config.steps:
@@ -160,7 +160,7 @@ def objective_of(recipe: Recipe, device: torch.device) -> Objective:
     return next_token_objective(recipe.stage_config.z_loss, compiled)
 
 
-def make_step(recipe: Recipe, model: Transformer, world: World, watch: Watch) -> Step:
+def make_step(recipe: Recipe, model: Transformer, world: World, watch: LossMonitor) -> Step:
     """The step of the recipe's stage, with an optimizer of its own."""
     keep_freed_memory(world.device)
     settings = recipe.stage_config.optimizer
@@ -180,7 +180,9 @@ def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
     routers = recipe.stage == "aux_router"
     count = router_stage_flops_per_token if routers else training_flops_per_token
     data = recipe.data
-    return count(recipe.model, vocabulary.size, recipe.shares, data.rows, data.row_length)
+    return count(
+        recipe.model, vocabulary.size, recipe.shares, data.micro_batch_size, data.sequence_length
+    )
 
 
 def _fill(recipe: Recipe, model: Transformer, source: Source | None) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from moma.model.auxiliary import RouterRecord
-from moma.model.layers import widen
+from moma.model.layers import upcast
 from moma.model.transformer import Transformer
 
 # Parts of a parameter's name that tell its kind; the first that fits counts.
@@ -60,7 +60,7 @@ class Statistics:
             if parameter.grad is not None:
                 grad = parameter.grad
                 own = grad.to_local() if isinstance(grad, DTensor) else grad
-                squares.setdefault(_kind(name), []).append(widen(own).square().sum())
+                squares.setdefault(_kind(name), []).append(upcast(own).square().sum())
         for kind, parts in squares.items():
             self.sums[f"gradient {kind}"] = torch.stack(parts).sum() / self._copies
 
@@ -111,13 +111,13 @@ def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
     chosen_NE, eligible_N = record.chosen_NE, record.eligible_N.float()
     eligible_NM = modality_NM * eligible_N[:, None]
     taken_N = chosen_NE.sum(1)
-    logits_NE = widen(record.logits_NE)
+    logits_NE = upcast(record.logits_NE)
     score_NE = logits_NE.sigmoid()
     nobody = torch.full_like(score_NE, torch.inf)
     cut_E = torch.where(chosen_NE > 0, score_NE, nobody).amin(0)
     entropy_N = (functional.softplus(logits_NE) - logits_NE * score_NE).mean(1)
-    foretold_NE = score_NE if record.likelihood_NE is None else record.likelihood_NE
-    right_NE = ((foretold_NE > 0) == (chosen_NE > 0)).float()
+    predicted_NE = score_NE if record.auxiliary_logits_NE is None else record.auxiliary_logits_NE
+    right_NE = ((predicted_NE > 0) == (chosen_NE > 0)).float()
     one = eligible_N.new_ones(())
     return torch.cat(
         (
@@ -139,14 +139,17 @@ def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
 
 
 def _describe_router(sums: Tensor, depth: bool, names: Sequence[str]) -> dict[str, Any]:
-    tokens, untaken, several, cut, ranks, entropy, right = sums[:7].tolist()
+    tokens, dropped_fraction, several, cut, ranks, entropy, right = sums[:7].tolist()
     told = {
         "cut": cut / ranks,
         "entropy": entropy / max(1, tokens),
         "agreement": right / max(1, tokens),
     }
     if not depth:
-        return {"untaken": untaken / max(1, tokens), "several": several / max(1, tokens)} | told
+        return {
+            "dropped_fraction": dropped_fraction / max(1, tokens),
+            "several": several / max(1, tokens),
+        } | told
     chosen_M, all_M = sums[7:].view(2, -1).tolist()
     shares = {
         name: chosen / count

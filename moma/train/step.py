@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 
 from moma.data.packing import NO_LABEL, Batch
 from moma.model.auxiliary import RouterRecord
-from moma.model.layers import widen
+from moma.model.layers import upcast
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runtime.world import World
 from moma.train.statistics import Statistics
-from moma.train.watch import Watch
+from moma.train.watch import LossMonitor
 from moma.vocabulary import MODALITIES
 
 
@@ -38,7 +38,8 @@ class Losses(NamedTuple):
     Attributes:
         objective: what is minimised, a differentiable sum.
         loss_M, correct_M, targets_M: loss, right answers and targets of each modality.
-        unsound_L: the layers whose output or router's score is NaN or infinite; see `ModelOutput`.
+        nonfinite_L: the layers whose output or router's score is NaN or infinite; see
+        `ModelOutput`.
         routers: what the routers did.
     """
 
@@ -46,7 +47,7 @@ class Losses(NamedTuple):
     loss_M: Tensor
     correct_M: Tensor
     targets_M: Tensor
-    unsound_L: Tensor | None = None
+    nonfinite_L: Tensor | None = None
     routers: Sequence[RouterRecord] = ()
 
 
@@ -69,7 +70,7 @@ def cross_entropy_sums(
     modalities: int = len(MODALITIES),
 ) -> Losses:
     """Next-token cross-entropy in nats by the modality of the target, ignored labels left out."""
-    logits_NV = widen(logits_NV)
+    logits_NV = upcast(logits_NV)
     target_N = labels_N.clamp(min=0)
     counted_N = (labels_N != NO_LABEL).to(logits_NV.dtype)
     normaliser_N = logits_NV.logsumexp(-1)
@@ -106,7 +107,7 @@ def next_token_objective(z_loss: float, compiled: bool, choices: bool = True) ->
             z_loss,
             len(model.vocabulary.modalities),
         )
-        return losses._replace(unsound_L=output.unsound_L, routers=output.routers)
+        return losses._replace(nonfinite_L=output.nonfinite_L, routers=output.routers)
 
     return objective
 
@@ -117,22 +118,22 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
     A target is one decision of one router: does expert e, or does the layer, take token n.
     """
     output = model(batch.tokens, batch.documents, batch.positions, Routing(record=True))
-    dtype = widen(output.logits_BSV).dtype
+    dtype = upcast(output.logits_BSV).dtype
     modalities = len(model.vocabulary.modalities)
     modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()], modalities, dtype)
     loss_M, correct_M, targets_M = modality_NM.new_zeros(3, modalities)
-    for chosen_NE, likelihood_NE, eligible_N, *_ in output.routers:
+    for chosen_NE, auxiliary_logits_NE, eligible_N, *_ in output.routers:
         eligible_NM = modality_NM * eligible_N[:, None]
-        assert likelihood_NE is not None
+        assert auxiliary_logits_NE is not None
         loss_NE = functional.binary_cross_entropy_with_logits(
-            likelihood_NE, chosen_NE, reduction="none"
+            auxiliary_logits_NE, chosen_NE, reduction="none"
         )
         loss_M = loss_M + (loss_NE.sum(1)[:, None] * eligible_NM).sum(0)
-        right_NE = (likelihood_NE > 0) == (chosen_NE > 0)
+        right_NE = (auxiliary_logits_NE > 0) == (chosen_NE > 0)
         correct_M = correct_M + (right_NE.to(dtype).sum(1)[:, None] * eligible_NM).sum(0)
         targets_M = targets_M + chosen_NE.shape[1] * eligible_NM.sum(0)
     return Losses(
-        loss_M.sum(), loss_M.detach(), correct_M, targets_M, output.unsound_L, output.routers
+        loss_M.sum(), loss_M.detach(), correct_M, targets_M, output.nonfinite_L, output.routers
     )
 
 
@@ -150,7 +151,7 @@ class Step:
         objective: Objective,
         clip: float,
         world: World,
-        watch: Watch | None = None,
+        watch: LossMonitor | None = None,
         precision: torch.dtype | None = None,
     ):
         """Set up.
@@ -178,7 +179,7 @@ class Step:
         statistics: Statistics | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Take one step; `statistics`, if given, sees its last micro-batch and its gradients."""
-        sums, unsound_L = self._over_ranks(*self._backward(batches, statistics))
+        sums, nonfinite_L = self._over_ranks(*self._backward(batches, statistics))
         # Sharding averages gradients over the ranks; the loss is a mean over all their targets.
         scale = self.world.size / sums[2].sum().clamp(min=1)
         for parameter in self.trainable:
@@ -190,7 +191,7 @@ class Step:
         norm = self._clip()
         if self.watch is not None:
             loss = sums[0].sum() / sums[2].sum().clamp(min=1)
-            sound = self.watch.judge(loss, norm, unsound_L)
+            sound = self.watch.judge(loss, norm, nonfinite_L)
             if self.watch.refuses(sound):
                 if statistics is not None:
                     statistics.sums.clear()
@@ -205,24 +206,24 @@ class Step:
     def _backward(
         self, batches: Sequence[Batch], statistics: Statistics | None
     ) -> tuple[Tensor, Tensor]:
-        """Add up gradients; returns this rank's sums, and the unsound layers of the first batch."""
+        """Add up gradients; returns this rank's sums and the first batch's non-finite layers."""
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
-        unsound_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
+        nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
         for index, batch in enumerate(batches):
             on_device = to_device(batch, self.world.device)
             with self.precision():
                 losses = self.objective(self.model, on_device)
             losses.objective.backward()
-            if losses.unsound_L is not None:
-                unsound_L = torch.where(unsound_L.any(), unsound_L, losses.unsound_L)
+            if losses.nonfinite_L is not None:
+                nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             if statistics is not None and index == len(batches) - 1:
                 statistics.see_routers(losses.routers, on_device.tokens)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
-        return sums, unsound_L
+        return sums, nonfinite_L
 
-    def _over_ranks(self, sums: Tensor, unsound_L: Tensor) -> tuple[Tensor, Tensor]:
+    def _over_ranks(self, sums: Tensor, nonfinite_L: Tensor) -> tuple[Tensor, Tensor]:
         """Both of all ranks, in one reduction."""
-        both = self.world.sum(torch.cat((sums.flatten(), unsound_L.to(sums.dtype))))
+        both = self.world.sum(torch.cat((sums.flatten(), nonfinite_L.to(sums.dtype))))
         return both[: sums.numel()].view_as(sums), both[sums.numel() :] > 0
 
     def _name(self, parameter: nn.Parameter) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moma.errors import StorageError, UserError
-from moma.files import to_disk, write_whole
+from moma.files import atomic_write, sync_file
 from moma.recipe import Config
 from moma.runs import Run
 
@@ -56,7 +56,7 @@ class JsonLines:
             with partial.open("wb") as file:
                 for row in _until(run, step):
                     file.write(json.dumps(row).encode() + b"\n")
-                to_disk(file)
+                sync_file(file)
             partial.replace(run.metrics)
             self._file = run.metrics.open("ab")
 
@@ -69,7 +69,7 @@ class JsonLines:
     def sync(self) -> None:
         """Bring all rows to the disk: no checkpoint may be ahead of its log."""
         with _on_disk(self._path):
-            to_disk(self._file)
+            sync_file(self._file)
 
     def close(self) -> None:
         """Close the file."""
@@ -123,7 +123,7 @@ class WandB:
             ) from error
         file = run.path / "wandb-id"
         if not file.is_file():
-            write_whole(file, uuid.uuid4().hex + "\n")
+            atomic_write(file, uuid.uuid4().hex + "\n")
         self._run = wandb.init(
             project=project,
             name="/".join(run.path.resolve().parts[-2:]),

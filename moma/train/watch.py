@@ -10,17 +10,17 @@ from moma.errors import SharedError
 from moma.train.recipe import StageConfig
 
 # Part of the loss's recent mean that a step replaces.
-_PACE = 0.02
+_EMA_DECAY = 0.02
 # So many steps skipped one after the other are no accident.
 _PATIENCE = 10
 
 
-class Watch:
+class LossMonitor:
     """Judges each step by its loss and the norm of its gradient, which all ranks share.
 
     Attributes:
         evidence: tensors on the device: `first`, the number of the first step at fault, 0 if there
-            was none, and what was found in that step: `fault_loss`, `fault_norm`, and `unsound`,
+            was none, and what was found in that step: `fault_loss`, `fault_norm`, and `nonfinite`,
             the layers whose output or router's score was not finite, [L].
         skipped: steps skipped so far.
     """
@@ -29,7 +29,7 @@ class Watch:
         self.skips = config.on_fault == "skip"
         self.skipped = self._in_a_row = 0
         nothing = torch.zeros((), device=device)
-        self.evidence = dict.fromkeys(("first", "fault_loss", "fault_norm", "unsound"), nothing)
+        self.evidence = dict.fromkeys(("first", "fault_loss", "fault_norm", "nonfinite"), nothing)
         self._explosion = config.explosion
         self._mean = torch.full((), torch.nan, device=device)
         self._step = 0
@@ -38,24 +38,24 @@ class Watch:
         """Name the step that comes, from 1."""
         self._step = step
 
-    def judge(self, loss: Tensor, norm: Tensor, unsound_L: Tensor) -> Tensor:
+    def judge(self, loss: Tensor, norm: Tensor, nonfinite_L: Tensor) -> Tensor:
         """Whether the step is sound: a boolean on the device.
 
         Args:
             loss: mean over all targets.
             norm: of the gradient.
-            unsound_L: booleans, as in `ModelOutput`.
+            nonfinite_L: booleans, as in `ModelOutput`.
         """
-        sound = loss.isfinite() & norm.isfinite() & ~unsound_L.any()
+        sound = loss.isfinite() & norm.isfinite() & ~nonfinite_L.any()
         if self._explosion:
             # Nothing is larger than the NaN that the mean is at first.
             sound = sound & ~(loss > self._explosion * self._mean)
-        mean = torch.where(self._mean.isnan(), loss, torch.lerp(self._mean, loss, _PACE))
+        mean = torch.where(self._mean.isnan(), loss, torch.lerp(self._mean, loss, _EMA_DECAY))
         self._mean = torch.where(sound, mean, self._mean)
         # Whatever comes after the first fault may follow from it.
         at_fault = (self.evidence["first"] == 0) & ~sound
         step = torch.full_like(loss, self._step)
-        found = zip(self.evidence, (step, loss, norm, unsound_L.to(loss.dtype)), strict=True)
+        found = zip(self.evidence, (step, loss, norm, nonfinite_L.to(loss.dtype)), strict=True)
         self.evidence = {
             name: torch.where(at_fault, value, self.evidence[name]) for name, value in found
         }

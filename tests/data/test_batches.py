@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moma.data.batches import Batches, DataConfig, prepared_ahead, share_out
-from moma.data.documents import Document, Picture
+from moma.data.documents import Document, ImageRef
 from moma.data.encoding import encode_source
 from moma.data.packing import NO_LABEL, Batch, Packer
 from moma.errors import UserError
@@ -39,20 +39,20 @@ class Source:
 
     weight = 1.0
 
-    def __init__(self, name, numbers, pictured):
-        self.name, self.numbers, self.pictured = name, numbers, pictured
+    def __init__(self, name, numbers, with_images):
+        self.name, self.numbers, self.with_images = name, numbers, with_images
 
     def documents(self):
         for number in self.numbers:
             words = " ".join([str(number)] * (1 + number % 7))
-            picture = Picture("", lambda: Image.new("L", (1, 1)))
-            segments = (words, picture) if self.pictured(number) else (words,)
+            image = ImageRef("", lambda: Image.new("L", (1, 1)))
+            segments = (words, image) if self.with_images(number) else (words,)
             yield Document(str(number), segments, held_out=number % 4 == 3)
 
 
 SOURCES = {
     "mixed": Source("mixed", range(100, 180), lambda number: number % 2 == 0),
-    "pictures": Source("pictures", range(200, 230), lambda number: True),
+    "images": Source("images", range(200, 230), lambda number: True),
     "words": Source("words", range(300, 360), lambda number: False),
 }
 
@@ -61,7 +61,7 @@ def encode(source, folder):
     encode_source(
         source,
         lambda texts: [[int(word) for word in text.split()] for text in texts],
-        lambda pictures: np.zeros((len(pictures), 4), dtype=int),
+        lambda images: np.zeros((len(images), 4), dtype=int),
         VOCABULARY,
         0.0,
         folder / "shards" / source.name,
@@ -76,13 +76,13 @@ def folder(tmp_path_factory):
     return folder
 
 
-def config_of(folder, names=("mixed", "pictures", "words"), weights=None, **changes):
+def config_of(folder, names=("mixed", "images", "words"), weights=None, **changes):
     weights = weights or {}
     sources = [
         {"kind": "text", "name": name, "path": "unused", "weight": weights.get(name, 1.0)}
         for name in names
     ]
-    fields = {"path": folder, "rows": 2, "row_length": 32, "picture_share": 0.25}
+    fields = {"path": folder, "micro_batch_size": 2, "sequence_length": 32, "image_share": 0.25}
     return check(DataConfig, {**fields, "sources": sources, **changes}, "test")
 
 
@@ -128,7 +128,7 @@ def assert_same(left, right):
 
 def test_training_batches_are_exact_and_without_padding(folder):
     for batch in take(batches_of(folder), 100):
-        assert batch.pictures == 4
+        assert batch.images == 4
         assert np.isin(batch.tokens_BS, VOCABULARY.image_codes).mean() == 0.25
         assert batch.padding == 0
 
@@ -141,7 +141,7 @@ def test_a_single_pass_shows_every_document_once(folder, split):
     assert words_in(found) == expected_words(split == "held_out")
     assert numbers_in(found) == dict.fromkeys(expected_words(split == "held_out"), 1)
     assert batches.unreached_documents == 0
-    assert all(batch.pictures <= 4 for batch in found)
+    assert all(batch.images <= 4 for batch in found)
 
 
 def test_held_out_is_a_single_pass_by_default(folder):
@@ -164,17 +164,19 @@ def test_seeds_decide_the_order(folder):
 
 
 def test_weights_hold_within_a_percent_over_1000_batches(folder):
-    """Share of documents, among those with pictures and among those without; on every rank."""
-    weights = {"mixed": 1.0, "pictures": 3.3, "words": 0.45}
+    """Share of documents, among those with images and among those without; on every rank."""
+    weights = {"mixed": 1.0, "images": 3.3, "words": 0.45}
     for rank in range(2):
         batches = batches_of(folder, rank=rank, world_size=2, weights=weights)
         found: Counter[tuple[bool, str]] = Counter()
         for number, count in numbers_in(take(batches, 1000)).items():
             for name, source in SOURCES.items():
                 if number in source.numbers:
-                    found[source.pictured(number), name] += count
-        for pictured in (True, False):
-            counts = {name: found[pictured, name] for name in weights if found[pictured, name]}
+                    found[source.with_images(number), name] += count
+        for with_images in (True, False):
+            counts = {
+                name: found[with_images, name] for name in weights if found[with_images, name]
+            }
             assert len(counts) == 2
             for name, count in counts.items():
                 share = weights[name] / sum(weights[other] for other in counts)
@@ -259,17 +261,15 @@ kinds = st.lists(st.lists(st.none() | st.integers(1, 45), min_size=1, max_size=6
 
 
 class Random:
-    """Documents of a kind each: how many words, and where pictures stand."""
+    """Documents of a kind each: how many words, and where images stand."""
 
     def __init__(self, name, first, kinds):
         self.name, self.first, self.kinds = name, first, kinds
 
     def documents(self):
         for number, kind in enumerate(self.kinds, self.first):
-            picture = Picture("", lambda: Image.new("L", (1, 1)))
-            segments = [
-                picture if part is None else " ".join([str(number)] * part) for part in kind
-            ]
+            image = ImageRef("", lambda: Image.new("L", (1, 1)))
+            segments = [image if part is None else " ".join([str(number)] * part) for part in kind]
             yield Document(str(number), tuple(segments), held_out=False)
 
 
@@ -284,7 +284,9 @@ def test_random_documents_are_shown_once_on_any_number_of_ranks(one, other, worl
     with TemporaryDirectory() as place:
         for source in sources:
             encode(source, Path(place))
-        config = config_of(Path(place), names=("one", "other"), rows=3, picture_share=share)
+        config = config_of(
+            Path(place), names=("one", "other"), micro_batch_size=3, image_share=share
+        )
         budget = round(share * 3 * 32 / 4)
         found: list[Batch] = []
         for rank in range(world_size):
@@ -294,9 +296,9 @@ def test_random_documents_are_shown_once_on_any_number_of_ranks(one, other, worl
                     assert (batch.tokens_BS == VOCABULARY.begin_image).sum() == budget
                     assert np.isin(batch.tokens_BS, VOCABULARY.image_codes).mean() == share
         assert words_in(found) == +words
-        pictures = sum(kind.count(None) for kind in one + other)
-        assert sum(batch.pictures for batch in found) == pictures
-        assert all(batch.pictures <= budget for batch in found)
+        images = sum(kind.count(None) for kind in one + other)
+        assert sum(batch.images for batch in found) == images
+        assert all(batch.images <= budget for batch in found)
 
 
 def test_labels_are_the_next_word_of_the_document(folder):
@@ -318,7 +320,7 @@ def test_states_of_other_data_or_ranks_are_refused(folder):
 def test_rows_may_change_between_saving_and_restoring(folder):
     batches = batches_of(folder, repeat=False)
     found = take(batches, 3)
-    longer = batches_of(folder, repeat=False, rows=1, row_length=64)
+    longer = batches_of(folder, repeat=False, micro_batch_size=1, sequence_length=64)
     longer.set_state(batches.get_state())
     assert words_in([*found, *longer]) == expected_words(False)
 
@@ -326,18 +328,18 @@ def test_rows_may_change_between_saving_and_restoring(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"names": ("words",)}, "no document of words has a picture"),
+        ({"names": ("words",)}, "no document of words has an image"),
         (
-            {"names": ("pictures",)},
-            r"4 pictures in 2 rows of 32 leave room for 10 beside .* padding",
+            {"names": ("images",)},
+            r"4 images in 2 rows of 32 leave room for 10 beside .* padding",
         ),
-        ({"picture_share": 0.625}, r"leave room for 0\.4 beside each; lower picture_share"),
-        ({"rows": 40}, r"a step takes 80 pictures .* hold 63 in all"),
-        ({"names": ("pictures",), "picture_share": 0.0}, "every document of pictures has a pict"),
-        ({"picture_share": 0.26}, r"choose 0\.25 \(4 pictures\) or 0\.3125 \(5 pictures\)"),
+        ({"image_share": 0.625}, r"leave room for 0\.4 beside each; lower image_share"),
+        ({"micro_batch_size": 40}, r"a step takes 80 images .* hold 63 in all"),
+        ({"names": ("images",), "image_share": 0.0}, "every document of images has a pict"),
+        ({"image_share": 0.26}, r"choose 0\.25 \(4 images\) or 0\.3125 \(5 images\)"),
         ({"names": ("nowhere",)}, "nowhere: no complete shards"),
         ({"names": ("words", "words")}, "several sources are named words"),
-        ({"rows": 0}, "'rows'"),
+        ({"micro_batch_size": 0}, "'micro_batch_size'"),
     ],
 )
 def test_recipes_that_cannot_work_are_refused(folder, changes, message):
@@ -351,9 +353,9 @@ def test_sources_are_chosen_by_kind(folder):
             DataConfig,
             {
                 "path": folder,
-                "rows": 1,
-                "row_length": 8,
-                "picture_share": 0,
+                "micro_batch_size": 1,
+                "sequence_length": 8,
+                "image_share": 0,
                 "sources": [{"kind": "sound"}],
             },
             "test",

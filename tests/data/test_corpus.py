@@ -5,24 +5,24 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.data.corpus import Corpus, ReadablePictures
-from moma.data.documents import Document, Picture, Rejected, SourceConfig
-from moma.data.pictures import read_picture
+from moma.data.corpus import Corpus, ReadableImages
+from moma.data.documents import Document, ImageRef, Rejected, SourceConfig
+from moma.data.images import read_image
 from moma.errors import UserError
 from moma.tokenizers.image import preprocess
 
 
-def picture(number, broken=False):
+def image(number, broken=False):
     def read():
         if broken:
-            raise UserError(f"picture {number} is broken")
+            raise UserError(f"image {number} is broken")
         return Image.new("RGB", (8, 8), (number, 0, 0))
 
-    return Picture(f"picture {number}", read)
+    return ImageRef(f"image {number}", read)
 
 
 class Numbers(SourceConfig):
-    """Documents with a text and a picture each; every fifth row is rejected."""
+    """Documents with a text and an image each; every fifth row is rejected."""
 
     name: str = "numbers"
     count: int = 20
@@ -32,7 +32,7 @@ class Numbers(SourceConfig):
             if number % 5 == 4:
                 yield Rejected(f"numbers, row {number + 1}", "is divisible by five")
             else:
-                segments = (f"text {number}", picture(number))
+                segments = (f"text {number}", image(number))
                 yield Document(str(number), segments, held_out=number % 2 == 0)
 
 
@@ -42,8 +42,8 @@ def test_training_and_held_out_documents_are_told_apart_and_rejected_rows_counte
     assert corpus.documents == 8
     assert corpus.rejected == 4
     assert corpus.first_rejected == Rejected("numbers, row 5", "is divisible by five")
-    names = [p.name for p in corpus.pictures(held_out=True)]
-    assert names == [f"picture {n}" for n in range(0, 20, 2) if n % 5 != 4]
+    names = [p.name for p in corpus.images(held_out=True)]
+    assert names == [f"image {n}" for n in range(0, 20, 2) if n % 5 != 4]
     assert (corpus.rejected, corpus.rows) == (4, {"numbers": 20})  # read twice, counted once
 
 
@@ -58,19 +58,19 @@ def test_what_no_tokenizer_can_hold_is_rejected_too():
     assert corpus.first_rejected is not None and corpus.first_rejected.row == "torn, row 1"
 
 
-def test_a_picture_that_is_not_there_is_known_before_any_is_read(tmp_path):
+def test_an_image_that_is_not_there_is_known_before_any_is_read(tmp_path):
     (tmp_path / "there.png").touch()  # whether it can be read is not asked
 
     class Filed(Numbers):
         def documents(self):
             for name in ("there", "gone"):
-                read = partial(read_picture, tmp_path / f"{name}.png", f"filed, row {name}")
-                found = Picture(name, read, tmp_path / f"{name}.png")
+                read = partial(read_image, tmp_path / f"{name}.png", f"filed, row {name}")
+                found = ImageRef(name, read, tmp_path / f"{name}.png")
                 yield Document(name, (found, name), held_out=False, row=f"filed, row {name}")
 
-    corpus = Corpus([Filed()], held_out=0.5, most=100, with_pictures=True)
+    corpus = Corpus([Filed()], held_out=0.5, most=100, with_images=True)
     assert list(corpus.texts()) == ["there", "gone"]
-    places = [picture.name for picture in corpus.pictures(held_out=False)]
+    places = [image.name for image in corpus.images(held_out=False)]
     assert places == ["there", "gone"]  # it may be back when they are read
     assert corpus.rejected == 1 and corpus.first_rejected is not None
     told = f"filed, row gone: there is no {tmp_path}/gone.png; add the file or remove the row"
@@ -110,52 +110,52 @@ def test_a_source_may_hold_out_a_share_of_its_own():
     assert most < 50
 
 
-def test_pictures_are_read_as_the_codec_takes_them():
-    pictures = ReadablePictures([picture(n) for n in range(3)], size=4)
-    assert len(pictures) == 3
-    assert torch.equal(pictures[2], preprocess(Image.new("RGB", (8, 8), (2, 0, 0)), 4))
-    assert len(list(pictures)) == 3
+def test_images_are_read_as_the_codec_takes_them():
+    images = ReadableImages([image(n) for n in range(3)], size=4)
+    assert len(images) == 3
+    assert torch.equal(images[2], preprocess(Image.new("RGB", (8, 8), (2, 0, 0)), 4))
+    assert len(list(images)) == 3
     with pytest.raises(IndexError):
-        pictures[3]
+        images[3]
 
 
-def test_the_next_picture_stands_in_for_one_that_cannot_be_read():
+def test_the_next_image_stands_in_for_one_that_cannot_be_read():
     broken = {7, 8, 199}
-    pictures = ReadablePictures([picture(n, n in broken) for n in range(300)], size=4)
-    of_index = partial(torch.equal, pictures[9])
-    assert of_index(pictures[7]) and of_index(pictures[8])
-    assert torch.equal(pictures[199], pictures[200])
-    assert pictures.unreadable == {n: f"picture {n} is broken" for n in broken}
+    images = ReadableImages([image(n, n in broken) for n in range(300)], size=4)
+    of_index = partial(torch.equal, images[9])
+    assert of_index(images[7]) and of_index(images[8])
+    assert torch.equal(images[199], images[200])
+    assert images.unreadable == {n: f"image {n} is broken" for n in broken}
 
 
-def test_more_than_a_hundredth_of_broken_pictures_is_an_error():
-    pictures = ReadablePictures([picture(n, n in (3, 4)) for n in range(100)], size=4)
-    with pytest.raises(UserError, match=r"2 of 100 pictures .*picture 4 is broken"):
-        pictures[3]
+def test_more_than_a_hundredth_of_broken_images_is_an_error():
+    images = ReadableImages([image(n, n in (3, 4)) for n in range(100)], size=4)
+    with pytest.raises(UserError, match=r"2 of 100 images .*image 4 is broken"):
+        images[3]
 
 
-def test_all_pictures_broken_is_an_error_whatever_is_allowed():
-    pictures = ReadablePictures([picture(n, True) for n in range(3)], size=4, most_unreadable=1)
-    with pytest.raises(UserError, match="3 of 3 pictures cannot be read"):
-        pictures[1]
+def test_all_images_broken_is_an_error_whatever_is_allowed():
+    images = ReadableImages([image(n, True) for n in range(3)], size=4, most_unreadable=1)
+    with pytest.raises(UserError, match="3 of 3 images cannot be read"):
+        images[1]
 
 
 class Stored(Numbers):
-    """Pictures that carry their bytes, as those of a stream do."""
+    """Images that carry their bytes, as those of a stream do."""
 
     def documents(self):
         for number in range(self.count):
             data = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
             read = partial(Image.fromarray, data)
-            yield Document(str(number), (Picture(f"picture {number}", read),), held_out=False)
+            yield Document(str(number), (ImageRef(f"image {number}", read),), held_out=False)
 
 
-def test_pictures_that_carry_their_bytes_wait_on_the_disk():
+def test_images_that_carry_their_bytes_wait_on_the_disk():
     source = Stored()
-    pictures = Corpus([source], held_out=0.5, most=100).pictures(held_out=False)
+    images = Corpus([source], held_out=0.5, most=100).images(held_out=False)
     stored = [document.segments[0] for document in source.documents()]
-    assert [one.name for one in pictures] == [one.name for one in stored]
-    for one, expected in reversed(list(zip(pictures, stored, strict=True))):
+    assert [one.name for one in images] == [one.name for one in stored]
+    for one, expected in reversed(list(zip(images, stored, strict=True))):
         assert one.read().tobytes() == expected.read().tobytes()
         held = sum(len(a.tobytes()) for a in one.read.args if isinstance(a, np.ndarray))
         assert held == 0
@@ -167,16 +167,16 @@ def test_a_full_disk_is_told(monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(UserError, match=r"No space left.*set TMPDIR"):
-        Corpus([Stored()], held_out=0.5, most=100).pictures(held_out=False)
+        Corpus([Stored()], held_out=0.5, most=100).images(held_out=False)
 
 
-def test_whether_any_picture_can_be_read_is_known_without_a_fault():
-    def pictures(*broken):
-        return ReadablePictures([picture(n, b) for n, b in enumerate(broken)], 4, most_unreadable=1)
+def test_whether_any_image_can_be_read_is_known_without_a_fault():
+    def images(*broken):
+        return ReadableImages([image(n, b) for n, b in enumerate(broken)], 4, most_unreadable=1)
 
-    assert pictures(True, False).has_readable
-    assert not pictures(True, True).has_readable
-    assert not pictures().has_readable
+    assert images(True, False).has_readable
+    assert not images(True, True).has_readable
+    assert not images().has_readable
 
 
 def test_too_many_rejected_rows_and_none_at_all_are_refused():

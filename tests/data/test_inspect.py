@@ -20,7 +20,7 @@ def shards(tiny):
 def test_counts_are_those_of_every_token(tiny, shards, tmp_path):
     result = inspect(tiny.data.path, None, tmp_path)
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
-    sums = dict.fromkeys(("documents", "tokens", "text_tokens", "image_tokens", "pictures"), 0)
+    sums = dict.fromkeys(("documents", "tokens", "text_tokens", "image_tokens", "images"), 0)
     for name, opened in shards.items():
         rows = [shard.ids(row) for shard in opened.splits.values() for row in range(len(shard))]
         ids = np.concatenate(rows)
@@ -30,7 +30,7 @@ def test_counts_are_those_of_every_token(tiny, shards, tmp_path):
             "tokens": len(ids),
             "text_tokens": int((~image).sum()),
             "image_tokens": int(image.sum()),
-            "pictures": int((ids == vocabulary.begin_image).sum()),
+            "images": int((ids == vocabulary.begin_image).sum()),
         }
         one = result["sources"][name]
         assert {key: one[key] for key in counted} == counted
@@ -49,7 +49,7 @@ def test_one_source_can_be_asked_for(tiny, tmp_path):
     assert inspect(tiny.data.path, "text", tmp_path)["sources"].keys() == {"text"}
 
 
-def test_a_document_comes_back_as_text_and_pictures(tiny, shards, tmp_path):
+def test_a_document_comes_back_as_text_and_images(tiny, shards, tmp_path):
     names = shards["captions"].splits["train"].dataset["name"][:]
     for row, name in enumerate(names[:4]):
         decoded = decode_document(tiny.data.path, "captions", "train", row, tmp_path)
@@ -58,7 +58,7 @@ def test_a_document_comes_back_as_text_and_pictures(tiny, shards, tmp_path):
         (text,) = (one["text"] for one in decoded["segments"] if one["type"] == "text")
         assert text.startswith("a ") and text.endswith(" square")
         (path,) = (one["image"] for one in decoded["segments"] if one["type"] == "image")
-        # The picture is what the codec makes of the original.
+        # The image is what the codec makes of the original.
         codec = ImageCodec.load(tiny.data.path / "codec")
         original = Image.open(tiny.data.sources[0].path / name)
         codes = codec.encode(preprocess(original, 16)[None])

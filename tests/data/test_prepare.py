@@ -25,7 +25,7 @@ from moma.data.shards import Counts, Encoders, Part, ShardInfo
 from moma.data.sources.captions import CaptionsConfig
 from moma.data.training_documents import TrainingDocuments
 from moma.errors import UserError
-from moma.files import held_alone
+from moma.files import lock_folder
 from moma.recipe import check, write_recipe
 from moma.tokenizers import folder as folder_module
 from moma.train.recipe import Recipe
@@ -34,32 +34,32 @@ WORDS = ["red", "green", "rocket", "left", "of", "an", "apple", "schön"]
 
 
 def make_recipe(folder: Path, rows: int, data: str = "data", **changes) -> Recipe:
-    """Captioned pictures, one in forty of them unreadable, and a text."""
-    pictures = folder / "pictures"
-    if not pictures.exists():
-        pictures.mkdir(parents=True)
+    """Captioned images, one in forty of them unreadable, and a text."""
+    images = folder / "images"
+    if not images.exists():
+        images.mkdir(parents=True)
         draw = random.Random(0)
         lines = []
         for number in range(rows):
             if number % 40 == 7:
-                (pictures / f"{number}.png").write_bytes(b"no picture")
+                (images / f"{number}.png").write_bytes(b"no image")
             else:
                 colour = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
-                Image.new("RGB", (20, 16), colour).save(pictures / f"{number}.png")
+                Image.new("RGB", (20, 16), colour).save(images / f"{number}.png")
             caption = " ".join(draw.choices(WORDS, k=4))
             lines.append(json.dumps({"image": f"{number}.png", "caption": caption}))
-        (pictures / "captions.jsonl").write_text("\n".join(lines) + "\n")
+        (images / "captions.jsonl").write_text("\n".join(lines) + "\n")
         paragraphs = [" ".join(draw.choices(WORDS, k=12)) for _ in range(rows)]
         (folder / "words.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
     sources = [
-        {"kind": "captions", "path": str(pictures)},
+        {"kind": "captions", "path": str(images)},
         {"kind": "text", "path": str(folder / "words.txt")},
     ]
     values = {
         "seed": 3,
         "text_tokenizer": {"vocabulary_size": 300},
         "codec": {
-            "picture_size": 16,
+            "image_size": 16,
             "patch": 4,
             "block_channels": [8],
             "layers_per_block": 1,
@@ -70,12 +70,17 @@ def make_recipe(folder: Path, rows: int, data: str = "data", **changes) -> Recip
             "middle_attention": False,
             "norm_groups": 4,
         },
-        "codec_training": {"steps": 4, "batch_size": 4, "warmup_steps": 1, "free_steps": 2},
+        "codec_training": {
+            "steps": 4,
+            "batch_size": 4,
+            "warmup_steps": 1,
+            "quantizer_start_step": 2,
+        },
         "data": {
             "path": str(folder / data),
-            "rows": 2,
-            "row_length": 64,
-            "picture_share": 0.25,
+            "micro_batch_size": 2,
+            "sequence_length": 64,
+            "image_share": 0.25,
             "held_out": 0.2,
             "max_rejected": 0.05,
             "sources": sources,
@@ -176,9 +181,9 @@ def test_the_summary_counts_what_is_there(tmp_path):
     prepared = run(recipe)
     summary = prepared.summary()
     captions, text = (summary["sources"][name] for name in ("captions", "text"))
-    assert (captions["documents"], captions["pictures"], captions["rejected"]) == (48, 48, 2)
-    assert text["documents"] == 50 and text["pictures"] == text["rejected"] == 0
-    for key in ("documents", "tokens", "pictures", "rejected"):
+    assert (captions["documents"], captions["images"], captions["rejected"]) == (48, 48, 2)
+    assert text["documents"] == 50 and text["images"] == text["rejected"] == 0
+    for key in ("documents", "tokens", "images", "rejected"):
         assert summary[key] == captions[key] + text[key]
     held_out = prepared.sources["captions"].counts["held_out"]
     assert captions["held_out"] == held_out.model_dump() and held_out.documents > 0
@@ -198,7 +203,7 @@ def test_the_summary_counts_what_is_there(tmp_path):
 
 
 def test_text_alone_needs_no_codec(tmp_path):
-    recipe = make_recipe(tmp_path, 50, picture_share=0)
+    recipe = make_recipe(tmp_path, 50, image_share=0)
     sources = recipe.data.sources[1:]
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
     prepared = run(recipe)
@@ -207,7 +212,7 @@ def test_text_alone_needs_no_codec(tmp_path):
     assert Encoders.load(tmp_path / "data").codec == ""  # type: ignore[union-attr]
     assert run(recipe).vocabulary == prepared.vocabulary
     batch = next(Batches(recipe.data, prepared.vocabulary, seed=0))
-    assert batch.pictures == 0 and batch.padding == 0
+    assert batch.images == 0 and batch.padding == 0
     # Another folder can take its tokenizer over.
     data = recipe.data.model_copy(
         update={"tokenizers": tmp_path / "data", "path": tmp_path / "other"}
@@ -240,17 +245,17 @@ def test_speed_is_what_was_encoded_since_the_first_report(monkeypatch):
     told = []
     speed = Speed(lambda done, note="": told.append((done, note)))
     before = ShardInfo(source="a", settings="", fingerprint="")
-    counts = {"train": Counts(documents=10, tokens=3000, pictures=4), "held_out": Counts()}
+    counts = {"train": Counts(documents=10, tokens=3000, images=4), "held_out": Counts()}
     part = Part(first=0, stop=12, counts=counts, rejected=2)
     speed(before.with_parts([part]))  # by an earlier process
     more = {
-        "train": Counts(documents=6, tokens=4000, pictures=4),
-        "held_out": Counts(documents=2, tokens=400, pictures=4),
+        "train": Counts(documents=6, tokens=4000, images=4),
+        "held_out": Counts(documents=2, tokens=400, images=4),
     }
     speed(before.with_parts([part, Part(first=12, stop=21, counts=more, rejected=1)]))
     assert told == [
-        (12, "0 documents/s, 0 tokens/s, 0 pictures/s, 2 rejected"),
-        (21, "2 documents/s, 1,100 tokens/s, 2 pictures/s, 3 rejected"),
+        (12, "0 documents/s, 0 tokens/s, 0 images/s, 2 rejected"),
+        (21, "2 documents/s, 1,100 tokens/s, 2 images/s, 3 rejected"),
     ]
 
 
@@ -281,44 +286,44 @@ def test_training_of_the_codec_goes_on_where_it_was_stopped(tmp_path, monkeypatc
     assert contents(tmp_path / "data") == contents(tmp_path / "undisturbed")
 
 
-def test_pictures_that_are_asked_for_and_missing_are_refused(tmp_path):
+def test_images_that_are_asked_for_and_missing_are_refused(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     data = recipe.data.model_copy(update={"sources": recipe.data.sources[1:]})
-    with pytest.raises(UserError, match=r"0\.25, but no source holds a picture.*set picture_share"):
+    with pytest.raises(UserError, match=r"0\.25, but no source holds an image.*set image_share"):
         run(recipe.model_copy(update={"data": data}))
 
 
 def test_a_processor_encodes_where_it_was_asked_to(tmp_path, monkeypatch):
     """Beside a second thread with PyTorch in it, operations wait for each other."""
-    threads, real = set(), prepare_module.encode_pictures
+    threads, real = set(), prepare_module.encode_images
 
     def encode(*arguments):
         threads.add(threading.get_ident())
         return real(*arguments)
 
-    monkeypatch.setattr(prepare_module, "encode_pictures", encode)
+    monkeypatch.setattr(prepare_module, "encode_images", encode)
     run(make_recipe(tmp_path, rows=50))
     assert threads == {threading.get_ident()}
 
 
-def test_an_impossible_picture_share_is_refused_before_any_work(tmp_path):
-    with pytest.raises(UserError, match=r"picture_share 0\.26"):
-        run(make_recipe(tmp_path, 2, picture_share=0.26))
+def test_an_impossible_image_share_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UserError, match=r"image_share 0\.26"):
+        run(make_recipe(tmp_path, 2, image_share=0.26))
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("spoilt", ["row", "picture", "source"])
+@pytest.mark.parametrize("spoilt", ["row", "image", "source"])
 def test_what_cannot_be_used_is_told_before_anything_is_trained(tmp_path, capsys, spoilt):
     recipe = make_recipe(tmp_path, 50)
-    rows = tmp_path / "pictures/captions.jsonl"
-    pictures, words = [tmp_path / f"pictures/{n}.png" for n in (3, 4, 5)], tmp_path / "words.txt"
-    whole = {path: path.read_bytes() for path in (rows, *pictures, words)}
+    rows = tmp_path / "images/captions.jsonl"
+    images, words = [tmp_path / f"images/{n}.png" for n in (3, 4, 5)], tmp_path / "words.txt"
+    whole = {path: path.read_bytes() for path in (rows, *images, words)}
     if spoilt == "row":
         rows.write_bytes(whole[rows].replace(b'{"image": "1', b'{"image" "1', 3))
         told, named = r"3 of 50 rows .*row 2: not valid JSON .*\(rejected\.jsonl .* names all\)", 3
-    elif spoilt == "picture":
-        for picture in pictures:
-            picture.unlink()
+    elif spoilt == "image":
+        for image in images:
+            image.unlink()
         told, named = r"3 of 50 rows .*row 4: there is no \S+3\.png; add the file", 3
     else:
         words.unlink()
@@ -331,14 +336,14 @@ def test_what_cannot_be_used_is_told_before_anything_is_trained(tmp_path, capsys
     assert [json.loads(line)["source"] for line in lines] == ["captions"] * named
     for path, data in whole.items():
         path.write_bytes(data)
-    assert run(recipe).sources["captions"].rejected == 2  # pictures that only reading tells apart
+    assert run(recipe).sources["captions"].rejected == 2  # images that only reading tells apart
     assert capsys.readouterr().err == ""
 
 
 def test_the_first_rows_of_a_source_do_not_speak_for_all(tmp_path):
     recipe = make_recipe(tmp_path, 50, max_rejected=0.08)
     for number in (0, 1):
-        (tmp_path / f"pictures/{number}.png").unlink()
+        (tmp_path / f"images/{number}.png").unlink()
     text = recipe.text_tokenizer.model_copy(update={"documents": 5})
     training = recipe.codec_training.model_copy(update={"documents": 5})
     few = recipe.model_copy(update={"text_tokenizer": text, "codec_training": training})
@@ -394,35 +399,35 @@ def test_long_lines_of_pixels_are_cropped_before_they_are_resized():
     assert square_pixels(Image.fromarray(line.transpose(1, 0, 2)), 64).shape == (64, 64, 3)
 
 
-def test_a_broken_picture_among_few_held_out_ones_is_set_aside(tmp_path):
+def test_a_broken_image_among_few_held_out_ones_is_set_aside(tmp_path):
     recipe = make_recipe(tmp_path, 120, held_out=0.05)
     (source, _) = recipe.data.sources
     kept = [d for d in source.documents() if isinstance(d, Document) and is_held_out(d, 0.05)]
     assert 0 < len(kept) < 10
-    (tmp_path / "pictures" / kept[0].name).write_bytes(b"no picture")
+    (tmp_path / "images" / kept[0].name).write_bytes(b"no image")
     assert run(recipe).summary()["rejected"] in (3, 4)  # it may be one of the three anyway
 
 
-def test_held_out_pictures_that_all_are_broken_leave_the_measure_to_training_ones(tmp_path):
+def test_held_out_images_that_all_are_broken_leave_the_measure_to_training_ones(tmp_path):
     recipe = make_recipe(tmp_path, 120, held_out=0.05, max_rejected=0.5)
     (source, _) = recipe.data.sources
     kept = [d for d in source.documents() if isinstance(d, Document) and is_held_out(d, 0.05)]
     assert kept
     for document in kept:
-        (tmp_path / "pictures" / document.name).write_bytes(b"no picture")
+        (tmp_path / "images" / document.name).write_bytes(b"no image")
     prepared = run(recipe)
     assert prepared.sources["captions"].counts["held_out"].documents == 0
     assert json.loads((tmp_path / "data/codec/metrics.json").read_text())["psnr"] > 0
 
 
-def test_pictures_that_a_share_of_0_leaves_out_are_told(tmp_path, capsys):
-    recipe = make_recipe(tmp_path, 50, picture_share=0)
+def test_images_that_a_share_of_0_leaves_out_are_told(tmp_path, capsys):
+    recipe = make_recipe(tmp_path, 50, image_share=0)
     prepared = run(recipe)
     left_out = prepared.sources["captions"].counts["train"]
     of_all = left_out.documents + prepared.sources["text"].counts["train"].documents
     expected = (
-        f"note: picture_share is 0, so {left_out.documents} of the {of_all} training documents, "
-        f"those with pictures ({left_out.pictures} in captions), are left out, their text too\n"
+        f"note: image_share is 0, so {left_out.documents} of the {of_all} training documents, "
+        f"those with images ({left_out.images} in captions), are left out, their text too\n"
     )
     assert capsys.readouterr().err == expected
     Batches(recipe.data, prepared.vocabulary, seed=0)
@@ -437,7 +442,7 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "PATIENCE", 0.0)
     (tmp_path / "data").mkdir()
     with (
-        held_alone(tmp_path / "data", 0),
+        lock_folder(tmp_path / "data", 0),
         pytest.raises(UserError, match="another process is at work"),
     ):
         run(recipe)
@@ -459,6 +464,6 @@ def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(parts, "to_disk", full)
+    monkeypatch.setattr(parts, "sync_file", full)
     with pytest.raises(OSError, match=r"No space left on device.*captions\.partial"):
         run(recipe)

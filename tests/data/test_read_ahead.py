@@ -1,4 +1,4 @@
-"""Reading pictures ahead: order, back-pressure, errors, and workers that end."""
+"""Reading images ahead: order, back-pressure, errors, and workers that end."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from moma.data import read_ahead
-from moma.data.documents import Picture
-from moma.data.read_ahead import PictureReader, Pixels
+from moma.data.documents import ImageRef
+from moma.data.read_ahead import ImageReader, Pixels
 from moma.data.sketches import place
 from moma.errors import UserError
 from moma.tokenizers.pixels import square_pixels
@@ -19,8 +19,8 @@ from moma.tokenizers.pixels import square_pixels
 shape = partial(square_pixels, size=2)
 
 
-def picture(number):
-    return Picture(str(number), partial(Image.new, "RGB", (2, 2), (number, 0, 0)))
+def image(number):
+    return ImageRef(str(number), partial(Image.new, "RGB", (2, 2), (number, 0, 0)))
 
 
 def outcome(item):
@@ -32,11 +32,11 @@ def outcome(item):
 REASON = "relation 'beside': use one of left of, right of, above, below"
 ITEMS = [
     "start",
-    *[picture(n) for n in range(9)],
+    *[image(n) for n in range(9)],
     "middle",
     "again",
-    Picture("bad", partial(place, "apple", "beside", "flat", 4)),  # raises `UserError`
-    *[picture(n) for n in range(9, 30)],
+    ImageRef("bad", partial(place, "apple", "beside", "flat", 4)),  # raises `UserError`
+    *[image(n) for n in range(9, 30)],
     "end",
 ]
 EXPECTED = ["start", *range(9), "middle", "again", REASON, *range(9, 30), "end"]
@@ -44,28 +44,28 @@ EXPECTED = ["start", *range(9), "middle", "again", REASON, *range(9, 30), "end"]
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_everything_comes_out_in_order(workers):
-    with PictureReader(shape, workers, patience=0) as reader:
+    with ImageReader(shape, workers, patience=0) as reader:
         assert [outcome(item) for item in reader.read(ITEMS)] == EXPECTED
         # The same workers serve the next source.
         assert [outcome(item) for item in reader.read(ITEMS)] == EXPECTED
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_equal_pictures_have_equal_digests(workers):
-    with PictureReader(shape, workers, patience=0) as reader:
-        one, same, other = reader.read([picture(1), picture(1), picture(2)])
+def test_equal_images_have_equal_digests(workers):
+    with ImageReader(shape, workers, patience=0) as reader:
+        one, same, other = reader.read([image(1), image(1), image(2)])
     assert one.digest == same.digest != other.digest
 
 
-def test_pictures_that_cannot_travel_are_read_here():
-    local = Picture("local", lambda: Image.new("RGB", (2, 2), (5, 0, 0)))
-    with PictureReader(shape, 1, patience=0) as reader:
-        assert [outcome(item) for item in reader.read([picture(1), local])] == [1, 5]
+def test_images_that_cannot_travel_are_read_here():
+    local = ImageRef("local", lambda: Image.new("RGB", (2, 2), (5, 0, 0)))
+    with ImageReader(shape, 1, patience=0) as reader:
+        assert [outcome(item) for item in reader.read([image(1), local])] == [1, 5]
 
 
 def test_small_sources_start_no_worker(monkeypatch):
     monkeypatch.setattr(read_ahead.subprocess, "Popen", None)
-    with PictureReader(shape, 2) as reader:
+    with ImageReader(shape, 2) as reader:
         assert len(list(reader.read(ITEMS))) == len(ITEMS)
 
 
@@ -76,11 +76,11 @@ def test_no_more_is_read_than_can_be_on_its_way(workers):
     def items():
         for number in range(2000):
             drawn.append(number)
-            yield picture(number % 200)
+            yield image(number % 200)
 
-    with PictureReader(shape, workers, patience=0) as reader:
+    with ImageReader(shape, workers, patience=0) as reader:
         for taken, _ in enumerate(reader.read(items()), 1):
-            limit = read_ahead.TASK_PICTURES * (read_ahead.TASKS_AHEAD * workers + 2)
+            limit = read_ahead.TASK_IMAGES * (read_ahead.TASKS_AHEAD * workers + 2)
             assert len(drawn) - taken <= limit
             if taken == 100:
                 break
@@ -95,20 +95,20 @@ def is_alive(process):
 
 def test_a_worker_that_dies_is_told_with_the_way_out():
     def items():
-        yield from [picture(n) for n in range(50)]
+        yield from [image(n) for n in range(50)]
         for worker in reader._workers:
             worker.kill()
-        yield from [picture(n) for n in range(50)]
+        yield from [image(n) for n in range(50)]
 
     with (
-        pytest.raises(UserError, match=r"reads pictures died.*--workers 0"),
-        PictureReader(shape, 1, patience=0) as reader,
+        pytest.raises(UserError, match=r"reads images died.*--workers 0"),
+        ImageReader(shape, 1, patience=0) as reader,
     ):
         list(reader.read(items()))
 
 
 def test_workers_end_with_the_reader():
-    with PictureReader(shape, 2, patience=0) as reader:
+    with ImageReader(shape, 2, patience=0) as reader:
         next(reader.read(ITEMS[1:]))
         processes = [worker._process for worker in reader._workers]
     assert len(processes) == 2
@@ -121,12 +121,12 @@ def test_workers_end_when_their_process_is_killed():
 import sys, time
 from functools import partial
 from PIL import Image
-from moma.data.documents import Picture
-from moma.data.read_ahead import PictureReader
+from moma.data.documents import ImageRef
+from moma.data.read_ahead import ImageReader
 from moma.tokenizers.pixels import square_pixels
-with PictureReader(partial(square_pixels, size=2), 2, patience=0) as reader:
-    pictures = [Picture("", partial(Image.new, "RGB", (2, 2))) for _ in range(40)]
-    list(reader.read(pictures))
+with ImageReader(partial(square_pixels, size=2), 2, patience=0) as reader:
+    images = [ImageRef("", partial(Image.new, "RGB", (2, 2))) for _ in range(40)]
+    list(reader.read(images))
     print(*[worker._process.pid for worker in reader._workers], flush=True)
     time.sleep(60)
 """

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from moma.data import drawings
-from moma.data.documents import Document, Picture
+from moma.data.documents import Document, ImageRef
 from moma.data.drawings import STYLES, render
 from moma.data.sketches import (
     RELATIONS,
@@ -28,14 +28,14 @@ from moma.tokenizers.pixels import on_white
 CONTENTS = ("singles", "placed", "compositions", "illustrated")
 
 
-def picture_of(document: Document) -> Picture:
-    (picture,) = (part for part in document.segments if isinstance(part, Picture))
-    return picture
+def image_of(document: Document) -> ImageRef:
+    (image,) = (part for part in document.segments if isinstance(part, ImageRef))
+    return image
 
 
 def shown(document: Document) -> tuple[set[str], str]:
-    """The objects and the style of a document, read back from what its picture will draw."""
-    arguments = picture_of(document).read.args  # type: ignore[attr-defined]
+    """The objects and the style of a document, read back from what its image will draw."""
+    arguments = image_of(document).read.args  # type: ignore[attr-defined]
     words = [argument for argument in arguments if isinstance(argument, str)]
     (style,) = (word for word in words if word in STYLES)
     return {word for word in words if word not in STYLES and word not in RELATIONS}, style
@@ -100,7 +100,7 @@ def test_documents_are_the_same_each_time_and_named_apart(content):
     assert [document.name for document in again] == names
     texts = [[part for part in d.segments if isinstance(part, str)] for d in documents]
     assert texts == [[part for part in d.segments if isinstance(part, str)] for d in again]
-    assert picture_of(documents[0]).read().tobytes() == picture_of(again[0]).read().tobytes()
+    assert image_of(documents[0]).read().tobytes() == image_of(again[0]).read().tobytes()
 
 
 def test_singles_vary_order_and_wording():
@@ -131,14 +131,14 @@ def test_more_compositions_than_there_are_is_an_error():
         list(SketchesConfig(content="compositions", objects=3, count=1000).documents())
 
 
-def test_illustrated_documents_interleave_definition_picture_and_caption():
+def test_illustrated_documents_interleave_definition_image_and_caption():
     documents = {
         d.name: d for d in SketchesConfig(content="illustrated", caption_first=0).documents()
     }
-    before, picture, after = documents["apple, flat, illustrated"].segments
+    before, image, after = documents["apple, flat, illustrated"].segments
     assert isinstance(before, str)
     assert before.startswith("apple: The fleshy pome")
-    assert isinstance(picture, Picture)
+    assert isinstance(image, ImageRef)
     assert isinstance(after, str)
     assert after.startswith("An apple, flat style.")
     assert len(documents) > 150
@@ -165,14 +165,14 @@ def test_compositions_show_each_object_in_its_slot_on_white(relation, first, sec
 
 
 def test_transparency_becomes_white():
-    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
-    picture.putpixel((1, 0), (0, 0, 0, 128))
-    blended = np.asarray(on_white(picture))
+    image = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    image.putpixel((1, 0), (0, 0, 0, 128))
+    blended = np.asarray(on_white(image))
     assert blended[0, 0].tolist() == [255, 255, 255]
     assert blended[0, 1].tolist() == [127, 127, 127]
 
 
-def test_a_rendered_picture_may_be_changed_by_its_owner():
+def test_a_rendered_image_may_be_changed_by_its_owner():
     render("apple", "flat", 32).paste((0, 0, 0), (0, 0, 32, 32))
     assert np.asarray(render("apple", "flat", 32)).max() == 255
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moma.data.packing import Encoded, Packer
-from moma.data.supply import Demand, Pictured, _Text, check_supply
+from moma.data.supply import Demand, ImageDocuments, _Text, check_supply
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
@@ -29,21 +29,21 @@ VOCABULARY = Vocabulary(
 class Documents:
     """Documents of which only lengths are asked for."""
 
-    def __init__(self, texts_and_pictures):
-        self.texts = [text for text, _ in texts_and_pictures]
-        self.pictures = np.array([pictures for _, pictures in texts_and_pictures])
+    def __init__(self, texts_and_images):
+        self.texts = [text for text, _ in texts_and_images]
+        self.images = np.array([images for _, images in texts_and_images])
 
     def ids(self, row):
-        return np.zeros(self.texts[row] + self.pictures[row] * (CODES + 2))
+        return np.zeros(self.texts[row] + self.images[row] * (CODES + 2))
 
 
-def pictured(*texts_and_pictures, name="a", weight=1.0):
-    rows = np.arange(len(texts_and_pictures))
-    return Pictured(name, weight, Documents(texts_and_pictures), rows)
+def with_images(*texts_and_images, name="a", weight=1.0):
+    rows = np.arange(len(texts_and_images))
+    return ImageDocuments(name, weight, Documents(texts_and_images), rows)
 
 
-def demand(pictures, rows=4, row_length=100, most_padding=0.005, world_size=1):
-    return Demand(rows, row_length, pictures, CODES, most_padding, world_size)
+def demand(images, micro_batch_size=4, sequence_length=100, most_padding=0.005, world_size=1):
+    return Demand(micro_batch_size, sequence_length, images, CODES, most_padding, world_size)
 
 
 def refusal(wanted, documents, has_text=True):
@@ -53,42 +53,42 @@ def refusal(wanted, documents, has_text=True):
 
 
 def test_enough_of_both_is_accepted():
-    check_supply(demand(8), [pictured(*[(20, 1)] * 30)], True, "a")
-    check_supply(demand(8), [pictured(*[(32, 1)] * 30)], False, "a")  # exactly full
+    check_supply(demand(8), [with_images(*[(20, 1)] * 30)], True, "a")
+    check_supply(demand(8), [with_images(*[(32, 1)] * 30)], False, "a")  # exactly full
     check_supply(demand(0), [], True, "a")
 
 
-def test_no_pictures_and_no_text():
-    assert "no document of a, b has a picture; add a source of pic" in refusal(demand(8), [])
-    assert "every document of a, b has a picture" in refusal(demand(0), [pictured((5, 1))], False)
+def test_no_images_and_no_text():
+    assert "no document of a, b has an image; add a source of pic" in refusal(demand(8), [])
+    assert "every document of a, b has an image" in refusal(demand(0), [with_images((5, 1))], False)
 
 
-def test_too_few_pictures_for_a_step():
-    message = refusal(demand(8, world_size=2), [pictured(*[(20, 3)] * 5)])
+def test_too_few_images_for_a_step():
+    message = refusal(demand(8, world_size=2), [with_images(*[(20, 3)] * 5)])
     assert "16 in all, but the training documents" in message and "hold 15 in all" in message
-    check_supply(demand(8, world_size=1), [pictured(*[(20, 3)] * 5)], True, "a")
+    check_supply(demand(8, world_size=1), [with_images(*[(20, 3)] * 5)], True, "a")
 
 
-def test_too_much_text_beside_pictures():
-    message = refusal(demand(8), [pictured(*[(40, 1)] * 30)])
-    assert "bring 40 text tokens with each picture" in message
-    assert "8 pictures in 4 rows of 100 leave room for 32" in message
-    assert "lower picture_share to 0.24 (6 pictures)" in message
+def test_too_much_text_beside_images():
+    message = refusal(demand(8), [with_images(*[(40, 1)] * 30)])
+    assert "bring 40 text tokens with each image" in message
+    assert "8 images in 4 rows of 100 leave room for 32" in message
+    assert "lower image_share to 0.24 (6 images)" in message
 
 
-def test_too_little_text_beside_pictures():
-    message = refusal(demand(8), [pictured(*[(10, 1)] * 30)], has_text=False)
+def test_too_little_text_beside_images():
+    message = refusal(demand(8), [with_images(*[(10, 1)] * 30)], has_text=False)
     assert "bring 10 text tokens" in message and "room for 32" in message
     assert "44.00% of the positions would be padding" in message
     assert "allows 0.50%" in message and "add a source of text" in message
-    assert "raise picture_share to 0.56 (14 pictures), which leaves 2.00%" in message
-    check_supply(demand(8, most_padding=0.45), [pictured(*[(10, 1)] * 30)], False, "a")
+    assert "raise image_share to 0.56 (14 images), which leaves 2.00%" in message
+    check_supply(demand(8, most_padding=0.45), [with_images(*[(10, 1)] * 30)], False, "a")
 
 
-def test_weights_and_pictures_of_a_document_count():
-    """32 tokens a picture: 3 · (14 + …) of one source and 1 · … of the other."""
-    often = pictured(*[(28, 2)] * 30, weight=3.0)
-    seldom = pictured(*[(200, 1)] * 30, name="b")
+def test_weights_and_images_of_a_document_count():
+    """32 tokens an image: 3 · (14 + …) of one source and 1 · … of the other."""
+    often = with_images(*[(28, 2)] * 30, weight=3.0)
+    seldom = with_images(*[(200, 1)] * 30, name="b")
     # (3 · 28 + 200) / (3 · 2 + 1) = 40.57
     assert "bring 40.5714 text tokens" in refusal(demand(8), [often, seldom])
 
@@ -99,15 +99,15 @@ def test_weights_and_pictures_of_a_document_count():
     st.booleans(),
 )
 @settings(deadline=None, max_examples=200)
-def test_the_advice_is_accepted(documents, pictures, has_text):
-    """Whoever takes the proposed picture_share is not refused again for too much text."""
-    assume(pictures <= 4 * (100 // (CODES + 2)))
-    source = [pictured(*documents)]
+def test_the_advice_is_accepted(documents, images, has_text):
+    """Whoever takes the proposed image_share is not refused again for too much text."""
+    assume(images <= 4 * (100 // (CODES + 2)))
+    source = [with_images(*documents)]
     try:
-        check_supply(demand(pictures), source, has_text, "a")
+        check_supply(demand(images), source, has_text, "a")
         return
     except UserError as error:
-        found = re.search(r"picture_share to [\d.]+ \((\d+) pictures\)", str(error))
+        found = re.search(r"image_share to [\d.]+ \((\d+) images\)", str(error))
         too_much = "leave room for" in str(error) and "padding" not in str(error)
     if found:
         check_supply(demand(int(found[1]), most_padding=1.0), source, has_text, "a")
@@ -120,11 +120,11 @@ def test_the_advice_is_accepted(documents, pictures, has_text):
 def test_what_may_be_missing_at_first_counts():
     """Texts of one length need 0.16% beyond the average, those that differ need more."""
     alike, differing = ([(text, 1) for text in texts] * 900 for texts in ((31, 31), (21, 41)))
-    check_supply(demand(8, most_padding=0.023), [pictured(*alike)], False, "a")
-    message = refusal(demand(8, most_padding=0.023), [pictured(*differing)], has_text=False)
+    check_supply(demand(8, most_padding=0.023), [with_images(*alike)], False, "a")
+    message = refusal(demand(8, most_padding=0.023), [with_images(*differing)], has_text=False)
     assert "2.00% of the positions would be padding" in message
     assert "of the first 300 micro-batches up to 0.69% more" in message
-    check_supply(demand(8, most_padding=0.027), [pictured(*differing)], False, "a")
+    check_supply(demand(8, most_padding=0.027), [with_images(*differing)], False, "a")
 
 
 @given(
@@ -135,19 +135,19 @@ def test_what_may_be_missing_at_first_counts():
     st.integers(0, 2**16),
 )
 @settings(deadline=None, max_examples=60)
-def test_what_is_accepted_keeps_padding_within_the_limit(kinds, count, rows, pictures, seed):
+def test_what_is_accepted_keeps_padding_within_the_limit(kinds, count, rows, images, seed):
     """The packer's first 300 micro-batches, with the least limit that is accepted."""
-    source = pictured(*(kinds * (count // len(kinds) + 1)))
+    source = with_images(*(kinds * (count // len(kinds) + 1)))
     documents = source.documents
-    text = sum(documents.texts) / documents.pictures.sum()
-    row_length = math.ceil(pictures * (text + CODES + 2) * 1.001 / rows)
-    assume(rows * (row_length // (CODES + 2)) >= pictures)
-    bare = demand(pictures, rows, row_length)
+    text = sum(documents.texts) / documents.images.sum()
+    sequence_length = math.ceil(images * (text + CODES + 2) * 1.001 / rows)
+    assume(rows * (sequence_length // (CODES + 2)) >= images)
+    bare = demand(images, rows, sequence_length)
     found = _Text.of([source], bare)
-    limit = bare.padding(pictures, found.beside) + found.padding_at_first(bare, pictures)
-    wanted = demand(pictures, rows, row_length, most_padding=limit * 1.0001)
+    limit = bare.padding(images, found.beside) + found.padding_at_first(bare, images)
+    wanted = demand(images, rows, sequence_length, most_padding=limit * 1.0001)
     check_supply(wanted, [source], False, "a")
-    packer = Packer(rows, row_length, pictures, VOCABULARY, shuffled(documents, seed), iter([]))
+    packer = Packer(rows, sequence_length, images, VOCABULARY, shuffled(documents, seed), iter([]))
     padding = 0
     for _ in range(300):
         try:
@@ -158,14 +158,14 @@ def test_what_is_accepted_keeps_padding_within_the_limit(kinds, count, rows, pic
 
 
 def shuffled(documents, seed):
-    """The documents epoch after epoch, each picture with a part of the text before it."""
+    """The documents epoch after epoch, each image with a part of the text before it."""
     draw = np.random.default_rng(seed)
     while True:
         for row in draw.permutation(len(documents.texts)):
-            words, picture = [5], [3, *[4] * CODES, 6]
-            places = int(documents.pictures[row]) + 1
+            words, image = [5], [3, *[4] * CODES, 6]
+            places = int(documents.images[row]) + 1
             before = draw.multinomial(documents.texts[row], [1 / places] * places)
             parts = [words * before[0]]
             for text in before[1:]:
-                parts += [picture, words * text]
+                parts += [image, words * text]
             yield Encoded("a", int(row), np.array([id_ for part in parts for id_ in part]))

@@ -38,7 +38,7 @@ def with_changes(recipe, section, **changes):
 
 def text_alone(recipe, **changes):
     sources = [source for source in recipe.data.sources if source.name == "text"]
-    return with_changes(recipe, "data", sources=sources, picture_share=0, **changes)
+    return with_changes(recipe, "data", sources=sources, image_share=0, **changes)
 
 
 # Trained
@@ -94,7 +94,7 @@ def test_settings_that_made_nothing_do_not_bind(tmp_path):
 def test_settings_without_effect_are_not_compared(made, tmp_path):
     recipe = recipe_in(made, tokenizers=made / "taken", path=tmp_path / "data")
     prepared = run(recipe)
-    other = with_changes(recipe, "codec", codebook_size=99, picture_size=64)
+    other = with_changes(recipe, "codec", codebook_size=99, image_size=64)
     other = with_changes(other, "text_tokenizer", vocabulary_size=5000)
     other = with_changes(other, "codec_training", steps=9).model_copy(update={"seed": 9})
     before = contents(tmp_path / "data")
@@ -177,21 +177,21 @@ def test_text_alone_takes_a_folder_that_has_only_a_text_tokenizer(made, tmp_path
     assert (len(vocabulary.image_codes), vocabulary.codes_per_image) == (16, 16)
     assert not (tmp_path / "data/codec").exists()
     assert next(Batches(alone.data, vocabulary, seed=0)).padding == 0
-    with pytest.raises(UserError, match=r"no image codec, and picture_share is 0\.25; make one"):
-        run(recipe_in(made, tokenizers=only_text.path, path=tmp_path / "pictures"))
-    assert not (tmp_path / "pictures/tokenizer.json").exists()
-    unasked = recipe_in(made, tokenizers=only_text.path, path=tmp_path / "no", picture_share=0)
-    with pytest.raises(UserError, match=r"a picture, but no codec: data\.tokenizers has none"):
+    with pytest.raises(UserError, match=r"no image codec, and image_share is 0\.25; make one"):
+        run(recipe_in(made, tokenizers=only_text.path, path=tmp_path / "images"))
+    assert not (tmp_path / "images/tokenizer.json").exists()
+    unasked = recipe_in(made, tokenizers=only_text.path, path=tmp_path / "no", image_share=0)
+    with pytest.raises(UserError, match=r"an image, but no codec: data\.tokenizers has none"):
         run(unasked)
 
 
-def test_text_alone_reserves_codes_for_pictures_that_come_later(tmp_path):
+def test_text_alone_reserves_codes_for_images_that_come_later(tmp_path):
     recipe = recipe_in(tmp_path)
     alone = text_alone(recipe)
     vocabulary = run(alone).vocabulary
     assert not (tmp_path / "data/codec").exists()
     tokenizer = (tmp_path / "data/tokenizer.json").read_bytes()
-    # The same folder, with pictures: the codec joins the tokenizer, no id changes.
+    # The same folder, with images: the codec joins the tokenizer, no id changes.
     assert run(recipe).vocabulary == vocabulary
     assert ImageCodec.load(tmp_path / "data/codec").codes_per_image == vocabulary.codes_per_image
     assert (tmp_path / "data/tokenizer.json").read_bytes() == tokenizer

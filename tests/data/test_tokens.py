@@ -12,7 +12,7 @@ from PIL import Image
 from test_encoding import VOCABULARY, Codec, Given, Numbers, encode_text, run, unreadable
 
 from moma.data import chunks
-from moma.data.documents import Document, Picture
+from moma.data.documents import Document, ImageRef
 from moma.data.encoding import Limits, encode_source
 from moma.data.shards import open_shards
 from moma.errors import UserError
@@ -23,13 +23,13 @@ parts = st.sampled_from(["", "a", "schön", "long text of several", None, "unrea
 @given(st.lists(st.lists(parts, max_size=4), min_size=1, max_size=30), st.integers(2, 9))
 @settings(deadline=None, max_examples=40)
 def test_random_documents_are_what_a_loop_makes_of_them(documents, chunk):
-    """Texts, pictures, broken and empty documents in any order, beside the slow way."""
+    """Texts, images, broken and empty documents in any order, beside the slow way."""
     rows, expected = [], []
     for number, document in enumerate(documents):
         colour = number % 16
-        picture = Picture("", partial(Image.new, "RGB", (2, 2), (colour, 0, 0)))
+        image = ImageRef("", partial(Image.new, "RGB", (2, 2), (colour, 0, 0)))
         segments = [
-            picture if part is None else unreadable("x") if part == "unreadable" else part
+            image if part is None else unreadable("x") if part == "unreadable" else part
             for part in document
         ]
         rows.append(Document(f"doc {number}", tuple(segments)))
@@ -38,7 +38,7 @@ def test_random_documents_are_what_a_loop_makes_of_them(documents, chunk):
             ids += [3, 5 + colour, 6, 7, 8, 4] if part is None else encode_text([part])[0]
         if "unreadable" not in document and len(ids) > 1:
             count = document.count(None)
-            expected.append({"ids": [*ids, 1], "pictures": count, "name": rows[-1].name})
+            expected.append({"ids": [*ids, 1], "images": count, "name": rows[-1].name})
     with TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_DOCUMENTS", chunk)
         call = partial(run, Path(place) / "shard", Given(*rows), share=0)

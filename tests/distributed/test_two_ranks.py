@@ -108,7 +108,7 @@ def take_steps(world: World, recipe: Recipe, out: Path) -> None:
 
 
 def go_on(world: World, recipe: Recipe, out: Path) -> dict[str, Tensor]:
-    """Load what another number of ranks has saved, and take the step that followed."""
+    """ExpertInputs what another number of ranks has saved, and take the step that followed."""
     model, optimizer, step, groups = build(recipe, world)
     path = out / f"step-{STEPS:08d}"
     load_checkpoint(path, model, optimizer, world)
@@ -149,7 +149,7 @@ class Lanes:
 
 def train_lanes(world: World, tiny: Recipe, run: Path) -> Run:
     """`train`, all but the data its own; two micro-batches a step on each of two ranks."""
-    stage = tiny.pretrain.model_copy(update={"micro_batches": GROUPS // 2})
+    stage = tiny.pretrain.model_copy(update={"gradient_accumulation_steps": GROUPS // 2})
     recipe = tiny.model_copy(update={"run": run, "pretrain": stage})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "prepared_ahead", lambda batches, config: Lanes(recipe, world))
@@ -326,7 +326,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(tiny, two, tmp_path):
 
 def test_a_step_may_grow_with_the_ranks(tiny, two, four):
     told = (four / "refused").read_text()
-    one = tiny.data.rows * tiny.data.row_length
+    one = tiny.data.micro_batch_size * tiny.data.sequence_length
     assert "4 ranks cannot share the 2 micro-batches of a step; use a divisor of 2" in told
     assert f"keeps its {2 * one:,} tokens" in told
     assert f"engine.step_size=grows to 4 times 1 micro-batches, {4 * one:,} tokens" in told
@@ -348,7 +348,7 @@ def test_one_rank_grows_the_seed_of_two(tiny, two, tmp_path):
     changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
     run = train(grown.model_copy(update=changes), ALONE, quiet=True)
     (row,) = run.read_metrics()
-    tokens = 2 * tiny.data.rows * tiny.data.row_length
+    tokens = 2 * tiny.data.micro_batch_size * tiny.data.sequence_length
     assert row["tokens"] == seed.read_metrics()[-1]["tokens"] + tokens
     # Its documents are those that neither rank of the seed had taken.
     states = [state["data"] for state in read_rank_states(checkpoints_in(seed.checkpoints)[-1])]
@@ -356,7 +356,7 @@ def test_one_rank_grows_the_seed_of_two(tiny, two, tmp_path):
         share_out(states, 1),
         [state["data"] for state in read_rank_states(checkpoints_in(run.checkpoints)[-1])],
     )
-    for stream in ("pictured", "text"):
+    for stream in ("with_images", "text"):
         assert sum(wanted[stream]["base"]) > 0
         assert found[stream]["base"] == wanted[stream]["base"]
 

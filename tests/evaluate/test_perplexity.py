@@ -33,7 +33,7 @@ def slow_losses(model, recipe) -> tuple[list[float], list[float]]:
 def test_causal_evaluation_equals_documents_one_by_one(tiny, groups):
     recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": groups})})
     # One row that holds everything, so that no document is cut and loses its context.
-    data = recipe.data.model_copy(update={"rows": 1, "row_length": 2048})
+    data = recipe.data.model_copy(update={"micro_batch_size": 1, "sequence_length": 2048})
     recipe = recipe.model_copy(update={"data": data})
     model = recipe.build_model(Vocabulary.load(data.path / "vocabulary.json")).eval()
     text, image = slow_losses(model, recipe)

@@ -22,8 +22,8 @@ VOCABULARY = Vocabulary(
     image_codes=tuple(range(30, 40)),
     codes_per_image=4,
 )
-PICTURE = [3, 30, 35, 31, 39, 4]
-PROMPTS = [[0], [0, 10, 11, 12, 13, 14, 15], [0, *PICTURE, 20], [0, 9, *PICTURE, 8, *PICTURE[:3]]]
+IMAGE = [3, 30, 35, 31, 39, 4]
+PROMPTS = [[0], [0, 10, 11, 12, 13, 14, 15], [0, *IMAGE, 20], [0, 9, *IMAGE, 8, *IMAGE[:3]]]
 GREEDY = Sampling(temperature=0)
 
 
@@ -58,7 +58,7 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
 @pytest.mark.parametrize("groups", ["moe_2t2i", "dense", "moe_1t1i"])
 def test_greedy_decoding_side_by_side_equals_slow_decoding_alone(groups, mode):
     model = make_model(groups)
-    # The slow way does not know how much room is left for a picture, and has enough of it.
+    # The slow way does not know how much room is left for an image, and has enough of it.
     room = VOCABULARY.image_span if mode == "mixed" else 0
     answers = generate(model, PROMPTS, mode, 40, 12 + room, GREEDY)
     expected = [slow_greedy(model, prompt, mode, 40, 12) for prompt in PROMPTS]
@@ -98,7 +98,7 @@ def test_an_answer_stops_at_the_context_and_at_the_limit():
     assert all(len(answer) <= 3 for answer in generate(model, PROMPTS, "text", 20, 3, GREEDY))
 
 
-def test_image_answers_are_whole_pictures():
+def test_image_answers_are_whole_images():
     for answer in generate(make_model(), PROMPTS[:3], "image", 30, 30, Sampling(temperature=2)):
         assert len(answer) == VOCABULARY.image_span
         assert (answer[0], answer[-1]) == (VOCABULARY.begin_image, VOCABULARY.end_image)
@@ -116,7 +116,7 @@ def test_a_prompt_without_room_for_an_answer_is_refused(mode):
         generate(model, [[0], [*longest, 10]], mode, 20, 20, GREEDY)
 
 
-def test_a_picture_is_never_opened_without_room_to_close_it():
+def test_an_image_is_never_opened_without_room_to_close_it():
     model = make_model()
     for seed in range(20):
         sampling = Sampling(temperature=50, top_p=1, seed=seed)

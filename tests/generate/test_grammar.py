@@ -1,4 +1,4 @@
-"""Whatever a model wants to write: pictures are whole, and only where the mode allows them."""
+"""Whatever a model wants to write: images are whole, and only where the mode allows them."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ VOCABULARY = Vocabulary(
     codes_per_image=CODES,
 )
 WORDS = set(range(30)) - {7, 1, 2, 3, 4, *VOCABULARY.image_codes}
-PICTURE = VOCABULARY.wrap_image(np.array([0, 1, 2, 3]))
+IMAGE = VOCABULARY.wrap_image(np.array([0, 1, 2, 3]))
 
 
 def allowed(grammar):
@@ -42,9 +42,9 @@ def write(grammar, wishes, most=200):
     return answer
 
 
-def pictures_in(tokens):
-    """Codes of every picture by a plain scan; fails on codes outside and on broken pictures."""
-    pictures: list[list[int]] = []
+def images_in(tokens):
+    """Codes of every image by a plain scan; fails on codes outside and on broken images."""
+    images: list[list[int]] = []
     inside: list[int] | None = None
     for token in tokens:
         if token == VOCABULARY.begin_image:
@@ -52,29 +52,29 @@ def pictures_in(tokens):
             inside = []
         elif token == VOCABULARY.end_image:
             assert inside is not None and len(inside) == CODES
-            pictures.append(inside)
+            images.append(inside)
             inside = None
         elif inside is not None:
             assert token in VOCABULARY.image_codes and len(inside) < CODES
             inside.append(token)
         else:
             assert token not in VOCABULARY.image_codes
-    return pictures, inside
+    return images, inside
 
 
 WISHES = st.lists(st.integers(0, 10**6), max_size=60)
-PROMPTS = st.sampled_from([[7], [7, 10, 11], [7, *PICTURE], [7, 10, *PICTURE, 11, *PICTURE]])
+PROMPTS = st.sampled_from([[7], [7, 10, 11], [7, *IMAGE], [7, 10, *IMAGE, 11, *IMAGE]])
 
 
 @settings(deadline=None)
 @given(WISHES, PROMPTS, st.sampled_from(["text", "image", "mixed"]))
 @example([1] * 60, [7], "mixed")
-def test_pictures_are_whole_whatever_the_model_wants(wishes, prompt, mode):
+def test_images_are_whole_whatever_the_model_wants(wishes, prompt, mode):
     grammar = Grammar(VOCABULARY, mode)
     for token in prompt:
         grammar.advance(token)
     answer = write(grammar, wishes)
-    pictures_in(answer)
+    images_in(answer)
     assert not {VOCABULARY.beginning, VOCABULARY.padding} & set(answer)
 
 
@@ -91,17 +91,17 @@ def test_text_mode_writes_words_alone(wishes, prompt):
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 10**6), min_size=CODES + 2, max_size=60), PROMPTS)
-def test_image_mode_writes_one_picture_and_ends(wishes, prompt):
+def test_image_mode_writes_one_image_and_ends(wishes, prompt):
     grammar = Grammar(VOCABULARY, "image")
     for token in prompt:
         grammar.advance(token)
     answer = write(grammar, wishes)
     assert len(answer) == VOCABULARY.image_span
-    ((codes,), left) = pictures_in(answer)
+    ((codes,), left) = images_in(answer)
     assert len(codes) == CODES and left is None
 
 
-def test_mixed_mode_offers_words_the_end_and_a_picture():
+def test_mixed_mode_offers_words_the_end_and_an_image():
     grammar = Grammar(VOCABULARY, "mixed")
     assert allowed(grammar) == WORDS | {VOCABULARY.end, VOCABULARY.begin_image}
     grammar.advance(10)
@@ -112,12 +112,12 @@ def test_text_mode_offers_words_and_the_end():
     assert allowed(Grammar(VOCABULARY, "text")) == WORDS | {VOCABULARY.end}
 
 
-def test_image_mode_offers_the_picture_alone():
+def test_image_mode_offers_the_image_alone():
     assert allowed(Grammar(VOCABULARY, "image")) == {VOCABULARY.begin_image}
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mixed"])
-def test_inside_a_picture_there_are_codes_then_its_end(mode):
+def test_inside_an_image_there_are_codes_then_its_end(mode):
     grammar = Grammar(VOCABULARY, mode)
     grammar.advance(VOCABULARY.begin_image)
     for _ in range(CODES):
@@ -129,16 +129,16 @@ def test_inside_a_picture_there_are_codes_then_its_end(mode):
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mixed"])
-def test_a_prompt_that_stops_inside_a_picture_is_finished_first(mode):
+def test_a_prompt_that_stops_inside_an_image_is_finished_first(mode):
     grammar = Grammar(VOCABULARY, mode)
-    for token in [7, 10, *PICTURE[:3]]:
+    for token in [7, 10, *IMAGE[:3]]:
         grammar.advance(token)
     answer = write(grammar, [0] * (CODES - 1))
     assert len(answer) == CODES - 1 and answer[-1] == VOCABULARY.end_image
-    assert pictures_in([*PICTURE[:3], *answer])[1] is None
+    assert images_in([*IMAGE[:3], *answer])[1] is None
 
 
 @pytest.mark.parametrize(("mode", "last"), [("text", 1), ("mixed", 1), ("image", 4)])
-def test_an_answer_ends_with_the_document_or_with_the_picture(mode, last):
+def test_an_answer_ends_with_the_document_or_with_the_image(mode, last):
     grammar = Grammar(VOCABULARY, mode)
     assert [id_ for id_ in range(30) if grammar.ends_with(id_)] == [last]

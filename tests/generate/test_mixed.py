@@ -1,4 +1,4 @@
-"""A model with its tokenizers: text and pictures go in and come out."""
+"""A model with its tokenizers: text and images go in and come out."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from moma.tokenizers.text import TextTokenizerConfig, train_text_tokenizer, voca
 from moma.vocabulary import Vocabulary
 
 CODEC = CodecConfig(
-    picture_size=16,
+    image_size=16,
     patch=4,
     block_channels=(8, 16),
     layers_per_block=1,
@@ -65,18 +65,18 @@ def flat(content):
 
 def test_the_codec_is_the_saved_one(mixed, folder):
     codec = ImageCodec.load(folder.codec)
-    picture = noise(1, (20, 31))
-    expected = codec.encode(preprocess(picture, 16)[None])[0].numpy()
-    assert (mixed.codes(picture) == expected).all()
-    assert mixed.codes(picture).shape == (4,)
+    image = noise(1, (20, 31))
+    expected = codec.encode(preprocess(image, 16)[None])[0].numpy()
+    assert (mixed.codes(image) == expected).all()
+    assert mixed.codes(image).shape == (4,)
 
 
-def test_a_sequence_opens_as_a_document_and_wraps_its_pictures(mixed):
+def test_a_sequence_opens_as_a_document_and_wraps_its_images(mixed):
     vocabulary = mixed.model.vocabulary
-    picture = noise(2)
-    ids = mixed.encode(["the", picture])
+    image = noise(2)
+    ids = mixed.encode(["the", image])
     text = mixed.tokenizer.encode("the").ids
-    assert ids == [vocabulary.beginning, *text, *vocabulary.wrap_image(mixed.codes(picture))]
+    assert ids == [vocabulary.beginning, *text, *vocabulary.wrap_image(mixed.codes(image))]
 
 
 @settings(deadline=None, max_examples=40)
@@ -87,39 +87,39 @@ def test_a_sequence_opens_as_a_document_and_wraps_its_pictures(mixed):
     )
 )
 def test_content_is_encoded_and_decoded(mixed, content):
-    """Pictures come back as the codec draws them; neighbouring texts come back as one."""
+    """Images come back as the codec draws them; neighbouring texts come back as one."""
     parts: list = [noise(part) if isinstance(part, int) else part for part in content]
     expected: list = []
     for part in parts:
         if isinstance(part, str) and expected and isinstance(expected[-1], str):
             expected[-1] += part
         else:
-            expected.append(part if isinstance(part, str) else mixed.picture(mixed.codes(part)))
+            expected.append(part if isinstance(part, str) else mixed.image(mixed.codes(part)))
     assert flat(mixed.decode(mixed.encode(parts))) == flat(expected)
 
 
-def test_a_picture_is_drawn_from_its_codes(mixed):
-    drawn = mixed.picture(np.array([0, 5, 15, 3]))
+def test_an_image_is_drawn_from_its_codes(mixed):
+    drawn = mixed.image(np.array([0, 5, 15, 3]))
     assert (drawn.size, drawn.mode) == ((16, 16), "RGB")
-    other = mixed.picture(np.array([1, 5, 15, 3]))
+    other = mixed.image(np.array([1, 5, 15, 3]))
     assert flat([drawn]) != flat([other])
 
 
-def test_a_picture_that_is_cut_off_is_left_out(mixed):
+def test_an_image_that_is_cut_off_is_left_out(mixed):
     vocabulary = mixed.model.vocabulary
     ids = mixed.encode(["the", noise(1)])
     assert mixed.decode(ids[:-1]) == ["the"]
     assert mixed.decode(ids[:-3]) == ["the"]
-    # A broken picture does not spoil the next one.
+    # A broken image does not spoil the next one.
     whole = vocabulary.wrap_image(np.array([1, 2, 3, 4]))
-    (picture,) = mixed.decode([*whole[:3], *whole])
-    assert flat([picture]) == flat([mixed.picture(np.array([1, 2, 3, 4]))])
+    (image,) = mixed.decode([*whole[:3], *whole])
+    assert flat([image]) == flat([mixed.image(np.array([1, 2, 3, 4]))])
 
 
-def test_text_on_both_sides_of_a_picture_stays_apart(mixed):
-    before, picture, after = mixed.decode(mixed.encode(["red ", noise(3), " apple"]))
+def test_text_on_both_sides_of_an_image_stays_apart(mixed):
+    before, image, after = mixed.decode(mixed.encode(["red ", noise(3), " apple"]))
     assert (before, after) == ("red ", " apple")
-    assert isinstance(picture, Image.Image)
+    assert isinstance(image, Image.Image)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -127,8 +127,8 @@ def test_modes_write_what_they_promise(mixed, seed):
     prompts = [["the"], [noise(1), "red"], [noise(2)]]
     sampling = Sampling(temperature=1.5, top_p=1, seed=seed)
     for answer in mixed.generate(prompts, "image", sampling):
-        (picture,) = answer
-        assert isinstance(picture, Image.Image) and picture.size == (16, 16)
+        (image,) = answer
+        assert isinstance(image, Image.Image) and image.size == (16, 16)
     for answer in mixed.generate(prompts, "text", sampling):
         assert all(isinstance(part, str) for part in answer)
     for answer in mixed.generate(prompts, "mixed", sampling):
@@ -136,7 +136,7 @@ def test_modes_write_what_they_promise(mixed, seed):
         assert all(isinstance(part, str) or part.size == (16, 16) for part in answer)
 
 
-def test_mixed_answers_hold_pictures_when_the_model_wants_them(mixed):
+def test_mixed_answers_hold_images_when_the_model_wants_them(mixed):
     sampling = Sampling(temperature=50, top_p=1)
     answers = mixed.generate([["the"]] * 40, "mixed", sampling)
     kinds = {type(part) is str for answer in answers for part in answer}

@@ -115,14 +115,14 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def mixed_sequences(seed: int = 1) -> torch.Tensor:
-    """Two rows of text around a picture."""
+    """Two rows of text around an image."""
     draw = torch.Generator().manual_seed(seed)
     ids = chameleon_tokenizer().get_vocab(with_added_tokens=True)
     codes = torch.tensor(sorted(id_ for name, id_ in ids.items() if name.startswith("IMGIMG")))
     text_BS = torch.randint(24, len(ids), (2, 20), generator=draw)
-    picture_BL = codes[torch.randint(CODES, (2, CODES_PER_IMAGE), generator=draw)]
+    image_BL = codes[torch.randint(CODES, (2, CODES_PER_IMAGE), generator=draw)]
     ends = [torch.full((2, 1), ids[name]) for name in ("<racm3:break>", "<eoss>")]
-    parts = [text_BS[:, :12], ends[0], picture_BL, ends[1], text_BS[:, 12:]]
+    parts = [text_BS[:, :12], ends[0], image_BL, ends[1], text_BS[:, 12:]]
     return torch.cat([torch.zeros(2, 1, dtype=torch.long), *parts], dim=1)
 
 

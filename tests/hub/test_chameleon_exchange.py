@@ -146,7 +146,7 @@ def test_the_run_keeps_what_the_folder_tells(imported):
     model, recipe = load_run(imported)
     assert recipe.model.norm == "pre" and recipe.model.rope_theta == 5000
     assert recipe.model.hidden_width == 256 and recipe.model.groups == "dense"
-    assert recipe.data.row_length == 128 and recipe.codec.codebook_size == CODES
+    assert recipe.data.sequence_length == 128 and recipe.codec.codebook_size == CODES
     vocabulary = model.vocabulary
     assert vocabulary.size == VOCABULARY and vocabulary.codes_per_image == CODES_PER_IMAGE
     ids = chameleon_tokenizer().get_vocab(with_added_tokens=True)
@@ -169,7 +169,7 @@ def test_a_run_of_ours_goes_out_and_comes_back(tiny, tmp_path):
 
     run = our_run(tmp_path / "run", tiny, "model.groups=dense", "model.kv_heads=1")
     notes = export_chameleon(run, tmp_path / "port")
-    assert any("no picture weights" in note for note in notes)  # its codec folds pixels
+    assert any("no image weights" in note for note in notes)  # its codec folds pixels
     port = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "port").eval()
     model, recipe = load_run(run)
     vocabulary = model.vocabulary
@@ -195,7 +195,7 @@ def test_a_run_of_ours_goes_out_and_comes_back(tiny, tmp_path):
     import_chameleon(tmp_path / "port", back, tokenizers=run.tokenizers)
     assert torch.equal(our_logits(back, tokens_BS), our_logits(run, tokens_BS))
     assert load_run(back)[0].vocabulary == vocabulary
-    assert recipe.data.row_length == load_run(back)[1].data.row_length
+    assert recipe.data.sequence_length == load_run(back)[1].data.sequence_length
 
 
 def test_a_codec_of_chameleons_shape_goes_out_without_its_decoder(imported, tmp_path):
@@ -210,12 +210,12 @@ def test_a_codec_of_chameleons_shape_goes_out_without_its_decoder(imported, tmp_
     codec = ImageCodec(before.config.model_copy(update={"decoder": True}))
     codec.save(run.tokenizers.codec)
     notes = export_chameleon(run, tmp_path / "port")
-    assert notes == ["this format has no picture decoder; it stays in the run"]
+    assert notes == ["this format has no image decoder; it stays in the run"]
     port = ChameleonForConditionalGeneration.from_pretrained(tmp_path / "port").eval()
-    picture_B3HW = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
+    image_B3HW = torch.rand(2, 3, SIDE, SIDE) * 2 - 1
     with torch.no_grad():
-        ids_BL = port.get_image_tokens(picture_B3HW)
-    codes_BL = codec.eval().encode(picture_B3HW)
+        ids_BL = port.get_image_tokens(image_B3HW)
+    codes_BL = codec.eval().encode(image_B3HW)
     ids = torch.tensor(load_run(run)[0].vocabulary.image_codes)
     assert torch.equal(ids_BL.long(), ids[codes_BL])
 
@@ -254,7 +254,7 @@ def test_an_imported_run_trains_on_in_another_run_only(imported, tiny, tmp_path)
     model = load_run(imported)[1].model
     changes = [f"data.path={tmp_path / 'data'}", f"data.tokenizers={imported.path}"]
     values = tiny.model_dump(mode="json", by_alias=True, exclude_none=True)
-    values = override(values, [*changes, "data.row_length=128", "data.picture_share=0.25"])
+    values = override(values, [*changes, "data.sequence_length=128", "data.image_share=0.25"])
     values |= {"model": model.model_dump(mode="json"), "run": str(tmp_path / "run")}
     recipe = check(Recipe, values | {"from": str(imported.path)}, "on")
     sections = (recipe.data, recipe.text_tokenizer, recipe.codec, recipe.codec_training)
@@ -277,7 +277,7 @@ def test_the_run_is_measured_on_the_data_of_a_recipe(saved, imported, tiny, tmp_
 
     values = tiny.model_dump(mode="json", by_alias=True, exclude_none=True)
     changes = [f"data.path={tmp_path / 'data'}", f"data.tokenizers={imported.path}"]
-    values = override(values, [*changes, "data.row_length=128", "data.picture_share=0.25"])
+    values = override(values, [*changes, "data.sequence_length=128", "data.image_share=0.25"])
     recipe = check(Recipe, values, "measured")
     run = Run(tmp_path / "run")
     import_chameleon(saved, run, recipe=recipe)

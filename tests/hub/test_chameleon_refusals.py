@@ -67,7 +67,7 @@ WEIGHT_FAULTS = {
     ),
     "shape": (lambda w: w.update({LAST: torch.zeros(2, 3)}), rf"{LAST} has shape \(2, 3\)"),
     "type": (lambda w: w.update({LAST: w[LAST].to(torch.int8)}), f"{LAST} is torch.int8"),
-    "picture weights": (
+    "image weights": (
         lambda w: w.pop("model.vqmodel.quant_conv.weight"),
         r"1 missing: quant_conv\.weight",
     ),

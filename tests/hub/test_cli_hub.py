@@ -22,7 +22,7 @@ def run(folder):
     return out
 
 
-def test_an_imported_run_reads_a_picture_and_writes_text(run, tmp_path):
+def test_an_imported_run_reads_an_image_and_writes_text(run, tmp_path):
     Image.new("RGB", (40, 32), "red").save(tmp_path / "red.png")
     arguments = ("--image", tmp_path / "red.png", "--prompt", "what", "--mode", "text")
     assert succeeds("generate", run, *arguments, "--seed", 1)

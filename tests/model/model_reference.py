@@ -119,13 +119,13 @@ class Group(NamedTuple):
     room: Callable[[int], int] | None = None
 
 
-def groups_of(modules, configs, shares, names, how, met, reach=1.0) -> list[Group]:
-    """The groups of a layer that `met` tokens meet; `reach` of all tokens do by the recipe."""
+def groups_of(modules, configs, shares, names, how, met, token_fraction=1.0) -> list[Group]:
+    """The groups of a layer that `met` tokens reach; by the recipe, `token_fraction` of all do."""
 
     def room_of(config):
         share = sum(shares[names.index(name)] for name in config.modalities)
         if config.experts == 1:
-            share = min(1, share / reach)
+            share = min(1, share / token_fraction)
         if how == "causal" or (config.experts == 1 and len(config.modalities) == len(names)):
             return None
         if how == "actual":

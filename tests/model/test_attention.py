@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from model_reference import attention as slow_attention
 from model_reference import earlier, numpy
 
-from moma.model.attention import Attention, Sight, as_numbers, chosen_sight, document_mask
+from moma.model.attention import Attention, AttentionMask, as_numbers, chosen_mask, document_mask
 from moma.model.layers import rotary_angles
 
 
@@ -37,7 +37,9 @@ def test_attention_inside_documents_equals_a_slow_reference(starts, heads, norm,
     x = torch.randn(rows, length, 8, dtype=torch.float64)
     positions = torch.arange(length).expand(rows, length)
     angles = rotary_angles(positions, 8 // heads[0], 10_000.0)
-    sight = Sight() if whole_row else Sight(document_mask(torch.from_numpy(documents)))
+    sight = (
+        AttentionMask() if whole_row else AttentionMask(document_mask(torch.from_numpy(documents)))
+    )
     got = module(x, angles, sight)
     row_N = np.arange(rows * length) // length
     document_N = np.zeros(rows * length) if whole_row else documents.flatten()
@@ -57,7 +59,7 @@ def test_a_mask_of_numbers_gives_the_same_bits(dtype):
     mask = document_mask(torch.tensor([[0] * 4 + [1] * 5, [0] * 9]))
     angles = rotary_angles(torch.arange(9)[None], 2, 10_000.0)
     results = []
-    for sight in (Sight(mask), Sight(as_numbers(mask, dtype))):
+    for sight in (AttentionMask(mask), AttentionMask(as_numbers(mask, dtype))):
         y = module(x, angles, sight)
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
@@ -85,7 +87,7 @@ def test_chosen_tokens_see_the_chosen_of_their_row_and_document(rows, length, pa
     row_1K, document_1K, taken_1K = (
         torch.from_numpy(each)[None] for each in (row, documents[token], taken)
     )
-    sight = chosen_sight(row_1K, document_1K, taken_1K, length)
+    sight = chosen_mask(row_1K, document_1K, taken_1K, length)
     assert (sight.window is not None) == (len(token) > 2 * length)
     got = numpy(module(x, angles, sight)[0])
     real = list(np.flatnonzero(taken))
@@ -103,8 +105,8 @@ def test_windows_hold_all_that_one_long_sequence_shows():
     token = torch.arange(slots)[None] * 2
     row, document = token // length, torch.zeros_like(token)
     taken = torch.rand(1, slots) < 0.8
-    folded = chosen_sight(row, document, taken, length)
-    whole = chosen_sight(row, document, taken, slots)
+    folded = chosen_mask(row, document, taken, length)
+    whole = chosen_mask(row, document, taken, slots)
     assert folded.window == length and whole.window is None
     module = random_attention(2, 2)
     angles = rotary_angles(token % length, 4, 10_000.0)
@@ -120,7 +122,7 @@ def test_gradients(slots):
     module = random_attention(2, 1)
     token = torch.arange(slots)[None]
     taken = torch.arange(slots)[None] % 4 != 3
-    sight = chosen_sight(token // 4, token // 2, taken, 4)
+    sight = chosen_mask(token // 4, token // 2, taken, 4)
     angles = rotary_angles(token, 4, 10_000.0)
     x = torch.randn(1, slots, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: module(x, angles, sight), (x,))

@@ -66,7 +66,7 @@ def batch_of(step: int) -> Batch:
     labels[:, -1] = NO_LABEL
     labels[:, :-1][documents[:, :-1] != documents[:, 1:]] = NO_LABEL
     positions = np.tile(np.arange(LENGTH), (ROWS, 1))
-    return Batch(tokens, labels, documents, positions, pictures=0, padding=0)
+    return Batch(tokens, labels, documents, positions, images=0, padding=0)
 
 
 class Trainer:

@@ -11,7 +11,7 @@ from model_reference import Tokens, depth_layer, gate_choice, groups_of, numpy, 
 from pydantic import ValidationError
 
 from moma.model.architecture import ModelConfig
-from moma.model.attention import Sight
+from moma.model.attention import AttentionMask
 from moma.model.decoder_layer import Context, DepthLayer, make_layer
 from moma.model.depth import DepthConfig, DepthGate
 from moma.model.experts import ExpertGroup, named_groups
@@ -45,7 +45,7 @@ def gated_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **changes) -> 
 
 def context_of(modality, documents, positions) -> Context:
     angles = rotary_angles(positions, DIM // 2, 10_000.0)
-    return Context(modality, documents, angles, Sight())
+    return Context(modality, documents, angles, AttentionMask())
 
 
 @st.composite
@@ -104,7 +104,7 @@ def test_the_gate_takes_the_highest_also_where_scores_tie(batch, share, choose):
     torch.nn.init.ones_(gate.router.weight)
     eligible = modality >= 0
     selection, report = gate(x_BSD, eligible, Routing(record=True))
-    assert not report.unsound
+    assert not report.nonfinite
     scores_BS = x_BSD.sum(-1)
     chosen_BS = report.record.chosen_NE.view(eligible.shape).bool()
     assert not (chosen_BS & ~eligible).any()

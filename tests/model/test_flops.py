@@ -172,7 +172,7 @@ def test_the_router_stage_equals_the_flop_counter(case):
         router.requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         records = model(half_of_each(4, 16), routing=Routing(record=True)).routers
-        torch.stack([record.likelihood_NE.sum() for record in records]).sum().backward()
+        torch.stack([record.auxiliary_logits_NE.sum() for record in records]).sum().backward()
     counted = 64 * flops.router_stage_flops_per_token(model.config, VOCABULARY.size, SHARES, 4, 16)
     counted += flops.empty_slot_flops(model.config, SHARES, 4, 16)
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)

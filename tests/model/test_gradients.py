@@ -9,7 +9,7 @@ from three_modalities import group
 from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
-from moma.model.attention import Attention, Sight, document_mask
+from moma.model.attention import Attention, AttentionMask, document_mask
 from moma.model.auxiliary import AuxiliaryRouter
 from moma.model.decoder_layer import Context, make_layer
 from moma.model.depth import DepthConfig
@@ -76,9 +76,11 @@ def test_of_a_group_alone_and_with_a_router(experts, capacity):
 
 
 @pytest.mark.parametrize("run", get_args(RunName))
-@pytest.mark.parametrize("reach", [1.0, 0.5])
-def test_of_overlapping_groups_in_every_strategy(run, reach):
-    groups = [make_group(DIM, HIDDEN, each, SHARES, MODALITIES, reach) for each in OVERLAPPING]
+@pytest.mark.parametrize("token_fraction", [1.0, 0.5])
+def test_of_overlapping_groups_in_every_strategy(run, token_fraction):
+    groups = [
+        make_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction) for each in OVERLAPPING
+    ]
     experts = make_experts(groups, run)
     assert (type(experts) is Experts) == (run == "sequential")
     assert_gradients(experts, some_tokens(2, 4), MODALITY, Routing(), output=first)
@@ -87,7 +89,7 @@ def test_of_overlapping_groups_in_every_strategy(run, reach):
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("norm", [True, False])
 def test_of_attention_inside_documents(kv_heads, norm):
-    sight = Sight(document_mask(DOCUMENTS))
+    sight = AttentionMask(document_mask(DOCUMENTS))
     assert_gradients(Attention(DIM, 2, kv_heads, norm), some_tokens(2, 4), ANGLES, sight)
 
 
@@ -105,5 +107,5 @@ def test_of_a_layer_with_and_without_a_gate(groups, depth, norm):
         norm=norm,
     )
     layer = make_layer(0, config, VOCABULARY, SHARES)
-    context = Context(MODALITY, DOCUMENTS, ANGLES, Sight(document_mask(DOCUMENTS)))
+    context = Context(MODALITY, DOCUMENTS, ANGLES, AttentionMask(document_mask(DOCUMENTS)))
     assert_gradients(layer, some_tokens(2, 4), context, Routing(), output=first)

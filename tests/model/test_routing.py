@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moma.model import routing
 from moma.model.routing import (
-    any_unsound,
+    any_nonfinite,
     choose_by_batch,
     choose_causally,
     router_logits,
@@ -51,12 +51,14 @@ def test_batch_choice_takes_the_best_eligible_tokens(case, capacity):
 @settings(max_examples=200, deadline=None)
 @given(logits_and_members())
 def test_causal_choice_decides_each_token_by_itself(case):
-    likelihood_NE, eligible_N = case
-    selection = choose_causally(likelihood_NE * 0.5, likelihood_NE, eligible_N)
-    expected = (likelihood_NE > 0) & eligible_N[:, None]
-    assert torch.equal(selection.chosen_NE(len(likelihood_NE)).bool(), expected)
-    order = torch.randperm(len(likelihood_NE))
-    again = choose_causally(likelihood_NE[order], likelihood_NE[order], eligible_N[order])
+    auxiliary_logits_NE, eligible_N = case
+    selection = choose_causally(auxiliary_logits_NE * 0.5, auxiliary_logits_NE, eligible_N)
+    expected = (auxiliary_logits_NE > 0) & eligible_N[:, None]
+    assert torch.equal(selection.chosen_NE(len(auxiliary_logits_NE)).bool(), expected)
+    order = torch.randperm(len(auxiliary_logits_NE))
+    again = choose_causally(
+        auxiliary_logits_NE[order], auxiliary_logits_NE[order], eligible_N[order]
+    )
     assert torch.equal(again.chosen_NE(len(order)).bool(), expected[order])
 
 
@@ -85,7 +87,7 @@ def test_logits_one_by_one_and_at_once_are_the_same(monkeypatch):
 @given(logits_and_members(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
 def test_a_score_is_unsound_only_where_a_token_may_be_chosen(case, bad, data):
     logits_NE, eligible_N = case
-    assert not any_unsound(logits_NE, eligible_N)
+    assert not any_nonfinite(logits_NE, eligible_N)
     n, expert = (data.draw(st.integers(0, size - 1)) for size in logits_NE.shape)
     logits_NE[n, expert] = bad
-    assert bool(any_unsound(logits_NE, eligible_N)) == bool(eligible_N[n])
+    assert bool(any_nonfinite(logits_NE, eligible_N)) == bool(eligible_N[n])

@@ -204,7 +204,7 @@ def test_scores_that_are_not_finite_name_their_layer(where, seen_by, bad):
     model = Transformer(config, VOCABULARY, (0.5, 0.5)).eval()
     model.initialise(0)
     tokens = mixed_tokens(2, 8, 0)
-    assert not model(tokens, routing=RECORD).unsound_L.any()
+    assert not model(tokens, routing=RECORD).nonfinite_L.any()
     with torch.no_grad():
         model.get_parameter(f"{where}.weight")[0, 0] = bad
     layer = int(where.split(".")[1])
@@ -213,7 +213,7 @@ def test_scores_that_are_not_finite_name_their_layer(where, seen_by, bad):
             with pytest.raises(UserError, match=f"output of layer {layer}, or a score of a router"):
                 model(tokens, routing=routing)
         else:
-            found = model(tokens, routing=routing).unsound_L.nonzero().flatten().tolist()
+            found = model(tokens, routing=routing).nonfinite_L.nonzero().flatten().tolist()
             assert found[:1] == ([layer] if routing in seen_by else [])
 
 

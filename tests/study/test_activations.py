@@ -38,12 +38,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 def recipe_of(groups: str, again: str, compiled: bool, **model) -> Recipe:
     values = {
         "text_tokenizer": {"vocabulary_size": 320},
-        "codec": {"picture_size": 128, "codebook_size": 64},
+        "codec": {"image_size": 128, "codebook_size": 64},
         "data": {
             "path": "none",
-            "rows": 4,
-            "row_length": 256,
-            "picture_share": 0.5,
+            "micro_batch_size": 4,
+            "sequence_length": 256,
+            "image_share": 0.5,
             "sources": [{"kind": "text", "path": "none"}],
         },
         "model": {"groups": groups, "dim": 64, "layers": 3, "heads": 4, **model},

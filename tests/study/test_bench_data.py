@@ -7,13 +7,13 @@ import pytest
 from typer.testing import CliRunner
 
 from moma.cli import app
-from moma.data.documents import Picture
+from moma.data.documents import ImageRef
 from moma.errors import UserError
 from moma.recipe import read_recipe, shipped_recipe, write_recipe
 from moma.study import bench_data
 from moma.train.recipe import Recipe
 
-SIZES = bench_data.Sizes(batches=3, steps=1, pictures=6, texts=20, repeats=1)
+SIZES = bench_data.Sizes(batches=3, steps=1, images=6, texts=20, repeats=1)
 REQUIRED = {
     "tokens_per_second", "padding_share", "image_share_error", "wait_share", "codec_ratio",
     "bpe_ratio",
@@ -33,7 +33,7 @@ def test_every_figure_is_there_and_possible(measured):
 
 
 def test_it_counts_what_is_in_the_arrays(tiny, monkeypatch):
-    """A batch that lacks a picture, or is padded, is found out whatever it says of itself."""
+    """A batch that lacks an image, or is padded, is found out whatever it says of itself."""
     from moma.data.packing import Packer
     from moma.vocabulary import Vocabulary
 
@@ -51,9 +51,9 @@ def test_it_counts_what_is_in_the_arrays(tiny, monkeypatch):
     assert 0 < found["image_share_error"] <= 0.25
 
 
-def test_pictures_are_measured_once_each(tiny, tmp_path):
+def test_images_are_measured_once_each(tiny, tmp_path):
     wanted = 24  # four colours in 8 × 8 places: some of them are equal
-    count = bench_data._write_captions(bench_data._pictures_of(tiny, wanted), tmp_path / "c")
+    count = bench_data._write_captions(bench_data._images_of(tiny, wanted), tmp_path / "c")
     rows = (tmp_path / "c" / "captions.jsonl").read_text().splitlines()
     files = list((tmp_path / "c").glob("*.png"))
     assert 4 <= count == len(rows) == len(files) <= wanted
@@ -62,7 +62,7 @@ def test_pictures_are_measured_once_each(tiny, tmp_path):
 
 def test_the_verb_prints_one_json_object(tiny, tmp_path):
     write_recipe(tiny, tmp_path / "r.toml")
-    sizes = ["--batches", "2", "--steps", "1", "--pictures", "2", "--texts", "5", "--repeats", "1"]
+    sizes = ["--batches", "2", "--steps", "1", "--images", "2", "--texts", "5", "--repeats", "1"]
     result = CliRunner().invoke(app, ["bench", "data", str(tmp_path / "r.toml"), "--json", *sizes])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout).keys() >= REQUIRED
@@ -71,15 +71,15 @@ def test_the_verb_prints_one_json_object(tiny, tmp_path):
 def test_the_shipped_recipe_is_valid_and_asks_for_1024_codes():
     recipe = read_recipe(Recipe, shipped_recipe("bench_data.toml"))
     assert recipe.codec.codes_per_side**2 == 1024
-    assert recipe.data.row_length == 4096
+    assert recipe.data.sequence_length == 4096
 
 
-def test_pictures_that_cannot_be_read_are_passed_over(tiny, tmp_path):
+def test_images_that_cannot_be_read_are_passed_over(tiny, tmp_path):
     def missing():
         raise UserError("there is none")
 
-    pictures = [*bench_data._pictures_of(tiny, 1), Picture("missing", missing)]
-    assert bench_data._write_captions(iter(pictures[::-1]), tmp_path / "c") == 1
+    images = [*bench_data._images_of(tiny, 1), ImageRef("missing", missing)]
+    assert bench_data._write_captions(iter(images[::-1]), tmp_path / "c") == 1
 
 
 def test_processor_time_leaves_out_waiting():

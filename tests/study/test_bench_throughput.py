@@ -17,8 +17,9 @@ from moma.study.synthetic import made_up_batches, made_up_vocabulary
 from moma.vocabulary import IMAGE
 
 SMALL = [
-    "model.dim=16", "model.layers=2", "model.heads=2", "data.rows=2", "data.row_length=64",
-    "data.picture_share=0.25", "codec.picture_size=64", "text_tokenizer.vocabulary_size=320",
+    "model.dim=16", "model.layers=2", "model.heads=2", "data.micro_batch_size=2",
+    "data.sequence_length=64",
+    "data.image_share=0.25", "codec.image_size=64", "text_tokenizer.vocabulary_size=320",
     "codec.codebook_size=32", "pretrain.compile=false",
 ]  # fmt: skip
 KEYS = {"name", "tokens_per_second", "mfu", "peak_bytes", "spread"}
@@ -30,7 +31,7 @@ def test_made_up_batches_have_the_shape_of_real_ones(tiny):
     first, second = packer.pack(), packer.pack()
     for batch in (first, second):
         image = vocabulary.modality_of_id[batch.tokens_BS] == IMAGE
-        assert image.mean() == tiny.data.picture_share and batch.padding == 0
+        assert image.mean() == tiny.data.image_share and batch.padding == 0
         inside = batch.documents_BS[:, :-1] == batch.documents_BS[:, 1:]
         assert np.array_equal(batch.labels_BS[:, :-1][inside], batch.tokens_BS[:, 1:][inside])
         assert (batch.labels_BS == NO_LABEL).any() and batch.documents_BS.max() > 0
@@ -80,7 +81,16 @@ def test_the_verb_measures_recipes_and_shows_a_table(tiny, tmp_path):
         model = tiny.model.model_copy(update={"groups": groups})
         write_recipe(tiny.model_copy(update={"model": model}), tmp_path / f"{name}.toml")
     paths = [str(tmp_path / "one.toml"), str(tmp_path / "two.toml")]
-    arguments = ["bench", "throughput", *paths, "data.rows=4", "--repeats", "1", "--warm-up", "1"]
+    arguments = [
+        "bench",
+        "throughput",
+        *paths,
+        "data.micro_batch_size=4",
+        "--repeats",
+        "1",
+        "--warm-up",
+        "1",
+    ]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     one, two = json.loads(result.stdout)
     assert (one["name"], two["name"], one["ratio_to_first"]) == ("one", "two", 1)

@@ -9,13 +9,13 @@ from moma.study.demo import Clock, demo_recipe, demo_tables, run_demo
 
 SMALL = [
     "codec_training.steps=6",
-    "codec_training.free_steps=2",
+    "codec_training.quantizer_start_step=2",
     "codec_training.batch_size=8",
     "codec.block_channels=[16]",
     "codec.codebook_size=64",
     "text_tokenizer.vocabulary_size=400",
-    "data.rows=1",
-    "data.picture_share=0.5",
+    "data.micro_batch_size=1",
+    "data.image_share=0.5",
     "data.held_out=0.05",
     "data.sources.0.objects=40",
     "data.sources.0.repeats=1",
@@ -53,7 +53,7 @@ def test_the_whole_way_and_again(tmp_path):
     page = (tmp_path / "report.html").read_text()
     for title in (
         "captions that are right",
-        "Pictures from captions",
+        "Images from captions",
         "Training loss",
         "Which expert took",
     ):

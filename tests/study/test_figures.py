@@ -31,10 +31,10 @@ def test_every_run_has_a_curve_for_each_loss():
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 3)])
 def test_codes_that_an_expert_did_not_take_are_dimmed(layers, experts):
     side, cell = 2, 4
-    picture = Image.new("RGB", (side * cell, side * cell), (200, 100, 50))
+    image = Image.new("RGB", (side * cell, side * cell), (200, 100, 50))
     chosen = np.random.default_rng(3).random((layers, experts, side, side)) < 0.5
     chosen[0, 0] = [[True, False], [False, True]]
-    plot = figures.expert_maps(picture, chosen)
+    plot = figures.expert_maps(image, chosen)
     assert len(plot.axes) == layers * experts
     bright = np.array([200, 100, 50]) / 255
     for number, axes in enumerate(plot.axes):
@@ -46,14 +46,14 @@ def test_codes_that_an_expert_did_not_take_are_dimmed(layers, experts):
     assert plot.axes[0].get_title() == "expert 1" and plot.axes[0].get_ylabel() == "layer 1"
 
 
-def test_every_picture_of_the_sheet_stands_over_its_caption():
+def test_every_image_of_the_sheet_stands_over_its_caption():
     shades = [10, 60, 110, 160, 210]
     marks = ["ok", "half", "no", "ok", "ok"]
-    pictures = [
+    images = [
         (Image.new("RGB", (4, 4), (shade,) * 3), f"shade {shade}", mark)
         for shade, mark in zip(shades, marks, strict=True)
     ]
-    plot = figures.sheet(pictures, columns=2)
+    plot = figures.sheet(images, columns=2)
     assert len(plot.axes) == 6
     for axes, shade in zip(plot.axes, shades, strict=False):
         assert axes.get_title() == f"shade {shade}"

@@ -71,7 +71,7 @@ def test_copies_hold_more_and_send_less():
 
 def test_communication():
     """Two ranks, one layer: it is gathered twice, embedding and head once."""
-    overrides = ("model.layers=1", "model.groups=dense", "pretrain.micro_batches=3")
+    overrides = ("model.layers=1", "model.groups=dense", "pretrain.gradient_accumulation_steps=3")
     found = job_of(overrides=overrides, gpus=2, link=1e9)
     counts = plan(read_recipe(Recipe, SPARSE, overrides))["parts"]["parameters"]
     root = counts["embedding"] + counts["head"] + 2048

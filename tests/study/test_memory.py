@@ -16,7 +16,7 @@ from moma.study.memory import gathered_bytes, held_bytes, outline, unit_elements
 from moma.study.synthetic import made_up_batches, made_up_vocabulary
 from moma.train.recipe import Recipe
 from moma.train.stages import make_step, prepare_model, units_of
-from moma.train.watch import Watch
+from moma.train.watch import LossMonitor
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def held_in(recipe: Recipe, world: World) -> dict[str, int]:
     """What a rank holds after a step, its gradients caught before they are dropped."""
     vocabulary = made_up_vocabulary(recipe)
     model = prepare_model(recipe, vocabulary, world)
-    step = make_step(recipe, model, world, Watch(recipe.pretrain, world.device))
+    step = make_step(recipe, model, world, LossMonitor(recipe.pretrain, world.device))
     found, clip = {}, step._clip
 
     def caught():

@@ -63,18 +63,18 @@ def read(html):
 def pixels_of(source):
     head, data = source.split(",")
     assert head == "data:image/png;base64"
-    with Image.open(BytesIO(base64.b64decode(data))) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(BytesIO(base64.b64decode(data))) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 @pytest.fixture
-def picture():
+def image():
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise)
 
 
 @pytest.fixture
-def page(tmp_path, picture):
+def page(tmp_path, image):
     plot = Figure()
     plot.subplots().plot([1, 2])
     page = Page(f"title {NASTY}", f"introduction {NASTY}")
@@ -83,7 +83,7 @@ def page(tmp_path, picture):
         paragraph(f"paragraph {NASTY}"),
         table(Table("", "", (f"head {NASTY}", "b"), [(f"cell {NASTY}", 0.5)])),
         figure(plot),
-        grid([captioned([tile(picture, f"tile {NASTY}", "ok")], f"caption {NASTY}")]),
+        grid([captioned([tile(image, f"tile {NASTY}", "ok")], f"caption {NASTY}")]),
         coloured([(f"token {NASTY}", ["#ff0000"]), ("plain", [])]),
     )
     page.write(tmp_path / "deep" / "page.html")
@@ -122,9 +122,9 @@ def test_any_text_comes_back_from_a_paragraph(text):
     assert [tag for tag, _ in reader.tags] == ["p"]
 
 
-def test_pictures_are_embedded_exactly(picture):
-    (image,) = read(tile(picture, "words")).named("img")
-    assert (pixels_of(image["src"]) == np.asarray(picture)).all()
+def test_images_are_embedded_exactly(image):
+    (shown,) = read(tile(image, "words")).named("img")
+    assert (pixels_of(shown["src"]) == np.asarray(image)).all()
 
 
 def test_a_plot_is_embedded():

@@ -53,7 +53,7 @@ def test_every_recipe_can_be_planned(path):
     assert settings.steps == (120_000 if size == "1b4" else 160_000)
     assert (settings.optimizer.learning_rate, settings.optimizer.warmup) == (1e-4, 4000)
     assert settings.z_loss == 1e-5 and settings.optimizer.epsilon == 1e-5
-    assert (recipe.data.row_length, recipe.data.picture_share) == (4096, 0.5)
+    assert (recipe.data.sequence_length, recipe.data.image_share) == (4096, 0.5)
     warmup = 2000 if size == "1b4" else 1000
     steps = 10_000 if size == "1b4" and not recipe.model.depth_layers else 5000
     assert (recipe.aux_router.optimizer.warmup, recipe.aux_router.steps) == (warmup, steps)

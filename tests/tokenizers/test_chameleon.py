@@ -17,7 +17,7 @@ from moma.tokenizers.image import CodecConfig, ImageCodec
 
 SIZE = 32
 SHAPE = CodecConfig(
-    picture_size=SIZE,
+    image_size=SIZE,
     block_channels=(32, 32, 64),
     layers_per_block=2,
     latent_channels=32,
@@ -61,7 +61,7 @@ def port():
 
 
 @pytest.fixture(scope="module")
-def pictures_B3HW():
+def images_B3HW():
     return torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -71,11 +71,11 @@ def codec():
     return ImageCodec(SHAPE).eval()
 
 
-def test_the_ports_weights_give_the_ports_codes(port, pictures_B3HW):
+def test_the_ports_weights_give_the_ports_codes(port, images_B3HW):
     codec = from_original_layout(port.state_dict(), SIZE)
-    codes_BL = codec.encode(pictures_B3HW)
+    codes_BL = codec.encode(images_B3HW)
     with torch.no_grad():
-        expected = port.encode(pictures_B3HW).image_tokens.view(4, -1)
+        expected = port.encode(images_B3HW).image_tokens.view(4, -1)
     assert torch.equal(codes_BL, expected)
     assert codes_BL.unique().numel() > 10
     assert codec.config == SHAPE.model_copy(update={"decoder": False})
@@ -85,10 +85,10 @@ def test_the_ports_weights_give_the_ports_codes(port, pictures_B3HW):
 def test_the_ports_codes_at_full_size():
     port = random_port()
     codec = from_original_layout(port.state_dict(), 512)
-    picture_B3HW = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    image_B3HW = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(1)) * 2 - 1
     with torch.no_grad():
-        expected = port.encode(picture_B3HW).image_tokens.view(1, -1)
-    assert torch.equal(codec.encode(picture_B3HW), expected)
+        expected = port.encode(image_B3HW).image_tokens.view(1, -1)
+    assert torch.equal(codec.encode(image_B3HW), expected)
     assert codec.config == CodecConfig(decoder=False)
     assert expected.unique().numel() > 100
 
@@ -102,7 +102,7 @@ def test_every_weight_of_the_port_has_its_place(port):
         assert torch.equal(again[name], value), name
 
 
-def test_a_folder_of_the_port_is_read_with_its_resolution(port, pictures_B3HW, tmp_path):
+def test_a_folder_of_the_port_is_read_with_its_resolution(port, images_B3HW, tmp_path):
     """As part of a language model, whose other weights are left alone, in two files."""
     weights = {f"model.vqmodel.{name}": value for name, value in port.state_dict().items()}
     names = sorted(weights)
@@ -111,15 +111,15 @@ def test_a_folder_of_the_port_is_read_with_its_resolution(port, pictures_B3HW, t
     save_file(rest, tmp_path / "model-2.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"vq_config": {"resolution": SIZE}}))
     codec = load_chameleon_codec(tmp_path)
-    assert codec.config.picture_size == SIZE
-    expected = from_original_layout(port.state_dict(), SIZE).encode(pictures_B3HW)
-    assert torch.equal(codec.encode(pictures_B3HW), expected)
+    assert codec.config.image_size == SIZE
+    expected = from_original_layout(port.state_dict(), SIZE).encode(images_B3HW)
+    assert torch.equal(codec.encode(images_B3HW), expected)
 
 
-def test_without_a_decoder_decoding_is_an_error_also_after_saving(port, pictures_B3HW, tmp_path):
+def test_without_a_decoder_decoding_is_an_error_also_after_saving(port, images_B3HW, tmp_path):
     from_original_layout(port.state_dict(), SIZE).save(tmp_path)
     codec = ImageCodec.load(tmp_path)
-    codes_BL = codec.encode(pictures_B3HW)
+    codes_BL = codec.encode(images_B3HW)
     with pytest.raises(UserError, match="no decoder"):
         codec.decode(codes_BL)
 
@@ -195,7 +195,7 @@ def test_chameleons_own_shape_is_the_originals():
 
 
 def slow_decoder(weights, codes_BL, side, multipliers, layers):
-    """The original release's way from codes to pictures, layer after layer by its names."""
+    """The original release's way from codes to images, layer after layer by its names."""
 
     def convolution(name, x, padding):
         return functional.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], 1, padding)
@@ -231,7 +231,7 @@ def slow_decoder(weights, codes_BL, side, multipliers, layers):
     return convolution("decoder.conv_out", functional.silu(norm("decoder.norm_out", x)), 1)
 
 
-def test_the_originals_weights_draw_the_originals_pictures():
+def test_the_originals_weights_draw_the_originals_images():
     draw = torch.Generator().manual_seed(4)
     weights = {}
     for name, shape in original_names((1, 1, 2), 2).items():
@@ -249,7 +249,7 @@ def test_the_originals_weights_draw_the_originals_pictures():
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
-def test_the_original_layout_and_back_is_the_same_codec(codec, pictures_B3HW, tmp_path, kind):
+def test_the_original_layout_and_back_is_the_same_codec(codec, images_B3HW, tmp_path, kind):
     layout = {name: value.contiguous() for name, value in original_layout(codec).items()}
     # The release's file holds what its training needed, too.
     layout["loss.discriminator.main.0.weight"] = torch.zeros(2, 2)
@@ -258,24 +258,24 @@ def test_the_original_layout_and_back_is_the_same_codec(codec, pictures_B3HW, tm
         torch.save({"state_dict": layout, "epoch": 3}, path)
     else:
         save_file(layout, path)
-    loaded = load_chameleon_codec(path, picture_size=SIZE)
+    loaded = load_chameleon_codec(path, image_size=SIZE)
     assert loaded.config == SHAPE
-    codes_BL = codec.encode(pictures_B3HW)
-    assert torch.equal(loaded.encode(pictures_B3HW), codes_BL)
+    codes_BL = codec.encode(images_B3HW)
+    assert torch.equal(loaded.encode(images_B3HW), codes_BL)
     assert torch.equal(loaded.decode(codes_BL), codec.decode(codes_BL))
 
 
-def test_a_loaded_codec_can_be_trained_on(codec, pictures_B3HW):
+def test_a_loaded_codec_can_be_trained_on(codec, images_B3HW):
     loaded = from_original_layout(original_layout(codec), SIZE).train()
     before = loaded.codebook.clone()
-    loaded(pictures_B3HW)
+    loaded(images_B3HW)
     # Its codebook moves on from where it was: it is not laid out anew.
     assert 0 < (loaded.codebook - before).abs().mean() < 0.5 * before.abs().mean()
 
 
 def test_weights_of_another_kind_are_refused(codec, tmp_path):
     layout = original_layout(codec)
-    with pytest.raises(UserError, match="picture weights"):
+    with pytest.raises(UserError, match="image weights"):
         from_original_layout({}, SIZE)
     short = {name: value for name, value in layout.items() if "mid.block_2" not in name}
     with pytest.raises(UserError, match=r"missing: decoder\.mid\.block_2"):

@@ -31,7 +31,7 @@ from moma.tokenizers.text import TextTokenizerConfig, load_text_tokenizer
 from moma.vocabulary import Vocabulary
 
 SHAPE = CodecConfig(
-    picture_size=16,
+    image_size=16,
     patch=8,
     block_channels=(8,),
     layers_per_block=1,
@@ -42,16 +42,18 @@ SHAPE = CodecConfig(
     middle_attention=False,
     encoder_middle=False,
 )
-TRAINING = CodecTrainingConfig(steps=4, batch_size=4, warmup_steps=1, free_steps=1, save_every=2)
+TRAINING = CodecTrainingConfig(
+    steps=4, batch_size=4, warmup_steps=1, quantizer_start_step=1, save_every=2
+)
 TEXT = TextTokenizerConfig(vocabulary_size=300)
 TEXTS = ["a red square on paper"] * 5
-PICTURES = list(torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+IMAGES = list(torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
 CPU = torch.device("cpu")
 
 
 def codec_in(folder, **changes):
     config = SHAPE.model_copy(update=changes)
-    make_codec(config, TRAINING, PICTURES[2:], PICTURES[:2], folder, 0, CPU, quiet=True)
+    make_codec(config, TRAINING, IMAGES[2:], IMAGES[:2], folder, 0, CPU, quiet=True)
 
 
 def text_in(folder, **changes):
@@ -69,7 +71,7 @@ def no_half_files(folder):
 
 def test_the_vocabulary_is_there_with_the_text_and_follows_the_codec(tmp_path):
     folder = Tokenizers(tmp_path / "made")
-    text_in(folder, picture_size=32)
+    text_in(folder, image_size=32)
     assert codes_of(folder) == (8, 16)
     codec_in(folder)
     assert codes_of(folder) == (8, 4)
@@ -80,7 +82,7 @@ def test_a_codec_waits_for_the_text_with_its_vocabulary(tmp_path):
     folder = Tokenizers(tmp_path / "made")
     codec_in(folder)
     assert not folder.vocabulary.exists()
-    text_in(folder, picture_size=32)
+    text_in(folder, image_size=32)
     assert codes_of(folder) == (8, 4)
 
 
@@ -90,8 +92,8 @@ def test_a_made_codec_leaves_its_log_and_measures_and_no_state(tmp_path):
     codec = ImageCodec.load(folder.codec)
     assert codec.config == SHAPE
     metrics = read_metrics(folder)
-    assert metrics == asdict(measure_trained(codec, PICTURES[2:], PICTURES[:2]))
-    assert metrics["pictures"] == 2
+    assert metrics == asdict(measure_trained(codec, IMAGES[2:], IMAGES[:2]))
+    assert metrics["images"] == 2
     left = sorted(path.name for path in (tmp_path / "codec_training").iterdir())
     assert left == ["metrics.jsonl", "samples"]
     last = json.loads((tmp_path / "codec_training/metrics.jsonl").read_text().splitlines()[-1])
@@ -140,7 +142,7 @@ def killed_when(monkeypatch, name, run):
 @pytest.mark.parametrize("first", ["text", "codec"])
 def test_a_kill_before_the_vocabulary_is_written_is_made_good(tmp_path, monkeypatch, first):
     folder = Tokenizers(tmp_path)
-    text, codec = partial(text_in, folder, picture_size=32), partial(codec_in, folder)
+    text, codec = partial(text_in, folder, image_size=32), partial(codec_in, folder)
     before, after, part = (
         (text, codec, folder.codec) if first == "text" else (codec, text, folder.text)
     )
@@ -191,10 +193,10 @@ def contents(path):
 
 @pytest.fixture(name="files")
 def chameleon_files(tmp_path):
-    """A tokenizer file and picture weights spelled as Chameleon's, with 205 codes."""
+    """A tokenizer file and image weights spelled as Chameleon's, with 205 codes."""
     torch.manual_seed(0)
     shape = {"block_channels": (32, 32, 32, 32), "layers_per_block": 1, "codebook_size": 205}
-    sizes = {"picture_size": 16, "latent_channels": 8, "code_channels": 8}
+    sizes = {"image_size": 16, "latent_channels": 8, "code_channels": 8}
     codec = ImageCodec(CodecConfig.model_validate(shape | sizes))
     layout = {name: value.contiguous() for name, value in original_layout(codec).items()}
     save_file(layout, tmp_path / "vqgan.safetensors")
@@ -205,7 +207,7 @@ def chameleon_files(tmp_path):
 def test_chameleons_files_become_a_folder_that_prepare_takes(files, tiny, tmp_path):
     folder = Tokenizers(tmp_path / "chameleon")
     text, weights = files
-    vocabulary = import_chameleon(text, weights, folder, picture_size=16)
+    vocabulary = import_chameleon(text, weights, folder, image_size=16)
     assert vocabulary.size == 803 and vocabulary.codes_per_image == 4
     assert Vocabulary.load(folder.vocabulary) == vocabulary
     data = tiny.data.model_copy(

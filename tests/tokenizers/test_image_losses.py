@@ -31,10 +31,10 @@ def two_batches():
 
 
 def slow_distance(weights, first, second):
-    """The perceptual distance, picture by picture, with every layer spelled out."""
+    """The perceptual distance, image by image, with every layer spelled out."""
 
-    def stages(picture):
-        colours = (picture + 1) / 2
+    def stages(image):
+        colours = (image + 1) / 2
         values = torch.stack(
             [
                 (colours[channel] - mean) / deviation
@@ -95,13 +95,13 @@ def test_other_files_are_refused(tmp_path, name, content):
 def adversary(**changes) -> Adversary:
     torch.manual_seed(0)
     values = {"weight": 0.5, "width": 8, "layers": 1, "learning_rate": 1e-2} | changes
-    return Adversary(AdversarialConfig(**values), picture_size=16, device="cpu")
+    return Adversary(AdversarialConfig(**values), image_size=16, device="cpu")
 
 
 def test_the_usual_discriminator_has_pix2pixs_size():
     one = Adversary(AdversarialConfig(weight=1), 256, "meta")
     # Isola et al.'s 70 × 70 discriminator has 2,768,705 weights, 3,072 of them for the second
-    # picture that it is shown beside the first.
+    # image that it is shown beside the first.
     assert sum(w.numel() for w in one.discriminator.parameters()) == 2_768_705 - 3_072
 
 
@@ -155,6 +155,6 @@ def test_a_fixed_weight_is_fixed_and_the_discriminator_gets_no_gradient(pair):
     assert all(weight.requires_grad for weight in learner.discriminator.parameters())
 
 
-def test_too_many_layers_for_the_pictures_are_refused():
-    with pytest.raises(UserError, match="layers = 3 is too many for pictures of 16"):
+def test_too_many_layers_for_the_images_are_refused():
+    with pytest.raises(UserError, match="layers = 3 is too many for images of 16"):
         adversary(layers=3)

@@ -10,7 +10,7 @@ from moma.errors import UserError
 from moma.recipe import read_recipe
 from moma.runs import Run, Tokenizers
 from moma.runtime.world import World
-from moma.train.changes import claim, refuse_other_recipe
+from moma.train.changes import check_resumed_recipe, refuse_other_recipe
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 
@@ -22,7 +22,7 @@ def test_the_recipe_is_on_the_disk_before_a_run_begins(tiny, tmp_path, monkeypat
     monkeypatch.setattr(files, "sync_folder", synced.append)
     run = Run(tmp_path / "run")
     recipe = tiny.model_copy(update={"run": run.path})
-    claim(run, recipe, Tokenizers(tiny.data.path), WORLD)
+    check_resumed_recipe(run, recipe, Tokenizers(tiny.data.path), WORLD)
     assert synced[-2:] == [run.recipe.with_name("recipe.toml.writing"), run.path]
     assert read_recipe(Recipe, run.recipe) == recipe
     assert {path.suffix for path in run.path.glob("*.*")} == {".toml", ".json"}
@@ -33,14 +33,14 @@ def test_the_recipe_is_on_the_disk_before_a_run_begins(tiny, tmp_path, monkeypat
     [
         ("engine", {"step_size": "grows"}, True),
         ("engine", {"reduce": "bf16"}, False),
-        ("pretrain", {"micro_batches": 3}, True),
+        ("pretrain", {"gradient_accumulation_steps": 3}, True),
         ("pretrain", {"z_loss": 0.5}, False),
         ("upcycle", {"z_loss": 0.5}, True),
     ],
 )
 def test_which_changes_pass(tiny, tmp_path, section, change, passes):
     run = Run(tmp_path / "run")
-    claim(run, tiny, Tokenizers(tiny.data.path), WORLD)
+    check_resumed_recipe(run, tiny, Tokenizers(tiny.data.path), WORLD)
     changed = tiny.model_copy(update={section: getattr(tiny, section).model_copy(update=change)})
     (key,) = change
     if passes:
@@ -53,7 +53,7 @@ def test_which_changes_pass(tiny, tmp_path, section, change, passes):
 
 def test_routers_in_the_folder_of_their_run_are_told_where_to_go(tiny, tmp_path):
     run = Run(tmp_path / "run")
-    claim(run, tiny, Tokenizers(tiny.data.path), WORLD)
+    check_resumed_recipe(run, tiny, Tokenizers(tiny.data.path), WORLD)
     routers = tiny.model_copy(update={"stage": "aux_router", "from_": run.path})
     with pytest.raises(UserError, match=rf"stage: .*own: run={run.path}/aux_router$") as told:
         refuse_other_recipe(run, routers)

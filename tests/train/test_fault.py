@@ -94,19 +94,19 @@ def test_a_gradient_that_is_not_finite_is_told_as_one(tiny, tmp_path, monkeypatc
     assert json.loads((tmp_path / "run/fault/fault.json").read_text())["loss"] < 10
 
 
-def unsound(losses: Losses) -> Losses:
+def nonfinite(losses: Losses) -> Losses:
     """As with a score that is infinite: the loss may be finite all the same."""
-    return losses._replace(unsound_L=torch.tensor([False, True]))
+    return losses._replace(nonfinite_L=torch.tensor([False, True]))
 
 
 def test_scores_that_are_not_finite_obey_on_fault(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        before_step(patch, with_losses(unsound))
+        before_step(patch, with_losses(nonfinite))
         with pytest.raises(UserError, match="at step 3 the output of layer 1, or a score"):
             train(of_groups(tiny, "moe_2t2i", tmp_path / "stop"), WORLD, quiet=True)
     fault = json.loads((tmp_path / "stop/fault/fault.json").read_text())
     assert (fault["step"], fault["layers"]) == (AT, [1]) and fault["loss"] < 10
-    before_step(monkeypatch, with_losses(unsound))
+    before_step(monkeypatch, with_losses(nonfinite))
     run = train(of_groups(tiny, "moe_2t2i", tmp_path / "skip", on_fault="skip"), WORLD, quiet=True)
     assert [row["skipped"] for row in run.read_metrics()] == [0, 1, 1, 1]
 
@@ -114,7 +114,7 @@ def test_scores_that_are_not_finite_obey_on_fault(tiny, tmp_path, monkeypatch):
 def test_the_advice_names_the_stage(tiny, tmp_path, monkeypatch):
     run = train(of_groups(tiny, "moe_2t2i", tmp_path / "run"), WORLD, quiet=True)
     changes = {"stage": "aux_router", "from_": run.path, "run": tmp_path / "routers"}
-    before_step(monkeypatch, with_losses(unsound))
+    before_step(monkeypatch, with_losses(nonfinite))
     with pytest.raises(UserError, match=r"aux_router\.on_fault=skip .* in a new run avoids"):
         train(tiny.model_copy(update=changes), WORLD, quiet=True)
 

@@ -132,7 +132,7 @@ def test_half_written_checkpoint_is_not_taken(tiny, tmp_path):
 def test_golden_losses(tiny, tmp_path):
     """Guards the whole path; change the numbers only with a reason that is written down.
 
-    The tolerance leaves room for another processor's rounding, which may change a picture's codes.
+    The tolerance leaves room for another processor's rounding, which may change an image's codes.
     """
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     losses = [(row["loss_text"], row["loss_image"]) for row in run.read_metrics()]

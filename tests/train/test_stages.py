@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from moma.data.batches import Batches
 from moma.errors import UserError
-from moma.files import held_alone
+from moma.files import lock_folder
 from moma.model.depth import DepthConfig
 from moma.recipe import read_recipe, shipped_recipe, write_recipe
 from moma.runs import Run
@@ -154,13 +154,13 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tmp_path, 
     recipe = tiny.model_copy(update={"run": tmp_path / "run", "engine": engine})
     (tmp_path / "run").mkdir()
     with (
-        held_alone(tmp_path / "run", 0),
+        lock_folder(tmp_path / "run", 0),
         pytest.raises(UserError, match="another process is at work there"),
     ):
         train(recipe, WORLD, quiet=True)
     assert "waits for another process" in capsys.readouterr().err
     assert not list((tmp_path / "run").iterdir())
-    with held_alone(tmp_path / "run", 0):  # the refusal let go of it
+    with lock_folder(tmp_path / "run", 0):  # the refusal let go of it
         pass
 
 
@@ -176,7 +176,7 @@ def test_three_steps_are_traced(tiny, tmp_path):
 
 def test_a_grown_run_goes_on_where_its_seed_stopped(tiny, seed, grown):
     last, rows = seed.read_metrics()[-1], grown.read_metrics()
-    tokens = 2 * tiny.data.rows * tiny.data.row_length
+    tokens = 2 * tiny.data.micro_batch_size * tiny.data.sequence_length
     assert [row["tokens"] for row in rows] == [last["tokens"] + n * tokens for n in (1, 2, 3)]
     assert rows[0]["flops"] > last["flops"]
     step = (rows[1]["flops"] - rows[0]["flops"], rows[0]["flops"] - last["flops"])
@@ -264,9 +264,9 @@ stage = "evaluate"
     assert [step.run for step in steps] == [*runs, runs[1]]
     assert [step.from_ for step in steps if isinstance(step, Recipe)] == [None, *runs[:2]]
     run_chain(steps[:2], WORLD, quiet=True)  # as if it had been stopped here
-    stamp = (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns
+    fingerprint = (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns
     assert run_chain(read_chain(chain), WORLD, quiet=True) == runs[2]
-    assert (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns == stamp
+    assert (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns == fingerprint
     result = json.loads((runs[1] / "evaluation-causal.json").read_text())
     assert all(math.isfinite(value) for value in result.values() if value is not None)
 

@@ -39,8 +39,8 @@ def test_routers_against_counting(tiny, groups):
     modality_N = vocabulary.modality_of_id[batch.tokens.flatten().numpy()]
     for name, record in zip(names, records, strict=True):
         score_NE = 1 / (1 + np.exp(-record.logits_NE.detach().double().numpy()))
-        assert record.likelihood_NE is not None
-        foretold_NE = record.likelihood_NE.detach().numpy() > 0
+        assert record.auxiliary_logits_NE is not None
+        predicted_NE = record.auxiliary_logits_NE.detach().numpy() > 0
         chosen_NE = record.chosen_NE.numpy() > 0
         counted = np.flatnonzero(record.eligible_N.numpy())
         taken = [int(chosen_NE[n].sum()) for n in counted]
@@ -50,7 +50,7 @@ def test_routers_against_counting(tiny, groups):
         found = told[name]
         assert found["entropy"] == pytest.approx(np.mean(entropy), rel=1e-4)
         assert found["agreement"] == pytest.approx(
-            np.mean([foretold_NE[n] == chosen_NE[n] for n in counted]), rel=1e-5
+            np.mean([predicted_NE[n] == chosen_NE[n] for n in counted]), rel=1e-5
         )
         cuts = [score_NE[chosen_NE[:, e], e].min() for e in range(chosen_NE.shape[1])]
         assert found["cut"] == pytest.approx(np.mean(cuts), rel=1e-5)
@@ -60,7 +60,9 @@ def test_routers_against_counting(tiny, groups):
                 share = np.mean([chosen_NE[n].any() for n in its])
                 assert found["share"][key] == pytest.approx(share, rel=1e-5)
         else:
-            assert found["untaken"] == pytest.approx(np.mean(np.array(taken) == 0), abs=1e-6)
+            assert found["dropped_fraction"] == pytest.approx(
+                np.mean(np.array(taken) == 0), abs=1e-6
+            )
             assert found["several"] == pytest.approx(np.mean(np.array(taken) > 1), abs=1e-6)
 
 

@@ -111,7 +111,7 @@ def test_router_objective_is_the_binary_cross_entropy(tiny):
     modality_N = vocabulary.modality_of_id[batch.tokens.flatten().numpy()]
     loss, right, count = np.zeros(2), np.zeros(2), np.zeros(2)
     for record in records:
-        chance_NE = record.likelihood_NE.detach().sigmoid().numpy()
+        chance_NE = record.auxiliary_logits_NE.detach().sigmoid().numpy()
         chosen_NE = record.chosen_NE.numpy()
         for n in np.flatnonzero(record.eligible_N.numpy()):
             for chance, chosen in zip(chance_NE[n], chosen_NE[n], strict=True):

@@ -14,7 +14,7 @@ from moma.runtime.optimizer import make_optimizer
 from moma.runtime.world import World
 from moma.train.recipe import StageConfig
 from moma.train.step import DeviceBatch, Losses, Step, next_token_objective
-from moma.train.watch import Watch
+from moma.train.watch import LossMonitor
 from moma.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ VALUES = st.floats(0.125, 64, width=32) | st.sampled_from([math.nan, math.inf])
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(VALUES, VALUES), max_size=12), st.sampled_from([0.0, 2.0, 5.0]))
 def test_judges_as_a_slow_reference(steps, explosion):
-    watch = Watch(StageConfig(explosion=explosion), CPU)
+    watch = LossMonitor(StageConfig(explosion=explosion), CPU)
     mean, first = None, 0
     for number, (loss, norm) in enumerate(steps, 1):
         watch.begin(number)
@@ -41,13 +41,13 @@ def test_judges_as_a_slow_reference(steps, explosion):
     assert int(watch.evidence["first"]) == first
     state = watch.get_state()
     assert (state["mean"] is None) == (mean is None)
-    again = Watch(StageConfig(explosion=explosion), CPU)
+    again = LossMonitor(StageConfig(explosion=explosion), CPU)
     again.set_state(state)
     assert again.get_state() == state
 
 
 def test_skipping_is_counted_and_has_an_end():
-    watch = Watch(StageConfig(on_fault="skip"), CPU)
+    watch = LossMonitor(StageConfig(on_fault="skip"), CPU)
     sound, fault = torch.tensor(True), torch.tensor(False)
     assert not watch.refuses(sound)
     for _ in range(9):
@@ -58,7 +58,7 @@ def test_skipping_is_counted_and_has_an_end():
     assert watch.skipped == 18
     with pytest.raises(UserError, match="10 steps in a row were skipped"):
         watch.refuses(fault)
-    assert not Watch(StageConfig(), CPU).refuses(fault)
+    assert not LossMonitor(StageConfig(), CPU).refuses(fault)
 
 
 def test_a_skipped_step_changes_nothing(tiny):
@@ -73,7 +73,7 @@ def test_a_skipped_step_changes_nothing(tiny):
         return losses._replace(objective=losses.objective * factor)
 
     optimizer = make_optimizer(model, tiny.pretrain.optimizer)
-    watch = Watch(StageConfig(on_fault="skip"), CPU)
+    watch = LossMonitor(StageConfig(on_fault="skip"), CPU)
     step = Step(model, optimizer, objective, 1.0, World(CPU), watch)
     data = Batches(tiny.data, vocabulary, seed=0)
     step([next(data)], 1e-3)

@@ -1,7 +1,7 @@
 """Parquet, JSON Lines, Arrow and CSV files, and data sets of the Hugging Face hub.
 
-All of them are opened by the library `datasets`. Pictures stay as they are stored; rows that are
-not streamed are read again when a picture is needed, so that none waits in memory. JSON Lines are
+All of them are opened by the library `datasets`. Images stay as they are stored; rows that are
+not streamed are read again when an image is needed, so that none waits in memory. JSON Lines are
 opened as lines and parsed here, so that one broken row does not stop the others.
 """
 
@@ -17,17 +17,17 @@ import datasets
 from PIL import Image
 from pydantic import model_validator
 
-from moma.data.documents import Document, Picture, Rejected, SourceName
-from moma.data.pictures import read_picture
+from moma.data.documents import Document, ImageRef, Rejected, SourceName
+from moma.data.images import read_image
 from moma.data.sources.interleaved import Part, name_of, parts_of, segments_of
 from moma.data.sources.reading import (
     CaptionReaderConfig,
     attempt,
     digest,
+    fingerprint_of,
     inside,
     matching,
     parse_object,
-    stamp_of,
     text_of,
 )
 from moma.errors import UserError
@@ -49,10 +49,10 @@ _LINE, _BYTES = "text", "latin-1"
 class DatasetConfig(CaptionReaderConfig):
     """Rows of a data set: local files, a folder of them, or a name on the hub.
 
-    A row is a text (no `image_column`), a picture with its caption, two aligned lists of texts and
-    pictures, or segments (`segments_column`), both as in `interleaved`. A picture is bytes, or a
+    A row is a text (no `image_column`), an image with its caption, two aligned lists of texts and
+    images, or segments (`segments_column`), both as in `interleaved`. An image is bytes, or a
     `{bytes, path}` as `datasets` stores it, or a path relative to the files' common folder, which
-    it does not leave. A document is named by a digest of its content; captions of the same picture
+    it does not leave. A document is named by a digest of its content; captions of the same image
     are held out together.
 
     Attributes:
@@ -62,9 +62,9 @@ class DatasetConfig(CaptionReaderConfig):
         split: the split, or a part of it such as `train[:1000]`.
         revision: commit of the hub's repository; without it, what is newest.
         text_column: the column of texts or captions.
-        image_column: the column of pictures; left out, rows are text.
+        image_column: the column of images; left out, rows are text.
         segments_column: the column of segments, instead of both.
-        streaming: read rows as they arrive, without a copy on this machine's disk. Pictures then
+        streaming: read rows as they arrive, without a copy on this machine's disk. Images then
             wait in memory, as they are stored, for as long as their documents are held.
     """
 
@@ -92,23 +92,23 @@ class DatasetConfig(CaptionReaderConfig):
         return [column for column in (self.text_column, self.image_column) if column is not None]
 
     def _rows(self) -> Iterator[Document | Rejected]:
-        stamp, folder = self.stamp(), self._folder
-        for number, values in enumerate(self._values(stamp)):
+        fingerprint, folder = self.fingerprint(), self._folder
+        for number, values in enumerate(self._values(fingerprint)):
             if self._by_line and not values[_LINE].strip():
                 continue
-            row = _Row(values, number, stamp, folder, f"{self.path}, row {number + 1}")
+            row = _Row(values, number, fingerprint, folder, f"{self.path}, row {number + 1}")
             yield attempt(row.place, partial(self._document, row))
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Changes when the size or time of a local file does; of the hub, it tells nothing.
 
         Give a `revision` for what may change there.
         """
         files = self._files()
         if files:
-            return stamp_of(files)
+            return fingerprint_of(files)
         folder = Path(self.path)
-        return stamp_of(sorted(p for p in folder.rglob("*") if p.is_file()))
+        return fingerprint_of(sorted(p for p in folder.rglob("*") if p.is_file()))
 
     def _files(self) -> list[Path]:
         """The local files; none for a folder or a name on the hub."""
@@ -126,17 +126,17 @@ class DatasetConfig(CaptionReaderConfig):
 
     @property
     def _folder(self) -> Path:
-        """What relative paths of pictures are relative to, and do not leave."""
+        """What relative paths of images are relative to, and do not leave."""
         files = self._files()
         if files:
             return Path(commonpath([file.absolute().parent for file in files]))
         path = Path(self.path)
-        # Pictures of the hub lie in the library's own cache.
+        # Images of the hub lie in the library's own cache.
         return path if path.is_dir() else Path(datasets.config.HF_CACHE_HOME)
 
-    def _values(self, stamp: str) -> Iterator[dict[str, Any]]:
-        """The rows' columns, pictures undecoded."""
-        opened = _open(self, stamp)
+    def _values(self, fingerprint: str) -> Iterator[dict[str, Any]]:
+        """The rows' columns, images undecoded."""
+        opened = _open(self, fingerprint)
         try:
             for table in opened.iter(batch_size=_CHUNK_ROWS):
                 yield from table.to_pylist()
@@ -159,15 +159,15 @@ class DatasetConfig(CaptionReaderConfig):
             return Document(digest(text), (text,), row=row.place)
         parts = self._parts(row.values)
         stored = [(kind, self._stored(v) if kind == "image" else v) for kind, v in parts]
-        segments = segments_of(stored, partial(self._picture_of, row))
+        segments = segments_of(stored, partial(self._image_of, row))
         name = name_of(stored)
         if not self._is_captioned(row.values):
             return Document(name, segments, row=row.place)
-        caption, picture = segments
-        assert isinstance(caption, str) and isinstance(picture, Picture)
+        caption, image = segments
+        assert isinstance(caption, str) and isinstance(image, ImageRef)
         return Document(
             name,
-            self._ordered(name, caption, picture),
+            self._ordered(name, caption, image),
             row=row.place,
             held_out_with=name_of([part for part in stored if part[0] == "image"]),
         )
@@ -182,26 +182,26 @@ class DatasetConfig(CaptionReaderConfig):
         if isinstance(image, list):
             return parts_of({"texts": values[self.text_column], "images": image})
         if image is None:
-            raise UserError(f"has no picture under '{self.image_column}'")
+            raise UserError(f"has no image under '{self.image_column}'")
         return [("text", text_of(values, self.text_column)), ("image", image)]
 
     def _stored(self, value: Any) -> bytes | str:
-        """A picture as its bytes, or the name of its file."""
+        """An image as its bytes, or the name of its file."""
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if not isinstance(value, (bytes, str)) or not value:
-            raise UserError("a picture is neither bytes nor a path; see the columns' names")
+            raise UserError("an image is neither bytes nor a path; see the columns' names")
         return value
 
-    def _picture_of(self, row: "_Row", which: int, stored: bytes | str) -> Picture:
-        name = f"{row.place}, picture {which}"
+    def _image_of(self, row: "_Row", which: int, stored: bytes | str) -> ImageRef:
+        name = f"{row.place}, image {which}"
         if isinstance(stored, str):
-            return self._picture(inside(row.folder, stored), name)
+            return self._image(inside(row.folder, stored), name)
         if self.streaming:
-            read = partial(read_picture, stored, name, max_pixels=self.max_pixels)
+            read = partial(read_image, stored, name, max_pixels=self.max_pixels)
         else:
-            read = partial(_read_cell, self, row.stamp, row.number, which - 1, name)
-        return Picture(name, read)
+            read = partial(_read_cell, self, row.fingerprint, row.number, which - 1, name)
+        return ImageRef(name, read)
 
 
 @dataclass(frozen=True)
@@ -211,30 +211,32 @@ class _Row:
     Attributes:
         values: its columns.
         number: its number, from 0.
-        stamp: of the data set.
-        folder: what paths of pictures are relative to.
+        fingerprint: of the data set.
+        folder: what paths of images are relative to.
         place: for messages.
     """
 
     values: dict[str, Any]
     number: int
-    stamp: str
+    fingerprint: str
     folder: Path
     place: str
 
 
-def _read_cell(config: DatasetConfig, stamp: str, row: int, which: int, place: str) -> Image.Image:
-    """Read a picture of a row; the row is read again, so as not to be kept."""
-    (values,) = _open(config, stamp)[row : row + 1].to_pylist()
+def _read_cell(
+    config: DatasetConfig, fingerprint: str, row: int, which: int, place: str
+) -> Image.Image:
+    """Read an image of a row; the row is read again, so as not to be kept."""
+    (values,) = _open(config, fingerprint)[row : row + 1].to_pylist()
     images = [value for kind, value in config._parts(values) if kind == "image"]
     stored = config._stored(images[which])
     assert isinstance(stored, bytes)
-    return read_picture(stored, place, max_pixels=config.max_pixels)
+    return read_image(stored, place, max_pixels=config.max_pixels)
 
 
 @lru_cache(maxsize=8)
-def _open(config: DatasetConfig, stamp: str) -> Any:
-    """The columns that are read, as Arrow tables; the stamp is there to open changed files anew."""
+def _open(config: DatasetConfig, fingerprint: str) -> Any:
+    """The columns that are read, as Arrow tables; `fingerprint` reopens files that changed."""
     columns = [_LINE] if config._by_line else config._columns
     try:
         opened = _load(config)
@@ -253,7 +255,7 @@ def _open(config: DatasetConfig, stamp: str) -> Any:
         )
     if not config._by_line and config.segments_column is None:
         _check_texts(config, opened.features or {})
-    # Arrow's own values: `datasets` would decode pictures, wherever their paths lead.
+    # Arrow's own values: `datasets` would decode images, wherever their paths lead.
     return opened.select_columns(columns).with_format("arrow")
 
 

@@ -1,4 +1,4 @@
-"""A folder of pictures, each with a text file beside it: `cat.png` and `cat.txt`."""
+"""A folder of images, each with a text file beside it: `cat.png` and `cat.txt`."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,29 +6,29 @@ from pathlib import Path
 from typing import Literal
 
 from moma.data.documents import Document, Rejected, SourceName
-from moma.data.pictures import SUFFIXES
+from moma.data.images import SUFFIXES
 from moma.data.sources.reading import (
     MAX_ROW_BYTES,
     CaptionReaderConfig,
     attempt,
     checked_text,
     files_below,
+    fingerprint_of,
     inside,
-    stamp_of,
 )
 from moma.errors import UserError
 
 
 class FolderConfig(CaptionReaderConfig):
-    """A folder of pictures, each with a text file beside it: `cat.png` and `cat.txt`.
+    """A folder of images, each with a text file beside it: `cat.png` and `cat.txt`.
 
     Folders below it are read too, hidden ones are not. A document is named by the text file's path
-    without its ending. Of several pictures with one text, PNG and JPEG go before other formats.
+    without its ending. Of several images with one text, PNG and JPEG go before other formats.
 
     Attributes:
         path: the folder.
         caption: the text file's `first_line`, or the `whole` of it.
-        without_text: what becomes of a picture without a text file: it is rejected (`reject`), or
+        without_text: what becomes of an image without a text file: it is rejected (`reject`), or
             it does not count (`leave_out`).
     """
 
@@ -39,46 +39,46 @@ class FolderConfig(CaptionReaderConfig):
     without_text: Literal["reject", "leave_out"] = "reject"
 
     def _rows(self) -> Iterator[Document | Rejected]:
-        for stem, (pictures, text) in sorted(self._groups().items()):
+        for stem, (images, text) in sorted(self._groups().items()):
             if text is not None:
-                yield attempt(str(text), partial(self._document, stem, pictures, text))
+                yield attempt(str(text), partial(self._document, stem, images, text))
             elif self.without_text == "reject":
-                for picture in pictures:
-                    expected = picture.with_suffix(".txt").name
+                for image in images:
+                    expected = image.with_suffix(".txt").name
                     yield Rejected(
-                        str(picture),
-                        f"there is no {expected} beside it; add it, remove the picture, or leave "
-                        'such pictures out with without_text = "leave_out"',
+                        str(image),
+                        f"there is no {expected} beside it; add it, remove the image, or leave "
+                        'such images out with without_text = "leave_out"',
                     )
 
-    def stamp(self) -> str:
-        """Changes when pictures or texts come or go, or their size or time does."""
-        files = [(*pictures, text) for pictures, text in self._groups().values()]
-        return stamp_of(file for group in files for file in sorted(filter(None, group)))
+    def fingerprint(self) -> str:
+        """Changes when images or texts come or go, or their size or time does."""
+        files = [(*images, text) for images, text in self._groups().values()]
+        return fingerprint_of(file for group in files for file in sorted(filter(None, group)))
 
     def _groups(self) -> dict[str, tuple[list[Path], Path | None]]:
-        """Pictures, best format first, and the text of each path without its ending."""
+        """Images, best format first, and the text of each path without its ending."""
         groups: dict[str, tuple[list[Path], Path | None]] = {}
         for path in files_below(self.path):
             stem = path.relative_to(self.path).with_suffix("").as_posix()
-            pictures, text = groups.get(stem, ([], None))
+            images, text = groups.get(stem, ([], None))
             if path.suffix.lower() in SUFFIXES:
-                pictures.append(path)
-                pictures.sort(key=lambda picture: SUFFIXES.index(picture.suffix.lower()))
+                images.append(path)
+                images.sort(key=lambda image: SUFFIXES.index(image.suffix.lower()))
             elif path.suffix.lower() == ".txt":
                 text = path
             else:
                 continue
-            groups[stem] = (pictures, text)
+            groups[stem] = (images, text)
         return groups
 
-    def _document(self, stem: str, pictures: list[Path], text: Path) -> Document:
+    def _document(self, stem: str, images: list[Path], text: Path) -> Document:
         checked_text(stem, "of its name")
-        if not pictures:
-            raise UserError("there is no picture beside it; add one or remove the text")
+        if not images:
+            raise UserError("there is no image beside it; add one or remove the text")
         caption = self._caption(text)
-        path = inside(self.path, str(pictures[0].relative_to(self.path)))
-        segments = self._ordered(stem, caption, self._picture(path, str(text), "remove both files"))
+        path = inside(self.path, str(images[0].relative_to(self.path)))
+        segments = self._ordered(stem, caption, self._image(path, str(text), "remove both files"))
         return Document(name=stem, segments=segments, row=str(text))
 
     def _caption(self, file: Path) -> str:

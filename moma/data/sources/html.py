@@ -1,6 +1,6 @@
-"""A folder of HTML pages with pictures, each page walked in reading order.
+"""A folder of HTML pages with images, each page walked in reading order.
 
-page → elements, without navigation → lines of text and pictures, without decoration → document
+page → elements, without navigation → lines of text and images, without decoration → document
 """
 
 import re
@@ -15,16 +15,16 @@ from urllib.parse import unquote, urlsplit
 from lxml import etree
 from pydantic import Field
 
-from moma.data.documents import Document, Picture, Rejected, Segment, SourceName
-from moma.data.pictures import SUFFIXES, picture_size
+from moma.data.documents import Document, ImageRef, Rejected, Segment, SourceName
+from moma.data.images import SUFFIXES, image_size
 from moma.data.sources.reading import (
     MAX_ROW_BYTES,
-    PictureReaderConfig,
+    ImageReaderConfig,
     attempt,
     checked_text,
     files_below,
+    fingerprint_of,
     inside,
-    stamp_of,
 )
 from moma.errors import UserError
 
@@ -46,23 +46,23 @@ _BLOCKS = frozenset(
     }
 )
 _CELLS = ("td", "th")
-# A picture's address in `srcset`, and how large it is.
+# An image's address in `srcset`, and how large it is.
 _CANDIDATE = re.compile(r"([^\s,](?:\S*[^\s,])?)(?:\s+([\d.]+)[wx])?\s*(?:,|$)")
 
 
-class HtmlConfig(PictureReaderConfig):
-    """A folder of HTML pages with pictures; every page is a document, named by its path.
+class HtmlConfig(ImageReaderConfig):
+    """A folder of HTML pages with images; every page is a document, named by its path.
 
     Navigation, headers, footers and what is never shown are left out: elements such as `nav`, and
-    those with one of `drop_classes`. So are decorations: pictures with a side under `min_side`,
+    those with one of `drop_classes`. So are decorations: images with a side under `min_side`,
     those on more than `max_page_share` of the pages (and on more than one page), SVG drawings, and
-    pictures that are not files of the folder but lie in the web or in the page. A picture that is
-    loaded late is read from `data-src` or the largest of `srcset`, its own or a `picture`'s.
+    images that are not files of the folder but lie in the web or in the page. An image that is
+    loaded late is read from `data-src` or the largest of `srcset`, its own or a `image`'s.
 
     Attributes:
         path: the folder; folders below it are read too, hidden ones are not.
-        min_side: shortest side of a picture in pixels.
-        max_page_share: largest share of the pages that may show a picture.
+        min_side: shortest side of an image in pixels.
+        max_page_share: largest share of the pages that may show an image.
         drop_classes: classes of elements to leave out.
     """
 
@@ -80,9 +80,9 @@ class HtmlConfig(PictureReaderConfig):
         pages = self._pages()
         shown_on: Counter[Path] = Counter()
         for page in pages:
-            shown_on.update(self._pictures_on(page))
+            shown_on.update(self._images_on(page))
         most = max(1, self.max_page_share * len(pages))
-        # A picture on many pages is measured once; that of one page is not remembered for long.
+        # An image on many pages is measured once; that of one page is not remembered for long.
         large = lru_cache(maxsize=4096)(self._is_large)
 
         def is_content(path: Path) -> bool:
@@ -91,10 +91,10 @@ class HtmlConfig(PictureReaderConfig):
         for page in pages:
             yield attempt(str(page), partial(self._document, page, is_content))
 
-    def stamp(self) -> str:
-        """Changes when pages or pictures come or go, or the size or time of one does."""
+    def fingerprint(self) -> str:
+        """Changes when pages or images come or go, or the size or time of one does."""
         kinds = (*_PAGES, *SUFFIXES)
-        return stamp_of(p for p in files_below(self.path) if p.suffix.lower() in kinds)
+        return fingerprint_of(p for p in files_below(self.path) if p.suffix.lower() in kinds)
 
     def _pages(self) -> list[Path]:
         pages = [path for path in files_below(self.path) if path.suffix.lower() in _PAGES]
@@ -102,14 +102,14 @@ class HtmlConfig(PictureReaderConfig):
             raise UserError(f"{self.path}: holds no HTML page; check the source's 'path'")
         return pages
 
-    def _pictures_on(self, page: Path) -> set[Path]:
+    def _images_on(self, page: Path) -> set[Path]:
         try:
             return {part for part in self._parts(page) if isinstance(part, Path)}
         except UserError:
             return set()  # rejected when its document is made
 
     def _is_large(self, path: Path) -> bool:
-        size = picture_size(path)
+        size = image_size(path)
         # What has no size is missing or damaged: reading it will say so.
         return size is None or min(size) >= self.min_side
 
@@ -127,18 +127,18 @@ class HtmlConfig(PictureReaderConfig):
             elif is_content(part):
                 segments += [
                     *text.take(),
-                    self._picture(part, str(page), "remove it from the page"),
+                    self._image(part, str(page), "remove it from the page"),
                 ]
         segments += text.take()
         if not segments:
-            raise UserError("no text and no picture is left of it; remove the page")
+            raise UserError("no text and no image is left of it; remove the page")
         for segment in segments:
-            if not isinstance(segment, Picture):
+            if not isinstance(segment, ImageRef):
                 checked_text(segment, "of the page")
         return Document(name=name, segments=tuple(segments), row=str(page))
 
     def _parts(self, page: Path) -> Iterator["str | _Preformatted | Path | None"]:
-        """Text, pictures' files, and None where a line ends, in reading order."""
+        """Text, images' files, and None where a line ends, in reading order."""
         walk = etree.iterwalk(_parse(page, self.path), events=("start", "end"))
         for event, element in walk:
             if event == "start" and self._is_dropped(element):
@@ -150,7 +150,7 @@ class HtmlConfig(PictureReaderConfig):
                 walk.skip_subtree()
                 yield from _preformatted(element)
             elif event == "start":
-                yield from _text_and_picture(element, page, self.path)
+                yield from _text_and_image(element, page, self.path)
             else:
                 if element.tag in _CELLS:
                     yield " "
@@ -173,7 +173,7 @@ class _Preformatted:
 
 
 class _Text:
-    """Text between two pictures: lines without surplus white space."""
+    """Text between two images: lines without surplus white space."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
@@ -243,26 +243,26 @@ def _preformatted(element: Any) -> Iterator[_Preformatted]:
         yield _Preformatted(text)
 
 
-def _text_and_picture(element: Any, page: Path, folder: Path) -> Iterator[str | Path]:
+def _text_and_image(element: Any, page: Path, folder: Path) -> Iterator[str | Path]:
     if element.tag == "img":
-        paths = (_picture_path(address, page, folder) for address in _addresses(element))
-        pictures = [path for path in paths if path is not None]
+        paths = (_image_path(address, page, folder) for address in _addresses(element))
+        images = [path for path in paths if path is not None]
         # One that is missing is told when it is read.
-        yield from ([path for path in pictures if path.is_file()] or pictures)[:1]
+        yield from ([path for path in images if path.is_file()] or images)[:1]
     yield element.text or ""
 
 
-def _addresses(image: Any) -> Iterator[str]:
-    """Where an `img` may have its picture: the first that is a file counts."""
+def _addresses(element: Any) -> Iterator[str]:
+    """Where an `img` may have its image: the first that is a file counts."""
     for key in ("src", "data-src"):
-        yield (image.get(key) or "").strip()
+        yield (element.get(key) or "").strip()
     # The parser takes a `source` for something that holds what follows.
     sources = (
-        each for picture in image.iterancestors("picture") for each in picture.iter("source")
+        each for parent in element.iterancestors("picture") for each in parent.iter("source")
     )
-    for element in (image, *sources):
+    for candidate in (element, *sources):
         for key in ("srcset", "data-srcset"):
-            candidates = _CANDIDATE.findall(element.get(key) or "")
+            candidates = _CANDIDATE.findall(candidate.get(key) or "")
             by_size = sorted(candidates, key=lambda found: _number(found[1]), reverse=True)
             yield from (address for address, _ in by_size)
 
@@ -274,8 +274,8 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def _picture_path(source: str, page: Path, folder: Path) -> Path | None:
-    """The picture's file; None if it is none, but lies in the web or in the page.
+def _image_path(source: str, page: Path, folder: Path) -> Path | None:
+    """The image's file; None if it is none, but lies in the web or in the page.
 
     Raises:
         UserError: the path leads out of the folder.

@@ -1,4 +1,4 @@
-"""Text and pictures in reading order: JSON Lines of interleaved documents.
+"""Text and images in reading order: JSON Lines of interleaved documents.
 
 Two layouts are read, in files as in data sets: a list of `segments`, and OBELICS' two aligned
 lists (Laurençon et al. 2023, https://arxiv.org/abs/2306.16527), `texts` and `images`.
@@ -13,27 +13,27 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from moma.data.documents import Document, Picture, Rejected, Segment, SourceName
-from moma.data.pictures import read_picture
+from moma.data.documents import Document, ImageRef, Rejected, Segment, SourceName
+from moma.data.images import read_image
 from moma.data.sources.reading import (
+    ImageReaderConfig,
     Line,
-    PictureReaderConfig,
     attempt,
     checked_text,
     digest,
     filled,
+    fingerprint_of,
     inside,
     lines,
     matching,
-    stamp_of,
 )
 from moma.errors import UserError
 
-# A part of a document: text, or what a row says of a picture.
+# A part of a document: text, or what a row says of an image.
 Part = tuple[Literal["text", "image"], Any]
 
 
-class InterleavedConfig(PictureReaderConfig):
+class InterleavedConfig(ImageReaderConfig):
     """JSON Lines of interleaved documents.
 
     A row has `segments`, such as `[{"type": "text", "text": "…"}, {"type": "image", "image":
@@ -54,24 +54,24 @@ class InterleavedConfig(PictureReaderConfig):
             for line in filled(lines(path)):
                 yield attempt(line.place, partial(self._document, line))
 
-    def stamp(self) -> str:
-        """Changes when the size or the time of a file does, or of a picture named in it."""
+    def fingerprint(self) -> str:
+        """Changes when the size or the time of a file does, or of an image named in it."""
         files = matching(self.path)
-        return stamp_of(files, (picture for file in files for picture in _named_pictures(file)))
+        return fingerprint_of(files, (image for file in files for image in _named_images(file)))
 
     def _document(self, line: Line) -> Document:
         parts = parts_of(line.values())
-        segments = segments_of(parts, partial(self._picture_of, line))
+        segments = segments_of(parts, partial(self._image_of, line))
         return Document(name=name_of(parts), segments=segments, row=line.place)
 
-    def _picture_of(self, line: Line, number: int, value: Any) -> Picture:
-        name = f"{line.place}, picture {number}"
+    def _image_of(self, line: Line, number: int, value: Any) -> ImageRef:
+        name = f"{line.place}, image {number}"
         if not isinstance(value, str):
-            raise UserError(f"picture {number} is no text; write a path or a data: address")
+            raise UserError(f"image {number} is no text; write a path or a data: address")
         if not value.startswith("data:"):
-            return self._picture(inside(line.path.parent, value), name)
+            return self._image(inside(line.path.parent, value), name)
         read = partial(_read_from_row, line.path, line.offset, number, name, self.max_pixels)
-        return Picture(name, read)
+        return ImageRef(name, read)
 
 
 def parts_of(values: dict[str, Any]) -> list[Part]:
@@ -89,28 +89,26 @@ def parts_of(values: dict[str, Any]) -> list[Part]:
         raise UserError(f"needs 'segments', or 'texts' and 'images'; the keys there are: {found}")
     kept = [(kind, value) for kind, value in parts if kind == "image" or value.strip()]
     if not kept:
-        raise UserError("holds no text and no picture; remove the row")
+        raise UserError("holds no text and no image; remove the row")
     return kept
 
 
-def segments_of(
-    parts: list[Part], picture_of: Callable[[int, Any], Picture]
-) -> tuple[Segment, ...]:
+def segments_of(parts: list[Part], image_of: Callable[[int, Any], ImageRef]) -> tuple[Segment, ...]:
     """A document's segments.
 
     Args:
         parts: of the row.
-        picture_of: a picture's number in the document, from 1, and its value → the picture.
+        image_of: an image's number in the document, from 1, and its value → the image.
 
     Raises:
-        UserError: a text is not valid, or `picture_of` raises it.
+        UserError: a text is not valid, or `image_of` raises it.
     """
     segments: list[Segment] = []
-    pictures = 0
+    images = 0
     for kind, value in parts:
         if kind == "image":
-            pictures += 1
-            segments.append(picture_of(pictures, value))
+            images += 1
+            segments.append(image_of(images, value))
         else:
             segments.append(checked_text(value, "of a segment"))
     return tuple(segments)
@@ -160,7 +158,7 @@ def _list(values: dict[str, Any], key: str) -> list[Any]:
 
 
 def _read_from_row(path: Path, offset: int, number: int, name: str, max_pixels: int) -> Image.Image:
-    """Read a picture that stands in its row; the row is read again, so as not to be kept."""
+    """Read an image that stands in its row; the row is read again, so as not to be kept."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
@@ -172,15 +170,15 @@ def _read_from_row(path: Path, offset: int, number: int, name: str, max_pixels: 
         encoded = base64.b64decode(data, validate=True)
     except (UserError, OSError, IndexError, AttributeError, binascii.Error) as error:
         raise UserError(f"{name}: cannot read it ({error}); mend or remove the row") from error
-    return read_picture(encoded, name, max_pixels=max_pixels)
+    return read_image(encoded, name, max_pixels=max_pixels)
 
 
-def _named_pictures(file: Path) -> Iterator[Path]:
+def _named_images(file: Path) -> Iterator[Path]:
     for line in filled(lines(file)):
         try:
             parts = parts_of(line.values())
         except UserError:
-            continue  # the file's own stamp tells when that changes
+            continue  # the file's own fingerprint tells when that changes
         for kind, value in parts:
             if kind == "image" and isinstance(value, str) and not value.startswith("data:"):
                 yield file.parent / value

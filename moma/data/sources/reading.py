@@ -18,14 +18,14 @@ from pydantic import Field
 
 from moma.data.documents import (
     Document,
-    Picture,
+    ImageRef,
     Rejected,
     Segment,
     SourceConfig,
     SourceName,
 )
-from moma.data.pictures import MAX_PIXELS, MOST_PIXELS, read_picture
-from moma.errors import UserError, told_by_json
+from moma.data.images import MAX_PIXELS, MOST_PIXELS, read_image
+from moma.errors import UserError, json_error_message
 from moma.hashes import unit_hash
 
 # A row of a list, a page or a member of an archive is held in memory whole.
@@ -42,65 +42,65 @@ class ReaderConfig(SourceConfig):
     name: SourceName
 
     def documents(self) -> Iterator[Document | Rejected]:
-        """Yield every row, in a fixed order; a document with too many pictures as several.
+        """Yield every row, in a fixed order; a document with too many images as several.
 
         Raises:
             UserError: the source as a whole cannot be read.
         """
         for row in self._rows():
-            if isinstance(row, Rejected) or self.max_pictures is None:
+            if isinstance(row, Rejected) or self.max_images is None:
                 yield row
             else:
-                yield from cut(row, self.max_pictures)
+                yield from cut(row, self.max_images)
 
     def _rows(self) -> Iterator[Document | Rejected]:
         """Every row, uncut."""
         raise NotImplementedError
 
 
-class PictureReaderConfig(ReaderConfig):
-    """What every reader of pictures may be told.
+class ImageReaderConfig(ReaderConfig):
+    """What every reader of images may be told.
 
     Attributes:
-        max_pixels: most pixels of a picture; a document with a larger one is rejected.
+        max_pixels: most pixels of an image; a document with a larger one is rejected.
     """
 
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=MOST_PIXELS)
 
-    def _picture(self, path: Path, place: str, instead: str = "remove the row") -> Picture:
-        read = partial(read_picture, path, place, instead, self.max_pixels)
-        return Picture(name=f"{place} ({path})", read=read, file=path)
+    def _image(self, path: Path, place: str, instead: str = "remove the row") -> ImageRef:
+        read = partial(read_image, path, place, instead, self.max_pixels)
+        return ImageRef(name=f"{place} ({path})", read=read, file=path)
 
 
-class CaptionReaderConfig(PictureReaderConfig):
-    """What every reader of pictures with captions may be told.
+class CaptionReaderConfig(ImageReaderConfig):
+    """What every reader of images with captions may be told.
 
     Attributes:
-        caption_first: share of the documents whose caption stands before the picture: 1 for all,
+        caption_first: share of the documents whose caption stands before the image: 1 for all,
             0 for none; between them a hash of the document decides.
     """
 
     caption_first: float = Field(default=0.75, ge=0, le=1)
 
-    def _ordered(self, name: str, caption: str, picture: Picture) -> tuple[Segment, Segment]:
+    def _ordered(self, name: str, caption: str, image: ImageRef) -> tuple[Segment, Segment]:
         # Salted: the bare name already decides what is held out.
         caption_leads = unit_hash(f"caption first: {name} {caption}") < self.caption_first
-        return (caption, picture) if caption_leads else (picture, caption)
+        return (caption, image) if caption_leads else (image, caption)
 
 
-def cut(document: Document, max_pictures: int) -> Iterator[Document]:
-    """Cut a document before each picture that would be one too many.
+def cut(document: Document, max_images: int) -> Iterator[Document]:
+    """Cut a document before each image that would be one too many.
 
     The pieces are named `name`, `name#2`, … and are held out together.
     """
     pieces: list[list[Segment]] = [[]]
-    pictures = 0
+    images = 0
     for segment in document.segments:
-        if isinstance(segment, Picture):
-            if pictures == max_pictures:
+        if isinstance(segment, ImageRef):
+            if images == max_images:
                 pieces.append([])
-                pictures = 0
-            pictures += 1
+                images = 0
+            images += 1
         pieces[-1].append(segment)
     for number, piece in enumerate(pieces, start=1):
         yield replace(
@@ -205,7 +205,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         values = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"not valid JSON ({told_by_json(error)}); mend or remove the row"
+            f"not valid JSON ({json_error_message(error)}); mend or remove the row"
         ) from error
     if not isinstance(values, dict):
         raise UserError('no JSON object; write one such as {"image": "1.png", "caption": "…"}')
@@ -302,7 +302,7 @@ def files_below(folder: Path) -> list[Path]:
     )
 
 
-def stamp_of(files: Iterable[Path], optional: Iterable[Path] = ()) -> str:
+def fingerprint_of(files: Iterable[Path], optional: Iterable[Path] = ()) -> str:
     """Changes when the size or the time of a file does, or when files come or go.
 
     Args:

@@ -15,9 +15,9 @@ from moma.data.sources.reading import (
     checked_text,
     digest,
     filled,
+    fingerprint_of,
     lines,
     matching,
-    stamp_of,
     text_of,
 )
 from moma.errors import UserError
@@ -48,9 +48,9 @@ class TextConfig(ReaderConfig):
             by_row = path.suffix.lower() == ".jsonl"
             yield from self._json_rows(path) if by_row else _paragraphs(path)
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Changes when the size or the time of a file does."""
-        return stamp_of(matching(self.path))
+        return fingerprint_of(matching(self.path))
 
     def _json_rows(self, path: Path) -> Iterator[Document | Rejected]:
         for line in filled(lines(path)):

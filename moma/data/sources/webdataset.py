@@ -2,8 +2,8 @@
 
     shards/*.tar → members, one after another → samples → documents
 
-Nothing is ever unpacked to disk. Of a plain tar only the place of a picture is kept until it is
-read; a compressed one can only be read from its beginning, so its pictures wait as they are
+Nothing is ever unpacked to disk. Of a plain tar only the place of an image is kept until it is
+read; a compressed one can only be read from its beginning, so its images wait as they are
 stored, in memory.
 """
 
@@ -24,20 +24,20 @@ from typing import IO, Any, Literal
 from PIL import Image
 from pydantic import Field
 
-from moma.data.documents import Document, Picture, Rejected, SourceName
-from moma.data.pictures import read_picture
+from moma.data.documents import Document, ImageRef, Rejected, SourceName
+from moma.data.images import read_image
 from moma.data.sources.reading import (
     CaptionReaderConfig,
     attempt,
     checked_text,
+    fingerprint_of,
     matching,
     parse_object,
-    stamp_of,
     text_of,
 )
 from moma.errors import UserError
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
 
 
@@ -97,7 +97,7 @@ class Member:
 
 
 class WebDatasetConfig(CaptionReaderConfig):
-    """Tar files of pictures (`.jpg`, `.jpeg`, `.png`, `.webp`) with captions (`.txt`, `.json`).
+    """Tar files of images (`.jpg`, `.jpeg`, `.png`, `.webp`) with captions (`.txt`, `.json`).
 
     A document is named by the key of its sample. Where a sample has both, the `.txt` is its
     caption. Files with other endings are not read.
@@ -105,7 +105,7 @@ class WebDatasetConfig(CaptionReaderConfig):
     Attributes:
         path: the tar file, or a pattern such as `shards/*.tar`.
         caption_key: where the caption stands in a `.json`.
-        max_member_bytes: largest picture or caption, as stored; a larger one is rejected unread.
+        max_member_bytes: largest image or caption, as stored; a larger one is rejected unread.
     """
 
     kind: Literal["webdataset"] = "webdataset"
@@ -120,26 +120,26 @@ class WebDatasetConfig(CaptionReaderConfig):
                 place = f"{path}, {key}"
                 yield attempt(place, partial(self._document, key, _sample(members), place))
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """Changes when the size or the time of a tar file does."""
-        return stamp_of(matching(self.path))
+        return fingerprint_of(matching(self.path))
 
     def _document(self, key: str, sample: dict[str, Member], place: str) -> Document:
         checked_text(key, "of its key")
         if PurePosixPath(key).is_absolute() or ".." in PurePosixPath(key).parts:
             raise UserError("its path leads out of the archive; remove it")
-        picture = next((sample[ending] for ending in PICTURES if ending in sample), None)
+        image = next((sample[ending] for ending in IMAGES if ending in sample), None)
         text = next((sample[ending] for ending in TEXTS if ending in sample), None)
-        if picture is None or text is None:
+        if image is None or text is None:
             found = ", ".join(sorted(sample))
             raise UserError(
-                f"needs a picture ({', '.join(PICTURES)}) and a caption ({', '.join(TEXTS)}); "
+                f"needs an image ({', '.join(IMAGES)}) and a caption ({', '.join(TEXTS)}); "
                 f"there is: {found}"
             )
-        picture.check()
+        image.check()
         caption = self._caption(text)
-        read = partial(_read_member, picture, place, self.max_pixels)
-        segments = self._ordered(key, caption, Picture(f"{place}.{picture.ending}", read))
+        read = partial(_read_member, image, place, self.max_pixels)
+        segments = self._ordered(key, caption, ImageRef(f"{place}.{image.ending}", read))
         return Document(name=key, segments=segments, row=place)
 
     def _caption(self, member: Member) -> str:
@@ -191,7 +191,7 @@ class WebDatasetConfig(CaptionReaderConfig):
                 "shrink it or raise 'max_member_bytes'"
             )
         data = None
-        if compressed and not problem and ending in (*PICTURES, *TEXTS):
+        if compressed and not problem and ending in (*IMAGES, *TEXTS):
             opened = archive.extractfile(info)
             data = opened.read() if opened is not None else b""
         offset = None if compressed else info.offset_data
@@ -244,4 +244,4 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
 
 
 def _read_member(member: Member, place: str, max_pixels: int) -> Image.Image:
-    return read_picture(member.content(), f"{place}.{member.ending}", max_pixels=max_pixels)
+    return read_image(member.content(), f"{place}.{member.ending}", max_pixels=max_pixels)

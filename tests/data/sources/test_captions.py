@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from rows import accepted
 
-from moma.data.documents import Picture, Rejected, held_out_share, is_held_out
+from moma.data.documents import ImageRef, Rejected, held_out_share, is_held_out
 from moma.data.sources import CaptionsConfig
 from moma.errors import UserError
 
@@ -19,25 +19,25 @@ def captions_in(folder, rows, **settings):
     return CaptionsConfig(path=folder, **settings)
 
 
-def pictures_of(source):
+def images_of(source):
     return [
         part
         for document in accepted(source.documents())
         for part in document.segments
-        if isinstance(part, Picture)
+        if isinstance(part, ImageRef)
     ]
 
 
-def test_captions_become_documents_with_their_picture(tmp_path):
+def test_captions_become_documents_with_their_image(tmp_path):
     Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
     rows = [{"image": "a.png", "caption": f"red {number}", "licence": "x"} for number in range(400)]
     documents = list(accepted(captions_in(tmp_path, rows).documents()))
     assert [doc.name for doc in documents] == ["a.png"] * 400
     first = [doc for doc in documents if isinstance(doc.segments[0], str)]
     assert 0.65 < len(first) / 400 < 0.85
-    picture = next(part for part in documents[0].segments if isinstance(part, Picture))
-    assert picture.read().size == (3, 2)
-    assert "captions.jsonl, row 1" in picture.name
+    image = next(part for part in documents[0].segments if isinstance(part, ImageRef))
+    assert image.read().size == (3, 2)
+    assert "captions.jsonl, row 1" in image.name
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -87,8 +87,8 @@ def test_a_link_out_of_the_folder_is_rejected(tmp_path):
     assert isinstance(row, Rejected) and "lies outside" in row.reason
 
 
-def test_pictures_are_read_only_when_asked_for_and_name_their_row(tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
+def test_images_are_read_only_when_asked_for_and_name_their_row(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
     names = ["none.png", "text.png", "cut.png", "whole.png"]
@@ -96,30 +96,30 @@ def test_pictures_are_read_only_when_asked_for_and_name_their_row(tmp_path):
         tmp_path, [{"image": n, "caption": "c"} for n in names], max_pixels=64 * 64 - 1
     )
     messages = ["row 1: there is no .*none.png", "row 2: cannot read .*text", "row 3: ", "row 4: "]
-    for picture, message in zip(pictures_of(source), messages, strict=True):
+    for image, message in zip(images_of(source), messages, strict=True):
         with pytest.raises(UserError, match=message):
-            picture.read()
+            image.read()
 
 
-def test_a_picture_can_be_read_in_another_process(tmp_path):
+def test_an_image_can_be_read_in_another_process(tmp_path):
     Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
-    (picture,) = pictures_of(captions_in(tmp_path, [{"image": "a.png", "caption": "c"}]))
-    assert pickle.loads(pickle.dumps(picture)).read().size == (3, 2)
+    (image,) = images_of(captions_in(tmp_path, [{"image": "a.png", "caption": "c"}]))
+    assert pickle.loads(pickle.dumps(image)).read().size == (3, 2)
 
 
-def test_the_stamp_covers_the_list_and_its_pictures(tmp_path):
+def test_the_stamp_covers_the_list_and_its_images(tmp_path):
     Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
     source = captions_in(tmp_path, [{"image": "a.png", "caption": "c"}, "no JSON"])
-    stamps = [source.stamp()]
-    assert source.stamp() == stamps[0]
+    stamps = [source.fingerprint()]
+    assert source.fingerprint() == stamps[0]
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    stamps.append(source.stamp())
+    stamps.append(source.fingerprint())
     os.utime(tmp_path / "a.png", ns=(1, 1))
-    stamps.append(source.stamp())
+    stamps.append(source.fingerprint())
     (tmp_path / "a.png").unlink()
-    stamps.append(source.stamp())
+    stamps.append(source.fingerprint())
     captions_in(tmp_path, [{"image": "a.png", "caption": "another"}])
-    stamps.append(source.stamp())
+    stamps.append(source.fingerprint())
     assert len(set(stamps)) == 5
 
 
@@ -148,10 +148,10 @@ def test_a_missing_list_is_named(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.*cannot read it"):
         list(source.documents())
     with pytest.raises(UserError, match=r"nowhere.*cannot read it"):
-        source.stamp()
+        source.fingerprint()
 
 
-def test_however_a_row_spells_a_picture_it_is_one_document_s_name(tmp_path):
+def test_however_a_row_spells_an_image_it_is_one_document_s_name(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.png"):
         Image.new("RGB", (3, 2)).save(tmp_path / name)

@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 from rows import accepted
 
-from moma.data.documents import Picture, Rejected
+from moma.data.documents import ImageRef, Rejected
 from moma.data.sources import DatasetConfig
 from moma.errors import UserError
 
@@ -48,7 +48,7 @@ CAPTIONED = [{"image": png(n), "text": f"t{n}", "more": n} for n in (1, 2, 3)]
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("stored", ["bytes", "struct", "feature"])
-def test_captioned_pictures(tmp_path, streaming, stored):
+def test_captioned_images(tmp_path, streaming, stored):
     path = tmp_path / "a.parquet"
     rows = [{"image": {"bytes": r["image"], "path": "x.png"}, "text": r["text"]} for r in CAPTIONED]
     if stored == "bytes":
@@ -77,7 +77,7 @@ def test_names_are_those_of_the_content_in_every_form_and_order(tmp_path):
     assert names[0] == names[1][::-1] and len(set(names[0])) == 3
 
 
-def test_captions_of_one_picture_are_held_out_together(tmp_path):
+def test_captions_of_one_image_are_held_out_together(tmp_path):
     path = write(tmp_path / "a.parquet", [{"image": png(4), "text": f"t{n}"} for n in range(3)])
     documents = list(source_of(path=path, image_column="image").documents())
     assert len({document.name for document in documents}) == 3
@@ -127,7 +127,7 @@ def test_kinds_of_files_and_a_repository(tmp_path, name, streaming):
         assert only.segments == ("t0",)
 
 
-def test_paths_of_pictures_stay_inside_the_folder(tmp_path):
+def test_paths_of_images_stay_inside_the_folder(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for place in (tmp_path / "secret.png", folder / "a.png"):
@@ -147,14 +147,14 @@ def test_rows_that_cannot_be_used_are_rejected(tmp_path):
         {"image": None, "text": "t"},
         {"image": png(1), "text": " "},
         {"image": b"", "text": "t"},
-        {"image": b"no picture", "text": "t"},
+        {"image": b"no image", "text": "t"},
     ]
     path = write(tmp_path / "a.parquet", rows)
     *rejected, last = source_of(path=path, image_column="image", caption_first=0).documents()
     assert [type(row) for row in rejected] == [Rejected] * 4
     assert rejected[1].row == f"{path}, row 2"
-    assert isinstance(last.segments[0], Picture)
-    with pytest.raises(UserError, match=r"a\.parquet, row 5, picture 1: cannot read"):
+    assert isinstance(last.segments[0], ImageRef)
+    with pytest.raises(UserError, match=r"a\.parquet, row 5, image 1: cannot read"):
         last.segments[0].read()
 
 
@@ -162,11 +162,11 @@ def test_changed_files_are_opened_anew(tmp_path):
     path = write(tmp_path / "a.parquet", [{"text": "old"}])
     source = source_of(path=path)
     (old,) = source.documents()
-    stamp = source.stamp()
+    fingerprint = source.fingerprint()
     write(tmp_path / "a.parquet", [{"text": "another"}])
     (new,) = source.documents()
     assert (old.segments, new.segments) == (("old",), ("another",))
-    assert source.stamp() != stamp
+    assert source.fingerprint() != fingerprint
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""Pictures with a text file beside each."""
+"""Images with a text file beside each."""
 
 import os
 
 import pytest
 from PIL import Image
 
-from moma.data.documents import Document, Picture, Rejected
+from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources import FolderConfig
 from moma.errors import UserError
 
@@ -24,13 +24,13 @@ def write(folder, names, text="Red.\nde.utf8=Rot."):
             Image.new("RGB", (3, 2), "red").save(path)
 
 
-def test_a_picture_and_the_text_beside_it_are_a_document(tmp_path):
+def test_an_image_and_the_text_beside_it_are_a_document(tmp_path):
     write(tmp_path, ["b.jpg", "b.txt", "sub/a.png", "sub/a.txt", ".git/c.png"])
     documents = list(source_of(path=tmp_path, caption_first=1).documents())
     assert [document.name for document in documents] == ["b", "sub/a"]
-    caption, picture = documents[1].segments
+    caption, image = documents[1].segments
     assert caption == "Red."
-    assert picture.read().getpixel((0, 0)) == (255, 0, 0)
+    assert image.read().getpixel((0, 0)) == (255, 0, 0)
     whole = next(source_of(path=tmp_path, caption_first=0, caption="whole").documents())
     assert whole.segments[1] == "Red.\nde.utf8=Rot."
 
@@ -38,17 +38,17 @@ def test_a_picture_and_the_text_beside_it_are_a_document(tmp_path):
 def test_png_goes_before_other_formats_of_the_same_name(tmp_path):
     write(tmp_path, ["a.gif", "a.png", "a.txt", "a.jpg"])
     (document,) = source_of(path=tmp_path).documents()
-    (picture,) = (part for part in document.segments if isinstance(part, Picture))
-    assert picture.name.endswith("a.png)")
+    (image,) = (part for part in document.segments if isinstance(part, ImageRef))
+    assert image.name.endswith("a.png)")
 
 
 def test_what_has_no_partner_is_rejected_or_left_out(tmp_path):
     write(tmp_path, ["a.png", "a.txt", "alone.png", "text.txt"])
     kinds = [type(row) for row in source_of(path=tmp_path).documents()]
     assert kinds == [Document, Rejected, Rejected]
-    _, picture, text = source_of(path=tmp_path).documents()
-    assert "there is no alone.txt beside it" in picture.reason
-    assert "there is no picture beside it" in text.reason
+    _, image, text = source_of(path=tmp_path).documents()
+    assert "there is no alone.txt beside it" in image.reason
+    assert "there is no image beside it" in text.reason
     rows = list(source_of(path=tmp_path, without_text="leave_out").documents())
     assert [getattr(row, "row", "") for row in rows] == [
         str(tmp_path / "a.txt"),
@@ -80,17 +80,17 @@ def test_a_file_name_that_is_no_text_is_rejected(tmp_path):
     assert isinstance(row, Rejected) and "of its name is not valid" in row.reason
 
 
-def test_the_stamp_covers_pictures_and_texts(tmp_path):
+def test_the_stamp_covers_images_and_texts(tmp_path):
     write(tmp_path, ["a.png", "a.txt"])
     source = source_of(path=tmp_path)
-    stamps = {source.stamp()}
+    stamps = {source.fingerprint()}
     for name in ("a.png", "a.txt"):
         os.utime(tmp_path / name, ns=(1, 1))
-        stamps.add(source.stamp())
+        stamps.add(source.fingerprint())
     write(tmp_path, ["b.png"])
-    stamps.add(source.stamp())
+    stamps.add(source.fingerprint())
     (tmp_path / "unrelated.ogg").write_bytes(b"x")
-    assert source.stamp() in stamps and len(stamps) == 4
+    assert source.fingerprint() in stamps and len(stamps) == 4
 
 
 def test_a_missing_folder_is_named(tmp_path):

@@ -3,13 +3,13 @@
 import pytest
 from PIL import Image
 
-from moma.data.documents import Picture, Rejected
+from moma.data.documents import ImageRef, Rejected
 from moma.data.sources import HtmlConfig
 from moma.errors import UserError
 
 
-def write(folder, pages, pictures=("a.png",), side=64):
-    for name in pictures:
+def write(folder, pages, images=("a.png",), side=64):
+    for name in images:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (side, side + 1)).save(folder / name)
     for name, body in pages.items():
@@ -20,7 +20,7 @@ def write(folder, pages, pictures=("a.png",), side=64):
 
 
 def parts_of(document):
-    """Texts, and pictures as one-element lists of their file names."""
+    """Texts, and images as one-element lists of their file names."""
     return [
         part if isinstance(part, str) else [part.read.args[0].name] for part in document.segments
     ]
@@ -89,15 +89,15 @@ def test_classes_to_leave_out_can_be_set(tmp_path):
     assert document.segments == ("b",)
 
 
-def test_small_pictures_are_left_out_and_do_not_cut_the_text(tmp_path):
+def test_small_images_are_left_out_and_do_not_cut_the_text(tmp_path):
     assert walked(tmp_path, '<p>a <img src="a.png"> b</p>', side=63) == ["a b"]
 
 
-def test_pictures_on_many_pages_are_left_out(tmp_path):
+def test_images_on_many_pages_are_left_out(tmp_path):
     shown = {
         n: '<img src="many.png">' * (n < 4) + '<img src="few.png">' * (n < 3) for n in range(150)
     }
-    pages = {f"{n:03}.html": f"<p>{n}</p>{pictures}" for n, pictures in shown.items()}
+    pages = {f"{n:03}.html": f"<p>{n}</p>{images}" for n, images in shown.items()}
     pages["once.html"] = '<p>x</p><img src="twice.png"><img src="twice.png">'
     source = write(tmp_path, pages, ["many.png", "few.png", "twice.png"])
     documents = {document.name: parts_of(document) for document in source.documents()}
@@ -105,7 +105,7 @@ def test_pictures_on_many_pages_are_left_out(tmp_path):
     assert documents["once.html"] == ["x", ["twice.png"], ["twice.png"]]
 
 
-def test_a_picture_of_few_pages_is_no_decoration(tmp_path):
+def test_an_image_of_few_pages_is_no_decoration(tmp_path):
     pages = {f"{n}.html": f'{n}<img src="{n}.png">' for n in range(3)}
     source = write(tmp_path, pages, [f"{n}.png" for n in range(3)])
     assert [parts_of(d) for d in source.documents()] == [[str(n), [f"{n}.png"]] for n in range(3)]
@@ -122,19 +122,19 @@ def test_paths_are_relative_to_the_page_or_the_folder(tmp_path):
     assert parts_of(page) == [["in sub.png"], ["top.png"], ["top.png"]]
 
 
-def test_a_page_whose_pictures_lie_outside_is_rejected(tmp_path):
+def test_a_page_whose_images_lie_outside_is_rejected(tmp_path):
     Image.new("RGB", (80, 80)).save(tmp_path / "secret.png")
     pages = {"a.html": '<img src="../secret.png">', "b.html": "good", "c.html": " <p></p>"}
     outside, good, empty = write(tmp_path / "pages", pages).documents()
     assert isinstance(outside, Rejected) and "lies outside" in outside.reason
     assert outside.row == str(tmp_path / "pages/a.html")
     assert good.segments == ("good",)
-    assert isinstance(empty, Rejected) and "no text and no picture is left" in empty.reason
+    assert isinstance(empty, Rejected) and "no text and no image is left" in empty.reason
 
 
-def test_a_missing_picture_is_told_when_it_is_read(tmp_path):
+def test_a_missing_image_is_told_when_it_is_read(tmp_path):
     (document,) = write(tmp_path, {"a.html": 'x<img src="gone.png">'}).documents()
-    assert isinstance(document.segments[1], Picture)
+    assert isinstance(document.segments[1], ImageRef)
     with pytest.raises(UserError, match=r"a\.html: there is no .*gone\.png"):
         document.segments[1].read()
 
@@ -151,13 +151,13 @@ def test_encodings_are_known(tmp_path, body):
     assert walked(tmp_path, body) == ["käse"]
 
 
-def test_the_stamp_covers_pages_and_pictures(tmp_path):
+def test_the_stamp_covers_pages_and_images(tmp_path):
     source = write(tmp_path, {"a.html": "a"})
-    stamps = {source.stamp()}
+    stamps = {source.fingerprint()}
     write(tmp_path, {"a.html": "ab"})
-    stamps.add(source.stamp())
+    stamps.add(source.fingerprint())
     write(tmp_path, {}, ["a.png"], side=90)
-    stamps.add(source.stamp())
+    stamps.add(source.fingerprint())
     assert len(stamps) == 3
 
 
@@ -197,5 +197,5 @@ def test_a_page_deeper_than_can_be_read_is_rejected(tmp_path):
         ('<img src="a.png" srcset="x y z , ,, b.png 1..2x">', "a.png"),
     ],
 )
-def test_pictures_that_are_loaded_late_are_found(tmp_path, shown, file):
-    assert walked(tmp_path, f"<p>x</p>{shown}", pictures=("a.png", "b.png")) == ["x", [file]]
+def test_images_that_are_loaded_late_are_found(tmp_path, shown, file):
+    assert walked(tmp_path, f"<p>x</p>{shown}", images=("a.png", "b.png")) == ["x", [file]]

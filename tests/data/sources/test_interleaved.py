@@ -8,7 +8,7 @@ import pickle
 import pytest
 from PIL import Image
 
-from moma.data.documents import Picture, Rejected
+from moma.data.documents import ImageRef, Rejected
 from moma.data.sources import InterleavedConfig
 from moma.errors import UserError
 
@@ -54,7 +54,7 @@ def test_names_come_from_the_content(tmp_path):
     assert [row.name for row in source_of(tmp_path, *rows[::-1]).documents()] == names[::-1]
 
 
-def test_pictures_in_the_row_are_read_from_it_when_asked_for(tmp_path):
+def test_images_in_the_row_are_read_from_it_when_asked_for(tmp_path):
     rows = [
         {"texts": ["ä", None, None, None], "images": [None, data_address(w), "a.png", d]}
         for w, d in ((7, data_address(9)), (8, "data:image/png;base64,!!"))
@@ -64,8 +64,8 @@ def test_pictures_in_the_row_are_read_from_it_when_asked_for(tmp_path):
     assert data_address(7)[22:].encode() not in pickle.dumps(first)
     assert shape(pickle.loads(pickle.dumps(first))) == ["ä", (7, 5), (3, 2), (9, 5)]
     *fine, broken = second.segments[1:]
-    assert [picture.read().width for picture in fine] == [8, 3]
-    with pytest.raises(UserError, match=r"row 2, picture 3: cannot read it .*mend or remove"):
+    assert [image.read().width for image in fine] == [8, 3]
+    with pytest.raises(UserError, match=r"row 2, image 3: cannot read it .*mend or remove"):
         broken.read()
 
 
@@ -74,11 +74,11 @@ def test_pictures_in_the_row_are_read_from_it_when_asked_for(tmp_path):
     [
         ({"text": "a"}, "needs 'segments', or 'texts' and 'images'; the keys there are: text"),
         ({"segments": "a"}, "'segments' must be a list"),
-        ({"segments": []}, "holds no text and no picture"),
+        ({"segments": []}, "holds no text and no image"),
         ({"segments": [{"type": "sound"}]}, "a segment is"),
         ({"segments": [{"type": "text"}]}, "a segment is"),
         ({"segments": [{"type": "image", "image": "../b.png"}]}, "lies outside"),
-        ({"segments": [{"type": "image", "image": 3}]}, "picture 1 is no text"),
+        ({"segments": [{"type": "image", "image": 3}]}, "image 1 is no text"),
         ({"segments": [{"type": "image", "image": "http://a.example/b"}]}, "is a web address"),
         ({"texts": ["a"]}, "'images' must be a list"),
         ({"texts": ["a"], "images": []}, "'texts' has 1 places and 'images' 0"),
@@ -95,26 +95,26 @@ def test_a_row_that_cannot_be_used_is_rejected(tmp_path, row, reason):
     assert reason in rejected.reason and rejected.row.endswith("pages.jsonl, row 2")
 
 
-def test_more_pictures_than_wanted_go_on_in_further_documents(tmp_path):
+def test_more_images_than_wanted_go_on_in_further_documents(tmp_path):
     row = {
         "texts": ["t0", None, "t1", None, None, "t2"],
         "images": [None, "a.png", None, "a.png", "a.png", None],
     }
     (whole,) = source_of(tmp_path, row).documents()
-    pieces = list(source_of(tmp_path, row, max_pictures=2).documents())
+    pieces = list(source_of(tmp_path, row, max_images=2).documents())
     assert [shape(piece) for piece in pieces] == [["t0", (3, 2), "t1", (3, 2)], [(3, 2), "t2"]]
     assert [piece.name for piece in pieces] == [whole.name, f"{whole.name}#2"]
     assert {piece.held_out_with for piece in pieces} == {whole.name}
 
 
-def test_the_stamp_covers_the_pictures(tmp_path):
+def test_the_stamp_covers_the_images(tmp_path):
     source = source_of(tmp_path, {"texts": [None], "images": ["a.png"]}, {"no": "document"})
-    before = source.stamp()
+    before = source.fingerprint()
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    assert source.stamp() != before
+    assert source.fingerprint() != before
 
 
-def test_pictures_are_segments_of_their_own(tmp_path):
+def test_images_are_segments_of_their_own(tmp_path):
     (document,) = source_of(tmp_path, {"texts": [None], "images": ["a.png"]}).documents()
-    (picture,) = document.segments
-    assert isinstance(picture, Picture)
+    (image,) = document.segments
+    assert isinstance(image, ImageRef)

@@ -7,22 +7,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moma.data.documents import Document, Picture
+from moma.data.documents import Document, ImageRef
 from moma.data.sources.reading import cut, digest, inside, lines, matching
 from moma.errors import UserError
 
-PICTURES = [Picture(str(n), partial(Image.new, "L", (1, 1))) for n in range(12)]
+IMAGES = [ImageRef(str(n), partial(Image.new, "L", (1, 1))) for n in range(12)]
 
 
 @settings(deadline=None, max_examples=50)
 @given(
-    st.lists(st.one_of(st.text(min_size=1), st.sampled_from(PICTURES)), min_size=1),
+    st.lists(st.one_of(st.text(min_size=1), st.sampled_from(IMAGES)), min_size=1),
     st.integers(1, 4),
 )
 def test_a_cut_document_loses_nothing_and_has_no_piece_too_many(segments, most):
     pieces = list(cut(Document("d", tuple(segments), row="row 3"), most))
     assert [part for piece in pieces for part in piece.segments] == segments
-    counts = [sum(isinstance(part, Picture) for part in piece.segments) for piece in pieces]
+    counts = [sum(isinstance(part, ImageRef) for part in piece.segments) for piece in pieces]
     assert all(count == most for count in counts[:-1]) and counts[-1] <= most
     assert [p.name for p in pieces] == ["d", *(f"d#{n}" for n in range(2, len(pieces) + 1))]
     assert {(piece.held_out_with, piece.row) for piece in pieces} == {("d", "row 3")}

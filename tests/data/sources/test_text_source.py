@@ -86,7 +86,7 @@ def test_an_endless_line_is_rejected_unread_and_the_next_is_read(tmp_path, monke
 @pytest.mark.parametrize("name", ["nowhere.txt", "no*.txt"])
 def test_a_missing_file_is_named(tmp_path, name):
     source = source_of(path=tmp_path / name)
-    for ask in (lambda: list(source.documents()), source.stamp):
+    for ask in (lambda: list(source.documents()), source.fingerprint):
         with pytest.raises(UserError, match=r"/no.*check the source's 'path'"):
             ask()
 

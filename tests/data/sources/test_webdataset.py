@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rows import accepted
 
-from moma.data.documents import Picture, Rejected
+from moma.data.documents import ImageRef, Rejected
 from moma.data.sources import WebDatasetConfig
 from moma.errors import UserError
 
@@ -50,7 +50,7 @@ def test_the_files_of_a_key_are_a_document(tmp_path):
     members = [
         ("./", (tarfile.DIRTYPE, "")),
         ("./a/1.5.JPG", png(4)),
-        ("./a/1.txt", b"ignored: no picture"),
+        ("./a/1.txt", b"ignored: no image"),
         ("a/2.jpg", png(5)),
         ("a/2.json", json.dumps({"caption": "from json", "url": "…"}).encode()),
         ("a/2.cls", b"7"),
@@ -73,11 +73,11 @@ def test_plain_and_compressed_tars_are_read(tmp_path, compression):
         write_tar(tmp_path / f"{name}.tar", members, f"w{compression}")
     documents = list(accepted(documents_of(tmp_path / "*.tar")))
     assert [document.name for document in documents] == ["a0", "a1", "a2", "b0", "b1", "b2"]
-    pictures = [document.segments[0] for document in pickle.loads(pickle.dumps(documents))]
-    assert [picture.read().width for picture in reversed(pictures)] == [3, 2, 1, 3, 2, 1]
+    images = [document.segments[0] for document in pickle.loads(pickle.dumps(documents))]
+    assert [image.read().width for image in reversed(images)] == [3, 2, 1, 3, 2, 1]
 
 
-def test_pictures_of_a_plain_tar_do_not_wait_in_memory(tmp_path):
+def test_images_of_a_plain_tar_do_not_wait_in_memory(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(*map(str, range(20))))
     assert all(png(n + 1) not in pickle.dumps(d) for n, d in enumerate(documents_of(path)))
 
@@ -85,7 +85,7 @@ def test_pictures_of_a_plain_tar_do_not_wait_in_memory(tmp_path):
 @pytest.mark.parametrize(
     ("members", "reason"),
     [
-        ([("a.png", png())], "needs a picture (jpg, jpeg, png, webp) and a caption (txt, json)"),
+        ([("a.png", png())], "needs an image (jpg, jpeg, png, webp) and a caption (txt, json)"),
         ([("a.txt", b"a")], "there is: txt"),
         ([("a.cls", b"a")], "there is: cls"),
         ([("a.png", png()), ("a.txt", b"\xff")], "the caption is not UTF-8"),
@@ -165,9 +165,9 @@ def test_what_is_no_tar_is_named(tmp_path, name):
         documents_of(tmp_path / name)
 
 
-def test_a_damaged_picture_names_its_sample(tmp_path):
+def test_a_damaged_image_names_its_sample(tmp_path):
     path = write_tar(tmp_path / "a.tar", [("a.png", png()[:40]), ("a.txt", b"a")])
     (document,) = documents_of(path)
-    assert isinstance(document.segments[0], Picture)
+    assert isinstance(document.segments[0], ImageRef)
     with pytest.raises(UserError, match=r"a\.tar, a\.png: cannot read"):
         document.segments[0].read()

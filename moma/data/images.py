@@ -1,4 +1,4 @@
-"""Reading one picture safely, whatever it is stored as.
+"""Reading one image safely, whatever it is stored as.
 
     file or bytes → header: format, size → first frame, upright → 8 bits, on white → RGB
 
@@ -32,13 +32,13 @@ DRAWING_SIDE = 512
 _DRAWING_BYTES = 16 * 2**20
 
 
-def read_picture(
+def read_image(
     file: Path | bytes,
     place: str,
     instead: str = "remove the row",
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Read a picture as 8-bit RGB, turned upright (EXIF), its transparency blended on white.
+    """Read an image as 8-bit RGB, turned upright (EXIF), its transparency blended on white.
 
     The first frame of an animation is taken. An SVG file is drawn within 512 × 512 pixels.
 
@@ -49,9 +49,9 @@ def read_picture(
         max_pixels: most pixels of the first frame.
 
     Raises:
-        UserError: the picture is missing, too large, truncated, damaged or of another kind.
+        UserError: the image is missing, too large, truncated, damaged or of another kind.
     """
-    what = str(file) if isinstance(file, Path) else "the picture"
+    what = str(file) if isinstance(file, Path) else "the image"
     with _named(place, what, instead):
         if isinstance(file, Path) and file.suffix.lower() == ".svg":
             return on_white(_draw(file, f"{place}: {what}"))
@@ -61,7 +61,7 @@ def read_picture(
             return _flat(ImageOps.exif_transpose(image))
 
 
-def picture_size(file: Path) -> tuple[int, int] | None:
+def image_size(file: Path) -> tuple[int, int] | None:
     """Width and height as the file's header tells them; None if it tells none."""
     try:
         with _opened(file) as image:
@@ -100,7 +100,7 @@ def _named(place: str, what: str, instead: str) -> Iterator[None]:
         raise UserError(f"{place}: {what} is too large ({error}); shrink it") from error
     except UnidentifiedImageError as error:
         raise UserError(
-            f"{place}: cannot read {what} (it is no picture of a known format: "
+            f"{place}: cannot read {what} (it is no image of a known format: "
             f"{', '.join(_formats())}); save it again as PNG or JPEG or {instead}"
         ) from error
     # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
@@ -120,7 +120,7 @@ def _check_size(image: Image.Image, max_pixels: int, what: str) -> None:
 
 
 def _flat(image: Image.Image) -> Image.Image:
-    """8-bit RGB of a picture of any mode."""
+    """8-bit RGB of an image of any mode."""
     if image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.mode == "F":

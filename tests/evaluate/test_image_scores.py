@@ -1,4 +1,4 @@
-"""Scores of sketches: a right picture scores right, a wrong one does not."""
+"""Scores of sketches: a right image scores right, a wrong one does not."""
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ NAMES = sketches.object_names(12)
 def random_codec() -> ImageCodec:
     torch.manual_seed(0)
     config = CodecConfig(
-        picture_size=32,
+        image_size=32,
         patch=4,
         block_channels=(8,),
         layers_per_block=1,
@@ -42,9 +42,9 @@ def test_a_reconstruction_is_nearest_to_itself():
     box = sketches.Box(0, 0, 32, 32)
     found = []
     for name in NAMES:
-        picture = render(name, "flat", 32)
+        image = render(name, "flat", 32)
         with torch.no_grad():
-            drawn = codec.decode(codec.encode(preprocess(picture, 32)[None]))[0]
+            drawn = codec.decode(codec.encode(preprocess(image, 32)[None]))[0]
         found.append(nearest(to_pil(drawn), box))
     # An untrained codec may draw two objects alike; a wrong index would miss nearly all.
     assert np.mean([a == b for a, b in zip(found, NAMES, strict=True)]) > 0.8
@@ -60,15 +60,15 @@ def test_each_box_is_compared_with_objects_in_that_box():
 
 def test_right_needs_the_right_object_in_the_right_place():
     sketch = Sketch(("apple", "axe"), "flat", "left of")
-    picture = sketch.draw(32)
-    assert Drawn(sketch, picture, ("apple", "axe")).right == (True, True)
-    assert Drawn(sketch, picture, ("axe", "apple")).right == (False, False)
+    image = sketch.draw(32)
+    assert Drawn(sketch, image, ("apple", "axe")).right == (True, True)
+    assert Drawn(sketch, image, ("axe", "apple")).right == (False, False)
 
 
 def test_a_caption_names_whole_words():
-    picture = Sketch(("apple",), "flat").draw(16)
-    assert Captioned(Sketch(("apple",), "flat"), picture, "an apple, flat style").right
-    assert not Captioned(Sketch(("apple",), "flat"), picture, "a pineapple, flat style").right
+    image = Sketch(("apple",), "flat").draw(16)
+    assert Captioned(Sketch(("apple",), "flat"), image, "an apple, flat style").right
+    assert not Captioned(Sketch(("apple",), "flat"), image, "a pineapple, flat style").right
 
 
 def test_prompts_are_what_they_say():

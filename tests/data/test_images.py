@@ -1,4 +1,4 @@
-"""Reading pictures: every guard with a real file."""
+"""Reading images: every guard with a real file."""
 
 import struct
 import zlib
@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from moma.data.pictures import FORMATS, SUFFIXES, picture_size, read_picture
+from moma.data.images import FORMATS, SUFFIXES, image_size, read_image
 from moma.errors import UserError
 
 RED = (255, 0, 0)
 
 
 def read(path, **options):
-    picture = read_picture(path, "list, row 7", **options)
-    assert picture.mode == "RGB"
-    return picture
+    image = read_image(path, "list, row 7", **options)
+    assert image.mode == "RGB"
+    return image
 
 
 def refused(path, **options):
@@ -42,7 +42,7 @@ def png_of(width, height, data=b""):
 def test_every_format_is_read(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     Image.new("L" if suffix == ".pgm" else "RGB", (16, 8), 0).save(path)
-    assert read(path).size == picture_size(path) == (16, 8)
+    assert read(path).size == image_size(path) == (16, 8)
     assert np.asarray(read(path)).max() < 8
     assert np.array_equal(read(path), read(path.read_bytes()))
 
@@ -64,7 +64,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, side, recwarn):
     assert not recwarn.list
 
 
-def test_a_bomb_in_a_picture_s_notes_is_refused(tmp_path):
+def test_a_bomb_in_an_image_s_notes_is_refused(tmp_path):
     notes = PngImagePlugin.PngInfo()
     notes.add_text("a", "b" * 50_000_000, zip=True)
     path = tmp_path / "bomb.png"
@@ -126,26 +126,26 @@ def test_levels_of_more_bits_are_refused(tmp_path, level):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
 def test_transparency_is_blended_on_white(tmp_path, mode):
-    picture = Image.new(mode, (3, 1), 0)
+    image = Image.new(mode, (3, 1), 0)
     black = (0,) * (len(mode) - 1)
     for x, alpha in enumerate((0, 51, 255)):
-        picture.putpixel((x, 0), (*black, alpha))
-    picture.save(tmp_path / "a.png")
+        image.putpixel((x, 0), (*black, alpha))
+    image.save(tmp_path / "a.png")
     assert np.asarray(read(tmp_path / "a.png"))[0, :, 2].tolist() == [255, 204, 0]
 
 
 @pytest.mark.parametrize("transparent", [1, bytes([255, 0])])
 def test_a_palette_s_transparency_is_blended_on_white(tmp_path, transparent):
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.putpixel((1, 0), 1)
-    picture.save(tmp_path / "a.png", transparency=transparent)
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "a.png", transparency=transparent)
     read_back = read(tmp_path / "a.png")
     assert [read_back.getpixel((x, 0)) for x in (0, 1)] == [RED, (255, 255, 255)]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_pictures_are_turned_upright(tmp_path, orientation):
+def test_images_are_turned_upright(tmp_path, orientation):
     upright = Image.new("RGB", (32, 16), "white")
     upright.paste(Image.new("RGB", (16, 8), "red"), (0, 0))
     turn = {
@@ -164,13 +164,13 @@ def test_pictures_are_turned_upright(tmp_path, orientation):
     assert read(tmp_path / "a.png").tobytes() == upright.tobytes()
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%EOF\n"])
-def test_what_is_no_picture_is_refused(tmp_path, data):
+@pytest.mark.parametrize("data", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%EOF\n"])
+def test_what_is_no_image_is_refused(tmp_path, data):
     (tmp_path / "a.png").write_bytes(data)
-    assert "it is no picture of a known format: " in refused(tmp_path / "a.png")
-    assert "it is no picture" in refused(data)
+    assert "it is no image of a known format: " in refused(tmp_path / "a.png")
+    assert "it is no image" in refused(data)
     assert "EPS" not in FORMATS
-    assert picture_size(tmp_path / "a.png") is None
+    assert image_size(tmp_path / "a.png") is None
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -187,8 +187,8 @@ SVG = (
 
 def test_a_drawing_is_drawn(tmp_path):
     (tmp_path / "a.svg").write_text(SVG.format('width="48pt"', ""))
-    picture = read(tmp_path / "a.svg")
-    assert picture.size == (512, 256) and picture.getpixel((9, 9)) == (0, 0, 0)
+    image = read(tmp_path / "a.svg")
+    assert image.size == (512, 256) and image.getpixel((9, 9)) == (0, 0, 0)
     (tmp_path / "a.svg").write_text(SVG.format('viewBox="0 0 1 100000000"', ""))
     assert max(read(tmp_path / "a.svg").size) <= 512
 
