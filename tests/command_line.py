@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from moma import cli
+from moma.cli import root as cli
 
 RECIPE = """
 seed = 3

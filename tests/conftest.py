@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.data.prepare import prepare
+from moma.data.encode.prepare import prepare
 from moma.recipe import check
 from moma.train.recipe import Recipe
 
-pytest.register_assert_rewrite("command_line")
-from command_line import train  # noqa: E402
+pytest.register_assert_rewrite("tests.command_line")
+from tests.command_line import train  # noqa: E402
 
 # Several test processes share few cores.
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from moma import cli
+from moma.cli import root as cli
 from moma.errors import LostRankError, SharedError, SharedStorageError, StoppedError, StorageError
 from moma.runtime.world import World, local_device, raise_on_all_ranks
 

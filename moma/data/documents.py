@@ -92,18 +92,26 @@ SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class SourceConfig(Config):
-    """What every source's section of a recipe may say.
+    """What every source's section of a recipe may say; the base class of every kind of source.
 
     Attributes:
+        kind: which kind it is; a subclass gives it a `Literal` and a default.
+        name: of its shards, and in messages.
         weight: how often its documents are drawn, relative to the other sources.
         max_images: most images of a document; one with more goes on as further documents, so
             that nothing is lost. Left out, any number.
         held_out: share of the documents kept from training; left out, the recipe's.
     """
 
+    kind: str = ""
+    name: SourceName = ""
     weight: float = Field(default=1.0, gt=0)
     max_images: int | None = Field(default=None, ge=1)
     held_out: float | None = Field(default=None, ge=0, lt=1)
+
+    def documents(self) -> "Iterator[Document | Rejected]":
+        """See `Source.documents`."""
+        raise NotImplementedError
 
 
 class Source(Protocol):

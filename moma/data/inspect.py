@@ -14,7 +14,7 @@ from moma.data.shards import SPLITS, Encoders, Shard, Shards, open_shards
 from moma.errors import UserError
 from moma.recipe import recipe_value
 from moma.runs import Tokenizers
-from moma.tokenizers.image import ImageCodec, to_pil
+from moma.tokenizers.image.codec import ImageCodec, to_pil
 from moma.tokenizers.text import load_text_tokenizer
 from moma.vocabulary import Vocabulary
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from moma.data.batches import Batches
+from moma.data.batches.iterator import Batches
 from moma.errors import UserError
 from moma.model.routing import Routing, RoutingName
 from moma.model.transformer import Transformer

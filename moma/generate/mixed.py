@@ -13,7 +13,7 @@ from moma.generate.decode import Sampling, generate
 from moma.generate.grammar import Mode
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
-from moma.tokenizers.image import ImageCodec, preprocess, to_pil
+from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 from moma.tokenizers.text import encode_texts, load_text_tokenizer
 
 Content = str | Image.Image

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moma.data.batches import DataConfig
-from moma.data.sources import TextConfig
+from moma.data.config import DataConfig
+from moma.data.sources.text import TextConfig
 from moma.errors import UserError
+from moma.hub.chameleon_codec import import_chameleon_tokenizers, original_layout
 from moma.hub.chameleon_format import (
     CONFIG_FILE,
     IMAGE_PREFIX,
@@ -41,9 +42,7 @@ from moma.recipe import check, write_recipe
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import save_weights, stored_weights
 from moma.runtime.weights import FILE_BYTES, Weights, open_weights, write_weights
-from moma.tokenizers.chameleon import original_layout
-from moma.tokenizers.folder import import_chameleon as import_tokenizers
-from moma.tokenizers.image import ImageCodec
+from moma.tokenizers.image.codec import ImageCodec
 from moma.tokenizers.names import read_vocabulary
 from moma.tokenizers.text import load_text_tokenizer
 from moma.train.recipe import Recipe, StageConfig
@@ -208,7 +207,7 @@ def _place_tokenizers(
             "give --tokenizers to read text and images"
         ]
     if given is None:
-        own = import_tokenizers(folder, folder, target)
+        own = import_chameleon_tokenizers(folder, folder, target)
     else:
         own = Vocabulary.load(given.vocabulary)
         given.copy_to(target)

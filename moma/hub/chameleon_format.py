@@ -14,7 +14,7 @@ from pydantic import ConfigDict, Field
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.recipe import Config, check
-from moma.tokenizers.image import CodecConfig
+from moma.tokenizers.image.codec import CodecConfig
 from moma.tokenizers.names import CHAMELEON
 from moma.vocabulary import Vocabulary
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moma.data.batches import Batches
+from moma.data.batches.iterator import Batches
 from moma.evaluate.perplexity import evaluate
 from moma.generate.mixed import MixedModel
 from moma.model.routing import Routing

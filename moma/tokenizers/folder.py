@@ -3,15 +3,15 @@
     texts    → `make_text_tokenizer` → tokenizer.json ─┐
     images → `make_codec`          → codec/ ─────────┴→ vocabulary.json
 
-`moma prepare` and `moma tokenizer` make theirs here alike; `import_chameleon` makes all three from
-Chameleon's files. The vocabulary is written as soon as there is a text tokenizer, and follows the
-codec when that comes. Each part is there whole or not at all; `complete` does what a kill between
-two of them left undone.
+`moma prepare` and `moma tokenizer` use the same functions; `import_tokenizers` takes parts that
+exist already. The vocabulary is written as soon as there is a text tokenizer, and again once there
+is a codec. Each part is there whole or not at all; `complete` does what a kill between two of them
+left undone.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,11 +25,10 @@ from moma.errors import UserError
 from moma.files import atomic_replace, atomic_write
 from moma.progress import show_progress
 from moma.runs import Tokenizers
-from moma.tokenizers.chameleon import load_chameleon_codec
-from moma.tokenizers.image import CodecConfig, ImageCodec, read_codec_config
-from moma.tokenizers.image_log import CodecLog
-from moma.tokenizers.image_measures import measure_trained
-from moma.tokenizers.image_training import STATE_FILE, CodecTrainingConfig, train_codec
+from moma.tokenizers.image.codec import CodecConfig, ImageCodec, read_codec_config
+from moma.tokenizers.image.log import CodecLog
+from moma.tokenizers.image.metrics import measure_trained
+from moma.tokenizers.image.train import STATE_FILE, CodecTrainingConfig, train_codec
 from moma.tokenizers.text import (
     TextTokenizerConfig,
     load_text_tokenizer,
@@ -126,16 +125,15 @@ def read_metrics(folder: Tokenizers) -> dict[str, Any]:
     return values
 
 
-def import_chameleon(
-    tokenizer: Path, weights: Path, folder: Tokenizers, image_size: int | None = None
+def import_tokenizers(
+    tokenizer: Path, load_codec: Callable[[], ImageCodec], folder: Tokenizers
 ) -> Vocabulary:
-    """Make a folder of tokenizers from Chameleon's files.
+    """Make a folder of tokenizers from a tokenizer file and a codec that exist already.
 
     Args:
-        tokenizer: its tokenizer file; a folder that holds a `tokenizer.json` will do.
-        weights: its image weights; see `load_chameleon_codec`.
+        tokenizer: the tokenizer file; a folder that holds a `tokenizer.json` will do.
+        load_codec: returns the codec.
         folder: where they go.
-        image_size: see `load_chameleon_codec`.
 
     Raises:
         UserError: a file cannot be read, the folder has tokenizers already, or the two do not fit.
@@ -145,7 +143,7 @@ def import_chameleon(
     if not begun:
         _require_absent(folder.text)
         _require_absent(folder.codec)
-    codec = load_chameleon_codec(weights, image_size)
+    codec = load_codec()
     vocabulary = vocabulary_of(_read(file), codec.codes_per_image)
     _require_fit(len(vocabulary.image_codes), codec.config.codebook_size, folder)
     folder.path.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moma.data.packing import Batch
+from moma.data.batches.packing import Batch
 from moma.errors import SharedError
 from moma.model.transformer import first_nonfinite
 from moma.runs import Run

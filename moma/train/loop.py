@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moma.data.batches import Batches, prepared_ahead, share_out
+from moma.data.batches.iterator import Batches, prepared_ahead, share_out
 from moma.errors import SharedError, StoppedError, StorageError
 from moma.files import lock_folder
 from moma.model.transformer import Transformer
@@ -28,6 +28,7 @@ from moma.runtime.checkpoint import (
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate
 from moma.runtime.trace import Trace
+from moma.runtime.tracking import Row, Tracker, make_trackers
 from moma.runtime.world import World, gather, raise_on_all_ranks, reporting_lost_ranks
 from moma.runtime.writer import CheckpointWriter
 from moma.train.changes import check_resumed_recipe
@@ -43,7 +44,6 @@ from moma.train.stages import (
     prepare_model,
 )
 from moma.train.statistics import Statistics
-from moma.train.tracking import Row, Tracker, make_trackers
 from moma.train.watch import LossMonitor
 from moma.vocabulary import Vocabulary
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moma.model.transformer import Transformer
 from moma.runtime.peak import matmul_peak, peak_memory
+from moma.runtime.tracking import Row
 from moma.runtime.world import World
 from moma.train.recipe import Recipe
 from moma.train.statistics import describe
-from moma.train.tracking import Row
 from moma.vocabulary import IMAGE, TEXT
 
 # Columns that depend on the clock and the machine; all others are the same in every run.

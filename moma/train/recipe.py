@@ -5,16 +5,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moma.data.batches import DataConfig
+from moma.data.config import DataConfig
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
 from moma.recipe import Config
 from moma.runtime.optimizer import OptimizerConfig
 from moma.runtime.sharding import EngineConfig
-from moma.tokenizers.image import CodecConfig
-from moma.tokenizers.image_training import CodecTrainingConfig
+from moma.runtime.tracking import TrackingConfig
+from moma.tokenizers.image.codec import CodecConfig
+from moma.tokenizers.image.train import CodecTrainingConfig
 from moma.tokenizers.text import TextTokenizerConfig
-from moma.train.tracking import TrackingConfig
 from moma.vocabulary import IMAGE, MODALITIES, Vocabulary
 
 

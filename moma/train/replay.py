@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moma.data.batches import Batches, share_out
-from moma.data.packing import Batch
+from moma.data.batches.iterator import Batches, share_out
+from moma.data.batches.packing import Batch
 from moma.errors import UserError
 from moma.progress import show_progress
 from moma.recipe import Config

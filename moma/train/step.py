@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from moma.data.packing import NO_LABEL, Batch
+from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.auxiliary import RouterRecord
 from moma.model.layers import upcast
 from moma.model.routing import Routing

@@ -7,7 +7,7 @@ from PIL import Image
 from moma.data.inspect import as_text, decode_document, histogram, inspect
 from moma.data.shards import open_shards
 from moma.errors import UserError
-from moma.tokenizers.image import ImageCodec, preprocess, to_pil
+from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 from moma.vocabulary import IMAGE, Vocabulary
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from moma.data.documents import Document
-from moma.data.encoding import encode_source
+from moma.data.encode.source import encode_source
 from moma.data.shards import Encoders, open_shards
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import on_ranks
 
 from moma.errors import SharedError, SharedStorageError, StorageError
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.tracking import JsonLines
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 from moma.train import stages
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.step import Objective
-from moma.train.tracking import JsonLines
+from tests.distributed.ranks import on_ranks
 
 FINISH = CheckpointWriter._finish
 

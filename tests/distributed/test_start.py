@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_two_ranks import ALONE, HYBRID, on_ranks, recipe_of
 from torch import nn
 
 from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.model.upcycling import grow
+from moma.plan.memory import held_bytes, outline
 from moma.recipe import write_recipe
 from moma.runs import Run
 from moma.runtime import writer as writing
@@ -25,11 +25,11 @@ from moma.runtime.sharding import EngineConfig
 from moma.runtime.weights import Weights
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
-from moma.study.memory import held_bytes, outline
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.stages import find_source, prepare_model
 from moma.vocabulary import Vocabulary
+from tests.distributed.test_two_ranks import ALONE, HYBRID, on_ranks, recipe_of
 
 NEW = ("dense", "mod_moe_4t4i", "tied", "uneven", "hybrid", "compiled")
 CASES = (*NEW, "upcycle", "upcycle from dense", "pretrain", "aux_router")

@@ -14,12 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moma.data.batches import Batches, share_out
-from moma.data.packing import Batch
+from moma.data.batches.iterator import Batches, share_out
+from moma.data.batches.packing import Batch
 from moma.errors import UserError
 from moma.runs import Run
 from moma.runtime.checkpoint import (
@@ -40,6 +39,7 @@ from moma.train.stages import objective_of, prepare_model
 from moma.train.statistics import Statistics
 from moma.train.step import Step
 from moma.vocabulary import Vocabulary
+from tests.distributed.ranks import on_ranks
 
 GROUPS, STEPS = 4, 3
 ALONE = World(torch.device("cpu"))

@@ -12,7 +12,7 @@ from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
 from moma.model.transformer import ModelConfig, Transformer
 from moma.runs import Tokenizers
-from moma.tokenizers.image import CodecConfig, ImageCodec, preprocess
+from moma.tokenizers.image.codec import CodecConfig, ImageCodec, preprocess
 from moma.tokenizers.text import TextTokenizerConfig, train_text_tokenizer, vocabulary_of
 from moma.vocabulary import Vocabulary
 

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from chameleon_port import (
+from safetensors import safe_open
+
+from moma.errors import UserError
+from moma.hub.chameleon import export_chameleon, import_chameleon
+from moma.recipe import check, override, write_recipe
+from moma.runs import Run, Tokenizers
+from moma.runtime.checkpoint import checkpoints_in, stored_weights
+from moma.train.recipe import Recipe
+from moma.train.restore import load_run
+from tests.hub.chameleon_port import (
     CODES,
     CODES_PER_IMAGE,
     SIDE,
@@ -21,15 +30,6 @@ from chameleon_port import (
     random_settings,
     save,
 )
-from safetensors import safe_open
-
-from moma.errors import UserError
-from moma.hub.chameleon import export_chameleon, import_chameleon
-from moma.recipe import check, override, write_recipe
-from moma.runs import Run, Tokenizers
-from moma.runtime.checkpoint import checkpoints_in, stored_weights
-from moma.train.recipe import Recipe
-from moma.train.restore import load_run
 
 pytest.importorskip("transformers")
 
@@ -201,7 +201,7 @@ def test_a_run_of_ours_goes_out_and_comes_back(tiny, tmp_path):
 def test_a_codec_of_chameleons_shape_goes_out_without_its_decoder(imported, tmp_path):
     from transformers import ChameleonForConditionalGeneration
 
-    from moma.tokenizers.image import ImageCodec
+    from moma.tokenizers.image.codec import ImageCodec
 
     run = Run(tmp_path / "run")
     shutil.copytree(imported.path, run.path)
@@ -249,7 +249,7 @@ def test_dropout_inside_of_attention_is_told(broken, tmp_path):
 
 
 def test_an_imported_run_trains_on_in_another_run_only(imported, tiny, tmp_path):
-    from moma.data.prepare import prepare
+    from moma.data.encode.prepare import prepare
 
     model = load_run(imported)[1].model
     changes = [f"data.path={tmp_path / 'data'}", f"data.tokenizers={imported.path}"]
@@ -272,7 +272,7 @@ def test_an_imported_run_trains_on_in_another_run_only(imported, tiny, tmp_path)
 
 
 def test_the_run_is_measured_on_the_data_of_a_recipe(saved, imported, tiny, tmp_path):
-    from moma.data.prepare import prepare
+    from moma.data.encode.prepare import prepare
     from moma.evaluate.perplexity import evaluate
 
     values = tiny.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from chameleon_port import chameleon_tokenizer, edit, random_port, save
 from safetensors.torch import load_file, save_file
 
 from moma.errors import UserError
@@ -13,6 +12,7 @@ from moma.hub.chameleon import export_chameleon, import_chameleon
 from moma.recipe import check, override, write_recipe
 from moma.runs import Run
 from moma.train.recipe import Recipe
+from tests.hub.chameleon_port import chameleon_tokenizer, edit, random_port, save
 
 pytest.importorskip("transformers")
 

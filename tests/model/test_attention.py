@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_reference import attention as slow_attention
-from model_reference import earlier, numpy
 
 from moma.model.attention import Attention, AttentionMask, as_numbers, chosen_mask, document_mask
 from moma.model.layers import rotary_angles
+from tests.model.model_reference import attention as slow_attention
+from tests.model.model_reference import earlier, numpy
 
 
 def random_attention(heads: int, kv_heads: int, norm: bool = True, seed: int = 0) -> Attention:

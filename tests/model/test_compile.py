@@ -6,10 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from three_modalities import group
 from torch.optim import SGD, Optimizer
 
-from moma.data.packing import NO_LABEL, Batch
+from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
 from moma.model.transformer import Transformer
@@ -18,6 +17,7 @@ from moma.runtime.world import World, can_compile
 from moma.train.stages import train_only
 from moma.train.step import Objective, Step, next_token_objective
 from moma.vocabulary import Vocabulary
+from tests.model.three_modalities import group
 
 VOCABULARY = Vocabulary(
     size=120,

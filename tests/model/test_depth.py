@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_reference import Tokens, depth_layer, gate_choice, groups_of, numpy, slots
 from pydantic import ValidationError
 
 from moma.model.architecture import ModelConfig
@@ -18,6 +17,7 @@ from moma.model.experts import ExpertGroup, named_groups
 from moma.model.layers import rotary_angles
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary
+from tests.model.model_reference import Tokens, depth_layer, gate_choice, groups_of, numpy, slots
 
 VOCABULARY = Vocabulary(
     size=40,

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_reference import Group, feed_forward
 
 from moma.errors import UserError
 from moma.model.experts import (
@@ -22,6 +21,7 @@ from moma.model.experts import (
 from moma.model.layers import SwiGLU
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, ModalityName
+from tests.model.model_reference import Group, feed_forward
 
 DIM, HIDDEN = 6, 10
 ACTUAL = Routing(capacity="actual")

@@ -5,7 +5,6 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from three_modalities import group
 from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
@@ -18,6 +17,7 @@ from moma.model.layers import SwiGLU, rotary_angles
 from moma.model.routing import Routing
 from moma.model.running import RunName
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary
+from tests.model.three_modalities import group
 
 DIM, HIDDEN, SHARES = 8, 3, (0.5, 0.5)
 VOCABULARY = Vocabulary(12, 0, 1, 2, 3, 4, (5, 6), 1)

@@ -5,10 +5,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_reference import feed_forward, groups_of, numpy
-from three_modalities import GROUPS, NAMES, SHARES, VOCABULARY, group
 
-from moma.data.packing import Batch
+from moma.data.batches.packing import Batch
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
@@ -19,6 +17,8 @@ from moma.runtime.optimizer import OptimizerConfig, make_optimizer
 from moma.runtime.world import World
 from moma.train.stages import train_only
 from moma.train.step import DeviceBatch, Step, next_token_objective, router_objective
+from tests.model.model_reference import feed_forward, groups_of, numpy
+from tests.model.three_modalities import GROUPS, NAMES, SHARES, VOCABULARY, group
 
 ACTUAL = Routing(capacity="actual")
 

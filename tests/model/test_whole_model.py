@@ -5,19 +5,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import three_modalities
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_reference import model as slow_model
-from model_reference import numpy
-from three_modalities import group
 
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
+from tests.model import three_modalities
+from tests.model.model_reference import model as slow_model
+from tests.model.model_reference import numpy
+from tests.model.three_modalities import group
 
 TWO = Vocabulary(
     size=100,

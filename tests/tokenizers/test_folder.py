@@ -9,26 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from foreign import chameleon_file, spelled
 from safetensors.torch import save_file
 
-from moma.data.prepare import prepare
+from moma.data.encode.prepare import prepare
 from moma.errors import UserError
 from moma.files import UNFINISHED
+from moma.hub.chameleon_codec import import_chameleon_tokenizers, original_layout
 from moma.runs import Tokenizers
-from moma.tokenizers.chameleon import original_layout
 from moma.tokenizers.folder import (
-    import_chameleon,
     is_made,
     make_codec,
     make_text_tokenizer,
     read_metrics,
 )
-from moma.tokenizers.image import CodecConfig, ImageCodec
-from moma.tokenizers.image_measures import measure_trained
-from moma.tokenizers.image_training import CodecTrainingConfig
+from moma.tokenizers.image.codec import CodecConfig, ImageCodec
+from moma.tokenizers.image.metrics import measure_trained
+from moma.tokenizers.image.train import CodecTrainingConfig
 from moma.tokenizers.text import TextTokenizerConfig, load_text_tokenizer
 from moma.vocabulary import Vocabulary
+from tests.hub.foreign import chameleon_file, spelled
 
 SHAPE = CodecConfig(
     image_size=16,
@@ -175,7 +174,7 @@ def test_a_kill_around_the_placing_of_the_codec_trains_nothing_twice(tmp_path, m
         def step(*_):
             raise AssertionError("a step is done again")
 
-        patch.setattr("moma.tokenizers.image_training._Training.step", step)
+        patch.setattr("moma.tokenizers.image.train._Training.step", step)
         # The next kill comes when the codec is in place and the state is still there.
         patch.setattr("moma.tokenizers.folder.complete", lambda *_: None)
         codec_in(folder)
@@ -207,7 +206,7 @@ def chameleon_files(tmp_path):
 def test_chameleons_files_become_a_folder_that_prepare_takes(files, tiny, tmp_path):
     folder = Tokenizers(tmp_path / "chameleon")
     text, weights = files
-    vocabulary = import_chameleon(text, weights, folder, image_size=16)
+    vocabulary = import_chameleon_tokenizers(text, weights, folder, image_size=16)
     assert vocabulary.size == 803 and vocabulary.codes_per_image == 4
     assert Vocabulary.load(folder.vocabulary) == vocabulary
     data = tiny.data.model_copy(
@@ -228,21 +227,21 @@ def test_chameleons_files_have_to_fit(files, tmp_path):
     text, weights = files
     folder = Tokenizers(tmp_path / "chameleon")
     with pytest.raises(UserError, match="no such tokenizer file"):
-        import_chameleon(tmp_path / "missing.json", weights, folder, 16)
+        import_chameleon_tokenizers(tmp_path / "missing.json", weights, folder, 16)
     text_in(Tokenizers(tmp_path / "ours"))
     with pytest.raises(UserError, match="names 8 image codes and the codec has 205"):
-        import_chameleon(tmp_path / "ours", weights, folder, 16)
+        import_chameleon_tokenizers(tmp_path / "ours", weights, folder, 16)
     assert not folder.path.exists()
-    import_chameleon(text, weights, folder, 16)
+    import_chameleon_tokenizers(text, weights, folder, 16)
     with pytest.raises(UserError, match="is there already"):
-        import_chameleon(text, weights, folder, 16)
+        import_chameleon_tokenizers(text, weights, folder, 16)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "codec", "vocabulary.json"])
 def test_a_killed_import_goes_on(files, tmp_path, monkeypatch, name):
     text, weights = files
     whole, folder = Tokenizers(tmp_path / "whole"), Tokenizers(tmp_path / "killed")
-    import_chameleon(text, weights, whole, 16)
-    killed_when(monkeypatch, name, lambda: import_chameleon(text, weights, folder, 16))
-    import_chameleon(text, weights, folder, 16)
+    import_chameleon_tokenizers(text, weights, whole, 16)
+    killed_when(monkeypatch, name, lambda: import_chameleon_tokenizers(text, weights, folder, 16))
+    import_chameleon_tokenizers(text, weights, folder, 16)
     assert contents(folder.path) == contents(whole.path)

@@ -1,7 +1,6 @@
 """A tokenizer file spelled as Chameleon's: ids by name, in any order, unreachable from text."""
 
 import pytest
-from foreign import CODES, chameleon_file, spelled
 from tokenizers import Tokenizer
 
 from moma.errors import UserError
@@ -13,6 +12,7 @@ from moma.tokenizers.text import (
     train_text_tokenizer,
     vocabulary_of,
 )
+from tests.hub.foreign import CODES, chameleon_file, spelled
 
 
 @pytest.fixture(params=[(True, True), (False, True), (False, False)], ids=str)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from moma.data.batches import Batches
+from moma.data.batches.iterator import Batches
 from moma.errors import UserError
 from moma.model.depth import DepthConfig
 from moma.runs import Run

@@ -18,11 +18,12 @@ import torch
 from safetensors import safe_open
 
 from moma.errors import StoppedError
+from moma.evaluate.perplexity import evaluate
 from moma.recipe import write_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
-from moma.study.chain import read_chain, run_chain
+from moma.train.chain import read_chain, run_chain
 from moma.train.loop import train
 from moma.train.metrics import TIMING
 from moma.train.recipe import Recipe
@@ -231,10 +232,10 @@ stage = "aux_router"
 '''
         )
     world = World(torch.device("cpu"))
-    run_chain(read_chain(tmp_path / "whole.toml"), world, quiet=True)
+    run_chain(read_chain(tmp_path / "whole.toml"), world, evaluate, quiet=True)
     killed(tmp_path / "cut.toml", Run(tmp_path / "cut" / "upcycle"), 1, random.Random(2))
     assert not (tmp_path / "cut/upcycle/aux_router").exists()
-    run_chain(read_chain(tmp_path / "cut.toml"), world, quiet=True)
+    run_chain(read_chain(tmp_path / "cut.toml"), world, evaluate, quiet=True)
     for part, steps in (("seed", 4), ("upcycle", STEPS), ("upcycle/aux_router", 6)):
         assert_same(Run(tmp_path / "whole" / part), Run(tmp_path / "cut" / part), steps)
 

@@ -12,13 +12,13 @@ from moma.errors import StorageError, UserError
 from moma.runs import Run
 from moma.runtime import checkpoint
 from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.tracking import JsonLines
 from moma.runtime.world import World
 from moma.train import loop
 from moma.train.loop import train
 from moma.train.metrics import TIMING, Window
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing, with_routers
-from moma.train.tracking import JsonLines
 
 WORLD = World(torch.device("cpu"))
 # Text and image loss of the logged steps; they depend on the order of the documents.

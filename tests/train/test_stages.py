@@ -10,15 +10,16 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from moma.data.batches import Batches
+from moma.data.batches.iterator import Batches
 from moma.errors import UserError
+from moma.evaluate.perplexity import evaluate
 from moma.files import lock_folder
 from moma.model.depth import DepthConfig
 from moma.recipe import read_recipe, shipped_recipe, write_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in, load_model, newest_whole, read_state
 from moma.runtime.world import World
-from moma.study.chain import Evaluation, read_chain, run_chain
+from moma.train.chain import Evaluation, read_chain, run_chain
 from moma.train.loop import train
 from moma.train.metrics import TIMING
 from moma.train.recipe import Recipe
@@ -263,9 +264,9 @@ stage = "evaluate"
     runs = [tmp_path / "chain" / name for name in ("seed", "upcycle", "upcycle/aux_router")]
     assert [step.run for step in steps] == [*runs, runs[1]]
     assert [step.from_ for step in steps if isinstance(step, Recipe)] == [None, *runs[:2]]
-    run_chain(steps[:2], WORLD, quiet=True)  # as if it had been stopped here
+    run_chain(steps[:2], WORLD, evaluate, quiet=True)  # as if it had been stopped here
     fingerprint = (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns
-    assert run_chain(read_chain(chain), WORLD, quiet=True) == runs[2]
+    assert run_chain(read_chain(chain), WORLD, evaluate, quiet=True) == runs[2]
     assert (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns == fingerprint
     result = json.loads((runs[1] / "evaluation-causal.json").read_text())
     assert all(math.isfinite(value) for value in result.values() if value is not None)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from moma.data.batches import Batches
+from moma.data.batches.iterator import Batches
 from moma.model.routing import Routing
 from moma.train.recipe import Recipe
 from moma.train.statistics import Statistics, describe, router_names

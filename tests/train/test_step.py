@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import SGD
 
-from moma.data.batches import Batches
-from moma.data.packing import NO_LABEL
+from moma.data.batches.iterator import Batches
+from moma.data.batches.packing import NO_LABEL
 from moma.model.routing import Routing
 from moma.runtime.world import World
 from moma.train.step import (

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.data.batches import Batches
+from moma.data.batches.iterator import Batches
 from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import make_optimizer

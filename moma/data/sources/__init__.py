@@ -4,42 +4,16 @@ Each is a section of a recipe and a `Source` at once. Rows are read one by one a
 when they are needed, so that the size of the data does not matter.
 """
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
-from moma.data.dictionary import DictionaryConfig
-from moma.data.sketches import SketchesConfig
-from moma.data.sources.captions import CaptionsConfig
-from moma.data.sources.dataset import DatasetConfig
-from moma.data.sources.folder import FolderConfig
-from moma.data.sources.html import HtmlConfig
-from moma.data.sources.interleaved import InterleavedConfig
-from moma.data.sources.text import TextConfig
-from moma.data.sources.webdataset import WebDatasetConfig
+from moma.data.documents import SourceConfig
+from moma.data.sources.registry import source_kinds
 
-__all__ = [
-    "AnySource",
-    "CaptionsConfig",
-    "DatasetConfig",
-    "DictionaryConfig",
-    "FolderConfig",
-    "HtmlConfig",
-    "InterleavedConfig",
-    "SketchesConfig",
-    "TextConfig",
-    "WebDatasetConfig",
-]
+if TYPE_CHECKING:
+    AnySource = SourceConfig
+else:
+    AnySource = Annotated[Union[tuple(source_kinds().values())], Field(discriminator="kind")]  # noqa: UP007
 
-AnySource = Annotated[
-    CaptionsConfig
-    | FolderConfig
-    | TextConfig
-    | InterleavedConfig
-    | WebDatasetConfig
-    | DatasetConfig
-    | HtmlConfig
-    | SketchesConfig
-    | DictionaryConfig,
-    Field(discriminator="kind"),
-]
+__all__ = ["AnySource"]

@@ -18,7 +18,6 @@ from PIL import Image
 from pydantic import model_validator
 
 from moma.data.documents import Document, ImageRef, Rejected, SourceName
-from moma.data.images import read_image
 from moma.data.sources.interleaved import Part, name_of, parts_of, segments_of
 from moma.data.sources.reading import (
     CaptionReaderConfig,
@@ -31,6 +30,7 @@ from moma.data.sources.reading import (
     text_of,
 )
 from moma.errors import UserError
+from moma.images import read_image
 
 _BUILDERS = {
     "parquet": "parquet",

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal
 
 from moma.data.documents import Document, Rejected, SourceName
-from moma.data.images import SUFFIXES
 from moma.data.sources.reading import (
     MAX_ROW_BYTES,
     CaptionReaderConfig,
@@ -17,6 +16,7 @@ from moma.data.sources.reading import (
     inside,
 )
 from moma.errors import UserError
+from moma.images import SUFFIXES
 
 
 class FolderConfig(CaptionReaderConfig):

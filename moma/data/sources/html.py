@@ -16,7 +16,6 @@ from lxml import etree
 from pydantic import Field
 
 from moma.data.documents import Document, ImageRef, Rejected, Segment, SourceName
-from moma.data.images import SUFFIXES, image_size
 from moma.data.sources.reading import (
     MAX_ROW_BYTES,
     ImageReaderConfig,
@@ -27,6 +26,7 @@ from moma.data.sources.reading import (
     inside,
 )
 from moma.errors import UserError
+from moma.images import SUFFIXES, image_size
 
 _PAGES = (".html", ".htm", ".xhtml")
 _NEVER_SHOWN = frozenset(

@@ -14,7 +14,6 @@ from typing import Any, Literal
 from PIL import Image
 
 from moma.data.documents import Document, ImageRef, Rejected, Segment, SourceName
-from moma.data.images import read_image
 from moma.data.sources.reading import (
     ImageReaderConfig,
     Line,
@@ -28,6 +27,7 @@ from moma.data.sources.reading import (
     matching,
 )
 from moma.errors import UserError
+from moma.images import read_image
 
 # A part of a document: text, or what a row says of an image.
 Part = tuple[Literal["text", "image"], Any]

@@ -24,9 +24,9 @@ from moma.data.documents import (
     SourceConfig,
     SourceName,
 )
-from moma.data.images import MAX_PIXELS, MOST_PIXELS, read_image
 from moma.errors import UserError, json_error_message
 from moma.hashes import unit_hash
+from moma.images import MAX_PIXELS, MOST_PIXELS, read_image
 
 # A row of a list, a page or a member of an archive is held in memory whole.
 MAX_ROW_BYTES = 64 * 2**20

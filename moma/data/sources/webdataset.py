@@ -25,7 +25,6 @@ from PIL import Image
 from pydantic import Field
 
 from moma.data.documents import Document, ImageRef, Rejected, SourceName
-from moma.data.images import read_image
 from moma.data.sources.reading import (
     CaptionReaderConfig,
     attempt,
@@ -36,6 +35,7 @@ from moma.data.sources.reading import (
     text_of,
 )
 from moma.errors import UserError
+from moma.images import read_image
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 from PIL import Image
-from rows import accepted
 
 from moma.data.documents import ImageRef, Rejected, held_out_share, is_held_out
-from moma.data.sources import CaptionsConfig
+from moma.data.sources.captions import CaptionsConfig
 from moma.errors import UserError
+from tests.data.sources.rows import accepted
 
 
 def captions_in(folder, rows, **settings):

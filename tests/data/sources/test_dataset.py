@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 from pydantic import ValidationError
-from rows import accepted
 
 from moma.data.documents import ImageRef, Rejected
-from moma.data.sources import DatasetConfig
+from moma.data.sources.dataset import DatasetConfig
 from moma.errors import UserError
+from tests.data.sources.rows import accepted
 
 
 def source_of(**settings):

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from moma.data.documents import Document, ImageRef, Rejected
-from moma.data.sources import FolderConfig
+from moma.data.sources.folder import FolderConfig
 from moma.errors import UserError
 
 

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from moma.data.documents import ImageRef, Rejected
-from moma.data.sources import HtmlConfig
+from moma.data.sources.html import HtmlConfig
 from moma.errors import UserError
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from moma.data.documents import ImageRef, Rejected
-from moma.data.sources import InterleavedConfig
+from moma.data.sources.interleaved import InterleavedConfig
 from moma.errors import UserError
 
 

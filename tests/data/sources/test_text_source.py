@@ -3,12 +3,13 @@
 import json
 
 import pytest
-from rows import accepted
 
 from moma.data.documents import Rejected, is_held_out
-from moma.data.sources import TextConfig, reading
+from moma.data.sources import reading
 from moma.data.sources import text as text_module
+from moma.data.sources.text import TextConfig
 from moma.errors import UserError
+from tests.data.sources.rows import accepted
 
 
 def source_of(**settings):

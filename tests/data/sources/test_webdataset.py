@@ -8,11 +8,11 @@ import tracemalloc
 
 import pytest
 from PIL import Image
-from rows import accepted
 
 from moma.data.documents import ImageRef, Rejected
-from moma.data.sources import WebDatasetConfig
+from moma.data.sources.webdataset import WebDatasetConfig
 from moma.errors import UserError
+from tests.data.sources.rows import accepted
 
 
 def png(width=3):

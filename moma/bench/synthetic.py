@@ -1,0 +1,72 @@
+"""Micro-batches without data: made-up documents, packed as real ones are.
+
+Speed and memory depend on shapes, on how many images and documents a row holds, hardly on what
+they say.
+"""
+
+from collections.abc import Iterator
+from itertools import count
+
+import numpy as np
+
+from moma.data.batches.packing import Encoded, Packer, image_budget
+from moma.train.recipe import Recipe
+from moma.vocabulary import Vocabulary
+
+_SPECIAL = 5
+# Text tokens: of a document without images, on average; of a caption, at least and at most.
+_TEXT, _CAPTION = 400, (8, 32)
+
+
+def made_up_vocabulary(recipe: Recipe) -> Vocabulary:
+    """A vocabulary of a recipe's sizes; the ids mean nothing."""
+    codes = recipe.codec.codebook_size
+    return Vocabulary(
+        size=recipe.text_tokenizer.vocabulary_size,
+        beginning=0,
+        end=1,
+        padding=2,
+        begin_image=3,
+        end_image=4,
+        image_codes=tuple(range(_SPECIAL, _SPECIAL + codes)),
+        codes_per_image=recipe.codec.codes_per_side**2,
+    )
+
+
+def made_up_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> Packer:
+    """Endless micro-batches of captioned images and of text, one by each call of `pack`.
+
+    Raises:
+        UserError: the image share is no whole number of images.
+    """
+    data = recipe.data
+    images = image_budget(data.micro_batch_size, data.sequence_length, data.image_share, vocabulary)
+    return Packer(
+        data.micro_batch_size,
+        data.sequence_length,
+        images,
+        vocabulary,
+        _captioned(vocabulary, np.random.default_rng((recipe.seed, rank, 0))),
+        _texts(vocabulary, np.random.default_rng((recipe.seed, rank, 1))),
+    )
+
+
+def _captioned(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[Encoded]:
+    codes = len(vocabulary.image_codes)
+    for row in count():
+        caption = _words(vocabulary, random, int(random.integers(*_CAPTION)))
+        image = vocabulary.wrap_image(random.integers(0, codes, vocabulary.codes_per_image))
+        ids = [vocabulary.beginning, *caption, *image, vocabulary.end]
+        yield Encoded("captions", row, np.array(ids, dtype=np.uint32))
+
+
+def _texts(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[Encoded]:
+    for row in count():
+        words = _words(vocabulary, random, 1 + int(random.exponential(_TEXT)))
+        ids = [vocabulary.beginning, *words, vocabulary.end]
+        yield Encoded("text", row, np.array(ids, dtype=np.uint32))
+
+
+def _words(vocabulary: Vocabulary, random: np.random.Generator, length: int) -> list[int]:
+    first = _SPECIAL + len(vocabulary.image_codes)
+    return random.integers(first, vocabulary.size, length).tolist()

@@ -1,0 +1,321 @@
+"""How fast the trainer's own step is: tokens a second, use of the device (MFU) and memory.
+
+    for each recipe: made-up documents → real packing → steps of `moma train`, compiled, warmed up
+    in every round, all recipes in turn: one step each → medians, and ratios round by round
+
+With `statistics`, what the log costs is measured the same way: a step that tells nothing of its
+routers, one that keeps what a row of the log needs, and one that writes such a row.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from operator import sub, truediv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moma.bench.synthetic import made_up_batches, made_up_vocabulary
+from moma.errors import UserError
+from moma.progress import show_progress
+from moma.recipe import read_recipe, shipped_recipe
+from moma.runtime.peak import allocated_peak, matmul_peak, synchronise
+from moma.runtime.world import World, can_compile, local_device
+from moma.train.metrics import Window
+from moma.train.recipe import Recipe
+from moma.train.stages import flops_per_token, make_step, prepare_model
+from moma.train.statistics import Statistics
+from moma.train.step import next_token_objective
+from moma.train.watch import LossMonitor
+
+# Recipes of a row of Table 2: without and with mixture-of-depths.
+ROWS = {
+    "256": ("bench/256.toml", "bench/256_mod.toml"),
+    **{
+        size: (f"paper/base/{size}.toml", f"paper/base/{size}_mod.toml")
+        for size in ("90m", "435m", "1b4")
+    },
+}
+TABLE2 = ("dense", "moe_8x", "moe_1t1i", "moe_4t4i", "mod_moe_1t1i", "mod_moe_4t4i")
+# Steps after which the micro-batches come again.
+_STEPS = 4
+_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        repeats: rounds, in each of which every recipe takes a step.
+        warm_up: steps of each before; the first of them compiles.
+        cpu_time: whether what other processes take is left out; several threads then add up.
+    """
+
+    repeats: int = 11
+    warm_up: int = 2
+    cpu_time: bool = False
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """What tells the time."""
+        return time.process_time if self.cpu_time else time.perf_counter
+
+
+def table2(
+    row: str, overrides: Sequence[str] = (), only: Sequence[str] = TABLE2
+) -> dict[str, Recipe]:
+    """The architectures of Table 2 at one row, that is at about the same operations a token.
+
+    Args:
+        row: of Table 1, or `256`.
+        overrides: changes to each recipe.
+        only: some of the architectures; `dense` is among them always, as the others' baseline.
+
+    Raises:
+        UserError: there is no such row or architecture, or an override is wrong.
+    """
+    if row not in ROWS:
+        raise UserError(f"--row {row}: use {', '.join(ROWS)}")
+    if unknown := [name for name in only if name not in TABLE2]:
+        raise UserError(f"--only {unknown[0]}: use {', '.join(TABLE2)}")
+    plain, deep = (shipped_recipe(name) for name in ROWS[row])
+    return {
+        name: read_recipe(
+            Recipe,
+            deep if name.startswith("mod") else plain,
+            [f"model.groups={name}", *overrides],
+        )
+        for name in TABLE2
+        if name in ("dense", *only)
+    }
+
+
+def named(paths: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Recipe]:
+    """Recipes by the names of their files.
+
+    Raises:
+        UserError: one cannot be read, or two files have the same name.
+    """
+    recipes: dict[str, Recipe] = {}
+    for path in paths:
+        if path.stem in recipes:
+            raise UserError(f"{path}: another recipe is named {path.stem}, too; rename one")
+        recipes[path.stem] = read_recipe(Recipe, path, overrides)
+    return recipes
+
+
+def bench_throughput(
+    recipes: Mapping[str, Recipe], sizes: Sizes, baseline: str = "first", quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Measure recipes by name, in turn.
+
+    Returns:
+        For each the figures that `docs/throughput.md` lists. `ratio_to_…` and the `baseline`'s name
+        is the median of the ratios to the first recipe's speed, round by round.
+
+    Raises:
+        UserError: a recipe cannot be packed, or needs more memory than there is.
+    """
+    device = local_device()
+    runners = _runners(recipes, device, sizes, quiet)
+    peak_of = dict.fromkeys((runner.dtype for runner in runners), 0.0)
+    speeds: list[list[float]] = [[] for _ in runners]
+    with show_progress("rounds", sizes.repeats, quiet) as report:
+        for number in range(sizes.repeats):
+            for dtype, best in peak_of.items():
+                peak_of[dtype] = max(best, matmul_peak(device, dtype))
+            for index in _in_turn(len(runners), number):
+                with runners[index] as runner:
+                    speeds[index].append(runner.tokens / runner.seconds(runner.train, sizes.clock))
+            report(number + 1)
+    return [
+        {
+            "name": runner.name,
+            "tokens_per_second": statistics.median(own),
+            "spread": _spread(own),
+            f"ratio_to_{baseline}": statistics.median(map(truediv, own, speeds[0])),
+            "mfu": statistics.median(own) * runner.flops_per_token / peak_of[runner.dtype],
+            "peak_bytes": runner.peak_bytes,
+            "flops_per_token": round(runner.flops_per_token),
+            "parameters": runner.parameters,
+        }
+        for runner, own in zip(runners, speeds, strict=True)
+    ]
+
+
+def bench_statistics(
+    recipes: Mapping[str, Recipe], sizes: Sizes, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Measure what the log's statistics of routers and gradients cost.
+
+    Returns:
+        For each recipe `name`; median `step_seconds` of a step without any; `keeping` and
+        `logging`, what is added to it by routers telling what they did, and by a row of the log;
+        `overhead`, the two together as a part of a step, with a row every `log_every` steps.
+    """
+    device = local_device()
+    jobs = ("train_untold", "train", "train_and_log")
+    runners = _runners(recipes, device, sizes, quiet, jobs)
+    taken = [{job: [] for job in jobs} for _ in runners]  # type: list[dict[str, list[float]]]
+    with show_progress("rounds", sizes.repeats, quiet) as report:
+        for number in range(sizes.repeats):
+            for index in _in_turn(len(runners), number):
+                with runners[index] as runner:
+                    for job in _in_turn(len(jobs), number):
+                        found = runner.seconds(getattr(runner, jobs[job]), sizes.clock)
+                        taken[index][jobs[job]].append(found)
+            report(number + 1)
+    return [
+        _overhead(runner, *found.values()) for runner, found in zip(runners, taken, strict=True)
+    ]
+
+
+def _overhead(
+    runner: "_Runner", bare: list[float], kept: list[float], logged: list[float]
+) -> dict[str, Any]:
+    keeping, logging = (
+        statistics.median(map(sub, *pair)) for pair in ((kept, bare), (logged, kept))
+    )
+    step = statistics.median(bare)
+    return {
+        "name": runner.name,
+        "step_seconds": step,
+        "keeping": keeping,
+        "logging": logging,
+        "overhead": (keeping + logging / runner.config.log_every) / step,
+    }
+
+
+class _Runner:
+    """A recipe's model, with the step of `moma train`, on made-up micro-batches.
+
+    As a context it is on the device; between, a GPU is left to the others.
+    """
+
+    def __init__(self, name: str, recipe: Recipe, device: torch.device, parks: bool):
+        recipe = recipe.model_copy(update={"stage": "pretrain", "from_": None})
+        vocabulary, world = made_up_vocabulary(recipe), World(device)
+        self.name, self.config = name, recipe.pretrain
+        self.flops_per_token = flops_per_token(recipe, vocabulary)
+        self.dtype = recipe.engine.compute_dtype(device)
+        self.tokens = (
+            self.config.gradient_accumulation_steps
+            * recipe.data.micro_batch_size
+            * recipe.data.sequence_length
+        )
+        self.peak_bytes = 0
+        self._device, self._parks = device, parks and device.type == "cuda"
+        packer = made_up_batches(recipe, vocabulary)
+        self._batches = cycle(
+            [
+                [packer.pack() for _ in range(self.config.gradient_accumulation_steps)]
+                for _ in range(_STEPS)
+            ]
+        )
+        self._model = prepare_model(recipe, vocabulary, world)
+        self.parameters = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        self._watch = LossMonitor(self.config, device)
+        self._step = make_step(recipe, self._model, world, self._watch)
+        self._window = Window(recipe, self._model, self.flops_per_token, world)
+        compiled = self.config.compile and can_compile(device)
+        self._told = self._step.objective
+        self._untold = next_token_objective(self.config.z_loss, compiled, choices=False)
+
+    def __enter__(self) -> "_Runner":
+        self._move(self._device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._parks:
+            self._move(torch.device("cpu"))
+
+    def train(self) -> None:
+        """A step between two rows of the log."""
+        self._take_step(None)
+
+    def train_untold(self) -> None:
+        """The same, but routers tell nothing."""
+        self._step.objective = self._untold
+        self._take_step(None)
+        self._step.objective = self._told
+
+    def train_and_log(self) -> None:
+        """A step that ends with a row of the log."""
+        collected = Statistics(self._model)
+        norm = self._take_step(collected)
+        shared = {"norm": norm, **self._watch.evidence}
+        self._window.close_row({"step": 1}, shared, collected.sums)
+        self._window.finish_row()
+
+    def seconds(self, job: Callable[[], None], clock: Callable[[], float]) -> float:
+        """How long a job takes."""
+        synchronise(self._device)
+        began = clock()
+        job()
+        synchronise(self._device)
+        return clock() - began
+
+    def warm_up(self, jobs: list[Callable[[], None]], times: int) -> None:
+        """Compile, settle, and find the most memory that a step needs."""
+        try:
+            for job in jobs * (1 + times):
+                job()
+            self.peak_bytes = self._held() + allocated_peak(self.train, self._device)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{self.name}: a step needs more memory than the device has; "
+                "lower data.micro_batch_size, or leave this recipe out"
+            ) from error
+
+    def _take_step(self, collected: Statistics | None) -> Tensor:
+        sums, norm = self._step(next(self._batches), _RATE, collected)
+        self._window.add(sums, self.tokens, 0.0)
+        return norm
+
+    def _held(self) -> int:
+        """Bytes of weights, buffers and optimizer."""
+        held = [*self._model.parameters(), *self._model.buffers()]
+        held += [t for state in self._step.optimizer.state.values() for t in state.values()]
+        return sum(t.untyped_storage().nbytes() for t in held)
+
+    def _move(self, device: torch.device) -> None:
+        self._model.to(device)
+        for state in self._step.optimizer.state.values():
+            for key, value in state.items():
+                state[key] = value.to(device)
+
+
+def _runners(
+    recipes: Mapping[str, Recipe],
+    device: torch.device,
+    sizes: Sizes,
+    quiet: bool,
+    jobs: tuple[str, ...] = ("train",),
+) -> list[_Runner]:
+    """Everything built, compiled and warmed up."""
+    runners = []
+    with show_progress("warming up", len(recipes), quiet) as report:
+        for name, recipe in recipes.items():
+            with _Runner(name, recipe, device, parks=len(recipes) > 1) as runner:
+                runner.warm_up([getattr(runner, job) for job in jobs], sizes.warm_up)
+            runners.append(runner)
+            report(len(runners), name)
+    return runners
+
+
+def _in_turn(count: int, round_number: int) -> list[int]:
+    """The numbers below `count`, in each round beginning with another."""
+    return [(index + round_number) % count for index in range(count)]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Half of the distance between the quartiles, as a part of the median."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / middle

@@ -1,0 +1,5 @@
+"""The command line: `moma <verb>`."""
+
+from moma.cli.root import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,5 @@
+"""`python -m moma.cli`, as torchrun starts it."""
+
+from moma.cli import main
+
+main()

@@ -1,0 +1,250 @@
+"""The command line of tokenizers: `moma tokenizer <verb>`."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from moma.cli.arguments import AsJson, Overrides, RecipeFile, readable_recipe
+from moma.errors import UserError
+
+if TYPE_CHECKING:
+    from moma.data.encode.corpus import Corpus
+    from moma.runs import Tokenizers
+    from moma.train.recipe import Recipe
+
+app = typer.Typer(
+    name="tokenizer",
+    help="Make, import and try text tokenizers and image codecs.",
+    no_args_is_help=True,
+)
+
+OutFolder = Annotated[Path, typer.Option(help="folder of the tokenizers")]
+
+
+@app.command("train-text")
+def train_text(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            help="a recipe, or UTF-8 text files; then changes, such as "
+            "text_tokenizer.vocabulary_size=8192 codec.codebook_size=512"
+        ),
+    ],
+    out: OutFolder = Path("runs/tokenizers"),
+) -> None:
+    """Learn byte-level BPE and write `tokenizer.json`, image codes and special ids included."""
+    if inputs[0].endswith(".toml"):
+        readable_recipe(Path(inputs[0]))
+    from moma.data.encode.corpus import Corpus
+    from moma.runs import Tokenizers
+    from moma.tokenizers.folder import is_made, make_text_tokenizer
+    from moma.tokenizers.text import TextTokenizerConfig
+
+    sources, held_out, most_rejected, sections = _texts_of(inputs)
+    config: TextTokenizerConfig = sections.text_tokenizer
+    folder = Tokenizers(out)
+    if is_made(folder.text, folder, sections.codec):
+        print(f"{folder.text}: made before; the folder is complete now")
+        return
+    corpus = Corpus(sources, held_out, config.documents)
+
+    def texts() -> Iterator[str]:
+        yield from corpus.texts()
+        corpus.check(most_rejected)  # before anything is made of them
+
+    made = make_text_tokenizer(config, sections.codec, texts(), folder)
+    _tell_rejected(corpus)
+    size = made.get_vocab_size(with_added_tokens=True)
+    print(f"{folder.text}: {size} ids, learned from {corpus.documents} documents")
+    if size < config.vocabulary_size:
+        print(
+            f"moma: the texts hold too few repetitions for {config.vocabulary_size} ids",
+            file=sys.stderr,
+        )
+
+
+@app.command("train-image")
+def train_image(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    out: OutFolder = Path("runs/tokenizers"),
+    as_json: AsJson = False,
+) -> None:
+    """Train the image codec, or go on where that was interrupted."""
+    from moma.recipe import read_recipe
+    from moma.runs import Tokenizers
+    from moma.tokenizers.folder import is_made, read_metrics
+    from moma.train.recipe import Recipe
+
+    read = read_recipe(Recipe, recipe, overrides or ())
+    folder = Tokenizers(out)
+    if not is_made(folder.codec, folder, read.codec):
+        _train_codec(read, folder, quiet=as_json)
+    metrics = read_metrics(folder)
+    if as_json:
+        print(json.dumps(metrics))
+        return
+    print(f"{folder.codec}: PSNR {metrics['psnr']:.2f} dB, ", end="")
+    print(f"{metrics['codes_used']:.1%} of the codes used, ", end="")
+    print(f"perplexity {metrics['perplexity']:.1f}")
+
+
+def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
+    """Train the codec on the images of a recipe, and tell what was left out."""
+    from moma.data.encode.corpus import Corpus, ReadableImages
+    from moma.runtime.world import local_device
+    from moma.tokenizers.folder import make_codec
+
+    data, training, size = recipe.data, recipe.codec_training, recipe.codec.image_size
+    if training.perceptual.weights is None:
+        print(
+            "moma: no perceptual loss; codec_training.perceptual.weights names VGG-16's weights",
+            file=sys.stderr,
+        )
+    corpus = Corpus(data.sources, data.held_out, training.documents)
+    seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
+    # The error is measured on some of these: on training images if none can be read.
+    unseen = ReadableImages(corpus.images(held_out=True), size, most_unreadable=1)
+    if corpus.documents:  # without any, it is told that there are no images
+        corpus.check(data.max_rejected)
+    _tell_rejected(corpus)
+    measured = unseen if unseen.has_readable else ()
+    make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
+    for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
+        print(f"moma: an image was left out: {reason}", file=sys.stderr)
+
+
+@app.command("import-chameleon")
+def import_chameleon(
+    tokenizer: Annotated[Path, typer.Argument(help="its tokenizer file")],
+    weights: Annotated[
+        Path, typer.Argument(help="its image weights: a file, or a folder of the port")
+    ],
+    out: OutFolder = Path("runs/tokenizers"),
+    image_size: Annotated[
+        int | None, typer.Option(help="side of an image in pixels, where the weights differ")
+    ] = None,
+) -> None:
+    """Make a folder of tokenizers from Chameleon's own files."""
+    from moma.hub.chameleon_codec import import_chameleon_tokenizers as run
+    from moma.runs import Tokenizers
+
+    vocabulary = run(tokenizer, weights, Tokenizers(out), image_size)
+    print(f"{out}: {vocabulary.size} ids, {len(vocabulary.image_codes)} of them image codes")
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="a run, prepared data, or a tokenizers' folder")],
+    image: Annotated[Path | None, typer.Option(help="an image to encode and draw again")] = None,
+    text: Annotated[str | None, typer.Option(help="a text to encode")] = None,
+    out: Annotated[
+        Path, typer.Option(help="PNG file: the image and, beside it, what comes back")
+    ] = Path("reconstruction.png"),
+    as_json: AsJson = False,
+) -> None:
+    """Encode an image or a text and show what comes back."""
+    if (image is None) == (text is None):
+        raise UserError("give either --image or --text")
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a PNG file")
+    if image is not None:
+        result = _show_image(folder, image, out)
+        rows = [(key, str(value)) for key, value in result.items()]
+    else:
+        result = _show_text(folder, os.fsencode(text or ""))
+        rows = [(str(i), p) for i, p in zip(result["ids"], result["pieces"], strict=True)]
+        rows.append(("comes back", "exactly" if result["exact"] else result["text"]))
+    if as_json:
+        print(json.dumps(result))
+        return
+    table = Table(title=str(folder), show_header=False)
+    for name, value in rows:
+        table.add_row(name, value)
+    Console(markup=False, highlight=False).print(table)
+
+
+def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
+    from moma.images import read_image
+    from moma.runs import Tokenizers
+    from moma.runtime.world import local_device
+    from moma.tokenizers.image.codec import ImageCodec, preprocess
+    from moma.tokenizers.image.log import side_by_side
+    from moma.tokenizers.image.metrics import signal_to_noise
+
+    codec = ImageCodec.load(Tokenizers(folder).codec).to(local_device())
+    opened = read_image(image, "--image", "choose another")
+    original_3HW = preprocess(opened, codec.config.image_size)
+    codes_BL = codec.encode(original_3HW[None].to(local_device()))
+    drawn_3HW = codec.decode(codes_BL)[0].cpu()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    side_by_side(original_3HW, drawn_3HW).save(out, format="PNG")
+    squared = (drawn_3HW - original_3HW).square().sum().item()
+    return {
+        "image": str(out),
+        "codes": codes_BL.numel(),
+        "distinct_codes": codes_BL.unique().numel(),
+        "psnr": round(signal_to_noise(squared, original_3HW.numel()), 3),
+    }
+
+
+def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
+    from moma.runs import Tokenizers
+    from moma.tokenizers.text import decode_bytes, encode_bytes, load_text_tokenizer
+
+    tokenizer = load_text_tokenizer(Tokenizers(folder).text)
+    ids = encode_bytes(tokenizer, data)
+    back = decode_bytes(tokenizer, ids)
+    return {
+        "ids": ids,
+        "pieces": [
+            decode_bytes(tokenizer, [id_]).decode("utf-8", "backslashreplace") for id_ in ids
+        ],
+        "text": back.decode("utf-8", "backslashreplace"),
+        "exact": back == data,
+    }
+
+
+def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
+    """Sources, shares to hold out and to reject, and a configuration of tokenizer and codec."""
+    from pydantic import Field
+
+    from moma.data.sources.text import TextConfig
+    from moma.recipe import Config, check, override, read_recipe
+    from moma.tokenizers.image.codec import CodecConfig
+    from moma.tokenizers.text import TextTokenizerConfig
+    from moma.train.recipe import Recipe
+
+    class Rejected(Config):
+        max_rejected: float = Field(default=0.01, ge=0, le=1)
+
+    class Sections(Config):
+        text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
+        codec: CodecConfig = CodecConfig()
+        data: Rejected = Rejected()
+
+    if inputs[0].endswith(".toml"):
+        recipe = read_recipe(Recipe, Path(inputs[0]), inputs[1:])
+        return recipe.data.sources, recipe.data.held_out, recipe.data.max_rejected, recipe
+    files = [name for name in inputs if "=" not in name or Path(name).is_file()]
+    changes = [name for name in inputs if name not in files]
+    if not files:
+        raise UserError("name a recipe or text files before the changes")
+    sources = [TextConfig(path=Path(name)) for name in files]
+    sections = check(Sections, override({}, changes), "the command line")
+    return sources, 0.0, sections.data.max_rejected, sections
+
+
+def _tell_rejected(corpus: "Corpus") -> None:
+    if corpus.first_rejected is not None:
+        print(
+            f"moma: {corpus.rejected} rows were left out; the first: {corpus.first_rejected.told}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,1 @@
+"""Encoded shards → exactly balanced micro-batches."""

@@ -1,0 +1,56 @@
+"""What a model is trained on: the recipe's `[data]`."""
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from moma.data.sources import AnySource
+from moma.recipe import Config
+
+
+class DataConfig(Config):
+    """What a model is trained on, and how it is cut into micro-batches.
+
+    Attributes:
+        path: folder of the prepared data: tokenizers, and the shards of each source.
+        tokenizers: a prepared folder or a run whose tokenizer and codec are used; left out, they
+            are trained on the sources.
+        micro_batch_size: sequences of a micro-batch, the share of one rank in one step (B).
+        sequence_length: tokens of a sequence (S).
+        image_share: share of a micro-batch's tokens that are image codes.
+        held_out: share of the documents kept from training, where a source does not decide it.
+        max_rejected: share of a source's rows that may be unusable before `prepare` stops.
+        shard_tokens: tokens after which `prepare` begins another file of shards.
+        most_padding: largest share of positions that may be padding; documents that leave more
+            are refused.
+        workers: threads beside the training: 0 makes a micro-batch when it is asked for, one makes
+            them ahead, further ones read documents ahead of it. What is in them stays the same.
+        prefetch: micro-batches that are made ahead.
+        sources: where documents come from; a source's weight counts documents, among the
+            documents with images and among those without.
+    """
+
+    path: Path
+    tokenizers: Path | None = None
+    micro_batch_size: int = Field(ge=1)
+    sequence_length: int = Field(ge=2)
+    image_share: float = Field(ge=0, le=1)
+    held_out: float = Field(default=0.02, ge=0, lt=1)
+    max_rejected: float = Field(default=0.01, ge=0, le=1)
+    shard_tokens: int = Field(default=2**25, ge=1)
+    most_padding: float = Field(default=0.005, ge=0, le=1)
+    workers: int = Field(default=1, ge=0, le=64)
+    prefetch: int = Field(default=4, ge=1)
+    sources: tuple[AnySource, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "DataConfig":
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"several sources are named {', '.join(twice)}; give each a 'name'")
+        return self
+
+    def folder(self, name: str) -> Path:
+        """Folder of a source's shards."""
+        return self.path / "shards" / name

@@ -1,0 +1,1 @@
+"""Documents → encoded shards."""

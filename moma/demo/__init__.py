@@ -1,0 +1,1 @@
+"""The demo: its drawings, documents, scoring and run."""

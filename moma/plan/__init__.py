@@ -1,0 +1,1 @@
+"""Parameters, operations, memory, time and cost of a job, before it runs."""

@@ -1,0 +1,128 @@
+"""What a training job takes: memory of a GPU, time and cost, communication against link speed.
+
+Nothing is allocated and nothing is run: memory follows from shapes (`memory.py`, `activations.py`),
+time from counted operations (`model/flops.py`) and an assumed use of the machine.
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from moma.errors import UserError
+from moma.model.transformer import Transformer
+from moma.plan.activations import activation_bytes
+from moma.plan.counts import plan
+from moma.plan.memory import gathered_bytes, held_bytes, outline, unit_elements
+from moma.recipe import Config
+from moma.runtime.sharding import DTYPES
+from moma.train.recipe import Recipe
+
+_GPU = torch.device("cuda")
+
+
+class Machine(Config):
+    """GPUs, and what is assumed of them; the defaults are an H100 SXM's in a rented cluster.
+
+    Attributes:
+        gpus: how many.
+        mfu: part of the peak that training uses, waiting for communication included.
+        peak: operations a second of one GPU in the recipe's precision.
+        link: bytes a second that a GPU sends, and receives at the same time.
+        memory: bytes of one GPU.
+        price: of one GPU for an hour.
+    """
+
+    gpus: int = Field(ge=1)
+    mfu: float = Field(0.4, gt=0, le=1)
+    peak: float = Field(989e12, gt=0)
+    link: float = Field(50e9, gt=0)
+    memory: float = Field(80 * 2**30, gt=0)
+    price: float = Field(2.5, ge=0)
+
+
+def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
+    """Plan the stage `pretrain` of a recipe on a machine.
+
+    Returns:
+        `memory`, `time`, `communication` and `machine`, as in `docs/plan.md`.
+
+    Raises:
+        UserError: the GPUs cannot be divided between `engine.replicate` copies.
+    """
+    copies = recipe.engine.replicate
+    if machine.gpus % copies:
+        raise UserError(
+            f"engine.replicate: {machine.gpus} GPUs cannot hold {copies} copies of equal size; "
+            "choose a divisor"
+        )
+    ranks = machine.gpus // copies
+    model = outline(recipe)
+    time = _time(recipe, machine)
+    communication = _communication(model, recipe, ranks)
+    seconds = (communication["gathered"] + communication["reduced"]) / machine.link
+    return {
+        "memory": _memory(model, recipe, ranks, machine),
+        "time": time,
+        "communication": communication
+        | {"seconds": seconds, "part_of_step": seconds / time["step_seconds"]},
+        "machine": machine.model_dump(),
+    }
+
+
+def _memory(model: Transformer, recipe: Recipe, ranks: int, machine: Machine) -> dict[str, Any]:
+    """Bytes of the rank that holds most, by part, and which it is."""
+    held = [held_bytes(model, ranks, rank) for rank in range(ranks)]
+    totals = [sum(parts.values()) for parts in held]
+    largest = totals.index(max(totals))
+    parts = held[largest] | {
+        "gathered_units": gathered_bytes(model, recipe, ranks, _GPU),
+        "activations": activation_bytes(recipe, _GPU),
+    }
+    total = sum(parts.values())
+    return {
+        **parts,
+        "total": total,
+        "fits": total <= machine.memory,
+        "largest_rank": largest,
+        "smallest_rank": totals.index(min(totals)),
+        "held_by_largest": max(totals),
+        "held_by_smallest": min(totals),
+    }
+
+
+def _time(recipe: Recipe, machine: Machine) -> dict[str, float]:
+    counts, settings = plan(recipe), recipe.pretrain
+    step_tokens = counts["tokens_per_step"] * machine.gpus
+    flops = counts["flops_per_token"] * step_tokens
+    step_seconds = flops / (machine.gpus * machine.peak * machine.mfu)
+    hours = settings.steps * step_seconds / 3600
+    return {
+        "tokens_per_step": step_tokens,
+        "tokens": step_tokens * settings.steps,
+        "flops": flops * settings.steps,
+        "step_seconds": step_seconds,
+        "tokens_per_second": step_tokens / step_seconds,
+        "days": hours / 24,
+        "gpu_hours": hours * machine.gpus,
+        "cost": hours * machine.gpus * machine.price,
+    }
+
+
+def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, float]:
+    """Bytes that a GPU sends in a step.
+
+    Units are gathered for the forward pass and again for the backward one, the outermost once;
+    gradients are scattered and added up. Rings send (R − 1) / R of what is gathered or scattered
+    between R ranks; between copies, gradients go round twice.
+    """
+    engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
+    size, sent = engine.compute_dtype(_GPU).itemsize, DTYPES[engine.reduce].itemsize
+    root, units = unit_elements(model)
+    trained = held_bytes(model, 1)["gradients"] / 4
+    ring = (ranks - 1) / ranks
+    between_copies = 2 * (engine.replicate - 1) / engine.replicate / ranks
+    return {
+        "gathered": times * ring * size * (root + 2 * sum(units)),
+        "reduced": times * sent * trained * (ring + between_copies),
+    }

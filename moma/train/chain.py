@@ -1,0 +1,152 @@
+"""A chain of stages in one file, each going on from the one before: seed → experts → routers.
+
+    extends = "demo.toml"
+    run = "runs/chain"           # every step's folder is in it, by its name
+
+    [[chain]]
+    name = "seed"
+    model = { groups = "moe_1t1i" }
+
+    [[chain]]
+    stage = "upcycle"            # from = the step before
+    model = { groups = "moe_4t4i" }
+
+What a step says stays for those after it. Steps that are finished are not done again.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, cast
+
+from moma.errors import UserError
+from moma.files import atomic_write
+from moma.model.routing import RoutingName
+from moma.model.transformer import Transformer
+from moma.recipe import check, merge_tables, override, read_values
+from moma.runs import Run
+from moma.runtime.world import World
+from moma.train.loop import train
+from moma.train.recipe import Recipe
+from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
+
+
+class Evaluate(Protocol):
+    """Measures a model on the held-out documents of a recipe."""
+
+    def __call__(
+        self, model: Transformer, recipe: Recipe, routing: RoutingName, quiet: bool
+    ) -> dict[str, float | None]:
+        """See `moma.evaluate.perplexity.evaluate`."""
+        ...
+
+
+class Evaluation(NamedTuple):
+    """A step that measures the run before it; the result is `RUN/evaluation-ROUTING.json`."""
+
+    run: Path
+    routing: RoutingName
+
+    @property
+    def file(self) -> Path:
+        """Where the result is."""
+        return self.run / f"evaluation-{self.routing}.json"
+
+
+def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evaluation]:
+    """Read a chain, or a recipe, which is a chain of one step.
+
+    Overrides change every step, `chain.0.model.groups=…` the first alone.
+
+    Raises:
+        UserError: a key or value is wrong; the message names it and its step.
+    """
+    values = read_values(path, overrides)
+    links = values.pop("chain", None)
+    if links is None:
+        return [check(Recipe, values, str(path))]
+    if not isinstance(links, list) or not links or not all(isinstance(n, dict) for n in links):
+        raise UserError(f"{path}: 'chain': write one [[chain]] table for each step")
+    base = Path(values.get("run", "runs/run"))
+    # The command line has the last word, over what a step says, too.
+    last = [text for text in overrides if not text.lstrip().startswith("chain.")]
+    steps: list[Recipe | Evaluation] = []
+    before: Path | None = None
+    for number, link in enumerate(links, 1):
+        stage, origin = link.pop("stage", "pretrain"), f"{path}, step {number} of the chain"
+        if stage == "evaluate":
+            steps.append(_evaluation(link, before, origin))
+            continue
+        name = link.pop("name", stage)
+        if "run" in link:
+            raise UserError(
+                f"{origin}: 'run' stands above the chain; a step's folder in it is its 'name'"
+            )
+        values = override(deepcopy(merge_tables(values, link)), last)
+        source = link.get("from", None if stage == "pretrain" else before)
+        run = Path(source) / ROUTER_RUN if stage == "aux_router" and source else base / name
+        own = values | {"stage": stage, "run": str(run)}
+        own = {key: value for key, value in own.items() if key != "from"}
+        steps.append(check(Recipe, own | ({"from": str(source)} if source else {}), origin))
+        before = before if stage == "aux_router" else run
+    runs = [step.run for step in steps if isinstance(step, Recipe)]
+    if twice := sorted({str(run) for run in runs if runs.count(run) > 1}):
+        raise UserError(f"{path}: two steps write {twice[0]}; give each a 'name'")
+    return steps
+
+
+def run_chain(
+    steps: Iterable[Recipe | Evaluation], world: World, evaluate: Evaluate, quiet: bool = False
+) -> Path:
+    """Do what is not done yet, in order; rank 0 alone evaluates.
+
+    Args:
+        steps: from `read_chain`.
+        world: device and ranks.
+        evaluate: measures the held-out documents; see `evaluate.perplexity`.
+        quiet: whether to show no progress.
+
+    Returns:
+        The folder of the last run.
+    """
+    last = Path()
+    for step in steps:
+        if isinstance(step, Evaluation):
+            if world.rank == 0 and not step.file.is_file():
+                _evaluate(step, evaluate, quiet)
+        else:
+            last = train(step, world, quiet).path
+    return last
+
+
+def next_command(done: Recipe | Evaluation) -> str:
+    """What one would type after the last step of a chain."""
+    if isinstance(done, Evaluation):
+        return f"moma generate {done.run} --prompt …"
+    if done.stage == "aux_router":
+        return f"moma evaluate {done.from_} --routing causal"
+    if done.model.has_routers:
+        routers = done.run / ROUTER_RUN
+        return f"moma train {Run(done.run).recipe} stage=aux_router from={done.run} run={routers}"
+    return f"moma evaluate {done.run} --routing causal"
+
+
+def _evaluation(link: dict[str, Any], run: Path | None, origin: str) -> Evaluation:
+    routing = link.pop("routing", "causal")
+    if run is None:
+        raise UserError(f"{origin}: nothing was trained before it that it could evaluate")
+    if routing not in ("choice", "causal"):
+        raise UserError(f"{origin}: routing '{routing}': use choice or causal")
+    if link:
+        raise UserError(f"{origin}: unknown key '{next(iter(link))}'; valid keys here: routing")
+    return Evaluation(run, cast(RoutingName, routing))
+
+
+def _evaluate(step: Evaluation, evaluate: Evaluate, quiet: bool) -> None:
+    run = Run(step.run)
+    model, recipe = load_run(run)
+    if step.routing == "causal":
+        require_causal_routing(run, model)
+    result = evaluate(model, recipe, step.routing, quiet)
+    atomic_write(step.file, json.dumps(result, indent=2) + "\n")

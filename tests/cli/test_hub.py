@@ -1,0 +1,47 @@
+"""`moma import` and `moma export`: from a folder of `transformers` to an answer, and back."""
+
+import pytest
+from PIL import Image
+
+from tests.command_line import moma, refuses, succeeds
+from tests.hub.chameleon_port import assert_same_weights, random_port, save
+
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(random_port(), tmp_path_factory.mktemp("cli_hub") / "chameleon")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    out = folder.parent / "run"
+    outcome = moma("import", "chameleon", folder, "--out", out)
+    assert outcome.code == 0 and outcome.out == f"imported {out}\n"
+    assert "no decoder" in outcome.err
+    return out
+
+
+def test_an_imported_run_reads_an_image_and_writes_text(run, tmp_path):
+    Image.new("RGB", (40, 32), "red").save(tmp_path / "red.png")
+    arguments = ("--image", tmp_path / "red.png", "--prompt", "what", "--mode", "text")
+    assert succeeds("generate", run, *arguments, "--seed", 1)
+    assert "no decoder" in refuses("generate", run, "--prompt", "red", "--mode", "image")
+
+
+def test_an_imported_run_goes_out_again(folder, run, tmp_path):
+    out = tmp_path / "again"
+    assert succeeds("export", "chameleon", run, "--out", out) == f"exported {out}\n"
+    assert_same_weights(folder, out)
+
+
+def test_an_imported_run_has_no_data_to_be_measured_on(run):
+    assert "moma prepare" in refuses("evaluate", run)
+
+
+def test_wrong_folders_are_refused_with_one_message(run, tmp_path):
+    new = tmp_path / "new"
+    assert "config.json" in refuses("import", "chameleon", tmp_path, "--out", new)
+    assert "not a run" in refuses("export", "chameleon", tmp_path, "--out", new)
+    assert "there already" in refuses("export", "chameleon", run, "--out", tmp_path)

@@ -1,0 +1,196 @@
+"""The verbs from end to end on a user's own folder."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.command_line import in_a_shell, metrics_of, refuses, succeeds
+
+METRIC_KEYS = {
+    "step",
+    "tokens",
+    "flops",
+    "loss",
+    "loss_text",
+    "loss_image",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+}
+RESULT_KEYS = {
+    "loss",
+    "loss_text",
+    "loss_image",
+    "perplexity_text",
+    "perplexity_image",
+    "tokens",
+}
+
+
+def test_a_run_folder_holds_what_it_needs(trained):
+    for run in (trained / "run", trained / "run" / "aux_router"):
+        for name in ("recipe.toml", "tokenizer.json", "vocabulary.json", "codec/config.json"):
+            assert (run / name).is_file()
+        assert list(run.glob("checkpoints/step-*"))
+        assert not list(run.rglob("*.partial"))
+
+
+@pytest.mark.parametrize(("run", "steps"), [("run", [2, 4]), ("run/aux_router", [1, 2])])
+def test_every_logged_step_has_the_promised_keys(trained, run, steps):
+    rows = metrics_of(trained / run)
+    assert [row["step"] for row in rows] == steps
+    for row in rows:
+        assert row.keys() >= METRIC_KEYS
+        assert all(math.isfinite(row[key]) for key in METRIC_KEYS)
+        assert row["tokens"] == row["step"] * 2 * 64
+        assert row["gradient_norm"] > 0
+    assert rows[1]["flops"] == pytest.approx(rows[0]["flops"] / steps[0] * steps[1])
+
+
+@pytest.mark.parametrize("routing", ["choice", "causal"])
+def test_evaluation_is_one_object_over_every_held_out_target(trained, routing):
+    result = json.loads(succeeds("evaluate", trained / "run", "--routing", routing, "--json"))
+    assert result.keys() == RESULT_KEYS
+    for modality in ("text", "image"):
+        expected = math.exp(result[f"loss_{modality}"])
+        assert result[f"perplexity_{modality}"] == pytest.approx(expected)
+    shards = [json.loads(path.read_text()) for path in trained.glob("data/shards/*/shard.json")]
+    held_out = [shard["counts"]["held_out"] for shard in shards]
+    # Every token but the first of a document is a target; an image has 16 codes.
+    assert result["tokens"] == sum(part["tokens"] - part["documents"] for part in held_out)
+    image = 16 * sum(part["images"] for part in held_out) / result["tokens"]
+    assert 0 < image < 1
+    mean = image * result["loss_image"] + (1 - image) * result["loss_text"]
+    assert result["loss"] == pytest.approx(mean)
+
+
+def test_the_routings_differ(trained):
+    losses = [
+        json.loads(succeeds("evaluate", trained / "run", "--routing", routing, "--json"))["loss"]
+        for routing in ("choice", "causal")
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_data_that_has_moved_can_be_named(trained, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(trained / "data", moved)
+    there = succeeds("evaluate", trained / "run", "--data", moved, "--json")
+    assert there == succeeds("evaluate", trained / "run", "--json")
+    assert str(tmp_path) in refuses("evaluate", trained / "run", "--data", tmp_path)
+
+
+def test_evaluation_without_json_is_a_table(trained):
+    out = succeeds("evaluate", trained / "run")
+    assert all(key in out for key in RESULT_KEYS)
+
+
+def test_text_mode_writes_no_image(trained, tmp_path):
+    out = tmp_path / "out"
+    text = succeeds(
+        "generate", trained / "run", "--prompt", "box 3", "--mode", "text", "--out", out
+    )
+    assert text.strip()
+    assert not out.exists()
+
+
+def test_image_mode_writes_one_png(trained, tmp_path):
+    out = tmp_path / "out"
+    printed = succeeds(
+        "generate", trained / "run", "--prompt", "box 3", "--mode", "image", "--out", out
+    )
+    (path,) = out.iterdir()
+    assert printed == f"{path}\n"
+    with Image.open(path) as image:
+        assert (image.format, image.size) == ("PNG", (32, 32))
+
+
+def test_mixed_mode_continues_an_image(trained, tmp_path):
+    out = tmp_path / "out"
+    image = trained / "images" / "1.png"
+    printed = succeeds("generate", trained / "run", "--image", image, "--out", out)
+    assert printed.strip()
+    lines = {line for line in printed.splitlines() if line.startswith(str(out))}
+    assert lines == {str(path) for path in out.glob("*")}
+
+
+def test_the_seed_decides_what_is_generated(trained):
+    def text(seed, *more):
+        options = ("--prompt", "box", "--mode", "text", "--seed", seed, *more)
+        return succeeds("generate", trained / "run", *options)
+
+    assert text(1) == text(1) != text(2)
+    assert text(1, "--temperature", 0) == text(2, "--temperature", 0)
+
+
+def test_the_report_is_one_file(trained, tmp_path):
+    page = tmp_path / "new" / "report.html"
+    result = json.loads(succeeds("report", trained / "run", "--out", page, "--json"))
+    assert result.keys() == {"runs", "speedup"}
+    assert result["runs"]["run"].keys() == {"choice", "causal"}
+    assert result["runs"]["run"]["causal"].keys() == RESULT_KEYS
+    assert [path.name for path in page.parent.iterdir()] == ["report.html"]
+    assert "Which expert took which token" in page.read_text(encoding="utf-8")
+
+
+def test_the_report_prints_tables_for_people(trained, tmp_path):
+    page = tmp_path / "page.html"
+    told = succeeds("report", trained / "run", "--out", page)
+    assert "Held-out documents" in told and "causal" in told and "None" not in told
+    assert told.rstrip().endswith(f"report: {page}".rpartition("/")[2])
+
+
+def test_a_training_tells_what_comes_next(trained):
+    told = succeeds("train", trained / "recipe.toml").split("next: moma ")[1].split()
+    assert told[0] == "train" and "stage=aux_router" in told
+
+
+def test_what_is_done_is_not_done_again(trained):
+    files = [path for path in trained.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    succeeds("prepare", trained / "recipe.toml")
+    succeeds("train", trained / "recipe.toml")
+    assert {path: path.read_bytes() for path in files} == before
+
+
+def test_the_command_line_prints_nothing_but_the_object(trained):
+    call = in_a_shell("from moma.cli import main; main()", "evaluate", trained / "run", "--json")
+    assert call.returncode == 0, call.stderr
+    assert json.loads(call.stdout).keys() == RESULT_KEYS
+
+
+def test_runs_of_the_same_name_stay_apart(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    page = tmp_path / "report.html"
+    out = succeeds("report", trained / "run", tmp_path / "run", "--out", page, "--json")
+    assert len(json.loads(out)["runs"]) == 2
+
+
+@pytest.fixture(scope="module")
+def text_alone(trained, tmp_path_factory) -> Path:
+    """A run without images on the prepared data."""
+    run = tmp_path_factory.mktemp("text") / "run"
+    changes = ["data.image_share=0", "model.groups=dense", f"run={run}"]
+    succeeds("train", trained / "recipe.toml", *changes)
+    return run
+
+
+def test_what_was_not_measured_is_null(text_alone):
+    result = json.loads(succeeds("evaluate", text_alone, "--json"))
+    assert result["loss"] == result["loss_text"] > 0
+    assert result["loss_image"] is None and result["perplexity_image"] is None
+    assert [row["loss_image"] for row in metrics_of(text_alone)] == [None, None]
+
+
+def test_a_log_that_was_cut_in_a_row_does_not_stop_training(text_alone, trained):
+    before = metrics_of(text_alone)
+    with (text_alone / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
+    shutil.rmtree(max((text_alone / "checkpoints").glob("step-*")))  # it has to go on
+    changes = ["data.image_share=0", "model.groups=dense", f"run={text_alone}"]
+    succeeds("train", trained / "recipe.toml", *changes)
+    assert len(metrics_of(text_alone)) == len(before)

@@ -1,0 +1,196 @@
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moma.data.documents import Document, ImageRef, Rejected, SourceConfig
+from moma.data.encode.corpus import Corpus, ReadableImages
+from moma.errors import UserError
+from moma.images import read_image
+from moma.tokenizers.image.codec import preprocess
+
+
+def image(number, broken=False):
+    def read():
+        if broken:
+            raise UserError(f"image {number} is broken")
+        return Image.new("RGB", (8, 8), (number, 0, 0))
+
+    return ImageRef(f"image {number}", read)
+
+
+class Numbers(SourceConfig):
+    """Documents with a text and an image each; every fifth row is rejected."""
+
+    name: str = "numbers"
+    count: int = 20
+
+    def documents(self):
+        for number in range(self.count):
+            if number % 5 == 4:
+                yield Rejected(f"numbers, row {number + 1}", "is divisible by five")
+            else:
+                segments = (f"text {number}", image(number))
+                yield Document(str(number), segments, held_out=number % 2 == 0)
+
+
+def test_training_and_held_out_documents_are_told_apart_and_rejected_rows_counted():
+    corpus = Corpus([Numbers()], held_out=0.5, most=100)
+    assert list(corpus.texts()) == [f"text {n}" for n in range(1, 20, 2) if n % 5 != 4]
+    assert corpus.documents == 8
+    assert corpus.rejected == 4
+    assert corpus.first_rejected == Rejected("numbers, row 5", "is divisible by five")
+    names = [p.name for p in corpus.images(held_out=True)]
+    assert names == [f"image {n}" for n in range(0, 20, 2) if n % 5 != 4]
+    assert (corpus.rejected, corpus.rows) == (4, {"numbers": 20})  # read twice, counted once
+
+
+def test_what_no_tokenizer_can_hold_is_rejected_too():
+    class Torn(Numbers):
+        def documents(self):
+            yield Document("a", ("half of a pair: \ud800",), held_out=False, row="torn, row 1")
+            yield Document("b", ("whole",), held_out=False)
+
+    corpus = Corpus([Torn()], held_out=0.5, most=100)
+    assert list(corpus.texts()) == ["whole"]
+    assert corpus.first_rejected is not None and corpus.first_rejected.row == "torn, row 1"
+
+
+def test_an_image_that_is_not_there_is_known_before_any_is_read(tmp_path):
+    (tmp_path / "there.png").touch()  # whether it can be read is not asked
+
+    class Filed(Numbers):
+        def documents(self):
+            for name in ("there", "gone"):
+                read = partial(read_image, tmp_path / f"{name}.png", f"filed, row {name}")
+                found = ImageRef(name, read, tmp_path / f"{name}.png")
+                yield Document(name, (found, name), held_out=False, row=f"filed, row {name}")
+
+    corpus = Corpus([Filed()], held_out=0.5, most=100, with_images=True)
+    assert list(corpus.texts()) == ["there", "gone"]
+    places = [image.name for image in corpus.images(held_out=False)]
+    assert places == ["there", "gone"]  # it may be back when they are read
+    assert corpus.rejected == 1 and corpus.first_rejected is not None
+    told = f"filed, row gone: there is no {tmp_path}/gone.png; add the file or remove the row"
+    assert corpus.first_rejected.told == told
+    without = Corpus([Filed()], held_out=0.5, most=100)
+    assert list(without.texts()) == ["there", "gone"] and not without.rejected
+
+
+def test_the_first_of_many_rejected_rows_are_kept(monkeypatch):
+    monkeypatch.setattr("moma.data.encode.corpus._MOST_NAMED", 3)
+    corpus = Corpus([Numbers()], held_out=0.5, most=100)
+    for _ in range(2):
+        list(corpus.texts())
+        assert corpus.rejected == 4
+        assert [row.row for row in corpus.rejected_rows] == [
+            f"numbers, row {n}" for n in (5, 10, 15)
+        ]
+
+
+def test_every_source_gives_at_most_as_many_documents_as_asked_for():
+    corpus = Corpus([Numbers(), Numbers()], held_out=0.5, most=3)
+    assert list(corpus.texts()) == ["text 1", "text 3", "text 5"] * 2
+    assert corpus.documents == 6
+
+
+def test_a_source_may_hold_out_a_share_of_its_own():
+    class Plain(Numbers):
+        def documents(self):
+            yield from (Document(str(n), (f"text {n}",)) for n in range(200))
+
+    ours, all_, most = (
+        len(list(Corpus([source], held_out=0.5, most=1000).texts()))
+        for source in (Plain(), Plain(held_out=0.0), Plain(held_out=0.9))
+    )
+    assert 70 < ours < 130
+    assert all_ == 200
+    assert most < 50
+
+
+def test_images_are_read_as_the_codec_takes_them():
+    images = ReadableImages([image(n) for n in range(3)], size=4)
+    assert len(images) == 3
+    assert torch.equal(images[2], preprocess(Image.new("RGB", (8, 8), (2, 0, 0)), 4))
+    assert len(list(images)) == 3
+    with pytest.raises(IndexError):
+        images[3]
+
+
+def test_the_next_image_stands_in_for_one_that_cannot_be_read():
+    broken = {7, 8, 199}
+    images = ReadableImages([image(n, n in broken) for n in range(300)], size=4)
+    of_index = partial(torch.equal, images[9])
+    assert of_index(images[7]) and of_index(images[8])
+    assert torch.equal(images[199], images[200])
+    assert images.unreadable == {n: f"image {n} is broken" for n in broken}
+
+
+def test_more_than_a_hundredth_of_broken_images_is_an_error():
+    images = ReadableImages([image(n, n in (3, 4)) for n in range(100)], size=4)
+    with pytest.raises(UserError, match=r"2 of 100 images .*image 4 is broken"):
+        images[3]
+
+
+def test_all_images_broken_is_an_error_whatever_is_allowed():
+    images = ReadableImages([image(n, True) for n in range(3)], size=4, most_unreadable=1)
+    with pytest.raises(UserError, match="3 of 3 images cannot be read"):
+        images[1]
+
+
+class Stored(Numbers):
+    """Images that carry their bytes, as those of a stream do."""
+
+    def documents(self):
+        for number in range(self.count):
+            data = np.random.default_rng(number).integers(0, 256, (64, 64, 3), np.uint8)
+            read = partial(Image.fromarray, data)
+            yield Document(str(number), (ImageRef(f"image {number}", read),), held_out=False)
+
+
+def test_images_that_carry_their_bytes_wait_on_the_disk():
+    source = Stored()
+    images = Corpus([source], held_out=0.5, most=100).images(held_out=False)
+    stored = [document.segments[0] for document in source.documents()]
+    assert [one.name for one in images] == [one.name for one in stored]
+    for one, expected in reversed(list(zip(images, stored, strict=True))):
+        assert one.read().tobytes() == expected.read().tobytes()
+        held = sum(len(a.tobytes()) for a in one.read.args if isinstance(a, np.ndarray))
+        assert held == 0
+
+
+def test_a_full_disk_is_told(monkeypatch):
+    def full(*arguments, **options):
+        return open("/dev/full", "w+b")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with pytest.raises(UserError, match=r"No space left.*set TMPDIR"):
+        Corpus([Stored()], held_out=0.5, most=100).images(held_out=False)
+
+
+def test_whether_any_image_can_be_read_is_known_without_a_fault():
+    def images(*broken):
+        return ReadableImages([image(n, b) for n, b in enumerate(broken)], 4, most_unreadable=1)
+
+    assert images(True, False).has_readable
+    assert not images(True, True).has_readable
+    assert not images().has_readable
+
+
+def test_too_many_rejected_rows_and_none_at_all_are_refused():
+    corpus = Corpus([Numbers(), Numbers(name="other", count=4)], held_out=0.5, most=100)
+    list(corpus.texts())
+    corpus.check(0.2)
+    with pytest.raises(UserError, match=r"'numbers': 4 of 20 rows .* 0\.19 .* row 5: is divisible"):
+        corpus.check(0.19)
+
+    class Broken(Numbers):
+        def documents(self):
+            yield Rejected("broken, row 1", "not UTF-8")
+
+    corpus = Corpus([Broken()], held_out=0.5, most=100)
+    list(corpus.texts())
+    with pytest.raises(UserError, match="no document to learn from; the first: broken, row 1: not"):
+        corpus.check(1.0)

@@ -1,0 +1,219 @@
+"""Shards in the making: stopped before any of its steps, encoding ends with the same bytes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moma.data.documents import Document, Rejected
+from moma.data.encode import chunks, parts
+from moma.data.encode.source import Limits, encode_source
+from moma.data.shards import ShardInfo, open_shards
+from moma.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary(
+    size=300,
+    beginning=0,
+    end=1,
+    padding=2,
+    begin_image=3,
+    end_image=4,
+    image_codes=tuple(range(5, 21)),
+    codes_per_image=4,
+)
+
+
+class Killed(BaseException):
+    """Stands for a kill: no `except Exception` stops it."""
+
+
+class Rows:
+    """Twenty rows, of which every seventh is rejected; notes which are asked for again."""
+
+    def __init__(self, name="rows"):
+        self.name = name
+
+    def documents(self):
+        for number in range(20):
+            if number % 7 == 3:
+                yield Rejected(f"row {number}", "bad")
+            else:
+                yield Document(f"doc {number}", (str(number),), held_out=number % 5 == 4)
+
+
+class Texts:
+    """Encodes the texts of `Rows`, and notes which."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, texts):
+        self.seen += texts
+        return [[100 + int(text)] for text in texts]
+
+
+def run(folder, texts=None, name="rows"):
+    limits = Limits(shard_tokens=20, max_rejected=1)
+    return encode_source(Rows(name), texts or Texts(), None, VOCABULARY, 0, folder, limits=limits)
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(autouse=True)
+def small_chunks_and_a_fast_disk(monkeypatch):
+    monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 3)
+    monkeypatch.setattr(os, "fsync", lambda file: None)
+
+
+class Steps:
+    """Counts what changes the disk, and kills before a given step."""
+
+    def __init__(self, patch, kill_at=None):
+        self.done, self.kill_at = 0, kill_at
+        for owner, name in [
+            (os, "replace"),
+            (os, "fsync"),
+            (Path, "unlink"),
+            (Path, "rename"),
+            (Path, "write_text"),
+            (shutil, "rmtree"),
+            (parts.PartWriter, "add"),
+        ]:
+            patch.setattr(owner, name, self._counted(getattr(owner, name)))
+
+    def _counted(self, step):
+        def counted(*arguments, **options):
+            if self.done == self.kill_at:
+                raise Killed
+            self.done += 1
+            return step(*arguments, **options)
+
+        return counted
+
+
+@pytest.mark.parametrize(
+    ("before", "steps_to_try"),
+    [
+        ("nothing", slice(None)),
+        ("other shards", slice(-20, None)),  # the last steps put them out of the way
+        ("half of others", slice(10)),  # the first steps delete it
+    ],
+)
+def test_a_kill_before_any_step_loses_and_doubles_nothing(tmp_path, before, steps_to_try):
+    def start(folder):
+        if before == "other shards":
+            run(folder, name="older")
+        if before == "half of others":
+            with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+                Steps(patch, 30)
+                run(folder, name="older")
+        return folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = start(tmp_path / "undisturbed" / "shard")
+        steps = Steps(patch)
+        expected_info = run(folder)
+    expected = contents(tmp_path / "undisturbed")
+    assert expected.keys() >= {"shard/shard.json", "shard/rejected.jsonl"}
+    assert steps.done > 40
+    for kill_at in range(steps.done)[steps_to_try]:
+        folder = start(tmp_path / str(kill_at) / "shard")
+        with pytest.MonkeyPatch.context() as patch:
+            Steps(patch, kill_at)
+            with pytest.raises(Killed):
+                run(folder)
+        assert run(folder) == expected_info
+        assert contents(folder.parent) == expected
+        shutil.rmtree(folder.parent)
+
+
+def test_two_kills_are_survived_as_one_is(tmp_path):
+    run(tmp_path / "undisturbed" / "shard")
+    for first, second in [(5, 2), (20, 20), (30, 11), (42, 3), (43, 4)]:
+        folder = tmp_path / f"{first} {second}" / "shard"
+        for kill_at in (first, second):
+            with pytest.MonkeyPatch.context() as patch:
+                Steps(patch, kill_at)
+                with pytest.raises(Killed):
+                    run(folder)
+        run(folder)
+        assert contents(folder.parent) == contents(tmp_path / "undisturbed")
+
+
+def test_finished_parts_are_not_done_again(tmp_path):
+    whole, first, second = Texts(), Texts(), Texts()
+    info = run(tmp_path / "undisturbed", whole)
+    folder = tmp_path / "shard"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        Steps(patch, 35)
+        run(folder, first)
+    committed = len(list((tmp_path / "shard.partial").glob("part-*.json")))
+    assert 0 < committed < len(info.parts)
+    assert run(folder, second) == info
+    rows = [str(number) for number in range(20) if number % 7 != 3]
+    assert whole.seen == rows
+    assert second.seen == [row for row in rows if int(row) >= info.parts[committed - 1].stop]
+
+
+def test_no_row_is_rejected_twice_or_forgotten(tmp_path):
+    info = run(tmp_path / "shard")
+    lines = [json.loads(line) for line in (tmp_path / "shard/rejected.jsonl").open()]
+    assert [line["row"] for line in lines] == [f"row {number}" for number in (3, 10, 17)]
+    assert info.rejected == 3
+    assert sum(part.rejected for part in info.parts) == 3
+    assert len(info.parts) == 3
+    names = [
+        name
+        for shard in open_shards(tmp_path / "shard", VOCABULARY).splits.values()
+        for name in shard.dataset["name"][:]
+    ]
+    expected = {f"doc {number}" for number in range(20) if number % 7 != 3}
+    assert len(names) == len(expected) and set(names) == expected
+
+
+def test_a_record_that_was_cut_does_not_count(tmp_path):
+    """After a power cut on a file system that keeps names before contents."""
+    expected = run(tmp_path / "undisturbed")
+    folder = tmp_path / "shard"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        Steps(patch, 45)
+        run(folder)
+    last = sorted((tmp_path / "shard.partial").glob("part-*.json"))[-1]
+    last.write_bytes(last.read_bytes()[:20])
+    assert run(folder) == expected
+    assert contents(folder) == contents(tmp_path / "undisturbed")
+
+
+def test_dropping_rejected_rows_is_survived_too(tmp_path):
+    origin = ShardInfo(source="rows", settings="", fingerprint="")
+    for kill_at in range(40):
+        folder = tmp_path / str(kill_at)
+        made = parts.PartialShards(folder, origin, VOCABULARY)
+        for number in range(3):
+            writer = made.begin_part()
+            writer.add({}, [Rejected(f"row {number}", "bad")] if number else [])
+            made.commit(writer)
+        with pytest.MonkeyPatch.context() as patch:
+            Steps(patch, kill_at)
+            try:
+                made.drop_rejected()
+            except Killed:
+                killed = True
+            else:
+                killed = False
+        again = parts.PartialShards(folder, origin, VOCABULARY)
+        for number, part in enumerate(again.info.parts):
+            names = {path.name for path in again.path.iterdir()}
+            assert (f"rejected-{number:05}.jsonl" in names) == (part.rejected > 0)
+        if not killed:
+            assert len(again.info.parts) == 1
+            return
+    pytest.fail("dropping never ended")

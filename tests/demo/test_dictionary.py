@@ -1,0 +1,32 @@
+import pytest
+
+from moma.demo.dictionary import DictionaryConfig, clean, definitions, package_folder
+from moma.errors import UserError
+
+
+def test_notes_are_removed():
+    assert clean("A  wretch. [Obs.]  Also{1} a knave. 1913 Webster]") == "A wretch. Also a knave."
+
+
+def test_definitions_are_those_of_the_word_without_its_etymology():
+    nouns = definitions("apple", "n.")
+    assert nouns[0].startswith("The fleshy pome or fruit")
+    assert set(nouns) < set(definitions("apple"))
+    assert not any("Icel." in text for text in definitions("apple"))
+    assert definitions("no such word") == ()
+
+
+def test_a_smaller_sample_is_the_start_of_a_larger_one_and_spreads_over_the_alphabet():
+    small, large = (list(DictionaryConfig(entries=count).documents()) for count in (100, 300))
+    assert len(small) == 100
+    assert small == large[:100]
+    assert len({document.name[0] for document in large}) > 15
+    assert all(
+        str(document.segments[0]).startswith(f"{document.name}: ") and len(document.segments) == 1
+        for document in large
+    )
+
+
+def test_a_missing_package_is_named_with_the_way_out():
+    with pytest.raises(UserError, match=r"'no-such-dist' is missing.*pip install 'moma\[demo\]'"):
+        package_folder("no_such_module", "no-such-dist")

@@ -1,0 +1,91 @@
+"""The demo from end to end at the size of seconds, and once more to see that it goes on."""
+
+import json
+
+import pytest
+
+from moma.demo.run import Clock, demo_recipe, demo_tables, run_demo
+from moma.errors import UserError
+
+SMALL = [
+    "codec_training.steps=6",
+    "codec_training.quantizer_start_step=2",
+    "codec_training.batch_size=8",
+    "codec.block_channels=[16]",
+    "codec.codebook_size=64",
+    "text_tokenizer.vocabulary_size=400",
+    "data.micro_batch_size=1",
+    "data.image_share=0.5",
+    "data.held_out=0.05",
+    "data.sources.0.objects=40",
+    "data.sources.0.repeats=1",
+    "data.sources.1.objects=40",
+    "data.sources.1.repeats=1",
+    "data.sources.2.objects=40",
+    "data.sources.2.count=60",
+    "data.sources.3.objects=40",
+    "data.sources.4.entries=60",
+    "model.dim=16",
+    "model.heads=2",
+    "model.layers=1",
+    "pretrain.steps=4",
+    "pretrain.log_every=2",
+    "pretrain.checkpoint_every=2",
+    "pretrain.compile=false",
+    "aux_router.steps=2",
+    "aux_router.log_every=1",
+    "aux_router.checkpoint_every=2",
+    "aux_router.compile=false",
+]
+
+
+def test_the_whole_way_and_again(tmp_path):
+    result = run_demo(tmp_path, SMALL, quiet=True)
+    assert set(result["runs"]) == {"dense", "moe_4t4i"}
+    for results in result["runs"].values():
+        assert set(results) == {"choice", "causal"}
+    assert set(result["speedup"]["moe_4t4i"]) == {"all", "text", "image"}
+    assert set(result["sketches"]["dense"]) == {
+        "singles_right",
+        "composition_halves_right",
+        "captions_right",
+    }
+    page = (tmp_path / "report.html").read_text()
+    for title in (
+        "captions that are right",
+        "Images from captions",
+        "Training loss",
+        "Which expert took",
+    ):
+        assert title in page
+    assert "src='http" not in page and "<script" not in page
+    assert (tmp_path / "sheet.png").is_file()
+    for content in demo_tables(result):
+        assert content.rows and all(len(row) == len(content.head) for row in content.rows)
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    again = run_demo(tmp_path, SMALL, quiet=True)
+    for key in ("runs", "speedup", "codec", "sketches", "seed"):
+        assert again[key] == result[key]
+
+
+def test_another_demo_in_the_same_folder_is_refused(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "tokenizer.json").write_text("{}")
+    (tmp_path / "data" / "prepared_with.json").write_text('{"seed": 5}')
+    with pytest.raises(UserError, match="prepared with other"):
+        run_demo(tmp_path, SMALL, quiet=True)
+
+
+def test_recipe_is_found():
+    assert demo_recipe().is_file()
+
+
+def test_clock_adds_up_over_interruptions(tmp_path):
+    file = tmp_path / "minutes.json"
+    file.write_text(json.dumps({"work": 1.5, "other": 2.0}))
+    with pytest.raises(ValueError, match="stop"), Clock(file)("work"):
+        raise ValueError("stop")
+    assert json.loads(file.read_text())["work"] >= 1.5
+    with Clock(file)("other", anew=True):
+        pass
+    assert json.loads(file.read_text())["other"] < 1

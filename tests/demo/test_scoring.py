@@ -1,0 +1,84 @@
+"""Scores of sketches: a right image scores right, a wrong one does not."""
+
+import numpy as np
+import torch
+
+from moma.demo import sketches
+from moma.demo.drawings import STYLES, render
+from moma.demo.scoring import (
+    Captioned,
+    Drawn,
+    NearestObject,
+    Sketch,
+    held_out_compositions,
+    held_out_singles,
+    seen_singles,
+)
+from moma.tokenizers.image.codec import CodecConfig, ImageCodec, preprocess, to_pil
+
+NAMES = sketches.object_names(12)
+
+
+def random_codec() -> ImageCodec:
+    torch.manual_seed(0)
+    config = CodecConfig(
+        image_size=32,
+        patch=4,
+        block_channels=(8,),
+        layers_per_block=1,
+        latent_channels=8,
+        code_channels=8,
+        codebook_size=256,
+        encoder_middle=False,
+        middle_attention=False,
+        norm_groups=4,
+    )
+    return ImageCodec(config).eval()
+
+
+def test_a_reconstruction_is_nearest_to_itself():
+    codec = random_codec()
+    nearest = NearestObject(codec, NAMES, 32)
+    box = sketches.Box(0, 0, 32, 32)
+    found = []
+    for name in NAMES:
+        image = render(name, "flat", 32)
+        with torch.no_grad():
+            drawn = codec.decode(codec.encode(preprocess(image, 32)[None]))[0]
+        found.append(nearest(to_pil(drawn), box))
+    # An untrained codec may draw two objects alike; a wrong index would miss nearly all.
+    assert np.mean([a == b for a, b in zip(found, NAMES, strict=True)]) > 0.8
+
+
+def test_each_box_is_compared_with_objects_in_that_box():
+    nearest = NearestObject(random_codec(), NAMES, 32)
+    left, right = sketches.slots("left of", 32)
+    drawn = nearest._reconstructions(left)
+    assert drawn.shape == (len(NAMES) * len(STYLES), 16, 16, 3)
+    assert left != right
+
+
+def test_right_needs_the_right_object_in_the_right_place():
+    sketch = Sketch(("apple", "axe"), "flat", "left of")
+    image = sketch.draw(32)
+    assert Drawn(sketch, image, ("apple", "axe")).right == (True, True)
+    assert Drawn(sketch, image, ("axe", "apple")).right == (False, False)
+
+
+def test_a_caption_names_whole_words():
+    image = Sketch(("apple",), "flat").draw(16)
+    assert Captioned(Sketch(("apple",), "flat"), image, "an apple, flat style").right
+    assert not Captioned(Sketch(("apple",), "flat"), image, "a pineapple, flat style").right
+
+
+def test_prompts_are_what_they_say():
+    for sketch in seen_singles(100, 30, 0):
+        assert not sketches.is_held_out_style(sketch.names[0], sketch.style)
+    for sketch in held_out_singles(100, 5, 0):
+        assert sketches.is_held_out_style(sketch.names[0], sketch.style)
+    pairs = held_out_compositions(100, 20, 0)
+    assert len(pairs) == 20
+    for sketch in pairs:
+        assert sketches.is_held_out_pair(*sketch.names)
+        assert not any(sketches.is_held_out_style(name, sketch.style) for name in sketch.names)
+    assert held_out_compositions(100, 20, 0) == pairs != held_out_compositions(100, 20, 1)

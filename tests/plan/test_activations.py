@@ -1,0 +1,96 @@
+"""Planned activations against the memory of a real step."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from moma.bench.synthetic import made_up_batches, made_up_vocabulary
+from moma.plan.activations import activation_bytes
+from moma.recipe import check
+from moma.runtime.peak import allocated_peak
+from moma.runtime.world import World
+from moma.train.recipe import Recipe
+from moma.train.stages import objective_of, prepare_model
+from moma.train.step import to_device
+
+CPU = torch.device("cpu")
+NEAR = 0.15
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dense": ("dense", "none", {}),
+    "dense, again": ("dense", "layer", {}),
+    "dense, selective": ("dense", "selective", {}),
+    "moe_4t4i": ("moe_4t4i", "none", {}),
+    "moe_4t4i, again": ("moe_4t4i", "layer", {}),
+    "moe_4t4i, selective": ("moe_4t4i", "selective", {}),
+    "moe_1t1i": ("moe_1t1i", "none", {}),
+    "mod_moe_1t1i": ("mod_moe_1t1i", "none", {}),
+    "mod_moe_4t4i": ("mod_moe_4t4i", "none", {}),
+    "mod_moe_4t4i, again": ("mod_moe_4t4i", "layer", {}),
+    "mod_moe_4t4i, selective": ("mod_moe_4t4i", "selective", {}),
+    "few keys": ("moe_4t4i", "none", {"kv_heads": 2, "query_key_norm": False}),
+    "pre, whole rows": ("dense", "none", {"norm": "pre", "attend": "row"}),
+    "batched": ("moe_4t4i", "none", {"experts_run": "batched"}),
+    "grouped": ("moe_8x", "none", {"experts_run": "grouped"}),
+}
+
+
+def recipe_of(groups: str, again: str, compiled: bool, **model) -> Recipe:
+    values = {
+        "text_tokenizer": {"vocabulary_size": 320},
+        "codec": {"image_size": 128, "codebook_size": 64},
+        "data": {
+            "path": "none",
+            "micro_batch_size": 4,
+            "sequence_length": 256,
+            "image_share": 0.5,
+            "sources": [{"kind": "text", "path": "none"}],
+        },
+        "model": {"groups": groups, "dim": 64, "layers": 3, "heads": 4, **model},
+        "engine": {"recompute": again},
+        "pretrain": {"compile": compiled},
+    }
+    return check(Recipe, values, "small")
+
+
+def measured(recipe: Recipe) -> int:
+    """The most that forward and backward allocate, each gradient of a weight dropped at once."""
+    vocabulary = made_up_vocabulary(recipe)
+    model = prepare_model(recipe, vocabulary, World(CPU))
+    objective = objective_of(recipe, CPU)
+    batch = to_device(made_up_batches(recipe, vocabulary).pack(), CPU)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def job() -> None:
+        objective(model, batch).objective.backward()
+
+    job()
+    return allocated_peak(job, CPU)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_real_step_needs_what_is_planned(name):
+    groups, again, model = CASES[name]
+    recipe = recipe_of(groups, again, compiled=False, **model)
+    assert activation_bytes(recipe, CPU) == pytest.approx(measured(recipe), rel=NEAR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_step_needs_what_is_planned(name):
+    torch._dynamo.reset()
+    groups, again, model = CASES[name]
+    recipe = recipe_of(groups, again, compiled=True, **model)
+    assert activation_bytes(recipe, CPU) == pytest.approx(measured(recipe), rel=NEAR)
+
+
+def test_less_is_kept_where_it_is_computed_again_or_compiled():
+    def planned(again: str, compiled: bool) -> int:
+        return activation_bytes(recipe_of("moe_4t4i", again, compiled), CPU)
+
+    for compiled in (False, True):
+        none, selective, layer = (planned(a, compiled) for a in ("none", "selective", "layer"))
+        assert none > selective > layer
+    assert planned("none", False) > planned("none", True)

@@ -1,0 +1,101 @@
+"""Where rows go: what is kept when a run goes on, and what a full disk says."""
+
+import json
+import resource
+from contextlib import contextmanager
+
+import pytest
+
+from moma.errors import StorageError, UserError
+from moma.runs import Run
+from moma.runtime.tracking import JsonLines, TrackingConfig, make_trackers
+
+
+def row(step: int) -> dict:
+    return {"step": step, "loss": 0.1 * step, "routers": {"0.text": {"cut": 0.5}}}
+
+
+def write(run: Run, *steps: int, after: int = 0) -> None:
+    log = JsonLines(run, after)
+    for step in steps:
+        log.write(row(step))
+    log.sync()
+    log.close()
+
+
+def test_rows_after_the_checkpoint_are_written_anew(tmp_path):
+    run = Run(tmp_path)
+    write(run, 2, 4, 6)
+    write(run, 6, 8, after=4)
+    assert run.read_metrics() == [row(step) for step in (2, 4, 6, 8)]
+    assert run.last_metric() == row(8)
+    write(run, 2)
+    assert run.read_metrics() == [row(2)]
+
+
+def test_rows_that_a_power_cut_tore_are_dropped(tmp_path):
+    """The log came to the disk with the checkpoint; of what was written later, anything may be."""
+    run = Run(tmp_path)
+    write(run, 2, 4)
+    with run.metrics.open("ab") as file:
+        file.write(b"\0" * 20 + b"\n" + json.dumps(row(8)).encode() + b"\n")
+    write(run, 6, after=4)
+    assert run.read_metrics() == [row(step) for step in (2, 4, 6)]
+
+
+def test_a_broken_row_that_is_to_stay_is_named(tmp_path):
+    run = Run(tmp_path)
+    run.metrics.write_text(f"{json.dumps(row(2))}\nnonsense\n{json.dumps(row(6))}\n")
+    with pytest.raises(UserError, match="row 2: not JSON"):
+        JsonLines(run, 6)
+    assert len(run.metrics.read_text().splitlines()) == 3
+
+
+def test_the_last_row_of_a_log_that_grows(tmp_path):
+    run = Run(tmp_path)
+    assert run.last_metric() is None
+    run.metrics.write_text('{"step": 1')
+    assert run.last_metric() is None
+    long = [row(step) | {"text": "x" * 5000} for step in range(300)]
+    run.metrics.write_text("".join(json.dumps(each) + "\n" for each in long) + '{"st')
+    assert run.last_metric() == long[-1]
+
+
+@contextmanager
+def largest_file(size: int):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_told(tmp_path):
+    run = Run(tmp_path)
+    log = JsonLines(run, 0)
+    log.write(row(2))
+    with largest_file(run.metrics.stat().st_size + 5):
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write \(.*free some disk"):
+            log.write(row(4))
+        log.close()
+    write(run, 4, after=2)
+    assert run.read_metrics() == [row(2), row(4)]
+
+
+def test_wandb_runs_of_equal_names_stay_apart(tmp_path, monkeypatch):
+    """Every run's routers are in a folder `aux_router`; a run that goes on is the same one."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    for name in ("a", "b", "a"):
+        run = Run(tmp_path / name / "aux_router")
+        run.path.mkdir(parents=True, exist_ok=True)
+        config = TrackingConfig(tensorboard=False, wandb_project="moma")
+        for tracker in make_trackers(config, run, 0):
+            tracker.write(row(2))
+            tracker.sync()
+            tracker.close()
+        folders = sorted((run.path / "wandb").glob("offline-run-*"))
+        ids.append(folders[-1].name.rpartition("-")[2])
+    assert ids[0] == ids[2] != ids[1]
