@@ -332,11 +332,11 @@ def test_rows_may_change_between_saving_and_restoring(folder):
         ({"names": ("words",)}, "no document of words has an image"),
         (
             {"names": ("images",)},
-            r"4 images in 2 rows of 32 leave room for 10 beside .* padding",
+            r"4 images in 2 sequences of 32 leave room for 10 beside .* padding",
         ),
         ({"image_share": 0.625}, r"leave room for 0\.4 beside each; lower image_share"),
         ({"micro_batch_size": 40}, r"a step takes 80 images .* hold 63 in all"),
-        ({"names": ("images",), "image_share": 0.0}, "every document of images has a pict"),
+        ({"names": ("images",), "image_share": 0.0}, "every document of images has an im"),
         ({"image_share": 0.26}, r"choose 0\.25 \(4 images\) or 0\.3125 \(5 images\)"),
         ({"names": ("nowhere",)}, "nowhere: no complete shards"),
         ({"names": ("words", "words")}, "several sources are named words"),

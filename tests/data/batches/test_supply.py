@@ -59,7 +59,7 @@ def test_enough_of_both_is_accepted():
 
 
 def test_no_images_and_no_text():
-    assert "no document of a, b has an image; add a source of pic" in refusal(demand(8), [])
+    assert "no document of a, b has an image; add a source of im" in refusal(demand(8), [])
     assert "every document of a, b has an image" in refusal(demand(0), [with_images((5, 1))], False)
 
 
@@ -72,7 +72,7 @@ def test_too_few_images_for_a_step():
 def test_too_much_text_beside_images():
     message = refusal(demand(8), [with_images(*[(40, 1)] * 30)])
     assert "bring 40 text tokens with each image" in message
-    assert "8 images in 4 rows of 100 leave room for 32" in message
+    assert "8 images in 4 sequences of 100 leave room for 32" in message
     assert "lower image_share to 0.24 (6 images)" in message
 
 
