@@ -9,10 +9,10 @@ import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from moma.errors import UserError
 
@@ -26,6 +26,26 @@ class Config(BaseModel):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def _require_path(value: Any) -> Any:
+    """Refuse what `Path` would read as the working directory or the system as no path at all."""
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty, perhaps from an unset shell variable; name a path")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("contains a NUL character; name a path")
+    return value
+
+
+def _expand_user(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # `~name` of an unknown user
+        raise ValueError(f"{error}; name a path") from error
+
+
+RequiredPath = Annotated[Path, BeforeValidator(_require_path), AfterValidator(_expand_user)]
+"""A path that is not empty and has its `~` expanded."""
 
 
 def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = ()) -> AnyConfig:

@@ -351,3 +351,26 @@ def test_an_unknown_key_of_a_source_is_told_as_it_is_written(recipe):
 def test_numbers_are_finite(recipe, value):
     with pytest.raises(UserError, match=r"'data\.sources\.0\.weight': .*finite"):
         read_recipe(Recipe, recipe, [f"data.sources.0.weight={value}"])
+
+
+@pytest.mark.parametrize("key", ["run", "from", "data.path", "data.tokenizers"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "is empty"),
+        ('"  "', "is empty"),
+        ('"a\\u0000b"', "NUL"),
+        ("~nobody-here/x", "name a path"),
+    ],
+)
+def test_paths_are_checked(tiny, tmp_path, key, value, message):
+    write_recipe(tiny, tmp_path / "recipe.toml")
+    with pytest.raises(UserError, match=f"'{key}': .*{message}"):
+        read_recipe(Recipe, tmp_path / "recipe.toml", [f"{key}={value}"])
+
+
+def test_paths_expand_the_home_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_recipe(tiny, tmp_path / "recipe.toml")
+    recipe = read_recipe(Recipe, tmp_path / "recipe.toml", ["run=~/run"])
+    assert recipe.run == tmp_path / "run"

@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from moma.data.sources import AnySource
-from moma.recipe import Config
+from moma.recipe import Config, RequiredPath
 
 
 class DataConfig(Config):
@@ -30,8 +30,8 @@ class DataConfig(Config):
             documents with images and among those without.
     """
 
-    path: Path
-    tokenizers: Path | None = None
+    path: RequiredPath
+    tokenizers: RequiredPath | None = None
     micro_batch_size: int = Field(ge=1)
     sequence_length: int = Field(ge=2)
     image_share: float = Field(ge=0, le=1)

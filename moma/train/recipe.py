@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from moma.data.config import DataConfig
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
-from moma.recipe import Config
+from moma.recipe import Config, RequiredPath
 from moma.runtime.optimizer import OptimizerConfig
 from moma.runtime.sharding import EngineConfig
 from moma.runtime.tracking import TrackingConfig
@@ -93,9 +93,9 @@ class Recipe(Config):
     """
 
     seed: int = 0
-    run: Path = Path("runs/run")
+    run: RequiredPath = Path("runs/run")
     stage: Literal["pretrain", "upcycle", "aux_router"] = "pretrain"
-    from_: Path | None = Field(None, alias="from")
+    from_: RequiredPath | None = Field(None, alias="from")
     text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
     codec: CodecConfig = CodecConfig()
     codec_training: CodecTrainingConfig = CodecTrainingConfig()
