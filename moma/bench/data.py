@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from moma.data.batches.iterator import Batches, prepared_ahead
+from moma.data.batches.iterator import Batches, prefetch
 from moma.data.documents import Document, ImageRef
 from moma.data.encode.prepare import prepare
 from moma.data.encode.source import encode_source
@@ -98,7 +98,7 @@ def _balance(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
     """Count what is in the arrays of micro-batches, whatever the packer says."""
     data, size = recipe.data, recipe.data.micro_batch_size * recipe.data.sequence_length
     padding, worst = 0, 0.0
-    with closing(prepared_ahead(Batches(data, vocabulary, recipe.seed), data)) as batches:
+    with closing(prefetch(Batches(data, vocabulary, recipe.seed), data)) as batches:
         for batch in islice(batches, sizes.batches):
             codes = int((vocabulary.modality_of_id[batch.tokens_BS] == IMAGE).sum())
             worst = max(worst, abs(codes / size - data.image_share))
@@ -123,7 +123,7 @@ def _speed(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, An
     # The thread that makes them starts inside, and stays on the same core.
     with (
         _one_core(),
-        closing(prepared_ahead(Batches(data, vocabulary, recipe.seed), data)) as batches,
+        closing(prefetch(Batches(data, vocabulary, recipe.seed), data)) as batches,
     ):
         next(batches)
         found = [take(batches) for _ in range(sizes.repeats)]
@@ -140,9 +140,7 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
     objective = next_token_objective(recipe.pretrain.z_loss, compiled=False)
     step = Step(model, make_optimizer(model, settings), objective, settings.clip, world)
     waits, steps = [], []
-    with closing(
-        prepared_ahead(Batches(recipe.data, vocabulary, recipe.seed), recipe.data)
-    ) as ahead:
+    with closing(prefetch(Batches(recipe.data, vocabulary, recipe.seed), recipe.data)) as ahead:
         for _ in range(sizes.steps + 1):
             began = time.perf_counter()
             batch = next(ahead)

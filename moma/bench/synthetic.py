@@ -9,7 +9,7 @@ from itertools import count
 
 import numpy as np
 
-from moma.data.batches.packing import Encoded, Packer, image_budget
+from moma.data.batches.packing import EncodedDocument, Packer, image_budget
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
@@ -18,7 +18,7 @@ _SPECIAL = 5
 _TEXT, _CAPTION = 400, (8, 32)
 
 
-def made_up_vocabulary(recipe: Recipe) -> Vocabulary:
+def synthetic_vocabulary(recipe: Recipe) -> Vocabulary:
     """A vocabulary of a recipe's sizes; the ids mean nothing."""
     codes = recipe.codec.codebook_size
     return Vocabulary(
@@ -33,7 +33,7 @@ def made_up_vocabulary(recipe: Recipe) -> Vocabulary:
     )
 
 
-def made_up_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> Packer:
+def synthetic_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> Packer:
     """Endless micro-batches of captioned images and of text, one by each call of `pack`.
 
     Raises:
@@ -51,20 +51,20 @@ def made_up_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> Pa
     )
 
 
-def _captioned(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[Encoded]:
+def _captioned(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[EncodedDocument]:
     codes = len(vocabulary.image_codes)
     for row in count():
         caption = _words(vocabulary, random, int(random.integers(*_CAPTION)))
         image = vocabulary.wrap_image(random.integers(0, codes, vocabulary.codes_per_image))
         ids = [vocabulary.beginning, *caption, *image, vocabulary.end]
-        yield Encoded("captions", row, np.array(ids, dtype=np.uint32))
+        yield EncodedDocument("captions", row, np.array(ids, dtype=np.uint32))
 
 
-def _texts(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[Encoded]:
+def _texts(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[EncodedDocument]:
     for row in count():
         words = _words(vocabulary, random, 1 + int(random.exponential(_TEXT)))
         ids = [vocabulary.beginning, *words, vocabulary.end]
-        yield Encoded("text", row, np.array(ids, dtype=np.uint32))
+        yield EncodedDocument("text", row, np.array(ids, dtype=np.uint32))
 
 
 def _words(vocabulary: Vocabulary, random: np.random.Generator, length: int) -> list[int]:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moma.bench.synthetic import made_up_batches, made_up_vocabulary
+from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.errors import UserError
 from moma.progress import show_progress
 from moma.recipe import read_recipe, shipped_recipe
@@ -199,7 +199,7 @@ class _Runner:
 
     def __init__(self, name: str, recipe: Recipe, device: torch.device, parks: bool):
         recipe = recipe.model_copy(update={"stage": "pretrain", "from_": None})
-        vocabulary, world = made_up_vocabulary(recipe), World(device)
+        vocabulary, world = synthetic_vocabulary(recipe), World(device)
         self.name, self.config = name, recipe.pretrain
         self.flops_per_token = flops_per_token(recipe, vocabulary)
         self.dtype = recipe.engine.compute_dtype(device)
@@ -210,7 +210,7 @@ class _Runner:
         )
         self.peak_bytes = 0
         self._device, self._parks = device, parks and device.type == "cuda"
-        packer = made_up_batches(recipe, vocabulary)
+        packer = synthetic_batches(recipe, vocabulary)
         self._batches = cycle(
             [
                 [packer.pack() for _ in range(self.config.gradient_accumulation_steps)]

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from moma.bench.synthetic import made_up_vocabulary
+from moma.bench.synthetic import synthetic_vocabulary
 from moma.model.transformer import Transformer
 from moma.runtime.sharding import DTYPES, shard_dimension
 from moma.train.recipe import Recipe
@@ -23,7 +23,7 @@ _WEIGHT = 4  # bytes: weights, their gradients and the optimizer's two means are
 def outline(recipe: Recipe) -> Transformer:
     """The recipe's model without weights, on the device `meta`; as `pretrain` would train it."""
     with torch.device("meta"):
-        model = Transformer(recipe.model, made_up_vocabulary(recipe), recipe.shares)
+        model = Transformer(recipe.model, synthetic_vocabulary(recipe), recipe.shares)
     train_only(model, routers=False)
     return model
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from moma.data.batches.iterator import Batches, prepared_ahead, share_out
+from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.errors import SharedError, StoppedError, StorageError
 from moma.files import lock_folder
 from moma.model.transformer import Transformer
@@ -128,7 +128,7 @@ class Trainer:
         batches = Batches(
             recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
         )
-        self.batches = prepared_ahead(batches, recipe.data)
+        self.batches = prefetch(batches, recipe.data)
         self.recent = Recent()
         self.done, self.tokens, self.origin = 0, 0, Origin()
         self.flops_per_token = flops_per_token(recipe, vocabulary)
@@ -184,7 +184,7 @@ class Trainer:
             UserError: they belong to other data.
         """
         if states and len(states) != self.world.size:
-            states = share_out(states, self.world.size)
+            states = reshard(states, self.world.size)
         if states:
             self.batches.set_state(states[self.world.rank])
 

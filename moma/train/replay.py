@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moma.data.batches.iterator import Batches, share_out
+from moma.data.batches.iterator import Batches, reshard
 from moma.data.batches.packing import Batch
 from moma.errors import UserError
 from moma.progress import show_progress
@@ -86,7 +86,7 @@ class _Streams:
     def set_states(self, states: Sequence[dict[str, Any]]) -> None:
         """Go on where perhaps another number of ranks stood; empty: from the beginning."""
         if states and len(states) != len(self._ranks):
-            states = share_out(states, len(self._ranks))
+            states = reshard(states, len(self._ranks))
         for stream, state in zip(self._ranks, states, strict=False):
             stream.set_state(state)
 

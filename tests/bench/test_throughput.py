@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moma.bench import throughput as bench
-from moma.bench.synthetic import made_up_batches, made_up_vocabulary
+from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.cli import app
 from moma.data.batches.packing import NO_LABEL
 from moma.errors import UserError
@@ -26,8 +26,8 @@ KEYS = {"name", "tokens_per_second", "mfu", "peak_bytes", "spread"}
 
 
 def test_made_up_batches_have_the_shape_of_real_ones(tiny):
-    vocabulary = made_up_vocabulary(tiny)
-    packer = made_up_batches(tiny, vocabulary)
+    vocabulary = synthetic_vocabulary(tiny)
+    packer = synthetic_batches(tiny, vocabulary)
     first, second = packer.pack(), packer.pack()
     for batch in (first, second):
         image = vocabulary.modality_of_id[batch.tokens_BS] == IMAGE
@@ -36,9 +36,9 @@ def test_made_up_batches_have_the_shape_of_real_ones(tiny):
         assert np.array_equal(batch.labels_BS[:, :-1][inside], batch.tokens_BS[:, 1:][inside])
         assert (batch.labels_BS == NO_LABEL).any() and batch.documents_BS.max() > 0
     assert not np.array_equal(first.tokens_BS, second.tokens_BS)
-    again = made_up_batches(tiny, vocabulary).pack()
+    again = synthetic_batches(tiny, vocabulary).pack()
     assert np.array_equal(first.tokens_BS, again.tokens_BS)
-    other = made_up_batches(tiny, vocabulary, rank=1).pack()
+    other = synthetic_batches(tiny, vocabulary, rank=1).pack()
     assert not np.array_equal(first.tokens_BS, other.tokens_BS)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from moma.data.batches.iterator import Batches, share_out
+from moma.data.batches.iterator import Batches, reshard
 from moma.data.batches.packing import Batch
 from moma.errors import UserError
 from moma.runs import Run
@@ -152,9 +152,9 @@ def train_lanes(world: World, tiny: Recipe, run: Path) -> Run:
     stage = tiny.pretrain.model_copy(update={"gradient_accumulation_steps": GROUPS // 2})
     recipe = tiny.model_copy(update={"run": run, "pretrain": stage})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "prepared_ahead", lambda batches, config: Lanes(recipe, world))
+        patch.setattr(loop, "prefetch", lambda batches, config: Lanes(recipe, world))
         together = lambda states, size: [reduce(operator.or_, states)] * size  # noqa: E731
-        patch.setattr(loop, "share_out", together)
+        patch.setattr(loop, "reshard", together)
         return loop.train(recipe, world, quiet=True)
 
 
@@ -353,7 +353,7 @@ def test_one_rank_grows_the_seed_of_two(tiny, two, tmp_path):
     # Its documents are those that neither rank of the seed had taken.
     states = [state["data"] for state in read_rank_states(checkpoints_in(seed.checkpoints)[-1])]
     ((wanted,), (found,)) = (
-        share_out(states, 1),
+        reshard(states, 1),
         [state["data"] for state in read_rank_states(checkpoints_in(run.checkpoints)[-1])],
     )
     for stream in ("with_images", "text"):

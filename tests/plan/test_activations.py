@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moma.bench.synthetic import made_up_batches, made_up_vocabulary
+from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.plan.activations import activation_bytes
 from moma.recipe import check
 from moma.runtime.peak import allocated_peak
@@ -55,10 +55,10 @@ def recipe_of(groups: str, again: str, compiled: bool, **model) -> Recipe:
 
 def measured(recipe: Recipe) -> int:
     """The most that forward and backward allocate, each gradient of a weight dropped at once."""
-    vocabulary = made_up_vocabulary(recipe)
+    vocabulary = synthetic_vocabulary(recipe)
     model = prepare_model(recipe, vocabulary, World(CPU))
     objective = objective_of(recipe, CPU)
-    batch = to_device(made_up_batches(recipe, vocabulary).pack(), CPU)
+    batch = to_device(synthetic_batches(recipe, vocabulary).pack(), CPU)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))

@@ -9,7 +9,7 @@ import torch
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
-from moma.bench.synthetic import made_up_batches, made_up_vocabulary
+from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.plan.memory import gathered_bytes, held_bytes, outline, unit_elements
 from moma.recipe import read_recipe
 from moma.runtime.sharding import EngineConfig, shard, shard_dimension
@@ -39,7 +39,7 @@ def storages(tensors) -> int:
 
 def held_in(recipe: Recipe, world: World) -> dict[str, int]:
     """What a rank holds after a step, its gradients caught before they are dropped."""
-    vocabulary = made_up_vocabulary(recipe)
+    vocabulary = synthetic_vocabulary(recipe)
     model = prepare_model(recipe, vocabulary, world)
     step = make_step(recipe, model, world, LossMonitor(recipe.pretrain, world.device))
     found, clip = {}, step._clip
@@ -49,7 +49,7 @@ def held_in(recipe: Recipe, world: World) -> dict[str, int]:
         return clip()
 
     step._clip = caught  # type: ignore[method-assign]
-    step([made_up_batches(recipe, vocabulary, world.rank).pack()], 1e-3)
+    step([synthetic_batches(recipe, vocabulary, world.rank).pack()], 1e-3)
     found["parameters"] = storages(model.parameters())
     states = step.optimizer.state.values()
     found["optimizer"] = storages(t for state in states for t in state.values())

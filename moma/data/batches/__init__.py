@@ -1,1 +1,1 @@
-"""Encoded shards → exactly balanced micro-batches."""
+"""EncodedDocument shards → exactly balanced micro-batches."""

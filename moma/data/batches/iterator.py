@@ -1,6 +1,6 @@
-"""Encoded shards → micro-batches: the documents of a rank, packed, and prepared ahead.
+"""EncodedDocument shards → micro-batches: the documents of a rank, packed, and prepared ahead.
 
-    shards of each source → documents with and without images → two `Stream`s (`mixing.py`)
+    shards of each source → documents with and without images → two `DocumentStream`s (`mixing.py`)
                           → `Packer` → `Batch` → prepared ahead in the background
 
 The seed alone decides which documents a stream yields. So an iterator's state is how far the two
@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchDatasetIterator
 
-from moma.data.batches.mixing import Pool, Stream, share_out_stream
+from moma.data.batches.mixing import DocumentStream, Pool, reshard_stream
 from moma.data.batches.packing import Batch, Packer, image_budget
 from moma.data.batches.supply import Demand, ImageDocuments, check_supply
 from moma.data.config import DataConfig
@@ -33,7 +33,7 @@ _ORDER = 2
 class Batches(grain.DatasetIterator[Batch]):
     """The micro-batches of one rank, in an order that the seed decides.
 
-    An iterator whose state can be saved and restored; `prepared_ahead` makes them in the
+    An iterator whose state can be saved and restored; `prefetch` makes them in the
     background. A single pass (`repeat=False`) shows every document once, up to its last
     micro-batches, which may hold fewer images, and padding.
     """
@@ -108,12 +108,12 @@ class Batches(grain.DatasetIterator[Batch]):
             UserError: the documents bring more text with each image than the sequences have room
             for.
         """
-        if self.unreached_documents == 0:
+        if self.remaining_documents == 0:
             raise StopIteration
         return self._packer.pack()
 
     @property
-    def unreached_documents(self) -> int | None:
+    def remaining_documents(self) -> int | None:
         """Documents that a single pass has still to show to their end; None if it has no end."""
         if self._repeat:
             return None
@@ -140,7 +140,7 @@ class Batches(grain.DatasetIterator[Batch]):
         """Go on where another iterator stood.
 
         Args:
-            state: from `get_state`, of the same rank; from `share_out` if their number changed.
+            state: from `get_state`, of the same rank; from `reshard` if their number changed.
 
         Raises:
             UserError: the state belongs to other data or to another number of ranks.
@@ -167,8 +167,10 @@ class Batches(grain.DatasetIterator[Batch]):
             if len(rows := np.flatnonzero((shard.images > 0) == with_images))
         }
 
-    def _stream(self, pools: list[Pool], rank: int) -> Stream:
-        return Stream(pools, self._repeat, self._fetch, rank, self._world_size, self._readers)
+    def _stream(self, pools: list[Pool], rank: int) -> DocumentStream:
+        return DocumentStream(
+            pools, self._repeat, self._fetch, rank, self._world_size, self._readers
+        )
 
     def _fetch(self, source: str, row: int) -> np.ndarray:
         """Ids of a document, unsigned integers of shape [tokens]."""
@@ -186,7 +188,7 @@ class Batches(grain.DatasetIterator[Batch]):
             config.sequence_length,
             images,
             vocabulary.codes_per_image,
-            config.most_padding,
+            config.max_padding,
             self._world_size,
         )
         with_images = [
@@ -198,7 +200,7 @@ class Batches(grain.DatasetIterator[Batch]):
         check_supply(demand, with_images, bool(rows_of[False]), names)
 
 
-def prepared_ahead(batches: Batches, config: DataConfig) -> grain.DatasetIterator[Batch]:
+def prefetch(batches: Batches, config: DataConfig) -> grain.DatasetIterator[Batch]:
     """The same micro-batches, made in the background if the recipe has workers; to be closed.
 
     The state is that of the micro-batches taken, not of those that lie ready.
@@ -208,7 +210,7 @@ def prepared_ahead(batches: Batches, config: DataConfig) -> grain.DatasetIterato
     return ThreadPrefetchDatasetIterator(batches, config.prefetch)
 
 
-def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+def reshard(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """Turn the states of all ranks into the states of another number of ranks.
 
     Nothing is skipped or repeated: open documents are dealt out, and documents that some ranks
@@ -224,7 +226,7 @@ def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[st
         for key in ("waiting", "tails")
     )
     streams = {
-        key: share_out_stream([state[key] for state in states], world_size)
+        key: reshard_stream([state[key] for state in states], world_size)
         for key in ("with_images", "text")
     }
     return [
@@ -243,7 +245,7 @@ def share_out(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[st
     ]
 
 
-def warn_left_out(config: DataConfig, vocabulary: Vocabulary) -> None:
+def warn_unused_images(config: DataConfig, vocabulary: Vocabulary) -> None:
     """Say on standard error how much training without images leaves out; nothing if nothing."""
     opened = _open(config, vocabulary)
     shards = {name: one.splits["train"] for name, one in opened.items()}

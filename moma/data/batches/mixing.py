@@ -2,7 +2,7 @@
 
     documents of each source → `Pool`: in random order, another one in every pass
                              → mixed by weight: the k-th document of every rank is of the same pool
-                             → `Stream`: number j of a pool goes to rank j mod world size
+                             → `DocumentStream`: number j of a pool goes to rank j mod world size
 
 A document's place follows from three numbers: pool, number within the pool, rank. So every rank
 has the mixture that the weights ask for, and a stream's state is how many documents it has taken
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from grain.experimental import index_shuffle
 
-from moma.data.batches.packing import Encoded
+from moma.data.batches.packing import EncodedDocument
 from moma.hashes import unit_hash
 
 # Slots over which weights are rounded: a source's share is off by at most half a slot.
@@ -30,7 +30,7 @@ _SMALLEST_SHUFFLE = 1 << 16
 _READ_AHEAD, _READ_TOGETHER = 256, 32
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a document lies: source, and row of the source's shard."""
 
     source: str
@@ -57,7 +57,7 @@ class Pool:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, number: int) -> Place:
+    def __getitem__(self, number: int) -> Location:
         """The place of a document; numbers beyond the last begin anew, in another order."""
         passes, at = divmod(number, len(self))
         if len(self) < _SMALLEST_SHUFFLE:
@@ -66,7 +66,7 @@ class Pool:
             seed = (self._seed + passes) % 2**32
             at = index_shuffle(at, max_index=len(self) - 1, seed=seed, rounds=4)
         source = bisect_right(self._starts, at) - 1
-        return Place(self._sources[source], int(self._rows[source][at - self._starts[source]]))
+        return Location(self._sources[source], int(self._rows[source][at - self._starts[source]]))
 
     def _order_of_pass(self, passes: int) -> list[int]:
         order = np.random.default_rng((self._seed, passes)).permutation(len(self))
@@ -105,7 +105,7 @@ def _period(weights: tuple[float, ...]) -> tuple[list[int], list[int], list[int]
     return counts.tolist(), pool[order].tolist(), number[order].tolist()
 
 
-class Stream(Iterator[Encoded]):
+class DocumentStream(Iterator[EncodedDocument]):
     """The documents of one rank."""
 
     def __init__(
@@ -148,7 +148,7 @@ class Stream(Iterator[Encoded]):
         number = self._base[0] + self._taken[0] * self._world_size + self._rank
         return len(self._owed) + len(range(number, len(self._pools[0]), self._world_size))
 
-    def __next__(self) -> Encoded:
+    def __next__(self) -> EncodedDocument:
         if not self._owed and self.remaining == 0:
             raise StopIteration
         if self._readers and self._turn % _READ_TOGETHER == 0:
@@ -162,7 +162,7 @@ class Stream(Iterator[Encoded]):
             self._taken[pool] += 1
             self._turn += 1
         place = self._pools[pool][number]
-        return Encoded(*place, self._fetch(*place))
+        return EncodedDocument(*place, self._fetch(*place))
 
     def get_state(self) -> dict[str, Any]:
         """How many documents were taken of each pool; ready for JSON."""
@@ -192,14 +192,14 @@ class Stream(Iterator[Encoded]):
                 self._fetch(*self._pools[pool][number]).copy()
 
 
-def share_out_stream(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+def reshard_stream(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """Turn the states of one stream on all ranks into those of another number of ranks.
 
     Documents that some ranks were still to read while others had gone further are owed: they are
     dealt out, and read first.
 
     Args:
-        states: `Stream.get_state()` of every rank, in order.
+        states: `DocumentStream.get_state()` of every rank, in order.
         world_size: number of ranks to go on with.
     """
     base, ranks = states[0]["base"], len(states)

@@ -31,10 +31,10 @@ from moma.vocabulary import Vocabulary
 NO_LABEL = -100
 
 # So many documents may be open at once before packing gives up.
-PATIENCE = 10_000
+MAX_OPEN_DOCUMENTS = 10_000
 
 
-class Encoded(NamedTuple):
+class EncodedDocument(NamedTuple):
     """A document's token ids and where they come from.
 
     Attributes:
@@ -127,9 +127,9 @@ class Packer:
         sequence_length: int,
         images: int,
         vocabulary: Vocabulary,
-        with_images: Iterator[Encoded],
-        text: Iterator[Encoded],
-        patience: int = PATIENCE,
+        with_images: Iterator[EncodedDocument],
+        text: Iterator[EncodedDocument],
+        max_open_documents: int = MAX_OPEN_DOCUMENTS,
     ) -> None:
         """Set up the packer.
 
@@ -140,7 +140,7 @@ class Packer:
             vocabulary: the ids.
             with_images: documents with at least one image; not read if `images` is 0.
             text: documents without images.
-            patience: how many documents may be open at once.
+            max_open_documents: how many documents may be open at once.
         """
         self._micro_batch_size, self._row_length, self._images = (
             micro_batch_size,
@@ -149,7 +149,7 @@ class Packer:
         )
         self._vocabulary = vocabulary
         self._with_images, self._text = with_images, text
-        self._patience = patience
+        self._patience = max_open_documents
         fullest = -(-images // micro_batch_size)
         # Text that any row grants to an image: longer text never fits beside it for certain.
         self._fair = _Row(sequence_length, fullest, vocabulary.image_span).fair
@@ -215,7 +215,7 @@ class Packer:
 
         def reopen(references: list[list[Any]]) -> list[DocumentCursor]:
             return [
-                self._open(Encoded(source, row, fetch(source, row)), offset)
+                self._open(EncodedDocument(source, row, fetch(source, row)), offset)
                 for source, row, offset in references
             ]
 
@@ -230,7 +230,7 @@ class Packer:
             for row in range(self._micro_batch_size)
         ]
 
-    def _open(self, document: Encoded, offset: int = 0) -> "DocumentCursor":
+    def _open(self, document: EncodedDocument, offset: int = 0) -> "DocumentCursor":
         return DocumentCursor(document, self._vocabulary.begin_image, offset)
 
     def _place_images(self, row: "_Row") -> None:
@@ -291,7 +291,7 @@ class Packer:
 class DocumentCursor:
     """A document that is being packed: how far, and what comes next."""
 
-    def __init__(self, document: Encoded, begin_image: int, offset: int) -> None:
+    def __init__(self, document: EncodedDocument, begin_image: int, offset: int) -> None:
         self.document = document
         self.offset = offset
         starts = np.flatnonzero(document.ids == begin_image).tolist()
@@ -357,7 +357,7 @@ class _Row:
         return reading.text_ahead <= self.unclaimed + self.fair
 
     def place_image(self, reading: DocumentCursor) -> None:
-        """Place the document's next image and the text before it."""
+        """Location the document's next image and the text before it."""
         self.place_text(reading, reading.text_ahead)
         self.readings.setdefault(reading, reading.offset)
         reading.pass_image(self._span)
@@ -365,7 +365,7 @@ class _Row:
         self.images += 1
 
     def place_text(self, reading: DocumentCursor, tokens: int) -> None:
-        """Place so many of the document's next text tokens."""
+        """Location so many of the document's next text tokens."""
         if tokens:
             self.readings.setdefault(reading, reading.offset)
             reading.offset += tokens

@@ -59,7 +59,7 @@ class Demand:
         micro_batch_size, sequence_length: shape of a micro-batch.
         images: its images.
         codes: image codes of an image.
-        most_padding: largest share of positions that may be padding.
+        max_padding: largest share of positions that may be padding.
         world_size: ranks that take a micro-batch each in a step.
     """
 
@@ -67,7 +67,7 @@ class Demand:
     sequence_length: int
     images: int
     codes: int
-    most_padding: float
+    max_padding: float
     world_size: int
 
     @property
@@ -225,7 +225,7 @@ def _check_padding(demand: Demand, text: _Text) -> None:
     """Refuse less text beside each image than fills the sequences, where nothing else does."""
     padding = demand.padding(demand.images, text.beside)
     at_first = text.padding_at_first(demand, demand.images)
-    if padding + at_first <= demand.most_padding:
+    if padding + at_first <= demand.max_padding:
         return
     most = _most_images(demand, text.beside)
     least = demand.padding(most, text.beside)
@@ -233,8 +233,8 @@ def _check_padding(demand: Demand, text: _Text) -> None:
     raise UserError(
         f"{_told(demand, text.beside).format(but='')}, and no document without images fills the "
         f"rest: {padding:.2%} of the positions would be padding, of the first {_FIRST_BATCHES} "
-        f"micro-batches up to {at_first:.2%} more, and data.most_padding allows "
-        f"{demand.most_padding:.2%}; add a source of text, "
+        f"micro-batches up to {at_first:.2%} more, and data.max_padding allows "
+        f"{demand.max_padding:.2%}; add a source of text, "
         f"{advice if most > demand.images else ''}choose another sequence_length, "
-        "or raise data.most_padding"
+        "or raise data.max_padding"
     )

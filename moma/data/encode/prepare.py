@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma.data.batches.iterator import warn_left_out
+from moma.data.batches.iterator import warn_unused_images
 from moma.data.batches.packing import image_budget
 from moma.data.config import DataConfig
 from moma.data.encode.parts import copy_rejected
@@ -103,7 +103,7 @@ def prepare(
         reading.warn_changes()
         infos = _encode_all(reading, folder, vocabulary, device, quiet, workers)
     if not data.image_share:
-        warn_left_out(data, vocabulary)
+        warn_unused_images(data, vocabulary)
     return Prepared(vocabulary, infos)
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moma.data.batches.iterator import Batches, prepared_ahead, share_out
+from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.data.batches.packing import NO_LABEL, Batch, Packer
 from moma.data.config import DataConfig
 from moma.data.documents import Document, ImageRef
@@ -137,11 +137,11 @@ def test_training_batches_are_exact_and_without_padding(folder):
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_a_single_pass_shows_every_document_once(folder, split):
     batches = batches_of(folder, split=split, repeat=False)
-    assert batches.unreached_documents == len(expected_words(split == "held_out"))
+    assert batches.remaining_documents == len(expected_words(split == "held_out"))
     found = list(batches)
     assert words_in(found) == expected_words(split == "held_out")
     assert numbers_in(found) == dict.fromkeys(expected_words(split == "held_out"), 1)
-    assert batches.unreached_documents == 0
+    assert batches.remaining_documents == 0
     assert all(batch.images <= 4 for batch in found)
 
 
@@ -202,7 +202,7 @@ def test_workers_change_nothing(folder, workers):
 
     def opened(count):
         config = config_of(folder, workers=count, prefetch=3)
-        return prepared_ahead(Batches(config, VOCABULARY, seed=1), config)
+        return prefetch(Batches(config, VOCABULARY, seed=1), config)
 
     expected = take(batches_of(folder, workers=0), 120)
     with closing(opened(workers)) as batches:
@@ -226,7 +226,7 @@ def test_what_goes_wrong_in_the_background_is_raised(folder, monkeypatch):
     monkeypatch.setattr(Packer, "pack", break_down)
     config = config_of(folder)
     with (
-        closing(prepared_ahead(Batches(config, VOCABULARY, seed=1), config)) as batches,
+        closing(prefetch(Batches(config, VOCABULARY, seed=1), config)) as batches,
         pytest.raises(UserError, match="no room"),
     ):
         next(batches)
@@ -241,12 +241,12 @@ def test_another_number_of_ranks_goes_on_without_loss(folder, old, new, steps):
             Batches(config, VOCABULARY, 1, rank, count, repeat=False)
             for rank, config in enumerate(configs)
         ]
-        return [prepared_ahead(*pair) for pair in zip(batches, configs, strict=True)]
+        return [prefetch(*pair) for pair in zip(batches, configs, strict=True)]
 
     former, found = ranks(old), []
     for batches in former:
         found += take(batches, steps)
-    states = share_out([batches.get_state() for batches in former], new)
+    states = reshard([batches.get_state() for batches in former], new)
     for batches, state in zip(ranks(new), states, strict=True):
         with closing(batches):
             batches.set_state(json.loads(json.dumps(state)))

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.data.batches.mixing import Mixture, Pool, Stream, share_out_stream
+from moma.data.batches.mixing import DocumentStream, Mixture, Pool, reshard_stream
 
 
 def pool_of(size, weight=1.0, key="k", source="a"):
@@ -22,7 +22,7 @@ def fetch(source, row):
 
 
 def stream_of(pools, rank=0, world_size=1, repeat=True, readers=None):
-    return Stream(pools, repeat, fetch, rank, world_size, readers)
+    return DocumentStream(pools, repeat, fetch, rank, world_size, readers)
 
 
 def places(documents):
@@ -114,7 +114,7 @@ def test_another_number_of_ranks_loses_and_repeats_nothing(pool_sizes, old, new,
             found += places(islice(stream, data.draw(st.integers(0, 12))))
         states = json.loads(json.dumps([stream.get_state() for stream in streams]))
         streams = [stream_of(single, rank, count, repeat=False) for rank in range(count)]
-        for stream, state in zip(streams, share_out_stream(states, count), strict=True):
+        for stream, state in zip(streams, reshard_stream(states, count), strict=True):
             stream.set_state(state)
     left = sum(stream.remaining for stream in streams)
     rest = [place for stream in streams for place in places(stream)]
@@ -128,7 +128,7 @@ def test_a_mixture_shared_out_anew_repeats_nothing_within_a_pass(old, new, data)
     pools = [pool_of(400, 1.0, source="a"), pool_of(400, 2.5, source="b")]
     streams = [stream_of(pools, rank, old) for rank in range(old)]
     found = [p for s in streams for p in places(islice(s, data.draw(st.integers(0, 20))))]
-    states = share_out_stream([stream.get_state() for stream in streams], new)
+    states = reshard_stream([stream.get_state() for stream in streams], new)
     for rank, state in enumerate(states):
         stream = stream_of(pools, rank, new)
         stream.set_state(state)
@@ -150,7 +150,7 @@ def test_readers_change_nothing_and_are_ahead():
         return np.array([row])
 
     with ThreadPoolExecutor(3) as readers:
-        stream = Stream(pools, True, note, 0, 1, readers)
+        stream = DocumentStream(pools, True, note, 0, 1, readers)
         found = places(islice(stream, 600))
     assert found == places(islice(stream_of(pools), 600))
     later = {pool_of(5000)[n].row for n in range(600, 800)}

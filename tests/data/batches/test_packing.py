@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.data.batches.packing import NO_LABEL, Encoded, Packer, empty_batch, image_budget
+from moma.data.batches.packing import NO_LABEL, EncodedDocument, Packer, empty_batch, image_budget
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
@@ -36,7 +36,7 @@ def encode(row, segments, source="a"):
             ids += VOCABULARY.wrap_image(np.arange(CODES) + row % 10)
         else:
             ids += itertools.islice(text, length)
-    return Encoded(source, row, np.array([*ids, VOCABULARY.end], dtype=np.uint16))
+    return EncodedDocument(source, row, np.array([*ids, VOCABULARY.end], dtype=np.uint16))
 
 
 def documents_of(kinds):
@@ -123,7 +123,7 @@ def test_every_micro_batch_is_full_and_meets_its_budget(with_images, text, shape
         VOCABULARY,
         itertools.cycle(documents),
         itertools.cycle(encode(100 + row, kind) for row, kind in enumerate(text)),
-        patience=500,
+        max_open_documents=500,
     )
     for _ in range(20):
         try:
@@ -220,7 +220,7 @@ def test_padding_fills_rows_without_text():
 
 def test_too_much_text_beside_images_is_refused_with_numbers():
     with_images = itertools.cycle([encode(0, [100, None])])
-    packer = Packer(1, 20, 3, VOCABULARY, with_images, iter([]), patience=50)
+    packer = Packer(1, 20, 3, VOCABULARY, with_images, iter([]), max_open_documents=50)
     with pytest.raises(UserError, match=r"50 documents wait.*102 text tokens.*room for 0 .*lower"):
         packer.pack()
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moma.data.batches.packing import Encoded, Packer
+from moma.data.batches.packing import EncodedDocument, Packer
 from moma.data.batches.supply import Demand, ImageDocuments, _Text, check_supply
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary
@@ -42,8 +42,8 @@ def with_images(*texts_and_images, name="a", weight=1.0):
     return ImageDocuments(name, weight, Documents(texts_and_images), rows)
 
 
-def demand(images, micro_batch_size=4, sequence_length=100, most_padding=0.005, world_size=1):
-    return Demand(micro_batch_size, sequence_length, images, CODES, most_padding, world_size)
+def demand(images, micro_batch_size=4, sequence_length=100, max_padding=0.005, world_size=1):
+    return Demand(micro_batch_size, sequence_length, images, CODES, max_padding, world_size)
 
 
 def refusal(wanted, documents, has_text=True):
@@ -82,7 +82,7 @@ def test_too_little_text_beside_images():
     assert "44.00% of the positions would be padding" in message
     assert "allows 0.50%" in message and "add a source of text" in message
     assert "raise image_share to 0.56 (14 images), which leaves 2.00%" in message
-    check_supply(demand(8, most_padding=0.45), [with_images(*[(10, 1)] * 30)], False, "a")
+    check_supply(demand(8, max_padding=0.45), [with_images(*[(10, 1)] * 30)], False, "a")
 
 
 def test_weights_and_images_of_a_document_count():
@@ -110,7 +110,7 @@ def test_the_advice_is_accepted(documents, images, has_text):
         found = re.search(r"image_share to [\d.]+ \((\d+) images\)", str(error))
         too_much = "leave room for" in str(error) and "padding" not in str(error)
     if found:
-        check_supply(demand(int(found[1]), most_padding=1.0), source, has_text, "a")
+        check_supply(demand(int(found[1]), max_padding=1.0), source, has_text, "a")
     else:
         text, count = map(sum, zip(*documents, strict=True))
         needed = text / count + CODES + 2
@@ -120,11 +120,11 @@ def test_the_advice_is_accepted(documents, images, has_text):
 def test_what_may_be_missing_at_first_counts():
     """Texts of one length need 0.16% beyond the average, those that differ need more."""
     alike, differing = ([(text, 1) for text in texts] * 900 for texts in ((31, 31), (21, 41)))
-    check_supply(demand(8, most_padding=0.023), [with_images(*alike)], False, "a")
-    message = refusal(demand(8, most_padding=0.023), [with_images(*differing)], has_text=False)
+    check_supply(demand(8, max_padding=0.023), [with_images(*alike)], False, "a")
+    message = refusal(demand(8, max_padding=0.023), [with_images(*differing)], has_text=False)
     assert "2.00% of the positions would be padding" in message
     assert "of the first 300 micro-batches up to 0.69% more" in message
-    check_supply(demand(8, most_padding=0.027), [with_images(*differing)], False, "a")
+    check_supply(demand(8, max_padding=0.027), [with_images(*differing)], False, "a")
 
 
 @given(
@@ -145,7 +145,7 @@ def test_what_is_accepted_keeps_padding_within_the_limit(kinds, count, rows, ima
     bare = demand(images, rows, sequence_length)
     found = _Text.of([source], bare)
     limit = bare.padding(images, found.beside) + found.padding_at_first(bare, images)
-    wanted = demand(images, rows, sequence_length, most_padding=limit * 1.0001)
+    wanted = demand(images, rows, sequence_length, max_padding=limit * 1.0001)
     check_supply(wanted, [source], False, "a")
     packer = Packer(rows, sequence_length, images, VOCABULARY, shuffled(documents, seed), iter([]))
     padding = 0
@@ -154,7 +154,7 @@ def test_what_is_accepted_keeps_padding_within_the_limit(kinds, count, rows, ima
             padding += packer.pack().padding
         except UserError:  # text of some documents is longer than any row has room for
             return
-    assert padding <= wanted.most_padding * 300 * wanted.size
+    assert padding <= wanted.max_padding * 300 * wanted.size
 
 
 def shuffled(documents, seed):
@@ -168,4 +168,4 @@ def shuffled(documents, seed):
             parts = [words * before[0]]
             for text in before[1:]:
                 parts += [image, words * text]
-            yield Encoded("a", int(row), np.array([id_ for part in parts for id_ in part]))
+            yield EncodedDocument("a", int(row), np.array([id_ for part in parts for id_ in part]))
