@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shlex
 import shutil
 
 # What a disk or a network's file system says when it is full or ails; it may be well again later.
@@ -70,3 +71,12 @@ def json_error_message(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}: character {error.pos + 1}"
     return str(error)
+
+
+def shell_command(*arguments: object) -> str:
+    """A `moma` command line that does what is meant when it is pasted into a shell.
+
+    Arguments are quoted where a shell would change them; a path that starts with a dash, which
+    would be taken for an option, must come as `key=value` or with `./` in front.
+    """
+    return shlex.join(["moma", *map(str, arguments)])

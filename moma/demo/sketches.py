@@ -22,6 +22,7 @@ from moma.demo.dictionary import definitions
 from moma.demo.drawings import STYLES, drawings, render
 from moma.errors import UserError
 from moma.hashes import unit_hash
+from moma.recipe import Seed
 
 RELATIONS = ("left of", "right of", "above", "below")
 # Where the first object of each relation stands.
@@ -76,7 +77,7 @@ class SketchesConfig(SourceConfig):
     count: int = Field(default=4000, ge=1)
     repeats: int = Field(default=8, ge=1)
     image_size: int = Field(default=64, ge=8, multiple_of=4)
-    seed: int = 0
+    seed: Seed = 0
     caption_first: float = Field(default=0.75, ge=0, le=1)
 
     @field_validator("held_out")

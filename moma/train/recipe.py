@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from moma.data.config import DataConfig
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
-from moma.recipe import Config, RequiredPath
+from moma.recipe import Config, RequiredPath, Seed
 from moma.runtime.optimizer import OptimizerConfig
 from moma.runtime.sharding import EngineConfig
 from moma.runtime.tracking import TrackingConfig
@@ -92,7 +92,7 @@ class Recipe(Config):
             `aux_router` on the finished run `from`.
     """
 
-    seed: int = 0
+    seed: Seed = 0
     run: RequiredPath = Path("runs/run")
     stage: Literal["pretrain", "upcycle", "aux_router"] = "pretrain"
     from_: RequiredPath | None = Field(None, alias="from")

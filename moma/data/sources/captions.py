@@ -17,6 +17,7 @@ from moma.data.sources.reading import (
     text_of,
 )
 from moma.errors import UserError
+from moma.recipe import RequiredPath
 
 
 class CaptionsConfig(CaptionReaderConfig):
@@ -33,7 +34,7 @@ class CaptionsConfig(CaptionReaderConfig):
 
     kind: Literal["captions"] = "captions"
     name: SourceName = "captions"
-    path: Path
+    path: RequiredPath
 
     @property
     def _list(self) -> Path:

@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 
 import datasets
 from PIL import Image
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from moma.data.documents import Document, ImageRef, Rejected, SourceName
 from moma.data.sources.interleaved import Part, name_of, parts_of, segments_of
@@ -70,7 +70,7 @@ class DatasetConfig(CaptionReaderConfig):
 
     kind: Literal["dataset"] = "dataset"
     name: SourceName = "dataset"
-    path: str
+    path: str = Field(min_length=1)
     subset: str | None = None
     split: str = "train"
     revision: str | None = None

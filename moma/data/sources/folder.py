@@ -17,6 +17,7 @@ from moma.data.sources.reading import (
 )
 from moma.errors import UserError
 from moma.images import SUFFIXES
+from moma.recipe import RequiredPath
 
 
 class FolderConfig(CaptionReaderConfig):
@@ -34,7 +35,7 @@ class FolderConfig(CaptionReaderConfig):
 
     kind: Literal["folder"] = "folder"
     name: SourceName = "folder"
-    path: Path
+    path: RequiredPath
     caption: Literal["first_line", "whole"] = "first_line"
     without_text: Literal["reject", "leave_out"] = "reject"
 

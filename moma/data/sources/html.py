@@ -27,6 +27,7 @@ from moma.data.sources.reading import (
 )
 from moma.errors import UserError
 from moma.images import SUFFIXES, image_size
+from moma.recipe import RequiredPath
 
 _PAGES = (".html", ".htm", ".xhtml")
 _NEVER_SHOWN = frozenset(
@@ -68,7 +69,7 @@ class HtmlConfig(ImageReaderConfig):
 
     kind: Literal["html"] = "html"
     name: SourceName = "html"
-    path: Path
+    path: RequiredPath
     min_side: int = Field(default=64, ge=1)
     max_page_share: float = Field(default=0.02, gt=0, le=1)
     drop_classes: tuple[str, ...] = (

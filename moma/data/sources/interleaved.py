@@ -28,6 +28,7 @@ from moma.data.sources.reading import (
 )
 from moma.errors import UserError
 from moma.images import read_image
+from moma.recipe import RequiredPath
 
 # A part of a document: text, or what a row says of an image.
 Part = tuple[Literal["text", "image"], Any]
@@ -47,7 +48,7 @@ class InterleavedConfig(ImageReaderConfig):
 
     kind: Literal["interleaved"] = "interleaved"
     name: SourceName = "interleaved"
-    path: Path
+    path: RequiredPath
 
     def _rows(self) -> Iterator[Document | Rejected]:
         for path in matching(self.path):

@@ -21,6 +21,7 @@ from moma.data.sources.reading import (
     text_of,
 )
 from moma.errors import UserError
+from moma.recipe import RequiredPath
 
 # A file without blank lines must not become one document that fills the memory.
 _LONGEST_PARAGRAPH = 2**20
@@ -40,7 +41,7 @@ class TextConfig(ReaderConfig):
 
     kind: Literal["text"] = "text"
     name: SourceName = "text"
-    path: Path
+    path: RequiredPath
     text_key: str = "text"
 
     def _rows(self) -> Iterator[Document | Rejected]:

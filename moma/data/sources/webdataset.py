@@ -36,6 +36,7 @@ from moma.data.sources.reading import (
 )
 from moma.errors import UserError
 from moma.images import read_image
+from moma.recipe import RequiredPath
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("txt", "json")
@@ -110,7 +111,7 @@ class WebDatasetConfig(CaptionReaderConfig):
 
     kind: Literal["webdataset"] = "webdataset"
     name: SourceName = "webdataset"
-    path: Path
+    path: RequiredPath
     caption_key: str = "caption"
     max_member_bytes: int = Field(default=64 * 2**20, ge=1)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.errors import UserError
-from moma.recipe import Config
+from moma.recipe import Config, RequiredPath
 
 # Mean and deviation of the images that VGG-16 was trained on, for colours from 0 to 1.
 _VGG_MEAN, _VGG_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,7 +35,7 @@ class PerceptualConfig(Config):
         weight: of the loss.
     """
 
-    weights: Path | None = None
+    weights: RequiredPath | None = None
     weight: float = Field(default=1.0, gt=0)
 
 
