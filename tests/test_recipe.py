@@ -441,7 +441,7 @@ def test_a_wrong_extension_is_named(tmp_path, text, base, named):
         ("model.groups=mod_dense", "'mod_dense': no such architecture"),
         ("model.kv_heads=3", "multiple of kv_heads"),
         ("model.depth.layers=[99]", "no layer 99"),
-        ("model.depth.shares=0.5", "did you mean 'share'"),
+        ("model.depth.capacity_factors=0.5", "did you mean 'capacity_factor'"),
     ],
 )
 def test_an_architecture_that_cannot_be_is_named(recipe, override, named):

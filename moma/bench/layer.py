@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.model.architecture import ModelConfig
-from moma.model.depth import DepthConfig, DepthGate
-from moma.model.experts import Experts, make_experts, make_group, named_groups
+from moma.model.depth import DepthConfig, DepthRouter
+from moma.model.experts import MixtureOfExperts, build_experts, build_group, named_groups
+from moma.model.implementations import ImplementationName
 from moma.model.layers import SwiGLU, gather, scatter_add
 from moma.model.routing import Routing
-from moma.model.running import RunName
 from moma.progress import Report, show_progress
 from moma.runtime.peak import allocated_peak, synchronise
 from moma.runtime.world import can_compile, local_device
 
 SHARES, RUN = (0.5, 0.5), 1024
-STRATEGIES: tuple[RunName, ...] = get_args(RunName)
+STRATEGIES: tuple[ImplementationName, ...] = get_args(ImplementationName)
 GATED = ("mod", "mod_moe_1t1i", "mod_moe_4t4i")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -136,10 +136,10 @@ def variants(dim: int, tokens: int) -> dict[str, nn.Module]:
         modules[run] = Chosen(_experts("moe_4t4i", dim, hidden, run))
     floors = (SwiGLU(dim, hidden), Stack(2, dim, hidden), Stack(8, dim, hidden))
     for name, floor in zip(GATED, floors, strict=True):
-        run = ModelConfig(groups=name).run_name
-        gate = DepthGate(dim, DepthConfig())
-        modules[f"{name}_floor"] = FirstSlices(floor, int(gate.share * tokens))
-        modules[name] = Gated(_experts(name, dim, hidden, run, gate.share), gate)
+        run = ModelConfig(groups=name).implementation
+        gate = DepthRouter(dim, DepthConfig())
+        modules[f"{name}_floor"] = FirstSlices(floor, int(gate.capacity_factor * tokens))
+        modules[name] = Gated(_experts(name, dim, hidden, run, gate.capacity_factor), gate)
     torch.manual_seed(0)
     for parameter in chain.from_iterable(module.parameters() for module in modules.values()):
         nn.init.normal_(parameter, std=dim**-0.5)
@@ -147,13 +147,13 @@ def variants(dim: int, tokens: int) -> dict[str, nn.Module]:
 
 
 def _experts(
-    name: str, dim: int, hidden: int, run: RunName, token_fraction: float = 1.0
-) -> Experts:
+    name: str, dim: int, hidden: int, run: ImplementationName, token_fraction: float = 1.0
+) -> MixtureOfExperts:
     groups = [
-        make_group(dim, hidden, g, SHARES, token_fraction=token_fraction)
+        build_group(dim, hidden, g, SHARES, token_fraction=token_fraction)
         for g in named_groups(name)
     ]
-    return make_experts(groups, run)
+    return build_experts(groups, run)
 
 
 class Stack(nn.Module):
@@ -200,7 +200,7 @@ class FirstSlices(nn.Module):
 class Chosen(nn.Module):
     """Experts that choose among all tokens."""
 
-    def __init__(self, experts: Experts):
+    def __init__(self, experts: MixtureOfExperts):
         super().__init__()
         self.experts = experts
 
@@ -212,7 +212,7 @@ class Chosen(nn.Module):
 class Gated(nn.Module):
     """Experts behind a gate: `DepthLayer` without its attention and norms."""
 
-    def __init__(self, experts: Experts, gate: DepthGate):
+    def __init__(self, experts: MixtureOfExperts, gate: DepthRouter):
         super().__init__()
         self.experts, self.gate = experts, gate
 

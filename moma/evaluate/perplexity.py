@@ -42,7 +42,7 @@ def evaluate(
                 on_device.tokens,
                 on_device.documents,
                 on_device.positions,
-                Routing(by=routing, capacity="actual"),
+                Routing(mode=routing, capacity="actual"),
             )
             losses = cross_entropy_sums(
                 output.logits_BSV.flatten(0, 1),

@@ -113,7 +113,7 @@ class _Rows:
         width = int(self._lengths[active].max())
         # Padding on the right is invisible to what precedes it: attention and routing are causal.
         tokens_BS = self._tokens_BS[active, :width]
-        logits_BSV = self._model(tokens_BS, routing=Routing(by="causal")).logits_BSV
+        logits_BSV = self._model(tokens_BS, routing=Routing(mode="causal")).logits_BSV
         return logits_BSV[torch.arange(len(active), device=self._device), last_B].float().cpu()
 
     def allowed(self, active: list[int]) -> Tensor:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from moma.model.depth import DepthConfig
 from moma.model.experts import GroupConfig, named_groups
-from moma.model.running import RunName
+from moma.model.implementations import ImplementationName
 from moma.recipe import Config
 
 
@@ -22,15 +22,16 @@ class ModelConfig(Config):
         kv_heads: heads of keys and values, a divisor of `heads`; left out, as many.
         hidden: hidden width F of an expert; left out, 8 · dim / 3 rounded up to `hidden_multiple`.
         norm: `swin` normalises what a layer adds (MoMa §2.2), `pre` what it reads.
-        attend: what a token sees of its row: its own `document`, or the whole `row` before it.
+        attention_mask: `document` limits attention to the token's own document, `causal` lets it
+            reach everything before it in its sequence.
         dropout: part of what attention and experts add that is dropped while training
             (Chameleon §2.3.1: 0.1 in the 7B model, which has `norm = "pre"`).
         tied_embeddings: whether the head is the embedding table; then what is looked up is
             multiplied by √D, so that one scale suits both (arXiv 1706.03762 §3.4).
         router_noise: whether logits of the experts' routers get Gumbel-Sigmoid noise while
             training, for upcycling (MoMa §2.5).
-        experts_run: how the groups' products are run, with equal results: `sequential`, `batched`
-            or `grouped` (see `running.py`); left out, what measured fastest.
+        experts_implementation: `sequential`, `batched` or `grouped` (`implementations.py`), with
+            equal results; if omitted, the one that measured fastest.
     """
 
     groups: str | tuple[GroupConfig, ...] = "moe_4t4i"
@@ -45,11 +46,11 @@ class ModelConfig(Config):
     norm_epsilon: float = 1e-5
     query_key_norm: bool = True
     rope_theta: float = 10_000.0
-    attend: Literal["document", "row"] = "document"
+    attention_mask: Literal["document", "causal"] = "document"
     dropout: float = Field(0.0, ge=0, lt=1)
     tied_embeddings: bool = False
     router_noise: bool = False
-    experts_run: RunName | None = None
+    experts_implementation: ImplementationName | None = None
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "ModelConfig":
@@ -96,10 +97,10 @@ class ModelConfig(Config):
         return frozenset(range(0, self.layers, 2) if depth.layers is None else depth.layers)
 
     @property
-    def run_name(self) -> RunName:
+    def implementation(self) -> ImplementationName:
         """How the groups' products are run (docs/results/layer.md)."""
-        if self.experts_run is not None:
-            return self.experts_run
+        if self.experts_implementation is not None:
+            return self.experts_implementation
         # Lone experts behind a gate have room for more tokens than come; `grouped` skips it.
         lone = sum(group.experts == 1 for group in self.group_list)
         return "grouped" if self.depth_layers and lone > 1 else "sequential"

@@ -16,8 +16,8 @@ class AttentionMask(NamedTuple):
     """What each token sees of those before it.
 
     Attributes:
-        mask: boolean, true where a query sees a key, or `as_numbers` of it, [B, 1, S, S]; None: all
-            that precede in the row. With windows [S / W rounded up, 1, W, 2 · W].
+        mask: boolean, true where a query sees a key, or `additive_mask` of it, [B, 1, S, S]; None:
+            all that precede in the row. With windows [S / W rounded up, 1, W, 2 · W].
         window: length W of the windows in which one long row is attended to: its tokens see only
             their own window and the one before it, so the cost grows with S · W, not with S².
     """
@@ -34,7 +34,7 @@ def document_mask(documents_BS: Tensor) -> Tensor:
     return same & causal
 
 
-def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What attention adds to its scores: 0 where a query sees a key, −∞ elsewhere.
 
     For a mask that several layers share: of a boolean, each makes numbers, and keeps them.
@@ -42,8 +42,8 @@ def as_numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def chosen_mask(
-    row_RK: Tensor, document_RK: Tensor, taken_RK: Tensor, sequence_length: int
+def selected_mask(
+    row_RK: Tensor, document_RK: Tensor, filled_RK: Tensor, sequence_length: int
 ) -> AttentionMask:
     """The mask among tokens picked out of several sequences, in the order of the sequences.
 
@@ -52,12 +52,12 @@ def chosen_mask(
 
     Args:
         row_RK, document_RK: row and document of the token in each slot.
-        taken_RK: whether a slot holds a token.
+        filled_RK: whether a slot holds a token.
         sequence_length: most tokens of a sequence. Where all slots are one sequence (R = 1) of
             more than twice that length, windows of this length hold all that a token may see.
     """
     slot_RK = torch.arange(row_RK.shape[1], device=row_RK.device).expand_as(row_RK)
-    ids = torch.stack((slot_RK, row_RK, document_RK, taken_RK.to(slot_RK.dtype)), dim=-1)
+    ids = torch.stack((slot_RK, row_RK, document_RK, filled_RK.to(slot_RK.dtype)), dim=-1)
     if len(row_RK) > 1 or row_RK.shape[1] <= 2 * sequence_length:
         return AttentionMask(_sees(ids, ids))
     folded = _fold(ids, sequence_length, filler=-1)
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(heads, self.width) if query_key_norm else nn.Identity()
         self.key_norm = HeadNorm(kv_heads, self.width) if query_key_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], sight: AttentionMask) -> Tensor:
+    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
         """Attend over [B, S, D]; `angles` are those of `rotary_angles` at the tokens' positions."""
         query, key, value = (
             projection(x_BSD).unflatten(-1, (-1, self.width))
@@ -117,12 +117,12 @@ class Attention(nn.Module):
         )
         query = rotate(self.query_norm(query), angles)
         key = rotate(self.key_norm(key), angles)
-        if sight.window is None:
-            mixed_BSHC = self._mix(query, key, value, sight.mask)
+        if mask.window is None:
+            mixed_BSHC = self._mix(query, key, value, mask.mask)
         else:
-            query = _fold(query, sight.window)
-            key, value = (_with_window_before(_fold(x, sight.window)) for x in (key, value))
-            windows = self._mix(query, key, value, sight.mask)
+            query = _fold(query, mask.window)
+            key, value = (_with_window_before(_fold(x, mask.window)) for x in (key, value))
+            windows = self._mix(query, key, value, mask.mask)
             mixed_BSHC = windows.flatten(0, 1)[None, : x_BSD.shape[1]]
         return self.output(mixed_BSHC.flatten(-2))
 

@@ -19,31 +19,31 @@ class AuxiliaryRouter(nn.Module):
         return self.output(functional.silu(self.hidden(x_ND)))
 
 
-class RouterRecord(NamedTuple):
+class RouterOutput(NamedTuple):
     """What one router did in a forward pass, returned as an output so that it can be trained on.
 
     Attributes:
-        chosen_NE: 1 where the batch choice gave token n to expert e, else 0.
+        selected_NE: 1 where the batch choice gave token n to expert e, else 0.
         auxiliary_logits_NE: the auxiliary router's logits for the same, if they were asked for.
         eligible_N: the tokens that the router had to choose from.
         logits_NE: the main router's logits.
         kind: whether experts chose (E of them) or a whole layer did (E = 1).
     """
 
-    chosen_NE: Tensor
+    selected_NE: Tensor
     auxiliary_logits_NE: Tensor | None
     eligible_N: Tensor
     logits_NE: Tensor
     kind: Literal["experts", "depth"] = "experts"
 
-    def spread(self, token_K: Tensor, tokens: int) -> "RouterRecord":
+    def spread(self, token_K: Tensor, tokens: int) -> "RouterOutput":
         """The record of a router that met only the tokens `token_K`, as one over all N tokens."""
 
         def over_all(part: Tensor) -> Tensor:
             return part.new_zeros(tokens, *part.shape[1:]).index_copy(0, token_K, part)
 
         return self._replace(
-            chosen_NE=over_all(self.chosen_NE),
+            selected_NE=over_all(self.selected_NE),
             auxiliary_logits_NE=None
             if self.auxiliary_logits_NE is None
             else over_all(self.auxiliary_logits_NE),
@@ -52,7 +52,7 @@ class RouterRecord(NamedTuple):
         )
 
 
-class RouterReport(NamedTuple):
+class Diagnostics(NamedTuple):
     """What a router tells of a forward pass, besides its selection; or a layer of its output.
 
     Attributes:
@@ -61,4 +61,4 @@ class RouterReport(NamedTuple):
     """
 
     nonfinite: Tensor
-    record: RouterRecord | None
+    record: RouterOutput | None

@@ -9,10 +9,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
-from moma.model.attention import Attention, AttentionMask, chosen_mask
-from moma.model.auxiliary import RouterReport
-from moma.model.depth import DepthConfig, DepthGate
-from moma.model.experts import make_experts, make_group
+from moma.model.attention import Attention, AttentionMask, selected_mask
+from moma.model.auxiliary import Diagnostics
+from moma.model.depth import DepthConfig, DepthRouter
+from moma.model.experts import build_experts, build_group
 from moma.model.layers import gather, scatter_add
 from moma.model.routing import Routing, Selection
 from moma.vocabulary import Vocabulary
@@ -25,17 +25,17 @@ class Context(NamedTuple):
         modality_BS: −1 for padding.
         document_BS: what attention must not leave; all alike if it may see the whole row.
         angles: of the rotary embedding, each [B, S, 1, C/2].
-        sight: what attention sees.
+        mask: what attention sees.
     """
 
     modality_BS: Tensor
     document_BS: Tensor
     angles: tuple[Tensor, Tensor]
-    sight: AttentionMask
+    mask: AttentionMask
 
     def at(self, selection: Selection) -> "Context":
         """The same of chosen tokens, [R, K]; what is in an empty slot is padding anyway."""
-        token_RK, taken_RK, _ = selection
+        token_RK, filled_RK, _ = selection
         sequence_length = self.modality_BS.shape[1]
         document_RK = self.document_BS.flatten()[token_RK]
         cosine, sine = (
@@ -46,7 +46,7 @@ class Context(NamedTuple):
             self.modality_BS.flatten()[token_RK],
             document_RK,
             (cosine, sine),
-            chosen_mask(token_RK // sequence_length, document_RK, taken_RK, sequence_length),
+            selected_mask(token_RK // sequence_length, document_RK, filled_RK, sequence_length),
         )
 
 
@@ -75,17 +75,19 @@ class Layer(nn.Module):
         )
         width, names = config.hidden_width, vocabulary.modalities
         groups = [
-            make_group(config.dim, width, group, shares, names, token_fraction, config.router_noise)
+            build_group(
+                config.dim, width, group, shares, names, token_fraction, config.router_noise
+            )
             for group in config.group_list
         ]
-        self.experts = make_experts(groups, config.run_name)
+        self.experts = build_experts(groups, config.implementation)
         self.attention_norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.experts_norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x_BSD: Tensor, context: Context, routing: Routing
-    ) -> tuple[Tensor, list[RouterReport]]:
+    ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; return a report of the output, and what the routers tell."""
         attended_BSD, fed_BSD, reports = self._updates(x_BSD, context, routing)
         y_BSD = x_BSD + attended_BSD + fed_BSD
@@ -93,10 +95,10 @@ class Layer(nn.Module):
 
     def _updates(
         self, x_BSD: Tensor, context: Context, routing: Routing
-    ) -> tuple[Tensor, Tensor, list[RouterReport]]:
+    ) -> tuple[Tensor, Tensor, list[Diagnostics]]:
         """What attention adds to x, and what the experts then add."""
         read_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
-        attended_BSD = self.attention(read_BSD, context.angles, context.sight)
+        attended_BSD = self.attention(read_BSD, context.angles, context.mask)
         attended_BSD = self.attention_norm(attended_BSD) if self.swin else attended_BSD
         attended_BSD = self.dropout(attended_BSD)
         h_BSD = x_BSD + attended_BSD
@@ -116,18 +118,18 @@ class DepthLayer(Layer):
         shares: Sequence[float],
         depth: DepthConfig,
     ):
-        super().__init__(config, vocabulary, shares, token_fraction=depth.share)
-        self.depth = DepthGate(config.dim, depth)
+        super().__init__(config, vocabulary, shares, token_fraction=depth.capacity_factor)
+        self.depth = DepthRouter(config.dim, depth)
 
     def forward(
         self, x_BSD: Tensor, context: Context, routing: Routing
-    ) -> tuple[Tensor, list[RouterReport]]:
+    ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; the gate's report comes after those of the experts."""
         selection, gate = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, token_RK = x_BSD.flatten(0, 1), selection.token_EK
         x_RKD = gather(x_ND, token_RK.flatten()).unflatten(0, token_RK.shape)
         attended_RKD, fed_RKD, reports = self._updates(x_RKD, context.at(selection), routing)
-        update_RKD = (attended_RKD + fed_RKD) * selection.weight_EK[..., None]
+        update_RKD = (attended_RKD + fed_RKD) * selection.score_EK[..., None]
         update_TD = update_RKD.flatten(0, 1).to(x_ND.dtype)
         y_ND = scatter_add(x_ND, token_RK.flatten(), update_TD)
         over_all = [
@@ -139,12 +141,12 @@ class DepthLayer(Layer):
         return y_ND.view_as(x_BSD), [_of_output(y_ND), *over_all, gate]
 
 
-def _of_output(y_BSD: Tensor) -> RouterReport:
+def _of_output(y_BSD: Tensor) -> Diagnostics:
     """Whether a layer's output is not finite: nor is its sum then, and one pass finds it."""
-    return RouterReport(~y_BSD.detach().sum().isfinite(), None)
+    return Diagnostics(~y_BSD.detach().sum().isfinite(), None)
 
 
-def make_layer(
+def build_layer(
     number: int, config: ModelConfig, vocabulary: Vocabulary, shares: Sequence[float]
 ) -> Layer:
     """Layer `number` of a model: with a gate where mixture-of-depths has one."""

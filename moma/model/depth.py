@@ -14,15 +14,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
+from moma.model.auxiliary import AuxiliaryRouter, Diagnostics, RouterOutput
 from moma.model.layers import upcast
 from moma.model.routing import (
     Routing,
     Selection,
     any_nonfinite,
-    choose_causally,
-    choose_highest,
+    causal_choice,
     router_logits,
+    select_top_k,
     static_capacity,
 )
 from moma.recipe import Config
@@ -34,27 +34,27 @@ class DepthConfig(Config):
     Attributes:
         share: part of the tokens that such a layer takes, c_d.
         layers: their numbers, from 0; left out, every second from the first on (§4.1).
-        choose: among the tokens of the whole micro-batch (`batch`, §2.3), or of each row by itself
+        scope: among the tokens of the whole micro-batch (`batch`, §2.3), or of each row by itself
             (`row`, as in Raposo et al. 2024, arXiv 2404.02258).
     """
 
-    share: float = Field(0.25, gt=0, le=1)
+    capacity_factor: float = Field(0.25, gt=0, le=1)
     layers: tuple[int, ...] | None = None
-    choose: Literal["batch", "row"] = "batch"
+    scope: Literal["batch", "sequence"] = "batch"
 
 
-class DepthGate(nn.Module):
+class DepthRouter(nn.Module):
     """The gate of a layer: a main router scores, an auxiliary router foretells (Eq. 2 and 4)."""
 
     def __init__(self, dim: int, config: DepthConfig):
         super().__init__()
-        self.share, self.by_row = config.share, config.choose == "row"
+        self.capacity_factor, self.by_row = config.capacity_factor, config.scope == "sequence"
         self.router = nn.Linear(dim, 1, bias=False)
         self.auxiliary = AuxiliaryRouter(dim, 1)
 
     def forward(
         self, x_BSD: Tensor, eligible_BS: Tensor, routing: Routing
-    ) -> tuple[Selection, RouterReport]:
+    ) -> tuple[Selection, Diagnostics]:
         """Choose among [B, S, D].
 
         Args:
@@ -69,24 +69,24 @@ class DepthGate(nn.Module):
         x_ND, eligible_N = x_BSD.flatten(0, 1), eligible_BS.flatten()
         logits_N1 = router_logits(self.router.weight, x_ND)
         nonfinite = any_nonfinite(logits_N1, eligible_N)
-        if routing.by == "causal":
+        if routing.mode == "causal":
             auxiliary_logits_N1 = self.auxiliary(x_ND)
             nonfinite = nonfinite | any_nonfinite(auxiliary_logits_N1, eligible_N)
-            return choose_causally(logits_N1, auxiliary_logits_N1, eligible_N), RouterReport(
+            return causal_choice(logits_N1, auxiliary_logits_N1, eligible_N), Diagnostics(
                 nonfinite, None
             )
         selection = self._choose(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
         if not routing.reported:
-            return selection, RouterReport(nonfinite, None)
-        chosen_N1 = selection.chosen_NE(len(x_ND)).sum(1, keepdim=True)
+            return selection, Diagnostics(nonfinite, None)
+        chosen_N1 = selection.selected_NE(len(x_ND)).sum(1, keepdim=True)
         auxiliary_logits_N1 = None
-        if routing.record:
+        if routing.record_auxiliary:
             auxiliary_logits_N1 = upcast(self.auxiliary(x_ND))
             nonfinite = nonfinite | any_nonfinite(auxiliary_logits_N1, eligible_N)
-        record = RouterRecord(
+        record = RouterOutput(
             chosen_N1, auxiliary_logits_N1, eligible_N, logits_N1.detach(), "depth"
         )
-        return selection, RouterReport(nonfinite, record)
+        return selection, Diagnostics(nonfinite, record)
 
     def _choose(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:
         rows = len(logits_BS) if self.by_row else 1
@@ -94,11 +94,13 @@ class DepthGate(nn.Module):
         tokens = logits_RN.shape[1]
         if routing.capacity == "actual" and not self.by_row:
             tokens = int(eligible_RN.sum())
-        selection = choose_highest(logits_RN, eligible_RN, static_capacity(self.share, tokens))
+        selection = select_top_k(
+            logits_RN, eligible_RN, static_capacity(self.capacity_factor, tokens)
+        )
         token_RK, order_RK = selection.token_EK.sort(dim=1)
         first_R1 = torch.arange(rows, device=token_RK.device)[:, None] * logits_RN.shape[1]
         return Selection(
             token_RK + first_R1,
-            selection.taken_EK.gather(1, order_RK),
-            selection.weight_EK.gather(1, order_RK),
+            selection.filled_EK.gather(1, order_RK),
+            selection.score_EK.gather(1, order_RK),
         )

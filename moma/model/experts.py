@@ -4,8 +4,8 @@
 
 A layer holds one group of experts for each set of modalities; a token meets only the groups of its
 own modality (first step, given), and inside a group the experts choose their tokens (second step,
-learned: `routing.py`). Outputs of groups add, so groups may overlap. `add_experts` is the equation;
-other ways to run the products, with equal results: `running.py`.
+learned: `routing.py`). Outputs of groups add, so groups may overlap. `add_expert_outputs` is the
+equation; other ways to run the products, with equal results: `implementations.py`.
 Shapes: see `layers.py`.
 """
 
@@ -22,20 +22,25 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.errors import UserError
-from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
+from moma.model.auxiliary import AuxiliaryRouter, Diagnostics, RouterOutput
+from moma.model.implementations import (
+    ExpertInputs,
+    ImplementationName,
+    add_grouped_outputs,
+    merge_equal_capacity,
+)
 from moma.model.layers import SwiGLU, gather, scatter_add, upcast
 from moma.model.routing import (
     Routing,
     Selection,
     any_nonfinite,
-    choose_by_batch,
-    choose_causally,
+    causal_choice,
+    expert_choice,
     logistic_noise,
     router_logits,
+    select_all,
     static_capacity,
-    take_all,
 )
-from moma.model.running import ExpertInputs, RunName, merge_alike, run_grouped
 from moma.recipe import Config
 from moma.vocabulary import MODALITIES
 
@@ -79,7 +84,7 @@ def named_groups(name: str) -> tuple[GroupConfig, ...]:
     )
 
 
-def add_experts(total_ND: Tensor, x_ND: Tensor, load: ExpertInputs) -> Tensor:
+def add_expert_outputs(total_ND: Tensor, x_ND: Tensor, load: ExpertInputs) -> Tensor:
     """Equation 1: total + Σ_j s_j(x) · FFN_j(x) over the experts j that took x; [N, D] to [N, D].
 
     Args:
@@ -94,7 +99,7 @@ def add_experts(total_ND: Tensor, x_ND: Tensor, load: ExpertInputs) -> Tensor:
     return scatter_add(total_ND, token_T, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
 
 
-def no_output(x_ND: Tensor) -> Tensor:
+def zero_total(x_ND: Tensor) -> Tensor:
     """Zeros to add the experts' outputs to: in fp32 at least, as scores and weights are.
 
     Not made as [N, D]: compiled, they would be taken for the zeros to which the backward of
@@ -125,7 +130,7 @@ class ExpertGroup(nn.Module):
 
     def forward(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing, total_ND: Tensor | None = None
-    ) -> tuple[Tensor, RouterReport | None]:
+    ) -> tuple[Tensor, Diagnostics | None]:
         """Route the tokens of the group's modalities and add what their experts give.
 
         Args:
@@ -135,12 +140,12 @@ class ExpertGroup(nn.Module):
             total_ND: what other groups gave; left out, nothing.
         """
         load, report = self.load(x_ND, modality_N, routing)
-        total_ND = no_output(x_ND) if total_ND is None else total_ND
-        return add_experts(total_ND, x_ND, load), report
+        total_ND = zero_total(x_ND) if total_ND is None else total_ND
+        return add_expert_outputs(total_ND, x_ND, load), report
 
     def load(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
-    ) -> tuple[ExpertInputs, RouterReport | None]:
+    ) -> tuple[ExpertInputs, Diagnostics | None]:
         """Route the tokens, but leave the products to be run with those of other groups."""
         selection, report = self._select(x_ND, self._eligible(modality_N), routing)
         return ExpertInputs(self.gate_EDF, self.up_EDF, self.down_EFD, selection), report
@@ -153,15 +158,15 @@ class ExpertGroup(nn.Module):
 
     def _capacity(self, eligible_N: Tensor, routing: Routing) -> int:
         """K = share · N / E (static), or from the batch's own count (actual, and causally)."""
-        if routing.by == "choice" and routing.capacity == "static":
+        if routing.mode == "choice" and routing.capacity == "static":
             return static_capacity(self.share, eligible_N.shape[0], self.experts)
         return math.ceil(int(eligible_N.sum()) / self.experts)
 
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
-    ) -> tuple[Selection, RouterReport | None]:
+    ) -> tuple[Selection, Diagnostics | None]:
         """Without a router (one expert): all tokens of the modality."""
-        return take_all(eligible_N, self._capacity(eligible_N, routing)), None
+        return select_all(eligible_N, self._capacity(eligible_N, routing)), None
 
 
 class RoutedGroup(ExpertGroup):
@@ -188,26 +193,26 @@ class RoutedGroup(ExpertGroup):
 
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
-    ) -> tuple[Selection, RouterReport | None]:
+    ) -> tuple[Selection, Diagnostics | None]:
         logits_NE = router_logits(self.router.weight, x_ND)
-        if self.noise and self.training and routing.by == "choice":
+        if self.noise and self.training and routing.mode == "choice":
             logits_NE = logits_NE + logistic_noise(logits_NE)
         nonfinite = any_nonfinite(logits_NE, eligible_N)
-        if routing.by == "causal":
+        if routing.mode == "causal":
             auxiliary_logits_NE = self.auxiliary(x_ND)
             nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
-            selection = choose_causally(logits_NE, auxiliary_logits_NE, eligible_N)
-            return selection, RouterReport(nonfinite, None)
-        selection = choose_by_batch(logits_NE, eligible_N, self._capacity(eligible_N, routing))
+            selection = causal_choice(logits_NE, auxiliary_logits_NE, eligible_N)
+            return selection, Diagnostics(nonfinite, None)
+        selection = expert_choice(logits_NE, eligible_N, self._capacity(eligible_N, routing))
         if not routing.reported:
-            return selection, RouterReport(nonfinite, None)
-        chosen_NE = selection.chosen_NE(x_ND.shape[0])
+            return selection, Diagnostics(nonfinite, None)
+        selected_NE = selection.selected_NE(x_ND.shape[0])
         auxiliary_logits_NE = None
-        if routing.record:
+        if routing.record_auxiliary:
             auxiliary_logits_NE = upcast(self.auxiliary(x_ND))
             nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
-        record = RouterRecord(chosen_NE, auxiliary_logits_NE, eligible_N, logits_NE.detach())
-        return selection, RouterReport(nonfinite, record)
+        record = RouterOutput(selected_NE, auxiliary_logits_NE, eligible_N, logits_NE.detach())
+        return selection, Diagnostics(nonfinite, record)
 
 
 class DenseGroup(SwiGLU):
@@ -215,7 +220,7 @@ class DenseGroup(SwiGLU):
 
     def forward(  # type: ignore[override]
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing, total_ND: Tensor | None = None
-    ) -> tuple[Tensor, RouterReport | None]:
+    ) -> tuple[Tensor, Diagnostics | None]:
         """Apply the feed-forward to every token and add it to the total, [N, D] to [N, D]."""
         y_ND = super().forward(x_ND)
         return y_ND if total_ND is None else total_ND + y_ND, None
@@ -245,7 +250,7 @@ def group_share(
     return min(1.0, share / token_fraction) if config.experts == 1 else share
 
 
-def make_group(
+def build_group(
     dim: int,
     hidden: int,
     config: GroupConfig,
@@ -274,12 +279,12 @@ def make_group(
     return RoutedGroup(dim, hidden, numbers, config.experts, share, noise)
 
 
-def most_overlap(modalities: Iterable[Iterable[int | str]]) -> int:
+def max_groups_per_modality(modalities: Iterable[Iterable[int | str]]) -> int:
     """The largest number of groups that take the same modality, from the modalities of each."""
     return max(Counter(chain.from_iterable(modalities)).values(), default=0)
 
 
-class Experts(nn.Module):
+class MixtureOfExperts(nn.Module):
     """The feed-forward of a layer: its groups, added up, one after the other (`sequential`)."""
 
     def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
@@ -288,7 +293,7 @@ class Experts(nn.Module):
 
     def forward(
         self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
-    ) -> tuple[Tensor, list[RouterReport]]:
+    ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D] and return what the routers tell."""
         total_ND, reports = self._add_up(x_BSD.flatten(0, 1), modality_BS.flatten(), routing)
         told = [report for report in reports if report is not None]
@@ -296,7 +301,7 @@ class Experts(nn.Module):
 
     def _add_up(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
-    ) -> tuple[Tensor, list[RouterReport | None]]:
+    ) -> tuple[Tensor, list[Diagnostics | None]]:
         total_ND, reports = None, []
         for group in self.groups:
             total_ND, report = group(x_ND, modality_N, routing, total_ND)
@@ -309,7 +314,7 @@ class Experts(nn.Module):
         return list(self.groups) if len(self.groups) > 1 else []
 
 
-class JointExperts(Experts):
+class JointMixtureOfExperts(MixtureOfExperts):
     """The same, all groups run together (`batched`, `grouped`); the weights stay with the groups.
 
     Args:
@@ -330,11 +335,11 @@ class JointExperts(Experts):
 
     def _add_up(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
-    ) -> tuple[Tensor, list[RouterReport | None]]:
+    ) -> tuple[Tensor, list[Diagnostics | None]]:
         loads, reports = zip(
             *(group.load(x_ND, modality_N, routing) for group in self._choosing), strict=True
         )
-        total_ND = self.run(no_output(x_ND), x_ND, loads)
+        total_ND = self.run(zero_total(x_ND), x_ND, loads)
         for group in self._plain:
             total_ND, _ = group(x_ND, modality_N, routing, total_ND)
         return total_ND, list(reports)
@@ -344,18 +349,23 @@ class JointExperts(Experts):
         return []
 
 
-def make_experts(groups: Sequence[ExpertGroup | DenseGroup], run: RunName) -> Experts:
+def build_experts(
+    groups: Sequence[ExpertGroup | DenseGroup], run: ImplementationName
+) -> MixtureOfExperts:
     """The feed-forward of a layer, run by a strategy; the names of weights do not depend on it."""
     choosing = [group for group in groups if isinstance(group, ExpertGroup)]
     if run == "sequential" or not choosing:
-        return Experts(groups)
+        return MixtureOfExperts(groups)
     if run == "batched":
-        return JointExperts(groups, choosing, _add_batched)
-    lone = most_overlap(group.modalities for group in choosing if group.experts == 1)
-    return JointExperts(groups, choosing, partial(run_grouped, single_expert_overlap=lone))
+        return JointMixtureOfExperts(groups, choosing, add_batched_outputs)
+    lone = max_groups_per_modality(group.modalities for group in choosing if group.experts == 1)
+    return JointMixtureOfExperts(
+        groups, choosing, partial(add_grouped_outputs, single_expert_overlap=lone)
+    )
 
 
-def _add_batched(total_ND: Tensor, x_ND: Tensor, loads: Sequence[ExpertInputs]) -> Tensor:
-    for load in merge_alike(loads):
-        total_ND = add_experts(total_ND, x_ND, load)
+def add_batched_outputs(total_ND: Tensor, x_ND: Tensor, loads: Sequence[ExpertInputs]) -> Tensor:
+    """Equation 1 for several groups, those of equal capacity in one batched product."""
+    for load in merge_equal_capacity(loads):
+        total_ND = add_expert_outputs(total_ND, x_ND, load)
     return total_ND

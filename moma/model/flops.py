@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moma.model.architecture import ModelConfig
-from moma.model.experts import GroupConfig, group_share, most_overlap
+from moma.model.experts import GroupConfig, group_share, max_groups_per_modality
 from moma.model.routing import static_capacity
 from moma.vocabulary import MODALITIES
 
@@ -49,13 +49,18 @@ def layer_kinds(
     depth = config.depth_config
     if depth is None:
         return kinds
-    if depth.choose == "row":
-        chosen = static_capacity(depth.share, sequence_length)
+    if depth.scope == "sequence":
+        chosen = static_capacity(depth.capacity_factor, sequence_length)
         return [
             *kinds,
-            LayerKind(gated, depth.share, micro_batch_size * chosen, micro_batch_size * chosen**2),
+            LayerKind(
+                gated,
+                depth.capacity_factor,
+                micro_batch_size * chosen,
+                micro_batch_size * chosen**2,
+            ),
         ]
-    chosen = static_capacity(depth.share, tokens)
+    chosen = static_capacity(depth.capacity_factor, tokens)
     # One sequence of all that are chosen; a long one is cut into windows, see `AttentionMask`.
     windows = -(-chosen // sequence_length)
     pairs = (
@@ -63,10 +68,10 @@ def layer_kinds(
         if chosen <= 2 * sequence_length
         else windows * sequence_length * 2 * sequence_length
     )
-    return [*kinds, LayerKind(gated, depth.share, chosen, pairs)]
+    return [*kinds, LayerKind(gated, depth.capacity_factor, chosen, pairs)]
 
 
-def in_all(by_kind: Mapping[str, Counts]) -> Counts:
+def sum_over_kinds(by_kind: Mapping[str, Counts]) -> Counts:
     """Counts of layers of every kind, and of what is outside them, added up part by part."""
     counts = by_kind.values()
     found = [part for part in _PARTS if any(part in each for each in counts)]
@@ -80,7 +85,7 @@ def parameters(config: ModelConfig, vocabulary_size: int) -> Counts:
         `embedding`, `attention` with its norms of queries and keys, `norms`, `experts`, `routers`
         of experts, `depth` (the gates), `head`.
     """
-    return in_all(parameters_by_kind(config, vocabulary_size))
+    return sum_over_kinds(parameters_by_kind(config, vocabulary_size))
 
 
 def parameters_by_kind(config: ModelConfig, vocabulary_size: int) -> CountsByKind:
@@ -115,7 +120,7 @@ def active_parameters(
     One expert of each group of its modality; of a layer with a gate, the part of the tokens that
     it lets through. Embedding table and head count whole.
     """
-    return in_all(active_by_kind(config, vocabulary_size, shares, modalities))
+    return sum_over_kinds(active_by_kind(config, vocabulary_size, shares, modalities))
 
 
 def active_by_kind(
@@ -133,7 +138,7 @@ def active_by_kind(
         ),
     }
     depth, gated = config.depth_config, len(config.depth_layers)
-    met = depth.share * gated if depth else 0
+    met = depth.capacity_factor * gated if depth else 0
     return {
         "full": _times(config.layers - gated, layer),
         "gated": _times(met, layer) | {"depth": gated * config.dim},
@@ -154,7 +159,7 @@ def forward_flops(
     Returns:
         Operations by kind of part: `attention`, `routers`, `experts`, `depth`, `head`.
     """
-    return in_all(
+    return sum_over_kinds(
         forward_by_kind(
             config, vocabulary_size, shares, micro_batch_size, sequence_length, modalities
         )
@@ -207,12 +212,12 @@ def empty_slot_flops(
     and cannot know beforehand how many will. Run as one grouped product, lone experts share room.
     """
     lone = [group for group in config.group_list if group.experts == 1]
-    overlap = most_overlap(group.modalities for group in lone)
+    overlap = max_groups_per_modality(group.modalities for group in lone)
     empty = 0.0
     for kind in layer_kinds(config, micro_batch_size, sequence_length):
         slots = [_slots(group, kind, shares, modalities) for group in lone]
         held, room = (sum(each) for each in zip(*slots, strict=True)) if slots else (0, 0)
-        if config.run_name == "grouped":
+        if config.implementation == "grouped":
             room = min(room, overlap * kind.tokens)
         empty += kind.layers * 6 * (room - held) * config.dim * config.hidden_width
     return empty

@@ -29,22 +29,22 @@ class Routing:
     """How a forward pass routes its tokens.
 
     Attributes:
-        by: `choice` takes the best tokens of the batch; `causal` asks the auxiliary routers.
+        mode: `choice` takes the best tokens of the batch; `causal` asks the auxiliary routers.
         capacity: slots of an expert under `choice`. `static` follows the recipe's modality shares,
             so that every shape is known beforehand; `actual` counts the batch's own tokens.
-        record: whether routers report what they chose and what they foretold, to be trained on.
-        choices: whether they report what they chose alone, which costs next to nothing.
+        record_auxiliary: whether records hold the auxiliary logits too, to be trained on.
+        record_selection: whether routers record which tokens were selected; nearly free.
     """
 
-    by: RoutingName = "choice"
+    mode: RoutingName = "choice"
     capacity: CapacityName = "static"
-    record: bool = False
-    choices: bool = False
+    record_auxiliary: bool = False
+    record_selection: bool = False
 
     @property
     def reported(self) -> bool:
         """Whether routers report at all."""
-        return self.record or self.choices
+        return self.record_auxiliary or self.record_selection
 
 
 class Selection(NamedTuple):
@@ -52,19 +52,19 @@ class Selection(NamedTuple):
 
     Attributes:
         token_EK: int64 index into the N tokens for each slot.
-        taken_EK: whether the slot holds a token; an expert may have more slots than tokens.
-        weight_EK: factor of the expert's output; exactly 0 in an empty slot, so that what is
+        filled_EK: whether the slot holds a token; an expert may have more slots than tokens.
+        score_EK: factor of the expert's output; exactly 0 in an empty slot, so that what is
             computed there adds nothing and gets no gradient.
     """
 
     token_EK: Tensor
-    taken_EK: Tensor
-    weight_EK: Tensor
+    filled_EK: Tensor
+    score_EK: Tensor
 
-    def chosen_NE(self, tokens: int) -> Tensor:
+    def selected_NE(self, tokens: int) -> Tensor:
         """Whether token n is taken by expert e, as zeros and ones of shape [N, E]."""
-        nobody = self.weight_EK.new_zeros(len(self.token_EK), tokens)
-        return nobody.scatter_add(1, self.token_EK, self.taken_EK.to(nobody.dtype)).T
+        nobody = self.score_EK.new_zeros(len(self.token_EK), tokens)
+        return nobody.scatter_add(1, self.token_EK, self.filled_EK.to(nobody.dtype)).T
 
 
 def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def any_nonfinite(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
     return (~logits_NE.detach().isfinite().all(1) & eligible_N).any()
 
 
-def choose_by_batch(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selection:
+def expert_choice(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selection:
     """Expert choice: each expert takes its `capacity` highest-scored eligible tokens (Eq. 1).
 
     Args:
@@ -136,20 +136,18 @@ def choose_by_batch(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Sel
         eligible_N: whether a token belongs to the group's modalities and is no padding.
         capacity: slots an expert has, K; slots beyond the eligible tokens stay empty.
     """
-    return choose_highest(logits_NE.T, eligible_N.expand(logits_NE.shape[1], -1), capacity)
+    return select_top_k(logits_NE.T, eligible_N.expand(logits_NE.shape[1], -1), capacity)
 
 
-def choose_highest(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selection:
-    """As `choose_by_batch`, each line of E choosing among N tokens of its own."""
+def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selection:
+    """As `expert_choice`, each line of E choosing among N tokens of its own."""
     masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
     token_EK = masked_EN.topk(min(capacity, logits_EN.shape[1]), dim=1).indices
-    taken_EK = eligible_EN.gather(1, token_EK)
-    return Selection(token_EK, taken_EK, logits_EN.gather(1, token_EK).sigmoid() * taken_EK)
+    filled_EK = eligible_EN.gather(1, token_EK)
+    return Selection(token_EK, filled_EK, logits_EN.gather(1, token_EK).sigmoid() * filled_EK)
 
 
-def choose_causally(
-    logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Tensor
-) -> Selection:
+def causal_choice(logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Tensor) -> Selection:
     """Causal choice: expert e takes token n iff its likelihood is above one half (§2.4).
 
     The number of slots is what the busiest expert needs, so the shape depends on the data: this
@@ -158,18 +156,18 @@ def choose_causally(
     Args:
         logits_NE: main router logits, which give the weight alone.
         auxiliary_logits_NE: the auxiliary router's logits; above 0 is a likelihood above 0.5.
-        eligible_N: as for `choose_by_batch`.
+        eligible_N: as for `expert_choice`.
     """
     chosen_EN = ((auxiliary_logits_NE > 0) & eligible_N[:, None]).T
     capacity = int(chosen_EN.sum(1).max())
     # Taken tokens first, in order; what follows them are the empty slots.
     token_EK = chosen_EN.byte().sort(dim=1, descending=True, stable=True).indices[:, :capacity]
-    taken_EK = chosen_EN.gather(1, token_EK)
-    return Selection(token_EK, taken_EK, logits_NE.T.gather(1, token_EK).sigmoid() * taken_EK)
+    filled_EK = chosen_EN.gather(1, token_EK)
+    return Selection(token_EK, filled_EK, logits_NE.T.gather(1, token_EK).sigmoid() * filled_EK)
 
 
-def take_all(eligible_N: Tensor, capacity: int) -> Selection:
+def select_all(eligible_N: Tensor, capacity: int) -> Selection:
     """A group of one expert takes every eligible token with weight 1: it needs no router."""
     taken_N, token_N = eligible_N.byte().sort(descending=True, stable=True)
-    taken_EK = taken_N[None, :capacity].bool()
-    return Selection(token_N[None, :capacity], taken_EK, taken_EK.float())
+    filled_EK = taken_N[None, :capacity].bool()
+    return Selection(token_N[None, :capacity], filled_EK, filled_EK.float())

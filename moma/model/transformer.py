@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
-from moma.model.attention import AttentionMask, as_numbers, document_mask
-from moma.model.auxiliary import AuxiliaryRouter, RouterRecord, RouterReport
-from moma.model.decoder_layer import Context, make_layer
+from moma.model.attention import AttentionMask, additive_mask, document_mask
+from moma.model.auxiliary import AuxiliaryRouter, Diagnostics, RouterOutput
+from moma.model.decoder_layer import Context, build_layer
 from moma.model.layers import rotary_angles
 from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
@@ -31,7 +31,7 @@ class ModelOutput(NamedTuple):
     """
 
     logits_BSV: Tensor
-    routers: list[RouterRecord]
+    routers: list[RouterOutput]
     nonfinite_L: Tensor
 
 
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         self.config, self.vocabulary, self.shares = config, vocabulary, tuple(shares)
         self.embedding = nn.Embedding(vocabulary.size, config.dim)
         self.layers = nn.ModuleList(
-            make_layer(number, config, vocabulary, shares) for number in range(config.layers)
+            build_layer(number, config, vocabulary, shares) for number in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.head = nn.Linear(config.dim, vocabulary.size, bias=False)
@@ -83,14 +83,14 @@ class Transformer(nn.Module):
         routing = routing or Routing()
         context = self._context(tokens_BS, documents_BS, positions_BS)
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
-        reports: list[RouterReport] = []
+        reports: list[Diagnostics] = []
         nonfinite: list[Tensor] = []
         for layer in self.layers:
             x_BSD, told = layer(x_BSD, context, routing)
             reports.extend(told)
             nonfinite.append(torch.stack([report.nonfinite for report in told]).any())
         nonfinite_L = torch.stack(nonfinite)
-        if routing.by == "causal" or routing.capacity == "actual":  # these wait for the device
+        if routing.mode == "causal" or routing.capacity == "actual":  # these wait for the device
             require_finite(nonfinite_L)
         records = [report.record for report in reports if report.record is not None]
         return ModelOutput(self.head(self.norm(x_BSD)), records, nonfinite_L)
@@ -105,9 +105,9 @@ class Transformer(nn.Module):
         angles = rotary_angles(
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
-        if self.config.attend == "row" or documents_BS is None:
+        if self.config.attention_mask == "causal" or documents_BS is None:
             return Context(modality_BS, torch.zeros_like(tokens_BS), angles, AttentionMask())
-        mask = as_numbers(document_mask(documents_BS), self._product_dtype(tokens_BS.device))
+        mask = additive_mask(document_mask(documents_BS), self._product_dtype(tokens_BS.device))
         return Context(modality_BS, documents_BS, angles, AttentionMask(mask))
 
     def _product_dtype(self, device: torch.device) -> torch.dtype:

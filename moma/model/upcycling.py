@@ -23,7 +23,7 @@ from moma.runtime.weights import Weights
 
 # What may differ between seed and grown model; everything else decides the weights that are copied
 # or what they compute.
-_FREE = {"groups", "depth", "dropout", "router_noise", "experts_run"}
+_FREE = {"groups", "depth", "dropout", "router_noise", "experts_implementation"}
 _PARTS = ("gate", "up", "down")
 _IN_GROUP = re.compile(r"(layers\.\d+\.experts\.groups)\.(\d+)\.(.+)")
 
@@ -46,11 +46,11 @@ def grow(seed_state: Mapping[str, Tensor], seed: ModelConfig, model: Transformer
     Raises:
         UserError: the seed does not fit; the model is as it was.
     """
-    grow_from(Weights.of(seed_state), seed, model)
+    upcycle_from(Weights.of(seed_state), seed, model)
 
 
 @torch.no_grad()
-def grow_from(
+def upcycle_from(
     weights: Weights,
     seed: ModelConfig,
     model: Transformer,
@@ -69,7 +69,7 @@ def grow_from(
     """
     _require_same_shape(seed, model.config)
     _require_gates_kept(seed, model.config)
-    sources = sources_of_groups(seed.group_list, model.config.group_list)
+    sources = match_groups(seed.group_list, model.config.group_list)
     copies = {
         name: _source_of(name, parameter, weights.outlines, seed, model.config, sources)
         for name, parameter in model.named_parameters()
@@ -85,7 +85,7 @@ def grow_from(
         copy(parts)
 
 
-def sources_of_groups(seed: Sequence[GroupConfig], grown: Sequence[GroupConfig]) -> list[int]:
+def match_groups(seed: Sequence[GroupConfig], grown: Sequence[GroupConfig]) -> list[int]:
     """For each group of the grown model, the number of the seed's group that it is made of.
 
     That is the one of the same modalities, or else the only one that takes them all.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from moma.model.architecture import ModelConfig
-from moma.model.experts import group_share, most_overlap
+from moma.model.experts import group_share, max_groups_per_modality
 from moma.model.flops import LayerKind, layer_kinds
 from moma.model.routing import static_capacity
 from moma.train.recipe import Recipe
@@ -96,7 +96,7 @@ def _numbers(
         found += kind.pairs
     routed, lone, plain = _slots(config, shares, kind)
     found += (routed + lone + plain) * kept.hidden * config.hidden_width
-    if config.run_name == "batched":  # groups' weights are put side by side
+    if config.implementation == "batched":  # groups' weights are put side by side
         experts = sum(g.experts for g in config.group_list if g.experts > 1)
         found += experts * 3 * config.dim * config.hidden_width
     return found + (routed * kept.slot[0] + lone * kept.slot[1]) * config.dim
@@ -115,14 +115,14 @@ def _slots(config: ModelConfig, shares: tuple[float, ...], kind: LayerKind) -> t
             plain += room
         else:
             lone += room
-    if config.run_name == "grouped":
-        lone = min(lone, most_overlap(group.modalities for group in alone) * kind.tokens)
+    if config.implementation == "grouped":
+        lone = min(lone, max_groups_per_modality(group.modalities for group in alone) * kind.tokens)
     return routed, lone, plain
 
 
 def _shared(config: ModelConfig, tokens: int, sequence_length: int, size: int) -> int:
     """Bytes of angles and of the mask."""
-    mask = tokens * sequence_length * size if config.attend == "document" else 0
+    mask = tokens * sequence_length * size if config.attention_mask == "document" else 0
     return mask + 4 * tokens * config.dim // config.heads
 
 

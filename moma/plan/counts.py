@@ -30,7 +30,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             for kind, parts in forward.items()
         },
     }
-    totals = {key: flops.in_all(by_kind) for key, by_kind in counts.items()}
+    totals = {key: flops.sum_over_kinds(by_kind) for key, by_kind in counts.items()}
     return {
         **{key: round(sum(parts.values())) for key, parts in totals.items()},
         "auxiliary_parameters": flops.auxiliary_parameters(config),

@@ -158,7 +158,7 @@ def add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
     mixed, vocabulary = measured.mixed, measured.model.vocabulary
     batch = next(iter(Batches(measured.recipe.data, vocabulary, seed=1, split="held_out")))
     on_device = to_device(batch, measured.model.embedding.weight.device)
-    routing = Routing(capacity="actual", record=True)
+    routing = Routing(capacity="actual", record_auxiliary=True)
     with torch.no_grad():
         output = measured.model(on_device.tokens, on_device.documents, on_device.positions, routing)
     parts = [
@@ -212,7 +212,7 @@ def _chosen(
     of_modality = (model.modality_of_id[tokens_BS] == modality).flatten()
     index = torch.from_numpy(places)
     layers = [
-        record.chosen_NE.cpu()[index].T.bool().numpy()
+        record.selected_NE.cpu()[index].T.bool().numpy()
         for record in routers
         if record.kind == "experts" and bool(record.eligible_N[of_modality].any())
     ]

@@ -195,9 +195,9 @@ def _fill(recipe: Recipe, model: Transformer, source: Source | None) -> None:
         alone = World(torch.device("cpu"))  # every rank reads its own shards, and tells by itself
         load_model(source.checkpoint, model, alone)
         return
-    from moma.model.upcycling import grow_from
+    from moma.model.upcycling import upcycle_from
 
-    grow_from(stored_weights(source.checkpoint), source.recipe.model, model, fill)
+    upcycle_from(stored_weights(source.checkpoint), source.recipe.model, model, fill)
 
 
 def units_of(model: Transformer) -> Iterator[nn.Module]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from moma.model.auxiliary import RouterRecord
+from moma.model.auxiliary import RouterOutput
 from moma.model.layers import upcast
 from moma.model.transformer import Transformer
 
@@ -46,7 +46,7 @@ class Statistics:
         self.sums: dict[str, Tensor] = {}
         self._model, self._copies = model, copies
 
-    def see_routers(self, records: Sequence[RouterRecord], tokens_BS: Tensor) -> None:
+    def see_routers(self, records: Sequence[RouterOutput], tokens_BS: Tensor) -> None:
         """Take what the routers of a micro-batch did."""
         table = self._model.modality_of_id
         modality_NM = functional.one_hot(table[tokens_BS.flatten()], len(self._names)).float()
@@ -106,18 +106,18 @@ def router_names(model: Transformer) -> list[str]:
     return found
 
 
-def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
+def _router_sums(record: RouterOutput, modality_NM: Tensor) -> Tensor:
     """Sums over tokens: counts, cuts, entropies, agreement, chosen tokens and all by modality."""
-    chosen_NE, eligible_N = record.chosen_NE, record.eligible_N.float()
+    selected_NE, eligible_N = record.selected_NE, record.eligible_N.float()
     eligible_NM = modality_NM * eligible_N[:, None]
-    taken_N = chosen_NE.sum(1)
+    taken_N = selected_NE.sum(1)
     logits_NE = upcast(record.logits_NE)
     score_NE = logits_NE.sigmoid()
     nobody = torch.full_like(score_NE, torch.inf)
-    cut_E = torch.where(chosen_NE > 0, score_NE, nobody).amin(0)
+    cut_E = torch.where(selected_NE > 0, score_NE, nobody).amin(0)
     entropy_N = (functional.softplus(logits_NE) - logits_NE * score_NE).mean(1)
     predicted_NE = score_NE if record.auxiliary_logits_NE is None else record.auxiliary_logits_NE
-    right_NE = ((predicted_NE > 0) == (chosen_NE > 0)).float()
+    right_NE = ((predicted_NE > 0) == (selected_NE > 0)).float()
     one = eligible_N.new_ones(())
     return torch.cat(
         (

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from moma.data.batches.packing import NO_LABEL, Batch
-from moma.model.auxiliary import RouterRecord
+from moma.model.auxiliary import RouterOutput
 from moma.model.layers import upcast
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
@@ -48,7 +48,7 @@ class Losses(NamedTuple):
     correct_M: Tensor
     targets_M: Tensor
     nonfinite_L: Tensor | None = None
-    routers: Sequence[RouterRecord] = ()
+    routers: Sequence[RouterOutput] = ()
 
 
 Objective = Callable[[Transformer, DeviceBatch], Losses]
@@ -99,7 +99,9 @@ def next_token_objective(z_loss: float, compiled: bool, choices: bool = True) ->
     sums = torch.compile(cross_entropy_sums, fullgraph=True) if compiled else cross_entropy_sums
 
     def objective(model: Transformer, batch: DeviceBatch) -> Losses:
-        output = model(batch.tokens, batch.documents, batch.positions, Routing(choices=choices))
+        output = model(
+            batch.tokens, batch.documents, batch.positions, Routing(record_selection=choices)
+        )
         losses = sums(
             output.logits_BSV.flatten(0, 1),
             batch.labels.flatten(),
@@ -117,21 +119,21 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
 
     A target is one decision of one router: does expert e, or does the layer, take token n.
     """
-    output = model(batch.tokens, batch.documents, batch.positions, Routing(record=True))
+    output = model(batch.tokens, batch.documents, batch.positions, Routing(record_auxiliary=True))
     dtype = upcast(output.logits_BSV).dtype
     modalities = len(model.vocabulary.modalities)
     modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()], modalities, dtype)
     loss_M, correct_M, targets_M = modality_NM.new_zeros(3, modalities)
-    for chosen_NE, auxiliary_logits_NE, eligible_N, *_ in output.routers:
+    for selected_NE, auxiliary_logits_NE, eligible_N, *_ in output.routers:
         eligible_NM = modality_NM * eligible_N[:, None]
         assert auxiliary_logits_NE is not None
         loss_NE = functional.binary_cross_entropy_with_logits(
-            auxiliary_logits_NE, chosen_NE, reduction="none"
+            auxiliary_logits_NE, selected_NE, reduction="none"
         )
         loss_M = loss_M + (loss_NE.sum(1)[:, None] * eligible_NM).sum(0)
-        right_NE = (auxiliary_logits_NE > 0) == (chosen_NE > 0)
+        right_NE = (auxiliary_logits_NE > 0) == (selected_NE > 0)
         correct_M = correct_M + (right_NE.to(dtype).sum(1)[:, None] * eligible_NM).sum(0)
-        targets_M = targets_M + chosen_NE.shape[1] * eligible_NM.sum(0)
+        targets_M = targets_M + selected_NE.shape[1] * eligible_NM.sum(0)
     return Losses(
         loss_M.sum(), loss_M.detach(), correct_M, targets_M, output.nonfinite_L, output.routers
     )

@@ -178,7 +178,9 @@ def assert_goes_on_as(whole: Run, run: Run) -> None:
 
 def recipe_with(tiny: Recipe, run: str) -> Recipe:
     recipe = recipe_of(tiny, "moe_2t2i", EngineConfig())
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"experts_run": run})})
+    return recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"experts_implementation": run})}
+    )
 
 
 def units_of(recipe: Recipe, world: World) -> list[str]:

@@ -21,7 +21,7 @@ def slow_losses(model, recipe) -> tuple[list[float], list[float]]:
         for row in range(len(shard)):
             ids = torch.from_numpy(shard.ids(row).astype(np.int64))
             with torch.no_grad():
-                logits = model(ids[None], routing=Routing(by="causal")).logits_BSV[0]
+                logits = model(ids[None], routing=Routing(mode="causal")).logits_BSV[0]
             chances = logits.double().log_softmax(-1)
             for at, target in enumerate(ids[1:].tolist()):
                 is_image = model.vocabulary.modality_of_id[target] == IMAGE

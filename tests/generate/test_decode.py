@@ -43,7 +43,7 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
     tokens = list(prompt)
     answer: list[int] = []
     while len(tokens) < context and len(answer) < new_tokens:
-        logits_V = model(torch.tensor([tokens]), routing=Routing(by="causal")).logits_BSV[0, -1]
+        logits_V = model(torch.tensor([tokens]), routing=Routing(mode="causal")).logits_BSV[0, -1]
         allowed = grammar.allowed().nonzero()[0].tolist()
         token = max(allowed, key=lambda id_: float(logits_V[id_]))
         tokens.append(token)

@@ -206,13 +206,13 @@ def gate_choice(gate, config, x_ND, tokens, how, preferred=frozenset()):
     real = [n for n in range(len(x_ND)) if tokens.modality_N[n] >= 0]
     if how == "causal":
         return [n for n in real if auxiliary(gate.auxiliary, x_ND[n])[0] > 0.5], score_N
-    if config.choose == "batch":
-        count = slots(config.share, len(real) if how == "actual" else len(x_ND))
+    if config.scope == "batch":
+        count = slots(config.capacity_factor, len(real) if how == "actual" else len(x_ND))
         return best({n: score_N[n] for n in real}, count, preferred), score_N
     chosen, rows = [], sorted(set(tokens.row_N))
     for row in rows:
         own = {n: score_N[n] for n in real if tokens.row_N[n] == row}
-        chosen += best(own, slots(config.share, len(x_ND) / len(rows)), preferred)
+        chosen += best(own, slots(config.capacity_factor, len(x_ND) / len(rows)), preferred)
     return chosen, score_N
 
 
@@ -231,7 +231,7 @@ def model(transformer, ids_BS, documents_BS, positions_BS, how, choices=()):
     id_N = ids_BS.flatten()
     modality_N = np.where(id_N == vocabulary.padding, -1, vocabulary.modality_of_id[id_N])
     row_N = np.arange(rows * length) // length
-    document_N = documents_BS.flatten() * (config.attend == "document")
+    document_N = documents_BS.flatten() * (config.attention_mask == "document")
     tokens = Tokens(modality_N, row_N, document_N, positions_BS.flatten())
     x_ND = numpy(transformer.embedding.weight)[id_N]
     if config.tied_embeddings:
@@ -248,9 +248,13 @@ def model(transformer, ids_BS, documents_BS, positions_BS, how, choices=()):
         depth = config.depth_config
         (first,) = left.pop(0) if left else (frozenset(),)
         chosen, score_N = gate_choice(layer.depth, depth, x_ND, tokens, how, first)
-        by_row = depth.choose == "row"
-        met = rows * slots(depth.share, length) if by_row else slots(depth.share, len(x_ND))
-        groups = groups_of(layer.experts.groups, *rule, met, depth.share)
+        by_row = depth.scope == "sequence"
+        met = (
+            rows * slots(depth.capacity_factor, length)
+            if by_row
+            else slots(depth.capacity_factor, len(x_ND))
+        )
+        groups = groups_of(layer.experts.groups, *rule, met, depth.capacity_factor)
         x_ND = depth_layer(
             layer, groups, x_ND, chosen, score_N, tokens, config.rope_theta, preferred
         )

@@ -6,7 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.model.attention import Attention, AttentionMask, as_numbers, chosen_mask, document_mask
+from moma.model.attention import (
+    Attention,
+    AttentionMask,
+    additive_mask,
+    document_mask,
+    selected_mask,
+)
 from moma.model.layers import rotary_angles
 from tests.model.model_reference import attention as slow_attention
 from tests.model.model_reference import earlier, numpy
@@ -37,10 +43,10 @@ def test_attention_inside_documents_equals_a_slow_reference(starts, heads, norm,
     x = torch.randn(rows, length, 8, dtype=torch.float64)
     positions = torch.arange(length).expand(rows, length)
     angles = rotary_angles(positions, 8 // heads[0], 10_000.0)
-    sight = (
+    mask = (
         AttentionMask() if whole_row else AttentionMask(document_mask(torch.from_numpy(documents)))
     )
-    got = module(x, angles, sight)
+    got = module(x, angles, mask)
     row_N = np.arange(rows * length) // length
     document_N = np.zeros(rows * length) if whole_row else documents.flatten()
     expected = slow_attention(
@@ -59,8 +65,8 @@ def test_a_mask_of_numbers_gives_the_same_bits(dtype):
     mask = document_mask(torch.tensor([[0] * 4 + [1] * 5, [0] * 9]))
     angles = rotary_angles(torch.arange(9)[None], 2, 10_000.0)
     results = []
-    for sight in (AttentionMask(mask), AttentionMask(as_numbers(mask, dtype))):
-        y = module(x, angles, sight)
+    for each in (mask, additive_mask(mask, dtype)):
+        y = module(x, angles, AttentionMask(each))
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
@@ -87,9 +93,9 @@ def test_chosen_tokens_see_the_chosen_of_their_row_and_document(rows, length, pa
     row_1K, document_1K, taken_1K = (
         torch.from_numpy(each)[None] for each in (row, documents[token], taken)
     )
-    sight = chosen_mask(row_1K, document_1K, taken_1K, length)
-    assert (sight.window is not None) == (len(token) > 2 * length)
-    got = numpy(module(x, angles, sight)[0])
+    mask = selected_mask(row_1K, document_1K, taken_1K, length)
+    assert (mask.window is not None) == (len(token) > 2 * length)
+    got = numpy(module(x, angles, mask)[0])
     real = list(np.flatnonzero(taken))
     seen = earlier(row, documents[token], real)
     expected = slow_attention(
@@ -105,13 +111,13 @@ def test_windows_hold_all_that_one_long_sequence_shows():
     token = torch.arange(slots)[None] * 2
     row, document = token // length, torch.zeros_like(token)
     taken = torch.rand(1, slots) < 0.8
-    folded = chosen_mask(row, document, taken, length)
-    whole = chosen_mask(row, document, taken, slots)
+    folded = selected_mask(row, document, taken, length)
+    whole = selected_mask(row, document, taken, slots)
     assert folded.window == length and whole.window is None
     module = random_attention(2, 2)
     angles = rotary_angles(token % length, 4, 10_000.0)
     x = torch.randn(1, slots, 8, dtype=torch.float64, requires_grad=True)
-    outputs = [module(x, angles, sight) for sight in (folded, whole)]
+    outputs = [module(x, angles, mask) for mask in (folded, whole)]
     torch.testing.assert_close(*outputs)
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in outputs]
     torch.testing.assert_close(*gradients)
@@ -122,7 +128,7 @@ def test_gradients(slots):
     module = random_attention(2, 1)
     token = torch.arange(slots)[None]
     taken = torch.arange(slots)[None] % 4 != 3
-    sight = chosen_mask(token // 4, token // 2, taken, 4)
+    mask = selected_mask(token // 4, token // 2, taken, 4)
     angles = rotary_angles(token, 4, 10_000.0)
     x = torch.randn(1, slots, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: module(x, angles, sight), (x,))
+    assert torch.autograd.gradcheck(lambda x: module(x, angles, mask), (x,))

@@ -39,10 +39,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         )
     },
     "mod_moe_2t2i": {"groups": "mod_moe_2t2i", "kv_heads": 1, "norm": "pre"},
-    "mod_by_row": {"groups": "mod", "depth": DepthConfig(choose="row"), "attend": "row"},
-    "experts_by_row": {"groups": "mod_moe_2t2i", "depth": DepthConfig(choose="row")},
-    "tied_batched": {"groups": "moe_2t2i", "tied_embeddings": True, "experts_run": "batched"},
-    "grouped_unequal": {"groups": "moe_3t1i", "experts_run": "grouped"},
+    "mod_by_sequence": {
+        "groups": "mod",
+        "depth": DepthConfig(scope="sequence"),
+        "attention_mask": "causal",
+    },
+    "experts_by_sequence": {"groups": "mod_moe_2t2i", "depth": DepthConfig(scope="sequence")},
+    "tied_batched": {
+        "groups": "moe_2t2i",
+        "tied_embeddings": True,
+        "experts_implementation": "batched",
+    },
+    "grouped_unequal": {"groups": "moe_3t1i", "experts_implementation": "grouped"},
     "overlapping": {"groups": OVERLAPPING},
     "overlapping_mod": {"groups": OVERLAPPING, "depth": DepthConfig()},
     "noise": {"groups": "mod_moe_2t2i", "router_noise": True},

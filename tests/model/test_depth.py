@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from moma.model.architecture import ModelConfig
 from moma.model.attention import AttentionMask
-from moma.model.decoder_layer import Context, DepthLayer, make_layer
-from moma.model.depth import DepthConfig, DepthGate
+from moma.model.decoder_layer import Context, DepthLayer, build_layer
+from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import ExpertGroup, named_groups
 from moma.model.layers import rotary_angles
 from moma.model.routing import Routing
@@ -30,12 +30,12 @@ VOCABULARY = Vocabulary(
     codes_per_image=4,
 )
 DIM = 8
-BATCH, CAUSAL = Routing(), Routing(by="causal")
+BATCH, CAUSAL = Routing(), Routing(mode="causal")
 
 
 def gated_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **changes) -> DepthLayer:
     config = ModelConfig(groups=groups, dim=DIM, hidden=6, layers=1, heads=2, **changes)
-    layer = make_layer(0, config, VOCABULARY, shares)
+    layer = build_layer(0, config, VOCABULARY, shares)
     assert isinstance(layer, DepthLayer)
     torch.manual_seed(seed)
     for parameter in layer.parameters():
@@ -70,14 +70,14 @@ def batches(draw):
     batches(),
     st.sampled_from(["mod", "mod_moe_1t1i", "mod_moe_2t2i", "mod_moe_3x", "mod_moe_2t1i"]),
     st.sampled_from([0.2, 0.25, 0.5, 1.0]),
-    st.sampled_from(["batch", "row"]),
+    st.sampled_from(["batch", "sequence"]),
     st.sampled_from(["swin", "pre"]),
     st.sampled_from([1, 2]),
     st.booleans(),
 )
-def test_gated_layer_equals_a_slow_reference(batch, groups, share, choose, norm, kv_heads, causal):
+def test_gated_layer_equals_a_slow_reference(batch, groups, share, scope, norm, kv_heads, causal):
     x_BSD, modality, documents, positions = batch
-    layer_depth = DepthConfig(share=share, choose=choose)
+    layer_depth = DepthConfig(capacity_factor=share, scope=scope)
     layer = gated_layer(groups, depth=layer_depth, norm=norm, kv_heads=kv_heads)
     y_BSD, _ = layer(x_BSD, context_of(modality, documents, positions), CAUSAL if causal else BATCH)
     how, x_ND = "causal" if causal else "static", numpy(x_BSD.flatten(0, 1))
@@ -86,7 +86,7 @@ def test_gated_layer_equals_a_slow_reference(batch, groups, share, choose, norm,
     modality_N, document_N, position_N = numbers
     tokens = Tokens(modality_N, np.arange(len(x_ND)) // length, document_N, position_N)
     chosen, score_N = gate_choice(layer.depth, layer_depth, x_ND, tokens, how)
-    met = rows * slots(share, length) if choose == "row" else slots(share, len(x_ND))
+    met = rows * slots(share, length) if scope == "sequence" else slots(share, len(x_ND))
     parts = (layer.experts.groups, named_groups(groups), (0.5, 0.5), MODALITIES)
     expected = depth_layer(layer, groups_of(*parts, how, met, share), x_ND, chosen, score_N, tokens)
     # Angles are computed in fp32.
@@ -96,21 +96,21 @@ def test_gated_layer_equals_a_slow_reference(batch, groups, share, choose, norm,
 
 
 @settings(max_examples=100, deadline=None)
-@given(batches(), st.sampled_from([0.1, 0.25, 0.6]), st.sampled_from(["batch", "row"]))
-def test_the_gate_takes_the_highest_also_where_scores_tie(batch, share, choose):
+@given(batches(), st.sampled_from([0.1, 0.25, 0.6]), st.sampled_from(["batch", "sequence"]))
+def test_the_gate_takes_the_highest_also_where_scores_tie(batch, share, scope):
     x_BSD, modality, _, _ = batch
-    gate = DepthGate(DIM, DepthConfig(share=share, choose=choose)).double()
+    gate = DepthRouter(DIM, DepthConfig(capacity_factor=share, scope=scope)).double()
     x_BSD = x_BSD.sign() * (x_BSD.abs() > 0.8)  # few values: ties are common
     torch.nn.init.ones_(gate.router.weight)
     eligible = modality >= 0
-    selection, report = gate(x_BSD, eligible, Routing(record=True))
+    selection, report = gate(x_BSD, eligible, Routing(record_auxiliary=True))
     assert not report.nonfinite
     scores_BS = x_BSD.sum(-1)
-    chosen_BS = report.record.chosen_NE.view(eligible.shape).bool()
+    chosen_BS = report.record.selected_NE.view(eligible.shape).bool()
     assert not (chosen_BS & ~eligible).any()
     assert selection.token_EK.diff(dim=1).gt(0).all()  # as they stand in the batch
     rows = list(zip(scores_BS, chosen_BS, eligible, strict=True))
-    for score, chosen, real in rows if choose == "row" else [(scores_BS, chosen_BS, eligible)]:
+    for score, chosen, real in rows if scope == "sequence" else [(scores_BS, chosen_BS, eligible)]:
         slots = math.ceil(share * score.numel() - 1e-9)
         assert int(chosen.sum()) == min(slots, int(real.sum()))
         if chosen.any() and (real & ~chosen).any():
@@ -124,9 +124,11 @@ def test_both_modalities_compete_for_the_same_slots():
     modality = torch.tensor([[TEXT, IMAGE] * 4] * 2)
     x[modality == IMAGE] += 10 * direction  # the gate wants images alone
     _, reports = layer(
-        x, context_of(modality, modality * 0, torch.arange(8).expand(2, 8)), Routing(record=True)
+        x,
+        context_of(modality, modality * 0, torch.arange(8).expand(2, 8)),
+        Routing(record_auxiliary=True),
     )
-    chosen = reports[-1].record.chosen_NE.view(2, 8).bool()
+    chosen = reports[-1].record.selected_NE.view(2, 8).bool()
     assert int(chosen.sum()) == 4 and (modality[chosen] == IMAGE).all()
 
 
@@ -144,7 +146,7 @@ def test_a_lone_expert_behind_a_gate_has_room_for_all_that_can_come(of_one_kind)
 
 
 def test_padding_changes_nothing_for_real_tokens():
-    layer = gated_layer("mod_moe_2t2i", depth=DepthConfig(share=0.5))
+    layer = gated_layer("mod_moe_2t2i", depth=DepthConfig(capacity_factor=0.5))
     modality = torch.tensor([[TEXT, IMAGE, TEXT, IMAGE, -1, -1], [IMAGE, TEXT, -1, -1, -1, -1]])
     documents = torch.where(modality < 0, -1, 0)
     context = context_of(modality, documents, torch.arange(6).expand(2, 6))
@@ -170,13 +172,13 @@ def test_nobody_chosen_leaves_everything_as_it_is(groups):
 
 
 def test_actual_capacity_is_a_share_of_the_real_tokens():
-    gate = DepthGate(DIM, DepthConfig(share=0.5)).double()
+    gate = DepthRouter(DIM, DepthConfig(capacity_factor=0.5)).double()
     x, real = torch.randn(2, 8, DIM, dtype=torch.float64), torch.ones(2, 8, dtype=torch.bool)
     real[:, 4:] = False
     for eligible, static, actual in ((torch.ones_like(real), 8, 8), (real, 8, 4)):
         for routing, expected in ((BATCH, static), (Routing(capacity="actual"), actual)):
             selection, _ = gate(x, eligible, routing)
-            assert int(selection.taken_EK.sum()) == expected
+            assert int(selection.filled_EK.sum()) == expected
 
 
 def test_names_are_short_for_keys():
@@ -185,11 +187,11 @@ def test_names_are_short_for_keys():
         {"modalities": ["text"], "experts": 2},
         {"modalities": ["image"], "experts": 2},
     )
-    depth = {"share": 0.25, "layers": [0, 2, 4], "choose": "batch"}
+    depth = {"capacity_factor": 0.25, "layers": [0, 2, 4], "scope": "batch"}
     spelled = ModelConfig.model_validate({"groups": groups, "depth": depth, "layers": 5})
     assert named.group_list == spelled.group_list
     assert named.depth_layers == spelled.depth_layers == {0, 2, 4}
-    assert named.depth_config is not None and named.depth_config.share == 0.25
+    assert named.depth_config is not None and named.depth_config.capacity_factor == 0.25
     assert ModelConfig(groups="mod").group_list == ModelConfig(groups="dense").group_list
     assert ModelConfig(groups="mod").has_routers and not ModelConfig(groups="dense").has_routers
     assert ModelConfig(groups="moe_4t4i").depth_config is None

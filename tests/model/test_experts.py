@@ -12,10 +12,10 @@ from moma.errors import UserError
 from moma.model.experts import (
     DenseGroup,
     ExpertGroup,
-    Experts,
     GroupConfig,
+    MixtureOfExperts,
     RoutedGroup,
-    make_group,
+    build_group,
     named_groups,
 )
 from moma.model.layers import SwiGLU
@@ -93,7 +93,7 @@ def plain_of(group: ExpertGroup) -> SwiGLU:
     return plain
 
 
-ROUTINGS = [Routing(), ACTUAL, Routing(by="causal")]
+ROUTINGS = [Routing(), ACTUAL, Routing(mode="causal")]
 
 
 @pytest.mark.parametrize("modality", [TEXT, IMAGE])
@@ -101,7 +101,7 @@ ROUTINGS = [Routing(), ACTUAL, Routing(by="causal")]
 def test_one_expert_a_modality_equals_plain_feed_forward(modality, routing):
     torch.manual_seed(0)
     config = GroupConfig(modalities=(MODALITIES[modality],), experts=1)
-    group = make_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
+    group = build_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
     assert isinstance(group, ExpertGroup) and not isinstance(group, RoutedGroup)
     for parameter in group.parameters():
         torch.nn.init.normal_(parameter)
@@ -122,7 +122,7 @@ def test_one_group_of_one_equals_dense(routing):
         torch.nn.init.normal_(parameter)
     plain = plain_of(stack)
     (config,) = named_groups("dense")
-    dense = make_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
+    dense = build_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
     assert isinstance(dense, DenseGroup)
     dense.load_state_dict(plain.state_dict())
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
@@ -135,7 +135,7 @@ def test_causal_routing_follows_the_auxiliary_router_alone():
     group = routed("text", 3)
     x_ND = torch.randn(12, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 9 + [IMAGE] * 3)
-    y_ND, _ = group(x_ND, modality_N, Routing(by="causal"))
+    y_ND, _ = group(x_ND, modality_N, Routing(mode="causal"))
     expected = feed_forward([Group(group, {TEXT})], x_ND.numpy(), modality_N.tolist())
     assert expected[:9].any(axis=1).any()
     np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-9)
@@ -145,12 +145,12 @@ def test_record_tells_the_real_choice():
     group = routed("text", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
-    _, report = group(x_ND, modality_N, Routing(capacity="actual", record=True))
+    _, report = group(x_ND, modality_N, Routing(capacity="actual", record_auxiliary=True))
     record = report.record
     scores = group.router(x_ND).detach()
     for expert in range(2):
         best = scores[:6, expert].topk(3).indices.tolist()
-        assert record.chosen_NE[:, expert].nonzero().flatten().tolist() == sorted(best)
+        assert record.selected_NE[:, expert].nonzero().flatten().tolist() == sorted(best)
     assert record.eligible_N.tolist() == [True] * 6 + [False] * 2
 
 
@@ -158,8 +158,10 @@ def test_overlapping_groups_add_up():
     text, everything = routed("text", 2), routed("image", 2)
     x_BSD = torch.randn(2, 4, DIM, dtype=torch.float64)
     modality_BS = torch.tensor([[TEXT, IMAGE] * 2] * 2)
-    both, _ = Experts([text, everything])(x_BSD, modality_BS, ACTUAL)
-    parts = [Experts([group])(x_BSD, modality_BS, ACTUAL)[0] for group in (text, everything)]
+    both, _ = MixtureOfExperts([text, everything])(x_BSD, modality_BS, ACTUAL)
+    parts = [
+        MixtureOfExperts([group])(x_BSD, modality_BS, ACTUAL)[0] for group in (text, everything)
+    ]
     torch.testing.assert_close(both, parts[0] + parts[1])
 
 

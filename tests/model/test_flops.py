@@ -41,11 +41,17 @@ CASES: dict[str, dict[str, Any]] = {
         )
     },
     "overlapping": {"groups": OVERLAPPING},
-    "overlapping_mod": {"groups": OVERLAPPING, "depth": DepthConfig(share=0.5, layers=(1,))},
-    "lone_in_turn": {"groups": "mod_moe_1t1i", "experts_run": "sequential"},
-    "lone_batched": {"groups": "mod_moe_1t1i", "experts_run": "batched"},
-    "unequal_grouped": {"groups": "mod_moe_3t1i", "experts_run": "grouped"},
-    "by_row": {"groups": "mod_moe_2t2i", "depth": DepthConfig(share=0.3, choose="row")},
+    "overlapping_mod": {
+        "groups": OVERLAPPING,
+        "depth": DepthConfig(capacity_factor=0.5, layers=(1,)),
+    },
+    "lone_in_turn": {"groups": "mod_moe_1t1i", "experts_implementation": "sequential"},
+    "lone_batched": {"groups": "mod_moe_1t1i", "experts_implementation": "batched"},
+    "unequal_grouped": {"groups": "mod_moe_3t1i", "experts_implementation": "grouped"},
+    "by_sequence": {
+        "groups": "mod_moe_2t2i",
+        "depth": DepthConfig(capacity_factor=0.3, scope="sequence"),
+    },
     "grouped_queries": {"groups": "mod_moe_1t1i", "kv_heads": 1},
     "tied": {"groups": "moe_2t2i", "tied_embeddings": True, "query_key_norm": False},
     "pre": {"groups": "mod", "norm": "pre", "dropout": 0.1},
@@ -165,13 +171,13 @@ def test_backward_costs_twice_the_forward(case):
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-@pytest.mark.parametrize("case", ["moe_3t1i", "mod", "mod_moe_2t2i", "by_row"])
+@pytest.mark.parametrize("case", ["moe_3t1i", "mod", "mod_moe_2t2i", "by_sequence"])
 def test_the_router_stage_equals_the_flop_counter(case):
     model = build(case).requires_grad_(False)
     for router in model.auxiliary_routers():
         router.requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        records = model(half_of_each(4, 16), routing=Routing(record=True)).routers
+        records = model(half_of_each(4, 16), routing=Routing(record_auxiliary=True)).routers
         torch.stack([record.auxiliary_logits_NE.sum() for record in records]).sum().backward()
     counted = 64 * flops.router_stage_flops_per_token(model.config, VOCABULARY.size, SHARES, 4, 16)
     counted += flops.empty_slot_flops(model.config, SHARES, 4, 16)

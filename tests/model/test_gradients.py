@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention, AttentionMask, document_mask
 from moma.model.auxiliary import AuxiliaryRouter
-from moma.model.decoder_layer import Context, make_layer
+from moma.model.decoder_layer import Context, build_layer
 from moma.model.depth import DepthConfig
-from moma.model.experts import Experts, make_experts, make_group
+from moma.model.experts import MixtureOfExperts, build_experts, build_group
+from moma.model.implementations import ImplementationName
 from moma.model.layers import SwiGLU, rotary_angles
 from moma.model.routing import Routing
-from moma.model.running import RunName
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary
 from tests.model.three_modalities import group
 
@@ -70,42 +70,42 @@ def test_of_a_plain_feed_forward():
 @pytest.mark.parametrize("experts", [1, 2])
 @pytest.mark.parametrize("capacity", ["static", "actual"])
 def test_of_a_group_alone_and_with_a_router(experts, capacity):
-    module = make_group(DIM, HIDDEN, group("text", experts), (0.75, 0.25))
+    module = build_group(DIM, HIDDEN, group("text", experts), (0.75, 0.25))
     routing = Routing(capacity=capacity)
     assert_gradients(module, some_tokens(8), MODALITY.flatten(), routing, output=first)
 
 
-@pytest.mark.parametrize("run", get_args(RunName))
+@pytest.mark.parametrize("run", get_args(ImplementationName))
 @pytest.mark.parametrize("token_fraction", [1.0, 0.5])
 def test_of_overlapping_groups_in_every_strategy(run, token_fraction):
     groups = [
-        make_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction) for each in OVERLAPPING
+        build_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction) for each in OVERLAPPING
     ]
-    experts = make_experts(groups, run)
-    assert (type(experts) is Experts) == (run == "sequential")
+    experts = build_experts(groups, run)
+    assert (type(experts) is MixtureOfExperts) == (run == "sequential")
     assert_gradients(experts, some_tokens(2, 4), MODALITY, Routing(), output=first)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("norm", [True, False])
 def test_of_attention_inside_documents(kv_heads, norm):
-    sight = AttentionMask(document_mask(DOCUMENTS))
-    assert_gradients(Attention(DIM, 2, kv_heads, norm), some_tokens(2, 4), ANGLES, sight)
+    mask = AttentionMask(document_mask(DOCUMENTS))
+    assert_gradients(Attention(DIM, 2, kv_heads, norm), some_tokens(2, 4), ANGLES, mask)
 
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
-@pytest.mark.parametrize("depth", [None, "batch", "row"])
+@pytest.mark.parametrize("depth", [None, "batch", "sequence"])
 @pytest.mark.parametrize("groups", ["dense", "moe_1t1i", "moe_2t2i"])
 def test_of_a_layer_with_and_without_a_gate(groups, depth, norm):
     config = ModelConfig(
         groups=groups,
-        depth=depth and DepthConfig(share=0.5, choose=depth),
+        depth=depth and DepthConfig(capacity_factor=0.5, scope=depth),
         dim=DIM,
         hidden=HIDDEN,
         layers=1,
         heads=2,
         norm=norm,
     )
-    layer = make_layer(0, config, VOCABULARY, SHARES)
+    layer = build_layer(0, config, VOCABULARY, SHARES)
     context = Context(MODALITY, DOCUMENTS, ANGLES, AttentionMask(document_mask(DOCUMENTS)))
     assert_gradients(layer, some_tokens(2, 4), context, Routing(), output=first)

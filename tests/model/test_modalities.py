@@ -10,7 +10,7 @@ from moma.data.batches.packing import Batch
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
-from moma.model.experts import Experts, make_group
+from moma.model.experts import MixtureOfExperts, build_group
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizer
@@ -32,11 +32,11 @@ ACTUAL = Routing(capacity="actual")
 )
 def test_groups_equal_a_slow_reference(groups, modality, how, seed):
     torch.manual_seed(seed)
-    experts = Experts([make_group(6, 5, each, SHARES, NAMES) for each in groups]).double()
+    experts = MixtureOfExperts([build_group(6, 5, each, SHARES, NAMES) for each in groups]).double()
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, len(modality), 6, dtype=torch.float64)
-    routing = Routing(by="causal") if how == "causal" else ACTUAL
+    routing = Routing(mode="causal") if how == "causal" else ACTUAL
     y, _ = experts(x, torch.tensor([modality]), routing)
     parts = groups_of(experts.groups, groups, SHARES, NAMES, how, len(modality))
     expected = feed_forward(parts, numpy(x[0]), modality)
@@ -73,7 +73,9 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares(groups):
 
 
 def test_both_objectives_tell_three_losses():
-    config = ModelConfig(groups=GROUPS[0], dim=16, layers=2, heads=2, depth=DepthConfig(share=0.5))
+    config = ModelConfig(
+        groups=GROUPS[0], dim=16, layers=2, heads=2, depth=DepthConfig(capacity_factor=0.5)
+    )
     model = Transformer(config, VOCABULARY, SHARES)
     model.initialise(0)
     batch = batch_of((16, 8, 8))
@@ -90,7 +92,9 @@ def test_both_objectives_tell_three_losses():
 
 @pytest.mark.parametrize("groups", GROUPS)
 def test_training_lowers_the_loss_of_every_modality(groups):
-    config = ModelConfig(groups=groups, dim=16, layers=2, heads=2, depth=DepthConfig(share=0.5))
+    config = ModelConfig(
+        groups=groups, dim=16, layers=2, heads=2, depth=DepthConfig(capacity_factor=0.5)
+    )
     model = Transformer(config, VOCABULARY, SHARES)
     model.initialise(0)
     train_only(model, routers=False)
@@ -104,6 +108,6 @@ def test_training_lowers_the_loss_of_every_modality(groups):
 
 def test_a_modality_that_the_vocabulary_lacks_is_named():
     with pytest.raises(UserError, match="'smell', but the modalities are text, image, audio"):
-        make_group(6, 5, group("text smell", 2), SHARES, NAMES)
+        build_group(6, 5, group("text smell", 2), SHARES, NAMES)
     with pytest.raises(ValueError, match="each modality once"):
         group("text text", 2)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from moma.model import routing
 from moma.model.routing import (
     any_nonfinite,
-    choose_by_batch,
-    choose_causally,
+    causal_choice,
+    expert_choice,
     router_logits,
-    take_all,
+    select_all,
 )
 
 
@@ -32,45 +32,43 @@ def logits_and_members(draw):
 @given(logits_and_members(), st.integers(1, 25))
 def test_batch_choice_takes_the_best_eligible_tokens(case, capacity):
     logits_NE, eligible_N = case
-    selection = choose_by_batch(logits_NE, eligible_N, capacity)
-    chosen_NE = selection.chosen_NE(len(logits_NE)).bool()
+    selection = expert_choice(logits_NE, eligible_N, capacity)
+    selected_NE = selection.selected_NE(len(logits_NE)).bool()
     takes = min(capacity, int(eligible_N.sum()))
     for expert in range(logits_NE.shape[1]):
-        taken = chosen_NE[:, expert]
+        taken = selected_NE[:, expert]
         assert int(taken.sum()) == takes
         assert not (taken & ~eligible_N).any()
         left = logits_NE[eligible_N & ~taken, expert]
         if takes and len(left):
             assert logits_NE[taken, expert].min() >= left.max()
-    weight = selection.weight_EK
+    weight = selection.score_EK
     expected = logits_NE.T.gather(1, selection.token_EK).sigmoid()
-    assert torch.equal(weight[selection.taken_EK], expected[selection.taken_EK])
-    assert not weight[~selection.taken_EK].any()
+    assert torch.equal(weight[selection.filled_EK], expected[selection.filled_EK])
+    assert not weight[~selection.filled_EK].any()
 
 
 @settings(max_examples=200, deadline=None)
 @given(logits_and_members())
 def test_causal_choice_decides_each_token_by_itself(case):
     auxiliary_logits_NE, eligible_N = case
-    selection = choose_causally(auxiliary_logits_NE * 0.5, auxiliary_logits_NE, eligible_N)
+    selection = causal_choice(auxiliary_logits_NE * 0.5, auxiliary_logits_NE, eligible_N)
     expected = (auxiliary_logits_NE > 0) & eligible_N[:, None]
-    assert torch.equal(selection.chosen_NE(len(auxiliary_logits_NE)).bool(), expected)
+    assert torch.equal(selection.selected_NE(len(auxiliary_logits_NE)).bool(), expected)
     order = torch.randperm(len(auxiliary_logits_NE))
-    again = choose_causally(
-        auxiliary_logits_NE[order], auxiliary_logits_NE[order], eligible_N[order]
-    )
-    assert torch.equal(again.chosen_NE(len(order)).bool(), expected[order])
+    again = causal_choice(auxiliary_logits_NE[order], auxiliary_logits_NE[order], eligible_N[order])
+    assert torch.equal(again.selected_NE(len(order)).bool(), expected[order])
 
 
 @settings(max_examples=50, deadline=None)
 @given(logits_and_members(), st.integers(1, 25))
 def test_one_expert_takes_all_with_weight_one(case, capacity):
     _, eligible_N = case
-    selection = take_all(eligible_N, capacity)
+    selection = select_all(eligible_N, capacity)
     members = eligible_N.nonzero().flatten().tolist()[:capacity]
-    taken = selection.taken_EK[0]
+    taken = selection.filled_EK[0]
     assert selection.token_EK[0][taken].tolist() == members
-    assert selection.weight_EK[0].tolist() == taken.float().tolist()
+    assert selection.score_EK[0].tolist() == taken.float().tolist()
 
 
 def test_logits_one_by_one_and_at_once_are_the_same(monkeypatch):

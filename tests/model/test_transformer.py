@@ -23,8 +23,8 @@ VOCABULARY = Vocabulary(
     codes_per_image=4,
 )
 ARCHITECTURES = ("dense", "moe_4x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "mod", "mod_moe_2t2i")
-CHOICE, ACTUAL, CAUSAL = Routing(), Routing(capacity="actual"), Routing(by="causal")
-RECORD = Routing(record=True)
+CHOICE, ACTUAL, CAUSAL = Routing(), Routing(capacity="actual"), Routing(mode="causal")
+RECORD = Routing(record_auxiliary=True)
 
 
 def build(groups: str, **changes) -> Transformer:
@@ -51,7 +51,7 @@ def test_causal_logits_do_not_depend_on_later_tokens(groups, changes, cut, seed)
     tokens = mixed_tokens(2, 15, seed)
     changed = tokens.clone()
     changed[:, cut:] = mixed_tokens(2, 15, seed + 1)[:, cut:]
-    causal = Routing(by="causal")
+    causal = Routing(mode="causal")
     before, after = (model(t, routing=causal).logits_BSV[:, :cut] for t in (tokens, changed))
     torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
 
@@ -72,7 +72,7 @@ def test_documents_do_not_see_each_other(groups):
     tokens = mixed_tokens(1, 12, 0)
     documents = torch.tensor([[0] * 5 + [1] * 7])
     positions = torch.tensor([[*range(5), *range(7)]])
-    causal = Routing(by="causal")
+    causal = Routing(mode="causal")
     together = model(tokens, documents, positions, causal).logits_BSV
     alone = [model(part, routing=causal).logits_BSV for part in (tokens[:, :5], tokens[:, 5:])]
     torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
@@ -84,7 +84,7 @@ def test_all_layers_share_one_mask_in_the_precision_of_their_products(dtype):
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     model = model.double() if dtype == torch.float64 else model
     for layer in model.layers:
-        layer.register_forward_pre_hook(lambda _, given: masks.append(given[1].sight.mask))
+        layer.register_forward_pre_hook(lambda _, given: masks.append(given[1].mask.mask))
     with autocast:
         model(mixed_tokens(1, 8, 0), torch.tensor([[0] * 4 + [1] * 4]))
     assert len(masks) > 1 and all(mask is masks[0] for mask in masks)
@@ -92,7 +92,7 @@ def test_all_layers_share_one_mask_in_the_precision_of_their_products(dtype):
 
 
 def test_row_attention_looks_over_documents():
-    model = build("dense", attend="row")
+    model = build("dense", attention_mask="causal")
     tokens = mixed_tokens(1, 8, 0)
     documents = torch.tensor([[0] * 4 + [1] * 4])
     torch.testing.assert_close(
@@ -183,7 +183,7 @@ def test_the_content_of_padding_changes_nothing(groups):
     for filling in (0.0, 100.0):
         with torch.no_grad():
             model.embedding.weight[VOCABULARY.padding] = filling
-        for routing in (Routing(), Routing(capacity="actual"), Routing(by="causal")):
+        for routing in (Routing(), Routing(capacity="actual"), Routing(mode="causal")):
             outputs.append(model(tokens, documents, routing=routing).logits_BSV[documents >= 0])
     for before, after in zip(outputs[:3], outputs[3:], strict=True):
         assert torch.equal(before, after)

@@ -13,7 +13,7 @@ from moma.model.depth import DepthConfig
 from moma.model.experts import GroupConfig, RoutedGroup
 from moma.model.routing import Routing, logistic_noise
 from moma.model.transformer import Transformer
-from moma.model.upcycling import grow, sources_of_groups
+from moma.model.upcycling import grow, match_groups
 from moma.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -81,12 +81,14 @@ def take_by_turns(model: Transformer) -> None:
 )
 def test_a_token_that_one_expert_takes_gives_the_seeds_output(seed_groups, text, image, seed):
     before = build(seed_groups, seed=seed).double().eval()
-    after = grown_from(before, f"moe_{text}t{image}i", experts_run="grouped").double().eval()
+    after = (
+        grown_from(before, f"moe_{text}t{image}i", experts_implementation="grouped").double().eval()
+    )
     grow(before.state_dict(), before.config, after)  # in fp64 too
     take_by_turns(after)
     tokens = tokens_of(2, 12, seed)
-    expected = before(tokens, routing=Routing(by="causal")).logits_BSV
-    found = after(tokens, routing=Routing(by="causal")).logits_BSV
+    expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
+    found = after(tokens, routing=Routing(mode="causal")).logits_BSV
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -96,11 +98,11 @@ def test_a_token_that_two_experts_take_does_too_but_one_that_none_takes_does_not
     after = grown_from(before, "moe_2t2i").double().eval()
     grow(before.state_dict(), before.config, after)
     tokens = tokens_of(2, 12, 0)
-    expected = before(tokens, routing=Routing(by="causal")).logits_BSV
+    expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
     for everyone, equal in ((1.0, True), (-1.0, False)):
         for router in after.auxiliary_routers():
             router.forward = lambda x, e=everyone: x.new_full((len(x), 2), e)  # type: ignore[method-assign,misc]
-        found = after(tokens, routing=Routing(by="causal")).logits_BSV
+        found = after(tokens, routing=Routing(mode="causal")).logits_BSV
         assert torch.allclose(found, expected, atol=1e-5) == equal
 
 
@@ -109,8 +111,8 @@ def test_batch_choice_keeps_what_exactly_one_expert_took():
     before = build("moe_1t1i", layers=1).eval()
     after = grown_from(before, "moe_3t2i", layers=1).eval()
     tokens = tokens_of(3, 16, 0)
-    records = after(tokens, routing=Routing(record=True)).routers
-    taken = sum(record.chosen_NE.sum(1) for record in records)
+    records = after(tokens, routing=Routing(record_auxiliary=True)).routers
+    taken = sum(record.selected_NE.sum(1) for record in records)
     same = (after(tokens).logits_BSV - before(tokens).logits_BSV).abs().amax(-1).flatten() < 1e-4
     assert same[taken == 1].all() and (taken == 1).any()
     assert not same[taken == 0].any() and (taken == 0).any()
@@ -194,10 +196,10 @@ def test_growing_step_by_step_ends_where_growing_at_once_does():
 def test_groups_find_their_sources():
     shared = (group("text", 1), group("image", 1), group("text image", 1))
     wide = (group("image", 4), group("text image", 2), group("text", 3))
-    assert sources_of_groups(shared, wide) == [1, 2, 0]
+    assert match_groups(shared, wide) == [1, 2, 0]
     audio = (group("text", 1), group("image audio", 1))
     split = (group("audio", 2), group("text", 2), group("image", 2))
-    assert sources_of_groups(audio, split) == [1, 0, 1]
+    assert match_groups(audio, split) == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
@@ -221,8 +223,8 @@ def test_seeds_that_do_not_fit_are_named(seed_groups, groups, message):
     ("key", "value"),
     [
         ("dim", 32), ("layers", 2), ("heads", 4), ("kv_heads", 1), ("hidden", 24),
-        ("norm", "pre"), ("query_key_norm", False), ("rope_theta", 500.0), ("attend", "row"),
-        ("tied_embeddings", True),
+        ("norm", "pre"), ("query_key_norm", False), ("rope_theta", 500.0),
+        ("attention_mask", "causal"), ("tied_embeddings", True),
     ],
 )  # fmt: skip
 def test_another_shape_is_named(key, value):
@@ -236,8 +238,8 @@ def test_another_shape_is_named(key, value):
 
 def test_what_decides_nothing_may_differ():
     seed = build("moe_1t1i", hidden_multiple=1, hidden=64)
-    grown_from(seed, "moe_2t2i", dropout=0.1, kv_heads=2, router_noise=True, experts_run="batched",
-               hidden_multiple=64)  # fmt: skip
+    grown_from(seed, "moe_2t2i", dropout=0.1, kv_heads=2, router_noise=True,
+               experts_implementation="batched", hidden_multiple=64)  # fmt: skip
 
 
 def test_gates_may_be_added_to_more_layers():
@@ -293,7 +295,7 @@ def test_noise_follows_the_generator_and_is_off_in_evaluation():
     assert torch.equal(model(tokens).logits_BSV, plain(tokens).logits_BSV)
     assert torch.equal(torch.get_rng_state(), state), "evaluation drew numbers"
     model.train()
-    causal = Routing(by="causal")
+    causal = Routing(mode="causal")
     assert torch.equal(model(tokens, routing=causal).logits_BSV,
                        plain(tokens, routing=causal).logits_BSV)  # fmt: skip
     plain.train()
@@ -305,10 +307,10 @@ def test_noise_changes_choice_and_weight_of_experts_alone():
     tokens, records = tokens_of(2, 12, 0), []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        records.append(noisy(True)(tokens, routing=Routing(record=True)).routers)
+        records.append(noisy(True)(tokens, routing=Routing(record_auxiliary=True)).routers)
     first = [record.kind for record in records[0]].index("depth")
-    assert torch.equal(records[0][first].chosen_NE, records[1][first].chosen_NE)
-    assert not all(torch.equal(a.chosen_NE, b.chosen_NE) for a, b in zip(*records, strict=True))
+    assert torch.equal(records[0][first].selected_NE, records[1][first].selected_NE)
+    assert not all(torch.equal(a.selected_NE, b.selected_NE) for a, b in zip(*records, strict=True))
 
 
 def test_noise_is_in_the_weight_as_in_the_choice():
@@ -325,7 +327,7 @@ def test_noise_is_in_the_weight_as_in_the_choice():
     score_EN = (x @ group.router.weight.T + (uniform / (1 - uniform)).log()).sigmoid().T
     chosen = torch.stack([line.topk(4).indices for line in score_EN])
     assert torch.equal(selection.token_EK.sort().values, chosen.sort().values)
-    torch.testing.assert_close(selection.weight_EK, score_EN.gather(1, selection.token_EK))
+    torch.testing.assert_close(selection.score_EK, score_EN.gather(1, selection.token_EK))
 
 
 def test_a_noisy_step_is_one_graph():

@@ -39,9 +39,9 @@ GROUPS: list[Any] = [
     (group("text", 1), group("text image", 1), group("image", 3)),
 ]
 ROUTINGS = {
-    "static": Routing(choices=True),
-    "actual": Routing(capacity="actual", choices=True),
-    "causal": Routing(by="causal"),
+    "static": Routing(record_selection=True),
+    "actual": Routing(capacity="actual", record_selection=True),
+    "causal": Routing(mode="causal"),
 }
 SHAPES = [(1, 5), (2, 8), (4, 6), (9, 4)]
 
@@ -99,10 +99,10 @@ def cases(draw):
     of_three = ((0.5, 0.25, 0.25), (0.2, 0.7, 0.1))
     of_two = ((0.5, 0.5), (0.75, 0.25), (0.4, 0.6), (1.0, 0.0))
     shares = one_of(*(of_three if three else of_two))
-    depth = one_of(None, "batch", "row")
+    depth = one_of(None, "batch", "sequence")
     config = ModelConfig(
         groups=one_of(*(three_modalities.GROUPS if three else GROUPS)),
-        depth=depth and DepthConfig(share=one_of(0.2, 0.25, 0.5, 0.7), choose=depth),
+        depth=depth and DepthConfig(capacity_factor=one_of(0.2, 0.25, 0.5, 0.7), scope=depth),
         dim=16,
         hidden=11,
         layers=one_of(1, 3),
@@ -111,9 +111,9 @@ def cases(draw):
         norm=one_of("swin", "pre"),
         query_key_norm=one_of(True, True, False),
         rope_theta=one_of(10_000.0, 50.0),
-        attend=one_of("document", "row"),
+        attention_mask=one_of("document", "causal"),
         tied_embeddings=one_of(False, True),
-        experts_run=one_of(None, "sequential", "batched", "grouped"),
+        experts_implementation=one_of(None, "sequential", "batched", "grouped"),
     )
     absent = draw(st.integers(0, len(shares) - 1))
     without = np.array([float(m != absent) for m in range(len(shares))])
@@ -128,7 +128,7 @@ def cases(draw):
 
 def taken(record) -> list[set[int]]:
     """The tokens that each expert of a router took."""
-    return [set(chosen.nonzero().flatten().tolist()) for chosen in record.chosen_NE.T]
+    return [set(chosen.nonzero().flatten().tolist()) for chosen in record.selected_NE.T]
 
 
 def assert_equals_reference(case: Case, how: str) -> None:

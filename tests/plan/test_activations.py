@@ -29,9 +29,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mod_moe_4t4i, again": ("mod_moe_4t4i", "layer", {}),
     "mod_moe_4t4i, selective": ("mod_moe_4t4i", "selective", {}),
     "few keys": ("moe_4t4i", "none", {"kv_heads": 2, "query_key_norm": False}),
-    "pre, whole rows": ("dense", "none", {"norm": "pre", "attend": "row"}),
-    "batched": ("moe_4t4i", "none", {"experts_run": "batched"}),
-    "grouped": ("moe_8x", "none", {"experts_run": "grouped"}),
+    "pre, whole rows": ("dense", "none", {"norm": "pre", "attention_mask": "causal"}),
+    "batched": ("moe_4t4i", "none", {"experts_implementation": "batched"}),
+    "grouped": ("moe_8x", "none", {"experts_implementation": "grouped"}),
 }
 
 

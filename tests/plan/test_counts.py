@@ -83,7 +83,7 @@ def test_operations_are_matched(size):
 def test_operations_are_matched_closely_where_rows_are_counted_by_themselves(size):
     """The paper's layers: were every row's chosen tokens attended to apart, parity within 2%."""
     dense = plan(recipe_of(size, "dense"))["flops_per_token"]
-    overrides = ["model.depth.choose=row"]
+    overrides = ["model.depth.scope=sequence"]
     mod = plan(read_recipe(Recipe, CONFIGS / f"{size}_mod.toml", overrides))["flops_per_token"]
     assert mod == pytest.approx(dense, rel=0.02)
 

@@ -37,7 +37,7 @@ class Counting(TorchDispatchMode):
 
 def calls(groups: str, run: str, how) -> Counter[str]:
     config = ModelConfig.model_validate(
-        {"groups": groups, "dim": 16, "layers": 2, "heads": 2, "experts_run": run}
+        {"groups": groups, "dim": 16, "layers": 2, "heads": 2, "experts_implementation": run}
     )
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialise(0)

@@ -86,7 +86,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny, seed, grown, stage):
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     source = find_source(recipe, WORLD)
     # A gate may keep all tokens of a modality from its layer's experts: here all pass.
-    every = recipe.model.model_copy(update={"depth": DepthConfig(share=1.0)})
+    every = recipe.model.model_copy(update={"depth": DepthConfig(capacity_factor=1.0)})
     recipe = recipe.model_copy(update={"model": every})
     model = prepare_model(recipe, vocabulary, WORLD, source)
     batch = to_device(next(Batches(recipe.data, vocabulary, recipe.seed)), WORLD.device)

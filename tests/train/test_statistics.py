@@ -26,7 +26,9 @@ def model_of(tiny: Recipe, groups: str):
 def test_routers_against_counting(tiny, groups):
     vocabulary, model = model_of(tiny, groups)
     batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), CPU)
-    records = model(batch.tokens, batch.documents, batch.positions, Routing(record=True)).routers
+    records = model(
+        batch.tokens, batch.documents, batch.positions, Routing(record_auxiliary=True)
+    ).routers
     statistics = Statistics(model)
     statistics.see_routers(records, batch.tokens)
     told = describe(statistics.sums, model, trains_routers=True)["routers"]
@@ -41,23 +43,23 @@ def test_routers_against_counting(tiny, groups):
         score_NE = 1 / (1 + np.exp(-record.logits_NE.detach().double().numpy()))
         assert record.auxiliary_logits_NE is not None
         predicted_NE = record.auxiliary_logits_NE.detach().numpy() > 0
-        chosen_NE = record.chosen_NE.numpy() > 0
+        selected_NE = record.selected_NE.numpy() > 0
         counted = np.flatnonzero(record.eligible_N.numpy())
-        taken = [int(chosen_NE[n].sum()) for n in counted]
+        taken = [int(selected_NE[n].sum()) for n in counted]
         entropy = [
             -(s * math.log(s) + (1 - s) * math.log(1 - s)) for n in counted for s in score_NE[n]
         ]
         found = told[name]
         assert found["entropy"] == pytest.approx(np.mean(entropy), rel=1e-4)
         assert found["agreement"] == pytest.approx(
-            np.mean([predicted_NE[n] == chosen_NE[n] for n in counted]), rel=1e-5
+            np.mean([predicted_NE[n] == selected_NE[n] for n in counted]), rel=1e-5
         )
-        cuts = [score_NE[chosen_NE[:, e], e].min() for e in range(chosen_NE.shape[1])]
+        cuts = [score_NE[selected_NE[:, e], e].min() for e in range(selected_NE.shape[1])]
         assert found["cut"] == pytest.approx(np.mean(cuts), rel=1e-5)
         if name.endswith("depth"):
             for key, modality in (("text", TEXT), ("image", IMAGE)):
                 its = [n for n in counted if modality_N[n] == modality]
-                share = np.mean([chosen_NE[n].any() for n in its])
+                share = np.mean([selected_NE[n].any() for n in its])
                 assert found["share"][key] == pytest.approx(share, rel=1e-5)
         else:
             assert found["dropped_fraction"] == pytest.approx(

@@ -106,15 +106,17 @@ def test_router_objective_is_the_binary_cross_entropy(tiny):
         router.requires_grad_(True)
     batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), WORLD.device)
     losses = router_objective(model, batch)
-    records = model(batch.tokens, batch.documents, batch.positions, Routing(record=True)).routers
+    records = model(
+        batch.tokens, batch.documents, batch.positions, Routing(record_auxiliary=True)
+    ).routers
     assert len(records) == 4  # two layers, two groups
     modality_N = vocabulary.modality_of_id[batch.tokens.flatten().numpy()]
     loss, right, count = np.zeros(2), np.zeros(2), np.zeros(2)
     for record in records:
         chance_NE = record.auxiliary_logits_NE.detach().sigmoid().numpy()
-        chosen_NE = record.chosen_NE.numpy()
+        selected_NE = record.selected_NE.numpy()
         for n in np.flatnonzero(record.eligible_N.numpy()):
-            for chance, chosen in zip(chance_NE[n], chosen_NE[n], strict=True):
+            for chance, chosen in zip(chance_NE[n], selected_NE[n], strict=True):
                 loss[modality_N[n]] -= np.log(chance if chosen else 1 - chance)
                 right[modality_N[n]] += (chance > 0.5) == bool(chosen)
                 count[modality_N[n]] += 1

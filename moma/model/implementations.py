@@ -1,7 +1,7 @@
 """Running experts on the tokens they took: three strategies, one result (MoMa §3).
 
-- `sequential`: group after group (`add_experts` in `experts.py`), so that each may be a shard unit
-  of its own: the next one's weights arrive while one computes. The paper's choice.
+- `sequential`: group after group (`add_expert_outputs` in `experts.py`), so that each may be a
+  shard unit of its own: the next one's weights arrive while one computes. The paper's choice.
 - `batched`: groups of equal capacity in one batched product. Their weights are put side by side.
 - `grouped`: all experts in one product of unequal parts, one gather and one scatter. Slots that
   are known to hold no token are left out.
@@ -20,7 +20,7 @@ from moma.model.grouped import grouped_product
 from moma.model.layers import gather, scatter_add
 from moma.model.routing import Selection
 
-RunName = Literal["sequential", "batched", "grouped"]
+ImplementationName = Literal["sequential", "batched", "grouped"]
 
 
 class ExpertInputs(NamedTuple):
@@ -37,7 +37,7 @@ class ExpertInputs(NamedTuple):
     selection: Selection
 
 
-def merge_alike(loads: Sequence[ExpertInputs]) -> list[ExpertInputs]:
+def merge_equal_capacity(loads: Sequence[ExpertInputs]) -> list[ExpertInputs]:
     """Loads whose experts have as many slots, put together as one load."""
     alike: dict[int, list[ExpertInputs]] = {}
     for load in loads:
@@ -45,7 +45,7 @@ def merge_alike(loads: Sequence[ExpertInputs]) -> list[ExpertInputs]:
     return [_merge(each) for each in alike.values()]
 
 
-def run_grouped(
+def add_grouped_outputs(
     total_ND: Tensor, x_ND: Tensor, loads: Sequence[ExpertInputs], single_expert_overlap: int
 ) -> Tensor:
     """All experts in one grouped product, added to a total; [N, D] to [N, D].
@@ -90,8 +90,8 @@ def _slots(loads: Sequence[ExpertInputs], single_expert_tokens: int) -> tuple[Se
     if kept == slots:
         count_E = [torch.ones_like(each.token_EK) for each in selections]
     else:
-        order_T = (~flat_slot_T.taken_EK).byte().sort(stable=True).indices[:kept]
+        order_T = (~flat_slot_T.filled_EK).byte().sort(stable=True).indices[:kept]
         flat_slot_T = Selection(*(part[order_T] for part in flat_slot_T))
-        count_E = [each.taken_EK for each in selections]
+        count_E = [each.filled_EK for each in selections]
     end_E = torch.cat([each.sum(1) for each in count_E]).cumsum(0)
     return flat_slot_T, torch.cat((end_E[:-1], end_E.new_full((1,), kept))).int()

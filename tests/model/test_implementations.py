@@ -9,16 +9,22 @@ from hypothesis import strategies as st
 
 from moma.model import grouped
 from moma.model.architecture import ModelConfig
-from moma.model.experts import Experts, GroupConfig, JointExperts, make_experts, make_group
+from moma.model.experts import (
+    GroupConfig,
+    JointMixtureOfExperts,
+    MixtureOfExperts,
+    build_experts,
+    build_group,
+)
 from moma.model.grouped import grouped_product
+from moma.model.implementations import ImplementationName
 from moma.model.routing import Routing
-from moma.model.running import RunName
 from moma.model.transformer import Transformer
 from moma.runtime.world import can_compile
 from moma.vocabulary import MODALITIES, Vocabulary
 
 DIM, HIDDEN = 8, 12
-RUNS: tuple[RunName, ...] = get_args(RunName)
+RUNS: tuple[ImplementationName, ...] = get_args(ImplementationName)
 SHARES = (0.5, 0.5)
 
 
@@ -36,11 +42,13 @@ LAYERS = {
 }
 
 
-def build(layer: str, run: RunName, token_fraction: float = 1.0, dtype=torch.float32) -> Experts:
+def build(
+    layer: str, run: ImplementationName, token_fraction: float = 1.0, dtype=torch.float32
+) -> MixtureOfExperts:
     groups = [
-        make_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction) for each in LAYERS[layer]
+        build_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction) for each in LAYERS[layer]
     ]
-    experts = make_experts(groups, run)
+    experts = build_experts(groups, run)
     torch.manual_seed(0)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -64,7 +72,7 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
 @given(
     st.sampled_from(sorted(LAYERS)),
     st.lists(st.sampled_from([0, 1, -1]), min_size=1, max_size=24),
-    st.sampled_from([Routing(), Routing(capacity="actual"), Routing(by="causal")]),
+    st.sampled_from([Routing(), Routing(capacity="actual"), Routing(mode="causal")]),
     st.sampled_from([1.0, 0.25]),
     st.integers(0, 99),
 )
@@ -81,10 +89,10 @@ def test_strategies_are_equal(layer, modality, routing, token_fraction, seed):
 def test_strategies_are_strategies():
     """Were they one and the same, the test above would show nothing."""
     kinds = {run: build("4t4i", run) for run in RUNS}
-    assert type(kinds["sequential"]) is Experts and len(kinds["sequential"].units()) == 2
+    assert type(kinds["sequential"]) is MixtureOfExperts and len(kinds["sequential"].units()) == 2
     for run in ("batched", "grouped"):
         joint = kinds[run]
-        assert isinstance(joint, JointExperts) and joint.units() == []
+        assert isinstance(joint, JointMixtureOfExperts) and joint.units() == []
         assert run in repr(joint.run)
 
 
@@ -96,7 +104,7 @@ def test_names_of_weights_do_not_depend_on_the_strategy():
 
 def test_lone_experts_behind_a_gate_share_the_room(monkeypatch):
     """Each has room for every token; one grouped product has as many rows as tokens."""
-    import moma.model.running as running
+    import moma.model.implementations as running
 
     rows: list[int] = []
 
@@ -214,7 +222,7 @@ def test_under_autocast_products_are_bf16_and_the_sum_is_not(run):
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-def assert_one_graph(run: RunName, backend: str) -> None:
+def assert_one_graph(run: ImplementationName, backend: str) -> None:
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
     for layer, token_fraction in (("overlapping", 0.25), ("3t1i", 1.0)):
         torch.compiler.reset()
@@ -241,10 +249,14 @@ def test_compiled_code_of_every_strategy_equals_eager(run):
 @pytest.mark.parametrize("run", RUNS)
 def test_a_recipe_chooses(run):
     vocabulary = Vocabulary(12, 0, 1, 2, 3, 4, (5, 6), 1)
-    config = ModelConfig(dim=8, layers=2, heads=2, groups="mod_moe_1t1i", experts_run=run)
+    config = ModelConfig(
+        dim=8, layers=2, heads=2, groups="mod_moe_1t1i", experts_implementation=run
+    )
     model = Transformer(config, vocabulary, SHARES)
     model.initialise(0)
-    default = Transformer(config.model_copy(update={"experts_run": None}), vocabulary, SHARES)
+    default = Transformer(
+        config.model_copy(update={"experts_implementation": None}), vocabulary, SHARES
+    )
     default.load_state_dict(model.state_dict())
     tokens = torch.tensor([[7, 5, 8, 6, 9, 5, 10, 6]])
     torch.testing.assert_close(model(tokens).logits_BSV, default(tokens).logits_BSV)
