@@ -77,8 +77,7 @@ def bench_data(recipe: Recipe, sizes: Sizes, quiet: bool = False) -> dict[str, A
         UserError: the data cannot be prepared, or does not suit the recipe.
     """
     data = recipe.data
-    parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, recipe.seed)
-    prepare(data, *parts, local_device(), quiet)
+    prepare(recipe, local_device(), quiet)
     vocabulary = Vocabulary.load(Tokenizers(data.path).vocabulary)
     with show_progress("bench data", 5, quiet) as report:
         result = _balance(recipe, vocabulary, sizes)
@@ -173,10 +172,10 @@ def _images(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
         data = recipe.data.model_copy(
             update={"path": folder / "data", "tokenizers": recipe.data.path, "sources": (source,)}
         )
-        parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, recipe.seed)
+        copy = recipe.model_copy(update={"data": data})
 
         def ours() -> None:
-            prepare(data, *parts, device, quiet=True)
+            prepare(copy, device, quiet=True)
 
         def network() -> None:
             for start in range(0, count, _IMAGES_AT_ONCE):

@@ -99,16 +99,7 @@ def prepare(
     from moma.train.recipe import Recipe
 
     read = read_recipe(Recipe, recipe, overrides or ())
-    prepared = run(
-        read.data,
-        read.text_tokenizer,
-        read.codec,
-        read.codec_training,
-        read.seed,
-        local_device(),
-        quiet=as_json,
-        workers=workers,
-    )
+    prepared = run(read, local_device(), quiet=as_json, workers=workers)
     summary = {"path": str(read.data.path), **prepared.summary()}
     if as_json:
         print(json.dumps(summary))

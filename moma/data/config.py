@@ -1,11 +1,14 @@
-"""What a model is trained on: the recipe's `[data]`."""
+"""What `moma prepare` reads of a recipe: the sources, and the tokenizers that encode them."""
 
 from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from moma.data.sources import AnySource
-from moma.recipe import Config, RequiredPath
+from moma.recipe import Config, RequiredPath, Seed
+from moma.tokenizers.image.codec import CodecConfig
+from moma.tokenizers.image.train import CodecTrainingConfig
+from moma.tokenizers.text import TextTokenizerConfig
 
 
 class DataConfig(Config):
@@ -54,3 +57,17 @@ class DataConfig(Config):
     def folder(self, name: str) -> Path:
         """Folder of a source's shards."""
         return self.path / "shards" / name
+
+
+class PrepareConfig(Config):
+    """Everything that determines the encoded shards; `Recipe` extends it.
+
+    Attributes:
+        seed: seed of every random choice: data order, initial weights, codec.
+    """
+
+    seed: Seed = 0
+    text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
+    codec: CodecConfig = CodecConfig()
+    codec_training: CodecTrainingConfig = CodecTrainingConfig()
+    data: DataConfig

@@ -104,9 +104,8 @@ def _prepare_and_train(
 ) -> None:
     """Make the data, then all models on it, and the auxiliary routers of those that choose."""
     world = World(local_device())
-    parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, recipe.seed)
     with clock("prepare"):
-        prepare(recipe.data, *parts, world.device, quiet)
+        prepare(recipe, world.device, quiet)
     with clock("train"):
         if world.device.type == "cpu":
             train_side_by_side(recipes, quiet)

@@ -5,16 +5,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from moma.data.config import DataConfig
+from moma.data.config import PrepareConfig
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
-from moma.recipe import Config, RequiredPath, Seed
+from moma.recipe import Config, RequiredPath
 from moma.runtime.optimizer import OptimizerConfig
 from moma.runtime.sharding import EngineConfig
 from moma.runtime.tracking import TrackingConfig
-from moma.tokenizers.image.codec import CodecConfig
-from moma.tokenizers.image.train import CodecTrainingConfig
-from moma.tokenizers.text import TextTokenizerConfig
 from moma.vocabulary import IMAGE, MODALITIES, Vocabulary
 
 
@@ -82,24 +79,18 @@ class RouterStageConfig(StageConfig):
     optimizer: RouterOptimizerConfig = RouterOptimizerConfig()
 
 
-class Recipe(Config):
+class Recipe(PrepareConfig):
     """A recipe.
 
     Attributes:
-        seed: of every random choice: data order, weights, codec.
         run: the folder that `moma train` writes.
         stage: what `moma train` does: `pretrain`; `upcycle`, which grows the seed run `from`; or
             `aux_router` on the finished run `from`.
     """
 
-    seed: Seed = 0
     run: RequiredPath = Path("runs/run")
     stage: Literal["pretrain", "upcycle", "aux_router"] = "pretrain"
     from_: RequiredPath | None = Field(None, alias="from")
-    text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
-    codec: CodecConfig = CodecConfig()
-    codec_training: CodecTrainingConfig = CodecTrainingConfig()
-    data: DataConfig
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -15,7 +15,7 @@ from moma.tokenizers.image.codec import ImageCodec, preprocess
 from moma.tokenizers.image.metrics import measure_codec
 from moma.vocabulary import Vocabulary
 from tests.command_line import moma, refuses, succeeds
-from tests.conftest import tiny_recipe, write_sources
+from tests.factories import tiny_recipe, write_sources
 
 CHANGES = (
     "text_tokenizer.vocabulary_size=320",

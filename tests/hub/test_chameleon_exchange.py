@@ -257,8 +257,7 @@ def test_an_imported_run_trains_on_in_another_run_only(imported, tiny, tmp_path)
     values = override(values, [*changes, "data.sequence_length=128", "data.image_share=0.25"])
     values |= {"model": model.model_dump(mode="json"), "run": str(tmp_path / "run")}
     recipe = check(Recipe, values | {"from": str(imported.path)}, "on")
-    sections = (recipe.data, recipe.text_tokenizer, recipe.codec, recipe.codec_training)
-    prepare(*sections, recipe.seed, torch.device("cpu"), quiet=True)
+    prepare(recipe, torch.device("cpu"), quiet=True)
     trained = our_run(tmp_path / "run", recipe, "pretrain.steps=1")
     assert trained.read_metrics()[-1]["step"] == 1
     with pytest.raises(UserError, match="holds weights alone"):
@@ -281,8 +280,7 @@ def test_the_run_is_measured_on_the_data_of_a_recipe(saved, imported, tiny, tmp_
     recipe = check(Recipe, values, "measured")
     run = Run(tmp_path / "run")
     import_chameleon(saved, run, recipe=recipe)
-    sections = (recipe.data, recipe.text_tokenizer, recipe.codec, recipe.codec_training)
-    prepare(*sections, recipe.seed, torch.device("cpu"), quiet=True)
+    prepare(recipe, torch.device("cpu"), quiet=True)
     model, kept = load_run(run)
     assert kept.data == recipe.data and kept.model == load_run(imported)[1].model
     result = evaluate(model, kept, "causal", quiet=True)

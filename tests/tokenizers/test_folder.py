@@ -212,7 +212,7 @@ def test_chameleons_files_become_a_folder_that_prepare_takes(files, tiny, tmp_pa
     data = tiny.data.model_copy(
         update={"path": tmp_path / "data", "tokenizers": folder.path, "sources": tiny.data.sources}
     )
-    prepare(data, tiny.text_tokenizer, tiny.codec, tiny.codec_training, 0, CPU, quiet=True)
+    prepare(tiny.model_copy(update={"data": data}), CPU, quiet=True)
     assert Vocabulary.load(Tokenizers(data.path).vocabulary) == vocabulary
     tokenizer = load_text_tokenizer(Tokenizers(data.path).text)
     ids = vocabulary.wrap_image(np.array([0, 12, 204, 3]))

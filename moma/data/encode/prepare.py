@@ -19,7 +19,7 @@ import torch
 
 from moma.data.batches.iterator import warn_unused_images
 from moma.data.batches.packing import image_budget
-from moma.data.config import DataConfig
+from moma.data.config import DataConfig, PrepareConfig
 from moma.data.encode.parts import copy_rejected
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import Limits, encode_source
@@ -32,7 +32,6 @@ from moma.progress import Report, show_progress
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec, to_float
-from moma.tokenizers.image.train import CodecTrainingConfig
 from moma.tokenizers.text import TextTokenizerConfig, encode_each, load_text_tokenizer
 from moma.vocabulary import Vocabulary
 
@@ -69,11 +68,7 @@ def _summary(info: ShardInfo) -> dict[str, Any]:
 
 
 def prepare(
-    data: DataConfig,
-    text_tokenizer: TextTokenizerConfig,
-    codec: CodecConfig,
-    codec_training: CodecTrainingConfig,
-    seed: int,
+    config: PrepareConfig,
     device: torch.device,
     quiet: bool = False,
     workers: int | None = None,
@@ -81,8 +76,8 @@ def prepare(
     """Make `data.path` ready for training: tokenizer, codec and shards.
 
     Args:
-        data, text_tokenizer, codec, codec_training, seed: of the recipe.
-        device: of the codec.
+        config: a recipe, or the part of it that is prepared.
+        device: where the codec is trained and run.
         quiet: whether to show no progress.
         workers: most processes that read images; left out, as the processor has cores to spare.
             It changes nothing of what is written.
@@ -92,13 +87,20 @@ def prepare(
             used, the folder was prepared with other settings, or another process is at work there.
     """
     keep_freed_memory(device)
+    data = config.data
     folder = Tokenizers(data.path)
-    _check_budget(data, folder, text_tokenizer, codec)
+    _check_budget(data, folder, config.text_tokenizer, config.codec)
     folder.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder.path, PATIENCE):
         reading = TrainingDocuments(data)
         vocabulary = provide_tokenizers(
-            reading, text_tokenizer, codec, codec_training, seed, device, quiet
+            reading,
+            config.text_tokenizer,
+            config.codec,
+            config.codec_training,
+            config.seed,
+            device,
+            quiet,
         )
         reading.warn_changes()
         infos = _encode_all(reading, folder, vocabulary, device, quiet, workers)

@@ -14,7 +14,7 @@ from moma.data.encode.prepare import prepare
 from moma.data.shards import open_shards
 from moma.recipe import check
 from moma.vocabulary import Vocabulary
-from tests.conftest import tiny_recipe
+from tests.factories import tiny_recipe
 
 
 def test_a_full_count_over_prepared_sketches(tmp_path):
@@ -35,8 +35,7 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
     }
     values["image_share"] = 0.125
     data = check(DataConfig, values, "test")
-    parts = (recipe.text_tokenizer, recipe.codec, recipe.codec_training, 0)
-    prepare(data, *parts, torch.device("cpu"), quiet=True)
+    prepare(recipe.model_copy(update={"data": data}), torch.device("cpu"), quiet=True)
     vocabulary = Vocabulary.load(data.path / "vocabulary.json")
     ids: Counter[int] = Counter()
     pairs: Counter[tuple[int, int]] = Counter()

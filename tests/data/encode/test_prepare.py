@@ -91,16 +91,7 @@ def make_recipe(folder: Path, rows: int, data: str = "data", **changes) -> Recip
 
 
 def run(recipe: Recipe, quiet: bool = True, **options):
-    return prepare(
-        recipe.data,
-        recipe.text_tokenizer,
-        recipe.codec,
-        recipe.codec_training,
-        recipe.seed,
-        torch.device("cpu"),
-        quiet=quiet,
-        **options,
-    )
+    return prepare(recipe, torch.device("cpu"), quiet=quiet, **options)
 
 
 def contents(folder):

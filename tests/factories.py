@@ -1,0 +1,127 @@
+"""Small vocabularies, codecs, sources and recipes; a test names only the values it depends on."""
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from moma.data.documents import Document, ImageRef, Rejected
+from moma.recipe import check
+from moma.tokenizers.image.codec import CodecConfig
+from moma.train.recipe import Recipe
+from moma.vocabulary import Vocabulary
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
+
+# Codes of 16 × 16 images: 4 × 4 of them, of 16 kinds.
+CODEC: dict[str, Any] = {
+    "image_size": 16,
+    "patch": 4,
+    "block_channels": [8],
+    "layers_per_block": 1,
+    "latent_channels": 8,
+    "code_channels": 8,
+    "codebook_size": 16,
+    "encoder_middle": False,
+    "middle_attention": False,
+    "norm_groups": 4,
+}
+
+
+def make_vocabulary(
+    size: int = 40, codes: Iterable[int] = range(5, 21), codes_per_image: int = 4, **special: int
+) -> Vocabulary:
+    """Special ids 0 … 4, in the order of the fields, then the ids of the image codes."""
+    ids = {"beginning": 0, "end": 1, "padding": 2, "begin_image": 3, "end_image": 4, **special}
+    return Vocabulary(size=size, image_codes=tuple(codes), codes_per_image=codes_per_image, **ids)
+
+
+def codec_config(**changes: Any) -> CodecConfig:
+    """A codec that trains in milliseconds."""
+    return CodecConfig.model_validate(CODEC | changes)
+
+
+def solid_image(
+    colour: Any, size: tuple[int, int] = (2, 2), mode: str = "RGB", name: str = ""
+) -> ImageRef:
+    """An image of one colour, made when it is read; it can be sent to another process."""
+    return ImageRef(name, partial(Image.new, mode, size, colour))
+
+
+class ListSource:
+    """A source of given documents and rejected rows; a string becomes a document of that text."""
+
+    def __init__(self, *rows: Document | Rejected | str, name: str = "listed") -> None:
+        self.rows, self.name = rows, name
+
+    def documents(self):
+        for number, row in enumerate(self.rows):
+            yield Document(f"doc {number}", (row,)) if isinstance(row, str) else row
+
+
+def write_captions(
+    folder: Path, captions: Mapping[str, str], images: Mapping[str, Image.Image | bytes]
+) -> None:
+    """Write a folder for `kind = "captions"`: a caption and an image (or a file's bytes) a name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, image in images.items():
+        if isinstance(image, bytes):
+            (folder / name).write_bytes(image)
+        else:
+            image.save(folder / name)
+    rows = [json.dumps({"image": name, "caption": text}) for name, text in captions.items()]
+    (folder / "captions.jsonl").write_text("".join(row + "\n" for row in rows))
+
+
+def write_paragraphs(file: Path, paragraphs: Iterable[str]) -> None:
+    """Write a file for `kind = "text"`, a document a paragraph."""
+    file.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+
+
+def write_sources(folder: Path) -> None:
+    """24 coloured squares with captions, and 60 sentences in `text.txt`."""
+    images, captions, random = {}, {}, np.random.default_rng(0)
+    for index in range(24):
+        name = list(COLOURS)[index % len(COLOURS)]
+        pixels = np.full((16, 16, 3), 255, dtype=np.uint8)
+        left, top = random.integers(0, 8, 2)
+        pixels[top : top + 8, left : left + 8] = COLOURS[name]
+        images[f"{index}.png"] = Image.fromarray(pixels)
+        captions[f"{index}.png"] = f"a {name} square"
+    write_captions(folder, captions, images)
+    words = ["square", "paper", "colour", "of", "the", "on", "is", "red", "green", "blue"]
+    write_paragraphs(folder / "text.txt", [" ".join(random.choice(words, 12)) for _ in range(60)])
+
+
+def tiny_recipe(sources: Path, data: Path, **changes: Any) -> Recipe:
+    """A recipe of seconds for `write_sources`: images of 16 codes, two layers of width 16."""
+    stage = {
+        "log_every": 2,
+        "compile": False,
+        "optimizer": {"learning_rate": 1e-2, "warmup": 2},
+    }
+    values = {
+        "run": str(data.parent / "run"),
+        "text_tokenizer": {"vocabulary_size": 320},
+        "codec": CODEC | {"codebook_size": 32},
+        "codec_training": {"steps": 4, "batch_size": 8},
+        "data": {
+            "path": str(data),
+            "micro_batch_size": 2,
+            "sequence_length": 64,
+            "image_share": 0.25,
+            "held_out": 0.2,
+            "sources": [
+                {"kind": "captions", "path": str(sources)},
+                {"kind": "text", "path": str(sources / "text.txt")},
+            ],
+        },
+        "model": {"groups": "moe_2t2i", "dim": 16, "layers": 2, "heads": 2},
+        "pretrain": {**stage, "steps": 8, "checkpoint_every": 4},
+        "aux_router": {**stage, "steps": 6, "checkpoint_every": 2},
+    }
+    return check(Recipe, values, "tiny").model_copy(update=changes)
