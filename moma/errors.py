@@ -4,6 +4,7 @@ import errno
 import json
 import shlex
 import shutil
+from collections.abc import Iterable
 
 # What a disk or a network's file system says when it is full or ails; it may be well again later.
 _AILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.EROFS)
@@ -80,3 +81,24 @@ def shell_command(*arguments: object) -> str:
     would be taken for an option, must come as `key=value` or with `./` in front.
     """
     return shlex.join(["moma", *map(str, arguments)])
+
+
+def shorten(text: str, limit: int = 600) -> str:
+    """Return a text of at most `limit` characters: the middle of a longer one is left out."""
+    if len(text) <= limit:
+        return text
+    end = limit // 3
+    return f"{text[: limit - end - 3]} … {text[-end:]}"
+
+
+def quote(text: str, limit: int = 100) -> str:
+    """Return a text in quotes, on one line, at most about `limit` characters of it."""
+    return repr(shorten(text, limit))
+
+
+def list_names(names: Iterable[str], limit: int = 20) -> str:
+    """Return up to `limit` names separated by commas, each shortened, or "none"."""
+    listed = list(names)
+    shown = [shorten(name, 60) for name in listed[:limit]]
+    more = [f"… ({len(listed) - limit} more)"] if len(listed) > limit else []
+    return ", ".join([*shown, *more]) or "none"

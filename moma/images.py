@@ -26,7 +26,7 @@ SUFFIXES = (
 )
 MAX_PIXELS = 64_000_000
 # Pillow itself refuses more.
-MOST_PIXELS = 178_956_970
+PILLOW_MAX_PIXELS = 178_956_970
 DRAWING_SIDE = 512
 _DRAWING_BYTES = 16 * 2**20
 # A line of pixels, its short side resized, would take gigabytes.

@@ -59,7 +59,7 @@ def test_sources_that_cannot_be_read_are_named_and_leave_nothing_whole(tmp_path,
             ["row 8", "there is no", "7.png"],
         ),
         (cut_image, ["row 8", "7.png"]),
-        (write_bad_row('{"image": "4.png"'), ["captions.jsonl, row 5", "not valid JSON", "mend"]),
+        (write_bad_row('{"image": "4.png"'), ["captions.jsonl, row 5", "not valid JSON", "fix"]),
         (write_bad_row('{"image": "4.png"}'), ["captions.jsonl, row 5", "'caption'"]),
         (
             write_bad_row('{"image": "4.png", "caption": "\\ud800"}'),

@@ -1,32 +1,30 @@
-"""A folder of images with a caption each, listed in its `captions.jsonl`."""
+"""A folder of images whose captions are listed in a JSON Lines file."""
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from moma.data.documents import Document, Rejected, SourceName
-from moma.data.sources.reading import (
-    CaptionReaderConfig,
-    Line,
-    attempt,
-    filled,
-    fingerprint_of,
-    inside,
-    lines,
-    text_of,
-)
+from moma.data.sources.jsonl import Line, jsonl_fingerprint, read_jsonl, require_text
+from moma.data.sources.paths import files_below, resolve_inside
+from moma.data.sources.reading import CaptionReaderConfig
 from moma.errors import UserError
 from moma.recipe import RequiredPath
 
+_LIST = "captions.jsonl"
+# The name, and the key of the image, that image folders of the library `datasets` have.
+_METADATA, _FILE_NAME = "metadata.jsonl", "file_name"
+
 
 class CaptionsConfig(CaptionReaderConfig):
-    """A folder of images with a caption each, listed in its `captions.jsonl`.
+    """A folder of images whose captions are listed in `captions.jsonl` or `metadata.jsonl`.
 
-    A row of the list is an object such as `{"image": "cats/1.jpg", "caption": "Two cats."}`; the
-    image's path is relative to the folder and stays inside it. A document is named by where its
-    image lies in the folder, however the row spells it: several captions of one image are held
-    out together or not at all.
+    A row is an object such as `{"image": "cats/1.jpg", "caption": "Two cats."}`; as in the image
+    folders of the library `datasets`, the keys may also be `file_name` and `text`. The image's
+    path is relative to the folder of the list and stays inside it. Without a `captions.jsonl`,
+    every `metadata.jsonl` in the folder and below it is read. A document is named by the path of
+    its image in the folder, however the row spells it, so that several captions of one image are
+    held out together.
 
     Attributes:
         path: the folder.
@@ -36,29 +34,39 @@ class CaptionsConfig(CaptionReaderConfig):
     name: SourceName = "captions"
     path: RequiredPath
 
-    @property
-    def _list(self) -> Path:
-        return self.path / "captions.jsonl"
-
-    def _rows(self) -> Iterator[Document | Rejected]:
-        for line in filled(lines(self._list)):
-            yield attempt(line.place, partial(self._document, line))
+    def read_documents(self) -> Iterator[Document | Rejected]:
+        """Yield a document for every row of the lists."""
+        return read_jsonl(self._lists(), self._document)
 
     def fingerprint(self) -> str:
-        """Changes when the list does, or the size or time of an image in it."""
-        return fingerprint_of([self._list], self._images())
+        """Return what changes with the lists, or with the size or time of an image in them."""
+        return jsonl_fingerprint(self._lists(), self._image_files)
+
+    def _lists(self) -> list[Path]:
+        captions = self.path / _LIST
+        if captions.exists():
+            return [captions]
+        files = files_below(self.path) if self.path.is_dir() else []
+        lists = [path for path in files if path.name == _METADATA]
+        if not lists:
+            raise UserError(
+                f"{captions}: cannot read it (no such file, and no {_METADATA}); "
+                "check the source's 'path'"
+            )
+        return lists
 
     def _document(self, line: Line) -> Document:
         values = line.values()
-        image, caption = (text_of(values, key) for key in ("image", "caption"))
-        path = inside(self.path, image)
+        image = require_text(values, *_image_keys(line))
+        caption = require_text(values, "caption", "text")
+        path = resolve_inside(line.path.parent, image)
         name = path.relative_to(self.path.resolve()).as_posix()
-        segments = self._ordered(name, caption, self._image(path, line.place))
-        return Document(name=name, segments=segments, row=line.place)
+        segments = self.with_caption(name, caption, self.image_ref(path, line.location))
+        return Document(name=name, segments=segments, row=line.location)
 
-    def _images(self) -> Iterator[Path]:
-        for line in filled(lines(self._list)):
-            try:
-                yield self.path / text_of(line.values(), "image")
-            except UserError:
-                continue  # the list's own fingerprint tells when that changes
+    def _image_files(self, line: Line) -> Iterator[Path]:
+        yield line.path.parent / require_text(line.values(), *_image_keys(line))
+
+
+def _image_keys(line: Line) -> tuple[str, str]:
+    return (_FILE_NAME, "image") if line.path.name == _METADATA else ("image", _FILE_NAME)

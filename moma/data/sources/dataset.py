@@ -18,17 +18,10 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from moma.data.documents import Document, ImageRef, Rejected, SourceName
-from moma.data.sources.interleaved import Part, name_of, parts_of, segments_of
-from moma.data.sources.reading import (
-    CaptionReaderConfig,
-    attempt,
-    digest,
-    fingerprint_of,
-    inside,
-    matching,
-    parse_object,
-    text_of,
-)
+from moma.data.sources.interleaved import Part, content_name, make_segments, parse_parts
+from moma.data.sources.jsonl import parse_json_object, require_text
+from moma.data.sources.paths import expand_pattern, fingerprint_of, resolve_inside
+from moma.data.sources.reading import CaptionReaderConfig, attempt, content_hash
 from moma.errors import UserError
 from moma.images import read_image
 
@@ -91,7 +84,8 @@ class DatasetConfig(CaptionReaderConfig):
             return [self.segments_column]
         return [column for column in (self.text_column, self.image_column) if column is not None]
 
-    def _rows(self) -> Iterator[Document | Rejected]:
+    def read_documents(self) -> Iterator[Document | Rejected]:
+        """Yield a document for every row."""
         fingerprint, folder = self.fingerprint(), self._folder
         for number, values in enumerate(self._values(fingerprint)):
             if self._by_line and not values[_LINE].strip():
@@ -112,7 +106,7 @@ class DatasetConfig(CaptionReaderConfig):
 
     def _files(self) -> list[Path]:
         """The local files; none for a folder or a name on the hub."""
-        return matching(Path(self.path)) if self._ending in _BUILDERS else []
+        return expand_pattern(Path(self.path)) if self._ending in _BUILDERS else []
 
     @property
     def _ending(self) -> str:
@@ -145,7 +139,7 @@ class DatasetConfig(CaptionReaderConfig):
 
     def _parsed(self, line: str) -> dict[str, Any]:
         """The columns of a line of JSON."""
-        values = parse_object(line.encode(_BYTES))
+        values = parse_json_object(line.encode(_BYTES))
         missing = [column for column in self._columns if column not in values]
         if missing:
             raise UserError(f"has no '{missing[0]}'; the keys there are: {', '.join(values)}")
@@ -155,21 +149,21 @@ class DatasetConfig(CaptionReaderConfig):
         if self._by_line:
             row = replace(row, values=self._parsed(row.values[_LINE]))
         if self.segments_column is None and self.image_column is None:
-            text = text_of(row.values, self.text_column)
-            return Document(digest(text), (text,), row=row.place)
+            text = require_text(row.values, self.text_column)
+            return Document(content_hash(text), (text,), row=row.place)
         parts = self._parts(row.values)
         stored = [(kind, self._stored(v) if kind == "image" else v) for kind, v in parts]
-        segments = segments_of(stored, partial(self._image_of, row))
-        name = name_of(stored)
+        segments = make_segments(stored, partial(self._image_of, row))
+        name = content_name(stored)
         if not self._is_captioned(row.values):
             return Document(name, segments, row=row.place)
         caption, image = segments
         assert isinstance(caption, str) and isinstance(image, ImageRef)
         return Document(
             name,
-            self._ordered(name, caption, image),
+            self.with_caption(name, caption, image),
             row=row.place,
-            held_out_with=name_of([part for part in stored if part[0] == "image"]),
+            held_out_with=content_name([part for part in stored if part[0] == "image"]),
         )
 
     def _is_captioned(self, values: dict[str, Any]) -> bool:
@@ -177,13 +171,13 @@ class DatasetConfig(CaptionReaderConfig):
 
     def _parts(self, values: dict[str, Any]) -> list[Part]:
         if self.image_column is None:
-            return parts_of({"segments": values[self.segments_column or ""]})
+            return parse_parts({"segments": values[self.segments_column or ""]})
         image = values[self.image_column]
         if isinstance(image, list):
-            return parts_of({"texts": values[self.text_column], "images": image})
+            return parse_parts({"texts": values[self.text_column], "images": image})
         if image is None:
             raise UserError(f"has no image under '{self.image_column}'")
-        return [("text", text_of(values, self.text_column)), ("image", image)]
+        return [("text", require_text(values, self.text_column)), ("image", image)]
 
     def _stored(self, value: Any) -> bytes | str:
         """An image as its bytes, or the name of its file."""
@@ -196,7 +190,7 @@ class DatasetConfig(CaptionReaderConfig):
     def _image_of(self, row: "_Row", which: int, stored: bytes | str) -> ImageRef:
         name = f"{row.place}, image {which}"
         if isinstance(stored, str):
-            return self._image(inside(row.folder, stored), name)
+            return self.image_ref(resolve_inside(row.folder, stored), name)
         if self.streaming:
             read = partial(read_image, stored, name, max_pixels=self.max_pixels)
         else:

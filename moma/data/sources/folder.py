@@ -1,4 +1,4 @@
-"""A folder of images, each with a text file beside it: `cat.png` and `cat.txt`."""
+"""A folder of images, each with a text file of the same name: `cat.png` and `cat.txt`."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,31 +6,25 @@ from pathlib import Path
 from typing import Literal
 
 from moma.data.documents import Document, Rejected, SourceName
-from moma.data.sources.reading import (
-    MAX_ROW_BYTES,
-    CaptionReaderConfig,
-    attempt,
-    checked_text,
-    files_below,
-    fingerprint_of,
-    inside,
-)
+from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
+from moma.data.sources.reading import MAX_ROW_BYTES, CaptionReaderConfig, attempt, check_text
 from moma.errors import UserError
 from moma.images import SUFFIXES
 from moma.recipe import RequiredPath
 
 
 class FolderConfig(CaptionReaderConfig):
-    """A folder of images, each with a text file beside it: `cat.png` and `cat.txt`.
+    """A folder of images, each with a text file of the same name: `cat.png` and `cat.txt`.
 
-    Folders below it are read too, hidden ones are not. A document is named by the text file's path
-    without its ending. Of several images with one text, PNG and JPEG go before other formats.
+    Folders below it are read too, hidden ones and links to folders are not. A document is named by
+    the text file's path without its suffix. Of several images with one text, the first in the
+    order of `moma.images.SUFFIXES` is taken: PNG and JPEG before other formats.
 
     Attributes:
         path: the folder.
         caption: the text file's `first_line`, or the `whole` of it.
-        without_text: what becomes of an image without a text file: it is rejected (`reject`), or
-            it does not count (`leave_out`).
+        without_text: what happens to an image without a text file: it is rejected (`reject`) or
+            left out (`leave_out`).
     """
 
     kind: Literal["folder"] = "folder"
@@ -39,10 +33,11 @@ class FolderConfig(CaptionReaderConfig):
     caption: Literal["first_line", "whole"] = "first_line"
     without_text: Literal["reject", "leave_out"] = "reject"
 
-    def _rows(self) -> Iterator[Document | Rejected]:
-        for stem, (images, text) in sorted(self._groups().items()):
-            if text is not None:
-                yield attempt(str(text), partial(self._document, stem, images, text))
+    def read_documents(self) -> Iterator[Document | Rejected]:
+        """Yield a document for every text file; rejected are texts and images without the other."""
+        for stem, (images, texts) in sorted(self._groups().items()):
+            if texts:
+                yield attempt(str(texts[0]), partial(self._document, stem, images, texts))
             elif self.without_text == "reject":
                 for image in images:
                     expected = image.with_suffix(".txt").name
@@ -53,37 +48,37 @@ class FolderConfig(CaptionReaderConfig):
                     )
 
     def fingerprint(self) -> str:
-        """Changes when images or texts come or go, or their size or time does."""
-        files = [(*images, text) for images, text in self._groups().values()]
-        return fingerprint_of(file for group in files for file in sorted(filter(None, group)))
+        """Return what changes with the names, sizes and times of images and texts."""
+        groups = self._groups().values()
+        return fingerprint_of(file for group in groups for file in sorted([*group[0], *group[1]]))
 
-    def _groups(self) -> dict[str, tuple[list[Path], Path | None]]:
-        """Images, best format first, and the text of each path without its ending."""
-        groups: dict[str, tuple[list[Path], Path | None]] = {}
+    def _groups(self) -> dict[str, tuple[list[Path], list[Path]]]:
+        """Images, best format first, and texts of each path without its suffix."""
+        groups: dict[str, tuple[list[Path], list[Path]]] = {}
         for path in files_below(self.path):
-            stem = path.relative_to(self.path).with_suffix("").as_posix()
-            images, text = groups.get(stem, ([], None))
-            if path.suffix.lower() in SUFFIXES:
-                images.append(path)
-                images.sort(key=lambda image: SUFFIXES.index(image.suffix.lower()))
-            elif path.suffix.lower() == ".txt":
-                text = path
-            else:
-                continue
-            groups[stem] = (images, text)
+            suffix = path.suffix.lower()
+            if suffix in (*SUFFIXES, ".txt"):
+                stem = path.relative_to(self.path).with_suffix("").as_posix()
+                images, texts = groups.setdefault(stem, ([], []))
+                (texts if suffix == ".txt" else images).append(path)
+        for images, _ in groups.values():
+            images.sort(key=lambda image: SUFFIXES.index(image.suffix.lower()))
         return groups
 
-    def _document(self, stem: str, images: list[Path], text: Path) -> Document:
-        checked_text(stem, "of its name")
+    def _document(self, stem: str, images: list[Path], texts: list[Path]) -> Document:
+        check_text(stem, "of its name")
+        text = texts[0]
+        if len(texts) > 1:
+            raise UserError(f"there are two texts of this name, also {texts[1].name}; remove one")
         if not images:
             raise UserError("there is no image beside it; add one or remove the text")
         caption = self._caption(text)
-        path = inside(self.path, str(images[0].relative_to(self.path)))
-        segments = self._ordered(stem, caption, self._image(path, str(text), "remove both files"))
-        return Document(name=stem, segments=segments, row=str(text))
+        path = resolve_inside(self.path, str(images[0].relative_to(self.path)))
+        image = self.image_ref(path, str(text), "remove both files")
+        return Document(stem, self.with_caption(stem, caption, image), row=str(text))
 
     def _caption(self, file: Path) -> str:
-        inside(self.path, str(file.relative_to(self.path)))
+        resolve_inside(self.path, str(file.relative_to(self.path)))
         try:
             with file.open("rb") as opened:
                 first_line = self.caption == "first_line"
@@ -92,7 +87,9 @@ class FolderConfig(CaptionReaderConfig):
         except OSError as error:
             raise UserError(f"cannot read it ({error.strerror})") from error
         except UnicodeDecodeError as error:
-            raise UserError(f"not UTF-8 ({error}); convert the file") from error
-        if not text or len(data) > MAX_ROW_BYTES:
-            raise UserError("its caption is empty or endless; write one or remove both files")
-        return checked_text(text, "of the file")
+            raise UserError(f"not UTF-8 ({error}); convert the file to UTF-8") from error
+        if len(data) > MAX_ROW_BYTES:
+            raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; shorten it")
+        if not text:
+            raise UserError("its caption is empty; write one or remove both files")
+        return check_text(text, "of the file")

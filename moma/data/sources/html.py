@@ -16,15 +16,8 @@ from lxml import etree
 from pydantic import Field
 
 from moma.data.documents import Document, ImageRef, Rejected, Segment, SourceName
-from moma.data.sources.reading import (
-    MAX_ROW_BYTES,
-    ImageReaderConfig,
-    attempt,
-    checked_text,
-    files_below,
-    fingerprint_of,
-    inside,
-)
+from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
+from moma.data.sources.reading import MAX_ROW_BYTES, ImageReaderConfig, attempt, check_text
 from moma.errors import UserError
 from moma.images import SUFFIXES, image_size
 from moma.recipe import RequiredPath
@@ -77,7 +70,8 @@ class HtmlConfig(ImageReaderConfig):
         *("menu", "sidebar", "toc", "footer"),
     )
 
-    def _rows(self) -> Iterator[Document | Rejected]:
+    def read_documents(self) -> Iterator[Document | Rejected]:
+        """Yield a document for every page."""
         pages = self._pages()
         shown_on: Counter[Path] = Counter()
         for page in pages:
@@ -115,7 +109,7 @@ class HtmlConfig(ImageReaderConfig):
         return size is None or min(size) >= self.min_side
 
     def _document(self, page: Path, is_content: Callable[[Path], bool]) -> Document:
-        name = checked_text(page.relative_to(self.path).as_posix(), "of its name")
+        name = check_text(page.relative_to(self.path).as_posix(), "of its name")
         text = _Text()
         segments: list[Segment] = []
         for part in self._parts(page):
@@ -128,14 +122,14 @@ class HtmlConfig(ImageReaderConfig):
             elif is_content(part):
                 segments += [
                     *text.take(),
-                    self._image(part, str(page), "remove it from the page"),
+                    self.image_ref(part, str(page), "remove it from the page"),
                 ]
         segments += text.take()
         if not segments:
             raise UserError("no text and no image is left of it; remove the page")
         for segment in segments:
             if not isinstance(segment, ImageRef):
-                checked_text(segment, "of the page")
+                check_text(segment, "of the page")
         return Document(name=name, segments=tuple(segments), row=str(page))
 
     def _parts(self, page: Path) -> Iterator["str | _Preformatted | Path | None"]:
@@ -201,7 +195,7 @@ class _Text:
 
 
 def _parse(page: Path, folder: Path) -> Any:
-    inside(folder, str(page.relative_to(folder)))
+    resolve_inside(folder, str(page.relative_to(folder)))
     try:
         if page.stat().st_size > MAX_ROW_BYTES:
             raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; break it up or remove it")
@@ -289,5 +283,5 @@ def _image_path(source: str, page: Path, folder: Path) -> Path | None:
     if address.scheme or address.netloc or not name or name.lower().endswith(".svg"):
         return None
     if name.startswith("/"):
-        return inside(folder, name.lstrip("/"))
-    return inside(folder, str(page.parent.relative_to(folder) / name))
+        return resolve_inside(folder, name.lstrip("/"))
+    return resolve_inside(folder, str(page.parent.relative_to(folder) / name))

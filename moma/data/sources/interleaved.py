@@ -1,36 +1,27 @@
-"""Text and images in reading order: JSON Lines of interleaved documents.
+"""Interleaved text and images: JSON Lines of documents in reading order.
 
-Two layouts are read, in files as in data sets: a list of `segments`, and OBELICS' two aligned
-lists (Laurençon et al. 2023, https://arxiv.org/abs/2306.16527), `texts` and `images`.
+Two layouts are supported, in files and in data sets: a list of `segments`, and OBELICS' two
+aligned lists (Laurençon et al. 2023, https://arxiv.org/abs/2306.16527), `texts` and `images`.
 """
 
 import base64
-import binascii
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
 from moma.data.documents import Document, ImageRef, Rejected, Segment, SourceName
-from moma.data.sources.reading import (
-    ImageReaderConfig,
-    Line,
-    attempt,
-    checked_text,
-    digest,
-    filled,
-    fingerprint_of,
-    inside,
-    lines,
-    matching,
-)
-from moma.errors import UserError
+from moma.data.sources.jsonl import Line, jsonl_fingerprint, parse_json_object, read_jsonl
+from moma.data.sources.paths import expand_pattern, fingerprint_of, resolve_inside
+from moma.data.sources.reading import ImageReaderConfig, check_text, content_hash
+from moma.errors import UserError, list_names, shorten
 from moma.images import read_image
 from moma.recipe import RequiredPath
 
-# A part of a document: text, or what a row says of an image.
+# A part of a document: a text, or the value that stands for an image in its row.
 Part = tuple[Literal["text", "image"], Any]
 
 
@@ -38,9 +29,9 @@ class InterleavedConfig(ImageReaderConfig):
     """JSON Lines of interleaved documents.
 
     A row has `segments`, such as `[{"type": "text", "text": "…"}, {"type": "image", "image":
-    "1.jpg"}]`, or two lists of one length, `texts` and `images`, where one of the two is null at
-    each place. An image is a path relative to the file's folder, which it does not leave, or a
-    `data:` address with base64. A document is named by a digest of its row's texts and images.
+    "1.jpg"}]`, or two lists of equal length, `texts` and `images`, one of which is null at each
+    position. An image is a path relative to the file's folder and inside it, or a `data:` URL with
+    base64. A document is named by a hash of its row's texts and images.
 
     Attributes:
         path: the file, or a pattern such as `pages/*.jsonl`.
@@ -50,78 +41,78 @@ class InterleavedConfig(ImageReaderConfig):
     name: SourceName = "interleaved"
     path: RequiredPath
 
-    def _rows(self) -> Iterator[Document | Rejected]:
-        for path in matching(self.path):
-            for line in filled(lines(path)):
-                yield attempt(line.place, partial(self._document, line))
+    def read_documents(self) -> Iterator[Document | Rejected]:
+        """Yield a document for every row."""
+        return read_jsonl(expand_pattern(self.path), self._document)
 
     def fingerprint(self) -> str:
-        """Changes when the size or the time of a file does, or of an image named in it."""
-        files = matching(self.path)
-        return fingerprint_of(files, (image for file in files for image in _named_images(file)))
+        """Return what changes with the size or the time of a file, or of an image named in it."""
+        return jsonl_fingerprint(expand_pattern(self.path), _image_files)
 
     def _document(self, line: Line) -> Document:
-        parts = parts_of(line.values())
-        segments = segments_of(parts, partial(self._image_of, line))
-        return Document(name=name_of(parts), segments=segments, row=line.place)
+        parts = parse_parts(line.values())
+        segments = make_segments(parts, partial(self._image_of, line))
+        return Document(name=content_name(parts), segments=segments, row=line.location)
 
     def _image_of(self, line: Line, number: int, value: Any) -> ImageRef:
-        name = f"{line.place}, image {number}"
+        name = f"{line.location}, image {number}"
         if not isinstance(value, str):
-            raise UserError(f"image {number} is no text; write a path or a data: address")
-        if not value.startswith("data:"):
-            return self._image(inside(line.path.parent, value), name)
+            raise UserError(f"image {number} is not a text; write a path or a data: URL")
+        if not _is_data_url(value):
+            return self.image_ref(resolve_inside(line.path.parent, value), name)
         read = partial(_read_from_row, line.path, line.offset, number, name, self.max_pixels)
         return ImageRef(name, read)
 
 
-def parts_of(values: dict[str, Any]) -> list[Part]:
-    """The parts of a row, from `segments` or from `texts` and `images`.
+def parse_parts(values: dict[str, Any]) -> list[Part]:
+    """Return the parts of a row, from `segments` or from `texts` and `images`.
 
     Raises:
-        UserError: the row holds neither, or not as it should.
+        UserError: the row has neither, or they are malformed.
     """
     if values.get("segments") is not None:
-        parts = [_segment(segment) for segment in _list(values, "segments")]
+        parts = [_parse_segment(segment) for segment in _require_list(values, "segments")]
     elif "texts" in values or "images" in values:
-        parts = _aligned(_list(values, "texts"), _list(values, "images"))
+        parts = _align(_require_list(values, "texts"), _require_list(values, "images"))
     else:
-        found = ", ".join(values) or "none"
-        raise UserError(f"needs 'segments', or 'texts' and 'images'; the keys there are: {found}")
+        found = list_names(values)
+        raise UserError(f"needs 'segments', or 'texts' and 'images'; the keys are: {found}")
     kept = [(kind, value) for kind, value in parts if kind == "image" or value.strip()]
     if not kept:
-        raise UserError("holds no text and no image; remove the row")
+        raise UserError("contains neither text nor an image; remove the row")
     return kept
 
 
-def segments_of(parts: list[Part], image_of: Callable[[int, Any], ImageRef]) -> tuple[Segment, ...]:
-    """A document's segments.
+def make_segments(
+    parts: list[Part], make_image: Callable[[int, Any], ImageRef]
+) -> tuple[Segment, ...]:
+    """Return a document's segments.
 
     Args:
-        parts: of the row.
-        image_of: an image's number in the document, from 1, and its value → the image.
+        parts: parts of the row.
+        make_image: returns an image, given its number in the document, from 1, and its value.
 
     Raises:
-        UserError: a text is not valid, or `image_of` raises it.
+        UserError: a text is not valid, or `make_image` raises it.
     """
     segments: list[Segment] = []
     images = 0
     for kind, value in parts:
         if kind == "image":
             images += 1
-            segments.append(image_of(images, value))
+            segments.append(make_image(images, value))
         else:
-            segments.append(checked_text(value, "of a segment"))
+            segments.append(check_text(value, "of a segment"))
     return tuple(segments)
 
 
-def name_of(parts: list[Part]) -> str:
-    """A name that depends on the document's content alone."""
+def content_name(parts: list[Part]) -> str:
+    """Return a name that depends on the document's content only."""
     flat = [piece for kind, value in parts for piece in (kind, value)]
-    return digest(*(piece if isinstance(piece, (str, bytes)) else str(piece) for piece in flat))
+    return content_hash(*(one if isinstance(one, (str, bytes)) else str(one) for one in flat))
 
 
-def _segment(segment: Any) -> Part:
+def _parse_segment(segment: Any) -> Part:
     kind = segment.get("type") if isinstance(segment, dict) else None
     if kind == "text" and isinstance(segment.get("text"), str):
         return ("text", segment["text"])
@@ -129,21 +120,21 @@ def _segment(segment: Any) -> Part:
         return ("image", segment["image"])
     raise UserError(
         'a segment is {"type": "text", "text": "…"} or {"type": "image", "image": "1.jpg"}; '
-        "mend or remove the row"
+        "fix or remove the row"
     )
 
 
-def _aligned(texts: list[Any], images: list[Any]) -> list[Part]:
+def _align(texts: list[Any], images: list[Any]) -> list[Part]:
     if len(texts) != len(images):
         raise UserError(
-            f"'texts' has {len(texts)} places and 'images' {len(images)}; they must be one length"
+            f"'texts' has {len(texts)} entries and 'images' {len(images)}; both need one length"
         )
     parts: list[Part] = []
     for number, (text, image) in enumerate(zip(texts, images, strict=True), start=1):
         if text is not None and image is not None:
-            raise UserError(f"place {number} has a text and an image; one must be null")
+            raise UserError(f"entry {number} has a text and an image; one must be null")
         if text is not None and not isinstance(text, str):
-            raise UserError(f"place {number} of 'texts' is no text")
+            raise UserError(f"entry {number} of 'texts' is not a text")
         if text is not None:
             parts.append(("text", text))
         elif image is not None:
@@ -151,35 +142,42 @@ def _aligned(texts: list[Any], images: list[Any]) -> list[Part]:
     return parts
 
 
-def _list(values: dict[str, Any], key: str) -> list[Any]:
+def _require_list(values: dict[str, Any], key: str) -> list[Any]:
     value = values.get(key)
     if not isinstance(value, list):
-        raise UserError(f"'{key}' must be a list; mend or remove the row")
+        raise UserError(f"'{key}' must be a list; fix or remove the row")
     return value
 
 
+def _is_data_url(value: Any) -> bool:
+    return isinstance(value, str) and value[:5].lower() == "data:"
+
+
 def _read_from_row(path: Path, offset: int, number: int, name: str, max_pixels: int) -> Image.Image:
-    """Read an image that stands in its row; the row is read again, so as not to be kept."""
+    """Read an image that is in its row; the row is read again instead of kept in memory."""
     try:
-        with path.open("rb") as file:
-            file.seek(offset)
-            values = Line(path, 0, offset, file.readline()).values()
-        images = [value for kind, value in parts_of(values) if kind == "image"]
+        images = _images_in_row(path, offset, fingerprint_of([path]))
         header, _, data = images[number - 1].partition(",")
         if not header.endswith(";base64"):
-            raise UserError("its data: address has no base64")
-        encoded = base64.b64decode(data, validate=True)
-    except (UserError, OSError, IndexError, AttributeError, binascii.Error) as error:
-        raise UserError(f"{name}: cannot read it ({error}); mend or remove the row") from error
+            raise UserError("its data: URL is not base64")
+        encoded = base64.b64decode(unquote_to_bytes("".join(data.split())), validate=True)
+    # The file may have changed, so that the row has other values or is none.
+    except (UserError, OSError, IndexError, AttributeError, ValueError) as error:
+        reason = shorten(str(error))
+        raise UserError(f"{name}: cannot read it ({reason}); fix or remove the row") from error
     return read_image(encoded, name, max_pixels=max_pixels)
 
 
-def _named_images(file: Path) -> Iterator[Path]:
-    for line in filled(lines(file)):
-        try:
-            parts = parts_of(line.values())
-        except UserError:
-            continue  # the file's own fingerprint tells when that changes
-        for kind, value in parts:
-            if kind == "image" and isinstance(value, str) and not value.startswith("data:"):
-                yield file.parent / value
+# One row, since consecutive images come from one row, which may be long.
+@lru_cache(maxsize=1)
+def _images_in_row(path: Path, offset: int, fingerprint: str) -> list[Any]:
+    with path.open("rb") as file:
+        file.seek(offset)
+        values = parse_json_object(file.readline())
+    return [value for kind, value in parse_parts(values) if kind == "image"]
+
+
+def _image_files(line: Line) -> Iterator[Path]:
+    for kind, value in parse_parts(line.values()):
+        if kind == "image" and isinstance(value, str) and not _is_data_url(value):
+            yield line.path.parent / value

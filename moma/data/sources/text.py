@@ -2,41 +2,32 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from moma.data.documents import Document, Rejected, SourceName
-from moma.data.sources.reading import (
-    Line,
-    ReaderConfig,
-    attempt,
-    checked_text,
-    digest,
-    filled,
-    fingerprint_of,
-    lines,
-    matching,
-    text_of,
-)
+from moma.data.sources.jsonl import Line, read_jsonl, read_lines, require_text
+from moma.data.sources.paths import expand_pattern, fingerprint_of
+from moma.data.sources.reading import ReaderConfig, check_text, content_hash
 from moma.errors import UserError
 from moma.recipe import RequiredPath
 
 # A file without blank lines must not become one document that fills the memory.
-_LONGEST_PARAGRAPH = 2**20
+_MAX_PARAGRAPH_BYTES = 2**20
+_JSON_LINES = (".jsonl", ".ndjson")
 
 
 class TextConfig(ReaderConfig):
-    """UTF-8 text files; their paragraphs, separated by blank lines, are the documents.
+    """UTF-8 text files whose paragraphs, separated by blank lines, are the documents.
 
-    Of a file whose name ends in `.jsonl` every row is a document. A document is named by a digest
-    of its text. A paragraph over 1 MiB goes on as further documents, cut where a line ends;
-    they are held out together.
+    In a file whose name ends in `.jsonl` or `.ndjson`, every row is a document. A document is named
+    by a hash of its text. A paragraph over 1 MiB is split at the ends of lines into several
+    documents, which are held out together.
 
     Attributes:
         path: the file, or a pattern such as `texts/**/*.txt`.
-        text_key: where the text stands in a row of a `.jsonl` file.
+        text_key: key of the text in a row of JSON Lines.
     """
 
     kind: Literal["text"] = "text"
@@ -44,32 +35,31 @@ class TextConfig(ReaderConfig):
     path: RequiredPath
     text_key: str = "text"
 
-    def _rows(self) -> Iterator[Document | Rejected]:
-        for path in matching(self.path):
-            by_row = path.suffix.lower() == ".jsonl"
-            yield from self._json_rows(path) if by_row else _paragraphs(path)
+    def read_documents(self) -> Iterator[Document | Rejected]:
+        """Yield a document for every paragraph or row."""
+        for path in expand_pattern(self.path):
+            if path.suffix.lower() in _JSON_LINES:
+                yield from read_jsonl([path], self._json_document)
+            else:
+                yield from _paragraphs(path)
 
     def fingerprint(self) -> str:
-        """Changes when the size or the time of a file does."""
-        return fingerprint_of(matching(self.path))
-
-    def _json_rows(self, path: Path) -> Iterator[Document | Rejected]:
-        for line in filled(lines(path)):
-            yield attempt(line.place, partial(self._json_document, line))
+        """Return what changes with the size or the time of a file."""
+        return fingerprint_of(expand_pattern(self.path))
 
     def _json_document(self, line: Line) -> Document:
-        text = text_of(line.values(), self.text_key)
-        return Document(digest(text), (text,), row=line.place)
+        text = require_text(line.values(), self.text_key)
+        return Document(content_hash(text), (text,), row=line.location)
 
 
 def _paragraphs(path: Path) -> Iterator[Document | Rejected]:
-    for is_filled, rows in groupby(lines(path), key=_is_filled):
-        if is_filled:
-            yield from _held_out_together(map(_paragraph, _pieces(rows)))
+    for is_blank, lines in groupby(read_lines(path), key=lambda line: line.is_blank):
+        if not is_blank:
+            yield from _hold_out_together(map(_paragraph, _split(lines)))
 
 
-def _held_out_together(pieces: Iterator[Document | Rejected]) -> Iterator[Document | Rejected]:
-    """The pieces of a paragraph, which go by the name of the first one."""
+def _hold_out_together(pieces: Iterator[Document | Rejected]) -> Iterator[Document | Rejected]:
+    """Let all pieces of a paragraph be held out as the first one is."""
     first = ""
     for piece in pieces:
         if isinstance(piece, Document):
@@ -78,29 +68,26 @@ def _held_out_together(pieces: Iterator[Document | Rejected]) -> Iterator[Docume
         yield piece
 
 
-def _paragraph(rows: list[Line]) -> Document | Rejected:
+def _paragraph(lines: list[Line]) -> Document | Rejected:
     texts = []
-    for row in rows:
+    for line in lines:
         try:
-            texts.append(checked_text(row.text(), "of the line"))
+            texts.append(check_text(line.text(), "of the line"))
         except UserError as error:
-            return Rejected(row.place, f"{error}; its paragraph begins in row {rows[0].number}")
+            reason = f"{error}; its paragraph begins in row {lines[0].number}"
+            return Rejected(line.location, reason)
     text = "".join(texts).strip()
-    return Document(digest(text), (text,), row=rows[0].place)
+    return Document(content_hash(text), (text,), row=lines[0].location)
 
 
-def _pieces(rows: Iterator[Line]) -> Iterator[list[Line]]:
+def _split(lines: Iterator[Line]) -> Iterator[list[Line]]:
     piece: list[Line] = []
     size = 0
-    for row in rows:
-        piece.append(row)
-        size += len(row.data or b"")
-        if size >= _LONGEST_PARAGRAPH:
+    for line in lines:
+        piece.append(line)
+        size += len(line.data or b"")
+        if size >= _MAX_PARAGRAPH_BYTES:
             yield piece
             piece, size = [], 0
     if piece:
         yield piece
-
-
-def _is_filled(row: Line) -> bool:
-    return row.data is None or bool(row.data.decode("utf-8-sig", "replace").strip())

@@ -1,4 +1,4 @@
-"""The folder with a list of captions: what it yields, and what it says about bad rows."""
+"""Image folders with a list of captions."""
 
 import json
 import os
@@ -54,21 +54,24 @@ def test_caption_first_is_a_share(tmp_path, share):
     [
         (
             '{"image": "a.png",',
-            r"^not valid JSON \(Expecting [^:]*: character \d+\); mend or remove",
+            r"^not valid JSON \(Expecting [^:]*: character \d+\); fix or remove",
         ),
         ("[" * 200_000, "^not valid JSON"),
-        ('["a.png"]', "^no JSON object; write one"),
-        ({"image": "a.png"}, "^needs a text under 'caption'; the keys there are: image"),
+        ('["a.png"]', "^not a JSON object; write one"),
+        ({"image": "a.png"}, "^needs a text under 'caption' or 'text'; the keys are: image"),
         ({"image": 3, "caption": "b"}, "^needs a text under 'image'"),
-        ({"image": "a.png", "caption": "\ud800"}, "^the text under 'caption' is not valid"),
-        ({"image": "a\0.png", "caption": "b"}, r"^the image 'a\\x00.png' is no path"),
-        ({"image": "../a.png", "caption": "b"}, r"^the image '\.\./a\.png' lies outside"),
-        ({"image": "/etc/passwd", "caption": "b"}, "lies outside .*copy it into"),
-        ({"image": "https://a.example/a.png", "caption": "b"}, "is a web address; fetch it"),
-        ({"image": "HTTP://a.example/a.png", "caption": "b"}, "is a web address; fetch it"),
+        (
+            {"image": "a.png", "caption": "\ud800"},
+            "^the text under 'caption' contains half",
+        ),
+        ({"image": "a\0.png", "caption": "b"}, r"^the image 'a\\x00.png' is not a path"),
+        ({"image": "../a.png", "caption": "b"}, r"^the image '\.\./a\.png' is outside"),
+        ({"image": "/etc/passwd", "caption": "b"}, "is outside .*copy it into"),
+        ({"image": "https://a.example/a.png", "caption": "b"}, "is a web address; download it"),
+        ({"image": "HTTP://a.example/a.png", "caption": "b"}, "is a web address; download it"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_rejected_and_the_others_are_not(tmp_path, row, reason):
+def test_a_bad_row_is_rejected_and_the_others_are_read(tmp_path, row, reason):
     good = {"image": "a.png", "caption": "a"}
     first, rejected, last = captions_in(tmp_path, [good, row, good]).documents()
     assert first.name == last.name == "a.png"
@@ -84,10 +87,10 @@ def test_a_link_out_of_the_folder_is_rejected(tmp_path):
     Image.new("RGB", (1, 1)).save(tmp_path / "secret.png")
     (folder / "a.png").symlink_to(tmp_path / "secret.png")
     (row,) = captions_in(folder, [{"image": "a.png", "caption": "a"}]).documents()
-    assert isinstance(row, Rejected) and "lies outside" in row.reason
+    assert isinstance(row, Rejected) and "is outside" in row.reason
 
 
-def test_images_are_read_only_when_asked_for_and_name_their_row(tmp_path):
+def test_images_are_read_on_demand_and_errors_name_their_row(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
@@ -107,23 +110,23 @@ def test_an_image_can_be_read_in_another_process(tmp_path):
     assert pickle.loads(pickle.dumps(image)).read().size == (3, 2)
 
 
-def test_the_stamp_covers_the_list_and_its_images(tmp_path):
+def test_the_fingerprint_covers_the_list_and_its_images(tmp_path):
     Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
     source = captions_in(tmp_path, [{"image": "a.png", "caption": "c"}, "no JSON"])
-    stamps = [source.fingerprint()]
-    assert source.fingerprint() == stamps[0]
+    fingerprints = [source.fingerprint()]
+    assert source.fingerprint() == fingerprints[0]
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
-    stamps.append(source.fingerprint())
+    fingerprints.append(source.fingerprint())
     os.utime(tmp_path / "a.png", ns=(1, 1))
-    stamps.append(source.fingerprint())
+    fingerprints.append(source.fingerprint())
     (tmp_path / "a.png").unlink()
-    stamps.append(source.fingerprint())
+    fingerprints.append(source.fingerprint())
     captions_in(tmp_path, [{"image": "a.png", "caption": "another"}])
-    stamps.append(source.fingerprint())
-    assert len(set(stamps)) == 5
+    fingerprints.append(source.fingerprint())
+    assert len(set(fingerprints)) == 5
 
 
-def test_what_is_held_out_is_stable_under_reordering_and_growth(tmp_path):
+def test_the_held_out_split_is_stable_under_reordering_and_growth(tmp_path):
     rows = [{"image": f"{number}.png", "caption": "c"} for number in range(400)]
 
     def in_training(rows, **settings):
@@ -143,7 +146,7 @@ def test_what_is_held_out_is_stable_under_reordering_and_growth(tmp_path):
     assert {name for name in grown if not name.startswith("new")} == half
 
 
-def test_a_missing_list_is_named(tmp_path):
+def test_a_missing_list_is_an_error(tmp_path):
     source = CaptionsConfig(path=tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"nowhere.*cannot read it"):
         list(source.documents())
@@ -151,7 +154,7 @@ def test_a_missing_list_is_named(tmp_path):
         source.fingerprint()
 
 
-def test_however_a_row_spells_an_image_it_is_one_document_s_name(tmp_path):
+def test_different_spellings_of_a_path_give_one_name(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.png"):
         Image.new("RGB", (3, 2)).save(tmp_path / name)

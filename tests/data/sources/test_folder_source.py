@@ -24,7 +24,7 @@ def write(folder, names, text="Red.\nde.utf8=Rot."):
             Image.new("RGB", (3, 2), "red").save(path)
 
 
-def test_an_image_and_the_text_beside_it_are_a_document(tmp_path):
+def test_an_image_and_the_text_of_its_name_are_a_document(tmp_path):
     write(tmp_path, ["b.jpg", "b.txt", "sub/a.png", "sub/a.txt", ".git/c.png"])
     documents = list(source_of(path=tmp_path, caption_first=1).documents())
     assert [document.name for document in documents] == ["b", "sub/a"]
@@ -35,14 +35,14 @@ def test_an_image_and_the_text_beside_it_are_a_document(tmp_path):
     assert whole.segments[1] == "Red.\nde.utf8=Rot."
 
 
-def test_png_goes_before_other_formats_of_the_same_name(tmp_path):
+def test_png_is_preferred_to_other_formats_of_the_same_name(tmp_path):
     write(tmp_path, ["a.gif", "a.png", "a.txt", "a.jpg"])
     (document,) = source_of(path=tmp_path).documents()
     (image,) = (part for part in document.segments if isinstance(part, ImageRef))
     assert image.name.endswith("a.png)")
 
 
-def test_what_has_no_partner_is_rejected_or_left_out(tmp_path):
+def test_images_and_texts_without_the_other_are_rejected_or_left_out(tmp_path):
     write(tmp_path, ["a.png", "a.txt", "alone.png", "text.txt"])
     kinds = [type(row) for row in source_of(path=tmp_path).documents()]
     assert kinds == [Document, Rejected, Rejected]
@@ -57,7 +57,7 @@ def test_what_has_no_partner_is_rejected_or_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"\n\n", b"\xff\xfe"])
-def test_a_caption_that_is_none_is_rejected(tmp_path, data):
+def test_an_empty_or_undecodable_caption_is_rejected(tmp_path, data):
     write(tmp_path, ["a.png"])
     (tmp_path / "a.txt").write_bytes(data)
     (row,) = source_of(path=tmp_path).documents()
@@ -69,30 +69,30 @@ def test_links_do_not_lead_out_of_the_folder(tmp_path):
     (tmp_path / "data/a.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "data/b.txt").symlink_to(tmp_path / "secret.png")
     rows = list(source_of(path=tmp_path / "data").documents())
-    assert len(rows) == 2 and all("lies outside" in row.reason for row in rows)
+    assert len(rows) == 2 and all("is outside" in row.reason for row in rows)
 
 
-def test_a_file_name_that_is_no_text_is_rejected(tmp_path):
+def test_a_file_name_that_is_not_unicode_is_rejected(tmp_path):
     write(tmp_path, ["a.png", "a.txt"])
     for ending in (b".png", b".txt"):
         os.rename(tmp_path / f"a{ending.decode()}", os.fsencode(tmp_path) + b"/\xff" + ending)
     (row,) = source_of(path=tmp_path).documents()
-    assert isinstance(row, Rejected) and "of its name is not valid" in row.reason
+    assert isinstance(row, Rejected) and "of its name contains half of a surrogate" in row.reason
 
 
-def test_the_stamp_covers_images_and_texts(tmp_path):
+def test_the_fingerprint_covers_images_and_texts(tmp_path):
     write(tmp_path, ["a.png", "a.txt"])
     source = source_of(path=tmp_path)
-    stamps = {source.fingerprint()}
+    fingerprints = {source.fingerprint()}
     for name in ("a.png", "a.txt"):
         os.utime(tmp_path / name, ns=(1, 1))
-        stamps.add(source.fingerprint())
+        fingerprints.add(source.fingerprint())
     write(tmp_path, ["b.png"])
-    stamps.add(source.fingerprint())
+    fingerprints.add(source.fingerprint())
     (tmp_path / "unrelated.ogg").write_bytes(b"x")
-    assert source.fingerprint() in stamps and len(stamps) == 4
+    assert source.fingerprint() in fingerprints and len(fingerprints) == 4
 
 
-def test_a_missing_folder_is_named(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: .*check the source's 'path'"):
         list(source_of(path=tmp_path / "nowhere").documents())

@@ -126,7 +126,7 @@ def test_a_page_whose_images_lie_outside_is_rejected(tmp_path):
     Image.new("RGB", (80, 80)).save(tmp_path / "secret.png")
     pages = {"a.html": '<img src="../secret.png">', "b.html": "good", "c.html": " <p></p>"}
     outside, good, empty = write(tmp_path / "pages", pages).documents()
-    assert isinstance(outside, Rejected) and "lies outside" in outside.reason
+    assert isinstance(outside, Rejected) and "is outside" in outside.reason
     assert outside.row == str(tmp_path / "pages/a.html")
     assert good.segments == ("good",)
     assert isinstance(empty, Rejected) and "no text and no image is left" in empty.reason

@@ -23,7 +23,7 @@ def shape(document):
     return [part if isinstance(part, str) else part.read().size for part in document.segments]
 
 
-def data_address(width):
+def data_url(width):
     file = io.BytesIO()
     Image.new("RGB", (width, 5)).save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -54,40 +54,40 @@ def test_names_come_from_the_content(tmp_path):
     assert [row.name for row in source_of(tmp_path, *rows[::-1]).documents()] == names[::-1]
 
 
-def test_images_in_the_row_are_read_from_it_when_asked_for(tmp_path):
+def test_images_in_a_row_are_read_on_demand(tmp_path):
     rows = [
-        {"texts": ["ä", None, None, None], "images": [None, data_address(w), "a.png", d]}
-        for w, d in ((7, data_address(9)), (8, "data:image/png;base64,!!"))
+        {"texts": ["ä", None, None, None], "images": [None, data_url(w), "a.png", d]}
+        for w, d in ((7, data_url(9)), (8, "data:image/png;base64,!!"))
     ]
     first, second = source_of(tmp_path, *rows).documents()
-    assert base64.b64decode(data_address(7)[22:]) not in pickle.dumps(first)
-    assert data_address(7)[22:].encode() not in pickle.dumps(first)
+    assert base64.b64decode(data_url(7)[22:]) not in pickle.dumps(first)
+    assert data_url(7)[22:].encode() not in pickle.dumps(first)
     assert shape(pickle.loads(pickle.dumps(first))) == ["ä", (7, 5), (3, 2), (9, 5)]
     *fine, broken = second.segments[1:]
     assert [image.read().width for image in fine] == [8, 3]
-    with pytest.raises(UserError, match=r"row 2, image 3: cannot read it .*mend or remove"):
+    with pytest.raises(UserError, match=r"row 2, image 3: cannot read it .*fix or remove"):
         broken.read()
 
 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"text": "a"}, "needs 'segments', or 'texts' and 'images'; the keys there are: text"),
+        ({"text": "a"}, "needs 'segments', or 'texts' and 'images'; the keys are: text"),
         ({"segments": "a"}, "'segments' must be a list"),
-        ({"segments": []}, "holds no text and no image"),
+        ({"segments": []}, "contains neither text nor an image"),
         ({"segments": [{"type": "sound"}]}, "a segment is"),
         ({"segments": [{"type": "text"}]}, "a segment is"),
-        ({"segments": [{"type": "image", "image": "../b.png"}]}, "lies outside"),
-        ({"segments": [{"type": "image", "image": 3}]}, "image 1 is no text"),
+        ({"segments": [{"type": "image", "image": "../b.png"}]}, "is outside"),
+        ({"segments": [{"type": "image", "image": 3}]}, "image 1 is not a text"),
         ({"segments": [{"type": "image", "image": "http://a.example/b"}]}, "is a web address"),
         ({"texts": ["a"]}, "'images' must be a list"),
-        ({"texts": ["a"], "images": []}, "'texts' has 1 places and 'images' 0"),
-        ({"texts": ["a"], "images": ["b"]}, "place 1 has a text and an image"),
-        ({"texts": [4], "images": [None]}, "place 1 of 'texts' is no text"),
-        ({"texts": ["\ud800"], "images": [None]}, "is not valid"),
+        ({"texts": ["a"], "images": []}, "'texts' has 1 entries and 'images' 0"),
+        ({"texts": ["a"], "images": ["b"]}, "entry 1 has a text and an image"),
+        ({"texts": [4], "images": [None]}, "entry 1 of 'texts' is not a text"),
+        ({"texts": ["\ud800"], "images": [None]}, "is not valid Unicode"),
     ],
 )
-def test_a_row_that_cannot_be_used_is_rejected(tmp_path, row, reason):
+def test_a_bad_row_is_rejected(tmp_path, row, reason):
     good = {"segments": [{"type": "text", "text": "good"}]}
     first, rejected, last = source_of(tmp_path, good, row, good).documents()
     assert first.segments == last.segments == ("good",)
@@ -95,7 +95,7 @@ def test_a_row_that_cannot_be_used_is_rejected(tmp_path, row, reason):
     assert reason in rejected.reason and rejected.row.endswith("pages.jsonl, row 2")
 
 
-def test_more_images_than_wanted_go_on_in_further_documents(tmp_path):
+def test_a_document_with_more_than_max_images_is_split(tmp_path):
     row = {
         "texts": ["t0", None, "t1", None, None, "t2"],
         "images": [None, "a.png", None, "a.png", "a.png", None],
@@ -107,14 +107,14 @@ def test_more_images_than_wanted_go_on_in_further_documents(tmp_path):
     assert {piece.held_out_with for piece in pieces} == {whole.name}
 
 
-def test_the_stamp_covers_the_images(tmp_path):
+def test_the_fingerprint_covers_the_images(tmp_path):
     source = source_of(tmp_path, {"texts": [None], "images": ["a.png"]}, {"no": "document"})
     before = source.fingerprint()
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     assert source.fingerprint() != before
 
 
-def test_images_are_segments_of_their_own(tmp_path):
+def test_a_document_may_be_one_image(tmp_path):
     (document,) = source_of(tmp_path, {"texts": [None], "images": ["a.png"]}).documents()
     (image,) = document.segments
     assert isinstance(image, ImageRef)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moma.data.documents import Rejected, is_held_out
-from moma.data.sources import reading
+from moma.data.sources import jsonl
 from moma.data.sources import text as text_module
 from moma.data.sources.text import TextConfig
 from moma.errors import UserError
@@ -64,8 +64,8 @@ def test_a_paragraph_that_is_not_utf8_is_rejected(tmp_path):
     assert "not UTF-8" in rejected.reason and "begins in row 3" in rejected.reason
 
 
-def test_no_text_is_lost_where_no_line_is_blank(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_LONGEST_PARAGRAPH", 100)
+def test_a_file_without_blank_lines_is_split_without_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_module, "_MAX_PARAGRAPH_BYTES", 100)
     lines = [f"line {number}" for number in range(200)]
     (tmp_path / "t.txt").write_text("\n".join(lines))
     documents = list(accepted(source_of(path=tmp_path / "t.txt").documents()))
@@ -74,8 +74,8 @@ def test_no_text_is_lost_where_no_line_is_blank(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
-def test_an_endless_line_is_rejected_unread_and_the_next_is_read(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(reading, "MAX_ROW_BYTES", 100)
+def test_a_line_over_the_limit_is_rejected_and_the_next_is_read(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(jsonl, "MAX_ROW_BYTES", 100)
     good = '{"text": "good"}\n\n'
     (tmp_path / name).write_text(good + "x" * 1000 + "\n\n" + good)
     first, rejected, last = source_of(path=tmp_path / name).documents()
@@ -85,7 +85,7 @@ def test_an_endless_line_is_rejected_unread_and_the_next_is_read(tmp_path, monke
 
 
 @pytest.mark.parametrize("name", ["nowhere.txt", "no*.txt"])
-def test_a_missing_file_is_named(tmp_path, name):
+def test_a_missing_file_is_an_error(tmp_path, name):
     source = source_of(path=tmp_path / name)
     for ask in (lambda: list(source.documents()), source.fingerprint):
         with pytest.raises(UserError, match=r"/no.*check the source's 'path'"):
@@ -93,7 +93,7 @@ def test_a_missing_file_is_named(tmp_path, name):
 
 
 def test_pieces_of_a_paragraph_are_held_out_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_LONGEST_PARAGRAPH", 30)
+    monkeypatch.setattr(text_module, "_MAX_PARAGRAPH_BYTES", 30)
     long = "\n".join(f"line {number}" for number in range(50))
     (tmp_path / "t.txt").write_text(f"short\n\n{long}\n\nother")
     short, *pieces, other = accepted(source_of(path=tmp_path / "t.txt").documents())
@@ -104,7 +104,7 @@ def test_pieces_of_a_paragraph_are_held_out_together(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
-def test_a_zero_byte_is_text_like_any_other(tmp_path, name):
+def test_a_zero_byte_is_kept(tmp_path, name):
     row = json.dumps({"text": "a\0b"}) if name == "t.jsonl" else "a\0b"
     (tmp_path / name).write_text(row)
     (document,) = accepted(source_of(path=tmp_path / name).documents())

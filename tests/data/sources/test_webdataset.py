@@ -1,4 +1,4 @@
-"""WebDataset tars: plain and compressed, whole and hostile."""
+"""WebDataset tar files: plain, compressed, damaged and hostile."""
 
 import io
 import json
@@ -46,11 +46,11 @@ def documents_of(path, **settings):
     return list(WebDatasetConfig(path=path, caption_first=0, **settings).documents())
 
 
-def test_the_files_of_a_key_are_a_document(tmp_path):
+def test_files_of_one_name_are_a_document(tmp_path):
     members = [
         ("./", (tarfile.DIRTYPE, "")),
         ("./a/1.5.JPG", png(4)),
-        ("./a/1.txt", b"ignored: no image"),
+        ("./a/1.txt", b"no image of its name"),
         ("a/2.jpg", png(5)),
         ("a/2.json", json.dumps({"caption": "from json", "url": "…"}).encode()),
         ("a/2.cls", b"7"),
@@ -58,9 +58,9 @@ def test_the_files_of_a_key_are_a_document(tmp_path):
         ("a/3.json", b"[]"),
         ("a/3.txt", "\ufeff text \n".encode()),
     ]
-    first, second, third = documents_of(write_tar(tmp_path / "a.tar", members))
-    assert isinstance(first, Rejected) and "there is: 5.jpg, txt" in first.reason
-    assert first.row == f"{tmp_path}/a.tar, a/1"
+    *rejected, second, third = documents_of(write_tar(tmp_path / "a.tar", members))
+    assert [row.row for row in rejected] == [f"{tmp_path}/a.tar, a/1.5", f"{tmp_path}/a.tar, a/1"]
+    assert [row.reason.partition("the sample has: ")[2] for row in rejected] == ["jpg", "txt"]
     assert [d.name for d in (second, third)] == ["a/2", "a/3"]
     assert [d.segments[1] for d in (second, third)] == ["from json", "text"]
     assert [d.segments[0].read().width for d in (second, third)] == [5, 6]
@@ -77,7 +77,50 @@ def test_plain_and_compressed_tars_are_read(tmp_path, compression):
     assert [image.read().width for image in reversed(images)] == [3, 2, 1, 3, 2, 1]
 
 
-def test_images_of_a_plain_tar_do_not_wait_in_memory(tmp_path):
+def test_names_with_dots_are_samples_of_their_own(tmp_path):
+    frames = samples(*(f"clip.{n:04}" for n in range(300)))
+    documents = list(accepted(documents_of(write_tar(tmp_path / "a.tar", frames))))
+    assert [document.name for document in documents] == [f"clip.{n:04}" for n in range(300)]
+    image, caption = documents[7].segments
+    assert isinstance(image, ImageRef) and image.read().width == 8
+    assert caption == "caption of clip.0007"
+
+
+def test_every_bad_sample_counts_whatever_its_name(tmp_path):
+    frames = [(f"clip.{n:04}.jpg", b"") for n in range(2300)]
+    rows = documents_of(write_tar(tmp_path / "a.tar", [*samples("good"), *frames]))
+    assert len(rows) == 2301 and sum(isinstance(row, Rejected) for row in rows) == 2300
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_other_files_of_a_complete_sample_are_ignored(tmp_path, mode):
+    members = [
+        ("1.depth.png", png(9)),
+        ("1.jpg", png(4)),
+        ("1.mask.png", png(9)),
+        ("1.txt", b"main"),
+        ("1.1.png", png(5)),
+        ("1.1.txt", b"a pair of its own"),
+        ("2.left.png", png()),
+        ("2.txt", b"no image of its name"),
+    ]
+    pair, main, *rejected = documents_of(write_tar(tmp_path / "a.tar", members, mode))
+    assert [pair.name, main.name] == ["1.1", "1"]
+    assert [pair.segments[0].read().width, main.segments[0].read().width] == [5, 4]
+    assert [row.row.rpartition(", ")[2] for row in rejected] == ["2.left", "2"]
+
+
+def test_names_and_messages_are_bounded(tmp_path):
+    members = [
+        *samples("x" * 100_000),
+        *(("a." + "y" * 50_000 + str(n), b"") for n in range(30)),
+        *((f"b.{n}" + "z" * 9_000, b"") for n in range(30)),
+    ]
+    rows = documents_of(write_tar(tmp_path / "a.tar", members))
+    assert len(rows) == 3 and max(len(row.row + row.reason) for row in rows) < 2000
+
+
+def test_images_of_a_plain_tar_are_not_kept_in_memory(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(*map(str, range(20))))
     assert all(png(n + 1) not in pickle.dumps(d) for n, d in enumerate(documents_of(path)))
 
@@ -86,24 +129,33 @@ def test_images_of_a_plain_tar_do_not_wait_in_memory(tmp_path):
     ("members", "reason"),
     [
         ([("a.png", png())], "needs an image (jpg, jpeg, png, webp) and a caption (txt, json)"),
-        ([("a.txt", b"a")], "there is: txt"),
-        ([("a.cls", b"a")], "there is: cls"),
+        ([("a.txt", b"a")], "the sample has: txt"),
+        ([("a.cls", b"a")], "the sample has: cls"),
         ([("a.png", png()), ("a.txt", b"\xff")], "the caption is not UTF-8"),
         ([("a.png", png()), ("a.txt", b" ")], "needs a text"),
         ([("a.png", png()), ("a.json", b"{")], "not valid JSON"),
         ([("a.png", png()), ("a.json", b'{"text": "a"}')], "needs a text under 'caption'"),
-        ([*samples("a"), ("a.png", png(9))], "a.png stands there twice"),
+        ([*samples("a"), ("a.png", png(9))], "a.png is in the archive twice"),
         (samples("../../a"), "its path leads out of the archive"),
         (samples("/etc/a"), "its path leads out of the archive"),
-        ([("a.png", (tarfile.SYMTYPE, "/etc/passwd")), ("a.txt", b"a")], "is no plain file"),
-        ([("a.png", (tarfile.LNKTYPE, "good.png")), ("a.txt", b"a")], "is no plain file"),
-        ([("a.png", png()), ("a.txt", (tarfile.CHRTYPE, ""))], "a.txt is no plain file"),
+        (
+            [("a.png", (tarfile.SYMTYPE, "/etc/passwd")), ("a.txt", b"a")],
+            "is a link",
+        ),
+        (
+            [("a.png", (tarfile.LNKTYPE, "good.png")), ("a.txt", b"a")],
+            "is a link",
+        ),
+        (
+            [("a.png", png()), ("a.txt", (tarfile.CHRTYPE, ""))],
+            "a.txt is a link",
+        ),
         ([("a.png", b"x" * 5001), ("a.txt", b"a")], "more than max_member_bytes = 5000"),
         ([("a.png", png()), ("a.txt", b"x" * 5001)], "more than max_member_bytes = 5000"),
     ],
 )
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_sample_that_cannot_be_used_is_rejected(tmp_path, members, reason, mode):
+def test_a_bad_sample_is_rejected_and_the_others_are_read(tmp_path, members, reason, mode):
     path = write_tar(tmp_path / "a.tar", [*samples("good"), *members, *samples("last")], mode)
     first, rejected, last = documents_of(path, max_member_bytes=5000)
     assert [first.name, last.name] == ["good", "last"]
@@ -111,7 +163,7 @@ def test_a_sample_that_cannot_be_used_is_rejected(tmp_path, members, reason, mod
     assert last.segments[0].read().size == (1, 2)
 
 
-def test_a_zip_bomb_is_rejected_without_filling_the_memory(tmp_path):
+def test_an_archive_bomb_is_rejected_without_filling_the_memory(tmp_path):
     size = 200 * 2**20
     path = tmp_path / "bomb.tar.gz"
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
@@ -130,7 +182,7 @@ def test_a_zip_bomb_is_rejected_without_filling_the_memory(tmp_path):
     assert "more than max_member_bytes" in rejected.reason
 
 
-def test_a_header_that_asks_for_everything_is_refused(tmp_path):
+def test_a_header_with_an_enormous_size_is_refused(tmp_path):
     info = tarfile.TarInfo("a")
     info.type, info.size = tarfile.XHDTYPE, 2**30
     (tmp_path / "a.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + b"\0" * 1024)
@@ -142,11 +194,11 @@ def test_a_header_that_asks_for_everything_is_refused(tmp_path):
 def test_a_truncated_tar_is_refused(tmp_path, mode):
     path = write_tar(tmp_path / "a.tar", samples(*map(str, range(50))), mode)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    with pytest.raises(UserError, match=r"a\.tar: cannot read it .*fetch it again or take it out"):
+    with pytest.raises(UserError, match=r"a\.tar: cannot read it .*download it again"):
         documents_of(path)
 
 
-def test_a_tar_that_is_damaged_in_its_middle_is_refused(tmp_path):
+def test_a_tar_damaged_in_its_middle_is_refused(tmp_path):
     path = write_tar(tmp_path / "a.tar", samples(*map(str, range(50))))
     data = bytearray(path.read_bytes())
     with tarfile.open(path) as archive:
@@ -158,7 +210,7 @@ def test_a_tar_that_is_damaged_in_its_middle_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere.tar", "no*.tar", "text.tar", "empty.tar"])
-def test_what_is_no_tar_is_named(tmp_path, name):
+def test_a_file_that_is_not_a_tar_is_an_error(tmp_path, name):
     (tmp_path / "text.tar").write_text("no tar" * 1000)
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(UserError, match=name.replace("*", r"\*")):
