@@ -53,7 +53,7 @@ def train_text(
     if is_made(folder.text, folder, sections.codec):
         print(f"{folder.text}: made before; the folder is complete now")
         return
-    corpus = Corpus(sources, held_out, config.documents)
+    corpus = Corpus(sources, held_out, config.max_documents)
 
     def texts() -> Iterator[str]:
         yield from corpus.texts()
@@ -108,7 +108,7 @@ def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
             "moma: no perceptual loss; codec_training.perceptual.weights names VGG-16's weights",
             file=sys.stderr,
         )
-    corpus = Corpus(data.sources, data.held_out, training.documents)
+    corpus = Corpus(data.sources, data.held_out, training.max_documents)
     seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
     # The error is measured on some of these: on training images if none can be read.
     unseen = ReadableImages(corpus.images(held_out=True), size, most_unreadable=1)

@@ -29,13 +29,13 @@ class TextTokenizerConfig(Config):
 
     Attributes:
         vocabulary_size: ids of text, special ids and image codes together (MoMa §2.1).
-        documents: how many documents of each source it reads, from the first on.
+        max_documents: how many documents of each source it reads, from the first on.
         reserved: ids `<reserved:N>` without a meaning yet, for later modalities; left out, 256 in
             a vocabulary of 65,536 or more and none in a smaller one.
     """
 
     vocabulary_size: int = Field(_PAPER_SIZE, ge=300)
-    documents: int = Field(1_000_000, ge=1)
+    max_documents: int = Field(1_000_000, ge=1)
     reserved: int | None = Field(None, ge=0)
 
     @property

@@ -193,7 +193,7 @@ class _WaitingImages:
             raise UserError(
                 f"{tempfile.gettempdir()}: cannot keep the images that the codec is trained on "
                 f"({error.strerror}); set TMPDIR to another folder or lower "
-                "codec_training.documents"
+                "codec_training.max_documents"
             ) from error
         return ImageRef(image.name, partial(_read_again, self._file, begin, len(data)))
 

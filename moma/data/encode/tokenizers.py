@@ -79,7 +79,7 @@ def _texts(
     reading: TrainingDocuments, text: TextTokenizerConfig, settings: dict[str, Any]
 ) -> Iterator[str]:
     """What the text tokenizer learns from; settings bind when all of it could be read."""
-    yield from reading.texts(text.documents)
+    yield from reading.texts(text.max_documents)
     _bind(Tokenizers(reading.data.path), settings)
 
 
@@ -123,7 +123,7 @@ def _make_codec(
     quiet: bool,
 ) -> None:
     """Train the codec; where there is no image and none is asked for, there is none."""
-    found = reading.images(training.documents, held_out=False)
+    found = reading.images(training.max_documents, held_out=False)
     share = reading.data.image_share
     if not found and not share:
         return
@@ -135,7 +135,7 @@ def _make_codec(
     # Encoding judges the share of what cannot be read, of every source by itself.
     seen, unseen = (
         ReadableImages(images, config.image_size, most_unreadable=1)
-        for images in (found, reading.images(training.documents, held_out=True))
+        for images in (found, reading.images(training.max_documents, held_out=True))
     )
     measured = unseen if unseen.has_readable else ()
     make_codec(config, training, seen, measured, folder, seed, device, quiet)

@@ -200,7 +200,7 @@ class Encoder:
             raise UserError(
                 "there is an image, but no codec: data.tokenizers has none, or none was trained, "
                 "since the first documents had no images; take others, or raise "
-                "codec_training.documents, and prepare another folder"
+                "codec_training.max_documents, and prepare another folder"
             )
         codes = self._encode_images(values)
         expected = (len(values), self._vocabulary.codes_per_image)

@@ -44,7 +44,7 @@ class AdversarialConfig(Config):
 
     Attributes:
         weight: of the loss; 0 trains without a discriminator.
-        start: the step from which it takes part, counted from 0.
+        start_step: the step from which it takes part, counted from 0.
         adaptive: whether the weight is also scaled so that at the decoder's last layer the
             adversarial gradient is as large as the reconstruction's (VQGAN Eq. 7).
         width: channels of the discriminator's first layer; each further layer has twice as many,
@@ -54,7 +54,7 @@ class AdversarialConfig(Config):
     """
 
     weight: float = Field(default=0.0, ge=0)
-    start: int = Field(default=10_000, ge=0)
+    start_step: int = Field(default=10_000, ge=0)
     adaptive: bool = True
     width: int = Field(default=64, ge=1)
     layers: int = Field(default=3, ge=1)

@@ -46,7 +46,7 @@ class CodecTrainingConfig(Config):
     """How an image codec is trained.
 
     Attributes:
-        documents: how many documents of each source give their images, from the first on.
+        max_documents: how many documents of each source give their images, from the first on.
         steps: optimizer steps.
         batch_size: images in a step.
         learning_rate: its peak, reached after `warmup_steps`; a cosine then lowers it to a
@@ -54,9 +54,9 @@ class CodecTrainingConfig(Config):
         warmup_steps: steps over which the learning rate rises.
         quantizer_start_step: first steps, without the codebook; it starts on what the encoder then
         sees.
-        squared_weight: weight of the squared error beside the absolute error.
+        mse_weight: weight of the squared error beside the absolute error.
         gradient_clip: largest norm of the gradient.
-        average_decay: share that a moving average of the weights keeps of itself at each step; the
+        ema_decay: share that a moving average of the weights keeps of itself at each step; the
             average is then the codec that training yields. 0 keeps no average.
         precision: of the products in encoder and decoder; `auto` is bfloat16 on a GPU and float32
             elsewhere.
@@ -67,15 +67,15 @@ class CodecTrainingConfig(Config):
         save_every: steps between two saves of the state, if there is a folder for it.
     """
 
-    documents: int = Field(default=1_000_000, ge=1)
+    max_documents: int = Field(default=1_000_000, ge=1)
     steps: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     quantizer_start_step: int = Field(default=200, ge=0)
-    squared_weight: float = Field(default=1.0, ge=0)
+    mse_weight: float = Field(default=1.0, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
-    average_decay: float = Field(default=0.0, ge=0, lt=1)
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     perceptual: PerceptualConfig = PerceptualConfig()
     adversarial: AdversarialConfig = AdversarialConfig()
@@ -179,7 +179,7 @@ class _Training:
         self.optimizer = torch.optim.Adam(
             self.codec.parameters(), lr=config.learning_rate, betas=(0.9, 0.99)
         )
-        self.average = _average(self.codec, config.average_decay) if config.average_decay else None
+        self.average = _average(self.codec, config.ema_decay) if config.ema_decay else None
         self.perceptual, self.adversary = None, None
         if config.perceptual.weights is not None:
             self.perceptual = PerceptualLoss.load(config.perceptual.weights).to(device)
@@ -244,15 +244,13 @@ class _Training:
         reconstructions_B3HW = reconstructions_B3HW.float()
         absolute = functional.l1_loss(reconstructions_B3HW, batch_B3HW)
         losses = {"absolute_error": absolute, "commitment": commitment}
-        loss = absolute + config.squared_weight * functional.mse_loss(
-            reconstructions_B3HW, batch_B3HW
-        )
+        loss = absolute + config.mse_weight * functional.mse_loss(reconstructions_B3HW, batch_B3HW)
         if self.perceptual is not None:
             losses["perceptual"] = self.perceptual(reconstructions_B3HW, batch_B3HW)
             loss = loss + config.perceptual.weight * losses["perceptual"]
         reconstruction = loss
         loss = loss + commitment
-        if self.adversary is not None and step >= config.adversarial.start:
+        if self.adversary is not None and step >= config.adversarial.start_step:
             generator_loss = self.adversary.loss(
                 reconstructions_B3HW, reconstruction, codec.last_layer
             )

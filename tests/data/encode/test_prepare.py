@@ -335,8 +335,8 @@ def test_the_first_rows_of_a_source_do_not_speak_for_all(tmp_path):
     recipe = make_recipe(tmp_path, 50, max_rejected=0.08)
     for number in (0, 1):
         (tmp_path / f"images/{number}.png").unlink()
-    text = recipe.text_tokenizer.model_copy(update={"documents": 5})
-    training = recipe.codec_training.model_copy(update={"documents": 5})
+    text = recipe.text_tokenizer.model_copy(update={"max_documents": 5})
+    training = recipe.codec_training.model_copy(update={"max_documents": 5})
     few = recipe.model_copy(update={"text_tokenizer": text, "codec_training": training})
     assert run(few).sources["captions"].rejected == 4
 

@@ -58,7 +58,7 @@ def test_prepare_leaves_the_log_and_figures_of_its_codec(made):
     ("section", "changes", "named"),
     [
         ("codec", {"dead_code_threshold": 0.5}, r"\(codec\.dead_code_threshold\)"),
-        ("text_tokenizer", {"documents": 7}, r"\(text_tokenizer\.documents\)"),
+        ("text_tokenizer", {"max_documents": 7}, r"\(text_tokenizer\.max_documents\)"),
         ("codec_training", {"steps": 5, "batch_size": 2}, r"\(codec_training\.steps, codec_tr"),
     ],
 )

@@ -32,9 +32,9 @@ TRAINING = CodecTrainingConfig(
 )
 EVERYTHING = TRAINING.model_copy(
     update={
-        "average_decay": 0.9,
+        "ema_decay": 0.9,
         "precision": "bfloat16",
-        "adversarial": AdversarialConfig(weight=0.5, start=6, width=4, layers=1),
+        "adversarial": AdversarialConfig(weight=0.5, start_step=6, width=4, layers=1),
     }
 )
 
@@ -143,7 +143,7 @@ def test_the_average_is_that_of_the_weights_of_every_step(images):
         seen.append({name: weight.detach().clone() for name, weight in codec.named_parameters()})
 
     last = train_codec(SHAPE, config, images, log=keep)
-    averaged = train_codec(SHAPE, config.model_copy(update={"average_decay": 0.6}), images)
+    averaged = train_codec(SHAPE, config.model_copy(update={"ema_decay": 0.6}), images)
     assert len(seen) == config.steps
     for name, weight in averaged.named_parameters():
         expected = seen[0][name]
