@@ -197,7 +197,7 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
 
 def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
     from moma.runs import Tokenizers
-    from moma.tokenizers.text import decode_bytes, encode_bytes, load_text_tokenizer
+    from moma.tokenizers.text import decode_bytes, decode_each, encode_bytes, load_text_tokenizer
 
     tokenizer = load_text_tokenizer(Tokenizers(folder).text)
     ids = encode_bytes(tokenizer, data)
@@ -205,7 +205,7 @@ def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
     return {
         "ids": ids,
         "pieces": [
-            decode_bytes(tokenizer, [id_]).decode("utf-8", "backslashreplace") for id_ in ids
+            piece.decode("utf-8", "backslashreplace") for piece in decode_each(tokenizer, ids)
         ],
         "text": back.decode("utf-8", "backslashreplace"),
         "exact": back == data,

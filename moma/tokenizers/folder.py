@@ -42,7 +42,11 @@ _METRICS_FILE = "metrics.json"
 
 
 def make_text_tokenizer(
-    config: TextTokenizerConfig, codec: CodecConfig, texts: Iterable[str], folder: Tokenizers
+    config: TextTokenizerConfig,
+    codec: CodecConfig,
+    texts: Iterable[str],
+    folder: Tokenizers,
+    quiet: bool = False,
 ) -> Tokenizer:
     """Train the text tokenizer of a folder.
 
@@ -52,6 +56,7 @@ def make_text_tokenizer(
             many an image takes.
         texts: what it learns from.
         folder: where it goes.
+        quiet: whether to show no progress.
 
     Raises:
         UserError: there is one already, its vocabulary has no room, or it does not fit the codec.
@@ -59,7 +64,8 @@ def make_text_tokenizer(
     _require_absent(folder.text)
     if folder.codec.exists():
         _require_fit(codec.codebook_size, read_codec_config(folder.codec).codebook_size, folder)
-    tokenizer = train_text_tokenizer(config, texts, codec.codebook_size)
+    with show_progress("text tokenizer", None, quiet) as report:
+        tokenizer = train_text_tokenizer(config, texts, codec.codebook_size, report)
     folder.path.mkdir(parents=True, exist_ok=True)
     atomic_write(folder.text, tokenizer.to_str(pretty=True))
     complete(folder, codec)

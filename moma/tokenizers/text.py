@@ -1,26 +1,40 @@
-"""Text tokenizer: byte-level BPE in one `tokenizer.json`, image codes and special ids included.
+"""Text tokenizer: byte-level BPE in one `tokenizer.json`, with image codes and special ids.
 
-A `tokenizer.json` holds the whole vocabulary by name, so that `Vocabulary` can be read off it and
-any reader of the format sees the ids that the model sees.
+A `tokenizer.json` holds the whole vocabulary by name: `Vocabulary` is read from it, and any reader
+of the format gets the ids that the model is trained on.
 """
 
 import re
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
+from itertools import count
 from operator import attrgetter
 from pathlib import Path
+from queue import Full, Queue
 
 from pydantic import Field
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moma.errors import UserError
+from moma.progress import Report
 from moma.recipe import Config
 from moma.tokenizers.names import OURS, names_in, read_vocabulary
 from moma.vocabulary import Vocabulary
 
 _PAPER_SIZE = 65_536
 _PAPER_RESERVED = 256
-_STRAY_BYTE = re.compile("[\udc80-\udcff]")
+# Learning merges takes time quadratic in the length of a word; longer words (DNA, base64) are cut.
+_MAX_WORD_LENGTH = 1024
+# GPT-2's words (Radford et al. 2019) with bounded lengths.
+_WORDS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,$}| ?\p{N}{1,$}| ?[^\s\p{L}\p{N}]{1,$}"
+    r"|\s{1,$}(?!\S)|\s{1,$}"
+).replace("$", str(_MAX_WORD_LENGTH))
+_TEXTS_IN_QUEUE = 256
+_SECONDS_BETWEEN_CHECKS = 0.2
+_UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -28,10 +42,10 @@ class TextTokenizerConfig(Config):
     """How the text tokenizer is trained.
 
     Attributes:
-        vocabulary_size: ids of text, special ids and image codes together (MoMa §2.1).
-        max_documents: how many documents of each source it reads, from the first on.
-        reserved: ids `<reserved:N>` without a meaning yet, for later modalities; left out, 256 in
-            a vocabulary of 65,536 or more and none in a smaller one.
+        vocabulary_size: number of ids: text, special ids and image codes together (MoMa §2.1).
+        max_documents: number of documents of each source to train on, from the first on.
+        reserved: number of unused ids `<reserved:N>`, for later modalities; by default 256 in a
+            vocabulary of 65,536 or more and none in a smaller one.
     """
 
     vocabulary_size: int = Field(_PAPER_SIZE, ge=300)
@@ -41,15 +55,27 @@ class TextTokenizerConfig(Config):
     @property
     def reserved_names(self) -> list[str]:
         """Names of the reserved ids."""
-        usual = _PAPER_RESERVED if self.vocabulary_size >= _PAPER_SIZE else 0
-        count = usual if self.reserved is None else self.reserved
-        return [f"<reserved:{number}>" for number in range(count)]
+        default = _PAPER_RESERVED if self.vocabulary_size >= _PAPER_SIZE else 0
+        number = default if self.reserved is None else self.reserved
+        return [f"<reserved:{index}>" for index in range(number)]
 
 
 def train_text_tokenizer(
-    config: TextTokenizerConfig, texts: Iterable[str], codebook_size: int
+    config: TextTokenizerConfig,
+    texts: Iterable[str],
+    codebook_size: int,
+    progress: Report | None = None,
 ) -> Tokenizer:
     """Learn byte-level BPE merges and append the ids of the image codes.
+
+    Words longer than 1,024 characters are cut, here and by whoever reads the tokenizer file, so
+    that the time grows linearly with the text. Ctrl-C ends the training at once.
+
+    Args:
+        config: size of the vocabulary.
+        texts: training texts; iterated in the calling thread.
+        codebook_size: number of image codes.
+        progress: called now and then with the number of texts read so far.
 
     Raises:
         UserError: the vocabulary has no room for 256 bytes, the special ids and the codes.
@@ -63,7 +89,12 @@ def train_text_tokenizer(
             f"make it at least {codebook_size + 256 + len(special)}"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=text_size,
@@ -71,21 +102,72 @@ def train_text_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    _train_in_thread(tokenizer, trainer, texts, progress)
     tokenizer.add_special_tokens(
         [AddedToken(f"<code:{code}>", special=True) for code in range(codebook_size)]
     )
-    return _plain(tokenizer)
+    return _disable_special_names(tokenizer)
+
+
+def _train_in_thread(
+    tokenizer: Tokenizer,
+    trainer: trainers.BpeTrainer,
+    texts: Iterable[str],
+    progress: Report | None,
+) -> None:
+    """Run the trainer in a daemon thread.
+
+    The library does not return to Python before it is done, so in the main thread a signal would
+    be handled only then.
+    """
+    queue: Queue[str | None] = Queue(_TEXTS_IN_QUEUE)
+    cancelled = threading.Event()
+    failures: list[BaseException] = []
+
+    def read() -> Iterator[str]:
+        while (text := queue.get()) is not None and not cancelled.is_set():
+            yield text
+        if cancelled.is_set():
+            raise InterruptedError  # no merges are to be learned
+
+    def train() -> None:
+        try:
+            tokenizer.train_from_iterator(read(), trainer)
+        except BaseException as error:
+            failures.append(error)
+            while not cancelled.is_set() and queue.get() is not None:
+                pass
+
+    thread = threading.Thread(target=train, name="text tokenizer", daemon=True)
+    thread.start()
+    number = 0
+    try:
+        for number, text in enumerate(texts, 1):
+            queue.put(text)
+            if progress and number % _TEXTS_IN_QUEUE == 0:
+                progress(number, "texts")
+    except BaseException:
+        cancelled.set()
+        with suppress(Full):
+            queue.put_nowait(None)
+        raise
+    queue.put(None)
+    while thread.is_alive():
+        if progress:
+            progress(number, "texts; learning merges")
+        thread.join(_SECONDS_BETWEEN_CHECKS)
+    if failures:
+        raise failures[0]
 
 
 def load_text_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json`, spelled our way or Chameleon's.
+    """Read a `tokenizer.json` with our names or Chameleon's.
 
     Raises:
-        UserError: the file is missing or no tokenizer.
+        UserError: the file is missing or not a tokenizer.
     """
     try:
-        return _plain(Tokenizer.from_file(str(path)))
+        return _disable_special_names(Tokenizer.from_file(str(path)))
     except Exception as error:  # the library raises plain Exception
         raise UserError(
             f"{path}: cannot read the tokenizer ({error}); run `moma prepare`"
@@ -93,7 +175,7 @@ def load_text_tokenizer(path: Path) -> Tokenizer:
 
 
 def vocabulary_of(tokenizer: Tokenizer, codes_per_image: int) -> Vocabulary:
-    """The vocabulary by the names in the tokenizer file.
+    """Build the vocabulary from the names in the tokenizer.
 
     Raises:
         UserError: a special id or an image code is missing.
@@ -102,24 +184,24 @@ def vocabulary_of(tokenizer: Tokenizer, codes_per_image: int) -> Vocabulary:
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Ids of each text.
+    """Token ids of each text.
 
     Raises:
-        UserError: a text is not Unicode: it holds half of a surrogate pair.
+        UserError: a text is not valid Unicode: it contains half of a surrogate pair.
     """
     return list(encode_each(tokenizer, texts))
 
 
 def encode_each(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
-    """The same, each list made when it is asked for: a list that is dropped at once costs less.
+    """Like `encode_texts`, but lazy: a list is only created when it is reached, to save memory.
 
     Raises:
-        UserError: at once, as `encode_texts`.
+        UserError: immediately, as `encode_texts`.
     """
     try:
-        # The same ids, without where in the text each stands.
+        # The fast variant does not compute character offsets.
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    except TypeError as error:  # how the library refuses it
+    except TypeError as error:  # raised by the library for surrogates
         broken = next(text for text in texts if _SURROGATE.search(text))
         raise UserError(
             f"the text {broken[:80]!a}: a prompt or text must be valid UTF-8"
@@ -128,16 +210,16 @@ def encode_each(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
 
 
 def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
-    """Ids of any bytes; what is no UTF-8 takes one id a byte.
+    """Token ids of any bytes; a byte that is not part of valid UTF-8 becomes one id.
 
     Raises:
         UserError: there are such bytes, and the tokenizer is not byte-level.
     """
-    # Python's own way to carry stray bytes in a text: one lone surrogate each.
+    # Python decodes an invalid byte to one unpaired surrogate.
     text = data.decode("utf-8", "surrogateescape")
     ids: list[int] = []
-    for part in re.split(f"({_STRAY_BYTE.pattern})", text):
-        if not _STRAY_BYTE.fullmatch(part):
+    for part in re.split(f"({_UNDECODED_BYTE.pattern})", text):
+        if not _UNDECODED_BYTE.fullmatch(part):
             ids += encode_texts(tokenizer, [part])[0]
             continue
         id_ = tokenizer.token_to_id(_byte_letters()[ord(part) - 0xDC00])
@@ -148,42 +230,47 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
 
 
 def decode_bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> bytes:
-    """The bytes that ids stand for, special ids by their names; undoes `encode_bytes`."""
+    """Bytes of a sequence of ids, special ids by their names; the inverse of `encode_bytes`."""
     ids = list(ids)
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         return tokenizer.decode(ids, skip_special_tokens=False).encode()
+    return b"".join(decode_each(tokenizer, ids))
+
+
+def decode_each(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[bytes]:
+    """Bytes of each id by itself, special ids by their names."""
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        for id_ in ids:
+            yield tokenizer.decode([id_], skip_special_tokens=False).encode()
+        return
     byte_of = {letter: byte for byte, letter in _byte_letters().items()}
     added = tokenizer.get_added_tokens_decoder()
-    parts = []
     for id_ in ids:
         piece = tokenizer.id_to_token(id_) or ""
-        parts.append(piece.encode() if id_ in added else bytes(byte_of[c] for c in piece))
-    return b"".join(parts)
+        yield piece.encode() if id_ in added else bytes(byte_of[letter] for letter in piece)
 
 
 @cache
 def _byte_letters() -> dict[int, str]:
     """The letter that byte-level BPE writes for each byte (Radford et al. 2019).
 
-    Bytes that print as a letter of Latin-1 are that letter; the others follow from 256 on.
+    Printable bytes of Latin-1 are written as themselves, the others as letters from 256 on.
     """
-    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {
-        byte: chr(256 + place) for place, byte in enumerate(hidden)
-    }
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    codes = count(256)
+    return {byte: chr(byte if byte in printable else next(codes)) for byte in range(256)}
 
 
-def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Let the name of a special id or an image code in a user's text be ordinary text."""
+def _disable_special_names(tokenizer: Tokenizer) -> Tokenizer:
+    """Encode the name of a special id or an image code in a text as ordinary text."""
     tokenizer.encode_special_tokens = True
     names = names_in(tokenizer.get_vocab(with_added_tokens=True))
-    # A file of another maker may list them as words like any other.
-    words = [
+    # Files from elsewhere may list these names as ordinary added tokens.
+    ordinary = [
         token.content
         for token in tokenizer.get_added_tokens_decoder().values()
         if not token.special
         and (token.content in names.special or names.code.fullmatch(token.content))
     ]
-    tokenizer.add_special_tokens([AddedToken(word, special=True) for word in words])
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in ordinary])
     return tokenizer

@@ -1,16 +1,21 @@
-"""Byte-level BPE: nothing of a text is lost, and no text becomes a special id."""
+"""Byte-level BPE: text round-trips, and no text becomes a special id."""
 
 import json
+import os
+import random
+import signal
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, pre_tokenizers
 
 from moma.errors import UserError
 from moma.tokenizers.names import OURS
 from moma.tokenizers.text import (
     TextTokenizerConfig,
     decode_bytes,
+    decode_each,
     encode_bytes,
     encode_texts,
     load_text_tokenizer,
@@ -45,7 +50,7 @@ def decode(tokenizer, ids):
 @given(st.text(st.characters(codec="utf-8")))
 @example("<s></s><pad><image></image><code:0>")
 @example(" \r\n\t  two  spaces \x00 e\u0301 \u00e9 \u200d \U0001f468\u200d\U0001f469 \ufeff")
-def test_every_text_comes_back_and_none_becomes_special(tokenizer, vocabulary, text):
+def test_text_round_trips_without_special_ids(tokenizer, vocabulary, text):
     (ids,) = encode_texts(tokenizer, [text])
     assert decode(tokenizer, ids) == text
     assert not {vocabulary.beginning, vocabulary.end, vocabulary.padding} & set(ids)
@@ -58,13 +63,13 @@ def test_every_text_comes_back_and_none_becomes_special(tokenizer, vocabulary, t
 @example(bytes(range(256)))
 @example(b"caf\xe9 caf\xc3\xa9 \xed\xa0\x80 \xf0\x9f\x98")
 @example("<s> \U0001f600 </s>".encode())
-def test_any_bytes_come_back(tokenizer, vocabulary, data):
+def test_bytes_round_trip(tokenizer, vocabulary, data):
     ids = encode_bytes(tokenizer, data)
     assert decode_bytes(tokenizer, ids) == data
     assert not {vocabulary.beginning, vocabulary.end, *vocabulary.image_codes} & set(ids)
 
 
-def test_bytes_that_are_a_text_have_the_ids_of_the_text(tokenizer):
+def test_bytes_of_a_text_have_its_ids(tokenizer):
     assert [encode_bytes(tokenizer, text.encode()) for text in TEXTS] == encode_texts(
         tokenizer, TEXTS
     )
@@ -106,7 +111,7 @@ def test_too_little_text_makes_a_smaller_vocabulary_without_gaps():
     assert sorted(tokenizer.get_vocab().values()) == list(range(vocabulary.size))
 
 
-def test_the_vocabulary_is_read_off_the_names(tokenizer, vocabulary):
+def test_the_vocabulary_is_read_from_the_names(tokenizer, vocabulary):
     assert vocabulary.codes_per_image == 9
     assert len(set(vocabulary.image_codes)) == CODES
     for code, id_ in enumerate(vocabulary.image_codes):
@@ -136,13 +141,13 @@ def test_a_saved_tokenizer_gives_the_same_ids(tokenizer, vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "codes"), [(300, 40), (350, 90)])
-def test_a_vocabulary_without_room_says_how_much_is_needed(size, codes):
+def test_a_vocabulary_that_is_too_small_names_the_smallest(size, codes):
     config = TextTokenizerConfig(vocabulary_size=size)
     with pytest.raises(UserError, match=f"vocabulary_size = {size}.*at least {codes + 261}"):
         train_text_tokenizer(config, TEXTS, codes)
 
 
-def test_the_smallest_vocabulary_that_is_promised_works():
+def test_the_smallest_vocabulary_works():
     config = TextTokenizerConfig(vocabulary_size=301)
     assert vocabulary_of(train_text_tokenizer(config, TEXTS, 40), 4).size == 301
 
@@ -190,7 +195,7 @@ def test_an_error_in_the_texts_passes_through():
 @pytest.mark.parametrize(
     "content", [None, b"", b"{}", b"[", b"\xff", json.dumps({"a": 1}).encode()]
 )
-def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
+def test_a_file_that_is_not_a_tokenizer_is_named(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)
@@ -200,6 +205,65 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path, content):
 
 @given(st.lists(st.text(), max_size=8))
 @settings(deadline=None, max_examples=200)
-def test_the_fast_way_gives_the_ids_of_the_slow_one(tokenizer, texts):
+def test_fast_encoding_equals_encoding_with_offsets(tokenizer, texts):
     slow = tokenizer.encode_batch([*texts, *TEXTS], add_special_tokens=False)
     assert encode_texts(tokenizer, [*texts, *TEXTS]) == [encoding.ids for encoding in slow]
+
+
+@pytest.fixture(scope="module")
+def unbounded(tokenizer):
+    """The same tokenizer with the library's own words, of any length."""
+    plain = Tokenizer.from_str(tokenizer.to_str())
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.encode_special_tokens = True
+    return plain
+
+
+@given(st.text(max_size=1000))
+@settings(deadline=None, max_examples=300)
+@example(" it's  we'll \t\n 12 a1! \u00a0 \u3000x" + " " * 1000)
+def test_ordinary_text_has_the_ids_of_the_unbounded_pre_tokenizer(tokenizer, unbounded, text):
+    text = text.encode("utf-8", "ignore").decode()
+    assert encode_texts(tokenizer, [text]) == encode_texts(unbounded, [text])
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e4", "7", "=", " ", "\n", "\U0001f468"])
+def test_long_words_are_cut_and_come_back(tokenizer, letter):
+    text = f"x {letter * 30_000} y"
+    words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+    assert max(map(len, words)) <= 1025 * len(letter.encode())
+    (ids,) = encode_texts(tokenizer, [text])
+    assert decode(tokenizer, ids) == text
+    assert b"".join(decode_each(tokenizer, ids)) == text.encode()
+
+
+def test_a_word_of_200_000_letters_trains():
+    """Takes a second; with words of any length half a minute, which grows with its square."""
+    text = "".join(random.Random(0).choices("ACGT", k=200_000))
+    tokenizer = train_text_tokenizer(TextTokenizerConfig(vocabulary_size=SIZE), [text], CODES)
+    (ids,) = encode_texts(tokenizer, [text])
+    assert len(ids) < len(text) / 2 and decode(tokenizer, ids) == text
+
+
+def test_progress_is_reported_and_ctrl_c_ends_training():
+    seen = []
+
+    def progress(done, note=""):
+        seen.append((done, note))
+        if "merges" in note:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    texts = ["".join(random.Random(n).choices("ACGT", k=400)) for n in range(1000)]
+    with pytest.raises(KeyboardInterrupt):
+        train_text_tokenizer(TextTokenizerConfig(), texts, CODES, progress)
+    assert seen == [(256, "texts"), (512, "texts"), (768, "texts"), (1000, seen[-1][1])]
+
+
+def test_ctrl_c_while_texts_are_read_ends_training():
+    def texts():
+        yield from TEXTS
+        os.kill(os.getpid(), signal.SIGINT)
+        yield from TEXTS * 1000
+
+    with pytest.raises(KeyboardInterrupt):
+        train_text_tokenizer(TextTokenizerConfig(vocabulary_size=SIZE), texts(), CODES)

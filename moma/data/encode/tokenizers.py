@@ -66,7 +66,7 @@ def provide_tokenizers(
         if folder.text.exists():
             _bind(folder, settings)
         else:
-            make_text_tokenizer(text, codec, _texts(reading, text, settings), folder)
+            make_text_tokenizer(text, codec, _texts(reading, text, settings), folder, quiet)
             reading.save()
         if not folder.codec.exists():
             _make_codec(reading, codec, training, seed, device, folder, quiet)
