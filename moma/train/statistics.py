@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from moma.model.auxiliary import RouterOutput
 from moma.model.layers import upcast
+from moma.model.routers import RouterRecord
 from moma.model.transformer import Transformer
 
 # Parts of a parameter's name that tell its kind; the first that fits counts.
@@ -46,7 +46,7 @@ class Statistics:
         self.sums: dict[str, Tensor] = {}
         self._model, self._copies = model, copies
 
-    def see_routers(self, records: Sequence[RouterOutput], tokens_BS: Tensor) -> None:
+    def see_routers(self, records: Sequence[RouterRecord], tokens_BS: Tensor) -> None:
         """Take what the routers of a micro-batch did."""
         table = self._model.modality_of_id
         modality_NM = functional.one_hot(table[tokens_BS.flatten()], len(self._names)).float()
@@ -106,7 +106,7 @@ def router_names(model: Transformer) -> list[str]:
     return found
 
 
-def _router_sums(record: RouterOutput, modality_NM: Tensor) -> Tensor:
+def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
     """Sums over tokens: counts, cuts, entropies, agreement, chosen tokens and all by modality."""
     selected_NE, eligible_N = record.selected_NE, record.eligible_N.float()
     eligible_NM = modality_NM * eligible_N[:, None]
