@@ -1,83 +1,126 @@
-"""Reading one image safely, whatever it is stored as.
+"""Reading one image safely, whatever format it is stored in.
 
-    file or bytes → header: format, size → first frame, upright → 8 bits, on white → RGB
+    file or bytes → header: format, size → first frame → 8 bits, on white → upright → RGB
 
-What arrives is not trusted: only formats that Pillow decodes itself are opened (its PostScript
-reader starts a program), and the size is checked before a pixel is decoded.
+Files are not trusted: only formats that Pillow decodes itself are opened (its PostScript reader
+starts a program), and the size is checked before a pixel is decoded. Of metadata, only the
+orientation is used: an image with damaged metadata is read without it.
 """
 
 import io
+import re
+import struct
 import warnings
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from moma.errors import UserError
+from moma.errors import UserError, shorten
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# How files of these formats are called. Of two files of one name the first is taken.
+# Suffixes of these formats; of two files with the same stem, the earlier suffix is preferred.
 SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".jp2", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".svg"),
 )
 MAX_PIXELS = 64_000_000
-# Pillow itself refuses more.
+# Pillow itself refuses larger images.
 PILLOW_MAX_PIXELS = 178_956_970
 DRAWING_SIDE = 512
-_DRAWING_BYTES = 16 * 2**20
-# A line of pixels, its short side resized, would take gigabytes.
-_LONGEST = 8
+_MAX_DRAWING_BYTES = 16 * 2**20
+# Only smaller files are read again without their metadata.
+_MAX_REPAIR_BYTES = 256 * 2**20
+# A line of pixels whose short side is enlarged would take gigabytes.
+_MAX_ASPECT_RATIO = 8
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_T = TypeVar("_T")
 
 
 def read_image(
     file: Path | bytes,
-    place: str,
-    instead: str = "remove the row",
+    location: str,
+    remedy: str = "remove the row",
     max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Read an image as 8-bit RGB, turned upright (EXIF), its transparency blended on white.
+    """Read an image as 8-bit RGB, upright by its EXIF orientation, its transparency on white.
 
-    The first frame of an animation is taken. An SVG file is drawn within 512 × 512 pixels.
+    The first frame of an animation is read. An SVG file is drawn within 512 × 512 pixels.
 
     Args:
-        file: the file, or what it holds.
-        place: where it is named, for the message.
-        instead: the other way out, for the message.
-        max_pixels: most pixels of the first frame.
+        file: the file, or its content.
+        location: where it is named, for messages.
+        remedy: what to do other than to repair the image, for messages.
+        max_pixels: maximum pixels of the first frame.
 
     Raises:
-        UserError: the image is missing, too large, truncated, damaged or of another kind.
+        UserError: the image is missing, too large, truncated, damaged or of another format.
     """
-    what = str(file) if isinstance(file, Path) else "the image"
-    with _named(place, what, instead):
+    what = shorten(str(file), 300) if isinstance(file, Path) else "the image"
+
+    def decode(image: Image.Image) -> Image.Image:
+        _check_size(image, max_pixels, f"{location}: {what}")
+        image.load()
+        return _upright(_to_rgb(image), _orientation(image))
+
+    with _describe_errors(location, what, remedy):
         if isinstance(file, Path) and file.suffix.lower() == ".svg":
-            return on_white(_draw(file, f"{place}: {what}"))
-        with _opened(file) as image:
-            _check_size(image, max_pixels, f"{place}: {what}")
-            image.load()
-            return _flat(ImageOps.exif_transpose(image))
+            return on_white(_draw(file, f"{location}: {what}"))
+        return _use_image(file, decode)
 
 
 def image_size(file: Path) -> tuple[int, int] | None:
-    """Width and height as the file's header tells them; None if it tells none."""
+    """Return the width and height in the file's header; None if they cannot be read."""
     try:
-        with _opened(file) as image:
-            return image.size
+        return _use_image(file, lambda image: image.size)
     except Exception:  # Damaged headers make Pillow raise nearly anything.
         return None
 
 
+def _use_image(file: Path | bytes, use: Callable[[Image.Image], _T]) -> _T:
+    """Call `use` with the opened image, or, if that fails, with the image without metadata."""
+    try:
+        with _open_image(file) as image:
+            return use(image)
+    except (UserError, FileNotFoundError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        repaired = _without_metadata(file)
+        if repaired is not None:
+            try:
+                with _open_image(repaired) as image:
+                    return use(image)
+            except UserError:
+                raise
+            except Exception:
+                pass  # The first error describes the file.
+        raise
+
+
 @contextmanager
-def _opened(file: Path | bytes) -> Iterator[Image.Image]:
-    source = io.BytesIO(file) if isinstance(file, bytes) else file
-    with warnings.catch_warnings():
-        # Below Pillow's limit it only warns; ours decides.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+def _open_image(file: Path | bytes) -> Iterator[Image.Image]:
+    with (
+        io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as source,
+        warnings.catch_warnings(),
+    ):
+        # About metadata, and about sizes below Pillow's limit, for which ours decides.
+        warnings.simplefilter("ignore")
         with Image.open(source, formats=_formats()) as image:
+            if image.format == "PNG":
+                _check_png_data(source)
             yield image
 
 
@@ -88,26 +131,119 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+def _check_png_data(file: BinaryIO) -> None:
+    """Compare the checksums of header, palette and pixels, as Pillow does not for pixels."""
+    position = file.tell()
+    file.seek(8)
+    while len(header := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if kind == b"IEND":
+            break
+        if kind[:1].islower():  # metadata
+            file.seek(length + 4, io.SEEK_CUR)
+            continue
+        checksum = zlib.crc32(kind)
+        while length and (data := file.read(min(length, 2**20))):
+            checksum, length = zlib.crc32(data, checksum), length - len(data)
+        stored = file.read(4)
+        if len(stored) == 4 and stored != checksum.to_bytes(4):
+            raise ValueError("damaged: a checksum does not match its data")
+    file.seek(position)
+
+
+def _without_metadata(file: Path | bytes) -> bytes | None:
+    """An image file without ICC profile, text, XMP and thumbnails; None if there is no such way.
+
+    The EXIF data of PNG, JPEG and WebP, where the orientation is, is kept.
+    """
+    if isinstance(file, Path):
+        if file.stat().st_size > _MAX_REPAIR_BYTES:
+            return None
+        file = file.read_bytes()
+    if file.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _png_without_metadata(file)
+    if file.startswith(b"\xff\xd8"):
+        return _jpeg_without_metadata(file)
+    if file[:4] == b"RIFF" and file[8:12] == b"WEBP":
+        return _webp_without_metadata(file)
+    if file[4:12] in (b"ftypavif", b"ftypavis"):
+        # Offsets in the file are absolute: items get an unknown type instead of being removed.
+        items = rb"(infe\x02.{7})(?:Exif|mime)"
+        return re.sub(items, rb"\1skip", file, flags=re.DOTALL).replace(b"colrprof", b"skipprof")
+    return None
+
+
+def _png_without_metadata(data: bytes) -> bytes:
+    kept, position = [data[:8]], 8
+    while len(header := data[position : position + 8]) == 8:
+        length, kind = struct.unpack(">I4s", header)
+        if kind == b"IEND":
+            break
+        chunk = data[position : position + length + 12]
+        is_intact = zlib.crc32(chunk[4:-4]).to_bytes(4) == chunk[-4:]
+        # Upper case: header, palette and pixels. tRNS is the transparency.
+        if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and is_intact):
+            kept.append(chunk)
+        position += length + 12
+    end = b"IEND"
+    return b"".join([*kept, bytes(4), end, zlib.crc32(end).to_bytes(4)])
+
+
+def _jpeg_without_metadata(data: bytes) -> bytes | None:
+    kept, position = [data[:2]], 2
+    while len(header := data[position : position + 4]) == 4:
+        marker, kind, length = struct.unpack(">BBH", header)
+        if marker != 0xFF:
+            return None
+        if kind == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if kind == 0xDA:  # the pixels follow
+            return b"".join([*kept, data[position:]])
+        segment = data[position : position + length + 2]
+        # JFIF's and Adobe's segments say what the colours mean.
+        is_metadata = kind == 0xFE or (0xE0 < kind <= 0xEF and kind != 0xEE)
+        if not is_metadata or segment[4:10] == b"Exif\0\0":
+            kept.append(segment)
+        position += length + 2
+    return None
+
+
+def _webp_without_metadata(data: bytes) -> bytes:
+    kept, position = [], 12
+    while len(header := data[position : position + 8]) == 8:
+        kind, length = struct.unpack("<4sI", header)
+        chunk = data[position : position + 8 + length + length % 2]
+        if kind == b"VP8X":  # flags: the file has no ICC profile and no XMP
+            chunk = chunk[:8] + bytes([chunk[8] & ~0x24]) + chunk[9:]
+        is_whole = len(chunk) >= 8 + length
+        if kind not in (b"ICCP", b"XMP ") and (kind != b"EXIF" or is_whole):
+            kept.append(chunk)
+        position += len(chunk)
+    body = b"".join(kept)
+    return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+
+
 @contextmanager
-def _named(place: str, what: str, instead: str) -> Iterator[None]:
+def _describe_errors(location: str, what: str, remedy: str) -> Iterator[None]:
     """Turn everything that can go wrong into one message."""
     try:
         yield
     except UserError:
         raise
     except FileNotFoundError as error:
-        raise UserError(f"{place}: there is no {what}; add the file or {instead}") from error
+        raise UserError(f"{location}: there is no {what}; add the file or {remedy}") from error
     except Image.DecompressionBombError as error:
-        raise UserError(f"{place}: {what} is too large ({error}); shrink it") from error
-    except UnidentifiedImageError as error:
-        raise UserError(
-            f"{place}: cannot read {what} (it is no image of a known format: "
-            f"{', '.join(_formats())}); save it again as PNG or JPEG or {instead}"
-        ) from error
+        raise UserError(f"{location}: {what} is too large ({error}); shrink it") from error
     # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
     except Exception as error:
+        reason = shorten(
+            str(error.strerror or error) if isinstance(error, OSError) else str(error), 200
+        )
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"not an image of a known format: {', '.join(_formats())}"
         raise UserError(
-            f"{place}: cannot read {what} ({error}); save it again as PNG or JPEG or {instead}"
+            f"{location}: cannot read {what} ({reason}); save it again as PNG or JPEG or {remedy}"
         ) from error
 
 
@@ -120,18 +256,37 @@ def _check_size(image: Image.Image, max_pixels: int, what: str) -> None:
         )
 
 
-def _flat(image: Image.Image) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation of a loaded image; 1, which is upright, if its EXIF data are damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # Damaged EXIF data make Pillow raise nearly anything.
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    method = _UPRIGHT.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB of an image of any mode."""
     if image.mode.startswith("I"):
         return _from_16_bits(image)
     if image.mode == "F":
-        raise ValueError("its pixels are fractions, so that black and white are not known")
+        raise ValueError("its pixels are fractions with unknown values of black and white")
     return on_white(image)
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """Grey levels of 16 bits → the upper 8, as Pillow does with 16-bit colours."""
     levels = np.asarray(image).astype(np.int64)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        # Pillow neither scales 12 bits nor inverts levels whose zero is white.
+        (bits, *_) = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))
+        levels <<= max(0, 16 - bits)
+        if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+            levels = 0xFFFF - levels
     if levels.min() < 0 or levels.max() > 0xFFFF:
         raise ValueError("its grey levels have more than 16 bits")
     grey = (levels >> 8).astype(np.uint8)
@@ -142,8 +297,8 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _draw(file: Path, what: str) -> Image.Image:
-    """Draw an SVG file; only with what stands in it, since it may name any file of the machine."""
-    if file.stat().st_size > _DRAWING_BYTES:
+    """Draw an SVG file that refers to no other file, since it may name any file of the machine."""
+    if file.stat().st_size > _MAX_DRAWING_BYTES:
         raise UserError(f"{what} is too large: a drawing may have 16 MiB; simplify it")
     try:
         import resvg_py
@@ -160,24 +315,24 @@ def _draw(file: Path, what: str) -> Image.Image:
         if etree.QName(element).localname in ("image", "feImage") and key.endswith("href")
     ]
     if not all(link.strip().startswith(("#", "data:")) for link in links):
-        raise ValueError("it shows other files")
+        raise ValueError("it refers to other files")
     drawn = resvg_py.svg_to_bytes(
         svg_string=etree.tostring(root, encoding="unicode"),
         width=DRAWING_SIDE,
         height=DRAWING_SIDE,
-        dpi=96,  # or lengths in points would be zero
+        dpi=96,  # otherwise lengths in points are zero
         skip_system_fonts=True,
     )
     return Image.open(io.BytesIO(bytes(drawn)))
 
 
 def square_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """The centre of an image, uint8 of shape [size, size, 3].
+    """Return the centre of an image, uint8 of shape [size, size, 3].
 
     Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
     cropped.
     """
-    opaque = on_white(_without_far_ends(image))
+    opaque = on_white(_crop_long_sides(image))
     scale = size / min(opaque.size)
     width, height = (max(size, round(side * scale)) for side in opaque.size)
     resized = opaque.resize((width, height), Image.Resampling.LANCZOS)
@@ -186,7 +341,7 @@ def square_pixels(image: Image.Image, size: int) -> np.ndarray:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """An image with its transparent parts blended on white, RGB."""
+    """Return an image as RGB, its transparent parts blended on white."""
     if not image.has_transparency_data:
         return image.convert("RGB")
     layer = image.convert("RGBA")
@@ -194,10 +349,10 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, layer).convert("RGB")
 
 
-def _without_far_ends(image: Image.Image) -> Image.Image:
-    """The middle of a very long image: what is far from the centre is cropped in any case."""
+def _crop_long_sides(image: Image.Image) -> Image.Image:
+    """The middle of a very long image, whose far ends the centre crop would remove anyway."""
     short = min(image.size)
-    width, height = (min(side, _LONGEST * short) for side in image.size)
+    width, height = (min(side, _MAX_ASPECT_RATIO * short) for side in image.size)
     if (width, height) == image.size:
         return image
     left, top = (image.width - width) // 2, (image.height - height) // 2
