@@ -1,1 +1,1 @@
-"""Losses, perplexities and image scores of a trained model."""
+"""Evaluation of a trained model on held-out data."""

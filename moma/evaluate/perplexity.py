@@ -21,16 +21,18 @@ def evaluate(
     """Evaluate on every held-out document of the recipe's data, once.
 
     Args:
-        model: in evaluation mode.
-        recipe: the run's, for its data and its batch: batch choice depends on what is in a batch.
-        routing: `choice` over the batch, as in training, or `causal` by the auxiliary routers.
+        model: the model, in evaluation mode.
+        recipe: the run's recipe: its data, and its batch shape, on which batch choice depends.
+        routing: `choice` over the batch, as in training but with actual capacity, or `causal` by
+            the auxiliary routers.
+        quiet: whether to hide the progress bar.
 
     Returns:
-        `loss`, `loss_text`, `loss_image` in nats a target, `perplexity_text`,
+        `loss`, `loss_text`, `loss_image` in nats per target, `perplexity_text`,
         `perplexity_image`, and `tokens`, the number of targets; None where there is no target.
 
     Raises:
-        UserError: nothing is held out.
+        UserError: there are no held-out documents.
     """
     device = model.embedding.weight.device
     batches = Batches(recipe.data, model.vocabulary, seed=recipe.seed, split="held_out")
@@ -54,7 +56,7 @@ def evaluate(
             report(number, "batches")
     loss_M, _, targets_M = sums
     if targets_M.sum() == 0:
-        raise UserError(f"{recipe.data.path}: nothing is held out; raise data.held_out")
+        raise UserError(f"{recipe.data.path}: no held-out documents; increase data.held_out")
     text, image = (float(loss_M[m] / targets_M[m]) if targets_M[m] else None for m in (TEXT, IMAGE))
     return {
         "loss": float(loss_M.sum() / targets_M.sum()),

@@ -1,1 +1,1 @@
-"""Writing text and images with a trained model, one token at a time."""
+"""Causal generation of text and images with a trained model."""

@@ -1,8 +1,9 @@
-"""Decoding: one token at a time, each from what stands before it alone.
+"""Causal decoding, one token at a time.
 
 Shapes: see `model/layers.py`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,20 +17,49 @@ from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
 
+# Logits divided by less overflow fp32.
+_MIN_TEMPERATURE = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn (Chameleon's defaults).
+    """How the next token is sampled (defaults: Chameleon's).
 
     Attributes:
-        temperature: divides the logits; 0 takes the most likely token.
-        top_p: the draw is among the likeliest tokens that hold this much probability.
-        seed: of the draws.
+        temperature: divisor of the logits; 0 selects the most likely token (greedy decoding).
+        top_p: nucleus sampling: sample among the most likely tokens that together have at least
+            this probability, in (0, 1].
+        seed: seed of the generator, 0 to 2³² − 1.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     temperature: float = 0.7
     top_p: float = 0.9
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        temperature = _number("temperature", self.temperature)
+        if temperature != 0 and not _MIN_TEMPERATURE <= temperature < math.inf:
+            raise UserError(
+                f"temperature {self.temperature}: must be 0 (greedy decoding), or finite and at "
+                f"least {_MIN_TEMPERATURE:g}"
+            )
+        if not 0 < _number("top_p", self.top_p) <= 1:
+            raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
+            raise UserError(f"seed {self.seed}: must be a whole number from 0 to {2**32 - 1}")
+
+
+def _number(name: str, value: float) -> float:
+    """Return a value as a float; an int too large for one counts as infinite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name} {value!r}: must be a number")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 @torch.no_grad()
@@ -41,51 +71,54 @@ def generate(
     new_tokens: int,
     sampling: Sampling,
 ) -> list[list[int]]:
-    """Continue prompts causally, side by side; an answer ends as its grammar says.
+    """Continue prompts causally as one batch, each until its grammar ends it.
 
     Args:
         model: a model whose auxiliary routers are trained, or that has none.
-        prompts: token ids, each opened by the vocabulary's `beginning`.
+        prompts: token ids, each starting with the vocabulary's `beginning`.
         mode: see `Grammar`.
-        context: most tokens of prompt and answer together.
-        new_tokens: most tokens of an answer.
-        sampling: how tokens are drawn.
+        context: maximum number of tokens of a prompt and its continuation.
+        new_tokens: maximum number of tokens of a continuation, at least 1.
+        sampling: how tokens are sampled.
 
     Returns:
         The new tokens of each prompt.
 
     Raises:
-        UserError: a prompt leaves no room for an answer.
+        UserError: a prompt leaves no space for a continuation, or `new_tokens` is below 1.
     """
-    _refuse_long(prompts, mode, context, model.vocabulary)
-    rows = _Rows(model, prompts, mode, context, new_tokens)
+    if new_tokens < 1:
+        raise UserError(f"new_tokens {new_tokens}: must be at least 1")
+    _check_lengths(prompts, mode, context, model.vocabulary)
+    sequences = _Sequences(model, prompts, mode, context, new_tokens)
     generator = torch.Generator().manual_seed(sampling.seed)
     active = list(range(len(prompts)))
     while active:
-        logits_BV = rows.next_logits(active).masked_fill(~rows.allowed(active), -torch.inf)
-        drawn_B = draw(logits_BV, sampling, generator).tolist()
-        goes_on = [rows.append(row, token) for row, token in zip(active, drawn_B, strict=True)]
-        active = [row for row, more in zip(active, goes_on, strict=True) if more]
-    return rows.answers
+        allowed_BV = sequences.allowed(active)
+        logits_BV = sequences.next_logits(active).masked_fill(~allowed_BV, -torch.inf)
+        tokens = sample(logits_BV, sampling, generator).tolist()
+        pairs = zip(active, tokens, strict=True)
+        active = [index for index, token in pairs if sequences.append(index, token)]
+    return sequences.generated
 
 
-def _refuse_long(
+def _check_lengths(
     prompts: Sequence[Sequence[int]], mode: Mode, context: int, vocabulary: Vocabulary
 ) -> None:
     longest = max(map(len, prompts))
-    answer, what = (vocabulary.image_span, "the image") if mode == "image" else (1, "an answer")
-    if longest > context - answer:
+    needed, what = (vocabulary.image_span, "an image") if mode == "image" else (1, "an answer")
+    if longest > context - needed:
         raise UserError(
-            f"the prompt has {longest} tokens, and the context of {context} has room for "
-            f"{max(0, context - answer)} beside {what}; shorten it"
+            f"the prompt has {longest} tokens, but the context of {context} tokens leaves only "
+            f"{max(0, context - needed)} for it besides {what}; shorten the prompt"
         )
 
 
-class _Rows:
-    """Prompts with what was answered so far, a row each.
+class _Sequences:
+    """A batch of prompts with the tokens generated so far.
 
     Attributes:
-        answers: the new tokens of each row.
+        generated: the new tokens of each sequence.
     """
 
     def __init__(
@@ -101,47 +134,47 @@ class _Rows:
         self._lengths = np.array([len(prompt) for prompt in prompts])
         self._tokens_BS = torch.full((len(prompts), context), padding, device=self._device)
         self._grammars = [Grammar(model.vocabulary, mode) for _ in prompts]
-        for row, prompt in enumerate(prompts):
-            self._tokens_BS[row, : len(prompt)] = torch.tensor(list(prompt))
+        for index, prompt in enumerate(prompts):
+            self._tokens_BS[index, : len(prompt)] = torch.tensor(list(prompt))
             for token in prompt:
-                self._grammars[row].advance(token)
-        self.answers: list[list[int]] = [[] for _ in prompts]
+                self._grammars[index].advance(token)
+        self.generated: list[list[int]] = [[] for _ in prompts]
 
     def next_logits(self, active: list[int]) -> Tensor:
-        """Logits of the next token of some rows, fp32 [B, V] on the host."""
+        """Return the logits of the next token of the active sequences, fp32 [B, V] on the CPU."""
         last_B = torch.from_numpy(self._lengths[active] - 1).to(self._device)
         width = int(self._lengths[active].max())
-        # Padding on the right is invisible to what precedes it: attention and routing are causal.
+        # Padding on the right does not affect earlier tokens: attention and routing are causal.
         tokens_BS = self._tokens_BS[active, :width]
         logits_BSV = self._model(tokens_BS, routing=Routing(mode="causal")).logits_BSV
         return logits_BSV[torch.arange(len(active), device=self._device), last_B].float().cpu()
 
     def allowed(self, active: list[int]) -> Tensor:
-        """What the grammar allows in the room that is left, boolean [B, V]."""
-        masks = [self._grammars[row].allowed(self._room(row)) for row in active]
+        """Return which tokens the grammar allows next, boolean [B, V]."""
+        masks = [self._grammars[index].allowed(self._remaining(index)) for index in active]
         return torch.from_numpy(np.stack(masks))
 
-    def append(self, row: int, token: int) -> bool:
-        """Take a token into a row; tells whether the row goes on."""
-        self.answers[row].append(token)
-        self._grammars[row].advance(token)
-        self._tokens_BS[row, self._lengths[row]] = token
-        self._lengths[row] += 1
-        return self._room(row) > 0 and not self._grammars[row].ends_with(token)
+    def append(self, index: int, token: int) -> bool:
+        """Append a token to a sequence; returns whether the sequence continues."""
+        self.generated[index].append(token)
+        self._grammars[index].advance(token)
+        self._tokens_BS[index, self._lengths[index]] = token
+        self._lengths[index] += 1
+        return self._remaining(index) > 0 and not self._grammars[index].ends_with(token)
 
-    def _room(self, row: int) -> int:
-        """Tokens that an answer may still take."""
-        left = self._context - int(self._lengths[row])
-        return min(left, self._new_tokens - len(self.answers[row]))
+    def _remaining(self, index: int) -> int:
+        """Number of tokens that may still be generated."""
+        in_context = self._context - int(self._lengths[index])
+        return min(in_context, self._new_tokens - len(self.generated[index]))
 
 
-def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """Draw one token a row, int64 [B], by temperature and nucleus (arXiv 1904.09751)."""
+def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Sample one token per sequence, int64 [B], by temperature and nucleus (arXiv 1904.09751)."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    chances, order = (logits_BV / sampling.temperature).softmax(-1).sort(-1, descending=True)
-    # A token stays if those before it hold less than top_p, so that the first one always does.
-    before = chances.cumsum(-1) - chances
-    chances = chances.masked_fill(before >= sampling.top_p, 0)
-    picked = torch.multinomial(chances, 1, generator=generator)
-    return order.gather(1, picked).squeeze(1)
+    probability_BV, order_BV = (logits_BV / sampling.temperature).softmax(-1).sort(-1, True)
+    # A token stays if those before it have less than top_p, so the first one always stays.
+    before_BV = probability_BV.cumsum(-1) - probability_BV
+    probability_BV = probability_BV.masked_fill(before_BV >= sampling.top_p, 0)
+    index_B1 = torch.multinomial(probability_BV, 1, generator=generator)
+    return order_BV.gather(1, index_B1).squeeze(1)

@@ -1,7 +1,7 @@
-"""What may follow what in a mixed sequence: text anywhere, images whole and closed.
+"""Grammar of mixed sequences: which token may follow, so that every image is complete.
 
-An image is its opening boundary, exactly as many codes as the codec gives, and its closing
-boundary; in between nothing else is allowed, outside of it no code is (Chameleon's decoding).
+An image is `begin_image`, exactly `codes_per_image` image codes, and `end_image`. Image codes are
+allowed nowhere else, and nothing else is allowed inside an image (Chameleon's decoding).
 """
 
 from typing import Literal
@@ -14,11 +14,11 @@ Mode = Literal["text", "image", "mixed"]
 
 
 class Grammar:
-    """Follows one sequence and tells which ids may come next.
+    """Tracks one sequence and determines which ids may come next.
 
     Args:
         vocabulary: the ids.
-        mode: `text` writes text alone; `image` writes one image and ends; `mixed` does both.
+        mode: `text` generates only text, `image` exactly one image, `mixed` text and images.
     """
 
     def __init__(self, vocabulary: Vocabulary, mode: Mode):
@@ -31,7 +31,7 @@ class Grammar:
         self._inside, self._outside = is_code, outside
 
     def advance(self, token: int) -> None:
-        """Take note of a token of the prompt or of the answer."""
+        """Process the next token of the prompt or of its continuation."""
         if token == self.vocabulary.begin_image:
             self._codes_left = self.vocabulary.codes_per_image
         elif token == self.vocabulary.end_image:
@@ -39,11 +39,12 @@ class Grammar:
         elif self._codes_left:
             self._codes_left -= 1
 
-    def allowed(self, room: int | None = None) -> np.ndarray:
-        """Booleans [V]: the ids that may come next.
+    def allowed(self, remaining: int | None = None) -> np.ndarray:
+        """Return a boolean mask [V] of the ids that may come next.
 
         Args:
-            room: how many more tokens may be written; an image is opened only if it fits.
+            remaining: number of tokens that may still be generated; an image begins only if it
+                fits; None: unlimited.
         """
         if self._codes_left:
             return self._inside
@@ -51,12 +52,12 @@ class Grammar:
             return self._only(self.vocabulary.end_image)
         if self.mode == "image":
             return self._only(self.vocabulary.begin_image)
-        if room is not None and room < self.vocabulary.image_span:
+        if remaining is not None and remaining < self.vocabulary.image_span:
             return self._outside & ~self._only(self.vocabulary.begin_image)
         return self._outside
 
     def ends_with(self, token: int) -> bool:
-        """Whether the answer is complete once `token` has been written."""
+        """Whether the continuation is complete after `token`."""
         last = self.vocabulary.end_image if self.mode == "image" else self.vocabulary.end
         return token == last
 

@@ -1,4 +1,4 @@
-"""A trained model together with its tokenizers: text and images in, text and images out."""
+"""A trained model with its tokenizers: text and images in, text and images out."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ class MixedModel:
     Attributes:
         model: the transformer, in evaluation mode.
         tokenizer: its text tokenizer.
-        image_codec: its image tokenizer; None if it was prepared from text alone.
-        context: most tokens of a sequence, as in training.
+        image_codec: its image tokenizer; None if its data has no images.
+        context: maximum number of tokens of a sequence, as in training.
     """
 
     model: Transformer
@@ -37,7 +37,7 @@ class MixedModel:
 
     @classmethod
     def assemble(cls, model: Transformer, tokenizers: Tokenizers, context: int) -> "MixedModel":
-        """Put a model and the tokenizers of its run together.
+        """Combine a model with the tokenizers of its run.
 
         Raises:
             UserError: a tokenizer is missing or broken.
@@ -56,13 +56,13 @@ class MixedModel:
         """
         if self.image_codec is None:
             raise UserError(
-                "this model has no image codec (no folder 'codec' beside its tokenizer.json): it "
-                "can neither read nor draw images; ask for text, or prepare data with images"
+                "this model has no image codec (no folder 'codec' next to its tokenizer.json); it "
+                "cannot read or generate images; use text only, or prepare data with images"
             )
         return self.image_codec
 
     def encode(self, content: Sequence[Content]) -> list[int]:
-        """Token ids of interleaved text and images, opened as a document."""
+        """Return the token ids of interleaved text and images, as the beginning of a document."""
         ids = [self.model.vocabulary.beginning]
         for part in content:
             if isinstance(part, str):
@@ -72,7 +72,7 @@ class MixedModel:
         return ids
 
     def decode(self, ids: Sequence[int]) -> list[Content]:
-        """Text and images of a sequence; an image that is cut off is left out."""
+        """Return the text and images of a sequence, without incomplete images."""
         content: list[Content] = []
         vocabulary = self.model.vocabulary
         text: list[int] = []
@@ -94,12 +94,12 @@ class MixedModel:
         return content
 
     def codes(self, image: Image.Image) -> np.ndarray:
-        """Codes of an image of any size, int64 [codes_per_image]."""
+        """Return the codes of an image of any size, int64 [codes_per_image]."""
         tensor_3HW = preprocess(image, self.codec.config.image_size)
         return self.codec.encode(tensor_3HW[None].to(self._device))[0].cpu().numpy()
 
     def image(self, codes: np.ndarray) -> Image.Image:
-        """The image of [codes_per_image] codes."""
+        """Return the image of [codes_per_image] codes."""
         return to_pil(self.codec.decode(torch.from_numpy(codes)[None].to(self._device))[0])
 
     def generate(
@@ -109,27 +109,37 @@ class MixedModel:
         sampling: Sampling | None = None,
         new_tokens: int | None = None,
     ) -> list[list[Content]]:
-        """Continue each prompt; returns the text and images that follow it.
+        """Continue each prompt.
+
+        Args:
+            prompts: text and any number of images, in order.
+            mode: `text`, `image` or `mixed`; without a codec, `mixed` means `text`.
+            sampling: if omitted, Chameleon's defaults.
+            new_tokens: maximum number of tokens of a continuation; if omitted, what the context
+                allows.
+
+        Returns:
+            The text and images that follow each prompt.
 
         Raises:
-            UserError: a prompt is empty or longer than the context, or an image is asked for and
-                there is no codec.
+            UserError: there is no prompt, one is longer than the context allows, `new_tokens` is
+                below 1, or images are needed and there is no codec.
         """
         if not prompts:
-            raise UserError("there is no prompt to continue")
+            raise UserError("no prompt given; pass at least one")
         if self.image_codec is None and mode == "mixed":
             mode = "text"
         if mode != "text":
-            _ = self.codec  # says so now, if there is none
-        answers = generate(
+            _ = self.codec  # raises if there is none
+        continuations = generate(
             self.model,
             [self.encode(prompt) for prompt in prompts],
             mode,
             self.context,
-            new_tokens or self.context,
+            self.context if new_tokens is None else new_tokens,
             sampling or Sampling(),
         )
-        return [self.decode(answer) for answer in answers]
+        return [self.decode(tokens) for tokens in continuations]
 
     @property
     def _device(self) -> torch.device:

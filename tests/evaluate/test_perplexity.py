@@ -1,4 +1,4 @@
-"""Held-out loss against a slow count, with both routings."""
+"""Held-out loss against a slow reference, with both routings."""
 
 import math
 
@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from moma.data.batches.iterator import Batches
+from moma.data.batches.packing import NO_LABEL
 from moma.data.shards import open_shards
 from moma.evaluate.perplexity import evaluate
 from moma.model.routing import Routing
+from moma.train.step import to_device
 from moma.vocabulary import IMAGE, Vocabulary
 
 
 def slow_losses(model, recipe) -> tuple[list[float], list[float]]:
-    """Each held-out document alone, token by token: text and image losses, causal routing."""
+    """Text and image losses of each held-out document by itself, under causal routing."""
     text: list[float] = []
     image: list[float] = []
     for source in recipe.data.sources:
@@ -32,7 +35,7 @@ def slow_losses(model, recipe) -> tuple[list[float], list[float]]:
 @pytest.mark.parametrize("groups", ["dense", "moe_2t2i"])
 def test_causal_evaluation_equals_documents_one_by_one(tiny, groups):
     recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": groups})})
-    # One row that holds everything, so that no document is cut and loses its context.
+    # One sequence holds everything, so that no document is split and loses its context.
     data = recipe.data.model_copy(update={"micro_batch_size": 1, "sequence_length": 2048})
     recipe = recipe.model_copy(update={"data": data})
     model = recipe.build_model(Vocabulary.load(data.path / "vocabulary.json")).eval()
@@ -45,8 +48,35 @@ def test_causal_evaluation_equals_documents_one_by_one(tiny, groups):
     assert result["perplexity_image"] == pytest.approx(math.exp(np.mean(image)))
 
 
-def test_batch_choice_differs_where_there_is_a_choice(tiny):
+def test_batch_choice_and_causal_routing_differ(tiny):
     model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
     choice, causal = (evaluate(model, tiny, by, quiet=True) for by in ("choice", "causal"))
     assert choice["tokens"] == causal["tokens"]
     assert choice["loss"] != causal["loss"]
+
+
+def test_batch_choice_uses_actual_capacity(tiny):
+    """Held-out batches do not have the recipe's modality shares, so static capacity differs."""
+    model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
+    expected = {}
+    for capacity in ("actual", "static"):
+        loss, targets = 0.0, 0
+        for batch in Batches(tiny.data, model.vocabulary, seed=tiny.seed, split="held_out"):
+            on_device = to_device(batch, torch.device("cpu"))
+            with torch.no_grad():
+                routing = Routing(capacity=capacity)
+                output = model(on_device.tokens, on_device.documents, on_device.positions, routing)
+            loss_BS = torch.nn.functional.cross_entropy(
+                output.logits_BSV.transpose(1, 2),
+                on_device.labels,
+                ignore_index=NO_LABEL,
+                reduction="none",
+            )
+            loss, targets = (
+                loss + float(loss_BS.double().sum()),
+                targets + int((on_device.labels != NO_LABEL).sum()),
+            )
+        expected[capacity] = loss / targets
+    found = evaluate(model, tiny, "choice", quiet=True)["loss"]
+    assert found == pytest.approx(expected["actual"], rel=1e-6)
+    assert found != pytest.approx(expected["static"], rel=1e-5)

@@ -163,7 +163,7 @@ def test_an_answer_has_no_more_than_the_wanted_tokens(mixed):
 def test_no_prompt_and_too_long_a_prompt_are_refused(mixed):
     with pytest.raises(UserError, match="no prompt"):
         mixed.generate([])
-    with pytest.raises(UserError, match=f"context of {CONTEXT} has room for .*; shorten"):
+    with pytest.raises(UserError, match=f"context of {CONTEXT} tokens leaves only .*; shorten"):
         mixed.generate([["the"], ["zzz " * CONTEXT]])
     with pytest.raises(UserError, match="context"):
         mixed.generate([[noise(index) for index in range(8)]], "image")
@@ -194,3 +194,21 @@ def test_without_a_codec_there_is_text_alone(mixed, folder, tmp_path):
     ):
         with pytest.raises(UserError, match="no folder 'codec'"):
             ask()
+
+
+def test_several_images_in_a_prompt_are_used_in_order(mixed):
+    one, two = noise(1), noise(2)
+    vocabulary = mixed.model.vocabulary
+    wrapped = [vocabulary.wrap_image(mixed.codes(image)) for image in (one, two)]
+    ids = mixed.encode([one, "red", two])
+    assert ids[1:7] == wrapped[0] and ids[-6:] == wrapped[1]
+    sampling = Sampling(temperature=0)
+    together = mixed.generate(
+        [[one, two, "red"], [two, one, "red"], [two, "red"]], "text", sampling
+    )
+    assert len({str(each) for each in together}) > 1
+
+
+def test_a_limit_of_zero_new_tokens_is_refused(mixed):
+    with pytest.raises(UserError, match="new_tokens 0"):
+        mixed.generate([["the"]], "text", new_tokens=0)
