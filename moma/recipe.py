@@ -5,7 +5,9 @@ module reads, overrides, checks and writes them.
 """
 
 import difflib
+import inspect
 import os
+import re
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,10 +19,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     field_validator,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from moma.errors import UserError
 
@@ -33,6 +37,20 @@ class Config(BaseModel):
     """A section of a recipe: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The JSON schema, with descriptions from the docstring and its `Attributes` section."""
+        schema = handler(core_schema)
+        found = handler.resolve_ref_schema(schema)
+        found["description"] = _paragraphs(cls.__doc__ or "")[0]
+        for name, text in attribute_descriptions(cls).items():
+            if name in cls.model_fields:
+                key = cls.model_fields[name].alias or name
+                found["properties"][key]["description"] = text
+        return schema
 
     @model_validator(mode="before")
     @classmethod
@@ -51,6 +69,21 @@ class Config(BaseModel):
         if isinstance(value, int) and abs(value) >= _INTEGER_LIMIT:
             raise ValueError("should be less than 2**63")
         return require_unicode(value) if isinstance(value, str) else value
+
+
+def attribute_descriptions(cls: type) -> dict[str, str]:
+    """What the `Attributes` sections of a class and its bases say about each attribute."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
+        section = section.split("\n\n")[0]
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
+            found[name] = " ".join(text.split())
+    return found
+
+
+def _paragraphs(doc: str) -> list[str]:
+    return [" ".join(text.split()) for text in inspect.cleandoc(doc).split("\n\n")]
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

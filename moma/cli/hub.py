@@ -1,17 +1,29 @@
-"""The command line of other libraries' weights: `moma import <format>`, `moma export <format>`."""
+"""Weights of other libraries: `moma import <format>` and `moma export <format>`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-importing = typer.Typer(
+from moma.cli.arguments import App
+from moma.cli.output import notice
+
+importing = App(
     name="import", help="Make a run from another library's weights.", no_args_is_help=True
 )
-exporting = typer.Typer(
+exporting = App(
     name="export", help="Write a run's weights for another library.", no_args_is_help=True
 )
+
+
+@importing.callback()
+def import_help() -> None:
+    """Make a run from another library's weights."""
+
+
+@exporting.callback()
+def export_help() -> None:
+    """Write a run's weights for another library."""
 
 
 @importing.command("chameleon")
@@ -19,10 +31,10 @@ def import_chameleon(
     folder: Annotated[Path, typer.Argument(help="what `transformers` saved: config.json, weights")],
     out: Annotated[Path, typer.Option(help="the run folder to make")],
     tokenizers: Annotated[
-        Path | None, typer.Option(help="tokenizers or a run to use in place of the folder's own")
+        Path | None, typer.Option(help="tokenizers or a run to use instead of the folder's own")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="a recipe whose [data] the run is measured on")
+        Path | None, typer.Option(help="a recipe whose [data] the run is evaluated on")
     ] = None,
 ) -> None:
     """Make a dense run from the `transformers` port of Chameleon."""
@@ -33,7 +45,8 @@ def import_chameleon(
 
     given = None if tokenizers is None else Tokenizers(tokenizers)
     base = None if recipe is None else read_recipe(Recipe, recipe)
-    _report(run(folder, Run(out), given, base))
+    for message in run(folder, Run(out), given, base):
+        notice(message)
     print(f"imported {out}")
 
 
@@ -46,10 +59,6 @@ def export_chameleon(
     from moma.hub.chameleon import export_chameleon as export
     from moma.runs import Run
 
-    _report(export(Run(run), out))
+    for message in export(Run(run), out):
+        notice(message)
     print(f"exported {out}")
-
-
-def _report(notes: list[str]) -> None:
-    for note in notes:
-        print(f"moma: {note}", file=sys.stderr)

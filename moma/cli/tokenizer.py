@@ -1,29 +1,29 @@
-"""The command line of tokenizers: `moma tokenizer <verb>`."""
+"""`moma tokenizer <verb>`: text tokenizers and image codecs."""
 
-import json
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from moma.cli.arguments import AsJson, Overrides, RecipeFile, readable_recipe
+from moma.cli.arguments import App, AsJson, Overrides, RecipeFile, readable_recipe
+from moma.cli.output import key_values, notice, print_result
 from moma.errors import UserError
+from moma.study.tables import Table
 
 if TYPE_CHECKING:
     from moma.data.encode.corpus import Corpus
     from moma.runs import Tokenizers
     from moma.train.recipe import Recipe
 
-app = typer.Typer(
-    name="tokenizer",
-    help="Make, import and try text tokenizers and image codecs.",
-    no_args_is_help=True,
-)
+app = App(help="Make, import and try text tokenizers and image codecs.", no_args_is_help=True)
+
+
+@app.callback()
+def tokenizer_help() -> None:
+    """Make, import and try text tokenizers and image codecs."""
+
 
 OutFolder = Annotated[Path, typer.Option(help="folder of the tokenizers")]
 
@@ -39,7 +39,7 @@ def train_text(
     ],
     out: OutFolder = Path("runs/tokenizers"),
 ) -> None:
-    """Learn byte-level BPE and write `tokenizer.json`, image codes and special ids included."""
+    """Train byte-level BPE and write `tokenizer.json`, with ids of image codes and special ids."""
     if inputs[0].endswith(".toml"):
         readable_recipe(Path(inputs[0]))
     from moma.data.encode.corpus import Corpus
@@ -47,27 +47,24 @@ def train_text(
     from moma.tokenizers.folder import is_made, make_text_tokenizer
     from moma.tokenizers.text import TextTokenizerConfig
 
-    sources, held_out, most_rejected, sections = _texts_of(inputs)
+    sources, held_out, max_rejected, sections = _texts_of(inputs)
     config: TextTokenizerConfig = sections.text_tokenizer
     folder = Tokenizers(out)
     if is_made(folder.text, folder, sections.codec):
-        print(f"{folder.text}: made before; the folder is complete now")
+        print(f"{folder.text}: exists already; the folder is complete now")
         return
     corpus = Corpus(sources, held_out, config.max_documents)
 
     def texts() -> Iterator[str]:
         yield from corpus.texts()
-        corpus.check(most_rejected)  # before anything is made of them
+        corpus.check(max_rejected)  # before anything is written
 
     made = make_text_tokenizer(config, sections.codec, texts(), folder)
-    _tell_rejected(corpus)
+    _report_rejected(corpus)
     size = made.get_vocab_size(with_added_tokens=True)
     print(f"{folder.text}: {size} ids, learned from {corpus.documents} documents")
     if size < config.vocabulary_size:
-        print(
-            f"moma: the texts hold too few repetitions for {config.vocabulary_size} ids",
-            file=sys.stderr,
-        )
+        notice(f"the texts have too few repetitions for {config.vocabulary_size} ids")
 
 
 @app.command("train-image")
@@ -77,7 +74,7 @@ def train_image(
     out: OutFolder = Path("runs/tokenizers"),
     as_json: AsJson = False,
 ) -> None:
-    """Train the image codec, or go on where that was interrupted."""
+    """Train the image codec; an interrupted training continues."""
     from moma.recipe import read_recipe
     from moma.runs import Tokenizers
     from moma.tokenizers.folder import is_made, read_metrics
@@ -88,48 +85,43 @@ def train_image(
     if not is_made(folder.codec, folder, read.codec):
         _train_codec(read, folder, quiet=as_json)
     metrics = read_metrics(folder)
-    if as_json:
-        print(json.dumps(metrics))
-        return
-    print(f"{folder.codec}: PSNR {metrics['psnr']:.2f} dB, ", end="")
-    print(f"{metrics['codes_used']:.1%} of the codes used, ", end="")
-    print(f"perplexity {metrics['perplexity']:.1f}")
+    line = (
+        f"{folder.codec}: PSNR {metrics['psnr']:.2f} dB, {metrics['codes_used']:.1%} of the codes "
+        f"used, perplexity {metrics['perplexity']:.1f}"
+    )
+    print_result(metrics, as_json, (), [line])
 
 
 def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
-    """Train the codec on the images of a recipe, and tell what was left out."""
+    """Train the codec on the images of a recipe, and report which images were left out."""
     from moma.data.encode.corpus import Corpus, ReadableImages
     from moma.runtime.world import local_device
     from moma.tokenizers.folder import make_codec
 
     data, training, size = recipe.data, recipe.codec_training, recipe.codec.image_size
     if training.perceptual.weights is None:
-        print(
-            "moma: no perceptual loss; codec_training.perceptual.weights names VGG-16's weights",
-            file=sys.stderr,
-        )
+        notice("no perceptual loss; codec_training.perceptual.weights names VGG-16's weights")
     corpus = Corpus(data.sources, data.held_out, training.max_documents)
     seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
     # The error is measured on some of these: on training images if none can be read.
     unseen = ReadableImages(corpus.images(held_out=True), size, most_unreadable=1)
-    if corpus.documents:  # without any, it is told that there are no images
+    if corpus.documents:  # without any, the message is that there are no images
         corpus.check(data.max_rejected)
-    _tell_rejected(corpus)
+    _report_rejected(corpus)
     measured = unseen if unseen.has_readable else ()
     make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
     for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
-        print(f"moma: an image was left out: {reason}", file=sys.stderr)
+        notice(f"an image was left out: {reason}")
 
 
 @app.command("import-chameleon")
 def import_chameleon(
-    tokenizer: Annotated[Path, typer.Argument(help="its tokenizer file")],
-    weights: Annotated[
-        Path, typer.Argument(help="its image weights: a file, or a folder of the port")
-    ],
+    tokenizer: Annotated[Path, typer.Argument(help="Chameleon's tokenizer file")],
+    weights: Annotated[Path, typer.Argument(help="image weights: a file, or a folder of the port")],
     out: OutFolder = Path("runs/tokenizers"),
     image_size: Annotated[
-        int | None, typer.Option(help="side of an image in pixels, where the weights differ")
+        int | None,
+        typer.Option(min=1, max=2**20, help="side of an image in pixels [that of the weights]"),
     ] = None,
 ) -> None:
     """Make a folder of tokenizers from Chameleon's own files."""
@@ -143,32 +135,27 @@ def import_chameleon(
 @app.command()
 def show(
     folder: Annotated[Path, typer.Argument(help="a run, prepared data, or a tokenizers' folder")],
-    image: Annotated[Path | None, typer.Option(help="an image to encode and draw again")] = None,
-    text: Annotated[str | None, typer.Option(help="a text to encode")] = None,
+    image: Annotated[Path | None, typer.Option(help="an image to encode and decode")] = None,
+    text: Annotated[str | None, typer.Option(help="a text to encode and decode")] = None,
     out: Annotated[
-        Path, typer.Option(help="PNG file: the image and, beside it, what comes back")
+        Path, typer.Option(help="PNG file for --image: the image and its reconstruction")
     ] = Path("reconstruction.png"),
     as_json: AsJson = False,
 ) -> None:
-    """Encode an image or a text and show what comes back."""
+    """Encode an image or a text, and show the ids and what they decode to."""
     if (image is None) == (text is None):
         raise UserError("give either --image or --text")
     if out.is_dir():
         raise UserError(f"--out {out}: is a folder; name a PNG file")
     if image is not None:
         result = _show_image(folder, image, out)
-        rows = [(key, str(value)) for key, value in result.items()]
+        table = key_values(folder, result)
     else:
         result = _show_text(folder, os.fsencode(text or ""))
-        rows = [(str(i), p) for i, p in zip(result["ids"], result["pieces"], strict=True)]
-        rows.append(("comes back", "exactly" if result["exact"] else result["text"]))
-    if as_json:
-        print(json.dumps(result))
-        return
-    table = Table(title=str(folder), show_header=False)
-    for name, value in rows:
-        table.add_row(name, value)
-    Console(markup=False, highlight=False).print(table)
+        rows = [(str(i), piece) for i, piece in zip(result["ids"], result["pieces"], strict=True)]
+        rows.append(("decoded", "exactly" if result["exact"] else result["text"]))
+        table = Table(str(folder), "", (), rows)
+    print_result(result, as_json, [table])
 
 
 def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
@@ -183,10 +170,10 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     opened = read_image(image, "--image", "choose another")
     original_3HW = preprocess(opened, codec.config.image_size)
     codes_BL = codec.encode(original_3HW[None].to(local_device()))
-    drawn_3HW = codec.decode(codes_BL)[0].cpu()
+    reconstruction_3HW = codec.decode(codes_BL)[0].cpu()
     out.parent.mkdir(parents=True, exist_ok=True)
-    side_by_side(original_3HW, drawn_3HW).save(out, format="PNG")
-    squared = (drawn_3HW - original_3HW).square().sum().item()
+    side_by_side(original_3HW, reconstruction_3HW).save(out, format="PNG")
+    squared = (reconstruction_3HW - original_3HW).square().sum().item()
     return {
         "image": str(out),
         "codes": codes_BL.numel(),
@@ -213,7 +200,7 @@ def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
 
 
 def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
-    """Sources, shares to hold out and to reject, and a configuration of tokenizer and codec."""
+    """Sources, shares to hold out and to reject, and the sections of tokenizer and codec."""
     from pydantic import Field
 
     from moma.data.sources.text import TextConfig
@@ -242,9 +229,7 @@ def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
     return sources, 0.0, sections.data.max_rejected, sections
 
 
-def _tell_rejected(corpus: "Corpus") -> None:
+def _report_rejected(corpus: "Corpus") -> None:
     if corpus.first_rejected is not None:
-        print(
-            f"moma: {corpus.rejected} rows were left out; the first: {corpus.first_rejected.told}",
-            file=sys.stderr,
-        )
+        first = corpus.first_rejected.told
+        notice(f"{corpus.rejected} rows were left out; the first: {first}")

@@ -39,7 +39,8 @@ from moma.runs import Run
 from moma.runtime.world import World, local_device
 from moma.study import figures
 from moma.study.compare import Measured, add_comparison, comparison_tables, measure, summary
-from moma.study.page import Page, Table, captioned, grid, paragraph, percent, table, tile
+from moma.study.page import Page, captioned, grid, paragraph, table, tile
+from moma.study.tables import Table, percent
 from moma.train.changes import refuse_other_recipe
 from moma.train.loop import train
 from moma.train.recipe import Recipe

@@ -17,8 +17,9 @@ from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
-from moma.study.page import Page, Table, captioned, coloured, figure, paragraph, table, tile
+from moma.study.page import Page, captioned, coloured, figure, paragraph, table, tile
 from moma.study.speedup import speedups
+from moma.study.tables import Table
 from moma.train.recipe import Recipe
 from moma.train.restore import has_causal_routing, load_run, read_run_recipe, with_routers
 from moma.train.step import to_device

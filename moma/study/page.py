@@ -5,10 +5,12 @@ import html
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 from matplotlib.figure import Figure
 from PIL import Image
+
+from moma.files import atomic_write
+from moma.study.tables import Table, number
 
 _STYLE = """
 :root { --ink: #1d2430; --soft: #667085; --line: #e3e7ee; --ok: #1a7f4b; --no: #c2413b }
@@ -32,22 +34,6 @@ figure { margin: 0 } figcaption { font-size: 12.5px; line-height: 1.3 }
 """
 
 
-class Table(NamedTuple):
-    """Figures for people, on a page or on a terminal.
-
-    Attributes:
-        title: what it shows.
-        explanation: how to read it.
-        head: names of the columns.
-        rows: the first cell is a label.
-    """
-
-    title: str
-    explanation: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[object]]
-
-
 class Page:
     """Collects sections and writes them as one file."""
 
@@ -61,18 +47,16 @@ class Page:
         self._parts.append(f"<section><h2>{html.escape(title)}</h2>\n{body}\n</section>")
 
     def write(self, path: Path) -> None:
-        """Write the page, in place of an older one only when it is whole."""
+        """Write the page; an older one is replaced only when the new one is complete."""
         path.parent.mkdir(parents=True, exist_ok=True)
         body = "\n".join(self._parts)
-        partial = path.with_suffix(".partial")
-        partial.write_text(
+        atomic_write(
+            path,
             f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             f"<meta name='viewport' content='width=device-width'>"
             f"<title>{html.escape(self._title)}</title><style>{_STYLE}</style></head>"
             f"<body><main>\n{body}\n</main></body></html>\n",
-            encoding="utf-8",
         )
-        partial.rename(path)
 
 
 def paragraph(text: str) -> str:
@@ -88,18 +72,6 @@ def table(content: Table) -> str:
         for row in content.rows
     )
     return f"<table><tr>{cells}</tr>{body}</table>"
-
-
-def number(value: object) -> str:
-    """A value as it stands in a table; nothing there is a dash."""
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def percent(share: float) -> str:
-    """A share as it stands in a table."""
-    return f"{100 * share:.0f}%"
 
 
 def figure(plot: Figure) -> str:

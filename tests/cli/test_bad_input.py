@@ -321,7 +321,10 @@ def test_a_prompt_longer_than_the_context_is_refused(trained, tmp_path, mode):
         (["--image", "{folder}/none.png"], "there is no {folder}/none.png"),
         (["--image", "{folder}/text.png"], "cannot read {folder}/text.png"),
         ([], "--prompt"),
-        (["--prompt", "a", "--mode", "sound"], "--mode sound"),
+        (
+            ["--prompt", "a", "--mode", "sound"],
+            "'sound' is not one of 'text'",
+        ),
         (["--prompt", "a", "--temperature", "-1"], "--temperature"),
         (["--prompt", "a", "--top-p", "0"], "--top-p"),
         (
@@ -345,7 +348,9 @@ def test_the_way_out_for_a_missing_image_speaks_of_no_row(trained, tmp_path):
 
 
 def test_an_unknown_routing_is_named(trained):
-    assert "--routing best" in refuses("evaluate", trained / "run", "--routing", "best")
+    assert "'--routing': 'best' is not one of 'choice', 'causal'" in refuses(
+        "evaluate", trained / "run", "--routing", "best"
+    )
 
 
 def test_a_report_that_cannot_be_written_is_named(trained, tmp_path):
@@ -371,7 +376,7 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
     monkeypatch.setattr("moma.recipe.read_recipe", interrupt)
     outcome = moma("prepare", make_input(tmp_path))
     assert outcome.code == 130
-    assert "the same command goes on" in outcome.err
+    assert "the same command continues" in outcome.err
 
 
 def test_paths_that_the_system_refuses_are_one_message(trained, tmp_path):

@@ -11,18 +11,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moma.study.page import (
-    Page,
-    Table,
-    captioned,
-    coloured,
-    figure,
-    grid,
-    number,
-    paragraph,
-    table,
-    tile,
-)
+from moma.study.page import Page, captioned, coloured, figure, grid, paragraph, table, tile
+from moma.study.tables import Table, number
 
 NASTY = "<script src='http://x/y.js'></script> & \"'<img onerror=1>"
 VOID = {"meta", "img"}

@@ -1,0 +1,90 @@
+"""`moma prepare` and `moma data inspect`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from moma.cli.arguments import App, AsJson, Overrides, RecipeFile
+from moma.cli.output import print_result
+from moma.study.tables import Table
+
+app = App()
+inspecting = App(name="data", help="Look at prepared data.", no_args_is_help=True)
+app.add_typer(inspecting)
+
+
+@app.command()
+def prepare(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=0, max=1024, help="processes that read images; no effect on the output"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Encode documents into shards; first train or load the tokenizer and the image codec."""
+    from moma.data.encode.prepare import prepare as run
+    from moma.recipe import read_recipe
+    from moma.runtime.world import local_device
+    from moma.train.recipe import Recipe
+
+    read = read_recipe(Recipe, recipe, overrides or ())
+    prepared = run(read, local_device(), quiet=as_json, workers=workers)
+    summary = {"path": str(read.data.path), **prepared.summary()}
+    lines = [f"prepared {read.data.path}"]
+    if summary["rejected"]:
+        lines.append(f"rejected rows: {read.data.path / 'rejected.jsonl'}")
+    keys = ("documents", "held_out", "tokens", "images", "rejected")
+    print_result(summary, as_json, [_counts(summary, keys)], lines)
+
+
+@inspecting.callback()
+def inspect_help() -> None:
+    """Look at prepared data."""
+
+
+@inspecting.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="a folder that `moma prepare` wrote")],
+    source: Annotated[str | None, typer.Option(help="only this source")] = None,
+    document: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**62, help="decode this document of the source, from 0"),
+    ] = None,
+    split: Annotated[
+        Literal["train", "held_out"], typer.Option(help="which documents --document counts")
+    ] = "train",
+    out: Annotated[
+        Path | None, typer.Option(help="folder for images [FOLDER/inspect]", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a prepared folder holds: counts, lengths, and any document as text and images."""
+    from moma.data import inspect as data
+
+    out = out or folder / "inspect"
+    if document is not None:
+        decoded = data.decode_document(folder, source, split, document, out)
+        print_result(decoded, as_json, (), () if as_json else [data.as_text(decoded)])
+        return
+    result = data.inspect(folder, source, out)
+    keys = ("documents", "tokens", "text_tokens", "image_tokens", "images", "rejected")
+    lines = () if as_json else (data.histogram(result), result["figure"])
+    print_result(result, as_json, [_counts(result, keys)], lines)
+
+
+def _counts(summary: dict[str, Any], keys: tuple[str, ...]) -> Table:
+    """Counts of a data folder: a row for each source, and one for all."""
+
+    def cell(counts: dict[str, Any], key: str) -> str:
+        value = counts[key]
+        return f"{value['documents'] if isinstance(value, dict) else value:,}"
+
+    rows = [
+        (name, *(cell(counts, key) for key in keys))
+        for name, counts in [*summary["sources"].items(), ("all", summary)]
+    ]
+    head = ("source", *(key.replace("_", " ") for key in keys))
+    return Table(summary["path"], "", head, rows)

@@ -1,0 +1,25 @@
+"""`moma demo`: everything once, on real images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moma.cli.arguments import App, AsJson, Overrides
+from moma.cli.output import print_result
+
+app = App()
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("runs/demo"),
+    as_json: AsJson = False,
+) -> None:
+    """Prepare real images, train two models and routers, evaluate, generate, and report."""
+    from moma.demo.run import demo_tables, run_demo
+
+    result = run_demo(out, overrides or (), quiet=as_json)
+    lines = [f"report: {out / 'report.html'}"]
+    print_result(result, as_json, demo_tables(result), lines)

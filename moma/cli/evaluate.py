@@ -1,0 +1,38 @@
+"""`moma evaluate`: held-out losses of a run."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from moma.cli.arguments import App, AsJson, RunFolder
+from moma.cli.output import key_values, print_result
+
+app = App()
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    routing: Annotated[
+        Literal["choice", "causal"],
+        typer.Option(help="choice: as in training; causal: by the auxiliary routers"),
+    ] = "choice",
+    data: Annotated[
+        Path | None, typer.Option(help="the prepared data, if it is not where training found it")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss and perplexity on the held-out documents, by modality."""
+    from moma.evaluate.perplexity import evaluate as measure
+    from moma.runs import Run
+    from moma.train.restore import load_run, require_causal_routing
+
+    model, recipe = load_run(Run(run))
+    if routing == "causal":
+        require_causal_routing(Run(run), model)
+    if data is not None:
+        moved = recipe.data.model_copy(update={"path": data})
+        recipe = recipe.model_copy(update={"data": moved})
+    result = measure(model, recipe, routing, quiet=as_json)
+    print_result(result, as_json, [key_values(f"{run}, {routing} routing", result)])

@@ -1,0 +1,66 @@
+"""`moma generate`: continue text and images."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from moma.cli.arguments import App, RunFolder, in_order
+from moma.cli.output import notice
+from moma.errors import UserError
+
+app = App()
+
+
+@app.command()
+def generate(
+    ctx: typer.Context,
+    run: RunFolder,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="text to continue; may be repeated")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="an image to continue; may be repeated, in order with --prompt"),
+    ] = None,
+    mode: Annotated[
+        Literal["text", "image", "mixed"], typer.Option(help="what to generate")
+    ] = "mixed",
+    out: Annotated[Path, typer.Option(help="folder for images")] = Path("."),
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of the sampling")] = 0,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(help="sample from the most likely tokens with this much probability")
+    ] = 0.9,
+) -> None:
+    """Continue a prompt: text is printed, images are written as PNG files."""
+    parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
+    if not parts:
+        raise UserError("nothing to continue: give --prompt, --image or both")
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+        raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is not a folder; name another")
+    import moma
+    from moma.generate.decode import Sampling
+    from moma.images import read_image
+
+    sampling = Sampling(temperature, top_p, seed)
+    content: list[Any] = [
+        part if isinstance(part, str) else read_image(part, "--image", "choose another")
+        for part in parts
+    ]
+    (answer,) = moma.load(run).generate([content], mode, sampling)
+    if not answer:
+        notice("the model ended the document at once")
+    images = 0
+    for part in answer:
+        if isinstance(part, str):
+            print(part)
+        else:
+            images += 1
+            out.mkdir(parents=True, exist_ok=True)
+            path = out / f"image_{images}.png"
+            part.save(path)
+            print(path)

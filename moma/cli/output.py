@@ -1,0 +1,79 @@
+"""How every verb prints its result: as tables for people, or as JSON for programs."""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from moma.study.tables import Table, number
+
+# Wider than any table: how wide it wants to be is measured against this.
+_UNLIMITED = 100_000
+
+
+def print_result(
+    result: object, as_json: bool, tables: Iterable[Table], lines: Sequence[object] = ()
+) -> None:
+    """Print one JSON value, or tables and then lines."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    for table in tables:
+        print_table(table)
+    for line in lines:
+        print(line)
+
+
+def print_table(content: Table) -> None:
+    """Print a table: nothing is taken for markup, nothing is cut off.
+
+    On a terminal cells are folded to its width; in a pipe or a file every row is one line.
+    """
+    table = RichTable(
+        *content.head,
+        title=content.title,
+        caption=content.explanation or None,
+        show_header=bool(content.head),
+        box=box.HEAVY_HEAD if content.head else box.ROUNDED,
+    )
+    cells = [[number(cell) for cell in row] for row in content.rows]
+    for _ in cells[0][len(table.columns) :] if cells else ():
+        table.add_column()
+    for index, column in enumerate(table.columns):
+        column.overflow = "fold"
+        column.justify = "right" if content.head and index else "left"
+    for row in cells:
+        table.add_row(*row, style="bold" if row[0] == "all" else None)
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        wanted = console.measure(table, options=console.options.update(max_width=_UNLIMITED))
+        console.width = max(console.width, wanted.maximum)
+    console.print(table)
+
+
+def key_values(title: object, result: Mapping[str, Any]) -> Table:
+    """A result as a table with a row for each key; keys of nested objects are joined by dots."""
+    return Table(str(title), "", (), list(_flattened(result)))
+
+
+def records(title: object, rows: Sequence[Mapping[str, object]]) -> Table:
+    """Objects with the same keys as a table with a column for each key."""
+    return Table(str(title), "", list(rows[0]), [list(row.values()) for row in rows])
+
+
+def notice(message: object) -> None:
+    """Print a message to standard error, beside a result."""
+    print(f"moma: {message}", file=sys.stderr)
+
+
+def _flattened(result: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in result.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,29 @@
+"""`moma report`: runs side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moma.cli.arguments import App, AsJson
+from moma.cli.output import print_result
+from moma.errors import UserError
+
+app = App()
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="run folders; the first is the baseline")],
+    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Compare runs in one self-contained HTML page."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: is a folder; name a file in it, such as {out}/report.html")
+    from moma.runs import Run
+    from moma.study.compare import compare, comparison_tables
+
+    result = compare([Run(path).require() for path in runs], out, quiet=as_json)
+    lines = [f"report: {out}"]
+    print_result(result, as_json, comparison_tables(result), lines)

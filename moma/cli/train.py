@@ -1,0 +1,32 @@
+"""`moma train` and `moma replay`."""
+
+from moma.cli.arguments import App, AsJson, Overrides, RecipeFile, RunFolder
+from moma.cli.output import key_values, print_result
+
+app = App()
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
+    """Train the stage of the recipe, or its chain; an interrupted run continues."""
+    from moma.evaluate.perplexity import evaluate
+    from moma.runtime.world import join_world
+    from moma.train.chain import Evaluation, next_command, read_chain, run_chain
+
+    steps = read_chain(recipe, overrides or ())
+    timeout = max(step.engine.timeout for step in steps if not isinstance(step, Evaluation))
+    with join_world(timeout) as world:
+        folder = run_chain(steps, world, evaluate)
+        if world.rank == 0:
+            print(f"trained {folder}")
+            print(f"next: {next_command(steps[-1])}")
+
+
+@app.command()
+def replay(run: RunFolder, as_json: AsJson = False) -> None:
+    """Repeat the steps that led to a run's loss fault, and examine the last one."""
+    from moma.runs import Run
+    from moma.train.replay import replay as repeat_steps
+
+    result = repeat_steps(Run(run), quiet=as_json)
+    print_result(result, as_json, [key_values(f"{run}, its fault", result)])
