@@ -1,4 +1,4 @@
-"""Three ways to run experts, one result; weights, graphs and compaction are the same in all."""
+"""Three implementations of the experts with equal results, weights and graphs."""
 
 from typing import Any, get_args
 
@@ -38,7 +38,7 @@ LAYERS = {
     "1t1i": groups_of(("text", 1), ("image", 1)),
     "8x": groups_of(("text image", 8)),
     "overlapping": groups_of(("text", 1), ("image", 2), ("text image", 2), ("text image", 1)),
-    "lone twice": groups_of(("text", 1), ("image", 1), ("image", 1)),
+    "single twice": groups_of(("text", 1), ("image", 1), ("image", 1)),
 }
 
 
@@ -56,7 +56,7 @@ def build(
 
 
 def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
-    """Output, and gradients of everything, of a sum: its own gradient has no strides."""
+    """Output and all gradients; those of a plain sum have zero strides."""
     experts.zero_grad()
     x = x.clone().requires_grad_()
     y, reports = experts(x, modality, routing)
@@ -76,7 +76,7 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
     st.sampled_from([1.0, 0.25]),
     st.integers(0, 99),
 )
-def test_strategies_are_equal(layer, modality, routing, token_fraction, seed):
+def test_implementations_have_equal_results(layer, modality, routing, token_fraction, seed):
     x = torch.randn(1, len(modality), DIM, generator=torch.Generator().manual_seed(seed))
     results = [
         outcome(build(layer, run, token_fraction), x, torch.tensor([modality]), routing)
@@ -86,8 +86,8 @@ def test_strategies_are_equal(layer, modality, routing, token_fraction, seed):
         torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
 
 
-def test_strategies_are_strategies():
-    """Were they one and the same, the test above would show nothing."""
+def test_implementations_differ():
+    """Otherwise the test above would show nothing."""
     kinds = {run: build("4t4i", run) for run in RUNS}
     assert type(kinds["sequential"]) is MixtureOfExperts and len(kinds["sequential"].units()) == 2
     for run in ("batched", "grouped"):
@@ -96,15 +96,15 @@ def test_strategies_are_strategies():
         assert run in repr(joint.add_outputs)
 
 
-def test_names_of_weights_do_not_depend_on_the_strategy():
+def test_parameter_names_do_not_depend_on_the_implementation():
     states = [build("overlapping", run).state_dict() for run in RUNS]
     assert list(states[0]) == list(states[1]) == list(states[2])
     assert any(name.startswith("groups.1.gate_EDF") for name in states[0])
 
 
-def test_lone_experts_behind_a_gate_share_the_room(monkeypatch):
-    """Each has room for every token; one grouped product has as many rows as tokens."""
-    import moma.model.implementations as running
+def test_single_expert_groups_with_mixture_of_depths_share_their_slots(monkeypatch):
+    """Each has a slot for every token, but one grouped product has only as many rows as tokens."""
+    from moma.model import implementations
 
     rows: list[int] = []
 
@@ -112,10 +112,10 @@ def test_lone_experts_behind_a_gate_share_the_room(monkeypatch):
         rows.append(len(x_TD))
         return grouped_product(x_TD, *rest)
 
-    monkeypatch.setattr(running, "grouped_product", counted)
+    monkeypatch.setattr(implementations, "grouped_product", counted)
     x, modality = torch.randn(1, 10, DIM), torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, -1, 0]])
     build("1t1i", "grouped", token_fraction=0.25)(x, modality, Routing())
-    build("lone twice", "grouped", token_fraction=0.25)(x, modality, Routing())
+    build("single twice", "grouped", token_fraction=0.25)(x, modality, Routing())
     build("1t1i", "grouped")(x, modality, Routing())
     assert rows == [10] * 3 + [20] * 3 + [10] * 3
 
@@ -174,7 +174,7 @@ def rows_and_weights(counts, device="cpu", dtype=torch.float32):
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_the_kernel_equals_one_product_for_each_expert(counts, monkeypatch):
-    """As a GPU runs it; some experts have no rows."""
+    """As on a GPU; some experts have no rows."""
     calls = []
     kernel = torch.nn.functional.grouped_mm
 
@@ -193,7 +193,7 @@ def test_the_kernel_equals_one_product_for_each_expert(counts, monkeypatch):
 
 @pytest.mark.parametrize("layer", sorted(LAYERS))
 @pytest.mark.parametrize("token_fraction", [1.0, 0.25])
-def test_the_strategy_with_the_kernel_equals_the_others(layer, token_fraction, monkeypatch):
+def test_grouped_with_the_kernel_equals_sequential(layer, token_fraction, monkeypatch):
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1, 1, -1] * 4])
     expected = outcome(build(layer, "sequential", token_fraction), x, modality, Routing())
     monkeypatch.setattr(grouped, "uses_kernel", lambda *_: True)
@@ -212,7 +212,7 @@ def test_the_kernel_equals_one_product_for_each_expert_in_bf16(counts):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_under_autocast_products_are_bf16_and_the_sum_is_not(run):
+def test_autocast_computes_products_in_bf16_and_returns_fp32(run):
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
     experts = build("3t1i", run)
     exact, _ = experts(x, modality, Routing())
@@ -220,6 +220,43 @@ def test_under_autocast_products_are_bf16_and_the_sum_is_not(run):
         rounded, _ = experts(x, modality, Routing())
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def bf16_contributions(experts: Any, x_ND, modality_N) -> torch.Tensor:
+    """The exact sum, in fp64, of the outputs that each expert computes in bf16."""
+    total_ND = torch.zeros(x_ND.shape, dtype=torch.float64)
+    for group in experts.groups:
+        (gate, up, down, selection), _ = group.route(x_ND, modality_N, Routing())
+        for e, token_K in enumerate(selection.token_EK):
+            x_KD = x_ND[token_K].bfloat16()
+            hidden = torch.nn.functional.silu(x_KD @ gate[e].bfloat16()) * (x_KD @ up[e].bfloat16())
+            ffn_KD = (hidden @ down[e].bfloat16()).double()
+            total_ND.index_add_(0, token_K, selection.score_EK[e][:, None].double() * ffn_KD)
+    return total_ND
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("autocast", [True, False])
+def test_outputs_computed_in_bf16_are_summed_in_fp32(run, autocast):
+    """All experts prefer the same tokens, so that each of these has a sum of eight outputs."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    experts = build("8x", run, dtype=dtype)
+    with torch.no_grad():
+        router = experts.groups[0].get_submodule("router").get_parameter("weight")
+        router.copy_(router[:1].expand_as(router))
+        x_BSD = torch.randn(1, 64, DIM, generator=torch.Generator().manual_seed(0)).to(dtype)
+        modality_BS = torch.zeros(1, 64, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found_BSD, _ = experts(x_BSD, modality_BS, Routing())
+        exact_ND = bf16_contributions(experts, x_BSD[0], modality_BS[0])
+    used_N = exact_ND.any(1)
+    assert used_N.sum() == 8  # 64 tokens / 8 experts, the same for all
+    found, exact = found_BSD[0][used_N].double(), exact_ND[used_N]
+    error = ((found - exact).abs() / exact.abs()).median()
+    # Rounded once to the output's dtype, or not at all. A few products are rounded otherwise.
+    assert error < (1e-5 if autocast else 2**-9)
+    if not autocast:
+        assert (found == exact.bfloat16().double()).float().mean() > 0.9
 
 
 def assert_one_graph(run: ImplementationName, backend: str) -> None:
@@ -234,20 +271,20 @@ def assert_one_graph(run: ImplementationName, backend: str) -> None:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_every_strategy_is_one_graph_forward_and_backward(run):
-    """Captured whole, without code."""
+def test_every_implementation_is_one_graph(run):
+    """Captured without graph breaks; no code is generated."""
     assert_one_graph(run, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
 @pytest.mark.parametrize("run", RUNS)
-def test_compiled_code_of_every_strategy_equals_eager(run):
+def test_every_compiled_implementation_equals_eager(run):
     assert_one_graph(run, "inductor")
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_recipe_chooses(run):
+def test_the_configured_implementation_gives_the_default_results(run):
     vocabulary = Vocabulary(12, 0, 1, 2, 3, 4, (5, 6), 1)
     config = ModelConfig(
         dim=8, layers=2, heads=2, groups="mod_moe_1t1i", experts_implementation=run
