@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from moma.data.sources import AnySource
+from moma.data.sources.registry import AnySource
 from moma.recipe import Config, RequiredPath, Seed
 from moma.tokenizers.image.codec import CodecConfig
 from moma.tokenizers.image.train import CodecTrainingConfig

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
-from moma.data import sources
 from moma.data.documents import SourceConfig
-from moma.data.sources.registry import source_kinds
+from moma.data.sources.registry import AnySource, source_kinds
 from moma.demo.dictionary import DictionaryConfig
 
 KINDS = tuple(source_kinds().values())
@@ -25,7 +24,7 @@ def documented_sources():
 
 
 def test_documented_sources_are_valid_and_show_every_kind_of_reader():
-    read = [TypeAdapter(sources.AnySource).validate_python(s) for s in documented_sources()]
+    read = [TypeAdapter(AnySource).validate_python(s) for s in documented_sources()]
     assert {type(source) for source in read} >= set(KINDS) - {DictionaryConfig}
 
 
