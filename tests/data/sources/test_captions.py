@@ -19,10 +19,10 @@ def captions_in(folder, rows, **settings):
     return CaptionsConfig(path=folder, **settings)
 
 
-def images_of(source):
+def images_of(documents):
     return [
         part
-        for document in accepted(source.documents())
+        for document in accepted(documents)
         for part in document.segments
         if isinstance(part, ImageRef)
     ]
@@ -99,14 +99,14 @@ def test_images_are_read_on_demand_and_errors_name_their_row(tmp_path):
         tmp_path, [{"image": n, "caption": "c"} for n in names], max_pixels=64 * 64 - 1
     )
     messages = ["row 1: there is no .*none.png", "row 2: cannot read .*text", "row 3: ", "row 4: "]
-    for image, message in zip(images_of(source), messages, strict=True):
+    for image, message in zip(images_of(source.documents()), messages, strict=True):
         with pytest.raises(UserError, match=message):
             image.read()
 
 
 def test_an_image_can_be_read_in_another_process(tmp_path):
     Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
-    (image,) = images_of(captions_in(tmp_path, [{"image": "a.png", "caption": "c"}]))
+    (image,) = images_of(captions_in(tmp_path, [{"image": "a.png", "caption": "c"}]).documents())
     assert pickle.loads(pickle.dumps(image)).read().size == (3, 2)
 
 
@@ -164,3 +164,28 @@ def test_different_spellings_of_a_path_give_one_name(tmp_path):
     documents = list(accepted(captions_in(tmp_path, rows).documents()))
     assert [one.name for one in documents] == ["a.png"] * 4 + ["sub/b.png"] * 2
     assert len({isinstance(one.segments[0], str) for one in documents[:4]}) == 1
+
+
+def test_image_folders_of_the_library_datasets_are_read(tmp_path):
+    for folder in ("", "sub"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        Image.new("RGB", (3, 2)).save(tmp_path / folder / "a.png")
+    top = {"file_name": "a.png", "text": "top", "image": "b.png"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(top))
+    below = [{"file_name": "a.png", "caption": "below"}, {"file_name": "../a.png", "text": "out"}]
+    (tmp_path / "sub" / "metadata.jsonl").write_text("\n".join(map(json.dumps, below)))
+    source = CaptionsConfig(path=tmp_path, caption_first=1)
+    *rows, outside = source.documents()
+    documents = list(accepted(rows))
+    assert [(d.name, d.segments[0]) for d in documents] == [
+        ("a.png", "top"),
+        ("sub/a.png", "below"),
+    ]
+    assert isinstance(outside, Rejected) and "is outside" in outside.reason
+    assert [image.read().size for image in images_of(documents)] == [(3, 2)] * 2
+    before = source.fingerprint()
+    os.utime(tmp_path / "sub" / "a.png", ns=(1, 1))
+    assert source.fingerprint() != before
+    # A captions.jsonl is the list where there is one.
+    captions_in(tmp_path, [{"image": "sub/a.png", "caption": "listed"}])
+    assert [d.name for d in accepted(source.documents())] == ["sub/a.png"]

@@ -96,3 +96,15 @@ def test_the_fingerprint_covers_images_and_texts(tmp_path):
 def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"nowhere: .*check the source's 'path'"):
         list(source_of(path=tmp_path / "nowhere").documents())
+
+
+def test_two_texts_of_one_name_are_rejected(tmp_path):
+    write(tmp_path, ["a.png", "a.txt"])
+    (tmp_path / "a.TXT").write_text("another")
+    (row,) = source_of(path=tmp_path).documents()
+    assert isinstance(row, Rejected) and "two texts of this name" in row.reason
+
+
+def test_only_the_suffix_is_not_part_of_a_name(tmp_path):
+    write(tmp_path, ["clip.1.png", "clip.1.txt", "clip.2.png", "clip.2.txt"])
+    assert [d.name for d in source_of(path=tmp_path).documents()] == ["clip.1", "clip.2"]

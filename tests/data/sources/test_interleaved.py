@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from moma.data.documents import ImageRef, Rejected
+from moma.data.sources import interleaved
 from moma.data.sources.interleaved import InterleavedConfig
+from moma.data.sources.jsonl import parse_json_object
 from moma.errors import UserError
 
 
@@ -118,3 +120,29 @@ def test_a_document_may_be_one_image(tmp_path):
     (document,) = source_of(tmp_path, {"texts": [None], "images": ["a.png"]}).documents()
     (image,) = document.segments
     assert isinstance(image, ImageRef)
+
+
+def test_a_row_is_parsed_once_for_all_its_images(tmp_path, monkeypatch):
+    row = {"texts": [None] * 50, "images": [data_url(n + 1) for n in range(50)]}
+    (document,) = source_of(tmp_path, row).documents()
+    parsed = []
+
+    def parse(data):
+        parsed.append(len(data))
+        return parse_json_object(data)
+
+    monkeypatch.setattr(interleaved, "parse_json_object", parse)
+    assert [image.read().width for image in document.segments] == list(range(1, 51))
+    assert len(parsed) == 1
+    # A file that has changed is read again.
+    source_of(tmp_path, {"texts": [None], "images": [data_url(99)]})
+    assert document.segments[0].read().width == 99
+
+
+@pytest.mark.parametrize(
+    "change", [lambda url: "DATA" + url[4:], lambda url: url[:40] + "\n " + url[40:]]
+)
+def test_data_urls_are_read_as_browsers_read_them(tmp_path, change):
+    row = {"texts": [None], "images": [change(data_url(7))]}
+    (document,) = source_of(tmp_path, row).documents()
+    assert document.segments[0].read().width == 7

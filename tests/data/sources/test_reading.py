@@ -1,16 +1,18 @@
 """What all readers of files share."""
 
+import os
 from functools import partial
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moma.data.documents import Document, ImageRef
-from moma.data.sources.jsonl import read_lines
-from moma.data.sources.paths import expand_pattern, resolve_inside
-from moma.data.sources.reading import content_hash, split_document
+from moma.data.documents import Document, ImageRef, Rejected
+from moma.data.sources.jsonl import parse_json_object, read_lines, require_text
+from moma.data.sources.paths import expand_pattern, files_below, resolve_inside
+from moma.data.sources.reading import attempt, content_hash, split_document
 from moma.errors import UserError
 
 IMAGES = [ImageRef(str(n), partial(Image.new, "L", (1, 1))) for n in range(12)]
@@ -74,3 +76,83 @@ def test_patterns_match_sorted_files(tmp_path):
     assert expand_pattern(tmp_path / "none.txt") == [tmp_path / "none.txt"]
     (tmp_path / "a[1].txt").touch()
     assert expand_pattern(tmp_path / "a[1].txt") == [tmp_path / "a[1].txt"]
+
+
+def test_a_name_that_exists_is_not_taken_as_a_pattern(tmp_path):
+    for folder in ("run[12]", "run1", "sub/run[12]", "sub/run1"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "a.txt").touch()
+    found = [
+        expand_pattern(tmp_path / pattern)
+        for pattern in ("run[12]/a.txt", "run[12]/*.txt", "*/run[12]/*", "run?/*")
+    ]
+    assert [[str(path.relative_to(tmp_path)) for path in files] for files in found] == [
+        ["run[12]/a.txt"],
+        ["run[12]/a.txt"],
+        ["sub/run[12]/a.txt"],
+        ["run1/a.txt"],
+    ]
+
+
+def test_links_in_a_circle_end_and_hidden_files_are_not_matched(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("1.txt", ".2.txt"):
+        (tmp_path / "a" / name).touch()
+    for n in range(5):
+        (tmp_path / "a" / f"loop{n}").symlink_to(tmp_path)
+    assert expand_pattern(tmp_path / "**" / "*.txt") == [tmp_path / "a" / "1.txt"]
+    assert expand_pattern(tmp_path / "**") == [tmp_path / "a" / "1.txt"]
+    assert expand_pattern(tmp_path / "a" / ".*.txt") == [tmp_path / "a" / ".2.txt"]
+
+
+@pytest.mark.parametrize("find", [files_below, lambda folder: expand_pattern(folder / "**" / "*")])
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch, find):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "a.txt").touch()
+
+    def refuse(function, path=".", *more):
+        if Path(path).name == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return function(path, *more)
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, partial(refuse, getattr(os, name)))
+    with pytest.raises(UserError, match=r"private: cannot read it \(Permission denied\)"):
+        find(tmp_path)
+
+
+def test_base64_without_its_prefix_is_explained_in_a_short_message(tmp_path):
+    for name in ("iVBORw0KGgo/" * 30, "iVBORw0KGgo/" * 30_000, "x" * 5000):
+        with pytest.raises(UserError, match="write data:image/png;base64, before it") as caught:
+            resolve_inside(tmp_path, name)
+        assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (b'{"text": "a", "text": "b"}', "has the key 'text' more than once"),
+        (b'{"text": "a", "n": NaN, "other": {"k": 1, "k": 2}, "big": ' + b"9" * 5000 + b"}", None),
+        (b'\xef\xbb\xbf{"text": "a"}', None),
+        (b'{"te\xfft": "a"}', "not UTF-8"),
+        (b'{"text": ["a"]}', "not a list"),
+        (b"{" + b", ".join(b'"%d": 0' % n for n in range(9999)) + b"}", "more)"),
+        (b'{"%s": 0}' % (b"k" * 99_999), "needs a text under 'text'"),
+    ],
+)
+def test_json_rows_with_odd_values(row, reason):
+    if reason is None:
+        assert require_text(parse_json_object(row), "text") == "a"
+        return
+    with pytest.raises(UserError) as caught:
+        require_text(parse_json_object(row), "text")
+    assert reason in str(caught.value) and len(str(caught.value)) < 1500
+
+
+def test_rejected_reasons_are_bounded():
+    def fail():
+        raise UserError("x" * 1_000_000)
+
+    rejected = attempt("y" * 1_000_000, fail)
+    assert isinstance(rejected, Rejected)
+    assert len(rejected.reason) <= 600 and len(rejected.row) <= 600

@@ -43,8 +43,9 @@ def test_names_do_not_depend_on_the_order(tmp_path):
     assert one.items() < other.items()
 
 
-def test_json_rows_are_documents(tmp_path):
-    path = tmp_path / "t.jsonl"
+@pytest.mark.parametrize("suffix", ["jsonl", "NDJSON"])
+def test_json_rows_are_documents(tmp_path, suffix):
+    path = tmp_path / f"t.{suffix}"
     rows = [{"body": "one\n\ntwo", "text": "no"}, {"text": "x"}, {"body": " "}]
     path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
     document, *rejected = source_of(path=path, text_key="body").documents()
