@@ -9,7 +9,8 @@ from itertools import count
 
 import numpy as np
 
-from moma.data.batches.packing import EncodedDocument, Packer, image_budget
+from moma.data.batches.budget import Budget
+from moma.data.batches.packing import EncodedDocument, Packer
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
@@ -37,14 +38,13 @@ def synthetic_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> 
     """Endless micro-batches of captioned images and of text, one by each call of `pack`.
 
     Raises:
-        UserError: the image share is no whole number of images.
+        UserError: `image_share` is not a whole number of images.
     """
     data = recipe.data
-    images = image_budget(data.micro_batch_size, data.sequence_length, data.image_share, vocabulary)
     return Packer(
         data.micro_batch_size,
         data.sequence_length,
-        images,
+        Budget.of(data, vocabulary).images,
         vocabulary,
         _captioned(vocabulary, np.random.default_rng((recipe.seed, rank, 0))),
         _texts(vocabulary, np.random.default_rng((recipe.seed, rank, 1))),

@@ -1,1 +1,1 @@
-"""EncodedDocument shards → exactly balanced micro-batches."""
+"""Encoded shards → exactly balanced micro-batches."""

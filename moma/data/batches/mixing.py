@@ -1,12 +1,12 @@
-"""Which documents a rank reads, and in which order: shuffled, mixed by weight, shared out.
+"""Which documents a rank reads, and in which order: shuffled, mixed by weight, split over ranks.
 
-    documents of each source → `Pool`: in random order, another one in every pass
-                             → mixed by weight: the k-th document of every rank is of the same pool
-                             → `DocumentStream`: number j of a pool goes to rank j mod world size
+    documents of each source → `Pool`: in random order, another one in every epoch
+                             → grain's mix: draw k of every rank is from the same pool
+                             → `DocumentStream`: document j of a pool goes to rank j mod world size
 
-A document's place follows from three numbers: pool, number within the pool, rank. So every rank
-has the mixture that the weights ask for, and a stream's state is how many documents it has taken
-of each pool.
+Three numbers determine a document: pool, index in the pool's order, rank. So every rank has the
+mixture that the weights ask for, and a stream's state is the number of documents that it has taken
+from each pool.
 """
 
 from bisect import bisect_right
@@ -14,95 +14,87 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import lru_cache
+from itertools import count, islice
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
 from moma.data.batches.packing import EncodedDocument
 from moma.hashes import unit_hash
 
-# Slots over which weights are rounded: a source's share is off by at most half a slot.
-_SLOTS = 100_000
-# Below it, grain's shuffle tries so many numbers in vain that a table is faster.
-_SMALLEST_SHUFFLE = 1 << 16
-# Documents are read so many turns ahead, by readers that take so many at once.
-_READ_AHEAD, _READ_TOGETHER = 256, 32
+# The smallest share of the draws that a pool can have.
+_MIN_SHARE = 1e-5
+# A smaller pool is shuffled by a table: grain's shuffle rejects most numbers that it tries there.
+_MIN_INDEX_SHUFFLE = 1 << 16
+# Reader threads are this many documents ahead, and read this many per task.
+_READ_AHEAD, _READ_CHUNK = 256, 32
 
 
 class Location(NamedTuple):
-    """Where a document lies: source, and row of the source's shard."""
+    """Where a document is stored: source, and row of the source's shard."""
 
     source: str
     row: int
 
 
 class Pool:
-    """Documents of one source or several, in a random order that the key decides."""
+    """Documents of one or several sources, in a random order determined by a key."""
 
     def __init__(self, rows_of: dict[str, np.ndarray], weight: float, key: str) -> None:
         """Set up the pool.
 
         Args:
-            rows_of: for each source the rows of its documents, integers of shape [documents].
+            rows_of: for each source the shard rows of its documents, integers of shape
+                [documents].
             weight: how often the pool is drawn from, relative to others.
-            key: decides the order.
+            key: determines the order.
         """
         self.weight = weight
         self._sources, self._rows = list(rows_of), list(rows_of.values())
         self._starts = np.cumsum([0, *map(len, self._rows)]).tolist()
         self._seed = int(unit_hash(key) * 2**31)
-        self._table = lru_cache(maxsize=2)(self._order_of_pass)
+        self._permutation_of_epoch = lru_cache(maxsize=2)(self._permutation)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> Location:
-        """The place of a document; numbers beyond the last begin anew, in another order."""
-        passes, at = divmod(number, len(self))
-        if len(self) < _SMALLEST_SHUFFLE:
-            at = self._table(passes)[at]
+        """The document at a position of the order; past the end the next epoch begins."""
+        epoch, index = divmod(number, len(self))
+        if len(self) < _MIN_INDEX_SHUFFLE:
+            index = self._permutation_of_epoch(epoch)[index]
         else:
-            seed = (self._seed + passes) % 2**32
-            at = index_shuffle(at, max_index=len(self) - 1, seed=seed, rounds=4)
-        source = bisect_right(self._starts, at) - 1
-        return Location(self._sources[source], int(self._rows[source][at - self._starts[source]]))
+            seed = (self._seed + epoch) % 2**32
+            index = index_shuffle(index, max_index=len(self) - 1, seed=seed, rounds=4)
+        source = bisect_right(self._starts, index) - 1
+        row = self._rows[source][index - self._starts[source]]
+        return Location(self._sources[source], int(row))
 
-    def _order_of_pass(self, passes: int) -> list[int]:
-        order = np.random.default_rng((self._seed, passes)).permutation(len(self))
-        return list(map(int, order))
+    def _permutation(self, epoch: int) -> list[int]:
+        return np.random.default_rng((self._seed, epoch)).permutation(len(self)).tolist()
 
 
-class Mixture:
-    """An endless sequence of pools in which each has the share that its weight asks for.
+def mix_pools(weights: Sequence[float]) -> grain.MapDataset[int]:
+    """The pool that each draw is from: an endless sequence of indices into `weights`.
 
-    In every stretch of it, not only on average: each pool's turns are evenly spaced.
+    A pool's draws are evenly spaced, so its share holds in every stretch, not only on average.
+
+    Args:
+        weights: of the pools; a share of the draws is at least 0.00001.
     """
-
-    def __init__(self, weights: Sequence[float]) -> None:
-        """Set up the sequence.
-
-        Args:
-            weights: of the pools; the smallest share that one can have is a slot of the period.
-        """
-        self._counts, self._pool, self._number = _period(tuple(weights))
-
-    def __getitem__(self, turn: int) -> tuple[int, int]:
-        """The pool whose turn it is, and how many turns it had before."""
-        periods, at = divmod(turn, len(self._pool))
-        pool = self._pool[at]
-        return pool, periods * self._counts[pool] + self._number[at]
-
-
-@lru_cache(maxsize=8)
-def _period(weights: tuple[float, ...]) -> tuple[list[int], list[int], list[int]]:
-    """Slots of each pool; for each slot the pool, and its number among the pool's slots."""
-    shares = np.array(weights) / sum(weights)
-    counts = np.maximum(np.round(shares * _SLOTS).astype(np.int64), 1)
-    pool = np.repeat(np.arange(len(counts)), counts)
-    number = np.concatenate([np.arange(count) for count in counts])
-    order = np.argsort((number + 0.5) / counts[pool], kind="stable")
-    return counts.tolist(), pool[order].tolist(), number[order].tolist()
+    relative = np.array(weights) / max(weights)
+    shares = np.maximum(relative / relative.sum(), _MIN_SHARE)
+    # grain rounds weights down to hundredths of the smallest. To have millionths instead, the pool
+    # with the smallest weight is entered a second time, with a ten-thousandth of its share.
+    smallest = int(shares.argmin())
+    extra = shares[smallest] / 10_000
+    entries = [*enumerate(shares), (smallest, extra)]
+    return grain.MapDataset.mix(
+        [grain.MapDataset.range(pool, pool + 1).repeat() for pool, _ in entries],
+        [float(share) for _, share in entries],
+    )
 
 
 class DocumentStream(Iterator[EncodedDocument]):
@@ -121,73 +113,85 @@ class DocumentStream(Iterator[EncodedDocument]):
 
         Args:
             pools: what is mixed; a single one if the stream ends.
-            repeat: whether to begin a pool anew when it has been shown whole.
-            fetch: source and row → the document's ids.
+            repeat: whether a pool starts another epoch after its last document.
+            fetch: source and shard row → the document's ids.
             rank: this process's number among `world_size`.
             world_size: number of processes that share the documents.
-            readers: threads that bring documents into memory before their turn comes.
+            readers: threads that bring documents into memory before they are needed.
         """
         self._pools, self._repeat, self._fetch = pools, repeat, fetch
-        self._rank, self._world_size = rank, world_size
-        self._mixture = Mixture([pool.weight for pool in pools]) if pools else None
-        # Numbers below the base were given away before the number of ranks last changed.
-        self._base = [0] * len(pools)
-        self._taken = [0] * len(pools)
-        self._turn = 0
-        self._owed: list[list[int]] = []  # pool and number of what former ranks left below the base
-        self._readers = readers
-        self._touching: deque[Future[None]] = deque()
+        self._rank, self._world_size, self._readers = rank, world_size, readers
+        self._mixture = mix_pools([pool.weight for pool in pools]) if pools else None
+        self.set_state({"base": [0] * len(pools), "taken": [0] * len(pools), "leftover": []})
 
     @property
     def remaining(self) -> int | None:
-        """Documents to come; None if there is no end."""
+        """Number of documents to come; None if there is no end."""
         if not self._pools:
             return 0
         if self._repeat:
             return None
-        number = self._base[0] + self._taken[0] * self._world_size + self._rank
-        return len(self._owed) + len(range(number, len(self._pools[0]), self._world_size))
+        number = self._number(0, self._taken[0])
+        return len(self._leftover) + len(range(number, len(self._pools[0]), self._world_size))
 
     def __next__(self) -> EncodedDocument:
-        if not self._owed and self.remaining == 0:
+        if self.remaining == 0:
             raise StopIteration
-        if self._readers and self._turn % _READ_TOGETHER == 0:
-            while self._touching and self._touching[0].done():
-                self._touching.popleft().result()  # or its error would be lost
-            self._touching.append(self._readers.submit(self._touch, self._turn + _READ_AHEAD))
-        if self._owed:
-            pool, number = self._owed.pop(0)
+        if self._leftover:
+            pool, number = self._leftover.pop(0)
         else:
-            pool, number = self._at(self._turn)
+            if self._readers and sum(self._taken) % _READ_CHUNK == 0:
+                self._read_ahead(self._readers)
+            pool, number = next(self._draws)
             self._taken[pool] += 1
-            self._turn += 1
-        place = self._pools[pool][number]
-        return EncodedDocument(*place, self._fetch(*place))
+        source, row = self._pools[pool][number]
+        return EncodedDocument(source, row, self._fetch(source, row))
 
     def get_state(self) -> dict[str, Any]:
-        """How many documents were taken of each pool; ready for JSON."""
-        owed = [list(entry) for entry in self._owed]
-        return {"base": list(self._base), "taken": list(self._taken), "owed": owed}
+        """How many documents were taken from each pool; ready for JSON."""
+        leftover = [list(entry) for entry in self._leftover]
+        return {"base": list(self._base), "taken": list(self._taken), "leftover": leftover}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on where another stream of the same pools and rank stood."""
+        """Continue from the state of another stream of the same pools and rank.
+
+        Args:
+            state: from `get_state` or `reshard_stream`: `base`, of each pool, how many documents
+                were assigned before the world size last changed; `taken`, how many this rank has
+                taken since; `leftover`, pool and number of each of the former that is still to be
+                read.
+        """
         self._base, self._taken = list(state["base"]), list(state["taken"])
-        self._owed = [
-            [pool, number]
-            for pool, number in state["owed"]
-            # Beyond the end of a single pass nothing is owed.
+        self._leftover = [
+            (pool, number)
+            for pool, number in state["leftover"]
+            # A single pass has no documents past the end of the pool.
             if self._repeat or number < len(self._pools[pool])
         ]
-        self._turn = sum(self._taken)
+        # Twice the same draws: the documents to be taken, and those to be read ahead.
+        self._draws, self._upcoming = self._draw(), islice(self._draw(), _READ_AHEAD, None)
+        self._reading: deque[Future[None]] = deque()
 
-    def _at(self, turn: int) -> tuple[int, int]:
+    def _draw(self) -> Iterator[tuple[int, int]]:
+        """Pool and number of each document to come, without the leftover ones."""
+        taken = list(self._taken)
         assert self._mixture is not None
-        pool, before = self._mixture[turn]
-        return pool, self._base[pool] + before * self._world_size + self._rank
+        for draw in count(sum(taken)):
+            pool = self._mixture[draw]
+            yield pool, self._number(pool, taken[pool])
+            taken[pool] += 1
 
-    def _touch(self, turn: int) -> None:
-        """Read the documents from a turn on, so that they are in memory when they are packed."""
-        for pool, number in map(self._at, range(turn, turn + _READ_TOGETHER)):
+    def _number(self, pool: int, taken: int) -> int:
+        return self._base[pool] + taken * self._world_size + self._rank
+
+    def _read_ahead(self, readers: Executor) -> None:
+        while self._reading and self._reading[0].done():
+            self._reading.popleft().result()  # raises the error of a failed read
+        chunk = list(islice(self._upcoming, _READ_CHUNK))
+        self._reading.append(readers.submit(self._read, chunk))
+
+    def _read(self, chunk: list[tuple[int, int]]) -> None:
+        for pool, number in chunk:
             if self._repeat or number < len(self._pools[pool]):
                 self._fetch(*self._pools[pool][number]).copy()
 
@@ -195,22 +199,22 @@ class DocumentStream(Iterator[EncodedDocument]):
 def reshard_stream(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """Turn the states of one stream on all ranks into those of another number of ranks.
 
-    Documents that some ranks were still to read while others had gone further are owed: they are
-    dealt out, and read first.
+    Ranks may have taken different numbers of documents. Those that the others have yet to take, up
+    to the furthest rank, become the leftover ones, which are read first.
 
     Args:
         states: `DocumentStream.get_state()` of every rank, in order.
-        world_size: number of ranks to go on with.
+        world_size: the new number of ranks.
     """
     base, ranks = states[0]["base"], len(states)
     furthest = max((state["taken"] for state in states), key=sum)
-    owed = [entry for state in states for entry in state["owed"]]
+    leftover = [entry for state in states for entry in state["leftover"]]
     for rank, state in enumerate(states):
         for pool, (taken, end) in enumerate(zip(state["taken"], furthest, strict=True)):
-            owed += [[pool, base[pool] + each * ranks + rank] for each in range(taken, end)]
-    owed.sort(key=lambda entry: entry[1])
+            leftover += [[pool, base[pool] + each * ranks + rank] for each in range(taken, end)]
+    leftover.sort(key=lambda entry: entry[1])
     new_base = [before + taken * ranks for before, taken in zip(base, furthest, strict=True)]
     return [
-        {"base": new_base, "taken": [0] * len(base), "owed": owed[rank::world_size]}
+        {"base": new_base, "taken": [0] * len(base), "leftover": leftover[rank::world_size]}
         for rank in range(world_size)
     ]

@@ -1,20 +1,20 @@
-"""Exactly balanced packing: documents → rows with a fixed number of images.
+"""Exactly balanced packing: documents → sequences with a fixed number of images.
 
 MoMa balances text and images in expectation (§3); here every micro-batch holds the same number
-of images, so that experts of each modality get the same work on every rank and step.
+of images, so that the experts of each modality get the same work on every rank and in every step.
 
-    with_images documents ─┐
-                        ├→ `Packer.pack()` → one micro-batch, `Batch`
-    text-only documents ┘
+    documents with images ─┐
+                           ├→ `Packer.place()` → `Layout` → `Packer.pack()` → `Batch`
+    text-only documents   ─┘
 
-Each row has a quota of images. Space for them is reserved first; what is left, the row's slack,
-is for text. An image is placed with the text that leads up to it in its document, if that text
-leaves every image still to come its fair share of the slack. A document that cannot go on waits
-for a later row; text too long for any fair share is used as filling ahead of its image. Then
-the rest of the row is filled: text after images, then text-only documents, cut where the row
-ends and continued later.
+Each sequence has a quota of images. Positions for them are reserved first; the free positions are
+for text. An image is placed together with the text that precedes it in its document, if that leaves
+every other image of the quota its text share: an equal part of the free positions. A document whose
+next image does not fit waits for a later sequence; text longer than any text share fills sequences
+before that of its image. Then the rest of the sequence is filled: text after images, then text-only
+documents, cut where the sequence ends and continued in a later one.
 
-Array names: B rows, S positions.
+Array names: B sequences, S positions.
 """
 
 from bisect import bisect_left
@@ -30,17 +30,17 @@ from moma.vocabulary import Vocabulary
 # What the loss ignores: torch's default `ignore_index`.
 NO_LABEL = -100
 
-# So many documents may be open at once before packing gives up.
+# Documents that may be partly packed at the same time; more means that text accumulates.
 MAX_OPEN_DOCUMENTS = 10_000
 
 
 class EncodedDocument(NamedTuple):
-    """A document's token ids and where they come from.
+    """A document's token ids and where they are stored.
 
     Attributes:
         source: name of the source.
         row: the document's row in the source's shard.
-        ids: unsigned integers of shape [tokens], images wrapped in their boundaries.
+        ids: unsigned integers of shape [tokens], each image between its boundary tokens.
     """
 
     source: str
@@ -55,13 +55,14 @@ class Batch:
     Attributes:
         tokens_BS: ids.
         labels_BS: the next id of the same document, also where the document is cut; −100 at a
-            document's last token and on padding. They are shifted already: never shift them again.
-        documents_BS: number of the piece of a document within its row; −1 on padding.
+            document's last token and on padding. They are already shifted: do not shift them
+            again.
+        documents_BS: index of the piece of a document within its sequence; −1 on padding.
         positions_BS: position inside the piece, from 0; 0 on padding.
         images: number of images.
         padding: number of padding positions.
-        origins: for each row, source and shard row of the document of each of its pieces, as
-            `documents_BS` numbers them; empty where nobody knows.
+        origins: for each sequence, source and shard row of the document of each of its pieces, in
+            the order of `documents_BS`; empty if unknown.
     """
 
     tokens_BS: np.ndarray
@@ -73,52 +74,33 @@ class Batch:
     origins: tuple[tuple[tuple[str, int], ...], ...] = ()
 
 
-def image_budget(
-    micro_batch_size: int, sequence_length: int, share: float, vocabulary: Vocabulary
-) -> int:
-    """Number of images that make up `share` of a micro-batch's positions.
+class Piece(NamedTuple):
+    """The tokens `start` … `stop` − 1 of a document, which stand together in a sequence."""
 
-    Raises:
-        UserError: it is no whole number (the message gives the nearest shares that are), or so
-            many images do not fit.
+    document: EncodedDocument
+    start: int
+    stop: int
+
+
+class Layout(NamedTuple):
+    """What a micro-batch holds.
+
+    Attributes:
+        sequences: the pieces of each sequence, in order.
+        images: number of images.
+        padding: number of positions that no piece fills.
     """
-    size, codes = micro_batch_size * sequence_length, vocabulary.codes_per_image
-    exact = share * size / codes
-    most = micro_batch_size * (sequence_length // vocabulary.image_span)
-    budget = round(exact)
-    # A share such as 0.3333 stands for a third.
-    if abs(exact - budget) <= 1e-3 and budget <= most:
-        return budget
-    below, above = min(int(exact), most), min(int(exact) + 1, most)
-    choices = " or ".join(
-        f"{count * codes / size:.6g} ({count} images)" for count in sorted({below, above})
-    )
-    raise UserError(
-        f"image_share {share:g} of {micro_batch_size} sequences of {sequence_length} is "
-        f"{exact:.6g} images of "
-        f"{codes} codes; choose {choices}, or another micro_batch_size and sequence_length "
-        f"(a sequence holds at most {sequence_length // vocabulary.image_span} images)"
-    )
 
-
-def empty_batch(micro_batch_size: int, sequence_length: int, vocabulary: Vocabulary) -> Batch:
-    """A micro-batch of padding alone: for a rank that has run out of documents before others."""
-    shape = (micro_batch_size, sequence_length)
-    return Batch(
-        tokens_BS=np.full(shape, vocabulary.padding, dtype=np.int64),
-        labels_BS=np.full(shape, NO_LABEL, dtype=np.int64),
-        documents_BS=np.full(shape, -1, dtype=np.int64),
-        positions_BS=np.zeros(shape, dtype=np.int64),
-        images=0,
-        padding=micro_batch_size * sequence_length,
-    )
+    sequences: list[list[Piece]]
+    images: int
+    padding: int
 
 
 class Packer:
     """Packs two streams of documents into micro-batches with a fixed number of images.
 
-    No token is lost or shown twice, and a document's tokens keep their order. A stream that ends
-    leaves the packer with fewer images, or with padding.
+    No token is lost or repeated, and a document's tokens keep their order. After the end of a
+    stream micro-batches hold fewer images, or padding.
     """
 
     def __init__(
@@ -135,82 +117,91 @@ class Packer:
 
         Args:
             micro_batch_size: sequences of a micro-batch (B).
-            sequence_length: positions of a row (S).
-            images: images of a micro-batch, from `image_budget`.
+            sequence_length: positions of a sequence (S).
+            images: images of a micro-batch.
             vocabulary: the ids.
             with_images: documents with at least one image; not read if `images` is 0.
             text: documents without images.
-            max_open_documents: how many documents may be open at once.
+            max_open_documents: documents that may be partly packed at the same time.
         """
-        self._micro_batch_size, self._row_length, self._images = (
-            micro_batch_size,
-            sequence_length,
-            images,
-        )
-        self._vocabulary = vocabulary
+        self._micro_batch_size, self._sequence_length = micro_batch_size, sequence_length
+        self._images, self._vocabulary = images, vocabulary
         self._with_images, self._text = with_images, text
-        self._patience = max_open_documents
-        fullest = -(-images // micro_batch_size)
-        # Text that any row grants to an image: longer text never fits beside it for certain.
-        self._fair = _Row(sequence_length, fullest, vocabulary.image_span).fair
+        self._max_open_documents = max_open_documents
+        # The text share of the sequence with the largest quota: longer text may never fit.
+        largest_quota = -(-images // micro_batch_size)
+        self._text_share = self._empty_sequence(largest_quota).text_share
         self._packed = 0
-        self._waiting: list[DocumentCursor] = []  # documents with an image still to come
-        self._tails: list[DocumentCursor] = []  # begun documents with nothing but text to come
+        self._pending_images: list[DocumentCursor] = []  # documents with an image to come
+        self._pending_text: list[DocumentCursor] = []  # documents with only text to come
 
     @property
     def open_documents(self) -> tuple[int, int]:
-        """Documents that were read but not packed to their end: with images, text-only."""
-        with_images = sum(reading.images > 0 for reading in self._tails) + len(self._waiting)
-        return with_images, len(self._tails) + len(self._waiting) - with_images
+        """Number of documents that are partly packed: with images, text-only."""
+        total = len(self._pending_images) + len(self._pending_text)
+        text_only = sum(cursor.images == 0 for cursor in self._pending_text)
+        return total - text_only, text_only
 
     def pack(self) -> Batch:
         """The next micro-batch.
 
         Raises:
-            UserError: the documents bring more text with each image than the sequences have room
-            for.
+            UserError: the documents have more text beside each image than the sequences have
+                positions for.
         """
-        batch = empty_batch(self._micro_batch_size, self._row_length, self._vocabulary)
-        # Without shuffling, images would always stand at the start of a row.
-        order = np.random.default_rng(self._packed)
-        images = filled = 0
-        origins = []
-        for number, quota in enumerate(self._quotas()):
-            row = _Row(self._row_length, quota, self._vocabulary.image_span)
-            self._place_images(row)
-            self._place_text(row)
-            pieces = row.pieces()
-            pieces = [pieces[at] for at in order.permutation(len(pieces))]
-            _write_sequence(batch, number, pieces)
-            origins.append(tuple((piece.source, piece.row) for piece in pieces))
-            images += row.images
-            filled += sum(piece.stop - piece.start for piece in pieces)
-        self._packed += 1
-        self._check_open()
-        return Batch(
-            batch.tokens_BS,
-            batch.labels_BS,
-            batch.documents_BS,
-            batch.positions_BS,
-            images=images,
-            padding=batch.padding - filled,
-            origins=tuple(origins),
+        layout = self.place()
+        shape = (self._micro_batch_size, self._sequence_length)
+        batch = Batch(
+            tokens_BS=np.full(shape, self._vocabulary.padding, dtype=np.int64),
+            labels_BS=np.full(shape, NO_LABEL, dtype=np.int64),
+            documents_BS=np.full(shape, -1, dtype=np.int64),
+            positions_BS=np.zeros(shape, dtype=np.int64),
+            images=layout.images,
+            padding=layout.padding,
+            origins=tuple(
+                tuple((piece.document.source, piece.document.row) for piece in pieces)
+                for pieces in layout.sequences
+            ),
         )
+        for index, pieces in enumerate(layout.sequences):
+            _write_sequence(batch, index, pieces)
+        return batch
+
+    def place(self) -> Layout:
+        """Decide what the next micro-batch holds, without copying ids; `pack` does both.
+
+        Raises:
+            UserError: as `pack`.
+        """
+        # Without shuffling, images would always be at the start of a sequence.
+        random = np.random.default_rng(self._packed)
+        sequences, images, padding = [], 0, 0
+        for quota in self._quotas():
+            sequence = self._empty_sequence(quota)
+            self._place_images(sequence)
+            self._place_text(sequence)
+            pieces = sequence.pieces()
+            sequences.append([pieces[index] for index in random.permutation(len(pieces))])
+            images += sequence.images
+            padding += sequence.free
+        self._packed += 1
+        self._check_open_documents()
+        return Layout(sequences, images, padding)
 
     def get_state(self) -> dict[str, Any]:
         """Which documents are open and how far each has been packed; ready for JSON."""
         return {
             "packed": self._packed,
-            "waiting": [reading.reference() for reading in self._waiting],
-            "tails": [reading.reference() for reading in self._tails],
+            "pending_images": [cursor.reference() for cursor in self._pending_images],
+            "pending_text": [cursor.reference() for cursor in self._pending_text],
         }
 
     def set_state(self, state: dict[str, Any], fetch: Callable[[str, int], np.ndarray]) -> None:
-        """Go on from a state.
+        """Continue from a state.
 
         Args:
             state: from `get_state`.
-            fetch: source and row → the document's ids.
+            fetch: source and shard row → the document's ids.
         """
 
         def reopen(references: list[list[Any]]) -> list[DocumentCursor]:
@@ -220,179 +211,175 @@ class Packer:
             ]
 
         self._packed = state["packed"]
-        self._waiting, self._tails = reopen(state["waiting"]), reopen(state["tails"])
+        self._pending_images = reopen(state["pending_images"])
+        self._pending_text = reopen(state["pending_text"])
 
     def _quotas(self) -> list[int]:
-        """Images of each row: as even as possible, the remainder moving from row to row."""
+        """Images of each sequence: as even as possible; the remainder rotates between batches."""
         each, rest = divmod(self._images, self._micro_batch_size)
         return [
-            each + ((row + self._packed) % self._micro_batch_size < rest)
-            for row in range(self._micro_batch_size)
+            each + ((index + self._packed) % self._micro_batch_size < rest)
+            for index in range(self._micro_batch_size)
         ]
+
+    def _empty_sequence(self, quota: int) -> "_Sequence":
+        return _Sequence(self._sequence_length, quota, self._vocabulary.image_span)
 
     def _open(self, document: EncodedDocument, offset: int = 0) -> "DocumentCursor":
         return DocumentCursor(document, self._vocabulary.begin_image, offset)
 
-    def _place_images(self, row: "_Row") -> None:
-        """Meet the row's quota, or release its space if the documents have run out."""
-        while row.missing:
-            reading = next(filter(row.fits, self._waiting), None) or self._pull(row)
-            if reading is None:
-                row.release()
+    def _place_images(self, sequence: "_Sequence") -> None:
+        """Meet the sequence's quota, or release its positions if there are no more documents."""
+        while sequence.missing_images:
+            cursor = next(filter(sequence.fits, self._pending_images), None)
+            cursor = cursor or self._open_next(sequence)
+            if cursor is None:
+                sequence.release()
                 return
-            while row.missing and reading.images_left and row.fits(reading):
-                row.place_image(reading)
-            if not reading.images_left:
-                self._waiting.remove(reading)
-                # A caption after its image stays with it, as far as it is fair to the others.
-                row.place_text(reading, min(reading.text_ahead, row.unclaimed))
+            while sequence.missing_images and cursor.images_left and sequence.fits(cursor):
+                sequence.place_image(cursor)
+            if not cursor.images_left:
+                self._pending_images.remove(cursor)
+                # A caption after its image stays with it, if that leaves others their text share.
+                sequence.place_text(cursor, min(cursor.text_ahead, sequence.unshared))
 
-    def _pull(self, row: "_Row") -> "DocumentCursor | None":
-        """Open with_images documents until one fits the row; None if there are no more."""
+    def _open_next(self, sequence: "_Sequence") -> "DocumentCursor | None":
+        """Open documents with images until one fits the sequence; None if there are no more."""
         for document in self._with_images:
-            reading = self._open(document)
-            self._waiting.append(reading)
-            if row.fits(reading):
-                return reading
-            self._check_open()
+            cursor = self._open(document)
+            self._pending_images.append(cursor)
+            if sequence.fits(cursor):
+                return cursor
+            self._check_open_documents()
         return None
 
-    def _place_text(self, row: "_Row") -> None:
-        """Fill the row: first what belongs to its images, then older text, then new text."""
-        for reading in [*row.readings, *self._tails, *self._waiting]:
-            # The text nearest to an image is kept for the row in which the image stands.
-            keep = self._fair if reading.images_left else 0
-            row.place_text(reading, min(max(reading.text_ahead - keep, 0), row.slack))
-        while row.slack and (document := next(self._text, None)) is not None:
-            reading = self._open(document)
-            row.place_text(reading, min(reading.text_ahead, row.slack))
-        begun = dict.fromkeys([*self._tails, *row.readings])
-        self._tails = [
-            reading for reading in begun if reading.text_ahead and not reading.images_left
+    def _place_text(self, sequence: "_Sequence") -> None:
+        """Fill the sequence: text of its own documents, then of open ones, then of new ones."""
+        for cursor in [*sequence.starts, *self._pending_text, *self._pending_images]:
+            # The text just before an image is kept for the sequence of the image.
+            keep = self._text_share if cursor.images_left else 0
+            sequence.place_text(cursor, min(max(cursor.text_ahead - keep, 0), sequence.free))
+        while sequence.free and (document := next(self._text, None)) is not None:
+            cursor = self._open(document)
+            sequence.place_text(cursor, min(cursor.text_ahead, sequence.free))
+        self._pending_text = [
+            cursor
+            for cursor in dict.fromkeys([*self._pending_text, *sequence.starts])
+            if cursor.text_ahead and not cursor.images_left
         ]
 
-    def _check_open(self) -> None:
-        """Give up when documents open faster than their text finds room."""
-        still_open = [*self._waiting, *self._tails]
-        if len(still_open) < self._patience:
+    def _check_open_documents(self) -> None:
+        """Stop if text accumulates: documents are opened faster than they are packed."""
+        cursors = [*self._pending_images, *self._pending_text]
+        if len(cursors) < self._max_open_documents:
             return
-        lengths = sum(len(reading.document.ids) for reading in still_open)
-        images = max(sum(reading.images for reading in still_open), 1)
+        tokens = sum(len(cursor.document.ids) for cursor in cursors)
+        images = max(sum(cursor.images for cursor in cursors), 1)
         raise UserError(
-            f"{len(still_open)} documents wait to be packed further: they bring "
-            f"{lengths / images - self._vocabulary.image_span:.0f} text tokens with each "
-            f"image, but the fullest of {self._micro_batch_size} sequences of {self._row_length} "
-            f"have room for "
-            f"{self._fair} beside each of theirs ({self._images} images in all); "
+            f"{len(cursors)} documents wait to be packed further: they have "
+            f"{tokens / images - self._vocabulary.image_span:.0f} text tokens beside each image, "
+            f"but {self._images} images in {self._micro_batch_size} sequences of "
+            f"{self._sequence_length} leave room for {self._text_share} in the fullest sequence; "
             "lower image_share, raise sequence_length or shorten the texts beside images"
         )
 
 
 class DocumentCursor:
-    """A document that is being packed: how far, and what comes next."""
+    """A document that is being packed: how far it is packed, and what comes next."""
 
     def __init__(self, document: EncodedDocument, begin_image: int, offset: int) -> None:
         self.document = document
         self.offset = offset
         starts = np.flatnonzero(document.ids == begin_image).tolist()
         self.images = len(starts)
-        # Where text ends: at each image, and at the document's end.
+        # Where text ends: before each image, and at the document's end.
         self._text_ends = [*starts, len(document.ids)]
         self._next = bisect_left(self._text_ends, offset)
 
     @property
     def images_left(self) -> int:
-        """Images still to come."""
+        """Number of images to come."""
         return self.images - self._next
 
     @property
     def text_ahead(self) -> int:
-        """Text tokens before the next image, or before the end."""
+        """Number of text tokens before the next image, or before the end."""
         return self._text_ends[self._next] - self.offset
 
-    def pass_image(self, span: int) -> None:
-        """Go on behind the next image, which covers `span` tokens."""
+    def skip_image(self, span: int) -> None:
+        """Move past the next image, which has `span` tokens."""
         self.offset = self._text_ends[self._next] + span
         self._next += 1
 
     def reference(self) -> list[Any]:
-        """Source, row and offset, ready for JSON."""
+        """Source, shard row and offset, ready for JSON."""
         return [self.document.source, self.document.row, self.offset]
 
 
-class _Piece(NamedTuple):
-    source: str
-    row: int
-    ids: np.ndarray
-    start: int
-    stop: int
-
-
-class _Row:
-    """The space of one row while it is given away.
+class _Sequence:
+    """A sequence while it is being filled.
 
     Attributes:
-        missing: images still to be placed; their space is reserved.
-        images: images placed.
-        slack: positions that are neither used nor reserved.
-        fair: text that each image of the quota may bring along in any case.
-        readings: the documents in the row, each with the offset at which its piece begins.
+        missing_images: images of the quota that are not placed yet; their positions are reserved.
+        images: number of images placed.
+        free: number of positions that are neither used nor reserved.
+        text_share: free positions that each image of the quota may use in any case.
+        starts: the documents in the sequence, each with the offset at which its piece begins.
     """
 
     def __init__(self, length: int, quota: int, span: int) -> None:
-        self.missing = quota
+        self.missing_images = quota
         self.images = 0
-        self.slack = length - quota * span
-        self.fair = self.slack // quota if quota else 0
-        self.readings: dict[DocumentCursor, int] = {}
+        self.free = length - quota * span
+        self.text_share = self.free // quota if quota else 0
+        self.starts: dict[DocumentCursor, int] = {}
         self._span = span
 
     @property
-    def unclaimed(self) -> int:
-        """Slack beyond the fair share of every missing image."""
-        return self.slack - self.missing * self.fair
+    def unshared(self) -> int:
+        """Free positions beyond the text shares of the missing images."""
+        return self.free - self.missing_images * self.text_share
 
-    def fits(self, reading: DocumentCursor) -> bool:
-        """Whether the next image, with the text before it, may be placed."""
-        return reading.text_ahead <= self.unclaimed + self.fair
+    def fits(self, cursor: DocumentCursor) -> bool:
+        """Whether the document's next image may be placed, with the text before it."""
+        return cursor.text_ahead <= self.unshared + self.text_share
 
-    def place_image(self, reading: DocumentCursor) -> None:
-        """Location the document's next image and the text before it."""
-        self.place_text(reading, reading.text_ahead)
-        self.readings.setdefault(reading, reading.offset)
-        reading.pass_image(self._span)
-        self.missing -= 1
+    def place_image(self, cursor: DocumentCursor) -> None:
+        """Place the document's next image and the text before it."""
+        self.place_text(cursor, cursor.text_ahead)
+        self.starts.setdefault(cursor, cursor.offset)
+        cursor.skip_image(self._span)
+        self.missing_images -= 1
         self.images += 1
 
-    def place_text(self, reading: DocumentCursor, tokens: int) -> None:
-        """Location so many of the document's next text tokens."""
+    def place_text(self, cursor: DocumentCursor, tokens: int) -> None:
+        """Place the document's next text tokens."""
         if tokens:
-            self.readings.setdefault(reading, reading.offset)
-            reading.offset += tokens
-            self.slack -= tokens
+            self.starts.setdefault(cursor, cursor.offset)
+            cursor.offset += tokens
+            self.free -= tokens
 
     def release(self) -> None:
-        """Give up the images that are missing; their space becomes slack."""
-        self.slack += self.missing * self._span
-        self.missing = 0
+        """Turn the positions that are reserved for missing images into free ones."""
+        self.free += self.missing_images * self._span
+        self.missing_images = 0
 
-    def pieces(self) -> list[_Piece]:
-        """What the row holds: one piece a document, since its tokens in the row are adjacent."""
+    def pieces(self) -> list[Piece]:
+        """One piece for each document, whose tokens in the sequence are adjacent."""
         return [
-            _Piece(*reading.document, start, reading.offset)
-            for reading, start in self.readings.items()
+            Piece(cursor.document, start, cursor.offset) for cursor, start in self.starts.items()
         ]
 
 
-def _write_sequence(batch: Batch, row: int, pieces: list[_Piece]) -> None:
-    """Write a row's pieces one behind the other."""
-    at = 0
-    for number, (_, _, ids, start, stop) in enumerate(pieces):
-        end = at + stop - start
-        batch.tokens_BS[row, at:end] = ids[start:stop]
-        # One id beyond the piece; at the document's end there is none and the last label stays.
-        following = ids[start + 1 : stop + 1]
-        batch.labels_BS[row, at : at + len(following)] = following
-        batch.documents_BS[row, at:end] = number
-        batch.positions_BS[row, at:end] = np.arange(end - at)
-        at = end
+def _write_sequence(batch: Batch, index: int, pieces: list[Piece]) -> None:
+    """Write the pieces of a sequence one after another."""
+    position = 0
+    for number, (document, start, stop) in enumerate(pieces):
+        end = position + stop - start
+        batch.tokens_BS[index, position:end] = document.ids[start:stop]
+        # The next id of each token; the document's last token has none and keeps NO_LABEL.
+        following = document.ids[start + 1 : stop + 1]
+        batch.labels_BS[index, position : position + len(following)] = following
+        batch.documents_BS[index, position:end] = number
+        batch.positions_BS[index, position:end] = np.arange(end - position)
+        position = end

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from moma.data.batches.budget import Budget
 from moma.data.batches.iterator import warn_unused_images
-from moma.data.batches.packing import image_budget
 from moma.data.config import DataConfig, PrepareConfig
 from moma.data.encode.parts import copy_rejected
 from moma.data.encode.read_ahead import ImageReader
@@ -130,7 +130,7 @@ def _check_budget(
     known = [folder, *([Tokenizers(data.tokenizers)] if data.tokenizers else [])]
     made = next((one.vocabulary for one in known if one.vocabulary.exists()), None)
     vocabulary = Vocabulary.load(made) if made else _outline(text, codec)
-    image_budget(data.micro_batch_size, data.sequence_length, data.image_share, vocabulary)
+    Budget.of(data, vocabulary)
 
 
 def _outline(text: TextTokenizerConfig, codec: CodecConfig) -> Vocabulary:

@@ -55,9 +55,9 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
         tokens, labels = batch.tokens_BS[real].tolist(), batch.labels_BS[real].tolist()
         found_ids.update(tokens)
         found_pairs.update(zip(tokens, labels, strict=True))
-        # Whole images: behind each beginning its codes and its end, in the same row.
-        for row, at in np.argwhere(batch.tokens_BS == vocabulary.begin_image):
-            span = batch.tokens_BS[row, at : at + vocabulary.image_span]
+        # Whole images: after each beginning its codes and its end, in the same sequence.
+        for index, at in np.argwhere(batch.tokens_BS == vocabulary.begin_image):
+            span = batch.tokens_BS[index, at : at + vocabulary.image_span]
             assert np.isin(span[1:-1], vocabulary.image_codes).all()
             assert span[-1] == vocabulary.end_image
     assert found_ids == ids and found_pairs == pairs

@@ -11,27 +11,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.data.batches.packing import NO_LABEL, Batch, Packer
 from moma.data.config import DataConfig
-from moma.data.documents import Document, ImageRef
+from moma.data.documents import Document
 from moma.data.encode.source import encode_source
 from moma.errors import UserError
 from moma.recipe import check
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary, solid_image
 
-VOCABULARY = Vocabulary(
-    size=5000,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(5, 21)),
-    codes_per_image=4,
-)
+VOCABULARY = make_vocabulary(5000)
 ARRAYS = ("tokens_BS", "labels_BS", "documents_BS", "positions_BS")
 
 
@@ -46,7 +36,7 @@ class Source:
     def documents(self):
         for number in self.numbers:
             words = " ".join([str(number)] * (1 + number % 7))
-            image = ImageRef("", lambda: Image.new("L", (1, 1)))
+            image = solid_image(0, (1, 1), "L")
             segments = (words, image) if self.with_images(number) else (words,)
             yield Document(str(number), segments, held_out=number % 4 == 3)
 
@@ -92,7 +82,7 @@ def batches_of(folder, seed=1, rank=0, world_size=1, split="train", repeat=None,
 
 
 def numbers_in(batches):
-    """How often each document was begun: by the word after its beginning."""
+    """How often each document was started: by the word after its beginning."""
     found: Counter[int] = Counter()
     for batch in batches:
         tokens, labels = batch.tokens_BS, batch.labels_BS
@@ -157,7 +147,7 @@ def test_ranks_share_the_documents(folder):
     assert sum(parts, Counter()) == expected_words(False)
 
 
-def test_seeds_decide_the_order(folder):
+def test_the_seed_determines_the_order(folder):
     first = take(batches_of(folder, seed=1), 3)
     assert_same(first, take(batches_of(folder, seed=1), 3))
     with pytest.raises(AssertionError):
@@ -198,7 +188,7 @@ def test_a_restored_state_gives_the_same_batches(folder, before):
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
 def test_workers_change_nothing(folder, workers):
-    """Saved after any batch with so many workers, restored with any number: the same 100 follow."""
+    """Saved after any batch, restored with any number of workers: the same 100 follow."""
 
     def opened(count):
         config = config_of(folder, workers=count, prefetch=3)
@@ -219,7 +209,7 @@ def test_workers_change_nothing(folder, workers):
                 assert_same(expected[at : at + 100], take(restored, 100))
 
 
-def test_what_goes_wrong_in_the_background_is_raised(folder, monkeypatch):
+def test_an_error_in_the_background_is_raised(folder, monkeypatch):
     def break_down(self):
         raise UserError("no room")
 
@@ -234,7 +224,7 @@ def test_what_goes_wrong_in_the_background_is_raised(folder, monkeypatch):
 
 @pytest.mark.parametrize(("old", "new"), [(1, 2), (2, 1), (2, 4), (4, 2), (3, 2), (2, 3)])
 @pytest.mark.parametrize("steps", [0, 1, 4])
-def test_another_number_of_ranks_goes_on_without_loss(folder, old, new, steps):
+def test_another_number_of_ranks_continues_without_loss(folder, old, new, steps):
     def ranks(count):
         configs = [config_of(folder, workers=1, prefetch=2) for _ in range(count)]
         batches = [
@@ -262,14 +252,14 @@ kinds = st.lists(st.lists(st.none() | st.integers(1, 45), min_size=1, max_size=6
 
 
 class Random:
-    """Documents of a kind each: how many words, and where images stand."""
+    """A document for each kind: numbers of words, and None for an image."""
 
     def __init__(self, name, first, kinds):
         self.name, self.first, self.kinds = name, first, kinds
 
     def documents(self):
         for number, kind in enumerate(self.kinds, self.first):
-            image = ImageRef("", lambda: Image.new("L", (1, 1)))
+            image = solid_image(0, (1, 1), "L")
             segments = [image if part is None else " ".join([str(number)] * part) for part in kind]
             yield Document(str(number), tuple(segments), held_out=False)
 
@@ -318,7 +308,7 @@ def test_states_of_other_data_or_ranks_are_refused(folder):
         batches_of(folder, world_size=2).set_state(state)
 
 
-def test_rows_may_change_between_saving_and_restoring(folder):
+def test_the_batch_shape_may_change_between_saving_and_restoring(folder):
     batches = batches_of(folder, repeat=False)
     found = take(batches, 3)
     longer = batches_of(folder, repeat=False, micro_batch_size=1, sequence_length=64)

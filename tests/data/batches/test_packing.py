@@ -1,4 +1,4 @@
-"""The packer against what a reader of its docstring would expect, on random documents."""
+"""The packer's promises, checked on random documents."""
 
 import itertools
 import json
@@ -8,21 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.data.batches.packing import NO_LABEL, EncodedDocument, Packer, empty_batch, image_budget
+from moma.data.batches.packing import NO_LABEL, EncodedDocument, Packer
 from moma.errors import UserError
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary
 
 CODES = 4
-VOCABULARY = Vocabulary(
-    size=60_000,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(5, 25)),
-    codes_per_image=CODES,
-)
+VOCABULARY = make_vocabulary(60_000, codes=range(5, 25), codes_per_image=CODES)
 SPAN = VOCABULARY.image_span
 FIRST_TEXT = 25
 
@@ -39,8 +30,8 @@ def encode(row, segments, source="a"):
     return EncodedDocument(source, row, np.array([*ids, VOCABULARY.end], dtype=np.uint16))
 
 
-def documents_of(kinds):
-    return [encode(row, segments) for row, segments in enumerate(kinds)]
+def documents_of(kinds, first=0):
+    return [encode(row, segments) for row, segments in enumerate(kinds, first)]
 
 
 def images_in(documents):
@@ -75,12 +66,12 @@ def pack_all(packer, limit=2_000):
 
 def pieces_of(batch):
     """(tokens, labels) of every piece, by reading the arrays as the model would."""
-    for row in range(len(batch.tokens_BS)):
-        for number in range(batch.documents_BS[row].max() + 1):
-            (where,) = np.nonzero(batch.documents_BS[row] == number)
+    for index, documents_S in enumerate(batch.documents_BS):
+        for number in range(documents_S.max() + 1):
+            (where,) = np.nonzero(documents_S == number)
             assert (np.diff(where) == 1).all()
-            assert (batch.positions_BS[row, where] == np.arange(len(where))).all()
-            yield batch.tokens_BS[row, where], batch.labels_BS[row, where]
+            assert (batch.positions_BS[index, where] == np.arange(len(where))).all()
+            yield batch.tokens_BS[index, where], batch.labels_BS[index, where]
 
 
 def assert_shows_once(batches, documents):
@@ -102,10 +93,10 @@ def assert_shows_once(batches, documents):
 @given(kinds_with_images, text_kinds, shapes)
 @settings(deadline=None, max_examples=150)
 def test_an_epoch_shows_every_token_once_and_in_order(with_images, text, shape):
-    rows, length, images = shape
+    batch_size, length, images = shape
     image_documents = documents_of(with_images) if images else []
-    with_text = [encode(100 + row, kind) for row, kind in enumerate(text)]
-    packer = Packer(rows, length, images, VOCABULARY, iter(image_documents), iter(with_text))
+    with_text = documents_of(text, first=100)
+    packer = Packer(batch_size, length, images, VOCABULARY, iter(image_documents), iter(with_text))
     batches = pack_all(packer)
     assert_shows_once(batches, image_documents + with_text)
     assert packer.open_documents == (0, 0)
@@ -113,27 +104,27 @@ def test_an_epoch_shows_every_token_once_and_in_order(with_images, text, shape):
 
 @given(kinds_with_images.filter(len), text_kinds.filter(len), shapes)
 @settings(deadline=None, max_examples=150)
-def test_every_micro_batch_is_full_and_meets_its_budget(with_images, text, shape):
-    rows, length, images = shape
+def test_every_micro_batch_is_full_and_meets_the_budget(with_images, text, shape):
+    batch_size, length, images = shape
     documents = documents_of(with_images)
     packer = Packer(
-        rows,
+        batch_size,
         length,
         images,
         VOCABULARY,
         itertools.cycle(documents),
-        itertools.cycle(encode(100 + row, kind) for row, kind in enumerate(text)),
+        itertools.cycle(documents_of(text, first=100)),
         max_open_documents=500,
     )
     for _ in range(20):
         try:
             batch = packer.pack()
-        except UserError:  # only where texts are long for the rows
-            fullest = -(-images // rows)
+        except UserError:  # only where texts are long for the sequences
+            fullest = -(-images // batch_size)
             if max(length_before_an_image(documents)) > length // fullest - SPAN:
                 return
             text_of_each = sum(len(ids) for *_, ids in documents) / images_in(documents) - SPAN
-            assert text_of_each > 0.8 * (rows * length / images - SPAN)
+            assert text_of_each > 0.8 * (batch_size * length / images - SPAN)
             return
         assert batch.images == images
         assert (batch.tokens_BS == VOCABULARY.begin_image).sum() == images
@@ -144,10 +135,10 @@ def test_every_micro_batch_is_full_and_meets_its_budget(with_images, text, shape
 @given(kinds_with_images, text_kinds, shapes)
 @settings(deadline=None, max_examples=100)
 def test_no_image_is_cut(with_images, text, shape):
-    rows, length, images = shape
-    with_text = [encode(100 + row, kind) for row, kind in enumerate(text)]
+    batch_size, length, images = shape
+    with_text = documents_of(text, first=100)
     streams = iter(documents_of(with_images)), iter(with_text)
-    for batch in pack_all(Packer(rows, length, images, VOCABULARY, *streams)):
+    for batch in pack_all(Packer(batch_size, length, images, VOCABULARY, *streams)):
         for tokens, _ in pieces_of(batch):
             starts = np.flatnonzero(tokens == VOCABULARY.begin_image)
             codes = np.isin(tokens, VOCABULARY.image_codes)
@@ -159,26 +150,46 @@ def test_no_image_is_cut(with_images, text, shape):
 
 @given(kinds_with_images, text_kinds, shapes, st.integers(0, 5))
 @settings(deadline=None, max_examples=100)
-def test_a_restored_packer_goes_on_identically(with_images, text, shape, before):
-    rows, length, images = shape
-    documents = [
-        *documents_of(with_images),
-        *(encode(100 + r, kind) for r, kind in enumerate(text)),
-    ]
-    by_place = {(d.source, d.row): d.ids for d in documents}
-    streams = iter(documents[: len(with_images)]), iter(documents[len(with_images) :])
-    packer = Packer(rows, length, images, VOCABULARY, *streams)
+def test_a_restored_packer_continues_identically(with_images, text, shape, before):
+    batch_size, length, images = shape
+    documents = documents_of(with_images), documents_of(text, first=100)
+    by_location = {(d.source, d.row): d.ids for d in itertools.chain(*documents)}
+    taken: tuple[list, list] = ([], [])
+
+    def recorded(kind):
+        for document in documents[kind]:
+            taken[kind].append(document)
+            yield document
+
+    packer = Packer(batch_size, length, images, VOCABULARY, recorded(0), recorded(1))
     for _ in range(before):
         packer.pack()
     state = json.loads(json.dumps(packer.get_state()))
-    rest = [list(stream) for stream in streams]
-    restored = Packer(rows, length, images, VOCABULARY, iter(rest[0]), iter(rest[1]))
-    restored.set_state(state, lambda source, row: by_place[source, row])
-    packer._with_images, packer._text = map(iter, rest)
+    rest = [iter(documents[kind][len(taken[kind]) :]) for kind in (0, 1)]
+    restored = Packer(batch_size, length, images, VOCABULARY, rest[0], rest[1])
+    restored.set_state(state, lambda source, row: by_location[source, row])
     for _ in range(5):
         expected, found = packer.pack(), restored.pack()
+        assert found.origins == expected.origins
         for name in ("tokens_BS", "labels_BS", "documents_BS", "positions_BS"):
             assert (getattr(expected, name) == getattr(found, name)).all()
+
+
+@given(kinds_with_images, text_kinds, shapes)
+@settings(deadline=None, max_examples=50)
+def test_a_layout_is_that_of_the_batch(with_images, text, shape):
+    batch_size, length, images = shape
+    packers = []
+    for _ in range(2):
+        streams = iter(documents_of(with_images)), iter(documents_of(text, first=100))
+        packers.append(Packer(batch_size, length, images, VOCABULARY, *streams))
+    for _ in range(5):
+        layout, batch = packers[0].place(), packers[1].pack()
+        assert (layout.images, layout.padding) == (batch.images, batch.padding)
+        assert batch.padding == (batch.documents_BS < 0).sum()
+        pieces = itertools.chain.from_iterable(layout.sequences)
+        for (document, start, stop), (tokens, _) in zip(pieces, pieces_of(batch), strict=True):
+            assert (document.ids[start:stop] == tokens).all()
 
 
 def test_short_captions_stay_with_their_image():
@@ -192,13 +203,13 @@ def test_short_captions_stay_with_their_image():
                 assert labels[-1] == NO_LABEL
 
 
-def test_text_longer_than_a_row_is_drained_before_its_image():
+def test_text_longer_than_a_sequence_is_packed_before_its_image():
     with_images = itertools.cycle([encode(0, [100, None]), encode(1, [None])])
     packer = Packer(2, 40, 2, VOCABULARY, with_images, iter([]))
     assert sum(packer.pack().images for _ in range(30)) == 60
 
 
-def test_quotas_differ_by_at_most_one_and_take_turns():
+def test_quotas_differ_by_at_most_one_and_rotate():
     with_images = itertools.cycle([encode(0, [None])])
     text = itertools.cycle([encode(100, [30])])
     packer = Packer(3, 40, 4, VOCABULARY, with_images, text)
@@ -207,7 +218,7 @@ def test_quotas_differ_by_at_most_one_and_take_turns():
     assert (np.sum(counts, axis=0) == 4).all()
 
 
-def test_padding_fills_rows_without_text():
+def test_sequences_without_text_are_padded():
     packer = Packer(2, 20, 2, VOCABULARY, itertools.cycle([encode(0, [None])]), iter([]))
     batch = packer.pack()
     assert batch.padding == 40 - 2 * (SPAN + 2)
@@ -218,24 +229,10 @@ def test_padding_fills_rows_without_text():
     assert (batch.positions_BS[padded] == 0).all()
 
 
-def test_too_much_text_beside_images_is_refused_with_numbers():
+def test_accumulating_text_is_refused_with_numbers():
     with_images = itertools.cycle([encode(0, [100, None])])
     packer = Packer(1, 20, 3, VOCABULARY, with_images, iter([]), max_open_documents=50)
-    with pytest.raises(UserError, match=r"50 documents wait.*102 text tokens.*room for 0 .*lower"):
+    with pytest.raises(
+        UserError, match=r"50 documents wait.*102 text tokens.*room for 0 in the fullest .*lower"
+    ):
         packer.pack()
-
-
-def test_budget_is_a_whole_number_of_images():
-    assert image_budget(3, 40, 0.3, VOCABULARY) == 9
-    assert image_budget(3, 40, 0.0, VOCABULARY) == 0
-    assert image_budget(3, 40, 0.16666, VOCABULARY) == 5
-    with pytest.raises(UserError, match=r"0\.31.* 9\.3 images.*0\.3 \(9 .*0\.333333 \(10 "):
-        image_budget(3, 40, 0.31, VOCABULARY)
-    with pytest.raises(UserError, match=r"at most 6 images"):
-        image_budget(3, 40, 1.0, VOCABULARY)
-
-
-def test_an_empty_batch_is_padding():
-    batch = empty_batch(2, 5, VOCABULARY)
-    assert batch.padding == 10 and batch.images == 0
-    assert (batch.labels_BS == NO_LABEL).all()
