@@ -1,11 +1,12 @@
-"""Parameters and floating-point operations, counted from the configuration alone.
+"""Parameters and floating-point operations, computed from the configuration.
 
-The one place that counts: the trainer, plans and every comparison ask here. A multiply-add is two
-operations; attention counts the full products of queries and keys, masked or not, as
-`torch.utils.flop_counter` does; elementwise work is left out. Backward costs twice the forward.
+The only place that counts them; the trainer, plans and comparisons use it. A multiply-add is two
+operations. Attention counts the full products of queries and keys, masked or not, like
+`torch.utils.flop_counter`. Elementwise operations are not counted. The backward pass costs twice
+the forward pass.
 
-Under static capacity some slots of mixture-of-depths stay empty; they are counted apart, by
-`empty_slot_flops`, and belong to no other count.
+Under static capacity with mixture-of-depths, some slots of single-expert groups are empty. Only
+`empty_slot_flops` counts them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,21 +18,22 @@ from moma.model.routing import static_capacity
 from moma.vocabulary import MODALITIES
 
 Counts = dict[str, float]
-# Of layers without a gate (`full`), of those with one (`gated`), and of what is `outside` layers.
+# Counts of the layers without (`full`) and with (`gated`) mixture-of-depths, and of the parts
+# `outside` the layers.
 CountsByKind = dict[str, Counts]
 
 _PARTS = ("embedding", "attention", "norms", "experts", "routers", "depth", "head")
 
 
 class LayerKind(NamedTuple):
-    """Layers that are alike, and what reaches them of micro_batch_size × sequence_length tokens.
+    """Layers of the same kind, and the tokens of a micro-batch that they process.
 
     Attributes:
-        layers: how many there are.
-        token_fraction: part of the tokens that attention and experts meet: 1, or what a gate lets
-        through.
-        tokens: that many of them.
-        pairs: of queries and keys in the attention products.
+        layers: number of layers.
+        token_fraction: fraction of the tokens that attention and experts process: 1, or the
+            capacity factor of mixture-of-depths.
+        tokens: number of those tokens.
+        pairs: number of query-key pairs in attention.
     """
 
     layers: int
@@ -40,56 +42,79 @@ class LayerKind(NamedTuple):
     pairs: int
 
 
+class ExpertSlots(NamedTuple):
+    """Slots of a layer's experts under static capacity, whether they hold a token or not.
+
+    Attributes:
+        routed: of groups with a router.
+        single: of groups of one expert for some of the modalities.
+        dense: of groups of one expert for all modalities.
+    """
+
+    routed: int
+    single: int
+    dense: int
+
+
 def layer_kinds(
     config: ModelConfig, micro_batch_size: int, sequence_length: int
 ) -> list[LayerKind]:
-    """The layers without and those with a gate, which may be none."""
+    """Return the layers without mixture-of-depths and, if it is used, those with it."""
     gated, tokens = len(config.depth_layers), micro_batch_size * sequence_length
     kinds = [LayerKind(config.layers - gated, 1.0, tokens, tokens * sequence_length)]
     depth = config.depth_config
     if depth is None:
         return kinds
     if depth.scope == "sequence":
-        chosen = static_capacity(depth.capacity_factor, sequence_length)
-        return [
-            *kinds,
-            LayerKind(
-                gated,
-                depth.capacity_factor,
-                micro_batch_size * chosen,
-                micro_batch_size * chosen**2,
-            ),
-        ]
-    chosen = static_capacity(depth.capacity_factor, tokens)
-    # One sequence of all that are chosen; a long one is cut into windows, see `AttentionMask`.
-    windows = -(-chosen // sequence_length)
-    pairs = (
-        chosen**2
-        if chosen <= 2 * sequence_length
-        else windows * sequence_length * 2 * sequence_length
-    )
-    return [*kinds, LayerKind(gated, depth.capacity_factor, chosen, pairs)]
+        selected = static_capacity(depth.capacity_factor, sequence_length)
+        pairs, selected = micro_batch_size * selected**2, micro_batch_size * selected
+    else:
+        selected = static_capacity(depth.capacity_factor, tokens)
+        # All selected tokens form one sequence; a long one is split into windows (`AttentionMask`).
+        windows = -(-selected // sequence_length)
+        is_long = selected > 2 * sequence_length
+        pairs = windows * 2 * sequence_length**2 if is_long else selected**2
+    return [*kinds, LayerKind(gated, depth.capacity_factor, selected, pairs)]
+
+
+def expert_slots(
+    config: ModelConfig,
+    kind: LayerKind,
+    shares: Sequence[float],
+    modalities: Sequence[str] = MODALITIES,
+) -> ExpertSlots:
+    """Return the slots that one layer allocates; `grouped` limits those of single experts."""
+    routed = single = dense = 0
+    for group in config.group_list:
+        share = group_share(group, shares, modalities, kind.token_fraction)
+        slots = group.experts * static_capacity(share, kind.tokens, group.experts)
+        if group.experts > 1:
+            routed += slots
+        elif len(group.modalities) == len(modalities):
+            dense += slots
+        else:
+            single += slots
+    if config.implementation == "grouped":
+        groups = _single_expert_groups(config, modalities)
+        overlap = max_groups_per_modality(group.modalities for group in groups)
+        single = min(single, overlap * kind.tokens)
+    return ExpertSlots(routed, single, dense)
 
 
 def sum_over_kinds(by_kind: Mapping[str, Counts]) -> Counts:
-    """Counts of layers of every kind, and of what is outside them, added up part by part."""
+    """Sum counts over the kinds of layers and the parts outside, part by part."""
     counts = by_kind.values()
     found = [part for part in _PARTS if any(part in each for each in counts)]
     return {part: sum(each.get(part, 0) for each in counts) for part in found}
 
 
-def parameters(config: ModelConfig, vocabulary_size: int) -> Counts:
-    """Number of parameters by kind of part, the auxiliary routers' left out.
+def parameters(config: ModelConfig, vocabulary_size: int) -> CountsByKind:
+    """Count the parameters, without those of auxiliary routers.
 
     Returns:
-        `embedding`, `attention` with its norms of queries and keys, `norms`, `experts`, `routers`
-        of experts, `depth` (the gates), `head`.
+        By kind of layer: `embedding`, `attention` with its norms of queries and keys, `norms`,
+        `experts`, `routers` (of experts), `depth` (depth routers), `head`.
     """
-    return sum_over_kinds(parameters_by_kind(config, vocabulary_size))
-
-
-def parameters_by_kind(config: ModelConfig, vocabulary_size: int) -> CountsByKind:
-    """The same by kind of layer, as in `CountsByKind`."""
     layer, gated = _layer_parameters(config), len(config.depth_layers)
     return {
         "full": _times(config.layers - gated, layer),
@@ -103,9 +128,9 @@ def parameters_by_kind(config: ModelConfig, vocabulary_size: int) -> CountsByKin
 
 
 def auxiliary_parameters(config: ModelConfig) -> int:
-    """Number of parameters of the auxiliary routers, which are trained afterwards."""
+    """Count the parameters of the auxiliary routers."""
     half = config.dim // 2
-    experts = sum(half * (config.dim + group.experts) for group in _routed(config))
+    experts = sum(half * (config.dim + group.experts) for group in _routed_groups(config))
     return config.layers * experts + len(config.depth_layers) * half * (config.dim + 1)
 
 
@@ -114,35 +139,26 @@ def active_parameters(
     vocabulary_size: int,
     shares: Sequence[float],
     modalities: Sequence[str] = MODALITIES,
-) -> Counts:
-    """Number of parameters that a token meets on average, by kind of part as in `parameters`.
-
-    One expert of each group of its modality; of a layer with a gate, the part of the tokens that
-    it lets through. Embedding table and head count whole.
-    """
-    return sum_over_kinds(active_by_kind(config, vocabulary_size, shares, modalities))
-
-
-def active_by_kind(
-    config: ModelConfig,
-    vocabulary_size: int,
-    shares: Sequence[float],
-    modalities: Sequence[str] = MODALITIES,
 ) -> CountsByKind:
-    """The same by kind of layer, as in `CountsByKind`."""
-    whole, expert = _layer_parameters(config), 3 * config.dim * config.hidden_width
-    layer = whole | {
+    """Count the parameters that a token uses on average, by kind of layer and part.
+
+    That is one expert of each group of the token's modality and, with mixture-of-depths, the
+    capacity factor times a layer's. The embedding table and the head count in full.
+    """
+    layer, expert = _layer_parameters(config), 3 * config.dim * config.hidden_width
+    layer |= {
         "experts": sum(group_share(g, shares, modalities) * expert for g in config.group_list),
         "routers": sum(
-            group_share(g, shares, modalities) * config.dim * g.experts for g in _routed(config)
+            group_share(g, shares, modalities) * config.dim * g.experts
+            for g in _routed_groups(config)
         ),
     }
     depth, gated = config.depth_config, len(config.depth_layers)
-    met = depth.capacity_factor * gated if depth else 0
+    used = depth.capacity_factor * gated if depth else 0
     return {
         "full": _times(config.layers - gated, layer),
-        "gated": _times(met, layer) | {"depth": gated * config.dim},
-        "outside": parameters_by_kind(config, vocabulary_size)["outside"],
+        "gated": _times(used, layer) | {"depth": gated * config.dim},
+        "outside": parameters(config, vocabulary_size)["outside"],
     }
 
 
@@ -153,42 +169,26 @@ def forward_flops(
     micro_batch_size: int,
     sequence_length: int,
     modalities: Sequence[str] = MODALITIES,
-) -> Counts:
-    """Operations of one forward pass over a micro-batch under batch choice.
+) -> CountsByKind:
+    """Count the operations of one forward pass over a micro-batch under batch choice.
 
     Returns:
-        Operations by kind of part: `attention`, `routers`, `experts`, `depth`, `head`.
+        By kind of layer: `attention`, `routers`, `experts`, `depth`, `head`.
     """
-    return sum_over_kinds(
-        forward_by_kind(
-            config, vocabulary_size, shares, micro_batch_size, sequence_length, modalities
-        )
-    )
-
-
-def forward_by_kind(
-    config: ModelConfig,
-    vocabulary_size: int,
-    shares: Sequence[float],
-    micro_batch_size: int,
-    sequence_length: int,
-    modalities: Sequence[str] = MODALITIES,
-) -> CountsByKind:
-    """The same by kind of layer, as in `CountsByKind`."""
     tokens = micro_batch_size * sequence_length
 
-    def inside(kind: LayerKind) -> Counts:
+    def layer_flops(kind: LayerKind) -> Counts:
         projections = 4 * config.dim * (config.dim + _key_width(config))
-        slots = sum(_slots(each, kind, shares, modalities)[0] for each in config.group_list)
-        scores = sum(each.experts for each in _routed(config))
+        filled = sum(_filled_slots(g, kind, shares, modalities) for g in config.group_list)
+        routed_experts = sum(group.experts for group in _routed_groups(config))
         layer = {
             "attention": kind.tokens * projections + 4 * kind.pairs * config.dim,
-            "routers": 2 * kind.tokens * config.dim * scores,
-            "experts": 6 * slots * config.dim * config.hidden_width,
+            "routers": 2 * kind.tokens * config.dim * routed_experts,
+            "experts": 6 * filled * config.dim * config.hidden_width,
         }
         return _times(kind.layers, layer)
 
-    full, *gated = (inside(kind) for kind in layer_kinds(config, micro_batch_size, sequence_length))
+    full, *gated = map(layer_flops, layer_kinds(config, micro_batch_size, sequence_length))
     return {
         "full": full,
         "gated": {
@@ -206,20 +206,17 @@ def empty_slot_flops(
     sequence_length: int,
     modalities: Sequence[str] = MODALITIES,
 ) -> float:
-    """Operations of one forward pass on slots that hold no token, under static capacity.
+    """Count the operations of one forward pass on empty slots, under static capacity.
 
-    A lone expert behind a gate has room for every token of its modality that may come through,
-    and cannot know beforehand how many will. Run as one grouped product, lone experts share room.
+    With mixture-of-depths, a single-expert group has a slot for every token that could be of its
+    modality. The `grouped` implementation shares these slots among such groups.
     """
-    lone = [group for group in config.group_list if group.experts == 1]
-    overlap = max_groups_per_modality(group.modalities for group in lone)
     empty = 0.0
     for kind in layer_kinds(config, micro_batch_size, sequence_length):
-        slots = [_slots(group, kind, shares, modalities) for group in lone]
-        held, room = (sum(each) for each in zip(*slots, strict=True)) if slots else (0, 0)
-        if config.implementation == "grouped":
-            room = min(room, overlap * kind.tokens)
-        empty += kind.layers * 6 * (room - held) * config.dim * config.hidden_width
+        groups = _single_expert_groups(config, modalities)
+        filled = sum(_filled_slots(group, kind, shares, modalities) for group in groups)
+        allocated = expert_slots(config, kind, shares, modalities).single
+        empty += kind.layers * 6 * (allocated - filled) * config.dim * config.hidden_width
     return empty
 
 
@@ -230,9 +227,9 @@ def training_flops_per_token(
     micro_batch_size: int,
     sequence_length: int,
 ) -> float:
-    """Operations of forward and backward for one token of a micro-batch."""
-    parts = forward_flops(config, vocabulary_size, shares, micro_batch_size, sequence_length)
-    return 3 * sum(parts.values()) / (micro_batch_size * sequence_length)
+    """Count the operations of forward and backward per token of a micro-batch."""
+    flops = forward_flops(config, vocabulary_size, shares, micro_batch_size, sequence_length)
+    return 3 * sum(sum_over_kinds(flops).values()) / (micro_batch_size * sequence_length)
 
 
 def router_stage_flops_per_token(
@@ -242,29 +239,43 @@ def router_stage_flops_per_token(
     micro_batch_size: int,
     sequence_length: int,
 ) -> float:
-    """Operations of the auxiliary routers' stage: the frozen model runs forward alone."""
-    tokens = micro_batch_size * sequence_length
-    total = sum(
-        forward_flops(config, vocabulary_size, shares, micro_batch_size, sequence_length).values()
-    )
-    half = config.dim // 2
+    """Count the operations of training auxiliary routers: the frozen model only runs forward."""
+    tokens, half = micro_batch_size * sequence_length, config.dim // 2
+    flops = forward_flops(config, vocabulary_size, shares, micro_batch_size, sequence_length)
+    total = sum(sum_over_kinds(flops).values())
 
     def auxiliary(choices: int) -> int:
-        # Forward and backward of two layers, but no gradient of what the first of them reads.
+        # Forward and backward of two linear layers, without the gradient of the first one's input.
         return 2 * half * (2 * config.dim + 3 * choices)
 
     for kind in layer_kinds(config, micro_batch_size, sequence_length):
-        experts = sum(auxiliary(group.experts) for group in _routed(config))
+        experts = sum(auxiliary(group.experts) for group in _routed_groups(config))
         total += kind.layers * kind.tokens * experts
     return total / tokens + len(config.depth_layers) * auxiliary(1)
 
 
-def _routed(config: ModelConfig) -> list[GroupConfig]:
+def _routed_groups(config: ModelConfig) -> list[GroupConfig]:
     return [group for group in config.group_list if group.experts > 1]
 
 
+def _single_expert_groups(config: ModelConfig, modalities: Sequence[str]) -> list[GroupConfig]:
+    """Groups of one expert for some of the modalities."""
+    single = [group for group in config.group_list if group.experts == 1]
+    return [group for group in single if len(group.modalities) < len(modalities)]
+
+
+def _filled_slots(
+    group: GroupConfig, kind: LayerKind, shares: Sequence[float], modalities: Sequence[str]
+) -> float:
+    """Expected number of a group's slots that hold a token."""
+    share = group_share(group, shares, modalities)
+    if group.experts == 1 and kind.token_fraction < 1:
+        return share * kind.tokens
+    return group.experts * static_capacity(share, kind.tokens, group.experts)
+
+
 def _key_width(config: ModelConfig) -> int:
-    """Width of all heads of keys, or of values, together."""
+    """Total width of the key heads, or of the value heads."""
     return config.dim // config.heads * config.key_heads
 
 
@@ -274,21 +285,10 @@ def _layer_parameters(config: ModelConfig) -> Counts:
     return {
         "attention": 2 * config.dim * (config.dim + _key_width(config)) + norms,
         "experts": sum(group.experts for group in config.group_list) * expert,
-        "routers": sum(group.experts for group in _routed(config)) * config.dim,
+        "routers": sum(group.experts for group in _routed_groups(config)) * config.dim,
         "norms": 2 * config.dim,
     }
 
 
 def _times(layers: float, counts: Mapping[str, float]) -> Counts:
     return {part: layers * count for part, count in counts.items()}
-
-
-def _slots(
-    group: GroupConfig, kind: LayerKind, shares: Sequence[float], modalities: Sequence[str]
-) -> tuple[float, int]:
-    """Slots of a group that hold a token, and all that it has under static capacity."""
-    share = group_share(group, shares, modalities, kind.token_fraction)
-    room = group.experts * static_capacity(share, kind.tokens, group.experts)
-    if group.experts > 1 or kind.token_fraction == 1:
-        return room, room
-    return group_share(group, shares, modalities) * kind.tokens, room

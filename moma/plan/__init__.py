@@ -1,1 +1,1 @@
-"""Parameters, operations, memory, time and cost of a job, before it runs."""
+"""Plans of a training job: parameters, operations, memory, time and cost."""

@@ -1,10 +1,10 @@
-"""What forward and backward of a micro-batch hold in memory, counted from shapes.
+"""Activation memory of forward and backward of a micro-batch, computed from shapes.
 
-    what each layer keeps + what all layers share + the larger of: the loss, a layer's backward
+    saved by every layer + shared by all layers + the larger of: the loss, one layer's backward
 
-Counted is what automatic differentiation keeps, in rows of D, F, … numbers for a token. Compiled
-layers keep less: what lies between two products is computed again. The counts were read off real
-steps; tests hold the sums against the memory of real steps.
+Counted is what autograd saves, as vectors of D, F, … numbers per token. Compiled layers save less,
+because elementwise operations between two products are recomputed. The numbers of vectors were
+determined from real steps; tests compare the totals with the memory of real steps.
 """
 
 from typing import NamedTuple
@@ -12,23 +12,21 @@ from typing import NamedTuple
 import torch
 
 from moma.model.architecture import ModelConfig
-from moma.model.experts import group_share, max_groups_per_modality
-from moma.model.flops import LayerKind, layer_kinds
-from moma.model.routing import static_capacity
+from moma.model.flops import LayerKind, expert_slots, layer_kinds
 from moma.train.recipe import Recipe
 
 
-class _Kept(NamedTuple):
-    """Rows that a layer keeps for each token that it computes.
+class _Saved(NamedTuple):
+    """Number of vectors that a layer saves for backward, per token that it processes.
 
     Attributes:
-        width: of D, besides those below.
-        keys: as wide as all heads of keys.
-        normed: of D and as wide as the keys, more if queries and keys are normalised.
-        gated: of D, more behind a gate.
-        hidden: of F, for each slot of an expert.
-        slot: of D, for each slot of a routed expert, and of one that is alone in its group.
-        mask: whether a gated layer's own mask of attention is kept, as numbers.
+        width: of width D, apart from those below.
+        keys: of the width of all key heads.
+        normed: of width D and as many of the keys' width, if queries and keys are normalised.
+        gated: of width D, with mixture-of-depths.
+        hidden: of width F, per slot of an expert.
+        slot: of width D, per slot of a routed group and of a single-expert group.
+        mask: whether a layer with mixture-of-depths saves its own additive attention mask.
     """
 
     width: int
@@ -40,94 +38,75 @@ class _Kept(NamedTuple):
     mask: bool
 
 
-# By whether layers are compiled; and with `recompute = "selective"`, products and choices alone.
-_WHOLE = {
-    False: _Kept(8, 2, 2, 2, 4, (3, 1), True),
-    True: _Kept(6, 2, 1, 1, 3, (3, 1), True),
+# By whether layers are compiled; for `recompute = "selective"`, only products and selections.
+_ALL = {
+    False: _Saved(8, 2, 2, 2, 4, (3, 1), True),
+    True: _Saved(6, 2, 1, 1, 3, (3, 1), True),
 }
-_SELECTED = {
-    False: _Kept(8, 2, 0, 1, 2, (1, 1), False),
-    True: _Kept(6, 2, 0, 1, 2, (1, 1), False),
+_SELECTIVE = {
+    False: _Saved(8, 2, 0, 1, 2, (1, 1), False),
+    True: _Saved(6, 2, 0, 1, 2, (1, 1), False),
 }
-# Rows of D and of F that exist besides while a layer's gradients are computed.
-_WORKING = (2, 1)
+# Additional vectors of width D and F while the gradients of a layer are computed.
+_BACKWARD = (2, 1)
 
 
 def activation_bytes(recipe: Recipe, device: torch.device) -> int:
-    """The most bytes besides weights and their gradients that `pretrain` needs at once.
+    """Return the peak memory of `pretrain` in bytes, without weights and their gradients.
 
     Args:
-        recipe: `engine` tells what is computed in and what is computed again.
-        device: decides the precision, if the recipe does not.
+        recipe: `engine` determines the precision and what is recomputed.
+        device: determines the precision if the recipe does not.
     """
     config, data = recipe.model, recipe.data
-    tokens, size = (
-        data.micro_batch_size * data.sequence_length,
-        recipe.engine.compute_dtype(device).itemsize,
-    )
-    compiled, again = recipe.pretrain.compile, recipe.engine.recompute
-    kept, most = 0.0, 0.0
+    tokens = data.micro_batch_size * data.sequence_length
+    size = recipe.engine.compute_dtype(device).itemsize
+    compiled = recipe.pretrain.compile
+    saved, peak = 0.0, 0.0
     for kind in layer_kinds(config, data.micro_batch_size, data.sequence_length):
         if not kind.layers:
             continue
-        whole = size * _numbers(config, recipe.shares, kind, tokens, _WHOLE[compiled])
-        selected = size * _numbers(config, recipe.shares, kind, tokens, _SELECTED[compiled])
-        input_alone = size * tokens * config.dim
-        left = {"none": whole, "layer": input_alone, "selective": selected}[again]
-        kept += kind.layers * left
-        wide, hidden = _WORKING
-        working = size * kind.tokens * (wide * config.dim + hidden * config.hidden_width)
-        most = max(most, whole - left + working)
+        everything = size * _saved_numbers(config, recipe.shares, kind, tokens, _ALL[compiled])
+        selective = size * _saved_numbers(config, recipe.shares, kind, tokens, _SELECTIVE[compiled])
+        layer_input = size * tokens * config.dim
+        by_recompute = {"none": everything, "layer": layer_input, "selective": selective}
+        of_layer = by_recompute[recipe.engine.recompute]
+        saved += kind.layers * of_layer
+        wide, hidden = _BACKWARD
+        backward = size * kind.tokens * (wide * config.dim + hidden * config.hidden_width)
+        peak = max(peak, everything - of_layer + backward)
     shared = _shared(config, tokens, data.sequence_length, size)
     loss = _loss(tokens * recipe.text_tokenizer.vocabulary_size, compiled, size)
-    return round(kept + shared + max(most, loss))
+    return round(saved + shared + max(peak, loss))
 
 
-def _numbers(
-    config: ModelConfig, shares: tuple[float, ...], kind: LayerKind, tokens: int, kept: _Kept
+def _saved_numbers(
+    config: ModelConfig, shares: tuple[float, ...], kind: LayerKind, tokens: int, saved: _Saved
 ) -> float:
-    """Numbers that one layer of a kind keeps, of all `tokens` of the micro-batch."""
+    """Return how many numbers one layer saves for a micro-batch of `tokens` tokens."""
     gated = kind.token_fraction < 1
     keys = config.dim // config.heads * config.key_heads
-    normed = kept.normed * config.query_key_norm
-    token = (kept.width + normed + kept.gated * gated) * config.dim + (kept.keys + normed) * keys
-    found = kind.tokens * token + tokens * config.dim * gated  # a gate reads all tokens
-    if kept.mask and gated:
-        found += kind.pairs
-    routed, lone, plain = _slots(config, shares, kind)
-    found += (routed + lone + plain) * kept.hidden * config.hidden_width
-    if config.implementation == "batched":  # groups' weights are put side by side
+    normed = saved.normed * config.query_key_norm
+    token = (saved.width + normed + saved.gated * gated) * config.dim + (saved.keys + normed) * keys
+    numbers = kind.tokens * token + tokens * config.dim * gated  # a depth router reads all tokens
+    if saved.mask and gated:
+        numbers += kind.pairs
+    routed, single, dense = expert_slots(config, kind, shares)
+    numbers += (routed + single + dense) * saved.hidden * config.hidden_width
+    if config.implementation == "batched":  # the groups' weights are concatenated
         experts = sum(g.experts for g in config.group_list if g.experts > 1)
-        found += experts * 3 * config.dim * config.hidden_width
-    return found + (routed * kept.slot[0] + lone * kept.slot[1]) * config.dim
-
-
-def _slots(config: ModelConfig, shares: tuple[float, ...], kind: LayerKind) -> tuple[int, int, int]:
-    """Slots of routed experts, of experts alone in their group, of one that takes every token."""
-    routed = lone = plain = 0
-    alone = [group for group in config.group_list if group.experts == 1]
-    for group in config.group_list:
-        share = group_share(group, shares, token_fraction=kind.token_fraction)
-        room = group.experts * static_capacity(share, kind.tokens, group.experts)
-        if group.experts > 1:
-            routed += room
-        elif len(group.modalities) == len(shares):
-            plain += room
-        else:
-            lone += room
-    if config.implementation == "grouped":
-        lone = min(lone, max_groups_per_modality(group.modalities for group in alone) * kind.tokens)
-    return routed, lone, plain
+        numbers += experts * 3 * config.dim * config.hidden_width
+    return numbers + (routed * saved.slot[0] + single * saved.slot[1]) * config.dim
 
 
 def _shared(config: ModelConfig, tokens: int, sequence_length: int, size: int) -> int:
-    """Bytes of angles and of the mask."""
+    """Bytes of the rotary angles and the attention mask."""
     mask = tokens * sequence_length * size if config.attention_mask == "document" else 0
     return mask + 4 * tokens * config.dim // config.heads
 
 
 def _loss(logits: int, compiled: bool, size: int) -> int:
-    """Bytes of the logits and of what the loss makes of them; in fp32 unless compiled."""
+    """Bytes of the logits and of the loss computed from them; in fp32 unless compiled."""
     if compiled:
         return 3 * logits * size
     return 5 * logits * 4 + (logits * size if size < 4 else 0)

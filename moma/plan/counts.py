@@ -1,4 +1,4 @@
-"""What a recipe will cost: parameters and operations by part, before anything is allocated."""
+"""Parameters and operations of a recipe by part, without allocating anything."""
 
 from typing import Any
 
@@ -7,24 +7,24 @@ from moma.train.recipe import Recipe
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
-    """Count what a recipe trains in its stage `pretrain`.
+    """Count the parameters and operations of a recipe's stage `pretrain`.
 
     Returns:
-        `parameters`, `active_parameters`, `flops_per_token` (forward + backward), each with its
-        `parts`, and these by kind of layer, `parts_by_layer`; `auxiliary_parameters`, which are
-        trained afterwards and belong to no total; `empty_slot_flops_per_token`, spent on slots
-        without a token; `layers`, those without and with a gate; `tokens_per_step` of one rank.
+        `parameters`, `active_parameters` and `flops_per_token` (forward + backward), and each of
+        them by part (`parts`) and by kind of layer (`parts_by_layer`); `auxiliary_parameters` and
+        `empty_slot_flops_per_token`, which no total includes; `layers` without (`full`) and with
+        (`gated`) mixture-of-depths; `tokens_per_step` of one rank.
     """
     config, vocabulary_size = recipe.model, recipe.text_tokenizer.vocabulary_size
     micro_batch_size, sequence_length = recipe.data.micro_batch_size, recipe.data.sequence_length
     tokens = micro_batch_size * sequence_length
-    forward = flops.forward_by_kind(
+    forward = flops.forward_flops(
         config, vocabulary_size, recipe.shares, micro_batch_size, sequence_length
     )
     empty = flops.empty_slot_flops(config, recipe.shares, micro_batch_size, sequence_length)
     counts = {
-        "parameters": flops.parameters_by_kind(config, vocabulary_size),
-        "active_parameters": flops.active_by_kind(config, vocabulary_size, recipe.shares),
+        "parameters": flops.parameters(config, vocabulary_size),
+        "active_parameters": flops.active_parameters(config, vocabulary_size, recipe.shares),
         "flops_per_token": {
             kind: {part: 3 * count / tokens for part, count in parts.items()}
             for kind, parts in forward.items()

@@ -1,7 +1,7 @@
-"""What a training job takes: memory of a GPU, time and cost, communication against link speed.
+"""Resources of a training job: memory of a GPU, time, cost and communication.
 
-Nothing is allocated and nothing is run: memory follows from shapes (`memory.py`, `activations.py`),
-time from counted operations (`model/flops.py`) and an assumed use of the machine.
+Nothing is allocated or run: memory follows from shapes (`memory.py`, `activations.py`), time from
+the number of operations (`model/flops.py`) and an assumed utilisation.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.plan.activations import activation_bytes
 from moma.plan.counts import plan
-from moma.plan.memory import gathered_bytes, held_bytes, outline, unit_elements
+from moma.plan.memory import gathered_bytes, held_bytes, meta_model, unit_elements
 from moma.recipe import Config
 from moma.runtime.sharding import DTYPES
 from moma.train.recipe import Recipe
@@ -22,15 +22,15 @@ _GPU = torch.device("cuda")
 
 
 class Machine(Config):
-    """GPUs, and what is assumed of them; the defaults are an H100 SXM's in a rented cluster.
+    """GPUs and assumptions about them; the defaults are those of a rented H100 SXM.
 
     Attributes:
-        gpus: how many.
-        mfu: part of the peak that training uses, waiting for communication included.
-        peak: operations a second of one GPU in the recipe's precision.
-        link: bytes a second that a GPU sends, and receives at the same time.
-        memory: bytes of one GPU.
-        price: of one GPU for an hour.
+        gpus: number of GPUs.
+        mfu: model FLOPs utilisation, waiting for communication included.
+        peak: peak operations per second of one GPU in the recipe's precision.
+        link: bytes per second that a GPU can send while it receives as many.
+        memory: memory of one GPU in bytes.
+        price: price of one GPU per hour.
     """
 
     gpus: int = Field(ge=1)
@@ -48,16 +48,16 @@ def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
         `memory`, `time`, `communication` and `machine`, as in `docs/plan.md`.
 
     Raises:
-        UserError: the GPUs cannot be divided between `engine.replicate` copies.
+        UserError: the number of GPUs is not a multiple of `engine.replicate`.
     """
     copies = recipe.engine.replicate
     if machine.gpus % copies:
         raise UserError(
-            f"engine.replicate: {machine.gpus} GPUs cannot hold {copies} copies of equal size; "
-            "choose a divisor"
+            f"engine.replicate: {machine.gpus} GPUs cannot be divided among {copies} copies; "
+            "choose a divisor of the number of GPUs"
         )
     ranks = machine.gpus // copies
-    model = outline(recipe)
+    model = meta_model(recipe)
     time = _time(recipe, machine)
     communication = _communication(model, recipe, ranks)
     seconds = (communication["gathered"] + communication["reduced"]) / machine.link
@@ -71,7 +71,7 @@ def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
 
 
 def _memory(model: Transformer, recipe: Recipe, ranks: int, machine: Machine) -> dict[str, Any]:
-    """Bytes of the rank that holds most, by part, and which it is."""
+    """Bytes by part of the rank that holds most, and which ranks hold most and least."""
     held = [held_bytes(model, ranks, rank) for rank in range(ranks)]
     totals = [sum(parts.values()) for parts in held]
     largest = totals.index(max(totals))
@@ -110,11 +110,11 @@ def _time(recipe: Recipe, machine: Machine) -> dict[str, float]:
 
 
 def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, float]:
-    """Bytes that a GPU sends in a step.
+    """Bytes that a GPU sends per step.
 
-    Units are gathered for the forward pass and again for the backward one, the outermost once;
-    gradients are scattered and added up. Rings send (R − 1) / R of what is gathered or scattered
-    between R ranks; between copies, gradients go round twice.
+    Units are all-gathered for the forward and again for the backward pass, the root unit once;
+    gradients are reduce-scattered. With ring algorithms over R ranks, a GPU sends (R − 1) / R of
+    the data. Between replicas, gradients are all-reduced, which sends twice as much.
     """
     engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
     size, sent = engine.compute_dtype(_GPU).itemsize, DTYPES[engine.reduce].itemsize

@@ -1,8 +1,8 @@
-"""Memory of one GPU while it trains, by part, before anything is allocated.
+"""Memory of one GPU in training by part, without allocating anything.
 
-the model on no device → how each parameter is cut between ranks → weights, gradients, optimizer
-                                                                 → units that are gathered
-`activations.py`                                                 → activations
+model on the meta device → how each parameter is sharded → weights, gradients, optimizer state
+                                                         → gathered units
+`activations.py`                                         → activations
 """
 
 from collections.abc import Iterable
@@ -17,11 +17,11 @@ from moma.runtime.sharding import DTYPES, shard_dimension
 from moma.train.recipe import Recipe
 from moma.train.stages import train_only, units_of
 
-_WEIGHT = 4  # bytes: weights, their gradients and the optimizer's two means are fp32
+_WEIGHT = 4  # bytes; weights, gradients and the two moments of AdamW are fp32
 
 
-def outline(recipe: Recipe) -> Transformer:
-    """The recipe's model without weights, on the device `meta`; as `pretrain` would train it."""
+def meta_model(recipe: Recipe) -> Transformer:
+    """Return the recipe's model on the meta device, as `pretrain` would train it."""
     with torch.device("meta"):
         model = Transformer(recipe.model, synthetic_vocabulary(recipe), recipe.shares)
     train_only(model, routers=False)
@@ -29,36 +29,36 @@ def outline(recipe: Recipe) -> Transformer:
 
 
 def held_bytes(model: nn.Module, ranks: int, rank: int = 0) -> dict[str, int]:
-    """What a rank holds between steps, and of gradients when all are there.
+    """Return the bytes that a rank holds after backward, when all gradients exist.
 
-    FSDP2 cuts a dimension into parts of equal size, the last ones being smaller or empty, and
-    gives each rank room for a whole part: only the optimizer's state follows the part's own size.
-    So the first rank holds the most.
+    FSDP2 splits a dimension into shards of equal size; the last ones may be smaller or empty.
+    Parameters and gradients are padded to the full size, but the optimizer state is not. So the
+    first rank holds the most.
 
     Args:
-        model: not sharded; may be an `outline`.
-        ranks: between which a copy of the model is cut; 1: it is whole.
-        rank: whose bytes.
+        model: not sharded; may be a `meta_model`.
+        ranks: number of ranks that a copy of the model is sharded over; 1: not sharded.
+        rank: the rank.
 
     Returns:
         `parameters`, `gradients`, `optimizer`.
     """
-    room = trained = state = 0
+    held = trained = state = 0
     for parameter in model.parameters():
-        own, largest = _part(parameter, ranks, rank)
-        room += largest
+        own, largest = _shard(parameter, ranks, rank)
+        held += largest
         if parameter.requires_grad:
             trained += largest
-            state += 2 * own * _WEIGHT + _WEIGHT  # AdamW's means, and its count of steps
+            state += 2 * own * _WEIGHT + _WEIGHT  # AdamW's moments, and its step count
     return {
-        "parameters": room * _WEIGHT,
+        "parameters": held * _WEIGHT,
         "gradients": trained * _WEIGHT,
         "optimizer": state,
     }
 
 
-def _part(parameter: Tensor, ranks: int, rank: int) -> tuple[int, int]:
-    """Elements of a rank's part of a parameter, and of the largest part."""
+def _shard(parameter: Tensor, ranks: int, rank: int) -> tuple[int, int]:
+    """Elements of a rank's shard of a parameter, and of the largest shard."""
     dimension = shard_dimension(parameter, ranks)
     length = parameter.shape[dimension]
     most = -(-length // ranks)
@@ -68,12 +68,12 @@ def _part(parameter: Tensor, ranks: int, rank: int) -> tuple[int, int]:
 
 
 def gathered_bytes(model: Transformer, recipe: Recipe, ranks: int, device: torch.device) -> int:
-    """Whole weights and gradients of the units that are gathered at once, on any rank.
+    """Return the bytes of the unsharded weights and gradients that exist at once on a rank.
 
-    The outermost unit (embedding, head) stays gathered through a step, and its gradients until the
-    end of it. Of the others, the next is gathered while one computes; in the backward pass that
-    one's gradients are there, too, as computed and as sent. A single GPU that computes in bf16
-    keeps its weights once more in bf16.
+    The root unit (embedding, head) and its gradients stay unsharded during a step. Of the others,
+    one is gathered while the previous one computes; in backward, the latter's gradients exist as
+    well, in the compute and in the reduce dtype. A single GPU that computes in bf16 also holds a
+    bf16 copy of its weights.
     """
     size = recipe.engine.compute_dtype(device).itemsize
     if ranks == 1:
@@ -85,7 +85,7 @@ def gathered_bytes(model: Transformer, recipe: Recipe, ranks: int, device: torch
 
 
 def unit_elements(model: Transformer) -> tuple[int, list[int]]:
-    """Elements of the outermost unit, and of the others in the order in which they are gathered."""
+    """Return the elements of the root unit, and of the others in the order of gathering."""
     left = dict.fromkeys(model.parameters())
     sizes = []
     for unit in units_of(model):

@@ -14,7 +14,7 @@ from torch import nn
 from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.model.upcycling import grow
-from moma.plan.memory import held_bytes, outline
+from moma.plan.memory import held_bytes, meta_model
 from moma.recipe import write_recipe
 from moma.runs import Run
 from moma.runtime import writer as writing
@@ -105,7 +105,7 @@ def deep(tiny: Recipe, groups: str, **changes) -> Recipe:
 
 
 def assert_starts_small(recipe: Recipe, world: World, spare: int = 0) -> None:
-    model = outline(recipe)
+    model = meta_model(recipe)
     own = held_bytes(model, world.size, world.rank)["parameters"]
     whole = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = 4 * max(parameter.numel() for parameter in model.parameters())

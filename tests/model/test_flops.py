@@ -61,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def routers_as_matrices(monkeypatch):
     """The counter knows no products with a vector; as a matrix, routers have as many operations."""
-    monkeypatch.setattr(routing, "_FEW_EXPERTS", 0)
+    monkeypatch.setattr(routing, "FEW_EXPERTS", 0)
 
 
 def build(case: str) -> Transformer:
@@ -89,7 +89,7 @@ def counted_by_torch(model: Transformer, tokens: torch.Tensor, routing: Routing)
 def test_parameters_are_exact(case):
     model = build(case)
     auxiliary = sum(p.numel() for r in model.auxiliary_routers() for p in r.parameters())
-    parts = flops.parameters(model.config, VOCABULARY.size)
+    parts = flops.sum_over_kinds(flops.parameters(model.config, VOCABULARY.size))
     assert auxiliary == flops.auxiliary_parameters(model.config)
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters()) - auxiliary
     by_name = {"attention": ".attention.", "depth": ".depth.router", "routers": "experts.groups"}
@@ -107,7 +107,9 @@ def test_parameters_are_exact(case):
 def test_forward_equals_the_flop_counter(case, rows, length):
     model = build(case)
     found = counted_by_torch(model, half_of_each(rows, length), Routing())
-    parts = flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
+    parts = flops.sum_over_kinds(
+        flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
+    )
     empty = flops.empty_slot_flops(model.config, SHARES, rows, length)
     assert sum(parts.values()) + empty == pytest.approx(found, rel=0.01)
     if case == "mod_moe_1t1i":  # one grouped product shares the room
@@ -155,7 +157,9 @@ def counted_by_part(model: Transformer, tokens: torch.Tensor) -> dict[str, int]:
 def test_every_part_equals_the_flop_counter(case, rows, length):
     model = build(case)
     found = counted_by_part(model, half_of_each(rows, length))
-    parts = flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
+    parts = flops.sum_over_kinds(
+        flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
+    )
     parts["experts"] += flops.empty_slot_flops(model.config, SHARES, rows, length)
     assert found == pytest.approx(parts, rel=1e-3)
 
@@ -187,10 +191,10 @@ def test_the_router_stage_equals_the_flop_counter(case):
 def test_active_parameters():
     def active(case):
         config = build(case).config
-        return flops.active_parameters(config, VOCABULARY.size, (0.75, 0.25))
+        return flops.sum_over_kinds(flops.active_parameters(config, VOCABULARY.size, (0.75, 0.25)))
 
     def total(case):
-        return flops.parameters(build(case).config, VOCABULARY.size)
+        return flops.sum_over_kinds(flops.parameters(build(case).config, VOCABULARY.size))
 
     assert active("dense") == total("dense")
     assert active("moe_1t1i") == total("dense")
@@ -204,7 +208,9 @@ def test_active_parameters():
 
 def test_experts_cost_what_dense_costs():
     dense, sparse = (
-        flops.forward_flops(ModelConfig(groups=groups), 65_536, SHARES, 6, 4096)
+        flops.sum_over_kinds(
+            flops.forward_flops(ModelConfig(groups=groups), 65_536, SHARES, 6, 4096)
+        )
         for groups in ("dense", "moe_4t4i")
     )
     assert sparse["experts"] == dense["experts"]

@@ -12,7 +12,7 @@ from moma.errors import UserError
 from moma.plan.activations import activation_bytes
 from moma.plan.counts import plan
 from moma.plan.job import Machine, plan_job
-from moma.plan.memory import gathered_bytes, held_bytes, outline
+from moma.plan.memory import gathered_bytes, held_bytes, meta_model
 from moma.recipe import read_recipe
 from moma.train.recipe import Recipe
 
@@ -54,7 +54,7 @@ def test_memory_is_of_the_largest_rank():
 def test_the_largest_recipes_fit_80_gigabytes_with_the_papers_tokens(path):
     """With room left for what is not planned: contexts, buffers of links, gaps."""
     recipe = read_recipe(Recipe, path)
-    model, gpu = outline(recipe), torch.device("cuda")
+    model, gpu = meta_model(recipe), torch.device("cuda")
     parts = (*held_bytes(model, 256).values(), gathered_bytes(model, recipe, 256, gpu))
     assert sum(parts) + activation_bytes(recipe, gpu) < 64 * 2**30
     assert 256 * plan(recipe)["tokens_per_step"] == 2**23
@@ -65,7 +65,7 @@ def test_copies_hold_more_and_send_less():
     twice = 2 * whole["memory"]["parameters"]
     assert copied["memory"]["parameters"] == pytest.approx(twice, rel=1e-3)
     assert copied["communication"]["gathered"] < whole["communication"]["gathered"]
-    with pytest.raises(UserError, match=r"replicate: 16 GPUs cannot hold 3 copies"):
+    with pytest.raises(UserError, match=r"replicate: 16 GPUs cannot be divided among 3 copies"):
         job_of(overrides=("engine.replicate=3",), gpus=16)
 
 

@@ -10,7 +10,7 @@ from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
-from moma.plan.memory import gathered_bytes, held_bytes, outline, unit_elements
+from moma.plan.memory import gathered_bytes, held_bytes, meta_model, unit_elements
 from moma.recipe import read_recipe
 from moma.runtime.sharding import EngineConfig, shard, shard_dimension
 from moma.runtime.world import World
@@ -38,17 +38,16 @@ def storages(tensors) -> int:
 
 
 def held_in(recipe: Recipe, world: World) -> dict[str, int]:
-    """What a rank holds after a step, its gradients caught before they are dropped."""
+    """What a rank holds after a step, with its gradients measured before they are freed."""
     vocabulary = synthetic_vocabulary(recipe)
     model = prepare_model(recipe, vocabulary, world)
     step = make_step(recipe, model, world, LossMonitor(recipe.pretrain, world.device))
-    found, clip = {}, step._clip
+    found: dict[str, int] = {}
 
-    def caught():
+    def catch_gradients(*_: Any) -> None:
         found["gradients"] = storages(p.grad for p in model.parameters() if p.grad is not None)
-        return clip()
 
-    step._clip = caught  # type: ignore[method-assign]
+    step.optimizer.register_step_pre_hook(catch_gradients)
     step([synthetic_batches(recipe, vocabulary, world.rank).pack()], 1e-3)
     found["parameters"] = storages(model.parameters())
     states = step.optimizer.state.values()
@@ -78,7 +77,7 @@ def of_two(tiny, tmp_path_factory):
 
 @pytest.mark.parametrize("number", range(len(GROUPS)), ids=GROUPS)
 def test_two_ranks_hold_what_is_planned(tiny, of_two, number):
-    model = outline(recipe_of(tiny, GROUPS[number]))
+    model = meta_model(recipe_of(tiny, GROUPS[number]))
     for rank in (0, 1):
         assert held_bytes(model, 2, rank) == of_two[rank][number]
     # The last row of an odd table is on the first rank.
@@ -87,7 +86,7 @@ def test_two_ranks_hold_what_is_planned(tiny, of_two, number):
 
 def test_one_rank_holds_what_is_planned(tiny):
     recipe = recipe_of(tiny, "mod_moe_3t2i")
-    assert held_bytes(outline(recipe), 1) == held_in(recipe, World(CPU))
+    assert held_bytes(meta_model(recipe), 1) == held_in(recipe, World(CPU))
 
 
 @pytest.fixture
@@ -108,7 +107,7 @@ def made_up_world():
 def test_256_ranks_of_the_largest_sparse_model_build_their_shards(made_up_world, rank):
     """1.4B moe_4t4i; hidden width 5472 is no multiple of 256."""
     recipe = read_recipe(Recipe, PAPER / "1b4_moe_4t4i.toml")
-    model = outline(recipe)
+    model = meta_model(recipe)
     planned = held_bytes(model, 256, rank)
     whole = sum(p.numel() for p in model.parameters())
     shard(model, units_of(model), made_up_world(256, rank), EngineConfig(compute="bf16"))
@@ -131,7 +130,7 @@ def test_stacks_are_cut_where_the_ranks_divide_them(shape, ranks, dimension):
 
 
 def test_units_hold_every_parameter_once(tiny):
-    model = outline(recipe_of(tiny, "mod_moe_3t2i"))
+    model = meta_model(recipe_of(tiny, "mod_moe_3t2i"))
     root, units = unit_elements(model)
     assert root + sum(units) == sum(p.numel() for p in model.parameters())
     assert root == 2 * 321 * 16 + 16 and len(units) == 2 * 3
@@ -140,7 +139,7 @@ def test_units_hold_every_parameter_once(tiny):
 def test_what_is_gathered(tiny):
     """One rank gathers nothing; in bf16 a GPU keeps its weights a second time."""
     recipe = recipe_of(tiny, "moe_2t2i")
-    model, gpu = outline(recipe), torch.device("cuda")
+    model, gpu = meta_model(recipe), torch.device("cuda")
     whole = sum(p.numel() for p in model.parameters())
     assert gathered_bytes(model, recipe, 1, CPU) == 0
     assert gathered_bytes(model, recipe, 1, gpu) == 2 * whole
