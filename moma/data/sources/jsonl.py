@@ -1,6 +1,7 @@
 """Reading files line by line, and JSON Lines: a JSON object on every line."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +12,9 @@ from moma.data.documents import Document, Rejected
 from moma.data.sources.paths import fingerprint_of, unreadable
 from moma.data.sources.reading import MAX_ROW_BYTES, attempt, check_text
 from moma.errors import UserError, json_error_message, list_names, quote
+
+# Files of gzip, xz, Zstandard and bzip2.
+_COMPRESSED = re.compile(rb"\x1f\x8b\x08|\xfd7zXZ\x00|\x28\xb5\x2f\xfd|BZh\d1AY&SY", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ def read_lines(path: Path) -> Iterator[Line]:
     """
     try:
         with path.open("rb") as file:
+            if _COMPRESSED.match(file.read(10)):
+                raise UserError(f"{path}: cannot read it (it is compressed); decompress it first")
+            file.seek(0)
             number, offset = 0, 0
             while data := file.readline(MAX_ROW_BYTES + 1):
                 number += 1

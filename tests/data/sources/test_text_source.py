@@ -1,6 +1,9 @@
 """Text files and JSON Lines of text."""
 
+import bz2
+import gzip
 import json
+import lzma
 
 import pytest
 
@@ -110,3 +113,10 @@ def test_a_zero_byte_is_kept(tmp_path, name):
     (tmp_path / name).write_text(row)
     (document,) = accepted(source_of(path=tmp_path / name).documents())
     assert document.segments == ("a\0b",)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_compressed_file_is_an_error(tmp_path, compress):
+    (tmp_path / "t.jsonl").write_bytes(compress(b'{"text": "a"}'))
+    with pytest.raises(UserError, match=r"t\.jsonl: .*it is compressed\); decompress it first"):
+        list(source_of(path=tmp_path / "t.jsonl").documents())
