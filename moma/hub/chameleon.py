@@ -1,9 +1,9 @@
-"""Chameleon's weights as a dense run of ours, and a dense run as Chameleon.
+"""Import Chameleon's weights as a dense run, and export a dense run as Chameleon.
 
     FOLDER (config.json, safetensors, tokenizer.json) → `import_chameleon` → RUN
     RUN → `export_chameleon` → FOLDER, which `ChameleonForConditionalGeneration` loads
 
-Weights pass from file to file, some at a time; no model is built and nothing is unpickled.
+Weights are copied file by file; no model is built and nothing is unpickled.
 """
 
 import json
@@ -23,16 +23,18 @@ from moma.errors import UserError
 from moma.hub.chameleon_codec import import_chameleon_tokenizers, original_layout
 from moma.hub.chameleon_format import (
     CONFIG_FILE,
+    FLOAT_TYPES,
     IMAGE_PREFIX,
     TOKENIZER_FILE,
     PortConfig,
-    chameleon_spelling,
+    chameleon_names,
+    different_text_id,
     model_config,
     port_config,
     port_names,
     read_port_config,
+    rename_tokens,
     require_expressible,
-    respell,
     small_vq_config,
     vq_config,
 )
@@ -41,7 +43,13 @@ from moma.model.transformer import Transformer
 from moma.recipe import check, write_recipe
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import save_weights, stored_weights
-from moma.runtime.weights import FILE_BYTES, Weights, open_weights, write_weights
+from moma.runtime.weights import (
+    FILE_BYTES,
+    Weights,
+    open_weights,
+    unused_weight_files,
+    write_weights,
+)
 from moma.tokenizers.image.codec import ImageCodec
 from moma.tokenizers.names import read_vocabulary
 from moma.tokenizers.text import load_text_tokenizer
@@ -49,7 +57,6 @@ from moma.train.recipe import Recipe, StageConfig
 from moma.train.restore import newest_checkpoint, read_run_recipe
 from moma.vocabulary import MODALITIES, Vocabulary
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _STEP = 1  # an imported run counts as finished after one step
 
 
@@ -60,44 +67,49 @@ def import_chameleon(
     recipe: Recipe | None = None,
     file_bytes: int = FILE_BYTES,
 ) -> list[str]:
-    """Make a run from a folder of the `transformers` port.
+    """Create a run from a folder of the `transformers` port.
 
     Args:
-        folder: holds `config.json`, weights as safetensors in one or more files and, unless
+        folder: contains `config.json`, safetensors weights (see `open_weights`) and, unless
             `tokenizers` is given, `tokenizer.json`.
-        run: the run to make.
-        tokenizers: whose tokenizer and codec the run gets in place of the folder's.
-        recipe: what the run's recipe says besides its model; left out, a text file in the run
-            folder is its data.
+        run: the run to create.
+        tokenizers: tokenizer and codec to use instead of the folder's.
+        recipe: recipe of the run, except for its model; by default its data is a text file in the
+            run folder.
         file_bytes: as for `write_weights`.
 
     Returns:
-        What the run lacks, a sentence each.
+        Notes on what the run lacks and on files that were not read.
 
     Raises:
-        UserError: the folder holds no such model, or there is a run already.
+        UserError: the folder does not contain such a model, or the run exists already.
     """
     port = read_port_config(folder)
     vocabulary = _vocabulary(port, folder)
     config = model_config(port, str(folder / CONFIG_FILE))
     weights = _matched(open_weights(folder), config, vocabulary, folder)
-    with _whole(run.path) as partial:
+    with _new_folder(run.path) as partial:
         target = Tokenizers(partial)
-        notes = _place_tokenizers(folder, tokenizers, vocabulary, target)
-        settings = _recipe(recipe, run, port, config, target)
-        write_recipe(settings, Run(partial).recipe)
+        notes = _add_tokenizers(folder, tokenizers, port, vocabulary, target)
+        resolved = _recipe(recipe, run, port, config, target)
+        write_recipe(resolved, Run(partial).recipe)
         state = {"step": _STEP, "vocabulary": vocabulary.fingerprint}
         save_weights(Run(partial).checkpoints, _STEP, weights, state, file_bytes)
     unnamed = vocabulary.size - 1 - max(port.vocabulary_map.values())
     if unnamed:
         notes.append(
-            f"{unnamed} ids without a name end the table of embeddings: what `moma prepare` "
-            "encodes by the tokenizer's names cannot be measured or trained on with it"
+            f"the embeddings end with {unnamed} ids without a name: data that `moma prepare` "
+            "encodes with this tokenizer has another vocabulary and cannot be used with the run"
         )
     if port.attention_dropout:
         notes.append(
-            "attention_dropout is not kept: model.dropout acts on what layers add, not inside "
-            "of attention"
+            "attention_dropout is not imported: model.dropout applies to the outputs of layers, "
+            "not inside attention"
+        )
+    if unused := unused_weight_files(folder):
+        notes.append(
+            f"not read, because they are not files of the model: {_some(unused)}"
+            + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
         )
     return notes
 
@@ -106,15 +118,15 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
     """Write a dense run as a folder that `ChameleonForConditionalGeneration` loads.
 
     Args:
-        run: its newest checkpoint is written, in the types that it is stored in.
-        folder: the folder to make.
+        run: its newest checkpoint is written, in the dtypes in which it is stored.
+        folder: the folder to create.
         file_bytes: as for `write_weights`.
 
     Returns:
-        What the folder lacks, a sentence each.
+        Notes on what the folder lacks.
 
     Raises:
-        UserError: Chameleon has no such architecture, the run is not whole, or the folder exists.
+        UserError: Chameleon has no such architecture, the run is incomplete, or the folder exists.
     """
     recipe = read_run_recipe(run)
     require_expressible(recipe.model, str(run.recipe))
@@ -122,12 +134,12 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
     checkpoint = newest_checkpoint(run)
     stored = stored_weights(checkpoint)
     names = port_names(recipe.model.layers)
-    if lost := sorted(names.keys() - stored.outlines.keys()):
-        raise UserError(f"{checkpoint}: has no {lost[0]}; it is not of this recipe's model")
+    if missing := sorted(names.keys() - stored.outlines.keys()):
+        raise UserError(f"{checkpoint}: has no {missing[0]}; it belongs to another model")
     weights = stored.renamed(names)
     dtype = weights.outlines["lm_head.weight"].dtype
     images, image_config, notes = _images(run.tokenizers, vocabulary, dtype)
-    with _whole(folder) as partial:
+    with _new_folder(folder) as partial:
         ids = _export_tokenizer(run.tokenizers, vocabulary, bool(images), partial, notes)
         values = port_config(
             recipe.model,
@@ -143,10 +155,10 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when everything is in it."""
+def _new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to `path` when it is complete."""
     if path.exists():
-        raise UserError(f"{path}: is there already; choose another --out or delete it")
+        raise UserError(f"{path}: exists already; choose another --out or delete it")
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -158,7 +170,7 @@ def _whole(path: Path) -> Iterator[Path]:
 
 
 def _vocabulary(port: PortConfig, folder: Path) -> Vocabulary:
-    """The vocabulary by the names in `config.json`; the table of embeddings may have more rows."""
+    """The vocabulary by the names in `config.json`; there may be more embeddings than names."""
     try:
         named = read_vocabulary(port.vocabulary_map, port.vq_config.codes_per_image)
     except UserError as error:
@@ -181,29 +193,36 @@ def _matched(found: Weights, config: ModelConfig, vocabulary: Vocabulary, folder
     missing, unknown = sorted({*names.values()} - theirs), sorted(theirs - {*names.values()})
     if missing or unknown:
         raise UserError(
-            f"{folder}: its weights are not those of its {CONFIG_FILE} "
+            f"{folder}: the weights do not match {CONFIG_FILE} "
             f"({len(missing)} missing: {_some(missing)}; {len(unknown)} unknown: {_some(unknown)})"
         )
     weights = found.renamed({theirs: ours for ours, theirs in names.items()})
     for name, outline in weights.outlines.items():
         if outline.shape != expected[name].shape:
             raise UserError(
-                f"{folder}: {names[name]} has shape {tuple(outline.shape)}; by {CONFIG_FILE} it "
-                f"should be {tuple(expected[name].shape)}"
+                f"{folder}: {names[name]} has shape {tuple(outline.shape)}; {CONFIG_FILE} implies "
+                f"{tuple(expected[name].shape)}"
             )
-        if outline.dtype not in _FLOATS:
-            raise UserError(f"{folder}: {names[name]} is {outline.dtype}; use weights in floats")
+        if outline.dtype not in FLOAT_TYPES:
+            raise UserError(
+                f"{folder}: {names[name]} is {outline.dtype}; convert it to float32, bfloat16 or "
+                "float16"
+            )
     return weights
 
 
-def _place_tokenizers(
-    folder: Path, given: Tokenizers | None, vocabulary: Vocabulary, target: Tokenizers
+def _add_tokenizers(
+    folder: Path,
+    given: Tokenizers | None,
+    port: PortConfig,
+    vocabulary: Vocabulary,
+    target: Tokenizers,
 ) -> list[str]:
-    """Put tokenizer, codec and vocabulary in place, as far as they are there."""
+    """Copy or convert tokenizer and codec, where there are any, and write the vocabulary."""
     if given is None and not (folder / TOKENIZER_FILE).is_file():
         vocabulary.save(target.vocabulary)
         return [
-            f"{folder} has no {TOKENIZER_FILE}, so that the run takes token ids alone; "
+            f"{folder} has no {TOKENIZER_FILE}, so the run takes token ids only; "
             "give --tokenizers to read text and images"
         ]
     if given is None:
@@ -211,7 +230,11 @@ def _place_tokenizers(
     else:
         own = Vocabulary.load(given.vocabulary)
         given.copy_to(target)
-    if differences := replace(own, size=vocabulary.size).differences(vocabulary):
+    differences = replace(own, size=vocabulary.size).differences(vocabulary)
+    ids = load_text_tokenizer(target.text).get_vocab(with_added_tokens=True)
+    if not differences and (name := different_text_id(ids, port.vocabulary_map)):
+        differences = f"{name!r} is {ids[name]} there and {port.vocabulary_map[name]} here"
+    if differences:
         raise UserError(
             f"{folder if given is None else given.path}: the tokenizer has another vocabulary than "
             f"{folder / CONFIG_FILE}: {differences}"
@@ -221,7 +244,7 @@ def _place_tokenizers(
         return []
     return [
         "the image weights have no decoder, as always in this format: the run reads images and "
-        "writes text; give --tokenizers with a decoder to draw"
+        "writes text; give --tokenizers with a decoder to generate images"
     ]
 
 
@@ -257,8 +280,8 @@ def _recipe(
 def _images(
     tokenizers: Tokenizers, vocabulary: Vocabulary, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Image weights by the port's names, its `vq_config`, and what is lost."""
-    lost = "the folder has no image weights, so that it takes token ids alone"
+    """Image weights by the port's names, its `vq_config`, and notes on what is lost."""
+    lost = "the folder has no image weights, so it takes token ids only"
     if not tokenizers.codec.exists():
         return {}, small_vq_config(vocabulary), [f"{tokenizers.codec} is missing; {lost}"]
     codec = ImageCodec.load(tokenizers.codec)
@@ -271,7 +294,7 @@ def _images(
         for name, value in layout.items()
         if not name.startswith("decoder.")
     }
-    # The codec is kept in float32; what came from a smaller type goes back to it unchanged.
+    # The codec is stored in float32; values that fit a smaller dtype are exported in it.
     if all(torch.equal(value.to(dtype).float(), value) for value in weights.values()):
         weights = {name: value.to(dtype) for name, value in weights.items()}
     notes = ["this format has no image decoder; it stays in the run"]
@@ -281,24 +304,24 @@ def _images(
 def _export_tokenizer(
     tokenizers: Tokenizers, vocabulary: Vocabulary, images: bool, folder: Path, notes: list[str]
 ) -> dict[str, int]:
-    """Write the tokenizer in Chameleon's spelling; returns the ids by their names."""
+    """Write the tokenizer with Chameleon's names; returns the id of each name."""
     ids: dict[str, int] = {}
     if tokenizers.text.is_file():
         ids = load_text_tokenizer(tokenizers.text).get_vocab(with_added_tokens=True)
     else:
         notes.append(f"{tokenizers.text} is missing; the folder has no tokenizer")
-    names = chameleon_spelling(ids, vocabulary)
+    names = chameleon_names(ids, vocabulary)
     if ids:
-        text = respell(tokenizers.text.read_text(encoding="utf-8"), names)
+        text = rename_tokens(tokenizers.text.read_text(encoding="utf-8"), names)
         (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
         values = {"tokenizer_class": "PreTrainedTokenizerFast"} | special
         _write_json(folder / "tokenizer_config.json", values)
-    spelled = {name: id_ for id_, name in names.items()}
-    spelled |= {names.get(id_, name): id_ for name, id_ in ids.items()}
+    renamed = {name: id_ for id_, name in names.items()}
+    renamed |= {names.get(id_, name): id_ for name, id_ in ids.items()}
     if not images:
-        spelled.pop("<image>", None)  # a prompt with an image is then refused
-    return spelled
+        renamed.pop("<image>", None)  # the port then refuses a prompt with an image
+    return renamed
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

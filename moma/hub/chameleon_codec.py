@@ -2,24 +2,24 @@
 
 Two layouts are read. The original release has encoder, codebook and decoder, under the names of
 taming-transformers (`encoder.down.0.block.0.conv1.weight`, …). The `transformers` port has the same
-names without the decoder, alone or below `model.vqmodel.`. Both are networks that ours contains:
+names without the decoder, alone or below `model.vqmodel.`. Both networks are special cases of ours:
 only names differ, and the attention's 1 × 1 convolutions, which are matrices here.
-The names of Chameleon's tokenizer file are in `names.py`.
+The names in Chameleon's tokenizer file are in `tokenizers/names.py`.
 """
 
-import json
 import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moma.errors import UserError
+from moma.hub.chameleon_format import CONFIG_FILE, FLOAT_TYPES, VqConfig, vq_config
 from moma.recipe import check
 from moma.runs import Tokenizers
+from moma.runtime.weights import open_weights, read_json_object, read_tensors
 from moma.tokenizers.folder import import_tokenizers
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
 from moma.vocabulary import Vocabulary
@@ -28,9 +28,12 @@ _IMAGE_SIZE = 512
 _NORM_GROUPS = 32
 _CODEBOOK, _ORIGINAL_CODEBOOK = "quantizer._codebook.embed", "quantize.embedding.weight"
 _PREFIX = re.compile(r"^(model\.)?vqmodel\.")
-_PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-# Our spelling and the original's; blocks of the decoder are counted from the other end there.
-_SPELLINGS = (
+# Parts of a release that are no image weights: the language model, and what trained the codec.
+_OTHERS = re.compile(
+    r"(model\.(embed_tokens|layers|norm)|lm_head|loss|(model\.)?rotary_emb)\.|position_ids$"
+)
+# Our names and the original's, which counts the decoder's blocks from the other end.
+_RENAMED = (
     (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
     (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
     (r"\.up_blocks\.(\d+)\.resnets\.", r".up.\1.block."),
@@ -51,9 +54,9 @@ def import_chameleon_tokenizers(
     """Make a folder of tokenizers from Chameleon's files.
 
     Args:
-        tokenizer: its tokenizer file; a folder that holds a `tokenizer.json` will do.
-        weights: its image weights; see `load_chameleon_codec`.
-        folder: where they go.
+        tokenizer: the tokenizer file, or a folder with a `tokenizer.json`.
+        weights: the image weights; see `load_chameleon_codec`.
+        folder: where to write.
         image_size: see `load_chameleon_codec`.
 
     Raises:
@@ -67,45 +70,64 @@ def load_chameleon_codec(path: Path, image_size: int | None = None) -> ImageCode
 
     Args:
         path: a file of weights (safetensors, or what `torch.save` wrote), or a folder of the
-            `transformers` port with one or more safetensors files.
-        image_size: side of an image in pixels, which weights do not tell; left out, what the
-            folder's `config.json` says, else Chameleon's 512.
+            `transformers` port, read as `open_weights` does.
+        image_size: side of an image in pixels, which the weights do not determine; by default
+            `resolution` in the folder's `config.json`, else Chameleon's 512.
 
     Raises:
-        UserError: the weights cannot be read, or are not of Chameleon's kind.
+        UserError: the weights cannot be read, are not Chameleon's, or contradict `config.json`.
     """
-    tensors = _read(path)
-    size = image_size or _resolution(path) or _IMAGE_SIZE
+    declared = _declared_shape(path)
+    size = image_size
+    if size is None:
+        size = declared.get("resolution", _IMAGE_SIZE)
     try:
-        return from_original_layout(tensors, size)
+        codec = from_original_layout(_read(path), size)
+        shape = vq_config(codec.config) if declared else {}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    for key in declared.keys() - {"resolution"}:
+        if shape[key] != declared[key]:
+            raise UserError(
+                f"{path / CONFIG_FILE}: {key} = {declared[key]}, but the weights have "
+                f"{shape[key]}; get a complete copy of the folder"
+            )
+    return codec
 
 
 def from_original_layout(tensors: dict[str, Tensor], image_size: int) -> ImageCodec:
-    """A codec with weights under Chameleon's names; its shape is told by theirs.
+    """Build a codec from weights under Chameleon's names; its shape follows from theirs.
 
     Raises:
-        UserError: a weight is missing, unknown or of a shape that does not fit.
+        UserError: a weight is missing, unknown, not finite, or of the wrong shape or dtype.
     """
-    wanted_parts = {name for name in tensors if name.startswith(_PARTS)}
-    codec = ImageCodec(_config(tensors, image_size))
-    state = codec.state_dict()
-    blocks = len(codec.config.block_channels)
-    names = {name: _original_name(name, blocks) for name in _weights(codec)}
-    missing = sorted(set(names.values()) - wanted_parts)
-    unknown = sorted(wanted_parts - set(names.values()))
+    # Without values a tensor of any shape takes no memory, but a layer of that shape does.
+    if empty := [name for name, tensor in tensors.items() if not tensor.numel()]:
+        raise UserError(f"{empty[0]} is empty; get a complete copy")
+    config = _config(tensors, image_size)
+    with torch.device("meta"):  # shapes are checked before memory is allocated
+        expected = original_layout(ImageCodec(config))
+    missing, unknown = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
     if missing or unknown:
         raise UserError(
             "not Chameleon's image weights "
             f"({len(missing)} missing: {_some(missing)}; {len(unknown)} unknown: {_some(unknown)})"
         )
-    for ours, theirs in names.items():
-        tensor = tensors[theirs]
-        if tensor.numel() != state[ours].numel():
-            raise UserError(f"{theirs} has shape {tuple(tensor.shape)}, which does not fit")
-        state[ours].copy_(tensor.reshape(state[ours].shape))
-    # A codebook that goes on learning starts from these vectors, each seen once.
+    for name, tensor in tensors.items():
+        if tensor.shape != expected[name].shape:
+            raise UserError(
+                f"{name} has shape {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+            )
+        if tensor.dtype not in FLOAT_TYPES:
+            raise UserError(f"{name} is {tensor.dtype}; convert it to float32")
+        if not tensor.isfinite().all():
+            raise UserError(f"{name} has values that are not finite; get a complete copy")
+    codec = ImageCodec(config)
+    state = codec.state_dict()
+    for ours in _weights(codec):
+        theirs = _original_name(ours, len(config.block_channels))
+        state[ours].copy_(tensors[theirs].reshape(state[ours].shape))
+    # If training continues, the codebook starts from these vectors, each counted once.
     state["quantizer._codebook.embed_avg"].copy_(state[_CODEBOOK])
     state["quantizer._codebook.cluster_size"].fill_(1)
     state["quantizer._codebook.initted"].fill_(True)
@@ -116,7 +138,7 @@ def original_layout(codec: ImageCodec) -> dict[str, Tensor]:
     """The weights of a codec under the names and shapes of Chameleon's original release.
 
     Raises:
-        UserError: the codec has no such shape.
+        UserError: Chameleon's layout cannot express the codec.
     """
     config = codec.config
     if config.patch != 1 or not config.encoder_middle or config.norm_groups != _NORM_GROUPS:
@@ -134,7 +156,7 @@ def original_layout(codec: ImageCodec) -> dict[str, Tensor]:
 
 
 def _weights(codec: ImageCodec) -> dict[str, Tensor]:
-    """What a codec knows, without how it learns."""
+    """The weights that encode and decode, without the codebook's training statistics."""
     state = codec.state_dict()
     return {
         name: value
@@ -150,13 +172,13 @@ def _original_name(name: str, blocks: int) -> str:
     name = re.sub(
         r"\.up_blocks\.(\d+)", lambda match: f".up_blocks.{blocks - 1 - int(match[1])}", name
     )
-    for ours, theirs in _SPELLINGS:
+    for ours, theirs in _RENAMED:
         name = re.sub(ours, theirs, name)
     return name
 
 
 def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
-    """The shape of the codec that these weights are of."""
+    """The configuration of the codec that these weights belong to."""
     if any(re.match(r"encoder\.down\.\d+\.attn\.", name) for name in tensors):
         raise UserError("weights with attention outside of the innermost block are not supported")
     blocks = 1 + max(
@@ -182,62 +204,43 @@ def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
             "norm_groups": _NORM_GROUPS,
             "decoder": "decoder.conv_in.weight" in tensors,
         }
-    except (KeyError, ValueError) as error:
+    except KeyError as error:
         raise UserError(f"not Chameleon's image weights (no {error})") from error
+    except (ValueError, TypeError) as error:  # a tensor has too few dimensions, or too many
+        raise UserError(f"not Chameleon's image weights ({error})") from error
     return check(CodecConfig, values, "the shape of the weights")
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The image weights in a file or folder, in float32, without the prefix of a whole model."""
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"{path}: holds no safetensors file")
+    """The image weights in a file or folder, without the prefix of a whole model."""
+    if path.is_dir():
+        weights = open_weights(path)
+        tensors = weights.read(filter(_is_image_weight, weights.outlines))
+    else:
+        tensors = read_tensors(path, _is_image_weight)
     found: dict[str, Tensor] = {}
-    for file in files:
-        found |= _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    return {_PREFIX.sub("", name): value.float() for name, value in found.items()}
+    for name, value in tensors.items():
+        short = _PREFIX.sub("", name)
+        if short in found:
+            raise UserError(f"{short} occurs twice, with and without the prefix of a model")
+        found[short] = value
+    return found
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, "pt") as tensors:
-            # A file may hold a whole language model beside the image weights.
-            names = [name for name in tensors.keys() if _is_ours(name)]  # noqa: SIM118
-            return {name: tensors.get_tensor(name) for name in names}
-    except Exception as error:  # the library's own exception derives from nothing else
-        raise UserError(f"{file}: cannot read the weights ({error})") from error
+def _is_image_weight(name: str) -> bool:
+    return not _OTHERS.match(name)
 
 
-def _read_torch(file: Path) -> dict[str, Tensor]:
-    try:
-        values: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make the reader raise nearly anything
-        raise UserError(
-            f"{file}: cannot read the weights ({str(error).splitlines()[0]}); if it holds more "
-            "than tensors, save its state_dict as safetensors where you trust it"
-        ) from error
-    values = values.get("state_dict", values) if isinstance(values, dict) else {}
-    return {
-        name: value
-        for name, value in values.items()
-        if isinstance(value, Tensor) and _is_ours(name)
-    }
-
-
-def _is_ours(name: str) -> bool:
-    return _PREFIX.sub("", name).startswith(_PARTS)
-
-
-def _resolution(path: Path) -> int | None:
-    """Side of an image by the port's `config.json`, if the folder has one."""
-    file = path / "config.json"
+def _declared_shape(path: Path) -> dict[str, Any]:
+    """What a folder's `config.json` says of the codec, by the port's names; empty without one."""
+    file = path / CONFIG_FILE
     if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        return int(values.get("vq_config", values)["resolution"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None
+        return {}
+    values = read_json_object(file)
+    values = values.get("vq_config", values)
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: vq_config is not an object; get a complete copy")
+    return check(VqConfig, values, str(file)).model_dump(exclude_unset=True)
 
 
 def _some(names: list[str]) -> str:

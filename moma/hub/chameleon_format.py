@@ -1,7 +1,7 @@
-"""What the `transformers` port of Chameleon keeps in a folder, and what ours calls it.
+"""Names and configuration of Chameleon's `transformers` port, and their counterparts in ours.
 
-The port rotates the halves of a head, as ours does, so weights differ by their names alone. Norms
-stand before attention and feed-forward, or after them with `swin_norm`; queries and keys have a
+Both apply rotary embeddings to the halves of a head, so only the names of weights differ. Norms
+come before attention and feed-forward, or after them with `swin_norm`; queries and keys have a
 LayerNorm with a weight and a bias for every head.
 """
 
@@ -9,19 +9,22 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import ConfigDict, Field
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.recipe import Config, check
+from moma.runtime.weights import read_json_object
 from moma.tokenizers.image.codec import CodecConfig
 from moma.tokenizers.names import CHAMELEON
 from moma.vocabulary import Vocabulary
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 IMAGE_PREFIX = "model.vqmodel."
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
-# The id that stands for an image in a prompt of the port, and what Chameleon had reserved it as.
+# The port's placeholder for an image in a prompt, and the reserved id that it takes.
 _PLACEHOLDER, _RESERVED = "<image>", "<reserved:0>"
 
 _TOP_NAMES = {
@@ -47,7 +50,7 @@ _LAYER_NAMES = {
 
 
 class _Section(Config):
-    """A part of `config.json`: what is left out has the port's default, more is not read."""
+    """A part of `config.json`: missing keys have the port's defaults, unknown ones are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -58,19 +61,28 @@ class _Rope(_Section):
     rope_theta: float | None = None
 
 
-class _Images(_Section):
-    resolution: int = 512
-    channel_multiplier: tuple[int, ...] = (1, 1, 2, 2, 4)
+class VqConfig(_Section):
+    """The port's `vq_config`: the shape of the image encoder."""
+
+    resolution: int = Field(512, ge=1)
+    base_channels: int = Field(128, ge=1)
+    channel_multiplier: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1, max_length=20)
+    num_res_blocks: int = Field(2, ge=1)
+    latent_channels: int = Field(256, ge=1)
+    embed_dim: int = Field(256, ge=1)
+    num_embeddings: int = Field(8192, ge=1)
+    attn_type: str = "vanilla"
 
     @property
     def codes_per_image(self) -> int:
+        """Number of codes of one image."""
         return (self.resolution // 2 ** (len(self.channel_multiplier) - 1)) ** 2
 
 
 class PortConfig(_Section):
-    """The port's `config.json`, as far as it decides what is computed.
+    """The keys of the port's `config.json` that affect what is computed.
 
-    Fields with a single value are choices that ours does not have.
+    Keys with a single value are options that ours does not have.
     """
 
     model_type: Literal["chameleon"]
@@ -92,32 +104,24 @@ class PortConfig(_Section):
     mlp_bias: Literal[False] = False
     tie_word_embeddings: Literal[False] = False
     vocabulary_map: dict[str, int] = Field(min_length=1)
-    vq_config: _Images = _Images()
+    vq_config: VqConfig = VqConfig()
 
 
 def read_port_config(folder: Path) -> PortConfig:
     """Read the `config.json` of a folder.
 
     Raises:
-        UserError: there is none, or it describes something else than a Chameleon like ours.
+        UserError: it is missing or damaged, or describes a model that ours cannot express.
     """
     path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read ({error.strerror}); name a folder that `transformers` wrote"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    return check(PortConfig, values, str(path))
+    return check(PortConfig, read_json_object(path), str(path))
 
 
 def model_config(port: PortConfig, where: str) -> ModelConfig:
-    """Our shape of the same model.
+    """Our configuration of the same model.
 
     Raises:
-        UserError: there is no such model; the message begins with `where`.
+        UserError: ours cannot express it; the message begins with `where`.
     """
     grouped = port.num_key_value_heads != port.num_attention_heads
     rope = port.rope_parameters or port.rope_scaling or _Rope()
@@ -139,7 +143,7 @@ def require_expressible(config: ModelConfig, where: str) -> None:
     """Refuse an architecture that Chameleon does not have.
 
     Raises:
-        UserError: names what it lacks.
+        UserError: the message names what Chameleon lacks.
     """
     groups = config.group_list
     lacks = [
@@ -157,7 +161,7 @@ def require_expressible(config: ModelConfig, where: str) -> None:
 
 
 def port_names(layers: int) -> dict[str, str]:
-    """The port's name of every weight of a dense model, by ours."""
+    """Our name of every weight of a dense model → the port's."""
     return _TOP_NAMES | {
         f"layers.{number}.{ours}": f"model.layers.{number}.{theirs}"
         for number in range(layers)
@@ -165,12 +169,12 @@ def port_names(layers: int) -> dict[str, str]:
     }
 
 
-def chameleon_spelling(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int, str]:
-    """Chameleon's name of every id that is no text, and of the id for an image in a prompt.
+def chameleon_names(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int, str]:
+    """Chameleon's names of the special ids, the image codes and the image placeholder, by id.
 
     Args:
-        ids: all names in the tokenizer, spelled our way or Chameleon's.
-        vocabulary: which of the ids is what.
+        ids: id of each name in the tokenizer, in our names or Chameleon's.
+        vocabulary: the meaning of the ids.
     """
     special = (
         vocabulary.beginning,
@@ -187,8 +191,18 @@ def chameleon_spelling(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int,
     return names
 
 
-def respell(tokenizer_json: str, names: dict[int, str]) -> str:
-    """A `tokenizer.json` in which some ids have other names."""
+def different_text_id(ids: dict[str, int], others: dict[str, int]) -> str | None:
+    """The first name with another id in `others`; the placeholder's meaning depends on the maker.
+
+    Args:
+        ids, others: id of each name.
+    """
+    common = ids.keys() & others.keys() - {_PLACEHOLDER}
+    return min((name for name in common if ids[name] != others[name]), default=None)
+
+
+def rename_tokens(tokenizer_json: str, names: dict[int, str]) -> str:
+    """A `tokenizer.json` in which the ids in `names` have these names."""
     content = json.loads(tokenizer_json)
     vocabulary = content["model"]["vocab"]
     content["model"]["vocab"] = {names.get(id_, name): id_ for name, id_ in vocabulary.items()}
@@ -209,10 +223,10 @@ def port_config(
 
     Args:
         model, vocabulary: of the run.
-        names: ids by their names in Chameleon's spelling.
-        context: most tokens of a sequence.
-        dtype: type of the weights, by PyTorch's name.
-        images: what `vq_config` gives.
+        names: id of each of Chameleon's names.
+        context: maximum sequence length.
+        dtype: PyTorch's name of the weights' dtype.
+        images: the result of `vq_config`.
     """
     return {
         "architectures": ["ChameleonForConditionalGeneration"],
@@ -241,7 +255,7 @@ def vq_config(codec: CodecConfig) -> dict[str, Any]:
     """The port's `vq_config` for a codec of Chameleon's layout.
 
     Raises:
-        UserError: the widths of its blocks are no multiples of the first.
+        UserError: its block widths are not multiples of the first.
     """
     base = codec.block_channels[0]
     if any(width % base for width in codec.block_channels):
@@ -249,7 +263,7 @@ def vq_config(codec: CodecConfig) -> dict[str, Any]:
     return {
         "resolution": codec.image_size,
         "base_channels": base,
-        "channel_multiplier": [width // base for width in codec.block_channels],
+        "channel_multiplier": tuple(width // base for width in codec.block_channels),
         "num_res_blocks": codec.layers_per_block,
         "latent_channels": codec.latent_channels,
         "embed_dim": codec.code_channels,
@@ -259,7 +273,7 @@ def vq_config(codec: CodecConfig) -> dict[str, Any]:
 
 
 def small_vq_config(vocabulary: Vocabulary) -> dict[str, Any]:
-    """The smallest `vq_config` that gives as many codes, where there are no image weights."""
+    """The smallest `vq_config` with as many codes per image, used without image weights."""
     return {
         "resolution": round(vocabulary.codes_per_image**0.5),
         "base_channels": 32,

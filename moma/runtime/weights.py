@@ -1,29 +1,39 @@
 """Weights without a model: named tensors in safetensors files, never all of them in memory."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
+from typing import Any
 
+import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moma.errors import UserError
+from moma.errors import UserError, json_error_message
 
 FILE_BYTES = 2**31
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_NUMBERED = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+_MAX_FILES = 10_000
+# Buffers that follow from the configuration; older versions of `transformers` stored them.
+_DERIVED_BUFFER = re.compile(
+    r"(^|\.)(rotary_emb\.((original_)?inv_freq|(cos|sin)_cached)|position_ids)$"
+)
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Named tensors that are read when they are asked for.
+    """Named tensors that are read when they are needed.
 
     Attributes:
-        outlines: shape and type of each, as a tensor on the meta device.
-        read: gives those of some names.
+        outlines: shape and dtype of each, as a tensor on the meta device.
+        read: returns the tensors of some names.
     """
 
     outlines: dict[str, Tensor]
@@ -31,12 +41,12 @@ class Weights:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Weights":
-        """Tensors that are in memory already."""
+        """Weights from tensors in memory."""
         outlines = {name: tensor.to("meta") for name, tensor in tensors.items()}
         return cls(outlines, lambda names: {name: tensors[name] for name in names})
 
     def renamed(self, names: Mapping[str, str]) -> "Weights":
-        """The weights that `names` leads from, under the names that it leads to."""
+        """The weights whose names are keys of `names`, under the values as new names."""
         former = {new: old for old, new in names.items()}
 
         def read(wanted: Iterable[str]) -> dict[str, Tensor]:
@@ -46,7 +56,7 @@ class Weights:
         return Weights({names[old]: self.outlines[old] for old in names}, read)
 
     def __or__(self, other: "Weights") -> "Weights":
-        """These and others, of other names."""
+        """The union with other weights; the names must not overlap."""
 
         def read(wanted: Iterable[str]) -> dict[str, Tensor]:
             names = set(wanted)
@@ -58,21 +68,33 @@ class Weights:
 
 
 def open_weights(folder: Path) -> Weights:
-    """The weights in `model.safetensors`, or in the files that its index names.
+    """The weights of a model folder, by one rule for all readers.
+
+    The tensors are those that `model.safetensors.index.json` names; without an index, those of
+    `model.safetensors`, or of a complete set `model-00001-of-00002.safetensors`, …. Other files are
+    not read (`unused_weight_files`), and neither are buffers that follow from the configuration.
 
     Raises:
-        UserError: there are none, or a file is missing or damaged.
+        UserError: there are no weights, a file is missing or damaged, or the index does not match.
     """
     file_of: dict[str, Path] = {}
     outlines: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        try:
-            with safe_open(file, "pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    file_of[name] = file
-                    outlines[name] = opened.get_tensor(name).to("meta")  # mapped, not read
-        except Exception as error:  # the library's own exception derives from nothing else
-            raise UserError(f"{file}: cannot read the weights ({error})") from error
+    for name, listed in _weight_files(folder).items():
+        file = folder / name
+        found = _outlines(file)
+        if listed is not None and (wrong := sorted(listed.symmetric_difference(found))):
+            place = "which is not in it" if wrong[0] in listed else "which the index does not list"
+            raise UserError(
+                f"{file}: does not match {_INDEX}: {wrong[0]}, {place}; get a complete copy of the "
+                "folder"
+            )
+        if twice := sorted(found.keys() & outlines.keys()):
+            raise UserError(
+                f"{folder}: {twice[0]} is both in {file_of[twice[0]].name} and in {name}; keep the "
+                "files of one model"
+            )
+        file_of |= dict.fromkeys(found, file)
+        outlines |= found
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         wanted: dict[Path, list[str]] = defaultdict(list)
@@ -87,14 +109,83 @@ def open_weights(folder: Path) -> Weights:
     return Weights(outlines, read)
 
 
+def unused_weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files in a folder that `open_weights` does not read."""
+    return sorted({path.name for path in folder.glob("*.safetensors")} - set(_weight_files(folder)))
+
+
+def read_tensors(
+    file: Path, wanted: Callable[[str], bool] = lambda name: True
+) -> dict[str, Tensor]:
+    """The tensors of a single file: safetensors, or what `torch.save` wrote; no code is run.
+
+    Args:
+        file: the file; `state_dict` in it is used, if there is one.
+        wanted: which names to read.
+
+    Raises:
+        UserError: the file is missing, damaged, or contains more than tensors and plain values.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt") as opened:
+                names = filter(wanted, opened.keys())
+                return {name: opened.get_tensor(name) for name in names}
+        values: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make the readers raise nearly anything
+        hint = "; get a complete copy"
+        if file.suffix != ".safetensors" and file.is_file():
+            hint = "; if you trust the file, convert its state_dict to safetensors"
+        raise UserError(f"{file}: cannot read the weights ({first_line(error)}){hint}") from error
+    values = values.get("state_dict", values) if isinstance(values, dict) else {}
+    values = values if isinstance(values, dict) else {}
+    return {
+        name: value
+        for name, value in values.items()
+        if isinstance(name, str) and isinstance(value, Tensor) and wanted(name)
+    }
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, shortened."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return shorten(lines[0], 200, placeholder=" …")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that contains an object; duplicate keys are refused.
+
+    Raises:
+        UserError: it cannot be read, or is anything else.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice")
+        return values
+
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror}); choose another folder") from error
+    except (ValueError, RecursionError) as error:
+        message = json_error_message(error)
+        raise UserError(f"{path}: not valid JSON ({message}); get a complete copy") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object; get a complete copy")
+    return values
+
+
 def write_weights(weights: Weights, folder: Path, file_bytes: int = FILE_BYTES) -> None:
     """Write `model.safetensors`, or several files and their index.
 
     Args:
         weights: what to write.
         folder: an empty folder.
-        file_bytes: most bytes of a file, unless a single tensor takes more; as much is held in
-            memory.
+        file_bytes: size limit of a file in bytes (a single larger tensor exceeds it); as much is
+            held in memory.
     """
     plan = split_torch_state_dict_into_shards(weights.outlines, max_shard_size=file_bytes)
     for file, names in plan.filename_to_tensors.items():
@@ -105,22 +196,64 @@ def write_weights(weights: Weights, folder: Path, file_bytes: int = FILE_BYTES) 
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if not index.is_file():
-        names = [_FILE]
+def _outlines(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return {
+                name: opened.get_tensor(name).to("meta")  # memory-mapped, not read
+                for name in opened.keys()  # noqa: SIM118
+                if not _DERIVED_BUFFER.search(name)
+            }
+    except Exception as error:  # the library's own exception derives from nothing else
+        raise UserError(f"{file}: cannot read the weights ({first_line(error)})") from error
+
+
+def _weight_files(folder: Path) -> dict[str, set[str] | None]:
+    """Names of the files of weights; for each the tensors in it, if there is an index."""
+    if (folder / _INDEX).is_file():
+        files: dict[str, set[str] | None] = _read_index(folder)
+    elif (folder / _FILE).is_file():
+        return {_FILE: None}
     else:
-        try:
-            names = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
-            if any(Path(name).name != name for name in names):
-                raise ValueError("it names files outside of the folder")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{index}: not an index of weights ({error!r})") from error
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
+        files = dict.fromkeys(_numbered_files(folder))
+    if missing := sorted(name for name in files if not (folder / name).is_file()):
+        raise UserError(f"{folder}: {missing[0]} is missing; get a complete copy of the folder")
+    if _FILE not in files and (folder / _FILE).is_file():
         raise UserError(
-            f"{folder}: {missing[0]} is missing; weights must be there as safetensors files"
+            f"{folder}: has both {_FILE} and {_INDEX}, which names other files; delete the one "
+            "that is out of date"
         )
-    return [folder / name for name in names]
+    return files
+
+
+def _read_index(folder: Path) -> dict[str, set[str] | None]:
+    index = folder / _INDEX
+    entries = read_json_object(index).get("weight_map")
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(f"{index}: not an index of weights (no weight_map); get a complete copy")
+    files: dict[str, set[str]] = {}
+    for tensor, name in entries.items():
+        if not isinstance(name, str) or Path(name).name != name or "\0" in name:
+            raise UserError(f"{index}: {tensor} is in {name!r}, which is outside of the folder")
+        names = files.setdefault(name, set())
+        if not _DERIVED_BUFFER.search(tensor):
+            names.add(tensor)
+    return {name: files[name] for name in sorted(files)}
+
+
+def _numbered_files(folder: Path) -> list[str]:
+    """The files of a model without an index: `model-00001-of-00003.safetensors`, …."""
+    found = sorted(path.name for path in folder.glob("model-*.safetensors"))
+    counts = {int(match[1]) for name in found if (match := _NUMBERED.fullmatch(name))}
+    if len(counts) > 1:
+        raise UserError(
+            f"{folder}: has the files of several models ({', '.join(found[:3])}, …) and no "
+            f"{_INDEX}; keep the files of one"
+        )
+    count = counts.pop() if counts else 0
+    if not 0 < count <= _MAX_FILES:
+        raise UserError(
+            f"{folder}: {_FILE} is missing; weights must be there as safetensors files, with "
+            f"{_INDEX} if there are several"
+        )
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]

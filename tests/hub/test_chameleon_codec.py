@@ -106,9 +106,9 @@ def test_a_folder_of_the_port_is_read_with_its_resolution(port, images_B3HW, tmp
     """As part of a language model, whose other weights are left alone, in two files."""
     weights = {f"model.vqmodel.{name}": value for name, value in port.state_dict().items()}
     names = sorted(weights)
-    save_file({n: weights[n] for n in names[::2]}, tmp_path / "model-1.safetensors")
+    save_file({n: weights[n] for n in names[::2]}, tmp_path / "model-00001-of-00002.safetensors")
     rest = {n: weights[n] for n in names[1::2]} | {"model.embed_tokens.weight": torch.zeros(3)}
-    save_file(rest, tmp_path / "model-2.safetensors")
+    save_file(rest, tmp_path / "model-00002-of-00002.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"vq_config": {"resolution": SIZE}}))
     codec = load_chameleon_codec(tmp_path)
     assert codec.config.image_size == SIZE
@@ -284,6 +284,15 @@ def test_weights_of_another_kind_are_refused(codec, tmp_path):
         from_original_layout(layout | {"encoder.colour": torch.zeros(1)}, SIZE)
     with pytest.raises(UserError, match=r"conv_in\.weight has shape"):
         from_original_layout(layout | {"encoder.conv_in.weight": torch.zeros(32, 3, 1, 1)}, SIZE)
+    book = layout["quantize.embedding.weight"]
+    with pytest.raises(UserError, match="not enough values"):
+        from_original_layout(layout | {"quantize.embedding.weight": book.flatten()}, SIZE)
+    turned = layout["quant_conv.weight"].transpose(0, 1)
+    with pytest.raises(UserError, match=r"quant_conv\.weight has shape \(32, 16, 1, 1\) instead"):
+        from_original_layout(layout | {"quant_conv.weight": turned}, SIZE)
+    huge = torch.empty(2**40, 0, 3, 3)  # takes no memory, a layer of this width does
+    with pytest.raises(UserError, match=r"conv1\.weight is empty"):
+        from_original_layout(layout | {"encoder.down.0.block.0.conv1.weight": huge}, SIZE)
     inner = {"encoder.down.0.attn.0.q.weight": torch.zeros(1)}
     with pytest.raises(UserError, match="innermost"):
         from_original_layout(layout | inner, SIZE)
@@ -302,13 +311,29 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
         load_chameleon_codec(path)
 
 
+def test_weights_in_two_spellings_are_refused(codec, tmp_path):
+    layout = {name: value.contiguous() for name, value in original_layout(codec).items()}
+    twice = {"model.vqmodel.quant_conv.bias": torch.zeros(16)}
+    save_file(layout | twice, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"quant_conv\.bias occurs twice"):
+        load_chameleon_codec(tmp_path / "a.safetensors")
+
+
+def test_a_damaged_config_beside_the_weights_is_named(port, tmp_path):
+    save_file(port.state_dict(), tmp_path / "model.safetensors")
+    for content in ("{", "[]", '{"vq_config": 3}', '{"resolution": "large"}', '{"resolution": 0}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json"):
+            load_chameleon_codec(tmp_path)
+
+
 def test_a_file_that_would_run_code_is_refused(tmp_path):
     class Unpickled:
         def __reduce__(self):
             return (exec, ("raise SystemExit('code was run')",))
 
     torch.save({"state_dict": Unpickled()}, tmp_path / "vqgan.ckpt")
-    with pytest.raises(UserError, match="save its state_dict as safetensors"):
+    with pytest.raises(UserError, match="convert its state_dict to safetensors"):
         load_chameleon_codec(tmp_path / "vqgan.ckpt")
 
 

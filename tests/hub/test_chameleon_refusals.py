@@ -1,4 +1,4 @@
-"""What is no Chameleon, comes in no whole folder, or is more than Chameleon can express."""
+"""Folders that are not Chameleon's, are incomplete or contradict themselves; inexpressible runs."""
 
 import shutil
 from pathlib import Path
@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 from moma.errors import UserError
 from moma.hub.chameleon import export_chameleon, import_chameleon
+from moma.hub.chameleon_codec import load_chameleon_codec
 from moma.recipe import check, override, write_recipe
 from moma.runs import Run
 from moma.train.recipe import Recipe
-from tests.hub.chameleon_port import chameleon_tokenizer, edit, random_port, save
+from tests.hub.chameleon_port import VQ, chameleon_tokenizer, edit, random_port, save
 
 pytest.importorskip("transformers")
 
@@ -59,6 +60,7 @@ def rewrite(folder: Path, change) -> None:
 
 
 LAST = "model.layers.1.mlp.up_proj.weight"
+BIAS = "model.vqmodel.quant_conv.bias"
 WEIGHT_FAULTS = {
     "missing": (lambda w: w.pop(LAST), rf"1 missing: {LAST}; 0 unknown: none"),
     "unknown": (
@@ -67,6 +69,20 @@ WEIGHT_FAULTS = {
     ),
     "shape": (lambda w: w.update({LAST: torch.zeros(2, 3)}), rf"{LAST} has shape \(2, 3\)"),
     "type": (lambda w: w.update({LAST: w[LAST].to(torch.int8)}), f"{LAST} is torch.int8"),
+    "double": (lambda w: w.update({LAST: w[LAST].double()}), f"{LAST} is torch.float64; convert"),
+    "unknown image weight": (
+        lambda w: w.update({"model.vqmodel.colour": torch.zeros(1)}),
+        r"1 unknown: colour",
+    ),
+    "image weight of integers": (
+        lambda w: w.update({BIAS: w[BIAS].to(torch.int32)}),
+        r"quant_conv\.bias is torch.int32",
+    ),
+    "image weight that is not finite": (lambda w: w[BIAS].fill_(torch.nan), "not finite"),
+    "image weight twice": (
+        lambda w: w.update({BIAS.removeprefix("model.vqmodel."): w[BIAS].clone()}),
+        r"unknown: quant_conv\.bias",
+    ),
     "image weights": (
         lambda w: w.pop("model.vqmodel.quant_conv.weight"),
         r"1 missing: quant_conv\.weight",
@@ -112,6 +128,58 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(broken, tmp_path):
         import_chameleon(broken, Run(tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_embeddings", 8),
+        ("embed_dim", 4),
+        ("base_channels", 64),
+        ("num_res_blocks", 3),
+        ("latent_channels", 64),
+        ("attn_type", "none"),
+    ],
+)
+def test_a_vq_config_that_contradicts_the_weights_is_refused(broken, tmp_path, key, value):
+    edit(broken, vq_config=VQ | {key: value})
+    with pytest.raises(UserError, match=f"config.json: {key} = {value}, but the weights have"):
+        import_chameleon(broken, Run(tmp_path / "run"))
+
+
+def test_a_tokenizer_with_other_ids_of_text_is_refused(broken, tmp_path):
+    ids = chameleon_tokenizer().get_vocab(with_added_tokens=True)
+    edit(broken, vocabulary_map=ids | {"a": ids["b"], "b": ids["a"]})
+    with pytest.raises(UserError, match=r"another vocabulary .*'a' is"):
+        import_chameleon(broken, Run(tmp_path / "run"))
+
+
+def test_duplicate_keys_of_the_configuration_are_refused(broken, tmp_path):
+    text = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(text.replace("{", '{"hidden_size": 32,', 1))
+    with pytest.raises(UserError, match="'hidden_size' occurs twice"):
+        import_chameleon(broken, Run(tmp_path / "run"))
+
+
+def test_stray_weights_are_not_read_and_are_named(saved, broken, tmp_path):
+    weights = {n: torch.zeros_like(w) for n, w in load_file(broken / "model.safetensors").items()}
+    save_file(weights, broken / "vq_old.safetensors")
+    clean, stray = Run(tmp_path / "clean"), Run(tmp_path / "stray")
+    import_chameleon(saved, clean)
+    assert any("vq_old.safetensors" in note for note in import_chameleon(broken, stray))
+    codecs = [(run.tokenizers.codec / "model.safetensors").read_bytes() for run in (clean, stray)]
+    assert codecs[0] == codecs[1]
+    assert load_chameleon_codec(broken).codebook.abs().sum() > 0
+
+
+def test_old_buffers_and_a_missing_index_are_accepted(tmp_path):
+    port = save(random_port(), tmp_path / "port", "100KB")
+    (port / "model.safetensors.index.json").unlink()
+    first = min(port.glob("model-*.safetensors"))
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    save_file(load_file(first) | buffer, first)
+    import_chameleon(port, Run(tmp_path / "run"))
+    assert Run(tmp_path / "run").recipe.is_file()
+
+
 def break_file(folder: Path, name: str, content: bytes | None) -> None:
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
 
@@ -119,8 +187,8 @@ def break_file(folder: Path, name: str, content: bytes | None) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("config.json", None, "name a folder that `transformers` wrote"),
-        ("config.json", b"{", "not JSON"),
+        ("config.json", None, "choose another folder"),
+        ("config.json", b"{", "not valid JSON"),
         ("model.safetensors", None, "model.safetensors is missing"),
         ("model.safetensors", b"torn", "cannot read the weights"),
         ("model.safetensors.index.json", b"{}", "not an index"),
@@ -140,7 +208,7 @@ def test_nothing_is_written_over(saved, tmp_path):
     run = Run(tmp_path / "run")
     import_chameleon(saved, run)
     (tmp_path / "there").mkdir()
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         import_chameleon(saved, Run(tmp_path / "there"))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export_chameleon(run, tmp_path / "there")
