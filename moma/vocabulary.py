@@ -1,8 +1,7 @@
-"""Which id is text and which is image: the one place that knows.
+"""The vocabulary of text and image tokens: the only place that maps ids to modalities.
 
-Text and images share one range of ids (MoMa §2.1). An image inside a sequence reads
-`begin_image`, its codes row by row, `end_image`; the two boundary ids count as text.
-Nothing else in the system stores a token's modality: it is looked up here.
+Text and images share one range of ids (MoMa §2.1). An image in a sequence is `begin_image`, its
+codes in row-major order, and `end_image`; these two boundary ids count as text.
 """
 
 import hashlib
@@ -27,11 +26,11 @@ class Vocabulary:
     """The ids of a mixed-modal model.
 
     Attributes:
-        size: number of ids, text and image codes together (V).
-        beginning, end, padding: ids that open and close a document, and that fill a row.
+        size: number of ids V, image codes included.
+        beginning, end, padding: ids that begin and end a document, and that pad a sequence.
         begin_image, end_image: ids around an image (Chameleon's BOI and EOI).
-        image_codes: id of each code of the codec's codebook, in the codebook's order.
-        codes_per_image: how many codes one image takes.
+        image_codes: id of each codebook entry of the codec, in codebook order.
+        codes_per_image: number of codes of an image.
     """
 
     size: int
@@ -45,7 +44,7 @@ class Vocabulary:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Names of the modalities; another vocabulary may know more of them."""
+        """Names of the modalities; a subclass may add more."""
         return MODALITIES
 
     @cached_property
@@ -57,28 +56,28 @@ class Vocabulary:
 
     @cached_property
     def code_of_id(self) -> np.ndarray:
-        """Codebook index of each id, int64 of shape [V]; −1 where the id is no image code."""
+        """Codebook index of each id, int64 of shape [V]; −1 for other ids."""
         table = np.full(self.size, -1, dtype=np.int64)
         table[list(self.image_codes)] = np.arange(len(self.image_codes))
         return table
 
     @property
     def image_span(self) -> int:
-        """Tokens that one image takes in a sequence, its boundaries included."""
+        """Number of tokens of an image in a sequence, its boundaries included."""
         return self.codes_per_image + 2
 
     @cached_property
     def fingerprint(self) -> str:
-        """Short digest: equal for equal vocabularies, written into shards and checkpoints."""
+        """Short hash that identifies the vocabulary in shards and checkpoints."""
         return hashlib.sha256(json.dumps(self._values()).encode()).hexdigest()[:16]
 
     def wrap_image(self, codes: np.ndarray) -> list[int]:
-        """Ids of an image in a sequence: boundary, codes ([codes_per_image] indices), boundary."""
+        """Return the ids of an image in a sequence from its codebook indices [codes_per_image]."""
         ids = np.asarray(self.image_codes)[codes.reshape(-1)]
         return [self.begin_image, *ids.tolist(), self.end_image]
 
     def differences(self, other: "Vocabulary") -> str:
-        """The fields in which two vocabularies differ, for a message; empty if they are equal."""
+        """Describe the fields in which two vocabularies differ; empty if they are equal."""
         mine, theirs = self._values(), other._values()
         return ", ".join(
             f"{key} ({len(mine[key])} and {len(theirs[key])} ids)"
@@ -101,7 +100,7 @@ class Vocabulary:
         """Read a vocabulary written by `save`.
 
         Raises:
-            UserError: the file is missing or holds something else.
+            UserError: the file is missing or not a vocabulary.
         """
         try:
             fields = json.loads(path.read_text())

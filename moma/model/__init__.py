@@ -1,1 +1,1 @@
-"""The transformer and its parts, written for one device."""
+"""The transformer and its parts, written for a single device."""

@@ -1,10 +1,11 @@
-"""Growing a trained seed into more experts (MoMa §2.5; sparse upcycling, arXiv 2212.05055).
+"""Upcycling of a trained seed to more experts (MoMa §2.5; sparse upcycling, arXiv 2212.05055).
 
-    seed: one expert for each modality, or dense  →  every feed-forward becomes a group of copies
+    seed: one expert per modality, or dense  →  every feed-forward becomes a group of copies
 
-Copied: attention, norms, embeddings, head, experts; the gates of mixture-of-depths and the routers
-of groups that stay as they are. New, as freshly drawn: routers of grown groups, gates that the seed
-has not, every auxiliary router. What that means for the first step: docs/upcycling.md.
+Copied are attention, norms, embeddings, head and experts, and the routers of mixture-of-depths and
+of groups that do not change. Newly initialised are the routers of upcycled groups, depth routers
+that the seed lacks, and all auxiliary routers. For the effect on the first step, see
+docs/upcycling.md.
 """
 
 import re
@@ -21,30 +22,30 @@ from moma.model.experts import GroupConfig
 from moma.model.transformer import Transformer
 from moma.runtime.weights import Weights
 
-# What may differ between seed and grown model; everything else decides the weights that are copied
-# or what they compute.
-_FREE = {"groups", "depth", "dropout", "router_noise", "experts_implementation"}
+# Keys that may differ between the seed and the upcycled model; all others determine the copied
+# weights or what they compute.
+_MAY_DIFFER = {"groups", "depth", "dropout", "router_noise", "experts_implementation"}
 _PARTS = ("gate", "up", "down")
 _IN_GROUP = re.compile(r"(layers\.\d+\.experts\.groups)\.(\d+)\.(.+)")
 
 
 class _Copy(NamedTuple):
-    """What a parameter starts from: a weight of the seed, brought into shape without a copy."""
+    """The seed's weight that a parameter is copied from, and a function that reshapes it."""
 
     name: str
-    shaped: Callable[[Tensor], Tensor]
+    reshape: Callable[[Tensor], Tensor]
 
 
-def grow(seed_state: Mapping[str, Tensor], seed: ModelConfig, model: Transformer) -> None:
-    """Fill a freshly initialised model with a seed's weights, in place.
+def upcycle(seed_state: Mapping[str, Tensor], seed: ModelConfig, model: Transformer) -> None:
+    """Copy a seed's weights into a freshly initialised model, in place.
 
     Args:
-        seed_state: the seed's state dict, whole tensors.
-        seed: its configuration.
-        model: unsharded and not yet trained; its new routers and gates stay as they are.
+        seed_state: the seed's unsharded state dict.
+        seed: the seed's configuration.
+        model: unsharded and not yet trained; its new routers are not changed.
 
     Raises:
-        UserError: the seed does not fit; the model is as it was.
+        UserError: the seed does not fit; the model is unchanged.
     """
     upcycle_from(Weights.of(seed_state), seed, model)
 
@@ -56,19 +57,19 @@ def upcycle_from(
     model: Transformer,
     fill: Callable[[Tensor, Tensor], object] = Tensor.copy_,
 ) -> None:
-    """The same from weights that are read layer by layer.
+    """Like `upcycle`, with weights that are read layer by layer.
 
     Args:
-        weights: the seed's, by the names of its state dict.
-        seed: its configuration.
-        model: not yet trained; sharded if `fill` knows how to.
-        fill: puts whole values into a parameter.
+        weights: the seed's weights, by their names in its state dict.
+        seed: the seed's configuration.
+        model: not yet trained; may be sharded if `fill` supports it.
+        fill: copies a whole tensor into a parameter.
 
     Raises:
-        UserError: the seed does not fit; the model is as it was.
+        UserError: the seed does not fit; the model is unchanged.
     """
     _require_same_shape(seed, model.config)
-    _require_gates_kept(seed, model.config)
+    _require_depth_kept(seed, model.config)
     sources = match_groups(seed.group_list, model.config.group_list)
     copies = {
         name: _source_of(name, parameter, weights.outlines, seed, model.config, sources)
@@ -79,37 +80,37 @@ def upcycle_from(
         wanted = [(part, made) for name, part in parts if (made := copies[name]) is not None]
         found = weights.read({made.name for _, made in wanted})
         for parameter, made in wanted:
-            fill(parameter, made.shaped(found[made.name]))
+            fill(parameter, made.reshape(found[made.name]))
 
     for _, parts in groupby(model.named_parameters(), lambda part: part[0].split(".")[:2]):
         copy(parts)
 
 
-def match_groups(seed: Sequence[GroupConfig], grown: Sequence[GroupConfig]) -> list[int]:
-    """For each group of the grown model, the number of the seed's group that it is made of.
+def match_groups(seed: Sequence[GroupConfig], upcycled: Sequence[GroupConfig]) -> list[int]:
+    """Return, for each upcycled group, the index of the seed's group that it is copied from.
 
-    That is the one of the same modalities, or else the only one that takes them all.
+    That is the group of the same modalities, or else the only one whose modalities include them.
 
     Raises:
-        UserError: there is none, or tokens of a modality would meet other experts than before, or a
-            group has several experts and is to have another number of them.
+        UserError: there is none, or tokens of a modality would be processed by other experts than
+            before, or the number of experts of a group with several experts changes.
     """
-    sources = [_source_group(group, seed) for group in grown]
-    modalities = {name for group in (*seed, *grown) for name in group.modalities}
+    sources = [_source_group(group, seed) for group in upcycled]
+    modalities = {name for group in (*seed, *upcycled) for name in group.modalities}
     for name in sorted(modalities):
         before = [number for number, group in enumerate(seed) if name in group.modalities]
-        after = [s for s, group in zip(sources, grown, strict=True) if name in group.modalities]
+        after = [s for s, group in zip(sources, upcycled, strict=True) if name in group.modalities]
         if sorted(after) != before:
             raise UserError(
-                f"groups: {_named(grown)} cannot grow from {_named(seed)}: '{name}' tokens would "
-                "not meet the same experts once each; keep the seed's groups, or divide them"
+                f"groups: {_named(upcycled)} cannot be upcycled from {_named(seed)}: '{name}' "
+                "tokens would not use the same experts once each; keep or split the seed's groups"
             )
-    for group, source in zip(grown, sources, strict=True):
+    for group, source in zip(upcycled, sources, strict=True):
         count = seed[source].experts
         if count > 1 and seed[source] != group:
             raise UserError(
-                f"groups: {_named([group])} cannot grow from {_named([seed[source]])}: a group "
-                "grows from one expert; keep it as it is, or start from a seed with one"
+                f"groups: {_named([group])} cannot be upcycled from {_named([seed[source]])}: "
+                "only a group of one expert can; keep the group, or use a seed with one expert"
             )
     return sources
 
@@ -123,10 +124,10 @@ def _source_group(group: GroupConfig, seed: Sequence[GroupConfig]) -> int:
             return found[0]
         if found:
             break
-    several = "more than one group" if same or wider else "no group"
+    count = "more than one group" if same or wider else "no group"
     raise UserError(
-        f"groups: {several} of the seed ({_named(seed)}) takes all of {', '.join(group.modalities)}"
-        f", so {_named([group])} cannot grow from it"
+        f"groups: {_named([group])} cannot be upcycled: {count} of the seed ({_named(seed)}) "
+        f"processes all of {', '.join(group.modalities)}"
     )
 
 
@@ -134,28 +135,28 @@ def _named(groups: Sequence[GroupConfig]) -> str:
     return " + ".join(f"{'/'.join(group.modalities)} × {group.experts}" for group in groups)
 
 
-def _require_same_shape(seed: ModelConfig, grown: ModelConfig) -> None:
-    before, after = (_decisive(config) for config in (seed, grown))
+def _require_same_shape(seed: ModelConfig, upcycled: ModelConfig) -> None:
+    before, after = (_fixed_values(config) for config in (seed, upcycled))
     for key, value in after.items():
         if before[key] != value:
             raise UserError(
                 f"model.{key}: the seed has {before[key]}, the recipe {value}; "
-                "a seed grows in experts and gates alone"
+                "upcycling can change only groups and depth"
             )
 
 
-def _decisive(config: ModelConfig) -> dict[str, object]:
-    """The values that must be alike, those that may be left out spelled out."""
-    values = {key: value for key, value in config.model_dump().items() if key not in _FREE}
+def _fixed_values(config: ModelConfig) -> dict[str, object]:
+    """The values that must be equal, with defaults filled in."""
+    values = {key: value for key, value in config.model_dump().items() if key not in _MAY_DIFFER}
     del values["hidden_multiple"]
     return values | {"hidden": config.hidden_width, "kv_heads": config.key_heads}
 
 
-def _require_gates_kept(seed: ModelConfig, grown: ModelConfig) -> None:
-    if lost := sorted(seed.depth_layers - grown.depth_layers):
+def _require_depth_kept(seed: ModelConfig, upcycled: ModelConfig) -> None:
+    if lost := sorted(seed.depth_layers - upcycled.depth_layers):
         raise UserError(
-            f"model.depth: the seed chooses its tokens in layer {lost[0]}, the recipe does not; "
-            "keep mixture-of-depths where the seed has it"
+            f"model.depth: the seed has mixture-of-depths in layer {lost[0]}, the recipe does not; "
+            "keep it in the seed's layers"
         )
 
 
@@ -164,10 +165,10 @@ def _source_of(
     parameter: Tensor,
     outlines: Mapping[str, Tensor],
     seed: ModelConfig,
-    grown: ModelConfig,
+    upcycled: ModelConfig,
     sources: Sequence[int],
 ) -> _Copy | None:
-    """What a parameter starts from; None: from what it was drawn."""
+    """Return what a parameter is copied from; None: it keeps its initial value."""
     if ".auxiliary." in name:
         return None
     if ".depth." in name and int(name.split(".")[1]) not in seed.depth_layers:
@@ -175,17 +176,15 @@ def _source_of(
     if match := _IN_GROUP.fullmatch(name):
         prefix, number, part = match.groups()
         source = sources[int(number)]
-        experts = grown.group_list[int(number)].experts
+        experts = upcycled.group_list[int(number)].experts
         if part == "router.weight" and seed.group_list[source].experts != experts:
             return None
         copy = _in_group(f"{prefix}.{source}", part, experts, outlines)
     else:
-        copy = _Copy(name, _as_it_is)
+        copy = _Copy(name, _unchanged)
     if copy.name not in outlines:
-        raise UserError(
-            f"the seed has no weight '{copy.name}'; was it trained with the recipe it names?"
-        )
-    shape = copy.shaped(outlines[copy.name]).shape
+        raise UserError(f"the seed has no weight '{copy.name}'; was it trained with its recipe?")
+    shape = copy.reshape(outlines[copy.name]).shape
     if shape != parameter.shape:
         raise UserError(
             f"the seed's '{name}' is {list(shape)}, the model's {list(parameter.shape)}; "
@@ -195,26 +194,25 @@ def _source_of(
 
 
 def _in_group(prefix: str, part: str, experts: int, outlines: Mapping[str, Tensor]) -> _Copy:
-    """A weight of a group from the seed's group `prefix`, whichever of two forms either has.
+    """Return the copy of a weight from the seed's group `prefix`.
 
-    A group for all modalities with one expert keeps plain linear maps [out, in], others a stack
-    [E, in, out].
+    `DenseGroup` has linear layers [out, in], other groups stacks [E, in, out].
     """
     kind, stacked = part.split("_")[0].split(".")[0], "_" in part
     if kind not in _PARTS:
-        return _Copy(f"{prefix}.{part}", _as_it_is)
-    plain = f"{prefix}.{kind}.weight"
-    was_plain = plain in outlines
+        return _Copy(f"{prefix}.{part}", _unchanged)
+    linear = f"{prefix}.{kind}.weight"
+    is_linear = linear in outlines
 
-    def shaped(weight: Tensor) -> Tensor:
-        weight_EIO = weight.T[None] if was_plain else weight
+    def reshape(weight: Tensor) -> Tensor:
+        weight_EIO = weight.T[None] if is_linear else weight
         if not stacked:
             return weight_EIO[0].T
         return weight_EIO.expand(experts, -1, -1) if len(weight_EIO) == 1 else weight_EIO
 
-    name = plain if was_plain else f"{prefix}.{kind}_{'EFD' if kind == 'down' else 'EDF'}"
-    return _Copy(name, shaped)
+    name = linear if is_linear else f"{prefix}.{kind}_{'EFD' if kind == 'down' else 'EDF'}"
+    return _Copy(name, reshape)
 
 
-def _as_it_is(weight: Tensor) -> Tensor:
+def _unchanged(weight: Tensor) -> Tensor:
     return weight

@@ -13,7 +13,7 @@ from torch import nn
 
 from moma.errors import UserError
 from moma.model.transformer import Transformer
-from moma.model.upcycling import grow
+from moma.model.upcycling import upcycle
 from moma.plan.memory import held_bytes, meta_model
 from moma.recipe import write_recipe
 from moma.runs import Run
@@ -68,7 +68,7 @@ def whole_start(recipe: Recipe) -> Transformer:
     elif source is not None:
         seed = Transformer(source.recipe.model, vocabulary, source.recipe.shares)
         load_model(source.checkpoint, seed, ALONE)
-        grow(seed.state_dict(), source.recipe.model, model)
+        upcycle(seed.state_dict(), source.recipe.model, model)
     return model
 
 

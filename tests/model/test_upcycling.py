@@ -13,7 +13,7 @@ from moma.model.depth import DepthConfig
 from moma.model.experts import GroupConfig, RoutedGroup
 from moma.model.routing import Routing, logistic_noise
 from moma.model.transformer import Transformer
-from moma.model.upcycling import grow, match_groups
+from moma.model.upcycling import match_groups, upcycle
 from moma.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -43,7 +43,7 @@ def build(groups, seed: int = 0, **changes) -> Transformer:
 
 def grown_from(seed: Transformer, groups, **changes) -> Transformer:
     model = build(groups, seed=1, **changes)
-    grow(seed.state_dict(), seed.config, model)
+    upcycle(seed.state_dict(), seed.config, model)
     return model
 
 
@@ -84,7 +84,7 @@ def test_a_token_that_one_expert_takes_gives_the_seeds_output(seed_groups, text,
     after = (
         grown_from(before, f"moe_{text}t{image}i", experts_implementation="grouped").double().eval()
     )
-    grow(before.state_dict(), before.config, after)  # in fp64 too
+    upcycle(before.state_dict(), before.config, after)  # in fp64 too
     take_by_turns(after)
     tokens = tokens_of(2, 12, seed)
     expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
@@ -96,7 +96,7 @@ def test_a_token_that_two_experts_take_does_too_but_one_that_none_takes_does_not
     """Swin norm takes the sum of the weights out; nothing can be normed where nothing is added."""
     before = build("moe_1t1i").double().eval()
     after = grown_from(before, "moe_2t2i").double().eval()
-    grow(before.state_dict(), before.config, after)
+    upcycle(before.state_dict(), before.config, after)
     tokens = tokens_of(2, 12, 0)
     expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
     for everyone, equal in ((1.0, True), (-1.0, False)):
@@ -207,8 +207,8 @@ def test_groups_find_their_sources():
     [
         ("moe_1t1i", "moe_8x", "no group of the seed"),
         ("moe_1t1i", "dense", "no group of the seed"),
-        ("moe_2t2i", "moe_4t4i", "a group grows from one expert"),
-        ("moe_4x", "moe_2t2i", "a group grows from one expert"),
+        ("moe_2t2i", "moe_4t4i", "only a group of one expert can"),
+        ("moe_4x", "moe_2t2i", "only a group of one expert can"),
         ("mod_moe_1t1i", "moe_4t4i", "layer 0"),
         ([group("text", 1), group("image", 1), group("text image", 1)], "moe_2t2i", "same experts"),
         ([group("text image", 1), group("text image", 1)], "moe_2t2i", "more than one group"),
@@ -232,7 +232,7 @@ def test_another_shape_is_named(key, value):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     seed = build("moe_1t1i")
     with pytest.raises(UserError, match=f"model.{key}: the seed has"):
-        grow(seed.state_dict(), seed.config, model)
+        upcycle(seed.state_dict(), seed.config, model)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
@@ -259,7 +259,7 @@ def test_a_state_that_is_no_seeds_is_refused_before_anything_changes():
     missing = {name: weight for name, weight in state.items() if name != "norm.weight"}
     for broken, message in ((smaller, r"\[30, 16\]"), (missing, "norm.weight")):
         with pytest.raises(UserError, match=message):
-            grow(broken, seed.config, model)
+            upcycle(broken, seed.config, model)
         assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
 
 
