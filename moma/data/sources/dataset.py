@@ -1,13 +1,12 @@
-"""Parquet, JSON Lines, Arrow and CSV files, and data sets of the Hugging Face hub.
+"""Rows of a data set: text files, Parquet and Arrow files, folders, and names on the hub.
 
-All of them are opened by the library `datasets`. Images stay as they are stored; rows that are
-not streamed are read again when an image is needed, so that none waits in memory. JSON Lines are
-opened as lines and parsed here, so that one broken row does not stop the others.
+Text files are read row by row. Other files are opened by the library `datasets`, images as they
+are stored; a row that is not streamed is read again when its image is needed, so that none waits
+in memory.
 """
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from os.path import commonpath
 from pathlib import Path
@@ -18,44 +17,39 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from moma.data.documents import Document, ImageRef, Rejected, SourceName
+from moma.data.sources.dataset_files import cannot_open, find_files, local_files, open_table
 from moma.data.sources.interleaved import Part, content_name, make_segments, parse_parts
-from moma.data.sources.jsonl import parse_json_object, require_text
-from moma.data.sources.paths import expand_pattern, fingerprint_of, resolve_inside
+from moma.data.sources.jsonl import require_text
+from moma.data.sources.paths import fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, attempt, content_hash
-from moma.errors import UserError
+from moma.data.sources.row_files import FileRow
+from moma.errors import UserError, list_names, quote
 from moma.images import read_image
 
-_BUILDERS = {
-    "parquet": "parquet",
-    "jsonl": "text",
-    "json": "json",
-    "arrow": "arrow",
-    "csv": "csv",
-}
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _CHUNK_ROWS = 16
-_TEXTS = ("string", "large_string", "null")
-# The column of lines, and an encoding that keeps every byte of them.
-_LINE, _BYTES = "text", "latin-1"
+_TEXT_TYPES = ("string", "large_string", "null")
 
 
 class DatasetConfig(CaptionReaderConfig):
     """Rows of a data set: local files, a folder of them, or a name on the hub.
 
+    The values of text files are read as they are written: `NA` is a text, and `007` is not 7.
+
     A row is a text (no `image_column`), an image with its caption, two aligned lists of texts and
     images, or segments (`segments_column`), both as in `interleaved`. An image is bytes, or a
     `{bytes, path}` as `datasets` stores it, or a path relative to the files' common folder, which
-    it does not leave. A document is named by a digest of its content; captions of the same image
+    it does not leave. A document is named by a hash of its content; captions of the same image
     are held out together.
 
     Attributes:
-        path: a file or pattern (`.parquet`, `.jsonl`, `.json`, `.arrow`, `.csv`), a folder that
+        path: a file or pattern (`.parquet`, `.arrow`, `.jsonl`, `.ndjson`, `.json`, `.csv`,
+            `.tsv`, `.txt`; text files also as `.gz`, `.bz2`, `.xz`, `.zst`), a folder that
             `datasets` can load, or a name on the hub such as `owner/name`.
         subset: the data set's configuration, where it has several.
         split: the split, or a part of it such as `train[:1000]`.
-        revision: commit of the hub's repository; without it, what is newest.
+        revision: commit of the hub's repository; by default the newest.
         text_column: the column of texts or captions.
-        image_column: the column of images; left out, rows are text.
+        image_column: the column of images; without it, rows are text.
         segments_column: the column of segments, instead of both.
         streaming: read rows as they arrive, without a copy on this machine's disk. Images then
             wait in memory, as they are stored, for as long as their documents are held.
@@ -87,82 +81,68 @@ class DatasetConfig(CaptionReaderConfig):
     def read_documents(self) -> Iterator[Document | Rejected]:
         """Yield a document for every row."""
         fingerprint, folder = self.fingerprint(), self._folder
-        for number, values in enumerate(self._values(fingerprint)):
-            if self._by_line and not values[_LINE].strip():
-                continue
-            row = _Row(values, number, fingerprint, folder, f"{self.path}, row {number + 1}")
-            yield attempt(row.place, partial(self._document, row))
+        for number, row in enumerate(self._file_rows(fingerprint)):
+            yield attempt(row.location, partial(self._document, row, number, fingerprint, folder))
 
     def fingerprint(self) -> str:
-        """Changes when the size or time of a local file does; of the hub, it tells nothing.
+        """Return a fingerprint of the sizes and times of local files; of the hub, none.
 
-        Give a `revision` for what may change there.
+        Give a `revision` for what may change on the hub.
         """
-        files = self._files()
+        files = local_files(self.path)
         if files:
             return fingerprint_of(files)
         folder = Path(self.path)
         return fingerprint_of(sorted(p for p in folder.rglob("*") if p.is_file()))
 
-    def _files(self) -> list[Path]:
-        """The local files; none for a folder or a name on the hub."""
-        return expand_pattern(Path(self.path)) if self._ending in _BUILDERS else []
-
-    @property
-    def _ending(self) -> str:
-        """The path's ending in lower case, without that of a compression."""
-        return re.sub(r"\.(gz|zst|xz|bz2)$", "", self.path.lower()).rpartition(".")[2]
-
-    @property
-    def _by_line(self) -> bool:
-        """Whether rows are lines of JSON."""
-        return self._ending == "jsonl"
-
     @property
     def _folder(self) -> Path:
-        """What relative paths of images are relative to, and do not leave."""
-        files = self._files()
+        """The folder that paths of images are relative to and do not leave."""
+        files = local_files(self.path)
         if files:
             return Path(commonpath([file.absolute().parent for file in files]))
         path = Path(self.path)
         # Images of the hub lie in the library's own cache.
         return path if path.is_dir() else Path(datasets.config.HF_CACHE_HOME)
 
-    def _values(self, fingerprint: str) -> Iterator[dict[str, Any]]:
-        """The rows' columns, images undecoded."""
-        opened = _open(self, fingerprint)
+    def _file_rows(self, fingerprint: str) -> Iterator[FileRow]:
+        """The rows with their columns, images undecoded."""
+        files = find_files(self.path, self.subset, self.revision, self.streaming)
         try:
+            if files.kind == "rows":
+                yield from files.rows(self._columns, self.split)
+                return
+            opened, number = _open(self, fingerprint), 0
             for table in opened.iter(batch_size=_CHUNK_ROWS):
-                yield from table.to_pylist()
-        except Exception as error:  # whatever the file, the network and the library raise
-            raise UserError(f"{self.path}: cannot read it ({error})") from error
+                for values in table.to_pylist():
+                    number += 1
+                    yield FileRow(f"{self.path}, row {number}", partial(dict, values))
+        except UserError:
+            raise
+        except Exception as error:  # whatever the files, the network and the library raise
+            raise cannot_open(self.path, error) from error
 
-    def _parsed(self, line: str) -> dict[str, Any]:
-        """The columns of a line of JSON."""
-        values = parse_json_object(line.encode(_BYTES))
-        missing = [column for column in self._columns if column not in values]
-        if missing:
-            raise UserError(f"has no '{missing[0]}'; the keys there are: {', '.join(values)}")
-        return values
-
-    def _document(self, row: "_Row") -> Document:
-        if self._by_line:
-            row = replace(row, values=self._parsed(row.values[_LINE]))
+    def _document(self, file_row: FileRow, number: int, fingerprint: str, folder: Path) -> Document:
+        values = file_row.values()
+        for column in self._columns:
+            if column not in values:
+                raise UserError(f"has no {quote(column)}; the keys are: {list_names(values)}")
+        row = _Row(values, number, fingerprint, folder, file_row.location)
         if self.segments_column is None and self.image_column is None:
             text = require_text(row.values, self.text_column)
-            return Document(content_hash(text), (text,), row=row.place)
+            return Document(content_hash(text), (text,), row=row.location)
         parts = self._parts(row.values)
         stored = [(kind, self._stored(v) if kind == "image" else v) for kind, v in parts]
         segments = make_segments(stored, partial(self._image_of, row))
         name = content_name(stored)
         if not self._is_captioned(row.values):
-            return Document(name, segments, row=row.place)
+            return Document(name, segments, row=row.location)
         caption, image = segments
         assert isinstance(caption, str) and isinstance(image, ImageRef)
         return Document(
             name,
             self.with_caption(name, caption, image),
-            row=row.place,
+            row=row.location,
             held_out_with=content_name([part for part in stored if part[0] == "image"]),
         )
 
@@ -176,19 +156,19 @@ class DatasetConfig(CaptionReaderConfig):
         if isinstance(image, list):
             return parse_parts({"texts": values[self.text_column], "images": image})
         if image is None:
-            raise UserError(f"has no image under '{self.image_column}'")
+            raise UserError(f"has no image under {quote(self.image_column)}")
         return [("text", require_text(values, self.text_column)), ("image", image)]
 
     def _stored(self, value: Any) -> bytes | str:
-        """An image as its bytes, or the name of its file."""
+        """An image as its bytes or the path of its file."""
         if isinstance(value, dict):
             value = value.get("bytes") or value.get("path")
         if not isinstance(value, (bytes, str)) or not value:
-            raise UserError("an image is neither bytes nor a path; see the columns' names")
+            raise UserError("an image is neither bytes nor a path; check the names of the columns")
         return value
 
     def _image_of(self, row: "_Row", which: int, stored: bytes | str) -> ImageRef:
-        name = f"{row.place}, image {which}"
+        name = f"{row.location}, image {which}"
         if isinstance(stored, str):
             return self.image_ref(resolve_inside(row.folder, stored), name)
         if self.streaming:
@@ -200,106 +180,52 @@ class DatasetConfig(CaptionReaderConfig):
 
 @dataclass(frozen=True)
 class _Row:
-    """A row of a data set, with what it takes to find it again.
+    """A row of a data set, and what is needed to read it again.
 
     Attributes:
         values: its columns.
-        number: its number, from 0.
+        number: row number, from 0.
         fingerprint: of the data set.
-        folder: what paths of images are relative to.
-        place: for messages.
+        folder: the folder that paths of images are relative to.
+        location: file and row, for messages.
     """
 
     values: dict[str, Any]
     number: int
     fingerprint: str
     folder: Path
-    place: str
+    location: str
 
 
 def _read_cell(
-    config: DatasetConfig, fingerprint: str, row: int, which: int, place: str
+    config: DatasetConfig, fingerprint: str, row: int, which: int, location: str
 ) -> Image.Image:
-    """Read an image of a row; the row is read again, so as not to be kept."""
+    """Read an image of a row; the row is read again instead of kept in memory."""
     (values,) = _open(config, fingerprint)[row : row + 1].to_pylist()
     images = [value for kind, value in config._parts(values) if kind == "image"]
     stored = config._stored(images[which])
     assert isinstance(stored, bytes)
-    return read_image(stored, place, max_pixels=config.max_pixels)
+    return read_image(stored, location, max_pixels=config.max_pixels)
 
 
 @lru_cache(maxsize=8)
 def _open(config: DatasetConfig, fingerprint: str) -> Any:
-    """The columns that are read, as Arrow tables; `fingerprint` reopens files that changed."""
-    columns = [_LINE] if config._by_line else config._columns
-    try:
-        opened = _load(config)
-        found = opened.column_names or columns
-    except UserError:
-        raise
-    except Exception as error:  # whatever the file, the network and the library raise
-        cause = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-        raise UserError(
-            f"{config.path}: `datasets` cannot open it ({cause}){_advice(config)}"
-        ) from error
-    missing = [column for column in columns if column not in found]
-    if missing:
-        raise UserError(
-            f"{config.path}: has no column '{missing[0]}'; the columns are: {', '.join(found)}"
-        )
-    if not config._by_line and config.segments_column is None:
-        _check_texts(config, opened.features or {})
-    # Arrow's own values: `datasets` would decode images, wherever their paths lead.
-    return opened.select_columns(columns).with_format("arrow")
+    """The columns that are used, as Arrow tables; files that changed are opened again."""
+    columns = config._columns
+    opened = open_table(
+        config.path, config.subset, config.revision, columns, config.split, config.streaming
+    )
+    if config.segments_column is None:
+        _check_text_column(config, opened.features or {})
+    return opened
 
 
-def _check_texts(config: DatasetConfig, features: dict[str, Any]) -> None:
+def _check_text_column(config: DatasetConfig, features: dict[str, Any]) -> None:
     """Refuse a column of numbers or the like as texts at once, instead of row by row."""
     feature = features.get(config.text_column)
     feature = getattr(feature, "feature", feature)  # of a list
-    if isinstance(feature, datasets.Value) and feature.dtype not in _TEXTS:
-        others = [
-            name
-            for name, one in features.items()
-            if isinstance(one, datasets.Value) and one.dtype in _TEXTS
-        ]
+    if isinstance(feature, datasets.Value) and feature.dtype not in _TEXT_TYPES:
         raise UserError(
-            f"{config.path}: the column '{config.text_column}' holds {feature.dtype}, no texts; "
-            f"set text_column to a column of texts: {', '.join(others) or 'there is none'}"
+            f"{config.path}: the column {quote(config.text_column)} holds {feature.dtype} values, "
+            "not text; set text_column to a column of texts"
         )
-
-
-def _is_on_hub(config: DatasetConfig) -> bool:
-    return not config._files() and not Path(config.path).is_dir()
-
-
-def _advice(config: DatasetConfig) -> str:
-    """What to do where a name on the hub cannot be opened."""
-    if not _is_on_hub(config):
-        return ""
-    if datasets.config.HF_HUB_OFFLINE:
-        return "; HF_HUB_OFFLINE is set: unset it to let it ask the hub"
-    return (
-        "; a name on the hub needs a network, and for closed data sets a login: "
-        "or fetch its files and give their path"
-    )
-
-
-def _load(config: DatasetConfig) -> Any:
-    files = [str(file) for file in config._files()]
-    if _is_on_hub(config) and not _HUB_NAME.fullmatch(config.path):
-        raise UserError(
-            f"{config.path}: is no file that ends in {', '.join(_BUILDERS)}, no folder, and no "
-            "name on the hub such as owner/name; check the source's 'path'"
-        )
-    where: dict[str, Any] = {"path": config.path, "name": config.subset}
-    if files:
-        where = {"path": _BUILDERS[config._ending], "data_files": files}
-    if config._by_line:
-        where["encoding"] = _BYTES
-    datasets.disable_progress_bars()  # `prepare` shows its own
-    # What it logs about a file that it cannot read, it raises as well.
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    return datasets.load_dataset(
-        **where, split=config.split, revision=config.revision, streaming=config.streaming
-    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moma.data.documents import Document, Rejected
 from moma.data.sources.paths import fingerprint_of, unreadable
@@ -88,15 +88,21 @@ def read_lines(path: Path) -> Iterator[Line]:
             if _COMPRESSED.match(file.read(10)):
                 raise UserError(f"{path}: cannot read it (it is compressed); decompress it first")
             file.seek(0)
-            number, offset = 0, 0
-            while data := file.readline(MAX_ROW_BYTES + 1):
-                number += 1
-                yield Line(path, number, offset, data if len(data) <= MAX_ROW_BYTES else None)
-                while data and not data.endswith(b"\n"):
-                    data = file.readline(MAX_ROW_BYTES)
-                offset = file.tell()
+            yield from iterate_lines(file, path)
     except OSError as error:
         raise unreadable(path, error) from error
+
+
+def iterate_lines(file: BinaryIO, path: Path) -> Iterator[Line]:
+    """Yield the lines of an open file; `path` is its name in messages."""
+    number, offset = 0, 0
+    while data := file.readline(MAX_ROW_BYTES + 1):
+        number += 1
+        yield Line(path, number, offset, data if len(data) <= MAX_ROW_BYTES else None)
+        offset += len(data)
+        while data and not data.endswith(b"\n"):
+            data = file.readline(MAX_ROW_BYTES)
+            offset += len(data)
 
 
 def read_jsonl(
@@ -150,7 +156,7 @@ def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 _JSON_TYPES = {dict: "an object", list: "a list", bool: "a boolean", float: "a number"}
 # Integers become floats, since Python refuses those of more than 4,300 digits.
-_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=_make_object)
+JSON_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=_make_object)
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
         UserError: the data are not a JSON object in UTF-8.
     """
     try:
-        values = _DECODER.decode(data.decode("utf-8-sig", "surrogatepass"))
+        values = JSON_DECODER.decode(data.decode("utf-8-sig", "surrogatepass"))
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 ({error}); convert the file to UTF-8") from error
     except (ValueError, RecursionError) as error:

@@ -1,8 +1,12 @@
-"""Parquet, JSON Lines and Arrow files, and repositories as the hub holds them."""
+"""Parquet, Arrow and text files, and repositories as the hub holds them."""
 
+import bz2
+import errno
+import gzip
 import io
 import json
 import logging
+import lzma
 import pickle
 
 import datasets
@@ -13,14 +17,14 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from moma.data.documents import ImageRef, Rejected
+from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources.dataset import DatasetConfig
-from moma.errors import UserError
+from moma.errors import StorageError, UserError
 from tests.data.sources.rows import accepted
 
 
-def source_of(**settings):
-    return DatasetConfig(**settings)
+def source_of(**options):
+    return DatasetConfig(**options)
 
 
 @pytest.fixture(autouse=True)
@@ -130,8 +134,8 @@ def test_kinds_of_files_and_a_repository(tmp_path, name, streaming):
 def test_paths_of_images_stay_inside_the_folder(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
-    for place in (tmp_path / "secret.png", folder / "a.png"):
-        Image.new("RGB", (7, 2)).save(place)
+    for file in (tmp_path / "secret.png", folder / "a.png"):
+        Image.new("RGB", (7, 2)).save(file)
     values = ["a.png", "../secret.png", str(tmp_path / "secret.png"), "https://a.example/a.png"]
     rows = [{"image": {"path": value, "bytes": None}, "text": "t"} for value in values]
     path = write(folder / "a.parquet", rows)
@@ -158,7 +162,7 @@ def test_rows_that_cannot_be_used_are_rejected(tmp_path):
         last.segments[0].read()
 
 
-def test_changed_files_are_opened_anew(tmp_path):
+def test_changed_files_are_opened_again(tmp_path):
     path = write(tmp_path / "a.parquet", [{"text": "old"}])
     source = source_of(path=path)
     (old,) = source.documents()
@@ -176,14 +180,14 @@ def test_changed_files_are_opened_anew(tmp_path):
         ({"path": "{folder}/no*.parquet"}, "no file matches"),
         (
             {"path": "{folder}/nowhere"},
-            "is no file that ends in parquet, .* no folder, and no name",
+            "is no file that ends in jsonl, .* no folder, and no name",
         ),
-        ({"path": "{folder}/broken.parquet"}, "broken.parquet: `datasets` cannot open it"),
+        ({"path": "{folder}/broken.parquet"}, "broken.parquet: cannot read it"),
         ({"path": "{folder}/a.parquet", "split": "test"}, "a.parquet: `datasets` cannot open it"),
         ({"path": "{folder}/a.parquet", "text_column": "x"}, "has no column 'x'; .* are: text"),
     ],
 )
-def test_what_cannot_be_opened_is_named(tmp_path, settings, message):
+def test_what_cannot_be_opened_is_an_error(tmp_path, settings, message):
     write(tmp_path / "a.parquet", [{"text": "t"}])
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 broken PAR1")
     settings = {**settings, "path": settings["path"].format(folder=tmp_path)}
@@ -197,7 +201,7 @@ def test_two_layouts_at_once_are_refused():
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_broken_rows_of_json_lines_are_set_aside(tmp_path, streaming, capfd):
+def test_broken_rows_of_json_lines_are_rejected(tmp_path, streaming, capfd):
     Image.new("RGB", (7, 2)).save(tmp_path / "a.png")
     lines = [
         json.dumps({"text": "ä\u2028 \x85 one", "image": "a.png"}, ensure_ascii=False).encode(),
@@ -238,34 +242,280 @@ def test_a_column_of_numbers_is_refused_once(tmp_path, streaming, column):
     rows = [{"id": 1, "ids": [1, 2], "caption": "a", "image": [None, png(1)]}]
     path = write(tmp_path / "a.parquet", rows)
     source = source_of(path=path, text_column=column, image_column="image", streaming=streaming)
-    with pytest.raises(UserError, match=rf"'{column}' holds int64, no texts; .*: caption$"):
+    with pytest.raises(UserError, match=rf"'{column}' holds int64 values, not text"):
         list(source.documents())
 
 
-def test_a_name_on_the_hub_that_cannot_be_reached_is_told(monkeypatch):
+def test_a_name_on_the_hub_that_cannot_be_reached_is_reported(monkeypatch):
     source = source_of(path="nobody/nothing")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="HF_HUB_OFFLINE is set: unset it"):
         list(source.documents())
 
-    def unreachable(**arguments):
+    def unreachable(*arguments, **options):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(UserError, match=r"no route.*needs a network"):
         list(source.documents())
 
 
-def test_a_file_that_cannot_be_read_is_told_once(tmp_path):
-    """By the error alone: the library's log would say it twice more."""
-    told = io.StringIO()
-    handler, logger = logging.StreamHandler(told), logging.getLogger("datasets")
+def test_a_file_that_cannot_be_read_is_reported_once(tmp_path):
+    """By the error alone: the library's log would repeat it twice."""
+    logged = io.StringIO()
+    handler, logger = logging.StreamHandler(logged), logging.getLogger("datasets")
     logger.setLevel(logging.WARNING)
     logger.addHandler(handler)
     (tmp_path / "bad.parquet").write_bytes(b"no Parquet at all")
-    with pytest.raises(UserError, match=r"bad\.parquet: `datasets` cannot open it"):
+    with pytest.raises(UserError, match=r"bad\.parquet: cannot read it"):
         list(DatasetConfig(path=str(tmp_path / "bad.parquet")).documents())
     logger.removeHandler(handler)
-    assert told.getvalue() == ""
+    assert logged.getvalue() == ""
+
+
+def segments(rows):
+    """The text of each document, and the reason of each rejected row."""
+    return [row.segments[0] if isinstance(row, Document) else row for row in rows]
+
+
+def write_csv(path, data):
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return source_of(path=str(path))
+
+
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(
+    ("data", "texts"),
+    [
+        ("text,id\na,1,\nb,2,\n", ["a", "b"]),
+        ("text,id,\na,1,\nb,2,\n", ["a", "b"]),
+        ("text,id\na,1\nb\n", ["a", "b"]),
+        (
+            "text\nNA\nnull\n007\n1.50\nTrue\n2020-01-01\n",
+            ["NA", "null", "007", "1.50", "True", "2020-01-01"],
+        ),
+        ("id,id,text\n1,2,a\n", ["a"]),
+        ("id,text\n1,#a\n", ["#a"]),
+        ('id,text\n1,"a, ""b""\nc"\n', ['a, "b"\nc']),
+        ('text\na "b" c\n', ['a "b" c']),
+        ("\ufefftext,id\na,1\n", ["a"]),
+        ("\ufefftext\tx\r\nä\t1\r\n".encode("utf-16-le"), ["ä"]),
+        ("text\r\na\r\n\r\nb\r\n", ["a", "b"]),
+        ("text\ra\rb", ["a", "b"]),
+        (b"id,text\n\xff,a\n", ["a"]),
+    ],
+)
+def test_csv_is_read_as_it_is_written(tmp_path, data, texts, folder):
+    name = "a.tsv" if isinstance(data, bytes) and b"\t\0" in data else "a.csv"
+    (tmp_path / "rows").mkdir()
+    source = write_csv(tmp_path / "rows" / name, data)
+    if folder:
+        source = source_of(path=str(tmp_path / "rows"))
+    assert segments(source.documents()) == texts
+
+
+@pytest.mark.parametrize(
+    ("rows", "rejected"),
+    [
+        (["a,b,c"], {2: "has 3 fields, but the header names 2 columns"}),
+        (["1,\xff"], {2: "column 'text' is not UTF-8"}),
+        (["1"], {2: "has no 'text'"}),
+        (["1,"], {2: "needs a text"}),
+        (['1,"a"b'], {2: "not valid CSV"}),
+        (['1,"a', "2,b", '3,"c"'], {n: "not valid CSV" for n in (2, 3, 4)}),
+    ],
+)
+def test_rows_of_csv_that_do_not_fit_are_rejected(tmp_path, rows, rejected):
+    lines = ["id,text", *rows, "9,good"]
+    source = write_csv(tmp_path / "a.csv", "\n".join(lines).encode("latin-1"))
+    *found, good = source.documents()
+    assert [row.row for row in found] == [f"{source.path}, line {n}" for n in rejected]
+    assert all(want in row.reason for want, row in zip(rejected.values(), found, strict=True))
+    assert good.segments == ("good",)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("text,text\na,b\n", "has several columns 'text'"),
+        ("text;id\na;b\n", "has no column 'text'; the columns, separated by ',', are: text;id"),
+        ("", "is empty"),
+        ('text\na\n"b\nc\nd\n', r"line 3: not valid CSV \(unexpected end of data\)"),
+    ],
+)
+def test_csv_that_cannot_be_read_is_an_error(tmp_path, data, message):
+    with pytest.raises(UserError, match=message):
+        list(write_csv(tmp_path / "a.csv", data).documents())
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.ndjson", '{"text": "a"}\n{"text": "2020-01-01"}\n'),
+        ("a.txt", "a\n\n2020-01-01\n"),
+        ("a.tsv", "text\tid\na\t1\n2020-01-01\t2\n"),
+        ("a.json", '{"text": "a"}\n{"text": "2020-01-01"}\n'),
+        ("a.json", '\ufeff[{"text": "a"},\n {"text": "2020-01-01", "x": [1, {}]}]\n'),
+        ("a.json", '["a", "2020-01-01"]'),
+        ("a.json", '{\n"text": [\n"a", "2020-01-01"],\n"id": [1, 2]}'),
+    ],
+)
+@pytest.mark.parametrize("compress", [None, gzip.compress, bz2.compress, lzma.compress, "zst"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_files_are_read_compressed_or_not(tmp_path, name, data, compress, streaming):
+    content = data.encode()
+    if compress == "zst":
+        content = pa.compress(content, codec="zstd", asbytes=True)
+    elif compress is not None:
+        content = compress(content)
+    path = tmp_path / (name if compress is None else f"{name}.gz")
+    path.write_bytes(content)
+    rows = source_of(path=str(path), streaming=streaming).documents()
+    assert segments(rows) == ["a", "2020-01-01"]
+
+
+def test_a_long_json_array_is_read_item_by_item(tmp_path):
+    texts = ["x" * n for n in (1, 200_000, 3)] + [str(n) for n in range(30_000)]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts], indent=1))
+    assert segments(source_of(path=str(tmp_path / "a.json")).documents()) == texts
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('[{"text": "a"}, {"text": }]', "row 2: not valid JSON"),
+        ('[{"text": "a"}, {"text": "b"}', "row 3: not valid JSON"),
+        ('{\n"text": [\n', "not valid JSON"),
+    ],
+)
+def test_a_broken_json_file_is_an_error(tmp_path, data, message):
+    (tmp_path / "a.json").write_text(data)
+    with pytest.raises(UserError, match=message):
+        list(source_of(path=str(tmp_path / "a.json")).documents())
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a", "a.md"])
+def test_a_local_file_with_an_unknown_ending_is_named(tmp_path, name):
+    (tmp_path / name).write_text("a")
+    with pytest.raises(UserError, match=r"cannot be read; those that can end in jsonl, .*arrow"):
+        list(source_of(path=str(tmp_path / name)).documents())
+
+
+def test_a_damaged_compressed_file_is_an_error(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot read it"):
+        list(source_of(path=str(tmp_path / "a.jsonl.gz")).documents())
+
+
+@pytest.mark.parametrize(
+    ("split", "texts"),
+    [("train[1:3]", ["t1", "t2"]), ("train[-1:]+train[:20%]", ["t4", "t0"])],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.arrow", "a.parquet"])
+def test_a_part_of_a_split(tmp_path, name, split, texts):
+    data = datasets.Dataset.from_list([{"text": f"t{n}"} for n in range(5)])
+    if name == "a.jsonl":
+        data.to_json(tmp_path / name)
+    elif name == "a.csv":
+        data.to_csv(tmp_path / name)
+    elif name == "a.parquet":
+        data.to_parquet(tmp_path / name)
+    else:
+        write_shards(tmp_path, "arrow", [data.data.table])
+        (tmp_path / "0.arrow").rename(tmp_path / name)
+    assert segments(source_of(path=str(tmp_path / name), split=split).documents()) == texts
+    with pytest.raises(UserError, match="cannot open it"):
+        list(source_of(path=str(tmp_path / name), split="test").documents())
+
+
+def write_shards(folder, name, tables):
+    for number, table in enumerate(tables):
+        path = folder / f"{number}.{name}"
+        if name == "parquet":
+            pa.parquet.write_table(table, path)
+        else:
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
+                out.write_table(table)
+    return str(folder / f"*.{name}")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["parquet", "arrow"])
+def test_shards_need_to_agree_only_in_the_columns_that_are_used(tmp_path, name, streaming):
+    tables = [
+        pa.table({"text": pa.array([], pa.null())}),
+        pa.table({"text": ["a"], "x": pa.array([1], pa.int8()), "y": [{"k": [1]}]}),
+        pa.table({"text": pa.array([], pa.string())}),
+        pa.table({"x": ["b"], "text": pa.array(["b"], pa.large_string())}),
+        pa.table({"text": pa.array(["c"]).dictionary_encode(), "only": [None]}),
+        pa.table({"z": pa.array([1], pa.duration("s")), "text": pa.array([None], pa.null())}),
+        pa.table({"text": pa.array([], pa.string())}),
+    ]
+    path = write_shards(tmp_path, name, tables)
+    *texts, rejected = segments(source_of(path=path, streaming=streaming).documents())
+    assert texts == ["a", "b", "c"]
+    assert isinstance(rejected, Rejected) and "needs a text" in rejected.reason
+
+
+def test_shards_that_disagree_are_named(tmp_path):
+    path = write_shards(tmp_path, "parquet", [pa.table({"text": ["a"]}), pa.table({"id": [1]})])
+    with pytest.raises(UserError, match=r"1\.parquet: has no column 'text'; the columns are: id"):
+        list(source_of(path=path).documents())
+    path = write_shards(
+        tmp_path, "parquet", [pa.table({"text": ["a"]}), pa.table({"text": [{"a": 1}]})]
+    )
+    with pytest.raises(UserError, match=r"1\.parquet: a column has another type"):
+        list(source_of(path=path).documents())
+
+
+@pytest.mark.parametrize(
+    "cause",
+    [OSError(errno.ENOSPC, "No space left on device"), OSError("Not enough disk space. Needed: 9")],
+)
+def test_a_full_disk_of_the_cache_is_an_error_of_storage(tmp_path, monkeypatch, cause):
+    def fail(**arguments):
+        try:
+            raise cause
+        except OSError as error:
+            raise datasets.exceptions.DatasetGenerationError("while generating") from error
+
+    path = write(tmp_path / "a.parquet", [{"text": "a"}])
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(StorageError, match=r"cache: .*cache of `datasets`: free space"):
+        list(source_of(path=path).documents())
+
+
+def test_messages_are_bounded(tmp_path):
+    keys = ["x" * 100_000 + str(n) for n in range(50)]
+    rows = [dict.fromkeys(keys, "1"), {"text": "a"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rejected, _ = source_of(path=str(tmp_path / "a.jsonl")).documents()
+    assert len(rejected.reason) < 1000
+    with pytest.raises(UserError) as error:
+        list(write_csv(tmp_path / "a.csv", ",".join(keys) + "\n1\n").documents())
+    assert len(str(error.value)) < 2500
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.csv", "*.parquet"])
+def test_a_path_that_exists_is_no_pattern(tmp_path, name, streaming):
+    for folder, text in (("run[12]", "wanted"), ("run1", "other")):
+        (tmp_path / folder).mkdir()
+        data = datasets.Dataset.from_list([{"text": text}])
+        data.to_parquet(tmp_path / folder / "a.parquet")
+        data.to_json(tmp_path / folder / "a.jsonl")
+        data.to_csv(tmp_path / folder / "a.csv", index=False)
+        write_shards(tmp_path / folder, "arrow", [data.data.table])
+        (tmp_path / folder / "0.arrow").rename(tmp_path / folder / "a.arrow")
+    path = str(tmp_path / "run[12]" / name)
+    assert segments(source_of(path=path, streaming=streaming).documents()) == ["wanted"]
+
+
+def test_a_folder_whose_name_is_a_pattern_of_another_is_refused(tmp_path):
+    for folder in ("run[12]", "run1"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.csv").write_text(f"text\n{folder}\n")
+    with pytest.raises(UserError, match=r"rename the folder, or name its files: .*/\*"):
+        list(source_of(path=str(tmp_path / "run[12]")).documents())

@@ -1,0 +1,203 @@
+"""Columns of Parquet and Arrow files and of other data sets, opened by the library `datasets`.
+
+Only the columns that are used are read, so that the others may be of any type and differ between
+files. Parquet is copied once into the library's cache of memory-mapped Arrow files; Arrow files
+are memory-mapped where they are.
+"""
+
+import errno
+import glob
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from moma.errors import StorageError, UserError, list_names, os_error_message, quote, shorten
+
+ENDINGS = {"parquet": "parquet", "arrow": "arrow"}
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_DISK_FULL_MESSAGES = ("No space left on device", "Not enough disk space")
+
+
+def open_files(
+    kind: str, files: dict[str, list[str]], columns: list[str], split: str, streaming: bool
+) -> Any:
+    """Open local Parquet or Arrow files.
+
+    Args:
+        kind: a value of `ENDINGS`.
+        files: the files of each split.
+        columns: the columns to read.
+        split: the split, or a part of it.
+        streaming: whether to read Parquet without a copy in the cache.
+
+    Returns:
+        A data set of `datasets`.
+
+    Raises:
+        UserError: a file cannot be read or lacks a column, or the types of a column differ.
+    """
+    named = re.findall(r"\w[\w.]*", split)
+    used = {name: paths for name, paths in files.items() if name in named} or files
+    with_rows, schema = _common_schema(kind, used, columns)
+    if kind == "arrow":
+        parts = {name: _arrow_data(paths, columns, schema) for name, paths in with_rows.items()}
+        chosen = ranges(split, {name: len(part) for name, part in parts.items()})
+        return datasets.concatenate_datasets(
+            [parts[name].select(range(start, end)) for name, start, end in chosen]
+        )
+    return load(
+        path=kind,
+        # The library expands patterns, and a name may look like one.
+        data_files={name: [glob.escape(path) for path in each] for name, each in with_rows.items()},
+        columns=columns,
+        features=datasets.Features.from_arrow_schema(schema),
+        split=split,
+        streaming=streaming,
+    )
+
+
+def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Return the ranges of rows (split, start, end) that a name such as `train[:9]` stands for.
+
+    Args:
+        split: one or several splits, each with or without a range.
+        rows: number of rows of each split.
+
+    Raises:
+        ValueError: there is no such split, or the range is not valid.
+    """
+    chosen = datasets.ReadInstruction.from_spec(split).to_absolute(rows)
+    return [
+        (one.splitname, one.from_ or 0, rows[one.splitname] if one.to is None else one.to)
+        for one in chosen
+    ]
+
+
+def load(**arguments: Any) -> Any:
+    """Call `datasets.load_dataset` without its progress bars and log."""
+    silence()
+    return datasets.load_dataset(**arguments)
+
+
+def silence() -> None:
+    """Turn off the library's progress bars, and its log of errors that it raises as well."""
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
+
+
+def check_columns(path: str, found: list[str], columns: list[str]) -> None:
+    """Check that a data set has the columns that are used.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    for column in columns:
+        if column not in found:
+            raise UserError(
+                f"{path}: has no column {quote(column)}; the columns are: {list_names(found)}"
+            )
+
+
+def storage_error(error: BaseException) -> StorageError | None:
+    """Return the error of the disk that lies behind another error, if there is one.
+
+    `datasets` reports a full disk as an error of the file that it was reading.
+    """
+    for cause in _causes(error):
+        text = str(cause)
+        is_full = isinstance(cause, OSError) and cause.errno in _DISK_FULL
+        if is_full or any(message in text for message in _DISK_FULL_MESSAGES):
+            return StorageError(
+                f"{datasets.config.HF_DATASETS_CACHE}: {shorten(text, 200)}; this is the cache of "
+                "`datasets`: free space on its disk, set HF_DATASETS_CACHE to a folder on another "
+                "disk, or set streaming = true, and run the same command again"
+            )
+        if isinstance(cause, OSError):
+            described = os_error_message(cause)
+            if isinstance(described, StorageError):
+                return described
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _common_schema(
+    kind: str, files: dict[str, list[str]], columns: list[str]
+) -> tuple[dict[str, list[str]], pa.Schema]:
+    """The files that have rows, or one of them, and the types of the columns in all of them."""
+    with_rows: dict[str, list[str]] = {}
+    schema: pa.Schema | None = None
+    for split, paths in files.items():
+        sizes: dict[str, int] = {}
+        for path in paths:
+            found, sizes[path] = _schema_and_rows(kind, path)
+            if not sizes[path] and path != paths[-1]:
+                continue
+            if not sizes[path] and any(sizes.values()):
+                continue
+            check_columns(path, found.names, columns)
+            plain = pa.schema([pa.field(name, _plain(found.field(name).type)) for name in columns])
+            try:
+                known = [schema] if schema is not None else []
+                schema = pa.unify_schemas([*known, plain], promote_options="permissive")
+            except pa.ArrowException as error:
+                raise UserError(
+                    f"{path}: a column has another type than in the other files "
+                    f"({shorten(str(error), 200)}); convert the files to one type"
+                ) from error
+        with_rows[split] = [path for path, size in sizes.items() if size] or paths[-1:]
+    assert schema is not None
+    return with_rows, schema
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type of the values, where files store them in another way."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if kind == pa.string_view():
+        return pa.large_string()
+    if kind == pa.binary_view():
+        return pa.large_binary()
+    return kind
+
+
+def _schema_and_rows(kind: str, path: str) -> tuple[pa.Schema, int]:
+    try:
+        if kind == "arrow":
+            table = _arrow_table(path)
+            return table.schema, table.num_rows
+        with pa.parquet.ParquetFile(path) as file:
+            return file.schema_arrow, file.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise storage_error(error) or UserError(
+            f"{path}: cannot read it ({shorten(str(error), 300)}); replace or remove the file"
+        ) from error
+
+
+def _arrow_data(paths: list[str], columns: list[str], schema: pa.Schema) -> datasets.Dataset:
+    tables = []
+    for path in paths:
+        table = _arrow_table(path).select(columns)
+        try:
+            table.validate(full=True)
+        except pa.ArrowException as error:
+            reason = shorten(str(error), 300)
+            raise UserError(f"{path}: is damaged ({reason}); replace or remove the file") from error
+        tables.append(datasets.table.table_cast(table, schema))
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)))
+
+
+def _arrow_table(path: str) -> pa.Table:
+    source = pa.memory_map(path)
+    try:
+        return pa.ipc.open_stream(source).read_all()
+    except pa.ArrowInvalid:
+        return pa.ipc.open_file(source).read_all()
