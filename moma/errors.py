@@ -1,4 +1,4 @@
-"""Errors that are meant for the person at the keyboard, each with its exit code."""
+"""Errors that are meant for the user, each with its exit code."""
 
 import errno
 import json
@@ -6,14 +6,21 @@ import shlex
 import shutil
 from collections.abc import Iterable
 
-# What a disk or a network's file system says when it is full or ails; it may be well again later.
-_AILING = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ESTALE, errno.EROFS)
+# Errors of a disk or network file system that may go away.
+_STORAGE_ERRNOS = (
+    errno.EIO,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.ESTALE,
+    errno.EROFS,
+)
 
 
 class UserError(Exception):
-    """Bad input: the message names the file, key or row at fault and the way out.
+    """Bad input: the message names the file, key or row and what to do about it.
 
-    The command line prints the message alone and exits with `CODE`; every other exception is a
+    The command line prints only the message and exits with `CODE`; any other exception is a
     defect of the program and keeps its traceback.
     """
 
@@ -21,54 +28,54 @@ class UserError(Exception):
 
 
 class SharedError(UserError):
-    """A `UserError` that all ranks of a job raise alike: the first one tells it for all."""
+    """A `UserError` that every rank of a job raises; the command line prints it on rank 0 only."""
 
 
 class StorageError(UserError):
-    """Something could not be written or read: the disk is full, say; later it may work.
+    """A file could not be written or read, for example because the disk is full.
 
-    The command line exits with `CODE`, "input/output error" in sysexits.h, on which job scripts
-    begin again, a few times.
+    The command line exits with `CODE`, "input/output error" in sysexits.h, after which job scripts
+    restart the job a few times.
     """
 
     CODE = 74
 
 
 class SharedStorageError(SharedError, StorageError):
-    """A `StorageError` that all ranks of a job raise alike."""
+    """A `StorageError` that every rank of a job raises."""
 
     CODE = StorageError.CODE
 
 
 class LostRankError(Exception):
-    """Another process of the job ended or does not answer; the job can begin again.
+    """Another process of the job ended or does not respond; the job can be restarted.
 
     The command line prints the message and exits with code 1, on which launchers restart the job.
     """
 
 
 class StoppedError(Exception):
-    """A signal ended the work early; what was done is saved, and the same command goes on.
+    """A signal ended the work early; progress is saved, and the same command resumes.
 
-    The command line exits with `CODE`, "try again later" in sysexits.h, on which job scripts put
-    the job back into the queue.
+    The command line exits with `CODE`, "try again later" in sysexits.h, on which job scripts
+    requeue the job.
     """
 
     CODE = 75
 
 
 def os_error_message(error: OSError) -> UserError | None:
-    """What the system said of a file, as a message; None if it speaks of a defect."""
+    """The message for a system error about a file; None if the error is a defect of the program."""
     if isinstance(error, shutil.Error):  # of a folder: source, copy and reason of each file
         return StorageError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}")
-    told = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-    if error.errno in _AILING:
-        return StorageError(f"{told}; see to the disk, and the same command goes on")
-    return None if error.filename is None else UserError(f"{told}; choose another path")
+    message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    if error.errno in _STORAGE_ERRNOS:
+        return StorageError(f"{message}; check the disk, then run the same command to resume")
+    return None if error.filename is None else UserError(f"{message}; choose another path")
 
 
 def json_error_message(error: Exception) -> str:
-    """What is wrong with JSON, and at which character: a line's number would seem the row's."""
+    """What is wrong with JSON, by character: a line number would be mistaken for the file's."""
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}: character {error.pos + 1}"
     return str(error)

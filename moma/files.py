@@ -1,28 +1,32 @@
-"""Files that are there whole or not at all, also after a power cut; folders held by one process."""
+"""Atomic writes that survive a power cut, checksums, JSON files and folder locks."""
 
+import hashlib
+import json
+import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from moma.errors import UserError
+from moma.errors import UserError, json_error_message
 
 UNFINISHED = ".writing"
+Checksum = tuple[int, str]
+logger = logging.getLogger(__name__)
 
 
 def atomic_write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a power cut."""
+    """Write a text file so that either the old or the new content exists at any time."""
     with atomic_open(path) as file:
         file.write(text.encode())
 
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name when all of it is written and on the disk."""
+    """Open a file for writing that replaces `path` once its content is synced to disk."""
     unfinished = path.with_name(path.name + UNFINISHED)
     with add_path_to_errors(path):
         with unfinished.open("wb") as file:
@@ -32,23 +36,12 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
-@contextmanager
-def add_path_to_errors(path: Path) -> Iterator[None]:
-    """Let an error of the system name a file: one of writing, such as of a full disk, does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None:
-            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-        raise
-
-
 def atomic_replace(path: Path, fill: Callable[[Path], object]) -> None:
-    """Make a file or a folder that is there whole or not at all, also after a power cut.
+    """Create a file or folder that appears under its name only when it is complete and synced.
 
     Args:
-        path: a file, which may take the place of an older one, or a folder that is not there yet.
-        fill: makes it at the path that it is given.
+        path: a file, which replaces an existing one, or a folder that does not exist yet.
+        fill: creates the content at the temporary path that it is called with.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -59,14 +52,25 @@ def atomic_replace(path: Path, fill: Callable[[Path], object]) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def add_path_to_errors(path: Path) -> Iterator[None]:
+    """Add the path to an `OSError` that names none, such as that of a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise
+
+
 def sync_file(file: BinaryIO) -> None:
-    """Bring what was written to the disk itself."""
+    """Flush an open file and sync its content to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Bring the names of a folder, or what a closed file holds, to the disk."""
+    """Sync a folder's entries, or a closed file's content, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -74,31 +78,51 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def lock_folder(folder: Path, patience: float) -> Iterator[None]:
-    """Hold a folder against other processes; the system lets go of it however this one ends.
+def checksum(path: Path) -> Checksum:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
-    Where the file system knows no locks, nobody is kept out.
 
-    Args:
-        folder: is there.
-        patience: seconds to wait for another process to let go.
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
 
     Raises:
-        UserError: it did not.
+        UserError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({json_error_message(error)})") from error
+
+
+@contextmanager
+def lock_folder(folder: Path, timeout: float) -> Iterator[None]:
+    """Hold an exclusive lock on a folder; the system releases it however this process ends.
+
+    On a file system without locks this does nothing.
+
+    Args:
+        folder: an existing folder.
+        timeout: seconds to wait for a process that holds the lock.
+
+    Raises:
+        UserError: the lock was not released in time.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle, folder, patience)
+        _lock(handle, folder, timeout)
         yield
     finally:
         os.close(handle)
 
 
-def _lock(handle: int, folder: Path, patience: float) -> None:
-    import fcntl  # not on every system
+def _lock(handle: int, folder: Path, timeout: float) -> None:
+    import fcntl  # not available on every system
 
-    end, told = time.monotonic() + patience, False
+    end, logged = time.monotonic() + timeout, False
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,12 +130,12 @@ def _lock(handle: int, folder: Path, patience: float) -> None:
         except BlockingIOError as error:
             if time.monotonic() > end:
                 raise UserError(
-                    f"{folder}: another process is at work there; wait for its end, or choose "
-                    "another folder"
+                    f"{folder}: in use by another process; wait until it ends, or choose another "
+                    "folder"
                 ) from error
         except OSError:
             return
-        if not told:
-            print(f"{folder}: waits for another process to end", file=sys.stderr)
-        told = True
+        if not logged:
+            logger.warning("%s: waiting for another process to end", folder)
+        logged = True
         time.sleep(0.2)

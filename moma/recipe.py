@@ -266,10 +266,14 @@ def check(schema: type[AnyConfig], values: dict[str, Any], origin: str) -> AnyCo
         raise UserError(f"{origin}: " + "; ".join(messages)) from error
 
 
+def to_toml(config: Config) -> str:
+    """A configuration as TOML with all keys; keys without a value are left out."""
+    return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
+
+
 def write_recipe(config: Config, path: Path) -> None:
-    """Write a configuration as TOML with every key; keys whose value is None are left out."""
-    values = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    path.write_text(tomli_w.dumps(values), encoding="utf-8")
+    """Write a configuration as TOML with all keys; keys without a value are left out."""
+    path.write_text(to_toml(config), encoding="utf-8")
 
 
 def _parse(value: str) -> Any:

@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from moma.data.encode.prepare import prepare
+from moma.progress import show_log_messages
 from moma.train.recipe import Recipe
 
 pytest.register_assert_rewrite("tests.command_line", "tests.factories")
 from tests.command_line import train  # noqa: E402
 from tests.factories import tiny_recipe, write_sources  # noqa: E402
 
+show_log_messages()
 # Several test processes share few cores.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -435,7 +435,7 @@ def test_a_wrong_extension_is_named(tmp_path, text, base, named):
 @pytest.mark.parametrize(
     ("override", "named"),
     [
-        ('model.groups=[{modalities = ["text", "smell"], experts = 2}]', "no modality 'smell'"),
+        ('model.groups=[{modalities = ["text", "smell"], experts = 2}]', "modality 'smell'"),
         ('model.groups=[{modalities = ["text"], experts = 2}]', "no group takes 'image'"),
         ('model.groups=[{modalities = ["text", "text"], experts = 2}]', "each modality once"),
         ("model.groups=mod_dense", "'mod_dense': no such architecture"),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from moma.errors import UserError
+from moma.recipe import Config
 from moma.runs import Run, Tokenizers
 
 
@@ -54,22 +55,112 @@ def test_copying_again_brings_the_newer_state(tmp_path):
     assert contents(tmp_path / "b")["codec/config.json"] == "newer"
 
 
-def test_a_folder_is_a_run_if_it_has_a_recipe(tmp_path):
-    run = Run(tmp_path)
-    for _ in range(2):
-        with pytest.raises(UserError, match=r"not a run folder.*run `moma train`"):
-            run.require()
-        # An unfinished recipe does not make a run.
-        run.recipe.with_suffix(".partial").write_text("")
-    run.recipe.write_text("")
+def make_run(folder, data):
+    class Recipe(Config):
+        data: dict[str, str]
+        seed: int = 0
+
+    run = Run(folder)
+    run.path.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(data={"path": str(data.path)})
+    run.create(recipe, data)
+    run.copy_tokenizers(data)
+    return run, recipe
+
+
+def test_only_a_manifest_makes_a_folder_a_run(tmp_path):
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    run.recipe.write_text("# mine")
+    run.manifest.with_name("run.json.writing").write_text("{}")
+    with pytest.raises(UserError, match=r"not a run folder.*run `moma train`"):
+        run.require()
+    run, recipe = make_run(run.path, make_tokenizers(tmp_path / "data"))
     assert run.require() is run
+    assert run.read_recipe(type(recipe)) == recipe
+
+
+def test_a_recipe_of_the_user_is_not_replaced(tmp_path):
+    data = make_tokenizers(tmp_path / "data")
+    (tmp_path / "run").mkdir()
+    mine = tmp_path / "run" / "recipe.toml"
+    mine.write_text("# my notes\n")
+    run, recipe = make_run(tmp_path / "run", data)
+    assert mine.read_text() == "# my notes\n" and run.recipe.name == "resolved.toml"
+    changed = recipe.model_copy(update={"seed": 7})
+    run.update_recipe(changed)
+    assert "seed = 7" in run.recipe.read_text() and mine.read_text() == "# my notes\n"
+    assert run.read_recipe(type(recipe)) == changed
+    # An edited file is the user's, too.
+    run.recipe.write_text(run.recipe.read_text() + "# edited\n")
+    run.update_recipe(recipe)
+    assert "# edited" in (run.path / "resolved.toml").read_text()
+    assert run.read_recipe(type(recipe)) == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not JSON"),
+        ('{"kind": "moma run", "format": 2}', "has format 2"),
+        ('{"kind": "moma run", "format": 1, "recipe": []}', "damaged"),
+        ('{"mine": 1}', "not a run folder"),
+        ("[]", "not a run folder"),
+    ],
+)
+def test_a_damaged_or_foreign_manifest_is_reported(tmp_path, content, message):
+    Run(tmp_path).manifest.write_text(content)
+    with pytest.raises(UserError, match=message):
+        Run(tmp_path).require()
+
+
+@pytest.mark.parametrize("name", ["photo.png", "run.json", "checkpoints/step-1", "tokenizer.json"])
+def test_a_folder_with_other_files_is_refused(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(UserError, match=rf"holds other files \({name.split('/')[0]}\)"):
+        Run(tmp_path).require_free()
+
+
+def test_recipes_and_notes_do_not_keep_a_run_out(tmp_path):
+    for name in ("recipe.toml", "notes.md", "slurm-1.out", ".hidden"):
+        (tmp_path / name).write_text("")
+    Run(tmp_path).require_free()
+    Run(tmp_path / "new").require_free()
+    (tmp_path / "resolved.toml").write_text("")
+    with pytest.raises(UserError, match="rename one"):
+        Run(tmp_path).require_free()
+    with pytest.raises(UserError, match="is a file"):
+        Run(tmp_path / "notes.md").require_free()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocabulary.json", "codec/config.json"])
+def test_missing_tokenizers_are_copied_again(tmp_path, name):
+    data = make_tokenizers(tmp_path / "data")
+    run, _ = make_run(tmp_path / "run", data)
+    (run.path / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: is missing; `moma train .*recipe.toml` copies"):
+        run.require_tokenizers()
+    run.copy_tokenizers(data)
+    assert run.require_tokenizers() == Tokenizers(run.path)
+    assert (run.path / name).read_text() == (data.path / name).read_text()
+    (run.path / name).write_text("mine")
+    with pytest.raises(UserError, match=f"{name}: has changed since the run began"):
+        run.copy_tokenizers(data)
+    (run.path / name).unlink()
+    (data.path / name).write_text("other")
+    with pytest.raises(UserError, match=f"{name}: is missing, and .*not the file"):
+        run.copy_tokenizers(data)
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
         ("nowhere", r"nowhere: there is no such folder; name one that `moma train` wrote"),
-        ("mine.toml", r"mine\.toml: is a file, not a run folder; this recipe's is runs/mine"),
+        (
+            "mine.toml",
+            r"mine\.toml: is a file, not a run folder; this recipe's run folder is runs/mine",
+        ),
         ("bare.toml", r"bare\.toml: is a file, not a run folder; name one that `moma train`"),
         ("weights", r"weights: is a file, not a run folder; name one that `moma train`"),
         ("notes.txt", r"notes\.txt: is a file, not a run folder; name one that `moma train`"),
@@ -82,7 +173,7 @@ def test_what_is_no_run_is_told_apart(tmp_path, name, told):
     (tmp_path / "weights").write_text('run = "a file of weights is not read for a hint"')
     (tmp_path / "notes.txt").write_text("no recipe")
     (tmp_path / "many/a").mkdir(parents=True)
-    (tmp_path / "many/a/recipe.toml").touch()
+    (tmp_path / "many/a/run.json").touch()
     with pytest.raises(UserError, match=told):
         Run(tmp_path / name).require()
 
@@ -107,6 +198,16 @@ def test_missing_metrics_are_named(tmp_path):
 def test_a_broken_row_is_named(tmp_path, broken):
     Run(tmp_path).metrics.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
     with pytest.raises(
-        UserError, match=r"metrics\.jsonl, row 2: not JSON \([^:]+: character \d+\)$"
+        UserError, match=r"metrics\.jsonl, record 2: not JSON \([^:]+: character \d+\)$"
     ):
         Run(tmp_path).read_metrics()
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"step": "2"}'])
+def test_a_record_without_a_step_is_named(tmp_path, record):
+    run = Run(tmp_path)
+    run.metrics.write_text(f'{{"step": 1}}\n{record}\n')
+    with pytest.raises(UserError, match=r"record 2: not an object with a step"):
+        run.read_metrics()
+    with pytest.raises(UserError, match=r"last record: not an object with a step"):
+        run.last_metric()

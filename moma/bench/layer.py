@@ -32,7 +32,7 @@ from moma.model.experts import MixtureOfExperts, build_experts, build_group, nam
 from moma.model.implementations import ImplementationName
 from moma.model.layers import SwiGLU, gather, scatter_add
 from moma.model.routing import Routing
-from moma.progress import Report, show_progress
+from moma.progress import ProgressCallback, show_progress
 from moma.runtime.peak import allocated_peak, synchronise
 from moma.runtime.world import can_compile, local_device
 
@@ -86,7 +86,7 @@ def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
         ]
 
 
-def _rows(dim: int, sizes: Sizes, report: Report) -> list[dict[str, Any]]:
+def _rows(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str, Any]]:
     device = torch.device(sizes.device) if sizes.device else local_device()
     modules = variants(dim, sizes.tokens)
     jobs = {}

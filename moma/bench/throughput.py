@@ -25,12 +25,12 @@ from moma.progress import show_progress
 from moma.recipe import read_recipe, shipped_recipe
 from moma.runtime.peak import allocated_peak, matmul_peak, synchronise
 from moma.runtime.world import World, can_compile, local_device
-from moma.train.metrics import Window
+from moma.train.metrics import MetricsWindow
+from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe
 from moma.train.stages import flops_per_token, make_step, prepare_model
 from moma.train.statistics import Statistics
 from moma.train.step import next_token_objective
-from moma.train.watch import LossMonitor
 
 # Recipes of a row of Table 2: without and with mixture-of-depths.
 ROWS = {
@@ -221,10 +221,10 @@ class _Runner:
         self.parameters = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
         self._watch = LossMonitor(self.config, device)
         self._step = make_step(recipe, self._model, world, self._watch)
-        self._window = Window(recipe, self._model, self.flops_per_token, world)
+        self._window = MetricsWindow(recipe, self._model, self.flops_per_token, world)
         compiled = self.config.compile and can_compile(device)
         self._told = self._step.objective
-        self._untold = next_token_objective(self.config.z_loss, compiled, choices=False)
+        self._untold = next_token_objective(self.config.z_loss, compiled, record_selection=False)
 
     def __enter__(self) -> "_Runner":
         self._move(self._device)
@@ -248,9 +248,9 @@ class _Runner:
         """A step that ends with a row of the log."""
         collected = Statistics(self._model)
         norm = self._take_step(collected)
-        shared = {"norm": norm, **self._watch.evidence}
-        self._window.close_row({"step": 1}, shared, collected.sums)
-        self._window.finish_row()
+        shared = {"norm": norm, **self._watch.first_fault}
+        self._window.start_record({"step": 1}, shared, collected.sums)
+        self._window.finish_record()
 
     def seconds(self, job: Callable[[], None], clock: Callable[[], float]) -> float:
         """How long a job takes."""

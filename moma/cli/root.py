@@ -9,6 +9,7 @@ from moma.cli import bench, data, demo, evaluate, generate, hub, plan, schema, s
 from moma.cli import train as training
 from moma.cli.arguments import App, ClosedOutputError, Group, Version
 from moma.errors import LostRankError, SharedError, StoppedError, UserError, os_error_message
+from moma.progress import show_log_messages
 
 # What a shell reports of a program that SIGPIPE ended.
 _CLOSED_OUTPUT_CODE = 141
@@ -40,6 +41,7 @@ def main() -> None:
     # allocated in every step, page by page (docs/results/layer.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _prepare_output()
+    show_log_messages()
     try:
         code = app(prog_name="moma", standalone_mode=False)
         sys.stdout.flush()

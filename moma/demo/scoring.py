@@ -19,7 +19,7 @@ from moma.demo import sketches
 from moma.demo.drawings import STYLES, render
 from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
-from moma.progress import Report
+from moma.progress import ProgressCallback
 from moma.tokenizers.image.codec import ImageCodec, preprocess
 
 BATCH = 32
@@ -117,7 +117,7 @@ def draw_sketches(
     wanted: Sequence[Sketch],
     objects: int,
     sampling: Sampling,
-    progress: Report = lambda done, note="": None,
+    progress: ProgressCallback = lambda done, note="": None,
 ) -> list[Drawn]:
     """Generate an image for each caption and tell what it shows."""
     size = model.codec.config.image_size

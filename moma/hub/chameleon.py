@@ -40,7 +40,7 @@ from moma.hub.chameleon_format import (
 )
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
-from moma.recipe import check, write_recipe
+from moma.recipe import check
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import save_weights, stored_weights
 from moma.runtime.weights import (
@@ -92,7 +92,7 @@ def import_chameleon(
         target = Tokenizers(partial)
         notes = _add_tokenizers(folder, tokenizers, port, vocabulary, target)
         resolved = _recipe(recipe, run, port, config, target)
-        write_recipe(resolved, Run(partial).recipe)
+        Run(partial).create(resolved, target)
         state = {"step": _STEP, "vocabulary": vocabulary.fingerprint}
         save_weights(Run(partial).checkpoints, _STEP, weights, state, file_bytes)
     unnamed = vocabulary.size - 1 - max(port.vocabulary_map.values())
@@ -134,10 +134,10 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
     checkpoint = newest_checkpoint(run)
     stored = stored_weights(checkpoint)
     names = port_names(recipe.model.layers)
-    if missing := sorted(names.keys() - stored.outlines.keys()):
+    if missing := sorted(names.keys() - stored.meta_tensors.keys()):
         raise UserError(f"{checkpoint}: has no {missing[0]}; it belongs to another model")
     weights = stored.renamed(names)
-    dtype = weights.outlines["lm_head.weight"].dtype
+    dtype = weights.meta_tensors["lm_head.weight"].dtype
     images, image_config, notes = _images(run.tokenizers, vocabulary, dtype)
     with _new_folder(folder) as partial:
         ids = _export_tokenizer(run.tokenizers, vocabulary, bool(images), partial, notes)
@@ -189,7 +189,7 @@ def _matched(found: Weights, config: ModelConfig, vocabulary: Vocabulary, folder
     with torch.device("meta"):
         expected = Transformer(config, vocabulary, shares).state_dict()
     names = port_names(config.layers)
-    theirs = {name for name in found.outlines if not name.startswith(IMAGE_PREFIX)}
+    theirs = {name for name in found.meta_tensors if not name.startswith(IMAGE_PREFIX)}
     missing, unknown = sorted({*names.values()} - theirs), sorted(theirs - {*names.values()})
     if missing or unknown:
         raise UserError(
@@ -197,7 +197,7 @@ def _matched(found: Weights, config: ModelConfig, vocabulary: Vocabulary, folder
             f"({len(missing)} missing: {_some(missing)}; {len(unknown)} unknown: {_some(unknown)})"
         )
     weights = found.renamed({theirs: ours for ours, theirs in names.items()})
-    for name, outline in weights.outlines.items():
+    for name, outline in weights.meta_tensors.items():
         if outline.shape != expected[name].shape:
             raise UserError(
                 f"{folder}: {names[name]} has shape {tuple(outline.shape)}; {CONFIG_FILE} implies "

@@ -215,7 +215,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     """The image weights in a file or folder, without the prefix of a whole model."""
     if path.is_dir():
         weights = open_weights(path)
-        tensors = weights.read(filter(_is_image_weight, weights.outlines))
+        tensors = weights.read(filter(_is_image_weight, weights.meta_tensors))
     else:
         tensors = read_tensors(path, _is_image_weight)
     found: dict[str, Tensor] = {}

@@ -72,7 +72,7 @@ def upcycle_from(
     _require_depth_kept(seed, model.config)
     sources = match_groups(seed.group_list, model.config.group_list)
     copies = {
-        name: _source_of(name, parameter, weights.outlines, seed, model.config, sources)
+        name: _source_of(name, parameter, weights.meta_tensors, seed, model.config, sources)
         for name, parameter in model.named_parameters()
     }
 
@@ -163,7 +163,7 @@ def _require_depth_kept(seed: ModelConfig, upcycled: ModelConfig) -> None:
 def _source_of(
     name: str,
     parameter: Tensor,
-    outlines: Mapping[str, Tensor],
+    meta_tensors: Mapping[str, Tensor],
     seed: ModelConfig,
     upcycled: ModelConfig,
     sources: Sequence[int],
@@ -179,12 +179,12 @@ def _source_of(
         experts = upcycled.group_list[int(number)].experts
         if part == "router.weight" and seed.group_list[source].experts != experts:
             return None
-        copy = _in_group(f"{prefix}.{source}", part, experts, outlines)
+        copy = _in_group(f"{prefix}.{source}", part, experts, meta_tensors)
     else:
         copy = _Copy(name, _unchanged)
-    if copy.name not in outlines:
+    if copy.name not in meta_tensors:
         raise UserError(f"the seed has no weight '{copy.name}'; was it trained with its recipe?")
-    shape = copy.reshape(outlines[copy.name]).shape
+    shape = copy.reshape(meta_tensors[copy.name]).shape
     if shape != parameter.shape:
         raise UserError(
             f"the seed's '{name}' is {list(shape)}, the model's {list(parameter.shape)}; "
@@ -193,7 +193,7 @@ def _source_of(
     return copy
 
 
-def _in_group(prefix: str, part: str, experts: int, outlines: Mapping[str, Tensor]) -> _Copy:
+def _in_group(prefix: str, part: str, experts: int, meta_tensors: Mapping[str, Tensor]) -> _Copy:
     """Return the copy of a weight from the seed's group `prefix`.
 
     `DenseGroup` has linear layers [out, in], other groups stacks [E, in, out].
@@ -202,7 +202,7 @@ def _in_group(prefix: str, part: str, experts: int, outlines: Mapping[str, Tenso
     if kind not in _PARTS:
         return _Copy(f"{prefix}.{part}", _unchanged)
     linear = f"{prefix}.{kind}.weight"
-    is_linear = linear in outlines
+    is_linear = linear in meta_tensors
 
     def reshape(weight: Tensor) -> Tensor:
         weight_EIO = weight.T[None] if is_linear else weight

@@ -15,7 +15,7 @@ from moma.bench.synthetic import synthetic_vocabulary
 from moma.model.transformer import Transformer
 from moma.runtime.sharding import DTYPES, shard_dimension
 from moma.train.recipe import Recipe
-from moma.train.stages import train_only, units_of
+from moma.train.stages import freeze_for_stage, fsdp_units
 
 _WEIGHT = 4  # bytes; weights, gradients and the two moments of AdamW are fp32
 
@@ -24,7 +24,7 @@ def meta_model(recipe: Recipe) -> Transformer:
     """Return the recipe's model on the meta device, as `pretrain` would train it."""
     with torch.device("meta"):
         model = Transformer(recipe.model, synthetic_vocabulary(recipe), recipe.shares)
-    train_only(model, routers=False)
+    freeze_for_stage(model, trains_routers=False)
     return model
 
 
@@ -88,7 +88,7 @@ def unit_elements(model: Transformer) -> tuple[int, list[int]]:
     """Return the elements of the root unit, and of the others in the order of gathering."""
     left = dict.fromkeys(model.parameters())
     sizes = []
-    for unit in units_of(model):
+    for unit in fsdp_units(model):
         own = [p for p in unit.parameters() if p in left]
         sizes.append(_elements(own))
         for parameter in own:

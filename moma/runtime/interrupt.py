@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT, and what one rank alone cannot do: every rank leaves at the same step."""
+"""SIGTERM, SIGINT and write errors of single ranks, so that all ranks stop after the same step."""
 
 import signal
 from collections.abc import Iterator
@@ -12,92 +12,94 @@ from torch import Tensor, distributed
 from moma.errors import SharedStorageError, StoppedError, StorageError
 from moma.runtime.world import World
 
-# Told between ranks as if it were a signal; above all of them.
-_PROBLEM = 1000
+# Sent between ranks in place of a signal number, and greater than all of them.
+_STORAGE_ERROR = 1000
 
 
 class Interruption:
-    """Whether somebody asked the job to stop, agreed between all ranks.
+    """A request to stop, agreed upon by all ranks.
 
-    `problem` is what this rank could not write by itself, if anything: it is told as signals are.
-    Asked once a step by every rank. What a rank was told travels while the next step computes, so
-    nobody waits for it: all ranks learn of a signal one step after it came.
+    Every rank calls `poll` once per step. The ranks' values are reduced while the next step is
+    computed, so that no rank waits: all of them learn of a signal one step after it arrived.
+
+    Attributes:
+        storage_error: an error of this rank alone; `poll` raises it on all ranks.
     """
 
     def __init__(self, world: World):
         self._world = world
         self._received = 0
-        self.problem: StorageError | None = None
-        self._before: dict[int, Any] = {}
-        self._underway: tuple[distributed.Work, Tensor] | None = None
+        self.storage_error: StorageError | None = None
+        self._handlers: dict[int, Any] = {}
+        self._pending: tuple[distributed.Work, Tensor] | None = None
 
-    def listen(self) -> None:
-        """Take note of signals from here on: before, there is nothing to save."""
-        with suppress(ValueError):  # outside of a main thread, which alone may
+    def install_handlers(self) -> None:
+        """Record signals from now on; before, there is nothing to save."""
+        with suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self.receive)
+                self._handlers[number] = signal.signal(number, self.receive)
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
-        """Take note of a signal; a second Ctrl-C ends the process at once.
+        """Record a signal; a second Ctrl-C ends the process at once.
 
-        A second SIGTERM does not: launchers pass one on that this process has got already, and
-        send SIGKILL when they mean it.
+        A second SIGTERM does not: launchers forward one that this process has already received,
+        and send SIGKILL to end it.
         """
         self._received = number
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    def agreed(self) -> str | None:
-        """The name of the signal that a rank received before its last step but one, if any.
+    def poll(self) -> str | None:
+        """The name of a signal that any rank had received one call ago, if any.
 
         Raises:
-            SharedStorageError: a rank had a problem.
+            SharedStorageError: a rank has a `storage_error`.
         """
-        own = _PROBLEM if self.problem else self._received
+        own = _STORAGE_ERROR if self.storage_error else self._received
         if self._world.signals is None:
             return self._name(own)
-        told = self._finish()
+        number = self._finish()
         highest = torch.tensor([own])
         work = distributed.all_reduce(
             highest, distributed.ReduceOp.MAX, group=self._world.signals, async_op=True
         )
-        self._underway = work, highest
-        return self._name(told)
+        self._pending = work, highest
+        return self._name(number)
 
     def close(self) -> None:
-        """Wait for what is still on its way."""
+        """Wait for the pending reduction."""
         self._finish()
 
-    def give_back(self, stopped: bool = False) -> None:
-        """Leave signals to whom they belonged; while a process stops, SIGTERM tells it nothing."""
-        for number, handler in self._before.items():
+    def restore_handlers(self, stopped: bool = False) -> None:
+        """Restore the signal handlers; a process that is stopping ignores further SIGTERMs."""
+        for number, handler in self._handlers.items():
             ignored = stopped and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if ignored else handler)
 
     def _finish(self) -> int:
-        if self._underway is None:
+        if self._pending is None:
             return 0
-        work, highest = self._underway
-        self._underway = None
+        work, highest = self._pending
+        self._pending = None
         work.wait()
         return int(highest)
 
     def _name(self, number: int) -> str | None:
-        if number == _PROBLEM:
-            raise SharedStorageError(str(self.problem or "another rank cannot write"))
+        if number == _STORAGE_ERROR:
+            raise SharedStorageError(str(self.storage_error or "another rank cannot write"))
         return signal.Signals(number).name if number else None
 
 
 @contextmanager
 def interruption(world: World) -> Iterator[Interruption]:
-    """SIGTERM and SIGINT of a piece of work, from `listen` on."""
-    asked, stopped = Interruption(world), False
+    """Handle SIGTERM and SIGINT inside the context, once `install_handlers` is called."""
+    request, stopped = Interruption(world), False
     try:
-        yield asked
-        asked.close()
-    except StoppedError:  # all ranks leave together, so that nothing need be left on its way
+        yield request
+        request.close()
+    except StoppedError:  # all ranks stop together, so that the reduction can be completed
         stopped = True
-        asked.close()
+        request.close()
         raise
     finally:
-        asked.give_back(stopped)
+        request.restore_handlers(stopped)

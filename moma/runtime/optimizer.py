@@ -1,4 +1,7 @@
-"""AdamW with the paper's settings, and the learning rate over the steps."""
+"""AdamW with the paper's hyperparameters, and the learning-rate schedule."""
+
+import math
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
@@ -11,11 +14,15 @@ class OptimizerConfig(Config):
     """AdamW and its schedule: linear warm-up, then linear decay (MoMa Table 5, Chameleon §2.3.2).
 
     Attributes:
-        learning_rate: the peak.
-        warmup: steps from 0 to the peak.
-        final_ratio: learning rate of the last step as a part of the peak.
+        learning_rate: peak learning rate.
+        warmup: steps over which the learning rate rises to the peak.
+        final_ratio: learning rate of the last step, as a fraction of the peak.
+        beta1: decay of the mean of the gradient.
+        beta2: decay of the mean of the squared gradient.
+        epsilon: added to the denominator of the update.
+        weight_decay: decoupled weight decay of matrices; norms and biases have none.
         clip: largest norm of the gradient.
-        router_rate: learning rate of the routers as a part of the others'.
+        router_rate: learning rate of the routers, as a fraction of the other parameters'.
     """
 
     learning_rate: float = Field(1e-4, gt=0)
@@ -30,9 +37,9 @@ class OptimizerConfig(Config):
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over the parameters that require a gradient; vectors (norms, biases) do not decay.
+    """Create AdamW over the parameters that require a gradient.
 
-    Each group of parameters has a `rate` that multiplies the schedule's learning rate.
+    Each parameter group has a `rate` that multiplies the schedule's learning rate.
     """
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     routers = [p for name, p in trainable if name.endswith(".router.weight")]
@@ -56,8 +63,38 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
-    """Learning rate of step 0, 1, … of `steps`: up over the warm-up, then down to the final."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, steps - 1 - config.warmup)
-    return config.learning_rate * (1 - (1 - config.final_ratio) * min(1.0, progress))
+    """Learning rate of step 0, 1, …, `steps` − 1."""
+    return scheduled_rate(
+        config.learning_rate,
+        step,
+        warmup=config.warmup,
+        decay_steps=steps - 1 - config.warmup,
+        final_ratio=config.final_ratio,
+    )
+
+
+def scheduled_rate(
+    peak: float,
+    step: int,
+    *,
+    warmup: int,
+    decay_steps: int,
+    final_ratio: float,
+    decay: Literal["linear", "cosine"] = "linear",
+) -> float:
+    """Linear warm-up to the peak, then decay to `final_ratio` of it.
+
+    Args:
+        peak: highest learning rate.
+        step: steps done before this one.
+        warmup: steps of the warm-up.
+        decay_steps: steps after the warm-up until the final learning rate is reached.
+        final_ratio: final learning rate as a fraction of the peak.
+        decay: shape of the decay: a straight line, or half a cosine.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, decay_steps)
+    if decay == "cosine":
+        return peak * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * progress)) / 2)
+    return peak * (1 - (1 - final_ratio) * min(1.0, progress))

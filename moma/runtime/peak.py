@@ -1,4 +1,4 @@
-"""What a device gives: its fastest matrix product, against which use is measured, and memory."""
+"""Peak throughput of matrix products and peak memory of a device."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of the fastest of a few large products on this device, now."""
+    """FLOP/s of the fastest of a few large matrix products, measured now on this device."""
     size = 8192 if device.type == "cuda" else 512
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
@@ -26,7 +26,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that were in use so far: of the GPU, or by the process."""
+    """Peak memory so far in bytes: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource  # not on every system
@@ -35,10 +35,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def allocated_peak(job: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that a job has allocated at once, beyond what was there before it.
+    """Peak bytes that a job allocates, in addition to what was allocated before.
 
-    On a GPU the allocator tells; elsewhere the profiler's record of everything that was allocated
-    and freed, in compiled code too.
+    On a GPU by the allocator's statistics; elsewhere by the profiler's record of allocations, which
+    includes compiled code.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -57,6 +57,6 @@ def allocated_peak(job: Callable[[], object], device: torch.device) -> int:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Activation checkpointing: less memory for the backward pass, more computation."""
+"""Activation checkpointing: less memory in exchange for more computation."""
 
 from functools import partial
 from typing import Any, Literal
@@ -12,9 +12,9 @@ from torch.utils.checkpoint import (
 
 Recompute = Literal["none", "layer", "selective"]
 
-# What is dear, and the choices, which must come out the same. By name: the model's own operation
-# need not be there yet.
-_KEPT = {
+# Saved by selective checkpointing: expensive products, and the routers' top-k, whose result has to
+# stay the same. By name, since the model's own operation may not be registered yet.
+_SAVED_OPERATIONS = {
     "aten.mm.default",
     "aten.bmm.default",
     "aten.addmm.default",
@@ -29,7 +29,7 @@ _KEPT = {
 
 
 def recompute(module: nn.Module, how: Recompute) -> None:
-    """Let a module forget activations in the forward pass and compute them again when needed."""
+    """Recompute a module's activations in the backward pass instead of saving them."""
     if how == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}
@@ -37,12 +37,12 @@ def recompute(module: nn.Module, how: Recompute) -> None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
     computed = module.forward
 
-    def forward(*arguments: Any) -> Any:  # compiling needs a function of ours here
+    def forward(*arguments: Any) -> Any:  # torch.compile needs a Python function here
         return checkpoint(computed, *arguments, **options)
 
     module.forward = forward  # type: ignore[method-assign]
 
 
 def _policy(context: Any, operation: Any, *arguments: Any, **options: Any) -> CheckpointPolicy:
-    kept = str(operation) in _KEPT
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    saved = str(operation) in _SAVED_OPERATIONS
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism over the units that a model offers (MoMa §3: FSDP, all ranks)."""
+"""Fully sharded data parallelism over all ranks (MoMa §3), with FSDP2."""
 
 from collections.abc import Iterable
 from typing import Literal
@@ -20,22 +20,22 @@ DTypeName = Literal["bf16", "fp32"]
 
 
 class EngineConfig(Config):
-    """How a job uses its machines; the recipe of the model is the same on all.
+    """How a job uses its machines.
 
     Attributes:
-        compute: what products are computed in; left out, bf16 on a GPU and fp32 on a CPU.
-            Weights, optimizer and router scores are fp32 always.
-        reduce: what gradients are added up in between ranks.
-        replicate: copies of the sharded model: 1 shards it over all ranks; with more, each copy
-            is sharded over a part of the ranks, a node, say, and gradients are added up between
-            copies (hybrid sharding).
-        recompute: activations that are computed again instead of kept for the backward pass:
-            `none`, a whole `layer`'s, or `selective`: all but products and choices.
-        step_size: what becomes of a step when a run goes on with another number of ranks: it is
-            `kept`, its micro-batches shared out anew, or `grows` with them, each rank having the
-            stage's `gradient_accumulation_steps`.
-        timeout: seconds after which a rank that does not answer is taken for lost.
-        trace: so many steps after the program has begun, the first rank traces three; 0: none.
+        compute: dtype of matrix products; by default bf16 on a GPU and fp32 on a CPU. Weights,
+            optimizer state and router scores are always fp32.
+        reduce: dtype in which gradients are summed over ranks.
+        replicate: number of replicas of the sharded model. 1 shards it over all ranks; with more,
+            each replica is sharded over a part of the ranks, for example a node, and gradients
+            are summed over replicas (hybrid sharding).
+        recompute: activations that are recomputed in the backward pass instead of saved: `none`,
+            those of a whole `layer`, or `selective`: all but matrix products and top-k choices.
+        step_size: what happens to the tokens of a step when a run resumes on another number of
+            ranks: `kept` divides the step's micro-batches among the ranks, `grows` gives each
+            rank the stage's `gradient_accumulation_steps`.
+        timeout: seconds after which a rank that does not respond counts as lost.
+        trace: steps after the start of the program at which rank 0 traces three steps; 0: none.
     """
 
     compute: DTypeName | None = None
@@ -47,7 +47,7 @@ class EngineConfig(Config):
     trace: int = Field(0, ge=0)
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """What products are computed in on a device."""
+        """The dtype of matrix products on a device."""
         default: DTypeName = "bf16" if device.type == "cuda" else "fp32"
         return DTYPES[self.compute or default]
 
@@ -58,28 +58,28 @@ def shard(
     world: World,
     config: EngineConfig = EngineConfig(),  # noqa: B008  frozen
 ) -> None:
-    """Shard each unit, then what is left of the model, over all ranks; a world of one stays whole.
+    """Shard each unit, then the rest of the model, over all ranks; a single process does not shard.
 
     Args:
         model: is changed in place.
-        units: parts whose weights are gathered one by one; inner ones before those around them.
+        units: modules whose weights are gathered one by one; inner modules before outer ones.
         world: the ranks.
-        config: precision, and whether the model is replicated.
+        config: dtypes, and the number of replicas.
 
     Raises:
-        UserError: the ranks cannot be divided between so many copies.
+        UserError: the number of ranks is not a multiple of the number of replicas.
     """
     if world.size % config.replicate:
         raise UserError(
-            f"engine.replicate: {world.size} ranks cannot hold {config.replicate} copies of equal "
-            "size; choose a divisor"
+            f"engine.replicate: {world.size} ranks cannot hold {config.replicate} replicas; choose "
+            "a divisor of the number of ranks"
         )
     if world.mesh is None:
         return
     policy = MixedPrecisionPolicy(
         param_dtype=config.compute_dtype(world.device),
         reduce_dtype=DTYPES[config.reduce],
-        # Activations are of that type by themselves; rotary angles have to stay fp32.
+        # Activations have that dtype already; rotary angles have to stay fp32.
         cast_forward_inputs=False,
     )
     mesh = _mesh(world, config)
@@ -93,16 +93,16 @@ def shard(
     if world.device.type == "cpu":
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                # gloo cannot scale inside a reduction.
+                # gloo has no reduction that scales (PREMUL_SUM).
                 module.set_force_sum_reduction_for_comms(True)
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """Copy a rank's own part of whole values into its part of a parameter; all, if it is whole.
+    """Copy this rank's shard of the full values into a parameter; all of them if not sharded.
 
     Args:
-        parameter: sharded or whole.
-        values: of the whole parameter; may be a view.
+        parameter: sharded or not.
+        values: the full parameter's values; may be a view.
     """
     if not isinstance(parameter, DTensor):
         parameter.copy_(values)
@@ -112,13 +112,13 @@ def fill(parameter: Tensor, values: Tensor) -> None:
         if isinstance(placement, Shard):
             parts = values.chunk(mesh.size(number), placement.dim)
             own = mesh.get_local_rank(number)
-            # Behind the last part there are ranks that hold nothing.
+            # Ranks beyond the last shard hold nothing.
             values = parts[own] if own < len(parts) else values.narrow(placement.dim, 0, 0)
     parameter.to_local().copy_(values)
 
 
 def _mesh(world: World, config: EngineConfig) -> DeviceMesh:
-    """All ranks in one dimension, or copies × ranks of a copy."""
+    """All ranks in one dimension, or replicas × ranks of a replica."""
     assert world.mesh is not None
     if config.replicate == 1:
         return world.mesh
@@ -127,10 +127,10 @@ def _mesh(world: World, config: EngineConfig) -> DeviceMesh:
 
 
 def shard_dimension(parameter: Tensor, ranks: int) -> int:
-    """The dimension that is cut between ranks.
+    """The dimension that is sharded.
 
-    Stacked experts [E, in, out] are cut along a width that the ranks divide, which sharding asks
-    of any dimension but the first: E may be smaller than the world.
+    Stacked experts [E, D, F] are sharded along a width that is a multiple of the number of ranks,
+    as FSDP2 requires of any dimension but the first: E may be smaller than the number of ranks.
     """
     if parameter.ndim < 3:
         return 0

@@ -1,26 +1,26 @@
-"""A trace of a few steps: what host and device did when, for chrome://tracing or Perfetto."""
+"""A profiler trace of a few steps, for chrome://tracing or Perfetto."""
 
 from pathlib import Path
 
 from torch.profiler import profile, schedule, supported_activities
 
-# One step to warm the profiler up, then those that are written.
+# Steps that warm up the profiler, and steps that are recorded.
 _WARMUP, _STEPS = 1, 3
 
 
 class Trace:
-    """Traces three steps of this process, to be closed.
+    """Traces three steps of this process. Close it after use.
 
-    Under FSDP a trace shows the weights of the next part being gathered while one computes
-    (`FSDP::all_gather` beside the products, on a stream of its own).
+    Under FSDP a trace shows the all-gather of the next layer's weights during the computation of
+    the current one (`FSDP::all_gather` on a stream of its own).
     """
 
     def __init__(self, folder: Path, after: int):
-        """Set up.
+        """Create the trace.
 
         Args:
-            folder: where `trace-STEP.json.gz` is written; STEP is the last one in it.
-            after: steps of this process before the first one traced; 0 traces none.
+            folder: where `trace-STEP.json.gz` is written; STEP is the last traced step.
+            after: steps of this process before the first traced one; 0 traces none.
         """
         self._folder, self._step = folder, 0
         self._profile = None
@@ -32,13 +32,13 @@ class Trace:
             self._profile.start()
 
     def end_step(self, step: int) -> None:
-        """Tell that a step was launched."""
+        """Count a step that was launched."""
         if self._profile is not None:
             self._step = step
             self._profile.step()
 
     def close(self) -> None:
-        """End a trace that is not whole, too."""
+        """End the trace, also an incomplete one."""
         if self._profile is not None:
             self._profile.stop()
 

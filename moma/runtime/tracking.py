@@ -1,6 +1,7 @@
-"""Where rows of the log go: `metrics.jsonl` always, TensorBoard, Weights & Biases if asked for."""
+"""Trackers of metrics: `metrics.jsonl` always, TensorBoard and Weights & Biases if configured."""
 
 import json
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -8,11 +9,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from moma.errors import StorageError, UserError
-from moma.files import atomic_write, sync_file
+from moma.files import atomic_open, atomic_write, sync_file
 from moma.recipe import Config
 from moma.runs import Run
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 class TrackingConfig(Config):
@@ -20,7 +21,8 @@ class TrackingConfig(Config):
 
     Attributes:
         tensorboard: whether `RUN/tensorboard` is written.
-        wandb_project: project of Weights & Biases, by its package `wandb`; empty: none.
+        wandb_project: project of Weights & Biases, for which the package `wandb` is needed; empty:
+            none.
     """
 
     tensorboard: bool = True
@@ -28,75 +30,72 @@ class TrackingConfig(Config):
 
 
 class Tracker(Protocol):
-    """Takes rows."""
+    """Receives the records of a log."""
 
-    def write(self, row: Row) -> None:
-        """Add a row."""
+    def write(self, record: Record) -> None:
+        """Add a record."""
 
     def sync(self) -> None:
-        """Bring all rows to the disk."""
+        """Bring all records to disk."""
 
     def close(self) -> None:
-        """Take no more rows."""
+        """Close files and connections."""
 
 
-class JsonLines:
-    """`metrics.jsonl`: a row a line."""
+class MetricsLog:
+    """`metrics.jsonl`: a JSON object per line."""
 
     def __init__(self, run: Run, step: int):
-        """Go on after `step`; rows beyond it are dropped, they will be written anew.
+        """Continue after `step`; later records are dropped, since their steps are repeated.
 
         Raises:
-            UserError: a row that is to stay is broken.
-            StorageError: the disk is full, say.
+            UserError: a record up to `step` is damaged.
+            StorageError: the file cannot be written.
         """
         self._path = run.metrics
-        partial = run.metrics.with_suffix(".partial")
-        with _on_disk(run.metrics):
-            with partial.open("wb") as file:
-                for row in _until(run, step):
-                    file.write(json.dumps(row).encode() + b"\n")
-                sync_file(file)
-            partial.replace(run.metrics)
-            self._file = run.metrics.open("ab")
+        with _storage_errors(self._path):
+            with atomic_open(self._path) as file:
+                for record in _records_until(run, step):
+                    file.write(_line(record))
+            self._file = self._path.open("ab")
 
-    def write(self, row: Row) -> None:
-        """Add a row, visible at once."""
-        with _on_disk(self._path):
-            self._file.write(json.dumps(row).encode() + b"\n")
+    def write(self, record: Record) -> None:
+        """Add a record; other processes can read it at once."""
+        with _storage_errors(self._path):
+            self._file.write(_line(record))
             self._file.flush()
 
     def sync(self) -> None:
-        """Bring all rows to the disk: no checkpoint may be ahead of its log."""
-        with _on_disk(self._path):
+        """Bring all records to disk: no checkpoint may be newer than the log."""
+        with _storage_errors(self._path):
             sync_file(self._file)
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # of a row that could not be written, and was told
+        with suppress(OSError):  # of a record whose error was raised before
             self._file.close()
 
 
 class TensorBoard:
-    """`RUN/tensorboard`: a scalar for each number of a row."""
+    """`RUN/tensorboard`: a scalar for each number in a record."""
 
     def __init__(self, run: Run, step: int):
-        """Go on after `step`; later points of an interrupted run are hidden."""
+        """Continue after `step`; later points of an interrupted run are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run.path / "tensorboard"
-        with _on_disk(self._path):
+        with _storage_errors(self._path):
             self._writer = SummaryWriter(str(self._path), purge_step=step + 1)
 
-    def write(self, row: Row) -> None:
-        """Add the row's numbers."""
-        with _on_disk(self._path):
-            for key, value in numbers(row):
-                self._writer.add_scalar(key, value, row["step"])
+    def write(self, record: Record) -> None:
+        """Add the record's numbers."""
+        with _storage_errors(self._path):
+            for key, value in numbers(record):
+                self._writer.add_scalar(key, value, record["step"])
 
     def sync(self) -> None:
-        """Hand all rows to the system."""
-        with _on_disk(self._path):
+        """Pass all records to the system."""
+        with _storage_errors(self._path):
             self._writer.flush()
 
     def close(self) -> None:
@@ -106,47 +105,50 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases that bears the folder's name; `RUN/wandb-id` tells which it is."""
+    """A run of Weights & Biases with the folder's name; `RUN/wandb-id` holds its id."""
 
     def __init__(self, run: Run, project: str):
-        """Begin it, or go on with it.
+        """Start the run, or continue it.
 
         Raises:
-            UserError: the package is missing.
+            UserError: the package is missing, or `wandb-id` holds something else.
         """
         try:
             import wandb
         except ImportError as error:
             raise UserError(
                 "tracking.wandb_project: the package 'wandb' is missing; pip install wandb, or "
-                "leave the key out"
+                "remove the key"
             ) from error
         file = run.path / "wandb-id"
         if not file.is_file():
             atomic_write(file, uuid.uuid4().hex + "\n")
+        name = file.read_text(errors="replace").strip()
+        if not re.fullmatch("[0-9a-f]{32}", name):
+            raise UserError(f"{file}: not an id written by moma; delete or rename it")
         self._run = wandb.init(
             project=project,
             name="/".join(run.path.resolve().parts[-2:]),
-            id=file.read_text().strip(),
+            id=name,
             resume="allow",
             dir=str(run.path),
         )
 
-    def write(self, row: Row) -> None:
-        """Add the row's numbers."""
-        self._run.log(dict(numbers(row)), step=row["step"])
+    def write(self, record: Record) -> None:
+        """Add the record's numbers."""
+        self._run.log(dict(numbers(record)), step=record["step"])
 
     def sync(self) -> None:
-        """Nothing to do: it sends by itself."""
+        """Do nothing: the package sends records by itself."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send the remaining records."""
         self._run.finish()
 
 
 def make_trackers(config: TrackingConfig, run: Run, step: int) -> list[Tracker]:
-    """The trackers that a recipe asks for, going on after `step`."""
-    trackers: list[Tracker] = [JsonLines(run, step)]
+    """Create the configured trackers, which continue after `step`."""
+    trackers: list[Tracker] = [MetricsLog(run, step)]
     if config.tensorboard:
         trackers.append(TensorBoard(run, step))
     if config.wandb_project:
@@ -154,32 +156,36 @@ def make_trackers(config: TrackingConfig, run: Run, step: int) -> list[Tracker]:
     return trackers
 
 
-@contextmanager
-def _on_disk(path: Path) -> Iterator[None]:
-    """Let a full disk be told as one."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot write ({error.strerror or error}); free some disk space, and the same "
-            "command goes on from the last checkpoint"
-        ) from error
-
-
-def _until(run: Run, step: int) -> Iterator[Row]:
-    """Rows up to a step: these came to the disk before its checkpoint, what follows may be torn."""
-    if step and run.metrics.is_file():
-        for row in run.each_metric():
-            if row["step"] <= step:
-                yield row
-            if row["step"] >= step:
-                return
-
-
-def numbers(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a row, those of nested objects named `outer/inner`."""
-    for key, value in row.items():
+def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record; those of nested objects are named `outer/inner`."""
+    for key, value in record.items():
         if isinstance(value, Mapping):
             yield from numbers(value, f"{prefix}{key}/")
         elif isinstance(value, int | float):
             yield prefix + key, float(value)
+
+
+@contextmanager
+def _storage_errors(path: Path) -> Iterator[None]:
+    """Raise a `StorageError` in place of a system error."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot write ({error.strerror or error}); check the disk, then run the same "
+            "command to resume from the last checkpoint"
+        ) from error
+
+
+def _line(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _records_until(run: Run, step: int) -> Iterator[Record]:
+    """Records up to a step; they were synced before its checkpoint, later ones may be torn."""
+    if step and run.metrics.is_file():
+        for record in run.iter_metrics():
+            if record["step"] <= step:
+                yield record
+            if record["step"] >= step:
+                return

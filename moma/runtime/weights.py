@@ -32,18 +32,18 @@ class Weights:
     """Named tensors that are read when they are needed.
 
     Attributes:
-        outlines: shape and dtype of each, as a tensor on the meta device.
+        meta_tensors: shape and dtype of each, as a tensor on the meta device.
         read: returns the tensors of some names.
     """
 
-    outlines: dict[str, Tensor]
+    meta_tensors: dict[str, Tensor]
     read: Callable[[Iterable[str]], dict[str, Tensor]]
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "Weights":
         """Weights from tensors in memory."""
-        outlines = {name: tensor.to("meta") for name, tensor in tensors.items()}
-        return cls(outlines, lambda names: {name: tensors[name] for name in names})
+        meta_tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        return cls(meta_tensors, lambda names: {name: tensors[name] for name in names})
 
     def renamed(self, names: Mapping[str, str]) -> "Weights":
         """The weights whose names are keys of `names`, under the values as new names."""
@@ -53,18 +53,18 @@ class Weights:
             found = self.read(former[name] for name in wanted)
             return {names[old]: tensor for old, tensor in found.items()}
 
-        return Weights({names[old]: self.outlines[old] for old in names}, read)
+        return Weights({names[old]: self.meta_tensors[old] for old in names}, read)
 
     def __or__(self, other: "Weights") -> "Weights":
         """The union with other weights; the names must not overlap."""
 
         def read(wanted: Iterable[str]) -> dict[str, Tensor]:
             names = set(wanted)
-            return self.read(names - other.outlines.keys()) | other.read(
-                names & other.outlines.keys()
+            return self.read(names - other.meta_tensors.keys()) | other.read(
+                names & other.meta_tensors.keys()
             )
 
-        return Weights(self.outlines | other.outlines, read)
+        return Weights(self.meta_tensors | other.meta_tensors, read)
 
 
 def open_weights(folder: Path) -> Weights:
@@ -78,23 +78,23 @@ def open_weights(folder: Path) -> Weights:
         UserError: there are no weights, a file is missing or damaged, or the index does not match.
     """
     file_of: dict[str, Path] = {}
-    outlines: dict[str, Tensor] = {}
+    meta_tensors: dict[str, Tensor] = {}
     for name, listed in _weight_files(folder).items():
         file = folder / name
-        found = _outlines(file)
+        found = _meta_tensors(file)
         if listed is not None and (wrong := sorted(listed.symmetric_difference(found))):
             place = "which is not in it" if wrong[0] in listed else "which the index does not list"
             raise UserError(
                 f"{file}: does not match {_INDEX}: {wrong[0]}, {place}; get a complete copy of the "
                 "folder"
             )
-        if twice := sorted(found.keys() & outlines.keys()):
+        if twice := sorted(found.keys() & meta_tensors.keys()):
             raise UserError(
                 f"{folder}: {twice[0]} is both in {file_of[twice[0]].name} and in {name}; keep the "
                 "files of one model"
             )
         file_of |= dict.fromkeys(found, file)
-        outlines |= found
+        meta_tensors |= found
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         wanted: dict[Path, list[str]] = defaultdict(list)
@@ -106,7 +106,7 @@ def open_weights(folder: Path) -> Weights:
                 found |= {name: opened.get_tensor(name) for name in its}
         return found
 
-    return Weights(outlines, read)
+    return Weights(meta_tensors, read)
 
 
 def unused_weight_files(folder: Path) -> list[str]:
@@ -187,7 +187,7 @@ def write_weights(weights: Weights, folder: Path, file_bytes: int = FILE_BYTES) 
         file_bytes: size limit of a file in bytes (a single larger tensor exceeds it); as much is
             held in memory.
     """
-    plan = split_torch_state_dict_into_shards(weights.outlines, max_shard_size=file_bytes)
+    plan = split_torch_state_dict_into_shards(weights.meta_tensors, max_shard_size=file_bytes)
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: tensor.contiguous() for name, tensor in weights.read(names).items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -196,7 +196,7 @@ def write_weights(weights: Weights, folder: Path, file_bytes: int = FILE_BYTES) 
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _outlines(file: Path) -> dict[str, Tensor]:
+def _meta_tensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(file, "pt") as opened:
             return {

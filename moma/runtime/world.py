@@ -1,4 +1,4 @@
-"""The device and the ranks of a job: one code path from one CPU to many nodes."""
+"""The device and the ranks of a job, from one CPU to many nodes."""
 
 import os
 import shutil
@@ -29,14 +29,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Where this process runs.
+    """The device and the rank of this process.
 
     Attributes:
         device: the device of this rank.
-        rank, size: number of this process, and how many there are.
+        rank: index of this process.
+        size: number of processes.
         mesh: one-dimensional mesh of all ranks; None for a single process.
-        writers: all ranks once more, on gloo, for the thread that writes checkpoints.
-        signals: and once more, for what is told beside the training.
+        writers: all ranks in a second group, on gloo, for the thread that writes checkpoints.
+        signals: all ranks in a third group, for `Interruption`.
     """
 
     device: torch.device
@@ -47,19 +48,19 @@ class World:
     signals: ProcessGroup | None = None
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of a tensor over all ranks, without a wait for the host."""
+        """Sum a tensor over all ranks in place, without synchronizing with the host."""
         if self.mesh is not None:
             distributed.all_reduce(values, group=self.mesh.get_group())
         return values
 
     def barrier(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank calls this."""
         if self.mesh is not None:
             distributed.barrier(group=self.mesh.get_group())
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether torch.compile can work here: a CPU needs a C++ compiler and Python's headers."""
+    """Whether torch.compile works: on a CPU it needs a C++ compiler and Python's headers."""
     if device.type != "cpu":
         return True
     headers = Path(sysconfig.get_path("include")) / "Python.h"
@@ -67,14 +68,14 @@ def can_compile(device: torch.device) -> bool:
 
 
 def local_device() -> torch.device:
-    """The GPU of this rank if there is one, else the CPU."""
+    """The GPU of this rank, or the CPU if there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
 
 
 def gather(value: T, group: ProcessGroup | None) -> list[T]:
-    """The value of every rank, in the order of ranks; of this one alone without a group."""
+    """The values of all ranks in rank order; without a group, only this rank's."""
     if group is None:
         return [value]
     values: list[Any] = [None] * distributed.get_world_size(group)
@@ -84,10 +85,10 @@ def gather(value: T, group: ProcessGroup | None) -> list[T]:
 
 @contextmanager
 def raise_on_all_ranks(world: World) -> Iterator[None]:
-    """Let every rank do something by itself; where one cannot, all leave together.
+    """Raise the error of any rank's block on all ranks; every rank has to enter the context.
 
     Raises:
-        SharedError: what the first of them said; a `SharedStorageError` if it was about a disk.
+        SharedError: the first rank's error; a `SharedStorageError` if it is a `StorageError`.
     """
     problem: UserError | None = None
     try:
@@ -99,41 +100,41 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
         if problem is None:
             raise
     own = problem and (isinstance(problem, StorageError), str(problem))
-    told = [each for each in gather(own, world.writers) if each]
-    if told:
-        of_storage, message = told[0]
-        raise (SharedStorageError if of_storage else SharedError)(message) from problem
+    problems = [each for each in gather(own, world.writers) if each]
+    if problems:
+        is_storage, message = problems[0]
+        raise (SharedStorageError if is_storage else SharedError)(message) from problem
 
 
 @contextmanager
 def reporting_lost_ranks(world: World) -> Iterator[None]:
-    """Turn an error between ranks into one that says so.
+    """Convert errors of communication.
 
     Raises:
-        LostRankError: a rank is gone, or did not answer in time.
+        LostRankError: another rank ended, or did not respond in time.
     """
     try:
         yield
     except RuntimeError as error:
-        told = str(error)
-        between = isinstance(error, distributed.DistError) or any(
-            word in told for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer")
+        message = str(error).strip()
+        is_communication = isinstance(error, distributed.DistError) or any(
+            word in message for word in ("gloo", "Gloo", "NCCL", "Connection closed by peer")
         )
-        if world.mesh is None or not between:
+        if world.mesh is None or not is_communication:
             raise
-        cause = told.strip().splitlines()[0] if told.strip() else type(error).__name__
+        cause = message.splitlines()[0] if message else type(error).__name__
         raise LostRankError(
-            f"rank {world.rank} of {world.size}: lost another rank ({cause}); begun again, the job "
-            "goes on from its last checkpoint"
+            f"rank {world.rank} of {world.size}: lost another rank ({cause}); restart the job, "
+            "which resumes from its last checkpoint"
         ) from error
 
 
 @contextmanager
 def join_world(timeout: float = 600) -> Iterator[World]:
-    """Join the job that torchrun or Slurm describes in the environment, or be a world of one.
+    """Join the job that torchrun or Slurm describes in the environment; without one, run alone.
 
     Args:
-        timeout: seconds after which a rank that does not answer is taken for lost.
+        timeout: seconds after which a rank that does not respond counts as lost.
     """
     device = local_device()
     if device.type == "cuda":

@@ -1,6 +1,8 @@
-"""Writing checkpoints beside the training: copied, written, checked, and only then published."""
+"""Checkpoint writing in the background: copy, write, verify, and only then publish."""
 
 import base64
+import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -10,35 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate
-from torch.optim import Optimizer
 
 from moma.errors import SharedStorageError
-from moma.files import sync_folder
+from moma.files import Checksum, atomic_write, checksum, sync_folder
 from moma.runtime.checkpoint import (
-    cause,
+    checkpoint_path,
     checkpoints_in,
-    model_tensors,
-    name_latest,
-    optimizer_tensors,
+    last_line,
     step_of,
+    update_latest,
 )
-from moma.runtime.manifest import Entry, checksum, write_json, write_manifest
+from moma.runtime.manifest import write_manifest
 from moma.runtime.world import World, gather
 
-# Room for file headers and JSON beside the tensors.
-_SMALL_FILES = 1 << 20
-# Seconds within which other nodes' files should be seen: a network's disk shows a folder as it was
+# Reserve for file headers and JSON files beside the tensors.
+_SMALL_FILES_BYTES = 1 << 20
+# Seconds to wait for the files of other nodes: a network file system may show a folder's state of
 # up to a minute ago.
-_LATE = 60
+_VISIBILITY_TIMEOUT = 60
+_PARTIAL = re.compile(r"step-\d{8,}\.partial")
 
 
 class CheckpointWriter:
-    """Writes checkpoints in the background, one at a time; to be closed.
+    """Writes checkpoints in the background, one at a time. Close it after use.
 
-    All ranks call every method together, `sweep` excepted.
+    All ranks call every method together, except `remove_partial`.
     """
 
     def __init__(
@@ -47,85 +48,83 @@ class CheckpointWriter:
         world: World,
         keep: int = 2,
         keep_every: int = 0,
-        pause: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = time.sleep,
     ):
-        """Set up.
+        """Create the writer.
 
         Args:
-            folder: where the run's checkpoints live.
+            folder: the run's folder of checkpoints.
             world: the ranks.
-            keep: how many of the newest stay.
-            keep_every: checkpoints at multiples of so many steps stay too; 0: none.
-            pause: waits for so many seconds.
+            keep: number of newest checkpoints to keep.
+            keep_every: checkpoints at multiples of this step are kept too; 0: none.
+            sleep: waits for a number of seconds.
         """
         self._folder, self._world = folder, world
-        self._keep, self._keep_every, self._pause = keep, keep_every, pause
+        self._keep, self._keep_every, self._sleep = keep, keep_every, sleep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._underway: Future[str | None] | None = None
+        self._pending: Future[str | None] | None = None
 
-    def sweep(self) -> None:
-        """Remove what earlier processes left unfinished: perhaps no step comes by its name again.
-
-        Rank 0 alone, before anything is saved.
-        """
+    def remove_partial(self) -> None:
+        """Remove unfinished checkpoints of earlier processes; rank 0 only, before any `save`."""
         for path in self._folder.glob("step-*.partial"):
-            shutil.rmtree(path, ignore_errors=True)
+            if _PARTIAL.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(
         self,
         step: int,
-        model: nn.Module,
-        optimizer: Optimizer,
+        tensors: dict[str, Any],
         state: Mapping[str, Any],
         rank_state: Mapping[str, Any],
     ) -> None:
-        """Copy everything and begin to write it.
+        """Copy everything and start to write it.
 
         Args:
             step: names the checkpoint.
-            model: its weights are saved, trained or not.
-            optimizer: its tensors are saved; its settings are the recipe's.
-            state: JSON-able state that all ranks share.
-            rank_state: JSON-able state of this rank; the state of its random numbers is added.
+            tensors: by name, sharded or the same on every rank.
+            state: JSON-serializable state shared by all ranks.
+            rank_state: JSON-serializable state of this rank; its random number generators' state
+                is added.
 
         Raises:
-            StorageError: the disk has no room, or the checkpoint before could not be written.
+            StorageError: the disk is too full, or the previous checkpoint could not be written.
         """
         self.wait()
-        final = self._folder / f"step-{step:08d}"
+        final = checkpoint_path(self._folder, step)
         partial = final.with_suffix(".partial")
-        tensors = model_tensors(model) | optimizer_tensors(model, optimizer)
-        self._agree(final, self._make_room(partial, sum(map(_written_bytes, tensors.values()))))
+        problem = self._make_folder(partial, sum(map(_written_bytes, tensors.values())))
+        if message := self._first_problem(final, problem):
+            raise SharedStorageError(message)
         writer = dcp.HuggingFaceStorageWriter(str(partial / "tensors"), save_distributed=True)
-        written = dcp.async_save(
+        saving = dcp.async_save(
             tensors,
             storage_writer=writer,
             process_group=self._world.writers,
             no_dist=self._world.mesh is None,
         )
-        upload = written if isinstance(written, Future) else written.upload_completion
+        upload = saving if isinstance(saving, Future) else saving.upload_completion
         own = dict(rank_state) | {"random": _random_state()}
         shared = dict(state) | {"world_size": self._world.size}
-        self._underway = self._thread.submit(self._finish, upload, final, shared, own)
+        self._pending = self._thread.submit(self._finish, upload, final, shared, own)
 
     def wait(self) -> None:
-        """Wait until what was saved last is whole.
+        """Wait until the last checkpoint is complete.
 
         Raises:
             StorageError: it could not be written.
         """
-        if self._underway is not None:
-            underway, self._underway = self._underway, None
-            if problem := underway.result():
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            if problem := pending.result():
                 raise SharedStorageError(problem)
 
     def close(self) -> None:
-        """Let the thread end; what it writes is written to the end."""
+        """Wait for the background thread to end."""
         self._thread.shutdown()
 
-    def _make_room(self, partial: Path, own_bytes: int) -> str | None:
-        """Make the folder; tells what is wrong with the disk."""
-        needed = sum(gather(own_bytes, self._world.writers)) + _SMALL_FILES
+    def _make_folder(self, partial: Path, own_bytes: int) -> str | None:
+        """Create the folder if the disk has room for all ranks; returns the problem, if any."""
+        needed = sum(gather(own_bytes, self._world.writers)) + _SMALL_FILES_BYTES
         if self._world.rank > 0:
             return None
         try:
@@ -139,68 +138,64 @@ class CheckpointWriter:
             return error.strerror or str(error)
         return None
 
-    def _agree(self, final: Path, problem: str | None) -> None:
-        if told := self._refusal(final, problem):
-            raise SharedStorageError(told)
-
-    def _refusal(self, final: Path, problem: str | None) -> str | None:
-        """The message for every rank if one has a problem."""
-        told = [each for each in gather(problem, self._world.writers) if each]
-        if not told:
+    def _first_problem(self, final: Path, problem: str | None) -> str | None:
+        """The message for every rank if any rank has a problem."""
+        problems = [each for each in gather(problem, self._world.writers) if each]
+        if not problems:
             return None
         kept = checkpoints_in(self._folder)
         before = f"{kept[-1].name} is kept" if kept else "there is none before it"
-        return f"{final}: cannot write the checkpoint ({told[0]}); {before}, free some disk space"
+        return f"{final}: cannot write the checkpoint ({problems[0]}); {before}; check the disk"
 
     def _finish(
-        self, written: Future[Any], final: Path, state: dict[str, Any], own: dict[str, Any]
+        self, upload: Future[Any], final: Path, state: dict[str, Any], own: dict[str, Any]
     ) -> str | None:
-        """Wait for the tensors, write the rest, publish; in the background. Tells what failed."""
+        """Wait for the tensors, write the rest and publish; returns the problem, if any."""
         partial, rank = final.with_suffix(".partial"), self._world.rank
         problem, entries = None, {}
         try:
-            written.result()
-            write_json(partial / f"rank-{rank}.json", own)
-            # The writer names files by rank, from 1.
+            upload.result()
+            atomic_write(partial / f"rank-{rank}.json", json.dumps(own))
+            # The library numbers the files of ranks from 1.
             shards = sorted((partial / "tensors").glob(f"shard-{rank + 1:05d}-*"))
             files = [*shards, partial / f"rank-{rank}.json"]
             entries = {str(file.relative_to(partial)): checksum(file) for file in files}
-        except (Exception, dcp.CheckpointException) as error:  # the latter is no Exception
-            problem = cause(error)
-        refusal = self._refusal(final, problem)
+        except (Exception, dcp.CheckpointException) as error:  # the latter is not an Exception
+            problem = last_line(error)
+        message = self._first_problem(final, problem)
         parts = gather(entries, self._world.writers)
-        if rank == 0 and refusal is None:
+        if rank == 0 and message is None:
             try:
                 self._publish(final, {k: v for part in parts for k, v in part.items()}, state)
             except Exception as error:
-                problem = cause(error)
-        if rank == 0 and (refusal or problem):
+                problem = last_line(error)
+        if rank == 0 and (message or problem):
             shutil.rmtree(partial, ignore_errors=True)
-        return refusal or self._refusal(final, problem)
+        return message or self._first_problem(final, problem)
 
-    def _publish(self, final: Path, entries: dict[str, Entry], state: dict[str, Any]) -> None:
+    def _publish(self, final: Path, entries: dict[str, Checksum], state: dict[str, Any]) -> None:
         partial = final.with_suffix(".partial")
-        write_json(partial / "state.json", state)
+        atomic_write(partial / "state.json", json.dumps(state))
         entries = {**entries, "state.json": checksum(partial / "state.json")}
-        for _ in range(_LATE):
-            if _files_in(partial) >= entries.keys():
+        for _ in range(_VISIBILITY_TIMEOUT):
+            if _files_in(partial) == entries.keys():
                 break
-            self._pause(1)
+            self._sleep(1)
         if wrong := _files_in(partial) ^ entries.keys():
-            raise OSError(f"{sorted(wrong)[0]} is there without its rank, or gone")
+            raise OSError(f"{sorted(wrong)[0]} is missing, or of no rank of this job")
         write_manifest(partial, entries)
         sync_folder(partial / "tensors")
         sync_folder(partial)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync_folder(self._folder)
-        name_latest(self._folder)
-        for old in self._superfluous():
-            # Renamed first: a folder without a suffix is always complete. What cannot be removed,
-            # as on a network's disk while it is read, is swept up later.
+        update_latest(self._folder)
+        for old in self._superseded():
+            # Renamed first: a folder without a suffix is always complete. One that cannot be
+            # removed, as on a network disk while it is read, is removed by a later process.
             shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
-    def _superfluous(self) -> list[Path]:
+    def _superseded(self) -> list[Path]:
         older = checkpoints_in(self._folder)[: -self._keep]
         every = self._keep_every
         return [path for path in older if not (every and step_of(path) % every == 0)]
@@ -211,7 +206,7 @@ def _files_in(folder: Path) -> set[str]:
 
 
 def _written_bytes(tensor: Tensor) -> int:
-    """What a rank adds to a checkpoint: of equal shards, one is written."""
+    """Bytes that this rank adds to a checkpoint; of replicated shards only one is written."""
     if not isinstance(tensor, DTensor):
         return tensor.nbytes
     copies = prod(

@@ -18,7 +18,7 @@ from pydantic import Field
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moma.errors import UserError
-from moma.progress import Report
+from moma.progress import ProgressCallback
 from moma.recipe import Config
 from moma.tokenizers.names import OURS, names_in, read_vocabulary
 from moma.vocabulary import Vocabulary
@@ -64,7 +64,7 @@ def train_text_tokenizer(
     config: TextTokenizerConfig,
     texts: Iterable[str],
     codebook_size: int,
-    progress: Report | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Tokenizer:
     """Learn byte-level BPE merges and append the ids of the image codes.
 
@@ -113,7 +113,7 @@ def _train_in_thread(
     tokenizer: Tokenizer,
     trainer: trainers.BpeTrainer,
     texts: Iterable[str],
-    progress: Report | None,
+    progress: ProgressCallback | None,
 ) -> None:
     """Run the trainer in a daemon thread.
 

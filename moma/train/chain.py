@@ -1,39 +1,42 @@
-"""A chain of stages in one file, each going on from the one before: seed → experts → routers.
+"""A chain of stages in one file, each of which continues the one before: seed → experts → routers.
 
     extends = "demo.toml"
-    run = "runs/chain"           # every step's folder is in it, by its name
+    run = "runs/chain"           # contains a folder for each stage, by its name
 
     [[chain]]
     name = "seed"
     model = { groups = "moe_1t1i" }
 
     [[chain]]
-    stage = "upcycle"            # from = the step before
+    stage = "upcycle"            # from = the run before
     model = { groups = "moe_4t4i" }
 
-What a step says stays for those after it. Steps that are finished are not done again.
+Values of a step also apply to the steps after it. Finished steps are not repeated.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
-from moma.errors import UserError
-from moma.files import atomic_write
+from moma.errors import UserError, shell_command
+from moma.files import atomic_write, read_json
 from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.recipe import check, merge_tables, override, read_values
 from moma.runs import Run
+from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.manifest import MANIFEST
 from moma.runtime.world import World
 from moma.train.loop import train
 from moma.train.recipe import Recipe
-from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing
+from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing, router_command
 
 
 class Evaluate(Protocol):
-    """Measures a model on the held-out documents of a recipe."""
+    """Evaluates a model on the held-out documents of a recipe."""
 
     def __call__(
         self, model: Transformer, recipe: Recipe, routing: RoutingName, quiet: bool
@@ -43,21 +46,43 @@ class Evaluate(Protocol):
 
 
 class Evaluation(NamedTuple):
-    """A step that measures the run before it; the result is `RUN/evaluation-ROUTING.json`."""
+    """A step that evaluates the run before it; the result is `RUN/evaluation-ROUTING.json`."""
 
     run: Path
     routing: RoutingName
 
     @property
     def file(self) -> Path:
-        """Where the result is."""
+        """The file of the result."""
         return self.run / f"evaluation-{self.routing}.json"
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of the evaluated checkpoints: of the run and of its routers."""
+        runs = Run(self.run), Run(self.run / ROUTER_RUN)
+        newest = [path for run in runs for path in checkpoints_in(run.checkpoints)[-1:]]
+        content = b"".join((path / MANIFEST).read_bytes() for path in newest)
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the file is the result for the run's newest checkpoints.
+
+        Raises:
+            UserError: the file was not written by a chain.
+        """
+        if not self.file.exists():
+            return False
+        result = read_json(self.file)
+        if not isinstance(result, dict) or "fingerprint" not in result:
+            raise UserError(f"{self.file}: not written by moma, and is not replaced; rename it")
+        return bool(result["fingerprint"] == self.fingerprint)
 
 
 def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evaluation]:
     """Read a chain, or a recipe, which is a chain of one step.
 
-    Overrides change every step, `chain.0.model.groups=…` the first alone.
+    Overrides apply to every step, `chain.0.model.groups=…` only to the first.
 
     Raises:
         UserError: a key or value is wrong; the message names it and its step.
@@ -69,7 +94,7 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
     if not isinstance(links, list) or not links or not all(isinstance(n, dict) for n in links):
         raise UserError(f"{path}: 'chain': write one [[chain]] table for each step")
     base = Path(values.get("run", "runs/run"))
-    # The command line has the last word, over what a step says, too.
+    # Overrides take precedence over the values of steps.
     last = [text for text in overrides if not text.lstrip().startswith("chain.")]
     steps: list[Recipe | Evaluation] = []
     before: Path | None = None
@@ -81,7 +106,7 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
         name = link.pop("name", stage)
         if "run" in link:
             raise UserError(
-                f"{origin}: 'run' stands above the chain; a step's folder in it is its 'name'"
+                f"{origin}: write 'run' above the chain; a step's folder in it is its 'name'"
             )
         values = override(deepcopy(merge_tables(values, link)), last)
         source = link.get("from", None if stage == "pretrain" else before)
@@ -99,13 +124,13 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
 def run_chain(
     steps: Iterable[Recipe | Evaluation], world: World, evaluate: Evaluate, quiet: bool = False
 ) -> Path:
-    """Do what is not done yet, in order; rank 0 alone evaluates.
+    """Run the steps that are not finished, in order; only rank 0 evaluates.
 
     Args:
         steps: from `read_chain`.
         world: device and ranks.
-        evaluate: measures the held-out documents; see `evaluate.perplexity`.
-        quiet: whether to show no progress.
+        evaluate: evaluates the held-out documents; see `evaluate.perplexity`.
+        quiet: whether to hide progress.
 
     Returns:
         The folder of the last run.
@@ -113,7 +138,7 @@ def run_chain(
     last = Path()
     for step in steps:
         if isinstance(step, Evaluation):
-            if world.rank == 0 and not step.file.is_file():
+            if world.rank == 0 and not step.is_done:
                 _evaluate(step, evaluate, quiet)
         else:
             last = train(step, world, quiet).path
@@ -121,21 +146,19 @@ def run_chain(
 
 
 def next_command(done: Recipe | Evaluation) -> str:
-    """What one would type after the last step of a chain."""
+    """A command to run after the last step of a chain."""
     if isinstance(done, Evaluation):
-        return f"moma generate {done.run} --prompt …"
-    if done.stage == "aux_router":
-        return f"moma evaluate {done.from_} --routing causal"
-    if done.model.has_routers:
-        routers = done.run / ROUTER_RUN
-        return f"moma train {Run(done.run).recipe} stage=aux_router from={done.run} run={routers}"
-    return f"moma evaluate {done.run} --routing causal"
+        return shell_command("generate", done.run, "--prompt", "a prompt")
+    if done.stage != "aux_router" and done.model.has_routers:
+        return router_command(Run(done.run))
+    run = done.from_ if done.stage == "aux_router" else done.run
+    return shell_command("evaluate", run, "--routing", "causal")
 
 
 def _evaluation(link: dict[str, Any], run: Path | None, origin: str) -> Evaluation:
     routing = link.pop("routing", "causal")
     if run is None:
-        raise UserError(f"{origin}: nothing was trained before it that it could evaluate")
+        raise UserError(f"{origin}: there is no step before it to evaluate")
     if routing not in ("choice", "causal"):
         raise UserError(f"{origin}: routing '{routing}': use choice or causal")
     if link:
@@ -148,5 +171,6 @@ def _evaluate(step: Evaluation, evaluate: Evaluate, quiet: bool) -> None:
     model, recipe = load_run(run)
     if step.routing == "causal":
         require_causal_routing(run, model)
-    result = evaluate(model, recipe, step.routing, quiet)
-    atomic_write(step.file, json.dumps(result, indent=2) + "\n")
+    result = dict(evaluate(model, recipe, step.routing, quiet))
+    values = result | {"fingerprint": step.fingerprint}
+    atomic_write(step.file, json.dumps(values, indent=2) + "\n")

@@ -1,24 +1,23 @@
-"""A recipe that changed between stop and resume: what passes, what is refused."""
+"""The run folder of a recipe: created at the start, compared with the recipe on resume."""
 
-import sys
+import logging
 from fnmatch import fnmatch
-from functools import partial
 from typing import Any
 
 from moma.errors import UserError
-from moma.files import atomic_replace
-from moma.recipe import Config, write_recipe
+from moma.recipe import Config
 from moma.runs import Run, Tokenizers
-from moma.runtime.world import World, raise_on_all_ranks
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, read_run_recipe
 
+logger = logging.getLogger(__name__)
+
 STAGES = ("pretrain", "upcycle", "aux_router")
-# Where things are, how they are watched and on what they run: the result stays what it was, but for
-# the tokens of a step, which may follow the machines.
-_HARMLESS = (
+# Keys that may change on resume: paths, monitoring and machines do not change what is computed,
+# except for the number of tokens per step, which may depend on the machines.
+_RESUMABLE = (
     "run",
-    "from",  # needed only to begin
+    "from",  # needed only at the start
     "data.path",
     "data.workers",
     "data.prefetch",
@@ -39,67 +38,70 @@ _HARMLESS = (
 
 
 def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
-    """Compare with the recipe of the run that the folder holds, if it holds one.
+    """Compare a recipe with that of the run in the folder, if there is one.
 
     Returns:
-        The differences that do no harm.
+        Descriptions of the differences, all of which are allowed on resume.
 
     Raises:
-        UserError: there are others; the message shows them.
+        UserError: there are other differences; the message shows them.
     """
-    if not run.recipe.is_file():
+    if not run.exists:
         return []
     changes = differences(read_run_recipe(run), recipe)
-    patterns = [each.replace("STAGE", recipe.stage) for each in _HARMLESS]
-    patterns += [f"{stage}.*" for stage in STAGES if stage != recipe.stage]
-    harmful = [
-        text for key, text in changes.items() if not any(fnmatch(key, each) for each in patterns)
+    allowed = [pattern.replace("STAGE", recipe.stage) for pattern in _RESUMABLE]
+    allowed += [f"{stage}.*" for stage in STAGES if stage != recipe.stage]
+    refused = [
+        text for key, text in changes.items() if not any(fnmatch(key, each) for each in allowed)
     ]
-    if harmful:
-        way_out = "choose another folder with run=…, or delete this one"
+    if refused:
+        hint = "choose another folder with run=…, or delete this one"
         if recipe.from_ and recipe.stage == "aux_router" and "stage" in changes:
-            way_out = f"routers go into a folder of their own: run={recipe.from_ / ROUTER_RUN}"
-        raise UserError(
-            f"{run.path}: holds a run of another recipe ({'; '.join(harmful)}); {way_out}"
-        )
+            hint = f"train routers in a folder of their own: run={recipe.from_ / ROUTER_RUN}"
+        raise UserError(f"{run.path}: holds a run of another recipe ({'; '.join(refused)}); {hint}")
     return list(changes.values())
 
 
-def check_resumed_recipe(run: Run, recipe: Recipe, data: Tokenizers, world: World) -> None:
-    """Make the run folder, or check that it was made by this recipe; all ranks together.
+def check_run_folder(run: Run, recipe: Recipe) -> None:
+    """Check that a recipe may start or resume a run in its folder; writes nothing.
 
     Raises:
-        UserError: the folder belongs to something else.
+        UserError: the folder holds another run, the prepared data or other files.
     """
-    with raise_on_all_ranks(world):
-        if world.rank == 0:
-            _claim(run, recipe, data)
+    if run.exists:
+        refuse_other_recipe(run, recipe)
+    elif run.path.resolve() == recipe.data.path.resolve():
+        raise UserError(f"{run.path}: holds the prepared data; choose another folder with run=…")
+    else:
+        run.require_free()
+
+
+def write_run_folder(run: Run, recipe: Recipe) -> None:
+    """Create the run folder, or update the recipe in it; copy the tokenizers that it lacks.
+
+    Raises:
+        UserError: as for `check_run_folder`; or the data has other tokenizers than the run.
+    """
+    check_run_folder(run, recipe)
+    data = Tokenizers(recipe.data.path)
+    if not run.exists:
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.create(recipe, data)
+    changes = refuse_other_recipe(run, recipe)
+    if shown := [text for text in changes if not text.startswith(("run:", "data.path:"))]:
+        logger.warning("%s: resuming with %s", run.path, "; ".join(shown))
+    run.copy_tokenizers(data)
+    run.update_recipe(recipe)
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:
     """Keys whose values differ, each with a text such as `data.micro_batch_size: 8 → 16`."""
     old, new = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (before, after))
     return {
-        key: f"{key}: {_shown(old.get(key))} → {_shown(new.get(key))}"
+        key: f"{key}: {_format(old.get(key))} → {_format(new.get(key))}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }
-
-
-def _claim(run: Run, recipe: Recipe, data: Tokenizers) -> None:
-    if run.recipe.is_file():
-        changes = refuse_other_recipe(run, recipe)
-        moved = [text for text in changes if not text.startswith(("run:", "data.path:"))]
-        if moved:
-            print(f"{run.path}: goes on with {'; '.join(moved)}", file=sys.stderr)
-        if not changes:
-            return
-    elif run.path.resolve() == data.path.resolve():
-        raise UserError(f"{run.path}: holds the prepared data; choose another folder with run=…")
-    else:
-        run.path.mkdir(parents=True, exist_ok=True)
-        data.copy_to(run.tokenizers)
-    atomic_replace(run.recipe, partial(write_recipe, recipe))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -110,5 +112,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removeprefix("."): value}
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return "none" if value is None else f"'{value}'" if isinstance(value, str) else str(value)

@@ -1,7 +1,7 @@
-"""The training loop of every stage: batches in; steps, log rows and checkpoints out; resumable."""
+"""The training loop of all stages: steps, log records and checkpoints; a run can be resumed."""
 
 import hashlib
-import sys
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -14,204 +14,192 @@ from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.errors import SharedError, StoppedError, StorageError
 from moma.files import lock_folder
 from moma.model.transformer import Transformer
-from moma.progress import Report, show_progress
+from moma.progress import ProgressCallback, show_progress
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import (
-    holds_weights_alone,
+    is_weights_only,
     load_checkpoint,
-    newest_whole,
+    newest_intact,
     read_rank_states,
     read_state,
     restore_random_state,
     set_aside,
+    training_tensors,
 )
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate
 from moma.runtime.trace import Trace
-from moma.runtime.tracking import Row, Tracker, make_trackers
+from moma.runtime.tracking import Record, Tracker, make_trackers
 from moma.runtime.world import World, gather, raise_on_all_ranks, reporting_lost_ranks
 from moma.runtime.writer import CheckpointWriter
-from moma.train.changes import check_resumed_recipe
-from moma.train.fault import Recent, raise_fault
-from moma.train.metrics import HostCopy, Window
+from moma.train.changes import check_run_folder, write_run_folder
+from moma.train.fault import RecentBatches, raise_fault
+from moma.train.metrics import HostCopy, MetricsWindow
+from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe
+from moma.train.restore import require_vocabulary
 from moma.train.stages import (
-    Origin,
-    find_source,
+    InitialState,
+    find_source_run,
     flops_per_token,
+    initial_state,
     make_step,
-    origin,
     prepare_model,
 )
 from moma.train.statistics import Statistics
-from moma.train.watch import LossMonitor
 from moma.vocabulary import Vocabulary
 
-# Seconds after which a lost node's hold on a run folder should have ended.
-_PATIENCE = 120.0
+logger = logging.getLogger(__name__)
+
+# Seconds to wait for the lock of a run folder: that of a lost node should be released by then.
+_LOCK_TIMEOUT = 120.0
 
 
 def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
-    """Run the stage that the recipe names, or go on where it was interrupted.
+    """Run the recipe's stage, or resume it where it was interrupted.
 
     Returns:
-        The run folder, finished.
+        The finished run.
 
     Raises:
         UserError: the run folder belongs to another recipe, something the recipe needs is missing,
-            or the loss went wrong.
-        StoppedError: a signal ended it; what was done is saved.
-        LostRankError: another rank is gone.
+            or training has met a fault.
+        StoppedError: a signal stopped it; progress is saved.
+        LostRankError: another rank ended or does not respond.
     """
     run, data = Run(recipe.run), Tokenizers(recipe.data.path)
     with ExitStack() as stack:
         stack.enter_context(reporting_lost_ranks(world))
-        asked = stack.enter_context(interruption(world))
-        held = _hold(run, recipe, world, stack)
-        newest, damaged = newest_whole(run.checkpoints, world)
-        if newest is not None and _is_last(newest, recipe):
-            check_resumed_recipe(run, recipe, data, world)
+        stop_request = stack.enter_context(interruption(world))
+        is_locked = _lock_run(run, recipe, world, stack)
+        with raise_on_all_ranks(world):
+            if world.rank == 0:
+                check_run_folder(run, recipe)
+        newest, damaged = newest_intact(run.checkpoints, world)
+        if newest is not None and _is_finished(newest, recipe):
+            _write_run_folder(run, recipe, world)
             return run
-        # A run that has begun needs the one that it began from no more.
-        source = find_source(recipe, world) if newest is None else None
+        # A run that has started no longer needs its source run.
+        source = find_source_run(recipe, world) if newest is None else None
         with raise_on_all_ranks(world):
             vocabulary = Vocabulary.load(data.vocabulary)
             model = prepare_model(recipe, vocabulary, world, source, newest is not None)
-            begin = origin(recipe, source)
+            start = initial_state(recipe, source)
             trainer = stack.enter_context(closing(Trainer(recipe, run, model, vocabulary, world)))
             if newest is None:
-                trainer.take_data(begin.data)
-        # Last: a recipe that cannot be trained leaves no run behind.
-        check_resumed_recipe(run, recipe, data, world)
-        if not held:
-            _hold(run, recipe, world, stack)
+                trainer.restore_data(start.data)
+        # Written only now, so that a recipe that cannot be trained leaves no run folder.
+        _write_run_folder(run, recipe, world)
+        if not is_locked:
+            _lock_run(run, recipe, world, stack)
         if newest is None:
-            trainer.begin(begin)
+            trainer.start(start)
         else:
             trainer.resume(newest, damaged)
         title, steps = f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps
-        asked.listen()
-        report = stack.enter_context(show_progress(title, steps, quiet or world.rank > 0))
-        trainer.run_to_end(report, asked)
+        stop_request.install_handlers()
+        progress = stack.enter_context(show_progress(title, steps, quiet or world.rank > 0))
+        trainer.run_to_end(progress, stop_request)
     return run
 
 
-def _hold(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
-    """Keep other processes out of the run folder, if it is there; the same on all ranks."""
-    there = gather(run.path.is_dir(), world.writers)[0]
-    if there:
-        with raise_on_all_ranks(world):
-            if world.rank == 0:
-                patience = min(_PATIENCE, recipe.engine.timeout / 2)
-                stack.enter_context(lock_folder(run.path, patience))
-    return there
-
-
-def _is_last(checkpoint: Path, recipe: Recipe) -> bool:
-    """Whether a run that has this checkpoint is finished, by training."""
-    finished = read_state(checkpoint)["step"] >= recipe.stage_config.steps
-    return finished and not holds_weights_alone(checkpoint)
-
-
 class Trainer:
-    """State of a run while it trains: model, optimizer, data position, counters, log."""
+    """A run in training: model, optimizer, data iterator, counters and log."""
 
     def __init__(
         self, recipe: Recipe, run: Run, model: Transformer, vocabulary: Vocabulary, world: World
     ):
         self.recipe, self.config, self.run = recipe, recipe.stage_config, run
-        self.model, self.world = model, world
-        self.fingerprint = vocabulary.fingerprint
-        self.watch = LossMonitor(self.config, world.device)
-        self.step = make_step(recipe, model, world, self.watch)
+        self.model, self.world, self.vocabulary = model, world, vocabulary
+        self.monitor = LossMonitor(self.config, world.device)
+        self.step = make_step(recipe, model, world, self.monitor)
         self.optimizer = self.step.optimizer
         batches = Batches(
             recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
         )
         self.batches = prefetch(batches, recipe.data)
-        self.recent = Recent()
-        self.done, self.tokens, self.origin = 0, 0, Origin()
+        self.recent = RecentBatches()
+        self.steps_done, self.tokens, self.initial = 0, 0, InitialState()
         self.flops_per_token = flops_per_token(recipe, vocabulary)
-        self.window = Window(recipe, model, self.flops_per_token, world)
+        self.window = MetricsWindow(recipe, model, self.flops_per_token, world)
         self.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         self.writer = CheckpointWriter(
             run.checkpoints, world, self.config.keep_checkpoints, self.config.keep_every
         )
         self.trackers: list[Tracker] = []
-        self.problem: StorageError | None = None  # with the log
+        self.tracker_error: StorageError | None = None
         traced = recipe.engine.trace if world.rank == 0 else 0
         self.trace = Trace(run.path / "trace", traced)
 
-    def begin(self, origin: Origin) -> None:
-        """Begin with step 1, where the counters of another run stood, perhaps."""
-        self.origin = origin
+    def start(self, initial: InitialState) -> None:
+        """Prepare for the first step, with the counters of the source run."""
+        self.initial = initial
         self._open_log()
-        # Dropout's and the noise's.
+        # Used by dropout and router noise.
         torch.manual_seed(self.recipe.seed + self.world.rank)
 
     def resume(self, path: Path, damaged: Mapping[Path, str]) -> None:
-        """Restore a checkpoint, and drop log rows beyond it.
+        """Restore a checkpoint, and drop log records beyond it.
 
         Args:
-            path: the newest whole one.
-            damaged: newer ones, each with what is wrong with it.
+            path: the newest intact checkpoint.
+            damaged: newer checkpoints, each with a message.
         """
         if self.world.rank == 0:
-            for broken, message in damaged.items():
-                print(f"{message}; goes on from {path.name}", file=sys.stderr)
-                set_aside(broken)
-        state = read_state(path)
-        if state["vocabulary"] != self.fingerprint:
-            raise SharedError(f"{path}: was trained with another vocabulary than the data's")
+            for checkpoint, message in damaged.items():
+                logger.warning("%s; resuming from %s", message, path.name)
+                set_aside(checkpoint)
+        require_vocabulary(path, self.vocabulary, self.recipe.data.path)
         load_checkpoint(path, self.model, self.optimizer, self.world)
         rank_states = read_rank_states(path)
-        self._set_counters(state)
-        self.take_data([each["data"] for each in rank_states])
+        self._restore_counters(read_state(path))
+        self.restore_data([state["data"] for state in rank_states])
         self._open_log()
-        # Nothing may draw a random number between here and the first step.
+        # No random number may be drawn between here and the first step.
         if len(rank_states) == self.world.size:
             restore_random_state(rank_states[self.world.rank])
         else:
-            torch.manual_seed(_seed_after(self.recipe.seed, self.done, self.world.rank))
+            torch.manual_seed(resume_seed(self.recipe.seed, self.steps_done, self.world.rank))
 
-    def take_data(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on with the data where ranks stood, now perhaps as many others.
+    def restore_data(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue with the data where the ranks of an earlier job stopped.
 
         Args:
-            states: of each of those ranks; empty: from the beginning.
+            states: data state of each of those ranks, resharded if their number differs; empty:
+                start of the data.
 
         Raises:
-            UserError: they belong to other data.
+            UserError: the states belong to other data.
         """
         if states and len(states) != self.world.size:
             states = reshard(states, self.world.size)
         if states:
             self.batches.set_state(states[self.world.rank])
 
-    def run_to_end(self, report: Report, asked: Interruption) -> None:
-        """Train to the last step, logging and saving on the way.
+    def run_to_end(self, progress: ProgressCallback, stop_request: Interruption) -> None:
+        """Train to the last step, with log records and checkpoints.
 
         Raises:
-            UserError: a loss was not finite or exploded.
+            UserError: a step has a fault; see `monitor.py`.
             StorageError: a checkpoint or the log cannot be written.
-            StoppedError: a signal came; the work is saved.
+            StoppedError: a signal arrived; progress is saved.
         """
-        report(self.done)
+        progress(self.steps_done)
         self.window.restart_clock()
-        while self.done < self.config.steps:
-            self._take_step(report)
-            last = self.done == self.config.steps
-            asked.problem = self.problem
-            signal = asked.agreed()
-            if self.done % self.config.checkpoint_every == 0 or last or signal:
-                self._write_row(report)
+        while self.steps_done < self.config.steps:
+            self._take_step(progress)
+            is_last = self.steps_done == self.config.steps
+            stop_request.storage_error = self.tracker_error
+            signal = stop_request.poll()
+            if self.steps_done % self.config.checkpoint_every == 0 or is_last or signal:
+                self._write_record(progress)
                 self._save()
                 self.window.restart_clock()
-            if signal and not last:
+            if signal and not is_last:
                 self.writer.wait()
                 raise StoppedError(
-                    f"{self.run.path}: stopped by {signal} after step {self.done}, which is saved; "
-                    "the same command goes on from here"
+                    f"{self.run.path}: stopped by {signal} after step {self.steps_done}, which is "
+                    "saved; run the same command to resume"
                 )
         self.writer.wait()
 
@@ -223,133 +211,152 @@ class Trainer:
         for tracker in self.trackers:
             tracker.close()
 
-    def _take_step(self, report: Report) -> None:
-        rate = learning_rate(self.config.optimizer, self.done, self.config.steps)
-        begun = time.monotonic()
+    def _take_step(self, progress: ProgressCallback) -> None:
+        rate = learning_rate(self.config.optimizer, self.steps_done, self.config.steps)
+        start = time.monotonic()
         batches = [next(self.batches) for _ in range(self.gradient_accumulation_steps)]
-        waiting = time.monotonic() - begun
-        step = self.done + 1
-        logs = step % self.config.log_every == 0 or step == self.config.steps
-        statistics = Statistics(self.model, self.recipe.engine.replicate) if logs else None
-        self.watch.begin(step)
+        data_wait = time.monotonic() - start
+        step = self.steps_done + 1
+        is_logged = step % self.config.log_every == 0 or step == self.config.steps
+        statistics = Statistics(self.model, self.recipe.engine.replicate) if is_logged else None
+        self.monitor.begin_step(step)
         self.recent.add(step, batches)
         sums, norm = self.step(batches, rate, statistics)
         self.trace.end_step(step)
-        # The row of the step before: its copy has arrived while this step was launched.
-        self._write_row(report)
-        self.done = step
+        # The record of the step before: its copy arrived while this step was launched.
+        self._write_record(progress)
+        self.steps_done = step
         tokens = sum(batch.tokens_BS.size for batch in batches) * self.world.size
         self.tokens += tokens
-        self.window.add(sums, tokens, waiting)
+        self.window.add(sums, tokens, data_wait)
         if statistics is not None:
-            self.window.close_row(
-                {
-                    "step": self.done,
-                    "tokens": self.origin.tokens + self.tokens,
-                    "flops": self.origin.flops + self.tokens * self.flops_per_token,
-                    "learning_rate": rate,
-                    "skipped": self.watch.skipped,
-                },
-                {"norm": norm, **self.watch.evidence},
-                statistics.sums,
-            )
+            record = self._counters() | {
+                "learning_rate": rate,
+                "skipped_steps": self.monitor.skipped_steps,
+            }
+            shared = {"norm": norm, **self.monitor.first_fault}
+            self.window.start_record(record, shared, statistics.sums)
 
-    def _write_row(self, report: Report) -> None:
-        """Write the row that is on its way, if there is one."""
-        found = self.window.finish_row()
-        if found is None:
+    def _counters(self) -> dict[str, Any]:
+        return {
+            "step": self.steps_done,
+            "tokens": self.initial.tokens + self.tokens,
+            "flops": self.initial.flops + self.tokens * self.flops_per_token,
+        }
+
+    def _write_record(self, progress: ProgressCallback) -> None:
+        """Write the pending log record, if there is one."""
+        finished = self.window.finish_record()
+        if finished is None:
             return
-        row, tensors = found
-        self._refuse_fault(row["step"], tensors)
-        self._track(row)
-        loss = "none" if row["loss"] is None else f"{row['loss']:.3f}"
-        report(
-            row["step"],
-            f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s  MFU {row['mfu']:.0%}  "
-            f"{row['peak_memory'] / 2**30:.1f} GiB",
+        record, tensors = finished
+        self._check_fault(record["step"], tensors)
+        self._track(record)
+        loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
+        progress(
+            record["step"],
+            f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  "
+            f"{record['peak_memory'] / 2**30:.1f} GiB",
         )
 
-    def _track(self, row: Row) -> None:
-        """Hand a row to the trackers; what this rank alone cannot write is told to all later."""
+    def _track(self, record: Record) -> None:
+        """Pass a record to the trackers; an error of this rank is raised later on all ranks."""
         try:
-            for tracker in self.trackers if self.problem is None else ():
-                tracker.write(row)
-        except StorageError as problem:
-            self.problem = problem
+            for tracker in self.trackers if self.tracker_error is None else ():
+                tracker.write(record)
+        except StorageError as error:
+            self.tracker_error = error
 
     def _sync_log(self) -> None:
-        """Bring the log to the disk, on which no checkpoint may be ahead of it."""
-        self.writer.wait()  # its thread talks between ranks by the same group
+        """Bring the log to disk: no checkpoint may be newer than the log."""
+        self.writer.wait()  # its thread uses the same process group
         with raise_on_all_ranks(self.world):
-            if self.problem is not None:
-                raise self.problem
+            if self.tracker_error is not None:
+                raise self.tracker_error
             for tracker in self.trackers:
                 tracker.sync()
 
     def _save(self) -> None:
-        if self.done % self.config.log_every:  # in the middle of a row
-            self._refuse_fault(self.done, HostCopy(self.watch.evidence).read())
+        if self.steps_done % self.config.log_every:  # these steps have no log record yet
+            self._check_fault(self.steps_done, HostCopy(self.monitor.first_fault).read())
         self._sync_log()
-        state = {
-            "step": self.done,
-            "tokens": self.origin.tokens + self.tokens,
-            "flops": self.origin.flops + self.tokens * self.flops_per_token,
-            "tokens_before": self.origin.tokens,
-            "flops_before": self.origin.flops,
-            "learning_rate": learning_rate(self.config.optimizer, self.done, self.config.steps),
+        state = self._counters() | {
+            "source_tokens": self.initial.tokens,
+            "source_flops": self.initial.flops,
             "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "vocabulary": self.fingerprint,
+            "vocabulary": self.vocabulary.fingerprint,
             "window": self.window.get_state(),
-            "watch": self.watch.get_state(),
+            "monitor": self.monitor.get_state(),
             "recipe": self.recipe.model_dump(mode="json", by_alias=True),
         }
-        own = {"data": self.batches.get_state()}
-        self.writer.save(self.done, self.model, self.optimizer, state, own)
+        rank_state = {"data": self.batches.get_state()}
+        tensors = training_tensors(self.model, self.optimizer)
+        self.writer.save(self.steps_done, tensors, state, rank_state)
 
-    def _refuse_fault(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Stop if there was a fault until a step that is done."""
-        if tensors["first"] and not self.watch.skips:
-            with suppress(SharedError):  # the newest checkpoint is to be the one to replay from
+    def _check_fault(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Stop if any step up to this one had a fault, unless faults are skipped."""
+        if tensors["fault_step"] and not self.monitor.skips:
+            with suppress(SharedError):  # so that the replay starts from the newest checkpoint
                 self.writer.wait()
             raise_fault(self.recipe, self.world, self.recent, tensors)
-        self.recent.forget(step)
+        self.recent.drop_until(step)
 
-    def _set_counters(self, state: dict[str, Any]) -> None:
-        self.done = state["step"]
-        self.tokens = state["tokens"] - state["tokens_before"]
-        self.origin = Origin(state["tokens_before"], state["flops_before"])
+    def _restore_counters(self, state: Mapping[str, Any]) -> None:
+        self.steps_done = state["step"]
+        self.tokens = state["tokens"] - state["source_tokens"]
+        self.initial = InitialState(state["source_tokens"], state["source_flops"])
         self.window.set_state(state["window"])
-        self.watch.set_state(state["watch"])
+        self.monitor.set_state(state["monitor"])
         before = state["recipe"][self.recipe.stage]["gradient_accumulation_steps"]
-        if (
-            before == self.config.gradient_accumulation_steps
-            and self.recipe.engine.step_size == "kept"
-        ):
-            self.gradient_accumulation_steps = self._share_step(
-                state["gradient_accumulation_steps"] * state["world_size"]
-            )
+        is_unchanged = before == self.config.gradient_accumulation_steps
+        if is_unchanged and self.recipe.engine.step_size == "kept":
+            total = state["gradient_accumulation_steps"] * state["world_size"]
+            self.gradient_accumulation_steps = self._divide_step(total)
 
-    def _share_step(self, together: int) -> int:
-        """Micro-batches of each rank, in a step that keeps its size whatever the ranks' number."""
+    def _divide_step(self, total: int) -> int:
+        """Micro-batches per rank, for steps of the same size on another number of ranks."""
         ranks, own = self.world.size, self.config.gradient_accumulation_steps
-        if together % ranks:
+        if total % ranks:
             tokens = self.recipe.data.micro_batch_size * self.recipe.data.sequence_length
             raise SharedError(
-                f"{self.run.path}: {ranks} ranks cannot share the {together} micro-batches of a "
-                f"step; use a divisor of {together} as number of ranks, and a step keeps its "
-                f"{together * tokens:,} tokens; or let it grow with engine.step_size=grows to "
+                f"{self.run.path}: {ranks} ranks cannot share the {total} micro-batches of a step; "
+                f"use a divisor of {total} as the number of ranks to keep {total * tokens:,} "
+                "tokens per step, or let steps grow with engine.step_size=grows to "
                 f"{ranks} times {own} micro-batches, {ranks * own * tokens:,} tokens"
             )
-        return together // ranks
+        return total // ranks
 
     def _open_log(self) -> None:
         with raise_on_all_ranks(self.world):
             if self.world.rank == 0:
-                self.writer.sweep()
-                self.trackers = make_trackers(self.recipe.tracking, self.run, self.done)
+                self.writer.remove_partial()
+                self.trackers = make_trackers(self.recipe.tracking, self.run, self.steps_done)
 
 
-def _seed_after(seed: int, step: int, rank: int) -> int:
-    """A seed for what comes after a step, so that no rank draws what one has drawn before."""
+def resume_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for the steps after a resume, such that no rank repeats earlier random numbers."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:4])
+
+
+def _lock_run(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
+    """Lock the run folder on rank 0, if it exists; returns whether it does, on all ranks."""
+    exists = gather(run.path.is_dir(), world.writers)[0]
+    if exists:
+        with raise_on_all_ranks(world):
+            if world.rank == 0:
+                timeout = min(_LOCK_TIMEOUT, recipe.engine.timeout / 2)
+                stack.enter_context(lock_folder(run.path, timeout))
+    return exists
+
+
+def _write_run_folder(run: Run, recipe: Recipe, world: World) -> None:
+    with raise_on_all_ranks(world):
+        if world.rank == 0:
+            write_run_folder(run, recipe)
+
+
+def _is_finished(checkpoint: Path, recipe: Recipe) -> bool:
+    """Whether a checkpoint is the last one of the run, and was written by training."""
+    is_last = read_state(checkpoint)["step"] >= recipe.stage_config.steps
+    return is_last and not is_weights_only(checkpoint)

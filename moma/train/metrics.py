@@ -1,8 +1,8 @@
-"""Rows of the log: means since the last one, read from the device in one copy.
+"""Log records: means over the steps since the last record, copied from the device asynchronously.
 
-every step:    sums of losses stay on the device
-a logged step: one reduction between ranks, one copy to the host, begun
-a step later:  the copy is there; the row is written, and nobody waited
+every step:       sums of losses stay on the device
+a logged step:    one reduction over ranks, and the start of one copy to the host
+one step later:   the copy has arrived; the record is written without waiting
 """
 
 import time
@@ -14,119 +14,114 @@ from torch import Tensor
 
 from moma.model.transformer import Transformer
 from moma.runtime.peak import matmul_peak, peak_memory
-from moma.runtime.tracking import Row
+from moma.runtime.tracking import Record
 from moma.runtime.world import World
 from moma.train.recipe import Recipe
 from moma.train.statistics import describe
 from moma.vocabulary import IMAGE, TEXT
 
-# Columns that depend on the clock and the machine; all others are the same in every run.
-TIMING = ("tokens_per_second", "mfu", "waiting_for_data", "peak_memory", "seconds_left")
+# Keys that depend on the clock and the machine; all others are the same whenever a run is repeated.
+TIMING_KEYS = ("tokens_per_second", "mfu", "data_wait_fraction", "peak_memory", "seconds_left")
 
 
 class HostCopy:
-    """Tensors on their way to the host, in one piece."""
+    """An asynchronous copy of several tensors to the host, as one transfer."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
-        """Begin the copy."""
+        """Start the copy."""
         self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
         flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors.values()])
         on_gpu = flat.device.type == "cuda"
         self._host = torch.empty(flat.shape, pin_memory=on_gpu)
         self._host.copy_(flat, non_blocking=True)
-        self._there = torch.cuda.Event() if on_gpu else None
-        if self._there is not None:
-            self._there.record()
+        self._copied = torch.cuda.Event() if on_gpu else None
+        if self._copied is not None:
+            self._copied.record()
 
     def read(self) -> dict[str, Tensor]:
-        """Wait until the copy is there."""
-        if self._there is not None:
-            self._there.synchronize()
-        parts = self._host.split([shape.numel() for shape in self._shapes.values()])
-        named = zip(self._shapes.items(), parts, strict=True)
-        return {name: part.view(shape) for (name, shape), part in named}
+        """Wait for the copy and return the tensors."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return _split(self._host, self._shapes)
 
 
-class Window:
-    """The steps since the last row of the log."""
+class MetricsWindow:
+    """Metrics of the steps since the last log record."""
 
     def __init__(self, recipe: Recipe, model: Transformer, flops_per_token: float, world: World):
         self._model, self._world = model, world
         self._trains_routers = recipe.stage == "aux_router"
-        self._steps_in_all = recipe.stage_config.steps
+        self._total_steps = recipe.stage_config.steps
         self._flops_per_token = flops_per_token
         self._sums = torch.zeros(3, len(model.vocabulary.modalities), device=world.device)
         dtype = recipe.engine.compute_dtype(world.device)
-        self._peak = matmul_peak(world.device, dtype) * world.size
+        self._peak_flops = matmul_peak(world.device, dtype) * world.size
         self.restart_clock()
-        self._underway: tuple[HostCopy, Row, int, int, float] | None = None
+        self._pending: tuple[HostCopy, Record, int, int, float] | None = None
 
-    def add(self, sums: Tensor, tokens: int, waiting: float) -> None:
-        """Add a step: its sums [3, M] over all ranks, its tokens, seconds of waiting for data."""
+    def add(self, sums: Tensor, tokens: int, data_wait: float) -> None:
+        """Add a step: its sums [3, M] and tokens over all ranks, and the seconds of data wait."""
         self._sums += sums
         self._steps += 1
         self._tokens += tokens
-        self._waiting += waiting
+        self._data_wait += data_wait
 
     def restart_clock(self) -> None:
-        """Leave out of the next row's speed what was done until now."""
+        """Exclude the time and the steps until now from the next record's throughput."""
         self._since = time.monotonic()
-        self._steps, self._tokens, self._waiting = 0, 0, 0.0
+        self._steps, self._tokens, self._data_wait = 0, 0, 0.0
 
-    def close_row(self, row: Row, shared: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-        """Begin to read a row; `finish_row` gives it.
+    def start_record(
+        self, record: Record, shared: Mapping[str, Tensor], own: Mapping[str, Tensor]
+    ) -> None:
+        """Start to copy the values of a record, which `finish_record` returns.
 
         Args:
-            row: what is known already, with `step`.
+            record: values that are known already, among them `step`.
             shared: tensors that are the same on all ranks.
-            own: this rank's tensors, which are added up over the ranks.
+            own: this rank's tensors, to be summed over ranks.
         """
-        summed = own
+        summed: Mapping[str, Tensor] = {}
         if own:
-            shapes = [tensor.shape for tensor in own.values()]
             flat = self._world.sum(torch.cat([t.flatten().float() for t in own.values()]))
-            parts = flat.split([shape.numel() for shape in shapes])
-            summed = {
-                name: part.view(shape) for name, part, shape in zip(own, parts, shapes, strict=True)
-            }
+            summed = _split(flat, {name: tensor.shape for name, tensor in own.items()})
         copy = HostCopy({"sums": self._sums, **shared, **summed})
-        self._underway = copy, row, self._steps, self._tokens, self._waiting
+        self._pending = copy, record, self._steps, self._tokens, self._data_wait
         self._sums = torch.zeros_like(self._sums)
-        self._steps, self._tokens, self._waiting = 0, 0, 0.0
+        self._steps, self._tokens, self._data_wait = 0, 0, 0.0
 
-    def finish_row(self) -> tuple[Row, dict[str, Tensor]] | None:
-        """The row whose reading was begun, and the tensors beside it; None if there is none."""
-        if self._underway is None:
+    def finish_record(self) -> tuple[Record, dict[str, Tensor]] | None:
+        """The record that was started, and its tensors on the host; None if there is none."""
+        if self._pending is None:
             return None
-        copy, row, steps, tokens, waiting = self._underway
-        self._underway = None
+        copy, record, steps, tokens, data_wait = self._pending
+        self._pending = None
         tensors = copy.read()
         now = time.monotonic()
         seconds, self._since = now - self._since, now
         speed = tokens / seconds
-        left = (self._steps_in_all - row["step"]) * seconds / steps
-        row |= self._losses(tensors["sums"])
-        row["gradient_norm"] = float(tensors["norm"])
-        row |= describe(tensors, self._model, self._trains_routers)
-        row |= {
+        record |= self._losses(tensors["sums"])
+        record["gradient_norm"] = float(tensors["norm"])
+        record |= describe(tensors, self._model, self._trains_routers)
+        record |= {
             "tokens_per_second": speed,
-            "mfu": speed * self._flops_per_token / self._peak,
-            "waiting_for_data": waiting / seconds,
+            "mfu": speed * self._flops_per_token / self._peak_flops,
+            "data_wait_fraction": data_wait / seconds,
             "peak_memory": peak_memory(self._world.device),
-            "seconds_left": left,
+            "seconds_left": (self._total_steps - record["step"]) * seconds / steps,
         }
-        return row, tensors
+        return record, tensors
 
     def get_state(self) -> dict[str, Any]:
-        """The sums since the last row; ready for JSON. The clock's are a process's own."""
+        """State to save, JSON-serializable: sums since the last record, without timings."""
         return {"sums": self._sums.tolist()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where another window stood."""
+        """Restore a state from `get_state`."""
         self._sums.copy_(torch.tensor(state["sums"]))
 
     @staticmethod
-    def _losses(sums: Tensor) -> Row:
+    def _losses(sums: Tensor) -> Record:
         loss_M, correct_M, targets_M = sums.double()
         total = targets_M.sum()
         return {
@@ -135,6 +130,13 @@ class Window:
             "loss_image": _ratio(loss_M[IMAGE], targets_M[IMAGE]),
             "accuracy": _ratio(correct_M.sum(), total),
         }
+
+
+def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {
+        name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
+    }
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float | None:

@@ -1,4 +1,4 @@
-"""The whole recipe: one file that says what is prepared, trained and measured."""
+"""The recipe: one file that configures data preparation, model, training and evaluation."""
 
 from pathlib import Path
 from typing import Literal
@@ -16,22 +16,24 @@ from moma.vocabulary import IMAGE, MODALITIES, Vocabulary
 
 
 class StageConfig(Config):
-    """How long and how a stage trains.
+    """How a stage trains.
 
     Attributes:
-        steps: optimizer steps.
-        gradient_accumulation_steps: batches whose gradients are added up in one step, on every
-        rank.
-        log_every: steps between rows of `metrics.jsonl`; a row is the mean over them.
+        steps: number of optimizer steps.
+        gradient_accumulation_steps: micro-batches per rank whose gradients are accumulated in one
+            optimizer step.
+        log_every: steps between records of `metrics.jsonl`; losses in a record are means over
+            them.
         checkpoint_every: steps between checkpoints, a multiple of `log_every`.
-        keep_checkpoints: how many of the newest stay.
-        keep_every: checkpoints at multiples of so many steps, itself a multiple of
-            `checkpoint_every`, stay as well; 0: none.
-        on_fault: what happens when a loss or gradient is not finite or explodes: `stop`, with what
-            `moma replay` needs, or `skip` the step and count it.
-        explosion: a loss so many times its recent mean has exploded; 0: none has.
+        keep_checkpoints: number of newest checkpoints to keep.
+        keep_every: checkpoints at multiples of this number of steps are kept too; a multiple of
+            `checkpoint_every`; 0: none.
+        on_fault: what to do if a loss or gradient is not finite or the loss explodes: `stop`, and
+            save what `moma replay` needs, or `skip` the step and count it.
+        explosion: a loss above this multiple of its recent mean counts as exploded; 0: never.
         z_loss: weight of (log Z)², which keeps logits from drifting (Chameleon §2.3.2).
-        compile: whether layers run as compiled graphs.
+        compile: whether to compile the layers.
+        optimizer: the optimizer and its schedule.
     """
 
     steps: int = Field(160_000, ge=1)
@@ -47,20 +49,20 @@ class StageConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @model_validator(mode="after")
-    def _whole_rows_at_checkpoints(self) -> "StageConfig":
+    def _check_checkpoint_every(self) -> "StageConfig":
         if self.checkpoint_every % self.log_every:
             raise ValueError(
                 f"checkpoint_every ({self.checkpoint_every}) must be a multiple of "
-                f"log_every ({self.log_every}), so that no row of metrics.jsonl is cut in two"
+                f"log_every ({self.log_every}), so that a checkpoint follows a complete record"
             )
         return self
 
     @model_validator(mode="after")
-    def _checkpoints_to_keep(self) -> "StageConfig":
+    def _check_keep_every(self) -> "StageConfig":
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every "
-                f"({self.checkpoint_every}): only at these steps is there one to keep"
+                f"({self.checkpoint_every}), since there are checkpoints at these steps only"
             )
         return self
 
@@ -73,7 +75,7 @@ class RouterOptimizerConfig(OptimizerConfig):
 
 
 class RouterStageConfig(StageConfig):
-    """How auxiliary routers are trained (MoMa Table 6)."""
+    """How the stage `aux_router` trains (MoMa Table 6)."""
 
     steps: int = Field(5000, ge=1)
     optimizer: RouterOptimizerConfig = RouterOptimizerConfig()
@@ -83,9 +85,17 @@ class Recipe(PrepareConfig):
     """A recipe.
 
     Attributes:
-        run: the folder that `moma train` writes.
-        stage: what `moma train` does: `pretrain`; `upcycle`, which grows the seed run `from`; or
-            `aux_router` on the finished run `from`.
+        run: the folder that `moma train` writes; new, or that of the same run to resume.
+        stage: what `moma train` trains: `pretrain`: a model, from the weights of the run `from` if
+            given; `upcycle`: a model upcycled from the seed run `from`; `aux_router`: the auxiliary
+            routers of the finished run `from`.
+        from_: an existing run folder; see `stage`.
+        model: the model.
+        engine: use of the machines.
+        tracking: where metrics are shown.
+        pretrain: training in the stage `pretrain`.
+        upcycle: training in the stage `upcycle`.
+        aux_router: training in the stage `aux_router`.
     """
 
     run: RequiredPath = Path("runs/run")
@@ -99,26 +109,26 @@ class Recipe(PrepareConfig):
     aux_router: RouterStageConfig = RouterStageConfig()
 
     @model_validator(mode="after")
-    def _every_modality_has_experts(self) -> "Recipe":
+    def _check_modalities(self) -> "Recipe":
         named = {name for group in self.model.group_list for name in group.modalities}
         if unknown := sorted(named - set(MODALITIES)):
             known = ", ".join(MODALITIES)
-            raise ValueError(f"model.groups: there is no modality '{unknown[0]}'; write {known}")
+            raise ValueError(f"model.groups: unknown modality '{unknown[0]}'; use {known}")
         if missing := [name for name in MODALITIES if name not in named]:
-            raise ValueError(f"model.groups: no group takes '{missing[0]}' tokens; give it one")
+            raise ValueError(f"model.groups: no group takes '{missing[0]}' tokens; add one")
         return self
 
     @model_validator(mode="after")
-    def _stage_has_a_model(self) -> "Recipe":
+    def _check_from(self) -> "Recipe":
         if self.stage == "aux_router" and self.from_ is None:
             raise ValueError("stage 'aux_router' needs from=RUN, the run whose routers it trains")
         if self.stage == "upcycle" and self.from_ is None:
-            raise ValueError("stage 'upcycle' needs from=RUN, the seed that it grows")
+            raise ValueError("stage 'upcycle' needs from=RUN, the seed run")
         return self
 
     @property
     def stage_config(self) -> StageConfig:
-        """The settings of the stage that the recipe names."""
+        """The configuration of the recipe's stage."""
         return {
             "pretrain": self.pretrain,
             "upcycle": self.upcycle,
@@ -127,12 +137,12 @@ class Recipe(PrepareConfig):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Part of each modality in a batch, in the order of `MODALITIES`."""
+        """Fraction of each modality in a micro-batch, in the order of `MODALITIES`."""
         image = self.data.image_share
         return tuple(image if index == IMAGE else 1 - image for index in range(len(MODALITIES)))
 
     def build_model(self, vocabulary: Vocabulary) -> Transformer:
-        """The transformer that the recipe describes, its weights drawn from the seed."""
+        """Build the model, with weights initialized from the seed."""
         model = Transformer(self.model, vocabulary, self.shares)
         model.initialise(self.seed)
         return model

@@ -1,18 +1,19 @@
-"""From a run folder back to a model."""
+"""Load the model of a run folder."""
 
-import sys
+import logging
 from pathlib import Path
 
 import torch
 
-from moma.errors import SharedError, UserError
+from moma.errors import SharedError, UserError, shell_command
 from moma.model.transformer import Transformer
-from moma.recipe import read_recipe
 from moma.runs import Run
-from moma.runtime.checkpoint import checkpoints_in, load_model, newest_whole, read_state
+from moma.runtime.checkpoint import checkpoints_in, load_model, newest_intact, read_state
 from moma.runtime.world import World, local_device
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 ROUTER_RUN = "aux_router"
 
@@ -21,62 +22,64 @@ def read_run_recipe(run: Run) -> Recipe:
     """The recipe of a run.
 
     Raises:
-        UserError: the folder is no run.
+        UserError: the folder is not a run.
     """
-    return read_recipe(Recipe, run.require().recipe)
+    return run.read_recipe(Recipe)
 
 
 def newest_checkpoint(run: Run, world: World | None = None) -> Path:
-    """The newest checkpoint of a run whose files are all as they were written.
+    """The newest intact checkpoint of a run.
 
     Args:
-        run: whose it is.
-        world: ranks that look for it together; left out, this process alone.
+        run: the run.
+        world: ranks that call this together; by default this process alone.
 
     Raises:
         UserError: there is none.
     """
     world = world or World(local_device())
-    found, damaged = newest_whole(run.require().checkpoints, world)
-    if found is None:
-        raise SharedError(
-            f"{run.path}: has no checkpoint yet; go on with `moma train {run.recipe}`"
-        )
+    newest, damaged = newest_intact(run.require().checkpoints, world)
+    if newest is None:
+        command = shell_command("train", run.recipe)
+        raise SharedError(f"{run.path}: has no checkpoint yet; go on with `{command}`")
     if world.rank == 0:
         for message in damaged.values():
-            print(f"{message}; takes {found.name}", file=sys.stderr)
-    return found
+            logger.warning("%s; using %s", message, newest.name)
+    return newest
 
 
 def with_routers(run: Run) -> Run:
-    """The finished run that trained this run's auxiliary routers, in its folder; else the run."""
+    """The finished run of the stage `aux_router` in this run's folder; without one, this run."""
     found = _trained_routers(Run(run.path / ROUTER_RUN))
     return run if found is None else found[0]
 
 
-def _trained_routers(run: Run) -> tuple[Run, Path] | None:
-    """A run that trains routers and its newest whole checkpoint, if that is of its last step."""
-    if not checkpoints_in(run.checkpoints):
-        return None
-    recipe = read_run_recipe(run)
-    if recipe.stage != "aux_router":
-        return None
-    found = newest_checkpoint(run)
-    return (run, found) if read_state(found)["step"] >= recipe.stage_config.steps else None
-
-
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
-    """The model of a run on this machine's device, in evaluation mode, and its recipe.
+    """Load the model of a run onto this machine's device, in evaluation mode, and its recipe.
+
+    Trained auxiliary routers in the run's folder are loaded too.
 
     Raises:
-        UserError: the folder is no run or has no checkpoint.
+        UserError: the folder is not a run, has no checkpoint or lacks its vocabulary.
     """
     routers = _trained_routers(Run(run.path / ROUTER_RUN))
     run, checkpoint = routers or (run, newest_checkpoint(run))
     recipe = read_run_recipe(run)
-    model = Transformer(recipe.model, Vocabulary.load(run.tokenizers.vocabulary), recipe.shares)
+    vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
+    require_vocabulary(checkpoint, vocabulary, run.path)
+    model = Transformer(recipe.model, vocabulary, recipe.shares)
     load_model(checkpoint, model, World(torch.device("cpu")))
     return model.to(local_device()).eval(), recipe
+
+
+def require_vocabulary(checkpoint: Path, vocabulary: Vocabulary, folder: Path) -> None:
+    """Check that a checkpoint was trained with the vocabulary in a folder.
+
+    Raises:
+        UserError: it was trained with another one.
+    """
+    if read_state(checkpoint)["vocabulary"] != vocabulary.fingerprint:
+        raise SharedError(f"{checkpoint}: trained with another vocabulary than that in {folder}")
 
 
 def has_causal_routing(run: Run, model: Transformer) -> bool:
@@ -87,14 +90,31 @@ def has_causal_routing(run: Run, model: Transformer) -> bool:
 
 
 def require_causal_routing(run: Run, model: Transformer) -> None:
-    """Refuse causal use of a model whose auxiliary routers are not trained.
+    """Check that a model can be used causally.
 
     Raises:
-        UserError: saying how to train them.
+        UserError: its auxiliary routers are not trained; the message names the command.
     """
     if not has_causal_routing(run, model):
         raise UserError(
             f"{run.path}: its auxiliary routers are not trained, so it cannot run causally; train "
-            f"them with `moma train {run.recipe} stage=aux_router from={run.path} "
-            f"run={run.path / ROUTER_RUN}`"
+            f"them with `{router_command(run)}`"
         )
+
+
+def router_command(run: Run) -> str:
+    """The command that trains a run's auxiliary routers."""
+    target = run.path / ROUTER_RUN
+    keys = ("stage=aux_router", f"from={run.path}", f"run={target}")
+    return shell_command("train", run.recipe, *keys)
+
+
+def _trained_routers(run: Run) -> tuple[Run, Path] | None:
+    """A run of the stage `aux_router` and its last checkpoint, if it is finished and intact."""
+    if not run.exists or not checkpoints_in(run.checkpoints):
+        return None
+    recipe = read_run_recipe(run)
+    if recipe.stage != "aux_router":
+        return None
+    newest = newest_checkpoint(run)
+    return (run, newest) if read_state(newest)["step"] >= recipe.stage_config.steps else None

@@ -1,4 +1,4 @@
-"""What a stage trains, from where, and by which objective."""
+"""Construction of a stage: what it trains, where it starts, and its objective."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from moma.errors import UserError
+from moma.errors import UserError, shell_command
 from moma.model.decoder_layer import Layer
 from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.allocator import keep_freed_memory
 from moma.runtime.checkpoint import (
-    holds_weights_alone,
+    is_weights_only,
     load_model,
     read_rank_states,
     read_state,
@@ -25,20 +25,20 @@ from moma.runtime.recompute import recompute
 from moma.runtime.sharding import fill, shard
 from moma.runtime.world import World, can_compile, raise_on_all_ranks
 from moma.train.changes import differences
+from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe
-from moma.train.restore import newest_checkpoint, read_run_recipe
+from moma.train.restore import newest_checkpoint, read_run_recipe, require_vocabulary
 from moma.train.step import Objective, Step, next_token_objective, router_objective
-from moma.train.watch import LossMonitor
 from moma.vocabulary import Vocabulary
 
 
-class Origin(NamedTuple):
-    """Where a run begins.
+class InitialState(NamedTuple):
+    """Counters and data position at the first step of a run.
 
     Attributes:
-        tokens: seen by the run that it goes on from.
-        flops: spent by that run.
-        data: state of the data of each of that run's ranks; empty: from the beginning.
+        tokens: tokens that the source run was trained on.
+        flops: FLOPs that the source run spent.
+        data: data state of each rank of the source run; empty: start of the data.
     """
 
     tokens: int = 0
@@ -46,13 +46,13 @@ class Origin(NamedTuple):
     data: tuple[dict[str, Any], ...] = ()
 
 
-class Source(NamedTuple):
+class SourceRun(NamedTuple):
     """The run `from`.
 
     Attributes:
         recipe: its recipe.
-        checkpoint: its newest whole checkpoint.
-        state: what that holds for all ranks.
+        checkpoint: its newest intact checkpoint.
+        state: that checkpoint's state shared by all ranks.
     """
 
     recipe: Recipe
@@ -60,69 +60,60 @@ class Source(NamedTuple):
     state: dict[str, Any]
 
 
-def find_source(recipe: Recipe, world: World) -> Source | None:
-    """The run that the recipe's run begins from, if it has one; all ranks together.
+def find_source_run(recipe: Recipe, world: World) -> SourceRun | None:
+    """Find the run `from`, if the recipe names one; all ranks together.
 
     Raises:
-        UserError: it does not suit the stage: it has another architecture, is not finished, or has
-            nothing to train.
+        UserError: it has another architecture, is not finished, or has nothing to train.
     """
     if recipe.from_ is None:
         return None
     with raise_on_all_ranks(world):
-        before = read_run_recipe(Run(recipe.from_))
-        _refuse_other_model(recipe, before)
+        source = read_run_recipe(Run(recipe.from_))
+        _check_source(recipe, source)
     checkpoint = newest_checkpoint(Run(recipe.from_), world)
     with raise_on_all_ranks(world):
         state = read_state(checkpoint)
-        # What is newest may be damaged, and what is whole not the end.
-        if recipe.stage != "pretrain" and state["step"] < before.stage_config.steps:
+        # The last checkpoint may be damaged, and the newest intact one not the last.
+        if recipe.stage != "pretrain" and state["step"] < source.stage_config.steps:
+            command = shell_command("train", Run(recipe.from_).recipe)
             raise UserError(
-                f"{recipe.from_}: is not trained to its end ({checkpoint.name} is its newest whole "
-                "checkpoint); go on with `moma train` first"
+                f"{recipe.from_}: is not trained to its end ({checkpoint.name} is its newest "
+                f"intact checkpoint); go on with `{command}` first"
             )
-    return Source(before, checkpoint, state)
-
-
-def _refuse_other_model(recipe: Recipe, before: Recipe) -> None:
-    if recipe.stage != "upcycle" and before.model != recipe.model:
-        raise UserError(
-            f"{recipe.from_}: was trained with another [model] "
-            f"({'; '.join(differences(before.model, recipe.model).values())}); use its recipe"
-        )
-    if recipe.stage == "aux_router" and not recipe.model.has_routers:
-        raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
+    return SourceRun(source, checkpoint, state)
 
 
 def prepare_model(
     recipe: Recipe,
     vocabulary: Vocabulary,
     world: World,
-    source: Source | None = None,
+    source: SourceRun | None = None,
     resumes: bool = False,
 ) -> Transformer:
-    """Outline, freeze what the stage does not train, compile, shard, and only then fill.
+    """Build a model on the meta device, freeze, compile and shard it, and initialize its weights.
 
-    So a rank holds its own shards, and besides one whole parameter, or a layer of a seed.
+    Weights are initialized last, so that a rank holds its own shards and, besides these, at most
+    one full parameter or one layer of a seed.
 
     Args:
         recipe: the recipe.
-        vocabulary: the data's.
+        vocabulary: the vocabulary of the data.
         world: the ranks.
-        source: the run to begin from; left out, the weights are new ones.
-        resumes: whether the weights are left to be loaded from a checkpoint.
+        source: the run to take weights from; None: random weights.
+        resumes: leave the weights uninitialized, to be loaded from a checkpoint.
 
     Raises:
-        UserError: the source does not fit.
+        UserError: the source run has another vocabulary.
     """
-    if source is not None and source.state["vocabulary"] != vocabulary.fingerprint:
-        raise UserError(f"{recipe.from_}: was trained with another vocabulary than the data's")
+    if source is not None:
+        require_vocabulary(source.checkpoint, vocabulary, recipe.data.path)
     with torch.device("meta"):
         model = Transformer(recipe.model, vocabulary, recipe.shares)
-    train_only(model, routers=recipe.stage == "aux_router")
-    units = list(units_of(model))
+    freeze_for_stage(model, trains_routers=recipe.stage == "aux_router")
+    units = list(fsdp_units(model))
     for layer in model.units():
-        # Operations are remembered one by one: no sharding may happen among them.
+        # Selective checkpointing records operations, among which there must be none of FSDP's.
         parts = _parts(layer) if recipe.engine.recompute == "selective" else [layer]
         for part in parts:
             recompute(part, recipe.engine.recompute)
@@ -131,79 +122,70 @@ def prepare_model(
     shard(model, units, world, recipe.engine)
     model.to_empty(device=world.device)
     if not resumes:
-        _fill(recipe, model, source)
+        _initialize(recipe, model, source)
     return model
 
 
-def train_only(model: Transformer, routers: bool) -> None:
-    """Freeze all but the auxiliary routers, which then see the model as it is, or only these."""
-    own = {p for router in model.auxiliary_routers() for p in router.parameters()}
+def freeze_for_stage(model: Transformer, trains_routers: bool) -> None:
+    """Freeze the auxiliary routers, or, if these are trained, all other parameters.
+
+    While auxiliary routers are trained, the model is in evaluation mode: without dropout and
+    router noise.
+    """
+    auxiliary = {p for router in model.auxiliary_routers() for p in router.parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_((parameter in own) == routers)
-    if routers:
+        parameter.requires_grad_((parameter in auxiliary) == trains_routers)
+    if trains_routers:
         model.eval()
 
 
-def origin(recipe: Recipe, source: Source | None) -> Origin:
-    """Where the run of a recipe begins: a grown model goes on where its seed stopped (§2.5)."""
-    if recipe.stage != "upcycle" or source is None or holds_weights_alone(source.checkpoint):
-        return Origin()
-    data = tuple(each["data"] for each in read_rank_states(source.checkpoint))
-    return Origin(source.state["tokens"], source.state["flops"], data)
+def initial_state(recipe: Recipe, source: SourceRun | None) -> InitialState:
+    """Counters and data position: an upcycled run continues those of its seed run (§2.5)."""
+    if recipe.stage != "upcycle" or source is None or is_weights_only(source.checkpoint):
+        return InitialState()
+    data = tuple(state["data"] for state in read_rank_states(source.checkpoint))
+    return InitialState(source.state["tokens"], source.state["flops"], data)
 
 
 def objective_of(recipe: Recipe, device: torch.device) -> Objective:
-    """What the stage minimises."""
+    """The objective that the stage minimizes."""
     if recipe.stage == "aux_router":
         return router_objective
     compiled = recipe.stage_config.compile and can_compile(device)
     return next_token_objective(recipe.stage_config.z_loss, compiled)
 
 
-def make_step(recipe: Recipe, model: Transformer, world: World, watch: LossMonitor) -> Step:
-    """The step of the recipe's stage, with an optimizer of its own."""
+def make_step(
+    recipe: Recipe, model: Transformer, world: World, monitor: LossMonitor | None = None
+) -> Step:
+    """The optimizer step of the recipe's stage, with a new optimizer."""
     keep_freed_memory(world.device)
-    settings = recipe.stage_config.optimizer
+    config = recipe.stage_config.optimizer
     return Step(
         model,
-        make_optimizer(model, settings),
+        make_optimizer(model, config),
         objective_of(recipe, world.device),
-        settings.clip,
+        config.clip,
         world,
-        watch,
+        monitor,
         recipe.engine.compute_dtype(world.device),
     )
 
 
 def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
-    """Operations that the stage spends on a token."""
-    routers = recipe.stage == "aux_router"
-    count = router_stage_flops_per_token if routers else training_flops_per_token
+    """Training FLOPs per token in the recipe's stage."""
+    trains_routers = recipe.stage == "aux_router"
+    count = router_stage_flops_per_token if trains_routers else training_flops_per_token
     data = recipe.data
     return count(
         recipe.model, vocabulary.size, recipe.shares, data.micro_batch_size, data.sequence_length
     )
 
 
-def _fill(recipe: Recipe, model: Transformer, source: Source | None) -> None:
-    """New weights, or those of the run `from`, grown if the stage says so."""
-    if source is None or recipe.stage == "upcycle":
-        model.initialise(recipe.seed, fill)
-    if source is None:
-        return
-    if recipe.stage != "upcycle":
-        alone = World(torch.device("cpu"))  # every rank reads its own shards, and tells by itself
-        load_model(source.checkpoint, model, alone)
-        return
-    from moma.model.upcycling import upcycle_from
+def fsdp_units(model: Transformer) -> Iterator[nn.Module]:
+    """The modules to shard one by one: layers, and before each its sequential expert groups.
 
-    upcycle_from(stored_weights(source.checkpoint), source.recipe.model, model, fill)
-
-
-def units_of(model: Transformer) -> Iterator[nn.Module]:
-    """What is sharded one by one: layers, and before each its groups of experts if these run apart.
-
-    Then the next group's weights are gathered while one computes (§3).
+    The weights of the next group are then gathered while one group computes (§3).
     """
     for layer in model.units():
         assert isinstance(layer, Layer)
@@ -211,14 +193,39 @@ def units_of(model: Transformer) -> Iterator[nn.Module]:
         yield layer
 
 
+def _check_source(recipe: Recipe, source: Recipe) -> None:
+    if recipe.stage != "upcycle" and source.model != recipe.model:
+        changes = "; ".join(differences(source.model, recipe.model).values())
+        raise UserError(
+            f"{recipe.from_}: was trained with another [model] ({changes}); use its recipe"
+        )
+    if recipe.stage == "aux_router" and not recipe.model.has_routers:
+        raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
+
+
+def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) -> None:
+    """Random weights, or those of the run `from`, upcycled if that is the stage."""
+    if source is None or recipe.stage == "upcycle":
+        model.initialise(recipe.seed, fill)
+    if source is None:
+        return
+    if recipe.stage != "upcycle":
+        # Every rank reads its own shards, independently of the others.
+        load_model(source.checkpoint, model, World(torch.device("cpu")))
+        return
+    from moma.model.upcycling import upcycle_from
+
+    upcycle_from(stored_weights(source.checkpoint), source.recipe.model, model, fill)
+
+
 def _compile(model: Transformer, whole_layers: bool) -> None:
-    """Compile layers, or their parts where sharding gathers weights inside of a layer."""
+    """Compile layers, or their parts if FSDP gathers weights inside a layer."""
     for layer in model.units():
         for part in [layer] if whole_layers else _parts(layer):
             part.compile(fullgraph=True)
 
 
 def _parts(layer: nn.Module) -> list[nn.Module]:
-    """Attention and experts, group by group if they run so: nearly all that a layer computes."""
+    """Attention and experts, the latter by group if groups run sequentially."""
     assert isinstance(layer, Layer)
     return [layer.attention, *(layer.experts.units() or [layer.experts])]

@@ -1,6 +1,6 @@
-"""What a logged step shows of the model's inside: its routers, and its gradients by kind.
+"""Statistics of a logged step: routers by layer and group, gradient norms by kind of parameter.
 
-Everything is a sum on the device, to be added up between ranks and read once.
+All are sums on the device, to be summed over ranks and copied to the host once.
 
 Shapes: see `model/layers.py`; M modalities.
 """
@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from moma.model.auxiliary import RouterOutput
 from moma.model.layers import upcast
-from moma.model.routers import RouterRecord
 from moma.model.transformer import Transformer
 
-# Parts of a parameter's name that tell its kind; the first that fits counts.
+# Substrings of a parameter's name that determine its kind; the first match counts.
 _KINDS = {
     "auxiliary": ".auxiliary.",
     "routers": ".router.",
@@ -33,58 +33,55 @@ class Statistics:
     """Collects the statistics of one step on this rank.
 
     Attributes:
-        sums: by name, each a tensor to be summed over all ranks.
+        sums: tensors by name, to be summed over all ranks.
     """
 
-    def __init__(self, model: Transformer, copies: int = 1):
-        """Begin with nothing.
+    def __init__(self, model: Transformer, replicas: int = 1):
+        """Create empty statistics.
 
         Args:
-            model: whose step it is.
-            copies: ranks that hold the same part of a gradient, as under hybrid sharding.
+            model: the model of the step.
+            replicas: ranks that hold the same shard of a gradient, as in hybrid sharding.
         """
         self.sums: dict[str, Tensor] = {}
-        self._model, self._copies = model, copies
+        self._model, self._replicas = model, replicas
 
-    def see_routers(self, records: Sequence[RouterRecord], tokens_BS: Tensor) -> None:
-        """Take what the routers of a micro-batch did."""
-        table = self._model.modality_of_id
-        modality_NM = functional.one_hot(table[tokens_BS.flatten()], len(self._names)).float()
+    def add_routers(self, records: Sequence[RouterOutput], tokens_BS: Tensor) -> None:
+        """Add the routers' choices for a micro-batch."""
+        modality_N = self._model.modality_of_id[tokens_BS.flatten()]
+        modality_NM = functional.one_hot(modality_N, len(self._model.vocabulary.modalities)).float()
         for index, record in enumerate(records):
             self.sums[f"router {index}"] = _router_sums(record, modality_NM)
 
-    def see_gradients(self) -> None:
-        """Take the gradients of all parameters, before they are clipped."""
+    def add_gradients(self) -> None:
+        """Add the gradients of all parameters; call it before they are clipped."""
         squares: dict[str, list[Tensor]] = {}
         for name, parameter in self._model.named_parameters():
             if parameter.grad is not None:
                 grad = parameter.grad
-                own = grad.to_local() if isinstance(grad, DTensor) else grad
-                squares.setdefault(_kind(name), []).append(upcast(own).square().sum())
+                local = grad.to_local() if isinstance(grad, DTensor) else grad
+                squares.setdefault(_kind(name), []).append(upcast(local).square().sum())
         for kind, parts in squares.items():
-            self.sums[f"gradient {kind}"] = torch.stack(parts).sum() / self._copies
-
-    @property
-    def _names(self) -> Sequence[str]:
-        return self._model.vocabulary.modalities
+            self.sums[f"gradient {kind}"] = torch.stack(parts).sum() / self._replicas
 
 
 def describe(
     sums: Mapping[str, Tensor], model: Transformer, trains_routers: bool
 ) -> dict[str, dict[str, Any]]:
-    """Turn sums over all ranks, read from the device, into what a row of the log shows.
+    """Convert sums over all ranks, on the host, to values for a log record.
 
     Returns:
-        `gradient_norms` by kind of parameter, and `routers` by layer and group, as in
+        `gradient_norms` by kind of parameter, and `routers` by layer and group; see
         `docs/train.md`.
     """
     routers, names = {}, router_names(model)
     for index, name in enumerate(names):
-        if (found := sums.get(f"router {index}")) is not None:
-            told = _describe_router(found, name.endswith("depth"), model.vocabulary.modalities)
+        if (router_sums := sums.get(f"router {index}")) is not None:
+            is_depth = name.endswith("depth")
+            values = _describe_router(router_sums, is_depth, model.vocabulary.modalities)
             if not trains_routers:
-                del told["agreement"]  # nothing was learned yet
-            routers[name] = told
+                del values["agreement"]  # auxiliary routers are untrained
+            routers[name] = values
     norms = {
         key.removeprefix("gradient "): float(value.sqrt())
         for key, value in sums.items()
@@ -94,7 +91,7 @@ def describe(
 
 
 def router_names(model: Transformer) -> list[str]:
-    """`layer.modalities` or `layer.depth` for each router, in the order of the records."""
+    """`LAYER.MODALITIES` or `LAYER.depth` for each router, in the order of the router records."""
     found = []
     names = model.vocabulary.modalities
     for number, layer in enumerate(model.layers):
@@ -106,57 +103,51 @@ def router_names(model: Transformer) -> list[str]:
     return found
 
 
-def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
-    """Sums over tokens: counts, cuts, entropies, agreement, chosen tokens and all by modality."""
+def _router_sums(record: RouterOutput, modality_NM: Tensor) -> Tensor:
+    """Sums over tokens in the order that `_describe_router` reads, [7 + 2·M]."""
     selected_NE, eligible_N = record.selected_NE, record.eligible_N.float()
     eligible_NM = modality_NM * eligible_N[:, None]
-    taken_N = selected_NE.sum(1)
+    experts_N = selected_NE.sum(1)
     logits_NE = upcast(record.logits_NE)
     score_NE = logits_NE.sigmoid()
-    nobody = torch.full_like(score_NE, torch.inf)
-    cut_E = torch.where(selected_NE > 0, score_NE, nobody).amin(0)
+    min_score_E = torch.where(selected_NE > 0, score_NE, torch.inf).amin(0)
     entropy_N = (functional.softplus(logits_NE) - logits_NE * score_NE).mean(1)
     predicted_NE = score_NE if record.auxiliary_logits_NE is None else record.auxiliary_logits_NE
-    right_NE = ((predicted_NE > 0) == (selected_NE > 0)).float()
-    one = eligible_N.new_ones(())
-    return torch.cat(
-        (
-            torch.stack(
-                (
-                    eligible_N.sum(),
-                    ((taken_N == 0) * eligible_N).sum(),
-                    ((taken_N > 1) * eligible_N).sum(),
-                    torch.where(cut_E.isfinite(), cut_E, 0.0).mean(),
-                    one,
-                    (entropy_N * eligible_N).sum(),
-                    (right_NE.mean(1) * eligible_N).sum(),
-                )
-            ),
-            (taken_N[:, None] * eligible_NM).sum(0),
-            eligible_NM.sum(0),
-        )
-    ).detach()
+    agrees_NE = ((predicted_NE > 0) == (selected_NE > 0)).float()
+    sums = (
+        eligible_N.sum(),
+        ((experts_N == 0) * eligible_N).sum(),
+        ((experts_N > 1) * eligible_N).sum(),
+        torch.where(min_score_E.isfinite(), min_score_E, 0.0).mean(),
+        eligible_N.new_ones(()),  # becomes the number of ranks
+        (entropy_N * eligible_N).sum(),
+        (agrees_NE.mean(1) * eligible_N).sum(),
+    )
+    by_modality = (experts_N[:, None] * eligible_NM).sum(0), eligible_NM.sum(0)
+    return torch.cat((torch.stack(sums), *by_modality)).detach()
 
 
-def _describe_router(sums: Tensor, depth: bool, names: Sequence[str]) -> dict[str, Any]:
-    tokens, dropped_fraction, several, cut, ranks, entropy, right = sums[:7].tolist()
-    told = {
-        "cut": cut / ranks,
-        "entropy": entropy / max(1, tokens),
-        "agreement": right / max(1, tokens),
+def _describe_router(sums: Tensor, is_depth: bool, names: Sequence[str]) -> dict[str, Any]:
+    tokens, dropped, multi_expert, min_score, ranks, entropy, agrees = sums[:7].tolist()
+    tokens = max(1, tokens)
+    values = {
+        "min_score": min_score / ranks,
+        "entropy": entropy / tokens,
+        "agreement": agrees / tokens,
     }
-    if not depth:
-        return {
-            "dropped_fraction": dropped_fraction / max(1, tokens),
-            "several": several / max(1, tokens),
-        } | told
-    chosen_M, all_M = sums[7:].view(2, -1).tolist()
-    shares = {
-        name: chosen / count
-        for name, chosen, count in zip(names, chosen_M, all_M, strict=True)
+    if not is_depth:
+        fractions = {
+            "dropped_fraction": dropped / tokens,
+            "multi_expert_fraction": multi_expert / tokens,
+        }
+        return fractions | values
+    selected_M, eligible_M = sums[7:].view(2, -1).tolist()
+    fractions = {
+        name: selected / count
+        for name, selected, count in zip(names, selected_M, eligible_M, strict=True)
         if count
     }
-    return {"share": shares} | told
+    return {"token_fraction": fractions} | values
 
 
 def _kind(name: str) -> str:

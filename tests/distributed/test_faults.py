@@ -9,7 +9,7 @@ import torch
 from moma.errors import SharedError, SharedStorageError, StorageError
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
-from moma.runtime.tracking import JsonLines
+from moma.runtime.tracking import MetricsLog
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 from moma.train import stages
@@ -21,7 +21,7 @@ from tests.distributed.ranks import on_ranks
 FINISH = CheckpointWriter._finish
 
 
-def full_disk(self: JsonLines, row: dict) -> None:
+def full_disk(self: MetricsLog, row: dict) -> None:
     if row["step"] == 2:
         raise StorageError("metrics.jsonl: cannot write")
     raise AssertionError("after a row that could not be written none is tried")
@@ -50,7 +50,7 @@ def job(world: World, tiny: Recipe, out: Path) -> None:
     stage = tiny.pretrain.model_copy(update={"log_every": 1})
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 0:
-            patch.setattr(JsonLines, "write", full_disk)
+            patch.setattr(MetricsLog, "write", full_disk)
         with pytest.raises(SharedStorageError) as full:
             train(tiny.model_copy(update={"run": out / "full"}), world, quiet=True)
     (out / f"full-{world.rank}").write_text(str(full.value))

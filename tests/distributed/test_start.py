@@ -15,10 +15,9 @@ from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.model.upcycling import upcycle
 from moma.plan.memory import held_bytes, meta_model
-from moma.recipe import write_recipe
-from moma.runs import Run
+from moma.runs import Run, Tokenizers
 from moma.runtime import writer as writing
-from moma.runtime.checkpoint import load_model, save_weights
+from moma.runtime.checkpoint import load_model, save_weights, training_tensors
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.peak import allocated_peak
 from moma.runtime.sharding import EngineConfig
@@ -27,7 +26,7 @@ from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 from moma.train.loop import train
 from moma.train.recipe import Recipe
-from moma.train.stages import find_source, prepare_model
+from moma.train.stages import find_source_run, prepare_model
 from moma.vocabulary import Vocabulary
 from tests.distributed.test_two_ranks import ALONE, HYBRID, on_ranks, recipe_of
 
@@ -55,14 +54,14 @@ def vocabulary_of(recipe: Recipe) -> Vocabulary:
 
 
 def start(recipe: Recipe, world: World) -> Transformer:
-    return prepare_model(recipe, vocabulary_of(recipe), world, find_source(recipe, world))
+    return prepare_model(recipe, vocabulary_of(recipe), world, find_source_run(recipe, world))
 
 
 def whole_start(recipe: Recipe) -> Transformer:
     """All of it at once on one device."""
     vocabulary = vocabulary_of(recipe)
     model = recipe.build_model(vocabulary)
-    source = find_source(recipe, ALONE)
+    source = find_source_run(recipe, ALONE)
     if source is not None and recipe.stage != "upcycle":
         load_model(source.checkpoint, model, ALONE)
     elif source is not None:
@@ -127,8 +126,8 @@ def written_by_four(world: World, tiny: Recipe, out: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writing.shutil, "disk_usage", lambda path: usage)
             with pytest.raises(UserError, match="needs") as told:
-                writer.save(1, model, optimizer, {"step": 1}, {})
-        writer.save(1, model, optimizer, {"step": 1}, {})
+                writer.save(1, training_tensors(model, optimizer), {"step": 1}, {})
+        writer.save(1, training_tensors(model, optimizer), {"step": 1}, {})
         writer.wait()
     if world.rank == 0:
         (out / "told.txt").write_text(str(told.value))
@@ -144,7 +143,7 @@ def seeds(tiny, tmp_path_factory) -> Path:
         train(recipe.model_copy(update={"run": folder / groups, "pretrain": stage}), ALONE, True)
     recipe, run = deep(tiny, "moe_1t1i", pretrain=stage), Run(folder / "deep")
     run.path.mkdir()
-    write_recipe(recipe, run.recipe)
+    run.create(recipe, Tokenizers(recipe.data.path))
     vocabulary = vocabulary_of(recipe)
     weights = Weights.of(recipe.build_model(vocabulary).state_dict())
     state = {"step": 2, "vocabulary": vocabulary.fingerprint}

@@ -27,6 +27,7 @@ from moma.runtime.checkpoint import (
     load_model,
     read_rank_states,
     stored_weights,
+    training_tensors,
 )
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.sharding import EngineConfig
@@ -100,7 +101,7 @@ def take_steps(world: World, recipe: Recipe, out: Path) -> None:
         found[f"{number} sums"], found[f"{number} norm"] = sums, norm
     state = {"data": [group.get_state() for group in groups]}
     with closing(CheckpointWriter(out, world)) as writer:
-        writer.save(STEPS, model, optimizer, {"step": STEPS}, state)
+        writer.save(STEPS, training_tensors(model, optimizer), {"step": STEPS}, state)
         writer.wait()
     found |= statistics_of(recipe, model, world, step, groups)
     if world.rank == 0:
@@ -183,7 +184,7 @@ def recipe_with(tiny: Recipe, run: str) -> Recipe:
     )
 
 
-def units_of(recipe: Recipe, world: World) -> list[str]:
+def fsdp_units(recipe: Recipe, world: World) -> list[str]:
     """The parts of a model whose weights are gathered one by one."""
     model, *_ = build(recipe, world)
     return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
@@ -196,7 +197,7 @@ def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     train(run, world, quiet=True)
     train(run, world, quiet=True)  # finds itself finished
     train_lanes(world, tiny, out / "lanes")
-    units = {run: units_of(recipe_with(tiny, run), world) for run in ("sequential", "batched")}
+    units = {run: fsdp_units(recipe_with(tiny, run), world) for run in ("sequential", "batched")}
     if world.rank == 0:
         (out / "units.json").write_text(json.dumps(units))
     seed = recipe_of(tiny, "moe_1t1i", EngineConfig())
@@ -273,8 +274,8 @@ def assert_equals_one_process(
         torch.testing.assert_close(one, other, atol=near, rtol=10 * near, msg=name)
     # The parts of all ranks can be read without a model, too.
     stored = stored_weights(out / f"step-{STEPS:08d}")
-    assert stored.outlines.keys() == models[0].state_dict().keys()
-    for name, value in stored.read(stored.outlines).items():
+    assert stored.meta_tensors.keys() == models[0].state_dict().keys()
+    for name, value in stored.read(stored.meta_tensors).items():
         assert torch.equal(value, models[0].state_dict()[name])
 
 
@@ -330,7 +331,7 @@ def test_a_step_may_grow_with_the_ranks(tiny, two, four):
     told = (four / "refused").read_text()
     one = tiny.data.micro_batch_size * tiny.data.sequence_length
     assert "4 ranks cannot share the 2 micro-batches of a step; use a divisor of 2" in told
-    assert f"keeps its {2 * one:,} tokens" in told
+    assert f"to keep {2 * one:,} tokens per step" in told
     assert f"engine.step_size=grows to 4 times 1 micro-batches, {4 * one:,} tokens" in told
     tokens = [row["tokens"] for row in Run(two / "grown").read_metrics()]
     assert tokens == [4 * one, 8 * one, 16 * one, 24 * one]
@@ -374,5 +375,5 @@ def test_groups_that_run_one_after_the_other_are_gathered_one_by_one(two):
 def test_copies_that_the_ranks_cannot_hold_are_refused(tiny):
     recipe = recipe_of(tiny, "dense", EngineConfig(replicate=2))
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
-    with pytest.raises(UserError, match=r"engine\.replicate: 1 ranks cannot hold 2 copies"):
+    with pytest.raises(UserError, match=r"engine\.replicate: 1 ranks cannot hold 2 replicas"):
         prepare_model(recipe, vocabulary, ALONE)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from moma.errors import UserError
 from moma.hub.chameleon import export_chameleon, import_chameleon
-from moma.recipe import check, override, write_recipe
+from moma.recipe import check, override
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import checkpoints_in, stored_weights
 from moma.train.recipe import Recipe
@@ -107,7 +107,7 @@ def test_several_files_of_a_smaller_type_come_back_in_several_files(dtype, tmp_p
     assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
     assert_same_weights(port, tmp_path / "again")
     stored = stored_weights(checkpoint)
-    assert {outline.dtype for outline in stored.outlines.values()} == {dtype}
+    assert {outline.dtype for outline in stored.meta_tensors.values()} == {dtype}
     model, _ = load_run(run)
     value = stored.read(["norm.weight"])["norm.weight"]
     assert torch.equal(model.norm.weight.cpu(), value.float())
@@ -139,7 +139,7 @@ def test_files_are_written_a_part_at_a_time(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr("moma.runtime.weights.safe_open", Watched)
     import_chameleon(saved, Run(tmp_path / "run"), file_bytes=100_000)
-    assert len(asked) > 3 and max(asked[3:]) <= 100_000  # before: outlines, twice, and the codec
+    assert len(asked) > 3 and max(asked[3:]) <= 100_000  # before: shapes, twice; codec
 
 
 def test_the_run_keeps_what_the_folder_tells(imported):
@@ -260,13 +260,11 @@ def test_an_imported_run_trains_on_in_another_run_only(imported, tiny, tmp_path)
     prepare(recipe, torch.device("cpu"), quiet=True)
     trained = our_run(tmp_path / "run", recipe, "pretrain.steps=1")
     assert trained.read_metrics()[-1]["step"] == 1
-    with pytest.raises(UserError, match="holds weights alone"):
+    with pytest.raises(UserError, match="has only weights"):
         measured = recipe.model_copy(update={"run": imported.path, "from_": None})
         shutil.copytree(imported.path, tmp_path / "same")
-        write_recipe(
-            measured.model_copy(update={"run": tmp_path / "same"}),
-            tmp_path / "same" / "recipe.toml",
-        )
+        same = Run(tmp_path / "same")
+        same.update_recipe(measured.model_copy(update={"run": same.path}))
         our_run(tmp_path / "same", measured)
 
 

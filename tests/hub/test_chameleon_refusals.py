@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from moma.errors import UserError
 from moma.hub.chameleon import export_chameleon, import_chameleon
 from moma.hub.chameleon_codec import load_chameleon_codec
-from moma.recipe import check, override, write_recipe
-from moma.runs import Run
+from moma.recipe import check, override
+from moma.runs import Run, Tokenizers
 from moma.train.recipe import Recipe
 from tests.hub.chameleon_port import VQ, chameleon_tokenizer, edit, random_port, save
 
@@ -45,7 +45,7 @@ def test_what_chameleon_cannot_express_is_refused(tiny, tmp_path, changes, named
     run = Run(tmp_path / "run")
     run.path.mkdir()
     values = tiny.model_dump(mode="json", by_alias=True, exclude_none=True)
-    write_recipe(check(Recipe, override(values, changes), "changed"), run.recipe)
+    run.create(check(Recipe, override(values, changes), "changed"), Tokenizers(tiny.data.path))
     with pytest.raises(UserError, match=f"Chameleon has no .*{named}"):
         export_chameleon(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()

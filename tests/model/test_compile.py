@@ -14,7 +14,7 @@ from moma.model.depth import DepthConfig
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizer
 from moma.runtime.world import World, can_compile
-from moma.train.stages import train_only
+from moma.train.stages import freeze_for_stage
 from moma.train.step import Objective, Step, next_token_objective
 from moma.vocabulary import Vocabulary
 from tests.model.three_modalities import group
@@ -85,7 +85,7 @@ class Trainer:
         config = ModelConfig.model_validate(shape | ARCHITECTURES[case])
         self.model = Transformer(config, VOCABULARY, (0.5, 0.5)).to(device)
         self.model.initialise(0)
-        train_only(self.model, routers=False)
+        freeze_for_stage(self.model, trains_routers=False)
         self.optimizer: Optimizer = make_optimizer(self.model, OptimizerConfig())
         if device.type == "meta":  # fused AdamW does not know it
             trained = [p for p in self.model.parameters() if p.requires_grad]

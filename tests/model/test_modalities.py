@@ -15,7 +15,7 @@ from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizer
 from moma.runtime.world import World
-from moma.train.stages import train_only
+from moma.train.stages import freeze_for_stage
 from moma.train.step import DeviceBatch, Step, next_token_objective, router_objective
 from tests.model.model_reference import feed_forward, groups_of, numpy
 from tests.model.three_modalities import GROUPS, NAMES, SHARES, VOCABULARY, group
@@ -97,7 +97,7 @@ def test_training_lowers_the_loss_of_every_modality(groups):
     )
     model = Transformer(config, VOCABULARY, SHARES)
     model.initialise(0)
-    train_only(model, routers=False)
+    freeze_for_stage(model, trains_routers=False)
     optimizer = make_optimizer(model, OptimizerConfig())
     step = Step(model, optimizer, next_token_objective(0.0, False), 1.0, World(torch.device("cpu")))
     tokens, labels, documents, positions = (part.numpy() for part in batch_of((16, 8, 8)))
@@ -107,7 +107,7 @@ def test_training_lowers_the_loss_of_every_modality(groups):
 
 
 def test_a_modality_that_the_vocabulary_lacks_is_named():
-    with pytest.raises(UserError, match="'smell'; the modalities are text, image, audio"):
+    with pytest.raises(UserError, match="'smell', but the modalities are text, image, audio"):
         build_group(6, 5, group("text smell", 2), SHARES, NAMES)
     with pytest.raises(ValueError, match="each modality once"):
         group("text text", 2)

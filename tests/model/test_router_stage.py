@@ -4,7 +4,7 @@ import torch
 
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
-from moma.train.stages import train_only
+from moma.train.stages import freeze_for_stage
 from moma.train.step import DeviceBatch, router_objective
 from tests.factories import make_vocabulary
 
@@ -14,7 +14,7 @@ def router_loss(seed: int, **changes) -> torch.Tensor:
     config = ModelConfig.model_validate(sizes | changes)
     model = Transformer(config, make_vocabulary(), (0.5, 0.5)).train()
     model.initialise(0)
-    train_only(model, routers=True)
+    freeze_for_stage(model, trains_routers=True)
     tokens = torch.randint(5, 40, (4, 16), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(16).expand(4, 16)
     torch.manual_seed(seed)

@@ -14,9 +14,9 @@ from moma.plan.memory import gathered_bytes, held_bytes, meta_model, unit_elemen
 from moma.recipe import read_recipe
 from moma.runtime.sharding import EngineConfig, shard, shard_dimension
 from moma.runtime.world import World
+from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe
-from moma.train.stages import make_step, prepare_model, units_of
-from moma.train.watch import LossMonitor
+from moma.train.stages import fsdp_units, make_step, prepare_model
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def test_256_ranks_of_the_largest_sparse_model_build_their_shards(made_up_world,
     model = meta_model(recipe)
     planned = held_bytes(model, 256, rank)
     whole = sum(p.numel() for p in model.parameters())
-    shard(model, units_of(model), made_up_world(256, rank), EngineConfig(compute="bf16"))
+    shard(model, fsdp_units(model), made_up_world(256, rank), EngineConfig(compute="bf16"))
     parameters: list[Any] = list(model.parameters())
     local = [p.to_local() for p in parameters]
     assert all(part.is_meta for part in local)

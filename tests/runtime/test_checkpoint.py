@@ -15,11 +15,12 @@ from moma.runtime import writer as writing
 from moma.runtime.checkpoint import (
     checkpoints_in,
     load_checkpoint,
-    newest_whole,
+    newest_intact,
     read_rank_states,
     read_state,
     restore_random_state,
     set_aside,
+    training_tensors,
 )
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
@@ -39,7 +40,7 @@ def make(seed: int = 0) -> tuple[nn.Module, AdamW]:
 def save(folder: Path, *steps: int, **options) -> None:
     with closing(CheckpointWriter(folder, WORLD, **options)) as writer:
         for step in steps:
-            writer.save(step, *make(step), {"step": step}, {"data": [step]})
+            writer.save(step, training_tensors(*make(step)), {"step": step}, {"data": [step]})
         writer.wait()
 
 
@@ -50,7 +51,7 @@ def names(folder: Path) -> list[str]:
 def test_everything_comes_back(tmp_path):
     model, optimizer = make()
     with closing(CheckpointWriter(tmp_path, WORLD)) as writer:
-        writer.save(7, model, optimizer, {"step": 7}, {"data": [1, 2]})
+        writer.save(7, training_tensors(model, optimizer), {"step": 7}, {"data": [1, 2]})
         drawn = torch.rand(3)
         expected = [p.detach().clone() for p in model.parameters()]
         moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
@@ -59,7 +60,7 @@ def test_everything_comes_back(tmp_path):
                 parameter.add_(1)
                 optimizer.state[parameter]["exp_avg"].add_(1)
         writer.wait()
-    path, damaged = newest_whole(tmp_path, WORLD)
+    path, damaged = newest_intact(tmp_path, WORLD)
     assert path is not None and path.name == "step-00000007" and not damaged
     again, other = make(1)
     load_checkpoint(path, again, other, WORLD)
@@ -98,7 +99,7 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, file, damage, tol
     save(tmp_path, 1, 2, 3)
     (path,) = (tmp_path / "step-00000003").glob(file)
     damage(path)
-    taken, damaged = newest_whole(tmp_path, WORLD)
+    taken, damaged = newest_intact(tmp_path, WORLD)
     assert taken is not None and taken.name == "step-00000002"
     ((broken, message),) = damaged.items()
     assert broken == tmp_path / "step-00000003"
@@ -108,12 +109,12 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, file, damage, tol
 
 
 def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path):
-    assert newest_whole(tmp_path, WORLD) == (None, {})
+    assert newest_intact(tmp_path, WORLD) == (None, {})
     save(tmp_path, 1, 2)
     for path in checkpoints_in(tmp_path):
         flip(path / "state.json")
-    with pytest.raises(UserError, match=r"no checkpoint is whole: .*00002.*state.*00001.*state"):
-        newest_whole(tmp_path, WORLD)
+    with pytest.raises(UserError, match=r"is damaged: .*00002.*state.*00001.*state"):
+        newest_intact(tmp_path, WORLD)
 
 
 def test_a_step_may_be_damaged_again_and_again(tmp_path):
@@ -146,8 +147,8 @@ class LateFile:
         return files if len(self.pauses) >= self.after else files - {"rank-0.json"}
 
     def save(self) -> None:
-        with closing(CheckpointWriter(self.folder, WORLD, pause=self.pauses.append)) as writer:
-            writer.save(1, *make(1), {"step": 1}, {"data": []})
+        with closing(CheckpointWriter(self.folder, WORLD, sleep=self.pauses.append)) as writer:
+            writer.save(1, training_tensors(*make(1)), {"step": 1}, {"data": []})
             writer.wait()
 
 
@@ -156,12 +157,12 @@ def test_files_that_are_seen_late_are_waited_for(tmp_path, monkeypatch, after):
     late = LateFile(tmp_path, after, monkeypatch)
     late.save()
     assert late.pauses == [1] * after
-    assert newest_whole(tmp_path, WORLD) == (tmp_path / "step-00000001", {})
+    assert newest_intact(tmp_path, WORLD) == (tmp_path / "step-00000001", {})
 
 
 def test_files_that_do_not_come_within_a_minute_are_refused(tmp_path, monkeypatch):
     late = LateFile(tmp_path, 61, monkeypatch)
-    with pytest.raises(UserError, match=r"rank-0\.json is there without its rank, or gone"):
+    with pytest.raises(UserError, match=r"rank-0\.json is missing, or of no rank of this job"):
         late.save()
     assert sum(late.pauses) == 60 and names(tmp_path) == []
 
@@ -170,7 +171,7 @@ def test_what_earlier_processes_left_unfinished_is_swept_up(tmp_path):
     save(tmp_path, 4)
     shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000003.partial")
     with closing(CheckpointWriter(tmp_path, WORLD)) as writer:
-        writer.sweep()
+        writer.remove_partial()
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000004", "latest"}
 
 
@@ -220,10 +221,10 @@ def test_a_write_that_fails_keeps_the_old_one(tmp_path, size):
         closing(CheckpointWriter(tmp_path, WORLD)) as writer,
         largest_file(size),
     ):
-        writer.save(2, *make(2), {"step": 2}, {"data": []})
+        writer.save(2, training_tensors(*make(2)), {"step": 2}, {"data": []})
         with pytest.raises(StorageError, match=r"00002: cannot write .*00001 is kept"):
             writer.wait()
-    path, damaged = newest_whole(tmp_path, WORLD)
+    path, damaged = newest_intact(tmp_path, WORLD)
     assert path is not None and path.name == "step-00000001" and not damaged
     assert not list(tmp_path.glob("*.partial"))
     save(tmp_path, 2)  # and goes on when there is room again

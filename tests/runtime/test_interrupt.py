@@ -16,30 +16,30 @@ WORLD = World(torch.device("cpu"))
 def test_sigterm_may_come_twice():
     """From Slurm to every process, and from torchrun once more."""
     before = signal.getsignal(signal.SIGTERM)
-    with interruption(WORLD) as asked:
+    with interruption(WORLD) as request:
         assert signal.getsignal(signal.SIGTERM) == before  # nothing to save yet
-        asked.listen()
-        assert asked.agreed() is None
+        request.install_handlers()
+        assert request.poll() is None
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked.agreed() == "SIGTERM"
+        assert request.poll() == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_second_ctrl_c_ends_at_once():
     before = signal.getsignal(signal.SIGINT)
-    with interruption(WORLD) as asked:
-        asked.listen()
+    with interruption(WORLD) as request:
+        request.install_handlers()
         os.kill(os.getpid(), signal.SIGINT)
-        assert asked.agreed() == "SIGINT"
+        assert request.poll() == "SIGINT"
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_handlers_are_put_back_after_an_error():
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyError), interruption(WORLD) as asked:
-        asked.listen()
+    with pytest.raises(KeyError), interruption(WORLD) as request:
+        request.install_handlers()
         raise KeyError
     assert signal.getsignal(signal.SIGINT) == before
 
@@ -47,16 +47,16 @@ def test_handlers_are_put_back_after_an_error():
 def test_a_process_that_stops_is_not_stopped_again():
     """It has yet to say so, with the right exit code."""
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(StoppedError), interruption(WORLD) as asked:
-        asked.listen()
+    with pytest.raises(StoppedError), interruption(WORLD) as request:
+        request.install_handlers()
         raise StoppedError
     os.kill(os.getpid(), signal.SIGTERM)
     signal.signal(signal.SIGTERM, before)
 
 
 def test_what_one_rank_cannot_write_is_told_as_a_signal_is():
-    with pytest.raises(SharedStorageError, match="full"), interruption(WORLD) as asked:
-        assert asked.agreed() is None
-        asked.problem = StorageError("full")
-        asked.receive(signal.SIGTERM)  # what cannot be written comes first: nothing can be saved
-        asked.agreed()
+    with pytest.raises(SharedStorageError, match="full"), interruption(WORLD) as request:
+        assert request.poll() is None
+        request.storage_error = StorageError("full")
+        request.receive(signal.SIGTERM)  # what cannot be written comes first: nothing can be saved
+        request.poll()

@@ -8,15 +8,15 @@ import pytest
 
 from moma.errors import StorageError, UserError
 from moma.runs import Run
-from moma.runtime.tracking import JsonLines, TrackingConfig, make_trackers
+from moma.runtime.tracking import MetricsLog, TrackingConfig, make_trackers
 
 
 def row(step: int) -> dict:
-    return {"step": step, "loss": 0.1 * step, "routers": {"0.text": {"cut": 0.5}}}
+    return {"step": step, "loss": 0.1 * step, "routers": {"0.text": {"min_score": 0.5}}}
 
 
 def write(run: Run, *steps: int, after: int = 0) -> None:
-    log = JsonLines(run, after)
+    log = MetricsLog(run, after)
     for step in steps:
         log.write(row(step))
     log.sync()
@@ -46,8 +46,8 @@ def test_rows_that_a_power_cut_tore_are_dropped(tmp_path):
 def test_a_broken_row_that_is_to_stay_is_named(tmp_path):
     run = Run(tmp_path)
     run.metrics.write_text(f"{json.dumps(row(2))}\nnonsense\n{json.dumps(row(6))}\n")
-    with pytest.raises(UserError, match="row 2: not JSON"):
-        JsonLines(run, 6)
+    with pytest.raises(UserError, match="record 2: not JSON"):
+        MetricsLog(run, 6)
     assert len(run.metrics.read_text().splitlines()) == 3
 
 
@@ -73,10 +73,10 @@ def largest_file(size: int):
 
 def test_a_full_disk_is_told(tmp_path):
     run = Run(tmp_path)
-    log = JsonLines(run, 0)
+    log = MetricsLog(run, 0)
     log.write(row(2))
     with largest_file(run.metrics.stat().st_size + 5):
-        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write \(.*free some disk"):
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write \(.*check the disk"):
             log.write(row(4))
         log.close()
     write(run, 4, after=2)

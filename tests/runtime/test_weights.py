@@ -24,12 +24,12 @@ def tensors(*names: str) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(weights: Weights, expected: dict[str, torch.Tensor]) -> None:
-    assert weights.outlines.keys() == expected.keys()
+    assert weights.meta_tensors.keys() == expected.keys()
     found = weights.read(expected)
     for name, value in expected.items():
         assert torch.equal(found[name], value)
-        assert weights.outlines[name].shape == value.shape
-        assert weights.outlines[name].dtype == value.dtype
+        assert weights.meta_tensors[name].shape == value.shape
+        assert weights.meta_tensors[name].dtype == value.dtype
 
 
 def test_renamed_weights_leave_others_out():

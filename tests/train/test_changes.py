@@ -8,9 +8,9 @@ import torch
 from moma import files
 from moma.errors import UserError
 from moma.recipe import read_recipe
-from moma.runs import Run, Tokenizers
+from moma.runs import Run
 from moma.runtime.world import World
-from moma.train.changes import check_resumed_recipe, refuse_other_recipe
+from moma.train.changes import refuse_other_recipe, write_run_folder
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 
@@ -22,9 +22,9 @@ def test_the_recipe_is_on_the_disk_before_a_run_begins(tiny, tmp_path, monkeypat
     monkeypatch.setattr(files, "sync_folder", synced.append)
     run = Run(tmp_path / "run")
     recipe = tiny.model_copy(update={"run": run.path})
-    check_resumed_recipe(run, recipe, Tokenizers(tiny.data.path), WORLD)
-    assert synced[-2:] == [run.recipe.with_name("recipe.toml.writing"), run.path]
-    assert read_recipe(Recipe, run.recipe) == recipe
+    write_run_folder(run, recipe)
+    assert synced[0] == run.path  # after the manifest got its name
+    assert run.read_recipe(Recipe) == read_recipe(Recipe, run.recipe) == recipe
     assert {path.suffix for path in run.path.glob("*.*")} == {".toml", ".json"}
 
 
@@ -40,12 +40,12 @@ def test_the_recipe_is_on_the_disk_before_a_run_begins(tiny, tmp_path, monkeypat
 )
 def test_which_changes_pass(tiny, tmp_path, section, change, passes):
     run = Run(tmp_path / "run")
-    check_resumed_recipe(run, tiny, Tokenizers(tiny.data.path), WORLD)
+    write_run_folder(run, tiny)
     changed = tiny.model_copy(update={section: getattr(tiny, section).model_copy(update=change)})
     (key,) = change
     if passes:
-        (told,) = refuse_other_recipe(run, changed)
-        assert told.startswith(f"{section}.{key}: ")
+        (message,) = refuse_other_recipe(run, changed)
+        assert message.startswith(f"{section}.{key}: ")
     else:
         with pytest.raises(UserError, match=rf"another recipe \({section}\.{key}: "):
             refuse_other_recipe(run, changed)
@@ -53,7 +53,7 @@ def test_which_changes_pass(tiny, tmp_path, section, change, passes):
 
 def test_routers_in_the_folder_of_their_run_are_told_where_to_go(tiny, tmp_path):
     run = Run(tmp_path / "run")
-    check_resumed_recipe(run, tiny, Tokenizers(tiny.data.path), WORLD)
+    write_run_folder(run, tiny)
     routers = tiny.model_copy(update={"stage": "aux_router", "from_": run.path})
     with pytest.raises(UserError, match=rf"stage: .*own: run={run.path}/aux_router$") as told:
         refuse_other_recipe(run, routers)

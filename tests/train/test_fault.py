@@ -108,7 +108,7 @@ def test_scores_that_are_not_finite_obey_on_fault(tiny, tmp_path, monkeypatch):
     assert (fault["step"], fault["layers"]) == (AT, [1]) and fault["loss"] < 10
     before_step(monkeypatch, with_losses(nonfinite))
     run = train(of_groups(tiny, "moe_2t2i", tmp_path / "skip", on_fault="skip"), WORLD, quiet=True)
-    assert [row["skipped"] for row in run.read_metrics()] == [0, 1, 1, 1]
+    assert [row["skipped_steps"] for row in run.read_metrics()] == [0, 1, 1, 1]
 
 
 def test_the_advice_names_the_stage(tiny, tmp_path, monkeypatch):
@@ -165,12 +165,12 @@ def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
     try:
         train(skipping, WORLD, quiet=True)
     except UserError as error:
-        assert "in a row were skipped" in str(error)
+        assert "consecutive steps were skipped" in str(error)
     else:
-        assert run.read_metrics()[-1]["skipped"] > 0
+        assert run.read_metrics()[-1]["skipped_steps"] > 0
 
 
 def test_nothing_to_replay_is_said(tiny, tmp_path):
     run = train(tiny.model_copy(update={"run": tmp_path / "run"}), WORLD, quiet=True)
-    with pytest.raises(UserError, match="has met no fault"):
+    with pytest.raises(UserError, match="has no saved fault"):
         replay(run)

@@ -25,7 +25,7 @@ from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
 from moma.train.chain import read_chain, run_chain
 from moma.train.loop import train
-from moma.train.metrics import TIMING
+from moma.train.metrics import TIMING_KEYS
 from moma.train.recipe import Recipe
 
 STEPS, CHECKPOINT_EVERY = 48, 4
@@ -130,7 +130,7 @@ def contents(run: Run) -> tuple[dict[str, torch.Tensor], list[dict]]:
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 tensors[f"{file.name} {key}"] = opened.get_tensor(key)
-    rows = [{k: v for k, v in row.items() if k not in TIMING} for row in run.read_metrics()]
+    rows = [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in run.read_metrics()]
     return tensors, rows
 
 

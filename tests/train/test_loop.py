@@ -12,11 +12,10 @@ from moma.errors import StorageError, UserError
 from moma.runs import Run
 from moma.runtime import checkpoint
 from moma.runtime.checkpoint import checkpoints_in
-from moma.runtime.tracking import JsonLines
+from moma.runtime.tracking import MetricsLog
 from moma.runtime.world import World
-from moma.train import loop
-from moma.train.loop import train
-from moma.train.metrics import TIMING, Window
+from moma.train.loop import resume_seed, train
+from moma.train.metrics import TIMING_KEYS, MetricsWindow
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing, with_routers
 
@@ -44,7 +43,7 @@ def assert_same_run(one: Run, other: Run) -> None:
     for key in first:
         assert torch.equal(first[key], second[key]), key
     rows, others = (
-        [{k: v for k, v in row.items() if k not in TIMING} for row in run.read_metrics()]
+        [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in run.read_metrics()]
         for run in (one, other)
     )
     assert rows == others
@@ -56,17 +55,17 @@ class KilledError(Exception):
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Let a run die in the middle of a step, after `steps` whole ones."""
-    real = Window.close_row
+    real = MetricsWindow.start_record
     calls = 0
 
-    def close_row(self, *arguments):
+    def start_record(self, *arguments):
         nonlocal calls
         calls += 1
         if calls > steps:
             raise KilledError
         return real(self, *arguments)
 
-    monkeypatch.setattr(Window, "close_row", close_row)
+    monkeypatch.setattr(MetricsWindow, "start_record", start_record)
 
 
 def with_run(recipe: Recipe, path: Path, **changes) -> Recipe:
@@ -103,7 +102,7 @@ def test_dropout_is_drawn_anew_after_an_interruption(tiny, tmp_path, monkeypatch
 
 def test_seeds_differ_between_ranks_and_steps():
     """After a change of the number of ranks; and from those of a run's beginning."""
-    seeds = {loop._seed_after(0, step, rank) for step in range(50) for rank in range(8)}
+    seeds = {resume_seed(0, step, rank) for step in range(50) for rank in range(8)}
     assert len(seeds) == 400 and not seeds & set(range(8))
 
 
@@ -113,7 +112,7 @@ def test_a_log_that_cannot_be_written_ends_the_run(tiny, tmp_path, monkeypatch):
     def write(self, row):
         raise StorageError("metrics.jsonl: cannot write")
 
-    monkeypatch.setattr(JsonLines, "write", write)
+    monkeypatch.setattr(MetricsLog, "write", write)
     with pytest.raises(StorageError, match="cannot write"):
         train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     assert not checkpoints_in(Run(tmp_path / "run").checkpoints)
@@ -167,18 +166,18 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, gro
         require_causal_routing(run, model)
 
 
-def test_routers_count_as_trained_by_their_newest_whole_checkpoint(tiny, tmp_path, monkeypatch):
+def test_routers_count_as_trained_by_their_newest_intact_checkpoint(tiny, tmp_path, monkeypatch):
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     stage = {"stage": "aux_router", "from_": run.path}
     routers = train(with_run(tiny, run.path / ROUTER_RUN, **stage), WORLD, quiet=True)
-    checked, real = [], checkpoint.find_faults
+    checked, real = [], checkpoint.find_damage
 
-    def find_faults(path: Path, *ranks: int) -> list[str]:
+    def find_damage(path: Path, *ranks: int) -> list[str]:
         checked.append(path)
         return real(path, *ranks)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "find_faults", find_faults)
+        patch.setattr(checkpoint, "find_damage", find_damage)
         model, _ = load_run(run)
     newest = checkpoints_in(routers.checkpoints)[-1]
     assert checked == [newest]  # once, and none whose weights are not needed

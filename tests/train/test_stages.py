@@ -17,14 +17,14 @@ from moma.files import lock_folder
 from moma.model.depth import DepthConfig
 from moma.recipe import read_recipe, shipped_recipe, write_recipe
 from moma.runs import Run
-from moma.runtime.checkpoint import checkpoints_in, load_model, newest_whole, read_state
+from moma.runtime.checkpoint import checkpoints_in, load_model, newest_intact, read_state
 from moma.runtime.world import World
 from moma.train.chain import Evaluation, read_chain, run_chain
 from moma.train.loop import train
-from moma.train.metrics import TIMING
+from moma.train.metrics import TIMING_KEYS
 from moma.train.recipe import Recipe
 from moma.train.restore import load_run
-from moma.train.stages import find_source, objective_of, prepare_model
+from moma.train.stages import find_source_run, objective_of, prepare_model
 from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
 
@@ -60,7 +60,7 @@ def grown(tiny, seed) -> Run:
 
 
 def recipe_of(run: Run) -> Recipe:
-    return read_recipe(Recipe, run.recipe)
+    return run.read_recipe(Recipe)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "upcycle", "aux_router"])
@@ -84,7 +84,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny, seed, grown, stage):
     if stage == "aux_router":
         recipe = recipe.model_copy(update={"stage": stage, "from_": grown.path})
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
-    source = find_source(recipe, WORLD)
+    source = find_source_run(recipe, WORLD)
     # A gate may keep all tokens of a modality from its layer's experts: here all pass.
     every = recipe.model.model_copy(update={"depth": DepthConfig(capacity_factor=1.0)})
     recipe = recipe.model_copy(update={"model": every})
@@ -101,7 +101,7 @@ def copy_of(run: Run, folder: Path, **changes) -> tuple[Run, Recipe]:
     """A copy of a run, its recipe at home there."""
     shutil.copytree(run.path, folder)
     recipe = recipe_of(run).model_copy(update={"run": folder, **changes})
-    write_recipe(recipe, Run(folder).recipe)
+    Run(folder).update_recipe(recipe)
     return Run(folder), recipe
 
 
@@ -118,9 +118,9 @@ def test_a_run_that_has_begun_needs_its_seed_no_more(seed, grown, tmp_path, caps
     for name in ("step-00000006.damaged", "step-00000006.damaged-2"):
         newest = damage_newest(run)
         train(recipe, WORLD, quiet=True)
-        assert "goes on from step-00000004" in capsys.readouterr().err
+        assert "resuming from step-00000004" in capsys.readouterr().err
         assert newest.is_dir() and (run.checkpoints / name).is_dir()
-    drop = (*TIMING, "recipe")
+    drop = (*TIMING_KEYS, "recipe")
     rows, others = (
         [{k: v for k, v in row.items() if k not in drop} for row in each.read_metrics()]
         for each in (run, grown)
@@ -156,10 +156,10 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tmp_path, 
     (tmp_path / "run").mkdir()
     with (
         lock_folder(tmp_path / "run", 0),
-        pytest.raises(UserError, match="another process is at work there"),
+        pytest.raises(UserError, match="in use by another process"),
     ):
         train(recipe, WORLD, quiet=True)
-    assert "waits for another process" in capsys.readouterr().err
+    assert "waiting for another process" in capsys.readouterr().err
     assert not list((tmp_path / "run").iterdir())
     with lock_folder(tmp_path / "run", 0):  # the refusal let go of it
         pass
@@ -185,7 +185,7 @@ def test_a_grown_run_goes_on_where_its_seed_stopped(tiny, seed, grown):
     # The schedule begins anew, with its warm-up; the data does not.
     assert rows[0]["learning_rate"] == pytest.approx(tiny.pretrain.optimizer.learning_rate)
     state = read_state(checkpoints_in(grown.checkpoints)[-1])
-    assert state["tokens"] == rows[-1]["tokens"] and state["tokens_before"] == last["tokens"]
+    assert state["tokens"] == rows[-1]["tokens"] and state["source_tokens"] == last["tokens"]
     assert set(rows[-1]["routers"]) == {"0.text", "0.image", "0.depth", "1.text", "1.image"}
     assert load_run(grown)[1].stage == "upcycle"
 
@@ -200,7 +200,7 @@ def test_data_of_a_grown_run_are_fresh(tiny, seed, tmp_path):
     whole = train(other, WORLD, quiet=True)
     states = []
     for each in (run, whole):
-        path, _ = newest_whole(each.checkpoints, WORLD)
+        path, _ = newest_intact(each.checkpoints, WORLD)
         assert path is not None
         states.append(json.loads((path / "rank-0.json").read_text())["data"])
     assert states[0] == states[1]
@@ -269,17 +269,18 @@ stage = "evaluate"
     assert run_chain(read_chain(chain), WORLD, evaluate, quiet=True) == runs[2]
     assert (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns == fingerprint
     result = json.loads((runs[1] / "evaluation-causal.json").read_text())
+    assert result.pop("fingerprint")
     assert all(math.isfinite(value) for value in result.values() if value is not None)
 
 
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
-        ('[[chain]]\nstage = "evaluate"', "nothing was trained before"),
+        ('[[chain]]\nstage = "evaluate"', "there is no step before it"),
         ("[[chain]]\nmodle = 1", "step 1 of the chain: unknown key 'modle'"),
         ('[[chain]]\nname = "a"\n[[chain]]\nname = "a"', "two steps write"),
         ('[[chain]]\n[[chain]]\nstage = "evaluate"\nrouting = "best"', "use choice or causal"),
-        ('[[chain]]\nrun = "x"', "'run' stands above the chain"),
+        ('[[chain]]\nrun = "x"', "write 'run' above the chain"),
         ("chain = 3", "one \\[\\[chain\\]\\] table"),
     ],
 )
@@ -320,7 +321,7 @@ def test_tensorboard_shows_what_the_log_says(seed):
     events = EventAccumulator(str(seed.path / "tensorboard"))
     events.Reload()
     rows = seed.read_metrics()
-    for key in ("loss", "gradient_norms/experts", "routers/0.depth/cut"):
+    for key in ("loss", "gradient_norms/experts", "routers/0.depth/min_score"):
         shown = [(event.step, event.value) for event in events.Scalars(key)]
         values = []
         for row in rows:
@@ -329,7 +330,7 @@ def test_tensorboard_shows_what_the_log_says(seed):
                 value = value[part]
             values.append((row["step"], pytest.approx(value, rel=1e-5)))
         assert shown == values
-    assert set(TIMING) <= set(events.Tags()["scalars"])
+    assert set(TIMING_KEYS) <= set(events.Tags()["scalars"])
 
 
 def test_wandb_without_its_package_is_refused(tiny, tmp_path, monkeypatch):

@@ -30,14 +30,14 @@ def test_routers_against_counting(tiny, groups):
         batch.tokens, batch.documents, batch.positions, Routing(record_auxiliary=True)
     ).routers
     statistics = Statistics(model)
-    statistics.see_routers(records, batch.tokens)
-    told = describe(statistics.sums, model, trains_routers=True)["routers"]
+    statistics.add_routers(records, batch.tokens)
+    described = describe(statistics.sums, model, trains_routers=True)["routers"]
     names = router_names(model)
     expected_names = {
         "moe_4x": ["0.text+image", "1.text+image"],
         "mod_moe_2t2i": ["0.text", "0.image", "0.depth", "1.text", "1.image"],
     }
-    assert names == list(told) == expected_names[groups]
+    assert names == list(described) == expected_names[groups]
     modality_N = vocabulary.modality_of_id[batch.tokens.flatten().numpy()]
     for name, record in zip(names, records, strict=True):
         score_NE = 1 / (1 + np.exp(-record.logits_NE.detach().double().numpy()))
@@ -49,23 +49,25 @@ def test_routers_against_counting(tiny, groups):
         entropy = [
             -(s * math.log(s) + (1 - s) * math.log(1 - s)) for n in counted for s in score_NE[n]
         ]
-        found = told[name]
+        found = described[name]
         assert found["entropy"] == pytest.approx(np.mean(entropy), rel=1e-4)
         assert found["agreement"] == pytest.approx(
             np.mean([predicted_NE[n] == selected_NE[n] for n in counted]), rel=1e-5
         )
-        cuts = [score_NE[selected_NE[:, e], e].min() for e in range(selected_NE.shape[1])]
-        assert found["cut"] == pytest.approx(np.mean(cuts), rel=1e-5)
+        min_scores = [score_NE[selected_NE[:, e], e].min() for e in range(selected_NE.shape[1])]
+        assert found["min_score"] == pytest.approx(np.mean(min_scores), rel=1e-5)
         if name.endswith("depth"):
             for key, modality in (("text", TEXT), ("image", IMAGE)):
                 its = [n for n in counted if modality_N[n] == modality]
                 share = np.mean([selected_NE[n].any() for n in its])
-                assert found["share"][key] == pytest.approx(share, rel=1e-5)
+                assert found["token_fraction"][key] == pytest.approx(share, rel=1e-5)
         else:
             assert found["dropped_fraction"] == pytest.approx(
                 np.mean(np.array(taken) == 0), abs=1e-6
             )
-            assert found["several"] == pytest.approx(np.mean(np.array(taken) > 1), abs=1e-6)
+            assert found["multi_expert_fraction"] == pytest.approx(
+                np.mean(np.array(taken) > 1), abs=1e-6
+            )
 
 
 def test_gradients_by_kind(tiny):
@@ -73,7 +75,7 @@ def test_gradients_by_kind(tiny):
     for number, parameter in enumerate(model.parameters(), 1):
         parameter.grad = torch.full_like(parameter, float(number))
     statistics = Statistics(model)
-    statistics.see_gradients()
+    statistics.add_gradients()
     norms = describe(statistics.sums, model, trains_routers=False)["gradient_norms"]
     kinds = {"embedding", "attention", "experts", "routers", "norms", "head", "auxiliary"}
     assert norms.keys() == kinds

@@ -28,7 +28,7 @@ from moma.data.encode.training_documents import TrainingDocuments
 from moma.data.shards import REJECTED_FILE, ShardInfo, sum_counts
 from moma.files import atomic_open, lock_folder
 from moma.images import square_pixels
-from moma.progress import Report, show_progress
+from moma.progress import ProgressCallback, show_progress
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec, to_float
@@ -192,7 +192,7 @@ def _encode_all(
 class Speed:
     """Reports how much has been encoded, and how fast."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: ProgressCallback) -> None:
         self._report = report
         self._start: ShardInfo | None = None
         self._began = time.monotonic()

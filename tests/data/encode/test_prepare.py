@@ -434,7 +434,7 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     with (
         lock_folder(tmp_path / "data", 0),
-        pytest.raises(UserError, match="another process is at work"),
+        pytest.raises(UserError, match="in use by another process"),
     ):
         run(recipe)
     assert list((tmp_path / "data").iterdir()) == []

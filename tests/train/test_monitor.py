@@ -1,4 +1,4 @@
-"""The watch against a slow reference; steps that are skipped leave no trace."""
+"""The loss monitor against a slow reference; skipped steps change nothing."""
 
 import math
 
@@ -12,53 +12,53 @@ from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import make_optimizer
 from moma.runtime.world import World
+from moma.train.monitor import LossMonitor
 from moma.train.recipe import StageConfig
 from moma.train.step import DeviceBatch, Losses, Step, next_token_objective
-from moma.train.watch import LossMonitor
 from moma.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
-SOUND = torch.zeros(2, dtype=torch.bool)
+NONE_NONFINITE = torch.zeros(2, dtype=torch.bool)
 VALUES = st.floats(0.125, 64, width=32) | st.sampled_from([math.nan, math.inf])
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(VALUES, VALUES), max_size=12), st.sampled_from([0.0, 2.0, 5.0]))
-def test_judges_as_a_slow_reference(steps, explosion):
-    watch = LossMonitor(StageConfig(explosion=explosion), CPU)
+def test_check_equals_a_slow_reference(steps, explosion):
+    monitor = LossMonitor(StageConfig(explosion=explosion), CPU)
     mean, first = None, 0
     for number, (loss, norm) in enumerate(steps, 1):
-        watch.begin(number)
-        judged = bool(watch.judge(torch.tensor(loss), torch.tensor(norm), SOUND))
-        sound = math.isfinite(loss) and math.isfinite(norm)
-        if sound and explosion and mean is not None and loss > explosion * mean:
-            sound = abs(loss - explosion * mean) < 1e-4 * loss and judged  # rounding
-        assert judged == sound
-        if sound:
+        monitor.begin_step(number)
+        ok = bool(monitor.check(torch.tensor(loss), torch.tensor(norm), NONE_NONFINITE))
+        expected = math.isfinite(loss) and math.isfinite(norm)
+        if expected and explosion and mean is not None and loss > explosion * mean:
+            expected = abs(loss - explosion * mean) < 1e-4 * loss and ok  # rounding
+        assert ok == expected
+        if expected:
             mean = loss if mean is None else mean + 0.02 * (loss - mean)
         elif not first:
             first = number
-    assert int(watch.evidence["first"]) == first
-    state = watch.get_state()
-    assert (state["mean"] is None) == (mean is None)
+    assert int(monitor.first_fault["fault_step"]) == first
+    state = monitor.get_state()
+    assert (state["mean_loss"] is None) == (mean is None)
     again = LossMonitor(StageConfig(explosion=explosion), CPU)
     again.set_state(state)
     assert again.get_state() == state
 
 
-def test_skipping_is_counted_and_has_an_end():
-    watch = LossMonitor(StageConfig(on_fault="skip"), CPU)
-    sound, fault = torch.tensor(True), torch.tensor(False)
-    assert not watch.refuses(sound)
+def test_skipped_steps_are_counted_and_limited():
+    monitor = LossMonitor(StageConfig(on_fault="skip"), CPU)
+    expected, fault = torch.tensor(True), torch.tensor(False)
+    assert not monitor.should_skip(expected)
     for _ in range(9):
-        assert watch.refuses(fault)
-    assert not watch.refuses(sound)
+        assert monitor.should_skip(fault)
+    assert not monitor.should_skip(expected)
     for _ in range(9):
-        assert watch.refuses(fault)
-    assert watch.skipped == 18
-    with pytest.raises(UserError, match="10 steps in a row were skipped"):
-        watch.refuses(fault)
-    assert not LossMonitor(StageConfig(), CPU).refuses(fault)
+        assert monitor.should_skip(fault)
+    assert monitor.skipped_steps == 18
+    with pytest.raises(UserError, match="10 consecutive steps were skipped"):
+        monitor.should_skip(fault)
+    assert not LossMonitor(StageConfig(), CPU).should_skip(fault)
 
 
 def test_a_skipped_step_changes_nothing(tiny):
@@ -73,15 +73,15 @@ def test_a_skipped_step_changes_nothing(tiny):
         return losses._replace(objective=losses.objective * factor)
 
     optimizer = make_optimizer(model, tiny.pretrain.optimizer)
-    watch = LossMonitor(StageConfig(on_fault="skip"), CPU)
-    step = Step(model, optimizer, objective, 1.0, World(CPU), watch)
+    monitor = LossMonitor(StageConfig(on_fault="skip"), CPU)
+    step = Step(model, optimizer, objective, 1.0, World(CPU), monitor)
     data = Batches(tiny.data, vocabulary, seed=0)
     step([next(data)], 1e-3)
     before = [p.detach().clone() for p in model.parameters()]
     moments = {p: optimizer.state[p]["exp_avg"].clone() for p in optimizer.state}
-    factor = math.nan  # the gradient, not the loss that is told
+    factor = math.nan  # makes the gradient non-finite, not the reported loss
     sums, _ = step([next(data)], 1e-3)
-    assert not sums.any() and watch.skipped == 1
+    assert not sums.any() and monitor.skipped_steps == 1
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, old) and parameter.grad is None
     for parameter, old in moments.items():
