@@ -1,11 +1,11 @@
-"""How fast data is: micro-batches from shards, waiting in training, encoding of images and text.
+"""Speed of the data: micro-batches from shards, waiting in training, encoding of images and text.
 
-    prepared shards → `Batches`, prepared ahead, on one core  → tokens a second, balance, padding
+    prepared shards → `Batches`, prefetched, on one core      → tokens a second, balance, padding
                     → steps of a real model                   → share of the time spent waiting
     images        → `moma prepare`        | the network     → images a second of each
     texts           → documents to shards   | `tokenizers`    → tokens a second of each
 
-What is compared runs in turn, several times, and medians are taken: a shared machine is noisy.
+What is compared runs in interleaved rounds, of which medians are taken.
 """
 
 import os
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from moma.bench.timing import Job, clock_of, interleaved, median_ratio, seconds
 from moma.data.batches.iterator import Batches, prefetch
 from moma.data.documents import Document, ImageRef
 from moma.data.encode.prepare import prepare
@@ -40,9 +41,9 @@ from moma.train.recipe import Recipe
 from moma.train.step import Step, next_token_objective
 from moma.vocabulary import IMAGE, Vocabulary
 
-# As many as `moma prepare` gives the network at once.
-_IMAGES_AT_ONCE = 16
-_TEXTS_OF_LONGER = 16
+# As many as `moma prepare` encodes at once.
+_CODEC_BATCH = 16
+_TEXTS_PER_LONG_DOCUMENT = 16
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,15 @@ class Sizes:
         images: images of each repeat; at most as many as the sources have.
         texts: texts of each repeat; likewise.
         repeats: how often each measurement is taken.
-        cpu_time: whether what other processes take is left out of `codec_ratio` and `bpe_ratio`;
-            threads then add up.
+        cpu_time: whether `codec_ratio` and `bpe_ratio` compare processor time, which leaves out
+            other processes and adds up threads.
     """
 
     batches: int = 100
-    steps: int = 8
-    images: int = 384
-    texts: int = 50_000
-    repeats: int = 7
+    steps: int = 4
+    images: int = 48
+    texts: int = 10_000
+    repeats: int = 5
     cpu_time: bool = False
 
 
@@ -94,7 +95,7 @@ def bench_data(recipe: Recipe, sizes: Sizes, quiet: bool = False) -> dict[str, A
 
 
 def _balance(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
-    """Count what is in the arrays of micro-batches, whatever the packer says."""
+    """Count what is in the arrays of micro-batches, independently of the packer."""
     data, size = recipe.data, recipe.data.micro_batch_size * recipe.data.sequence_length
     padding, worst = 0, 0.0
     with closing(prefetch(Batches(data, vocabulary, recipe.seed), data)) as batches:
@@ -117,9 +118,9 @@ def _speed(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, An
     tokens = sizes.batches * data.micro_batch_size * data.sequence_length
 
     def take(batches: Iterator[Any]) -> float:
-        return tokens / _seconds(lambda: [next(batches) for _ in range(sizes.batches)])
+        return tokens / seconds(lambda: [next(batches) for _ in range(sizes.batches)])
 
-    # The thread that makes them starts inside, and stays on the same core.
+    # The prefetching thread starts inside, so it is on the same core.
     with (
         _one_core(),
         closing(prefetch(Batches(data, vocabulary, recipe.seed), data)) as batches,
@@ -130,24 +131,24 @@ def _speed(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, An
 
 
 def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
-    """Train the recipe's model for some steps and time how long each waits for its batch."""
+    """Train the recipe's model for some steps; time each step and its wait for the micro-batch."""
     world = World(local_device())
     model = recipe.build_model(vocabulary).to(world.device)
     for router in model.auxiliary_routers():
         router.requires_grad_(False)
-    settings = recipe.pretrain.optimizer
+    optimizer = recipe.pretrain.optimizer
     objective = next_token_objective(recipe.pretrain.z_loss, compiled=False)
-    step = Step(model, make_optimizer(model, settings), objective, settings.clip, world)
+    step = Step(model, make_optimizer(model, optimizer), objective, optimizer.clip, world)
     waits, steps = [], []
     with closing(prefetch(Batches(recipe.data, vocabulary, recipe.seed), recipe.data)) as ahead:
         for _ in range(sizes.steps + 1):
-            began = time.perf_counter()
+            start = time.perf_counter()
             batch = next(ahead)
-            waits.append(time.perf_counter() - began)
-            _, norm = step([batch], settings.learning_rate)
+            waits.append(time.perf_counter() - start)
+            _, norm = step([batch], optimizer.learning_rate)
             float(norm)  # waits for the device
-            steps.append(time.perf_counter() - began)
-    # The first step starts everything.
+            steps.append(time.perf_counter() - start)
+    # The first step includes start-up.
     return {
         "wait_share": sum(waits[1:]) / sum(steps[1:]),
         "step_seconds": statistics.median(steps[1:]),
@@ -155,9 +156,9 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
 
 
 def _images(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
-    """A folder of captioned images through `moma prepare`, beside the network's forward alone.
+    """A folder of captioned images through `moma prepare`, compared with the codec alone.
 
-    The network is encoder and codebook; its images lie on the device, ready to be encoded.
+    The codec's images are already preprocessed and on the device.
     """
     device = local_device()
     with TemporaryDirectory() as place:
@@ -178,28 +179,28 @@ def _images(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
             prepare(copy, device, quiet=True)
 
         def network() -> None:
-            for start in range(0, count, _IMAGES_AT_ONCE):
-                codec.encode(torch.stack(ready[start : start + _IMAGES_AT_ONCE])).cpu()
+            for start in range(0, count, _CODEC_BATCH):
+                codec.encode(torch.stack(ready[start : start + _CODEC_BATCH])).cpu()
 
-        taken = _in_turn((ours, network), sizes, lambda: _remove(data.path))
+        taken = _compare(ours, network, sizes, lambda: _remove(data.path))
     return {
         "codec_ratio": taken.ratio,
         "images_per_second": count / taken.ours,
-        "network_images_per_second": count / taken.bare,
+        "network_images_per_second": count / taken.reference,
     }
 
 
 def _texts(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
-    """Documents of text to shards on disk, beside `encode_batch` and its ids alone.
+    """Text documents to shards on disk, compared with `encode_batch` and its ids alone.
 
-    Once as they are, and once as longer documents, of the same texts.
+    Once as they are, and once joined into longer documents.
     """
     texts = list(islice(_texts_of(recipe), sizes.texts))
     if not texts:
         return {"bpe_ratio": None}
     longer = [
-        "\n".join(texts[start : start + _TEXTS_OF_LONGER])
-        for start in range(0, len(texts), _TEXTS_OF_LONGER)
+        "\n".join(texts[start : start + _TEXTS_PER_LONG_DOCUMENT])
+        for start in range(0, len(texts), _TEXTS_PER_LONG_DOCUMENT)
     ]
     of_longer = _encoding(recipe, vocabulary, sizes, longer)
     return {
@@ -221,16 +222,16 @@ def _encoding(
             encode_text = partial(encode_each, tokenizer)
             encode_source(source, encode_text, _no_images, vocabulary, share, Path(place) / "text")
 
-        def bare() -> None:
+        def reference() -> None:
             nonlocal tokens
             encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
             tokens = sum(len(encoding.ids) for encoding in encodings)
 
-        taken = _in_turn((ours, bare), sizes, lambda: _remove(Path(place) / "text"))
+        taken = _compare(ours, reference, sizes, lambda: _remove(Path(place) / "text"))
     return {
         "bpe_ratio": taken.ratio,
         "text_tokens_per_second": tokens / taken.ours,
-        "tokenizers_tokens_per_second": tokens / taken.bare,
+        "tokenizers_tokens_per_second": tokens / taken.reference,
     }
 
 
@@ -260,14 +261,14 @@ def _texts_of(recipe: Recipe) -> Iterator[str]:
             yield from (segment for segment in document.segments if isinstance(segment, str))
 
 
-def _images_of(recipe: Recipe, most: int) -> Iterator[ImageRef]:
+def _images_of(recipe: Recipe, limit: int) -> Iterator[ImageRef]:
     images = (
         segment
         for document in _documents_of(recipe)
         for segment in document.segments
         if isinstance(segment, ImageRef)
     )
-    return islice(images, most)
+    return islice(images, limit)
 
 
 def _write_captions(images: Iterator[ImageRef], folder: Path) -> int:
@@ -295,34 +296,20 @@ def _tensor(file: Path, codec: ImageCodec, device: torch.device) -> torch.Tensor
         return preprocess(image, codec.config.image_size).to(device)
 
 
-class _Taken(NamedTuple):
-    """Median seconds of our way and of the bare one, and the median of bare by ours in a round."""
+class _Compared(NamedTuple):
+    """Median seconds of `moma`'s way and of the reference, and the median ratio of the latter."""
 
     ours: float
-    bare: float
+    reference: float
     ratio: float
 
 
-def _in_turn(
-    jobs: tuple[Callable[[], object], Callable[[], object]],
-    sizes: Sizes,
-    tidy: Callable[[], None],
-) -> _Taken:
-    """Time our way and the bare one, one behind the other; the first round is not counted."""
-    rounds = []
-    clock = time.process_time if sizes.cpu_time else time.perf_counter
-    for _ in range(sizes.repeats + 1):
-        rounds.append([_seconds(job, clock) for job in jobs])
-        tidy()
-    ours, bare = zip(*rounds[1:], strict=True)
-    ratios = [other / own for own, other in rounds[1:]]
-    return _Taken(*map(statistics.median, (ours, bare, ratios)))
-
-
-def _seconds(job: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
-    began = clock()
-    job()
-    return clock() - began
+def _compare(ours: Job, reference: Job, sizes: Sizes, clean_up: Callable[[], None]) -> _Compared:
+    """Time both in interleaved rounds; the first round is not counted."""
+    timed = [partial(seconds, job, clock_of(sizes.cpu_time)) for job in (ours, reference)]
+    rounds = interleaved(timed, sizes.repeats + 1, lambda done: clean_up())
+    own, other = (taken[1:] for taken in rounds)
+    return _Compared(statistics.median(own), statistics.median(other), median_ratio(other, own))
 
 
 def _remove(folder: Path) -> None:

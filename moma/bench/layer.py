@@ -1,24 +1,24 @@
-"""What choosing tokens costs: a feed-forward of experts beside one that need not choose.
+"""What routing costs: a feed-forward of experts compared with one that routes nothing.
 
-    for each width, all variants in turn, many times:  forward + backward  → median milliseconds
-    for each variant, once:                            → the most memory it takes
+    for each width, rounds of all variants:  forward + backward  → median milliseconds
+    for each variant, once:                  forward + backward  → peak memory
 
-| variant | what runs on N tokens, half of them of images |
+| variant | what runs on N tokens, half of them image tokens |
 |---|---|
 | `dense` | one SwiGLU |
-| `floor` | eight experts, each on the next eighth of the tokens: no routers, nothing gathered |
-| `sequential`, `batched`, `grouped` | `moe_4t4i`, run in these ways |
-| `mod`, `mod_moe_…` | a gate takes a quarter of the tokens, the experts take those (§2.3) |
-| `…_floor` | the same experts on the first quarter of the tokens, each on the next part of it |
+| `floor` | eight experts, each on a contiguous eighth of the tokens: no routers, no gathers |
+| `sequential`, `batched`, `grouped` | `moe_4t4i`, with these implementations |
+| `mod`, `mod_moe_…` | a gate selects a quarter of the tokens for the experts (§2.3) |
+| `…_floor` | the same experts on the first quarter, each on a contiguous part of it |
 
-All have the operations of `dense`, behind a gate a quarter of them; there, `mod_floor` counts as
-the dense layer. What is compared runs in turn: a shared machine is noisy.
+All have the operations of `dense`; behind a gate a quarter of them, so those are compared with
+`mod_floor` as the dense layer.
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any, get_args
 
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moma.bench.timing import Job, clock_of, interleaved, seconds
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import MixtureOfExperts, build_experts, build_group, named_groups
@@ -33,7 +34,7 @@ from moma.model.implementations import ImplementationName
 from moma.model.layers import SwiGLU, gather, scatter_add
 from moma.model.routing import Routing
 from moma.progress import ProgressCallback, show_progress
-from moma.runtime.peak import allocated_peak, synchronise
+from moma.runtime.peak import allocated_peak
 from moma.runtime.world import can_compile, local_device
 
 SHARES, RUN = (0.5, 0.5), 1024
@@ -54,7 +55,8 @@ class Sizes:
         dtype: of weights and tokens, `fp32` or `bf16`.
         device: `cpu` or `cuda`; left out, the GPU if there is one.
         compiled: whether the variants run as compiled graphs, as `moma train` runs layers.
-        cpu_time: whether what other processes take is left out; several threads then add up.
+        cpu_time: whether processor time is measured, which leaves out other processes and adds up
+            threads.
     """
 
     dims: tuple[int, ...] = (256, 512)
@@ -99,13 +101,11 @@ def _rows(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str, An
     for name, job in jobs.items():
         job()  # weights have gradients from here on
         peaks[name] = allocated_peak(job, device)
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    names, clock = list(jobs), time.process_time if sizes.cpu_time else time.perf_counter
-    for number in range(sizes.repeats):
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            seconds[name].append(_seconds(jobs[name], modules[name], device, clock))
-        report(number + 1)
-    median = {name: statistics.median(taken) for name, taken in seconds.items()}
+    timed = [
+        partial(_timed, job, modules[name], device, sizes.cpu_time) for name, job in jobs.items()
+    ]
+    taken = dict(zip(jobs, interleaved(timed, sizes.repeats, report), strict=True))
+    median = {name: statistics.median(values) for name, values in taken.items()}
     return [
         {
             "dim": dim,
@@ -116,7 +116,7 @@ def _rows(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str, An
             "ratio_to_dense": median[_dense_of(name)] / median[name],
             "peak_bytes": peaks[name],
         }
-        for name in names
+        for name in jobs
     ]
 
 
@@ -125,7 +125,7 @@ def variants(dim: int, tokens: int) -> dict[str, nn.Module]:
 
     Args:
         dim: width D.
-        tokens: N, a multiple of 32, so that all experts take as many.
+        tokens: N, a multiple of 32, so that all experts take equally many.
     """
     hidden = ModelConfig(dim=dim, heads=1).hidden_width
     modules: dict[str, nn.Module] = {
@@ -157,7 +157,7 @@ def _experts(
 
 
 class Stack(nn.Module):
-    """Experts, each on the next part of the tokens, in one batched product."""
+    """Experts, each on a contiguous part of the tokens, in one batched product."""
 
     def __init__(self, experts: int, dim: int, hidden: int):
         super().__init__()
@@ -173,7 +173,7 @@ class Stack(nn.Module):
 
 
 class Slices(nn.Module):
-    """A feed-forward of all tokens, as they lie."""
+    """A feed-forward of all tokens, in their order."""
 
     def __init__(self, feed: nn.Module):
         super().__init__()
@@ -185,7 +185,7 @@ class Slices(nn.Module):
 
 
 class FirstSlices(nn.Module):
-    """A feed-forward that is added to the first K tokens; the others stay as they are."""
+    """A feed-forward that is added to the first K tokens; the others are unchanged."""
 
     def __init__(self, feed: nn.Module, chosen: int):
         super().__init__()
@@ -198,7 +198,7 @@ class FirstSlices(nn.Module):
 
 
 class Chosen(nn.Module):
-    """Experts that choose among all tokens."""
+    """Experts that route all tokens."""
 
     def __init__(self, experts: MixtureOfExperts):
         super().__init__()
@@ -227,7 +227,7 @@ class Gated(nn.Module):
 
 
 def _job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Callable[[], None]:
-    """Forward and backward on tokens that come in runs of one modality, as images do."""
+    """Forward and backward on tokens in runs of one modality, like those of images."""
     dtype = DTYPES[sizes.dtype]
     shape = (1, sizes.tokens, dim)
     x_1ND, gradient_1ND = torch.randn(2, *shape, device=device, dtype=dtype)
@@ -242,16 +242,10 @@ def _job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Cal
     return job
 
 
-def _seconds(
-    job: Callable[[], None], module: nn.Module, device: torch.device, clock: Callable[[], float]
-) -> float:
-    """As in a training step: gradients do not exist before."""
+def _timed(job: Job, module: nn.Module, device: torch.device, cpu_time: bool) -> float:
+    """Seconds of a job; gradients are allocated inside, as in a training step."""
     module.zero_grad()
-    synchronise(device)
-    began = clock()
-    job()
-    synchronise(device)
-    return clock() - began
+    return seconds(job, clock_of(cpu_time), device)
 
 
 def _floor_of(variant: str) -> str:

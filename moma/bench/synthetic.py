@@ -1,7 +1,7 @@
-"""Micro-batches without data: made-up documents, packed as real ones are.
+"""Micro-batches without data: synthetic documents, packed like real ones.
 
-Speed and memory depend on shapes, on how many images and documents a row holds, hardly on what
-they say.
+Speed and memory depend on shapes and on how many images and documents a sequence holds, hardly on
+the ids.
 """
 
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
 _SPECIAL = 5
-# Text tokens: of a document without images, on average; of a caption, at least and at most.
+# Text tokens: mean of a document without images; range of a caption.
 _TEXT, _CAPTION = 400, (8, 32)
 
 
 def synthetic_vocabulary(recipe: Recipe) -> Vocabulary:
-    """A vocabulary of a recipe's sizes; the ids mean nothing."""
+    """A vocabulary of a recipe's sizes, without a tokenizer."""
     codes = recipe.codec.codebook_size
     return Vocabulary(
         size=recipe.text_tokenizer.vocabulary_size,

@@ -1,18 +1,18 @@
-"""How fast the trainer's own step is: tokens a second, use of the device (MFU) and memory.
+"""Speed of the trainer's step: tokens a second, model FLOPs utilization (MFU) and memory.
 
-    for each recipe: made-up documents → real packing → steps of `moma train`, compiled, warmed up
-    in every round, all recipes in turn: one step each → medians, and ratios round by round
+    for each recipe: synthetic documents → packing → steps of `moma train`, compiled, warmed up
+    in every round:  one step of each recipe       → medians, and ratios round by round
 
-With `statistics`, what the log costs is measured the same way: a step that tells nothing of its
-routers, one that keeps what a row of the log needs, and one that writes such a row.
+`bench_statistics` measures the cost of the log in the same way: a step without statistics of the
+routers, one that keeps what a log record needs, and one that writes such a record.
 """
 
 import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
-from operator import sub, truediv
+from operator import sub
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
+from moma.bench.timing import Job, clock_of, interleaved, median_ratio, seconds, spread
 from moma.errors import UserError
 from moma.progress import show_progress
 from moma.recipe import read_recipe, shipped_recipe
-from moma.runtime.peak import allocated_peak, matmul_peak, synchronise
+from moma.runtime.peak import allocated_peak, matmul_peak
 from moma.runtime.world import World, can_compile, local_device
 from moma.train.metrics import MetricsWindow
 from moma.train.monitor import LossMonitor
@@ -32,7 +33,7 @@ from moma.train.stages import flops_per_token, make_step, prepare_model
 from moma.train.statistics import Statistics
 from moma.train.step import next_token_objective
 
-# Recipes of a row of Table 2: without and with mixture-of-depths.
+# Recipes of each model size of Table 2: without and with mixture-of-depths.
 ROWS = {
     "256": ("bench/256.toml", "bench/256_mod.toml"),
     **{
@@ -41,7 +42,7 @@ ROWS = {
     },
 }
 TABLE2 = ("dense", "moe_8x", "moe_1t1i", "moe_4t4i", "mod_moe_1t1i", "mod_moe_4t4i")
-# Steps after which the micro-batches come again.
+# Steps after which the micro-batches repeat.
 _STEPS = 4
 _RATE = 1e-4
 
@@ -52,29 +53,25 @@ class Sizes:
 
     Attributes:
         repeats: rounds, in each of which every recipe takes a step.
-        warm_up: steps of each before; the first of them compiles.
-        cpu_time: whether what other processes take is left out; several threads then add up.
+        warm_up: steps of each recipe before; the first of them compiles.
+        cpu_time: whether processor time is measured, which leaves out other processes and adds up
+            threads.
     """
 
     repeats: int = 11
     warm_up: int = 2
     cpu_time: bool = False
 
-    @property
-    def clock(self) -> Callable[[], float]:
-        """What tells the time."""
-        return time.process_time if self.cpu_time else time.perf_counter
-
 
 def table2(
     row: str, overrides: Sequence[str] = (), only: Sequence[str] = TABLE2
 ) -> dict[str, Recipe]:
-    """The architectures of Table 2 at one row, that is at about the same operations a token.
+    """The architectures of Table 2 at one model size, so at about the same FLOPs per token.
 
     Args:
-        row: of Table 1, or `256`.
+        row: model size of Table 1, or `256`.
         overrides: changes to each recipe.
-        only: some of the architectures; `dense` is among them always, as the others' baseline.
+        only: some of the architectures; `dense`, the baseline, is always added.
 
     Raises:
         UserError: there is no such row or architecture, or an override is wrong.
@@ -112,7 +109,7 @@ def named(paths: Sequence[Path], overrides: Sequence[str] = ()) -> dict[str, Rec
 def bench_throughput(
     recipes: Mapping[str, Recipe], sizes: Sizes, baseline: str = "first", quiet: bool = False
 ) -> list[dict[str, Any]]:
-    """Measure recipes by name, in turn.
+    """Measure recipes by name, in interleaved rounds.
 
     Returns:
         For each the figures that `docs/throughput.md` lists. `ratio_to_…` and the `baseline`'s name
@@ -124,21 +121,24 @@ def bench_throughput(
     device = local_device()
     runners = _runners(recipes, device, sizes, quiet)
     peak_of = dict.fromkeys((runner.dtype for runner in runners), 0.0)
-    speeds: list[list[float]] = [[] for _ in runners]
+
+    def measure_peak(done: int = 0) -> None:
+        for dtype, best in peak_of.items():
+            peak_of[dtype] = max(best, matmul_peak(device, dtype))
+        report(done)
+
+    timed = [partial(runner.timed, runner.train, sizes.cpu_time) for runner in runners]
     with show_progress("rounds", sizes.repeats, quiet) as report:
-        for number in range(sizes.repeats):
-            for dtype, best in peak_of.items():
-                peak_of[dtype] = max(best, matmul_peak(device, dtype))
-            for index in _in_turn(len(runners), number):
-                with runners[index] as runner:
-                    speeds[index].append(runner.tokens / runner.seconds(runner.train, sizes.clock))
-            report(number + 1)
+        taken = interleaved(timed, sizes.repeats, measure_peak)
+    speeds = [
+        [runner.tokens / each for each in own] for runner, own in zip(runners, taken, strict=True)
+    ]
     return [
         {
             "name": runner.name,
             "tokens_per_second": statistics.median(own),
-            "spread": _spread(own),
-            f"ratio_to_{baseline}": statistics.median(map(truediv, own, speeds[0])),
+            "spread": spread(own),
+            f"ratio_to_{baseline}": median_ratio(own, speeds[0]),
             "mfu": statistics.median(own) * runner.flops_per_token / peak_of[runner.dtype],
             "peak_bytes": runner.peak_bytes,
             "flops_per_token": round(runner.flops_per_token),
@@ -155,24 +155,21 @@ def bench_statistics(
 
     Returns:
         For each recipe `name`; median `step_seconds` of a step without any; `keeping` and
-        `logging`, what is added to it by routers telling what they did, and by a row of the log;
-        `overhead`, the two together as a part of a step, with a row every `log_every` steps.
+        `logging`, the seconds that statistics of the routers add to it, and that a log record
+        adds; `overhead`, both as a fraction of a step, with a record every `log_every` steps.
     """
     device = local_device()
-    jobs = ("train_untold", "train", "train_and_log")
+    jobs = ("train_without_statistics", "train", "train_and_log")
     runners = _runners(recipes, device, sizes, quiet, jobs)
-    taken = [{job: [] for job in jobs} for _ in runners]  # type: list[dict[str, list[float]]]
-    with show_progress("rounds", sizes.repeats, quiet) as report:
-        for number in range(sizes.repeats):
-            for index in _in_turn(len(runners), number):
-                with runners[index] as runner:
-                    for job in _in_turn(len(jobs), number):
-                        found = runner.seconds(getattr(runner, jobs[job]), sizes.clock)
-                        taken[index][jobs[job]].append(found)
-            report(number + 1)
-    return [
-        _overhead(runner, *found.values()) for runner, found in zip(runners, taken, strict=True)
+    timed = [
+        partial(runner.timed, getattr(runner, job), sizes.cpu_time)
+        for runner in runners
+        for job in jobs
     ]
+    with show_progress("rounds", sizes.repeats, quiet) as report:
+        taken = interleaved(timed, sizes.repeats, report)
+    by_runner = [taken[first : first + len(jobs)] for first in range(0, len(taken), len(jobs))]
+    return [_overhead(runner, *found) for runner, found in zip(runners, by_runner, strict=True)]
 
 
 def _overhead(
@@ -192,9 +189,9 @@ def _overhead(
 
 
 class _Runner:
-    """A recipe's model, with the step of `moma train`, on made-up micro-batches.
+    """A recipe's model, with the step of `moma train`, on synthetic micro-batches.
 
-    As a context it is on the device; between, a GPU is left to the others.
+    As a context it is on the device; outside, a GPU is left to the others.
     """
 
     def __init__(self, name: str, recipe: Recipe, device: torch.device, parks: bool):
@@ -219,12 +216,14 @@ class _Runner:
         )
         self._model = prepare_model(recipe, vocabulary, world)
         self.parameters = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
-        self._watch = LossMonitor(self.config, device)
-        self._step = make_step(recipe, self._model, world, self._watch)
+        self._monitor = LossMonitor(self.config, device)
+        self._step = make_step(recipe, self._model, world, self._monitor)
         self._window = MetricsWindow(recipe, self._model, self.flops_per_token, world)
         compiled = self.config.compile and can_compile(device)
-        self._told = self._step.objective
-        self._untold = next_token_objective(self.config.z_loss, compiled, record_selection=False)
+        self._with_statistics = self._step.objective
+        self._without_statistics = next_token_objective(
+            self.config.z_loss, compiled, record_selection=False
+        )
 
     def __enter__(self) -> "_Runner":
         self._move(self._device)
@@ -235,33 +234,30 @@ class _Runner:
             self._move(torch.device("cpu"))
 
     def train(self) -> None:
-        """A step between two rows of the log."""
+        """A step that keeps statistics, between two log records."""
         self._take_step(None)
 
-    def train_untold(self) -> None:
-        """The same, but routers tell nothing."""
-        self._step.objective = self._untold
+    def train_without_statistics(self) -> None:
+        """A step without statistics of the routers."""
+        self._step.objective = self._without_statistics
         self._take_step(None)
-        self._step.objective = self._told
+        self._step.objective = self._with_statistics
 
     def train_and_log(self) -> None:
-        """A step that ends with a row of the log."""
+        """A step that ends with a log record."""
         collected = Statistics(self._model)
         norm = self._take_step(collected)
-        shared = {"norm": norm, **self._watch.first_fault}
+        shared = {"norm": norm, **self._monitor.first_fault}
         self._window.start_record({"step": 1}, shared, collected.sums)
         self._window.finish_record()
 
-    def seconds(self, job: Callable[[], None], clock: Callable[[], float]) -> float:
-        """How long a job takes."""
-        synchronise(self._device)
-        began = clock()
-        job()
-        synchronise(self._device)
-        return clock() - began
+    def timed(self, job: Job, cpu_time: bool) -> float:
+        """Seconds of a job, on the device."""
+        with self:
+            return seconds(job, clock_of(cpu_time), self._device)
 
-    def warm_up(self, jobs: list[Callable[[], None]], times: int) -> None:
-        """Compile, settle, and find the most memory that a step needs."""
+    def warm_up(self, jobs: list[Job], times: int) -> None:
+        """Compile, warm up, and find the peak memory of a step."""
         try:
             for job in jobs * (1 + times):
                 job()
@@ -306,16 +302,3 @@ def _runners(
             runners.append(runner)
             report(len(runners), name)
     return runners
-
-
-def _in_turn(count: int, round_number: int) -> list[int]:
-    """The numbers below `count`, in each round beginning with another."""
-    return [(index + round_number) % count for index in range(count)]
-
-
-def _spread(values: Sequence[float]) -> float:
-    """Half of the distance between the quartiles, as a part of the median."""
-    if len(values) < 2:
-        return 0.0
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / 2 / middle

@@ -1,4 +1,4 @@
-"""`moma bench layer`: what is compared is comparable; what is counted is right."""
+"""`moma bench layer`: variants are comparable, and counts are right."""
 
 import json
 
@@ -34,7 +34,7 @@ def operations(module) -> int:
     return counter.get_total_flops()
 
 
-def test_every_variant_has_the_operations_of_what_it_is_measured_against(modules):
+def test_every_variant_has_the_operations_of_its_baseline(modules):
     """Routers and gates add at most a few hundredths, at this small width."""
     count = {name: operations(module) for name, module in modules.items()}
     assert count["floor"] == count["dense"]
@@ -61,7 +61,7 @@ def test_the_floor_is_one_feed_forward_for_each_slice():
     torch.testing.assert_close(first[:16], x_ND[:16] + stack(x_ND[:16]))
 
 
-def test_strategies_are_given_the_same_work(modules):
+def test_strategies_do_the_same_work(modules):
     x, modality = halves()
     results = []
     for name in STRATEGIES:
@@ -102,19 +102,19 @@ def modules_named() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "told"),
+    ("option", "value", "message"),
     [
-        ("--dtype", "fp8", "use fp32 or bf16"),
-        ("--device", "tpu", "use cpu or cuda"),
+        ("--dtype", "fp8", "'fp32', 'bf16'"),
+        ("--device", "tpu", "'cpu', 'cuda'"),
         ("--tokens", "100", "multiple of 32"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(option, value, told):
+def test_values_that_cannot_be_measured_are_refused(option, value, message):
     result = CliRunner().invoke(app, ["bench", "layer", option, value])
-    assert isinstance(result.exception, UserError) and told in str(result.exception)
+    assert result.exit_code != 0 and message in f"{result.output} {result.exception}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_missing_gpu_is_told():
+def test_a_missing_gpu_is_reported():
     result = CliRunner().invoke(app, ["bench", "layer", "--device", "cuda"])
     assert isinstance(result.exception, UserError) and "no GPU" in str(result.exception)

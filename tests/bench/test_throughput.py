@@ -1,7 +1,6 @@
 """`moma bench throughput` on a tiny model: its own step, its batches, its memory, its table."""
 
 import json
-import statistics
 
 import numpy as np
 import pytest
@@ -106,10 +105,3 @@ def test_neither_recipe_nor_table_is_refused(tmp_path):
         (tmp_path / "b").mkdir()
         write_recipe(bench.table2("256")["dense"], tmp_path / "a.toml")
         bench.named([tmp_path / "a.toml", tmp_path / "b" / "a.toml"])
-
-
-def test_the_rounds_begin_with_another_recipe_each():
-    assert [bench._in_turn(3, number) for number in range(3)] == [[0, 1, 2], [1, 2, 0], [2, 0, 1]]
-    assert bench._spread([1.0]) == 0
-    low, middle, high = statistics.quantiles([1.0, 2.0, 4.0], n=4, method="inclusive")
-    assert bench._spread([4.0, 1.0, 2.0]) == pytest.approx((high - low) / 2 / middle)
