@@ -84,6 +84,8 @@ def mix_pools(weights: Sequence[float]) -> grain.MapDataset[int]:
     Args:
         weights: of the pools; a share of the draws is at least 0.00001.
     """
+    if len(weights) == 1:  # the common case of one source of text: nothing to mix
+        return grain.MapDataset.range(1).repeat()
     relative = np.array(weights) / max(weights)
     shares = np.maximum(relative / relative.sum(), _MIN_SHARE)
     # grain rounds weights down to hundredths of the smallest. To have millionths instead, the pool
