@@ -22,7 +22,7 @@ from moma.errors import UserError
 from moma.files import atomic_write
 from moma.runs import Tokenizers
 from moma.tokenizers.folder import complete, make_codec, make_text_tokenizer
-from moma.tokenizers.image.codec import CodecConfig
+from moma.tokenizers.image.codec import CODEC_FILES, CodecConfig
 from moma.tokenizers.image.train import CodecTrainingConfig
 from moma.tokenizers.text import TextTokenizerConfig
 from moma.vocabulary import Vocabulary
@@ -85,7 +85,7 @@ def _texts(
 
 def encoders_of(folder: Tokenizers) -> Encoders:
     """Digests of a folder's tokenizer and codec."""
-    weights = [folder.codec / "config.json", *sorted(folder.codec.glob("*.safetensors"))]
+    weights = [folder.codec / name for name in CODEC_FILES]
     return Encoders(
         tokenizer=_digest([folder.text]),
         codec=_digest(weights) if folder.codec.exists() else "",

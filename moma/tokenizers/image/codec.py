@@ -19,7 +19,7 @@ from typing import Any, Self, cast
 
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -40,6 +40,8 @@ _DISTANCES_AT_ONCE = 2**29
 _NUMBERS_AT_ONCE_ON_CPU = 2**21
 _DISTANCES_AT_ONCE_ON_CPU = 2**22
 _WEIGHTS_FILE = "model.safetensors"
+# The files that make up a codec; others in its folder are not read.
+CODEC_FILES = (_CONFIG_FILE, _WEIGHTS_FILE)
 
 
 class CodecConfig(Config):
@@ -70,7 +72,7 @@ class CodecConfig(Config):
 
     image_size: int = Field(default=512, ge=1)
     patch: int = Field(default=1, ge=1)
-    block_channels: tuple[int, ...] = Field(default=(128, 128, 256, 256, 512), min_length=1)
+    block_channels: tuple[PositiveInt, ...] = Field(default=(128, 128, 256, 256, 512), min_length=1)
     layers_per_block: int = Field(default=2, ge=1)
     latent_channels: int = Field(default=256, ge=1)
     code_channels: int = Field(default=256, ge=1)

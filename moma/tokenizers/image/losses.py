@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.errors import UserError
 from moma.recipe import Config, RequiredPath
+from moma.runtime.weights import first_line, read_tensors
 
 # Mean and deviation of the images that VGG-16 was trained on, for colours from 0 to 1.
 _VGG_MEAN, _VGG_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,7 +31,7 @@ class PerceptualConfig(Config):
 
     Attributes:
         weights: file with VGG-16's weights under torchvision's names (`features.0.weight`, …), as
-            safetensors or as saved by `torch.save`; without it there is no such loss.
+            safetensors or as saved by `torch.save`; without it there is no perceptual loss.
         weight: of the loss.
     """
 
@@ -40,16 +40,16 @@ class PerceptualConfig(Config):
 
 
 class AdversarialConfig(Config):
-    """A discriminator of patches that the codec learns to deceive.
+    """A patch discriminator and its loss.
 
     Attributes:
         weight: of the loss; 0 trains without a discriminator.
-        start_step: the step from which it takes part, counted from 0.
+        start_step: first step with the adversarial loss, counted from 0.
         adaptive: whether the weight is also scaled so that at the decoder's last layer the
             adversarial gradient is as large as the reconstruction's (VQGAN Eq. 7).
         width: channels of the discriminator's first layer; each further layer has twice as many,
             up to eight times.
-        layers: layers that halve the sides.
+        layers: number of layers with stride 2.
         learning_rate: of the discriminator.
     """
 
@@ -96,22 +96,17 @@ class PerceptualLoss(nn.Module):
         """
         loss = cls()
         try:
-            if file.suffix == ".safetensors":
-                weights = load_file(file)
-            else:
-                weights = torch.load(file, map_location="cpu", weights_only=True)
-            wanted = {name: weights[name] for name in loss.state_dict()}
-            loss.load_state_dict(wanted)
-        # Readers of damaged files raise nearly anything.
-        except Exception as error:
+            weights = read_tensors(file, loss.state_dict().keys().__contains__)
+            loss.load_state_dict(weights)
+        except (UserError, RuntimeError) as error:
             raise UserError(
-                f"{file}: not the weights of VGG-16 under torchvision's names ({error}); correct "
-                "codec_training.perceptual.weights or leave it out"
+                f"{file}: not the weights of VGG-16 under torchvision's names "
+                f"({first_line(error)}); correct codec_training.perceptual.weights or leave it out"
             ) from error
         return loss
 
     def forward(self, reconstructions_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
-        """Mean over places and images of the squared distances, summed over stages; a scalar.
+        """Mean over positions and images of the squared distances, summed over stages; a scalar.
 
         Args:
             reconstructions_B3HW, images_B3HW: in [−1, 1], sides of at least 16.
@@ -140,7 +135,7 @@ class Adversary:
         """Build it.
 
         Raises:
-            UserError: the images are too small for so many layers.
+            UserError: the images are too small for the number of layers.
         """
         if image_size // 2**config.layers < 4:
             raise UserError(
@@ -156,7 +151,7 @@ class Adversary:
     def loss(
         self, reconstructions_B3HW: Tensor, reconstruction: Tensor, last_layer: Tensor
     ) -> Tensor:
-        """The weighted loss of a codec whose drawings are told from images, a scalar.
+        """The weighted generator loss, a scalar.
 
         Args:
             reconstructions_B3HW: reconstructions.
@@ -179,8 +174,8 @@ class Adversary:
     def learn(self, reconstructions_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
         """One step of the discriminator with the hinge loss, which is returned."""
         real = self.discriminator(images_B3HW).float()
-        false = self.discriminator(reconstructions_B3HW.detach()).float()
-        loss = (functional.relu(1 - real).mean() + functional.relu(1 + false).mean()) / 2
+        fake = self.discriminator(reconstructions_B3HW.detach()).float()
+        loss = (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()) / 2
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -188,7 +183,7 @@ class Adversary:
 
 
 def _discriminator(config: AdversarialConfig) -> nn.Sequential:
-    """Convolutions that score overlapping patches: high for images, low for drawings."""
+    """Convolutions that score overlapping patches: high for images, low for reconstructions."""
     layers: list[nn.Module] = [nn.Conv2d(3, config.width, 4, 2, 1), nn.LeakyReLU(0.2)]
     before = config.width
     for number in range(1, config.layers + 1):

@@ -22,8 +22,10 @@ from torch.nn import functional
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from moma.errors import UserError
+from moma.errors import StoppedError, UserError
 from moma.recipe import Config
+from moma.runtime.interrupt import interruption
+from moma.runtime.world import World
 from moma.tokenizers.image.batches import (
     first_images,
     order_of_batches,
@@ -147,24 +149,36 @@ def train_codec(
 
     Raises:
         UserError: no images, no decoder, or the saved state belongs to another configuration.
+        StoppedError: SIGINT or SIGTERM arrived, and the state after the current step was saved.
     """
     if not len(images):
         raise UserError("codec training: there are no images")
     if not codec_config.decoder:
         raise UserError("codec.decoder = false: a codec without a decoder cannot be trained")
     config = training_config
-    with torch.random.fork_rng(_cuda_devices(device)):
+    with (
+        interruption(World(torch.device(device))) as stop_request,
+        torch.random.fork_rng(_cuda_devices(device)),
+    ):
         torch.manual_seed(seed)
         training = _Training(codec_config, config, device)
         identity = _identity(codec_config, config, seed, len(images))
         start = restore_state(folder / STATE_FILE, training.parts, identity) if folder else 0
+        if folder:
+            stop_request.install_handlers()
         for done, report in _steps(training, images, start, seed):
             if progress and config.is_due(config.log_every, done):
                 progress(report())
             if log:
                 _log(log, training, done, report)
-            if folder and config.is_due(config.save_every, done):
+            signal = stop_request.poll()
+            if folder and (signal or config.is_due(config.save_every, done)):
                 save_state(folder / STATE_FILE, training.parts, identity, done)
+            if signal and done < config.steps:
+                raise StoppedError(
+                    f"{folder}: codec training stopped by {signal} after step {done}, which is "
+                    "saved; the same command continues from there"
+                )
     return training.result
 
 

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from moma.errors import UserError
 from moma.recipe import check
 from moma.tokenizers.image import codec as image
-from moma.tokenizers.image.codec import CodecConfig, ImageCodec, preprocess, to_pil
+from moma.tokenizers.image.codec import CODEC_FILES, CodecConfig, ImageCodec, preprocess, to_pil
 
 SMALL = CodecConfig(
     image_size=16,
@@ -206,6 +207,8 @@ def test_wrong_shapes_and_codes_are_errors(codec, images_B3HW):
 def test_a_shape_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match="no multiple of 8"):
         check(CodecConfig, {"image_size": 20, "patch": 8, "block_channels": [32]}, "recipe")
+    with pytest.raises(UserError, match="block_channels"):
+        check(CodecConfig, {"block_channels": [0]}, "recipe")
     with pytest.raises(UserError, match="norm_groups"):
         check(CodecConfig, {"block_channels": [48], "norm_groups": 32}, "recipe")
 
@@ -258,3 +261,11 @@ def test_another_configuration_than_the_weights_is_told_in_a_line(tmp_path):
     with pytest.raises(UserError, match=r"weights and config\.json differ") as caught:
         ImageCodec.load(tmp_path)
     assert len(str(caught.value)) < 300 + len(str(tmp_path)) and "\n" not in str(caught.value)
+
+
+def test_a_stray_file_in_the_codec_folder_is_not_part_of_the_codec(tmp_path):
+    codec = ImageCodec(SMALL)
+    codec.save(tmp_path)
+    save_file({"quant_conv.bias": torch.zeros(8)}, tmp_path / "a_stray.safetensors")
+    assert sorted(CODEC_FILES) == ["config.json", "model.safetensors"]
+    assert torch.equal(ImageCodec.load(tmp_path).codebook, codec.codebook)

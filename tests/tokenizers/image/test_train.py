@@ -1,4 +1,6 @@
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -6,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from moma.data.encode.prepare import encode_images
-from moma.errors import UserError
+from moma.errors import StoppedError, UserError
 from moma.tokenizers.image import train as image_training
 from moma.tokenizers.image.batches import order_of_batches
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec, to_pil
@@ -110,6 +112,24 @@ def test_interrupted_training_ends_like_uninterrupted_training(images, tmp_path,
     assert same(resumed, train_codec(SHAPE, config, images))
     finished = train_codec(SHAPE, config, images, folder=tmp_path)
     assert same(resumed, finished)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_finished_step_and_training_resumes(images, tmp_path, number, request):
+    handler = signal.getsignal(signal.SIGTERM)  # ignored after the stop, for launchers
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, handler))
+
+    def stop(report: CodecProgress) -> None:
+        if report.step == 7:
+            os.kill(os.getpid(), number)
+
+    config = TRAINING.model_copy(update={"save_every": 12, "log_every": 1})
+    with pytest.raises(StoppedError, match=rf"{number.name} after step 7, which is saved"):
+        train_codec(SHAPE, config, images, folder=tmp_path, progress=stop)
+    reports: list[CodecProgress] = []
+    resumed = train_codec(SHAPE, config, images, folder=tmp_path, progress=reports.append)
+    assert reports[0].step == 8
+    assert same(resumed, train_codec(SHAPE, config, images))
 
 
 # Before the discriminator takes part, and after.
