@@ -53,11 +53,11 @@ def train_text(
     if is_made(folder.text, folder, sections.codec):
         print(f"{folder.text}: exists already; the folder is complete now")
         return
-    corpus = Corpus(sources, held_out, config.max_documents)
+    corpus = Corpus(sources, held_out, config.max_documents, max_rejected)
 
     def texts() -> Iterator[str]:
         yield from corpus.texts()
-        corpus.check(max_rejected)  # before anything is written
+        corpus.require_documents()  # before anything is written
 
     made = make_text_tokenizer(config, sections.codec, texts(), folder)
     _report_rejected(corpus)
@@ -94,19 +94,18 @@ def train_image(
 
 def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
     """Train the codec on the images of a recipe, and report which images were left out."""
-    from moma.data.encode.corpus import Corpus, ReadableImages
+    from moma.data.encode.corpus import Corpus, ReadableImages, require_training_images
     from moma.runtime.world import local_device
     from moma.tokenizers.folder import make_codec
 
     data, training, size = recipe.data, recipe.codec_training, recipe.codec.image_size
     if training.perceptual.weights is None:
         notice("no perceptual loss; codec_training.perceptual.weights names VGG-16's weights")
-    corpus = Corpus(data.sources, data.held_out, training.max_documents)
+    corpus = Corpus(data.sources, data.held_out, training.max_documents, data.max_rejected)
     seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
     # The error is measured on some of these: on training images if none can be read.
-    unseen = ReadableImages(corpus.images(held_out=True), size, most_unreadable=1)
-    if corpus.documents:  # without any, the message is that there are no images
-        corpus.check(data.max_rejected)
+    unseen = ReadableImages(corpus.images(held_out=True), size, max_unreadable=1)
+    require_training_images(seen.images, unseen.images, "add a source of images")
     _report_rejected(corpus)
     measured = unseen if unseen.has_readable else ()
     make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
@@ -231,5 +230,5 @@ def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
 
 def _report_rejected(corpus: "Corpus") -> None:
     if corpus.first_rejected is not None:
-        first = corpus.first_rejected.told
-        notice(f"{corpus.rejected} rows were left out; the first: {first}")
+        first = corpus.first_rejected.message
+        notice(f"{corpus.rejected_count} documents were left out; the first: {first}")

@@ -1,23 +1,26 @@
 """What every source yields: documents, each an ordered list of text and images.
 
-A source is a configuration (a `Config` with a `kind`) whose `documents()` yields `Document`s in a
-fixed order. Images are read when they are needed, so that a source of millions of rows costs no
-memory.
+A source is a configuration (a `SourceConfig` with a `kind`) whose `documents()` yields documents
+in a fixed order. Images are read when they are needed, so that a source of millions of documents
+takes no memory.
 """
 
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from moma.errors import UserError
-from moma.hashes import unit_hashes
+from moma.errors import UserError, shorten
 from moma.recipe import Config
+
+# Characters of a rejected row's location and reason; either may quote what it found.
+_MAX_LOCATION, _MAX_REASON = 300, 1000
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class ImageRef:
     Attributes:
         name: where it comes from, for messages: a path and row, or a description.
         read: returns the decoded image; raises `UserError` if it cannot be read.
-        file: what it reads, where the image has a file of its own.
+        file: path of the image file, if the image has a file of its own.
     """
 
     name: str
@@ -35,7 +38,7 @@ class ImageRef:
     file: Path | None = None
 
     def missing(self) -> str | None:
-        """Why it cannot be read, if it has a file of its own that is not there; else None."""
+        """Return why the image cannot be read if its own file does not exist, else None."""
         if self.file is None or os.path.exists(self.file):
             return None
         try:
@@ -53,13 +56,12 @@ class Document:
     """Interleaved text and images, in reading order.
 
     Attributes:
-        name: stable identity of the document inside its source.
+        name: stable name of the document within its source.
         segments: text (`str`) and images, in order.
-        held_out: whether the source itself keeps it from training; None leaves that to a hash
-            of the name.
-        row: where it stands in the source, for messages: `captions.jsonl, row 12`.
-        held_out_with: documents that share it are held out together or not at all; left empty,
-            the name.
+        held_out: whether the source itself holds it out; None leaves that to a hash of the name.
+        row: location in the source, for messages: `captions.jsonl, row 12`.
+        held_out_with: documents with the same value are held out together or not at all; the name
+            if empty.
     """
 
     name: str
@@ -71,19 +73,23 @@ class Document:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A row that cannot be a document.
+    """A document that cannot be used. Both texts are shortened to a bounded length.
 
     Attributes:
-        row: where it stands in the source: `captions.jsonl, row 12`.
+        row: location in the source: `captions.jsonl, row 12`.
         reason: what is wrong and what to do.
     """
 
     row: str
     reason: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "row", shorten(self.row, _MAX_LOCATION))
+        object.__setattr__(self, "reason", shorten(self.reason, _MAX_REASON))
+
     @property
-    def told(self) -> str:
-        """Row and reason, for a message."""
+    def message(self) -> str:
+        """Location and reason."""
         return self.reason if self.row in self.reason else f"{self.row}: {self.reason}"
 
 
@@ -92,15 +98,15 @@ SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class SourceConfig(Config):
-    """What every source's section of a recipe may say; the base class of every kind of source.
+    """Base class of every kind of source; a source is a section of a recipe.
 
     Attributes:
-        kind: which kind it is; a subclass gives it a `Literal` and a default.
-        name: of its shards, and in messages.
-        weight: how often its documents are drawn, relative to the other sources.
-        max_images: most images of a document; one with more goes on as further documents, so
-            that nothing is lost. Left out, any number.
-        held_out: share of the documents kept from training; left out, the recipe's.
+        kind: kind of the source; a subclass gives it a `Literal` type and a default.
+        name: name of the source's shards and of the source in messages.
+        weight: how often its documents are sampled, relative to the other sources.
+        max_images: maximum images of a document; one with more is split into several documents,
+            so that nothing is lost. Unlimited by default.
+        held_out: fraction of the documents held out from training; the recipe's by default.
     """
 
     kind: str = ""
@@ -119,11 +125,11 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the source: of its shards, and in messages."""
+        """Name of the source's shards and of the source in messages."""
         ...
 
     def documents(self) -> Iterator[Document | Rejected]:
-        """Yield every row, in a fixed order: as a document, or as rejected with the reason.
+        """Yield every document in a fixed order, those that cannot be used as `Rejected`.
 
         Raises:
             UserError: the source as a whole cannot be read.
@@ -131,19 +137,37 @@ class Source(Protocol):
         ...
 
 
-def held_out_share(source: Source | SourceConfig, default: float) -> float:
-    """The share of a source's documents that is kept from training.
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A source that detects changes of the files it reads."""
+
+    def fingerprint(self) -> str:
+        """Return a value that changes when the files do."""
+        ...
+
+
+def source_fingerprint(source: Source, held_out: float) -> str:
+    """Return a value that changes with a source's configuration and files.
 
     Args:
-        source: one that says so itself, or does not.
-        default: the recipe's share, for a source that does not.
+        source: the source.
+        held_out: `held_out_share` of the source.
     """
+    # The sampling weight does not change the documents.
+    config = source.model_dump_json(exclude={"weight"}) if isinstance(source, Config) else ""
+    files = source.fingerprint() if isinstance(source, Fingerprinted) else ""
+    parts = (source.name, config, files, str(held_out))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def held_out_share(source: Source | SourceConfig, default: float) -> float:
+    """Return the fraction of a source's documents that is held out: its own, or the default."""
     own = source.held_out if isinstance(source, SourceConfig) else None
     return default if own is None else own
 
 
 def is_held_out(document: Document, share: float) -> bool:
-    """Whether a document is kept from training: as its source says, else by a hash of its name.
+    """Return whether a document is held out: as its source decides, else by a hash of its name.
 
     Args:
         document: the document.
@@ -153,11 +177,23 @@ def is_held_out(document: Document, share: float) -> bool:
 
 
 def which_held_out(documents: Sequence[Document], share: float) -> np.ndarray:
-    """`is_held_out` of each document, bool of shape [documents]; in less time than one by one."""
-    chosen = (
+    """Return `is_held_out` of each document, bool of shape [documents]; faster than one by one."""
+    held_out = (
         unit_hashes([f"held out: {one.held_out_with or one.name}" for one in documents]) < share
     )
-    for number, document in enumerate(documents):
+    for index, document in enumerate(documents):
         if document.held_out is not None:
-            chosen[number] = document.held_out
-    return chosen
+            held_out[index] = document.held_out
+    return held_out
+
+
+def unit_hash(text: str) -> float:
+    """Return a number in [0, 1) that depends on `text` only: splits by it are stable."""
+    return float(unit_hashes([text])[0])
+
+
+def unit_hashes(texts: Iterable[str]) -> np.ndarray:
+    """Return the `unit_hash` of each text, float64 of shape [texts]; faster than one by one."""
+    hashes = b"".join([hashlib.sha256(text.encode()).digest() for text in texts])
+    # The first 7 of the 32 bytes of each hash.
+    return (np.frombuffer(hashes, ">u8")[::4] >> 8) / 2**56

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma.data.shards import SPLITS, Encoders, Shard, Shards, open_shards
+from moma.data.outputs import mark_output
+from moma.data.provenance import read_provenance
+from moma.data.shards import SPLITS, Shard, Shards, open_shards
 from moma.errors import UserError
 from moma.recipe import recipe_value
 from moma.runs import Tokenizers
@@ -49,7 +51,7 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
         "lengths": _classes(lengths),
         "sources": sources,
     }
-    out.mkdir(parents=True, exist_ok=True)
+    mark_output(out)
     figure = out / "lengths.png"
     _draw({name: one["lengths"] for name, one in sources.items()}, figure)
     return {**result, "figure": str(figure)}
@@ -98,7 +100,7 @@ def decode_document(
             number = sum(segment["type"] == "image" for segment in segments) + 1
             path = out / f"{name}-{split}-{row}-{number}.png"
             codes_L = torch.from_numpy(vocabulary.code_of_id[part[1:-1]])
-            path.parent.mkdir(parents=True, exist_ok=True)
+            mark_output(out)
             to_pil(codec.decode(codes_L[None])[0]).save(path)
             segments.append({"type": "image", "image": str(path)})
         else:
@@ -150,7 +152,8 @@ def _open(folder: Path, source: str | None, vocabulary: Vocabulary) -> dict[str,
     if source is not None and source not in names:
         raise UserError(f"--source {source}: {folder} has {', '.join(names)}")
     chosen = names if source is None else [source]
-    encoders = Encoders.load(folder)
+    provenance = read_provenance(folder)
+    encoders = provenance.encoders if provenance else None
     return {name: open_shards(folder / "shards" / name, vocabulary, encoders) for name in chosen}
 
 

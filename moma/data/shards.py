@@ -1,12 +1,12 @@
 """Encoded shards on disk: what a source's folder holds, and how it is opened.
 
-    shards/SOURCE/   shard.json       what is there, and what it was made from
+    shards/SOURCE/   shard.json       counts, and what the shards were made from
                      vocabulary.json  the ids
-                     rejected.jsonl   rows that were set aside
+                     rejected.jsonl   documents that were rejected, with the reasons
                      train-00000.arrow, held_out-00000.arrow, …
 
-A row of an Arrow file is a document: `ids`, `images`, `name`. The files are memory-mapped. How
-they come to be there whole or not at all is told in `parts.py`.
+A row of an Arrow file is a document: `ids`, `images`, `name`. The files are memory-mapped.
+`encode/parts.py` writes them.
 """
 
 import json
@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ValidationError
 
+from moma.data.provenance import Encoders
 from moma.errors import UserError
-from moma.files import atomic_write
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
@@ -31,23 +31,21 @@ SPLITS = ("train", "held_out")
 INFO_FILE = "shard.json"
 VOCABULARY_FILE = "vocabulary.json"
 REJECTED_FILE = "rejected.jsonl"
-# Key of the Arrow schema's metadata that says what a file was made with.
+# Key of the Arrow schema's metadata with the origin of a file.
 METADATA_KEY = b"moma"
-
-_ENCODERS_FILE = "encoders.json"
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 class Counts(Config):
-    """How much a split holds: documents, and their tokens and images."""
+    """Documents of a split, and their tokens and images."""
 
     documents: int = 0
     tokens: int = 0
     images: int = 0
 
     def plus(self, other: "Counts") -> "Counts":
-        """Both together."""
+        """Return the sum of both."""
         return Counts(
             documents=self.documents + other.documents,
             tokens=self.tokens + other.tokens,
@@ -55,74 +53,38 @@ class Counts(Config):
         )
 
 
-class Encoders(Config):
-    """Digests of the tokenizer and the codec, weights included; empty where there is none.
-
-    The vocabulary does not know them: two codecs may share every id and mean other images.
-    """
-
-    tokenizer: str = ""
-    codec: str = ""
-
-    def save(self, folder: Path) -> None:
-        """Write them into a data folder."""
-        atomic_write(folder / _ENCODERS_FILE, self.model_dump_json() + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> "Encoders | None":
-        """Those of a data folder; None where none were saved.
-
-        Raises:
-            UserError: the file is damaged.
-        """
-        file = folder / _ENCODERS_FILE
-        found = read_config(cls, file)
-        if found is None and file.exists():
-            raise UserError(f"{file}: damaged; run `moma prepare` again, which writes it anew")
-        return found
-
-    def differences(self, other: "Encoders") -> str:
-        """What differs, for a message; empty if nothing does."""
-        mine, theirs = self.model_dump(), other.model_dump()
-        return ", ".join(
-            f"{key} ({mine[key] or 'none'} and {theirs[key] or 'none'})"
-            for key in mine
-            if mine[key] != theirs[key]
-        )
-
-
 class Part(Config):
-    """A range of a source's rows that is encoded and on disk.
+    """A range of a source's documents that is encoded and on disk.
 
     Attributes:
-        first, stop: the rows `first` … `stop` − 1, rejected ones among them, counted from 0.
-        counts: what each split holds of them.
-        rejected: how many were rejected.
+        first, stop: the range `first` … `stop` − 1 of documents, rejected ones included, from 0.
+        counts: counts of each split.
+        rejected: number of rejected documents.
     """
 
     first: int
     stop: int
     counts: dict[str, Counts]
-    rejected: int
+    rejected: int = 0
 
 
 class ShardInfo(Config):
-    """What a folder of shards holds, and what it was made from; stored as `shard.json`.
+    """Counts of a source's shards, and what they were made from; stored as `shard.json`.
 
     Attributes:
         source: name of the source.
-        settings: digest of the source's settings and files, and the held-out share.
-        fingerprint: the vocabulary's.
-        encoders: digests of the tokenizer and the codec.
-        counts: what each split holds.
-        rejected: rows that were set aside.
-        parts: the rows of the source, in order; each has a file for every split it has documents
-            of.
+        source_fingerprint: fingerprint of the source's configuration and files.
+        vocabulary_fingerprint: fingerprint of the vocabulary.
+        encoders: fingerprints of the tokenizer and the codec.
+        counts: counts of each split.
+        rejected: number of rejected documents.
+        parts: ranges of the source's documents, in order; each has a file for every split of
+            which it has documents.
     """
 
     source: str
-    settings: str
-    fingerprint: str
+    source_fingerprint: str
+    vocabulary_fingerprint: str
     encoders: Encoders = Encoders()
     counts: dict[str, Counts] = dict.fromkeys(SPLITS, Counts())
     rejected: int = 0
@@ -130,27 +92,27 @@ class ShardInfo(Config):
 
     @property
     def total(self) -> Counts:
-        """All splits together."""
+        """Counts of all splits together."""
         return sum_counts(self.counts.values())
 
     @property
-    def rows(self) -> int:
-        """Rows of the source, rejected ones included."""
+    def documents_read(self) -> int:
+        """Number of documents of the source, rejected ones included."""
         return self.parts[-1].stop if self.parts else 0
 
     def with_parts(self, parts: Sequence[Part]) -> "ShardInfo":
-        """The same source and encoders with these parts."""
+        """Return the same origin with these parts."""
         counts = {split: sum_counts(part.counts[split] for part in parts) for split in SPLITS}
         rejected = sum(part.rejected for part in parts)
         changes = {"counts": counts, "rejected": rejected, "parts": tuple(parts)}
         return self.model_copy(update=changes)
 
     def same_origin(self, other: "ShardInfo") -> bool:
-        """Whether both were made from the same documents with the same encoders."""
+        """Return whether both were made from the same documents with the same encoders."""
         return self.with_parts(()) == other.with_parts(())
 
     def files(self, folder: Path, split: str) -> list[Path]:
-        """The Arrow files of a split, in the order of the documents."""
+        """Return the Arrow files of a split, in the order of the documents."""
         return [
             folder / file_name(split, number)
             for number, part in enumerate(self.parts)
@@ -159,7 +121,7 @@ class ShardInfo(Config):
 
 
 def sum_counts(counts: Iterable[Counts]) -> Counts:
-    """The sum of any number of counts."""
+    """Return the sum of any number of counts."""
     total = Counts()
     for count in counts:
         total = total.plus(count)
@@ -179,12 +141,12 @@ class Shard:
         self.images: np.ndarray = np.concatenate(
             [np.empty(0, np.int32), *(table.column("images").to_numpy() for table in tables)]
         )
-        # Views of the mapped files: a document is a slice, without going through Python lists.
+        # Views of the mapped files: a document is a slice and needs no copy.
         chunks = [chunk for table in tables for chunk in table.column("ids").chunks]
         self._flat = [chunk.values.to_numpy() for chunk in chunks]
-        self._bounds = [chunk.offsets.to_numpy() for chunk in chunks]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
         self._first_row = np.cumsum([0, *(len(chunk) for chunk in chunks)])
-        # What each file says it was made from.
+        # The origin in each file's metadata.
         self.origins: list[dict[str, Any]] = [
             json.loads(table.schema.metadata[METADATA_KEY]) for table in tables
         ]
@@ -193,15 +155,16 @@ class Shard:
         return int(self._first_row[-1])
 
     def ids(self, row: int) -> np.ndarray:
-        """Token ids of a document, unsigned integers of shape [tokens]; a read-only view."""
+        """Return the ids of a document, unsigned integers of shape [tokens]; a read-only view."""
         chunk = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        at = row - self._first_row[chunk]
-        return self._flat[chunk][self._bounds[chunk][at] : self._bounds[chunk][at + 1]]
+        index = row - self._first_row[chunk]
+        begin, end = self._offsets[chunk][index : index + 2]
+        return self._flat[chunk][begin:end]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int32 of shape [documents]."""
-        return np.concatenate([np.empty(0, np.int32), *map(np.diff, self._bounds)])
+        return np.concatenate([np.empty(0, np.int32), *map(np.diff, self._offsets)])
 
     @cached_property
     def dataset(self) -> datasets.Dataset:
@@ -220,7 +183,7 @@ class Shards:
     """The shards of one source.
 
     Attributes:
-        info: what they hold.
+        info: their counts and origin.
         splits: a shard for each name in `SPLITS`.
     """
 
@@ -233,7 +196,7 @@ def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None 
 
     Args:
         folder: the source's folder.
-        vocabulary: the ids that they must have been encoded with.
+        vocabulary: the vocabulary that they must have been encoded with.
         encoders: the tokenizer and codec that they must have been encoded with; None accepts any.
 
     Raises:
@@ -244,11 +207,11 @@ def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None 
     if info is None:
         raise UserError(f"{folder}: no complete shards here; run `moma prepare`")
     again = "run `moma prepare` again or use the tokenizer and codec that it was encoded with"
-    if info.fingerprint != vocabulary.fingerprint:
+    if info.vocabulary_fingerprint != vocabulary.fingerprint:
         theirs = Vocabulary.load(folder / VOCABULARY_FILE)
         raise UserError(
-            f"{folder}: encoded with vocabulary {info.fingerprint}, but {vocabulary.fingerprint} "
-            f"is asked for; they differ in {theirs.differences(vocabulary)}; {again}"
+            f"{folder}: encoded with vocabulary {info.vocabulary_fingerprint}, not "
+            f"{vocabulary.fingerprint}; they differ in {theirs.differences(vocabulary)}; {again}"
         )
     if encoders is not None and info.encoders != encoders:
         raise UserError(
@@ -266,7 +229,7 @@ def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None 
 
 
 def shard_features(vocabulary: Vocabulary) -> datasets.Features:
-    """The columns: ids in the smallest type that holds the vocabulary."""
+    """Return the columns of shards: ids have the smallest type that holds the vocabulary."""
     smallest = np.min_scalar_type(vocabulary.size - 1)
     return datasets.Features(
         {
@@ -278,12 +241,12 @@ def shard_features(vocabulary: Vocabulary) -> datasets.Features:
 
 
 def read_info(folder: Path) -> ShardInfo | None:
-    """What a folder of shards holds; None if it is not whole."""
+    """Return the info of a folder of shards; None if they are incomplete."""
     return read_config(ShardInfo, folder / INFO_FILE)
 
 
 def read_config(schema: type[AnyConfig], path: Path) -> AnyConfig | None:
-    """A configuration stored as JSON; None if the file is missing or holds something else."""
+    """Read a configuration stored as JSON; None if the file is missing or is something else."""
     try:
         return schema.model_validate_json(path.read_text())
     except (OSError, ValidationError):
@@ -291,16 +254,16 @@ def read_config(schema: type[AnyConfig], path: Path) -> AnyConfig | None:
 
 
 def file_name(split: str, part: int) -> str:
-    """Name of the Arrow file of a split and part."""
+    """Return the name of the Arrow file of a split and part."""
     return f"{split}-{part:05}.arrow"
 
 
 def file_origin(info: ShardInfo) -> dict[str, str]:
-    """What the metadata of a source's files says they were made from."""
+    """Return the origin that the metadata of a source's files records."""
     return {
         "source": info.source,
-        "settings": info.settings,
-        "vocabulary": info.fingerprint,
+        "source_fingerprint": info.source_fingerprint,
+        "vocabulary": info.vocabulary_fingerprint,
         **info.encoders.model_dump(),
     }
 
@@ -311,7 +274,7 @@ def _open_table(path: Path) -> pa.Table:
 
 
 def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> None:
-    """Refuse files that came from elsewhere or lost their end."""
+    """Refuse files of another origin and truncated files."""
     for path, found in zip(info.files(folder, split), shard.origins, strict=True):
         wrong = [
             f"{key} ({found.get(key)} and {value})"

@@ -14,9 +14,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from moma.data.documents import Document, SourceConfig, SourceName
+from moma.data.documents import Document, SourceConfig, SourceName, unit_hash
 from moma.errors import UserError
-from moma.hashes import unit_hash
 
 # Editorial notes: "[Obs.]", the torn "1913 Webster]", footnote marks such as "{1}".
 _NOTE = re.compile(r"\s*(\[[^\]]*\]|\d{4} Webster\]|\{\d+\})")

@@ -17,11 +17,10 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
-from moma.data.documents import Document, ImageRef, Segment, SourceConfig
+from moma.data.documents import Document, ImageRef, Segment, SourceConfig, unit_hash
 from moma.demo.dictionary import definitions
 from moma.demo.drawings import STYLES, drawings, render
 from moma.errors import UserError
-from moma.hashes import unit_hash
 from moma.recipe import Seed
 
 RELATIONS = ("left of", "right of", "above", "below")

@@ -132,10 +132,10 @@ def test_settings_that_were_refused_can_be_mended(tmp_path):
 
 
 def test_other_settings_do_not_mix_with_prepared_data(trained):
-    before = (trained / "data" / "prepared_with.json").read_text()
+    before = (trained / "data" / "provenance.json").read_text()
     message = refuses("prepare", trained / "recipe.toml", "codec.codebook_size=32")
     assert f"{trained}/data" in message and "data.path=" in message
-    assert (trained / "data" / "prepared_with.json").read_text() == before
+    assert (trained / "data" / "provenance.json").read_text() == before
 
 
 def test_a_loaded_codec_brings_its_own_size(trained, tmp_path):

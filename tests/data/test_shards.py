@@ -8,7 +8,8 @@ import pytest
 
 from moma.data.documents import Document
 from moma.data.encode.source import encode_source
-from moma.data.shards import Encoders, open_shards
+from moma.data.provenance import Encoders
+from moma.data.shards import open_shards
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
@@ -116,17 +117,3 @@ def test_damaged_shards_are_refused(folder, spoil):
     spoil(folder / "train-00000.arrow")
     with pytest.raises(UserError, match=r"damaged.*run `moma prepare`"):
         open_shards(folder, VOCABULARY)
-
-
-def test_encoders_are_found_beside_the_data(tmp_path):
-    assert Encoders.load(tmp_path) is None
-    ENCODERS.save(tmp_path)
-    assert Encoders.load(tmp_path) == ENCODERS
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"tokenizer": 3}'])
-def test_damaged_encoders_are_refused(tmp_path, text):
-    assert Encoders.load(tmp_path) is None
-    (tmp_path / "encoders.json").write_text(text)
-    with pytest.raises(UserError, match=r"encoders\.json: damaged; run `moma prepare` again"):
-        Encoders.load(tmp_path)

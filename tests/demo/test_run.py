@@ -71,8 +71,10 @@ def test_the_whole_way_and_again(tmp_path):
 def test_another_demo_in_the_same_folder_is_refused(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "tokenizer.json").write_text("{}")
-    (tmp_path / "data" / "prepared_with.json").write_text('{"seed": 5}')
-    with pytest.raises(UserError, match="prepared with other"):
+    (tmp_path / "data" / "provenance.json").write_text(
+        '{"kind": "moma data", "tokenizers": {"seed": 5}}'
+    )
+    with pytest.raises(UserError, match="made with another"):
         run_demo(tmp_path, SMALL, quiet=True)
 
 

@@ -22,7 +22,8 @@ from moma.data.batches.budget import Budget, ImageDocuments, check_documents, ch
 from moma.data.batches.mixing import DocumentStream, Pool, reshard_stream
 from moma.data.batches.packing import Batch, Packer
 from moma.data.config import DataConfig
-from moma.data.shards import Encoders, Shard, Shards, open_shards
+from moma.data.provenance import read_provenance
+from moma.data.shards import Shard, Shards, open_shards
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
@@ -256,7 +257,8 @@ def _unused_images(shards: Mapping[str, Shard]) -> list[str]:
 
 
 def _open(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Shards]:
-    encoders = Encoders.load(config.path)
+    provenance = read_provenance(config.path)
+    encoders = provenance.encoders if provenance else None
     return {
         source.name: open_shards(config.folder(source.name), vocabulary, encoders)
         for source in config.sources

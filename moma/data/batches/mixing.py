@@ -22,7 +22,7 @@ import numpy as np
 from grain.experimental import index_shuffle
 
 from moma.data.batches.packing import EncodedDocument
-from moma.hashes import unit_hash
+from moma.data.documents import unit_hash
 
 # The smallest share of the draws that a pool can have.
 _MIN_SHARE = 1e-5

@@ -1,14 +1,14 @@
-"""What tokenizers learn from: the texts and images of a recipe's sources.
+"""The documents that tokenizers are trained on: texts and images of a recipe's sources.
 
-Nothing is held in memory but the places of images. Streams and compressed tars have no places:
-their images wait, as they are stored, in a temporary file that ends with the process. Rows and
-images that cannot be read are left out and counted.
+Only references to images are held in memory. Images of streams and compressed tar files carry
+their bytes; these wait in a temporary file that ends with the process. Documents and images that
+cannot be read are left out and counted.
 """
 
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from typing import IO
@@ -24,164 +24,205 @@ from moma.data.documents import (
     held_out_share,
     is_held_out,
 )
-from moma.data.encode.chunks import refusal
+from moma.data.encode.chunks import CHUNK_DOCUMENTS, find_problem
 from moma.errors import UserError
 from moma.tokenizers.image.codec import preprocess
 
-# What tells where an image lies is smaller; one that carries its bytes is larger, or small anyway.
-_MOST_BYTES_HELD = 2048
-# A source may be wrong throughout: so many of its rows are named.
-_MOST_NAMED = 1_000
+# A reference to a file is smaller; a larger one carries the image's bytes.
+_MAX_REFERENCE_BYTES = 2048
+# A source may be wrong throughout: the first rejected documents are kept.
+_MAX_REJECTED_KEPT = 1_000
 
 
 class Corpus:
-    """The documents of some sources.
+    """The documents of some sources, read in order; too many rejected ones are an error.
 
     Attributes:
-        documents: how many documents were read.
-        rejected_rows: the rows that could not be documents, or the first of them, if many.
-        rows: how many rows each source has, by its name, if it was read to its end.
+        documents: number of documents that were used.
+        other_documents: number of documents that were read and belong to the other split.
+        rejected: rejected documents of each source, by its name; the first ones, if many.
+        totals: documents of each source, rejected ones included, if it was read to its end.
     """
 
     def __init__(
-        self, sources: Sequence[Source], held_out: float, most: int, with_images: bool = False
+        self,
+        sources: Sequence[Source],
+        held_out: float,
+        max_documents: int,
+        max_rejected: float = 1.0,
+        check_images: bool = False,
+        list_rejected: Callable[[str, list[Rejected]], str] = lambda source, rejected: "",
     ):
-        """Read from the start of each source.
+        """Set up reading; nothing is read yet.
 
         Args:
             sources: where documents come from.
-            held_out: share kept from training, where a source has none of its own.
-            most: documents of each source, from the first on.
-            with_images: whether rows whose images are not there count as rejected; they stay
-                among the documents, as texts and as places of images.
+            held_out: fraction held out, for sources that do not set their own.
+            max_documents: maximum documents of each source, from the first on.
+            max_rejected: maximum fraction of a source's documents that may be rejected.
+            check_images: whether documents with missing image files count as rejected; they are
+                used nevertheless, since the file may exist when it is read.
+            list_rejected: called with a source's name and rejected documents if there are too
+                many; writes them somewhere and returns where, for the message.
         """
-        self._sources, self._held_out, self._most = sources, held_out, most
-        self._with_images = with_images
-        self.documents = 0
+        self._sources, self._held_out, self._max_documents = sources, held_out, max_documents
+        self._max_rejected, self._check_images = max_rejected, check_images
+        self._list_rejected = list_rejected
         self._read: dict[str, int] = {}
-        self._rejected: dict[str, int] = {}
-        self.rejected_rows: list[Rejected] = []
-        self.rows: dict[str, int] = {}
+        self._rejected_counts: dict[str, int] = {}
+        self.documents = self.other_documents = 0
+        self.rejected: dict[str, list[Rejected]] = {}
+        self.totals: dict[str, int] = {}
 
     @property
-    def rejected(self) -> int:
-        """How many of the rows that were read could not be documents."""
-        return sum(self._rejected.values())
+    def rejected_count(self) -> int:
+        """Number of documents that were read and rejected."""
+        return sum(self._rejected_counts.values())
 
     @property
     def first_rejected(self) -> Rejected | None:
-        """The first row that could not be a document."""
-        return next(iter(self.rejected_rows), None)
+        """The first rejected document."""
+        return next((row for rows in self.rejected.values() for row in rows), None)
 
-    @property
-    def read(self) -> int:
-        """How many rows were read."""
-        return sum(self._read.values())
-
-    def check(self, most_rejected: float) -> None:
-        """Refuse what was read.
-
-        Args:
-            most_rejected: share of a source's rows that may be rejected.
+    def require_documents(self) -> None:
+        """Check that there was something to train on.
 
         Raises:
-            UserError: there was no document, or too many rows of a source could not be one.
+            UserError: there was no document, or all of them belong to the other split.
         """
-        if not self.documents:
-            raise UserError(f"there is no document to learn from{self._told}; check the sources")
-        self.check_rejected(most_rejected)
-
-    def check_rejected(self, most_rejected: float, others: str = "") -> None:
-        """Refuse sources of which too many rows were rejected.
-
-        Args:
-            most_rejected: share of a source's rows that may be rejected.
-            others: where the message sends for rows beside the first.
-
-        Raises:
-            UserError: there is such a source.
-        """
-        for name, rejected in self._rejected.items():
-            if rejected > most_rejected * self._read[name]:
-                raise UserError(
-                    f"source '{name}': {rejected} of {self._read[name]} rows were rejected, more "
-                    f"than data.max_rejected = {most_rejected:g} allows{self._told}{others}; or "
-                    "raise data.max_rejected"
-                )
-
-    @property
-    def _told(self) -> str:
-        return f"; the first: {self.first_rejected.told}" if self.first_rejected else ""
+        if self.documents:
+            return
+        if self.other_documents:
+            raise UserError(
+                f"all {self.other_documents:,} documents are held out, so nothing is left for "
+                "training; lower data.held_out, or the held_out of a source"
+            )
+        first = f"; the first: {self.first_rejected.message}" if self.first_rejected else ""
+        raise UserError(f"there is no document to train on{first}; check the sources")
 
     def texts(self) -> Iterator[str]:
-        """The texts of the documents that are for training."""
-        for document in self._chosen(held_out=False):
+        """Yield the texts of the training documents.
+
+        Raises:
+            UserError: too many documents of a source were rejected.
+        """
+        for document in self._select(held_out=False):
             yield from (segment for segment in document.segments if isinstance(segment, str))
 
     def images(self, held_out: bool) -> list[ImageRef]:
-        """The images of the documents that are for training, or of those held out."""
-        waiting = _WaitingImages()
+        """Return the images of the training documents or of the held-out ones.
+
+        Raises:
+            UserError: too many documents of a source were rejected.
+        """
+        waiting = _ImageStore()
         return [
-            waiting.put_aside(segment)
-            for document in self._chosen(held_out)
+            waiting.store(segment)
+            for document in self._select(held_out)
             for segment in document.segments
             if isinstance(segment, ImageRef)
         ]
 
-    def _chosen(self, held_out: bool) -> Iterator[Document]:
+    def _select(self, held_out: bool) -> Iterator[Document]:
         for source in self._sources:
             share = held_out_share(source, self._held_out)
-            documents = (
+            selected = (
                 document
-                for document in self._readable(source)
-                if is_held_out(document, share) == held_out
+                for document in self._usable(source)
+                if self._belongs(is_held_out(document, share) == held_out)
             )
-            for document in islice(documents, self._most):
+            for document in islice(selected, self._max_documents):
                 self.documents += 1
                 yield document
+            # A few rejected documents among the first ones need not be too many of all.
+            if source.name in self.totals or self._read.get(source.name, 0) >= CHUNK_DOCUMENTS:
+                self._check_rejected(source.name)
 
-    def _readable(self, source: Source) -> Iterator[Document]:
-        """The documents of a source that tokenizer and codec can hold."""
+    def _belongs(self, selected: bool) -> bool:
+        self.other_documents += not selected
+        return selected
+
+    def _usable(self, source: Source) -> Iterator[Document]:
+        """Yield the documents of a source that tokenizer and codec can encode."""
         number = rejected = 0
         for number, row in enumerate(source.documents(), 1):
             self._read[source.name] = max(number, self._read.get(source.name, 0))
             if isinstance(row, Document):
-                refused = refusal(row)
-                if refused is None:
+                problem = find_problem(row)
+                if problem is None:
                     yield row
-                reason = refused or (_missing_image(row) if self._with_images else None)
+                reason = problem or (_missing_image(row) if self._check_images else None)
                 if reason is None:
                     continue
                 row = Rejected(row.row or row.name, reason)
             rejected += 1
-            if rejected > self._rejected.get(source.name, 0):  # not read before
-                self._rejected[source.name] = rejected
-                self.rejected_rows += [row][: _MOST_NAMED - len(self.rejected_rows)]
-        self.rows[source.name] = number
+            if rejected > self._rejected_counts.get(source.name, 0):  # not counted before
+                self._rejected_counts[source.name] = rejected
+                if rejected <= _MAX_REJECTED_KEPT:
+                    self.rejected.setdefault(source.name, []).append(row)
+        self.totals[source.name] = number
+
+    def _check_rejected(self, name: str) -> None:
+        count, read = self._rejected_counts.get(name, 0), self._read.get(name, 0)
+        if count <= self._max_rejected * read:
+            return
+        rows = self.rejected[name]
+        place = self._list_rejected(name, rows)
+        which = "all" if len(rows) == count else f"the first {len(rows):,}"
+        listed = f" ({place} lists {which})" if place else ""
+        raise UserError(
+            f"source '{name}': {count} of {read} documents were rejected, more than "
+            f"data.max_rejected = {self._max_rejected:g} allows; the first: "
+            f"{rows[0].message}{listed}; or raise data.max_rejected"
+        )
+
+
+def require_training_images(
+    training: Sequence[ImageRef], held_out: Sequence[ImageRef], remedy: str
+) -> None:
+    """Check that there are images to train a codec on.
+
+    Args:
+        training, held_out: images of the training documents and of the held-out ones.
+        remedy: what to do if there is no image at all, for the message.
+
+    Raises:
+        UserError: there are none, or all of them are held out.
+    """
+    if training:
+        return
+    if held_out:
+        raise UserError(
+            f"all {len(held_out):,} images are in held-out documents, so nothing is left to train "
+            "the codec on; lower data.held_out, or the held_out of a source"
+        )
+    raise UserError(
+        f"the sources have no images, so there is nothing to train a codec on; {remedy}"
+    )
 
 
 def _missing_image(document: Document) -> str | None:
-    """Why a document cannot be used, as far as that is known without reading its images."""
+    """Return why a document cannot be used, as far as that is known without reading images."""
     images = (part for part in document.segments if isinstance(part, ImageRef))
-    return next((told for image in images if (told := image.missing())), None)
+    return next((reason for image in images if (reason := image.missing())), None)
 
 
-class _WaitingImages:
-    """Images that carry what they are stored as, on the disk instead of in memory.
+class _ImageStore:
+    """Keeps images that carry their bytes on disk instead of in memory.
 
-    The file has no name, so that nobody else writes what is unpickled here.
+    The file has no name, so that nobody else can write what is unpickled here.
     """
 
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
 
-    def put_aside(self, image: ImageRef) -> ImageRef:
-        """The same image, without its bytes."""
+    def store(self, image: ImageRef) -> ImageRef:
+        """Return the same image without its bytes in memory."""
         try:
             data = pickle.dumps(image.read)
-        except (pickle.PicklingError, AttributeError, TypeError):  # it is made, not stored
+        except (pickle.PicklingError, AttributeError, TypeError):  # computed rather than stored
             return image
-        if len(data) <= _MOST_BYTES_HELD:
+        if len(data) <= _MAX_REFERENCE_BYTES:
             return image
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115
@@ -191,42 +232,42 @@ class _WaitingImages:
             self._file.flush()
         except OSError as error:
             raise UserError(
-                f"{tempfile.gettempdir()}: cannot keep the images that the codec is trained on "
+                f"{tempfile.gettempdir()}: cannot store the images that the codec is trained on "
                 f"({error.strerror}); set TMPDIR to another folder or lower "
                 "codec_training.max_documents"
             ) from error
-        return ImageRef(image.name, partial(_read_again, self._file, begin, len(data)))
+        return ImageRef(image.name, partial(_read_stored, self._file, begin, len(data)))
 
 
-def _read_again(file: IO[bytes], begin: int, size: int) -> Image.Image:
+def _read_stored(file: IO[bytes], begin: int, size: int) -> Image.Image:
     read = pickle.loads(os.pread(file.fileno(), size, begin))
     image: Image.Image = read()
     return image
 
 
 class ReadableImages(Sequence[Tensor]):
-    """Images as the codec takes them, each read when it is asked for: float [3, H, W].
+    """Images preprocessed for the codec, each read when it is accessed: float [3, H, W].
 
-    In the place of an image that cannot be read stands the next one that can.
+    An image that cannot be read is replaced by the next one that can.
 
     Attributes:
-        unreadable: reason of each index that could not be read so far.
+        unreadable: reason for each index that could not be read so far.
     """
 
-    def __init__(self, images: Sequence[ImageRef], size: int, most_unreadable: float = 0.01):
+    def __init__(self, images: Sequence[ImageRef], size: int, max_unreadable: float = 0.01):
         """Read nothing yet.
 
         Args:
-            images: where they are.
-            size: side of an image in pixels.
-            most_unreadable: share of them that may be unreadable.
+            images: the images.
+            size: side of a preprocessed image in pixels.
+            max_unreadable: maximum fraction of them that may be unreadable.
         """
-        self.images, self.size, self.most_unreadable = images, size, most_unreadable
+        self.images, self.size, self.max_unreadable = images, size, max_unreadable
         self.unreadable: dict[int, str] = {}
 
     @property
     def has_readable(self) -> bool:
-        """Whether there is an image that can be read."""
+        """Whether at least one image can be read."""
         try:
             return self[0] is not None
         except (IndexError, UserError):
@@ -236,10 +277,10 @@ class ReadableImages(Sequence[Tensor]):
         return len(self.images)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
-        """The image at `index`, an integer.
+        """Return the image at an integer index.
 
         Raises:
-            UserError: all of the images, or more than `most_unreadable`, cannot be read.
+            UserError: all images, or more than `max_unreadable`, cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -248,14 +289,14 @@ class ReadableImages(Sequence[Tensor]):
                 try:
                     return preprocess(self.images[index].read(), self.size)
                 except UserError as error:
-                    self._set_aside(index, error)
+                    self._add_unreadable(index, error)
             index = (index + 1) % len(self)
 
-    def _set_aside(self, index: int, error: UserError) -> None:
+    def _add_unreadable(self, index: int, error: UserError) -> None:
         self.unreadable[index] = str(error)
-        found, most = len(self.unreadable), self.most_unreadable * len(self)
-        if found > most or found == len(self):
+        count, limit = len(self.unreadable), self.max_unreadable * len(self)
+        if count > limit or count == len(self):
             raise UserError(
-                f"{found} of {len(self)} images cannot be read, and {self.most_unreadable:.0%} "
-                f"may be; the last: {error}"
+                f"{count} of {len(self)} images cannot be read, at most "
+                f"{self.max_unreadable:.0%} may be unreadable; the last: {error}"
             ) from error

@@ -1,16 +1,16 @@
-"""Shards in the making: part after part, so that a kill at any moment loses and doubles nothing.
+"""Shards while they are written, part after part, so that a kill at any time loses nothing.
 
-    SOURCE.partial/  making.json, and part after part its files, then `part-00000.json`
+    SOURCE.partial/  origin.json, then for each part its files and `part-00000.json`
                      → shard.json, rejected.jsonl → renamed to SOURCE/
 
-A part is a range of the source's rows. Its files are written under other names, brought to the disk
-(fsync) and renamed; the part counts from the moment its `part-….json` is there. So a process may
-be killed at any moment: the next one finds the parts that count, deletes the rest, and goes on with
-the first row that no part covers.
+A part covers a range of the source's documents. Its files are written under temporary names,
+synced to disk and renamed; the part is committed once its `part-….json` exists. The next process
+keeps the committed parts, deletes the rest, and continues with the first document after them.
 """
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -38,6 +38,7 @@ from moma.data.shards import (
     shard_features,
     sum_counts,
 )
+from moma.errors import UserError
 from moma.files import (
     UNFINISHED,
     add_path_to_errors,
@@ -48,34 +49,45 @@ from moma.files import (
 )
 from moma.vocabulary import Vocabulary
 
-_MAKING_FILE = "making.json"
+_ORIGIN_FILE = "origin.json"
+# Every file that moma writes into the folder of a source.
+_OWN_FILE = re.compile(
+    rf"({'|'.join(map(re.escape, (_ORIGIN_FILE, INFO_FILE, VOCABULARY_FILE, REJECTED_FILE)))}"
+    rf"|part-\d+\.json|rejected-\d+\.jsonl|({'|'.join(SPLITS)})-\d+\.arrow)"
+    rf"({re.escape(UNFINISHED)})?"
+)
 
 
 class PartialShards:
-    """The shards of one source while they are made; resumes what an earlier process left.
+    """The shards of one source while they are written; continues what an earlier process left.
 
     Attributes:
         info: what is on disk so far.
-        folder: where they stand when they are whole.
+        folder: where the finished shards go.
         vocabulary: the ids.
     """
 
     def __init__(self, folder: Path, origin: ShardInfo, vocabulary: Vocabulary) -> None:
-        """Find the parts that count, and delete everything else.
+        """Find the committed parts, and delete everything else.
 
         Args:
-            folder: where the shards stand when they are whole.
-            origin: what is encoded with which settings, without parts; parts of another origin
-                are deleted.
+            folder: where the finished shards go.
+            origin: what the shards are made from, without parts; parts of another origin are
+                deleted.
             vocabulary: the ids.
+
+        Raises:
+            UserError: a folder that would be replaced has files that moma did not write.
         """
         self.folder = folder
         self.path = partial_folder(folder)
         self.vocabulary = vocabulary
-        if read_config(ShardInfo, self.path / _MAKING_FILE) != origin:
+        for replaced in (folder, self.path, _old_folder(folder)):
+            _require_own(replaced)
+        if read_config(ShardInfo, self.path / _ORIGIN_FILE) != origin:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
-            atomic_write(self.path / _MAKING_FILE, origin.model_dump_json() + "\n")
+            atomic_write(self.path / _ORIGIN_FILE, origin.model_dump_json() + "\n")
         self.info = origin
         self._keep(list(self._committed()))
 
@@ -84,16 +96,16 @@ class PartialShards:
         return PartWriter(self.path, self.info, shard_features(self.vocabulary))
 
     def commit(self, part: "PartWriter") -> None:
-        """Put a part on the disk; from here on it counts."""
+        """Commit a part: from now on, a kill does not lose it."""
         self.info = self.info.with_parts([*self.info.parts, part.commit()])
 
     def drop_rejected(self) -> None:
-        """Forget the first part with a rejected row and all that follow."""
+        """Delete the first part with a rejected document and all later ones."""
         rejected = [bool(part.rejected) for part in self.info.parts]
         self._keep(list(self.info.parts[: rejected.index(True)]))
 
     def finish(self) -> ShardInfo:
-        """Give the shards their name; they replace older ones."""
+        """Put the shards in place of older ones."""
         with atomic_open(self.path / REJECTED_FILE) as all_rejected:
             copy_rejected(self.folder, all_rejected)
         self.vocabulary.save(self.path / VOCABULARY_FILE)
@@ -110,11 +122,11 @@ class PartialShards:
     def _keep(self, parts: list[Part]) -> None:
         """Delete everything that does not belong to these first parts."""
         self.info = self.info.with_parts(parts)
-        kept = {_MAKING_FILE}
+        kept = {_ORIGIN_FILE}
         for number in range(len(parts)):
             kept |= {_part_name(number), _rejected_name(number)}
             kept |= {file_name(split, number) for split in SPLITS}
-        # Records first, the last of them before the others: what still counts is whole.
+        # Part records first, the last one before the others: committed parts stay complete.
         order = sorted(
             self.path.iterdir(),
             key=lambda path: (path.name.startswith("part-"), len(path.name), path.name),
@@ -126,13 +138,12 @@ class PartialShards:
 
 
 class PartWriter:
-    """One part while it is written: a file a split, and its rejected rows."""
+    """One part while it is written: a file for each split, and its rejected documents."""
 
     def __init__(self, folder: Path, info: ShardInfo, features: datasets.Features) -> None:
         self._folder, self._number, self._source = folder, len(info.parts), info.source
-        self.part = Part(
-            first=info.rows, stop=info.rows, counts=dict.fromkeys(SPLITS, Counts()), rejected=0
-        )
+        start = info.documents_read
+        self.part = Part(first=start, stop=start, counts=dict.fromkeys(SPLITS, Counts()))
         origin = {**file_origin(info), "part": self._number}
         schema = features.arrow_schema
         metadata = {**(schema.metadata or {}), METADATA_KEY: json.dumps(origin).encode()}
@@ -142,50 +153,46 @@ class PartWriter:
         self._writers: dict[str, pa.RecordBatchStreamWriter] = {}
 
     def close(self) -> None:
-        """Close the files; without `commit`, nothing of them counts."""
+        """Close the files; what was not committed is lost."""
         self._open.close()
 
     @property
     def tokens(self) -> int:
-        """Tokens of all splits."""
+        """Number of tokens, all splits together."""
         return sum_counts(self.part.counts.values()).tokens
 
     @property
-    def rows(self) -> int:
-        """Rows of the source that it covers."""
+    def documents_read(self) -> int:
+        """Number of the source's documents that the part covers, rejected ones included."""
         return self.part.stop - self.part.first
 
     def add(self, tables: dict[str, pa.Table], rejected: Sequence[Rejected]) -> None:
-        """Write the next rows: encoded documents by split, and rejected ones.
+        """Write the next documents: tables of encoded ones by split, and rejected ones.
 
         Raises:
-            OSError: they cannot be written; it names the folder.
+            OSError: they cannot be written; the error has the folder's path.
         """
         with add_path_to_errors(self._folder):
-            self._add(tables, rejected)
-
-    def _add(self, tables: dict[str, pa.Table], rejected: Sequence[Rejected]) -> None:
-        counts = dict(self.part.counts)
-        for split, table in tables.items():
-            if table.num_rows:
-                metadata = self._schema.metadata
-                self._writer(split).write_table(table.replace_schema_metadata(metadata))
-                counts[split] = counts[split].plus(_count(table))
-        if rejected:
-            file = self._file(_rejected_name(self._number))
-            for row in rejected:
-                file.write(rejected_line(self._source, row))
-            file.flush()  # for who reads them before the part ends
-        rows = sum(table.num_rows for table in tables.values()) + len(rejected)
+            counts = dict(self.part.counts)
+            for split, table in tables.items():
+                if table.num_rows:
+                    metadata = self._schema.metadata
+                    self._writer(split).write_table(table.replace_schema_metadata(metadata))
+                    counts[split] = counts[split].plus(_count(table))
+            if rejected:
+                file = self._file(_rejected_name(self._number))
+                file.writelines(rejected_line(self._source, row) for row in rejected)
+                file.flush()  # they may be read before the part ends
+        read = sum(table.num_rows for table in tables.values()) + len(rejected)
         self.part = Part(
             first=self.part.first,
-            stop=self.part.stop + rows,
+            stop=self.part.stop + read,
             counts=counts,
             rejected=self.part.rejected + len(rejected),
         )
 
     def commit(self) -> Part:
-        """Bring the files to the disk, give them their names, and then the part's record."""
+        """Sync the files, rename them, and write the part's record."""
         with add_path_to_errors(self._folder):
             for writer in self._writers.values():
                 writer.close()
@@ -212,22 +219,37 @@ class PartWriter:
 
 
 def complete_shards(folder: Path, origin: ShardInfo) -> ShardInfo | None:
-    """The shards of a source, if they are whole and of this origin; else None."""
+    """Return the shards of a source if they are complete and of this origin, else None."""
     partial = read_info(partial_folder(folder))
     if partial is not None and partial.same_origin(origin):
-        _put_in_place(folder)  # a process was killed just before it did
+        _put_in_place(folder)  # a process was killed just before that
     found = read_info(folder)
     if found is None or not found.same_origin(origin):
         return None
     for leftover in (partial_folder(folder), _old_folder(folder)):
+        _require_own(leftover)
         shutil.rmtree(leftover, ignore_errors=True)
     return found
 
 
+def _require_own(folder: Path) -> None:
+    """Refuse to replace or delete a folder with files that moma did not write."""
+    if not folder.exists():
+        return
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    foreign = next((name for name in names if not _OWN_FILE.fullmatch(name)), None)
+    if foreign is not None:
+        raise UserError(
+            f"{folder}: has to be replaced, but moma did not write '{foreign}' there; move it away"
+        )
+
+
 def _put_in_place(folder: Path) -> None:
-    """Give finished shards their name; any of these steps may be the last, and is done again."""
+    """Rename finished shards to their folder; if killed at any step, it is done again."""
     partial, old = partial_folder(folder), _old_folder(folder)
-    for pattern in ("part-*.json", "rejected-*.jsonl", _MAKING_FILE):
+    for replaced in (folder, old):
+        _require_own(replaced)
+    for pattern in ("part-*.json", "rejected-*.jsonl", _ORIGIN_FILE):
         for path in partial.glob(pattern):
             path.unlink()
     shutil.rmtree(old, ignore_errors=True)
@@ -239,26 +261,27 @@ def _put_in_place(folder: Path) -> None:
 
 
 def copy_rejected(folder: Path, out: BinaryIO) -> None:
-    """Append the rejected rows of a source to a file, those of an unfinished part included."""
+    """Append the rejected documents of a source to a file, an unfinished part's included."""
     for path in _rejected_files(folder):
-        _copy(path, out)
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, out)
 
 
-def rejected_line(source: str, row: Rejected) -> bytes:
-    """A row as `rejected.jsonl` names it."""
-    line = {"source": source, "row": row.row, "reason": row.reason}
-    return json.dumps(line).encode() + b"\n"
+def rejected_line(source: str, rejected: Rejected) -> bytes:
+    """Return a line of `rejected.jsonl`."""
+    values = {"source": source, "row": rejected.row, "reason": rejected.reason}
+    return json.dumps(values).encode() + b"\n"
 
 
-def first_rejected(folder: Path) -> str:
-    """The first rejected row of a source and the reason."""
+def first_rejected(folder: Path) -> Rejected:
+    """Return the first rejected document of a source that has one."""
     with next(path for path in _rejected_files(folder)).open("rb") as file:
-        line = json.loads(file.readline())
-    return Rejected(line["row"], line["reason"]).told
+        values = json.loads(file.readline())
+    return Rejected(values["row"], values["reason"])
 
 
 def partial_folder(folder: Path) -> Path:
-    """Where the shards of a source stand while they are made."""
+    """Return the folder of a source's shards while they are written."""
     return folder.with_name(folder.name + ".partial")
 
 
@@ -272,11 +295,6 @@ def _rejected_files(folder: Path) -> list[Path]:
         return [path for path in [folder / REJECTED_FILE] if path.exists()]
     paths = partial.glob("rejected-*.jsonl*")
     return sorted(paths, key=lambda path: int(path.name.split("-")[1].split(".")[0]))
-
-
-def _copy(path: Path, out: BinaryIO) -> None:
-    with path.open("rb") as file:
-        shutil.copyfileobj(file, out)
 
 
 def _part_name(number: int) -> str:

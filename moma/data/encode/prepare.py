@@ -3,11 +3,12 @@
     sources → texts → BPE ─┐
             → images → codec ─┴→ vocabulary → shards/SOURCE
 
-Each part is written whole or not at all and is not made again, so that an interrupted preparation
-goes on where it was. Documents that cannot be used are set aside in `rejected.jsonl`.
+Each part is written atomically and is not made again, so that an interrupted preparation continues
+where it was. Documents that cannot be used are listed in `rejected.jsonl`.
 """
 
 import os
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ import torch
 from moma.data.batches.budget import Budget
 from moma.data.batches.iterator import warn_unused_images
 from moma.data.config import DataConfig, PrepareConfig
+from moma.data.documents import Source
 from moma.data.encode.parts import copy_rejected
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import Limits, encode_source
-from moma.data.encode.tokenizers import encoders_of, provide_tokenizers
-from moma.data.encode.training_documents import TrainingDocuments
+from moma.data.encode.tokenizers import provide_tokenizers
+from moma.data.provenance import DataFolder
 from moma.data.shards import REJECTED_FILE, ShardInfo, sum_counts
+from moma.errors import UserError, list_names
 from moma.files import atomic_open, lock_folder
 from moma.images import square_pixels
 from moma.progress import ProgressCallback, show_progress
@@ -36,23 +39,25 @@ from moma.tokenizers.text import TextTokenizerConfig, encode_each, load_text_tok
 from moma.vocabulary import Vocabulary
 
 # Seconds to wait for another process that prepares the same folder.
-PATIENCE = 10.0
+LOCK_TIMEOUT = 10.0
+# Seconds to count a source's documents for the progress bar.
+MAX_COUNTING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a data folder holds.
+    """A prepared data folder.
 
     Attributes:
         vocabulary: the ids.
-        sources: what the shards of each source hold.
+        sources: origin and counts of each source's shards.
     """
 
     vocabulary: Vocabulary
     sources: dict[str, ShardInfo]
 
     def summary(self) -> dict[str, Any]:
-        """Documents, tokens, images and rejected rows, in all and of each source, for JSON."""
+        """Count documents, tokens, images and rejected documents, in total and by source."""
         infos = self.sources.values()
         return {
             **sum_counts(info.total for info in infos).model_dump(),
@@ -73,37 +78,30 @@ def prepare(
     quiet: bool = False,
     workers: int | None = None,
 ) -> Prepared:
-    """Make `data.path` ready for training: tokenizer, codec and shards.
+    """Write tokenizer, codec and shards into `data.path`.
 
     Args:
         config: a recipe, or the part of it that is prepared.
         device: where the codec is trained and run.
         quiet: whether to show no progress.
-        workers: most processes that read images; left out, as the processor has cores to spare.
-            It changes nothing of what is written.
+        workers: maximum processes that read images; by default the number of spare cores. It does
+            not change what is written.
 
     Raises:
-        UserError: the recipe's image share is impossible, too many rows of a source cannot be
-            used, the folder was prepared with other settings, or another process is at work there.
+        UserError: the recipe's image share is impossible, too many documents of a source cannot
+            be used, nothing is left for training, the folder was prepared with another
+            configuration or has files of the user's in the way, or another process is using it.
     """
     keep_freed_memory(device)
     data = config.data
-    folder = Tokenizers(data.path)
-    _check_budget(data, folder, config.text_tokenizer, config.codec)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with lock_folder(folder.path, PATIENCE):
-        reading = TrainingDocuments(data)
-        vocabulary = provide_tokenizers(
-            reading,
-            config.text_tokenizer,
-            config.codec,
-            config.codec_training,
-            config.seed,
-            device,
-            quiet,
-        )
-        reading.warn_changes()
-        infos = _encode_all(reading, folder, vocabulary, device, quiet, workers)
+    _check_budget(config)
+    data.path.mkdir(parents=True, exist_ok=True)
+    with lock_folder(data.path, LOCK_TIMEOUT):
+        folder = DataFolder(data)
+        vocabulary = provide_tokenizers(config, folder, device, quiet)
+        _warn_changed_sources(folder)
+        infos = _encode_all(folder, vocabulary, device, quiet, workers)
+    _require_training_documents(infos)
     if not data.image_share:
         warn_unused_images(data, vocabulary)
     return Prepared(vocabulary, infos)
@@ -112,29 +110,28 @@ def prepare(
 def encode_images(
     codec: ImageCodec, device: torch.device, pixels: Sequence[np.ndarray]
 ) -> np.ndarray:
-    """Codes of images of the codec's size, int64 of shape [images, codes_per_image].
+    """Encode images of the codec's size to codes, int64 of shape [images, codes_per_image].
 
     Args:
-        codec: on `device`.
-        device: of the codec.
-        pixels: of each image, uint8 of shape [H, W, 3].
+        codec: the codec, on `device`.
+        device: the codec's device.
+        pixels: pixels of each image, uint8 of shape [H, W, 3].
     """
     pixels_BHW3 = torch.from_numpy(np.stack(pixels)).to(device)
     return codec.encode(to_float(pixels_BHW3)).cpu().numpy()
 
 
-def _check_budget(
-    data: DataConfig, folder: Tokenizers, text: TextTokenizerConfig, codec: CodecConfig
-) -> None:
-    """Refuse an image share that no micro-batch can hold before any work is done."""
-    known = [folder, *([Tokenizers(data.tokenizers)] if data.tokenizers else [])]
+def _check_budget(config: PrepareConfig) -> None:
+    """Refuse an image share that no micro-batch can have before any work is done."""
+    data = config.data
+    known = [Tokenizers(path) for path in (data.path, data.tokenizers) if path is not None]
     made = next((one.vocabulary for one in known if one.vocabulary.exists()), None)
-    vocabulary = Vocabulary.load(made) if made else _outline(text, codec)
+    vocabulary = Vocabulary.load(made) if made else _outline(config.text_tokenizer, config.codec)
     Budget.of(data, vocabulary)
 
 
 def _outline(text: TextTokenizerConfig, codec: CodecConfig) -> Vocabulary:
-    """The sizes of a vocabulary that is still to be made; its ids mean nothing."""
+    """Return a vocabulary with the sizes of one that is still to be made; its ids are arbitrary."""
     return Vocabulary(
         size=text.vocabulary_size,
         beginning=0,
@@ -147,41 +144,57 @@ def _outline(text: TextTokenizerConfig, codec: CodecConfig) -> Vocabulary:
     )
 
 
+def _warn_changed_sources(folder: DataFolder) -> None:
+    if changed := folder.changed_sources():
+        print(
+            f"note: added or changed since tokenizer and codec in {folder.data.path} were trained: "
+            f"{list_names(changed)}; both are kept, as is right if only some documents were fixed; "
+            "to train new ones, choose another data.path",
+            file=sys.stderr,
+        )
+
+
+def _require_training_documents(infos: dict[str, ShardInfo]) -> None:
+    held_out = sum_counts(info.counts["held_out"] for info in infos.values()).documents
+    if not sum_counts(info.counts["train"] for info in infos.values()).documents:
+        raise UserError(
+            f"all {held_out:,} documents are held out, so nothing is left for training; lower "
+            "data.held_out, or the held_out of a source"
+        )
+
+
 def _encode_all(
-    sources: TrainingDocuments,
-    folder: Tokenizers,
+    folder: DataFolder,
     vocabulary: Vocabulary,
     device: torch.device,
     quiet: bool,
     workers: int | None,
 ) -> dict[str, ShardInfo]:
-    """Encode every source; `rejected.jsonl` names the rows of all that were set aside."""
-    tokenizer = load_text_tokenizer(folder.text)
-    codec = ImageCodec.load(folder.codec).to(device) if folder.codec.exists() else None
-    encoders = encoders_of(folder)
-    encoders.save(folder.path)
-    data = sources.data
-    limits = Limits(shard_tokens=data.shard_tokens, max_rejected=data.max_rejected)
-    size = codec.config.image_size if codec else 1
+    """Encode every source; `rejected.jsonl` lists the rejected documents of all."""
+    data, tokenizers = folder.data, folder.tokenizers
+    tokenizer = load_text_tokenizer(tokenizers.text)
+    codec = ImageCodec.load(tokenizers.codec).to(device) if tokenizers.codec.exists() else None
+    preprocess = partial(square_pixels, size=codec.config.image_size if codec else 1)
+    encode = partial(
+        encode_source,
+        encode_text=partial(encode_each, tokenizer),
+        encode_images=partial(encode_images, codec, device) if codec else None,
+        vocabulary=vocabulary,
+        encoders=folder.record_encoders(),
+        limits=Limits(shard_tokens=data.shard_tokens, max_rejected=data.max_rejected),
+        codec_in_thread=device.type != "cpu",
+    )
     infos: dict[str, ShardInfo] = {}
     try:
-        with ImageReader(
-            partial(square_pixels, size=size), spare_cores() if workers is None else workers
-        ) as reader:
+        with ImageReader(preprocess, spare_cores() if workers is None else workers) as reader:
             for source in data.sources:
-                total = None if quiet else sources.total(source)
+                total = None if quiet else count_documents(source, folder)
                 with show_progress(f"encode {source.name}", total, quiet) as report:
-                    infos[source.name] = encode_source(
+                    infos[source.name] = encode(
                         source,
-                        partial(encode_each, tokenizer),
-                        partial(encode_images, codec, device) if codec else None,
-                        vocabulary,
-                        sources.held_out(source),
-                        data.folder(source.name),
-                        encoders=encoders,
-                        limits=limits,
+                        held_out_share=folder.held_out(source),
+                        folder=data.folder(source.name),
                         reader=reader,
-                        codec_apart=device.type != "cpu",
                         progress=Speed(report),
                     )
     finally:
@@ -189,26 +202,44 @@ def _encode_all(
     return infos
 
 
+def count_documents(source: Source, folder: DataFolder) -> int | None:
+    """Return how many documents a source has, rejected ones included, for a progress bar.
+
+    Counting reads no image. None if it takes long, for a stream, which would be downloaded twice,
+    and for a source that has shards.
+    """
+    known = folder.known_documents(source)
+    if known is not None:
+        return known
+    if getattr(source, "streaming", False) or folder.data.folder(source.name).exists():
+        return None
+    number, end = 0, time.monotonic() + MAX_COUNTING_SECONDS
+    for number, _ in enumerate(source.documents(), 1):  # noqa: B007
+        if time.monotonic() > end:
+            return None
+    return number
+
+
 class Speed:
-    """Reports how much has been encoded, and how fast."""
+    """Reports how much was encoded, and how fast."""
 
     def __init__(self, report: ProgressCallback) -> None:
         self._report = report
         self._start: ShardInfo | None = None
-        self._began = time.monotonic()
+        self._begin = time.monotonic()
 
     def __call__(self, info: ShardInfo) -> None:
-        """Report rows done, and documents, tokens and images a second since the first call."""
+        """Report documents read, and the speed since the first call."""
         self._start = self._start or info
-        seconds = max(time.monotonic() - self._began, 1e-9)
+        seconds = max(time.monotonic() - self._begin, 1e-9)
         done, before = info.total.model_dump(), self._start.total.model_dump()
         rates = [f"{(done[key] - before[key]) / seconds:,.0f} {key}/s" for key in done]
         rejected = [f"{info.rejected} rejected"] if info.rejected else []
-        self._report(info.rows, ", ".join([*rates, *rejected]))
+        self._report(info.documents_read, ", ".join([*rates, *rejected]))
 
 
 def spare_cores() -> int:
-    """Cores that this process may use beside the one that it is on."""
+    """Return the number of cores that this process may use in addition to its own."""
     try:
         return len(os.sched_getaffinity(0)) - 1
     except AttributeError:  # not on every system
@@ -216,7 +247,7 @@ def spare_cores() -> int:
 
 
 def _collect_rejected(data: DataConfig) -> None:
-    """One file for all sources, made anew from what is kept beside the shards of each."""
+    """Write one file for all sources from those in the folders of their shards."""
     with atomic_open(data.path / REJECTED_FILE) as file:
         for source in data.sources:
             copy_rejected(data.folder(source.name), file)

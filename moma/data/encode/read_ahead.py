@@ -1,24 +1,25 @@
-"""Images read ahead, in worker processes where that pays, and handed on in order.
+"""Images read ahead, in worker processes if that pays, and yielded in order.
 
-    items → images in tasks of a few → worker processes → pixels, in the order of the items
-          → everything else passes through, in its place
-
-A worker is a Python process of its own that reads tasks from its standard input and answers on its
-standard output. It ends with its input: when this process ends, however it ends, so do they.
+items → images in tasks of a few → worker processes → pixels, in the order of the items
+→ everything else, unchanged and in its place
 """
 
 import hashlib
+import multiprocessing
 import os
 import pickle
-import subprocess
+import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
-from queue import SimpleQueue
+from multiprocessing.connection import wait
+from types import ModuleType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -27,67 +28,60 @@ from PIL import Image
 from moma.data.documents import ImageRef
 from moma.errors import UserError
 
-# A worker takes about a second to start: sources that are read faster need none.
+# A worker takes about a second to start: sources that are read faster do not need any.
 SECONDS_BEFORE_WORKERS = 3.0
 TASK_IMAGES = 4
-TASKS_AHEAD = 4  # of each worker
+TASKS_PER_WORKER = 4  # submitted, not yet yielded
 
-Shape = Callable[[Image.Image], np.ndarray]
+Preprocess = Callable[[Image.Image], np.ndarray]
 
 
 class Pixels(NamedTuple):
     """An image that was read.
 
     Attributes:
-        digest: equal for equal values.
-        values: what the shape function made of it.
+        fingerprint: equal for equal values.
+        values: the preprocessed image.
     """
 
-    digest: bytes
+    fingerprint: bytes
     values: np.ndarray
 
 
 class ImageReader:
     """Reads images in order; a context manager that ends its worker processes.
 
-    The first seconds are read in this process, so that small sources do not wait for workers. What
-    comes out depends neither on that nor on the number of workers. At most `TASKS_AHEAD` tasks of
-    each worker are on their way.
+    The first seconds are read in this process, so that small sources do not wait for workers to
+    start. The output depends neither on that nor on the number of workers.
     """
 
     def __init__(
-        self, shape: Shape, workers: int, patience: float = SECONDS_BEFORE_WORKERS
+        self, preprocess: Preprocess, workers: int, seconds: float = SECONDS_BEFORE_WORKERS
     ) -> None:
-        """Set up the reader; nothing is started yet.
+        """Set up the reader; no process is started yet.
 
         Args:
-            shape: decoded image → array; runs in the workers, so it must be picklable.
-            workers: most processes; 0 reads everything here.
-            patience: seconds of reading in this process before workers are started.
+            preprocess: decoded image → array; runs in the workers, so it must be picklable.
+            workers: maximum processes; 0 reads everything in this one.
+            seconds: how long to read in this process before workers are started.
         """
-        self._shape, self._most, self._patience = shape, workers, patience
-        self._spent = 0.0
-        self._workers: list[_Worker] = []
-        self._idle: SimpleQueue[_Worker] = SimpleQueue()
-        self._threads: ThreadPoolExecutor | None = None
+        self._preprocess, self._workers, self._seconds = preprocess, workers, seconds
+        self._seconds_read = 0.0
+        self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for worker in self._workers:
-            worker.kill()
-        if self._threads is not None:
-            self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
 
     def read(self, items: Iterable[Any]) -> Iterator[Any]:
-        """Read the images among the items, in order.
+        """Read the images among the items.
 
         Yields:
-            For a `Image`, its `Pixels`, or the `UserError` that says why it cannot be read;
-            every other item as it is.
+            `Pixels` for each `ImageRef`, or the `UserError` that says why it cannot be read; every
+            other item unchanged.
 
         Raises:
             UserError: a worker process died.
@@ -95,125 +89,112 @@ class ImageReader:
         ahead: deque[Callable[[], list[Any]]] = deque()
         for task in _tasks(items):
             ahead.append(self._start(task))
-            # One item ahead also without workers: its texts are encoded meanwhile.
-            while len(ahead) > max(1, TASKS_AHEAD * len(self._workers)):
+            # One task ahead without workers, too: its texts are tokenized meanwhile.
+            workers = self._workers if self._pool else 0
+            while len(ahead) > max(1, TASKS_PER_WORKER * workers):
                 yield from ahead.popleft()()
         while ahead:
             yield from ahead.popleft()()
 
     def _start(self, task: list[Any]) -> Callable[[], list[Any]]:
-        """Begin a task, if a worker can; returns what gives its outcome."""
+        """Start a task in a worker if possible; returns a function that returns its result."""
         if not isinstance(task[0], ImageRef):
             return lambda: task
-        if self._threads is None and self._most and self._spent >= self._patience:
-            self._start_workers()
-        if self._threads is None:
+        if self._pool is None and self._workers and self._seconds_read >= self._seconds:
+            self._pool = _start_pool(self._workers)
+        if self._pool is None:
             return partial(self._read_here, task)
-        return self._threads.submit(self._ask, task).result
+        try:
+            pickled = pickle.dumps((task, self._preprocess))
+        except (pickle.PicklingError, AttributeError, TypeError):
+            return partial(_read_all, task, self._preprocess)
+        with _clear_error():
+            future = self._pool.submit(_read_pickled, pickled)
 
-    def _start_workers(self) -> None:
-        self._workers = [_Worker(self._shape) for _ in range(self._most)]
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(len(self._workers))
+        def result() -> list[Any]:
+            with _clear_error():
+                found = future.result()
+            return _read_all(task, self._preprocess) if found is None else found
+
+        return result
 
     def _read_here(self, images: list[ImageRef]) -> list[Pixels | UserError]:
-        began = time.monotonic()
-        outcome = _read(images, self._shape)
-        self._spent += time.monotonic() - began
-        return outcome
-
-    def _ask(self, images: list[ImageRef]) -> list[Pixels | UserError]:
-        """Let an idle worker read; here, if the images cannot travel. Runs in a thread."""
-        try:
-            task = pickle.dumps(images)
-        except (pickle.PicklingError, AttributeError, TypeError):
-            return _read(images, self._shape)
-        worker = self._idle.get()
-        try:
-            answer = worker.ask(task)
-        finally:
-            self._idle.put(worker)
-        return _read(images, self._shape) if answer is None else answer
+        begin = time.monotonic()
+        result = _read_all(images, self._preprocess)
+        self._seconds_read += time.monotonic() - begin
+        return result
 
 
-class _Worker:
-    """A process that reads images."""
-
-    def __init__(self, shape: Shape) -> None:
-        # The same modules as here; a session of its own, so that Ctrl-C is this process's affair.
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": paths},
-            start_new_session=True,
-        )
-        pickle.dump(shape, self._process.stdin)  # type: ignore[arg-type]
-
-    def ask(self, task: bytes) -> list[Pixels | UserError] | None:
-        """What the worker read; None if it does not know the images' code."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            pickle.dump(task, self._process.stdin)
-            self._process.stdin.flush()
-            answer: list[Pixels | UserError] | None = pickle.load(self._process.stdout)
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
-            raise UserError(
-                f"a process that reads images died (status {self._process.poll()}), perhaps for "
-                "want of memory; run the same command again, with --workers 0 if it happens again"
-            ) from error
-        return answer
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def close(self) -> None:
-        """Leave nothing behind: no zombie, no open pipe."""
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):  # what was still to be sent
-                pipe.close()  # type: ignore[union-attr]
-
-
-def serve() -> None:
-    """Be a worker: read tasks from standard input until it ends."""
-    tasks, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
-    shape = pickle.load(tasks)
-    while True:
-        try:
-            task = pickle.load(tasks)
-        except EOFError:
-            return
-        pickle.dump(_answer(task, shape), answers)
-        answers.flush()
-
-
-def _answer(task: bytes, shape: Shape) -> list[Pixels | UserError] | None:
+@contextmanager
+def _clear_error() -> Iterator[None]:
+    """Say what to do about a worker that was killed."""
     try:
-        images = pickle.loads(task)
-    except (AttributeError, ImportError):  # a class of the other process's `__main__`, say
+        yield
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that reads images died, perhaps because memory ran out; run the same "
+            "command again, with --workers 0 if it happens again"
+        ) from error
+
+
+def _start_pool(workers: int) -> ProcessPoolExecutor:
+    """Start worker processes, all of them now: later, the main module would not be hidden."""
+    with _hidden_main_module():
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, context, initializer=_set_up_worker)
+        for _ in range(workers):
+            pool.submit(int)
+    return pool
+
+
+@contextmanager
+def _hidden_main_module() -> Iterator[None]:
+    """Keep new processes from importing the main module: that would run a user's script again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _set_up_worker() -> None:
+    """Leave Ctrl-C to the parent process, and end with it, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+
+
+def _exit_after(sentinel: int) -> None:
+    wait([sentinel])
+    os._exit(1)
+
+
+def _read_pickled(task: bytes) -> list[Pixels | UserError] | None:
+    """Read images in a worker; None if it cannot import their code, of a user's script, say."""
+    try:
+        images, preprocess = pickle.loads(task)
+    except (AttributeError, ImportError):
         return None
-    return _read(images, shape)
+    return _read_all(images, preprocess)
 
 
-def _read(images: list[ImageRef], shape: Shape) -> list[Pixels | UserError]:
-    return [_read_one(image, shape) for image in images]
+def _read_all(images: list[ImageRef], preprocess: Preprocess) -> list[Pixels | UserError]:
+    return [_read_one(image, preprocess) for image in images]
 
 
-def _read_one(image: ImageRef, shape: Shape) -> Pixels | UserError:
+def _read_one(image: ImageRef, preprocess: Preprocess) -> Pixels | UserError:
     try:
-        values = shape(image.read())
+        values = preprocess(image.read())
     except UserError as error:
         return error
-    digest = hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes())
-    return Pixels(digest.digest(), values)
+    hashed = hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes())
+    return Pixels(hashed.digest(), values)
 
 
 def _tasks(items: Iterable[Any]) -> Iterator[list[Any]]:
-    """Images that follow one another, a few together; everything else alone."""
+    """Group consecutive images; every other item is a task of its own."""
     images: list[Any] = []
     for item in items:
         if isinstance(item, ImageRef):

@@ -1,60 +1,48 @@
-"""Documents → encoded shards: token ids on disk, ready to be mixed and packed.
+"""Encode one source: documents → chunks → token ids → shards.
 
     source.documents() → chunks ─┬→ texts, in two threads → tokenizer ─┬→ beginning, segments in
                                  └→ images, read ahead → codec ──────┘   order, end → parts of
-                                                                           shards
+                                                                         shards
 
-Chunks, and the batches of images inside them, depend on the documents alone: neither the number
-of worker processes nor an interruption changes a byte of what is written (`parts.py`). A document
-that cannot be encoded is set aside with the reason; the others are not disturbed.
+Neither the number of worker processes nor an interruption changes a byte of what is written. A
+document that cannot be encoded is rejected with the reason; the others are not affected.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from moma.data.documents import Document, Rejected, Source, which_held_out
+from moma.data.documents import Document, Rejected, Source, source_fingerprint, which_held_out
 from moma.data.encode.parts import PartialShards, complete_shards, first_rejected
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText
-from moma.data.shards import REJECTED_FILE, SPLITS, Encoders, ShardInfo, shard_features
+from moma.data.provenance import Encoders
+from moma.data.shards import REJECTED_FILE, SPLITS, ShardInfo, shard_features
 from moma.errors import UserError
-from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
-# A part ends with the chunk that reaches this, or so many tokens as the recipe says.
-PART_ROWS = 1_000_000
-# From so many rows on, the share of rejected ones is judged; before, at the end of the source.
-ROWS_TO_JUDGE = 100
+# A part ends with the chunk that reaches this or the recipe's `shard_tokens`.
+PART_DOCUMENTS = 1_000_000
+# With fewer documents, the fraction of rejected ones is checked at the end of the source only.
+MIN_DOCUMENTS_TO_CHECK = 100
 
 Progress = Callable[[ShardInfo], None]
 
 
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """A source that can tell whether the files behind it have changed."""
-
-    def fingerprint(self) -> str:
-        """Changes when the files do."""
-        ...
-
-
 @dataclass(frozen=True)
 class Limits:
-    """How much may be written at once, and how much may be wrong.
+    """Limits of what is written.
 
     Attributes:
         shard_tokens: tokens after which a part, and with it a file of each split, ends.
-        max_rejected: share of a source's rows that may be rejected.
+        max_rejected: maximum fraction of a source's documents that may be rejected.
     """
 
     shard_tokens: int = 2**25
@@ -72,41 +60,42 @@ def encode_source(
     encoders: Encoders | None = None,
     limits: Limits | None = None,
     reader: ImageReader | None = None,
-    codec_apart: bool = True,
+    codec_in_thread: bool = True,
     progress: Progress = lambda info: None,
 ) -> ShardInfo:
-    """Encode every document of a source into `folder`, or what an earlier process left to do.
+    """Encode the documents of a source that an earlier, interrupted call has not encoded yet.
 
     Args:
         source: where the documents come from.
-        encode_text: texts → their token ids, none of them special or of an image; in threads.
-        encode_images: what the reader made of images → codes, integers of shape [images,
-            codes_per_image]. None if there is no codec.
+        encode_text: texts → their token ids, none of them special or of an image; called in
+            threads.
+        encode_images: preprocessed images → codes, integers of shape [images, codes_per_image].
+            None if there is no codec.
         vocabulary: the ids.
-        held_out_share: share of the documents kept from training, where the source itself does
-            not decide it.
-        folder: the source's own folder; replaced if it was made with other settings.
-        encoders: digests of the tokenizer and the codec: shards of others are made anew.
-        limits: of a file's size and of the share of rejected rows.
-        reader: reads the images; left out, in this process, as RGB arrays.
-        codec_apart: whether images are encoded in a thread, beside everything else.
-        progress: told what has been encoded so far, at the start and after each chunk.
+        held_out_share: fraction of the documents held out, unless the source itself decides.
+        folder: the source's own folder; replaced if it was made from something else.
+        encoders: fingerprints of tokenizer and codec: shards of others are replaced.
+        limits: limits of a file's size and of rejected documents.
+        reader: reads the images; by default in this process, as RGB arrays.
+        codec_in_thread: whether images are encoded in a thread of their own.
+        progress: called with what has been encoded so far, at the start and after each chunk.
 
     Raises:
-        UserError: there are no documents, too many rejected rows, or images without a codec.
+        UserError: there are no documents, too many rejected ones, or images without a codec, or
+            the folder has files that moma did not write.
     """
     limits = limits or Limits()
     origin = ShardInfo(
         source=source.name,
-        settings=source_fingerprint(source, held_out_share),
-        fingerprint=vocabulary.fingerprint,
+        source_fingerprint=source_fingerprint(source, held_out_share),
+        vocabulary_fingerprint=vocabulary.fingerprint,
         encoders=encoders or Encoders(),
     )
     info = complete_shards(folder, origin)
     if info is None:
         with (
-            _reader(reader) as images,
-            Encoder(encode_text, encode_images, vocabulary, codec_apart) as encoder,
+            _reader_or_default(reader) as images,
+            Encoder(encode_text, encode_images, vocabulary, codec_in_thread) as encoder,
         ):
             shards = PartialShards(folder, origin, vocabulary)
             encode = partial(encoder.encode, reader=images, chunk_tokens=limits.shard_tokens)
@@ -123,38 +112,29 @@ def _encode_rest(
     limits: Limits,
     progress: Progress,
 ) -> ShardInfo:
-    """Encode the rows that are not on the disk yet, and give the shards their name."""
+    """Encode the documents that are not on disk yet, and put the shards in place."""
     if _too_many_rejected(shards.info, limits):
-        shards.drop_rejected()  # perhaps they have been mended
-    rows = islice(source.documents(), shards.info.rows, None)
-    _write(encode(rows), shards, held_out_share, limits, progress)
+        shards.drop_rejected()  # they may have been fixed
+    rest = islice(source.documents(), shards.info.documents_read, None)
+    _write(encode(rest), shards, held_out_share, limits, progress)
     _check_rejected(shards.info, limits, shards.folder)
     if not shards.info.total.documents:
-        raise UserError(f"source '{source.name}': it has no documents; check its settings")
+        raise UserError(f"source '{source.name}': it has no documents; check its configuration")
     return shards.finish()
 
 
-def source_fingerprint(source: Source, held_out_share: float) -> str:
-    """Changes with a source's settings and files, and with what is held out."""
-    # How often a source is drawn does not change what its documents are.
-    settings = source.model_dump_json(exclude={"weight"}) if isinstance(source, Config) else ""
-    fingerprint = source.fingerprint() if isinstance(source, Fingerprinted) else ""
-    parts = (source.name, settings, fingerprint, str(held_out_share))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def rgb_pixels(image: Image.Image) -> np.ndarray:
-    """The pixels of an image of any size, uint8 of shape [H, W, 3]."""
+def to_rgb(image: Image.Image) -> np.ndarray:
+    """Return the pixels of an image of any size, uint8 of shape [H, W, 3]."""
     return np.asarray(image.convert("RGB"))
 
 
 @contextmanager
-def _reader(given: ImageReader | None) -> Iterator[ImageReader]:
-    if given is not None:
-        yield given
+def _reader_or_default(reader: ImageReader | None) -> Iterator[ImageReader]:
+    if reader is not None:
+        yield reader
     else:
-        with ImageReader(rgb_pixels, workers=0) as reader:
-            yield reader
+        with ImageReader(to_rgb, workers=0) as default:
+            yield default
 
 
 def _write(
@@ -164,7 +144,7 @@ def _write(
     limits: Limits,
     progress: Progress,
 ) -> None:
-    """Write chunk after chunk, and end a part where it is full."""
+    """Write chunk after chunk, and start another part when one is full."""
     progress(shards.info)
     part = shards.begin_part()
     try:
@@ -172,27 +152,27 @@ def _write(
             part.add(_tables(chunk, shards.vocabulary, held_out_share), chunk.rejected)
             so_far = shards.info.with_parts([*shards.info.parts, part.part])
             progress(so_far)
-            if so_far.rows >= ROWS_TO_JUDGE:
+            if so_far.documents_read >= MIN_DOCUMENTS_TO_CHECK:
                 _check_rejected(so_far, limits, shards.folder)
-            if part.tokens >= limits.shard_tokens or part.rows >= PART_ROWS:
+            if part.tokens >= limits.shard_tokens or part.documents_read >= PART_DOCUMENTS:
                 shards.commit(part)
                 part = shards.begin_part()
-        if part.rows:
+        if part.documents_read:
             shards.commit(part)
     finally:
         part.close()
 
 
 def _too_many_rejected(info: ShardInfo, limits: Limits) -> bool:
-    return info.rejected > limits.max_rejected * info.rows
+    return info.rejected > limits.max_rejected * info.documents_read
 
 
 def _check_rejected(info: ShardInfo, limits: Limits, folder: Path) -> None:
     if _too_many_rejected(info, limits):
         raise UserError(
-            f"source '{info.source}': {info.rejected} of {info.rows} rows were rejected, more than "
-            f"data.max_rejected = {limits.max_rejected:g} allows; the first: "
-            f"{first_rejected(folder)} ({REJECTED_FILE} in the data folder names all); "
+            f"source '{info.source}': {info.rejected} of {info.documents_read} documents were "
+            f"rejected, more than data.max_rejected = {limits.max_rejected:g} allows; the first: "
+            f"{first_rejected(folder).message} ({REJECTED_FILE} in the data folder lists all); "
             "or raise data.max_rejected"
         )
 
@@ -200,20 +180,17 @@ def _check_rejected(info: ShardInfo, limits: Limits, folder: Path) -> None:
 def _tables(
     chunk: EncodedChunk, vocabulary: Vocabulary, held_out_share: float
 ) -> dict[str, pa.Table]:
+    """Return the documents of a chunk as a table of each split."""
     held_out = which_held_out(chunk.documents, held_out_share)
-    table = _table(chunk, vocabulary)
-    chosen = dict(zip(SPLITS, (~held_out, held_out), strict=True))
-    return {split: table.filter(pa.array(rows)) for split, rows in chosen.items()}
-
-
-def _table(chunk: EncodedChunk, vocabulary: Vocabulary) -> pa.Table:
     schema = shard_features(vocabulary).arrow_schema
-    bounds = np.concatenate([[0], np.cumsum(chunk.lengths)]).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(chunk.lengths)]).astype(np.int32)
     columns = {
         "ids": pa.ListArray.from_arrays(
-            pa.array(bounds), pa.array(chunk.ids, type=schema.field("ids").type.value_type)
+            pa.array(offsets), pa.array(chunk.ids, type=schema.field("ids").type.value_type)
         ),
         "images": pa.array(chunk.images, type=pa.int32()),
         "name": pa.array([one.name for one in chunk.documents], type=pa.string()),
     }
-    return pa.table(columns, schema=schema)
+    table = pa.table(columns, schema=schema)
+    masks = dict(zip(SPLITS, (~held_out, held_out), strict=True))
+    return {split: table.filter(pa.array(mask)) for split, mask in masks.items()}

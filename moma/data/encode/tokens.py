@@ -1,13 +1,13 @@
-"""Documents → token ids: chunks of rows through tokenizer and codec.
+"""Documents → token ids: chunks of documents through tokenizer and codec.
 
-    rows → chunks ─┬→ texts, in two threads → tokenizer ───────────┬→ ids of each document
-                   └→ images, read ahead → batches → codec ──────┘
+    documents → chunks ─┬→ texts, in two threads → tokenizer ─────┬→ ids of each document
+                        └→ images, read ahead → batches → codec ┘
 
-The codec of a GPU has a thread; that of a CPU, which needs all cores, does not.
+On a GPU the codec runs in a thread of its own; on a CPU, where it needs all cores, it does not.
 
-Chunks, and the batches of images inside them, depend on the rows alone: the number of worker
-processes changes nothing of what comes out. A document that cannot be encoded is rejected with the
-reason; the others are not disturbed.
+Chunks, and the batches of images in them, depend on the documents only, so the output does not
+depend on the number of worker processes. A document that cannot be encoded is rejected with the
+reason; the others are not affected.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ from typing import NamedTuple, ParamSpec, Self, TypeVar
 import numpy as np
 
 from moma.data.documents import Document, ImageRef, Rejected
-from moma.data.encode.chunks import Chunk, chunks_of, together
+from moma.data.encode.chunks import Chunk, batch_chunks, chunk_documents
 from moma.data.encode.read_ahead import ImageReader, Pixels
 from moma.errors import UserError
 from moma.vocabulary import IMAGE, Vocabulary
@@ -38,15 +38,15 @@ EncodeImages = Callable[[list[np.ndarray]], np.ndarray]
 
 @dataclass(frozen=True)
 class EncodedChunk:
-    """Consecutive rows of a source, encoded.
+    """Consecutive documents of a source, encoded.
 
     Attributes:
         documents: those that could be encoded.
-        ids: their tokens one behind another, integers of shape [tokens]; images are wrapped in
-            their boundaries and documents in their beginning and end.
-        lengths: tokens of each document, int64 of shape [documents].
-        images: images of each document, int64 of shape [documents].
-        rejected: the other rows.
+        ids: their concatenated ids, integers of shape [tokens]; images are wrapped in their
+            boundary ids and documents in beginning and end.
+        lengths: number of tokens of each document, int64 of shape [documents].
+        images: number of images of each document, int64 of shape [documents].
+        rejected: those that could not be encoded.
     """
 
     documents: list[Document]
@@ -60,15 +60,15 @@ class _Ids(NamedTuple):
     """Ids of texts.
 
     Attributes:
-        flat: of all texts, one behind another, int64 of shape [tokens].
-        lengths: how many each text has, int64 of shape [texts].
+        flat: concatenated ids of all texts, int64 of shape [tokens].
+        lengths: number of ids of each text, int64 of shape [texts].
     """
 
     flat: np.ndarray
     lengths: np.ndarray
 
     def split(self, counts: Iterable[int]) -> "Iterator[_Ids]":
-        """Those of the first so many texts, of the next so many, …."""
+        """Split into groups of the given numbers of texts."""
         text = token = 0
         for count in counts:
             lengths = self.lengths[text : text + count]
@@ -79,19 +79,19 @@ class _Ids(NamedTuple):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """A chunk whose texts are being encoded, with those of its neighbours.
+    """A chunk whose texts are being tokenized in one batch with those of its neighbors.
 
     Attributes:
-        chunk: the rows.
-        texts: the ids of each of these chunks, in order; each takes its own.
+        chunk: the chunk.
+        texts: ids of each chunk of the batch; the chunks take theirs in order.
     """
 
     chunk: Chunk
     texts: Future[Iterator[_Ids]]
 
 
-class _AtOnce(Executor):
-    """Calls in the calling thread, which waits; what a call raises leaves here."""
+class _CallingThread(Executor):
+    """Calls functions at once, in the calling thread, which also gets what they raise."""
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         done: Future[T] = Future()
@@ -100,14 +100,14 @@ class _AtOnce(Executor):
 
 
 class Encoder:
-    """Rows → encoded documents, chunk by chunk; a context manager that ends its threads."""
+    """Encodes documents chunk by chunk; a context manager that ends its threads."""
 
     def __init__(
         self,
         encode_text: EncodeText,
         encode_images: EncodeImages | None,
         vocabulary: Vocabulary,
-        codec_apart: bool,
+        codec_in_thread: bool,
     ) -> None:
         self._encode_text = encode_text
         self._encode_images = encode_images
@@ -123,28 +123,28 @@ class Encoder:
                 vocabulary.end_image,
             ]
         ] = True
-        # They leave Python for most of their time, so that texts and rows overlap. While one
-        # thread turns what the tokenizer gave into ids, the tokenizer works for the other: one
-        # after the other, or both would be done with it, and wait for Python, at the same time.
+        # The tokenizer releases the GIL, so that it overlaps with reading. While one thread
+        # converts its output, the tokenizer works for the other: with a lock, since otherwise both
+        # would be done with it, and wait for the GIL, at the same time.
         self._text_threads = ThreadPoolExecutor(TEXTS_AHEAD, "texts")
         self._tokenizing = Lock()
-        # Once two threads have run PyTorch on a CPU, each has threads of OpenMP of its own,
-        # together more than there are cores: these then sleep between any two operations
+        # Two threads that run PyTorch on a CPU each have OpenMP threads of their own, together
+        # more than there are cores: these then sleep between any two operations
         # (docs/results/data.md).
-        self._codec_calls = ThreadPoolExecutor(1, "codes") if codec_apart else _AtOnce()
+        self._codec = ThreadPoolExecutor(1, "codec") if codec_in_thread else _CallingThread()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for threads in (self._text_threads, self._codec_calls):
+        for threads in (self._text_threads, self._codec):
             threads.shutdown(cancel_futures=True)
 
     def encode(
         self, rows: Iterable[Document | Rejected], reader: ImageReader, chunk_tokens: int
     ) -> Iterator[EncodedChunk]:
-        """The rows of a source, encoded or rejected, a chunk of about so many tokens at a time."""
-        codes = _Codes(self._codec_calls, self._codes_of)
+        """Encode the documents of a source, in chunks of at most about `chunk_tokens` tokens."""
+        codes = _CodecQueue(self._codec, self._encode_batch)
         read: list[bytes | UserError] = []
         for item in reader.read(self._stream(rows, chunk_tokens)):
             if isinstance(item, _Encoding):
@@ -152,27 +152,27 @@ class Encoder:
                 read = []
             elif isinstance(item, Pixels):
                 codes.add(item)
-                read.append(item.digest)
+                read.append(item.fingerprint)
             else:
                 read.append(item)
 
     def _stream(
         self, rows: Iterable[Document | Rejected], chunk_tokens: int
     ) -> Iterator[ImageRef | _Encoding]:
-        """The images of each chunk, and behind them the chunk itself."""
-        chunks = chunks_of(rows, chunk_tokens, self._vocabulary.image_span)
-        for encodings in _ahead(map(self._begin, together(chunks)), TEXTS_AHEAD):
+        """Yield the images of each chunk, and after them the chunk itself."""
+        chunks = chunk_documents(rows, chunk_tokens, self._vocabulary.image_span)
+        for encodings in _delay(map(self._begin, batch_chunks(chunks)), TEXTS_AHEAD):
             for encoding in encodings:
                 yield from encoding.chunk.images
                 yield encoding
 
     def _begin(self, chunks: list[Chunk]) -> list[_Encoding]:
-        """Let the texts of some chunks be encoded."""
-        encoded = self._text_threads.submit(self._texts, [chunk.texts for chunk in chunks])
+        """Start to tokenize the texts of some chunks."""
+        encoded = self._text_threads.submit(self._tokenize, [chunk.texts for chunk in chunks])
         return [_Encoding(chunk, encoded) for chunk in chunks]
 
-    def _texts(self, groups: list[list[str]]) -> Iterator[_Ids]:
-        """Ids of the texts of each group."""
+    def _tokenize(self, groups: list[list[str]]) -> Iterator[_Ids]:
+        """Return the ids of the texts of each group."""
         texts = list(chain.from_iterable(groups))
         with self._tokenizing:
             encoded = self._encode_text(texts)
@@ -191,21 +191,21 @@ class Encoder:
                 for text, (own, _) in zip(texts, ids.split([1] * len(texts)), strict=True)
                 if self._reserved[own].any()
             )
-            raise ValueError(f"the tokenizer gave a special id or an image code for {wrong!r}")
+            raise ValueError(f"the tokenizer returned a special id or an image code for {wrong!r}")
         return ids.split(map(len, groups))
 
-    def _codes_of(self, values: list[np.ndarray]) -> list[np.ndarray]:
-        """Ids of images with their boundaries."""
+    def _encode_batch(self, values: list[np.ndarray]) -> list[np.ndarray]:
+        """Return the ids of each image with its boundaries."""
         if self._encode_images is None:
             raise UserError(
                 "there is an image, but no codec: data.tokenizers has none, or none was trained, "
-                "since the first documents had no images; take others, or raise "
-                "codec_training.max_documents, and prepare another folder"
+                "because the first documents have no images; name tokenizers with a codec, or "
+                "raise codec_training.max_documents and choose another data.path"
             )
         codes = self._encode_images(values)
         expected = (len(values), self._vocabulary.codes_per_image)
         if codes.shape != expected:
-            raise ValueError(f"the codec gave codes of shape {codes.shape}, not {expected}")
+            raise ValueError(f"the codec returned codes of shape {codes.shape}, not {expected}")
         wrapped = np.empty((len(values), self._vocabulary.image_span), dtype=np.int64)
         wrapped[:, 0] = self._vocabulary.begin_image
         wrapped[:, 1:-1] = self._id_of_code[codes]
@@ -219,7 +219,7 @@ class Encoder:
         read: list[bytes | UserError],
         codes: dict[bytes, np.ndarray],
     ) -> EncodedChunk:
-        """Put texts and images of a chunk into its documents, for all of them at once."""
+        """Assemble the ids of a chunk's documents from texts and images, vectorized."""
         segments = _Segments.of(chunk.documents)
         unreadable = np.array([isinstance(found, UserError) for found in read], bool)
         lengths = np.empty(len(segments.is_text), np.int64)
@@ -228,149 +228,149 @@ class Encoder:
         flat = np.empty(lengths.sum(), np.int64)
         in_text = np.repeat(segments.is_text, lengths)
         flat[in_text] = texts.flat
-        drawn = [codes[found] for found in read if not isinstance(found, UserError)]
-        flat[~in_text] = np.concatenate([flat[:0], *drawn])
+        images = [codes[found] for found in read if not isinstance(found, UserError)]
+        flat[~in_text] = np.concatenate([flat[:0], *images])
         tokens = segments.sums(lengths)
         reasons = _reasons(segments, tokens, read)
         kept = np.ones(len(chunk.documents), bool)
         kept[list(reasons)] = False
         if reasons:
             flat = flat[np.repeat(kept, tokens)]
-        all_are_kept = len(chunk.documents) == len(chunk.rows) and not reasons
-        documents, rejected = (
-            (chunk.documents, []) if all_are_kept else _told_apart(chunk.rows, reasons)
-        )
-        images = segments.sums(~segments.is_text)[kept]
+        documents, rejected = _separate(chunk, reasons)
         return EncodedChunk(
-            documents, self._wrapped(flat, tokens[kept]), tokens[kept] + 2, images, rejected
+            documents,
+            self._wrap(flat, tokens[kept]),
+            tokens[kept] + 2,
+            segments.sums(~segments.is_text)[kept],
+            rejected,
         )
 
-    def _wrapped(self, flat: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """The ids of documents, each between its beginning and its end.
+    def _wrap(self, flat: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        """Add beginning and end to each document.
 
         Args:
-            flat: their ids, one behind another.
-            tokens: how many each of them has.
+            flat: concatenated ids of the documents.
+            tokens: number of ids of each document.
         """
         ends = np.cumsum(tokens + 2)
         wrapped = np.empty(len(flat) + 2 * len(tokens), np.int64)
         inside = np.ones(len(wrapped), bool)
-        for places, id_ in (
+        for positions, id_ in (
             (ends - tokens - 2, self._vocabulary.beginning),
             (ends - 1, self._vocabulary.end),
         ):
-            wrapped[places] = id_
-            inside[places] = False
+            wrapped[positions] = id_
+            inside[positions] = False
         wrapped[inside] = flat
         return wrapped
 
 
 class _Segments(NamedTuple):
-    """The segments of some documents, one behind another.
+    """The concatenated segments of some documents.
 
     Attributes:
-        is_text: whether each is a text, else it is an image; bool of shape [segments].
-        bounds: number of the first segment of each document, and at last of all segments; int64
-            of shape [documents + 1].
+        is_text: whether each segment is text, otherwise it is an image; bool of shape [segments].
+        offsets: index of each document's first segment, and the number of segments; int64 of
+            shape [documents + 1].
     """
 
     is_text: np.ndarray
-    bounds: np.ndarray
+    offsets: np.ndarray
 
     @classmethod
     def of(cls, documents: list[Document]) -> "_Segments":
-        """Those of documents."""
+        """Return the segments of documents."""
         parts = [document.segments for document in documents]
         kinds = [isinstance(segment, str) for segment in chain.from_iterable(parts)]
-        return cls(np.array(kinds, bool), _starts(np.array([*map(len, parts)], np.int64)))
+        return cls(np.array(kinds, bool), _offsets(np.array([*map(len, parts)], np.int64)))
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """Sum over the segments of each document, of a value for each segment."""
-        return np.diff(_starts(values)[self.bounds])
+        """Return the sum over each document's segments of a value for each segment."""
+        return np.diff(_offsets(values)[self.offsets])
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
-    """Where each of some runs begins, and where the last ends; int64 of shape [runs + 1]."""
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    """Return where each group begins and where the last ends; int64 of shape [groups + 1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
 def _reasons(
     segments: _Segments, tokens: np.ndarray, read: list[bytes | UserError]
 ) -> dict[int, str]:
-    """What is wrong with a document, by its number: its first broken image, or nothing in it."""
+    """Return why documents are rejected, by index: their first unreadable image, or no content."""
     reasons: dict[int, str] = {}
-    of_image = np.searchsorted(segments.bounds, np.flatnonzero(~segments.is_text), "right") - 1
-    for number, found in zip(of_image.tolist(), read, strict=True):
+    of_image = np.searchsorted(segments.offsets, np.flatnonzero(~segments.is_text), "right") - 1
+    for index, found in zip(of_image.tolist(), read, strict=True):
         if isinstance(found, UserError):
-            reasons.setdefault(number, str(found))
-    for number in np.flatnonzero(tokens == 0).tolist():
-        reasons.setdefault(number, "it is empty: neither text nor an image")
+            reasons.setdefault(index, str(found))
+    for index in np.flatnonzero(tokens == 0).tolist():
+        reasons.setdefault(index, "it is empty: neither text nor an image")
     return reasons
 
 
-def _told_apart(
-    rows: list[Document | Rejected], reasons: dict[int, str]
-) -> tuple[list[Document], list[Rejected]]:
-    """Documents, and rows that are rejected: already, or for a reason by the document's number."""
+def _separate(chunk: Chunk, reasons: dict[int, str]) -> tuple[list[Document], list[Rejected]]:
+    """Separate documents from rejected ones; `reasons` rejects documents by their index."""
+    if len(chunk.documents) == len(chunk.rows) and not reasons:
+        return chunk.documents, []
     documents: list[Document] = []
     rejected: list[Rejected] = []
-    number = 0
-    for row in rows:
+    index = 0
+    for row in chunk.rows:
         if isinstance(row, Rejected):
             rejected.append(row)
             continue
-        if reason := reasons.get(number):
+        if reason := reasons.get(index):
             rejected.append(Rejected(row.row or row.name, reason))
         else:
             documents.append(row)
-        number += 1
+        index += 1
     return documents, rejected
 
 
-class _Codes:
-    """The codes of a chunk's images: equal images are encoded once."""
+class _CodecQueue:
+    """Encodes the images of a chunk in batches; equal images are encoded once."""
 
     def __init__(
-        self, calls: Executor, encode: Callable[[list[np.ndarray]], list[np.ndarray]]
+        self, executor: Executor, encode: Callable[[list[np.ndarray]], list[np.ndarray]]
     ) -> None:
-        self._calls, self._encode = calls, encode
+        self._executor, self._encode = executor, encode
         self._batch: dict[bytes, np.ndarray] = {}
         self._running: deque[tuple[list[bytes], Future[list[np.ndarray]]]] = deque()
-        self._known: dict[bytes, np.ndarray] = {}
+        self._encoded: dict[bytes, np.ndarray] = {}
         self._seen: set[bytes] = set()
 
     def add(self, pixels: Pixels) -> None:
-        """Encode an image; waits if too many are on their way."""
-        if pixels.digest in self._seen:
+        """Add an image; waits if too many batches are pending."""
+        if pixels.fingerprint in self._seen:
             return
-        self._seen.add(pixels.digest)
-        self._batch[pixels.digest] = pixels.values
+        self._seen.add(pixels.fingerprint)
+        self._batch[pixels.fingerprint] = pixels.values
         if len(self._batch) == BATCH_IMAGES:
             self._submit()
         while len(self._running) > BATCHES_AHEAD:
             self._collect()
 
     def take(self) -> dict[bytes, np.ndarray]:
-        """Ids by digest of all images since the last call, boundaries included."""
+        """Return the ids of the images since the last call, by fingerprint, boundaries included."""
         if self._batch:
             self._submit()
         while self._running:
             self._collect()
-        known, self._known, self._seen = self._known, {}, set()
-        return known
+        encoded, self._encoded, self._seen = self._encoded, {}, set()
+        return encoded
 
     def _submit(self) -> None:
-        running = self._calls.submit(self._encode, list(self._batch.values()))
+        running = self._executor.submit(self._encode, list(self._batch.values()))
         self._running.append((list(self._batch), running))
         self._batch = {}
 
     def _collect(self) -> None:
-        digests, running = self._running.popleft()
-        self._known.update(zip(digests, running.result(), strict=True))
+        fingerprints, running = self._running.popleft()
+        self._encoded.update(zip(fingerprints, running.result(), strict=True))
 
 
-def _ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """The same items, each when so many further ones have been begun."""
+def _delay(items: Iterable[T], count: int) -> Iterator[T]:
+    """Yield the same items, each after `count` further ones were taken from the iterable."""
     waiting: deque[T] = deque()
     for item in items:
         waiting.append(item)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from moma.data.outputs import exclude_outputs
 from moma.errors import UserError, quote, shorten
 
 _MAX_PATH_CHARACTERS = 4096
@@ -88,7 +89,7 @@ def _folders_below(folder: Path) -> Iterator[Path]:
 
 def _names(folder: Path) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
+        return sorted(exclude_outputs(folder, os.listdir(folder)))
     except OSError as error:
         raise unreadable(folder, error) from error
 
@@ -102,8 +103,14 @@ def files_below(folder: Path) -> list[Path]:
     files: list[Path] = []
     try:
         for parent, folders, names in os.walk(folder, onerror=_raise):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files += [Path(parent, name) for name in names if not name.startswith(".")]
+            folders[:] = [
+                name for name in exclude_outputs(Path(parent), folders) if not name.startswith(".")
+            ]
+            files += [
+                Path(parent, name)
+                for name in exclude_outputs(Path(parent), names)
+                if not name.startswith(".")
+            ]
     except OSError as error:
         raise unreadable(Path(error.filename or folder), error) from error
     return sorted(file for file in files if file.is_file())

@@ -20,9 +20,9 @@ from moma.data.documents import (
     Segment,
     SourceConfig,
     SourceName,
+    unit_hash,
 )
 from moma.errors import UserError, shorten
-from moma.hashes import unit_hash
 from moma.images import MAX_PIXELS, PILLOW_MAX_PIXELS, read_image
 
 # A row of a file, a page or a member of an archive is held in memory whole.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from moma.hashes import unit_hash
+from moma.data.documents import unit_hash
 
 _STARTING_IMAGES = 256
 

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from moma.data.documents import Document, ImageRef, Rejected, SourceConfig
-from moma.data.encode.corpus import Corpus, ReadableImages
+from moma.data.encode.corpus import Corpus, ReadableImages, require_training_images
 from moma.errors import UserError
 from moma.images import read_image
 from moma.tokenizers.image.codec import preprocess
@@ -37,14 +37,17 @@ class Numbers(SourceConfig):
 
 
 def test_training_and_held_out_documents_are_told_apart_and_rejected_rows_counted():
-    corpus = Corpus([Numbers()], held_out=0.5, most=100)
+    corpus = Corpus([Numbers()], held_out=0.5, max_documents=100)
     assert list(corpus.texts()) == [f"text {n}" for n in range(1, 20, 2) if n % 5 != 4]
     assert corpus.documents == 8
-    assert corpus.rejected == 4
+    assert corpus.rejected_count == 4
     assert corpus.first_rejected == Rejected("numbers, row 5", "is divisible by five")
     names = [p.name for p in corpus.images(held_out=True)]
     assert names == [f"image {n}" for n in range(0, 20, 2) if n % 5 != 4]
-    assert (corpus.rejected, corpus.rows) == (4, {"numbers": 20})  # read twice, counted once
+    assert (corpus.rejected_count, corpus.totals) == (
+        4,
+        {"numbers": 20},
+    )  # read twice, counted once
 
 
 def test_what_no_tokenizer_can_hold_is_rejected_too():
@@ -53,7 +56,7 @@ def test_what_no_tokenizer_can_hold_is_rejected_too():
             yield Document("a", ("half of a pair: \ud800",), held_out=False, row="torn, row 1")
             yield Document("b", ("whole",), held_out=False)
 
-    corpus = Corpus([Torn()], held_out=0.5, most=100)
+    corpus = Corpus([Torn()], held_out=0.5, max_documents=100)
     assert list(corpus.texts()) == ["whole"]
     assert corpus.first_rejected is not None and corpus.first_rejected.row == "torn, row 1"
 
@@ -68,30 +71,30 @@ def test_an_image_that_is_not_there_is_known_before_any_is_read(tmp_path):
                 found = ImageRef(name, read, tmp_path / f"{name}.png")
                 yield Document(name, (found, name), held_out=False, row=f"filed, row {name}")
 
-    corpus = Corpus([Filed()], held_out=0.5, most=100, with_images=True)
+    corpus = Corpus([Filed()], held_out=0.5, max_documents=100, check_images=True)
     assert list(corpus.texts()) == ["there", "gone"]
     places = [image.name for image in corpus.images(held_out=False)]
     assert places == ["there", "gone"]  # it may be back when they are read
-    assert corpus.rejected == 1 and corpus.first_rejected is not None
+    assert corpus.rejected_count == 1 and corpus.first_rejected is not None
     told = f"filed, row gone: there is no {tmp_path}/gone.png; add the file or remove the row"
-    assert corpus.first_rejected.told == told
-    without = Corpus([Filed()], held_out=0.5, most=100)
-    assert list(without.texts()) == ["there", "gone"] and not without.rejected
+    assert corpus.first_rejected.message == told
+    without = Corpus([Filed()], held_out=0.5, max_documents=100)
+    assert list(without.texts()) == ["there", "gone"] and not without.rejected_count
 
 
 def test_the_first_of_many_rejected_rows_are_kept(monkeypatch):
-    monkeypatch.setattr("moma.data.encode.corpus._MOST_NAMED", 3)
-    corpus = Corpus([Numbers()], held_out=0.5, most=100)
+    monkeypatch.setattr("moma.data.encode.corpus._MAX_REJECTED_KEPT", 3)
+    corpus = Corpus([Numbers()], held_out=0.5, max_documents=100)
     for _ in range(2):
         list(corpus.texts())
-        assert corpus.rejected == 4
-        assert [row.row for row in corpus.rejected_rows] == [
+        assert corpus.rejected_count == 4
+        assert [row.row for row in corpus.rejected["numbers"]] == [
             f"numbers, row {n}" for n in (5, 10, 15)
         ]
 
 
 def test_every_source_gives_at_most_as_many_documents_as_asked_for():
-    corpus = Corpus([Numbers(), Numbers()], held_out=0.5, most=3)
+    corpus = Corpus([Numbers(), Numbers()], held_out=0.5, max_documents=3)
     assert list(corpus.texts()) == ["text 1", "text 3", "text 5"] * 2
     assert corpus.documents == 6
 
@@ -102,7 +105,7 @@ def test_a_source_may_hold_out_a_share_of_its_own():
             yield from (Document(str(n), (f"text {n}",)) for n in range(200))
 
     ours, all_, most = (
-        len(list(Corpus([source], held_out=0.5, most=1000).texts()))
+        len(list(Corpus([source], held_out=0.5, max_documents=1000).texts()))
         for source in (Plain(), Plain(held_out=0.0), Plain(held_out=0.9))
     )
     assert 70 < ours < 130
@@ -135,7 +138,7 @@ def test_more_than_a_hundredth_of_broken_images_is_an_error():
 
 
 def test_all_images_broken_is_an_error_whatever_is_allowed():
-    images = ReadableImages([image(n, True) for n in range(3)], size=4, most_unreadable=1)
+    images = ReadableImages([image(n, True) for n in range(3)], size=4, max_unreadable=1)
     with pytest.raises(UserError, match="3 of 3 images cannot be read"):
         images[1]
 
@@ -152,7 +155,7 @@ class Stored(Numbers):
 
 def test_images_that_carry_their_bytes_wait_on_the_disk():
     source = Stored()
-    images = Corpus([source], held_out=0.5, most=100).images(held_out=False)
+    images = Corpus([source], held_out=0.5, max_documents=100).images(held_out=False)
     stored = [document.segments[0] for document in source.documents()]
     assert [one.name for one in images] == [one.name for one in stored]
     for one, expected in reversed(list(zip(images, stored, strict=True))):
@@ -167,30 +170,49 @@ def test_a_full_disk_is_told(monkeypatch):
 
     monkeypatch.setattr("tempfile.TemporaryFile", full)
     with pytest.raises(UserError, match=r"No space left.*set TMPDIR"):
-        Corpus([Stored()], held_out=0.5, most=100).images(held_out=False)
+        Corpus([Stored()], held_out=0.5, max_documents=100).images(held_out=False)
 
 
 def test_whether_any_image_can_be_read_is_known_without_a_fault():
     def images(*broken):
-        return ReadableImages([image(n, b) for n, b in enumerate(broken)], 4, most_unreadable=1)
+        return ReadableImages([image(n, b) for n, b in enumerate(broken)], 4, max_unreadable=1)
 
     assert images(True, False).has_readable
     assert not images(True, True).has_readable
     assert not images().has_readable
 
 
-def test_too_many_rejected_rows_and_none_at_all_are_refused():
-    corpus = Corpus([Numbers(), Numbers(name="other", count=4)], held_out=0.5, most=100)
-    list(corpus.texts())
-    corpus.check(0.2)
-    with pytest.raises(UserError, match=r"'numbers': 4 of 20 rows .* 0\.19 .* row 5: is divisible"):
-        corpus.check(0.19)
+def test_too_many_rejected_documents_are_an_error():
+    list(Corpus([Numbers()], 0.5, 100, max_rejected=0.2).texts())
+    corpus = Corpus(
+        [Numbers()], 0.5, 100, 0.19, list_rejected=lambda name, rows: f"a list of {name}"
+    )
+    found = (
+        r"'numbers': 4 of 20 documents .* 0\.19 .* row 5: is divisible by five "
+        r"\(a list of numbers lists all\)"
+    )
+    with pytest.raises(UserError, match=found):
+        list(corpus.texts())
 
+
+def test_nothing_to_train_on_is_an_error_that_names_the_reason():
     class Broken(Numbers):
         def documents(self):
             yield Rejected("broken, row 1", "not UTF-8")
 
-    corpus = Corpus([Broken()], held_out=0.5, most=100)
-    list(corpus.texts())
-    with pytest.raises(UserError, match="no document to learn from; the first: broken, row 1: not"):
-        corpus.check(1.0)
+    class HeldOut(Numbers):
+        def documents(self):
+            yield Document("a", ("text", image(0)), held_out=True)
+
+    for source, reason in (
+        (Broken(), "no document to train on; the first: broken, row 1: not"),
+        (HeldOut(), r"all 1 documents are held out.*lower data\.held_out"),
+    ):
+        corpus = Corpus([source], held_out=0.5, max_documents=100)
+        list(corpus.texts())
+        with pytest.raises(UserError, match=reason):
+            corpus.require_documents()
+    with pytest.raises(UserError, match="all 1 images are in held-out documents"):
+        require_training_images([], [image(0)], "")
+    with pytest.raises(UserError, match=r"the sources have no images.*; add one"):
+        require_training_images([], [], "add one")

@@ -193,7 +193,7 @@ def test_a_record_that_was_cut_does_not_count(tmp_path):
 
 
 def test_dropping_rejected_rows_is_survived_too(tmp_path):
-    origin = ShardInfo(source="rows", settings="", fingerprint="")
+    origin = ShardInfo(source="rows", source_fingerprint="", vocabulary_fingerprint="")
     for kill_at in range(40):
         folder = tmp_path / str(kill_at)
         made = parts.PartialShards(folder, origin, VOCABULARY)

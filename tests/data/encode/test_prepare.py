@@ -18,12 +18,13 @@ from PIL import Image
 
 from moma.data.batches.iterator import Batches
 from moma.data.documents import Document, is_held_out
-from moma.data.encode import parts, training_documents
+from moma.data.encode import parts
 from moma.data.encode import prepare as prepare_module
-from moma.data.encode.prepare import Speed, prepare
-from moma.data.encode.training_documents import TrainingDocuments
-from moma.data.shards import Counts, Encoders, Part, ShardInfo
+from moma.data.encode.prepare import Speed, count_documents, prepare
+from moma.data.provenance import DataFolder, read_provenance
+from moma.data.shards import Counts, Part, ShardInfo
 from moma.data.sources.captions import CaptionsConfig
+from moma.data.sources.text import TextConfig
 from moma.errors import UserError
 from moma.files import lock_folder
 from moma.recipe import check, write_recipe
@@ -200,7 +201,8 @@ def test_text_alone_needs_no_codec(tmp_path):
     prepared = run(recipe)
     assert not (tmp_path / "data/codec").exists()
     assert prepared.vocabulary.codes_per_image == 16
-    assert Encoders.load(tmp_path / "data").codec == ""  # type: ignore[union-attr]
+    found = read_provenance(tmp_path / "data")
+    assert found is not None and found.encoders.codec == ""
     assert run(recipe).vocabulary == prepared.vocabulary
     batch = next(Batches(recipe.data, prepared.vocabulary, seed=0))
     assert batch.images == 0 and batch.padding == 0
@@ -219,15 +221,18 @@ def test_the_first_run_with_tokenizers_of_another_folder_knows_how_much_there_is
     run(taken, quiet=False)
     told = capsys.readouterr().err
     assert "encode captions: 50/50 after" in told and "encode text: 50/50 after" in told
-    assert TrainingDocuments(taken.data).total(taken.data.sources[0]) is None  # it is there
+    counts = [count_documents(source, DataFolder(taken.data)) for source in taken.data.sources]
+    assert counts == [None, None]  # they have shards
 
 
 def test_counting_gives_up_where_it_takes_long(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, 50)
-    monkeypatch.setattr(training_documents, "SECONDS_TO_COUNT", -1)
-    assert TrainingDocuments(recipe.data).total(recipe.data.sources[1]) is None
-    monkeypatch.setattr(training_documents, "SECONDS_TO_COUNT", 60)
-    assert TrainingDocuments(recipe.data).total(recipe.data.sources[1]) == 50
+    recipe.data.path.mkdir()
+    folder = DataFolder(recipe.data)
+    monkeypatch.setattr(prepare_module, "MAX_COUNTING_SECONDS", -1)
+    assert count_documents(recipe.data.sources[1], folder) is None
+    monkeypatch.setattr(prepare_module, "MAX_COUNTING_SECONDS", 60)
+    assert count_documents(recipe.data.sources[1], folder) == 50
 
 
 def test_speed_is_what_was_encoded_since_the_first_report(monkeypatch):
@@ -235,7 +240,7 @@ def test_speed_is_what_was_encoded_since_the_first_report(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     told = []
     speed = Speed(lambda done, note="": told.append((done, note)))
-    before = ShardInfo(source="a", settings="", fingerprint="")
+    before = ShardInfo(source="a", source_fingerprint="", vocabulary_fingerprint="")
     counts = {"train": Counts(documents=10, tokens=3000, images=4), "held_out": Counts()}
     part = Part(first=0, stop=12, counts=counts, rejected=2)
     speed(before.with_parts([part]))  # by an earlier process
@@ -280,7 +285,7 @@ def test_training_of_the_codec_goes_on_where_it_was_stopped(tmp_path, monkeypatc
 def test_images_that_are_asked_for_and_missing_are_refused(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     data = recipe.data.model_copy(update={"sources": recipe.data.sources[1:]})
-    with pytest.raises(UserError, match=r"0\.25, but no source holds an image.*set image_share"):
+    with pytest.raises(UserError, match=r"no images.*set image_share, which is 0\.25"):
         run(recipe.model_copy(update={"data": data}))
 
 
@@ -311,18 +316,21 @@ def test_what_cannot_be_used_is_told_before_anything_is_trained(tmp_path, capsys
     whole = {path: path.read_bytes() for path in (rows, *images, words)}
     if spoilt == "row":
         rows.write_bytes(whole[rows].replace(b'{"image": "1', b'{"image" "1', 3))
-        told, named = r"3 of 50 rows .*row 2: not valid JSON .*\(rejected\.jsonl .* names all\)", 3
+        told, named = (
+            r"3 of 50 documents .*row 2: not valid JSON .*\(rejected\.jsonl .* lists all\)",
+            3,
+        )
     elif spoilt == "image":
         for image in images:
             image.unlink()
-        told, named = r"3 of 50 rows .*row 4: there is no \S+3\.png; add the file", 3
+        told, named = r"3 of 50 documents .*row 4: there is no \S+3\.png; add the file", 3
     else:
         words.unlink()
         told, named = r"words\.txt: cannot read it", 0
     with pytest.raises(UserError, match=told):
         run(recipe)
     left = contents(tmp_path / "data")
-    assert left.keys() == ({"rejected.jsonl"} if named else set())
+    assert left.keys() == {"provenance.json", *(["rejected.jsonl"] if named else [])}
     lines = left.get("rejected.jsonl", b"").splitlines()
     assert [json.loads(line)["source"] for line in lines] == ["captions"] * named
     for path, data in whole.items():
@@ -351,7 +359,7 @@ def test_a_refused_source_leaves_the_rejected_rows_of_others(tmp_path):
     sources = (*recipe.data.sources, more)
     data = recipe.data.model_copy(update={"sources": sources})
     (tmp_path / "data/tokenizer.json").unlink()
-    with pytest.raises(UserError, match="source 'more': 1 of 1 rows"):
+    with pytest.raises(UserError, match="source 'more': 1 of 1 documents"):
         run(recipe.model_copy(update={"data": data}))
     after = (tmp_path / "data/rejected.jsonl").read_bytes()
     assert before and after.startswith(before) and b'"more"' in after
@@ -366,8 +374,8 @@ def test_sources_that_changed_after_the_tokenizers_are_told(tmp_path, capsys):
         file.write("\n\none more")
     prepared = run(recipe)
     told = capsys.readouterr().err
-    assert told.startswith("note: added or changed since") and "captions" not in told
-    assert "trained: text; both are kept, as is right where only some rows were mended" in told
+    assert "added or changed since" in told and "captions" not in told
+    assert "trained: text; both are kept, as is right if only some documents were fixed" in told
     assert prepared.sources["text"].total.documents == 51
     assert (tmp_path / "data/codec/model.safetensors").read_bytes() == weights
 
@@ -376,7 +384,10 @@ def test_data_of_another_codec_is_refused_when_it_is_read(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     vocabulary = run(recipe).vocabulary
     Batches(recipe.data, vocabulary, seed=0)
-    Encoders(tokenizer="x", codec="y").save(tmp_path / "data")
+    manifest = tmp_path / "data/provenance.json"
+    values = json.loads(manifest.read_text())
+    values["encoders"] = {"tokenizer": "x", "codec": "y"}
+    manifest.write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"encoded with another tokenizer .*, codec \(\w+ and y\)"):
         Batches(recipe.data, vocabulary, seed=0)
 
@@ -430,7 +441,7 @@ def test_images_that_a_share_of_0_leaves_out_are_told(tmp_path, capsys):
 
 def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, 2)
-    monkeypatch.setattr(prepare_module, "PATIENCE", 0.0)
+    monkeypatch.setattr(prepare_module, "LOCK_TIMEOUT", 0.0)
     (tmp_path / "data").mkdir()
     with (
         lock_folder(tmp_path / "data", 0),
@@ -444,8 +455,8 @@ def test_a_broken_record_of_what_was_trained_on_is_told(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     run(recipe)
     for broken in ("", "[1, 2]", "3"):
-        (tmp_path / "data/trained_on.json").write_text(broken)
-        with pytest.raises(UserError, match=r"trained_on\.json: damaged .*delete it"):
+        (tmp_path / "data/provenance.json").write_text(broken)
+        with pytest.raises(UserError, match=r"provenance\.json: damaged"):
             run(recipe)
 
 
@@ -457,4 +468,53 @@ def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr(parts, "sync_file", full)
     with pytest.raises(OSError, match=r"No space left on device.*captions\.partial"):
+        run(recipe)
+
+
+@pytest.mark.parametrize("name", ["shards/mine.txt", "tokenizer.json", "provenance.json"])
+def test_files_of_the_user_are_not_overwritten(tmp_path, name):
+    recipe = make_recipe(tmp_path, 50)
+    file = tmp_path / "data" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    with pytest.raises(UserError, match=f"{name.split('/')[0]}.*data.path="):
+        run(recipe)
+    assert contents(tmp_path / "data") == {name: b"mine"}
+
+
+def test_a_file_of_the_user_among_shards_is_not_deleted(tmp_path):
+    recipe = make_recipe(tmp_path, 50)
+    run(recipe)
+    mine = tmp_path / "data/shards/text/mine.txt"
+    mine.write_text("mine")
+    (tmp_path / "words.txt").write_text("other words\n\n" * 20)
+    with pytest.raises(UserError, match=r"shards/text: .*did not write 'mine\.txt'"):
+        run(recipe)
+    assert mine.read_text() == "mine"
+
+
+def test_a_changed_tokenizer_is_refused(tmp_path):
+    recipe = make_recipe(tmp_path, 50)
+    run(recipe)
+    with (tmp_path / "data/tokenizer.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"tokenizer\.json: changed after"):
+        run(recipe)
+
+
+def test_a_source_folder_with_data_path_in_it_reads_no_output(tmp_path):
+    recipe = make_recipe(tmp_path, 50)
+    source = TextConfig(path=tmp_path / "**/*.jsonl", text_key="caption")
+    data = recipe.data.model_copy(update={"sources": (source,), "image_share": 0})
+    recipe = recipe.model_copy(update={"data": data})
+    first = run(recipe).summary()
+    (tmp_path / "data/codec_training").mkdir()
+    (tmp_path / "data/codec_training/metrics.jsonl").write_text("no JSON\n")
+    assert (tmp_path / "data/rejected.jsonl").exists()
+    assert run(recipe).summary() == first
+
+
+def test_nothing_left_for_training_is_an_error_that_says_so(tmp_path):
+    recipe = make_recipe(tmp_path, 12, held_out=0.999)
+    with pytest.raises(UserError, match=r"are held out, so nothing is left.*data\.held_out"):
         run(recipe)

@@ -1,5 +1,6 @@
 """Reading images ahead: order, back-pressure, errors, and workers that end."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -44,27 +45,27 @@ EXPECTED = ["start", *range(9), "middle", "again", REASON, *range(9, 30), "end"]
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_everything_comes_out_in_order(workers):
-    with ImageReader(shape, workers, patience=0) as reader:
+    with ImageReader(shape, workers, seconds=0) as reader:
         assert [outcome(item) for item in reader.read(ITEMS)] == EXPECTED
         # The same workers serve the next source.
         assert [outcome(item) for item in reader.read(ITEMS)] == EXPECTED
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_equal_images_have_equal_digests(workers):
-    with ImageReader(shape, workers, patience=0) as reader:
+def test_equal_images_have_equal_fingerprints(workers):
+    with ImageReader(shape, workers, seconds=0) as reader:
         one, same, other = reader.read([image(1), image(1), image(2)])
-    assert one.digest == same.digest != other.digest
+    assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
 def test_images_that_cannot_travel_are_read_here():
     local = ImageRef("local", lambda: Image.new("RGB", (2, 2), (5, 0, 0)))
-    with ImageReader(shape, 1, patience=0) as reader:
+    with ImageReader(shape, 1, seconds=0) as reader:
         assert [outcome(item) for item in reader.read([image(1), local])] == [1, 5]
 
 
 def test_small_sources_start_no_worker(monkeypatch):
-    monkeypatch.setattr(read_ahead.subprocess, "Popen", None)
+    monkeypatch.setattr(read_ahead, "ProcessPoolExecutor", None)
     with ImageReader(shape, 2) as reader:
         assert len(list(reader.read(ITEMS))) == len(ITEMS)
 
@@ -78,9 +79,9 @@ def test_no_more_is_read_than_can_be_on_its_way(workers):
             drawn.append(number)
             yield image(number % 200)
 
-    with ImageReader(shape, workers, patience=0) as reader:
+    with ImageReader(shape, workers, seconds=0) as reader:
         for taken, _ in enumerate(reader.read(items()), 1):
-            limit = read_ahead.TASK_IMAGES * (read_ahead.TASKS_AHEAD * workers + 2)
+            limit = read_ahead.TASK_IMAGES * (read_ahead.TASKS_PER_WORKER * workers + 2)
             assert len(drawn) - taken <= limit
             if taken == 100:
                 break
@@ -93,41 +94,41 @@ def is_alive(process):
     )
 
 
-def test_a_worker_that_dies_is_told_with_the_way_out():
+def test_a_killed_worker_gives_an_error_with_the_remedy():
     def items():
         yield from [image(n) for n in range(50)]
-        for worker in reader._workers:
+        for worker in multiprocessing.active_children():
             worker.kill()
         yield from [image(n) for n in range(50)]
 
     with (
         pytest.raises(UserError, match=r"reads images died.*--workers 0"),
-        ImageReader(shape, 1, patience=0) as reader,
+        ImageReader(shape, 1, seconds=0) as reader,
     ):
         list(reader.read(items()))
 
 
 def test_workers_end_with_the_reader():
-    with ImageReader(shape, 2, patience=0) as reader:
+    with ImageReader(shape, 2, seconds=0) as reader:
         next(reader.read(ITEMS[1:]))
-        processes = [worker._process for worker in reader._workers]
+        processes = multiprocessing.active_children()
     assert len(processes) == 2
-    assert all(process.poll() is not None for process in processes)
+    assert not any(process.is_alive() for process in processes)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="looks processes up")
 def test_workers_end_when_their_process_is_killed():
     code = """
-import sys, time
+import multiprocessing, time
 from functools import partial
 from PIL import Image
 from moma.data.documents import ImageRef
 from moma.data.encode.read_ahead import ImageReader
 from moma.images import square_pixels
-with ImageReader(partial(square_pixels, size=2), 2, patience=0) as reader:
+with ImageReader(partial(square_pixels, size=2), 2, seconds=0) as reader:
     images = [ImageRef("", partial(Image.new, "RGB", (2, 2))) for _ in range(40)]
     list(reader.read(images))
-    print(*[worker._process.pid for worker in reader._workers], flush=True)
+    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
     time.sleep(60)
 """
     paths = os.pathsep.join(path for path in sys.path if path)

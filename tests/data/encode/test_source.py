@@ -15,7 +15,8 @@ from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.encode import chunks, tokens
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import Limits, encode_source
-from moma.data.shards import Encoders, open_shards
+from moma.data.provenance import Encoders
+from moma.data.shards import open_shards
 from moma.demo.sketches import place
 from moma.errors import UserError
 from moma.images import square_pixels
@@ -124,7 +125,7 @@ def test_rows_are_found_across_chunks_and_files(tmp_path, monkeypatch, shard_tok
         tmp_path / "shard",
         codec=codec,
         limits=Limits(shard_tokens=shard_tokens),
-        progress=lambda info: seen.append(info.rows),
+        progress=lambda info: seen.append(info.documents_read),
     )
     assert seen == [0, 3, 6, 9, 12, 15, 18, 20]
     assert codec.calls == [1] * 7
@@ -221,8 +222,8 @@ def test_special_ids_from_the_tokenizer_are_a_defect(tmp_path):
 
 
 def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "MOST_CHARACTERS", 5)
-    monkeypatch.setattr(chunks, "MOST_IMAGES", 2)
+    monkeypatch.setattr(chunks, "MAX_CHARACTERS", 5)
+    monkeypatch.setattr(chunks, "MAX_IMAGES", 2)
     red = ImageRef("red", partial(Image.new, "RGB", (2, 2), (7, 0, 0)))
     source = Given(
         "a",
@@ -241,19 +242,19 @@ def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, m
     train = open_shards(tmp_path / "shard", VOCABULARY).splits["train"]
     assert train.dataset["name"][:] == ["doc 0", "doc 3", "doc 9"]
     assert train.ids(1).tolist() == [0, 3, 5 + 7, 6, 7, 8, 4, *encode_text(["d"])[0], 1]
-    assert info.rejected == 8 and info.rows == 11
+    assert info.rejected == 8 and info.documents_read == 11
     empty = "it is empty: neither text nor an image"
     assert [(line["row"], line["reason"]) for line in rejected_in(tmp_path / "shard")] == [
         ("list, row 2", "no caption"),
         ("list, row 3", "cannot read 3.png"),
         ("doc 4", empty),
         ("doc 5", empty),
-        ("doc 6", "not Unicode (surrogates not allowed at character 0 of '\\ud800'); mend it"),
+        ("doc 6", "not Unicode (surrogates not allowed at character 0 of '\\ud800'); fix the text"),
         ("doc 7", "9 characters of text, at most 5; split the document"),
         ("doc 8", "3 images, at most 2; set the source's max_images"),
         (
             "list, row 11",
-            "not Unicode (surrogates not allowed at character 4 of 'bad \\ud800'); mend it",
+            "not Unicode (surrogates not allowed at character 4 of 'bad \\ud800'); fix the text",
         ),
     ]
     assert {line["source"] for line in rejected_in(tmp_path / "shard")} == {"given"}
@@ -283,13 +284,15 @@ def test_too_many_rejected_rows_stop_the_run(tmp_path, monkeypatch, bad, count, 
         tmp_path / "shard",
         source,
         limits=Limits(shard_tokens=50, max_rejected=share),
-        progress=lambda info: seen.append(info.rows),
+        progress=lambda info: seen.append(info.documents_read),
     )
     if stops_at is None:
         assert call().rejected == len(bad)
         return
     first = min(bad)
-    with pytest.raises(UserError, match=rf"'given': \d+ of {stops_at} rows.*: row {first} is bad"):
+    with pytest.raises(
+        UserError, match=rf"'given': \d+ of {stops_at} documents.*: row {first} is bad"
+    ):
         call()
     assert seen[-1] == stops_at
     assert not (tmp_path / "shard").exists()
@@ -300,17 +303,17 @@ def test_a_higher_share_goes_on_and_mended_rows_are_read_again(tmp_path, monkeyp
     rows = rows_with(range(100, 110), 200)
     limits = Limits(shard_tokens=50, max_rejected=0.01)
     for folder in ("allowed", "mended"):
-        with pytest.raises(UserError, match="10 of 110 rows"):
+        with pytest.raises(UserError, match="10 of 110 documents"):
             run(tmp_path / folder, Given(*rows), limits=limits)
     seen = []
     info = run(
         tmp_path / "allowed",
         Given(*rows),
         limits=Limits(shard_tokens=50, max_rejected=0.1),
-        progress=lambda info: seen.append(info.rows),
+        progress=lambda info: seen.append(info.documents_read),
     )
     assert seen[0] == 100 and info.rejected == 10 and info.total.documents == 190
-    with pytest.raises(UserError, match=r"10 of 200 rows.*row 100 is bad"):
+    with pytest.raises(UserError, match=r"10 of 200 documents.*row 100 is bad"):
         run(tmp_path / "allowed", Given(*rows), limits=limits)
     # Every row is a document now, though the source's settings are the same.
     mended = run(tmp_path / "mended", Given(*["good"] * 200), limits=limits)
@@ -320,13 +323,13 @@ def test_a_higher_share_goes_on_and_mended_rows_are_read_again(tmp_path, monkeyp
 
 def test_rejected_rows_on_disk_are_read_again_after_a_stop(tmp_path):
     rows = rows_with({3}, 10)  # judged at the end, when their part is on disk
-    with pytest.raises(UserError, match="1 of 10 rows"):
+    with pytest.raises(UserError, match="1 of 10 documents"):
         run(tmp_path / "shard", Given(*rows))
     assert run(tmp_path / "shard", Given(*["good"] * 10)).total.documents == 10
 
 
 def test_an_image_without_a_codec_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"no codec.*codec_training\.documents"):
+    with pytest.raises(UserError, match=r"no codec.*codec_training\.max_documents"):
         encode_source(Numbers(), encode_text, None, VOCABULARY, 0, tmp_path / "shard")
 
 
@@ -352,13 +355,13 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("codec_apart", [False, True])
-def test_the_codec_has_a_thread_of_its_own_or_none(tmp_path, codec_apart):
+@pytest.mark.parametrize("codec_in_thread", [False, True])
+def test_the_codec_has_a_thread_of_its_own_or_none(tmp_path, codec_in_thread):
     codec = Codec()
-    run(tmp_path / "shard", Numbers(), codec, codec_apart=codec_apart)
-    assert (codec.threads == {threading.get_ident()}) is not codec_apart
+    run(tmp_path / "shard", Numbers(), codec, codec_in_thread=codec_in_thread)
+    assert (codec.threads == {threading.get_ident()}) is not codec_in_thread
     assert len(codec.threads) == 1
-    run(tmp_path / "other", Numbers(), codec, codec_apart=not codec_apart)
+    run(tmp_path / "other", Numbers(), codec, codec_in_thread=not codec_in_thread)
     assert contents(tmp_path / "shard") == contents(tmp_path / "other")
 
 
@@ -369,7 +372,7 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     calls = []
     for workers in (0, 1, 2):
         codec = Codec()
-        with ImageReader(partial(square_pixels, size=3), workers, patience=0) as reader:
+        with ImageReader(partial(square_pixels, size=3), workers, seconds=0) as reader:
             run(tmp_path / str(workers), Images(), codec, limits=limits, reader=reader)
         calls.append(codec.calls)
     assert calls[0] == calls[1] == calls[2]

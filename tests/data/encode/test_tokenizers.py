@@ -124,9 +124,9 @@ def test_other_tokenizers_are_refused(made, tmp_path):
     before = contents(tmp_path / "data")
     with pytest.raises(UserError, match=r"\(data\.tokenizers\.codec\)"):
         run(recipe)
-    with pytest.raises(UserError, match=r"was prepared with other settings.*seed"):
+    with pytest.raises(UserError, match=r"made with another configuration.*seed"):
         run(with_changes(recipe, "data", tokenizers=None))
-    with pytest.raises(UserError, match=r"nowhere/tokenizer\.json: is missing"):
+    with pytest.raises(UserError, match=r"nowhere/tokenizer\.json: missing"):
         run(recipe_in(made, "taken", tokenizers=tmp_path / "nowhere"))
     assert contents(tmp_path / "data") == before
 
@@ -135,7 +135,7 @@ class KilledError(Exception):
     """Stands for a kill: nothing in the program catches it."""
 
 
-PLACED = ["prepared_with.json", "tokenizer.json", "codec", "vocabulary.json", "encoders.json"]
+PLACED = ["provenance.json", "tokenizer.json", "codec", "vocabulary.json"]
 
 
 @pytest.mark.parametrize("name", PLACED)
@@ -154,7 +154,7 @@ def test_taking_goes_on_after_a_kill(made, tmp_path, monkeypatch, name):
     assert not (tmp_path / "data" / name).exists()
     run(recipe)
     # From the first placed part on, the folder is bound.
-    assert json.loads((tmp_path / "data/prepared_with.json").read_text()).keys() == {
+    assert json.loads((tmp_path / "data/provenance.json").read_text())["tokenizers"].keys() == {
         "data.tokenizers.tokenizer",
         "data.tokenizers.codec",
     }

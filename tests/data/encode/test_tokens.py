@@ -63,7 +63,7 @@ def test_random_documents_are_what_a_loop_makes_of_them(documents, chunk):
 def test_the_tokenizer_works_for_one_thread_at_a_time(tmp_path, monkeypatch):
     """So that another thread turns into ids what it gave before."""
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 1)
-    monkeypatch.setattr(chunks, "CHUNKS_TOGETHER", 1)
+    monkeypatch.setattr(chunks, "CHUNKS_PER_BATCH", 1)
     inside = []
 
     def watched(texts):

@@ -5,7 +5,7 @@ import hashlib
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moma.hashes import unit_hash, unit_hashes
+from moma.data.documents import unit_hash, unit_hashes
 
 
 def slowly(text):

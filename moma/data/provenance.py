@@ -1,0 +1,260 @@
+"""The manifest of a data folder: what its tokenizers and shards were made from.
+
+    provenance.json   tokenizers: the configuration that made them
+                      encoders:   fingerprints of tokenizer and codec, weights included
+                      sources:    fingerprints of the sources they were trained on
+
+A folder is a data folder if it has this manifest, whatever other files are in it.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from moma.data.config import DataConfig
+from moma.data.documents import Source, held_out_share, source_fingerprint
+from moma.data.outputs import DATA_ENTRIES, DATA_KIND, DATA_MANIFEST, has_manifest
+from moma.errors import UserError, list_names
+from moma.files import atomic_write
+from moma.recipe import Config
+from moma.runs import Tokenizers
+from moma.tokenizers.image.codec import CODEC_FILES
+
+_MAX_KEYS_LISTED = 5
+
+
+class Encoders(Config):
+    """Fingerprints of the tokenizer and the codec, weights included; empty if there is none.
+
+    The vocabulary is not enough: two codecs may share every id and encode images differently.
+    """
+
+    tokenizer: str = ""
+    codec: str = ""
+
+    @classmethod
+    def of(cls, folder: Tokenizers) -> "Encoders":
+        """Return the fingerprints of the tokenizer and the codec in a folder."""
+        codec = [folder.codec / name for name in CODEC_FILES]
+        return cls(
+            tokenizer=_fingerprint([folder.text]) if folder.text.exists() else "",
+            codec=_fingerprint(codec) if folder.codec.exists() else "",
+        )
+
+    def differences(self, other: "Encoders") -> str:
+        """Describe what differs, for a message; empty if nothing does."""
+        ours, theirs = self.model_dump(), other.model_dump()
+        return ", ".join(
+            f"{key} ({ours[key] or 'none'} and {theirs[key] or 'none'})"
+            for key in ours
+            if ours[key] != theirs[key]
+        )
+
+
+class SourceRecord(Config):
+    """A source as it was when the tokenizers were trained on it.
+
+    Attributes:
+        fingerprint: `source_fingerprint`.
+        documents: number of its documents, rejected ones included, if it was read to its end.
+    """
+
+    fingerprint: str
+    documents: int | None = None
+
+
+class Provenance(Config):
+    """The manifest.
+
+    Attributes:
+        kind, format: identify the file.
+        tokenizers: recipe keys and values that the tokenizers were made with, or the fingerprints
+            of `data.tokenizers` if they were copied.
+        encoders: fingerprints of the tokenizers in the folder.
+        sources: each source that the tokenizers were trained on, by name.
+    """
+
+    kind: Literal["moma data"] = DATA_KIND
+    format: Literal[1] = 1
+    tokenizers: dict[str, Any] = Field(default={})
+    encoders: Encoders = Encoders()
+    sources: dict[str, SourceRecord] = Field(default={})
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """Read the manifest of a data folder; None if it has none.
+
+    Raises:
+        UserError: the file is damaged, of another version, or not moma's.
+    """
+    file = folder / DATA_MANIFEST
+    if not file.exists():
+        return None
+    if not has_manifest(folder, DATA_MANIFEST, DATA_KIND):
+        raise UserError(
+            f"{file}: damaged, or not written by `moma prepare`; restore it from a copy, or choose "
+            "another folder with data.path=…"
+        )
+    try:
+        return Provenance.model_validate_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(
+            f"{file}: damaged or of another version; restore it from a copy, or delete {folder} "
+            "and run `moma prepare` again"
+        ) from error
+
+
+class DataFolder:
+    """A data folder while it is prepared; every change of its manifest is written at once.
+
+    Attributes:
+        data: the recipe's `[data]`.
+        tokenizers: the folder's tokenizers.
+    """
+
+    def __init__(self, data: DataConfig) -> None:
+        """Read the manifest, or write an empty one into a folder without files of its names.
+
+        Raises:
+            UserError: the manifest cannot be used, a file of the user's is in the way, or the
+                tokenizers were changed after they were made.
+        """
+        self.data, self.tokenizers = data, Tokenizers(data.path)
+        self._fingerprints: dict[str, str] = {}
+        self._documents: dict[str, int] = {}
+        found = read_provenance(data.path)
+        if found is None:
+            self._require_unused()
+            self._write(Provenance())
+        else:
+            self._provenance = found
+            self._check_encoders()
+
+    def bind(self, config: Mapping[str, Any]) -> None:
+        """Record what the tokenizers are made with, or refuse another configuration.
+
+        Without a text tokenizer nothing is bound yet: a configuration may prove impossible.
+
+        Raises:
+            UserError: the tokenizers were made with another configuration.
+        """
+        before = self._provenance.tokenizers if self.tokenizers.text.exists() else {}
+        changed = [key for key in {**before, **config} if before.get(key) != config.get(key)]
+        if before and changed:
+            raise UserError(
+                f"{self.data.path}: its tokenizers were made with another configuration "
+                f"({list_names(changed, _MAX_KEYS_LISTED)}); choose another folder with "
+                "data.path=…, or delete this one"
+            )
+        if changed:
+            self._update(tokenizers=dict(config))
+
+    @property
+    def has_copied_tokenizers(self) -> bool:
+        """Whether complete copies of `data.tokenizers` are here."""
+        keys = self._provenance.tokenizers
+        copied = any(key.startswith("data.tokenizers") for key in keys)
+        return copied and self.tokenizers.vocabulary.exists()
+
+    def record_encoders(self) -> Encoders:
+        """Record and return the fingerprints of the tokenizers."""
+        encoders = Encoders.of(self.tokenizers)
+        if encoders != self._provenance.encoders:
+            self._update(encoders=encoders)
+        return encoders
+
+    def record_sources(self) -> None:
+        """Record the sources that the tokenizers are trained on: those of the first call stay."""
+        before = self._provenance.sources
+        now = {s.name: SourceRecord(fingerprint=self._fingerprint(s)) for s in self.data.sources}
+        records = {}
+        for name, record in (before or now).items():
+            same = name in now and now[name].fingerprint == record.fingerprint
+            documents = self._documents.get(name, record.documents) if same else record.documents
+            records[name] = record.model_copy(update={"documents": documents})
+        if records != before:
+            self._update(sources=records)
+
+    def changed_sources(self) -> list[str]:
+        """Return the names of sources that were added or changed since `record_sources`."""
+        known = self._provenance.sources
+        return [
+            source.name
+            for source in self.data.sources
+            if known
+            and (
+                source.name not in known
+                or known[source.name].fingerprint != self._fingerprint(source)
+            )
+        ]
+
+    def held_out(self, source: Source) -> float:
+        """Return the fraction of a source's documents that is held out."""
+        return held_out_share(source, self.data.held_out)
+
+    def set_documents(self, counts: Mapping[str, int]) -> None:
+        """Remember how many documents sources have, rejected ones included."""
+        self._documents |= counts
+
+    def known_documents(self, source: Source) -> int | None:
+        """Return how many documents a source has, rejected ones included, if that is known."""
+        if source.name in self._documents:
+            return self._documents[source.name]
+        record = self._provenance.sources.get(source.name)
+        unchanged = record is not None and record.fingerprint == self._fingerprint(source)
+        return record.documents if record is not None and unchanged else None
+
+    def _require_unused(self) -> None:
+        shared = self.data.tokenizers is not None and (
+            self.data.tokenizers.resolve() == self.data.path.resolve()
+        )
+        allowed = ("tokenizer.json", "vocabulary.json", "codec", "codec_training") if shared else ()
+        found = [
+            name
+            for name in DATA_ENTRIES
+            if name not in allowed and (self.data.path / name).exists()
+        ]
+        if found:
+            raise UserError(
+                f"{self.data.path}: has {list_names(found)}, but no {DATA_MANIFEST}, so `moma "
+                "prepare` did not write it and will not overwrite it; move it away, or choose "
+                "another folder with data.path=… (data.tokenizers=… uses existing tokenizers)"
+            )
+
+    def _check_encoders(self) -> None:
+        """Refuse a tokenizer or codec that was replaced; one that was deleted is made again."""
+        known, now = self._provenance.encoders.model_dump(), Encoders.of(self.tokenizers)
+        for key, fingerprint in now.model_dump().items():
+            if known[key] and fingerprint and known[key] != fingerprint:
+                file = self.tokenizers.text if key == "tokenizer" else self.tokenizers.codec
+                raise UserError(
+                    f"{file}: changed after `moma prepare` made it; restore it, or choose another "
+                    "folder with data.path=… and name these tokenizers with data.tokenizers=…"
+                )
+        kept = {key: value if now.model_dump()[key] else "" for key, value in known.items()}
+        if kept != known:
+            self._update(encoders=Encoders(**kept))
+
+    def _fingerprint(self, source: Source) -> str:
+        # Computed once: it may have to look at every file of the source.
+        if source.name not in self._fingerprints:
+            self._fingerprints[source.name] = source_fingerprint(source, self.held_out(source))
+        return self._fingerprints[source.name]
+
+    def _update(self, **changes: Any) -> None:
+        self._write(self._provenance.model_copy(update=changes))
+
+    def _write(self, provenance: Provenance) -> None:
+        self._provenance = provenance
+        atomic_write(self.data.path / DATA_MANIFEST, provenance.model_dump_json(indent=2) + "\n")
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    hashed = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            hashed.update(hashlib.file_digest(file, "sha256").digest())
+    return hashed.hexdigest()[:16]
