@@ -288,6 +288,9 @@ def test_two_ranks_equal_one_on_the_same_token_groups(tiny, two, name):
         take_steps(ALONE, recipe, two / name / "alone")
         expected, found = load(two / name / "alone/found-1.pt"), load(two / name / "found-2.pt")
         torch.testing.assert_close(found["sums"][0], expected["sums"][0], rtol=near, atol=0)
+        # Adam hides the scale of gradients: their norms show it.
+        for key in (key for key in expected if "norm" in key or key.startswith("gradient")):
+            torch.testing.assert_close(found[key], expected[key], rtol=0.25, atol=2e-2)
         assert not torch.equal(found["1 sums"], expected["1 sums"])
     else:
         assert_equals_one_process(tiny, groups, two / name, 2, near, stage_of(name))
