@@ -8,7 +8,7 @@ READY := $(VENV)/installed
 # Two test processes on two cores: more threads in each only get in each other's way.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs-keys clean
 
 demo: $(READY)
 	$(BIN)/moma demo $(DEMO)
@@ -25,6 +25,11 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The tables of recipe keys in the docs, from the docstrings of the configurations.
+docs-keys: $(READY)
+	$(BIN)/moma schema --markdown > $(VENV)/keys.md
+	sed -i -e '/<!-- keys: begin/,/<!-- keys: end/{//!d}' -e '/<!-- keys: begin/r $(VENV)/keys.md' docs/recipes.md
 
 $(READY): pyproject.toml constraints.txt
 	@echo 'installing into $(VENV): about 2 GB, some minutes'

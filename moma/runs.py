@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from moma.errors import UserError, json_error_message
+from moma.errors import UserError, json_error_message, shell_command
 from moma.files import UNFINISHED, atomic_replace, atomic_write, checksum, read_json
 from moma.recipe import AnyConfig, Config, check, recipe_value, to_toml
 
@@ -226,7 +226,7 @@ class Run:
         for name in manifest["tokenizers"]:
             if not (self.path / name).is_file():
                 raise UserError(
-                    f"{self.path / name}: is missing; `moma train {self.recipe}` copies it from "
+                    f"{self.path / name}: is missing; `{shell_command('train', self.recipe)}` copies it from "
                     f"{manifest['recipe']['data']['path']} again"
                 )
         return self.tokenizers

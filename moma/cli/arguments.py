@@ -1,6 +1,7 @@
 """Arguments that several verbs take, checked before a verb imports what takes seconds (torch)."""
 
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -141,12 +142,11 @@ def _explain_override_as_option(error: Any) -> None:
 
 
 def _is_output_closed() -> bool:
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        return True
-    return False
+    """Whether nobody reads standard output or error any more."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _existing_run(run: Path) -> Path:

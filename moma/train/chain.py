@@ -21,11 +21,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, cast
 
+from pydantic import Field
+
 from moma.errors import UserError, shell_command
 from moma.files import atomic_write, read_json
 from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
-from moma.recipe import check, merge_tables, override, read_values
+from moma.recipe import Config, RequiredPath, check, merge_tables, override, read_values
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.manifest import MANIFEST
@@ -79,6 +81,18 @@ class Evaluation(NamedTuple):
         return bool(result["fingerprint"] == self.fingerprint)
 
 
+class _Folder(Config):
+    """The folder of a chain's runs."""
+
+    run: RequiredPath
+
+
+class _Step(Config):
+    """The name of a step, which is also that of its folder."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
 def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evaluation]:
     """Read a chain, or a recipe, which is a chain of one step.
 
@@ -87,13 +101,13 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
     Raises:
         UserError: a key or value is wrong; the message names it and its step.
     """
-    values = read_values(path, overrides)
+    values = read_values(path, overrides, Recipe)
     links = values.pop("chain", None)
     if links is None:
         return [check(Recipe, values, str(path))]
     if not isinstance(links, list) or not links or not all(isinstance(n, dict) for n in links):
         raise UserError(f"{path}: 'chain': write one [[chain]] table for each step")
-    base = Path(values.get("run", "runs/run"))
+    base = check(_Folder, {"run": values.get("run", "runs/run")}, str(path)).run
     # Overrides take precedence over the values of steps.
     last = [text for text in overrides if not text.lstrip().startswith("chain.")]
     steps: list[Recipe | Evaluation] = []
@@ -103,12 +117,12 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
         if stage == "evaluate":
             steps.append(_evaluation(link, before, origin))
             continue
-        name = link.pop("name", stage)
+        name = check(_Step, {"name": link.pop("name", stage)}, origin).name
         if "run" in link:
             raise UserError(
                 f"{origin}: write 'run' above the chain; a step's folder in it is its 'name'"
             )
-        values = override(deepcopy(merge_tables(values, link)), last)
+        values = override(deepcopy(merge_tables(values, link)), last, Recipe)
         source = link.get("from", None if stage == "pretrain" else before)
         run = Path(source) / ROUTER_RUN if stage == "aux_router" and source else base / name
         own = values | {"stage": stage, "run": str(run)}

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moma.data.batches.packing import Batch
-from moma.errors import SharedError, UserError
+from moma.errors import SharedError, UserError, shell_command
 from moma.files import atomic_write, read_json
 from moma.model.transformer import first_nonfinite
 from moma.recipe import Config, check
@@ -147,8 +147,9 @@ def raise_fault(
         recent.save(step, folder / f"rank-{world.rank}.safetensors")
         if world.rank == 0:
             atomic_write(folder / "fault.json", fault.model_dump_json())
+    command = shell_command("replay", run.path)
     raise SharedError(
-        f"{run.path}: at step {step} {_describe(layers, loss, norm)}; `moma replay {run.path}` "
+        f"{run.path}: at step {step} {_describe(layers, loss, norm)}; `{command}` "
         f"shows where, {recipe.stage}.on_fault=skip skips such steps, a lower learning rate in a "
         "new run avoids them"
     )

@@ -18,7 +18,7 @@ from moma.data.encode.corpus import Corpus, ReadableImages, require_training_ima
 from moma.data.encode.parts import copy_rejected, rejected_line
 from moma.data.provenance import DataFolder, Encoders
 from moma.data.shards import REJECTED_FILE
-from moma.errors import UserError
+from moma.errors import UserError, shell_command
 from moma.files import atomic_open
 from moma.runs import Tokenizers
 from moma.tokenizers.folder import complete, make_codec, make_text_tokenizer
@@ -139,9 +139,10 @@ def _copy(source: Tokenizers, folder: DataFolder, image_share: float) -> None:
                 "complete it with the command that makes it"
             )
     if image_share and not source.codec.exists():
+        command = shell_command("tokenizer", "train-image", "my.toml", "--out", source.path)
         raise UserError(
             f"{source.path}: has no image codec, and image_share is {image_share:g}; make one "
-            f"with `moma tokenizer train-image --out {source.path}`, or set image_share to 0"
+            f"with `{command}`, or set image_share to 0"
         )
     folder.bind(_prefixed("data.tokenizers", Encoders.of(source).model_dump()))
     if not folder.tokenizers.vocabulary.exists():

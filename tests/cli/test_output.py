@@ -1,0 +1,95 @@
+"""Results reach any terminal, pipe or file whole, whatever characters they contain."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moma.cli.output import key_values, print_result
+from moma.progress import show_progress
+from moma.study.tables import Table
+
+ROOT = Path(__file__).parents[2]
+MAIN = "from moma.cli import main; main()"
+LONG = "x" * 200
+TABLE = Table(
+    "title [v2] :smile:", "caption [red]", ("[bold]run", "loss"), [(f"[v2]{LONG}", 0.12345)]
+)
+
+
+def call(*arguments: object, pipe: str = "", **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", MAIN, *map(str, arguments)]
+    return subprocess.run(
+        ["bash", "-c", f'"$@" {pipe}', "bash", *command],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_brackets_and_colons_are_printed_as_they_are(capsys):
+    print_result({}, False, [TABLE], ["[end]"])
+    out = capsys.readouterr().out
+    for text in ("title [v2] :smile:", "caption [red]", "[bold]run", f"[v2]{LONG}", "0.1235"):
+        assert text in out
+    assert out.endswith("[end]\n")
+
+
+def test_a_narrow_terminal_loses_nothing(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    print_result({}, False, [TABLE])
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 30
+    assert out.count("x") == len(LONG) and "…" not in out
+
+
+def test_json_is_one_value_and_nothing_else(capsys):
+    print_result({"é": [1, None]}, True, [TABLE], ["line"])
+    assert json.loads(capsys.readouterr().out) == {"é": [1, None]}
+
+
+def test_nested_results_are_rows_of_dotted_keys():
+    assert key_values("t", {"a": {"b": 1, "c": None}, "d": 2}).rows == [
+        ("a.b", 1),
+        ("a.c", None),
+        ("d", 2),
+    ]
+
+
+def test_progress_shows_brackets(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    with show_progress("train [v2]", 2) as report:
+        report(1, "loss [a]")
+    err = capsys.readouterr().err
+    assert "train [v2]" in err and "loss [a]" in err
+
+
+@pytest.mark.parametrize("words", [["plan"], ["plan", "--json"]])
+def test_an_encoding_without_the_characters_gives_no_traceback(tmp_path, words):
+    recipe = tmp_path / "é–.toml"
+    recipe.write_bytes((ROOT / "configs" / "demo.toml").read_bytes())
+    verb, *options = words
+    done = call(verb, recipe, *options, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert ("parameters" in done.stdout) and done.stdout.isascii()
+    refused = call(verb, tmp_path / "ü.toml", PYTHONIOENCODING="ascii")
+    assert refused.returncode == 2 and "\\xfc.toml" in refused.stderr
+
+
+def test_a_closed_output_gives_no_traceback():
+    schema = call("schema", pipe="| head -n 1; exit ${PIPESTATUS[0]}")
+    assert (schema.returncode, schema.stdout, schema.stderr) == (141, "{\n", "")
+    nowhere = call("schema", pipe=">&-")
+    assert (nowhere.returncode, nowhere.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
+def test_a_full_disk_under_the_output_is_one_message():
+    full = call("schema", pipe="> /dev/full")
+    assert full.returncode == 74 and full.stderr.count("\n") == 1
+    assert "No space left" in full.stderr

@@ -1,0 +1,142 @@
+"""Values as shells and people write them are checked once, on entry, for every verb."""
+
+import shlex
+
+import pytest
+
+from tests.command_line import make_input, moma, refuses, succeeds
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (["evaluate", ""], "RUN: is empty"),
+        (["evaluate", "{run}", "--data", ""], "--data: is empty"),
+        (["generate", "{run}", "--prompt", "a", "--out", ""], "--out: is empty"),
+        (["generate", "{run}", "--image", " "], "--image: is empty"),
+        (["report", ""], "RUNS: is empty"),
+        (["report", "{run}", "--out="], "--out: is empty"),
+        (["data", "inspect", ""], "FOLDER: is empty"),
+        (["data", "inspect", "{data}", "--source", ""], "--source: is empty"),
+        (["data", "inspect", "{data}", "--out", ""], "--out: is empty"),
+        (["tokenizer", "train-text", "a.txt", "--out", ""], "--out: is empty"),
+        (["tokenizer", "train-text", ""], "INPUTS: is empty"),
+        (["tokenizer", "show", "", "--text", "a"], "FOLDER: is empty"),
+        (["import", "chameleon", "{run}", "--out", ""], "--out: is empty"),
+        (["export", "chameleon", "", "--out", "a"], "RUN: is empty"),
+        (["train", ""], "RECIPE: is empty"),
+        (["train", "{recipe}", ""], "OVERRIDES: is empty"),
+        (["train", "{recipe}", "run="], "'run': the path is empty"),
+        (["prepare", "{recipe}", "data.path="], "'data.path': the path is empty"),
+        (["plan", "{recipe}", "from="], "'from': the path is empty"),
+        (["demo", "--out", ""], "--out: is empty"),
+        (["bench", "data", ""], "RECIPE: is empty"),
+        (["evaluate", "a\udcff"], "RUN 'a\\udcff': is not valid UTF-8"),
+    ],
+)
+def test_an_empty_or_unusable_name_is_refused(trained, call, message):
+    fill = {"run": trained / "run", "data": trained / "data", "recipe": trained / "recipe.toml"}
+    assert message in refuses(*(word.format(**fill) for word in call))
+
+
+def test_an_unset_variable_does_not_train_into_the_working_directory(tmp_path, monkeypatch):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    recipe = make_input(tmp_path)
+    monkeypatch.chdir(folder)
+    refuses("train", recipe, "run=")
+    chain = tmp_path / "chain.toml"
+    chain.write_text('extends = "recipe.toml"\nrun = ""\n[[chain]]\nname = "a"\n')
+    assert "'run': the path is empty" in refuses("train", chain)
+    chain.write_text('extends = "recipe.toml"\n[[chain]]\nname = "../a"\n')
+    assert "'name'" in refuses("train", chain)
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("call", "option"),
+    [
+        (["generate", "{run}", "--prompt", "a", "--seed", "99999999999999999999"], "--seed"),
+        (["generate", "{run}", "--prompt", "a", "--seed", "-1"], "--seed"),
+        (["generate", "{run}", "--prompt", "a", "--seed", "1e3"], "--seed"),
+        (["generate", "{run}", "--prompt", "a", "--temperature", "nan"], "--temperature"),
+        (["generate", "{run}", "--prompt", "a", "--temperature", "inf"], "--temperature"),
+        (["generate", "{run}", "--prompt", "a", "--temperature", "1e-40"], "temperature"),
+        (["generate", "{run}", "--prompt", "a", "--top-p", "nan"], "--top-p"),
+        (["plan", "{recipe}", "--gpus", "0"], "--gpus"),
+        (["plan", "{recipe}", "--gpus", "9" * 30], "--gpus"),
+        (["plan", "{recipe}", "--mfu", "nan"], "--mfu"),
+        (["plan", "{recipe}", "--peak", "inf"], "--peak"),
+        (["plan", "{recipe}", "--price", "nan"], "--price"),
+        (["plan", "{recipe}", "--memory=-1"], "--memory"),
+        (["data", "inspect", "{data}", "--source", "text", "--document", "9" * 30], "--document"),
+        (["data", "inspect", "{data}", "--split", "test"], "--split"),
+        (["prepare", "{recipe}", "--workers", "-1"], "--workers"),
+        (["bench", "data", "--repeats", "0"], "--repeats"),
+        (["bench", "layer", "--dtype", "fp8"], "--dtype"),
+        (["bench", "layer", "--tokens", "33"], "--tokens"),
+        (["bench", "throughput", "--table2", "--row", "7b"], "--row"),
+        (["tokenizer", "import-chameleon", "a", "b", "--image-size", "0"], "--image-size"),
+    ],
+)
+def test_a_number_that_no_verb_can_use_is_refused_by_name(trained, call, option):
+    fill = {"run": trained / "run", "data": trained / "data", "recipe": trained / "recipe.toml"}
+    assert option in refuses(*(word.format(**fill) for word in call))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ["evaluate", "{run}", "--routing", "choice", "--routing", "causal"],
+        ["generate", "{run}", "--prompt", "a", "--seed", "1", "--seed", "2"],
+        ["report", "{run}", "--out", "a.html", "--out", "b.html"],
+        ["tokenizer", "show", "{run}", "--text", "a", "--text", "b"],
+        ["plan", "{recipe}", "--gpus", "1", "--gpus", "2"],
+        ["demo", "--out", "a", "--out", "b"],
+        ["bench", "data", "--repeats", "1", "--repeats", "2"],
+    ],
+)
+def test_an_option_with_one_value_is_refused_when_given_twice(trained, call):
+    fill = {"run": trained / "run", "recipe": trained / "recipe.toml"}
+    assert "given 2 times; give it once" in refuses(*(word.format(**fill) for word in call))
+
+
+def test_a_flag_may_be_repeated(trained):
+    assert succeeds("plan", trained / "recipe.toml", "--json", "--json").startswith("{")
+
+
+def test_prompts_and_images_are_continued_in_order(trained, monkeypatch):
+    contents = []
+    generate = "moma.generate.mixed.MixedModel.generate"
+    monkeypatch.setattr(generate, lambda self, prompts, *rest: contents.append(prompts[0]) or [[]])
+    images = [trained / "images" / f"{number}.png" for number in (1, 2)]
+    parts = ["--image", images[0], "--prompt", "one", "--image", images[1], "--prompt", "two"]
+    moma("generate", trained / "run", *parts)
+    moma("generate", trained / "run", *parts[4:], *parts[:4])
+    kinds = [[part if isinstance(part, str) else "image" for part in each] for each in contents]
+    assert kinds == [["image", "one", "image", "two"], ["image", "two", "image", "one"]]
+    first, second = contents[0][0], contents[0][2]
+    assert first.tobytes() != second.tobytes()
+    assert first.tobytes() == contents[1][2].tobytes()
+
+
+def test_arguments_after_two_dashes_are_no_options(trained):
+    assert "unknown key '--steps'" in refuses("train", trained / "recipe.toml", "--", "--steps=3")
+    assert "unexpected extra argument" in refuses(
+        "generate", trained / "run", "--prompt", "a", "--", "--seed", "1"
+    )
+
+
+def test_a_printed_command_does_what_it_says_when_it_is_pasted(trained, tmp_path):
+    run = tmp_path / "a & b [v2]"
+    changes = ("model.groups=dense", f"run={run}")
+    printed = succeeds("train", trained / "recipe.toml", *changes)
+    command = shlex.split(printed.split("next: ")[1])
+    assert command[:2] == ["moma", "evaluate"]
+    assert "[v2]" in succeeds(*command[1:])
+    run = tmp_path / "c & d"
+    message = succeeds("train", trained / "recipe.toml", f"run={run}", "pretrain.steps=2")
+    command = shlex.split(message.split("next: ")[1])
+    assert f"from={run}" in command and f"run={run}/aux_router" in command
+    refused = refuses("evaluate", run, "--routing", "causal")
+    assert shlex.split(refused.split("`")[1]) == command
