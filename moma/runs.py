@@ -225,8 +225,9 @@ class Run:
         manifest = self._require_manifest()
         for name in manifest["tokenizers"]:
             if not (self.path / name).is_file():
+                command = shell_command("train", self.recipe)
                 raise UserError(
-                    f"{self.path / name}: is missing; `{shell_command('train', self.recipe)}` copies it from "
+                    f"{self.path / name}: is missing; `{command}` copies it from "
                     f"{manifest['recipe']['data']['path']} again"
                 )
         return self.tokenizers

@@ -18,10 +18,16 @@ class ModelConfig(Config):
             `moe_4t4i`, …) or a list of `{modalities, experts}`. `mod` and `mod_moe_4t4i` add
             mixture-of-depths.
         depth: mixture-of-depths; left out, there is none unless `groups` names it.
-        dim, layers, heads: width D, number of layers, attention heads H.
+        dim: width D, a multiple of 2 · `heads`.
+        layers: number of layers L.
+        heads: number of attention heads H.
         kv_heads: heads of keys and values, a divisor of `heads`; left out, as many.
         hidden: hidden width F of an expert; left out, 8 · dim / 3 rounded up to `hidden_multiple`.
+        hidden_multiple: what the default of `hidden` is rounded up to a multiple of.
         norm: `swin` normalises what a layer adds (MoMa §2.2), `pre` what it reads.
+        norm_epsilon: added to the mean square in RMSNorm.
+        query_key_norm: whether each head's queries and keys are normalised (LayerNorm).
+        rope_theta: base of the rotary embedding's wavelengths.
         attention_mask: `document` limits attention to the token's own document, `causal` lets it
             reach everything before it in its sequence.
         dropout: part of what attention and experts add that is dropped while training

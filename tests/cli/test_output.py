@@ -82,8 +82,8 @@ def test_an_encoding_without_the_characters_gives_no_traceback(tmp_path, words):
 
 
 def test_a_closed_output_gives_no_traceback():
-    schema = call("schema", pipe="| head -n 1; exit ${PIPESTATUS[0]}")
-    assert (schema.returncode, schema.stdout, schema.stderr) == (141, "{\n", "")
+    schema = call("schema", pipe="| true; exit ${PIPESTATUS[0]}")
+    assert (schema.returncode, schema.stdout, schema.stderr) == (141, "", "")
     nowhere = call("schema", pipe=">&-")
     assert (nowhere.returncode, nowhere.stderr) == (0, "")
 

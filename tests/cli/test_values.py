@@ -107,8 +107,12 @@ def test_a_flag_may_be_repeated(trained):
 
 def test_prompts_and_images_are_continued_in_order(trained, monkeypatch):
     contents = []
-    generate = "moma.generate.mixed.MixedModel.generate"
-    monkeypatch.setattr(generate, lambda self, prompts, *rest: contents.append(prompts[0]) or [[]])
+
+    def generate(self, prompts, *rest):
+        contents.append(prompts[0])
+        return [[]]
+
+    monkeypatch.setattr("moma.generate.mixed.MixedModel.generate", generate)
     images = [trained / "images" / f"{number}.png" for number in (1, 2)]
     parts = ["--image", images[0], "--prompt", "one", "--image", images[1], "--prompt", "two"]
     moma("generate", trained / "run", *parts)
