@@ -75,7 +75,7 @@ def test_too_many_bad_rows_are_named_and_leave_no_whole_shards(tmp_path, spoil, 
     recipe = make_input(tmp_path)
     spoil(tmp_path)
     message = refuses("prepare", recipe)
-    assert all(part in message for part in [*named, "1 of 12 rows", "max_rejected"]), message
+    assert all(part in message for part in [*named, "1 of 12 documents", "max_rejected"]), message
     (line,) = (tmp_path / "data/rejected.jsonl").read_text().splitlines()
     assert json.loads(line).keys() == {"source", "row", "reason"}
     assert not whole_shards(tmp_path)
@@ -160,17 +160,14 @@ def test_tokenizers_can_come_from_a_prepared_folder(trained, tmp_path):
         assert (tmp_path / "data" / name).read_bytes() == (trained / "data" / name).read_bytes()
 
 
-def test_tokenizers_that_were_loaded_by_half_are_loaded_again(trained, tmp_path):
+def test_a_half_finished_copy_of_tokenizers_is_completed(trained, tmp_path):
     half = tmp_path / "data"
-    half.mkdir()
-    shutil.copyfile(trained / "data" / "tokenizer.json", half / "tokenizer.json")
-    succeeds(
-        "prepare",
-        trained / "recipe.toml",
-        f"data.tokenizers={trained}/data",
-        f"data.path={half}",
-        "seed=9",
-    )
+    changes = (f"data.tokenizers={trained}/data", f"data.path={half}", "seed=9")
+    succeeds("prepare", trained / "recipe.toml", *changes)
+    # As if the copy had been killed: the vocabulary is the last file that it writes.
+    (half / "vocabulary.json").unlink()
+    shutil.rmtree(half / "codec")
+    succeeds("prepare", trained / "recipe.toml", *changes)
     weights = "codec/model.safetensors"
     assert (half / weights).read_bytes() == (trained / "data" / weights).read_bytes()
 

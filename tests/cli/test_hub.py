@@ -44,4 +44,4 @@ def test_wrong_folders_are_refused_with_one_message(run, tmp_path):
     new = tmp_path / "new"
     assert "config.json" in refuses("import", "chameleon", tmp_path, "--out", new)
     assert "not a run" in refuses("export", "chameleon", tmp_path, "--out", new)
-    assert "there already" in refuses("export", "chameleon", run, "--out", tmp_path)
+    assert "exists already" in refuses("export", "chameleon", run, "--out", tmp_path)
