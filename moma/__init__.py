@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def load(run: str | PathLike[str]) -> "MixedModel":
-    """ExpertInputs a run as a model ready for causal use.
+    """Load a trained run as a model that reads and generates text and images.
 
     Raises:
-        moma.errors.UserError: the folder is no run, has no checkpoint, or holds a model whose
+        moma.errors.UserError: the folder is not a run, has no checkpoint, or its model's
             auxiliary routers are not trained.
     """
     from moma.generate.mixed import MixedModel

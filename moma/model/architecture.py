@@ -1,4 +1,4 @@
-"""The shape of a model: everything that decides its parameters and operations."""
+"""The configuration of a model: everything that determines its parameters and operations."""
 
 from typing import Literal
 
@@ -11,33 +11,34 @@ from moma.recipe import Config
 
 
 class ModelConfig(Config):
-    """Shape of the transformer.
+    """Configuration of the transformer.
 
     Attributes:
-        groups: the feed-forward's groups of experts: a name of the paper's (`dense`, `moe_8x`,
-            `moe_4t4i`, …) or a list of `{modalities, experts}`. `mod` and `mod_moe_4t4i` add
-            mixture-of-depths.
-        depth: mixture-of-depths; left out, there is none unless `groups` names it.
+        groups: expert groups of the feed-forward: an architecture's name (`dense`, `moe_8x`,
+            `moe_4t4i`, …; `mod` and `mod_moe_4t4i` add mixture-of-depths) or a list of
+            `{modalities, experts}`.
+        depth: mixture-of-depths; if omitted, used only when `groups` begins with `mod`.
         dim: width D, a multiple of 2 · `heads`.
-        layers: number of layers L.
+        layers: number of layers.
         heads: number of attention heads H.
-        kv_heads: heads of keys and values, a divisor of `heads`; left out, as many.
-        hidden: hidden width F of an expert; left out, 8 · dim / 3 rounded up to `hidden_multiple`.
-        hidden_multiple: what the default of `hidden` is rounded up to a multiple of.
-        norm: `swin` normalises what a layer adds (MoMa §2.2), `pre` what it reads.
-        norm_epsilon: added to the mean square in RMSNorm.
-        query_key_norm: whether each head's queries and keys are normalised (LayerNorm).
-        rope_theta: base of the rotary embedding's wavelengths.
-        attention_mask: `document` limits attention to the token's own document, `causal` lets it
-            reach everything before it in its sequence.
-        dropout: part of what attention and experts add that is dropped while training
-            (Chameleon §2.3.1: 0.1 in the 7B model, which has `norm = "pre"`).
-        tied_embeddings: whether the head is the embedding table; then what is looked up is
-            multiplied by √D, so that one scale suits both (arXiv 1706.03762 §3.4).
-        router_noise: whether logits of the experts' routers get Gumbel-Sigmoid noise while
-            training, for upcycling (MoMa §2.5).
-        experts_implementation: `sequential`, `batched` or `grouped` (`implementations.py`), with
-            equal results; if omitted, the one that measured fastest.
+        kv_heads: number of key and value heads, a divisor of `heads`; if omitted, `heads`.
+        hidden: hidden width F of an expert; if omitted, 8 · `dim` / 3 rounded up to a multiple of
+            `hidden_multiple`.
+        hidden_multiple: see `hidden`.
+        norm: `swin` normalises the output of attention and experts (MoMa §2.2), `pre` their input.
+        norm_epsilon: epsilon of the RMSNorms.
+        query_key_norm: whether each head's queries and keys are normalised by LayerNorm.
+        rope_theta: base of the rotary embedding.
+        attention_mask: `document` limits attention to the token's own document; `causal` allows
+            all earlier tokens of the sequence.
+        dropout: dropout probability of the output of attention and experts (Chameleon §2.3.1: 0.1
+            in the 7B model, which has `norm = "pre"`).
+        tied_embeddings: whether the head uses the embedding table; embeddings are then multiplied
+            by √D, so that one scale suits both uses (arXiv 1706.03762 §3.4).
+        router_noise: whether the experts' router logits get Gumbel-Sigmoid noise in training, for
+            upcycling (MoMa §2.5).
+        experts_implementation: `sequential`, `batched` or `grouped`, with equal results; if
+            omitted, the one that measured fastest (`implementations.py`).
     """
 
     groups: str | tuple[GroupConfig, ...] = "moe_4t4i"
@@ -59,7 +60,7 @@ class ModelConfig(Config):
     experts_implementation: ImplementationName | None = None
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> "ModelConfig":
+    def _check_sizes(self) -> "ModelConfig":
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim {self.dim} must be a multiple of 2 × heads ({2 * self.heads})")
         if not self.group_list:
@@ -80,23 +81,23 @@ class ModelConfig(Config):
 
     @property
     def key_heads(self) -> int:
-        """Heads of keys and values, G."""
+        """Number of key and value heads, G."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
     def group_list(self) -> tuple[GroupConfig, ...]:
-        """The groups, spelled out."""
+        """The groups as a list, also if `groups` is a name."""
         return named_groups(self.groups) if isinstance(self.groups, str) else self.groups
 
     @property
     def depth_config(self) -> DepthConfig | None:
-        """Mixture-of-depths, by its own section or by the name in `groups`; None: there is none."""
+        """Mixture-of-depths, from `depth` or by the name in `groups`; None if not used."""
         named = isinstance(self.groups, str) and self.groups.split("_")[0] == "mod"
         return DepthConfig() if named and self.depth is None else self.depth
 
     @property
     def depth_layers(self) -> frozenset[int]:
-        """Numbers of the layers that choose their tokens."""
+        """Numbers of the layers with mixture-of-depths."""
         depth = self.depth_config
         if depth is None:
             return frozenset()
@@ -104,14 +105,14 @@ class ModelConfig(Config):
 
     @property
     def implementation(self) -> ImplementationName:
-        """How the groups' products are run (docs/results/layer.md)."""
+        """The experts' implementation: as configured, or the fastest (docs/results/layer.md)."""
         if self.experts_implementation is not None:
             return self.experts_implementation
-        # Lone experts behind a gate have room for more tokens than come; `grouped` skips it.
-        lone = sum(group.experts == 1 for group in self.group_list)
-        return "grouped" if self.depth_layers and lone > 1 else "sequential"
+        # With mixture-of-depths, single-expert groups have empty slots, which `grouped` skips.
+        single = sum(group.experts == 1 for group in self.group_list)
+        return "grouped" if self.depth_layers and single > 1 else "sequential"
 
     @property
     def has_routers(self) -> bool:
-        """Whether something is chosen among tokens, so that auxiliary routers are needed."""
+        """Whether any layer has a router, so that causal routing needs auxiliary routers."""
         return bool(self.depth_layers) or any(group.experts > 1 for group in self.group_list)

@@ -1,6 +1,6 @@
-"""Self-attention as in Chameleon: normalised queries and keys, rotary positions, causal.
+"""Causal self-attention as in Chameleon: query-key normalisation and rotary embedding.
 
-Shapes: see `layers.py`; G key and value heads, W length of a window.
+Shapes: see `layers.py`; G heads of keys and values, W length of a window, T number of windows.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from moma.model.layers import rotate
 
 
 class AttentionMask(NamedTuple):
-    """What each token sees of those before it.
+    """Which earlier tokens each token attends to.
 
     Attributes:
-        mask: boolean, true where a query sees a key, or `additive_mask` of it, [B, 1, S, S]; None:
-            all that precede in the row. With windows [S / W rounded up, 1, W, 2 · W].
-        window: length W of the windows in which one long row is attended to: its tokens see only
-            their own window and the one before it, so the cost grows with S · W, not with S².
+        mask: boolean, true where a query attends to a key, or its `additive_mask`, [B, 1, S, S];
+            None: causal over the whole sequence. With windows, [T, 1, W, 2 · W], T = ⌈S / W⌉.
+        window: length W of the windows that one long sequence is split into. A token attends only
+            within its own window and the one before, so the cost grows with S · W instead of S².
     """
 
     mask: Tensor | None = None
@@ -27,7 +27,7 @@ class AttentionMask(NamedTuple):
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:
-    """Boolean mask [B, 1, S, S]: a token sees itself and what precedes it in its own document."""
+    """Return a boolean mask [B, 1, S, S]: causal attention within each document."""
     size = documents_BS.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool, device=documents_BS.device).tril()
     same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
@@ -35,66 +35,68 @@ def document_mask(documents_BS: Tensor) -> Tensor:
 
 
 def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What attention adds to its scores: 0 where a query sees a key, −∞ elsewhere.
+    """Convert a boolean mask to 0 where a query attends to a key and −∞ elsewhere.
 
-    For a mask that several layers share: of a boolean, each makes numbers, and keeps them.
+    For a mask that layers share: given a boolean one, every layer would convert and keep its own.
     """
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
 def selected_mask(
-    row_RK: Tensor, document_RK: Tensor, filled_RK: Tensor, sequence_length: int
+    sequence_RK: Tensor, document_RK: Tensor, filled_RK: Tensor, sequence_length: int
 ) -> AttentionMask:
-    """The mask among tokens picked out of several sequences, in the order of the sequences.
+    """Return the mask among tokens selected from several sequences, in batch order.
 
-    A token sees the picked ones of its own row and document that stand before it, and itself. An
-    empty slot sees itself and is seen by no other.
+    A token attends to itself and to earlier selected tokens of its own sequence and document. An
+    empty slot attends only to itself, and no token attends to it.
 
     Args:
-        row_RK, document_RK: row and document of the token in each slot.
+        sequence_RK, document_RK: sequence and document of the token in each slot.
         filled_RK: whether a slot holds a token.
-        sequence_length: most tokens of a sequence. Where all slots are one sequence (R = 1) of
-            more than twice that length, windows of this length hold all that a token may see.
+        sequence_length: length S of the original sequences. If all slots form a single sequence
+            (R = 1) longer than 2 · S, windows of length S contain all that a token may attend to.
     """
-    slot_RK = torch.arange(row_RK.shape[1], device=row_RK.device).expand_as(row_RK)
-    ids = torch.stack((slot_RK, row_RK, document_RK, filled_RK.to(slot_RK.dtype)), dim=-1)
-    if len(row_RK) > 1 or row_RK.shape[1] <= 2 * sequence_length:
-        return AttentionMask(_sees(ids, ids))
-    folded = _fold(ids, sequence_length, filler=-1)
-    return AttentionMask(_sees(folded, _with_window_before(folded, filler=-1)), sequence_length)
+    slot_RK = torch.arange(sequence_RK.shape[1], device=sequence_RK.device).expand_as(sequence_RK)
+    parts = (slot_RK, sequence_RK, document_RK, filled_RK.to(slot_RK.dtype))
+    ids = torch.stack(parts, dim=-1)
+    if len(sequence_RK) > 1 or sequence_RK.shape[1] <= 2 * sequence_length:
+        return AttentionMask(_visible(ids, ids))
+    windows = _split_windows(ids, sequence_length, padding=-1)
+    mask = _visible(windows, _with_previous_window(windows, padding=-1))
+    return AttentionMask(mask, sequence_length)
 
 
-def _sees(query_RQI: Tensor, key_RKI: Tensor) -> Tensor:
-    """Boolean [R, 1, Q, K] from slot, row, document and taken of queries and keys."""
-    query_slot, query_row, query_document, _ = query_RQI[:, :, None].unbind(-1)
-    slot, row, document, taken = key_RKI[:, None].unbind(-1)
-    near = (row == query_row) & (document == query_document) & (slot <= query_slot)
-    return (near & ((taken == 1) | (slot == query_slot)))[:, None]
+def _visible(query_RQI: Tensor, key_RKI: Tensor) -> Tensor:
+    """Boolean mask [R, 1, Q, K] from slot, sequence, document and filled of queries and keys."""
+    query_slot, query_sequence, query_document, _ = query_RQI[:, :, None].unbind(-1)
+    slot, sequence, document, filled = key_RKI[:, None].unbind(-1)
+    same = (sequence == query_sequence) & (document == query_document)
+    return (same & (slot <= query_slot) & ((filled == 1) | (slot == query_slot)))[:, None]
 
 
-def _fold(x_1S: Tensor, window: int, filler: float = 0) -> Tensor:
-    """Cut [1, S, …] into windows [S / W rounded up, W, …]; the last one is filled up."""
+def _split_windows(x_1S: Tensor, window: int, padding: float = 0) -> Tensor:
+    """Split [1, S, …] into windows [T, W, …], padding the last one."""
     missing = -x_1S.shape[1] % window
-    rest = x_1S.new_full((1, missing, *x_1S.shape[2:]), filler)
+    rest = x_1S.new_full((1, missing, *x_1S.shape[2:]), padding)
     return torch.cat((x_1S, rest), dim=1).unflatten(1, (-1, window))[0]
 
 
-def _with_window_before(x_TW: Tensor, filler: float = 0) -> Tensor:
-    """Put the window before in front of each, [T, W, …] to [T, 2 · W, …]."""
-    before = torch.cat((torch.full_like(x_TW[:1], filler), x_TW[:-1]))
-    return torch.cat((before, x_TW), dim=1)
+def _with_previous_window(x_TW: Tensor, padding: float = 0) -> Tensor:
+    """Prepend to each window the one before it, [T, W, …] to [T, 2 · W, …]."""
+    previous = torch.cat((torch.full_like(x_TW[:1], padding), x_TW[:-1]))
+    return torch.cat((previous, x_TW), dim=1)
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention with LayerNorm on each head's queries and keys.
+    """Causal multi-head attention with LayerNorm on the queries and keys of each head.
 
-    Source: Chameleon (arXiv 2405.09818) §2.3.1, where the norm keeps softmax from drifting when
-    modalities compete. With fewer key and value heads than query heads, several of the latter
-    share one of the former (grouped queries, arXiv 2305.13245).
+    The norm keeps the softmax stable when modalities compete (Chameleon, arXiv 2405.09818 §2.3.1).
+    With fewer key and value heads than query heads this is grouped-query attention (arXiv
+    2305.13245).
 
     Args:
-        dim, heads: width D and query heads H.
-        kv_heads: heads G of keys and values, a divisor of H.
+        dim, heads: width D and number of query heads H.
+        kv_heads: number of key and value heads G, a divisor of H.
         query_key_norm: whether queries and keys are normalised.
     """
 
@@ -110,7 +112,13 @@ class Attention(nn.Module):
         self.key_norm = HeadNorm(kv_heads, self.width) if query_key_norm else nn.Identity()
 
     def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], mask: AttentionMask) -> Tensor:
-        """Attend over [B, S, D]; `angles` are those of `rotary_angles` at the tokens' positions."""
+        """Attend over [B, S, D].
+
+        Args:
+            x_BSD: tokens.
+            angles: `rotary_angles` of the tokens' positions.
+            mask: which tokens each one attends to.
+        """
         query, key, value = (
             projection(x_BSD).unflatten(-1, (-1, self.width))
             for projection in (self.query, self.key, self.value)
@@ -118,15 +126,17 @@ class Attention(nn.Module):
         query = rotate(self.query_norm(query), angles)
         key = rotate(self.key_norm(key), angles)
         if mask.window is None:
-            mixed_BSHC = self._mix(query, key, value, mask.mask)
+            y_BSHC = self._attend(query, key, value, mask.mask)
         else:
-            query = _fold(query, mask.window)
-            key, value = (_with_window_before(_fold(x, mask.window)) for x in (key, value))
-            windows = self._mix(query, key, value, mask.mask)
-            mixed_BSHC = windows.flatten(0, 1)[None, : x_BSD.shape[1]]
-        return self.output(mixed_BSHC.flatten(-2))
+            query = _split_windows(query, mask.window)
+            key, value = (
+                _with_previous_window(_split_windows(x, mask.window)) for x in (key, value)
+            )
+            windows = self._attend(query, key, value, mask.mask)
+            y_BSHC = windows.flatten(0, 1)[None, : x_BSD.shape[1]]
+        return self.output(y_BSHC.flatten(-2))
 
-    def _mix(
+    def _attend(
         self, query_BSHC: Tensor, key_BSGC: Tensor, value_BSGC: Tensor, mask: Tensor | None
     ) -> Tensor:
         return functional.scaled_dot_product_attention(
@@ -140,7 +150,7 @@ class Attention(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """LayerNorm over the width of each head, with a weight and a bias for every head."""
+    """LayerNorm over each head's width, with a weight and a bias per head."""
 
     def __init__(self, heads: int, width: int):
         super().__init__()

@@ -1,6 +1,6 @@
-"""A layer of the decoder: attention and experts, for all tokens or for those that a gate chooses.
+"""A decoder layer: attention and experts, with or without mixture-of-depths.
 
-Shapes: see `layers.py`; R sequences of K chosen tokens each, as in `depth.py`.
+Shapes: see `layers.py`; R sequences of K selected tokens each, as in `depth.py`.
 """
 
 from collections.abc import Sequence
@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention, AttentionMask, selected_mask
-from moma.model.auxiliary import Diagnostics
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import build_experts, build_group
 from moma.model.layers import gather, scatter_add
+from moma.model.routers import Diagnostics
 from moma.model.routing import Routing, Selection
 from moma.vocabulary import Vocabulary
 
 
-class Context(NamedTuple):
-    """What a layer knows of its tokens besides their content.
+class TokenContext(NamedTuple):
+    """Properties of the tokens of a micro-batch that all layers share.
 
     Attributes:
-        modality_BS: −1 for padding.
-        document_BS: what attention must not leave; all alike if it may see the whole row.
-        angles: of the rotary embedding, each [B, S, 1, C/2].
-        mask: what attention sees.
+        modality_BS: index of the modality; −1 for padding.
+        document_BS: document that attention is limited to; constant if it is not limited.
+        angles: rotary cosine and sine, each [B, S, 1, C/2].
+        mask: the attention mask.
     """
 
     modality_BS: Tensor
@@ -33,8 +33,8 @@ class Context(NamedTuple):
     angles: tuple[Tensor, Tensor]
     mask: AttentionMask
 
-    def at(self, selection: Selection) -> "Context":
-        """The same of chosen tokens, [R, K]; what is in an empty slot is padding anyway."""
+    def select(self, selection: Selection) -> "TokenContext":
+        """Return the context of the selected tokens, [R, K]; empty slots hold padding."""
         token_RK, filled_RK, _ = selection
         sequence_length = self.modality_BS.shape[1]
         document_RK = self.document_BS.flatten()[token_RK]
@@ -42,7 +42,7 @@ class Context(NamedTuple):
             angle.expand(*self.modality_BS.shape, -1, -1).flatten(0, 1)[token_RK]
             for angle in self.angles
         )
-        return Context(
+        return TokenContext(
             self.modality_BS.flatten()[token_RK],
             document_RK,
             (cosine, sine),
@@ -51,14 +51,15 @@ class Context(NamedTuple):
 
 
 class Layer(nn.Module):
-    """Attention and experts, each with its residual.
+    """Attention and experts, each with a residual connection.
 
-    Swin: h = x + norm(attention(x)), out = h + norm(experts(h)), so that what nobody took stays as
-    it is (Swin v2, arXiv 2111.09883). Pre: the norms stand before attention and experts.
+    Swin norm: h = x + norm(attention(x)), y = h + norm(experts(h)) (arXiv 2111.09883; MoMa §2.2);
+    a token that no expert selects keeps h. Pre-norm: h = x + attention(norm(x)), y = h +
+    experts(norm(h)).
 
     Args:
         config, vocabulary, shares: as for `Transformer`.
-        token_fraction: the part of all tokens that attention and experts meet.
+        token_fraction: fraction of all tokens that attention and experts process.
     """
 
     def __init__(
@@ -73,11 +74,9 @@ class Layer(nn.Module):
         self.attention = Attention(
             config.dim, config.heads, config.key_heads, config.query_key_norm
         )
-        width, names = config.hidden_width, vocabulary.modalities
+        width, names, noise = config.hidden_width, vocabulary.modalities, config.router_noise
         groups = [
-            build_group(
-                config.dim, width, group, shares, names, token_fraction, config.router_noise
-            )
+            build_group(config.dim, width, group, shares, names, token_fraction, noise)
             for group in config.group_list
         ]
         self.experts = build_experts(groups, config.implementation)
@@ -86,30 +85,30 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BSD: Tensor, context: Context, routing: Routing
+        self, x_BSD: Tensor, context: TokenContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
-        """Map [B, S, D] to [B, S, D]; return a report of the output, and what the routers tell."""
-        attended_BSD, fed_BSD, reports = self._updates(x_BSD, context, routing)
-        y_BSD = x_BSD + attended_BSD + fed_BSD
-        return y_BSD, [_of_output(y_BSD), *reports]
+        """Map [B, S, D] to [B, S, D]; return diagnostics of the output, then of the routers."""
+        attention_BSD, experts_BSD, diagnostics = self._updates(x_BSD, context, routing)
+        y_BSD = x_BSD + attention_BSD + experts_BSD
+        return y_BSD, [_check(y_BSD), *diagnostics]
 
     def _updates(
-        self, x_BSD: Tensor, context: Context, routing: Routing
+        self, x_BSD: Tensor, context: TokenContext, routing: Routing
     ) -> tuple[Tensor, Tensor, list[Diagnostics]]:
-        """What attention adds to x, and what the experts then add."""
-        read_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
-        attended_BSD = self.attention(read_BSD, context.angles, context.mask)
-        attended_BSD = self.attention_norm(attended_BSD) if self.swin else attended_BSD
-        attended_BSD = self.dropout(attended_BSD)
-        h_BSD = x_BSD + attended_BSD
-        read_BSD = h_BSD if self.swin else self.experts_norm(h_BSD)
-        fed_BSD, reports = self.experts(read_BSD, context.modality_BS, routing)
-        fed_BSD = self.experts_norm(fed_BSD) if self.swin else fed_BSD
-        return attended_BSD, self.dropout(fed_BSD), reports
+        """Compute what attention, and then the experts, add to x."""
+        attention_in_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
+        attention_BSD = self.attention(attention_in_BSD, context.angles, context.mask)
+        attention_BSD = self.attention_norm(attention_BSD) if self.swin else attention_BSD
+        attention_BSD = self.dropout(attention_BSD)
+        h_BSD = x_BSD + attention_BSD
+        experts_in_BSD = h_BSD if self.swin else self.experts_norm(h_BSD)
+        experts_BSD, diagnostics = self.experts(experts_in_BSD, context.modality_BS, routing)
+        experts_BSD = self.experts_norm(experts_BSD) if self.swin else experts_BSD
+        return attention_BSD, self.dropout(experts_BSD), diagnostics
 
 
 class DepthLayer(Layer):
-    """A layer that a gate opens to some tokens; the others keep what they are (§2.3)."""
+    """A layer with mixture-of-depths: tokens that are not selected are left unchanged (§2.3)."""
 
     def __init__(
         self,
@@ -122,34 +121,34 @@ class DepthLayer(Layer):
         self.depth = DepthRouter(config.dim, depth)
 
     def forward(
-        self, x_BSD: Tensor, context: Context, routing: Routing
+        self, x_BSD: Tensor, context: TokenContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
-        """Map [B, S, D] to [B, S, D]; the gate's report comes after those of the experts."""
-        selection, gate = self.depth(x_BSD, context.modality_BS >= 0, routing)
+        """Map [B, S, D] to [B, S, D]; the depth router's diagnostics come last."""
+        selection, of_depth = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, token_RK = x_BSD.flatten(0, 1), selection.token_EK
-        x_RKD = gather(x_ND, token_RK.flatten()).unflatten(0, token_RK.shape)
-        attended_RKD, fed_RKD, reports = self._updates(x_RKD, context.at(selection), routing)
-        update_RKD = (attended_RKD + fed_RKD) * selection.score_EK[..., None]
-        update_TD = update_RKD.flatten(0, 1).to(x_ND.dtype)
-        y_ND = scatter_add(x_ND, token_RK.flatten(), update_TD)
-        over_all = [
-            report._replace(record=report.record.spread(token_RK.flatten(), len(x_ND)))
-            if report.record is not None
-            else report
-            for report in reports
+        token_T = token_RK.flatten()
+        x_RKD = gather(x_ND, token_T).unflatten(0, token_RK.shape)
+        attention_RKD, experts_RKD, diagnostics = self._updates(
+            x_RKD, context.select(selection), routing
+        )
+        update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
+        y_ND = scatter_add(x_ND, token_T, update_RKD.flatten(0, 1).to(x_ND.dtype))
+        of_experts = [
+            Diagnostics(each.nonfinite, each.record and each.record.scatter(token_T, len(x_ND)))
+            for each in diagnostics
         ]
-        return y_ND.view_as(x_BSD), [_of_output(y_ND), *over_all, gate]
+        return y_ND.view_as(x_BSD), [_check(y_ND), *of_experts, of_depth]
 
 
-def _of_output(y_BSD: Tensor) -> Diagnostics:
-    """Whether a layer's output is not finite: nor is its sum then, and one pass finds it."""
-    return Diagnostics(~y_BSD.detach().sum().isfinite(), None)
+def _check(y_BSD: Tensor) -> Diagnostics:
+    """Check a layer's output: a non-finite value makes the sum non-finite, in a single pass."""
+    return Diagnostics(~y_BSD.detach().sum().isfinite())
 
 
 def build_layer(
     number: int, config: ModelConfig, vocabulary: Vocabulary, shares: Sequence[float]
 ) -> Layer:
-    """Layer `number` of a model: with a gate where mixture-of-depths has one."""
+    """Build layer `number` of a model, counted from 0."""
     depth = config.depth_config
     if depth is not None and number in config.depth_layers:
         return DepthLayer(config, vocabulary, shares, depth)

@@ -1,11 +1,13 @@
-"""Mixture-of-depths: some layers are for some tokens only (MoMa §2.3, Equation 2).
+"""Mixture-of-depths: some layers process only some tokens (MoMa §2.3, Equation 2).
 
-    ĝ(x) = sigmoid(x · ŵ);   the k highest of the batch:  x + ĝ(x) · layer's update;   others:  x
+    ĝ(x) = sigmoid(x · ŵ);   the k_d highest-scored tokens:  x + ĝ(x) · update(x);   others:  x
 
-The gate chooses before the modalities part ("staged"): the chosen tokens, of all modalities, go
-through attention and experts among themselves. Who is not chosen is not touched at all, bit by bit.
+The depth router acts before the split by modality ("staged"): the selected tokens of all
+modalities pass through attention and experts, attending only to each other. All other tokens are
+left unchanged, bit for bit.
 
-Shapes: see `layers.py`; R sequences of K chosen tokens each: one of the whole batch, or one a row.
+Shapes: see `layers.py`; R sequences of K selected tokens each: one for the whole micro-batch, or
+one per sequence of it.
 """
 
 from typing import Literal
@@ -14,28 +16,19 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moma.model.auxiliary import AuxiliaryRouter, Diagnostics, RouterOutput
-from moma.model.layers import upcast
-from moma.model.routing import (
-    Routing,
-    Selection,
-    any_nonfinite,
-    causal_choice,
-    router_logits,
-    select_top_k,
-    static_capacity,
-)
+from moma.model.routers import AuxiliaryRouter, Diagnostics, select_tokens
+from moma.model.routing import Routing, Selection, router_logits, select_top_k, static_capacity
 from moma.recipe import Config
 
 
 class DepthConfig(Config):
-    """Which layers choose their tokens, and how many they take.
+    """Which layers use mixture-of-depths, and how many tokens they process.
 
     Attributes:
-        share: part of the tokens that such a layer takes, c_d.
-        layers: their numbers, from 0; left out, every second from the first on (§4.1).
-        scope: among the tokens of the whole micro-batch (`batch`, §2.3), or of each row by itself
-            (`row`, as in Raposo et al. 2024, arXiv 2404.02258).
+        capacity_factor: fraction c_d of the tokens that such a layer processes.
+        layers: layer numbers, from 0; if omitted, every second layer from the first (§4.1).
+        scope: tokens compete within the whole micro-batch (`batch`, §2.3) or within their
+            `sequence` (Raposo et al. 2024, arXiv 2404.02258).
     """
 
     capacity_factor: float = Field(0.25, gt=0, le=1)
@@ -44,61 +37,53 @@ class DepthConfig(Config):
 
 
 class DepthRouter(nn.Module):
-    """The gate of a layer: a main router scores, an auxiliary router foretells (Eq. 2 and 4)."""
+    """Selects the tokens that a layer processes: main and auxiliary router (Equations 2 and 4)."""
 
     def __init__(self, dim: int, config: DepthConfig):
         super().__init__()
-        self.capacity_factor, self.by_row = config.capacity_factor, config.scope == "sequence"
+        self.capacity_factor, self.scope = config.capacity_factor, config.scope
         self.router = nn.Linear(dim, 1, bias=False)
         self.auxiliary = AuxiliaryRouter(dim, 1)
 
     def forward(
         self, x_BSD: Tensor, eligible_BS: Tensor, routing: Routing
     ) -> tuple[Selection, Diagnostics]:
-        """Choose among [B, S, D].
+        """Select tokens of [B, S, D].
 
         Args:
             x_BSD: tokens.
-            eligible_BS: false for padding, which is never chosen.
-            routing: by batch choice, a layer takes share · N slots, or by actual capacity as large
-                a part of the tokens that are no padding (by row, always share · S slots a row).
+            eligible_BS: false for padding, which is never selected.
+            routing: under batch choice there are c_d · N slots, or c_d times the non-padding
+                tokens under actual capacity (by sequence, always c_d · S slots per sequence).
 
         Returns:
-            The selection [R, K] with tokens in the order of the batch, and what the gate tells.
+            The selection [R, K], its tokens in batch order, and diagnostics.
         """
-        x_ND, eligible_N = x_BSD.flatten(0, 1), eligible_BS.flatten()
-        logits_N1 = router_logits(self.router.weight, x_ND)
-        nonfinite = any_nonfinite(logits_N1, eligible_N)
-        if routing.mode == "causal":
-            auxiliary_logits_N1 = self.auxiliary(x_ND)
-            nonfinite = nonfinite | any_nonfinite(auxiliary_logits_N1, eligible_N)
-            return causal_choice(logits_N1, auxiliary_logits_N1, eligible_N), Diagnostics(
-                nonfinite, None
-            )
-        selection = self._choose(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
-        if not routing.reported:
-            return selection, Diagnostics(nonfinite, None)
-        chosen_N1 = selection.selected_NE(len(x_ND)).sum(1, keepdim=True)
-        auxiliary_logits_N1 = None
-        if routing.record_auxiliary:
-            auxiliary_logits_N1 = upcast(self.auxiliary(x_ND))
-            nonfinite = nonfinite | any_nonfinite(auxiliary_logits_N1, eligible_N)
-        record = RouterOutput(
-            chosen_N1, auxiliary_logits_N1, eligible_N, logits_N1.detach(), "depth"
-        )
-        return selection, Diagnostics(nonfinite, record)
+        x_ND = x_BSD.flatten(0, 1)
 
-    def _choose(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:
-        rows = len(logits_BS) if self.by_row else 1
-        logits_RN, eligible_RN = logits_BS.view(rows, -1), eligible_BS.reshape(rows, -1)
-        tokens = logits_RN.shape[1]
-        if routing.capacity == "actual" and not self.by_row:
-            tokens = int(eligible_RN.sum())
-        selection = select_top_k(
-            logits_RN, eligible_RN, static_capacity(self.capacity_factor, tokens)
+        def batch_choice(logits_N1: Tensor) -> Selection:
+            return self._batch_choice(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
+
+        return select_tokens(
+            x_ND,
+            router_logits(self.router.weight, x_ND),
+            self.auxiliary,
+            eligible_BS.flatten(),
+            routing,
+            batch_choice,
+            "depth",
         )
+
+    def _batch_choice(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:
+        sequences = len(logits_BS) if self.scope == "sequence" else 1
+        logits_RN, eligible_RN = (x.reshape(sequences, -1) for x in (logits_BS, eligible_BS))
+        tokens = logits_RN.shape[1]
+        if routing.capacity == "actual" and self.scope == "batch":
+            tokens = int(eligible_RN.sum())
+        capacity = static_capacity(self.capacity_factor, tokens)
+        selection = select_top_k(logits_RN, eligible_RN, capacity)
         token_RK, order_RK = selection.token_EK.sort(dim=1)
-        first_R1 = torch.arange(rows, device=token_RK.device)[:, None] * logits_RN.shape[1]
+        first_R1 = torch.arange(sequences, device=token_RK.device)[:, None] * logits_RN.shape[1]
         return Selection(
             token_RK + first_R1,
             selection.filled_EK.gather(1, order_RK),

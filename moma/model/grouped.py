@@ -1,12 +1,12 @@
-"""One product of unequal parts: rows of each expert times the expert's matrix.
+"""Grouped matrix product: the rows of each expert times the expert's matrix.
 
     y[start_e : end_e] = x[start_e : end_e] @ weight_e
 
-`torch.nn.functional.grouped_mm` does it in one kernel, in bf16 on a GPU and where widths are
-multiples of 16 bytes. Elsewhere it cannot (fp64, other widths), cannot be compiled (fp32, torch
-2.13) or takes 60 times as long (bf16 on a CPU); there a loop of plain products does the same.
+`torch.nn.functional.grouped_mm` computes it in one kernel; it is used in bf16 on a GPU if widths
+are multiples of 16 bytes. Elsewhere it fails (fp64, other widths), cannot be compiled (fp32,
+torch 2.13) or is 60 times slower (bf16 on a CPU); there, one product per expert is used.
 
-Shapes: T rows, D wide, become F wide; E are the experts of all stacks of weights together.
+Shapes: T rows of width D become rows of width F; E counts the experts of all weight stacks.
 """
 
 from collections.abc import Sequence
@@ -19,23 +19,24 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> Tensor:
-    """Multiply the rows of each expert by its matrix; [T, D] to [T, F].
+    """Multiply the rows of each expert by its matrix, [T, D] to [T, F].
 
     Args:
-        x_TD: rows, expert after expert.
-        weights: stacks of matrices [E', D, F], the sum of all E' being E.
-        end_E: int32, the row after each expert's last; that of the last expert is T.
+        x_TD: rows, sorted by expert.
+        weights: stacks of matrices [E', D, F]; the sum of all E' is E.
+        end_E: int32 index one past each expert's last row; T for the last expert.
     """
     device = x_TD.device.type
-    if torch.is_autocast_enabled(device):  # neither product knows of it
+    if torch.is_autocast_enabled(device):  # neither implementation supports autocast
         dtype = torch.get_autocast_dtype(device)
         x_TD, weights = x_TD.to(dtype), [weight.to(dtype) for weight in weights]
-    if _fits_the_kernel(x_TD, weights[0]):
+    if uses_kernel(x_TD, weights[0]):
         return functional.grouped_mm(x_TD, torch.cat(tuple(weights)), offs=end_E)
     return _product(x_TD, list(weights), end_E)
 
 
-def _fits_the_kernel(x_TD: Tensor, weight_EDF: Tensor) -> bool:
+def uses_kernel(x_TD: Tensor, weight_EDF: Tensor) -> bool:
+    """Whether `grouped_mm` supports these inputs and is the faster implementation."""
     widths = (x_TD.shape[1], weight_EDF.shape[2])
     on_gpu = x_TD.device.type == "cuda" and x_TD.dtype == torch.bfloat16
     return on_gpu and len(x_TD) > 0 and not any(width % 8 for width in widths)
@@ -44,22 +45,22 @@ def _fits_the_kernel(x_TD: Tensor, weight_EDF: Tensor) -> bool:
 @torch.library.custom_op("moma::grouped_product", mutates_args=())
 def _product(x_TD: Tensor, weights: list[Tensor], end_E: Tensor) -> Tensor:
     y_TF = x_TD.new_empty(len(x_TD), weights[0].shape[2])
-    for (start, end), weight_DF in zip(_parts(end_E), _matrices(weights), strict=True):
+    for (start, end), weight_DF in zip(_row_ranges(end_E), _matrices(weights), strict=True):
         torch.mm(x_TD[start:end], weight_DF, out=y_TF[start:end])
     return y_TF
 
 
 @torch.library.custom_op("moma::grouped_outer", mutates_args=())
 def _outer(x_TD: Tensor, y_TF: Tensor, end_E: Tensor, experts: list[int]) -> list[Tensor]:
-    """For each expert, x.T @ y over its rows: stacks [E', D, F], E' from `experts`."""
+    """Compute x.T @ y over the rows of each expert, as stacks [E', D, F] with E' from `experts`."""
     shape = (x_TD.shape[1], y_TF.shape[1])
     stacks = [x_TD.new_empty(count, *shape) for count in experts]
-    for (start, end), out_DF in zip(_parts(end_E), _matrices(stacks), strict=True):
+    for (start, end), out_DF in zip(_row_ranges(end_E), _matrices(stacks), strict=True):
         torch.mm(x_TD[start:end].T, y_TF[start:end], out=out_DF)
     return stacks
 
 
-def _parts(end_E: Tensor) -> list[tuple[int, int]]:
+def _row_ranges(end_E: Tensor) -> list[tuple[int, int]]:
     ends = end_E.tolist()
     return list(zip([0, *ends[:-1]], ends, strict=True))
 
@@ -78,14 +79,14 @@ def _(x_TD: Tensor, y_TF: Tensor, end_E: Tensor, experts: list[int]) -> list[Ten
     return [x_TD.new_empty(count, x_TD.shape[1], y_TF.shape[1]) for count in experts]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x_TD, weights, end_E = inputs
     ctx.save_for_backward(x_TD, end_E, *weights)
 
 
 def _backward(ctx: Any, grad_TF: Tensor) -> tuple[Any, ...]:
     x_TD, end_E, *weights = ctx.saved_tensors
-    grad_TF = grad_TF.contiguous()  # the gradient of a sum has no strides to multiply with
+    grad_TF = grad_TF.contiguous()  # the gradient of a sum has zero strides
     grad_x_TD, grads = None, [None] * len(weights)
     if ctx.needs_input_grad[0]:
         grad_x_TD = _product(grad_TF, [weight.mT for weight in weights], end_E)
@@ -94,7 +95,7 @@ def _backward(ctx: Any, grad_TF: Tensor) -> tuple[Any, ...]:
     return grad_x_TD, grads, None
 
 
-_product.register_autograd(_backward, setup_context=_keep)
+_product.register_autograd(_backward, setup_context=_setup_context)
 
 
 @register_flop_formula(torch.ops.moma.grouped_product)

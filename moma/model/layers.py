@@ -1,7 +1,8 @@
-"""Feed-forward and rotary position embedding: the parts that know nothing of modalities.
+"""SwiGLU, rotary embedding and gathering: the building blocks that do not depend on modalities.
 
-Shape suffixes, in every file of this room: B rows, S positions, N = B·S tokens, D width,
-F hidden width, E experts of a group, K capacity of an expert, V vocabulary, H heads, C head width.
+Shape suffixes in all of `moma.model`: B sequences of a micro-batch, S positions, N = B·S tokens,
+D width, F hidden width, E experts of a group, K slots of an expert, V vocabulary size, H heads,
+C head width.
 """
 
 import torch
@@ -10,29 +11,26 @@ from torch.nn import functional
 
 
 def upcast(x: Tensor) -> Tensor:
-    """At least fp32: what decides or accumulates is not left to bf16."""
+    """Convert to at least fp32, for decisions and accumulation."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def gather(x_ND: Tensor, token_T: Tensor) -> Tensor:
-    """The rows of some tokens, [T, D]."""
+    """Return the vectors of the given tokens, [T, D]."""
     return x_ND.gather(0, token_T[:, None].expand(-1, x_ND.shape[1]))
 
 
 def scatter_add(y_ND: Tensor, token_T: Tensor, z_TD: Tensor) -> Tensor:
-    """Rows added to those of some tokens, which may come several times, [N, D].
+    """Add vectors to those of the given tokens, which may repeat; [N, D].
 
-    Not `index_add`, of this and as the backward of `index_select`: compiled for several threads of
-    a CPU, that adds number by number, atomically, and takes ten times as long (torch 2.13).
+    `index_add`, also as the backward of `index_select`, is ten times slower when compiled for
+    several CPU threads, because it adds each number atomically (torch 2.13).
     """
     return y_ND.scatter_add(0, token_T[:, None].expand(-1, y_ND.shape[1]), z_TD)
 
 
 class SwiGLU(nn.Module):
-    """Feed-forward with a gated hidden layer: down(SiLU(gate(x)) · up(x)).
-
-    Source: Shazeer 2020 (arXiv 2002.05202); the paper's FFN_SwiGLU (MoMa §2.2).
-    """
+    """Gated feed-forward, down(SiLU(gate(x)) · up(x)) (arXiv 2002.05202; FFN_SwiGLU, MoMa §2.2)."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -46,9 +44,9 @@ class SwiGLU(nn.Module):
 
 
 def rotary_angles(positions_BS: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, each [B, S, 1, C/2] in fp32.
+    """Return cosine and sine of the rotary angles, each [B, S, 1, C/2] in fp32.
 
-    Source: RoFormer (arXiv 2104.09864), with theta 10,000 in Chameleon.
+    Source: RoFormer (arXiv 2104.09864); Chameleon uses theta = 10,000.
     """
     exponents = torch.arange(0, head_width, 2, device=positions_BS.device) / head_width
     angles = positions_BS[..., None, None].float() * theta**-exponents
@@ -56,7 +54,7 @@ def rotary_angles(positions_BS: Tensor, head_width: int, theta: float) -> tuple[
 
 
 def rotate(x_BSHC: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rotary embedding in the half-split layout: (first, second) half of C are the pairs."""
+    """Apply rotary embedding, pairing the first half of C with the second (half-split layout)."""
     cosine, sine = angles
     first, second = upcast(x_BSHC).chunk(2, dim=-1)
     rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)

@@ -1,10 +1,12 @@
-"""Who takes which token: one `Selection`, filled by batch choice or by causal choice.
+"""Token selection: which expert processes which token.
 
-Batch choice is how the model trains: every expert takes the tokens it scores highest in the whole
-batch (expert choice, MoMa §2.2). It looks at the future, so it cannot generate. Causal choice
-decides each token by itself, from the auxiliary routers' likelihoods (§2.4).
+Training uses expert choice (MoMa §2.2; arXiv 2202.09368): each expert selects the tokens that it
+scores highest in the whole batch. Because that depends on later tokens, generation uses causal
+choice (§2.4): each token is decided on its own by the auxiliary router.
 
-Shapes: see `layers.py`; E are the experts of one group, K the slots of an expert.
+Both fill one `Selection`, which also serves mixture-of-depths (`depth.py`).
+
+Shapes: see `layers.py`. E is the number of experts in a group, K the slots of each expert.
 """
 
 import math
@@ -20,8 +22,8 @@ from moma.model.layers import upcast
 RoutingName = Literal["choice", "causal"]
 CapacityName = Literal["static", "actual"]
 
-# Up to so many, a router's logits are products with a vector.
-_FEW_EXPERTS = 16
+# With at most this many experts, router logits are computed expert by expert.
+FEW_EXPERTS = 16
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,12 @@ class Routing:
     """How a forward pass routes its tokens.
 
     Attributes:
-        mode: `choice` takes the best tokens of the batch; `causal` asks the auxiliary routers.
+        mode: `choice` selects the highest-scored tokens of the batch; `causal` uses the auxiliary
+            routers.
         capacity: slots of an expert under `choice`. `static` follows the recipe's modality shares,
-            so that every shape is known beforehand; `actual` counts the batch's own tokens.
-        record_auxiliary: whether records hold the auxiliary logits too, to be trained on.
-        record_selection: whether routers record which tokens were selected; nearly free.
+            so that all shapes are known in advance; `actual` counts the tokens of the batch.
+        record_auxiliary: whether to return a `RouterRecord` with auxiliary logits, to train on.
+        record_selection: whether to return a `RouterRecord` without them, which is cheap.
     """
 
     mode: RoutingName = "choice"
@@ -41,20 +44,15 @@ class Routing:
     record_auxiliary: bool = False
     record_selection: bool = False
 
-    @property
-    def reported(self) -> bool:
-        """Whether routers report at all."""
-        return self.record_auxiliary or self.record_selection
-
 
 class Selection(NamedTuple):
-    """The tokens that each expert takes.
+    """The tokens that each expert processes.
 
     Attributes:
         token_EK: int64 index into the N tokens for each slot.
         filled_EK: whether the slot holds a token; an expert may have more slots than tokens.
-        score_EK: factor of the expert's output; exactly 0 in an empty slot, so that what is
-            computed there adds nothing and gets no gradient.
+        score_EK: factor of the expert's output; exactly 0 in an empty slot, so that the slot adds
+            nothing to the output and receives no gradient.
     """
 
     token_EK: Tensor
@@ -62,33 +60,33 @@ class Selection(NamedTuple):
     score_EK: Tensor
 
     def selected_NE(self, tokens: int) -> Tensor:
-        """Whether token n is taken by expert e, as zeros and ones of shape [N, E]."""
-        nobody = self.score_EK.new_zeros(len(self.token_EK), tokens)
-        return nobody.scatter_add(1, self.token_EK, self.filled_EK.to(nobody.dtype)).T
+        """Return 1 where expert e processes token n, else 0, shape [N, E]."""
+        zeros_EN = self.score_EK.new_zeros(len(self.token_EK), tokens)
+        return zeros_EN.scatter_add(1, self.token_EK, self.filled_EK.to(zeros_EN.dtype)).T
 
 
 def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
-    """Logits of a main router, in fp32 whatever the rest is in: rounded ones would tie.
+    """Compute the logits of a main router in fp32 under any autocast: rounded ones would tie.
 
     Args:
-        weight_ED: of each expert; of a gate, one row.
+        weight_ED: one row per expert; a single row for a depth router.
         x_ND: tokens.
 
     Returns:
-        [N, E], which lies in memory expert by expert, as choices go through it.
+        Logits [N, E], stored expert by expert in memory, which is the order of top-k.
     """
     with torch.autocast(x_ND.device.type, enabled=False):
-        if len(weight_ED) > _FEW_EXPERTS:
+        if len(weight_ED) > FEW_EXPERTS:
             return functional.linear(upcast(x_ND), upcast(weight_ED))
-        return _LogitsOfFew.apply(upcast(x_ND), upcast(weight_ED)).T
+        return _LogitsOfFewExperts.apply(upcast(x_ND), upcast(weight_ED)).T
 
 
-class _LogitsOfFew(torch.autograd.Function):
+class _LogitsOfFewExperts(torch.autograd.Function):
     """W · xᵀ, [E, N], one expert at a time.
 
-    Compiled, products with a vector and sums of outer products run in what else goes through the
-    tokens; as matrices of few rows they are products of their own, and take longer
-    (docs/results/layer.md). Of the three only the weight's gradient is better off as one.
+    torch.compile fuses matrix-vector products and sums of outer products into neighbouring
+    kernels; as matrix products with few rows they are separate and slower (docs/results/layer.md).
+    Only the weight's gradient is faster as a matrix product.
     """
 
     @staticmethod
@@ -107,40 +105,40 @@ class _LogitsOfFew(torch.autograd.Function):
 
 def static_capacity(share: float, tokens: int, experts: int = 1) -> int:
     """Slots of an expert, K = share · N / E, rounded up."""
-    # The small slack keeps a product such as 0.3 · 10 from being rounded up.
+    # The tolerance keeps an inexact product such as 0.3 · 10 from being rounded up.
     return math.ceil(share * tokens / experts - 1e-6)
 
 
 def logistic_noise(logits_NE: Tensor) -> Tensor:
-    """Noise of Gumbel-Sigmoid, sigmoid(z + G′ − G″), for logits z (MoMa §2.5, Equation 5).
+    """Sample G′ − G″ of Gumbel-Sigmoid, sigmoid(z + G′ − G″) (MoMa §2.5, Equation 5).
 
-    The difference of two independent Gumbel(0, 1) draws is logistic, which is log(u / (1 − u)) of
-    one uniform draw. PyTorch's generator draws, so its seed and state decide.
+    The difference of two independent Gumbel(0, 1) variables is logistic: log(u / (1 − u)) with u
+    uniform. Uses PyTorch's global generator.
     """
     return torch.rand_like(logits_NE).logit(eps=1e-7)
 
 
 def any_nonfinite(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
-    """Whether an eligible token has a score that is NaN or infinite: a boolean on the device.
+    """Whether an eligible token has a NaN or infinite score, as a boolean on the device.
 
-    A NaN would win every choice, so it is told apart and stops the run later, without a wait here.
+    A NaN would win every top-k. The flag is checked later, without synchronising here.
     """
     return (~logits_NE.detach().isfinite().all(1) & eligible_N).any()
 
 
 def expert_choice(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selection:
-    """Expert choice: each expert takes its `capacity` highest-scored eligible tokens (Eq. 1).
+    """Let each expert select its `capacity` highest-scored eligible tokens (Equation 1).
 
     Args:
         logits_NE: router logits z; the score of a token is sigmoid(z).
-        eligible_N: whether a token belongs to the group's modalities and is no padding.
-        capacity: slots an expert has, K; slots beyond the eligible tokens stay empty.
+        eligible_N: whether a token belongs to the group's modalities and is not padding.
+        capacity: slots K of each expert; slots beyond the eligible tokens stay empty.
     """
     return select_top_k(logits_NE.T, eligible_N.expand(logits_NE.shape[1], -1), capacity)
 
 
 def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selection:
-    """As `expert_choice`, each line of E choosing among N tokens of its own."""
+    """Like `expert_choice`, but each of the E rows selects among N tokens of its own."""
     masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
     token_EK = masked_EN.topk(min(capacity, logits_EN.shape[1]), dim=1).indices
     filled_EK = eligible_EN.gather(1, token_EK)
@@ -148,26 +146,26 @@ def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selec
 
 
 def causal_choice(logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Tensor) -> Selection:
-    """Causal choice: expert e takes token n iff its likelihood is above one half (§2.4).
+    """Let expert e process token n if and only if a_e(n) > 0.5 (§2.4).
 
-    The number of slots is what the busiest expert needs, so the shape depends on the data: this
-    is for inference, not for compiled training.
+    The number of slots is that of the busiest expert, so shapes depend on the data: this is for
+    inference, not for compiled training.
 
     Args:
-        logits_NE: main router logits, which give the weight alone.
-        auxiliary_logits_NE: the auxiliary router's logits; above 0 is a likelihood above 0.5.
+        logits_NE: main router logits; they determine only the score.
+        auxiliary_logits_NE: logits of a; positive means a > 0.5.
         eligible_N: as for `expert_choice`.
     """
-    chosen_EN = ((auxiliary_logits_NE > 0) & eligible_N[:, None]).T
-    capacity = int(chosen_EN.sum(1).max())
-    # Taken tokens first, in order; what follows them are the empty slots.
-    token_EK = chosen_EN.byte().sort(dim=1, descending=True, stable=True).indices[:, :capacity]
-    filled_EK = chosen_EN.gather(1, token_EK)
+    selected_EN = ((auxiliary_logits_NE > 0) & eligible_N[:, None]).T
+    capacity = int(selected_EN.sum(1).max())
+    # Selected tokens first, in order; the remaining slots are empty.
+    token_EK = selected_EN.byte().sort(dim=1, descending=True, stable=True).indices[:, :capacity]
+    filled_EK = selected_EN.gather(1, token_EK)
     return Selection(token_EK, filled_EK, logits_NE.T.gather(1, token_EK).sigmoid() * filled_EK)
 
 
 def select_all(eligible_N: Tensor, capacity: int) -> Selection:
-    """A group of one expert takes every eligible token with weight 1: it needs no router."""
-    taken_N, token_N = eligible_N.byte().sort(descending=True, stable=True)
-    filled_EK = taken_N[None, :capacity].bool()
+    """Select every eligible token with score 1, for a group of one expert: it has no router."""
+    eligible_sorted_N, token_N = eligible_N.byte().sort(descending=True, stable=True)
+    filled_EK = eligible_sorted_N[None, :capacity].bool()
     return Selection(token_N[None, :capacity], filled_EK, filled_EK.float())

@@ -12,26 +12,25 @@ from torch import Tensor, nn
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.attention import AttentionMask, additive_mask, document_mask
-from moma.model.auxiliary import AuxiliaryRouter, Diagnostics, RouterOutput
-from moma.model.decoder_layer import Context, build_layer
+from moma.model.decoder_layer import TokenContext, build_layer
 from moma.model.layers import rotary_angles
+from moma.model.routers import AuxiliaryRouter, RouterRecord
 from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass gives.
+    """Result of a forward pass.
 
     Attributes:
-        logits_BSV: of the next token.
-        routers: what each recording router did, layer by layer.
-        nonfinite_L: booleans on the device: the layers whose output, or a router's score in them,
-        is
-            NaN or infinite. The first is at fault; later ones follow from it.
+        logits_BSV: logits of the next token.
+        routers: records of the routers, layer by layer, if `Routing` requests them.
+        nonfinite_L: booleans on the device: layers whose output or router scores are NaN or
+            infinite. The first one is the cause; later ones follow from it.
     """
 
     logits_BSV: Tensor
-    routers: list[RouterOutput]
+    routers: list[RouterRecord]
     nonfinite_L: Tensor
 
 
@@ -40,8 +39,9 @@ class Transformer(nn.Module):
 
     Args:
         config: see `ModelConfig`.
-        vocabulary: gives the number of ids and the modality of each.
-        shares: part of each of the vocabulary's modalities among the tokens of a training batch.
+        vocabulary: the ids and the modality of each.
+        shares: fraction of each modality among the tokens of a training batch; determines static
+            capacity.
     """
 
     modality_of_id: Tensor
@@ -76,28 +76,32 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: int64 ids.
-            documents_BS: int64 number of the document within its row; left out, a row is one.
-            positions_BS: int64 position for the rotary embedding; left out, counted along the row.
-            routing: left out, batch choice with static capacity, as in training.
+            documents_BS: int64 number of each token's document within its sequence; if omitted,
+                each sequence is one document.
+            positions_BS: int64 positions for the rotary embedding; if omitted, 0 to S − 1.
+            routing: if omitted, batch choice with static capacity, as in training.
+
+        Raises:
+            UserError: a layer's output or a router's score is NaN or infinite; checked only under
+                causal routing or actual capacity, which synchronise with the device anyway.
         """
         routing = routing or Routing()
         context = self._context(tokens_BS, documents_BS, positions_BS)
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
-        reports: list[Diagnostics] = []
+        records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
         for layer in self.layers:
-            x_BSD, told = layer(x_BSD, context, routing)
-            reports.extend(told)
-            nonfinite.append(torch.stack([report.nonfinite for report in told]).any())
+            x_BSD, diagnostics = layer(x_BSD, context, routing)
+            records += [each.record for each in diagnostics if each.record is not None]
+            nonfinite.append(torch.stack([each.nonfinite for each in diagnostics]).any())
         nonfinite_L = torch.stack(nonfinite)
-        if routing.mode == "causal" or routing.capacity == "actual":  # these wait for the device
+        if routing.mode == "causal" or routing.capacity == "actual":
             require_finite(nonfinite_L)
-        records = [report.record for report in reports if report.record is not None]
         return ModelOutput(self.head(self.norm(x_BSD)), records, nonfinite_L)
 
     def _context(
         self, tokens_BS: Tensor, documents_BS: Tensor | None, positions_BS: Tensor | None
-    ) -> Context:
+    ) -> TokenContext:
         modality_BS = self.modality_of_id[tokens_BS]
         modality_BS = modality_BS.masked_fill(tokens_BS == self._padding, -1)
         if positions_BS is None:
@@ -106,12 +110,12 @@ class Transformer(nn.Module):
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
         if self.config.attention_mask == "causal" or documents_BS is None:
-            return Context(modality_BS, torch.zeros_like(tokens_BS), angles, AttentionMask())
+            return TokenContext(modality_BS, torch.zeros_like(tokens_BS), angles, AttentionMask())
         mask = additive_mask(document_mask(documents_BS), self._product_dtype(tokens_BS.device))
-        return Context(modality_BS, documents_BS, angles, AttentionMask(mask))
+        return TokenContext(modality_BS, documents_BS, angles, AttentionMask(mask))
 
     def _product_dtype(self, device: torch.device) -> torch.dtype:
-        """What attention computes in, as its mask has to be."""
+        """The dtype of attention's products, which its additive mask must have."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.embedding.weight.dtype
@@ -120,7 +124,7 @@ class Transformer(nn.Module):
         return torch.from_numpy(self.vocabulary.modality_of_id)
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
-        """As of any module, but what is no weight is filled, and tied embeddings stay tied."""
+        """Like `Module.to_empty`, but restores the modality table and keeps embeddings tied."""
         super().to_empty(device=device, recurse=recurse)
         self.modality_of_id.copy_(self._modality_table())
         if self.config.tied_embeddings:
@@ -131,67 +135,66 @@ class Transformer(nn.Module):
     def initialise(
         self, seed: int, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_
     ) -> None:
-        """Draw every weight anew from normal distributions, deterministic for a seed.
+        """Initialise all parameters from normal distributions, deterministically for a seed.
 
-        Matrices get a standard deviation of 1/√fan-in, so that a layer keeps the scale of what
-        it reads (LeCun et al. 1998, "Efficient BackProp" §4.6); embeddings get 1, the scale at
-        which a Swin-normed layer adds to them, and PyTorch's own; tied ones get 1/√D, as the head
-        needs. The experts of a router start from opposed directions, their mean being zero, so
-        that they want different tokens. Norms start as ones, biases as zeros. The paper and
-        Chameleon do not tell how they start.
+        Matrices have standard deviation 1/√fan-in, which preserves the scale of their input (LeCun
+        et al. 1998, "Efficient BackProp" §4.6). Embeddings have 1, PyTorch's default and the scale
+        of a Swin-normed layer's updates; tied ones have 1/√D, as the head needs. The weights of a
+        router's experts have zero mean over the experts, so that experts prefer different tokens.
+        Norms are ones, biases zeros. Neither paper describes its initialisation.
 
         Args:
-            seed: of the draw.
-            fill: puts whole values into a parameter, which may be sharded: one is there at a time.
+            seed: seed of the generator.
+            fill: copies a whole tensor into a parameter, which may be sharded; parameters are
+                filled one at a time.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
-            fill(parameter, self._draw(name, parameter.shape, generator))
+            fill(parameter, self._sample(name, parameter.shape, generator))
 
-    def _draw(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    def _sample(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         if len(shape) < 2 or "_norm." in name:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
         # Experts are stored [E, in, out], linear maps [out, in].
-        looked_up = name == "embedding.weight" and not self.config.tied_embeddings
-        fan_in = 1 if looked_up else shape[1]
+        is_lookup = name == "embedding.weight" and not self.config.tied_embeddings
+        fan_in = 1 if is_lookup else shape[1]
         values = torch.randn(shape, generator=generator).mul_(fan_in**-0.5)
         if name.endswith("router.weight") and len(values) > 1:
             values -= values.mean(dim=0)
         return values
 
     def units(self) -> Iterator[nn.Module]:
-        """The modules to compile and to shard one by one."""
+        """Yield the modules to compile and shard one by one: the layers."""
         yield from self.layers
 
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:
-        """Every auxiliary router, layer by layer, in the order of the records."""
+        """Yield the auxiliary routers, in the order of the records."""
         return (module for module in self.modules() if isinstance(module, AuxiliaryRouter))
 
     @property
     def is_causal_without_routers(self) -> bool:
-        """Whether no layer chooses among tokens, so that batch choice is causal already."""
+        """Whether no layer has a router, so that even batch choice is causal."""
         return not self.config.has_routers
 
 
 def require_finite(nonfinite_L: Tensor, where: str = "") -> None:
-    """Refuse outputs and scores that are NaN or infinite; reads the device.
+    """Raise if a layer is non-finite; synchronises with the device.
 
     Args:
         nonfinite_L: see `ModelOutput`.
-        where: words that open the message.
+        where: prefix of the message.
 
     Raises:
-        UserError: names the layer.
+        UserError: names the first non-finite layer.
     """
     layers = nonfinite_L.nonzero().flatten().tolist()
     if layers:
         raise UserError(
-            f"{where}{first_nonfinite(layers)}; lower the learning rate in a new run, or look at "
-            f"the "
-            "data of the last steps"
+            f"{where}{first_nonfinite(layers)}; lower the learning rate in a new run, or inspect "
+            "the data of the last steps"
         )
 
 
 def first_nonfinite(layers: Sequence[int]) -> str:
-    """Names the first of the layers that are not sound."""
+    """Describe the first of the non-finite layers, for a message."""
     return f"the output of layer {layers[0]}, or a score of a router in it, is NaN or infinite"

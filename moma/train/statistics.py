@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from moma.model.auxiliary import RouterOutput
 from moma.model.layers import upcast
+from moma.model.routers import RouterRecord
 from moma.model.transformer import Transformer
 
 # Substrings of a parameter's name that determine its kind; the first match counts.
@@ -46,7 +46,7 @@ class Statistics:
         self.sums: dict[str, Tensor] = {}
         self._model, self._replicas = model, replicas
 
-    def add_routers(self, records: Sequence[RouterOutput], tokens_BS: Tensor) -> None:
+    def add_routers(self, records: Sequence[RouterRecord], tokens_BS: Tensor) -> None:
         """Add the routers' choices for a micro-batch."""
         modality_N = self._model.modality_of_id[tokens_BS.flatten()]
         modality_NM = functional.one_hot(modality_N, len(self._model.vocabulary.modalities)).float()
@@ -103,7 +103,7 @@ def router_names(model: Transformer) -> list[str]:
     return found
 
 
-def _router_sums(record: RouterOutput, modality_NM: Tensor) -> Tensor:
+def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
     """Sums over tokens in the order that `_describe_router` reads, [7 + 2·M]."""
     selected_NE, eligible_N = record.selected_NE, record.eligible_N.float()
     eligible_NM = modality_NM * eligible_N[:, None]

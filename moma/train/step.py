@@ -13,8 +13,8 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from moma.data.batches.packing import NO_LABEL, Batch
-from moma.model.auxiliary import RouterOutput
 from moma.model.layers import upcast
+from moma.model.routers import RouterRecord
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runtime.world import World
@@ -49,7 +49,7 @@ class Losses(NamedTuple):
     correct_M: Tensor
     targets_M: Tensor
     nonfinite_L: Tensor | None = None
-    routers: Sequence[RouterOutput] = ()
+    routers: Sequence[RouterRecord] = ()
 
 
 Objective = Callable[[Transformer, DeviceBatch], Losses]

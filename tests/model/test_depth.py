@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from moma.model.architecture import ModelConfig
 from moma.model.attention import AttentionMask
-from moma.model.decoder_layer import Context, DepthLayer, build_layer
+from moma.model.decoder_layer import DepthLayer, TokenContext, build_layer
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import ExpertGroup, named_groups
 from moma.model.layers import rotary_angles
@@ -43,9 +43,9 @@ def gated_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **changes) -> 
     return layer.double().eval()
 
 
-def context_of(modality, documents, positions) -> Context:
+def context_of(modality, documents, positions) -> TokenContext:
     angles = rotary_angles(positions, DIM // 2, 10_000.0)
-    return Context(modality, documents, angles, AttentionMask())
+    return TokenContext(modality, documents, angles, AttentionMask())
 
 
 @st.composite
@@ -140,7 +140,10 @@ def test_a_lone_expert_behind_a_gate_has_room_for_all_that_can_come(of_one_kind)
     selection, _ = layer.depth(torch.randn(2, 8, DIM, dtype=torch.float64), modality >= 0, BATCH)
     group = layer.experts.groups[of_one_kind]
     assert isinstance(group, ExpertGroup)
-    room = group._capacity(torch.ones(selection.token_EK.numel(), dtype=torch.bool), BATCH)
+    tokens = selection.token_EK.numel()
+    x_KD, modality_K = torch.zeros(tokens, DIM).double(), torch.zeros(tokens, dtype=torch.long)
+    inputs, _ = group.route(x_KD, modality_K, BATCH)
+    room = inputs.selection.token_EK.numel()
     of_batch = math.ceil((0.9, 0.1)[of_one_kind] * 16)
     assert room == min(of_batch, selection.token_EK.numel())
 

@@ -15,6 +15,7 @@ from moma.model.experts import (
     GroupConfig,
     MixtureOfExperts,
     RoutedGroup,
+    SingleExpertGroup,
     build_group,
     named_groups,
 )
@@ -102,7 +103,7 @@ def test_one_expert_a_modality_equals_plain_feed_forward(modality, routing):
     torch.manual_seed(0)
     config = GroupConfig(modalities=(MODALITIES[modality],), experts=1)
     group = build_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
-    assert isinstance(group, ExpertGroup) and not isinstance(group, RoutedGroup)
+    assert isinstance(group, SingleExpertGroup)
     for parameter in group.parameters():
         torch.nn.init.normal_(parameter)
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
@@ -117,7 +118,7 @@ def test_one_expert_a_modality_equals_plain_feed_forward(modality, routing):
 def test_one_group_of_one_equals_dense(routing):
     """As a plain feed-forward, which it is, and as a stack of one expert, which it could be."""
     torch.manual_seed(0)
-    stack = ExpertGroup(DIM, HIDDEN, [TEXT, IMAGE], 1, share=1.0).double()
+    stack = SingleExpertGroup(DIM, HIDDEN, [TEXT, IMAGE], 1, share=1.0).double()
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter)
     plain = plain_of(stack)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention, AttentionMask, document_mask
-from moma.model.auxiliary import AuxiliaryRouter
-from moma.model.decoder_layer import Context, build_layer
+from moma.model.decoder_layer import TokenContext, build_layer
 from moma.model.depth import DepthConfig
 from moma.model.experts import MixtureOfExperts, build_experts, build_group
 from moma.model.implementations import ImplementationName
 from moma.model.layers import SwiGLU, rotary_angles
+from moma.model.routers import AuxiliaryRouter
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary
 from tests.model.three_modalities import group
@@ -107,5 +107,5 @@ def test_of_a_layer_with_and_without_a_gate(groups, depth, norm):
         norm=norm,
     )
     layer = build_layer(0, config, VOCABULARY, SHARES)
-    context = Context(MODALITY, DOCUMENTS, ANGLES, AttentionMask(document_mask(DOCUMENTS)))
+    context = TokenContext(MODALITY, DOCUMENTS, ANGLES, AttentionMask(document_mask(DOCUMENTS)))
     assert_gradients(layer, some_tokens(2, 4), context, Routing(), output=first)

@@ -93,7 +93,7 @@ def test_implementations_differ():
     for run in ("batched", "grouped"):
         joint = kinds[run]
         assert isinstance(joint, JointMixtureOfExperts) and joint.units() == []
-        assert run in repr(joint.run)
+        assert run in repr(joint.add_outputs)
 
 
 def test_parameter_names_do_not_depend_on_the_implementation():
@@ -183,7 +183,7 @@ def test_the_kernel_equals_one_product_for_each_expert(counts, monkeypatch):
         return kernel(*args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
-    monkeypatch.setattr(grouped, "_fits_the_kernel", lambda *_: True)
+    monkeypatch.setattr(grouped, "uses_kernel", lambda *_: True)
     case = rows_and_weights(counts)
     found, expected = product_and_gradients(*case), expert_by_expert(*case)
     assert len(calls) == 1
@@ -196,7 +196,7 @@ def test_the_kernel_equals_one_product_for_each_expert(counts, monkeypatch):
 def test_grouped_with_the_kernel_equals_sequential(layer, token_fraction, monkeypatch):
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1, 1, -1] * 4])
     expected = outcome(build(layer, "sequential", token_fraction), x, modality, Routing())
-    monkeypatch.setattr(grouped, "_fits_the_kernel", lambda *_: True)
+    monkeypatch.setattr(grouped, "uses_kernel", lambda *_: True)
     found = outcome(build(layer, "grouped", token_fraction), x, modality, Routing())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -205,7 +205,7 @@ def test_grouped_with_the_kernel_equals_sequential(layer, token_fraction, monkey
 @pytest.mark.parametrize("counts", COUNTS)
 def test_the_kernel_equals_one_product_for_each_expert_in_bf16(counts):
     case = rows_and_weights(counts, "cuda", torch.bfloat16)
-    assert grouped._fits_the_kernel(case[0], case[1][0])
+    assert grouped.uses_kernel(case[0], case[1][0])
     for found, expected in zip(product_and_gradients(*case), expert_by_expert(*case), strict=True):
         error = (found.double() - expected).abs().max()
         assert error <= 0.02 * expected.abs().max()

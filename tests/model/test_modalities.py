@@ -107,7 +107,7 @@ def test_training_lowers_the_loss_of_every_modality(groups):
 
 
 def test_a_modality_that_the_vocabulary_lacks_is_named():
-    with pytest.raises(UserError, match="'smell', but the modalities are text, image, audio"):
+    with pytest.raises(UserError, match="'smell'; the modalities are text, image, audio"):
         build_group(6, 5, group("text smell", 2), SHARES, NAMES)
     with pytest.raises(ValueError, match="each modality once"):
         group("text text", 2)

@@ -76,7 +76,7 @@ def test_logits_one_by_one_and_at_once_are_the_same(monkeypatch):
     weight_ED = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
     expected = x_ND.detach().numpy() @ weight_ED.detach().numpy().T
     for few in (0, 3):
-        monkeypatch.setattr(routing, "_FEW_EXPERTS", few)
+        monkeypatch.setattr(routing, "FEW_EXPERTS", few)
         assert router_logits(weight_ED, x_ND).detach().numpy() == pytest.approx(expected)
         assert torch.autograd.gradcheck(router_logits, (weight_ED, x_ND))
 

@@ -321,7 +321,7 @@ def test_noise_is_in_the_weight_as_in_the_choice():
         torch.nn.init.normal_(parameter)
     x, modality = torch.randn(12, 8), torch.zeros(12, dtype=torch.long)
     torch.manual_seed(1)
-    selection = group.load(x, modality, Routing())[0].selection
+    selection = group.route(x, modality, Routing())[0].selection
     torch.manual_seed(1)
     uniform = torch.rand(3, 12).T  # as logits lie in memory
     score_EN = (x @ group.router.weight.T + (uniform / (1 - uniform)).log()).sigmoid().T

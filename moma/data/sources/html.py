@@ -1,21 +1,23 @@
 """A folder of HTML pages with images, each page walked in reading order.
 
-page → elements, without navigation → lines of text and images, without decoration → document
+page → text → elements, without navigation → lines of text and images, without decoration
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
-from lxml import etree
 from pydantic import Field
+from selectolax.lexbor import LexborNode
 
-from moma.data.documents import Document, ImageRef, Rejected, Segment, SourceName
+from moma.data.documents import Document, Rejected, Segment, SourceName
+from moma.data.sources.html_decoding import decode_html
+from moma.data.sources.html_layout import BLOCKS, TextLayout, parse_html, walk
 from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import MAX_ROW_BYTES, ImageReaderConfig, attempt, check_text
 from moma.errors import UserError
@@ -23,35 +25,33 @@ from moma.images import SUFFIXES, image_size
 from moma.recipe import RequiredPath
 
 _PAGES = (".html", ".htm", ".xhtml")
+# Elements that a browser does not show, or whose content it does not show.
 _NEVER_SHOWN = frozenset(
     {
-        *("head", "script", "style", "noscript", "template", "iframe", "object", "svg"),
-        *("nav", "footer", "aside", "form", "button", "select", "textarea"),
+        *("annotation", "annotation-xml", "applet", "audio", "canvas", "datalist", "head"),
+        *("iframe", "meter", "noembed", "noframes", "noscript", "object", "progress", "script"),
+        *("style", "svg", "template", "title", "video"),
     }
 )
+_NAVIGATION = frozenset({"nav", "footer", "aside", "form", "button", "select", "textarea"})
 _NAVIGATION_ROLES = frozenset({"navigation", "banner", "contentinfo", "search", "menu"})
 # A `header` inside of these holds a headline, elsewhere it is the site's.
-_CONTENT = ("article", "main", "section")
-_BLOCKS = frozenset(
-    {
-        *("address", "article", "blockquote", "body", "br", "caption", "dd", "div", "dl", "dt"),
-        *("fieldset", "figcaption", "figure", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr"),
-        *("li", "main", "ol", "p", "section", "table", "tbody", "thead", "tfoot", "tr", "ul"),
-    }
-)
-_CELLS = ("td", "th")
-# An image's address in `srcset`, and how large it is.
-_CANDIDATE = re.compile(r"([^\s,](?:\S*[^\s,])?)(?:\s+([\d.]+)[wx])?\s*(?:,|$)")
+_CONTENT = frozenset({"article", "main", "section"})
+_HIDDEN_STYLE = re.compile(r"(?:^|;)\s*(?:display\s*:\s*none|visibility\s*:\s*hidden)\b", re.I)
+# An image's address in `srcset` and its size; without a size the address ends with the comma.
+_CANDIDATE = re.compile(r"([^\s,]\S*+)(?:(?<=,)|([^,]*+))")
+_MAX_PICTURE_SOURCES = 32
 
 
 class HtmlConfig(ImageReaderConfig):
     """A folder of HTML pages with images; every page is a document, named by its path.
 
-    Navigation, headers, footers and what is never shown are left out: elements such as `nav`, and
-    those with one of `drop_classes`. So are decorations: images with a side under `min_side`,
-    those on more than `max_page_share` of the pages (and on more than one page), SVG drawings, and
-    images that are not files of the folder but lie in the web or in the page. An image that is
-    loaded late is read from `data-src` or the largest of `srcset`, its own or a `image`'s.
+    Text is laid out as a browser shows it. Navigation, headers, footers and what is never shown
+    are left out: elements such as `nav`, and those with one of `drop_classes`. So are decorations:
+    images with a side under `min_side`, those on more than `max_page_share` of the pages (and on
+    more than one page), SVG drawings, and images that are not files of the folder. An image that
+    is loaded late is read from `data-src` or from the largest of `srcset`, its own or that of its
+    `picture`.
 
     Attributes:
         path: the folder; folders below it are read too, hidden ones are not.
@@ -76,18 +76,18 @@ class HtmlConfig(ImageReaderConfig):
         shown_on: Counter[Path] = Counter()
         for page in pages:
             shown_on.update(self._images_on(page))
-        most = max(1, self.max_page_share * len(pages))
-        # An image on many pages is measured once; that of one page is not remembered for long.
-        large = lru_cache(maxsize=4096)(self._is_large)
+        max_pages = max(1, self.max_page_share * len(pages))
+        # An image of many pages is measured once; one of a single page need not be remembered.
+        is_large = lru_cache(maxsize=4096)(self._is_large)
 
         def is_content(path: Path) -> bool:
-            return shown_on[path] <= most and large(path)
+            return shown_on[path] <= max_pages and is_large(path)
 
         for page in pages:
             yield attempt(str(page), partial(self._document, page, is_content))
 
     def fingerprint(self) -> str:
-        """Changes when pages or images come or go, or the size or time of one does."""
+        """Changes when pages or images come or go, or the size or time of one changes."""
         kinds = (*_PAGES, *SUFFIXES)
         return fingerprint_of(p for p in files_below(self.path) if p.suffix.lower() in kinds)
 
@@ -105,172 +105,118 @@ class HtmlConfig(ImageReaderConfig):
 
     def _is_large(self, path: Path) -> bool:
         size = image_size(path)
-        # What has no size is missing or damaged: reading it will say so.
+        # A missing or damaged image has no size: reading it reports that.
         return size is None or min(size) >= self.min_side
 
     def _document(self, page: Path, is_content: Callable[[Path], bool]) -> Document:
         name = check_text(page.relative_to(self.path).as_posix(), "of its name")
-        text = _Text()
         segments: list[Segment] = []
-        for part in self._parts(page):
+        for part in self._parts(page, is_content):
             if isinstance(part, str):
-                text.add(part)
-            elif isinstance(part, _Preformatted):
-                text.add_lines(part.lines)
-            elif part is None:
-                text.end_line()
-            elif is_content(part):
-                segments += [
-                    *text.take(),
-                    self.image_ref(part, str(page), "remove it from the page"),
-                ]
-        segments += text.take()
+                segments.append(check_text(part, "of the page"))
+            else:
+                segments.append(self.image_ref(part, str(page), "remove it from the page"))
         if not segments:
             raise UserError("no text and no image is left of it; remove the page")
-        for segment in segments:
-            if not isinstance(segment, ImageRef):
-                check_text(segment, "of the page")
         return Document(name=name, segments=tuple(segments), row=str(page))
 
-    def _parts(self, page: Path) -> Iterator["str | _Preformatted | Path | None"]:
-        """Text, images' files, and None where a line ends, in reading order."""
-        walk = etree.iterwalk(_parse(page, self.path), events=("start", "end"))
-        for event, element in walk:
-            if event == "start" and self._is_dropped(element):
-                walk.skip_subtree()
-                continue
-            if element.tag in _BLOCKS:
-                yield None
-            if event == "start" and element.tag == "pre":
-                walk.skip_subtree()
-                yield from _preformatted(element)
-            elif event == "start":
-                yield from _text_and_image(element, page, self.path)
+    def _parts(
+        self, page: Path, is_content: Callable[[Path], bool] = lambda path: True
+    ) -> Iterator[str | Path]:
+        """Texts between images, and the files of images, in reading order."""
+        layout = TextLayout()
+        open_content: list[str] = []
+        is_dropped = partial(self._is_dropped, open_content)
+        for event, node in walk(_read(page, self.path), is_dropped):
+            tag = node.tag or ""
+            if event == "text":
+                layout.text(node.text_content or "")
+            elif event == "dropped":
+                if tag in BLOCKS and not _is_hidden(tag, node.attributes):
+                    layout.end_line()
+            elif event == "end":
+                layout.end(tag)
+                if tag in _CONTENT:
+                    open_content.pop()
             else:
-                if element.tag in _CELLS:
-                    yield " "
-                yield element.tail or ""
+                layout.start(tag)
+                if tag in _CONTENT:
+                    open_content.append(tag)
+                image = _image_file(node, page, self.path) if tag == "img" else None
+                if image is not None and is_content(image):
+                    yield from layout.take()
+                    yield image
+        yield from layout.take()
 
-    def _is_dropped(self, element: Any) -> bool:
-        if element.tag in _NEVER_SHOWN or element.get("role") in _NAVIGATION_ROLES:
+    def _is_dropped(self, open_content: list[str], node: LexborNode) -> bool:
+        tag, attributes = node.tag or "", node.attributes
+        if tag in _NEVER_SHOWN or tag in _NAVIGATION or (tag == "header" and not open_content):
             return True
-        if element.tag == "header" and next(element.iterancestors(*_CONTENT), None) is None:
-            return True
-        hidden = element.get("hidden") is not None or element.get("aria-hidden") == "true"
-        return hidden or not set(self.drop_classes).isdisjoint(element.get("class", "").split())
+        if not attributes:
+            return tag == "dialog"
+        classes = (attributes.get("class") or "").split()
+        return (
+            _is_hidden(tag, attributes)
+            or attributes.get("role") in _NAVIGATION_ROLES
+            or not set(self.drop_classes).isdisjoint(classes)
+        )
 
 
-@dataclass(frozen=True)
-class _Preformatted:
-    """Text whose white space counts."""
-
-    lines: str
-
-
-class _Text:
-    """Text between two images: lines without surplus white space."""
-
-    def __init__(self) -> None:
-        self._pieces: list[str] = []
-        self._lines: list[str] = []
-
-    def add(self, text: str) -> None:
-        self._pieces.append(text)
-
-    def add_lines(self, lines: str) -> None:
-        self.end_line()
-        self._lines.append(lines)
-
-    def end_line(self) -> None:
-        line = " ".join("".join(self._pieces).split())
-        self._pieces = []
-        if line:
-            self._lines.append(line)
-
-    def take(self) -> list[str]:
-        """The text so far, if there is any; begins anew."""
-        self.end_line()
-        text, self._lines = "\n".join(self._lines), []
-        return [text] if text else []
-
-
-def _parse(page: Path, folder: Path) -> Any:
+def _read(page: Path, folder: Path) -> LexborNode:
+    """The root element of a page."""
     resolve_inside(folder, str(page.relative_to(folder)))
     try:
         if page.stat().st_size > MAX_ROW_BYTES:
-            raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; break it up or remove it")
+            raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; split or remove the page")
         data = page.read_bytes()
-        encoding = _encoding(data)
-        parser = etree.HTMLParser(
-            remove_comments=True,
-            remove_pis=True,
-            no_network=True,
-            encoding=encoding,
-            huge_tree=True,  # else what is nested deeper than 256 elements is dropped
-        )
-        root = etree.fromstring(data, parser)
-    except (OSError, LookupError, etree.LxmlError) as error:
-        raise UserError(f"cannot read it ({error}); save it again as UTF-8") from error
-    # Whatever is beyond the parser's limits, it drops without raising.
-    dropped = parser.error_log.filter_from_level(etree.ErrorLevels.FATAL).filter_types(
-        [etree.ErrorTypes.ERR_RESOURCE_LIMIT]
+    except OSError as error:
+        raise UserError(f"cannot read it ({error.strerror})") from error
+    text = decode_html(data)
+    is_xml = page.suffix.lower() == ".xhtml" or text.lstrip().startswith("<?xml")
+    return parse_html(text, is_xml)
+
+
+def _is_hidden(tag: str, attributes: dict[str, str | None]) -> bool:
+    return (
+        "hidden" in attributes
+        or attributes.get("aria-hidden") == "true"
+        or (tag == "dialog" and "open" not in attributes)
+        or _HIDDEN_STYLE.search(attributes.get("style") or "") is not None
     )
-    if dropped:
-        told = dropped[0].message.partition(",")[0]
-        raise UserError(f"cannot read all of it ({told}); simplify the page or remove it")
-    if root is None:
-        raise UserError("holds nothing; remove the page")
-    return root
 
 
-def _encoding(data: bytes) -> str | None:
-    """UTF-8 if it is, else None: as the page itself says."""
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    return "utf-8"
+def _image_file(element: LexborNode, page: Path, folder: Path) -> Path | None:
+    """The file of an `img`: the first address that is a file, else the first that could be one."""
+    paths = (_image_path(address, page, folder) for address in _addresses(element))
+    candidates = [path for path in paths if path is not None]
+    # A missing file is reported when it is read.
+    return next((path for path in candidates if path.is_file()), next(iter(candidates), None))
 
 
-def _preformatted(element: Any) -> Iterator[_Preformatted]:
-    text = "".join(element.itertext()).strip("\r\n").rstrip()
-    if text:
-        yield _Preformatted(text)
-
-
-def _text_and_image(element: Any, page: Path, folder: Path) -> Iterator[str | Path]:
-    if element.tag == "img":
-        paths = (_image_path(address, page, folder) for address in _addresses(element))
-        images = [path for path in paths if path is not None]
-        # One that is missing is told when it is read.
-        yield from ([path for path in images if path.is_file()] or images)[:1]
-    yield element.text or ""
-
-
-def _addresses(element: Any) -> Iterator[str]:
-    """Where an `img` may have its image: the first that is a file counts."""
+def _addresses(element: LexborNode) -> Iterator[str]:
+    """Where an `img` may have its image, the most likely address first."""
     for key in ("src", "data-src"):
-        yield (element.get(key) or "").strip()
-    # The parser takes a `source` for something that holds what follows.
-    sources = (
-        each for parent in element.iterancestors("picture") for each in parent.iter("source")
-    )
-    for candidate in (element, *sources):
+        yield (element.attributes.get(key) or "").strip()
+    picture = element.parent
+    siblings = picture.iter() if picture is not None and picture.tag == "picture" else iter(())
+    sources = (node for node in siblings if node.tag == "source")
+    for candidate in (element, *islice(sources, _MAX_PICTURE_SOURCES)):
         for key in ("srcset", "data-srcset"):
-            candidates = _CANDIDATE.findall(candidate.get(key) or "")
-            by_size = sorted(candidates, key=lambda found: _number(found[1]), reverse=True)
-            yield from (address for address, _ in by_size)
+            candidates = _CANDIDATE.findall(candidate.attributes.get(key) or "")
+            for address, _ in sorted(candidates, key=lambda found: _size(found[1]), reverse=True):
+                yield address.rstrip(",")
 
 
-def _number(text: str) -> float:
+def _size(descriptor: str) -> float:
+    """The number of a width such as `640w` or a density such as `2x`."""
     try:
-        return float(text)
+        return float(descriptor.strip().rstrip("wx"))
     except ValueError:
         return 0.0
 
 
 def _image_path(source: str, page: Path, folder: Path) -> Path | None:
-    """The image's file; None if it is none, but lies in the web or in the page.
+    """The image's file; None for an address in the web or in the page, and for a drawing.
 
     Raises:
         UserError: the path leads out of the folder.
