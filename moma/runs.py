@@ -65,7 +65,10 @@ class Tokenizers:
         # Removed first and written last: a folder with a vocabulary has complete tokenizers.
         other.vocabulary.unlink(missing_ok=True)
         shutil.rmtree(other.codec, ignore_errors=True)
-        self._copy_files(other, self.file_names())
+        atomic_replace(other.text, partial(shutil.copyfile, self.text))
+        if self.codec.is_dir():
+            atomic_replace(other.codec, partial(shutil.copytree, self.codec))
+        atomic_replace(other.vocabulary, partial(shutil.copyfile, self.vocabulary))
 
     def _copy_files(self, other: "Tokenizers", names: Iterable[str]) -> None:
         for name in names:
