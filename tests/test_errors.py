@@ -31,7 +31,7 @@ def system(number: int) -> OSError:
     ],
 )
 def test_exit_codes(monkeypatch, capsys, error, code, told):
-    def app() -> None:
+    def app(**options: object) -> None:
         raise error
 
     monkeypatch.setattr(cli, "app", app)
@@ -42,7 +42,7 @@ def test_exit_codes(monkeypatch, capsys, error, code, told):
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
-    def app() -> None:
+    def app(**options: object) -> None:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # of no file that somebody named
 
     monkeypatch.setattr(cli, "app", app)

@@ -31,7 +31,8 @@ def call(*arguments: object, pipe: str = "", **environment: str) -> subprocess.C
     )
 
 
-def test_brackets_and_colons_are_printed_as_they_are(capsys):
+def test_brackets_and_colons_are_printed_as_they_are(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)  # as in a pipe; parallel test processes set it
     print_result({}, False, [TABLE], ["[end]"])
     out = capsys.readouterr().out
     for text in ("title [v2] :smile:", "caption [red]", "[bold]run", f"[v2]{LONG}", "0.1235"):
