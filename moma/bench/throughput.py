@@ -112,7 +112,7 @@ def bench_throughput(
     """Measure recipes by name, in interleaved rounds.
 
     Returns:
-        For each the figures that `docs/throughput.md` lists. `ratio_to_…` and the `baseline`'s name
+        For each the figures that `docs/bench.md` lists. `ratio_to_…` and the `baseline`'s name
         is the median of the ratios to the first recipe's speed, round by round.
 
     Raises:
