@@ -1,17 +1,34 @@
-"""Small vocabularies, codecs, sources and recipes; a test names only the values it depends on."""
+"""Small vocabularies, tokenizers, sources and recipes; a test names only what it depends on.
 
+vocabularies  `make_vocabulary`
+tokenizers    `codec_config`, `make_codec` (random weights), `text_tokenizer`, `make_tokenizers`
+images        `solid_image` (a reference), `image_bytes` (a file's content)
+documents     `ListSource`
+files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
+              `write_sources` (captions and text for `tiny_recipe`)
+recipes       `tiny_recipe`
+"""
+
+import io
 import json
-from collections.abc import Iterable, Mapping
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import torch
 from PIL import Image
+from tokenizers import Tokenizer
 
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.recipe import check
-from moma.tokenizers.image.codec import CodecConfig
+from moma.runs import Tokenizers
+from moma.tokenizers.image.codec import CodecConfig, ImageCodec
+from moma.tokenizers.text import TextTokenizerConfig, train_text_tokenizer, vocabulary_of
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
@@ -43,6 +60,42 @@ def make_vocabulary(
 def codec_config(**changes: Any) -> CodecConfig:
     """A codec that trains in milliseconds."""
     return CodecConfig.model_validate(CODEC | changes)
+
+
+def make_codec(seed: int = 0, **changes: Any) -> ImageCodec:
+    """A codec with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return ImageCodec(codec_config(**changes)).eval()
+
+
+def text_tokenizer(
+    size: int = 320,
+    codes: int = CODEC["codebook_size"],
+    texts: Iterable[str] = ("the red apple",) * 9,
+) -> Tokenizer:
+    """A byte-level tokenizer of `size` ids, `codes` of them image codes."""
+    return train_text_tokenizer(TextTokenizerConfig(vocabulary_size=size), texts, codes)
+
+
+def make_tokenizers(folder: Path, seed: int = 0, size: int = 320, **changes: Any) -> Tokenizers:
+    """A folder with a tokenizer of `size` ids, a random codec and their vocabulary."""
+    tokenizers, codec = Tokenizers(folder), make_codec(seed, **changes)
+    tokenizer = text_tokenizer(size, codec.config.codebook_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(tokenizers.text))
+    codec.save(tokenizers.codec)
+    vocabulary_of(tokenizer, codec.config.codes_per_image).save(tokenizers.vocabulary)
+    return tokenizers
+
+
+def image_bytes(
+    size: tuple[int, int] = (3, 2), colour: Any = "red", kind: str = "PNG", **options: Any
+) -> bytes:
+    """The content of an image file of one colour."""
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, kind, **options)
+    return file.getvalue()
 
 
 def solid_image(
@@ -80,6 +133,41 @@ def write_captions(
 def write_paragraphs(file: Path, paragraphs: Iterable[str]) -> None:
     """Write a file for `kind = "text"`, a document a paragraph."""
     file.write_text("\n\n".join(paragraphs) + "\n", encoding="utf-8")
+
+
+def write_tar(
+    path: Path, members: Iterable[tuple[str, bytes | tuple[bytes, str]]], mode: Any = "w"
+) -> Path:
+    """Write a tar of names and contents; a pair is the type and target of a link or folder."""
+    with tarfile.open(path, mode) as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                archive.addfile(info)
+    return path
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], row_group_size: int = 2) -> Path:
+    """Write rows as one Parquet file."""
+    table = pa.Table.from_pylist(list(rows))
+    pyarrow.parquet.write_table(table, path, row_group_size=row_group_size)
+    return path
+
+
+def write_pages(
+    folder: Path, pages: Mapping[str, str | bytes], images: Iterable[str] = ("a.png",)
+) -> None:
+    """Write HTML pages, and images of 64 × 65 pixels that they may show, below a folder."""
+    for name, page in pages.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(page if isinstance(page, bytes) else page.encode())
+    for name in images:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 65)).save(folder / name)
 
 
 def write_sources(folder: Path) -> None:

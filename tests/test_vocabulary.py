@@ -10,18 +10,10 @@ from hypothesis import strategies as st
 
 from moma.errors import UserError
 from moma.vocabulary import IMAGE, TEXT, Vocabulary
+from tests.factories import make_vocabulary
 
 # The ids of codes are neither adjacent nor in the order of the codebook.
-VOCABULARY = Vocabulary(
-    size=20,
-    beginning=7,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=(19, 5, 11, 6),
-    codes_per_image=3,
-)
+VOCABULARY = make_vocabulary(size=20, beginning=7, codes=(19, 5, 11, 6), codes_per_image=3)
 
 
 def test_every_id_has_the_modality_that_the_codes_give_it():

@@ -14,26 +14,14 @@ from moma.demo.scoring import (
     held_out_singles,
     seen_singles,
 )
-from moma.tokenizers.image.codec import CodecConfig, ImageCodec, preprocess, to_pil
+from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
+from tests.factories import make_codec
 
 NAMES = sketches.object_names(12)
 
 
 def random_codec() -> ImageCodec:
-    torch.manual_seed(0)
-    config = CodecConfig(
-        image_size=32,
-        patch=4,
-        block_channels=(8,),
-        layers_per_block=1,
-        latent_channels=8,
-        code_channels=8,
-        codebook_size=256,
-        encoder_middle=False,
-        middle_attention=False,
-        norm_groups=4,
-    )
-    return ImageCodec(config).eval()
+    return make_codec(image_size=32, codebook_size=256)
 
 
 def test_a_reconstruction_is_nearest_to_itself():
