@@ -43,6 +43,7 @@ def generate(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name another")
     import moma
+    from moma.data.outputs import mark_output
     from moma.generate.decode import Sampling
     from moma.images import read_image
 
@@ -60,7 +61,7 @@ def generate(
             print(part)
         else:
             images += 1
-            out.mkdir(parents=True, exist_ok=True)
             path = out / f"image_{images}.png"
+            mark_output(out, path.name)
             part.save(path)
             print(path)

@@ -124,10 +124,12 @@ def import_chameleon(
     ] = None,
 ) -> None:
     """Make a folder of tokenizers from Chameleon's own files."""
+    from moma.data.outputs import TOKENIZER_ENTRIES, mark_output
     from moma.hub.chameleon_codec import import_chameleon_tokenizers as run
     from moma.runs import Tokenizers
 
     vocabulary = run(tokenizer, weights, Tokenizers(out), image_size)
+    mark_output(out, *TOKENIZER_ENTRIES)
     print(f"{out}: {vocabulary.size} ids, {len(vocabulary.image_codes)} of them image codes")
 
 
@@ -158,6 +160,7 @@ def show(
 
 
 def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
+    from moma.data.outputs import mark_output
     from moma.images import read_image
     from moma.runs import Tokenizers
     from moma.runtime.world import local_device
@@ -170,7 +173,7 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     original_3HW = preprocess(opened, codec.config.image_size)
     codes_BL = codec.encode(original_3HW[None].to(local_device()))
     reconstruction_3HW = codec.decode(codes_BL)[0].cpu()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    mark_output(out.parent, out.name)
     side_by_side(original_3HW, reconstruction_3HW).save(out, format="PNG")
     squared = (reconstruction_3HW - original_3HW).square().sum().item()
     return {

@@ -51,8 +51,8 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
         "lengths": _classes(lengths),
         "sources": sources,
     }
-    mark_output(out)
     figure = out / "lengths.png"
+    mark_output(out, figure.name)
     _draw({name: one["lengths"] for name, one in sources.items()}, figure)
     return {**result, "figure": str(figure)}
 
@@ -100,7 +100,7 @@ def decode_document(
             number = sum(segment["type"] == "image" for segment in segments) + 1
             path = out / f"{name}-{split}-{row}-{number}.png"
             codes_L = torch.from_numpy(vocabulary.code_of_id[part[1:-1]])
-            mark_output(out)
+            mark_output(out, path.name)
             to_pil(codec.decode(codes_L[None])[0]).save(path)
             segments.append({"type": "image", "image": str(path)})
         else:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from moma.data.encode.prepare import prepare
+from moma.data.outputs import mark_output
 from moma.demo.scoring import (
     Captioned,
     Drawn,
@@ -50,6 +51,7 @@ ARCHITECTURES = ("dense", "moe_4t4i")
 SINGLES, COMPOSITIONS, CAPTIONS = 64, 48, 8
 SHOWN = 24
 SAMPLING = Sampling(temperature=0)
+_FILES = ("minutes.json", "report.html", "result.json", "sheet.png")
 DECIDED = ("data.path", "model.groups", "run", "stage", "from")
 
 
@@ -75,6 +77,7 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
     recipes = [_of(recipe, name, out / name) for name in ARCHITECTURES]
     for one in recipes:
         refuse_other_recipe(Run(one.run), one)
+    mark_output(out, "data", *ARCHITECTURES, *_FILES)
     clock = Clock(out / "minutes.json")
     _prepare_and_train(recipe, recipes, clock, quiet)
     with clock("evaluate", anew=True):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moma.data.config import DataConfig
+from moma.data.outputs import mark_output
 from moma.data.sources.text import TextConfig
 from moma.errors import UserError
 from moma.hub.chameleon_codec import import_chameleon_tokenizers, original_layout
@@ -140,6 +141,7 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
     dtype = weights.meta_tensors["lm_head.weight"].dtype
     images, image_config, notes = _images(run.tokenizers, vocabulary, dtype)
     with _new_folder(folder) as partial:
+        mark_output(folder.parent, folder.name)
         ids = _export_tokenizer(run.tokenizers, vocabulary, bool(images), partial, notes)
         values = port_config(
             recipe.model,

@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
+from moma.data.outputs import mark_output
 from moma.files import atomic_write
 from moma.study.tables import Table, number
 
@@ -48,7 +49,7 @@ class Page:
 
     def write(self, path: Path) -> None:
         """Write the page; an older one is replaced only when the new one is complete."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        mark_output(path.parent, path.name)
         body = "\n".join(self._parts)
         atomic_write(
             path,

@@ -21,6 +21,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from moma.data.outputs import TOKENIZER_ENTRIES, mark_output
 from moma.errors import UserError
 from moma.files import atomic_replace, atomic_write
 from moma.progress import show_progress
@@ -66,7 +67,7 @@ def make_text_tokenizer(
         _require_fit(codec.codebook_size, read_codec_config(folder.codec).codebook_size, folder)
     with show_progress("text tokenizer", None, quiet) as report:
         tokenizer = train_text_tokenizer(config, texts, codec.codebook_size, report)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    mark_output(folder.path, *TOKENIZER_ENTRIES)
     atomic_write(folder.text, tokenizer.to_str(pretty=True))
     complete(folder, codec)
     return tokenizer
@@ -101,6 +102,7 @@ def make_codec(
     if folder.text.exists():
         vocabulary = vocabulary_of(load_text_tokenizer(folder.text), config.codes_per_image)
         _require_fit(len(vocabulary.image_codes), config.codebook_size, folder)
+    mark_output(folder.path, *TOKENIZER_ENTRIES)
     work = folder.path / _TRAINING
     with show_progress("image codec", training.steps, quiet) as report:
         codec = train_codec(
