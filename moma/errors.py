@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 
 # Errors of a disk or network file system that may go away.
 _STORAGE_ERRNOS = (
@@ -82,12 +83,12 @@ def json_error_message(error: Exception) -> str:
 
 
 def shell_command(*arguments: object) -> str:
-    """A `moma` command line that does what is meant when it is pasted into a shell.
-
-    Arguments are quoted where a shell would change them; a path that starts with a dash, which
-    would be taken for an option, must come as `key=value` or with `./` in front.
-    """
-    return shlex.join(["moma", *map(str, arguments)])
+    """A `moma` command line to paste into a shell: quoted, and no path is taken for an option."""
+    words = (
+        f"./{word}" if isinstance(word, Path) and str(word).startswith("-") else str(word)
+        for word in arguments
+    )
+    return shlex.join(["moma", *words])
 
 
 def shorten(text: str, limit: int = 600) -> str:

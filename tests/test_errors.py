@@ -2,12 +2,21 @@
 
 import errno
 import os
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
 from moma.cli import root as cli
-from moma.errors import LostRankError, SharedError, SharedStorageError, StoppedError, StorageError
+from moma.errors import (
+    LostRankError,
+    SharedError,
+    SharedStorageError,
+    StoppedError,
+    StorageError,
+    shell_command,
+)
 from moma.runtime.world import World, local_device, raise_on_all_ranks
 
 
@@ -39,6 +48,12 @@ def test_exit_codes(monkeypatch, capsys, error, code, told):
         cli.main()
     assert left.value.code == code
     assert capsys.readouterr().err.startswith(told)
+
+
+def test_printed_commands_can_be_pasted():
+    command = shell_command("train", Path("./-my run/recipe.toml"), "run=it's", "--quiet")
+    words = ["moma", "train", "./-my run/recipe.toml", "run=it's", "--quiet"]
+    assert shlex.split(command) == words
 
 
 def test_a_defect_keeps_its_traceback(monkeypatch):

@@ -13,9 +13,10 @@ then `latest`, a file beside it, names it.
 
 import base64
 import json
+import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from moma.errors import SharedError, UserError
 from moma.files import atomic_write, checksum, read_json
-from moma.runtime.manifest import find_damage, write_manifest
+from moma.runtime.manifest import files_in_manifest, find_damage, write_manifest
 from moma.runtime.weights import FILE_BYTES, Weights, write_weights
 from moma.runtime.world import World, gather
 
@@ -103,7 +105,7 @@ def set_aside(path: Path) -> None:
 
 def is_weights_only(path: Path) -> bool:
     """Whether a checkpoint was written by `save_weights`, so that it cannot be resumed."""
-    return not any(path.glob("rank-*.json"))
+    return not any(name.startswith("rank-") for name in files_in_manifest(path))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
@@ -141,7 +143,7 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
     Raises:
         UserError: the checkpoint lacks one, or holds it in another shape.
     """
-    reader = dcp.HuggingFaceStorageReader(str(path / "tensors"))
+    reader = _tensor_reader(path)
     try:
         dcp.load(
             tensors,
@@ -182,8 +184,9 @@ def stored_weights(path: Path) -> Weights:
     Raises:
         UserError: the checkpoint is damaged.
     """
+    reader = _tensor_reader(path)
     try:
-        stored = dcp.HuggingFaceStorageReader(str(path / "tensors")).read_metadata()
+        stored = reader.read_metadata()
     except Exception as error:  # safetensors' own error derives from Exception directly
         raise UserError(f"{path}: cannot read the checkpoint ({error})") from error
     meta_tensors: dict[str, Tensor] = {
@@ -199,6 +202,16 @@ def stored_weights(path: Path) -> Weights:
 
     names = {name: name.removeprefix("model.") for name in meta_tensors}
     return Weights(meta_tensors, read).renamed(names)
+
+
+def require_intact(path: Path) -> None:
+    """Check a checkpoint's files against its manifest.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    if damage := find_damage(path):
+        raise UserError(f"{path}: {', '.join(damage)}; restore it from a copy")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -238,6 +251,29 @@ def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 def model_tensors(model: nn.Module) -> dict[str, Any]:
     """A model's tensors by their names in checkpoints."""
     return _only_tensors(dcp_state.get_model_state_dict(model), "model.")
+
+
+class _ListedFiles(FileSystem):
+    """A file system whose folders hold only the listed files."""
+
+    def __init__(self, files: Sequence[Path]):
+        super().__init__()
+        self._files = [str(file) for file in files]
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        return self._files
+
+
+def _tensor_reader(path: Path) -> dcp.HuggingFaceStorageReader:
+    """A reader of the tensor files in the manifest; PyTorch's own reads every file in the folder.
+
+    Raises:
+        UserError: the manifest is missing or damaged.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(path / "tensors"))
+    listed = [path / name for name in files_in_manifest(path) if name.startswith("tensors/")]
+    reader.fs = _ListedFiles(listed)
+    return reader
 
 
 def _only_tensors(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -6,9 +6,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from moma.errors import UserError
 from moma.files import Checksum, atomic_write, checksum
 
 MANIFEST = "manifest.json"
+
+
+def files_in_manifest(folder: Path) -> list[str]:
+    """Names of the files that belong to a folder; other files in it are not to be read.
+
+    Raises:
+        UserError: the manifest is missing or damaged.
+    """
+    try:
+        return list(_read_manifest(folder))
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Checksum]) -> None:
@@ -30,15 +43,9 @@ def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
         What is wrong, each entry with the name of its file; empty if the folder is intact.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"]
-        damaged = manifest["sha256"] != _hash(files)
-    except OSError:
-        return [f"{MANIFEST} is missing"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        damaged = True
-    if damaged:
-        return [f"{MANIFEST} is damaged"]
+        files = _read_manifest(folder)
+    except ValueError as error:
+        return [str(error)]
     found = []
     for name, expected in list(files.items())[rank::world_size]:
         path = folder / name
@@ -49,6 +56,18 @@ def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
         elif checksum(path)[1] != expected["sha256"]:
             found.append(f"{name} has changed since it was written")
     return found
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["sha256"] == _hash(manifest["files"]):
+            return dict(manifest["files"])
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} is missing") from error
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise ValueError(f"{MANIFEST} is damaged")
 
 
 def _hash(files: Any) -> str:

@@ -1,6 +1,7 @@
 """The run folder of a recipe: created at the start, compared with the recipe on resume."""
 
 import logging
+import shlex
 from fnmatch import fnmatch
 from typing import Any
 
@@ -57,7 +58,8 @@ def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
     if refused:
         hint = "choose another folder with run=…, or delete this one"
         if recipe.from_ and recipe.stage == "aux_router" and "stage" in changes:
-            hint = f"train routers in a folder of their own: run={recipe.from_ / ROUTER_RUN}"
+            key = shlex.quote(f"run={recipe.from_ / ROUTER_RUN}")
+            hint = f"train routers in a folder of their own: {key}"
         raise UserError(f"{run.path}: holds a run of another recipe ({'; '.join(refused)}); {hint}")
     return list(changes.values())
 

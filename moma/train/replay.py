@@ -20,6 +20,7 @@ from moma.runtime.checkpoint import (
     load_checkpoint,
     read_rank_states,
     read_state,
+    require_intact,
     restore_random_state,
 )
 from moma.runtime.optimizer import learning_rate
@@ -110,6 +111,7 @@ def _restore(
     path = run.checkpoints / checkpoint
     if not path.is_dir():
         raise UserError(f"{path}: no longer exists; the fault cannot be replayed without it")
+    require_intact(path)
     rank_states = read_rank_states(path)
     load_checkpoint(path, model, step.optimizer, world)
     ranks.set_states([state["data"] for state in rank_states])

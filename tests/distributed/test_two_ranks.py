@@ -375,7 +375,7 @@ def test_groups_that_run_one_after_the_other_are_gathered_one_by_one(two):
     assert sorted(units["sequential"]) == sorted([*layers, *groups])
 
 
-def test_copies_that_the_ranks_cannot_hold_are_refused(tiny):
+def test_impossible_replicas_are_refused(tiny):
     recipe = recipe_of(tiny, "dense", EngineConfig(replicate=2))
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     with pytest.raises(UserError, match=r"engine\.replicate: 1 ranks cannot hold 2 replicas"):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim import AdamW
 
@@ -19,9 +20,12 @@ from moma.runtime.checkpoint import (
     read_rank_states,
     read_state,
     restore_random_state,
+    save_weights,
     set_aside,
+    stored_weights,
     training_tensors,
 )
+from moma.runtime.weights import Weights
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 
@@ -190,6 +194,40 @@ def test_an_old_one_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(writing.shutil, "rmtree", rmtree)
     save(tmp_path, 2, keep=1)
     assert names(tmp_path) == ["step-00000002"]
+
+
+def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path):
+    save(tmp_path, 1)
+    path = tmp_path / "step-00000001"
+    (shard,) = (path / "tensors").iterdir()
+    zeros = {name: torch.zeros_like(value) for name, value in load_file(shard).items()}
+    save_file(zeros, path / "tensors" / "a_stray.safetensors")
+    (path / "tensors" / "z_stray.safetensors").write_bytes(b"not a tensor file")
+    expected, _ = make(1)
+    assert newest_intact(tmp_path, WORLD) == (path, {})
+    model, optimizer = make(2)
+    load_checkpoint(path, model, optimizer, WORLD)
+    stored = stored_weights(path)
+    assert stored.meta_tensors.keys() == expected.state_dict().keys()
+    for name, value in stored.read(stored.meta_tensors).items():
+        assert torch.equal(value, expected.state_dict()[name])
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_a_stray_rank_file_does_not_make_weights_resumable(tmp_path):
+    model, optimizer = make()
+    save_weights(tmp_path, 1, Weights.of(model.state_dict()), {"step": 1})
+    path = tmp_path / "step-00000001"
+    (path / "rank-0.json").write_text("{}")
+    with pytest.raises(UserError, match="has only weights"):
+        load_checkpoint(path, model, optimizer, WORLD)
+
+
+def test_a_checkpoint_without_manifest_is_not_loaded(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / "manifest.json").unlink()
+    with pytest.raises(UserError, match=r"step-00000001: manifest\.json is missing"):
+        load_checkpoint(tmp_path / "step-00000001", *make(2), WORLD)
 
 
 def test_without_room_the_old_one_stays(tmp_path, monkeypatch):

@@ -52,10 +52,10 @@ def test_which_changes_pass(tiny, tmp_path, section, change, passes):
 
 
 def test_routers_in_the_folder_of_their_run_are_told_where_to_go(tiny, tmp_path):
-    run = Run(tmp_path / "run")
+    run = Run(tmp_path / "my run")
     write_run_folder(run, tiny)
     routers = tiny.model_copy(update={"stage": "aux_router", "from_": run.path})
-    with pytest.raises(UserError, match=rf"stage: .*own: run={run.path}/aux_router$") as told:
+    with pytest.raises(UserError, match=rf"stage: .*own: 'run={run.path}/aux_router'$") as told:
         refuse_other_recipe(run, routers)
     assert "delete" not in str(told.value)
 

@@ -99,7 +99,7 @@ def nonfinite(losses: Losses) -> Losses:
     return losses._replace(nonfinite_L=torch.tensor([False, True]))
 
 
-def test_scores_that_are_not_finite_obey_on_fault(tiny, tmp_path, monkeypatch):
+def test_nonfinite_scores_follow_on_fault(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         before_step(patch, with_losses(nonfinite))
         with pytest.raises(UserError, match="at step 3 the output of layer 1, or a score"):
@@ -168,6 +168,19 @@ def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
         assert "consecutive steps were skipped" in str(error)
     else:
         assert run.read_metrics()[-1]["skipped_steps"] > 0
+
+
+def test_a_replay_needs_an_intact_checkpoint(tiny, tmp_path, monkeypatch):
+    before_step(monkeypatch, poison("head.weight"))
+    recipe = of_groups(tiny, "moe_2t2i", tmp_path / "a run", checkpoint_every=2)
+    with pytest.raises(UserError, match=r"`moma replay '\S+/a run'` shows where"):
+        train(recipe, WORLD, quiet=True)
+    run = Run(recipe.run)
+    (checkpoint,) = checkpoints_in(run.checkpoints)
+    (shard,) = (checkpoint / "tensors").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match=r"step-00000002: tensors/.* has changed .*restore it"):
+        replay(run)
 
 
 def test_nothing_to_replay_is_said(tiny, tmp_path):

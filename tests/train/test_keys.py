@@ -1,18 +1,59 @@
-"""Keys of [pretrain] and [pretrain.optimizer] change what a step computes."""
+"""Every key of the training sections changes what it is meant to change."""
+
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moma.data.batches.iterator import Batches
+from moma.errors import UserError
+from moma.recipe import write_recipe
+from moma.runtime import world as ranks
+from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.optimizer import OptimizerConfig, learning_rate
+from moma.runtime.sharding import EngineConfig
+from moma.runtime.tracking import TrackingConfig
 from moma.runtime.world import World
+from moma.train import loop, stages
+from moma.train.loop import train
 from moma.train.monitor import LossMonitor
-from moma.train.recipe import Recipe
-from moma.train.stages import make_step, prepare_model
+from moma.train.recipe import Recipe, RouterOptimizerConfig, RouterStageConfig, StageConfig
+from moma.train.stages import make_step, objective_of, prepare_model
+from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
+from tests.command_line import moma
 
 WORLD = World(torch.device("cpu"))
+# The test of each key, which fails if the key is ignored; the optimizer's are parametrized below.
+STAGE_TESTS = {
+    "steps": "train/test_keys.py::test_counts_of_steps_and_files",
+    "gradient_accumulation_steps": "train/test_keys.py::test_counts_of_steps_and_files",
+    "log_every": "train/test_keys.py::test_counts_of_steps_and_files",
+    "checkpoint_every": "train/test_keys.py::test_counts_of_steps_and_files",
+    "keep_checkpoints": "train/test_keys.py::test_counts_of_steps_and_files",
+    "keep_every": "train/test_keys.py::test_counts_of_steps_and_files",
+    "on_fault": "train/test_fault.py::test_nonfinite_scores_follow_on_fault",
+    "explosion": "train/test_monitor.py::test_check_equals_a_slow_reference",
+    "z_loss": "train/test_keys.py::test_z_loss_takes_part_in_training",
+    "compile": "train/test_keys.py::test_layers_and_loss_are_compiled",
+    "optimizer": "train/test_keys.py::test_every_key_of_the_optimizer_changes_the_weights",
+}
+ENGINE_TESTS = {
+    "compute": "train/test_keys.py::test_compute_changes_the_dtype_of_products",
+    "reduce": "distributed/test_two_ranks.py::test_two_ranks_equal_one_on_the_same_token_groups",
+    "replicate": "distributed/test_two_ranks.py::test_impossible_replicas_are_refused",
+    "recompute": "train/test_keys.py::test_recompute_repeats_operations",
+    "step_size": "distributed/test_two_ranks.py::test_a_step_may_grow_with_the_ranks",
+    "timeout": "train/test_keys.py::test_timeout_limits_waiting_for_ranks_and_locks",
+    "trace": "train/test_stages.py::test_three_steps_are_traced",
+}
+TRACKING_TESTS = {
+    "tensorboard": "train/test_keys.py::test_counts_of_steps_and_files",
+    "wandb_project": "train/test_stages.py::test_wandb_without_its_package_is_refused",
+}
 OPTIMIZER = {
     "learning_rate": 2e-2,
     "warmup": 1,
@@ -24,6 +65,25 @@ OPTIMIZER = {
     "clip": 1e-3,
     "router_rate": 0.5,
 }
+
+
+@pytest.mark.parametrize(
+    ("config", "tests"),
+    [
+        (StageConfig, STAGE_TESTS),
+        (RouterStageConfig, STAGE_TESTS),
+        (EngineConfig, ENGINE_TESTS),
+        (TrackingConfig, TRACKING_TESTS),
+        (OptimizerConfig, OPTIMIZER),
+        (RouterOptimizerConfig, OPTIMIZER),
+    ],
+)
+def test_every_key_has_a_test(config, tests):
+    assert tests.keys() == config.model_fields.keys()
+    for test in tests.values():
+        if isinstance(test, str):
+            file, _, name = test.partition("::")
+            assert f"def {name}(" in (Path(__file__).parents[1] / file).read_text(), test
 
 
 def with_pretrain(tiny: Recipe, **changes) -> Recipe:
@@ -92,3 +152,129 @@ def test_nonfinite_flags_of_every_micro_batch_count(tiny, faulty):
     step([next(batches) for _ in range(3)], 1e-2)
     assert int(monitor.first_fault["fault_step"]) == 5
     assert monitor.first_fault["fault_nonfinite"].tolist() == [0.0, 1.0]
+
+
+def test_counts_of_steps_and_files(tiny, tmp_path):
+    recipe = with_pretrain(
+        tiny,
+        steps=12,
+        log_every=3,
+        checkpoint_every=3,
+        keep_checkpoints=1,
+        keep_every=6,
+        gradient_accumulation_steps=2,
+    )
+    tracking = tiny.tracking.model_copy(update={"tensorboard": False})
+    run = train(
+        recipe.model_copy(update={"run": tmp_path / "run", "tracking": tracking}), WORLD, quiet=True
+    )
+    records, config = run.read_metrics(), recipe.pretrain
+    tokens_per_step = 2 * tiny.data.micro_batch_size * tiny.data.sequence_length
+    assert [record["step"] for record in records] == [3, 6, 9, 12]
+    assert [record["tokens"] for record in records] == [
+        step * tokens_per_step for step in (3, 6, 9, 12)
+    ]
+    assert [record["learning_rate"] for record in records] == [
+        learning_rate(config.optimizer, step - 1, config.steps) for step in (3, 6, 9, 12)
+    ]
+    names = [path.name for path in checkpoints_in(run.checkpoints)]
+    assert names == ["step-00000006", "step-00000012"]
+    assert not (run.path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "upcycle", "aux_router"])
+def test_each_stage_has_its_own_section(tiny, stage):
+    changed = getattr(tiny, stage).model_copy(update={"steps": 99})
+    recipe = tiny.model_copy(update={"stage": stage, stage: changed})
+    assert recipe.stage_config is changed
+
+
+def test_the_seed_chooses_weights_and_documents(tiny, tmp_path):
+    recipe = with_pretrain(tiny, steps=1, log_every=1, checkpoint_every=1)
+    recipe = recipe.model_copy(update={"run": tmp_path / "run", "seed": 1})
+    (record,) = train(recipe, WORLD, quiet=True).read_metrics()
+    step, batches = step_of(recipe)
+    rate = learning_rate(recipe.pretrain.optimizer, 0, 1)
+    loss_M, _, targets_M = step([next(batches)], rate)[0]
+    assert record["loss"] == pytest.approx(float(loss_M.sum() / targets_M.sum()))
+    other_step, other_batches = step_of(tiny)
+    assert not torch.equal(step.model.head.weight, other_step.model.head.weight)
+    assert (next(batches).tokens_BS != next(other_batches).tokens_BS).any()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layers_and_loss_are_compiled(tiny, monkeypatch, compiled):
+    calls: list[object] = []
+
+    def compile_function(function, **_):
+        calls.append(function)
+        return function
+
+    monkeypatch.setattr(stages, "can_compile", lambda device: True)
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: calls.append(type(module)))
+    monkeypatch.setattr(torch, "compile", compile_function)
+    recipe = with_pretrain(tiny, compile=compiled)
+    vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
+    model = prepare_model(recipe, vocabulary, WORLD)
+    assert calls == ([type(layer) for layer in model.layers] if compiled else [])
+    objective_of(recipe, WORLD.device)
+    assert len(calls) == (len(model.layers) + 1 if compiled else 0)
+
+
+class OperationCounter(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.counts[str(operation)] += 1
+        return operation(*arguments, **(options or {}))
+
+
+def count_operations(recipe: Recipe) -> Counter[str]:
+    vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
+    model = prepare_model(recipe, vocabulary, WORLD)
+    batch = to_device(next(Batches(recipe.data, vocabulary, recipe.seed)), WORLD.device)
+    with OperationCounter() as counter:
+        objective_of(recipe, WORLD.device)(model, batch).objective.backward()
+    return counter.counts
+
+
+def with_engine(tiny: Recipe, **changes) -> Recipe:
+    return tiny.model_copy(update={"engine": tiny.engine.model_copy(update=changes)})
+
+
+def test_recompute_repeats_operations(tiny):
+    none, selective, layer = (
+        count_operations(with_engine(tiny, recompute=how)) for how in ("none", "selective", "layer")
+    )
+    top_k, activation = "aten.topk.default", "aten.silu.default"
+    assert none[top_k] == selective[top_k] < layer[top_k]
+    assert none[activation] < selective[activation]
+
+
+def test_compute_changes_the_dtype_of_products(tiny):
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        step, batches = step_of(with_engine(tiny, compute=dtype))
+        losses.append(step([next(batches)], 1e-2)[0][0])
+    assert not torch.equal(*losses)
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+
+
+def test_timeout_limits_waiting_for_ranks_and_locks(tiny, tmp_path, monkeypatch):
+    seconds = []
+
+    def refuse(*arguments):
+        seconds.append(arguments[-1])
+        raise UserError("stopped by the test")
+
+    write_recipe(with_engine(tiny, timeout=8.0), tmp_path / "recipe.toml")
+    with monkeypatch.context() as patch:
+        patch.setattr(ranks, "join_world", refuse)
+        assert moma("train", tmp_path / "recipe.toml").code == UserError.CODE
+    monkeypatch.setattr(loop, "lock_folder", refuse)
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="stopped by the test"):
+        train(with_engine(tiny, timeout=8.0).model_copy(update={"run": tmp_path / "run"}), WORLD)
+    assert seconds == [8.0, 4.0]
