@@ -1,7 +1,6 @@
-"""Recipes: TOML files that become frozen, checked configurations.
+"""Recipes: TOML files that become frozen, validated configurations.
 
-Each configuration class derives from `Config` and is defined next to what it configures; this
-module reads, overrides, checks and writes them.
+A configuration class derives from `Config` and is defined next to what it configures.
 """
 
 import difflib
@@ -26,11 +25,15 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from moma.errors import UserError
+from moma.errors import UserError, shorten
 
 _EXAMPLE = "a TOML file such as configs/demo.toml"
-# Integers end up in 64-bit tensors, and strings in UTF-8 files.
+# Integers are stored in 64-bit tensors, and Linux accepts paths up to PATH_MAX.
 _INTEGER_LIMIT = 2**63
+_PATH_LIMIT = 4096
+
+Location = tuple[int | str, ...]
+Models = list[type[BaseModel]]
 
 
 class Config(BaseModel):
@@ -38,41 +41,48 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    @classmethod
-    def __get_pydantic_json_schema__(
-        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
-    ) -> dict[str, Any]:
-        """The JSON schema, with descriptions from the docstring and its `Attributes` section."""
-        schema = handler(core_schema)
-        found = handler.resolve_ref_schema(schema)
-        found["description"] = _paragraphs(cls.__doc__ or "")[0]
-        for name, text in attribute_descriptions(cls).items():
-            if name in cls.model_fields:
-                key = cls.model_fields[name].alias or name
-                found["properties"][key]["description"] = text
-        return schema
-
     @model_validator(mode="before")
     @classmethod
-    def _no_boolean_is_a_number(cls, values: Any) -> Any:
+    def _refuse_booleans_as_numbers(cls, values: Any) -> Any:
         for name, field in cls.model_fields.items() if isinstance(values, dict) else ():
-            if isinstance(values.get(field.alias or name), bool):
-                types = set(_leaf_types(field.annotation))
-                if types & {int, float} and bool not in types:
-                    raise ValueError(f"{field.alias or name} should be a number, not true or false")
+            value = values.get(_key(cls, name))
+            items = value if isinstance(value, list) else [value]
+            if any(isinstance(item, bool) for item in items):
+                types = leaf_types(field.annotation)
+                if {int, float} & set(types) and bool not in types:
+                    raise ValueError(f"{_key(cls, name)} should be a number, not true or false")
         return values
 
     @field_validator("*")
     @classmethod
-    def _can_be_stored(cls, value: Any) -> Any:
-        """Refuse integers that are longer than 64 bits, and text that is not Unicode."""
-        if isinstance(value, int) and abs(value) >= _INTEGER_LIMIT:
-            raise ValueError("should be less than 2**63")
-        return require_unicode(value) if isinstance(value, str) else value
+    def _refuse_what_cannot_be_stored(cls, value: Any) -> Any:
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, int) and abs(item) >= _INTEGER_LIMIT:
+                raise ValueError("should be less than 2**63")
+            if isinstance(item, str):
+                require_unicode(item)
+        return value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        """The JSON schema, described by the class docstring and its `Attributes` section."""
+        schema = handler(core_schema)
+        found = handler.resolve_ref_schema(schema)
+        summary = inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0]
+        found["description"] = " ".join(summary.split())
+        for name, text in attribute_descriptions(cls).items():
+            if name in cls.model_fields:
+                found["properties"][_key(cls, name)]["description"] = text
+        return schema
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def attribute_descriptions(cls: type) -> dict[str, str]:
-    """What the `Attributes` sections of a class and its bases say about each attribute."""
+    """Attribute descriptions in the `Attributes` sections of a class and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         section = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
@@ -82,18 +92,11 @@ def attribute_descriptions(cls: type) -> dict[str, str]:
     return found
 
 
-def _paragraphs(doc: str) -> list[str]:
-    return [" ".join(text.split()) for text in inspect.cleandoc(doc).split("\n\n")]
-
-
-AnyConfig = TypeVar("AnyConfig", bound=Config)
-
-
 def require_unicode(text: str) -> str:
-    """Return `text`; refuse NUL characters and bytes that are not UTF-8.
+    """Return `text`.
 
     Raises:
-        ValueError: it holds such a character.
+        ValueError: it contains NUL or bytes that are not UTF-8.
     """
     if "\0" in text:
         raise ValueError("contains a NUL character")
@@ -104,32 +107,38 @@ def require_unicode(text: str) -> str:
     return text
 
 
-def _check_path(value: Any) -> Any:
+def parse_path(value: Any) -> Any:
+    """Return a path as written in a recipe or on the command line; `~` is the home directory.
+
+    Raises:
+        ValueError: it is empty, too long, not UTF-8, or starts with the `~` of an unknown user.
+    """
     if isinstance(value, Path):
         return value
     if not isinstance(value, str):
         raise ValueError("should be a path in quotes")
     if not value.strip():
-        raise ValueError("the path is empty; write one (an unset shell variable is empty too)")
+        raise ValueError("is empty; give a path (an unset shell variable is empty too)")
+    if len(os.fsencode(require_unicode(value))) >= _PATH_LIMIT:
+        raise ValueError(f"is too long: a path has fewer than {_PATH_LIMIT:,} bytes")
     try:
-        return Path(require_unicode(value)).expanduser()
+        return Path(value).expanduser()
     except RuntimeError as error:
         raise ValueError("no such user; write ./~… for a name that starts with ~") from error
 
 
-RequiredPath = Annotated[Path, BeforeValidator(_check_path)]
-"""A path that is not empty; a leading `~` is the home folder. Also for options that may be None:
-`tokenizers: RequiredPath | None = None` refuses an empty text as well."""
+RequiredPath = Annotated[Path, BeforeValidator(parse_path)]
+"""A path as `parse_path` accepts it; `RequiredPath | None` refuses an empty text as well."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""A seed of random choices."""
+"""Seed of a random number generator."""
 
 
 def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = ()) -> AnyConfig:
-    """Read a TOML recipe, apply `key.sub=value` overrides, and check it.
+    """Read a TOML recipe, apply `key.sub=value` overrides and validate it.
 
-    A recipe with `extends = "other.toml"` (relative to itself) starts from that file's values: its
-    own tables are merged into them key by key, any other value replaces the one there.
+    A recipe with `extends = "other.toml"` (relative to itself) starts from the values of that file:
+    its own tables are merged into them key by key, any other value replaces the one there.
 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; the message names it.
@@ -140,12 +149,7 @@ def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = 
 def read_values(
     path: Path, overrides: Iterable[str] = (), schema: type[BaseModel] | None = None
 ) -> dict[str, Any]:
-    """Read a TOML recipe, including what it extends, and apply overrides; values are not checked.
-
-    Args:
-        path: the recipe.
-        overrides: see `override`.
-        schema: see `override`.
+    """Values of a recipe and what it extends, with overrides (see `override`), not validated.
 
     Raises:
         UserError: the file cannot be read, or there is no such key for an override.
@@ -154,9 +158,8 @@ def read_values(
 
 
 def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
-    """Values of a file merged into those of the file that it extends, recursively."""
     if path.resolve() in extended_by:
-        raise UserError(f"{path}: extends itself, by way of {extended_by[-1]}; remove an 'extends'")
+        raise UserError(f"{path}: extends itself, through {extended_by[-1]}; remove an 'extends'")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -166,18 +169,19 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot read the recipe{origin} ({error.strerror}); name {example}"
         ) from error
-    except (ValueError, RecursionError) as error:  # TOML's own, bytes that are not UTF-8, nesting
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
         raise UserError(f"{path}: not valid TOML ({error}); a recipe is {_EXAMPLE}") from error
     if "extends" not in values:
         return values
-    base = values.pop("extends")
-    if not isinstance(base, str) or not base.strip() or "\0" in base:
-        raise UserError(f"{path}: 'extends': name one file, such as \"base.toml\"")
-    return merge_tables(_read_toml(path.parent / base, (*extended_by, path.resolve())), values)
+    try:
+        base = path.parent / parse_path(values.pop("extends"))
+    except ValueError as error:
+        raise UserError(f"{path}: 'extends': {error}; name one file, as base.toml") from error
+    return merge_tables(_read_toml(base, (*extended_by, path.resolve())), values)
 
 
 def recipe_value(path: Path, *keys: str) -> str:
-    """The string at a key of a recipe, for a hint; empty if there is none, or no recipe."""
+    """The text at a key of a recipe, for a hint; empty without such a key or recipe."""
     if path.suffix != ".toml":
         return ""  # perhaps a large file of weights
     try:
@@ -201,7 +205,7 @@ def merge_tables(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]
 
 
 def shipped_recipe(name: str) -> Path:
-    """A recipe of `configs/`: inside the package when installed, else in the repository.
+    """A recipe of `configs/`: in the installed package, else in the repository.
 
     Raises:
         UserError: it is missing.
@@ -218,40 +222,44 @@ def override(
 ) -> dict[str, Any]:
     """Apply overrides such as `pretrain.steps=100` or `data.sources.0.weight=2` to `values`.
 
-    A value is parsed as TOML, and taken as a string if it is not TOML.
+    A value is parsed as TOML, and is text if it is not valid TOML.
 
     Args:
         values: changed in place and returned.
-        overrides: `key=value` each; of the same key, the last wins.
-        schema: if given, a number or date for a key that takes only text stays as it was written,
-            so that `run=2024-01-05` is a path.
+        overrides: each `key=value`; of the same key, the last wins.
+        schema: if given, a number or date for a key that takes only text stays as written, so that
+            `run=2024-01-05` is a path.
 
     Raises:
         UserError: an override has no `=`, or its key leads through something that is not a table.
     """
     for text in overrides:
-        key, separator, value = text.partition("=")
-        if not separator or not key.strip():
-            raise UserError(f"override '{text}': write key=value, for example pretrain.steps=100")
-        *path, last = key.strip().split(".")
-        parsed = _parse(value.strip())
+        key, separator, value = (part.strip() for part in text.partition("="))
+        if not separator or not key:
+            raise UserError(
+                f"override '{shorten(text)}': write key=value, for example pretrain.steps=100"
+            )
+        *path, last = key.split(".")
+        parsed = _parse_toml(value)
         if schema is not None and _is_text_key(schema, (*path, last), parsed):
-            parsed = value.strip()
+            parsed = value
         node: Any = values
         try:
             for name in path:
                 node = node[int(name)] if isinstance(node, list) else node.setdefault(name, {})
             node[int(last) if isinstance(node, list) else last] = parsed
         except (AttributeError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"override '{text}': there is no '{key}' in the recipe") from error
+            raise UserError(
+                f"override '{shorten(text)}': there is no '{shorten(key)}' in the recipe"
+            ) from error
     return values
 
 
 def check(schema: type[AnyConfig], values: dict[str, Any], origin: str) -> AnyConfig:
-    """Turn plain values into a checked configuration.
+    """Turn plain values into a validated configuration.
 
     Raises:
-        UserError: names `origin`, each wrong key, and the valid keys if it is unknown.
+        UserError: names `origin`, each wrong key, and the valid keys in place of an unknown one.
     """
     try:
         return schema.model_validate(values)
@@ -261,22 +269,22 @@ def check(schema: type[AnyConfig], values: dict[str, Any], origin: str) -> AnyCo
             _explain(schema, problem)
             for problem in problems
             # A list whose items have errors of their own is not too short as well.
-            if problem["type"] != "too_short" or not _is_within(problem["loc"], problems)
+            if problem["type"] != "too_short" or not _contains_other(problem["loc"], problems)
         ]
         raise UserError(f"{origin}: " + "; ".join(messages)) from error
 
 
 def to_toml(config: Config) -> str:
-    """A configuration as TOML with all keys; keys without a value are left out."""
+    """A configuration as TOML with all keys that have a value."""
     return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
 def write_recipe(config: Config, path: Path) -> None:
-    """Write a configuration as TOML with all keys; keys without a value are left out."""
+    """Write a configuration as TOML with all keys that have a value."""
     path.write_text(to_toml(config), encoding="utf-8")
 
 
-def _parse(value: str) -> Any:
+def _parse_toml(value: str) -> Any:
     try:
         return tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError):
@@ -284,90 +292,72 @@ def _parse(value: str) -> Any:
 
 
 def _is_text_key(schema: type[BaseModel], path: tuple[str, ...], value: Any) -> bool:
-    """Whether `path` leads to a key that takes text or a path, and nothing of the type of `value`.
-
-    Tables and lists are never taken for text.
-    """
+    """Whether the key at `path` takes text or a path, and no scalar of the type of `value`."""
     if isinstance(value, str | list | dict):
         return False
-    candidates = [schema]
-    for part in path[:-1]:
-        candidates = _below(candidates, int(part) if part.lstrip("-").isdigit() else part)
-    types = [
+    _, models = _resolve(schema, tuple(int(p) if p.lstrip("-").isdigit() else p for p in path))
+    types = {
         leaf
-        for model in candidates
+        for model in models
         for name, field in model.model_fields.items()
-        if (field.alias or name) == path[-1]
-        for leaf in _leaf_types(field.annotation)
-    ]
-    takes_numbers = isinstance(value, int | float) and {int, float, bool} & set(types)
-    return bool({str, Path} & set(types)) and not takes_numbers
+        if _key(model, name) == path[-1]
+        for leaf in leaf_types(field.annotation)
+    }
+    takes_numbers = isinstance(value, int | float) and {int, float, bool} & types
+    return bool({str, Path} & types) and not takes_numbers
 
 
-def _is_within(location: tuple[int | str, ...], problems: list[Any]) -> bool:
-    """Whether a problem is inside of what `location` points to."""
+def _contains_other(location: Location, problems: list[Any]) -> bool:
     depth = len(location)
     return any(p["loc"][:depth] == location and len(p["loc"]) > depth for p in problems)
 
 
 def _explain(schema: type[BaseModel], problem: Any) -> str:
-    key = ".".join(_without_tags(schema, problem["loc"]))
+    parts, models = _resolve(schema, problem["loc"])
+    key = ".".join(parts)
     if problem["type"] != "extra_forbidden":
         message = problem["msg"].removeprefix("Value error, ")
         return f"'{key}': {message}" if key else message
-    valid = sorted(_keys_beside(schema, problem["loc"]))
-    close = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1)
+    valid = sorted({_key(model, name) for model in models for name in model.model_fields})
+    close = difflib.get_close_matches(parts[-1], valid, n=1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""
     return f"unknown key '{key}'{hint}; valid keys here: {', '.join(valid)}"
 
 
-def _keys_beside(schema: type[BaseModel], location: tuple[int | str, ...]) -> set[str]:
-    """Names of the fields that are valid where `location` points to an unknown one."""
-    candidates = [schema]
-    for part in location[:-1]:
-        candidates = _below(candidates, part)
-    return {
-        field.alias or name for model in candidates for name, field in model.model_fields.items()
-    }
+def _resolve(schema: type[BaseModel], location: Location) -> tuple[list[str], Models]:
+    """Resolve a location of pydantic in a configuration.
 
-
-def _without_tags(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """A location without pydantic's names for members of a tagged union, as recipes write it."""
-    candidates, parts = [schema], []
+    Returns:
+        Its parts as a recipe writes them, without the tags that pydantic adds for the members of a
+        union, and the models that may have its last part as a field.
+    """
+    parts: list[str] = []
+    holders: Models = [schema]
+    models = holders
     for part in location:
-        is_key = any(part in model.model_fields for model in candidates)
-        if is_key or not any(_has_tag(model, part) for model in candidates):
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]  # type: ignore[index]
+        tagged = [m for m in models if not fields and _tag(m) == part]
+        if not tagged:
             parts.append(str(part))
-        candidates = _below(candidates, part)
-    return parts
+        holders = models
+        below = [model for field in fields for model in _models_in(field.annotation)]
+        models = tagged or below or models
+    return parts, holders
 
 
-def _below(candidates: list[type[BaseModel]], part: int | str) -> list[type[BaseModel]]:
-    """The models that one more part of a location leads to from any of `candidates`."""
-    following = [
-        model.model_fields[part].annotation
-        for model in candidates
-        if isinstance(part, str) and part in model.model_fields
-    ]
-    candidates = [model for kind in following for model in models_in(kind)] or candidates
-    return [model for model in candidates if _has_tag(model, part)] or candidates
+def _key(model: type[BaseModel], field: str) -> str:
+    return model.model_fields[field].alias or field
 
 
-def _leaf_types(annotation: Any) -> list[Any]:
-    """The types that an annotation is made of: `int | None` gives int and NoneType."""
+def _tag(model: type[BaseModel]) -> object:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
+
+
+def leaf_types(annotation: Any) -> list[Any]:
+    """The types that an annotation consists of: `int | None` gives int and NoneType."""
     arguments = getattr(annotation, "__args__", ())
-    return [leaf for part in arguments for leaf in _leaf_types(part)] or [annotation]
+    return [leaf for part in arguments for leaf in leaf_types(part)] or [annotation]
 
 
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The configurations that an annotation is made of: the members of a union, say."""
-    return [
-        leaf
-        for leaf in _leaf_types(annotation)
-        if isinstance(leaf, type) and issubclass(leaf, BaseModel)
-    ]
-
-
-def _has_tag(model: type[BaseModel], tag: int | str) -> bool:
-    """Whether `model` is the member of a tagged union that pydantic names `tag`."""
-    return "kind" in model.model_fields and model.model_fields["kind"].default == tag
+def _models_in(annotation: Any) -> Models:
+    return [t for t in leaf_types(annotation) if isinstance(t, type) and issubclass(t, BaseModel)]

@@ -97,12 +97,13 @@ def test_a_configuration_cannot_be_changed(recipe):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("", "the path is empty"),
-        ("' '", "the path is empty"),
+        ("", "is empty"),
+        ("' '", "is empty"),
         ('"a\\u0000b"', "NUL character"),
         ("a\udcff", "not valid UTF-8"),
         ("[1]", "should be a path in quotes"),
         ("~no-such-user/x", "no such user"),
+        ("x" * 5000, "too long"),
     ],
 )
 def test_unusable_paths_are_refused(recipe, key, value, message):
@@ -149,6 +150,9 @@ def test_names_that_look_like_numbers_and_dates_stay_as_written(recipe, text):
         ("seed=-1", "'seed': "),
         ("seed=nan", "'seed': "),
         ("pretrain.steps=99999999999999999999", r"'pretrain\.steps': should be less than 2\*\*63"),
+        ("codec.block_channels=[99999999999999999999]", r"should be less than 2\*\*63"),
+        ("codec.block_channels=[true, 64]", "block_channels should be a number, not true"),
+        ('data.sources.0={kind = "html", path = "a", drop_classes = ["\\u0000"]}', "NUL"),
         ("pretrain.steps=true", "steps should be a number, not true or false"),
         ("pretrain.z_loss=false", "z_loss should be a number, not true or false"),
         ("pretrain.optimizer.learning_rate=nan", "finite"),
@@ -418,7 +422,7 @@ def test_a_recipe_extends_another_key_by_key(tmp_path):
         ('extends = "base.toml"', "size = [", "base.toml: not valid TOML"),
         ('extends = "base.toml"', 'extends = "recipe.toml"', "recipe.toml: extends itself"),
         ('extends = "recipe.toml"', None, "recipe.toml: extends itself"),
-        ("extends = 3", None, "'extends': name one file"),
+        ("extends = 3", None, "'extends': .*; name one file"),
         ('extends = "base.toml"', "sizes = 3", "unknown key 'sizes'"),
         ('extends = "base.toml"', "inner = 3", "'inner'"),
     ],

@@ -3,17 +3,17 @@
 import os
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from moma.errors import UserError
+from moma.errors import UserError, quote
 
-# Options whose value is text for a model: it may be empty, and any bytes.
+# Options with text for a model: it may be empty or contain any bytes.
 _FREE_TEXT = {"prompt", "text"}
 _ORDER = "moma.order"
 COUNT_LIMIT = 1_000_000_000
@@ -21,7 +21,7 @@ COUNT_LIMIT = 1_000_000_000
 
 
 class ClosedOutputError(Exception):
-    """Whoever reads standard output has stopped, as `head` does."""
+    """The reader of standard output, such as `head`, has stopped."""
 
 
 class Group(TyperGroup):
@@ -48,15 +48,18 @@ class Verb(TyperCommand):
     def make_parser(self, ctx: Any) -> Any:
         """The parser of the command line, followed by the checks."""
         parser: Any = super().make_parser(ctx)
-        parse: Callable[..., Any] = parser.parse_args
+        parse = parser.parse_args
+        types = get_type_hints(self.callback)
 
         def parse_and_check(args: list[str]) -> Any:
             values, rest, order = parse(args=args)
             options = [param for param in order if param.param_type_name == "option"]
-            _refuse_repeated(options)
             for param in dict.fromkeys(order):
+                times = options.count(param)
+                if times > 1 and not (param.multiple or param.is_flag):
+                    raise UserError(f"{param.opts[0]}: given {times} times; give it once")
                 if param.name not in _FREE_TEXT and param.name in values:
-                    values[param.name] = _checked(param, values[param.name])
+                    values[param.name] = _checked(param, values[param.name], types.get(param.name))
             ctx.meta[_ORDER] = [param.name for param in options]
             return values, rest, order
 
@@ -71,6 +74,9 @@ class App(typer.Typer):
         # Without Rich's markup, which would take `[data]` in a help text for a style.
         options = {"rich_markup_mode": None, "add_completion": False} | options
         super().__init__(pretty_exceptions_enable=False, **options)
+        if summary := options.get("help"):
+            # A callback keeps the name of the family also when it has one verb.
+            self.callback(help=summary)(lambda: None)
 
     def command(self, name: str | None = None, **options: Any) -> Any:
         """Register a function as a verb."""
@@ -78,48 +84,45 @@ class App(typer.Typer):
 
 
 def in_order(ctx: typer.Context, **given: Sequence[Any]) -> list[Any]:
-    """Values of options that may be repeated, in the order of the command line.
-
-    Args:
-        ctx: of the verb.
-        **given: the values of each option, by its name.
-    """
+    """Values of repeatable options, by option, in the order of the command line."""
     values = {name: iter(each) for name, each in given.items()}
     return [next(values[name]) for name in ctx.meta[_ORDER] if name in values]
 
 
 def readable_recipe(recipe: Path) -> Path:
-    """Refuse a file that is not TOML at once; the verb checks its keys and values."""
+    """Refuse a file that is not TOML at once; the verb validates its keys and values."""
     from moma.recipe import read_values
 
     read_values(recipe)
     return recipe
 
 
-def _refuse_repeated(options: Sequence[Any]) -> None:
-    """Refuse an option that is given twice but has one value: the first would be ignored."""
-    for param in options:
-        if options.count(param) > 1 and not (param.multiple or param.is_flag):
-            raise UserError(f"{param.opts[0]}: given {options.count(param)} times; give it once")
+def files_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Divide arguments into files and `key=value` overrides; a file may have `=` in its name."""
+    from moma.recipe import parse_path
+
+    overrides = [word for word in words if "=" in word and not os.path.isfile(word)]
+    try:
+        return [parse_path(word) for word in words if word not in overrides], overrides
+    except ValueError as error:
+        raise UserError(f"{quote(' '.join(words))}: a file {error}") from error
 
 
-def _checked(param: Any, value: Any) -> Any:
-    """A raw value, or several: not empty, Unicode, a leading `~` expanded."""
+def _checked(param: Any, value: Any, type_: Any) -> Any:
+    """A raw value, or each of several: not empty, valid UTF-8, a usable path if it is one."""
     if isinstance(value, list | tuple):
-        return type(value)(_checked(param, each) for each in value)
+        return type(value)(_checked(param, each, type_) for each in value)
     if not isinstance(value, str):
         return value
-    from moma.recipe import require_unicode
+    from moma.recipe import leaf_types, parse_path, require_unicode
 
-    is_option = param.param_type_name == "option"
-    name = param.opts[0] if is_option else param.name.upper()
+    name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
     if not value.strip():
         raise UserError(f"{name}: is empty; give a value (an unset shell variable is empty too)")
     try:
-        require_unicode(value)
+        return str(parse_path(value)) if Path in leaf_types(type_) else require_unicode(value)
     except ValueError as error:
-        raise UserError(f"{name} {value!a}: {error}") from error
-    return os.path.expanduser(value)
+        raise UserError(f"{name} {quote(value)}: {error}") from error
 
 
 def _explain_override_as_option(error: Any) -> None:
@@ -142,7 +145,6 @@ def _explain_override_as_option(error: Any) -> None:
 
 
 def _is_output_closed() -> bool:
-    """Whether nobody reads standard output or error any more."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         poll.register(stream.fileno(), 0)
@@ -162,8 +164,7 @@ def _print_version(requested: bool) -> None:
 
 
 RecipeFile = Annotated[
-    Path,
-    typer.Argument(help="a recipe, such as configs/demo.toml", callback=readable_recipe),
+    Path, typer.Argument(help="a recipe, such as configs/demo.toml", callback=readable_recipe)
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="changes to the recipe, such as pretrain.steps=100")

@@ -1,21 +1,17 @@
-"""`moma bench …`: how fast the parts are, measured on this machine."""
+"""`moma bench …`: speed of the parts, measured on this machine."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from moma.cli.arguments import COUNT_LIMIT, App, AsJson, CpuTime
+from moma.cli.arguments import COUNT_LIMIT, App, AsJson, CpuTime, files_and_overrides
 from moma.cli.output import key_values, print_result, records
 from moma.errors import UserError
 
 app = App(help="Measure speed on this machine.", no_args_is_help=True)
-
-
-@app.callback()
-def bench() -> None:
-    """Measure speed on this machine."""
 
 
 def count(text: str, low: int = 1) -> typer.models.OptionInfo:
@@ -27,7 +23,7 @@ def count(text: str, low: int = 1) -> typer.models.OptionInfo:
 @app.command()
 def data(
     recipe: Annotated[
-        Path | None, typer.Argument(help="left out: sketches of 1,024 codes and a dictionary")
+        Path | None, typer.Argument(help="default: sketches of 1,024 codes and a dictionary")
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -42,7 +38,7 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """Measure micro-batches, waiting in training, and encoding of images and text."""
-    if recipe is not None and "=" in str(recipe) and not recipe.exists():
+    if recipe is not None and "=" in str(recipe) and not os.path.exists(recipe):
         overrides, recipe = [str(recipe), *(overrides or ())], None
     from moma.bench.data import Sizes, bench_data
     from moma.recipe import read_recipe, shipped_recipe
@@ -51,9 +47,7 @@ def data(
     read = read_recipe(Recipe, recipe or shipped_recipe("bench_data.toml"), overrides or ())
     sizes = Sizes(batches, steps, images, texts, repeats, cpu_time)
     result = bench_data(read, sizes, quiet=as_json)
-    shown = {
-        key: f"{value:,.4g}" if isinstance(value, float) else value for key, value in result.items()
-    }
+    shown = {key: f"{v:,.4g}" if isinstance(v, float) else v for key, v in result.items()}
     table = key_values(f"data of {recipe or 'the shipped recipe'}", shown)
     print_result(result, as_json, [table])
 
@@ -76,7 +70,7 @@ def layer(
     cpu_time: CpuTime = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare expert-choice layers with a dense feed-forward of equal FLOPs."""
+    """Compare expert-choice layers with a dense feed-forward layer of equal FLOPs."""
     import torch
 
     from moma.bench.layer import Sizes, bench_layer
@@ -107,12 +101,12 @@ def throughput(
     ] = "256",
     only: Annotated[
         list[str] | None,
-        typer.Option(help="architecture of --table2 beside dense; may be repeated"),
+        typer.Option(help="architecture of --table2 besides dense; may be repeated"),
     ] = None,
     repeats: Annotated[int, count("repeats of a step of each, interleaved")] = 11,
     warm_up: Annotated[int, count("steps of each before the measurement")] = 2,
     statistics: Annotated[
-        bool, typer.Option("--statistics", help="measure what the log's statistics cost instead")
+        bool, typer.Option("--statistics", help="instead: the cost of the log's statistics")
     ] = False,
     cpu_time: CpuTime = False,
     as_json: AsJson = False,
@@ -120,8 +114,7 @@ def throughput(
     """Measure steps of `moma train` on synthetic documents: tokens a second, MFU, memory."""
     from moma.bench import throughput as bench
 
-    overrides = [text for text in recipes or () if "=" in text and not Path(text).is_file()]
-    paths = [Path(text) for text in recipes or () if text not in overrides]
+    paths, overrides = files_and_overrides(recipes or ())
     if table2 == bool(paths):
         raise UserError("name one or more recipes, or give --table2")
     chosen = (
@@ -139,16 +132,15 @@ def throughput(
 
 
 def _readable(row: Mapping[str, str | float]) -> dict[str, str]:
-    return {key: _readable_value(key, value) for key, value in row.items()}
+    def cell(key: str, value: str | float) -> str:
+        if isinstance(value, str):
+            return value
+        if key == "peak_bytes":
+            return f"{value / 2**30:.2f} GiB"
+        if key in ("flops_per_token", "parameters"):
+            return f"{value / 1e6:,.1f}M"
+        if key in ("mfu", "spread", "overhead"):
+            return f"{value:.1%}" if key == "mfu" else f"{value:.2%}"
+        return f"{value:,.0f}" if value > 100 else f"{value:.4f}"
 
-
-def _readable_value(key: str, value: str | float) -> str:
-    if isinstance(value, str):
-        return value
-    if key == "peak_bytes":
-        return f"{value / 2**30:.2f} GiB"
-    if key in ("flops_per_token", "parameters"):
-        return f"{value / 1e6:,.1f}M"
-    if key in ("mfu", "spread", "overhead"):
-        return f"{value:.1%}" if key == "mfu" else f"{value:.2%}"
-    return f"{value:,.0f}" if value > 100 else f"{value:.4f}"
+    return {key: cell(key, value) for key, value in row.items()}

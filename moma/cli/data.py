@@ -35,14 +35,9 @@ def prepare(
     summary = {"path": str(read.data.path), **prepared.summary()}
     lines = [f"prepared {read.data.path}"]
     if summary["rejected"]:
-        lines.append(f"rejected rows: {read.data.path / 'rejected.jsonl'}")
+        lines.append(f"rejected documents: {read.data.path / 'rejected.jsonl'}")
     keys = ("documents", "held_out", "tokens", "images", "rejected")
     print_result(summary, as_json, [_counts(summary, keys)], lines)
-
-
-@inspecting.callback()
-def inspect_help() -> None:
-    """Look at prepared data."""
 
 
 @inspecting.command()
@@ -51,7 +46,7 @@ def inspect(
     source: Annotated[str | None, typer.Option(help="only this source")] = None,
     document: Annotated[
         int | None,
-        typer.Option(min=0, max=2**62, help="decode this document of the source, from 0"),
+        typer.Option(min=0, max=2**62, help="decode this document of the source, counted from 0"),
     ] = None,
     split: Annotated[
         Literal["train", "held_out"], typer.Option(help="which documents --document counts")
@@ -61,17 +56,17 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a prepared folder holds: counts, lengths, and any document as text and images."""
+    """Show counts and lengths of a prepared folder, or one document as text and images."""
     from moma.data import inspect as data
 
     out = out or folder / "inspect"
     if document is not None:
         decoded = data.decode_document(folder, source, split, document, out)
-        print_result(decoded, as_json, (), () if as_json else [data.as_text(decoded)])
+        print_result(decoded, as_json, (), [data.as_text(decoded)])
         return
     result = data.inspect(folder, source, out)
     keys = ("documents", "tokens", "text_tokens", "image_tokens", "images", "rejected")
-    lines = () if as_json else (data.histogram(result), result["figure"])
+    lines = (data.histogram(result), result["figure"])
     print_result(result, as_json, [_counts(result, keys)], lines)
 
 

@@ -16,16 +16,6 @@ exporting = App(
 )
 
 
-@importing.callback()
-def import_help() -> None:
-    """Make a run from another library's weights."""
-
-
-@exporting.callback()
-def export_help() -> None:
-    """Write a run's weights for another library."""
-
-
 @importing.command("chameleon")
 def import_chameleon(
     folder: Annotated[Path, typer.Argument(help="what `transformers` saved: config.json, weights")],

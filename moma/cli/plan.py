@@ -1,4 +1,4 @@
-"""`moma plan`: what a recipe will cost."""
+"""`moma plan`: the cost of a recipe."""
 
 import math
 from typing import Annotated, Any
@@ -25,7 +25,7 @@ def plan(
     ] = None,
     mfu: Annotated[float, typer.Option(help="share of the peak that training reaches")] = 0.4,
     peak: Annotated[float, typer.Option(help="peak of one GPU, TFLOP/s")] = 989,
-    link: Annotated[float, typer.Option(help="what a GPU sends and receives, GB/s")] = 50,
+    link: Annotated[float, typer.Option(help="bandwidth of a GPU each way, GB/s")] = 50,
     memory: Annotated[float, typer.Option(help="memory of one GPU, GiB")] = 80,
     price: Annotated[float, typer.Option(help="price of a GPU-hour, in any currency")] = 2.5,
     as_json: AsJson = False,
@@ -47,39 +47,33 @@ def plan(
     if gpus is not None:
         from moma.plan.job import Machine, plan_job
 
-        result |= plan_job(
-            read,
-            Machine(
-                gpus=gpus,
-                mfu=mfu,
-                peak=peak * 1e12,
-                link=link * 1e9,
-                memory=memory * 2**30,
-                price=price,
-            ),
-        )
+        sizes = {"peak": peak * 1e12, "link": link * 1e9, "memory": memory * 2**30}
+        result |= plan_job(read, Machine(gpus=gpus, mfu=mfu, price=price, **sizes))
         tables += [_memory(result), _job(result)]
     print_result(result, as_json, tables)
 
 
 def _counts(title: str, result: dict[str, Any]) -> Table:
     keys = ("parameters", "active_parameters", "flops_per_token")
-    rows: list[tuple[str, ...]] = []
-
-    def add(name: str, counts: list[int]) -> None:
-        cells = [*map(_short, counts[:2]), f"{counts[2] / 1e9:.3f}"]
-        if any(counts):
-            row = (cell if count else "" for cell, count in zip(cells, counts, strict=True))
-            rows.append((name, *row))
-
     parts = [result["parts"][key] for key in keys]
-    for part in dict.fromkeys([*parts[0], *parts[2]]):
-        add(part, [each.get(part, 0) for each in parts])
+    counts = {
+        part: [each.get(part, 0) for each in parts]
+        for part in dict.fromkeys([*parts[0], *parts[2]])
+    }
     if result["layers"]["gated"]:
-        for kind, count in result["layers"].items():
+        for kind, number in result["layers"].items():
             of_kind = [sum(result["parts_by_layer"][key][kind].values()) for key in keys]
-            add(f"in {count} {kind} layers", of_kind)
-    add("all", [result[key] for key in keys])
+            counts[f"in {number} {kind} layers"] = of_kind
+    counts["all"] = [result[key] for key in keys]
+    rows = [
+        (
+            part,
+            *(_short(count) if count else "" for count in (parameters, active)),
+            f"{flops / 1e9:.3f}" if flops else "",
+        )
+        for part, (parameters, active, flops) in counts.items()
+        if parameters or active or flops
+    ]
     return Table(title, _caption(result), ("part", "parameters", "active", "GFLOPs a token"), rows)
 
 
@@ -97,18 +91,16 @@ def _caption(result: dict[str, Any]) -> str:
 
 
 def _memory(result: dict[str, Any]) -> Table:
-    found, machine = result["memory"], result["machine"]
-    verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    parts = ("parameters", "gradients", "optimizer", "gathered_units", "activations", "total")
+    memory, machine = result["memory"], result["machine"]
+    verdict = "fits" if memory["fits"] else "DOES NOT FIT"
+    parts = ("parameters", "gradients", "optimizer", "gathered_units", "activations")
+    rows = [(part.replace("_", " "), f"{memory[part] / 2**30:,.2f}") for part in parts]
     return Table(
         f"memory of one of {machine['gpus']:,} GPUs",
-        f"rank {found['largest_rank']}, which needs most; {verdict} in "
+        f"rank {memory['largest_rank']}, which needs most; {verdict} in "
         f"{machine['memory'] / 2**30:,.0f} GiB",
         ("part", "GiB"),
-        [
-            ("all" if part == "total" else part.replace("_", " "), f"{found[part] / 2**30:,.2f}")
-            for part in parts
-        ],
+        [*rows, ("all", f"{memory['total'] / 2**30:,.2f}")],
     )
 
 
@@ -137,7 +129,5 @@ def _short(count: float) -> str:
     """1,234,567 as 1.23M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
-            return (
-                f"{count / size:.3g}{unit}" if count < 999.5 * size else f"{count / size:.0f}{unit}"
-            )
+            return f"{count / size:{'.3g' if count < 999.5 * size else '.0f'}}{unit}"
     return f"{count:.0f}"

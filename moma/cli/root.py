@@ -8,11 +8,19 @@ from typing import Any
 from moma.cli import bench, data, demo, evaluate, generate, hub, plan, schema, study, tokenizer
 from moma.cli import train as training
 from moma.cli.arguments import App, ClosedOutputError, Group, Version
-from moma.errors import LostRankError, SharedError, StoppedError, UserError, os_error_message
+from moma.errors import (
+    LostRankError,
+    SharedError,
+    StoppedError,
+    UserError,
+    os_error_message,
+    shorten,
+)
 from moma.progress import show_log_messages
 
-# What a shell reports of a program that SIGPIPE ended.
+# The exit code that a shell reports of a program ended by SIGPIPE.
 _CLOSED_OUTPUT_CODE = 141
+_MESSAGE_LIMIT = 4000
 
 app = App(
     name="moma",
@@ -30,15 +38,14 @@ app.add_typer(hub.exporting, name="export")
 
 @app.callback()
 def root(version: Version = False) -> None:
-    """What may precede a verb."""
+    """Options before the verb."""
 
 
 def main() -> None:
     """Run a verb; a `UserError` becomes one line on standard error and its exit code."""
-    # `datasets` would otherwise ask a server whenever it opens a file, also without a network.
+    # `datasets` would otherwise contact a server whenever it opens a file.
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
-    # Large pages for large tensors on a CPU, where the system has them: gradients of experts are
-    # allocated in every step, page by page (docs/results/layer.md).
+    # Huge pages on a CPU: gradients of experts are allocated in every step (docs/results/layer.md).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     _prepare_output()
     show_log_messages()
@@ -67,28 +74,25 @@ def _prepare_output() -> None:
 
 
 def _report(error: Exception) -> int:
-    """Print what a person should know of an error, and return the exit code.
+    """Print the message of an error and return the exit code.
 
     Raises:
         Exception: `error` itself, if it is a defect of the program.
     """
-    if isinstance(error, UserError | StoppedError):
-        by_all = isinstance(error, SharedError | StoppedError)
-        _print_message(error, by_all=by_all)
-        return error.CODE
-    if isinstance(error, LostRankError):
-        _print_message(error)
-        return 1
-    if isinstance(error, OSError) and (message := os_error_message(error)) is not None:
-        _print_message(message)
-        return message.CODE
     # Of Click, or of the copy of it that later versions of Typer contain.
-    if any(kind.__name__ == "NoArgsIsHelpError" for kind in type(error).mro()):
+    names = [kind.__name__ for kind in type(error).mro()]
+    if "NoArgsIsHelpError" in names:
         print(error.ctx.get_help(), file=sys.stderr)  # type: ignore[attr-defined]
         return 2
-    if any(kind.__name__ == "UsageError" for kind in type(error).mro()):
-        _print_message(_usage_message(error))
-        return 2
+    if "UsageError" in names:
+        return _print_message(_usage_message(error), 2)
+    if isinstance(error, OSError):
+        error = os_error_message(error) or error
+    if isinstance(error, UserError | StoppedError):
+        by_all = isinstance(error, SharedError | StoppedError)
+        return _print_message(error, error.CODE, by_all)
+    if isinstance(error, LostRankError):
+        return _print_message(error, 1)
     raise error
 
 
@@ -98,10 +102,12 @@ def _usage_message(error: Any) -> str:
     return f"{message.rstrip('.')}; see `{command} --help`"
 
 
-def _print_message(error: object, by_all: bool = False) -> None:
-    """Print a message; one that all ranks of a job have is printed by the first rank alone."""
+def _print_message(error: object, code: int, by_all: bool = False) -> int:
+    """Print a message as one line; a message of all ranks of a job is printed by rank 0 only."""
+    # A file name may contain line breaks and terminal codes.
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
     rank = int(os.environ.get("RANK", 0))
-    if not rank:
-        print(f"moma: {error}", file=sys.stderr)
-    elif not by_all:
-        print(f"moma, rank {rank}: {error}", file=sys.stderr)
+    if rank == 0 or not by_all:
+        origin = f"moma, rank {rank}" if rank else "moma"
+        print(f"{origin}: {shorten(text, _MESSAGE_LIMIT)}", file=sys.stderr)
+    return code

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from moma.cli.arguments import App, AsJson, Overrides, RecipeFile, readable_recipe
+from moma.cli.arguments import (
+    App,
+    AsJson,
+    Overrides,
+    RecipeFile,
+    files_and_overrides,
+    readable_recipe,
+)
 from moma.cli.output import key_values, notice, print_result
 from moma.errors import UserError
 from moma.study.tables import Table
@@ -20,11 +27,6 @@ if TYPE_CHECKING:
 app = App(help="Make, import and try text tokenizers and image codecs.", no_args_is_help=True)
 
 
-@app.callback()
-def tokenizer_help() -> None:
-    """Make, import and try text tokenizers and image codecs."""
-
-
 OutFolder = Annotated[Path, typer.Option(help="folder of the tokenizers")]
 
 
@@ -33,7 +35,7 @@ def train_text(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="a recipe, or UTF-8 text files; then changes, such as "
+            help="a recipe or UTF-8 text files, then changes such as "
             "text_tokenizer.vocabulary_size=8192 codec.codebook_size=512"
         ),
     ],
@@ -45,11 +47,9 @@ def train_text(
     from moma.data.encode.corpus import Corpus
     from moma.runs import Tokenizers
     from moma.tokenizers.folder import is_made, make_text_tokenizer
-    from moma.tokenizers.text import TextTokenizerConfig
 
-    sources, held_out, max_rejected, sections = _texts_of(inputs)
-    config: TextTokenizerConfig = sections.text_tokenizer
-    folder = Tokenizers(out)
+    sources, held_out, max_rejected, sections = _recipe_or_files(inputs)
+    config, folder = sections.text_tokenizer, Tokenizers(out)
     if is_made(folder.text, folder, sections.codec):
         print(f"{folder.text}: exists already; the folder is complete now")
         return
@@ -93,7 +93,7 @@ def train_image(
 
 
 def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
-    """Train the codec on the images of a recipe, and report which images were left out."""
+    """Train the codec on the images of a recipe, and report the images that were left out."""
     from moma.data.encode.corpus import Corpus, ReadableImages, require_training_images
     from moma.runtime.world import local_device
     from moma.tokenizers.folder import make_codec
@@ -103,7 +103,7 @@ def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
         notice("no perceptual loss; codec_training.perceptual.weights names VGG-16's weights")
     corpus = Corpus(data.sources, data.held_out, training.max_documents, data.max_rejected)
     seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
-    # The error is measured on some of these: on training images if none can be read.
+    # The error is measured on these, or on training images if none of these can be read.
     unseen = ReadableImages(corpus.images(held_out=True), size, max_unreadable=1)
     require_training_images(seen.images, unseen.images, "add a source of images")
     _report_rejected(corpus)
@@ -190,18 +190,13 @@ def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
 
     tokenizer = load_text_tokenizer(Tokenizers(folder).text)
     ids = encode_bytes(tokenizer, data)
-    back = decode_bytes(tokenizer, ids)
-    return {
-        "ids": ids,
-        "pieces": [
-            piece.decode("utf-8", "backslashreplace") for piece in decode_each(tokenizer, ids)
-        ],
-        "text": back.decode("utf-8", "backslashreplace"),
-        "exact": back == data,
-    }
+    decoded = decode_bytes(tokenizer, ids)
+    pieces = [piece.decode("utf-8", "backslashreplace") for piece in decode_each(tokenizer, ids)]
+    text = decoded.decode("utf-8", "backslashreplace")
+    return {"ids": ids, "pieces": pieces, "text": text, "exact": decoded == data}
 
 
-def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
+def _recipe_or_files(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
     """Sources, shares to hold out and to reject, and the sections of tokenizer and codec."""
     from pydantic import Field
 
@@ -219,16 +214,14 @@ def _texts_of(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
         codec: CodecConfig = CodecConfig()
         data: Rejected = Rejected()
 
-    if inputs[0].endswith(".toml"):
-        recipe = read_recipe(Recipe, Path(inputs[0]), inputs[1:])
-        return recipe.data.sources, recipe.data.held_out, recipe.data.max_rejected, recipe
-    files = [name for name in inputs if "=" not in name or Path(name).is_file()]
-    changes = [name for name in inputs if name not in files]
+    files, changes = files_and_overrides(inputs)
     if not files:
         raise UserError("name a recipe or text files before the changes")
-    sources = [TextConfig(path=Path(name)) for name in files]
+    if inputs[0].endswith(".toml"):
+        recipe = read_recipe(Recipe, files[0], inputs[1:])
+        return recipe.data.sources, recipe.data.held_out, recipe.data.max_rejected, recipe
     sections = check(Sections, override({}, changes), "the command line")
-    return sources, 0.0, sections.data.max_rejected, sections
+    return [TextConfig(path=file) for file in files], 0.0, sections.data.max_rejected, sections
 
 
 def _report_rejected(corpus: "Corpus") -> None:

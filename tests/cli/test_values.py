@@ -26,17 +26,31 @@ from tests.command_line import make_input, moma, refuses, succeeds
         (["export", "chameleon", "", "--out", "a"], "RUN: is empty"),
         (["train", ""], "RECIPE: is empty"),
         (["train", "{recipe}", ""], "OVERRIDES: is empty"),
-        (["train", "{recipe}", "run="], "'run': the path is empty"),
-        (["prepare", "{recipe}", "data.path="], "'data.path': the path is empty"),
-        (["plan", "{recipe}", "from="], "'from': the path is empty"),
+        (["train", "{recipe}", "run="], "'run': is empty"),
+        (["prepare", "{recipe}", "data.path="], "'data.path': is empty"),
+        (["plan", "{recipe}", "from="], "'from': is empty"),
         (["demo", "--out", ""], "--out: is empty"),
         (["bench", "data", ""], "RECIPE: is empty"),
         (["evaluate", "a\udcff"], "RUN 'a\\udcff': is not valid UTF-8"),
+        (["evaluate", "~nobody-here/a"], "RUN '~nobody-here/a': no such user"),
+        (["evaluate", "{run}", "--data", "x" * 5000], "xxx': is too long: a path has fewer"),
+        (["plan", "{recipe}", "run=" + "x" * 5000], "'run': is too long"),
+        (["tokenizer", "train-text", "x" * 5000], "a file is too long"),
+        (["bench", "throughput", "~nobody-here/a"], "a file no such user"),
+        (["data", "inspect", "{data}", "--source", "~"], "--source ~: "),
     ],
 )
 def test_an_empty_or_unusable_name_is_refused(trained, call, message):
     fill = {"run": trained / "run", "data": trained / "data", "recipe": trained / "recipe.toml"}
     assert message in refuses(*(word.format(**fill) for word in call))
+
+
+def test_a_message_is_one_short_line_whatever_a_name_contains(trained, tmp_path):
+    name = tmp_path / "a\nb\x1b[2Jc"
+    for call in (["evaluate", name], ["train", name], ["plan", trained / "recipe.toml", name]):
+        assert "a\\nb\\x1b[2Jc" in refuses(*call)
+    assert len(refuses("plan", trained / "recipe.toml", "x" * 100_000)) < 1000
+    assert len(refuses("plan", trained / "recipe.toml", "x" * 100_000 + "=1")) < 5000
 
 
 def test_an_unset_variable_does_not_train_into_the_working_directory(tmp_path, monkeypatch):
@@ -47,7 +61,7 @@ def test_an_unset_variable_does_not_train_into_the_working_directory(tmp_path, m
     refuses("train", recipe, "run=")
     chain = tmp_path / "chain.toml"
     chain.write_text('extends = "recipe.toml"\nrun = ""\n[[chain]]\nname = "a"\n')
-    assert "'run': the path is empty" in refuses("train", chain)
+    assert "'run': is empty" in refuses("train", chain)
     chain.write_text('extends = "recipe.toml"\n[[chain]]\nname = "../a"\n')
     assert "'name'" in refuses("train", chain)
     assert not list(folder.iterdir())
@@ -62,6 +76,7 @@ def test_an_unset_variable_does_not_train_into_the_working_directory(tmp_path, m
         (["generate", "{run}", "--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["generate", "{run}", "--prompt", "a", "--temperature", "inf"], "--temperature"),
         (["generate", "{run}", "--prompt", "a", "--temperature", "1e-40"], "temperature"),
+        (["generate", "{run}", "--prompt", "a", "--temperature", "1e39"], "temperature"),
         (["generate", "{run}", "--prompt", "a", "--top-p", "nan"], "--top-p"),
         (["plan", "{recipe}", "--gpus", "0"], "--gpus"),
         (["plan", "{recipe}", "--gpus", "9" * 30], "--gpus"),
