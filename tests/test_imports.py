@@ -1,6 +1,8 @@
 """What the import-linter contract in `pyproject.toml` cannot say."""
 
 import ast
+import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -40,3 +42,10 @@ def test_data_and_model_know_no_process_groups():
 def test_process_groups_are_found(source):
     assert uses_distributed(source)
     assert not uses_distributed("import torch\ntorch.distribution")
+
+
+def test_no_folder_of_tests_shadows_a_library():
+    """A script may have `tests` on its path, to import the helpers of one folder."""
+    tests = Path(__file__).parent
+    found = PathFinder.find_spec("tokenizers", [str(tests), *sys.path])
+    assert found is not None and found.origin and not Path(found.origin).is_relative_to(tests)
