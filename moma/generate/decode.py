@@ -17,8 +17,8 @@ from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
 
-# Logits divided by less overflow fp32; by more, all tokens are equally likely.
-_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-6, 1e6
+# Logits divided by numbers outside of this range overflow fp32.
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-6, 1e30
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Sampling:
         temperature = _number("temperature", self.temperature)
         if temperature != 0 and not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
             raise UserError(
-                f"temperature {self.temperature}: must be 0 (greedy decoding), or from "
-                f"{_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:,.0f}"
+                f"temperature {self.temperature}: must be 0 (greedy decoding), or finite, from "
+                f"{_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}"
             )
         if not 0 < _number("top_p", self.top_p) <= 1:
             raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1")

@@ -209,6 +209,7 @@ def test_masked_tokens_are_never_sampled():
         ({"temperature": -0.5}, "temperature -0.5: must be 0"),
         ({"temperature": math.nan}, "temperature nan: must be 0"),
         ({"temperature": math.inf}, "temperature inf: must be 0"),
+        ({"temperature": 1e39}, r"temperature 1e\+39: must be 0"),
         ({"temperature": 10**400}, "must be 0 .* or finite"),
         ({"temperature": "1"}, "temperature '1': must be a number"),
         ({"top_p": 0}, "top_p 0: must be above 0 and at most 1"),
