@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from moma.runs import Tokenizers
     from moma.train.recipe import Recipe
 
+# Images that are named one by one if they cannot be read.
+_MAX_NOTICES = 10
+
 app = App(help="Make, import and try text tokenizers and image codecs.", no_args_is_help=True)
 
 
@@ -109,8 +112,11 @@ def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
     _report_rejected(corpus)
     measured = unseen if unseen.has_readable else ()
     make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
-    for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
+    left_out = [*seen.unreadable.values(), *unseen.unreadable.values()]
+    for reason in left_out[:_MAX_NOTICES]:
         notice(f"an image was left out: {reason}")
+    if len(left_out) > _MAX_NOTICES:
+        notice(f"{len(left_out) - _MAX_NOTICES} more images were left out")
 
 
 @app.command("import-chameleon")
@@ -227,4 +233,4 @@ def _recipe_or_files(inputs: list[str]) -> tuple[Sequence[Any], float, float, An
 def _report_rejected(corpus: "Corpus") -> None:
     if corpus.first_rejected is not None:
         first = corpus.first_rejected.message
-        notice(f"{corpus.rejected_count} documents were left out; the first: {first}")
+        notice(f"{corpus.rejected_counts.total()} documents were left out; the first: {first}")

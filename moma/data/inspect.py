@@ -158,7 +158,7 @@ def _open(folder: Path, source: str | None, vocabulary: Vocabulary) -> dict[str,
 
 
 def _describe(shards: Shards, vocabulary: Vocabulary) -> dict[str, Any]:
-    total = shards.info.total
+    total = shards.info.whole.total
     image_tokens = total.images * vocabulary.codes_per_image
     return {
         **total.model_dump(),

@@ -10,7 +10,7 @@ A row of an Arrow file is a document: `ids`, `images`, `name`. The files are mem
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import pyarrow as pa
-from pydantic import ValidationError
 
 from moma.data.provenance import Encoders
 from moma.errors import UserError
@@ -33,6 +32,8 @@ VOCABULARY_FILE = "vocabulary.json"
 REJECTED_FILE = "rejected.jsonl"
 # Key of the Arrow schema's metadata with the origin of a file.
 METADATA_KEY = b"moma"
+# What reading an Arrow file with other content, or with other columns, raises.
+_DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -44,8 +45,7 @@ class Counts(Config):
     tokens: int = 0
     images: int = 0
 
-    def plus(self, other: "Counts") -> "Counts":
-        """Return the sum of both."""
+    def __add__(self, other: "Counts") -> "Counts":
         return Counts(
             documents=self.documents + other.documents,
             tokens=self.tokens + other.tokens,
@@ -62,10 +62,28 @@ class Part(Config):
         rejected: number of rejected documents.
     """
 
-    first: int
-    stop: int
-    counts: dict[str, Counts]
+    first: int = 0
+    stop: int = 0
+    counts: dict[str, Counts] = dict.fromkeys(SPLITS, Counts())
     rejected: int = 0
+
+    def __add__(self, following: "Part") -> "Part":
+        return Part(
+            first=self.first,
+            stop=following.stop,
+            counts={split: self.counts[split] + following.counts[split] for split in SPLITS},
+            rejected=self.rejected + following.rejected,
+        )
+
+    @property
+    def documents_read(self) -> int:
+        """Number of documents, rejected ones included."""
+        return self.stop - self.first
+
+    @property
+    def total(self) -> Counts:
+        """Counts of all splits together."""
+        return sum(self.counts.values(), Counts())
 
 
 class ShardInfo(Config):
@@ -73,8 +91,8 @@ class ShardInfo(Config):
 
     Attributes:
         source: name of the source.
-        source_fingerprint: fingerprint of the source's configuration and files.
-        vocabulary_fingerprint: fingerprint of the vocabulary.
+        source_fingerprint, vocabulary_fingerprint: fingerprints of the source's configuration and
+            files, and of the vocabulary.
         encoders: fingerprints of the tokenizer and the codec.
         counts: counts of each split.
         rejected: number of rejected documents.
@@ -91,20 +109,15 @@ class ShardInfo(Config):
     parts: tuple[Part, ...] = ()
 
     @property
-    def total(self) -> Counts:
-        """Counts of all splits together."""
-        return sum_counts(self.counts.values())
-
-    @property
-    def documents_read(self) -> int:
-        """Number of documents of the source, rejected ones included."""
-        return self.parts[-1].stop if self.parts else 0
+    def whole(self) -> Part:
+        """All parts as one."""
+        stop = self.parts[-1].stop if self.parts else 0
+        return Part(stop=stop, counts=self.counts, rejected=self.rejected)
 
     def with_parts(self, parts: Sequence[Part]) -> "ShardInfo":
         """Return the same origin with these parts."""
-        counts = {split: sum_counts(part.counts[split] for part in parts) for split in SPLITS}
-        rejected = sum(part.rejected for part in parts)
-        changes = {"counts": counts, "rejected": rejected, "parts": tuple(parts)}
+        whole = sum(parts, Part())
+        changes = {"counts": whole.counts, "rejected": whole.rejected, "parts": tuple(parts)}
         return self.model_copy(update=changes)
 
     def same_origin(self, other: "ShardInfo") -> bool:
@@ -118,14 +131,6 @@ class ShardInfo(Config):
             for number, part in enumerate(self.parts)
             if part.counts[split].documents
         ]
-
-
-def sum_counts(counts: Iterable[Counts]) -> Counts:
-    """Return the sum of any number of counts."""
-    total = Counts()
-    for count in counts:
-        total = total.plus(count)
-    return total
 
 
 class Shard:
@@ -169,13 +174,9 @@ class Shard:
     @cached_property
     def dataset(self) -> datasets.Dataset:
         """The rows as a Hugging Face dataset: `ids`, `images`, `name`."""
-        if not self._paths:
-            return datasets.Dataset.from_dict(
-                {name: [] for name in self._features}, features=self._features
-            )
-        return datasets.concatenate_datasets(
-            [datasets.Dataset.from_file(str(path)) for path in self._paths]
-        )
+        empty = datasets.Dataset.from_dict({key: [] for key in self._features}, self._features)
+        files = [datasets.Dataset.from_file(str(path)) for path in self._paths]
+        return datasets.concatenate_datasets(files or [empty])
 
 
 @dataclass(frozen=True)
@@ -192,16 +193,15 @@ class Shards:
 
 
 def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None = None) -> Shards:
-    """Open the shards of one source.
+    """Open the shards of one source, which must have been encoded with this vocabulary.
 
     Args:
         folder: the source's folder.
-        vocabulary: the vocabulary that they must have been encoded with.
-        encoders: the tokenizer and codec that they must have been encoded with; None accepts any.
+        vocabulary: the ids.
+        encoders: the tokenizer and codec; None accepts any.
 
     Raises:
-        UserError: they are missing, incomplete or damaged, or were encoded with another
-            vocabulary, tokenizer or codec.
+        UserError: they are missing, incomplete or damaged, or were encoded with others.
     """
     info = read_info(folder)
     if info is None:
@@ -217,27 +217,21 @@ def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None 
         raise UserError(
             f"{folder}: encoded with another {info.encoders.differences(encoders)}; {again}"
         )
+    features = shard_features(vocabulary)
     try:
-        splits = {
-            split: Shard(info.files(folder, split), shard_features(vocabulary)) for split in SPLITS
-        }
-    except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+        splits = {split: Shard(info.files(folder, split), features) for split in SPLITS}
+        for split, shard in splits.items():
+            _check_files(folder, info, split, shard)
+    except _DAMAGE as error:
         raise UserError(f"{folder}: damaged ({error}); delete it, run `moma prepare`") from error
-    for split, shard in splits.items():
-        _check_files(folder, info, split, shard)
     return Shards(info, splits)
 
 
 def shard_features(vocabulary: Vocabulary) -> datasets.Features:
     """Return the columns of shards: ids have the smallest type that holds the vocabulary."""
     smallest = np.min_scalar_type(vocabulary.size - 1)
-    return datasets.Features(
-        {
-            "ids": datasets.List(datasets.Value(smallest.name)),
-            "images": datasets.Value("int32"),
-            "name": datasets.Value("string"),
-        }
-    )
+    ids, images = datasets.List(datasets.Value(smallest.name)), datasets.Value("int32")
+    return datasets.Features({"ids": ids, "images": images, "name": datasets.Value("string")})
 
 
 def read_info(folder: Path) -> ShardInfo | None:
@@ -249,7 +243,7 @@ def read_config(schema: type[AnyConfig], path: Path) -> AnyConfig | None:
     """Read a configuration stored as JSON; None if the file is missing or is something else."""
     try:
         return schema.model_validate_json(path.read_text())
-    except (OSError, ValidationError):
+    except (OSError, ValueError):
         return None
 
 
@@ -277,9 +271,9 @@ def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> Non
     """Refuse files of another origin and truncated files."""
     for path, found in zip(info.files(folder, split), shard.origins, strict=True):
         wrong = [
-            f"{key} ({found.get(key)} and {value})"
-            for key, value in file_origin(info).items()
-            if found.get(key) != value
+            f"{key} ({found.get(key)} and {expected})"
+            for key, expected in file_origin(info).items()
+            if found.get(key) != expected
         ]
         if wrong:
             raise UserError(
@@ -287,14 +281,9 @@ def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> Non
                 f"{', '.join(wrong)}; delete {folder}, run `moma prepare`"
             )
     counts = info.counts[split]
-    found_counts = Counts(
-        documents=len(shard),
-        tokens=int(shard.lengths.sum(dtype=np.int64)),
-        images=int(shard.images.sum(dtype=np.int64)),
-    )
-    if found_counts != counts:
+    tokens, images = int(shard.lengths.sum(dtype=np.int64)), int(shard.images.sum(dtype=np.int64))
+    if Counts(documents=len(shard), tokens=tokens, images=images) != counts:
         raise UserError(
-            f"{folder}: damaged ({split} has {found_counts.documents} documents and "
-            f"{found_counts.tokens} tokens of {counts.documents} and {counts.tokens}); "
-            "delete it, run `moma prepare`"
+            f"{folder}: damaged ({split} has {len(shard)} documents and {tokens} tokens of "
+            f"{counts.documents} and {counts.tokens}); delete it, run `moma prepare`"
         )

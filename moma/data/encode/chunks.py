@@ -18,6 +18,14 @@ CHUNKS_PER_BATCH = 8
 # Tokenizing takes about a hundred times the text's size in memory.
 MAX_CHARACTERS = 20_000_000
 MAX_IMAGES = 10_000
+MAX_NAME = 10_000
+
+
+def reject_unencodable(row: Document | Rejected) -> Document | Rejected:
+    """Return the row, rejected if it is a document that tokenizer and codec cannot encode."""
+    if isinstance(row, Document) and (reason := find_problem(row)):
+        return Rejected(row.row or row.name, reason)
+    return row
 
 
 def find_problem(document: Document) -> str | None:
@@ -28,6 +36,8 @@ def find_problem(document: Document) -> str | None:
         return f"{images} images, at most {MAX_IMAGES}; set the source's max_images"
     if characters > MAX_CHARACTERS:
         return f"{characters} characters of text, at most {MAX_CHARACTERS}; split the document"
+    if len(document.name) > MAX_NAME:
+        return f"its name has {len(document.name)} characters, at most {MAX_NAME}; shorten it"
     for text in (document.name, *texts):
         if text.isascii():
             continue
@@ -41,11 +51,10 @@ def find_problem(document: Document) -> str | None:
 
 @dataclass
 class Chunk:
-    """Consecutive documents of a source.
+    """Consecutive rows of a source.
 
     Attributes:
-        rows: documents and rejected ones as the source yields them; documents that cannot be
-            encoded are rejected, too.
+        rows: documents and rejected ones, in order.
         documents: the rows that are documents.
         texts, images: the segments of the documents, in order.
         characters: number of characters of the texts.
@@ -58,9 +67,8 @@ class Chunk:
     characters: int = 0
 
     def add(self, row: Document | Rejected) -> None:
-        """Append a document, rejected if it cannot be encoded."""
-        if isinstance(row, Document) and (reason := find_problem(row)):
-            row = Rejected(row.row or row.name, reason)
+        """Append a row; a document that cannot be encoded is rejected."""
+        row = reject_unencodable(row)
         self.rows.append(row)
         if isinstance(row, Rejected):
             return
@@ -108,11 +116,8 @@ def batch_chunks(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     batch: list[Chunk] = []
     for chunk in chunks:
         batch.append(chunk)
-        if (
-            len(batch) == CHUNKS_PER_BATCH
-            or chunk.images
-            or sum(one.characters for one in batch) >= CHUNK_CHARACTERS
-        ):
+        characters = sum(one.characters for one in batch)
+        if len(batch) == CHUNKS_PER_BATCH or chunk.images or characters >= CHUNK_CHARACTERS:
             yield batch
             batch = []
     if batch:

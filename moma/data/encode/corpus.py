@@ -1,37 +1,29 @@
 """The documents that tokenizers are trained on: texts and images of a recipe's sources.
 
-Only references to images are held in memory. Images of streams and compressed tar files carry
-their bytes; these wait in a temporary file that ends with the process. Documents and images that
-cannot be read are left out and counted.
+Documents and images that cannot be read are left out and counted. Only references to images are
+held in memory.
 """
 
 import os
 import pickle
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import IO
 
 from PIL import Image
 from torch import Tensor
 
-from moma.data.documents import (
-    Document,
-    ImageRef,
-    Rejected,
-    Source,
-    held_out_share,
-    is_held_out,
-)
-from moma.data.encode.chunks import CHUNK_DOCUMENTS, find_problem
-from moma.errors import UserError
+from moma.data.documents import Document, ImageRef, Rejected, Source, held_out_share, is_held_out
+from moma.data.encode.chunks import CHUNK_DOCUMENTS, reject_unencodable
+from moma.errors import UserError, shorten
 from moma.tokenizers.image.codec import preprocess
 
-# A reference to a file is smaller; a larger one carries the image's bytes.
+# A reference to a file is smaller; a larger one contains the image's bytes.
 _MAX_REFERENCE_BYTES = 2048
-# A source may be wrong throughout: the first rejected documents are kept.
-_MAX_REJECTED_KEPT = 1_000
+# Rejected documents that are kept for each source: all documents of a source may be rejected.
+MAX_REJECTED_KEPT = 1_000
 
 
 class Corpus:
@@ -40,7 +32,9 @@ class Corpus:
     Attributes:
         documents: number of documents that were used.
         other_documents: number of documents that were read and belong to the other split.
-        rejected: rejected documents of each source, by its name; the first ones, if many.
+        rejected: the first rejected documents of each source, by its name.
+        rejected_counts: number of rejected documents of each source; one that is read several
+            times counts once.
         totals: documents of each source, rejected ones included, if it was read to its end.
     """
 
@@ -68,16 +62,11 @@ class Corpus:
         self._sources, self._held_out, self._max_documents = sources, held_out, max_documents
         self._max_rejected, self._check_images = max_rejected, check_images
         self._list_rejected = list_rejected
-        self._read: dict[str, int] = {}
-        self._rejected_counts: dict[str, int] = {}
+        self._read: Counter[str] = Counter()
         self.documents = self.other_documents = 0
         self.rejected: dict[str, list[Rejected]] = {}
+        self.rejected_counts: Counter[str] = Counter()
         self.totals: dict[str, int] = {}
-
-    @property
-    def rejected_count(self) -> int:
-        """Number of documents that were read and rejected."""
-        return sum(self._rejected_counts.values())
 
     @property
     def first_rejected(self) -> Rejected | None:
@@ -115,9 +104,9 @@ class Corpus:
         Raises:
             UserError: too many documents of a source were rejected.
         """
-        waiting = _ImageStore()
+        store = _ImageStore()
         return [
-            waiting.store(segment)
+            store.add(segment)
             for document in self._select(held_out)
             for segment in document.segments
             if isinstance(segment, ImageRef)
@@ -126,50 +115,52 @@ class Corpus:
     def _select(self, held_out: bool) -> Iterator[Document]:
         for source in self._sources:
             share = held_out_share(source, self._held_out)
-            selected = (
-                document
-                for document in self._usable(source)
-                if self._belongs(is_held_out(document, share) == held_out)
-            )
-            for document in islice(selected, self._max_documents):
+            selected = 0
+            for document in self._usable(source):
+                if is_held_out(document, share) != held_out:
+                    self.other_documents += 1
+                    continue
                 self.documents += 1
+                selected += 1
                 yield document
-            # A few rejected documents among the first ones need not be too many of all.
-            if source.name in self.totals or self._read.get(source.name, 0) >= CHUNK_DOCUMENTS:
-                self._check_rejected(source.name)
-
-    def _belongs(self, selected: bool) -> bool:
-        self.other_documents += not selected
-        return selected
+                if selected == self._max_documents:
+                    break
 
     def _usable(self, source: Source) -> Iterator[Document]:
         """Yield the documents of a source that tokenizer and codec can encode."""
-        number = rejected = 0
-        for number, row in enumerate(source.documents(), 1):
-            self._read[source.name] = max(number, self._read.get(source.name, 0))
+        name, number, rejected = source.name, 0, 0
+        for number, row in enumerate(map(reject_unencodable, source.documents()), 1):
+            self._read[name] = max(number, self._read[name])
+            problem = row if isinstance(row, Rejected) else self._missing_image(row)
+            if problem is not None:
+                rejected += 1
+                if rejected > self.rejected_counts[name]:  # not counted before
+                    self.rejected_counts[name] = rejected
+                    if rejected <= MAX_REJECTED_KEPT:
+                        self.rejected.setdefault(name, []).append(problem)
             if isinstance(row, Document):
-                problem = find_problem(row)
-                if problem is None:
-                    yield row
-                reason = problem or (_missing_image(row) if self._check_images else None)
-                if reason is None:
-                    continue
-                row = Rejected(row.row or row.name, reason)
-            rejected += 1
-            if rejected > self._rejected_counts.get(source.name, 0):  # not counted before
-                self._rejected_counts[source.name] = rejected
-                if rejected <= _MAX_REJECTED_KEPT:
-                    self.rejected.setdefault(source.name, []).append(row)
-        self.totals[source.name] = number
+                yield row
+            # Not sooner: a few rejected documents among the first ones may be few of all.
+            if number % CHUNK_DOCUMENTS == 0:
+                self._check_rejected(name)
+        self.totals[name] = number
+        self._check_rejected(name)
+
+    def _missing_image(self, document: Document) -> Rejected | None:
+        """Return the document as rejected if a file of an image is missing; reads no image."""
+        images = (part for part in document.segments if isinstance(part, ImageRef))
+        reasons = (image.missing() for image in images if self._check_images)
+        reason = next(filter(None, reasons), None)
+        return None if reason is None else Rejected(document.row or document.name, reason)
 
     def _check_rejected(self, name: str) -> None:
-        count, read = self._rejected_counts.get(name, 0), self._read.get(name, 0)
+        count, read = self.rejected_counts[name], self._read[name]
         if count <= self._max_rejected * read:
             return
         rows = self.rejected[name]
-        place = self._list_rejected(name, rows)
+        location = self._list_rejected(name, rows)
         which = "all" if len(rows) == count else f"the first {len(rows):,}"
-        listed = f" ({place} lists {which})" if place else ""
+        listed = f" ({location} lists {which})" if location else ""
         raise UserError(
             f"source '{name}': {count} of {read} documents were rejected, more than "
             f"data.max_rejected = {self._max_rejected:g} allows; the first: "
@@ -189,26 +180,19 @@ def require_training_images(
     Raises:
         UserError: there are none, or all of them are held out.
     """
-    if training:
-        return
-    if held_out:
+    if held_out and not training:
         raise UserError(
             f"all {len(held_out):,} images are in held-out documents, so nothing is left to train "
             "the codec on; lower data.held_out, or the held_out of a source"
         )
-    raise UserError(
-        f"the sources have no images, so there is nothing to train a codec on; {remedy}"
-    )
-
-
-def _missing_image(document: Document) -> str | None:
-    """Return why a document cannot be used, as far as that is known without reading images."""
-    images = (part for part in document.segments if isinstance(part, ImageRef))
-    return next((reason for image in images if (reason := image.missing())), None)
+    if not training:
+        raise UserError(
+            f"the sources have no images, so there is nothing to train a codec on; {remedy}"
+        )
 
 
 class _ImageStore:
-    """Keeps images that carry their bytes on disk instead of in memory.
+    """Keeps images that contain their bytes, as those of streams do, on disk instead of in memory.
 
     The file has no name, so that nobody else can write what is unpickled here.
     """
@@ -216,7 +200,7 @@ class _ImageStore:
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
 
-    def store(self, image: ImageRef) -> ImageRef:
+    def add(self, image: ImageRef) -> ImageRef:
         """Return the same image without its bytes in memory."""
         try:
             data = pickle.dumps(image.read)
@@ -224,8 +208,7 @@ class _ImageStore:
             return image
         if len(data) <= _MAX_REFERENCE_BYTES:
             return image
-        if self._file is None:
-            self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115
         begin = self._file.seek(0, os.SEEK_END)
         try:
             self._file.write(data)
@@ -240,8 +223,7 @@ class _ImageStore:
 
 
 def _read_stored(file: IO[bytes], begin: int, size: int) -> Image.Image:
-    read = pickle.loads(os.pread(file.fileno(), size, begin))
-    image: Image.Image = read()
+    image: Image.Image = pickle.loads(os.pread(file.fileno(), size, begin))()
     return image
 
 
@@ -264,6 +246,8 @@ class ReadableImages(Sequence[Tensor]):
         """
         self.images, self.size, self.max_unreadable = images, size, max_unreadable
         self.unreadable: dict[int, str] = {}
+        # The index to try instead of each unreadable one.
+        self._replacements: dict[int, int] = {}
 
     @property
     def has_readable(self) -> bool:
@@ -284,19 +268,26 @@ class ReadableImages(Sequence[Tensor]):
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
+        skipped: list[int] = []
         while True:
-            if index not in self.unreadable:
-                try:
-                    return preprocess(self.images[index].read(), self.size)
-                except UserError as error:
-                    self._add_unreadable(index, error)
-            index = (index + 1) % len(self)
+            self._check_unreadable()
+            while index in self._replacements:
+                skipped.append(index)
+                index = self._replacements[index]
+            try:
+                pixels_3HW = preprocess(self.images[index].read(), self.size)
+            except UserError as error:
+                self.unreadable[index] = shorten(str(error))
+                self._replacements[index] = (index + 1) % len(self)
+                continue
+            # The next access does not walk through a long run of unreadable images again.
+            self._replacements.update(dict.fromkeys(skipped, index))
+            return pixels_3HW
 
-    def _add_unreadable(self, index: int, error: UserError) -> None:
-        self.unreadable[index] = str(error)
-        count, limit = len(self.unreadable), self.max_unreadable * len(self)
-        if count > limit or count == len(self):
+    def _check_unreadable(self) -> None:
+        count = len(self.unreadable)
+        if count and (count > self.max_unreadable * len(self) or count == len(self)):
             raise UserError(
-                f"{count} of {len(self)} images cannot be read, at most "
-                f"{self.max_unreadable:.0%} may be unreadable; the last: {error}"
-            ) from error
+                f"{count} of {len(self)} images cannot be read, at most {self.max_unreadable:.0%} "
+                f"may be unreadable; the last: {[*self.unreadable.values()][-1]}"
+            )

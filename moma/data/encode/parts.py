@@ -12,12 +12,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
 
-import datasets
 import numpy as np
 import pyarrow as pa
 
@@ -36,7 +37,6 @@ from moma.data.shards import (
     read_config,
     read_info,
     shard_features,
-    sum_counts,
 )
 from moma.errors import UserError
 from moma.files import (
@@ -62,9 +62,8 @@ class PartialShards:
     """The shards of one source while they are written; continues what an earlier process left.
 
     Attributes:
-        info: what is on disk so far.
-        folder: where the finished shards go.
-        vocabulary: the ids.
+        parts: the committed parts.
+        done: all of them as one.
     """
 
     def __init__(self, folder: Path, origin: ShardInfo, vocabulary: Vocabulary) -> None:
@@ -79,73 +78,67 @@ class PartialShards:
         Raises:
             UserError: a folder that would be replaced has files that moma did not write.
         """
-        self.folder = folder
-        self.path = partial_folder(folder)
-        self.vocabulary = vocabulary
-        for replaced in (folder, self.path, _old_folder(folder)):
-            _require_own(replaced)
+        self.folder, self.path = folder, partial_folder(folder)
+        self.origin, self.vocabulary = origin, vocabulary
+        _require_own(folder, self.path, _old_folder(folder))
         if read_config(ShardInfo, self.path / _ORIGIN_FILE) != origin:
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
             atomic_write(self.path / _ORIGIN_FILE, origin.model_dump_json() + "\n")
-        self.info = origin
-        self._keep(list(self._committed()))
+        committed: list[Part] = []
+        while part := read_config(Part, self.path / _part_name(len(committed))):
+            committed.append(part)
+        self._keep(committed)
 
     def begin_part(self) -> "PartWriter":
         """Begin the part after the last one."""
-        return PartWriter(self.path, self.info, shard_features(self.vocabulary))
+        schema = shard_features(self.vocabulary).arrow_schema
+        return PartWriter(self.path, self.origin, len(self.parts), self.done.stop, schema)
 
-    def commit(self, part: "PartWriter") -> None:
+    def commit(self, writer: "PartWriter") -> None:
         """Commit a part: from now on, a kill does not lose it."""
-        self.info = self.info.with_parts([*self.info.parts, part.commit()])
+        part = writer.commit()
+        self.parts.append(part)
+        self.done += part
 
     def drop_rejected(self) -> None:
         """Delete the first part with a rejected document and all later ones."""
-        rejected = [bool(part.rejected) for part in self.info.parts]
-        self._keep(list(self.info.parts[: rejected.index(True)]))
+        self._keep([*takewhile(lambda part: not part.rejected, self.parts)])
 
     def finish(self) -> ShardInfo:
         """Put the shards in place of older ones."""
         with atomic_open(self.path / REJECTED_FILE) as all_rejected:
             copy_rejected(self.folder, all_rejected)
         self.vocabulary.save(self.path / VOCABULARY_FILE)
-        atomic_write(self.path / INFO_FILE, self.info.model_dump_json(indent=2) + "\n")
+        info = self.origin.with_parts(self.parts)
+        atomic_write(self.path / INFO_FILE, info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)
-        return self.info
-
-    def _committed(self) -> Iterator[Part]:
-        number = 0
-        while (part := read_config(Part, self.path / _part_name(number))) is not None:
-            yield part
-            number += 1
+        return info
 
     def _keep(self, parts: list[Part]) -> None:
         """Delete everything that does not belong to these first parts."""
-        self.info = self.info.with_parts(parts)
-        kept = {_ORIGIN_FILE}
-        for number in range(len(parts)):
-            kept |= {_part_name(number), _rejected_name(number)}
-            kept |= {file_name(split, number) for split in SPLITS}
+        self.parts, self.done = parts, sum(parts, Part())
+        files = [path for path in self.path.iterdir() if path.name != _ORIGIN_FILE]
         # Part records first, the last one before the others: committed parts stay complete.
-        order = sorted(
-            self.path.iterdir(),
-            key=lambda path: (path.name.startswith("part-"), len(path.name), path.name),
-            reverse=True,
-        )
-        for path in order:
-            if path.name not in kept:
+        files.sort(key=lambda path: (path.name.startswith("part-"), _number_in(path)), reverse=True)
+        for path in files:
+            if path.name.endswith(UNFINISHED) or _number_in(path) >= len(parts):
                 path.unlink()
 
 
 class PartWriter:
-    """One part while it is written: a file for each split, and its rejected documents."""
+    """One part while it is written: a file for each split, and its rejected documents.
 
-    def __init__(self, folder: Path, info: ShardInfo, features: datasets.Features) -> None:
-        self._folder, self._number, self._source = folder, len(info.parts), info.source
-        start = info.documents_read
-        self.part = Part(first=start, stop=start, counts=dict.fromkeys(SPLITS, Counts()))
-        origin = {**file_origin(info), "part": self._number}
-        schema = features.arrow_schema
+    Attributes:
+        part: what was added so far.
+    """
+
+    def __init__(
+        self, folder: Path, info: ShardInfo, number: int, first: int, schema: pa.Schema
+    ) -> None:
+        self._folder, self._number, self._source = folder, number, info.source
+        self.part = Part(first=first, stop=first)
+        origin = {**file_origin(info), "part": number}
         metadata = {**(schema.metadata or {}), METADATA_KEY: json.dumps(origin).encode()}
         self._schema = schema.with_metadata(metadata)
         self._open = ExitStack()
@@ -156,16 +149,6 @@ class PartWriter:
         """Close the files; what was not committed is lost."""
         self._open.close()
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens, all splits together."""
-        return sum_counts(self.part.counts.values()).tokens
-
-    @property
-    def documents_read(self) -> int:
-        """Number of the source's documents that the part covers, rejected ones included."""
-        return self.part.stop - self.part.first
-
     def add(self, tables: dict[str, pa.Table], rejected: Sequence[Rejected]) -> None:
         """Write the next documents: tables of encoded ones by split, and rejected ones.
 
@@ -173,23 +156,18 @@ class PartWriter:
             OSError: they cannot be written; the error has the folder's path.
         """
         with add_path_to_errors(self._folder):
-            counts = dict(self.part.counts)
             for split, table in tables.items():
                 if table.num_rows:
                     metadata = self._schema.metadata
                     self._writer(split).write_table(table.replace_schema_metadata(metadata))
-                    counts[split] = counts[split].plus(_count(table))
             if rejected:
                 file = self._file(_rejected_name(self._number))
                 file.writelines(rejected_line(self._source, row) for row in rejected)
                 file.flush()  # they may be read before the part ends
-        read = sum(table.num_rows for table in tables.values()) + len(rejected)
-        self.part = Part(
-            first=self.part.first,
-            stop=self.part.stop + read,
-            counts=counts,
-            rejected=self.part.rejected + len(rejected),
-        )
+        counts = dict.fromkeys(SPLITS, Counts())
+        counts |= {split: _count(table) for split, table in tables.items()}
+        read = sum(count.documents for count in counts.values()) + len(rejected)
+        self.part += Part(stop=self.part.stop + read, counts=counts, rejected=len(rejected))
 
     def commit(self) -> Part:
         """Sync the files, rename them, and write the part's record."""
@@ -226,29 +204,29 @@ def complete_shards(folder: Path, origin: ShardInfo) -> ShardInfo | None:
     found = read_info(folder)
     if found is None or not found.same_origin(origin):
         return None
-    for leftover in (partial_folder(folder), _old_folder(folder)):
-        _require_own(leftover)
+    leftovers = partial_folder(folder), _old_folder(folder)
+    _require_own(*leftovers)
+    for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
     return found
 
 
-def _require_own(folder: Path) -> None:
-    """Refuse to replace or delete a folder with files that moma did not write."""
-    if not folder.exists():
-        return
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
-    foreign = next((name for name in names if not _OWN_FILE.fullmatch(name)), None)
-    if foreign is not None:
-        raise UserError(
-            f"{folder}: has to be replaced, but moma did not write '{foreign}' there; move it away"
-        )
+def _require_own(*folders: Path) -> None:
+    """Refuse to replace or delete folders with files that moma did not write."""
+    for folder in filter(Path.exists, folders):
+        names = sorted(os.listdir(folder)) if folder.is_dir() else [folder.name]
+        foreign = next((name for name in names if not _OWN_FILE.fullmatch(name)), None)
+        if foreign is not None:
+            raise UserError(
+                f"{folder}: has to be replaced, but moma did not write '{foreign}' there; "
+                "move it away"
+            )
 
 
 def _put_in_place(folder: Path) -> None:
     """Rename finished shards to their folder; if killed at any step, it is done again."""
     partial, old = partial_folder(folder), _old_folder(folder)
-    for replaced in (folder, old):
-        _require_own(replaced)
+    _require_own(folder, old)
     for pattern in ("part-*.json", "rejected-*.jsonl", _ORIGIN_FILE):
         for path in partial.glob(pattern):
             path.unlink()
@@ -275,7 +253,7 @@ def rejected_line(source: str, rejected: Rejected) -> bytes:
 
 def first_rejected(folder: Path) -> Rejected:
     """Return the first rejected document of a source that has one."""
-    with next(path for path in _rejected_files(folder)).open("rb") as file:
+    with _rejected_files(folder)[0].open("rb") as file:
         values = json.loads(file.readline())
     return Rejected(values["row"], values["reason"])
 
@@ -292,9 +270,8 @@ def _old_folder(folder: Path) -> Path:
 def _rejected_files(folder: Path) -> list[Path]:
     partial = partial_folder(folder)
     if not partial.exists():
-        return [path for path in [folder / REJECTED_FILE] if path.exists()]
-    paths = partial.glob("rejected-*.jsonl*")
-    return sorted(paths, key=lambda path: int(path.name.split("-")[1].split(".")[0]))
+        return [*folder.glob(REJECTED_FILE)]
+    return sorted(partial.glob("rejected-*.jsonl*"), key=_number_in)
 
 
 def _part_name(number: int) -> str:
@@ -303,6 +280,12 @@ def _part_name(number: int) -> str:
 
 def _rejected_name(number: int) -> str:
     return f"rejected-{number:05}.jsonl"
+
+
+def _number_in(path: Path) -> int:
+    """Return the part that a file belongs to; a file of the whole source belongs to no kept one."""
+    number = re.search(r"-(\d+)\.", path.name)
+    return int(number[1]) if number else sys.maxsize
 
 
 def _count(table: pa.Table) -> Counts:

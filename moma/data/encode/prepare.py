@@ -1,7 +1,4 @@
-"""From documents to encoded shards: tokenizers trained or loaded, then every source encoded.
-
-    sources → texts → BPE ─┐
-            → images → codec ─┴→ vocabulary → shards/SOURCE
+"""From documents to encoded shards: tokenizers trained or copied, then every source encoded.
 
 Each part is written atomically and is not made again, so that an interrupted preparation continues
 where it was. Documents that cannot be used are listed in `rejected.jsonl`.
@@ -20,22 +17,22 @@ import torch
 
 from moma.data.batches.budget import Budget
 from moma.data.batches.iterator import warn_unused_images
-from moma.data.config import DataConfig, PrepareConfig
+from moma.data.config import PrepareConfig
 from moma.data.documents import Source
 from moma.data.encode.parts import copy_rejected
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import Limits, encode_source
 from moma.data.encode.tokenizers import provide_tokenizers
 from moma.data.provenance import DataFolder
-from moma.data.shards import REJECTED_FILE, ShardInfo, sum_counts
+from moma.data.shards import REJECTED_FILE, Part, ShardInfo
 from moma.errors import UserError, list_names
 from moma.files import atomic_open, lock_folder
 from moma.images import square_pixels
 from moma.progress import ProgressCallback, show_progress
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
-from moma.tokenizers.image.codec import CodecConfig, ImageCodec, to_float
-from moma.tokenizers.text import TextTokenizerConfig, encode_each, load_text_tokenizer
+from moma.tokenizers.image.codec import ImageCodec, to_float
+from moma.tokenizers.text import encode_each, load_text_tokenizer
 from moma.vocabulary import Vocabulary
 
 # Seconds to wait for another process that prepares the same folder.
@@ -58,18 +55,17 @@ class Prepared:
 
     def summary(self) -> dict[str, Any]:
         """Count documents, tokens, images and rejected documents, in total and by source."""
-        infos = self.sources.values()
-        return {
-            **sum_counts(info.total for info in infos).model_dump(),
-            "rejected": sum(info.rejected for info in infos),
-            "held_out": sum_counts(info.counts["held_out"] for info in infos).model_dump(),
-            "sources": {name: _summary(info) for name, info in self.sources.items()},
-        }
+        sources = {name: _summary(info.whole) for name, info in self.sources.items()}
+        return {**_summary(_together(self.sources)), "sources": sources}
 
 
-def _summary(info: ShardInfo) -> dict[str, Any]:
-    held_out = {"held_out": info.counts["held_out"].model_dump()}
-    return {**info.total.model_dump(), "rejected": info.rejected, **held_out}
+def _together(infos: dict[str, ShardInfo]) -> Part:
+    return sum((info.whole for info in infos.values()), Part())
+
+
+def _summary(part: Part) -> dict[str, Any]:
+    held_out = part.counts["held_out"].model_dump()
+    return {**part.total.model_dump(), "rejected": part.rejected, "held_out": held_out}
 
 
 def prepare(
@@ -126,22 +122,10 @@ def _check_budget(config: PrepareConfig) -> None:
     data = config.data
     known = [Tokenizers(path) for path in (data.path, data.tokenizers) if path is not None]
     made = next((one.vocabulary for one in known if one.vocabulary.exists()), None)
-    vocabulary = Vocabulary.load(made) if made else _outline(config.text_tokenizer, config.codec)
-    Budget.of(data, vocabulary)
-
-
-def _outline(text: TextTokenizerConfig, codec: CodecConfig) -> Vocabulary:
-    """Return a vocabulary with the sizes of one that is still to be made; its ids are arbitrary."""
-    return Vocabulary(
-        size=text.vocabulary_size,
-        beginning=0,
-        end=1,
-        padding=2,
-        begin_image=3,
-        end_image=4,
-        image_codes=(),
-        codes_per_image=codec.codes_per_image,
-    )
+    # Of one that is still to be made only the sizes are known; the ids are arbitrary.
+    sizes = config.text_tokenizer.vocabulary_size, config.codec.codes_per_image
+    outline = Vocabulary(sizes[0], 0, 1, 2, 3, 4, (), sizes[1])
+    Budget.of(data, Vocabulary.load(made) if made else outline)
 
 
 def _warn_changed_sources(folder: DataFolder) -> None:
@@ -155,11 +139,11 @@ def _warn_changed_sources(folder: DataFolder) -> None:
 
 
 def _require_training_documents(infos: dict[str, ShardInfo]) -> None:
-    held_out = sum_counts(info.counts["held_out"] for info in infos.values()).documents
-    if not sum_counts(info.counts["train"] for info in infos.values()).documents:
+    counts = _together(infos).counts
+    if not counts["train"].documents:
         raise UserError(
-            f"all {held_out:,} documents are held out, so nothing is left for training; lower "
-            "data.held_out, or the held_out of a source"
+            f"all {counts['held_out'].documents:,} documents are held out, so nothing is left for "
+            "training; lower data.held_out, or the held_out of a source"
         )
 
 
@@ -175,30 +159,31 @@ def _encode_all(
     tokenizer = load_text_tokenizer(tokenizers.text)
     codec = ImageCodec.load(tokenizers.codec).to(device) if tokenizers.codec.exists() else None
     preprocess = partial(square_pixels, size=codec.config.image_size if codec else 1)
-    encode = partial(
-        encode_source,
-        encode_text=partial(encode_each, tokenizer),
-        encode_images=partial(encode_images, codec, device) if codec else None,
-        vocabulary=vocabulary,
-        encoders=folder.record_encoders(),
-        limits=Limits(shard_tokens=data.shard_tokens, max_rejected=data.max_rejected),
-        codec_in_thread=device.type != "cpu",
-    )
+    encoders = folder.record_encoders()
     infos: dict[str, ShardInfo] = {}
     try:
         with ImageReader(preprocess, spare_cores() if workers is None else workers) as reader:
             for source in data.sources:
                 total = None if quiet else count_documents(source, folder)
                 with show_progress(f"encode {source.name}", total, quiet) as report:
-                    infos[source.name] = encode(
+                    infos[source.name] = encode_source(
                         source,
-                        held_out_share=folder.held_out(source),
-                        folder=data.folder(source.name),
+                        partial(encode_each, tokenizer),
+                        partial(encode_images, codec, device) if codec else None,
+                        vocabulary,
+                        folder.held_out(source),
+                        data.folder(source.name),
+                        encoders=encoders,
+                        limits=Limits(data.shard_tokens, data.max_rejected),
                         reader=reader,
+                        codec_in_thread=device.type != "cpu",
                         progress=Speed(report),
                     )
     finally:
-        _collect_rejected(data)
+        # One file for all sources, from those in the folders of their shards.
+        with atomic_open(data.path / REJECTED_FILE) as file:
+            for source in data.sources:
+                copy_rejected(data.folder(source.name), file)
     return infos
 
 
@@ -214,7 +199,8 @@ def count_documents(source: Source, folder: DataFolder) -> int | None:
     if getattr(source, "streaming", False) or folder.data.folder(source.name).exists():
         return None
     number, end = 0, time.monotonic() + MAX_COUNTING_SECONDS
-    for number, _ in enumerate(source.documents(), 1):  # noqa: B007
+    for _ in source.documents():
+        number += 1
         if time.monotonic() > end:
             return None
     return number
@@ -225,17 +211,17 @@ class Speed:
 
     def __init__(self, report: ProgressCallback) -> None:
         self._report = report
-        self._start: ShardInfo | None = None
+        self._start: Part | None = None
         self._begin = time.monotonic()
 
-    def __call__(self, info: ShardInfo) -> None:
+    def __call__(self, part: Part) -> None:
         """Report documents read, and the speed since the first call."""
-        self._start = self._start or info
+        self._start = self._start or part
         seconds = max(time.monotonic() - self._begin, 1e-9)
-        done, before = info.total.model_dump(), self._start.total.model_dump()
+        done, before = part.total.model_dump(), self._start.total.model_dump()
         rates = [f"{(done[key] - before[key]) / seconds:,.0f} {key}/s" for key in done]
-        rejected = [f"{info.rejected} rejected"] if info.rejected else []
-        self._report(info.documents_read, ", ".join([*rates, *rejected]))
+        rejected = [f"{part.rejected} rejected"] if part.rejected else []
+        self._report(part.documents_read, ", ".join([*rates, *rejected]))
 
 
 def spare_cores() -> int:
@@ -244,10 +230,3 @@ def spare_cores() -> int:
         return len(os.sched_getaffinity(0)) - 1
     except AttributeError:  # not on every system
         return (os.cpu_count() or 1) - 1
-
-
-def _collect_rejected(data: DataConfig) -> None:
-    """Write one file for all sources from those in the folders of their shards."""
-    with atomic_open(data.path / REJECTED_FILE) as file:
-        for source in data.sources:
-            copy_rejected(data.folder(source.name), file)

@@ -1,17 +1,12 @@
 """Encode one source: documents → chunks → token ids → shards.
 
-    source.documents() → chunks ─┬→ texts, in two threads → tokenizer ─┬→ beginning, segments in
-                                 └→ images, read ahead → codec ──────┘   order, end → parts of
-                                                                         shards
-
 Neither the number of worker processes nor an interruption changes a byte of what is written. A
 document that cannot be encoded is rejected with the reason; the others are not affected.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -19,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from moma.data.documents import Document, Rejected, Source, source_fingerprint, which_held_out
+from moma.data.documents import Source, source_fingerprint, which_held_out
 from moma.data.encode.parts import PartialShards, complete_shards, first_rejected
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText
 from moma.data.provenance import Encoders
-from moma.data.shards import REJECTED_FILE, SPLITS, ShardInfo, shard_features
+from moma.data.shards import REJECTED_FILE, SPLITS, Part, ShardInfo, shard_features
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
@@ -33,7 +28,7 @@ PART_DOCUMENTS = 1_000_000
 # With fewer documents, the fraction of rejected ones is checked at the end of the source only.
 MIN_DOCUMENTS_TO_CHECK = 100
 
-Progress = Callable[[ShardInfo], None]
+Progress = Callable[[Part], None]
 
 
 @dataclass(frozen=True)
@@ -48,6 +43,10 @@ class Limits:
     shard_tokens: int = 2**25
     max_rejected: float = 0.01
 
+    def exceeded(self, part: Part) -> bool:
+        """Return whether too many documents were rejected."""
+        return part.rejected > self.max_rejected * part.documents_read
+
 
 def encode_source(
     source: Source,
@@ -61,7 +60,7 @@ def encode_source(
     limits: Limits | None = None,
     reader: ImageReader | None = None,
     codec_in_thread: bool = True,
-    progress: Progress = lambda info: None,
+    progress: Progress = lambda part: None,
 ) -> ShardInfo:
     """Encode the documents of a source that an earlier, interrupted call has not encoded yet.
 
@@ -92,33 +91,20 @@ def encode_source(
         encoders=encoders or Encoders(),
     )
     info = complete_shards(folder, origin)
-    if info is None:
-        with (
-            _reader_or_default(reader) as images,
-            Encoder(encode_text, encode_images, vocabulary, codec_in_thread) as encoder,
-        ):
-            shards = PartialShards(folder, origin, vocabulary)
-            encode = partial(encoder.encode, reader=images, chunk_tokens=limits.shard_tokens)
-            info = _encode_rest(source, encode, shards, held_out_share, limits, progress)
-    _check_rejected(info, limits, folder)
-    return info
-
-
-def _encode_rest(
-    source: Source,
-    encode: Callable[[Iterable[Document | Rejected]], Iterable[EncodedChunk]],
-    shards: PartialShards,
-    held_out_share: float,
-    limits: Limits,
-    progress: Progress,
-) -> ShardInfo:
-    """Encode the documents that are not on disk yet, and put the shards in place."""
-    if _too_many_rejected(shards.info, limits):
-        shards.drop_rejected()  # they may have been fixed
-    rest = islice(source.documents(), shards.info.documents_read, None)
-    _write(encode(rest), shards, held_out_share, limits, progress)
-    _check_rejected(shards.info, limits, shards.folder)
-    if not shards.info.total.documents:
+    if info is not None:
+        _check_rejected(source, info.whole, limits, folder)
+        return info
+    with ExitStack() as stack:
+        reader = reader or stack.enter_context(ImageReader(to_rgb, workers=0))
+        encoder = stack.enter_context(
+            Encoder(encode_text, encode_images, vocabulary, codec_in_thread)
+        )
+        shards = PartialShards(folder, origin, vocabulary)
+        if limits.exceeded(shards.done):
+            shards.drop_rejected()  # they may have been fixed
+        _write(source, encoder, reader, shards, held_out_share, limits, progress)
+    _check_rejected(source, shards.done, limits, folder)
+    if not shards.done.total.documents:
         raise UserError(f"source '{source.name}': it has no documents; check its configuration")
     return shards.finish()
 
@@ -128,49 +114,40 @@ def to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-@contextmanager
-def _reader_or_default(reader: ImageReader | None) -> Iterator[ImageReader]:
-    if reader is not None:
-        yield reader
-    else:
-        with ImageReader(to_rgb, workers=0) as default:
-            yield default
-
-
 def _write(
-    chunks: Iterable[EncodedChunk],
+    source: Source,
+    encoder: Encoder,
+    reader: ImageReader,
     shards: PartialShards,
     held_out_share: float,
     limits: Limits,
     progress: Progress,
 ) -> None:
-    """Write chunk after chunk, and start another part when one is full."""
-    progress(shards.info)
-    part = shards.begin_part()
+    """Encode and write the documents that are not on disk yet, in parts."""
+    progress(shards.done)
+    rest = islice(source.documents(), shards.done.documents_read, None)
+    writer = shards.begin_part()
     try:
-        for chunk in chunks:
-            part.add(_tables(chunk, shards.vocabulary, held_out_share), chunk.rejected)
-            so_far = shards.info.with_parts([*shards.info.parts, part.part])
+        for chunk in encoder.encode(rest, reader, limits.shard_tokens):
+            writer.add(_tables(chunk, shards.vocabulary, held_out_share), chunk.rejected)
+            part = writer.part
+            so_far = shards.done + part
             progress(so_far)
             if so_far.documents_read >= MIN_DOCUMENTS_TO_CHECK:
-                _check_rejected(so_far, limits, shards.folder)
-            if part.tokens >= limits.shard_tokens or part.documents_read >= PART_DOCUMENTS:
-                shards.commit(part)
-                part = shards.begin_part()
-        if part.documents_read:
-            shards.commit(part)
+                _check_rejected(source, so_far, limits, shards.folder)
+            if part.total.tokens >= limits.shard_tokens or part.documents_read >= PART_DOCUMENTS:
+                shards.commit(writer)
+                writer = shards.begin_part()
+        if writer.part.documents_read:
+            shards.commit(writer)
     finally:
-        part.close()
+        writer.close()
 
 
-def _too_many_rejected(info: ShardInfo, limits: Limits) -> bool:
-    return info.rejected > limits.max_rejected * info.documents_read
-
-
-def _check_rejected(info: ShardInfo, limits: Limits, folder: Path) -> None:
-    if _too_many_rejected(info, limits):
+def _check_rejected(source: Source, part: Part, limits: Limits, folder: Path) -> None:
+    if limits.exceeded(part):
         raise UserError(
-            f"source '{info.source}': {info.rejected} of {info.documents_read} documents were "
+            f"source '{source.name}': {part.rejected} of {part.documents_read} documents were "
             f"rejected, more than data.max_rejected = {limits.max_rejected:g} allows; the first: "
             f"{first_rejected(folder).message} ({REJECTED_FILE} in the data folder lists all); "
             "or raise data.max_rejected"
@@ -183,11 +160,10 @@ def _tables(
     """Return the documents of a chunk as a table of each split."""
     held_out = which_held_out(chunk.documents, held_out_share)
     schema = shard_features(vocabulary).arrow_schema
-    offsets = np.concatenate([[0], np.cumsum(chunk.lengths)]).astype(np.int32)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(chunk.lengths)]), type=pa.int32())
+    ids = pa.array(chunk.ids, type=schema.field("ids").type.value_type)
     columns = {
-        "ids": pa.ListArray.from_arrays(
-            pa.array(offsets), pa.array(chunk.ids, type=schema.field("ids").type.value_type)
-        ),
+        "ids": pa.ListArray.from_arrays(offsets, ids),
         "images": pa.array(chunk.images, type=pa.int32()),
         "name": pa.array([one.name for one in chunk.documents], type=pa.string()),
     }

@@ -1,36 +1,32 @@
-"""Documents → token ids: chunks of documents through tokenizer and codec.
+"""Documents through tokenizer and codec.
 
     documents → chunks ─┬→ texts, in two threads → tokenizer ─────┬→ ids of each document
                         └→ images, read ahead → batches → codec ┘
 
-On a GPU the codec runs in a thread of its own; on a CPU, where it needs all cores, it does not.
-
 Chunks, and the batches of images in them, depend on the documents only, so the output does not
-depend on the number of worker processes. A document that cannot be encoded is rejected with the
-reason; the others are not affected.
+depend on the number of worker processes.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from threading import Lock
-from typing import NamedTuple, ParamSpec, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.encode.chunks import Chunk, batch_chunks, chunk_documents
 from moma.data.encode.read_ahead import ImageReader, Pixels
-from moma.errors import UserError
+from moma.errors import UserError, quote
 from moma.vocabulary import IMAGE, Vocabulary
 
 TEXTS_AHEAD = 2
 BATCH_IMAGES = 16
 BATCHES_AHEAD = 2
 
-P = ParamSpec("P")
 T = TypeVar("T")
 EncodeText = Callable[[list[str]], Iterable[list[int]]]
 EncodeImages = Callable[[list[np.ndarray]], np.ndarray]
@@ -56,47 +52,23 @@ class EncodedChunk:
     rejected: list[Rejected]
 
 
-class _Ids(NamedTuple):
-    """Ids of texts.
+class _Texts(NamedTuple):
+    """Encoded texts: concatenated ids [tokens], and the number of ids of each text [texts]."""
 
-    Attributes:
-        flat: concatenated ids of all texts, int64 of shape [tokens].
-        lengths: number of ids of each text, int64 of shape [texts].
-    """
-
-    flat: np.ndarray
+    ids: np.ndarray
     lengths: np.ndarray
 
-    def split(self, counts: Iterable[int]) -> "Iterator[_Ids]":
-        """Split into groups of the given numbers of texts."""
-        text = token = 0
-        for count in counts:
-            lengths = self.lengths[text : text + count]
-            tokens = int(lengths.sum())
-            yield _Ids(self.flat[token : token + tokens], lengths)
-            text, token = text + count, token + tokens
 
-
-@dataclass(frozen=True)
-class _Encoding:
+class _Encoding(NamedTuple):
     """A chunk whose texts are being tokenized in one batch with those of its neighbors.
 
     Attributes:
         chunk: the chunk.
-        texts: ids of each chunk of the batch; the chunks take theirs in order.
+        texts: those of each chunk of the batch; the chunks take theirs in order.
     """
 
     chunk: Chunk
-    texts: Future[Iterator[_Ids]]
-
-
-class _CallingThread(Executor):
-    """Calls functions at once, in the calling thread, which also gets what they raise."""
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        done: Future[T] = Future()
-        done.set_result(fn(*args, **kwargs))
-        return done
+    texts: Future[Iterator[_Texts]]
 
 
 class Encoder:
@@ -109,42 +81,34 @@ class Encoder:
         vocabulary: Vocabulary,
         codec_in_thread: bool,
     ) -> None:
-        self._encode_text = encode_text
-        self._encode_images = encode_images
-        self._vocabulary = vocabulary
-        self._id_of_code = np.asarray(vocabulary.image_codes, dtype=np.int64)
-        self._reserved = vocabulary.modality_of_id == IMAGE
-        self._reserved[
-            [
-                vocabulary.beginning,
-                vocabulary.end,
-                vocabulary.padding,
-                vocabulary.begin_image,
-                vocabulary.end_image,
-            ]
-        ] = True
+        """Start no thread yet; see `encode_source` for the arguments."""
+        self._encode_text, self._encode_images = encode_text, encode_images
+        self._vocabulary = v = vocabulary
+        self._id_of_code = np.asarray(v.image_codes, dtype=np.int64)
+        self._reserved = v.modality_of_id == IMAGE
+        self._reserved[[v.beginning, v.end, v.padding, v.begin_image, v.end_image]] = True
         # The tokenizer releases the GIL, so that it overlaps with reading. While one thread
         # converts its output, the tokenizer works for the other: with a lock, since otherwise both
         # would be done with it, and wait for the GIL, at the same time.
         self._text_threads = ThreadPoolExecutor(TEXTS_AHEAD, "texts")
         self._tokenizing = Lock()
-        # Two threads that run PyTorch on a CPU each have OpenMP threads of their own, together
-        # more than there are cores: these then sleep between any two operations
-        # (docs/results/data.md).
-        self._codec = ThreadPoolExecutor(1, "codec") if codec_in_thread else _CallingThread()
+        # On a CPU the codec runs in the calling thread. Two threads that run PyTorch have OpenMP
+        # threads of their own, together more than there are cores: these then sleep between any
+        # two operations (docs/results/data.md).
+        self._codec_thread = ThreadPoolExecutor(1, "codec") if codec_in_thread else None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for threads in (self._text_threads, self._codec):
+        for threads in filter(None, (self._text_threads, self._codec_thread)):
             threads.shutdown(cancel_futures=True)
 
     def encode(
         self, rows: Iterable[Document | Rejected], reader: ImageReader, chunk_tokens: int
     ) -> Iterator[EncodedChunk]:
         """Encode the documents of a source, in chunks of at most about `chunk_tokens` tokens."""
-        codes = _CodecQueue(self._codec, self._encode_batch)
+        codes = _CodecQueue(self._encode_batch, self._codec_thread)
         read: list[bytes | UserError] = []
         for item in reader.read(self._stream(rows, chunk_tokens)):
             if isinstance(item, _Encoding):
@@ -171,8 +135,8 @@ class Encoder:
         encoded = self._text_threads.submit(self._tokenize, [chunk.texts for chunk in chunks])
         return [_Encoding(chunk, encoded) for chunk in chunks]
 
-    def _tokenize(self, groups: list[list[str]]) -> Iterator[_Ids]:
-        """Return the ids of the texts of each group."""
+    def _tokenize(self, groups: list[list[str]]) -> Iterator[_Texts]:
+        """Encode the texts of each group."""
         texts = list(chain.from_iterable(groups))
         with self._tokenizing:
             encoded = self._encode_text(texts)
@@ -184,15 +148,15 @@ class Encoder:
                 yield ids
 
         flat = np.fromiter(chain.from_iterable(counted()), np.int64)
-        ids = _Ids(flat, np.array(lengths, np.int64))
-        if self._reserved[flat].any():
-            wrong = next(
-                text
-                for text, (own, _) in zip(texts, ids.split([1] * len(texts)), strict=True)
-                if self._reserved[own].any()
+        ends = np.cumsum(lengths, dtype=np.int64)
+        if (reserved := self._reserved[flat]).any():
+            wrong = texts[np.searchsorted(ends, reserved.argmax(), "right")]
+            raise ValueError(
+                f"the tokenizer returned a special id or an image code for {quote(wrong)}"
             )
-            raise ValueError(f"the tokenizer returned a special id or an image code for {wrong!r}")
-        return ids.split(map(len, groups))
+        group_ends = np.cumsum([len(group) for group in groups])[:-1]
+        ids_by_group = np.split(flat, _offsets(lengths)[group_ends])
+        return map(_Texts, ids_by_group, np.split(np.array(lengths, np.int64), group_ends))
 
     def _encode_batch(self, values: list[np.ndarray]) -> list[np.ndarray]:
         """Return the ids of each image with its boundaries."""
@@ -215,97 +179,67 @@ class Encoder:
     def _join(
         self,
         chunk: Chunk,
-        texts: _Ids,
+        texts: _Texts,
         read: list[bytes | UserError],
         codes: dict[bytes, np.ndarray],
     ) -> EncodedChunk:
-        """Assemble the ids of a chunk's documents from texts and images, vectorized."""
-        segments = _Segments.of(chunk.documents)
-        unreadable = np.array([isinstance(found, UserError) for found in read], bool)
-        lengths = np.empty(len(segments.is_text), np.int64)
-        lengths[segments.is_text] = texts.lengths
-        lengths[~segments.is_text] = np.where(unreadable, 0, self._vocabulary.image_span)
+        """Assemble the ids of a chunk's documents from texts and images, vectorized.
+
+        Args:
+            chunk: the chunk.
+            texts: its texts.
+            read: fingerprint of each image, or why it cannot be read.
+            codes: ids of each image by its fingerprint.
+        """
+        segments = [document.segments for document in chunk.documents]
+        is_text = np.array([isinstance(one, str) for one in chain.from_iterable(segments)], bool)
+        first_segments = _offsets([len(one) for one in segments])
+        readable = np.array([isinstance(found, bytes) for found in read], bool)
+        lengths = np.empty(len(is_text), np.int64)
+        lengths[is_text] = texts.lengths
+        lengths[~is_text] = readable * self._vocabulary.image_span
         flat = np.empty(lengths.sum(), np.int64)
-        in_text = np.repeat(segments.is_text, lengths)
-        flat[in_text] = texts.flat
-        images = [codes[found] for found in read if not isinstance(found, UserError)]
+        in_text = np.repeat(is_text, lengths)
+        flat[in_text] = texts.ids
+        images = [codes[found] for found in read if isinstance(found, bytes)]
         flat[~in_text] = np.concatenate([flat[:0], *images])
-        tokens = segments.sums(lengths)
-        reasons = _reasons(segments, tokens, read)
-        kept = np.ones(len(chunk.documents), bool)
+        tokens = np.diff(_offsets(lengths)[first_segments])
+        reasons: dict[int, str] = {}
+        document_of_image = np.searchsorted(first_segments, np.flatnonzero(~is_text), "right") - 1
+        for index, found in zip(document_of_image.tolist(), read, strict=True):
+            if isinstance(found, UserError):
+                reasons.setdefault(index, str(found))
+        for index in np.flatnonzero(tokens == 0).tolist():
+            reasons.setdefault(index, "it is empty: neither text nor an image")
+        kept = np.ones(len(segments), bool)
         kept[list(reasons)] = False
         if reasons:
             flat = flat[np.repeat(kept, tokens)]
         documents, rejected = _separate(chunk, reasons)
+        image_counts = np.diff(_offsets(~is_text)[first_segments])
         return EncodedChunk(
             documents,
             self._wrap(flat, tokens[kept]),
             tokens[kept] + 2,
-            segments.sums(~segments.is_text)[kept],
+            image_counts[kept],
             rejected,
         )
 
     def _wrap(self, flat: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-        """Add beginning and end to each document.
-
-        Args:
-            flat: concatenated ids of the documents.
-            tokens: number of ids of each document.
-        """
+        """Add beginning and end to each document of a number of tokens in concatenated ids."""
         ends = np.cumsum(tokens + 2)
+        begins = ends - tokens - 2
         wrapped = np.empty(len(flat) + 2 * len(tokens), np.int64)
         inside = np.ones(len(wrapped), bool)
-        for positions, id_ in (
-            (ends - tokens - 2, self._vocabulary.beginning),
-            (ends - 1, self._vocabulary.end),
-        ):
-            wrapped[positions] = id_
-            inside[positions] = False
+        inside[begins] = inside[ends - 1] = False
+        wrapped[begins], wrapped[ends - 1] = self._vocabulary.beginning, self._vocabulary.end
         wrapped[inside] = flat
         return wrapped
 
 
-class _Segments(NamedTuple):
-    """The concatenated segments of some documents.
-
-    Attributes:
-        is_text: whether each segment is text, otherwise it is an image; bool of shape [segments].
-        offsets: index of each document's first segment, and the number of segments; int64 of
-            shape [documents + 1].
-    """
-
-    is_text: np.ndarray
-    offsets: np.ndarray
-
-    @classmethod
-    def of(cls, documents: list[Document]) -> "_Segments":
-        """Return the segments of documents."""
-        parts = [document.segments for document in documents]
-        kinds = [isinstance(segment, str) for segment in chain.from_iterable(parts)]
-        return cls(np.array(kinds, bool), _offsets(np.array([*map(len, parts)], np.int64)))
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """Return the sum over each document's segments of a value for each segment."""
-        return np.diff(_offsets(values)[self.offsets])
-
-
-def _offsets(counts: np.ndarray) -> np.ndarray:
+def _offsets(counts: np.ndarray | list[int]) -> np.ndarray:
     """Return where each group begins and where the last ends; int64 of shape [groups + 1]."""
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-
-
-def _reasons(
-    segments: _Segments, tokens: np.ndarray, read: list[bytes | UserError]
-) -> dict[int, str]:
-    """Return why documents are rejected, by index: their first unreadable image, or no content."""
-    reasons: dict[int, str] = {}
-    of_image = np.searchsorted(segments.offsets, np.flatnonzero(~segments.is_text), "right") - 1
-    for index, found in zip(of_image.tolist(), read, strict=True):
-        if isinstance(found, UserError):
-            reasons.setdefault(index, str(found))
-    for index in np.flatnonzero(tokens == 0).tolist():
-        reasons.setdefault(index, "it is empty: neither text nor an image")
-    return reasons
 
 
 def _separate(chunk: Chunk, reasons: dict[int, str]) -> tuple[list[Document], list[Rejected]]:
@@ -331,9 +265,11 @@ class _CodecQueue:
     """Encodes the images of a chunk in batches; equal images are encoded once."""
 
     def __init__(
-        self, executor: Executor, encode: Callable[[list[np.ndarray]], list[np.ndarray]]
+        self,
+        encode: Callable[[list[np.ndarray]], list[np.ndarray]],
+        thread: ThreadPoolExecutor | None,
     ) -> None:
-        self._executor, self._encode = executor, encode
+        self._encode, self._thread = encode, thread
         self._batch: dict[bytes, np.ndarray] = {}
         self._running: deque[tuple[list[bytes], Future[list[np.ndarray]]]] = deque()
         self._encoded: dict[bytes, np.ndarray] = {}
@@ -346,23 +282,26 @@ class _CodecQueue:
         self._seen.add(pixels.fingerprint)
         self._batch[pixels.fingerprint] = pixels.values
         if len(self._batch) == BATCH_IMAGES:
-            self._submit()
+            self._start_batch()
         while len(self._running) > BATCHES_AHEAD:
             self._collect()
 
     def take(self) -> dict[bytes, np.ndarray]:
         """Return the ids of the images since the last call, by fingerprint, boundaries included."""
         if self._batch:
-            self._submit()
+            self._start_batch()
         while self._running:
             self._collect()
         encoded, self._encoded, self._seen = self._encoded, {}, set()
         return encoded
 
-    def _submit(self) -> None:
-        running = self._executor.submit(self._encode, list(self._batch.values()))
-        self._running.append((list(self._batch), running))
+    def _start_batch(self) -> None:
+        fingerprints, values = list(self._batch), list(self._batch.values())
         self._batch = {}
+        if self._thread is None:
+            self._encoded.update(zip(fingerprints, self._encode(values), strict=True))
+        else:
+            self._running.append((fingerprints, self._thread.submit(self._encode, values)))
 
     def _collect(self) -> None:
         fingerprints, running = self._running.popleft()

@@ -40,11 +40,11 @@ def test_training_and_held_out_documents_are_told_apart_and_rejected_rows_counte
     corpus = Corpus([Numbers()], held_out=0.5, max_documents=100)
     assert list(corpus.texts()) == [f"text {n}" for n in range(1, 20, 2) if n % 5 != 4]
     assert corpus.documents == 8
-    assert corpus.rejected_count == 4
+    assert corpus.rejected_counts.total() == 4
     assert corpus.first_rejected == Rejected("numbers, row 5", "is divisible by five")
     names = [p.name for p in corpus.images(held_out=True)]
     assert names == [f"image {n}" for n in range(0, 20, 2) if n % 5 != 4]
-    assert (corpus.rejected_count, corpus.totals) == (
+    assert (corpus.rejected_counts.total(), corpus.totals) == (
         4,
         {"numbers": 20},
     )  # read twice, counted once
@@ -75,19 +75,19 @@ def test_an_image_that_is_not_there_is_known_before_any_is_read(tmp_path):
     assert list(corpus.texts()) == ["there", "gone"]
     places = [image.name for image in corpus.images(held_out=False)]
     assert places == ["there", "gone"]  # it may be back when they are read
-    assert corpus.rejected_count == 1 and corpus.first_rejected is not None
+    assert corpus.rejected_counts.total() == 1 and corpus.first_rejected is not None
     told = f"filed, row gone: there is no {tmp_path}/gone.png; add the file or remove the row"
     assert corpus.first_rejected.message == told
     without = Corpus([Filed()], held_out=0.5, max_documents=100)
-    assert list(without.texts()) == ["there", "gone"] and not without.rejected_count
+    assert list(without.texts()) == ["there", "gone"] and not without.rejected_counts
 
 
 def test_the_first_of_many_rejected_rows_are_kept(monkeypatch):
-    monkeypatch.setattr("moma.data.encode.corpus._MAX_REJECTED_KEPT", 3)
+    monkeypatch.setattr("moma.data.encode.corpus.MAX_REJECTED_KEPT", 3)
     corpus = Corpus([Numbers()], held_out=0.5, max_documents=100)
     for _ in range(2):
         list(corpus.texts())
-        assert corpus.rejected_count == 4
+        assert corpus.rejected_counts.total() == 4
         assert [row.row for row in corpus.rejected["numbers"]] == [
             f"numbers, row {n}" for n in (5, 10, 15)
         ]
@@ -129,6 +129,29 @@ def test_the_next_image_stands_in_for_one_that_cannot_be_read():
     assert of_index(images[7]) and of_index(images[8])
     assert torch.equal(images[199], images[200])
     assert images.unreadable == {n: f"image {n} is broken" for n in broken}
+
+
+def test_a_long_run_of_unreadable_images_is_walked_through_once():
+    reads = []
+
+    def counted(number):
+        def read():
+            reads.append(number)
+            raise UserError("x" * 5000)
+
+        return ImageRef("", read)
+
+    images = ReadableImages([*map(counted, range(200)), image(1)], size=4, max_unreadable=1)
+    assert all(torch.equal(images[n], images[200]) for n in range(200))
+    assert sorted(reads) == list(range(200))
+    assert max(map(len, images.unreadable.values())) <= 600
+
+
+def test_images_that_are_all_unreadable_stay_an_error():
+    images = ReadableImages([image(n, True) for n in range(3)], size=4, max_unreadable=1)
+    for _ in range(2):
+        with pytest.raises(UserError, match="3 of 3 images cannot be read"):
+            images[2]
 
 
 def test_more_than_a_hundredth_of_broken_images_is_an_error():
@@ -193,6 +216,20 @@ def test_too_many_rejected_documents_are_an_error():
     )
     with pytest.raises(UserError, match=found):
         list(corpus.texts())
+
+
+def test_a_long_source_of_rejected_documents_is_not_read_to_its_end():
+    read = []
+
+    class Endless(Numbers):
+        def documents(self):
+            for number in range(10**9):
+                read.append(number)
+                yield Rejected(f"row {number}", "bad")
+
+    with pytest.raises(UserError, match="1024 of 1024 documents were rejected"):
+        list(Corpus([Endless()], 0.5, 100, max_rejected=0.5).texts())
+    assert len(read) == 1024
 
 
 def test_nothing_to_train_on_is_an_error_that_names_the_reason():

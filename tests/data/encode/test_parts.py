@@ -210,10 +210,10 @@ def test_dropping_rejected_rows_is_survived_too(tmp_path):
             else:
                 killed = False
         again = parts.PartialShards(folder, origin, VOCABULARY)
-        for number, part in enumerate(again.info.parts):
+        for number, part in enumerate(again.parts):
             names = {path.name for path in again.path.iterdir()}
             assert (f"rejected-{number:05}.jsonl" in names) == (part.rejected > 0)
         if not killed:
-            assert len(again.info.parts) == 1
+            assert len(again.parts) == 1
             return
     pytest.fail("dropping never ended")

@@ -22,7 +22,7 @@ from moma.data.encode import parts
 from moma.data.encode import prepare as prepare_module
 from moma.data.encode.prepare import Speed, count_documents, prepare
 from moma.data.provenance import DataFolder, read_provenance
-from moma.data.shards import Counts, Part, ShardInfo
+from moma.data.shards import Counts, Part
 from moma.data.sources.captions import CaptionsConfig
 from moma.data.sources.text import TextConfig
 from moma.errors import UserError
@@ -240,15 +240,14 @@ def test_speed_is_what_was_encoded_since_the_first_report(monkeypatch):
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     told = []
     speed = Speed(lambda done, note="": told.append((done, note)))
-    before = ShardInfo(source="a", source_fingerprint="", vocabulary_fingerprint="")
     counts = {"train": Counts(documents=10, tokens=3000, images=4), "held_out": Counts()}
     part = Part(first=0, stop=12, counts=counts, rejected=2)
-    speed(before.with_parts([part]))  # by an earlier process
+    speed(part)  # by an earlier process
     more = {
         "train": Counts(documents=6, tokens=4000, images=4),
         "held_out": Counts(documents=2, tokens=400, images=4),
     }
-    speed(before.with_parts([part, Part(first=12, stop=21, counts=more, rejected=1)]))
+    speed(part + Part(first=12, stop=21, counts=more, rejected=1))
     assert told == [
         (12, "0 documents/s, 0 tokens/s, 0 images/s, 2 rejected"),
         (21, "2 documents/s, 1,100 tokens/s, 2 images/s, 3 rejected"),
@@ -376,7 +375,7 @@ def test_sources_that_changed_after_the_tokenizers_are_told(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "added or changed since" in told and "captions" not in told
     assert "trained: text; both are kept, as is right if only some documents were fixed" in told
-    assert prepared.sources["text"].total.documents == 51
+    assert prepared.sources["text"].whole.total.documents == 51
     assert (tmp_path / "data/codec/model.safetensors").read_bytes() == weights
 
 

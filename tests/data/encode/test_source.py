@@ -16,7 +16,7 @@ from moma.data.encode import chunks, tokens
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import Limits, encode_source
 from moma.data.provenance import Encoders
-from moma.data.shards import open_shards
+from moma.data.shards import Counts, open_shards
 from moma.demo.sketches import place
 from moma.errors import UserError
 from moma.images import square_pixels
@@ -237,12 +237,13 @@ def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, m
         Document("doc 8", (red, red, red)),
         "e",
         Document("bad \ud800", ("f",), row="list, row 11"),
+        Document("x" * 20_000, ("f",)),
     )
     info = run(tmp_path / "shard", source, limits=Limits(max_rejected=1))
     train = open_shards(tmp_path / "shard", VOCABULARY).splits["train"]
     assert train.dataset["name"][:] == ["doc 0", "doc 3", "doc 9"]
     assert train.ids(1).tolist() == [0, 3, 5 + 7, 6, 7, 8, 4, *encode_text(["d"])[0], 1]
-    assert info.rejected == 8 and info.documents_read == 11
+    assert info.rejected == 9 and info.whole.documents_read == 12
     empty = "it is empty: neither text nor an image"
     assert [(line["row"], line["reason"]) for line in rejected_in(tmp_path / "shard")] == [
         ("list, row 2", "no caption"),
@@ -255,6 +256,10 @@ def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, m
         (
             "list, row 11",
             "not Unicode (surrogates not allowed at character 4 of 'bad \\ud800'); fix the text",
+        ),
+        (
+            f"{'x' * 197} … {'x' * 100}",
+            "its name has 20000 characters, at most 10000; shorten it",
         ),
     ]
     assert {line["source"] for line in rejected_in(tmp_path / "shard")} == {"given"}
@@ -312,12 +317,12 @@ def test_a_higher_share_goes_on_and_mended_rows_are_read_again(tmp_path, monkeyp
         limits=Limits(shard_tokens=50, max_rejected=0.1),
         progress=lambda info: seen.append(info.documents_read),
     )
-    assert seen[0] == 100 and info.rejected == 10 and info.total.documents == 190
+    assert seen[0] == 100 and info.rejected == 10 and info.whole.total.documents == 190
     with pytest.raises(UserError, match=r"10 of 200 documents.*row 100 is bad"):
         run(tmp_path / "allowed", Given(*rows), limits=limits)
     # Every row is a document now, though the source's settings are the same.
     mended = run(tmp_path / "mended", Given(*["good"] * 200), limits=limits)
-    assert mended.rejected == 0 and mended.total.documents == 200
+    assert mended.rejected == 0 and mended.whole.total.documents == 200
     assert rejected_in(tmp_path / "mended") == []
 
 
@@ -325,7 +330,32 @@ def test_rejected_rows_on_disk_are_read_again_after_a_stop(tmp_path):
     rows = rows_with({3}, 10)  # judged at the end, when their part is on disk
     with pytest.raises(UserError, match="1 of 10 documents"):
         run(tmp_path / "shard", Given(*rows))
-    assert run(tmp_path / "shard", Given(*["good"] * 10)).total.documents == 10
+    assert run(tmp_path / "shard", Given(*["good"] * 10)).whole.total.documents == 10
+
+
+def test_the_work_for_each_part_does_not_grow_with_the_parts_before(tmp_path, monkeypatch):
+    """Counted by the sums of counts."""
+    sums, add = [0], Counts.__add__
+
+    def counted(one, other):
+        sums[-1] += 1
+        return add(one, other)
+
+    monkeypatch.setattr(Counts, "__add__", counted)
+    for count in (20, 40):
+        run(tmp_path / str(count), Numbers(count=count), limits=Limits(shard_tokens=1))
+        sums.append(0)
+    assert sums[1] < 2.2 * sums[0]
+
+
+def test_rejected_documents_take_bounded_space_in_messages_and_lists(tmp_path):
+    """Whatever a source writes into them."""
+    rows = [Rejected("row " + "r" * 10**6, "é" * 10**6) for _ in range(20)]
+    with pytest.raises(UserError) as caught:
+        run(tmp_path / "shard", Given(*rows))
+    assert len(str(caught.value)) < 2000
+    (written,) = (tmp_path / "shard.partial").glob("rejected-*.jsonl*")
+    assert written.stat().st_size < 20 * 8000
 
 
 def test_an_image_without_a_codec_is_refused(tmp_path):
