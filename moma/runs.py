@@ -11,8 +11,7 @@ shards/SOURCE/           checkpoints/       step-00001000, …
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,30 +27,23 @@ _RECIPE_NAMES = ("recipe.toml", "resolved.toml")
 _RECIPE_HEADER = "# The resolved recipe of this run, written by moma; sha256 of the rest: "
 # Files that people put into an experiment's folder before they train in it.
 _NOTES = (".toml", ".md", ".txt", ".log", ".out", ".err", ".sh")
-# Upper limit for the bytes of one record of a log.
-_MAX_RECORD = 1 << 20
 
 
-@dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers in a folder."""
+    """The tokenizers in a folder.
 
-    path: Path
+    Attributes:
+        path: the folder.
+        text: the text tokenizer.
+        vocabulary: which ids belong to which modality.
+        codec: folder of the image codec; absent if there is only text.
+    """
 
-    @property
-    def text(self) -> Path:
-        """The text tokenizer."""
-        return self.path / "tokenizer.json"
-
-    @property
-    def vocabulary(self) -> Path:
-        """The vocabulary: which ids belong to which modality."""
-        return self.path / "vocabulary.json"
-
-    @property
-    def codec(self) -> Path:
-        """Folder of the image codec; absent if there is only text."""
-        return self.path / "codec"
+    def __init__(self, path: Path):
+        self.path = path
+        self.text = path / "tokenizer.json"
+        self.vocabulary = path / "vocabulary.json"
+        self.codec = path / "codec"
 
     def file_names(self) -> list[str]:
         """Paths of the existing files, relative to the folder; the vocabulary is last."""
@@ -70,46 +62,32 @@ class Tokenizers:
             atomic_replace(other.codec, partial(shutil.copytree, self.codec))
         atomic_replace(other.vocabulary, partial(shutil.copyfile, self.vocabulary))
 
-    def _copy_files(self, other: "Tokenizers", names: Iterable[str]) -> None:
-        for name in names:
-            target = other.path / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            atomic_replace(target, partial(shutil.copyfile, self.path / name))
 
-
-@dataclass(frozen=True)
 class Run:
-    """A run folder. Its manifest `run.json` makes a folder a run, no other file does."""
+    """A run folder. Its manifest `run.json` makes a folder a run, no other file does.
 
-    path: Path
+    Attributes:
+        path: the folder.
+        manifest: the manifest.
+        metrics: the log of metrics.
+        checkpoints: folder of the checkpoints.
+        tokenizers: the run's own copies of the tokenizers.
+    """
 
-    @property
-    def manifest(self) -> Path:
-        """The manifest."""
-        return self.path / "run.json"
+    def __init__(self, path: Path):
+        self.path = path
+        self.manifest = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizers = Tokenizers(path)
 
     @property
     def recipe(self) -> Path:
         """The resolved recipe as TOML: `recipe.toml`, unless the user has a file of that name."""
         paths = [self.path / name for name in _RECIPE_NAMES]
-        ours = [path for path in paths if _is_resolved_recipe(path)]
+        written = [path for path in paths if _is_resolved_recipe(path)]
         free = [path for path in paths if not path.exists()]
-        return (ours or free or paths)[0]
-
-    @property
-    def metrics(self) -> Path:
-        """The log of metrics."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def tokenizers(self) -> Tokenizers:
-        """The run's own copies of the tokenizers."""
-        return Tokenizers(self.path)
+        return (written or free or paths)[0]
 
     @property
     def exists(self) -> bool:
@@ -118,7 +96,7 @@ class Run:
         Raises:
             UserError: the manifest is damaged or of another version.
         """
-        return self.manifest.is_file() and self._read_manifest() is not None
+        return self._read_manifest() is not None
 
     def require(self) -> "Run":
         """This run, if it is one.
@@ -128,16 +106,15 @@ class Run:
         """
         if self.exists:
             return self
+        hint = "name one that `moma train` wrote"
         if self.path.is_dir():
             inside = sorted(path.parent for path in self.path.glob("*/run.json"))
             hint = f"{inside[0]} is one" if inside else "run `moma train`"
             raise UserError(f"{self.path}: not a run folder (no run.json); {hint}")
         if not self.path.exists():
-            raise UserError(
-                f"{self.path}: there is no such folder; name one that `moma train` wrote"
-            )
-        run = recipe_value(self.path, "run")
-        hint = f"this recipe's run folder is {run}" if run else "name one that `moma train` wrote"
+            raise UserError(f"{self.path}: there is no such folder; {hint}")
+        if run := recipe_value(self.path, "run"):
+            hint = f"this recipe's run folder is {run}"
         raise UserError(f"{self.path}: is a file, not a run folder; {hint}")
 
     def require_free(self) -> None:
@@ -161,7 +138,7 @@ class Run:
                 f"{self.path.resolve()}: not a run, but holds other files ({foreign[0]}{more}); "
                 "choose a new folder with run=…"
             )
-        if all(self._is_taken(name) for name in _RECIPE_NAMES):
+        if self.recipe.exists() and not _is_resolved_recipe(self.recipe):
             raise UserError(
                 f"{self.path}: {' and '.join(_RECIPE_NAMES)} are not written by moma; rename one"
             )
@@ -174,17 +151,11 @@ class Run:
             tokenizers: those that the run uses, for `copy_tokenizers` to compare with.
         """
         files = {name: checksum(tokenizers.path / name) for name in tokenizers.file_names()}
-        values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-        self._write_manifest({"recipe": values, "tokenizers": files})
-        self._write_resolved(recipe)
+        self._write(recipe, {"kind": _KIND, "format": FORMAT, "tokenizers": files})
 
     def update_recipe(self, recipe: Config) -> None:
         """Replace the recipe of an existing run, or its TOML file if it is missing."""
-        values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-        manifest = self._require_manifest()
-        if manifest["recipe"] != values:
-            self._write_manifest(manifest | {"recipe": values})
-        self._write_resolved(recipe)
+        self._write(recipe, self._require_manifest())
 
     def read_recipe(self, schema: type[AnyConfig]) -> AnyConfig:
         """The recipe of the run, from its manifest.
@@ -195,29 +166,29 @@ class Run:
         return check(schema, self._require_manifest()["recipe"], str(self.manifest))
 
     def copy_tokenizers(self, source: Tokenizers) -> None:
-        """Copy the run's tokenizers from the prepared data, as far as they are missing.
+        """Copy those of the run's tokenizers that it lacks from the prepared data.
 
         Raises:
             UserError: a copy has changed, or is missing and the source has other tokenizers.
         """
-        expected = self._require_manifest()["tokenizers"]
         missing = []
-        for name, entry in expected.items():
-            if not (self.path / name).exists():
-                missing.append(name)
-            elif [*checksum(self.path / name)] != entry:
+        for name, expected in self._require_manifest()["tokenizers"].items():
+            copy, file = self.path / name, source.path / name
+            if copy.exists() and [*checksum(copy)] != expected:
                 raise UserError(
-                    f"{self.path / name}: has changed since the run began; restore it, or delete "
-                    f"it to have it copied from {source.path}"
+                    f"{copy}: has changed since the run began; restore it, or delete it to have it "
+                    f"copied from {source.path}"
                 )
-        for name in missing:
-            file = source.path / name
-            if not file.is_file() or [*checksum(file)] != expected[name]:
+            if not copy.exists() and not (file.is_file() and [*checksum(file)] == expected):
                 raise UserError(
-                    f"{self.path / name}: is missing, and {file} is not the file that the run "
-                    "began with; restore either"
+                    f"{copy}: is missing, and {file} is not the file that the run began with; "
+                    "restore either"
                 )
-        source._copy_files(self.tokenizers, missing)
+            if not copy.exists():
+                missing.append((file, copy))
+        for file, copy in missing:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            atomic_replace(copy, partial(shutil.copyfile, file))
 
     def require_tokenizers(self) -> Tokenizers:
         """The run's tokenizers, if all their files are there.
@@ -235,16 +206,8 @@ class Run:
                 )
         return self.tokenizers
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The log's records, oldest first.
-
-        Raises:
-            UserError: there is no log, or a record is damaged.
-        """
-        return list(self.iter_metrics())
-
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
-        """Iterate over the log's records without holding all of them in memory.
+        """Iterate over the log's records, oldest first, without holding them in memory.
 
         Raises:
             UserError: there is no log, or a record is damaged.
@@ -254,36 +217,22 @@ class Run:
                 for number, line in enumerate(file, 1):
                     if not line.endswith(b"\n"):
                         return  # cut off while it was written
-                    yield self._parse_record(line, f"record {number}")
+                    yield _parse_record(line, f"{self.metrics}, record {number}")
         except OSError as error:
             raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The log's records; see `iter_metrics`."""
+        return list(self.iter_metrics())
+
     def last_metric(self) -> dict[str, Any] | None:
-        """The last record, read from the log's end; None if there is none yet.
-
-        Raises:
-            UserError: it is damaged.
-        """
-        if not self.metrics.is_file():
-            return None
-        with self.metrics.open("rb") as file:
-            file.seek(max(0, self.metrics.stat().st_size - _MAX_RECORD))
-            *lines, _ = file.read().split(b"\n")  # after the last line end, one is being written
-        return self._parse_record(lines[-1], "last record") if lines else None
-
-    def _parse_record(self, line: bytes, name: str) -> dict[str, Any]:
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            message = f"not JSON ({json_error_message(error)})"
-            raise UserError(f"{self.metrics}, {name}: {message}") from error
-        if not isinstance(record, dict) or type(record.get("step")) is not int:
-            raise UserError(f"{self.metrics}, {name}: not an object with a step number")
-        return record
+        """The log's last record; None if there is none yet."""
+        records = self.read_metrics() if self.metrics.is_file() else []
+        return records[-1] if records else None
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        """The manifest; None if the file is somebody else's."""
-        manifest = read_json(self.manifest)
+        """The manifest; None if there is none, or the file is somebody else's."""
+        manifest = read_json(self.manifest) if self.manifest.is_file() else None
         if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
             return None
         if manifest.get("format") != FORMAT:
@@ -300,20 +249,25 @@ class Run:
         assert manifest is not None
         return manifest
 
-    def _write_manifest(self, values: dict[str, Any]) -> None:
-        manifest = {"kind": _KIND, "format": FORMAT} | values
-        atomic_write(self.manifest, json.dumps(manifest, indent=2) + "\n")
-
-    def _write_resolved(self, recipe: Config) -> None:
-        text = to_toml(recipe)
-        content = f"{_RECIPE_HEADER}{_text_hash(text)}\n{text}"
-        path = self.recipe
-        if not path.is_file() or (_is_resolved_recipe(path) and path.read_text() != content):
+    def _write(self, recipe: Config, manifest: dict[str, Any]) -> None:
+        values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+        if manifest.get("recipe") != values:
+            text = json.dumps(manifest | {"recipe": values}, indent=2)
+            atomic_write(self.manifest, text + "\n")
+        toml, path = to_toml(recipe), self.recipe
+        content = f"{_RECIPE_HEADER}{_text_hash(toml)}\n{toml}"
+        if not path.exists() or (_is_resolved_recipe(path) and path.read_text() != content):
             atomic_write(path, content)
 
-    def _is_taken(self, name: str) -> bool:
-        path = self.path / name
-        return path.exists() and not _is_resolved_recipe(path)
+
+def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{origin}: not JSON ({json_error_message(error)})") from error
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        raise UserError(f"{origin}: not an object with a step number")
+    return record
 
 
 def _is_resolved_recipe(path: Path) -> bool:

@@ -30,7 +30,13 @@ class TrackingConfig(Config):
 
 
 class Tracker(Protocol):
-    """Receives the records of a log."""
+    """Receives the records of a log; any method may raise `OSError`.
+
+    Attributes:
+        path: the file or folder that it writes.
+    """
+
+    path: Path
 
     def write(self, record: Record) -> None:
         """Add a record."""
@@ -42,38 +48,87 @@ class Tracker(Protocol):
         """Close files and connections."""
 
 
+class Trackers:
+    """Several trackers as one.
+
+    Attributes:
+        error: that of a record which could not be written, so that the ranks of a job can raise
+            it together; later records are dropped, and `sync` raises it.
+    """
+
+    def __init__(self, *trackers: Tracker):
+        self._trackers = trackers
+        self.error: StorageError | None = None
+
+    def write(self, record: Record) -> None:
+        """Add a record."""
+        try:
+            for tracker in self._trackers if self.error is None else ():
+                with _storage_errors(tracker.path):
+                    tracker.write(record)
+        except StorageError as error:
+            self.error = error
+
+    def sync(self) -> None:
+        """Bring all records to disk.
+
+        Raises:
+            StorageError: a record could not be written.
+        """
+        if self.error is not None:
+            raise self.error
+        for tracker in self._trackers:
+            with _storage_errors(tracker.path):
+                tracker.sync()
+
+    def close(self) -> None:
+        """Close files and connections."""
+        for tracker in self._trackers:
+            with suppress(OSError):  # of a record whose error was raised before
+                tracker.close()
+
+
+def make_trackers(config: TrackingConfig, run: Run, step: int) -> Trackers:
+    """Create the configured trackers, which continue after `step`.
+
+    Raises:
+        UserError: a package is missing, or an existing file was not written by a tracker.
+    """
+    trackers: list[Tracker] = [MetricsLog(run, step)]
+    if config.tensorboard:
+        trackers.append(TensorBoard(run, step))
+    if config.wandb_project:
+        trackers.append(WandB(run, config.wandb_project))
+    return Trackers(*trackers)
+
+
 class MetricsLog:
-    """`metrics.jsonl`: a JSON object per line."""
+    """`metrics.jsonl`: a JSON object per line, which other processes can read at once."""
 
     def __init__(self, run: Run, step: int):
         """Continue after `step`; later records are dropped, since their steps are repeated.
 
         Raises:
             UserError: a record up to `step` is damaged.
-            StorageError: the file cannot be written.
         """
-        self._path = run.metrics
-        with _storage_errors(self._path):
-            with atomic_open(self._path) as file:
-                for record in _records_until(run, step):
-                    file.write(_line(record))
-            self._file = self._path.open("ab")
+        self.path = run.metrics
+        with atomic_open(self.path) as file:
+            for record in _records_until(run, step):
+                file.write(_line(record))
+        self._file = self.path.open("ab")
 
     def write(self, record: Record) -> None:
-        """Add a record; other processes can read it at once."""
-        with _storage_errors(self._path):
-            self._file.write(_line(record))
-            self._file.flush()
+        """Add a record."""
+        self._file.write(_line(record))
+        self._file.flush()
 
     def sync(self) -> None:
-        """Bring all records to disk: no checkpoint may be newer than the log."""
-        with _storage_errors(self._path):
-            sync_file(self._file)
+        """Bring all records to disk."""
+        sync_file(self._file)
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # of a record whose error was raised before
-            self._file.close()
+        self._file.close()
 
 
 class TensorBoard:
@@ -83,25 +138,14 @@ class TensorBoard:
         """Continue after `step`; later points of an interrupted run are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._path = run.path / "tensorboard"
-        with _storage_errors(self._path):
-            self._writer = SummaryWriter(str(self._path), purge_step=step + 1)
+        self.path = run.path / "tensorboard"
+        self._writer = SummaryWriter(str(self.path), purge_step=step + 1)
+        self.sync, self.close = self._writer.flush, self._writer.close
 
     def write(self, record: Record) -> None:
         """Add the record's numbers."""
-        with _storage_errors(self._path):
-            for key, value in numbers(record):
-                self._writer.add_scalar(key, value, record["step"])
-
-    def sync(self) -> None:
-        """Pass all records to the system."""
-        with _storage_errors(self._path):
-            self._writer.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        with suppress(OSError):
-            self._writer.close()
+        for key, value in numbers(record):
+            self._writer.add_scalar(key, value, record["step"])
 
 
 class WandB:
@@ -120,19 +164,17 @@ class WandB:
                 "tracking.wandb_project: the package 'wandb' is missing; pip install wandb, or "
                 "remove the key"
             ) from error
-        file = run.path / "wandb-id"
-        if not file.is_file():
-            atomic_write(file, uuid.uuid4().hex + "\n")
-        name = file.read_text(errors="replace").strip()
+        self.path = run.path / "wandb-id"
+        if not self.path.is_file():
+            atomic_write(self.path, uuid.uuid4().hex + "\n")
+        name = self.path.read_text(errors="replace").strip()
         if not re.fullmatch("[0-9a-f]{32}", name):
-            raise UserError(f"{file}: not an id written by moma; delete or rename it")
+            raise UserError(f"{self.path}: not an id written by moma; delete or rename it")
+        folder = "/".join(run.path.resolve().parts[-2:])
         self._run = wandb.init(
-            project=project,
-            name="/".join(run.path.resolve().parts[-2:]),
-            id=name,
-            resume="allow",
-            dir=str(run.path),
+            project=project, name=folder, id=name, resume="allow", dir=str(run.path)
         )
+        self.close = self._run.finish
 
     def write(self, record: Record) -> None:
         """Add the record's numbers."""
@@ -140,20 +182,6 @@ class WandB:
 
     def sync(self) -> None:
         """Do nothing: the package sends records by itself."""
-
-    def close(self) -> None:
-        """Send the remaining records."""
-        self._run.finish()
-
-
-def make_trackers(config: TrackingConfig, run: Run, step: int) -> list[Tracker]:
-    """Create the configured trackers, which continue after `step`."""
-    trackers: list[Tracker] = [MetricsLog(run, step)]
-    if config.tensorboard:
-        trackers.append(TensorBoard(run, step))
-    if config.wandb_project:
-        trackers.append(WandB(run, config.wandb_project))
-    return trackers
 
 
 def numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

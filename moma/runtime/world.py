@@ -3,7 +3,7 @@
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -104,6 +104,13 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
     if problems:
         is_storage, message = problems[0]
         raise (SharedStorageError if is_storage else SharedError)(message) from problem
+
+
+def on_rank_0(world: World, function: Callable[..., object], *arguments: object) -> None:
+    """Call a function on rank 0 only; its error is raised on all ranks (`raise_on_all_ranks`)."""
+    with raise_on_all_ranks(world):
+        if world.rank == 0:
+            function(*arguments)
 
 
 @contextmanager

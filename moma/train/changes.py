@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-from fnmatch import fnmatch
 from typing import Any
 
 from moma.errors import UserError
@@ -27,7 +26,6 @@ _RESUMABLE = (
     "engine.step_size",
     "engine.timeout",
     "engine.trace",
-    "tracking.*",
     "STAGE.log_every",
     "STAGE.checkpoint_every",
     "STAGE.keep_checkpoints",
@@ -50,10 +48,10 @@ def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
     if not run.exists:
         return []
     changes = differences(read_run_recipe(run), recipe)
-    allowed = [pattern.replace("STAGE", recipe.stage) for pattern in _RESUMABLE]
-    allowed += [f"{stage}.*" for stage in STAGES if stage != recipe.stage]
+    allowed = [key.replace("STAGE", recipe.stage) for key in _RESUMABLE]
+    prefixes = ("tracking.", *(f"{stage}." for stage in STAGES if stage != recipe.stage))
     refused = [
-        text for key, text in changes.items() if not any(fnmatch(key, each) for each in allowed)
+        text for key, text in changes.items() if key not in allowed and not key.startswith(prefixes)
     ]
     if refused:
         hint = "choose another folder with run=…, or delete this one"
@@ -64,18 +62,20 @@ def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
     return list(changes.values())
 
 
-def check_run_folder(run: Run, recipe: Recipe) -> None:
+def check_run_folder(run: Run, recipe: Recipe) -> list[str]:
     """Check that a recipe may start or resume a run in its folder; writes nothing.
+
+    Returns:
+        Differences from the recipe of the run in the folder, if there is one.
 
     Raises:
         UserError: the folder holds another run, the prepared data or other files.
     """
-    if run.exists:
-        refuse_other_recipe(run, recipe)
-    elif run.path.resolve() == recipe.data.path.resolve():
+    if not run.exists and run.path.resolve() == recipe.data.path.resolve():
         raise UserError(f"{run.path}: holds the prepared data; choose another folder with run=…")
-    else:
+    if not run.exists:
         run.require_free()
+    return refuse_other_recipe(run, recipe)
 
 
 def write_run_folder(run: Run, recipe: Recipe) -> None:
@@ -84,12 +84,11 @@ def write_run_folder(run: Run, recipe: Recipe) -> None:
     Raises:
         UserError: as for `check_run_folder`; or the data has other tokenizers than the run.
     """
-    check_run_folder(run, recipe)
     data = Tokenizers(recipe.data.path)
+    changes = check_run_folder(run, recipe)
     if not run.exists:
         run.path.mkdir(parents=True, exist_ok=True)
         run.create(recipe, data)
-    changes = refuse_other_recipe(run, recipe)
     if shown := [text for text in changes if not text.startswith(("run:", "data.path:"))]:
         logger.warning("%s: resuming with %s", run.path, "; ".join(shown))
     run.copy_tokenizers(data)

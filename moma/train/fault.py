@@ -8,7 +8,7 @@ RUN/fault/rank-0.json          the documents in them
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from typing import NoReturn
 
 import torch
 from pydantic import Field
@@ -50,36 +50,54 @@ class Fault(Config):
     checkpoint: str | None = Field(None, pattern=r"^step-\d{8,}$")
 
 
-class RecentBatches:
-    """This rank's micro-batches of the steps that have not been checked yet."""
+def raise_fault(
+    recipe: Recipe,
+    world: World,
+    batches: Mapping[int, Sequence[Batch]],
+    tensors: Mapping[str, Tensor],
+) -> NoReturn:
+    """Save what `moma replay` needs, and raise the error; all ranks together.
 
-    def __init__(self) -> None:
-        self._batches: dict[int, Sequence[Batch]] = {}
+    Args:
+        recipe: the run's recipe.
+        world: the ranks.
+        batches: this rank's micro-batches of recent steps, by step.
+        tensors: `LossMonitor.first_fault`.
 
-    def add(self, step: int, batches: Sequence[Batch]) -> None:
-        """Keep a step's micro-batches."""
-        self._batches[step] = batches
-
-    def drop_until(self, step: int) -> None:
-        """Drop the micro-batches of all steps up to one that has no fault."""
-        self._batches = {key: value for key, value in self._batches.items() if key > step}
-
-    @property
-    def per_step(self) -> int:
-        """Micro-batches per step on this rank."""
-        return max(map(len, self._batches.values()), default=0)
-
-    def save(self, step: int, path: Path) -> None:
-        """Write a step's micro-batches, and beside them which documents they contain."""
-        batches = self._batches.get(step, ())
-        tensors = {
+    Raises:
+        UserError: always.
+    """
+    run, step = Run(recipe.run), int(tensors["fault_step"])
+    layers = tensors["fault_nonfinite"].nonzero().flatten().tolist()
+    loss, norm = float(tensors["fault_loss"]), float(tensors["fault_norm"])
+    checkpoints = checkpoints_in(run.checkpoints)
+    fault = Fault(
+        step=step,
+        layers=layers,
+        loss=loss if math.isfinite(loss) else str(loss),
+        gradient_norm=norm if math.isfinite(norm) else str(norm),
+        world_size=world.size,
+        micro_batches=len(batches[step]),
+        checkpoint=checkpoints[-1].name if checkpoints else None,
+    )
+    folder = run.path / "fault"
+    with raise_on_all_ranks(world):
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = {
             f"{index}.{field}": torch.from_numpy(getattr(batch, field)).contiguous()
-            for index, batch in enumerate(batches)
+            for index, batch in enumerate(batches[step])
             for field in _BATCH_FIELDS
         }
-        save_file(tensors, path)
-        documents = {"documents": [batch.origins for batch in batches]}
-        atomic_write(path.with_suffix(".json"), json.dumps(documents))
+        save_file(saved, folder / f"rank-{world.rank}.safetensors")
+        documents = {"documents": [batch.origins for batch in batches[step]]}
+        atomic_write(folder / f"rank-{world.rank}.json", json.dumps(documents))
+        if world.rank == 0:
+            atomic_write(folder / "fault.json", fault.model_dump_json())
+    raise SharedError(
+        f"{run.path}: at step {step} {_describe(layers, loss, norm)}; "
+        f"`{shell_command('replay', run.path)}` shows where, {recipe.stage}.on_fault=skip skips "
+        "such steps, a lower learning rate in a new run avoids them"
+    )
 
 
 def read_fault(run: Run) -> Fault:
@@ -103,56 +121,15 @@ def read_fault_batches(
         UserError: a file is missing or damaged.
     """
     path = run.path / "fault" / f"rank-{rank}.safetensors"
-    try:
-        tensors = load_file(path)
-    except Exception as error:  # safetensors' own error derives from Exception directly
-        raise UserError(f"{path}: cannot read the micro-batches ({error})") from error
     documents = path.with_suffix(".json")
     try:
-        return tensors, read_json(documents)["documents"]
+        return load_file(path), read_json(documents)["documents"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{documents}: damaged; has no 'documents'") from error
-
-
-def raise_fault(
-    recipe: Recipe, world: World, recent: RecentBatches, tensors: Mapping[str, Tensor]
-) -> None:
-    """Save what `moma replay` needs, and raise the error; all ranks together.
-
-    Args:
-        recipe: the run's recipe.
-        world: the ranks.
-        recent: this rank's micro-batches.
-        tensors: `LossMonitor.first_fault` on the host.
-
-    Raises:
-        UserError: always.
-    """
-    run, step = Run(recipe.run), int(tensors["fault_step"])
-    layers = tensors["fault_nonfinite"].nonzero().flatten().tolist()
-    loss, norm = float(tensors["fault_loss"]), float(tensors["fault_norm"])
-    checkpoints = checkpoints_in(run.checkpoints)
-    fault = Fault(
-        step=step,
-        layers=layers,
-        loss=loss if math.isfinite(loss) else str(loss),
-        gradient_norm=norm if math.isfinite(norm) else str(norm),
-        world_size=world.size,
-        micro_batches=recent.per_step,
-        checkpoint=checkpoints[-1].name if checkpoints else None,
-    )
-    folder = run.path / "fault"
-    with raise_on_all_ranks(world):
-        folder.mkdir(parents=True, exist_ok=True)
-        recent.save(step, folder / f"rank-{world.rank}.safetensors")
-        if world.rank == 0:
-            atomic_write(folder / "fault.json", fault.model_dump_json())
-    command = shell_command("replay", run.path)
-    raise SharedError(
-        f"{run.path}: at step {step} {_describe(layers, loss, norm)}; `{command}` "
-        f"shows where, {recipe.stage}.on_fault=skip skips such steps, a lower learning rate in a "
-        "new run avoids them"
-    )
+    except UserError:
+        raise
+    except Exception as error:  # safetensors' own error derives from Exception directly
+        raise UserError(f"{path}: cannot read the micro-batches ({error})") from error
 
 
 def _describe(layers: Sequence[int], loss: float, norm: float) -> str:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moma.data.batches.iterator import Batches, prefetch, reshard
-from moma.errors import SharedError, StoppedError, StorageError
+from moma.data.batches.packing import Batch
+from moma.errors import SharedError, StoppedError
 from moma.files import lock_folder
 from moma.model.transformer import Transformer
 from moma.progress import ProgressCallback, show_progress
@@ -28,13 +30,13 @@ from moma.runtime.checkpoint import (
 )
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate
-from moma.runtime.trace import Trace
-from moma.runtime.tracking import Record, Tracker, make_trackers
-from moma.runtime.world import World, gather, raise_on_all_ranks, reporting_lost_ranks
+from moma.runtime.trace import start_profiler
+from moma.runtime.tracking import Trackers, make_trackers
+from moma.runtime.world import World, gather, on_rank_0, raise_on_all_ranks, reporting_lost_ranks
 from moma.runtime.writer import CheckpointWriter
 from moma.train.changes import check_run_folder, write_run_folder
-from moma.train.fault import RecentBatches, raise_fault
-from moma.train.metrics import HostCopy, MetricsWindow
+from moma.train.fault import raise_fault
+from moma.train.metrics import MetricsWindow
 from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe
 from moma.train.restore import require_vocabulary
@@ -63,78 +65,77 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
 
     Raises:
         UserError: the run folder belongs to another recipe, something the recipe needs is missing,
-            or training has met a fault.
+            or a loss or gradient is not finite or explodes.
         StoppedError: a signal stopped it; progress is saved.
         LostRankError: another rank ended or does not respond.
     """
-    run, data = Run(recipe.run), Tokenizers(recipe.data.path)
+    run = Run(recipe.run)
     with ExitStack() as stack:
         stack.enter_context(reporting_lost_ranks(world))
         stop_request = stack.enter_context(interruption(world))
-        is_locked = _lock_run(run, recipe, world, stack)
-        with raise_on_all_ranks(world):
-            if world.rank == 0:
-                check_run_folder(run, recipe)
-        newest, damaged = newest_intact(run.checkpoints, world)
-        if newest is not None and _is_finished(newest, recipe):
-            _write_run_folder(run, recipe, world)
+        is_locked = _lock_folder(run, recipe, world, stack)
+        on_rank_0(world, check_run_folder, run, recipe)
+        checkpoint, damaged = newest_intact(run.checkpoints, world)
+        if checkpoint is not None and _is_last(checkpoint, recipe):
+            on_rank_0(world, write_run_folder, run, recipe)
             return run
         # A run that has started no longer needs its source run.
-        source = find_source_run(recipe, world) if newest is None else None
+        source = find_source_run(recipe, world) if checkpoint is None else None
         with raise_on_all_ranks(world):
-            vocabulary = Vocabulary.load(data.vocabulary)
-            model = prepare_model(recipe, vocabulary, world, source, newest is not None)
-            start = initial_state(recipe, source)
+            vocabulary = Vocabulary.load(Tokenizers(recipe.data.path).vocabulary)
+            model = prepare_model(recipe, vocabulary, world, source, checkpoint is not None)
+            initial = initial_state(recipe, source)
             trainer = stack.enter_context(closing(Trainer(recipe, run, model, vocabulary, world)))
-            if newest is None:
-                trainer.restore_data(start.data)
+            if checkpoint is None:
+                trainer.restore_data(initial.data)
         # Written only now, so that a recipe that cannot be trained leaves no run folder.
-        _write_run_folder(run, recipe, world)
+        on_rank_0(world, write_run_folder, run, recipe)
         if not is_locked:
-            _lock_run(run, recipe, world, stack)
-        if newest is None:
-            trainer.start(start)
+            _lock_folder(run, recipe, world, stack)
+        if checkpoint is None:
+            trainer.start(initial)
         else:
-            trainer.resume(newest, damaged)
-        title, steps = f"{recipe.stage} {recipe.run.name}", recipe.stage_config.steps
+            trainer.resume(checkpoint, damaged)
+        title = f"{recipe.stage} {recipe.run.name}"
+        hide = quiet or world.rank > 0
+        progress = stack.enter_context(show_progress(title, recipe.stage_config.steps, hide))
         stop_request.install_handlers()
-        progress = stack.enter_context(show_progress(title, steps, quiet or world.rank > 0))
-        trainer.run_to_end(progress, stop_request)
+        trainer.train(progress, stop_request)
     return run
 
 
 class Trainer:
-    """A run in training: model, optimizer, data iterator, counters and log."""
+    """A run in training: model, optimizer, data, counters, log and checkpoints.
+
+    All ranks call every method together.
+    """
 
     def __init__(
         self, recipe: Recipe, run: Run, model: Transformer, vocabulary: Vocabulary, world: World
     ):
         self.recipe, self.config, self.run = recipe, recipe.stage_config, run
-        self.model, self.world, self.vocabulary = model, world, vocabulary
+        self.model, self.vocabulary, self.world = model, vocabulary, world
         self.monitor = LossMonitor(self.config, world.device)
         self.step = make_step(recipe, model, world, self.monitor)
-        self.optimizer = self.step.optimizer
-        batches = Batches(
-            recipe.data, vocabulary, seed=recipe.seed, rank=world.rank, world_size=world.size
-        )
-        self.batches = prefetch(batches, recipe.data)
-        self.recent = RecentBatches()
-        self.steps_done, self.tokens, self.initial = 0, 0, InitialState()
-        self.flops_per_token = flops_per_token(recipe, vocabulary)
-        self.window = MetricsWindow(recipe, model, self.flops_per_token, world)
         self.gradient_accumulation_steps = self.config.gradient_accumulation_steps
+        batches = Batches(recipe.data, vocabulary, recipe.seed, world.rank, world.size)
+        self.batches = prefetch(batches, recipe.data)
+        # This rank's micro-batches of the steps whose losses have not been checked yet.
+        self.recent_batches: dict[int, Sequence[Batch]] = {}
+        self.initial, self.steps_done, self.tokens = InitialState(), 0, 0
+        self.flops_per_token = flops_per_token(recipe, vocabulary)
+        self.metrics = MetricsWindow(recipe, model, self.flops_per_token, world)
+        self.trackers = Trackers()
         self.writer = CheckpointWriter(
             run.checkpoints, world, self.config.keep_checkpoints, self.config.keep_every
         )
-        self.trackers: list[Tracker] = []
-        self.tracker_error: StorageError | None = None
         traced = recipe.engine.trace if world.rank == 0 else 0
-        self.trace = Trace(run.path / "trace", traced)
+        self.profiler = start_profiler(run.path / "trace", traced, lambda: self.steps_done)
 
     def start(self, initial: InitialState) -> None:
         """Prepare for the first step, with the counters of the source run."""
         self.initial = initial
-        self._open_log()
+        on_rank_0(self.world, self._open_log)
         # Used by dropout and router noise.
         torch.manual_seed(self.recipe.seed + self.world.rank)
 
@@ -150,11 +151,11 @@ class Trainer:
                 logger.warning("%s; resuming from %s", message, path.name)
                 set_aside(checkpoint)
         require_vocabulary(path, self.vocabulary, self.recipe.data.path)
-        load_checkpoint(path, self.model, self.optimizer, self.world)
-        rank_states = read_rank_states(path)
+        load_checkpoint(path, self.model, self.step.optimizer, self.world)
         self._restore_counters(read_state(path))
+        rank_states = read_rank_states(path)
         self.restore_data([state["data"] for state in rank_states])
-        self._open_log()
+        on_rank_0(self.world, self._open_log)
         # No random number may be drawn between here and the first step.
         if len(rank_states) == self.world.size:
             restore_random_state(rank_states[self.world.rank])
@@ -171,30 +172,28 @@ class Trainer:
         Raises:
             UserError: the states belong to other data.
         """
-        if states and len(states) != self.world.size:
-            states = reshard(states, self.world.size)
         if states:
-            self.batches.set_state(states[self.world.rank])
+            self.batches.set_state(reshard(states, self.world.size)[self.world.rank])
 
-    def run_to_end(self, progress: ProgressCallback, stop_request: Interruption) -> None:
+    def train(self, progress: ProgressCallback, stop_request: Interruption) -> None:
         """Train to the last step, with log records and checkpoints.
 
         Raises:
-            UserError: a step has a fault; see `monitor.py`.
+            UserError: a loss or gradient is not finite or explodes; see `monitor.py`.
             StorageError: a checkpoint or the log cannot be written.
             StoppedError: a signal arrived; progress is saved.
         """
         progress(self.steps_done)
-        self.window.restart_clock()
+        self.metrics.restart_clock()
         while self.steps_done < self.config.steps:
-            self._take_step(progress)
+            self._train_step(progress)
             is_last = self.steps_done == self.config.steps
-            stop_request.storage_error = self.tracker_error
+            stop_request.storage_error = self.trackers.error
             signal = stop_request.poll()
             if self.steps_done % self.config.checkpoint_every == 0 or is_last or signal:
                 self._write_record(progress)
-                self._save()
-                self.window.restart_clock()
+                self._save_checkpoint()
+                self.metrics.restart_clock()
             if signal and not is_last:
                 self.writer.wait()
                 raise StoppedError(
@@ -205,37 +204,77 @@ class Trainer:
 
     def close(self) -> None:
         """End threads and close files."""
-        self.trace.close()
+        if self.profiler is not None:
+            self.profiler.stop()
         self.writer.close()
         self.batches.close()
-        for tracker in self.trackers:
-            tracker.close()
+        self.trackers.close()
 
-    def _take_step(self, progress: ProgressCallback) -> None:
-        rate = learning_rate(self.config.optimizer, self.steps_done, self.config.steps)
+    def _train_step(self, progress: ProgressCallback) -> None:
         start = time.monotonic()
         batches = [next(self.batches) for _ in range(self.gradient_accumulation_steps)]
         data_wait = time.monotonic() - start
+        rate = learning_rate(self.config.optimizer, self.steps_done, self.config.steps)
         step = self.steps_done + 1
         is_logged = step % self.config.log_every == 0 or step == self.config.steps
         statistics = Statistics(self.model, self.recipe.engine.replicate) if is_logged else None
+        self.recent_batches[step] = batches
         self.monitor.begin_step(step)
-        self.recent.add(step, batches)
         sums, norm = self.step(batches, rate, statistics)
-        self.trace.end_step(step)
-        # The record of the step before: its copy arrived while this step was launched.
+        # The record of an earlier step: it was copied to the host while this step was launched.
         self._write_record(progress)
         self.steps_done = step
+        if self.profiler is not None:
+            self.profiler.step()
         tokens = sum(batch.tokens_BS.size for batch in batches) * self.world.size
         self.tokens += tokens
-        self.window.add(sums, tokens, data_wait)
+        self.metrics.add(sums, tokens, data_wait)
         if statistics is not None:
-            record = self._counters() | {
-                "learning_rate": rate,
-                "skipped_steps": self.monitor.skipped_steps,
-            }
+            values = {"learning_rate": rate, "skipped_steps": self.monitor.skipped_steps}
             shared = {"norm": norm, **self.monitor.first_fault}
-            self.window.start_record(record, shared, statistics.sums)
+            self.metrics.start_record(self._counters() | values, shared, statistics.sums)
+
+    def _write_record(self, progress: ProgressCallback) -> None:
+        """Write the pending log record, if there is one."""
+        finished = self.metrics.finish_record()
+        if finished is None:
+            return
+        record, tensors = finished
+        self._check_losses(record["step"], tensors)
+        self.trackers.write(record)
+        loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
+        progress(
+            record["step"],
+            f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  "
+            f"{record['peak_memory'] / 2**30:.1f} GiB",
+        )
+
+    def _check_losses(self, step: int, first_fault: Mapping[str, Tensor]) -> None:
+        """Stop if the monitor found a fault up to this step, unless such steps are skipped."""
+        if first_fault["fault_step"] and not self.monitor.skips:
+            with suppress(SharedError):  # a replay starts from the newest checkpoint
+                self.writer.wait()
+            raise_fault(self.recipe, self.world, self.recent_batches, first_fault)
+        for checked in [each for each in self.recent_batches if each <= step]:
+            del self.recent_batches[checked]
+
+    def _save_checkpoint(self) -> None:
+        if self.steps_done % self.config.log_every:  # these steps have no log record yet
+            self._check_losses(self.steps_done, self.monitor.first_fault)
+        self.writer.wait()  # its thread uses the same process group
+        # No checkpoint may be newer than the log.
+        on_rank_0(self.world, self.trackers.sync)
+        state = self._counters() | {
+            "source_tokens": self.initial.tokens,
+            "source_flops": self.initial.flops,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "vocabulary": self.vocabulary.fingerprint,
+            "window": self.metrics.get_state(),
+            "monitor": self.monitor.get_state(),
+            "recipe": self.recipe.model_dump(mode="json", by_alias=True),
+        }
+        tensors = training_tensors(self.model, self.step.optimizer)
+        self.writer.save(self.steps_done, tensors, state, {"data": self.batches.get_state()})
 
     def _counters(self) -> dict[str, Any]:
         return {
@@ -244,93 +283,31 @@ class Trainer:
             "flops": self.initial.flops + self.tokens * self.flops_per_token,
         }
 
-    def _write_record(self, progress: ProgressCallback) -> None:
-        """Write the pending log record, if there is one."""
-        finished = self.window.finish_record()
-        if finished is None:
-            return
-        record, tensors = finished
-        self._check_fault(record["step"], tensors)
-        self._track(record)
-        loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
-        progress(
-            record["step"],
-            f"loss {loss}  {record['tokens_per_second']:,.0f} tokens/s  MFU {record['mfu']:.0%}  "
-            f"{record['peak_memory'] / 2**30:.1f} GiB",
-        )
-
-    def _track(self, record: Record) -> None:
-        """Pass a record to the trackers; an error of this rank is raised later on all ranks."""
-        try:
-            for tracker in self.trackers if self.tracker_error is None else ():
-                tracker.write(record)
-        except StorageError as error:
-            self.tracker_error = error
-
-    def _sync_log(self) -> None:
-        """Bring the log to disk: no checkpoint may be newer than the log."""
-        self.writer.wait()  # its thread uses the same process group
-        with raise_on_all_ranks(self.world):
-            if self.tracker_error is not None:
-                raise self.tracker_error
-            for tracker in self.trackers:
-                tracker.sync()
-
-    def _save(self) -> None:
-        if self.steps_done % self.config.log_every:  # these steps have no log record yet
-            self._check_fault(self.steps_done, HostCopy(self.monitor.first_fault).read())
-        self._sync_log()
-        state = self._counters() | {
-            "source_tokens": self.initial.tokens,
-            "source_flops": self.initial.flops,
-            "gradient_accumulation_steps": self.gradient_accumulation_steps,
-            "vocabulary": self.vocabulary.fingerprint,
-            "window": self.window.get_state(),
-            "monitor": self.monitor.get_state(),
-            "recipe": self.recipe.model_dump(mode="json", by_alias=True),
-        }
-        rank_state = {"data": self.batches.get_state()}
-        tensors = training_tensors(self.model, self.optimizer)
-        self.writer.save(self.steps_done, tensors, state, rank_state)
-
-    def _check_fault(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Stop if any step up to this one had a fault, unless faults are skipped."""
-        if tensors["fault_step"] and not self.monitor.skips:
-            with suppress(SharedError):  # so that the replay starts from the newest checkpoint
-                self.writer.wait()
-            raise_fault(self.recipe, self.world, self.recent, tensors)
-        self.recent.drop_until(step)
-
     def _restore_counters(self, state: Mapping[str, Any]) -> None:
         self.steps_done = state["step"]
         self.tokens = state["tokens"] - state["source_tokens"]
         self.initial = InitialState(state["source_tokens"], state["source_flops"])
-        self.window.set_state(state["window"])
+        self.metrics.set_state(state["window"])
         self.monitor.set_state(state["monitor"])
-        before = state["recipe"][self.recipe.stage]["gradient_accumulation_steps"]
-        is_unchanged = before == self.config.gradient_accumulation_steps
+        own = self.config.gradient_accumulation_steps
+        is_unchanged = own == state["recipe"][self.recipe.stage]["gradient_accumulation_steps"]
         if is_unchanged and self.recipe.engine.step_size == "kept":
+            ranks = self.world.size
             total = state["gradient_accumulation_steps"] * state["world_size"]
-            self.gradient_accumulation_steps = self._divide_step(total)
-
-    def _divide_step(self, total: int) -> int:
-        """Micro-batches per rank, for steps of the same size on another number of ranks."""
-        ranks, own = self.world.size, self.config.gradient_accumulation_steps
-        if total % ranks:
-            tokens = self.recipe.data.micro_batch_size * self.recipe.data.sequence_length
-            raise SharedError(
-                f"{self.run.path}: {ranks} ranks cannot share the {total} micro-batches of a step; "
-                f"use a divisor of {total} as the number of ranks to keep {total * tokens:,} "
-                "tokens per step, or let steps grow with engine.step_size=grows to "
-                f"{ranks} times {own} micro-batches, {ranks * own * tokens:,} tokens"
-            )
-        return total // ranks
+            if total % ranks:
+                tokens = self.recipe.data.micro_batch_size * self.recipe.data.sequence_length
+                raise SharedError(
+                    f"{self.run.path}: {ranks} ranks cannot share the {total} micro-batches of a "
+                    f"step; use a divisor of {total} as the number of ranks to keep "
+                    f"{total * tokens:,} tokens per step, or let steps grow with "
+                    f"engine.step_size=grows to {ranks} times {own} micro-batches, "
+                    f"{ranks * own * tokens:,} tokens"
+                )
+            self.gradient_accumulation_steps = total // ranks
 
     def _open_log(self) -> None:
-        with raise_on_all_ranks(self.world):
-            if self.world.rank == 0:
-                self.writer.remove_partial()
-                self.trackers = make_trackers(self.recipe.tracking, self.run, self.steps_done)
+        self.writer.remove_partial()
+        self.trackers = make_trackers(self.recipe.tracking, self.run, self.steps_done)
 
 
 def resume_seed(seed: int, step: int, rank: int) -> int:
@@ -339,24 +316,16 @@ def resume_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest[:4])
 
 
-def _lock_run(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
+def _lock_folder(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
     """Lock the run folder on rank 0, if it exists; returns whether it does, on all ranks."""
     exists = gather(run.path.is_dir(), world.writers)[0]
     if exists:
-        with raise_on_all_ranks(world):
-            if world.rank == 0:
-                timeout = min(_LOCK_TIMEOUT, recipe.engine.timeout / 2)
-                stack.enter_context(lock_folder(run.path, timeout))
+        timeout = min(_LOCK_TIMEOUT, recipe.engine.timeout / 2)
+        on_rank_0(world, lambda: stack.enter_context(lock_folder(run.path, timeout)))
     return exists
 
 
-def _write_run_folder(run: Run, recipe: Recipe, world: World) -> None:
-    with raise_on_all_ranks(world):
-        if world.rank == 0:
-            write_run_folder(run, recipe)
-
-
-def _is_finished(checkpoint: Path, recipe: Recipe) -> bool:
+def _is_last(checkpoint: Path, recipe: Recipe) -> bool:
     """Whether a checkpoint is the last one of the run, and was written by training."""
     is_last = read_state(checkpoint)["step"] >= recipe.stage_config.steps
     return is_last and not is_weights_only(checkpoint)

@@ -29,8 +29,7 @@ class HostCopy:
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         """Start the copy."""
-        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors.values()])
+        flat, self._shapes = _flatten(tensors)
         on_gpu = flat.device.type == "cuda"
         self._host = torch.empty(flat.shape, pin_memory=on_gpu)
         self._host.copy_(flat, non_blocking=True)
@@ -49,15 +48,13 @@ class MetricsWindow:
     """Metrics of the steps since the last log record."""
 
     def __init__(self, recipe: Recipe, model: Transformer, flops_per_token: float, world: World):
-        self._model, self._world = model, world
-        self._trains_routers = recipe.stage == "aux_router"
-        self._total_steps = recipe.stage_config.steps
+        self._recipe, self._model, self._world = recipe, model, world
         self._flops_per_token = flops_per_token
         self._sums = torch.zeros(3, len(model.vocabulary.modalities), device=world.device)
         dtype = recipe.engine.compute_dtype(world.device)
         self._peak_flops = matmul_peak(world.device, dtype) * world.size
-        self.restart_clock()
         self._pending: tuple[HostCopy, Record, int, int, float] | None = None
+        self.restart_clock()
 
     def add(self, sums: Tensor, tokens: int, data_wait: float) -> None:
         """Add a step: its sums [3, M] and tokens over all ranks, and the seconds of data wait."""
@@ -81,11 +78,10 @@ class MetricsWindow:
             shared: tensors that are the same on all ranks.
             own: this rank's tensors, to be summed over ranks.
         """
-        summed: Mapping[str, Tensor] = {}
         if own:
-            flat = self._world.sum(torch.cat([t.flatten().float() for t in own.values()]))
-            summed = _split(flat, {name: tensor.shape for name, tensor in own.items()})
-        copy = HostCopy({"sums": self._sums, **shared, **summed})
+            flat, shapes = _flatten(own)
+            own = _split(self._world.sum(flat), shapes)
+        copy = HostCopy({"sums": self._sums, **shared, **own})
         self._pending = copy, record, self._steps, self._tokens, self._data_wait
         self._sums = torch.zeros_like(self._sums)
         self._steps, self._tokens, self._data_wait = 0, 0, 0.0
@@ -94,21 +90,24 @@ class MetricsWindow:
         """The record that was started, and its tensors on the host; None if there is none."""
         if self._pending is None:
             return None
-        copy, record, steps, tokens, data_wait = self._pending
-        self._pending = None
+        (copy, record, steps, tokens, data_wait), self._pending = self._pending, None
         tensors = copy.read()
         now = time.monotonic()
         seconds, self._since = now - self._since, now
         speed = tokens / seconds
-        record |= self._losses(tensors["sums"])
-        record["gradient_norm"] = float(tensors["norm"])
-        record |= describe(tensors, self._model, self._trains_routers)
+        loss_M, correct_M, targets_M = tensors["sums"].double()
         record |= {
+            "loss": _ratio(loss_M.sum(), targets_M.sum()),
+            "loss_text": _ratio(loss_M[TEXT], targets_M[TEXT]),
+            "loss_image": _ratio(loss_M[IMAGE], targets_M[IMAGE]),
+            "accuracy": _ratio(correct_M.sum(), targets_M.sum()),
+            "gradient_norm": float(tensors["norm"]),
+            **describe(tensors, self._model, self._recipe.stage == "aux_router"),
             "tokens_per_second": speed,
             "mfu": speed * self._flops_per_token / self._peak_flops,
             "data_wait_fraction": data_wait / seconds,
             "peak_memory": peak_memory(self._world.device),
-            "seconds_left": (self._total_steps - record["step"]) * seconds / steps,
+            "seconds_left": (self._recipe.stage_config.steps - record["step"]) * seconds / steps,
         }
         return record, tensors
 
@@ -120,23 +119,15 @@ class MetricsWindow:
         """Restore a state from `get_state`."""
         self._sums.copy_(torch.tensor(state["sums"]))
 
-    @staticmethod
-    def _losses(sums: Tensor) -> Record:
-        loss_M, correct_M, targets_M = sums.double()
-        total = targets_M.sum()
-        return {
-            "loss": _ratio(loss_M.sum(), total),
-            "loss_text": _ratio(loss_M[TEXT], targets_M[TEXT]),
-            "loss_image": _ratio(loss_M[IMAGE], targets_M[IMAGE]),
-            "accuracy": _ratio(correct_M.sum(), total),
-        }
+
+def _flatten(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, torch.Size]]:
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    return torch.cat([tensor.detach().flatten().float() for tensor in tensors.values()]), shapes
 
 
 def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     parts = flat.split([shape.numel() for shape in shapes.values()])
-    return {
-        name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)
-    }
+    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float | None:

@@ -20,20 +20,20 @@ class LossMonitor:
     Checks run on the device without synchronizing with the host.
 
     Attributes:
+        skips: whether steps with a fault are skipped; see `StageConfig.on_fault`.
+        skipped_steps: steps skipped so far.
         first_fault: tensors on the device that describe the first fault: `fault_step`, 0 if there
             was none, `fault_loss`, `fault_norm`, and `fault_nonfinite`, the layers whose output
             or router score was non-finite, [L].
-        skipped_steps: steps skipped so far.
     """
 
     def __init__(self, config: StageConfig, device: torch.device):
         self.skips = config.on_fault == "skip"
-        self.skipped_steps = self._consecutive_skips = 0
+        self.skipped_steps = self._consecutive_skips = self._step = 0
         names = ("fault_step", "fault_loss", "fault_norm", "fault_nonfinite")
         self.first_fault = dict.fromkeys(names, torch.zeros((), device=device))
         self._explosion = config.explosion
         self._mean_loss = torch.full((), torch.nan, device=device)
-        self._step = 0
 
     def begin_step(self, step: int) -> None:
         """Set the number of the next step, from 1."""
@@ -87,9 +87,8 @@ class LossMonitor:
 
     def get_state(self) -> dict[str, Any]:
         """State to save, JSON-serializable."""
-        mean = float(self._mean_loss)
         return {
-            "mean_loss": None if mean != mean else mean,
+            "mean_loss": None if self._mean_loss.isnan() else float(self._mean_loss),
             "skipped_steps": self.skipped_steps,
             "consecutive_skips": self._consecutive_skips,
         }

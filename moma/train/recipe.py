@@ -49,16 +49,12 @@ class StageConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @model_validator(mode="after")
-    def _check_checkpoint_every(self) -> "StageConfig":
+    def _check_intervals(self) -> "StageConfig":
         if self.checkpoint_every % self.log_every:
             raise ValueError(
                 f"checkpoint_every ({self.checkpoint_every}) must be a multiple of "
                 f"log_every ({self.log_every}), so that a checkpoint follows a complete record"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_keep_every(self) -> "StageConfig":
         if self.keep_every % self.checkpoint_every:
             raise ValueError(
                 f"keep_every ({self.keep_every}) must be a multiple of checkpoint_every "
@@ -120,20 +116,16 @@ class Recipe(PrepareConfig):
 
     @model_validator(mode="after")
     def _check_from(self) -> "Recipe":
-        if self.stage == "aux_router" and self.from_ is None:
-            raise ValueError("stage 'aux_router' needs from=RUN, the run whose routers it trains")
-        if self.stage == "upcycle" and self.from_ is None:
-            raise ValueError("stage 'upcycle' needs from=RUN, the seed run")
+        meaning = {"aux_router": "the run whose routers it trains", "upcycle": "the seed run"}
+        if self.stage in meaning and self.from_ is None:
+            raise ValueError(f"stage '{self.stage}' needs from=RUN, {meaning[self.stage]}")
         return self
 
     @property
     def stage_config(self) -> StageConfig:
         """The configuration of the recipe's stage."""
-        return {
-            "pretrain": self.pretrain,
-            "upcycle": self.upcycle,
-            "aux_router": self.aux_router,
-        }[self.stage]
+        stages = {"pretrain": self.pretrain, "upcycle": self.upcycle, "aux_router": self.aux_router}
+        return stages[self.stage]
 
     @property
     def shares(self) -> tuple[float, ...]:

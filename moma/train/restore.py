@@ -28,11 +28,7 @@ def read_run_recipe(run: Run) -> Recipe:
 
 
 def newest_checkpoint(run: Run, world: World | None = None) -> Path:
-    """The newest intact checkpoint of a run.
-
-    Args:
-        run: the run.
-        world: ranks that call this together; by default this process alone.
+    """The newest intact checkpoint of a run; all ranks of `world`, if given, call it together.
 
     Raises:
         UserError: there is none.
@@ -84,9 +80,8 @@ def require_vocabulary(checkpoint: Path, vocabulary: Vocabulary, folder: Path) -
 
 def has_causal_routing(run: Run, model: Transformer) -> bool:
     """Whether a run's model can be used causally: it has no routers, or they are trained."""
-    if model.is_causal_without_routers:
-        return True
-    return any(_trained_routers(each) for each in (Run(run.path / ROUTER_RUN), run))
+    runs = Run(run.path / ROUTER_RUN), run
+    return model.is_causal_without_routers or any(map(_trained_routers, runs))
 
 
 def require_causal_routing(run: Run, model: Transformer) -> None:
@@ -104,8 +99,7 @@ def require_causal_routing(run: Run, model: Transformer) -> None:
 
 def router_command(run: Run) -> str:
     """The command that trains a run's auxiliary routers."""
-    target = run.path / ROUTER_RUN
-    keys = ("stage=aux_router", f"from={run.path}", f"run={target}")
+    keys = ("stage=aux_router", f"from={run.path}", f"run={run.path / ROUTER_RUN}")
     return shell_command("train", run.recipe, *keys)
 
 

@@ -33,13 +33,7 @@ from moma.vocabulary import Vocabulary
 
 
 class InitialState(NamedTuple):
-    """Counters and data position at the first step of a run.
-
-    Attributes:
-        tokens: tokens that the source run was trained on.
-        flops: FLOPs that the source run spent.
-        data: data state of each rank of the source run; empty: start of the data.
-    """
+    """Tokens, FLOPs and data state of each rank of the source run; by default those of none."""
 
     tokens: int = 0
     flops: float = 0.0
@@ -47,13 +41,7 @@ class InitialState(NamedTuple):
 
 
 class SourceRun(NamedTuple):
-    """The run `from`.
-
-    Attributes:
-        recipe: its recipe.
-        checkpoint: its newest intact checkpoint.
-        state: that checkpoint's state shared by all ranks.
-    """
+    """The run `from`, with its newest intact checkpoint and that checkpoint's shared state."""
 
     recipe: Recipe
     checkpoint: Path
@@ -112,13 +100,14 @@ def prepare_model(
         model = Transformer(recipe.model, vocabulary, recipe.shares)
     freeze_for_stage(model, trains_routers=recipe.stage == "aux_router")
     units = list(fsdp_units(model))
-    for layer in model.units():
-        # Selective checkpointing records operations, among which there must be none of FSDP's.
-        parts = _parts(layer) if recipe.engine.recompute == "selective" else [layer]
-        for part in parts:
-            recompute(part, recipe.engine.recompute)
+    # Selective checkpointing records operations, among which there must be none of FSDP's.
+    for part in _parts(model, whole_layers=recipe.engine.recompute != "selective"):
+        recompute(part, recipe.engine.recompute)
     if recipe.stage_config.compile and can_compile(world.device):
-        _compile(model, whole_layers=world.mesh is None or len(units) == len(model.layers))
+        # FSDP may gather weights inside a layer, which cannot be compiled.
+        whole_layers = world.mesh is None or len(units) == len(model.layers)
+        for part in _parts(model, whole_layers):
+            part.compile(fullgraph=True)
     shard(model, units, world, recipe.engine)
     model.to_empty(device=world.device)
     if not resumes:
@@ -160,16 +149,9 @@ def make_step(
 ) -> Step:
     """The optimizer step of the recipe's stage, with a new optimizer."""
     keep_freed_memory(world.device)
-    config = recipe.stage_config.optimizer
-    return Step(
-        model,
-        make_optimizer(model, config),
-        objective_of(recipe, world.device),
-        config.clip,
-        world,
-        monitor,
-        recipe.engine.compute_dtype(world.device),
-    )
+    config, dtype = recipe.stage_config.optimizer, recipe.engine.compute_dtype(world.device)
+    optimizer, objective = make_optimizer(model, config), objective_of(recipe, world.device)
+    return Step(model, optimizer, objective, config.clip, world, monitor, dtype)
 
 
 def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
@@ -218,14 +200,9 @@ def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) ->
     upcycle_from(stored_weights(source.checkpoint), source.recipe.model, model, fill)
 
 
-def _compile(model: Transformer, whole_layers: bool) -> None:
-    """Compile layers, or their parts if FSDP gathers weights inside a layer."""
+def _parts(model: Transformer, whole_layers: bool) -> Iterator[nn.Module]:
+    """Layers, or their attention and experts, the latter by group if groups run sequentially."""
     for layer in model.units():
-        for part in [layer] if whole_layers else _parts(layer):
-            part.compile(fullgraph=True)
-
-
-def _parts(layer: nn.Module) -> list[nn.Module]:
-    """Attention and experts, the latter by group if groups run sequentially."""
-    assert isinstance(layer, Layer)
-    return [layer.attention, *(layer.experts.units() or [layer.experts])]
+        assert isinstance(layer, Layer)
+        inner = [layer.attention, *(layer.experts.units() or [layer.experts])]
+        yield from [layer] if whole_layers else inner

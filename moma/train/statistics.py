@@ -37,12 +37,7 @@ class Statistics:
     """
 
     def __init__(self, model: Transformer, replicas: int = 1):
-        """Create empty statistics.
-
-        Args:
-            model: the model of the step.
-            replicas: ranks that hold the same shard of a gradient, as in hybrid sharding.
-        """
+        """Create empty statistics; `replicas` ranks hold the same shard (hybrid sharding)."""
         self.sums: dict[str, Tensor] = {}
         self._model, self._replicas = model, replicas
 
@@ -57,10 +52,10 @@ class Statistics:
         """Add the gradients of all parameters; call it before they are clipped."""
         squares: dict[str, list[Tensor]] = {}
         for name, parameter in self._model.named_parameters():
-            if parameter.grad is not None:
-                grad = parameter.grad
+            if (grad := parameter.grad) is not None:
                 local = grad.to_local() if isinstance(grad, DTensor) else grad
-                squares.setdefault(_kind(name), []).append(upcast(local).square().sum())
+                kind = next(kind for kind, part in _KINDS.items() if part in f".{name}")
+                squares.setdefault(kind, []).append(upcast(local).square().sum())
         for kind, parts in squares.items():
             self.sums[f"gradient {kind}"] = torch.stack(parts).sum() / self._replicas
 
@@ -74,14 +69,13 @@ def describe(
         `gradient_norms` by kind of parameter, and `routers` by layer and group; see
         `docs/train.md`.
     """
-    routers, names = {}, router_names(model)
-    for index, name in enumerate(names):
+    routers = {}
+    for index, name in enumerate(router_names(model)):
         if (router_sums := sums.get(f"router {index}")) is not None:
             is_depth = name.endswith("depth")
-            values = _describe_router(router_sums, is_depth, model.vocabulary.modalities)
+            routers[name] = _describe_router(router_sums, is_depth, model.vocabulary.modalities)
             if not trains_routers:
-                del values["agreement"]  # auxiliary routers are untrained
-            routers[name] = values
+                del routers[name]["agreement"]  # auxiliary routers are untrained
     norms = {
         key.removeprefix("gradient "): float(value.sqrt())
         for key, value in sums.items()
@@ -130,25 +124,17 @@ def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
 def _describe_router(sums: Tensor, is_depth: bool, names: Sequence[str]) -> dict[str, Any]:
     tokens, dropped, multi_expert, min_score, ranks, entropy, agrees = sums[:7].tolist()
     tokens = max(1, tokens)
-    values = {
+    selected_M, eligible_M = sums[7:].view(2, -1).tolist()
+    by_modality = zip(names, selected_M, eligible_M, strict=True)
+    fractions: dict[str, Any] = {
+        "dropped_fraction": dropped / tokens,
+        "multi_expert_fraction": multi_expert / tokens,
+    }
+    if is_depth:
+        parts = {name: selected / count for name, selected, count in by_modality if count}
+        fractions = {"token_fraction": parts}
+    return fractions | {
         "min_score": min_score / ranks,
         "entropy": entropy / tokens,
         "agreement": agrees / tokens,
     }
-    if not is_depth:
-        fractions = {
-            "dropped_fraction": dropped / tokens,
-            "multi_expert_fraction": multi_expert / tokens,
-        }
-        return fractions | values
-    selected_M, eligible_M = sums[7:].view(2, -1).tolist()
-    fractions = {
-        name: selected / count
-        for name, selected, count in zip(names, selected_M, eligible_M, strict=True)
-        if count
-    }
-    return {"token_fraction": fractions} | values
-
-
-def _kind(name: str) -> str:
-    return next(kind for kind, part in _KINDS.items() if part in f".{name}")

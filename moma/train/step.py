@@ -106,21 +106,13 @@ def next_token_objective(z_loss: float, compiled: bool, record_selection: bool =
         record_selection: whether routers return their selections, which log records need.
     """
     sums = torch.compile(cross_entropy_sums, fullgraph=True) if compiled else cross_entropy_sums
+    routing = Routing(record_selection=record_selection)
 
     def objective(model: Transformer, batch: DeviceBatch) -> Losses:
-        output = model(
-            batch.tokens,
-            batch.documents,
-            batch.positions,
-            Routing(record_selection=record_selection),
-        )
-        losses = sums(
-            output.logits_BSV.flatten(0, 1),
-            batch.labels.flatten(),
-            model.modality_of_id,
-            z_loss,
-            len(model.vocabulary.modalities),
-        )
+        output = model(batch.tokens, batch.documents, batch.positions, routing)
+        logits_NV, labels_N = output.logits_BSV.flatten(0, 1), batch.labels.flatten()
+        modalities = len(model.vocabulary.modalities)
+        losses = sums(logits_NV, labels_N, model.modality_of_id, z_loss, modalities)
         return losses._replace(nonfinite_L=output.nonfinite_L, routers=output.routers)
 
     return objective
@@ -152,11 +144,7 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
 
 
 class Step:
-    """An optimizer step with the gradient of the mean over all targets of all ranks.
-
-    Call it with the step's micro-batches. It returns sums [3, M] over all ranks of losses, correct
-    predictions and targets, and the norm of the gradient before clipping; all stay on the device.
-    """
+    """An optimizer step with the gradient of the mean over all targets of all ranks."""
 
     def __init__(
         self,
@@ -184,7 +172,7 @@ class Step:
         self.clip, self.world, self.monitor = clip, world, monitor
         on_gpu = world.device.type == "cuda"
         self._is_bf16 = compute_dtype == torch.bfloat16 if compute_dtype else on_gpu
-        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
     def __call__(
         self,
@@ -192,20 +180,30 @@ class Step:
         learning_rate: float,
         statistics: Statistics | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Take one step; `statistics`, if given, gets its last micro-batch and its gradients."""
-        sums, nonfinite_L = self._reduce(*self._backward(batches, statistics))
+        """Take one step.
+
+        Args:
+            batches: the step's micro-batches on this rank.
+            learning_rate: of parameter groups whose `rate` is 1.
+            statistics: gets the routers of the last micro-batch, and the gradients.
+
+        Returns:
+            Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of
+            the gradient before clipping; both stay on the device. Zeros if the step is skipped.
+        """
+        sums, nonfinite_L = self._accumulate_gradients(batches, statistics)
+        targets = sums[2].sum().clamp(min=1)
         # FSDP averages gradients over ranks; the loss is a mean over the targets of all ranks.
-        scale = self.world.size / sums[2].sum().clamp(min=1)
-        for parameter in self.trainable:
+        scale = self.world.size / targets
+        for name, parameter in self.trainable.items():
             if parameter.grad is None:
-                raise RuntimeError(f"{self._name(parameter)}: took no part in the step")
+                raise RuntimeError(f"{name}: took no part in the step")
             parameter.grad.mul_(scale)
         if statistics is not None:
             statistics.add_gradients()
         norm = self._clip_gradient()
         if self.monitor is not None:
-            loss = sums[0].sum() / sums[2].sum().clamp(min=1)
-            ok = self.monitor.check(loss, norm, nonfinite_L)
+            ok = self.monitor.check(sums[0].sum() / targets, norm, nonfinite_L)
             if self.monitor.should_skip(ok):
                 if statistics is not None:
                     statistics.sums.clear()
@@ -222,42 +220,36 @@ class Step:
         enabled = self._is_bf16 and self.world.mesh is None
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
-    def _backward(
+    def _accumulate_gradients(
         self, batches: Sequence[Batch], statistics: Statistics | None
     ) -> tuple[Tensor, Tensor]:
-        """Accumulate gradients.
+        """Run forward and backward of all micro-batches.
 
         Returns:
-            This rank's sums, and the non-finite layers of the first micro-batch that has any.
+            Sums [3, M] over all ranks, and the layers that were non-finite in the first
+            micro-batch of any rank that has such layers.
         """
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
-        for index, batch in enumerate(batches):
+        for batch in batches:
             on_device = to_device(batch, self.world.device)
             with self.autocast():
                 losses = self.objective(self.model, on_device)
             losses.objective.backward()
             if losses.nonfinite_L is not None:
                 nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
-            if statistics is not None and index == len(batches) - 1:
-                statistics.add_routers(losses.routers, on_device.tokens)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
-        return sums, nonfinite_L
-
-    def _reduce(self, sums: Tensor, nonfinite_L: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum both over all ranks in one reduction."""
+        if statistics is not None:
+            statistics.add_routers(losses.routers, on_device.tokens)
         both = self.world.sum(torch.cat((sums.flatten(), nonfinite_L.to(sums.dtype))))
         return both[: sums.numel()].view_as(sums), both[sums.numel() :] > 0
 
-    def _name(self, parameter: nn.Parameter) -> str:
-        return next(name for name, each in self.model.named_parameters() if each is parameter)
-
     def _clip_gradient(self) -> Tensor:
         """Scale the gradient down to the largest norm; returns its norm before."""
-        gradients = [p.grad for p in self.trainable if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        parameters = list(self.trainable.values())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        nn.utils.clip_grads_with_norm_(self.trainable, self.clip, norm)
+        nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         return norm
 
 

@@ -2,13 +2,13 @@
 
 import json
 import resource
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 
 from moma.errors import StorageError, UserError
 from moma.runs import Run
-from moma.runtime.tracking import MetricsLog, TrackingConfig, make_trackers
+from moma.runtime.tracking import MetricsLog, Trackers, TrackingConfig, make_trackers
 
 
 def row(step: int) -> dict:
@@ -73,12 +73,14 @@ def largest_file(size: int):
 
 def test_a_full_disk_is_told(tmp_path):
     run = Run(tmp_path)
-    log = MetricsLog(run, 0)
-    log.write(row(2))
+    trackers = Trackers(MetricsLog(run, 0))
+    trackers.write(row(2))
     with largest_file(run.metrics.stat().st_size + 5):
+        trackers.write(row(4))
+        assert trackers.error is not None
         with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write \(.*check the disk"):
-            log.write(row(4))
-        log.close()
+            trackers.sync()
+        trackers.close()
     write(run, 4, after=2)
     assert run.read_metrics() == [row(2), row(4)]
 
@@ -92,10 +94,9 @@ def test_wandb_runs_of_equal_names_stay_apart(tmp_path, monkeypatch):
         run = Run(tmp_path / name / "aux_router")
         run.path.mkdir(parents=True, exist_ok=True)
         config = TrackingConfig(tensorboard=False, wandb_project="moma")
-        for tracker in make_trackers(config, run, 0):
-            tracker.write(row(2))
-            tracker.sync()
-            tracker.close()
+        with closing(make_trackers(config, run, 0)) as trackers:
+            trackers.write(row(2))
+            trackers.sync()
         folders = sorted((run.path / "wandb").glob("offline-run-*"))
         ids.append(folders[-1].name.rpartition("-")[2])
     assert ids[0] == ids[2] != ids[1]

@@ -210,8 +210,10 @@ def reshard(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str,
 
     Args:
         states: `Batches.get_state()` of every rank, all after the same step.
-        world_size: the new number of ranks.
+        world_size: the new number of ranks; if it is the old one, the states stay as they are.
     """
+    if len(states) == world_size:
+        return list(states)
     packers = [state["packer"] for state in states]
     pending = {
         key: [reference for packer in packers for reference in packer[key]]
