@@ -85,17 +85,28 @@ def checksum(path: Path) -> Checksum:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; duplicate keys are refused.
 
     Raises:
         UserError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
     except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror})") from error
+        raise UserError(
+            f"{path}: cannot read ({error.strerror}); restore it, or choose another folder"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({json_error_message(error)})") from error
+        message = json_error_message(error)
+        raise UserError(f"{path}: not valid JSON ({message}); restore it from a copy") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice")
+    return values
 
 
 @contextmanager

@@ -264,7 +264,7 @@ def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not JSON ({json_error_message(error)})") from error
+        raise UserError(f"{origin}: not valid JSON ({json_error_message(error)})") from error
     if not isinstance(record, dict) or type(record.get("step")) is not int:
         raise UserError(f"{origin}: not an object with a step number")
     return record

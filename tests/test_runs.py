@@ -101,7 +101,7 @@ def test_a_recipe_of_the_user_is_not_replaced(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "not valid JSON"),
         ('{"kind": "moma run", "format": 2}', "has format 2"),
         ('{"kind": "moma run", "format": 1, "recipe": []}', "damaged"),
         ('{"mine": 1}', "not a run folder"),
@@ -198,7 +198,7 @@ def test_missing_metrics_are_named(tmp_path):
 def test_a_broken_row_is_named(tmp_path, broken):
     Run(tmp_path).metrics.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
     with pytest.raises(
-        UserError, match=r"metrics\.jsonl, record 2: not JSON \([^:]+: character \d+\)$"
+        UserError, match=r"metrics\.jsonl, record 2: not valid JSON \([^:]+: character \d+\)$"
     ):
         Run(tmp_path).read_metrics()
 

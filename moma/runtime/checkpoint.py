@@ -17,6 +17,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from moma.errors import SharedError, UserError
 from moma.files import atomic_write, checksum, read_json
-from moma.runtime.manifest import files_in_manifest, find_damage, write_manifest
+from moma.runtime.manifest import find_damage, read_manifest, write_manifest
 from moma.runtime.weights import FILE_BYTES, Weights, write_weights
 from moma.runtime.world import World, gather
 
@@ -63,7 +63,7 @@ def newest_intact(folder: Path, world: World) -> tuple[Path | None, dict[Path, s
 
     Returns:
         The checkpoint, None if there are no checkpoints at all, and for each newer checkpoint a
-        message that names the checkpoint and its damaged files.
+        message that names its damaged files.
 
     Raises:
         UserError: there are checkpoints, but all are damaged.
@@ -72,10 +72,10 @@ def newest_intact(folder: Path, world: World) -> tuple[Path | None, dict[Path, s
     damaged: dict[Path, str] = {}
     for path in (folder / name for name in reversed(candidates)):
         parts = gather(find_damage(path, world.rank, world.size), world.writers)
-        damage = [message for part in parts for message in part]
+        damage = dict.fromkeys(message for part in parts for message in part)
         if not damage:
             return path, damaged
-        damaged[path] = f"{path}: {', '.join(dict.fromkeys(damage))}"
+        damaged[path] = "; ".join(damage)
     if damaged:
         raise SharedError(
             "every checkpoint is damaged: " + "; ".join(damaged.values()) + "; restore one from a "
@@ -95,17 +95,15 @@ def update_latest(folder: Path) -> None:
 
 def set_aside(path: Path) -> None:
     """Rename a damaged checkpoint so that it is no longer considered."""
-    number, aside = 1, path.with_suffix(".damaged")
-    while aside.exists():  # the same step was damaged before
-        number += 1
-        aside = path.with_suffix(f".damaged-{number}")
-    path.rename(aside)
+    suffixes = (".damaged" if number == 1 else f".damaged-{number}" for number in count(1))
+    # The same step may have been damaged before.
+    path.rename(next(new for new in map(path.with_suffix, suffixes) if not new.exists()))
     update_latest(path.parent)
 
 
 def is_weights_only(path: Path) -> bool:
     """Whether a checkpoint was written by `save_weights`, so that it cannot be resumed."""
-    return not any(name.startswith("rank-") for name in files_in_manifest(path))
+    return not any(name.startswith("rank-") for name in read_manifest(path))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
@@ -145,12 +143,7 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
     """
     reader = _tensor_reader(path)
     try:
-        dcp.load(
-            tensors,
-            storage_reader=reader,
-            planner=DefaultLoadPlanner(),
-            no_dist=world.mesh is None,
-        )
+        dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     except (Exception, dcp.CheckpointException) as error:  # the latter is not an Exception
         raise UserError(f"{path}: cannot load the checkpoint ({last_line(error)})") from error
 
@@ -211,7 +204,7 @@ def require_intact(path: Path) -> None:
         UserError: it is missing or damaged.
     """
     if damage := find_damage(path):
-        raise UserError(f"{path}: {', '.join(damage)}; restore it from a copy")
+        raise UserError(f"{'; '.join(damage)}; restore it from a copy")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -223,6 +216,14 @@ def read_rank_states(path: Path) -> list[dict[str, Any]]:
     """The states of all ranks that wrote the checkpoint, in rank order."""
     ranks = read_state(path)["world_size"]
     return [read_json(path / f"rank-{rank}.json") for rank in range(ranks)]
+
+
+def random_state() -> dict[str, str]:
+    """The state of this process's random number generators, JSON-serializable."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {key: base64.b64encode(bytes(value.tolist())).decode() for key, value in states.items()}
 
 
 def restore_random_state(rank_state: Mapping[str, Any]) -> None:
@@ -271,8 +272,8 @@ def _tensor_reader(path: Path) -> dcp.HuggingFaceStorageReader:
         UserError: the manifest is missing or damaged.
     """
     reader = dcp.HuggingFaceStorageReader(str(path / "tensors"))
-    listed = [path / name for name in files_in_manifest(path) if name.startswith("tensors/")]
-    reader.fs = _ListedFiles(listed)
+    names = [name for name in read_manifest(path) if name.startswith("tensors/")]
+    reader.fs = _ListedFiles([path / name for name in names])
     return reader
 
 

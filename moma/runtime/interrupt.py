@@ -58,7 +58,7 @@ class Interruption:
         own = _STORAGE_ERROR if self.storage_error else self._received
         if self._world.signals is None:
             return self._name(own)
-        number = self._finish()
+        number = self.finish()
         highest = torch.tensor([own])
         work = distributed.all_reduce(
             highest, distributed.ReduceOp.MAX, group=self._world.signals, async_op=True
@@ -66,23 +66,20 @@ class Interruption:
         self._pending = work, highest
         return self._name(number)
 
-    def close(self) -> None:
-        """Wait for the pending reduction."""
-        self._finish()
+    def finish(self) -> int:
+        """Wait for the pending reduction and return its result, 0 if there is none."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return 0
+        work, highest = pending
+        work.wait()
+        return int(highest)
 
     def restore_handlers(self, stopped: bool = False) -> None:
         """Restore the signal handlers; a process that is stopping ignores further SIGTERMs."""
         for number, handler in self._handlers.items():
             ignored = stopped and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if ignored else handler)
-
-    def _finish(self) -> int:
-        if self._pending is None:
-            return 0
-        work, highest = self._pending
-        self._pending = None
-        work.wait()
-        return int(highest)
 
     def _name(self, number: int) -> str | None:
         if number == _STORAGE_ERROR:
@@ -96,10 +93,10 @@ def interruption(world: World) -> Iterator[Interruption]:
     request, stopped = Interruption(world), False
     try:
         yield request
-        request.close()
+        request.finish()
     except StoppedError:  # all ranks stop together, so that the reduction can be completed
         stopped = True
-        request.close()
+        request.finish()
         raise
     finally:
         request.restore_handlers(stopped)

@@ -1,7 +1,7 @@
 """AdamW with the paper's hyperparameters, and the learning-rate schedule."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
@@ -41,14 +41,17 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 
     Each parameter group has a `rate` that multiplies the schedule's learning rate.
     """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    routers = [p for name, p in trainable if name.endswith(".router.weight")]
-    others = [(name, p) for name, p in trainable if not name.endswith(".router.weight")]
-    # The norms of queries and keys have two dimensions: heads and their width.
-    vectors = [p for name, p in others if p.ndim < 2 or "_norm." in name]
-    matrices = [p for name, p in others if p.ndim >= 2 and "_norm." not in name]
+    routers: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        # The norms of queries and keys have two dimensions: heads and their width.
+        is_vector = parameter.ndim < 2 or "_norm." in name
+        is_router = name.endswith(".router.weight")
+        if parameter.requires_grad:
+            (routers if is_router else vectors if is_vector else matrices).append(parameter)
     decay = config.weight_decay
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": decay, "rate": 1.0},
         {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
         {"params": routers, "weight_decay": decay, "rate": config.router_rate},
@@ -64,19 +67,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rate of step 0, 1, …, `steps` − 1."""
-    return scheduled_rate(
-        config.learning_rate,
-        step,
-        warmup=config.warmup,
-        decay_steps=steps - 1 - config.warmup,
-        final_ratio=config.final_ratio,
-    )
+    warmup, decay_steps = config.warmup, steps - 1 - config.warmup
+    return scheduled_rate(config.learning_rate, step, warmup, decay_steps, config.final_ratio)
 
 
 def scheduled_rate(
     peak: float,
     step: int,
-    *,
     warmup: int,
     decay_steps: int,
     final_ratio: float,

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moma.errors import UserError
@@ -82,28 +82,23 @@ def shard(
         # Activations have that dtype already; rotary angles have to stay fp32.
         cast_forward_inputs=False,
     )
-    mesh = _mesh(world, config)
-    ranks = world.size // config.replicate
+    mesh, ranks = world.mesh, world.size // config.replicate
+    if config.replicate > 1:
+        names, shape = ("replicate", "shard"), (config.replicate, ranks)
+        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dimension(parameter, ranks))
 
     for module in (*units, model):
         fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-    if world.device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                # gloo has no reduction that scales (PREMUL_SUM).
-                module.set_force_sum_reduction_for_comms(True)
+        if world.device.type == "cpu":
+            # gloo has no reduction that scales (PREMUL_SUM).
+            module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """Copy this rank's shard of the full values into a parameter; all of them if not sharded.
-
-    Args:
-        parameter: sharded or not.
-        values: the full parameter's values; may be a view.
-    """
+    """Copy this rank's shard of a parameter's full values into it; all of them if not sharded."""
     if not isinstance(parameter, DTensor):
         parameter.copy_(values)
         return
@@ -115,15 +110,6 @@ def fill(parameter: Tensor, values: Tensor) -> None:
             # Ranks beyond the last shard hold nothing.
             values = parts[own] if own < len(parts) else values.narrow(placement.dim, 0, 0)
     parameter.to_local().copy_(values)
-
-
-def _mesh(world: World, config: EngineConfig) -> DeviceMesh:
-    """All ranks in one dimension, or replicas × ranks of a replica."""
-    assert world.mesh is not None
-    if config.replicate == 1:
-        return world.mesh
-    shape = (config.replicate, world.size // config.replicate)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard_dimension(parameter: Tensor, ranks: int) -> int:

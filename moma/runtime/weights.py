@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moma.errors import UserError, json_error_message
+from moma.errors import UserError
+from moma.files import read_json
 
 FILE_BYTES = 2**31
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -153,26 +154,12 @@ def first_line(error: Exception) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that contains an object; duplicate keys are refused.
+    """Read a JSON file that contains an object.
 
     Raises:
         UserError: it cannot be read, or is anything else.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice")
-        return values
-
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except OSError as error:
-        raise UserError(f"{path}: cannot read ({error.strerror}); choose another folder") from error
-    except (ValueError, RecursionError) as error:
-        message = json_error_message(error)
-        raise UserError(f"{path}: not valid JSON ({message}); get a complete copy") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object; get a complete copy")
     return values

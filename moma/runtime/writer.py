@@ -1,32 +1,32 @@
 """Checkpoint writing in the background: copy, write, verify, and only then publish."""
 
-import base64
 import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor, Replicate
 
-from moma.errors import SharedStorageError
+from moma.errors import SharedStorageError, StorageError
 from moma.files import Checksum, atomic_write, checksum, sync_folder
 from moma.runtime.checkpoint import (
     checkpoint_path,
     checkpoints_in,
     last_line,
+    random_state,
     step_of,
     update_latest,
 )
 from moma.runtime.manifest import write_manifest
-from moma.runtime.world import World, gather
+from moma.runtime.world import World, gather, raise_on_all_ranks
 
 # Reserve for file headers and JSON files beside the tensors.
 _SMALL_FILES_BYTES = 1 << 20
@@ -62,7 +62,7 @@ class CheckpointWriter:
         self._folder, self._world = folder, world
         self._keep, self._keep_every, self._sleep = keep, keep_every, sleep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pending: Future[str | None] | None = None
+        self._pending: Future[None] | None = None
 
     def remove_partial(self) -> None:
         """Remove unfinished checkpoints of earlier processes; rank 0 only, before any `save`."""
@@ -91,19 +91,20 @@ class CheckpointWriter:
         """
         self.wait()
         final = checkpoint_path(self._folder, step)
-        partial = final.with_suffix(".partial")
-        problem = self._make_folder(partial, sum(map(_written_bytes, tensors.values())))
-        if message := self._first_problem(final, problem):
-            raise SharedStorageError(message)
-        writer = dcp.HuggingFaceStorageWriter(str(partial / "tensors"), save_distributed=True)
+        tensor_folder = final.with_suffix(".partial") / "tensors"
+        own_bytes = sum(map(_written_bytes, tensors.values()))
+        needed = sum(gather(own_bytes, self._world.writers)) + _SMALL_FILES_BYTES
+        with self._write_errors(final):
+            if self._world.rank == 0:
+                _make_folder(tensor_folder, needed)
         saving = dcp.async_save(
             tensors,
-            storage_writer=writer,
+            storage_writer=dcp.HuggingFaceStorageWriter(str(tensor_folder), save_distributed=True),
             process_group=self._world.writers,
             no_dist=self._world.mesh is None,
         )
         upload = saving if isinstance(saving, Future) else saving.upload_completion
-        own = dict(rank_state) | {"random": _random_state()}
+        own = dict(rank_state) | {"random": random_state()}
         shared = dict(state) | {"world_size": self._world.size}
         self._pending = self._thread.submit(self._finish, upload, final, shared, own)
 
@@ -113,65 +114,49 @@ class CheckpointWriter:
         Raises:
             StorageError: it could not be written.
         """
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            if problem := pending.result():
-                raise SharedStorageError(problem)
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
         """Wait for the background thread to end."""
         self._thread.shutdown()
 
-    def _make_folder(self, partial: Path, own_bytes: int) -> str | None:
-        """Create the folder if the disk has room for all ranks; returns the problem, if any."""
-        needed = sum(gather(own_bytes, self._world.writers)) + _SMALL_FILES_BYTES
-        if self._world.rank > 0:
-            return None
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "tensors").mkdir(parents=True)
-            free = shutil.disk_usage(partial).free
-            if free < needed:
-                shutil.rmtree(partial)
-                return f"needs {needed:,} bytes, but the disk has {free:,}"
-        except OSError as error:
-            return error.strerror or str(error)
-        return None
-
-    def _first_problem(self, final: Path, problem: str | None) -> str | None:
-        """The message for every rank if any rank has a problem."""
-        problems = [each for each in gather(problem, self._world.writers) if each]
-        if not problems:
-            return None
-        kept = checkpoints_in(self._folder)
-        before = f"{kept[-1].name} is kept" if kept else "there is none before it"
-        return f"{final}: cannot write the checkpoint ({problems[0]}); {before}; check the disk"
+    @contextmanager
+    def _write_errors(self, final: Path) -> Iterator[None]:
+        """Raise a `StorageError` on all ranks if the block fails on any rank."""
+        with raise_on_all_ranks(self._world):
+            try:
+                yield
+            except (Exception, dcp.CheckpointException) as error:  # the latter is not an Exception
+                kept = checkpoints_in(self._folder)
+                before = f"{kept[-1].name} is kept" if kept else "there is none before it"
+                raise StorageError(
+                    f"{final}: cannot write the checkpoint ({last_line(error)}); {before}; check "
+                    "the disk"
+                ) from error
 
     def _finish(
         self, upload: Future[Any], final: Path, state: dict[str, Any], own: dict[str, Any]
-    ) -> str | None:
-        """Wait for the tensors, write the rest and publish; returns the problem, if any."""
+    ) -> None:
+        """Wait for the tensors, write the rest and publish."""
         partial, rank = final.with_suffix(".partial"), self._world.rank
-        problem, entries = None, {}
         try:
-            upload.result()
-            atomic_write(partial / f"rank-{rank}.json", json.dumps(own))
-            # The library numbers the files of ranks from 1.
-            shards = sorted((partial / "tensors").glob(f"shard-{rank + 1:05d}-*"))
-            files = [*shards, partial / f"rank-{rank}.json"]
-            entries = {str(file.relative_to(partial)): checksum(file) for file in files}
-        except (Exception, dcp.CheckpointException) as error:  # the latter is not an Exception
-            problem = last_line(error)
-        message = self._first_problem(final, problem)
-        parts = gather(entries, self._world.writers)
-        if rank == 0 and message is None:
-            try:
-                self._publish(final, {k: v for part in parts for k, v in part.items()}, state)
-            except Exception as error:
-                problem = last_line(error)
-        if rank == 0 and (message or problem):
-            shutil.rmtree(partial, ignore_errors=True)
-        return message or self._first_problem(final, problem)
+            with self._write_errors(final):
+                upload.result()
+                atomic_write(partial / f"rank-{rank}.json", json.dumps(own))
+                # The library numbers the files of ranks from 1.
+                shards = sorted((partial / "tensors").glob(f"shard-{rank + 1:05d}-*"))
+                files = [*shards, partial / f"rank-{rank}.json"]
+                entries = {str(file.relative_to(partial)): checksum(file) for file in files}
+            parts = gather(entries, self._world.writers)
+            with self._write_errors(final):
+                if rank == 0:
+                    self._publish(final, {k: v for part in parts for k, v in part.items()}, state)
+        except SharedStorageError:
+            if rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
 
     def _publish(self, final: Path, entries: dict[str, Checksum], state: dict[str, Any]) -> None:
         partial = final.with_suffix(".partial")
@@ -190,15 +175,22 @@ class CheckpointWriter:
         partial.rename(final)
         sync_folder(self._folder)
         update_latest(self._folder)
-        for old in self._superseded():
-            # Renamed first: a folder without a suffix is always complete. One that cannot be
-            # removed, as on a network disk while it is read, is removed by a later process.
-            shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
+        for old in checkpoints_in(self._folder)[: -self._keep]:
+            if not (self._keep_every and step_of(old) % self._keep_every == 0):
+                # Renamed first: a folder without a suffix is always complete. One that cannot be
+                # removed, as on a network disk while it is read, is removed by a later process.
+                shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)
 
-    def _superseded(self) -> list[Path]:
-        older = checkpoints_in(self._folder)[: -self._keep]
-        every = self._keep_every
-        return [path for path in older if not (every and step_of(path) % every == 0)]
+
+def _make_folder(tensor_folder: Path, needed: int) -> None:
+    """Create the folder of an unfinished checkpoint if the disk has room for `needed` bytes."""
+    partial = tensor_folder.parent
+    shutil.rmtree(partial, ignore_errors=True)
+    tensor_folder.mkdir(parents=True)
+    free = shutil.disk_usage(partial).free
+    if free < needed:
+        shutil.rmtree(partial)
+        raise OSError(f"needs {needed:,} bytes, but the disk has {free:,}")
 
 
 def _files_in(folder: Path) -> set[str]:
@@ -209,16 +201,6 @@ def _written_bytes(tensor: Tensor) -> int:
     """Bytes that this rank adds to a checkpoint; of replicated shards only one is written."""
     if not isinstance(tensor, DTensor):
         return tensor.nbytes
-    copies = prod(
-        tensor.device_mesh.size(number)
-        for number, placement in enumerate(tensor.placements)
-        if isinstance(placement, Replicate)
-    )
+    sizes = zip(tensor.device_mesh.shape, tensor.placements, strict=True)
+    copies = prod(size for size, placement in sizes if isinstance(placement, Replicate))
     return -(-tensor.to_local().nbytes // copies)
-
-
-def _random_state() -> dict[str, str]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return {key: base64.b64encode(bytes(value.tolist())).decode() for key, value in states.items()}

@@ -138,37 +138,42 @@ def test_latest_names_what_is_left(tmp_path):
     assert not (tmp_path / "latest").exists()
 
 
-class LateFile:
-    """A disk on which a rank's file is seen only after some pauses."""
+def save_with_late_file(folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Save on a disk that shows a rank's file only after some pauses; returns the pauses."""
+    pauses: list[float] = []
+    hidden, write = folder / "hidden", writing.atomic_write
 
-    def __init__(self, folder: Path, after: int, monkeypatch):
-        self.pauses: list[float] = []
-        self.after, self.folder = after, folder
-        real = writing._files_in
-        monkeypatch.setattr(writing, "_files_in", lambda path: self._seen(real(path)))
+    def write_and_hide(path: Path, text: str) -> None:
+        write(path, text)
+        if path.name == "state.json" and after:
+            path.with_name("rank-0.json").rename(hidden)
 
-    def _seen(self, files: set[str]) -> set[str]:
-        return files if len(self.pauses) >= self.after else files - {"rank-0.json"}
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == after:
+            (partial,) = folder.glob("*.partial")
+            hidden.rename(partial / "rank-0.json")
 
-    def save(self) -> None:
-        with closing(CheckpointWriter(self.folder, WORLD, sleep=self.pauses.append)) as writer:
-            writer.save(1, training_tensors(*make(1)), {"step": 1}, {"data": []})
+    monkeypatch.setattr(writing, "atomic_write", write_and_hide)
+    with closing(CheckpointWriter(folder, WORLD, sleep=sleep)) as writer:
+        writer.save(1, training_tensors(*make(1)), {"step": 1}, {"data": []})
+        try:
             writer.wait()
+        finally:
+            assert sum(pauses) == min(after, 60)
+    return pauses
 
 
 @pytest.mark.parametrize("after", [0, 1, 60])
-def test_files_that_are_seen_late_are_waited_for(tmp_path, monkeypatch, after):
-    late = LateFile(tmp_path, after, monkeypatch)
-    late.save()
-    assert late.pauses == [1] * after
+def test_the_writer_waits_for_files_that_appear_late(tmp_path, monkeypatch, after):
+    assert save_with_late_file(tmp_path, after, monkeypatch) == [1] * after
     assert newest_intact(tmp_path, WORLD) == (tmp_path / "step-00000001", {})
 
 
-def test_files_that_do_not_come_within_a_minute_are_refused(tmp_path, monkeypatch):
-    late = LateFile(tmp_path, 61, monkeypatch)
+def test_files_that_do_not_appear_within_a_minute_are_an_error(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"rank-0\.json is missing, or of no rank of this job"):
-        late.save()
-    assert sum(late.pauses) == 60 and names(tmp_path) == []
+        save_with_late_file(tmp_path, 61, monkeypatch)
+    assert names(tmp_path) == []
 
 
 def test_what_earlier_processes_left_unfinished_is_swept_up(tmp_path):
@@ -226,7 +231,7 @@ def test_a_stray_rank_file_does_not_make_weights_resumable(tmp_path):
 def test_a_checkpoint_without_manifest_is_not_loaded(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "manifest.json").unlink()
-    with pytest.raises(UserError, match=r"step-00000001: manifest\.json is missing"):
+    with pytest.raises(UserError, match=r"step-00000001/manifest\.json: is missing"):
         load_checkpoint(tmp_path / "step-00000001", *make(2), WORLD)
 
 

@@ -46,7 +46,7 @@ def test_rows_that_a_power_cut_tore_are_dropped(tmp_path):
 def test_a_broken_row_that_is_to_stay_is_named(tmp_path):
     run = Run(tmp_path)
     run.metrics.write_text(f"{json.dumps(row(2))}\nnonsense\n{json.dumps(row(6))}\n")
-    with pytest.raises(UserError, match="record 2: not JSON"):
+    with pytest.raises(UserError, match="record 2: not valid JSON"):
         MetricsLog(run, 6)
     assert len(run.metrics.read_text().splitlines()) == 3
 

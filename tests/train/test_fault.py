@@ -179,7 +179,7 @@ def test_a_replay_needs_an_intact_checkpoint(tiny, tmp_path, monkeypatch):
     (checkpoint,) = checkpoints_in(run.checkpoints)
     (shard,) = (checkpoint / "tensors").iterdir()
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(UserError, match=r"step-00000002: tensors/.* has changed .*restore it"):
+    with pytest.raises(UserError, match=r"step-00000002/tensors/.* has changed .*restore it"):
         replay(run)
 
 
