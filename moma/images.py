@@ -3,8 +3,9 @@
     file or bytes → header: format, size → first frame → 8 bits, on white → upright → RGB
 
 Files are not trusted: only formats that Pillow decodes itself are opened (its PostScript reader
-starts a program), and the size is checked before a pixel is decoded. Of metadata, only the
-orientation is used: an image with damaged metadata is read without it.
+starts a program), and the size is checked before a pixel is decoded. A file that ends before the
+pixels do is refused; what follows them is ignored. Of metadata, only the orientation is used: an
+image with damaged metadata is read without it.
 """
 
 import io
@@ -15,13 +16,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from moma.errors import UserError, shorten
+from moma.errors import StorageError, UserError, os_error_message, shorten
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Suffixes of these formats; of two files with the same stem, the earlier suffix is preferred.
@@ -36,6 +38,7 @@ DRAWING_SIDE = 512
 _MAX_DRAWING_BYTES = 16 * 2**20
 # Only smaller files are read again without their metadata.
 _MAX_REPAIR_BYTES = 256 * 2**20
+_PNG_END = bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4)
 # A line of pixels whose short side is enlarged would take gigabytes.
 _MAX_ASPECT_RATIO = 8
 _UPRIGHT = {
@@ -72,14 +75,39 @@ def read_image(
     what = shorten(str(file), 300) if isinstance(file, Path) else "the image"
 
     def decode(image: Image.Image) -> Image.Image:
-        _check_size(image, max_pixels, f"{location}: {what}")
+        width, height = image.size
+        if width * height > max_pixels:
+            raise UserError(
+                f"{location}: {what} is too large: {width} × {height} pixels are more than "
+                f"max_pixels = {max_pixels}; shrink it or raise 'max_pixels'"
+            )
         image.load()
-        return _upright(_to_rgb(image), _orientation(image))
+        method = _UPRIGHT.get(_orientation(image))
+        image = _to_rgb(image)
+        return image if method is None else image.transpose(method)
 
-    with _describe_errors(location, what, remedy):
+    try:
         if isinstance(file, Path) and file.suffix.lower() == ".svg":
             return on_white(_draw(file, f"{location}: {what}"))
         return _use_image(file, decode)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{location}: there is no {what}; add the file or {remedy}") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{location}: {what} is too large ({error}); shrink it") from error
+    # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
+    except Exception as error:
+        reason = shorten(str(getattr(error, "strerror", None) or error), 200)
+        if isinstance(error, OSError):
+            described = os_error_message(OSError(error.errno, reason, f"{location}: {what}"))
+            if isinstance(described, StorageError):
+                raise described from error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"not an image of a known format: {', '.join(_formats())}"
+        raise UserError(
+            f"{location}: cannot read {what} ({reason}); save it again as PNG or JPEG or {remedy}"
+        ) from error
 
 
 def image_size(file: Path) -> tuple[int, int] | None:
@@ -91,23 +119,23 @@ def image_size(file: Path) -> tuple[int, int] | None:
 
 
 def _use_image(file: Path | bytes, use: Callable[[Image.Image], _T]) -> _T:
-    """Call `use` with the opened image, or, if that fails, with the image without metadata."""
+    """Call `use` with the opened image, or, if that fails, with its essential parts."""
     try:
         with _open_image(file) as image:
             return use(image)
     except (UserError, FileNotFoundError, Image.DecompressionBombError):
         raise
-    except Exception:
-        repaired = _without_metadata(file)
-        if repaired is not None:
-            try:
-                with _open_image(repaired) as image:
-                    return use(image)
-            except UserError:
-                raise
-            except Exception:
-                pass  # The first error describes the file.
-        raise
+    except Exception as error:
+        essential = _essential_parts(file)
+        if essential is None:
+            raise
+        try:
+            with _open_image(essential) as image:
+                return use(image)
+        except UserError:
+            raise
+        except Exception:
+            raise error from None  # The first error describes the file.
 
 
 @contextmanager
@@ -151,21 +179,24 @@ def _check_png_data(file: BinaryIO) -> None:
     file.seek(position)
 
 
-def _without_metadata(file: Path | bytes) -> bytes | None:
-    """An image file without ICC profile, text, XMP and thumbnails; None if there is no such way.
+def _essential_parts(file: Path | bytes) -> bytes | None:
+    """An image file without ICC profile, text, XMP, thumbnails and what follows the image.
 
-    The EXIF data of PNG, JPEG and WebP, where the orientation is, is kept.
+    The EXIF data of PNG, JPEG and WebP, where the orientation is, is kept. None if the format is
+    another or the file too long.
     """
     if isinstance(file, Path):
         if file.stat().st_size > _MAX_REPAIR_BYTES:
             return None
         file = file.read_bytes()
     if file.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _png_without_metadata(file)
+        return b"".join([file[:8], *filter(_is_essential_png, _png_chunks(file)), _PNG_END])
     if file.startswith(b"\xff\xd8"):
-        return _jpeg_without_metadata(file)
+        return _essential_jpeg(file)
     if file[:4] == b"RIFF" and file[8:12] == b"WEBP":
-        return _webp_without_metadata(file)
+        return _essential_webp(file)
+    if file[4:8] == b"jP  ":
+        return _essential_jpeg_2000(file)
     if file[4:12] in (b"ftypavif", b"ftypavis"):
         # Offsets in the file are absolute: items get an unknown type instead of being removed.
         items = rb"(infe\x02.{7})(?:Exif|mime)"
@@ -173,23 +204,27 @@ def _without_metadata(file: Path | bytes) -> bytes | None:
     return None
 
 
-def _png_without_metadata(data: bytes) -> bytes:
-    kept, position = [data[:8]], 8
-    while len(header := data[position : position + 8]) == 8:
-        length, kind = struct.unpack(">I4s", header)
-        if kind == b"IEND":
-            break
-        chunk = data[position : position + length + 12]
-        is_intact = zlib.crc32(chunk[4:-4]).to_bytes(4) == chunk[-4:]
-        # Upper case: header, palette and pixels. tRNS is the transparency.
-        if kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and is_intact):
-            kept.append(chunk)
-        position += length + 12
-    end = b"IEND"
-    return b"".join([*kept, bytes(4), end, zlib.crc32(end).to_bytes(4)])
+def _chunks(data: bytes, start: int, length_of: Callable[[bytes], int]) -> Iterator[bytes]:
+    """The consecutive chunks of a file; `length_of` is the whole length by the first 8 bytes."""
+    while len(header := data[start : start + 8]) == 8:
+        chunk = data[start : start + max(8, length_of(header))]
+        yield chunk
+        start += len(chunk)
 
 
-def _jpeg_without_metadata(data: bytes) -> bytes | None:
+def _png_chunks(data: bytes) -> Iterator[bytes]:
+    chunks = _chunks(data, 8, lambda header: int.from_bytes(header[:4]) + 12)
+    return takewhile(lambda chunk: chunk[4:8] != b"IEND", chunks)
+
+
+def _is_essential_png(chunk: bytes) -> bool:
+    kind = chunk[4:8]
+    is_intact = zlib.crc32(chunk[4:-4]).to_bytes(4) == chunk[-4:]
+    # Upper case: header, palette and pixels. tRNS is the transparency.
+    return kind[:1].isupper() or kind == b"tRNS" or (kind == b"eXIf" and is_intact)
+
+
+def _essential_jpeg(data: bytes) -> bytes | None:
     kept, position = [data[:2]], 2
     while len(header := data[position : position + 4]) == 4:
         marker, kind, length = struct.unpack(">BBH", header)
@@ -209,51 +244,34 @@ def _jpeg_without_metadata(data: bytes) -> bytes | None:
     return None
 
 
-def _webp_without_metadata(data: bytes) -> bytes:
-    kept, position = [], 12
-    while len(header := data[position : position + 8]) == 8:
-        kind, length = struct.unpack("<4sI", header)
-        chunk = data[position : position + 8 + length + length % 2]
+def _essential_webp(data: bytes) -> bytes:
+    def length_of(header: bytes) -> int:
+        length = int.from_bytes(header[4:], "little")
+        return 8 + length + length % 2
+
+    kept = []
+    for chunk in _chunks(data, 12, length_of):
+        kind, is_whole = chunk[:4], len(chunk) >= length_of(chunk[:8]) - 1
         if kind == b"VP8X":  # flags: the file has no ICC profile and no XMP
             chunk = chunk[:8] + bytes([chunk[8] & ~0x24]) + chunk[9:]
-        is_whole = len(chunk) >= 8 + length
         if kind not in (b"ICCP", b"XMP ") and (kind != b"EXIF" or is_whole):
             kept.append(chunk)
-        position += len(chunk)
     body = b"".join(kept)
     return b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
 
 
-@contextmanager
-def _describe_errors(location: str, what: str, remedy: str) -> Iterator[None]:
-    """Turn everything that can go wrong into one message."""
-    try:
-        yield
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{location}: there is no {what}; add the file or {remedy}") from error
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{location}: {what} is too large ({error}); shrink it") from error
-    # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
-    except Exception as error:
-        reason = shorten(
-            str(error.strerror or error) if isinstance(error, OSError) else str(error), 200
-        )
-        if isinstance(error, UnidentifiedImageError):
-            reason = f"not an image of a known format: {', '.join(_formats())}"
-        raise UserError(
-            f"{location}: cannot read {what} ({reason}); save it again as PNG or JPEG or {remedy}"
-        ) from error
+def _essential_jpeg_2000(data: bytes) -> bytes:
+    def length_of(header: bytes) -> int:
+        # A box of length 0 ends with the file; 1 says that the length is longer than 4 bytes.
+        return int.from_bytes(header[:4]) if header[:4] > b"\0\0\0\1" else len(data)
 
-
-def _check_size(image: Image.Image, max_pixels: int, what: str) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise UserError(
-            f"{what} is too large: {width} × {height} pixels are more than "
-            f"max_pixels = {max_pixels}; shrink it or raise 'max_pixels'"
-        )
+    kept = []
+    for box in _chunks(data, 0, length_of):
+        if box[4:8] in (b"jP  ", b"ftyp", b"jp2h", b"jp2c"):
+            kept.append(box)
+        if box[4:8] == b"jp2c":  # the pixels; another image may follow
+            break
+    return b"".join(kept)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -262,11 +280,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # Damaged EXIF data make Pillow raise nearly anything.
         return 1
-
-
-def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    method = _UPRIGHT.get(orientation)
-    return image if method is None else image.transpose(method)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

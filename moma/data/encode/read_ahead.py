@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from moma.data.documents import ImageRef
-from moma.errors import UserError
+from moma.errors import StorageError, UserError
 
 # A worker takes about a second to start: sources that are read faster do not need any.
 SECONDS_BEFORE_WORKERS = 3.0
@@ -84,7 +84,7 @@ class ImageReader:
             other item unchanged.
 
         Raises:
-            UserError: a worker process died.
+            UserError: a worker process died, or the disk fails.
         """
         ahead: deque[Callable[[], list[Any]]] = deque()
         for task in _tasks(items):
@@ -187,6 +187,8 @@ def _read_all(images: list[ImageRef], preprocess: Preprocess) -> list[Pixels | U
 def _read_one(image: ImageRef, preprocess: Preprocess) -> Pixels | UserError:
     try:
         values = preprocess(image.read())
+    except StorageError:
+        raise
     except UserError as error:
         return error
     hashed = hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes())

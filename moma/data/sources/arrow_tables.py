@@ -8,18 +8,19 @@ are memory-mapped where they are.
 import errno
 import glob
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from moma.errors import StorageError, UserError, list_names, os_error_message, quote, shorten
+from moma.data.sources.paths import read_error
+from moma.errors import StorageError, UserError, list_names, quote, shorten
 
 ENDINGS = {"parquet": "parquet", "arrow": "arrow"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _DISK_FULL_MESSAGES = ("No space left on device", "Not enough disk space")
+_REMEDY = "replace or remove the file"
 
 
 def open_files(
@@ -49,7 +50,7 @@ def open_files(
         return datasets.concatenate_datasets(
             [parts[name].select(range(start, end)) for name, start, end in chosen]
         )
-    return load(
+    return datasets.load_dataset(
         path=kind,
         # The library expands patterns, and a name may look like one.
         data_files={name: [glob.escape(path) for path in each] for name, each in with_rows.items()},
@@ -77,18 +78,6 @@ def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:
     ]
 
 
-def load(**arguments: Any) -> Any:
-    """Call `datasets.load_dataset` without its progress bars and log."""
-    silence()
-    return datasets.load_dataset(**arguments)
-
-
-def silence() -> None:
-    """Turn off the library's progress bars, and its log of errors that it raises as well."""
-    datasets.disable_progress_bars()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-
-
 def check_columns(path: str, found: list[str], columns: list[str]) -> None:
     """Check that a data set has the columns that are used.
 
@@ -102,12 +91,13 @@ def check_columns(path: str, found: list[str], columns: list[str]) -> None:
             )
 
 
-def storage_error(error: BaseException) -> StorageError | None:
-    """Return the error of the disk that lies behind another error, if there is one.
+def storage_error(path: str, error: BaseException) -> StorageError | None:
+    """Return the error of the disk that caused another error, if there is one.
 
     `datasets` reports a full disk as an error of the file that it was reading.
     """
-    for cause in _causes(error):
+    cause: BaseException | None = error
+    while cause is not None:
         text = str(cause)
         is_full = isinstance(cause, OSError) and cause.errno in _DISK_FULL
         if is_full or any(message in text for message in _DISK_FULL_MESSAGES):
@@ -117,56 +107,42 @@ def storage_error(error: BaseException) -> StorageError | None:
                 "disk, or set streaming = true, and run the same command again"
             )
         if isinstance(cause, OSError):
-            described = os_error_message(cause)
+            described = read_error(path, cause)
             if isinstance(described, StorageError):
                 return described
+        cause = cause.__cause__ or cause.__context__
     return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _common_schema(
     kind: str, files: dict[str, list[str]], columns: list[str]
 ) -> tuple[dict[str, list[str]], pa.Schema]:
-    """The files that have rows, or one of them, and the types of the columns in all of them."""
+    """The files of each split that have rows, or one of them, and the types of the columns."""
     with_rows: dict[str, list[str]] = {}
-    schema: pa.Schema | None = None
+    schemas: list[pa.Schema] = []
     for split, paths in files.items():
-        sizes: dict[str, int] = {}
-        for path in paths:
-            found, sizes[path] = _schema_and_rows(kind, path)
-            if not sizes[path] and path != paths[-1]:
-                continue
-            if not sizes[path] and any(sizes.values()):
-                continue
-            check_columns(path, found.names, columns)
-            plain = pa.schema([pa.field(name, _plain(found.field(name).type)) for name in columns])
+        found = {path: _schema_and_rows(kind, path) for path in paths}
+        with_rows[split] = [path for path in paths if found[path][1]] or paths[-1:]
+        for path in with_rows[split]:
+            schema = found[path][0]
+            check_columns(path, schema.names, columns)
+            used = pa.schema([pa.field(name, _plain(schema.field(name).type)) for name in columns])
             try:
-                known = [schema] if schema is not None else []
-                schema = pa.unify_schemas([*known, plain], promote_options="permissive")
+                schemas = [pa.unify_schemas([*schemas, used], promote_options="permissive")]
             except pa.ArrowException as error:
                 raise UserError(
                     f"{path}: a column has another type than in the other files "
                     f"({shorten(str(error), 200)}); convert the files to one type"
                 ) from error
-        with_rows[split] = [path for path, size in sizes.items() if size] or paths[-1:]
-    assert schema is not None
-    return with_rows, schema
+    return with_rows, schemas[0]
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
     """The type of the values, where files store them in another way."""
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
-    if kind == pa.string_view():
-        return pa.large_string()
-    if kind == pa.binary_view():
-        return pa.large_binary()
-    return kind
+    views = {pa.string_view(): pa.large_string(), pa.binary_view(): pa.large_binary()}
+    return views.get(kind, kind)
 
 
 def _schema_and_rows(kind: str, path: str) -> tuple[pa.Schema, int]:
@@ -177,9 +153,7 @@ def _schema_and_rows(kind: str, path: str) -> tuple[pa.Schema, int]:
         with pa.parquet.ParquetFile(path) as file:
             return file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise storage_error(error) or UserError(
-            f"{path}: cannot read it ({shorten(str(error), 300)}); replace or remove the file"
-        ) from error
+        raise storage_error(path, error) or read_error(path, error, _REMEDY) from error
 
 
 def _arrow_data(paths: list[str], columns: list[str], schema: pa.Schema) -> datasets.Dataset:
@@ -190,7 +164,7 @@ def _arrow_data(paths: list[str], columns: list[str], schema: pa.Schema) -> data
             table.validate(full=True)
         except pa.ArrowException as error:
             reason = shorten(str(error), 300)
-            raise UserError(f"{path}: is damaged ({reason}); replace or remove the file") from error
+            raise UserError(f"{path}: is damaged ({reason}); {_REMEDY}") from error
         tables.append(datasets.table.table_cast(table, schema))
     return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)))
 

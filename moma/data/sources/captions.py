@@ -1,19 +1,20 @@
-"""A folder of images whose captions are listed in a JSON Lines file."""
+"""A folder of images whose captions are listed in a JSON Lines or CSV file."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from moma.data.documents import Document, Rejected, SourceName
-from moma.data.sources.jsonl import Line, jsonl_fingerprint, read_jsonl, require_text
-from moma.data.sources.paths import files_below, resolve_inside
-from moma.data.sources.reading import CaptionReaderConfig
+from moma.data.documents import Document, SourceName
+from moma.data.sources.jsonl import require_text
+from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
+from moma.data.sources.reading import CaptionReaderConfig, Row, make_rows
+from moma.data.sources.row_files import FileRow, named_images, read_rows
 from moma.errors import UserError
 from moma.recipe import RequiredPath
 
 _LIST = "captions.jsonl"
-# The name, and the key of the image, that image folders of the library `datasets` have.
-_METADATA, _FILE_NAME = "metadata.jsonl", "file_name"
+# The names, and the key of the image, that image folders of the library `datasets` have.
+_METADATA, _FILE_NAME = ("metadata.jsonl", "metadata.csv"), "file_name"
 
 
 class CaptionsConfig(CaptionReaderConfig):
@@ -22,9 +23,9 @@ class CaptionsConfig(CaptionReaderConfig):
     A row is an object such as `{"image": "cats/1.jpg", "caption": "Two cats."}`; as in the image
     folders of the library `datasets`, the keys may also be `file_name` and `text`. The image's
     path is relative to the folder of the list and stays inside it. Without a `captions.jsonl`,
-    every `metadata.jsonl` in the folder and below it is read. A document is named by the path of
-    its image in the folder, however the row spells it, so that several captions of one image are
-    held out together.
+    every `metadata.jsonl` and `metadata.csv` in the folder and below it is read. A document is
+    named by the path of its image in the folder, however the row spells it, so that several
+    captions of one image are held out together.
 
     Attributes:
         path: the folder.
@@ -34,39 +35,45 @@ class CaptionsConfig(CaptionReaderConfig):
     name: SourceName = "captions"
     path: RequiredPath
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
-        """Yield a document for every row of the lists."""
-        return read_jsonl(self._lists(), self._document)
+    def read_rows(self) -> Iterator[Row]:
+        """Yield the rows of the lists."""
+        return make_rows(_read(self._lists()), self._document)
 
     def fingerprint(self) -> str:
         """Return what changes with the lists, or with the size or time of an image in them."""
-        return jsonl_fingerprint(self._lists(), self._image_files)
+        lists = self._lists()
+        return fingerprint_of(lists, named_images(_read(lists), _image_files))
 
     def _lists(self) -> list[Path]:
         captions = self.path / _LIST
         if captions.exists():
             return [captions]
         files = files_below(self.path) if self.path.is_dir() else []
-        lists = [path for path in files if path.name == _METADATA]
+        lists = [path for path in files if path.name in _METADATA]
         if not lists:
             raise UserError(
-                f"{captions}: cannot read it (no such file, and no {_METADATA}); "
+                f"{captions}: cannot read it (no such file, and no {' or '.join(_METADATA)}); "
                 "check the source's 'path'"
             )
         return lists
 
-    def _document(self, line: Line) -> Document:
-        values = line.values()
-        image = require_text(values, *_image_keys(line))
+    def _document(self, row: FileRow) -> Document:
+        values = row.values()
+        image = require_text(values, *_image_keys(row))
         caption = require_text(values, "caption", "text")
-        path = resolve_inside(line.path.parent, image)
+        path = resolve_inside(Path(row.path).parent, image)
         name = path.relative_to(self.path.resolve()).as_posix()
-        segments = self.with_caption(name, caption, self.image_ref(path, line.location))
-        return Document(name=name, segments=segments, row=line.location)
-
-    def _image_files(self, line: Line) -> Iterator[Path]:
-        yield line.path.parent / require_text(line.values(), *_image_keys(line))
+        return Document(name, self.with_caption(name, caption, self.image_ref(path, row.location)))
 
 
-def _image_keys(line: Line) -> tuple[str, str]:
-    return (_FILE_NAME, "image") if line.path.name == _METADATA else ("image", _FILE_NAME)
+def _read(lists: list[Path]) -> Iterator[FileRow]:
+    for path in lists:
+        yield from read_rows(str(path), [_FILE_NAME])
+
+
+def _image_keys(row: FileRow) -> tuple[str, str]:
+    return ("image", _FILE_NAME) if Path(row.path).name == _LIST else (_FILE_NAME, "image")
+
+
+def _image_files(row: FileRow) -> Iterator[Path]:
+    yield Path(row.path).parent / require_text(row.values(), *_image_keys(row))

@@ -6,7 +6,7 @@ in memory.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache, partial
 from os.path import commonpath
 from pathlib import Path
@@ -16,12 +16,13 @@ import datasets
 from PIL import Image
 from pydantic import Field, model_validator
 
-from moma.data.documents import Document, ImageRef, Rejected, SourceName
-from moma.data.sources.dataset_files import cannot_open, find_files, local_files, open_table
-from moma.data.sources.interleaved import Part, content_name, make_segments, parse_parts
+from moma.data.documents import Document, ImageRef, SourceName
+from moma.data.sources.arrow_tables import check_columns
+from moma.data.sources.dataset_files import find_files, local_files, open_errors
+from moma.data.sources.interleaved import Part, content_name, make_document, parse_parts
 from moma.data.sources.jsonl import require_text
-from moma.data.sources.paths import fingerprint_of, resolve_inside
-from moma.data.sources.reading import CaptionReaderConfig, attempt, content_hash
+from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
+from moma.data.sources.reading import CaptionReaderConfig, Row, content_hash
 from moma.data.sources.row_files import FileRow
 from moma.errors import UserError, list_names, quote
 from moma.images import read_image
@@ -73,16 +74,17 @@ class DatasetConfig(CaptionReaderConfig):
         return self
 
     @property
-    def _columns(self) -> list[str]:
+    def columns(self) -> list[str]:
+        """The columns that are used."""
         if self.segments_column is not None:
             return [self.segments_column]
         return [column for column in (self.text_column, self.image_column) if column is not None]
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
-        """Yield a document for every row."""
+    def read_rows(self) -> Iterator[Row]:
+        """Yield every row."""
         fingerprint, folder = self.fingerprint(), self._folder
         for number, row in enumerate(self._file_rows(fingerprint)):
-            yield attempt(row.location, partial(self._document, row, number, fingerprint, folder))
+            yield row.location, partial(self._document, row, number, fingerprint, folder)
 
     def fingerprint(self) -> str:
         """Return a fingerprint of the sizes and times of local files; of the hub, none.
@@ -90,10 +92,9 @@ class DatasetConfig(CaptionReaderConfig):
         Give a `revision` for what may change on the hub.
         """
         files = local_files(self.path)
-        if files:
-            return fingerprint_of(files)
-        folder = Path(self.path)
-        return fingerprint_of(sorted(p for p in folder.rglob("*") if p.is_file()))
+        if not files and Path(self.path).is_dir():
+            files = files_below(Path(self.path))
+        return fingerprint_of(files)
 
     @property
     def _folder(self) -> Path:
@@ -107,49 +108,56 @@ class DatasetConfig(CaptionReaderConfig):
 
     def _file_rows(self, fingerprint: str) -> Iterator[FileRow]:
         """The rows with their columns, images undecoded."""
-        files = find_files(self.path, self.subset, self.revision, self.streaming)
-        try:
+        with open_errors(self.path):
+            files = find_files(self.path, self.subset, self.revision, self.streaming)
             if files.kind == "rows":
-                yield from files.rows(self._columns, self.split)
+                yield from files.rows(self.columns, self.split)
                 return
-            opened, number = _open(self, fingerprint), 0
-            for table in opened.iter(batch_size=_CHUNK_ROWS):
+            number = 0
+            for table in _open(self, fingerprint).iter(batch_size=_CHUNK_ROWS):
                 for values in table.to_pylist():
                     number += 1
-                    yield FileRow(f"{self.path}, row {number}", partial(dict, values))
-        except UserError:
-            raise
-        except Exception as error:  # whatever the files, the network and the library raise
-            raise cannot_open(self.path, error) from error
+                    location = f"{self.path}, row {number}"
+                    yield FileRow(self.path, location, partial(dict, values))
 
-    def _document(self, file_row: FileRow, number: int, fingerprint: str, folder: Path) -> Document:
-        values = file_row.values()
-        for column in self._columns:
+    def _document(self, row: FileRow, number: int, fingerprint: str, folder: Path) -> Document:
+        values = row.values()
+        for column in self.columns:
             if column not in values:
                 raise UserError(f"has no {quote(column)}; the keys are: {list_names(values)}")
-        row = _Row(values, number, fingerprint, folder, file_row.location)
         if self.segments_column is None and self.image_column is None:
-            text = require_text(row.values, self.text_column)
-            return Document(content_hash(text), (text,), row=row.location)
-        parts = self._parts(row.values)
-        stored = [(kind, self._stored(v) if kind == "image" else v) for kind, v in parts]
-        segments = make_segments(stored, partial(self._image_of, row))
-        name = content_name(stored)
-        if not self._is_captioned(row.values):
-            return Document(name, segments, row=row.location)
-        caption, image = segments
+            text = require_text(values, self.text_column)
+            return Document(content_hash(text), (text,))
+
+        def image_of(which: int, stored: bytes | str) -> ImageRef:
+            name = f"{row.location}, image {which}"
+            if isinstance(stored, str):
+                return self.image_ref(resolve_inside(folder, stored), name)
+            if self.streaming:
+                return ImageRef(name, partial(read_image, stored, name, max_pixels=self.max_pixels))
+            return ImageRef(name, partial(_read_cell, self, fingerprint, number, which - 1, name))
+
+        parts: list[Part] = [
+            (kind, _stored(value) if kind == "image" else value)
+            for kind, value in self.parts_of(values)
+        ]
+        document = make_document(parts, image_of)
+        if self.image_column is None or isinstance(values[self.image_column], list):
+            return document
+        caption, image = document.segments
         assert isinstance(caption, str) and isinstance(image, ImageRef)
-        return Document(
-            name,
-            self.with_caption(name, caption, image),
-            row=row.location,
-            held_out_with=content_name([part for part in stored if part[0] == "image"]),
+        return replace(
+            document,
+            segments=self.with_caption(document.name, caption, image),
+            held_out_with=content_name([part for part in parts if part[0] == "image"]),
         )
 
-    def _is_captioned(self, values: dict[str, Any]) -> bool:
-        return self.image_column is not None and not isinstance(values[self.image_column], list)
+    def parts_of(self, values: dict[str, Any]) -> list[Part]:
+        """Return the texts and the images of a row, images as the row holds them.
 
-    def _parts(self, values: dict[str, Any]) -> list[Part]:
+        Raises:
+            UserError: there are none, or they are malformed.
+        """
         if self.image_column is None:
             return parse_parts({"segments": values[self.segments_column or ""]})
         image = values[self.image_column]
@@ -159,51 +167,24 @@ class DatasetConfig(CaptionReaderConfig):
             raise UserError(f"has no image under {quote(self.image_column)}")
         return [("text", require_text(values, self.text_column)), ("image", image)]
 
-    def _stored(self, value: Any) -> bytes | str:
-        """An image as its bytes or the path of its file."""
-        if isinstance(value, dict):
-            value = value.get("bytes") or value.get("path")
-        if not isinstance(value, (bytes, str)) or not value:
-            raise UserError("an image is neither bytes nor a path; check the names of the columns")
-        return value
 
-    def _image_of(self, row: "_Row", which: int, stored: bytes | str) -> ImageRef:
-        name = f"{row.location}, image {which}"
-        if isinstance(stored, str):
-            return self.image_ref(resolve_inside(row.folder, stored), name)
-        if self.streaming:
-            read = partial(read_image, stored, name, max_pixels=self.max_pixels)
-        else:
-            read = partial(_read_cell, self, row.fingerprint, row.number, which - 1, name)
-        return ImageRef(name, read)
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A row of a data set, and what is needed to read it again.
-
-    Attributes:
-        values: its columns.
-        number: row number, from 0.
-        fingerprint: of the data set.
-        folder: the folder that paths of images are relative to.
-        location: file and row, for messages.
-    """
-
-    values: dict[str, Any]
-    number: int
-    fingerprint: str
-    folder: Path
-    location: str
+def _stored(value: Any) -> bytes | str:
+    """An image as its bytes or the path of its file."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, (bytes, str)) or not value:
+        raise UserError("an image is neither bytes nor a path; check the names of the columns")
+    return value
 
 
 def _read_cell(
     config: DatasetConfig, fingerprint: str, row: int, which: int, location: str
 ) -> Image.Image:
     """Read an image of a row; the row is read again instead of kept in memory."""
-    (values,) = _open(config, fingerprint)[row : row + 1].to_pylist()
-    images = [value for kind, value in config._parts(values) if kind == "image"]
-    stored = config._stored(images[which])
+    with open_errors(config.path):
+        (values,) = _open(config, fingerprint)[row : row + 1].to_pylist()
+    images = [_stored(value) for kind, value in config.parts_of(values) if kind == "image"]
+    stored = images[which]
     assert isinstance(stored, bytes)
     return read_image(stored, location, max_pixels=config.max_pixels)
 
@@ -211,21 +192,18 @@ def _read_cell(
 @lru_cache(maxsize=8)
 def _open(config: DatasetConfig, fingerprint: str) -> Any:
     """The columns that are used, as Arrow tables; files that changed are opened again."""
-    columns = config._columns
-    opened = open_table(
-        config.path, config.subset, config.revision, columns, config.split, config.streaming
-    )
-    if config.segments_column is None:
-        _check_text_column(config, opened.features or {})
-    return opened
-
-
-def _check_text_column(config: DatasetConfig, features: dict[str, Any]) -> None:
-    """Refuse a column of numbers or the like as texts at once, instead of row by row."""
-    feature = features.get(config.text_column)
+    columns = config.columns
+    files = find_files(config.path, config.subset, config.revision, config.streaming)
+    opened = files.table(columns, config.split, config.streaming)
+    check_columns(config.path, opened.column_names or columns, columns)
+    # Arrow's own values: `datasets` would decode images, wherever their paths lead.
+    opened = opened.select_columns(columns).with_format("arrow")
+    feature = (opened.features or {}).get(config.text_column)
     feature = getattr(feature, "feature", feature)  # of a list
+    # A column of numbers or the like is refused at once, instead of row by row.
     if isinstance(feature, datasets.Value) and feature.dtype not in _TEXT_TYPES:
         raise UserError(
             f"{config.path}: the column {quote(config.text_column)} holds {feature.dtype} values, "
             "not text; set text_column to a column of texts"
         )
+    return opened

@@ -2,21 +2,24 @@
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.data_files import ALL_DEFAULT_PATTERNS, resolve_pattern
 from datasets.download import DownloadManager
 
 from moma.data.sources import arrow_tables, row_files
-from moma.data.sources.arrow_tables import check_columns, storage_error
-from moma.data.sources.paths import expand_pattern
+from moma.data.sources.arrow_tables import storage_error
+from moma.data.sources.paths import expand_pattern, outputs_below
 from moma.errors import UserError, list_names, quote, shorten
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_ENDINGS = (*row_files.ENDINGS, *arrow_tables.ENDINGS)
 # Builders of `datasets` for text files, in place of which the rows are read here: they take
 # values for numbers, dates or missing ones, or a column for an index.
 _TEXT_BUILDERS = ("csv", "json", "text")
@@ -29,21 +32,24 @@ class DatasetFiles:
 
     Attributes:
         kind: "rows" of text files, a kind of Arrow file, or "other", which `datasets` knows.
-        splits: the files of each split, empty for "other".
+        splits: the files of each split.
         separator: what separates the columns of CSV files, where it is declared.
         is_local: whether the files are on this machine.
+        builder: what `datasets` reads them with, where it was asked.
     """
 
     kind: str
     splits: dict[str, list[str]]
     separator: str | None = None
     is_local: bool = True
+    builder: Any = None
 
     def rows(self, columns: list[str], split: str) -> Iterator[row_files.FileRow]:
         """Yield the rows of text files.
 
         Raises:
-            UserError: a file cannot be read, or there is no such split.
+            UserError: a file cannot be read.
+            ValueError: there is no such split.
         """
         if split in self.splits:
             yield from self._split_rows(split, columns)
@@ -54,8 +60,20 @@ class DatasetFiles:
 
     def _split_rows(self, split: str, columns: list[str]) -> Iterator[row_files.FileRow]:
         for path in self.splits[split]:
-            ending = row_files.ending_of(path)
-            yield from row_files.read_rows(path, ending, columns, self.separator)
+            yield from row_files.read_rows(path, columns, self.separator)
+
+    def table(self, columns: list[str], split: str, streaming: bool) -> Any:
+        """Return a data set of `datasets` with at least the columns that are used."""
+        if self.kind == "other" and streaming:
+            return self.builder.as_streaming_dataset(split=split)
+        if self.kind == "other":
+            self.builder.download_and_prepare()
+            return self.builder.as_dataset(split=split)
+        if self.is_local:
+            return arrow_tables.open_files(self.kind, self.splits, columns, split, streaming)
+        return datasets.load_dataset(
+            path=self.kind, data_files=self.splits, split=split, streaming=streaming
+        )
 
 
 def local_files(path: str) -> list[Path]:
@@ -64,18 +82,16 @@ def local_files(path: str) -> list[Path]:
     Raises:
         UserError: no file matches, or a file has an ending that cannot be read.
     """
-    if Path(path).is_dir():
-        return []
-    known = (*row_files.ENDINGS, *arrow_tables.ENDINGS)
     is_pattern = any(character in path for character in "*?[")
-    if not (Path(path).exists() or is_pattern or row_files.ending_of(path) in known):
+    is_file = Path(path).exists() or is_pattern or row_files.ending_of(path) in _ENDINGS
+    if Path(path).is_dir() or not is_file:
         return []
     files = expand_pattern(Path(path))
     for file in files:
-        if row_files.ending_of(str(file)) not in known:
+        if row_files.ending_of(str(file)) not in _ENDINGS:
             raise UserError(
                 f"{file}: files with this ending cannot be read; those that can end in "
-                f"{', '.join(known)}, the text files among them also in .gz, .bz2, .xz or .zst"
+                f"{', '.join(_ENDINGS)}, the text files among them also in .gz, .bz2, .xz or .zst"
             )
     return files
 
@@ -92,8 +108,11 @@ def find_files(
         streaming: whether files of the hub are read without downloading them first.
 
     Raises:
-        UserError: there is no such data set.
+        UserError: there is no such data set, or it would be read by guesses.
     """
+    # Without progress bars, and without a log of errors that are raised as well.
+    datasets.disable_progress_bars()
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     files = [str(file) for file in local_files(path)]
     if files:
         endings = {row_files.ending_of(file) for file in files}
@@ -104,66 +123,29 @@ def find_files(
         return DatasetFiles(arrow_tables.ENDINGS[endings.pop()], {"train": files})
     is_local = Path(path).is_dir()
     if not is_local and not _HUB_NAME.fullmatch(path):
-        known = ", ".join((*row_files.ENDINGS, *arrow_tables.ENDINGS))
         raise UserError(
-            f"{shorten(path)}: is no file that ends in {known}, no folder, and no name on the hub "
-            "such as owner/name; check the source's 'path'"
+            f"{shorten(path)}: is no file that ends in {', '.join(_ENDINGS)}, no folder, and no "
+            "name on the hub such as owner/name; check the source's 'path'"
         )
+    if is_local and glob.has_magic(path):
+        raise UserError(
+            f"{path}: `datasets` takes the folder's name for a pattern; rename the folder, or "
+            f"name its files: {path}/*.parquet"
+        )
+    return _builder_files(path, subset, revision, streaming, is_local)
+
+
+@contextmanager
+def open_errors(path: str) -> Iterator[None]:
+    """Turn whatever the files, the network and the library raise into one `UserError`."""
     try:
-        if is_local and glob.has_magic(path):
-            raise UserError(
-                f"{path}: `datasets` takes the folder's name for a pattern; rename the folder, or "
-                f"name its files: {path}/*.parquet"
-            )
-        return _builder_files(path, subset, revision, streaming, is_local)
+        yield
     except UserError:
         raise
-    except Exception as error:  # whatever the files, the network and the library raise
-        raise cannot_open(path, error) from error
-
-
-def open_table(
-    path: str,
-    subset: str | None,
-    revision: str | None,
-    columns: list[str],
-    split: str,
-    streaming: bool,
-) -> Any:
-    """Open the columns of a data set that is not in text files, as Arrow tables.
-
-    Raises:
-        UserError: it cannot be opened, or lacks a column.
-    """
-    try:
-        files = find_files(path, subset, revision, streaming)
-        if files.kind == "other":
-            opened = arrow_tables.load(
-                path=path, name=subset, revision=revision, split=split, streaming=streaming
-            )
-        elif files.is_local:
-            opened = arrow_tables.open_files(files.kind, files.splits, columns, split, streaming)
-        else:
-            opened = arrow_tables.load(
-                path=files.kind, data_files=files.splits, split=split, streaming=streaming
-            )
-        found = opened.column_names or columns
-    except UserError:
-        raise
-    except Exception as error:  # whatever the files, the network and the library raise
-        raise cannot_open(path, error) from error
-    check_columns(path, found, columns)
-    # Arrow's own values: `datasets` would decode images, wherever their paths lead.
-    return opened.select_columns(columns).with_format("arrow")
-
-
-def cannot_open(path: str, error: Exception) -> UserError:
-    """Return the error that says why a data set cannot be opened."""
-    on_disk = storage_error(error)
-    if on_disk is not None:
-        return on_disk
-    cause = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-    return UserError(f"{path}: `datasets` cannot open it ({shorten(cause)}){_advice(path)}")
+    except Exception as error:
+        cause = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
+        message = f"{path}: `datasets` cannot open it ({shorten(cause)}){_advice(path)}"
+        raise storage_error(path, error) or UserError(message) from error
 
 
 def _advice(path: str) -> str:
@@ -183,23 +165,69 @@ def _builder_files(
     path: str, subset: str | None, revision: str | None, streaming: bool, is_local: bool
 ) -> DatasetFiles:
     """The files that `datasets` finds in a folder or in a repository of the hub."""
-    arrow_tables.silence()
-    builder = datasets.load_dataset_builder(path, name=subset, revision=revision)
-    kind, config = _builder_kind(builder), builder.config
-    splits = {str(split): list(files) for split, files in (config.data_files or {}).items()}
-    endings = {row_files.ending_of(file) for files in splits.values() for file in files}
+    if is_local:
+        builder = _folder_builder(path, subset)
+    else:
+        builder = datasets.load_dataset_builder(path, name=subset, revision=revision)
+    kind, config, splits = _builder_kind(builder), builder.config, _files_of(builder)
+    files = [file for each in splits.values() for file in each]
+    if kind == "imagefolder" and any(Path(file).name == "metadata.csv" for file in files):
+        raise UserError(
+            f"{path}: `datasets` would take values of metadata.csv such as NA and 007 for missing "
+            'ones and numbers; use kind = "captions", which reads its columns file_name and text '
+            "as they are written, on a copy of the folder if it is on the hub"
+        )
+    endings = {row_files.ending_of(file) for file in files}
     is_text = kind in _TEXT_BUILDERS and endings <= set(row_files.ENDINGS)
     is_text = is_text and getattr(config, "field", None) is None
-    is_arrow = kind in arrow_tables.ENDINGS.values()
-    if not splits or not (is_text or is_arrow):
-        return DatasetFiles("other", {}, is_local=is_local)
+    if not splits or not (is_text or kind in arrow_tables.ENDINGS.values()):
+        return DatasetFiles("other", splits, is_local=is_local, builder=builder)
     if not is_local and not streaming:
-        splits = DownloadManager().download(splits)
-        is_local = True
+        splits, is_local = DownloadManager().download(splits), True
     separator = getattr(config, "sep", None) if kind == "csv" else None
     if separator == "," and endings == {"tsv"}:
         separator = None
     return DatasetFiles("rows" if is_text else kind, splits, separator, is_local)
+
+
+def _folder_builder(path: str, subset: str | None) -> Any:
+    """The builder of a folder's files, without those that moma wrote."""
+    outputs = outputs_below(Path(path).resolve())
+
+    def is_own(file: str) -> bool:
+        return not any(Path(file).is_relative_to(output) for output in outputs)
+
+    try:
+        builder = datasets.load_dataset_builder(path, name=subset)
+        if all(is_own(file) for files in _files_of(builder).values() for file in files):
+            return builder
+    except Exception:  # Those that moma wrote may be the reason.
+        if not outputs:
+            raise
+    splits = _default_splits(path, is_own)
+    return datasets.load_dataset_builder(path, name=subset, data_files=splits)
+
+
+def _default_splits(path: str, is_own: Callable[[str], bool]) -> dict[str, list[str]]:
+    """The splits that `datasets` would find in a folder by the names of some of its files."""
+    splits: dict[str, list[str]] = {}
+    for patterns in ALL_DEFAULT_PATTERNS:
+        for split, split_patterns in patterns.items():
+            for pattern in split_patterns:
+                try:
+                    found = resolve_pattern(pattern, base_path=str(Path(path).resolve()))
+                except FileNotFoundError:
+                    continue
+                own = dict.fromkeys(glob.escape(file) for file in found if is_own(file))
+                splits[str(split)] = list(dict.fromkeys([*splits.get(str(split), ()), *own]))
+        splits = {split: files for split, files in splits.items() if files}
+        if splits:
+            break
+    return splits
+
+
+def _files_of(builder: datasets.DatasetBuilder) -> dict[str, list[str]]:
+    return {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
 
 
 def _builder_kind(builder: datasets.DatasetBuilder) -> str:

@@ -5,9 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from moma.data.documents import Document, Rejected, SourceName
-from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
-from moma.data.sources.reading import MAX_ROW_BYTES, CaptionReaderConfig, attempt, check_text
+from moma.data.documents import Document, SourceName
+from moma.data.sources.jsonl import decode
+from moma.data.sources.paths import files_below, fingerprint_of, read_errors, resolve_inside
+from moma.data.sources.reading import MAX_ROW_BYTES, CaptionReaderConfig, Row, check_text
 from moma.errors import UserError
 from moma.images import SUFFIXES
 from moma.recipe import RequiredPath
@@ -33,19 +34,14 @@ class FolderConfig(CaptionReaderConfig):
     caption: Literal["first_line", "whole"] = "first_line"
     without_text: Literal["reject", "leave_out"] = "reject"
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
-        """Yield a document for every text file; rejected are texts and images without the other."""
+    def read_rows(self) -> Iterator[Row]:
+        """Yield a row for every text file, and for every image without one."""
         for stem, (images, texts) in sorted(self._groups().items()):
             if texts:
-                yield attempt(str(texts[0]), partial(self._document, stem, images, texts))
+                yield str(texts[0]), partial(self._document, stem, images, texts)
             elif self.without_text == "reject":
                 for image in images:
-                    expected = image.with_suffix(".txt").name
-                    yield Rejected(
-                        str(image),
-                        f"there is no {expected} beside it; add it, remove the image, or leave "
-                        'such images out with without_text = "leave_out"',
-                    )
+                    yield str(image), partial(_without_text, image)
 
     def fingerprint(self) -> str:
         """Return what changes with the names, sizes and times of images and texts."""
@@ -75,21 +71,23 @@ class FolderConfig(CaptionReaderConfig):
         caption = self._caption(text)
         path = resolve_inside(self.path, str(images[0].relative_to(self.path)))
         image = self.image_ref(path, str(text), "remove both files")
-        return Document(stem, self.with_caption(stem, caption, image), row=str(text))
+        return Document(stem, self.with_caption(stem, caption, image))
 
     def _caption(self, file: Path) -> str:
         resolve_inside(self.path, str(file.relative_to(self.path)))
-        try:
-            with file.open("rb") as opened:
-                first_line = self.caption == "first_line"
-                data = (opened.readline if first_line else opened.read)(MAX_ROW_BYTES + 1)
-            text = data.decode("utf-8-sig").strip()
-        except OSError as error:
-            raise UserError(f"cannot read it ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"not UTF-8 ({error}); convert the file to UTF-8") from error
+        with read_errors(file, "remove both files"), file.open("rb") as opened:
+            first_line = self.caption == "first_line"
+            data = (opened.readline if first_line else opened.read)(MAX_ROW_BYTES + 1)
         if len(data) > MAX_ROW_BYTES:
             raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; shorten it")
+        text = decode(data).strip()
         if not text:
             raise UserError("its caption is empty; write one or remove both files")
-        return check_text(text, "of the file")
+        return text
+
+
+def _without_text(image: Path) -> Document:
+    raise UserError(
+        f"there is no {image.with_suffix('.txt').name} beside it; add it, remove the image, or "
+        'leave such images out with without_text = "leave_out"'
+    )

@@ -15,23 +15,20 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field
 from selectolax.lexbor import LexborNode
 
-from moma.data.documents import Document, Rejected, Segment, SourceName
+from moma.data.documents import Document, SourceName
 from moma.data.sources.html_decoding import decode_html
-from moma.data.sources.html_layout import BLOCKS, TextLayout, parse_html, walk
-from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
-from moma.data.sources.reading import MAX_ROW_BYTES, ImageReaderConfig, attempt, check_text
+from moma.data.sources.html_layout import BLOCKS, TextLayout, element_names, parse_html, walk
+from moma.data.sources.paths import files_below, fingerprint_of, read_errors, resolve_inside
+from moma.data.sources.reading import MAX_ROW_BYTES, ImageReaderConfig, Row, check_text
 from moma.errors import UserError
 from moma.images import SUFFIXES, image_size
 from moma.recipe import RequiredPath
 
 _PAGES = (".html", ".htm", ".xhtml")
 # Elements that a browser does not show, or whose content it does not show.
-_NEVER_SHOWN = frozenset(
-    {
-        *("annotation", "annotation-xml", "applet", "audio", "canvas", "datalist", "head"),
-        *("iframe", "meter", "noembed", "noframes", "noscript", "object", "progress", "script"),
-        *("style", "svg", "template", "title", "video"),
-    }
+_NEVER_SHOWN = element_names(
+    "annotation annotation-xml applet audio canvas datalist head iframe meter noembed noframes "
+    "noscript object progress script style svg template title video"
 )
 _NAVIGATION = frozenset({"nav", "footer", "aside", "form", "button", "select", "textarea"})
 _NAVIGATION_ROLES = frozenset({"navigation", "banner", "contentinfo", "search", "menu"})
@@ -70,8 +67,8 @@ class HtmlConfig(ImageReaderConfig):
         *("menu", "sidebar", "toc", "footer"),
     )
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
-        """Yield a document for every page."""
+    def read_rows(self) -> Iterator[Row]:
+        """Yield the pages."""
         pages = self._pages()
         shown_on: Counter[Path] = Counter()
         for page in pages:
@@ -84,7 +81,7 @@ class HtmlConfig(ImageReaderConfig):
             return shown_on[path] <= max_pages and is_large(path)
 
         for page in pages:
-            yield attempt(str(page), partial(self._document, page, is_content))
+            yield str(page), partial(self._document, page, is_content)
 
     def fingerprint(self) -> str:
         """Changes when pages or images come or go, or the size or time of one changes."""
@@ -101,7 +98,7 @@ class HtmlConfig(ImageReaderConfig):
         try:
             return {part for part in self._parts(page) if isinstance(part, Path)}
         except UserError:
-            return set()  # rejected when its document is made
+            return set()  # reported when its document is made
 
     def _is_large(self, path: Path) -> bool:
         size = image_size(path)
@@ -110,15 +107,15 @@ class HtmlConfig(ImageReaderConfig):
 
     def _document(self, page: Path, is_content: Callable[[Path], bool]) -> Document:
         name = check_text(page.relative_to(self.path).as_posix(), "of its name")
-        segments: list[Segment] = []
-        for part in self._parts(page, is_content):
-            if isinstance(part, str):
-                segments.append(check_text(part, "of the page"))
-            else:
-                segments.append(self.image_ref(part, str(page), "remove it from the page"))
+        segments = tuple(
+            check_text(part, "of the page")
+            if isinstance(part, str)
+            else self.image_ref(part, str(page), "remove it from the page")
+            for part in self._parts(page, is_content)
+        )
         if not segments:
             raise UserError("no text and no image is left of it; remove the page")
-        return Document(name=name, segments=tuple(segments), row=str(page))
+        return Document(name, segments)
 
     def _parts(
         self, page: Path, is_content: Callable[[Path], bool] = lambda path: True
@@ -165,12 +162,10 @@ class HtmlConfig(ImageReaderConfig):
 def _read(page: Path, folder: Path) -> LexborNode:
     """The root element of a page."""
     resolve_inside(folder, str(page.relative_to(folder)))
-    try:
-        if page.stat().st_size > MAX_ROW_BYTES:
-            raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; split or remove the page")
-        data = page.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read it ({error.strerror})") from error
+    with read_errors(page, "remove the page"), page.open("rb") as file:
+        data = file.read(MAX_ROW_BYTES + 1)
+    if len(data) > MAX_ROW_BYTES:
+        raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; split or remove the page")
     text = decode_html(data)
     is_xml = page.suffix.lower() == ".xhtml" or text.lstrip().startswith("<?xml")
     return parse_html(text, is_xml)

@@ -1,7 +1,7 @@
 """Bytes of an HTML page → text, with charset labels meaning what they mean to a browser.
 
 The order is that of the Encoding and HTML standards (https://encoding.spec.whatwg.org): byte-order
-mark, then the declared charset, then a default. Bytes without a character become U+FFFD.
+mark, then the declared charset, then detection. Bytes without a character become U+FFFD.
 """
 
 import codecs
@@ -36,29 +36,22 @@ _CODECS = {
     "utf-16be": "utf-8",
     "x-user-defined": "cp1252",
 }
-_MULTI_BYTE = frozenset({*_CODECS.values(), "iso2022_jp"} - {"cp1252"})
 _MAX_UNDECODABLE = 0.25
 
 
 def decode_html(data: bytes) -> str:
-    """The text of a page.
-
-    A page that is valid UTF-8 although a single-byte charset such as ISO-8859-1 is declared is
-    read as UTF-8: such labels are left over from servers that overrode them.
+    """Return the text of a page.
 
     Raises:
         UserError: most of the bytes have no character in the charset, or no browser reads it.
     """
-    for mark, encoding in _BYTE_ORDER_MARKS:
-        if data.startswith(mark):
-            return _checked(data[len(mark) :].decode(encoding, "replace"), encoding)
-    declared = _declared_encoding(data)
-    if declared not in _MULTI_BYTE:
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            declared = declared or _default_encoding(data)
-    return _checked(data.decode(declared, "replace"), declared)
+    marks = ((mark, name) for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark))
+    mark, encoding = next(marks, (b"", ""))
+    encoding = encoding or _declared_encoding(data) or _detect_encoding(data)
+    text = data[len(mark) :].decode(encoding, "replace")
+    if text.count("\ufffd") > _MAX_UNDECODABLE * len(text):
+        raise UserError(f"is not {encoding} text; save the page as UTF-8 or remove it")
+    return text
 
 
 def _declared_encoding(data: bytes) -> str | None:
@@ -75,13 +68,9 @@ def _declared_encoding(data: bytes) -> str | None:
     return _CODECS.get(found.name) or found.codec_info.name
 
 
-def _default_encoding(data: bytes) -> str:
+def _detect_encoding(data: bytes) -> str:
     """UTF-8 where most of what is not ASCII is valid, else the Western default of browsers."""
-    others = [character for character in data.decode("utf-8", "replace") if character > "\x7f"]
-    return "utf-8" if others.count("\ufffd") * 2 < len(others) else "windows-1252"
-
-
-def _checked(text: str, encoding: str) -> str:
-    if text.count("\ufffd") > _MAX_UNDECODABLE * len(text):
-        raise UserError(f"is not {encoding} text; save the page as UTF-8 or remove it")
-    return text
+    text = data.decode("utf-8", "replace")
+    not_ascii = len(text) - len(text.encode("ascii", "ignore"))
+    is_utf8 = not not_ascii or text.count("\ufffd") * 2 < not_ascii
+    return "utf-8" if is_utf8 else "windows-1252"

@@ -9,38 +9,28 @@ from selectolax.lexbor import LexborHTMLParser, LexborNode
 
 from moma.errors import UserError
 
+
+def element_names(names: str) -> frozenset[str]:
+    """Return the names of elements that a text lists."""
+    return frozenset(names.split())
+
+
 # Elements with `display: block` or a `display: table…` in the HTML standard's style sheet.
-BLOCKS = frozenset(
-    {
-        *("address", "article", "aside", "blockquote", "body", "caption", "center", "dd"),
-        *("details", "dialog", "dir", "div", "dl", "dt", "fieldset", "figcaption", "figure"),
-        *("footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hgroup", "hr", "html"),
-        *("legend", "li", "listing", "main", "menu", "nav", "ol", "optgroup", "option", "p"),
-        *("plaintext", "pre", "search", "section", "summary", "table", "tbody", "tfoot", "thead"),
-        *("tr", "ul", "xmp"),
-    }
+BLOCKS = element_names(
+    "address article aside blockquote body caption center dd details dialog dir div dl dt fieldset "
+    "figcaption figure footer form h1 h2 h3 h4 h5 h6 header hgroup hr html legend li listing main "
+    "menu nav ol optgroup option p plaintext pre search section summary table tbody tfoot thead tr "
+    "ul xmp"
 )
 _CELLS = frozenset({"td", "th"})
 _PREFORMATTED = frozenset({"listing", "plaintext", "pre", "xmp"})
-_VOID = frozenset(
-    {
-        *("area", "base", "br", "col", "embed", "frame", "hr", "img", "input", "link", "meta"),
-        *("param", "source", "track", "wbr"),
-    }
-)
+_VOID = element_names("area base br col embed frame hr img input link meta param source track wbr")
 # Elements that the parser closes itself, and links, of which one is open at a time.
-_CLOSED_BY_PARSER = frozenset(
-    {
-        *("a", "body", "dd", "dt", "head", "html", "li", "nobr", "optgroup", "option", "p"),
-        *("rp", "rt", "tbody", "td", "tfoot", "th", "thead", "tr"),
-    }
+_CLOSED_BY_PARSER = element_names(
+    "a body dd dt head html li nobr optgroup option p rp rt tbody td tfoot th thead tr"
 )
 # Elements that the parser repeats in every following block until they are closed.
-_FORMATTING = frozenset(
-    {
-        *("b", "big", "code", "em", "font", "i", "s", "small", "strike", "strong", "tt", "u"),
-    }
-)
+_FORMATTING = element_names("b big code em font i s small strike strong tt u")
 # The parser's time grows with tags × open elements, and its memory with repeated elements.
 _MAX_ELEMENTS = 2_000_000
 _MAX_PARSER_STEPS = 100_000_000

@@ -13,11 +13,12 @@ from urllib.parse import unquote_to_bytes
 
 from PIL import Image
 
-from moma.data.documents import Document, ImageRef, Rejected, Segment, SourceName
-from moma.data.sources.jsonl import Line, jsonl_fingerprint, parse_json_object, read_jsonl
-from moma.data.sources.paths import expand_pattern, fingerprint_of, resolve_inside
-from moma.data.sources.reading import ImageReaderConfig, check_text, content_hash
-from moma.errors import UserError, list_names, shorten
+from moma.data.documents import Document, ImageRef, Segment, SourceName
+from moma.data.sources.jsonl import Line, parse_json_object, read_jsonl
+from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors, resolve_inside
+from moma.data.sources.reading import ImageReaderConfig, Row, check_text, content_hash, make_rows
+from moma.data.sources.row_files import named_images
+from moma.errors import StorageError, UserError, list_names, shorten
 from moma.images import read_image
 from moma.recipe import RequiredPath
 
@@ -41,26 +42,25 @@ class InterleavedConfig(ImageReaderConfig):
     name: SourceName = "interleaved"
     path: RequiredPath
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
-        """Yield a document for every row."""
-        return read_jsonl(expand_pattern(self.path), self._document)
+    def read_rows(self) -> Iterator[Row]:
+        """Yield the rows of the files."""
+        return make_rows(read_jsonl(expand_pattern(self.path)), self._document)
 
     def fingerprint(self) -> str:
         """Return what changes with the size or the time of a file, or of an image named in it."""
-        return jsonl_fingerprint(expand_pattern(self.path), _image_files)
+        files = expand_pattern(self.path)
+        return fingerprint_of(files, named_images(read_jsonl(files), _image_files))
 
     def _document(self, line: Line) -> Document:
-        parts = parse_parts(line.values())
-        segments = make_segments(parts, partial(self._image_of, line))
-        return Document(name=content_name(parts), segments=segments, row=line.location)
+        return make_document(parse_parts(line.values()), partial(self._image_of, line))
 
     def _image_of(self, line: Line, number: int, value: Any) -> ImageRef:
         name = f"{line.location}, image {number}"
         if not isinstance(value, str):
             raise UserError(f"image {number} is not a text; write a path or a data: URL")
         if not _is_data_url(value):
-            return self.image_ref(resolve_inside(line.path.parent, value), name)
-        read = partial(_read_from_row, line.path, line.offset, number, name, self.max_pixels)
+            return self.image_ref(resolve_inside(Path(line.path).parent, value), name)
+        read = partial(_read_from_row, Path(line.path), line.offset, number, name, self.max_pixels)
         return ImageRef(name, read)
 
 
@@ -83,13 +83,11 @@ def parse_parts(values: dict[str, Any]) -> list[Part]:
     return kept
 
 
-def make_segments(
-    parts: list[Part], make_image: Callable[[int, Any], ImageRef]
-) -> tuple[Segment, ...]:
-    """Return a document's segments.
+def make_document(parts: list[Part], make_image: Callable[[int, Any], ImageRef]) -> Document:
+    """Return the document of a row's parts, named by its content.
 
     Args:
-        parts: parts of the row.
+        parts: the parts.
         make_image: returns an image, given its number in the document, from 1, and its value.
 
     Raises:
@@ -103,7 +101,7 @@ def make_segments(
             segments.append(make_image(images, value))
         else:
             segments.append(check_text(value, "of a segment"))
-    return tuple(segments)
+    return Document(content_name(parts), tuple(segments))
 
 
 def content_name(parts: list[Part]) -> str:
@@ -161,8 +159,10 @@ def _read_from_row(path: Path, offset: int, number: int, name: str, max_pixels: 
         if not header.endswith(";base64"):
             raise UserError("its data: URL is not base64")
         encoded = base64.b64decode(unquote_to_bytes("".join(data.split())), validate=True)
+    except StorageError:
+        raise
     # The file may have changed, so that the row has other values or is none.
-    except (UserError, OSError, IndexError, AttributeError, ValueError) as error:
+    except (UserError, IndexError, AttributeError, ValueError) as error:
         reason = shorten(str(error))
         raise UserError(f"{name}: cannot read it ({reason}); fix or remove the row") from error
     return read_image(encoded, name, max_pixels=max_pixels)
@@ -171,7 +171,7 @@ def _read_from_row(path: Path, offset: int, number: int, name: str, max_pixels: 
 # One row, since consecutive images come from one row, which may be long.
 @lru_cache(maxsize=1)
 def _images_in_row(path: Path, offset: int, fingerprint: str) -> list[Any]:
-    with path.open("rb") as file:
+    with read_errors(path), path.open("rb") as file:
         file.seek(offset)
         values = parse_json_object(file.readline())
     return [value for kind, value in parse_parts(values) if kind == "image"]
@@ -180,4 +180,4 @@ def _images_in_row(path: Path, offset: int, fingerprint: str) -> list[Any]:
 def _image_files(line: Line) -> Iterator[Path]:
     for kind, value in parse_parts(line.values()):
         if kind == "image" and isinstance(value, str) and not _is_data_url(value):
-            yield line.path.parent / value
+            yield Path(line.path).parent / value

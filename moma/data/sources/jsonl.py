@@ -1,20 +1,50 @@
 """Reading files line by line, and JSON Lines: a JSON object on every line."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moma.data.documents import Document, Rejected
-from moma.data.sources.paths import fingerprint_of, unreadable
-from moma.data.sources.reading import MAX_ROW_BYTES, attempt, check_text
+import pyarrow as pa
+
+from moma.data.sources.paths import read_errors
+from moma.data.sources.reading import MAX_ROW_BYTES, check_text
 from moma.errors import UserError, json_error_message, list_names, quote
 
-# Files of gzip, xz, Zstandard and bzip2.
-_COMPRESSED = re.compile(rb"\x1f\x8b\x08|\xfd7zXZ\x00|\x28\xb5\x2f\xfd|BZh\d1AY&SY", re.DOTALL)
+_DECOMPRESS: dict[bytes, Callable[[io.BufferedReader], Any]] = {
+    rb"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=file),
+    rb"\xfd7zXZ\x00": lzma.LZMAFile,
+    rb"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(pa.PythonFile(file), "zstd"),
+    rb"BZh\d1AY&SY": bz2.BZ2File,
+}
+
+
+def decompress(file: io.BufferedReader) -> io.BufferedReader:
+    """Return the content of a gzip, xz, Zstandard or bzip2 file; of another, the file itself."""
+    start = file.peek(10)
+    for magic, opener in _DECOMPRESS.items():
+        if re.match(magic, start):
+            return io.BufferedReader(opener(file))
+    return file
+
+
+def decode(data: bytes, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
+    """Return bytes as text.
+
+    Raises:
+        UserError: they are not UTF-8.
+    """
+    try:
+        return data.decode(encoding, errors)
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 ({error}); convert the file to UTF-8") from error
 
 
 @dataclass(frozen=True)
@@ -28,7 +58,7 @@ class Line:
         data: the line with its line break; None if it is longer than `MAX_ROW_BYTES`.
     """
 
-    path: Path
+    path: Path | str
     number: int
     offset: int
     data: bytes | None
@@ -63,10 +93,7 @@ class Line:
         Raises:
             UserError: it is too long or not UTF-8.
         """
-        try:
-            return self.content().decode("utf-8-sig" if self.number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"not UTF-8 ({error}); convert the file to UTF-8") from error
+        return decode(self.content(), "utf-8-sig" if self.number == 1 else "utf-8")
 
     def values(self) -> dict[str, Any]:
         """Return the line's JSON object.
@@ -81,19 +108,15 @@ def read_lines(path: Path) -> Iterator[Line]:
     """Yield the lines of a file; of one that is too long, only where it is.
 
     Raises:
-        UserError: the file cannot be read.
+        UserError: the file cannot be read or is compressed.
     """
-    try:
-        with path.open("rb") as file:
-            if _COMPRESSED.match(file.read(10)):
-                raise UserError(f"{path}: cannot read it (it is compressed); decompress it first")
-            file.seek(0)
-            yield from iterate_lines(file, path)
-    except OSError as error:
-        raise unreadable(path, error) from error
+    with read_errors(path), path.open("rb") as file:
+        if decompress(file) is not file:
+            raise UserError(f"{path}: cannot read it (it is compressed); decompress it first")
+        yield from iterate_lines(file, path)
 
 
-def iterate_lines(file: BinaryIO, path: Path) -> Iterator[Line]:
+def iterate_lines(file: BinaryIO, path: Path | str) -> Iterator[Line]:
     """Yield the lines of an open file; `path` is its name in messages."""
     number, offset = 0, 0
     while data := file.readline(MAX_ROW_BYTES + 1):
@@ -105,40 +128,8 @@ def iterate_lines(file: BinaryIO, path: Path) -> Iterator[Line]:
             offset += len(data)
 
 
-def read_jsonl(
-    files: Iterable[Path], make_document: Callable[[Line], Document]
-) -> Iterator[Document | Rejected]:
-    """Yield a document, or the reason why there is none, for each line that is not blank.
-
-    Args:
-        files: JSON Lines files.
-        make_document: makes a document of a line; raises `UserError` if it cannot.
-    """
-    for line in _rows(files):
-        yield attempt(line.location, partial(make_document, line))
-
-
-def jsonl_fingerprint(files: list[Path], image_files: Callable[[Line], Iterable[Path]]) -> str:
-    """Return a fingerprint of JSON Lines files and of the images that their rows name.
-
-    Args:
-        files: JSON Lines files.
-        image_files: the images that a line names; may raise `UserError`.
-    """
-    return fingerprint_of(files, _named_images(files, image_files))
-
-
-def _named_images(
-    files: Iterable[Path], image_files: Callable[[Line], Iterable[Path]]
-) -> Iterator[Path]:
-    for line in _rows(files):
-        try:
-            yield from image_files(line)
-        except UserError:
-            continue  # The file's own size and time cover rows that are rejected.
-
-
-def _rows(files: Iterable[Path]) -> Iterator[Line]:
+def read_jsonl(files: Iterable[Path]) -> Iterator[Line]:
+    """Yield the lines of JSON Lines files that are not blank."""
     return (line for path in files for line in read_lines(path) if not line.is_blank)
 
 
@@ -146,17 +137,18 @@ class _RepeatedKey:
     """The value of a key that an object has more than once, where `json` would keep the last."""
 
 
-def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of keys and values; a key that is repeated raises in `require_text`."""
     values: dict[str, Any] = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        values |= {key: _RepeatedKey() for key in values if keys.count(key) > 1}
+        counts = Counter(key for key, _ in pairs)
+        values |= {key: _RepeatedKey() for key, count in counts.items() if count > 1}
     return values
 
 
 _JSON_TYPES = {dict: "an object", list: "a list", bool: "a boolean", float: "a number"}
 # Integers become floats, since Python refuses those of more than 4,300 digits.
-JSON_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=_make_object)
+JSON_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=object_of)
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
@@ -166,9 +158,7 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
         UserError: the data are not a JSON object in UTF-8.
     """
     try:
-        values = JSON_DECODER.decode(data.decode("utf-8-sig", "surrogatepass"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 ({error}); convert the file to UTF-8") from error
+        values = JSON_DECODER.decode(decode(data, errors="surrogatepass"))
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"not valid JSON ({json_error_message(error)}); fix or remove the row"

@@ -1,15 +1,20 @@
-"""File paths of sources: patterns, folders, paths inside a folder, fingerprints of files."""
+"""File paths of sources: patterns, folders, paths inside a folder, fingerprints, read errors."""
 
 import fnmatch
 import glob
 import hashlib
+import lzma
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+
 from moma.data.outputs import exclude_outputs
-from moma.errors import UserError, quote, shorten
+from moma.errors import StorageError, UserError, os_error_message, quote, shorten
 
 _MAX_PATH_CHARACTERS = 4096
 _BASE64 = re.compile(r"[\w+/=\s-]{200,}")
@@ -45,7 +50,8 @@ def expand_pattern(pattern: Path) -> list[Path]:
     """Return the files that a path with `*`, `?`, `[…]` or `**` matches, sorted.
 
     A name that exists is taken literally, whatever characters it contains: `run[12]/*.jsonl` reads
-    the folder `run[12]` where there is one. As in a shell, wildcards match no hidden names.
+    the folder `run[12]` where there is one. As in a shell, wildcards match no hidden names. What
+    moma wrote is not matched.
 
     Raises:
         UserError: there are none.
@@ -76,7 +82,7 @@ def _expand(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _folders_below(folder: Path) -> Iterator[Path]:
-    """A folder and those below it, each once, even where links lead in circles."""
+    """A folder and those below it, each once, even where links form a cycle."""
     waiting, seen = [folder], set()
     while waiting:
         current = waiting.pop()
@@ -88,36 +94,39 @@ def _folders_below(folder: Path) -> Iterator[Path]:
 
 
 def _names(folder: Path) -> list[str]:
-    try:
+    with read_errors(folder):
         return sorted(exclude_outputs(folder, os.listdir(folder)))
-    except OSError as error:
-        raise unreadable(folder, error) from error
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Return every file below a folder, sorted; without hidden ones and linked folders.
+    """Return every file below a folder, sorted; not hidden ones, linked folders, or moma's output.
 
     Raises:
         UserError: the folder or one below it cannot be read.
     """
     files: list[Path] = []
-    try:
-        for parent, folders, names in os.walk(folder, onerror=_raise):
-            folders[:] = [
-                name for name in exclude_outputs(Path(parent), folders) if not name.startswith(".")
-            ]
-            files += [
-                Path(parent, name)
-                for name in exclude_outputs(Path(parent), names)
-                if not name.startswith(".")
-            ]
-    except OSError as error:
-        raise unreadable(Path(error.filename or folder), error) from error
-    return sorted(file for file in files if file.is_file())
+    waiting = [folder]
+    while waiting:
+        current = waiting.pop()
+        for name in _names(current):
+            path = current / name
+            if name.startswith("."):
+                continue
+            if path.is_file():
+                files.append(path)
+            elif path.is_dir() and not path.is_symlink():
+                waiting.append(path)
+    return sorted(files)
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def outputs_below(folder: Path) -> list[Path]:
+    """Return the folders and files below a folder that moma wrote."""
+    outputs: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        kept = set(exclude_outputs(Path(parent), [*folders, *names]))
+        outputs += [Path(parent, name) for name in (*folders, *names) if name not in kept]
+        folders[:] = [name for name in folders if name in kept]
+    return outputs
 
 
 def fingerprint_of(files: Iterable[Path], optional: Iterable[Path] = ()) -> str:
@@ -137,13 +146,36 @@ def fingerprint_of(files: Iterable[Path], optional: Iterable[Path] = ()) -> str:
             state = f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError) as error:
             if required:
-                raise unreadable(path, error) from error
+                raise read_error(path, error) from error
             state = "missing"
         hashed.update(f"{path} {state}\n".encode("utf-8", "surrogateescape"))
     return hashed.hexdigest()[:16]
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
-    """Return the error that says why a file or folder of a source cannot be read."""
-    reason = error.strerror if isinstance(error, OSError) else error
-    return UserError(f"{path}: cannot read it ({reason}); check the source's 'path'")
+@contextmanager
+def read_errors(
+    path: Path | str, remedy: str = "check the source's 'path'", *others: type[Exception]
+) -> Iterator[None]:
+    """Turn the errors of reading a file, compressed or not, into `read_error`.
+
+    Args:
+        path: the file, for messages.
+        remedy: what to do.
+        others: further exceptions that mean a damaged file.
+    """
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, *others) as error:
+        raise read_error(path, error, remedy) from error
+
+
+def read_error(
+    path: Path | str, error: Exception, remedy: str = "check the source's 'path'"
+) -> UserError:
+    """Return why a file or folder cannot be read; a `StorageError` if its disk fails."""
+    reason = shorten(str(getattr(error, "strerror", None) or error), 300)
+    if isinstance(error, OSError):
+        described = os_error_message(OSError(error.errno, reason, str(path)))
+        if isinstance(described, StorageError):
+            return described
+    return UserError(f"{path}: cannot read it ({reason}); {remedy}")

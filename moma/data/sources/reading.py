@@ -1,15 +1,12 @@
-"""What the readers of files share: base classes, rejected rows, and splitting long documents.
-
-A row that cannot be used raises `UserError` with the reason; `attempt` turns that into a
-`Rejected` row, so that one bad row does not stop the others.
-"""
+"""What the readers of files share: base classes, rejected rows, and splitting long documents."""
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from pydantic import Field
 
@@ -22,15 +19,35 @@ from moma.data.documents import (
     SourceName,
     unit_hash,
 )
-from moma.errors import UserError, shorten
+from moma.errors import StorageError, UserError
 from moma.images import MAX_PIXELS, PILLOW_MAX_PIXELS, read_image
 
 # A row of a file, a page or a member of an archive is held in memory whole.
 MAX_ROW_BYTES = 64 * 2**20
 
 
+class Located(Protocol):
+    """A row of a file."""
+
+    @property
+    def location(self) -> str:
+        """File and row, for messages."""
+        ...
+
+
+# The location of a row, for messages, and what makes its document or raises `UserError`.
+Row = tuple[str, Callable[[], Document]]
+_T = TypeVar("_T", bound=Located)
+
+
+def make_rows(rows: Iterable[_T], make_document: Callable[[_T], Document]) -> Iterator[Row]:
+    """Yield rows with a function that makes their documents."""
+    for row in rows:
+        yield row.location, partial(make_document, row)
+
+
 class ReaderConfig(SourceConfig):
-    """Base class of sources that read files; a subclass implements `read_documents`.
+    """Base class of sources that read files; a subclass implements `read_rows`.
 
     Attributes:
         name: name of the source's shards and of the source in messages.
@@ -44,14 +61,21 @@ class ReaderConfig(SourceConfig):
         Raises:
             UserError: the source as a whole cannot be read.
         """
-        for row in self.read_documents():
-            if isinstance(row, Rejected) or self.max_images is None:
-                yield row
+        for location, make in self.read_rows():
+            try:
+                document = replace(make(), row=location)
+            except StorageError:
+                raise
+            except UserError as error:
+                yield Rejected(location, str(error))
+                continue
+            if self.max_images is None:
+                yield document
             else:
-                yield from split_document(row, self.max_images)
+                yield from split_document(document, self.max_images)
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
-        """Yield every row in a fixed order, whatever number of images it has.
+    def read_rows(self) -> Iterator[Row]:
+        """Yield every row in a fixed order.
 
         Raises:
             UserError: the source as a whole cannot be read.
@@ -120,24 +144,17 @@ def split_document(document: Document, max_images: int) -> Iterator[Document]:
         )
 
 
-def attempt(location: str, make: Callable[[], Document]) -> Document | Rejected:
-    """Return the document that `make` returns, or a rejected row if it raises `UserError`."""
-    try:
-        return make()
-    except UserError as error:
-        return Rejected(shorten(location), shorten(str(error)))
-
-
 def check_text(text: str, where: str) -> str:
     """Return the text if it can be encoded as UTF-8.
 
     Raises:
-        UserError: it contains half of a surrogate pair, which JSON and file names can.
+        UserError: it contains half of a surrogate pair, which stands in JSON for itself, and
+            elsewhere for a byte that is not UTF-8.
     """
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise UserError(
-            f"the text {where} contains half of a surrogate pair, which is not valid Unicode; "
-            "fix or remove the row"
+            f"the text {where} is not valid Unicode: it contains half of a surrogate pair or "
+            "bytes that are not UTF-8; fix or remove the row, or convert the file to UTF-8"
         )
     return text
 

@@ -4,31 +4,36 @@ Values stay as they are written: nothing is taken for a number, a date or a miss
 row whose fields do not fit the header is rejected. Compression is recognized by the content.
 """
 
-import bz2
 import csv
-import gzip
 import io
 import itertools
 import json
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, TypeVar, cast
 
 import fsspec
-import pyarrow as pa
 
-from moma.data.sources.jsonl import JSON_DECODER, Line, iterate_lines, parse_json_object
+from moma.data.sources.jsonl import (
+    JSON_DECODER,
+    Line,
+    decompress,
+    iterate_lines,
+    object_of,
+    parse_json_object,
+)
+from moma.data.sources.paths import read_errors
 from moma.data.sources.reading import MAX_ROW_BYTES
 from moma.errors import UserError, list_names, quote, shorten
 
 ENDINGS = ("jsonl", "ndjson", "json", "csv", "tsv", "txt")
 _COMPRESSED = re.compile(r"\.(gz|zst|xz|bz2)$", re.IGNORECASE)
 _CHUNK_CHARACTERS = 2**16
+_BETWEEN_ITEMS = re.compile(r"[, \t\r\n]*")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,12 @@ class FileRow:
     """A row of a file.
 
     Attributes:
+        path: the file.
         location: file and row, for messages.
         values: returns the row's columns; raises `UserError` if it has none.
     """
 
+    path: str
     location: str
     values: Callable[[], dict[str, Any]]
 
@@ -49,80 +56,63 @@ def ending_of(path: str) -> str:
     return Path(_COMPRESSED.sub("", path)).suffix[1:].lower()
 
 
-def read_rows(
-    path: str, ending: str, columns: list[str], separator: str | None = None
-) -> Iterator[FileRow]:
-    """Yield the rows of a file; blank lines are no rows.
+def read_rows(path: str, columns: list[str], separator: str | None = None) -> Iterator[FileRow]:
+    """Yield the rows of a file whose ending is one of `ENDINGS`; blank lines are no rows.
 
     Args:
         path: the file, or a URL that fsspec opens.
-        ending: one of `ENDINGS`.
-        columns: columns that are needed; other columns may hold anything.
+        columns: columns that a CSV file must have; other columns may hold anything.
         separator: what separates the columns of a CSV file, if not a comma.
 
     Raises:
         UserError: the file cannot be read, or lacks a column.
     """
-    try:
-        with _open(path) as raw, _decompress(raw) as file:
+    ending = ending_of(path)
+    with read_errors(path), fsspec.open(path, "rb") if "://" in path else open(path, "rb") as raw:
+        buffered = io.BufferedReader(raw) if "://" in path else raw
+        with decompress(buffered) as file:
             if ending in ("csv", "tsv"):
-                default = "\t" if ending == "tsv" else ","
-                yield from _csv_rows(path, file, columns, separator or default)
+                separator = separator or ("\t" if ending == "tsv" else ",")
+                rows = _csv_rows(path, file, columns, separator)
             elif ending == "json":
-                yield from _json_rows(path, file)
+                rows = _json_rows(path, file)
             else:
-                yield from _line_rows(path, file, is_json=ending != "txt")
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot read it ({shorten(str(reason))})") from error
+                rows = _line_rows(path, file, is_json=ending != "txt")
+            yield from rows
 
 
-def _open(path: str) -> Any:
-    return fsspec.open(path, "rb") if "://" in path else open(path, "rb")
+def named_images(rows: Iterable[_T], images_of: Callable[[_T], Iterable[Path]]) -> Iterator[Path]:
+    """Yield the image files that rows name; rows for which `images_of` raises `UserError`, none."""
+    for row in rows:
+        try:
+            yield from images_of(row)
+        except UserError:
+            continue  # The file's own size and time cover rows that are rejected.
 
 
-def _decompress(file: BinaryIO) -> BinaryIO:
-    buffered = io.BufferedReader(cast(io.RawIOBase, file))
-    start = buffered.peek(6)
-    if start.startswith(b"\x1f\x8b"):
-        return cast(BinaryIO, gzip.GzipFile(fileobj=buffered))
-    if start.startswith(b"BZh"):
-        return cast(BinaryIO, bz2.BZ2File(buffered))
-    if start.startswith(b"\xfd7zXZ\x00"):
-        return cast(BinaryIO, lzma.LZMAFile(buffered))
-    if start.startswith(b"\x28\xb5\x2f\xfd"):
-        stream = pa.CompressedInputStream(pa.PythonFile(buffered), "zstd")
-        return io.BufferedReader(cast(io.RawIOBase, stream))
-    return buffered
+def _line_rows(path: str, file: io.BufferedReader, is_json: bool) -> Iterator[FileRow]:
+    for line in iterate_lines(file, path):
+        if not line.is_blank:
+            yield FileRow(path, line.location, line.values if is_json else partial(_text_of, line))
 
 
-def _text(file: BinaryIO) -> io.TextIOWrapper:
+def _text_of(line: Line) -> dict[str, Any]:
+    return {"text": line.text().strip("\r\n")}
+
+
+def _text(file: io.BufferedReader) -> io.TextIOWrapper:
     """The file as text: UTF-8 or, as spreadsheets export it, UTF-16 with a byte-order mark.
 
     Bytes that are neither become surrogates, so that only the rows that hold them are rejected.
     """
-    buffered = io.BufferedReader(cast(io.RawIOBase, file))
-    is_utf16 = buffered.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff")
-    if is_utf16:
-        return io.TextIOWrapper(buffered, "utf-16", errors="replace", newline="")
-    return io.TextIOWrapper(buffered, "utf-8-sig", errors="surrogateescape", newline="")
+    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return io.TextIOWrapper(file, "utf-16", errors="replace", newline="")
+    return io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
 
 
-def _line_rows(path: str, file: BinaryIO, is_json: bool) -> Iterator[FileRow]:
-    for line in iterate_lines(file, Path(path)):
-        if not line.is_blank:
-            location = f"{path}, row {line.number}"
-            if is_json:
-                yield FileRow(location, line.values)
-            else:
-                yield FileRow(location, partial(_line_values, line))
-
-
-def _line_values(line: Line) -> dict[str, Any]:
-    return {"text": line.text().strip("\r\n")}
-
-
-def _csv_rows(path: str, file: BinaryIO, columns: list[str], separator: str) -> Iterator[FileRow]:
+def _csv_rows(
+    path: str, file: io.BufferedReader, columns: list[str], separator: str
+) -> Iterator[FileRow]:
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(_bounded_lines(path, _text(file)), delimiter=separator, strict=True)
     header: list[str] | None = None
@@ -139,13 +129,13 @@ def _csv_rows(path: str, file: BinaryIO, columns: list[str], separator: str) -> 
                 raise UserError(f"{path}, line {line}: {reason}") from error
             # Each line is a row that is lost, where an open quotation has taken several.
             for lost in range(line, reader.line_num + 1):
-                yield FileRow(f"{path}, line {lost}", _failing(reason))
+                yield FileRow(path, f"{path}, line {lost}", partial(_fail, reason))
             continue
         if header is None:
             header = fields
             _check_header(path, header, columns, separator)
         elif fields:
-            yield FileRow(f"{path}, line {line}", _csv_values(header, fields, columns))
+            yield FileRow(path, f"{path}, line {line}", partial(_csv_values, header, fields))
     if header is None:
         raise UserError(f"{path}: is empty; its first line must name the columns")
 
@@ -171,40 +161,30 @@ def _check_header(path: str, header: list[str], columns: list[str], separator: s
             )
 
 
-def _csv_values(
-    header: list[str], fields: list[str], columns: list[str]
-) -> Callable[[], dict[str, Any]]:
+def _csv_values(header: list[str], fields: list[str]) -> dict[str, Any]:
     if any(fields[len(header) :]):
-        return _failing(
+        raise UserError(
             f"has {len(fields)} fields, but the header names {len(header)} columns; "
             "quote a field that contains the separator"
         )
-    values: dict[str, Any] = dict(zip(header, fields, strict=False))
-    for column in columns:
-        if re.search("[\ud800-\udfff]", values.get(column, "")):
-            return _failing(f"the column {quote(column)} is not UTF-8; convert the file to UTF-8")
-    return lambda: values
+    return object_of(list(zip(header, fields, strict=False)))
 
 
-def _failing(reason: str) -> Callable[[], dict[str, Any]]:
-    def fail() -> dict[str, Any]:
-        raise UserError(reason)
-
-    return fail
+def _fail(reason: str) -> dict[str, Any]:
+    raise UserError(reason)
 
 
-def _json_rows(path: str, file: BinaryIO) -> Iterator[FileRow]:
+def _json_rows(path: str, file: io.BufferedReader) -> Iterator[FileRow]:
     """The rows of JSON Lines, of an array of rows, or of one object."""
-    buffered = io.BufferedReader(cast(io.RawIOBase, file))
-    start = buffered.peek(_CHUNK_CHARACTERS)
-    lines = start.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n")
+    lines = file.peek(_CHUNK_CHARACTERS).removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n")
     if lines[0].startswith(b"["):
-        for number, item in enumerate(_array_items(path, _text(buffered)), start=1):
-            yield FileRow(f"{path}, row {number}", _item_values(item))
+        for number, item in enumerate(_array_items(path, _text(file)), start=1):
+            yield FileRow(path, f"{path}, row {number}", partial(_item_values, item))
     elif len(lines) == 1 or _is_json(lines[0]) or lines[1].startswith(b"{"):
-        yield from _line_rows(path, buffered, is_json=True)
+        yield from _line_rows(path, file, is_json=True)
     else:
-        yield from _object_rows(path, buffered)
+        for number, values in enumerate(_object_rows(path, file), start=1):
+            yield FileRow(path, f"{path}, row {number}", partial(dict, values))
 
 
 def _is_json(line: bytes) -> bool:
@@ -215,7 +195,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _object_rows(path: str, file: BinaryIO) -> Iterator[FileRow]:
+def _object_rows(path: str, file: io.BufferedReader) -> list[dict[str, Any]]:
     """The rows of an object over several lines: its lists are columns, or it is a row."""
     data = file.read(MAX_ROW_BYTES + 1)
     if len(data) > MAX_ROW_BYTES:
@@ -225,20 +205,17 @@ def _object_rows(path: str, file: BinaryIO) -> Iterator[FileRow]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     is_table = columns and all(isinstance(column, list) for column in columns.values())
-    if is_table and len({len(column) for column in columns.values()}) == 1:
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    else:
-        rows = [columns]
-    for number, row in enumerate(rows, start=1):
-        yield FileRow(f"{path}, row {number}", partial(dict, row))
+    if not is_table or len({len(column) for column in columns.values()}) > 1:
+        return [columns]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _array_items(path: str, text: io.TextIOWrapper) -> Iterator[Any]:
     """The items of a JSON array, of which one at a time is in memory."""
-    buffer, position, is_whole, number = text.read(_CHUNK_CHARACTERS), 0, False, 0
+    buffer, is_whole, number = text.read(_CHUNK_CHARACTERS), False, 1
     position = buffer.index("[") + 1
     while True:
-        position += len(buffer) - position - len(buffer[position:].lstrip(", \t\r\n"))
+        position = cast(re.Match[str], _BETWEEN_ITEMS.match(buffer, position)).end()
         if buffer.startswith("]", position):
             return
         try:
@@ -247,27 +224,23 @@ def _array_items(path: str, text: io.TextIOWrapper) -> Iterator[Any]:
             if end == len(buffer) and not is_whole:
                 raise ValueError("the chunk ends")
         except (ValueError, RecursionError) as error:
-            if is_whole or isinstance(error, RecursionError):
-                raise UserError(
-                    f"{path}, row {number + 1}: not valid JSON; fix the file"
-                ) from error
             buffer, position = buffer[position:], 0
-            if len(buffer) > MAX_ROW_BYTES:
+            if is_whole or isinstance(error, RecursionError) or len(buffer) > MAX_ROW_BYTES:
                 raise UserError(
-                    f"{path}, row {number + 1}: not valid JSON, or longer than "
+                    f"{path}, row {number}: not valid JSON, or longer than "
                     f"{MAX_ROW_BYTES >> 20} MiB; fix the file"
                 ) from error
             # Twice as much each time: a long item is not parsed again for every chunk.
             more = text.read(max(_CHUNK_CHARACTERS, len(buffer)))
             buffer, is_whole = buffer + more, not more
             continue
-        number, position = number + 1, end
         yield item
+        number, position = number + 1, end
 
 
-def _item_values(item: Any) -> Callable[[], dict[str, Any]]:
+def _item_values(item: Any) -> dict[str, Any]:
     if isinstance(item, str):
-        item = {"text": item}
+        return {"text": item}
     if not isinstance(item, dict):
-        return _failing(f"is not a JSON object but {shorten(json.dumps(item, default=str), 60)}")
-    return lambda: item
+        raise UserError(f"is not a JSON object but {shorten(json.dumps(item, default=str), 60)}")
+    return item

@@ -1,15 +1,15 @@
 """Plain text: paragraphs of text files, and rows of JSON Lines."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from moma.data.documents import Document, Rejected, SourceName
+from moma.data.documents import Document, SourceName
 from moma.data.sources.jsonl import Line, read_jsonl, read_lines, require_text
 from moma.data.sources.paths import expand_pattern, fingerprint_of
-from moma.data.sources.reading import ReaderConfig, check_text, content_hash
+from moma.data.sources.reading import ReaderConfig, Row, content_hash, make_rows
 from moma.errors import UserError
 from moma.recipe import RequiredPath
 
@@ -35,11 +35,11 @@ class TextConfig(ReaderConfig):
     path: RequiredPath
     text_key: str = "text"
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
-        """Yield a document for every paragraph or row."""
+    def read_rows(self) -> Iterator[Row]:
+        """Yield every paragraph, or every row of JSON Lines."""
         for path in expand_pattern(self.path):
             if path.suffix.lower() in _JSON_LINES:
-                yield from read_jsonl([path], self._json_document)
+                yield from make_rows(read_jsonl([path]), self._json_document)
             else:
                 yield from _paragraphs(path)
 
@@ -49,35 +49,31 @@ class TextConfig(ReaderConfig):
 
     def _json_document(self, line: Line) -> Document:
         text = require_text(line.values(), self.text_key)
-        return Document(content_hash(text), (text,), row=line.location)
+        return Document(content_hash(text), (text,))
 
 
-def _paragraphs(path: Path) -> Iterator[Document | Rejected]:
+def _paragraphs(path: Path) -> Iterator[Row]:
     for is_blank, lines in groupby(read_lines(path), key=lambda line: line.is_blank):
         if not is_blank:
-            yield from _hold_out_together(map(_paragraph, _split(lines)))
+            pieces = _split(lines)
+            first = next(pieces)
+            yield first[0].location, partial(_paragraph, first)
+            for piece in pieces:
+                yield piece[0].location, partial(_paragraph, piece, first)
 
 
-def _hold_out_together(pieces: Iterator[Document | Rejected]) -> Iterator[Document | Rejected]:
-    """Let all pieces of a paragraph be held out as the first one is."""
-    first = ""
-    for piece in pieces:
-        if isinstance(piece, Document):
-            piece = replace(piece, held_out_with=first)
-            first = first or piece.name
-        yield piece
-
-
-def _paragraph(lines: list[Line]) -> Document | Rejected:
+def _paragraph(lines: list[Line], first_piece: Sequence[Line] = ()) -> Document:
+    """The document of a paragraph's piece, which is held out as the first piece is."""
     texts = []
     for line in lines:
         try:
-            texts.append(check_text(line.text(), "of the line"))
+            texts.append(line.text())
         except UserError as error:
-            reason = f"{error}; its paragraph begins in row {lines[0].number}"
-            return Rejected(line.location, reason)
+            raise UserError(f"row {line.number}: {error}") from error
     text = "".join(texts).strip()
-    return Document(content_hash(text), (text,), row=lines[0].location)
+    first = b"".join(line.data or b"" for line in first_piece).decode("utf-8-sig", "replace")
+    together = content_hash(first.strip()) if first_piece else ""
+    return Document(content_hash(text), (text,), held_out_with=together)
 
 
 def _split(lines: Iterator[Line]) -> Iterator[list[Line]]:

@@ -4,30 +4,24 @@
 
 Nothing is unpacked to disk. Of a plain tar, only the offset of an image is kept until the image is
 read; a compressed one can only be read from its beginning, so its images are kept in memory as they
-are stored. `webdataset` groups the members; they are read here, since its own reader loads members
-of any size, skips links silently and takes a damaged header for the end of the archive.
+are stored.
 """
 
-import bz2
-import gzip
-import lzma
 import tarfile
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 from PIL import Image
 from pydantic import Field
 
-from moma.data.documents import Document, ImageRef, Rejected, SourceName
-from moma.data.sources.jsonl import parse_json_object, require_text
-from moma.data.sources.paths import expand_pattern, fingerprint_of
-from moma.data.sources.reading import CaptionReaderConfig, attempt, check_text
+from moma.data.documents import Document, ImageRef, SourceName
+from moma.data.sources.jsonl import decode, decompress, parse_json_object, require_text
+from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors
+from moma.data.sources.reading import CaptionReaderConfig, Row, check_text
 from moma.errors import UserError, list_names, shorten
 from moma.images import read_image
 from moma.recipe import RequiredPath
@@ -37,13 +31,7 @@ _TEXTS = ("txt", "json")
 _MAX_NAME_CHARACTERS = 4096
 # Samples without image or caption that wait until it is known whether they belong to another one.
 _MAX_WAITING = 1000
-
-_DECOMPRESS: dict[bytes, Callable[[Path], Any]] = {
-    b"\x1f\x8b": gzip.open,
-    b"BZh": bz2.open,
-    b"\xfd7zXZ\x00": lzma.open,
-}
-_TAR_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error, lzma.LZMAError)
+_REMEDY = "download it again or exclude it from 'path'"
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class _Member:
     Attributes:
         archive: the tar file.
         name: path in the archive.
-        offset: offset of its content in the tar; None if the tar is compressed.
+        offset: offset of its content in the tar, if the tar is not compressed.
         size: size of its content in bytes.
         data: the content, where it had to be read at once.
         problem: why it cannot be used; empty if it can.
@@ -61,15 +49,10 @@ class _Member:
 
     archive: Path
     name: str
-    offset: int | None
+    offset: int
     size: int
     data: bytes | None
     problem: str
-
-    def check(self) -> None:
-        """Raise `UserError` if the member cannot be used."""
-        if self.problem:
-            raise UserError(f"{shorten(self.name)} {self.problem}")
 
     def content(self) -> bytes:
         """Return the content.
@@ -77,15 +60,13 @@ class _Member:
         Raises:
             UserError: the member cannot be used or read.
         """
-        self.check()
+        if self.problem:
+            raise UserError(f"{shorten(self.name)} {self.problem}")
         if self.data is not None:
             return self.data
-        try:
-            with self.archive.open("rb") as file:
-                file.seek(self.offset or 0)
-                return file.read(self.size)
-        except OSError as error:
-            raise UserError(f"{self.archive}: cannot read it ({error.strerror})") from error
+        with read_errors(self.archive, _REMEDY), self.archive.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
 
 
 @dataclass
@@ -103,16 +84,18 @@ class _Sample:
     repeated: list[str]
 
     @property
-    def image(self) -> _Member | None:
-        return next((self.members[one] for one in _IMAGES if one in self.members), None)
+    def group(self) -> str:
+        """What WebDataset takes for a sample's name: the path up to the first dot of the file's."""
+        folder, slash, name = self.name.rpartition("/")
+        return f"{folder}{slash}{name.partition('.')[0]}"
 
-    @property
-    def text(self) -> _Member | None:
-        return next((self.members[one] for one in _TEXTS if one in self.members), None)
+    def first_of(self, endings: tuple[str, ...]) -> _Member | None:
+        """Return the member with the first of several endings that the sample has."""
+        return next((self.members[one] for one in endings if one in self.members), None)
 
     @property
     def is_complete(self) -> bool:
-        return self.image is not None and self.text is not None
+        return self.first_of(_IMAGES) is not None and self.first_of(_TEXTS) is not None
 
     def add(self, other: "_Sample") -> None:
         """Add the members of another sample of the same name."""
@@ -141,47 +124,17 @@ class WebDatasetConfig(CaptionReaderConfig):
     caption_key: str = "caption"
     max_member_bytes: int = Field(default=64 * 2**20, ge=1)
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
-        """Yield a document for every sample, in the order of the archives."""
+    def read_rows(self) -> Iterator[Row]:
+        """Yield the samples in the order of the archives."""
         for path in expand_pattern(self.path):
-            for _, samples in groupby(self._samples(path), key=_webdataset_name):
-                yield from self._documents(path, samples)
+            for name, samples in groupby(self._samples(path), key=lambda sample: sample.group):
+                for sample in _merge(name, samples):
+                    location = shorten(f"{path}, {sample.name}")
+                    yield location, partial(self._document, sample, location)
 
     def fingerprint(self) -> str:
         """Return what changes with the size or the time of a tar file."""
         return fingerprint_of(expand_pattern(self.path))
-
-    def _documents(self, path: Path, samples: Iterator[_Sample]) -> Iterator[Document | Rejected]:
-        """The documents of samples whose names share the part up to the first dot.
-
-        For WebDataset that part is the name of one sample: here too, if it has an image and a
-        caption without further dots. Of names such as `clip.0001.jpg` and `clip.0001.txt`, each
-        pair is a document.
-        """
-        main: _Sample | None = None
-        waiting: list[Document | Rejected] = []
-        for sample in samples:
-            if sample.name != _webdataset_name(sample):
-                row = self._document_or_reason(path, sample)
-                if sample.is_complete:
-                    yield row
-                else:
-                    waiting.append(row)
-            elif main is None:
-                main = sample
-            else:
-                main.add(sample)
-            if len(waiting) > _MAX_WAITING:  # no sample has so many further files
-                yield from waiting
-                waiting = []
-        if main is None or not main.is_complete:
-            yield from waiting
-        if main is not None:
-            yield self._document_or_reason(path, main)
-
-    def _document_or_reason(self, path: Path, sample: _Sample) -> Document | Rejected:
-        location = f"{path}, {sample.name}"
-        return attempt(location, partial(self._document, sample, shorten(location)))
 
     def _document(self, sample: _Sample, location: str) -> Document:
         name = check_text(sample.name, "of its name")
@@ -192,29 +145,27 @@ class WebDatasetConfig(CaptionReaderConfig):
         if sample.repeated:
             repeated = list_names(sample.repeated)
             raise UserError(f"{repeated} is in the archive twice; give each sample its own name")
-        image, text = sample.image, sample.text
+        image, text = sample.first_of(_IMAGES), sample.first_of(_TEXTS)
         if image is None or text is None:
             raise UserError(
                 f"needs an image ({', '.join(_IMAGES)}) and a caption ({', '.join(_TEXTS)}); "
                 f"the sample has: {list_names(sorted(sample.members))}"
             )
-        image.check()
+        if image.problem:
+            image.content()
         caption = self._caption(text)
-        name_of_image = f"{location}{PurePosixPath(image.name).suffix}"
-        read = partial(_read_member, image, name_of_image, self.max_pixels)
-        segments = self.with_caption(name, caption, ImageRef(name_of_image, read))
-        return Document(name, segments, row=location)
+        location += PurePosixPath(image.name).suffix
+        read = partial(_read_member, image, location, self.max_pixels)
+        return Document(name, self.with_caption(name, caption, ImageRef(location, read)))
 
     def _caption(self, member: _Member) -> str:
         if member.name.lower().endswith(".json"):
             return require_text(parse_json_object(member.content()), self.caption_key)
-        try:
-            text = member.content().decode("utf-8-sig").strip()
-        except UnicodeDecodeError as error:
-            raise UserError(f"the caption is not UTF-8 ({error})") from error
-        return require_text({"caption": text}, "caption")
+        return require_text({"caption": decode(member.content()).strip()}, "caption")
 
     def _samples(self, path: Path) -> Iterator[_Sample]:
+        # Of `webdataset`, only the grouping is used: its reader of tar files loads members of any
+        # size, skips links silently and takes a damaged header for the end of the archive.
         from webdataset.tariterators import group_by_keys  # imports torch
 
         repeated: list[str] = []
@@ -231,29 +182,23 @@ class WebDatasetConfig(CaptionReaderConfig):
 
     def _members(self, path: Path) -> Iterator[_Member]:
         """The files of an archive, in its order."""
-        try:
-            with _open_tar(path) as (opened, compressed):
-                stream = _BoundedStream(opened, self.max_member_bytes)
-                # Not "r|", which reads ahead of the bound.
-                with tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]
-                    while (info := archive.next()) is not None:
-                        # Otherwise the archive keeps a record of every member.
-                        archive.members = []  # type: ignore[attr-defined]
-                        if not info.isdir():
-                            yield self._member(path, archive, info, compressed)
-                # tarfile takes any block that is not a header for the end.
-                if stream.last.strip(b"\0"):
-                    raise tarfile.ReadError("damaged in its middle")
-        except _TAR_ERRORS as error:
-            raise UserError(
-                f"{path}: cannot read it ({shorten(str(error))}); "
-                "download it again or exclude it from 'path'"
-            ) from error
+        with read_errors(path, _REMEDY, tarfile.TarError, ValueError), path.open("rb") as file:
+            stream = _BoundedStream(opened := decompress(file), self.max_member_bytes)
+            # Not "r|", which reads ahead of the bound.
+            with tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]
+                while (info := archive.next()) is not None:
+                    # Otherwise the archive keeps a record of every member.
+                    archive.members = []  # type: ignore[attr-defined]
+                    if not info.isdir():
+                        yield self._member(path, archive, info, is_compressed=opened is not file)
+            # tarfile takes any block that is not a header for the end.
+            if stream.last.strip(b"\0"):
+                raise tarfile.ReadError("damaged in its middle")
 
     def _member(
-        self, path: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, compressed: bool
+        self, path: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, is_compressed: bool
     ) -> _Member:
-        problem = ""
+        problem, data = "", None
         if not info.isreg() or info.issparse():
             problem = "is a link or another special file; pack the file itself"
         elif info.size > self.max_member_bytes:
@@ -261,12 +206,40 @@ class WebDatasetConfig(CaptionReaderConfig):
                 f"has {info.size} bytes, more than max_member_bytes = {self.max_member_bytes}; "
                 "shrink it or raise 'max_member_bytes'"
             )
-        data = None
-        if compressed and not problem and _split_name(info.name)[1].lower() in (*_IMAGES, *_TEXTS):
-            opened = archive.extractfile(info)
-            data = opened.read() if opened is not None else b""
-        offset = None if compressed else info.offset_data
-        return _Member(path, info.name.removeprefix("./"), offset, info.size, data, problem)
+        elif is_compressed and _split_name(info.name)[1].lower() in (*_IMAGES, *_TEXTS):
+            content = archive.extractfile(info)
+            data = content.read() if content is not None else b""
+        name = info.name.removeprefix("./")
+        return _Member(path, name, info.offset_data, info.size, data, problem)
+
+
+def _merge(name: str, samples: Iterator[_Sample]) -> Iterator[_Sample]:
+    """The samples whose names share the part up to the first dot, without a sample's other files.
+
+    For WebDataset that part, `name`, is the name of one sample: here too, if it has an image and a
+    caption without further dots. Of names such as `clip.0001.jpg` and `clip.0001.txt`, each
+    pair is a sample.
+    """
+    main: _Sample | None = None
+    waiting: list[_Sample] = []
+    for sample in samples:
+        if sample.name == name:
+            if main is None:
+                main = sample
+            else:
+                main.add(sample)
+        elif sample.is_complete:
+            yield sample
+        else:  # its content is not needed
+            members = {key: replace(member, data=None) for key, member in sample.members.items()}
+            waiting.append(replace(sample, members=members))
+        if len(waiting) > _MAX_WAITING:  # no sample has so many further files
+            yield from waiting
+            waiting = []
+    if main is None or not main.is_complete:
+        yield from waiting
+    if main is not None:
+        yield main
 
 
 def _split_name(path: str) -> tuple[str, str]:
@@ -276,12 +249,6 @@ def _split_name(path: str) -> tuple[str, str]:
     folder, slash, name = path.rpartition("/")
     start, dot, ending = name.rpartition(".")
     return (f"{folder}{slash}{start}", ending) if dot else (path, "")
-
-
-def _webdataset_name(sample: _Sample) -> str:
-    """What WebDataset takes for a sample's name: the path up to the first dot of the file's."""
-    folder, slash, name = sample.name.rpartition("/")
-    return f"{folder}{slash}{name.partition('.')[0]}"
 
 
 class _BoundedStream:
@@ -301,16 +268,6 @@ class _BoundedStream:
             raise tarfile.ReadError(f"a header of {size} bytes")
         self.last = self._file.read(size)
         return self.last
-
-
-@contextmanager
-def _open_tar(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """A tar file's content, and whether it is compressed."""
-    with path.open("rb") as file:
-        start = file.read(max(map(len, _DECOMPRESS)))
-    decompress = next((d for magic, d in _DECOMPRESS.items() if start.startswith(magic)), None)
-    with decompress(path) if decompress else path.open("rb") as file:
-        yield file, decompress is not None
 
 
 def _read_member(member: _Member, location: str, max_pixels: int) -> Image.Image:

@@ -11,6 +11,7 @@ from moma.data.documents import ImageRef, Rejected, held_out_share, is_held_out
 from moma.data.sources.captions import CaptionsConfig
 from moma.errors import UserError
 from tests.data.sources.rows import accepted
+from tests.factories import image_bytes
 
 
 def captions_in(folder, rows, **settings):
@@ -62,7 +63,7 @@ def test_caption_first_is_a_share(tmp_path, share):
         ({"image": 3, "caption": "b"}, "^needs a text under 'image'"),
         (
             {"image": "a.png", "caption": "\ud800"},
-            "^the text under 'caption' contains half",
+            "^the text under 'caption' is not valid",
         ),
         ({"image": "a\0.png", "caption": "b"}, r"^the image 'a\\x00.png' is not a path"),
         ({"image": "../a.png", "caption": "b"}, r"^the image '\.\./a\.png' is outside"),
@@ -189,3 +190,38 @@ def test_image_folders_of_the_library_datasets_are_read(tmp_path):
     # A captions.jsonl is the list where there is one.
     captions_in(tmp_path, [{"image": "sub/a.png", "caption": "listed"}])
     assert [d.name for d in accepted(source.documents())] == ["sub/a.png"]
+
+
+def test_metadata_csv_is_read_as_it_is_written(tmp_path):
+    for name in ("1.png", "2.png", "NA"):
+        (tmp_path / name).write_bytes(image_bytes())
+    rows = ["file_name,text,id", "1.png,007,1,", "2.png,NA,2", "NA,2020-01-01,3", "1.png,a,1,x"]
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    source = CaptionsConfig(path=tmp_path, caption_first=1)
+    *documents, rejected = source.documents()
+    assert [(d.name, d.segments[0]) for d in accepted(documents)] == [
+        ("1.png", "007"),
+        ("2.png", "NA"),
+        ("NA", "2020-01-01"),
+    ]
+    assert rejected.row == f"{tmp_path}/metadata.csv, line 5" and "4 fields" in rejected.reason
+    before = source.fingerprint()
+    os.utime(tmp_path / "2.png", ns=(1, 1))
+    assert source.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("name,text\n", "has no column 'file_name'"),
+        ("file_name,text,text\na,b,c\n", "more than once"),
+    ],
+)
+def test_columns_of_metadata_csv_are_checked(tmp_path, data, message):
+    (tmp_path / "metadata.csv").write_text(data)
+    try:
+        (rejected,) = CaptionsConfig(path=tmp_path).documents()
+    except UserError as error:
+        assert message in str(error)
+    else:
+        assert message in rejected.reason

@@ -320,7 +320,7 @@ def test_csv_is_read_as_it_is_written(tmp_path, data, texts, folder):
     ("rows", "rejected"),
     [
         (["a,b,c"], {2: "has 3 fields, but the header names 2 columns"}),
-        (["1,\xff"], {2: "column 'text' is not UTF-8"}),
+        (["1,\xff"], {2: "under 'text' is not valid Unicode"}),
         (["1"], {2: "has no 'text'"}),
         (["1,"], {2: "needs a text"}),
         (['1,"a"b'], {2: "not valid CSV"}),
@@ -492,7 +492,7 @@ def test_messages_are_bounded(tmp_path):
     rows = [dict.fromkeys(keys, "1"), {"text": "a"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     rejected, _ = source_of(path=str(tmp_path / "a.jsonl")).documents()
-    assert len(rejected.reason) < 1000
+    assert len(rejected.reason) <= 1000
     with pytest.raises(UserError) as error:
         list(write_csv(tmp_path / "a.csv", ",".join(keys) + "\n1\n").documents())
     assert len(str(error.value)) < 2500
@@ -519,3 +519,10 @@ def test_a_folder_whose_name_is_a_pattern_of_another_is_refused(tmp_path):
         (tmp_path / folder / "a.csv").write_text(f"text\n{folder}\n")
     with pytest.raises(UserError, match=r"rename the folder, or name its files: .*/\*"):
         list(source_of(path=str(tmp_path / "run[12]")).documents())
+
+
+def test_an_image_folder_with_metadata_csv_is_refused(tmp_path):
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,007\n")
+    with pytest.raises(UserError, match=r'metadata\.csv such as NA and 007.* kind = "captions"'):
+        list(source_of(path=str(tmp_path), image_column="image").documents())

@@ -12,8 +12,8 @@ from PIL import Image
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources.jsonl import parse_json_object, read_lines, require_text
 from moma.data.sources.paths import expand_pattern, files_below, resolve_inside
-from moma.data.sources.reading import attempt, content_hash, split_document
-from moma.errors import UserError
+from moma.data.sources.reading import ReaderConfig, content_hash, split_document
+from moma.errors import StorageError, UserError
 
 IMAGES = [ImageRef(str(n), partial(Image.new, "L", (1, 1))) for n in range(12)]
 
@@ -149,10 +149,25 @@ def test_json_rows_with_odd_values(row, reason):
     assert reason in str(caught.value) and len(str(caught.value)) < 1500
 
 
-def test_rejected_reasons_are_bounded():
-    def fail():
-        raise UserError("x" * 1_000_000)
+class Failing(ReaderConfig):
+    """A source of one row that raises an error."""
 
-    rejected = attempt("y" * 1_000_000, fail)
+    name: str = "failing"
+    error: type[UserError] = UserError
+
+    def read_rows(self):
+        yield "y" * 1_000_000, self.fail
+
+    def fail(self):
+        raise self.error("x" * 1_000_000)
+
+
+def test_rejected_reasons_are_bounded():
+    (rejected,) = Failing().documents()
     assert isinstance(rejected, Rejected)
-    assert len(rejected.reason) <= 600 and len(rejected.row) <= 600
+    assert len(rejected.reason) <= 1000 and len(rejected.row) <= 300
+
+
+def test_an_error_of_the_disk_is_not_a_rejected_row():
+    with pytest.raises(StorageError):
+        list(Failing(error=StorageError).documents())

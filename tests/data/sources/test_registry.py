@@ -36,13 +36,12 @@ SOURCE = '''
 from collections.abc import Iterator
 from typing import Literal
 
-from moma.data.documents import Document, Rejected
+from moma.data.documents import Document, Rejected, SourceConfig
 from moma.data.sources.paths import fingerprint_of
-from moma.data.sources.reading import ReaderConfig
 from moma.recipe import RequiredPath
 
 
-class PoemsConfig(ReaderConfig):
+class PoemsConfig(SourceConfig):
     """A text file of poems, separated by lines of three asterisks.
 
     Attributes:
@@ -53,7 +52,7 @@ class PoemsConfig(ReaderConfig):
     name: str = "poems"
     path: RequiredPath
 
-    def read_documents(self) -> Iterator[Document | Rejected]:
+    def documents(self) -> Iterator[Document | Rejected]:
         for number, poem in enumerate(self.path.read_text("utf-8").split("***"), start=1):
             location = f"{self.path}, poem {number}"
             if poem.strip():
