@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol, runtime_checkable
+from typing import Annotated, Protocol
 
 import numpy as np
 from PIL import Image
@@ -119,6 +119,10 @@ class SourceConfig(Config):
         """See `Source.documents`."""
         raise NotImplementedError
 
+    def fingerprint(self) -> str:
+        """Return a value that changes when the files that the source reads do."""
+        return ""
+
 
 class Source(Protocol):
     """Anything that yields documents in a fixed order."""
@@ -137,15 +141,6 @@ class Source(Protocol):
         ...
 
 
-@runtime_checkable
-class Fingerprinted(Protocol):
-    """A source that detects changes of the files it reads."""
-
-    def fingerprint(self) -> str:
-        """Return a value that changes when the files do."""
-        ...
-
-
 def source_fingerprint(source: Source, held_out: float) -> str:
     """Return a value that changes with a source's configuration and files.
 
@@ -155,7 +150,7 @@ def source_fingerprint(source: Source, held_out: float) -> str:
     """
     # The sampling weight does not change the documents.
     config = source.model_dump_json(exclude={"weight"}) if isinstance(source, Config) else ""
-    files = source.fingerprint() if isinstance(source, Fingerprinted) else ""
+    files = source.fingerprint() if isinstance(source, SourceConfig) else ""
     parts = (source.name, config, files, str(held_out))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

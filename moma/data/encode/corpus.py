@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moma.data.documents import Document, ImageRef, Rejected, Source, held_out_share, is_held_out
 from moma.data.encode.chunks import CHUNK_DOCUMENTS, reject_unencodable
-from moma.errors import UserError, shorten
+from moma.errors import StorageError, UserError, shorten
 from moma.tokenizers.image.codec import preprocess
 
 # A reference to a file is smaller; a larger one contains the image's bytes.
@@ -254,6 +254,8 @@ class ReadableImages(Sequence[Tensor]):
         """Whether at least one image can be read."""
         try:
             return self[0] is not None
+        except StorageError:
+            raise
         except (IndexError, UserError):
             return False
 
@@ -276,6 +278,8 @@ class ReadableImages(Sequence[Tensor]):
                 index = self._replacements[index]
             try:
                 pixels_3HW = preprocess(self.images[index].read(), self.size)
+            except StorageError:
+                raise
             except UserError as error:
                 self.unreadable[index] = shorten(str(error))
                 self._replacements[index] = (index + 1) % len(self)

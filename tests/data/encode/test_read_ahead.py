@@ -12,9 +12,10 @@ from PIL import Image
 
 from moma.data.documents import ImageRef
 from moma.data.encode import read_ahead
+from moma.data.encode.corpus import ReadableImages
 from moma.data.encode.read_ahead import ImageReader, Pixels
 from moma.demo.sketches import place
-from moma.errors import UserError
+from moma.errors import StorageError, UserError
 from moma.images import square_pixels
 
 shape = partial(square_pixels, size=2)
@@ -148,3 +149,19 @@ with ImageReader(partial(square_pixels, size=2), 2, seconds=0) as reader:
             return
         time.sleep(0.1)
     pytest.fail("a worker outlived its process")
+
+
+def fail_to_read():
+    raise StorageError("the disk fails")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failing_disk_is_not_an_unreadable_image(workers):
+    broken = ImageRef("", fail_to_read)
+    with (
+        ImageReader(shape, workers, seconds=0) as reader,
+        pytest.raises(StorageError, match="the disk fails"),
+    ):
+        list(reader.read([broken]))
+    with pytest.raises(StorageError, match="the disk fails"):
+        ReadableImages([broken], size=2, max_unreadable=1)[0]

@@ -204,24 +204,17 @@ def test_metadata_csv_is_read_as_it_is_written(tmp_path):
         ("2.png", "NA"),
         ("NA", "2020-01-01"),
     ]
-    assert rejected.row == f"{tmp_path}/metadata.csv, line 5" and "4 fields" in rejected.reason
+    assert isinstance(rejected, Rejected) and "4 fields" in rejected.reason
+    assert rejected.row == f"{tmp_path}/metadata.csv, line 5"
     before = source.fingerprint()
     os.utime(tmp_path / "2.png", ns=(1, 1))
     assert source.fingerprint() != before
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        ("name,text\n", "has no column 'file_name'"),
-        ("file_name,text,text\na,b,c\n", "more than once"),
-    ],
-)
-def test_columns_of_metadata_csv_are_checked(tmp_path, data, message):
-    (tmp_path / "metadata.csv").write_text(data)
-    try:
-        (rejected,) = CaptionsConfig(path=tmp_path).documents()
-    except UserError as error:
-        assert message in str(error)
-    else:
-        assert message in rejected.reason
+def test_columns_of_metadata_csv_are_checked(tmp_path):
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\na,b,c\n")
+    (rejected,) = CaptionsConfig(path=tmp_path).documents()
+    assert isinstance(rejected, Rejected) and "'text' more than once" in rejected.reason
+    (tmp_path / "metadata.csv").write_text("name,text\na,b\n")
+    with pytest.raises(UserError, match="has no column 'file_name'"):
+        list(CaptionsConfig(path=tmp_path).documents())

@@ -41,8 +41,8 @@ def write_files(folder, kind):
     elif kind == "html":
         write_pages(folder, {"a.html": text})
     elif kind == "interleaved":
-        row = {"segments": [{"type": "text", "text": text}]}
-        (folder / "segments.jsonl").write_text(json.dumps(row))
+        segment = {"type": "text", "text": text}
+        (folder / "segments.jsonl").write_text(json.dumps({"segments": [segment]}))
     elif kind == "webdataset":
         write_tar(folder / "a.tar", [("a.png", image_bytes()), ("a.txt", text.encode())])
     elif kind in ("parquet", "parquet folder"):

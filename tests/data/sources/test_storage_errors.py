@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 from moma.data.documents import ImageRef
 from moma.data.sources.registry import AnySource
 from moma.errors import StorageError
+from tests.data.sources.rows import accepted
 from tests.factories import image_bytes, write_captions, write_pages, write_parquet, write_tar
 
 SOURCES = {
@@ -84,7 +85,7 @@ def test_a_disk_that_fails_is_not_an_error_of_the_data(folder, monkeypatch, brok
     monkeypatch.setattr(Path, "open", failing(Path.open))
     monkeypatch.setattr(pa.parquet, "ParquetFile", fail)
     with pytest.raises(StorageError, match=rf"{broken}.*check the disk"):
-        for document in source.documents():
+        for document in accepted(source.documents()):
             for part in document.segments:
                 if isinstance(part, ImageRef):
                     part.read()
