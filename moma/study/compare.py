@@ -1,16 +1,17 @@
-"""Runs side by side: loss curves, held-out losses, speed-up, reconstructions and routing."""
+"""Comparison of runs: loss curves, held-out losses, speed-up, reconstructions and routing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from moma.data.batches.iterator import Batches
+from moma.data.batches.packing import Batch
 from moma.evaluate.perplexity import evaluate
 from moma.generate.mixed import MixedModel
 from moma.model.routing import Routing
@@ -23,7 +24,7 @@ from moma.study.tables import Table
 from moma.train.recipe import Recipe
 from moma.train.restore import has_causal_routing, load_run, read_run_recipe, with_routers
 from moma.train.step import to_device
-from moma.vocabulary import IMAGE, TEXT
+from moma.vocabulary import IMAGE, TEXT, Vocabulary
 
 MEASURES = {
     "loss": "loss",
@@ -36,12 +37,12 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A run, loaded and measured.
+    """A run, loaded and evaluated.
 
     Attributes:
-        name: of the run folder.
-        metrics: its log.
-        results: held-out measures by routing: `choice`, and `causal` if the run can do that.
+        name: name of the run.
+        metrics: its log records.
+        results: held-out measures by routing: `choice`, and `causal` if the run supports it.
     """
 
     name: str
@@ -60,12 +61,12 @@ class Measured:
 
 
 def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
-    """ExpertInputs a run and evaluate it with every routing that it can do."""
+    """Load a run and evaluate it with every routing that it supports."""
     model, recipe = load_run(run)
     routings = ("choice", "causal") if has_causal_routing(run, model) else ("choice",)
     results = {by: evaluate(model, recipe, by, quiet) for by in routings}  # type: ignore[arg-type]
     own = read_run_recipe(run)
-    # The curves are those of pre-training, also for a run that trained routers alone.
+    # The curves are those of pre-training, also for a run that trained only routers.
     log = Run(own.from_) if own.stage == "aux_router" and own.from_ else run
     return Measured(name or run.path.name, run, model, recipe, log.read_metrics(), results)
 
@@ -80,7 +81,7 @@ def summary(measured: Sequence[Measured]) -> dict[str, Any]:
 
 
 def comparison_tables(result: dict[str, Any]) -> list[Table]:
-    """What `summary` found, as tables for people: held-out measures, speed-up if there is one."""
+    """Tables of a `summary`: held-out measures, and the speed-up of several runs."""
     held_out = Table(
         "Held-out documents",
         "choice: experts choose the best tokens of the batch, as in training; causal: auxiliary "
@@ -98,7 +99,7 @@ def comparison_tables(result: dict[str, Any]) -> list[Table]:
     speedup = Table(
         "Speed-up η",
         f"How many times fewer FLOPs than {baseline} a run needs for {baseline}'s final training "
-        "loss; a dash where it does not get there.",
+        "loss; a dash if it does not reach it.",
         ("run", "all tokens", "text", "images"),
         [(name, *values.values()) for name, values in result["speedup"].items()],
     )
@@ -106,10 +107,10 @@ def comparison_tables(result: dict[str, Any]) -> list[Table]:
 
 
 def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, Any]:
-    """Measure runs, write the page, and return the figures (see `summary`).
+    """Measure runs, write the page, and return the `summary`.
 
     Raises:
-        UserError: a folder is no run or has no checkpoint.
+        UserError: a folder is not a run or has no checkpoint.
     """
     names = [run.path.name for run in runs]
     if len(set(names)) < len(names):
@@ -130,106 +131,97 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
     )
     for each in comparison_tables(summary(measured)):
         page.section(each.title, paragraph(each.explanation), table(each))
-    add_reconstructions(page, measured[0])
+    _add_reconstructions(page, measured[0])
     for run in measured:
         if with_routers(run.run) != run.run or run.recipe.stage == "aux_router":
-            add_routing(page, run)
+            _add_routing(page, run)
 
 
-def add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:
-    """Held-out images as the codec draws them from their codes."""
-    mixed, vocabulary = measured.mixed, measured.model.vocabulary
-    images: list[Image.Image] = []
-    for batch in Batches(measured.recipe.data, vocabulary, seed=0, split="held_out"):
-        codes = vocabulary.code_of_id[batch.tokens_BS]
-        for row in codes:
-            grids = row[row >= 0].reshape(-1, vocabulary.codes_per_image)
-            images += [mixed.image(codes_of_one) for codes_of_one in grids]
-        if len(images) >= count:
-            break
+def _add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:
+    """Add held-out images as the codec reconstructs them."""
+    vocabulary = measured.model.vocabulary
+    batches = Batches(measured.recipe.data, vocabulary, seed=0, split="held_out")
+    codes = (
+        image
+        for batch in batches
+        for sequence in vocabulary.code_of_id[batch.tokens_BS]
+        for image in sequence[sequence >= 0].reshape(-1, vocabulary.codes_per_image)
+    )
+    tiles = [tile(measured.mixed.image(image), "reconstruction") for image in islice(codes, count)]
     page.section(
         "What the codec keeps",
         paragraph("Held-out images after encoding to codes and back: the best a model can draw."),
-        captioned([tile(image, "reconstruction") for image in images[:count]], ""),
+        captioned(tiles, ""),
     )
 
 
-def add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
-    """For some held-out documents, which expert took which token."""
-    mixed, vocabulary = measured.mixed, measured.model.vocabulary
-    batch = next(iter(Batches(measured.recipe.data, vocabulary, seed=1, split="held_out")))
-    on_device = to_device(batch, measured.model.embedding.weight.device)
+def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
+    """Add, for some held-out documents, the expert of each token."""
+    mixed, model = measured.mixed, measured.model
+    batch = next(iter(Batches(measured.recipe.data, model.vocabulary, seed=1, split="held_out")))
+    on_device = to_device(batch, model.embedding.weight.device)
     routing = Routing(capacity="actual", record_auxiliary=True)
     with torch.no_grad():
-        output = measured.model(on_device.tokens, on_device.documents, on_device.positions, routing)
+        routers = model(on_device.tokens, on_device.documents, on_device.positions, routing).routers
+    modality_N = model.modality_of_id[on_device.tokens].flatten()
+    records_of = [
+        [r for r in routers if r.kind == "experts" and r.eligible_N[modality_N == modality].any()]
+        for modality in (TEXT, IMAGE)
+    ]
     parts = [
         paragraph(
             "Batch choice. Above, the image once for each layer and image expert: codes that the "
-            "expert did not take are dimmed. Below, the text of the last layer: each colour is a "
-            "text expert that took the token; no colour, nobody did."
+            "expert did not take are dimmed. Below, the text in the last layer: each colour is a "
+            "text expert that took the token; a token without colour was dropped."
         )
     ]
-    for row, piece in _pieces_with_image(
-        batch.documents_BS, batch.tokens_BS, vocabulary, documents
-    ):
-        here = np.flatnonzero((batch.documents_BS == piece)[row]) + row * batch.tokens_BS.shape[1]
-        tokens = batch.tokens_BS.reshape(-1)[here]
-        is_image = vocabulary.modality_of_id[tokens] == IMAGE
-        for modality in (IMAGE, TEXT):
-            places = here[is_image == (modality == IMAGE)]
-            chosen_LEn = _chosen(output.routers, modality, places, on_device.tokens, measured.model)
-            if chosen_LEn is None:
-                continue
-            if modality == IMAGE:
-                side = mixed.codec.config.codes_per_side
-                codes = vocabulary.code_of_id[tokens[is_image]][: side * side]
-                maps = chosen_LEn[:, :, : side * side].reshape(*chosen_LEn.shape[:2], side, side)
-                parts.append(figure(figures.expert_maps(mixed.image(codes), maps)))
-            else:
-                parts.append(coloured(_text_pieces(mixed, tokens[~is_image], chosen_LEn[-1])))
+    code_of_id = model.vocabulary.code_of_id
+    for positions in _documents_with_image(batch, model.vocabulary, documents):
+        ids = batch.tokens_BS.reshape(-1)[positions]
+        is_code = code_of_id[ids] >= 0
+        image_LEn = _selected(records_of[IMAGE], positions[is_code])
+        if image_LEn is not None:
+            side = mixed.codec.config.codes_per_side
+            maps = image_LEn[..., : side * side].reshape(*image_LEn.shape[:2], side, side)
+            image = mixed.image(code_of_id[ids[is_code]][: side * side])
+            parts.append(figure(figures.expert_maps(image, maps)))
+        text_LEn = _selected(records_of[TEXT], positions[~is_code])
+        if text_LEn is not None:
+            parts.append(coloured(_text_pieces(mixed, ids[~is_code], text_LEn[-1])))
     page.section(f"Which expert took which token: {measured.name}", *parts)
 
 
-def _pieces_with_image(
-    documents_BS: np.ndarray, tokens_BS: np.ndarray, vocabulary: Any, count: int
-) -> list[tuple[int, int]]:
-    """(row, piece) of the first pieces of a batch that hold an image."""
-    rows, columns = np.nonzero(tokens_BS == vocabulary.begin_image)
-    found = dict.fromkeys(
-        (int(row), int(documents_BS[row, column]))
-        for row, column in zip(rows, columns, strict=True)
-    )
-    return list(found)[:count]
-
-
-def _chosen(
-    routers: Sequence[Any],
-    modality: int,
-    places: np.ndarray,
-    tokens_BS: torch.Tensor,
-    model: Transformer,
-) -> np.ndarray | None:
-    """Booleans [layers, experts, places] of the routers of a modality; None if it has none."""
-    of_modality = (model.modality_of_id[tokens_BS] == modality).flatten()
-    index = torch.from_numpy(places)
-    layers = [
-        record.selected_NE.cpu()[index].T.bool().numpy()
-        for record in routers
-        if record.kind == "experts" and bool(record.eligible_N[of_modality].any())
+def _documents_with_image(batch: Batch, vocabulary: Vocabulary, count: int) -> list[np.ndarray]:
+    """Flattened positions of the first documents of a batch that contain an image."""
+    sequences, columns = np.nonzero(batch.tokens_BS == vocabulary.begin_image)
+    documents = batch.documents_BS[sequences, columns]
+    found = dict.fromkeys(zip(sequences.tolist(), documents.tolist(), strict=True))
+    return [
+        sequence * batch.tokens_BS.shape[1]
+        + np.flatnonzero(batch.documents_BS[sequence] == document)
+        for sequence, document in list(found)[:count]
     ]
-    # Groups may overlap; one that is of another size than the first is left out.
+
+
+def _selected(records: Sequence[Any], positions: np.ndarray) -> np.ndarray | None:
+    """Booleans [L, E, positions] of the routers of a modality; None if it has none.
+
+    Groups may overlap; one of another size than the first is left out.
+    """
+    index = torch.from_numpy(positions)
+    layers = [record.selected_NE.cpu()[index].T.bool().numpy() for record in records]
     alike = [layer for layer in layers if len(layer) == len(layers[0])]
     return np.stack(alike) if alike else None
 
 
 def _text_pieces(
-    mixed: MixedModel, tokens: np.ndarray, chosen_En: np.ndarray
+    mixed: MixedModel, ids: np.ndarray, selected_En: np.ndarray
 ) -> list[tuple[str, list[str]]]:
     colours = figures.EXPERT_COLOURS
     return [
         (
-            mixed.tokenizer.decode([token], skip_special_tokens=False),
-            [colours[expert % len(colours)] for expert in np.flatnonzero(chosen_En[:, place])],
+            mixed.tokenizer.decode([id_], skip_special_tokens=False),
+            [colours[expert % len(colours)] for expert in np.flatnonzero(selected_n)],
         )
-        for place, token in enumerate(tokens.tolist())
+        for id_, selected_n in zip(ids.tolist(), selected_En.T, strict=True)
     ]

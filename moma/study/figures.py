@@ -10,17 +10,10 @@ from PIL import Image
 from moma.study.speedup import LOSSES, smoothed
 
 EXPERT_COLOURS = (
-    "#f4a259",
-    "#5b8e7d",
-    "#8cb9ff",
-    "#d68fb7",
-    "#c9b458",
-    "#9b8ac4",
-    "#7cc6c3",
-    "#c98f7b",
+    *("#f4a259", "#5b8e7d", "#8cb9ff", "#d68fb7"),
+    *("#c9b458", "#9b8ac4", "#7cc6c3", "#c98f7b"),
 )
-
-# Frames of images: all right, half, none; the page's style has the same.
+# Frames of images: all right, half, none; the same as in the style of a page.
 MARKS = {"ok": "#1a7f4b", "half": "#d29922", "no": "#c2413b"}
 
 
@@ -28,8 +21,8 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     """Smoothed training loss over FLOPs: all tokens, text targets, image targets."""
     plot = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (title, key) in zip(plot.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
-        for name, rows in runs.items():
-            flops, loss = smoothed(rows, key)
+        for name, records in runs.items():
+            flops, loss = smoothed(records, key)
             axes.plot(flops, loss, label=name, linewidth=1.6)
         axes.set_title(title)
         axes.set_xlabel("training FLOPs")
@@ -40,22 +33,21 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
     return plot
 
 
-def expert_maps(image: Image.Image, chosen_LEhw: np.ndarray) -> Figure:
-    """Which image expert took which code of an image.
+def expert_maps(image: Image.Image, selected_LEhw: np.ndarray) -> Figure:
+    """An image for each layer and image expert, with the codes dimmed that it did not take.
 
     Args:
-        image: the image as the codec draws it.
-        chosen_LEhw: booleans for each layer and expert over the grid of codes; a code that the
-            expert did not take is dimmed.
+        image: the image as reconstructed by the codec.
+        selected_LEhw: booleans for each layer and expert over the grid of codes.
     """
-    layers, experts, rows, columns = chosen_LEhw.shape
+    layers, experts, height, width = selected_LEhw.shape
     plot = Figure(figsize=(1.15 * experts, 1.15 * layers), layout="constrained")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    cell = np.ones((pixels.shape[0] // rows, pixels.shape[1] // columns))
-    for layer, line in enumerate(plot.subplots(layers, experts, squeeze=False)):
-        for expert, axes in enumerate(line):
-            taken = np.kron(chosen_LEhw[layer, expert], cell)[..., None]
-            axes.imshow(pixels * taken + (0.25 * pixels + 0.15) * (1 - taken))
+    cell = np.ones((pixels.shape[0] // height, pixels.shape[1] // width))
+    for layer, axes_of_layer in enumerate(plot.subplots(layers, experts, squeeze=False)):
+        for expert, axes in enumerate(axes_of_layer):
+            selected = np.kron(selected_LEhw[layer, expert], cell)[..., None]
+            axes.imshow(pixels * selected + (0.25 * pixels + 0.15) * (1 - selected))
             axes.set_xticks([])
             axes.set_yticks([])
             if layer == 0:
@@ -66,7 +58,7 @@ def expert_maps(image: Image.Image, chosen_LEhw: np.ndarray) -> Figure:
 
 
 def sheet(images: Sequence[tuple[Image.Image, str, str]], columns: int = 8) -> Figure:
-    """Images with their captions below, framed by their marks: ok, half or no."""
+    """Images with captions below, framed by their marks (`ok`, `half` or `no`)."""
     rows = -(-len(images) // columns)
     plot = Figure(figsize=(1.55 * columns, 1.85 * rows), layout="constrained")
     for axes in plot.subplots(rows, columns, squeeze=False).flat:

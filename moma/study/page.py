@@ -1,4 +1,4 @@
-"""A self-contained HTML page: sections of text, tables and images, nothing fetched."""
+"""A self-contained HTML page of text, tables and images; it loads nothing."""
 
 import base64
 import html
@@ -36,19 +36,19 @@ figure { margin: 0 } figcaption { font-size: 12.5px; line-height: 1.3 }
 
 
 class Page:
-    """Collects sections and writes them as one file."""
+    """An HTML page that is built section by section."""
 
     def __init__(self, title: str, introduction: str):
         self._title = title
         self._parts = [f"<h1>{html.escape(title)}</h1>", paragraph(introduction)]
 
     def section(self, title: str, *parts: str) -> None:
-        """Add a section of HTML parts, made by the functions of this module."""
+        """Add a section of HTML made by the functions of this module."""
         body = "\n".join(parts)
         self._parts.append(f"<section><h2>{html.escape(title)}</h2>\n{body}\n</section>")
 
     def write(self, path: Path) -> None:
-        """Write the page; an older one is replaced only when the new one is complete."""
+        """Write the page atomically."""
         mark_output(path.parent, path.name)
         body = "\n".join(self._parts)
         atomic_write(
@@ -83,12 +83,12 @@ def figure(plot: Figure) -> str:
 
 
 def tile(image: Image.Image, title: str, mark: str = "") -> str:
-    """A small image, framed by `mark`: ok, half, no, or nothing."""
+    """A small image, framed by `mark`: `ok`, `half`, `no`, or nothing."""
     buffer = BytesIO()
     image.save(buffer, format="png", optimize=True)
+    text = html.escape(title)
     source = _data_url(buffer.getvalue())
-    words = html.escape(title)
-    return f"<img class='tile {mark}' alt='{words}' title='{words}' src='{source}'>"
+    return f"<img class='tile {mark}' alt='{text}' title='{text}' src='{source}'>"
 
 
 def captioned(tiles: Iterable[str], caption: str) -> str:
@@ -105,7 +105,7 @@ def grid(figures: Iterable[str]) -> str:
 
 
 def coloured(pieces: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Text pieces, each on a background of its colours, side by side; none is no background."""
+    """Pieces of text, each on a background of its colours, side by side."""
     spans = []
     for text, colours in pieces:
         width = 100 / max(1, len(colours))

