@@ -82,6 +82,7 @@ def test_the_page_has_every_section(demo):
     assert (out / "sheet.png").is_file()
 
 
+@pytest.mark.slow  # test_root.py resumes finished verbs one by one
 def test_a_finished_demo_gives_the_same_result_again(demo):
     out, result = demo
     before = {path: path.read_bytes() for path in out.glob("*/checkpoints/*/*") if path.is_file()}
