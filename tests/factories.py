@@ -2,7 +2,8 @@
 
 vocabularies  `make_vocabulary`
 tokenizers    `codec_config`, `make_codec` (random weights), `text_tokenizer`, `make_tokenizers`
-images        `solid_image` (a reference), `image_bytes` (a file's content)
+images        `solid_image` (a reference), `image_bytes` (a file's content), `two_coloured_images`
+              and `random_images` (tensors, as codecs take them)
 documents     `ListSource`
 files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
               `write_sources` (captions and text for `tiny_recipe`)
@@ -67,6 +68,18 @@ def make_codec(seed: int = 0, **changes: Any) -> ImageCodec:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return ImageCodec(codec_config(**changes)).eval()
+
+
+def two_coloured_images(count: int = 30) -> list[torch.Tensor]:
+    """Images of 16 × 16 in [−1, 1], as tensors: easy to learn, unlike each other."""
+    colours = torch.rand(count, 3, 2, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return list(colours.repeat_interleave(8, 2).expand(count, 3, 16, 16))
+
+
+def random_images(count: int, size: int = 16, seed: int = 1) -> torch.Tensor:
+    """Images of noise in [−1, 1], [count, 3, size, size]."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 3, size, size, generator=draw) * 2 - 1
 
 
 def text_tokenizer(

@@ -87,7 +87,7 @@ def train_image(
     folder = Tokenizers(out)
     if not is_made(folder.codec, folder, read.codec):
         _train_codec(read, folder, quiet=as_json)
-    metrics = read_metrics(folder)
+    metrics = read_metrics(folder).model_dump()
     line = (
         f"{folder.codec}: PSNR {metrics['psnr']:.2f} dB, {metrics['codes_used']:.1%} of the codes "
         f"used, perplexity {metrics['perplexity']:.1f}"
@@ -171,8 +171,7 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     from moma.runs import Tokenizers
     from moma.runtime.world import local_device
     from moma.tokenizers.image.codec import ImageCodec, preprocess
-    from moma.tokenizers.image.log import side_by_side
-    from moma.tokenizers.image.metrics import signal_to_noise
+    from moma.tokenizers.image.metrics import side_by_side, signal_to_noise
 
     codec = ImageCodec.load(Tokenizers(folder).codec).to(local_device())
     opened = read_image(image, "--image", "choose another")

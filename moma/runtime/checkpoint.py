@@ -40,6 +40,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 _OPTIONS = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
 _NAME = re.compile(r"step-(\d{8,})")
+# One that has taken a step, or several such of parts of the model.
+Optimizers = Optimizer | tuple[Optimizer, ...]
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -106,7 +108,7 @@ def is_weights_only(path: Path) -> bool:
     return not any(name.startswith("rank-") for name in read_manifest(path))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> None:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizers, world: World) -> None:
     """Restore model and optimizer, whatever number of ranks wrote the checkpoint.
 
     Raises:
@@ -243,7 +245,7 @@ def last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def training_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
     """The tensors of model and optimizer by their names in checkpoints."""
     state = dcp_state.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     return model_tensors(model) | _only_tensors(state, "optimizer.")
@@ -278,4 +280,9 @@ def _tensor_reader(path: Path) -> dcp.HuggingFaceStorageReader:
 
 
 def _only_tensors(state: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {prefix + key: value for key, value in state.items() if isinstance(value, Tensor)}
+    """The tensors in a state dict; boolean ones as bytes, since the library cannot read them."""
+    return {
+        prefix + key: value.view(torch.uint8) if value.dtype == torch.bool else value
+        for key, value in state.items()
+        if isinstance(value, Tensor)
+    }

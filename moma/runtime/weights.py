@@ -1,5 +1,6 @@
 """Weights without a model: named tensors in safetensors files, never all of them in memory."""
 
+import errno
 import json
 import re
 from collections import defaultdict
@@ -11,14 +12,15 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moma.errors import UserError
+from moma.errors import UserError, list_names
 from moma.files import read_json
 
 FILE_BYTES = 2**31
+FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _NUMBERED = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 _MAX_FILES = 10_000
@@ -110,6 +112,50 @@ def open_weights(folder: Path) -> Weights:
     return Weights(meta_tensors, read)
 
 
+def open_file(file: Path) -> Weights:
+    """The weights of a single safetensors file.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+
+    def read(names: Iterable[str]) -> dict[str, Tensor]:
+        with safe_open(file, "pt") as opened:
+            return {name: opened.get_tensor(name) for name in names}
+
+    return Weights(_meta_tensors(file), read)
+
+
+def require_match(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], message: str
+) -> None:
+    """Check names, shapes and dtypes of weights; a float may have any dtype of `FLOAT_TYPES`.
+
+    Args:
+        found: the weights, on any device.
+        expected: tensors as they should be, on any device.
+        message: begins the error's message.
+
+    Raises:
+        UserError: it names the first weights that are missing, unknown or different.
+    """
+    missing, unknown = sorted(expected.keys() - found), sorted(found.keys() - expected)
+    if missing or unknown:
+        raise UserError(
+            f"{message} ({len(missing)} missing: {list_names(missing, 3)}; "
+            f"{len(unknown)} unknown: {list_names(unknown, 3)}); get a complete copy"
+        )
+    for name, tensor in found.items():
+        shape, dtype = tuple(expected[name].shape), expected[name].dtype
+        if tuple(tensor.shape) != shape:
+            raise UserError(
+                f"{message} ({name} has shape {tuple(tensor.shape)} instead of {shape}); get a "
+                "complete copy"
+            )
+        if tensor.dtype not in (FLOAT_TYPES if dtype.is_floating_point else (dtype,)):
+            raise UserError(f"{message} ({name} is {tensor.dtype}); convert it to {dtype}")
+
+
 def unused_weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files in a folder that `open_weights` does not read."""
     return sorted({path.name for path in folder.glob("*.safetensors")} - set(_weight_files(folder)))
@@ -177,10 +223,24 @@ def write_weights(weights: Weights, folder: Path, file_bytes: int = FILE_BYTES) 
     plan = split_torch_state_dict_into_shards(weights.meta_tensors, max_shard_size=file_bytes)
     for file, names in plan.filename_to_tensors.items():
         tensors = {name: tensor.contiguous() for name, tensor in weights.read(names).items()}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, {"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written, for instance because the disk is full.
+    """
+    try:
+        save_file(tensors, file, metadata=metadata)
+    except SafetensorError as error:  # which is no OSError
+        raise OSError(errno.EIO, f"cannot write ({error})", str(file)) from error
 
 
 def _meta_tensors(file: Path) -> dict[str, Tensor]:

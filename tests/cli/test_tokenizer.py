@@ -95,7 +95,7 @@ def test_the_same_command_completes_what_was_killed_at_its_end(sources, made, tm
         told = succeeds("tokenizer", verb, recipe, "--out", folder)
         assert told.startswith(f"{folder}/")
         assert (folder / "vocabulary.json").read_text() == whole
-        assert "is there already" in refuses("tokenizer", verb, recipe, "--out", folder)
+        assert "exists already" in refuses("tokenizer", verb, recipe, "--out", folder)
     (folder / "vocabulary.json").unlink()
     figures = json.loads(succeeds("tokenizer", "train-image", recipe, "--out", folder, "--json"))
     assert figures == json.loads((folder / "codec/metrics.json").read_text())
@@ -168,7 +168,7 @@ def test_bad_input_is_one_message(sources, made, tmp_path):
     folder = refuses("tokenizer", "show", made, "--image", image, "--out", tmp_path)
     assert "is a folder; name a PNG file" in folder
     again = refuses("tokenizer", "train-text", recipe, "--out", made)
-    assert "is there already" in again
+    assert "exists already" in again
     assert "no.txt" in refuses("tokenizer", "train-text", tmp_path / "no.txt", *CHANGES)
     unknown = refuses("tokenizer", "train-text", image, "codec.size=3")
     assert "the command line: unknown key 'codec.size'" in unknown

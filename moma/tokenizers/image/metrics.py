@@ -1,31 +1,31 @@
-"""What an image codec achieves: error of its reconstructions, use of its codes."""
+"""Quality of an image codec: error of reconstructions, use of codes, sheets of samples."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 from moma.errors import UserError
-from moma.tokenizers.image.batches import stack_images
-from moma.tokenizers.image.codec import ImageCodec, in_batches
+from moma.recipe import Config
+from moma.tokenizers.image.codec import ImageCodec, to_pil
 
-_MEASURED_IMAGES = 2048
-_MEASURED_AT_ONCE = 64
-_LARGEST_VALUE = 2.0  # images span [−1, 1]
+_MAX_IMAGES = 2048
+_BATCH_SIZE = 64
+_RANGE = 2.0  # images are in [−1, 1]
+_GAP = 4
 
 
-@dataclass(frozen=True)
-class CodecMetrics:
-    """What a codec achieves.
+class CodecMetrics(Config):
+    """Quality of an image codec.
 
     Attributes:
-        psnr: peak signal-to-noise ratio of reconstructions, in dB, over all images at once.
-        codes_used: share of the codebook that images use.
+        psnr: peak signal-to-noise ratio of reconstructions in dB, over all images together.
+        codes_used: fraction of the codebook that images use.
         perplexity: exp of the entropy of the codes' frequencies.
-        images: of how many images `psnr` is.
+        images: number of images that `psnr` was measured on.
     """
 
     psnr: float
@@ -37,74 +37,88 @@ class CodecMetrics:
 def measure_codec(
     codec: ImageCodec,
     images: Sequence[Tensor],
-    batch_size: int = _MEASURED_AT_ONCE,
-    most: int = _MEASURED_IMAGES,
+    held_out: Sequence[Tensor] = (),
+    max_images: int = _MAX_IMAGES,
 ) -> CodecMetrics:
-    """Reconstruct images and report error and use of codes.
+    """Measure the error on held-out images, and the use of codes on training images.
 
-    Of more than `most` images no more than that are measured, evenly spread.
+    A few held-out images may not need all codes, so they do not show whether codes are unused.
 
     Args:
         codec: the codec, on any device.
-        images: as for `train_codec`; best ones that it was not trained on.
-        batch_size: images at a time, fewer if they are large.
-        most: how many images at most.
+        images: training images, as for `train_codec`.
+        held_out: other images; if there are none, the error is measured on `images` too.
+        max_images: how many of either are used at most, evenly spaced.
 
     Raises:
         UserError: there are no images.
     """
     if not len(images):
         raise UserError("codec measurement: there are no images")
-    chosen = evenly(len(images), most)
-    device = codec.codebook.device
-    squared, values = 0.0, 0
-    counts = torch.zeros(len(codec.codebook), dtype=torch.int64)
-    for part in in_batches(len(chosen), min(batch_size, codec.images_at_once)):
-        batch_B3HW = stack_images(images, list(chosen[part])).to(device)
-        codes_BL = codec.encode(batch_B3HW)
-        squared += functional.mse_loss(codec.decode(codes_BL), batch_B3HW, reduction="sum").item()
+    counts_C = torch.zeros(len(codec.codebook), dtype=torch.int64)
+    for batch_B3HW in _batches(codec, images, max_images):
+        counts_C += codec.encode(batch_B3HW).flatten().bincount(minlength=len(counts_C)).cpu()
+    frequencies = counts_C[counts_C > 0] / counts_C.sum()
+    measured = held_out if len(held_out) else images
+    squared_error, values = 0.0, 0
+    for batch_B3HW in _batches(codec, measured, max_images):
+        reconstructions_B3HW = codec.decode(codec.encode(batch_B3HW))
+        squared_error += functional.mse_loss(
+            reconstructions_B3HW, batch_B3HW, reduction="sum"
+        ).item()
         values += batch_B3HW.numel()
-        counts += codes_BL.flatten().bincount(minlength=len(counts)).cpu()
-    shares = counts[counts > 0] / counts.sum()
     return CodecMetrics(
-        psnr=signal_to_noise(squared, values),
-        codes_used=(counts > 0).double().mean().item(),
-        perplexity=shares.log().mul(shares).sum().neg().exp().item(),
-        images=len(chosen),
+        psnr=signal_to_noise(squared_error, values),
+        codes_used=(counts_C > 0).double().mean().item(),
+        perplexity=frequencies.log().mul(frequencies).sum().neg().exp().item(),
+        images=len(evenly_spaced(len(measured), max_images)),
     )
 
 
-def measure_trained(
-    codec: ImageCodec,
-    images: Sequence[Tensor],
-    held_out: Sequence[Tensor],
-    most: int = _MEASURED_IMAGES,
-) -> CodecMetrics:
-    """The error on held-out images, and the use of codes on those that the codec learned from.
-
-    A few held-out images may not need every code, so they do not tell whether codes lie idle.
-
-    Args:
-        codec: the codec, on any device.
-        images: what it was trained on.
-        held_out: what it has not seen; if there are none, `images` tell the error too.
-        most: how many images of each at most, evenly spread.
-
-    Raises:
-        UserError: there are no images.
-    """
-    use = measure_codec(codec, images, most=most)
-    if not len(held_out):
-        return use
-    error = measure_codec(codec, held_out, most=most)
-    return replace(use, psnr=error.psnr, images=error.images)
+def evenly_spaced(count: int, limit: int) -> range:
+    """At most `limit` of `count` indices, evenly spaced."""
+    return range(0, count, max(1, math.ceil(count / limit)))
 
 
-def evenly(count: int, most: int) -> range:
-    """At most `most` of `count` indices, evenly spread."""
-    return range(0, count, max(1, math.ceil(count / most)))
+def signal_to_noise(squared_error: float, values: int) -> float:
+    """Peak signal-to-noise ratio in dB, from the sum of squared errors of values in [−1, 1]."""
+    return 10 * math.log10(_RANGE**2 * values / max(squared_error, 1e-12))
 
 
-def signal_to_noise(squared: float, values: int) -> float:
-    """Peak signal-to-noise ratio in dB, from the sum of squared errors over `values` in [−1, 1]."""
-    return 10 * math.log10(_LARGEST_VALUE**2 * values / max(squared, 1e-12))
+def stack_images(images: Sequence[Tensor], indices: Sequence[int]) -> Tensor:
+    """Some images as one float tensor [B, 3, H, W] in [−1, 1]."""
+    batch_B3HW = torch.stack([images[index] for index in indices])
+    if batch_B3HW.dtype == torch.uint8:
+        return batch_B3HW.float() / 255 * 2 - 1
+    return batch_B3HW
+
+
+def sample_sheet(codec: ImageCodec, images: Sequence[Tensor], limit: int = 8) -> Image.Image:
+    """Up to `limit` images above their reconstructions."""
+    originals_B3HW = stack_images(images, evenly_spaced(len(images), limit))
+    batches = originals_B3HW.to(codec.codebook.device).split(codec.images_at_once)
+    reconstructions_B3HW = torch.cat([codec.decode(codec.encode(batch)) for batch in batches])
+    count, _, height, width = originals_B3HW.shape
+    size = (count * (width + _GAP) + _GAP, 2 * (height + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    for row, images_B3HW in enumerate((originals_B3HW, reconstructions_B3HW)):
+        for column, image_3HW in enumerate(images_B3HW):
+            position = (_GAP + column * (width + _GAP), _GAP + row * (height + _GAP))
+            sheet.paste(to_pil(image_3HW), position)
+    return sheet
+
+
+def side_by_side(original_3HW: Tensor, reconstruction_3HW: Tensor) -> Image.Image:
+    """The original on the left, the reconstruction on the right."""
+    _, height, width = original_3HW.shape
+    sheet = Image.new("RGB", (2 * width + _GAP, height), "white")
+    sheet.paste(to_pil(original_3HW), (0, 0))
+    sheet.paste(to_pil(reconstruction_3HW), (width + _GAP, 0))
+    return sheet
+
+
+def _batches(codec: ImageCodec, images: Sequence[Tensor], limit: int) -> Iterator[Tensor]:
+    indices = evenly_spaced(len(images), limit)
+    size = min(_BATCH_SIZE, codec.images_at_once)
+    for start in range(0, len(indices), size):
+        yield stack_images(images, indices[start : start + size]).to(codec.codebook.device)

@@ -1,109 +1,117 @@
-"""The whole state of a codec's training in one file, which is replaced in one move.
+"""The folder of a codec's training: what is needed to resume it, and its log.
 
-parts by name (modules and optimizers) ↔ tensors `part.name` in safetensors
+checkpoints/step-00000500/…   modules and optimizers
+metrics.jsonl                 losses, and at times `CodecMetrics`
+samples/step-00000500.png     images above their reconstructions
 """
 
-import errno
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
 from torch.optim import Optimizer
 
 from moma.errors import UserError
 from moma.files import atomic_replace
+from moma.runs import Run
+from moma.runtime.checkpoint import (
+    load_checkpoint,
+    newest_intact,
+    read_state,
+    set_aside,
+    training_tensors,
+)
+from moma.runtime.tracking import MetricsLog, Record
+from moma.runtime.world import World
+from moma.runtime.writer import CheckpointWriter
 
-Parts = Mapping[str, nn.Module | Optimizer]
+logger = logging.getLogger(__name__)
 
 
-def save_state(file: Path, parts: Parts, identity: str, step: int) -> None:
-    """Write the state beside the old one, bring it to the disk, then replace that in one move.
+class TrainingFolder:
+    """Checkpoints, log and samples of one training; close it after use.
 
-    Args:
-        file: where; its folder is made if needed.
-        parts: what the state is made of.
-        identity: what has to be the same for a state to be resumed.
-        step: steps done.
-
-    Raises:
-        OSError: it cannot be written.
+    Attributes:
+        steps_done: step of the checkpoint that was restored; 0 without one.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        f"{part}.{name}": value.detach().cpu().contiguous()
-        for part, owner in parts.items()
-        for name, value in _tensors(owner).items()
-    }
-    metadata = {"step": str(step), "identity": identity}
-    atomic_replace(file, lambda path: write_tensors(tensors, path, metadata))
 
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        modules: nn.Module,
+        optimizers: Callable[[int], tuple[Optimizer, ...]],
+        world: World,
+    ):
+        """Open the folder, or create it, and restore the newest intact checkpoint.
 
-def write_tensors(
-    tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None
-) -> None:
-    """Write tensors by name into a safetensors file.
+        Args:
+            path: the folder.
+            config: what must be the same to resume, JSON-serializable.
+            modules: what is trained.
+            optimizers: returns those that have a state after a number of steps.
+            world: this process.
 
-    Raises:
-        OSError: it cannot be written, for instance because the disk is full.
-    """
-    try:
-        save_file(tensors, path, metadata=metadata)
-    # The library has an exception of its own, derived from Exception alone.
-    except SafetensorError as error:
-        raise OSError(errno.EIO, f"cannot write it ({error})", str(path)) from error
+        Raises:
+            UserError: all checkpoints are damaged, or were made with another configuration.
+        """
+        self._run, self._config, self._world = Run(path), config, world
+        self._modules, self._optimizers = modules, optimizers
+        path.mkdir(parents=True, exist_ok=True)
+        self._writer = CheckpointWriter(self._run.checkpoints, world)
+        self._writer.remove_partial()
+        self.steps_done = self._restore()
+        self._log = MetricsLog(self._run, self.steps_done)
 
+    def write(self, record: Record, samples: Image.Image | None = None) -> None:
+        """Add a log record, and write the samples of its step."""
+        self._log.write(record)
+        if samples is not None:
+            file = self._run.path / "samples" / f"step-{record['step']:08d}.png"
+            file.parent.mkdir(exist_ok=True)
+            atomic_replace(file, partial(samples.save, format="PNG"))
 
-def restore_state(file: Path, parts: Parts, identity: str) -> int:
-    """Read the state, if there is one; returns how many steps it has seen.
+    def save(self, step: int) -> None:
+        """Start to write a checkpoint; the log is synced before.
 
-    Raises:
-        UserError: the file is damaged, or its identity is another one.
-    """
-    if not file.exists():
-        return 0
-    try:
-        with safe_open(file, "pt") as state:
-            metadata = state.metadata() or {}
-            tensors = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118
-    # safetensors reports damage with an exception of its own, derived from Exception alone.
-    except Exception as error:
-        raise UserError(f"{file}: damaged ({error}); delete it to start anew") from error
-    if metadata.get("identity") != identity:
-        raise UserError(
-            f"{file}: left by training with another configuration, seed or set of images; "
-            "delete it to start anew"
-        )
-    for part, owner in parts.items():
-        prefix = part + "."
-        _load(
-            owner,
-            {
-                name.removeprefix(prefix): value
-                for name, value in tensors.items()
-                if name.startswith(prefix)
-            },
-        )
-    return int(metadata["step"])
+        Raises:
+            StorageError: the disk is full, or the previous checkpoint could not be written.
+        """
+        self._log.sync()
+        tensors = training_tensors(self._modules, self._optimizers(step))
+        self._writer.save(step, tensors, {"step": step, "config": self._config}, {})
 
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
 
-def _tensors(owner: nn.Module | Optimizer) -> dict[str, Tensor]:
-    if isinstance(owner, nn.Module):
-        return owner.state_dict()
-    return {
-        f"{index}.{name}": value
-        for index, values in owner.state_dict()["state"].items()
-        for name, value in values.items()
-    }
+        Raises:
+            StorageError: it could not be written.
+        """
+        self._writer.wait()
 
+    def close(self) -> None:
+        """End the background thread and close the log."""
+        self._writer.close()
+        self._log.close()
 
-def _load(owner: nn.Module | Optimizer, tensors: dict[str, Tensor]) -> None:
-    if isinstance(owner, nn.Module):
-        owner.load_state_dict(tensors)
-        return
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    owner.load_state_dict({"state": state, "param_groups": owner.state_dict()["param_groups"]})
+    def _restore(self) -> int:
+        folder = self._run.checkpoints
+        newest, damaged = newest_intact(folder, self._world)
+        for path, message in damaged.items():
+            logger.warning("%s; resuming from %s", message, newest)
+            set_aside(path)
+        if newest is None:
+            return 0
+        state = read_state(newest)
+        if state.get("config") != self._config:
+            raise UserError(
+                f"{newest}: from training with another configuration, seed or set of images; "
+                f"use the same, or delete {folder} to start over"
+            )
+        step: int = state["step"]
+        load_checkpoint(newest, self._modules, self._optimizers(step), self._world)
+        return step

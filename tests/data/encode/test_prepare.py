@@ -264,9 +264,9 @@ def test_training_of_the_codec_goes_on_where_it_was_stopped(tmp_path, monkeypatc
     real, steps = folder_module.train_codec, []
 
     def watched(*arguments, progress, **options):
-        def note(state):
-            steps.append(state.step)
-            progress(state)
+        def note(record):
+            steps.append(record["step"])
+            progress(record)
             if steps == [1, 2, 3]:
                 raise KeyboardInterrupt
 

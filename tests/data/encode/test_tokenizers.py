@@ -47,7 +47,7 @@ def text_alone(recipe, **changes):
 def test_prepare_leaves_the_log_and_figures_of_its_codec(made):
     folder = Tokenizers(made / "taken")
     rows = [json.loads(line) for line in (folder.path / "codec_training/metrics.jsonl").open()]
-    figures = read_metrics(folder)
+    figures = read_metrics(folder).model_dump()
     assert rows[-1]["step"] == 4
     assert {key: rows[-1][key] for key in figures} == figures
     left = sorted(path.name for path in (folder.path / "codec_training").iterdir())
