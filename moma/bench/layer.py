@@ -29,8 +29,9 @@ from torch.nn import functional
 from moma.bench.timing import Job, clock_of, interleaved, seconds
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthRouter
-from moma.model.experts import MixtureOfExperts, build_experts, build_group, named_groups
-from moma.model.implementations import ImplementationName
+from moma.model.experts import MixtureOfExperts, build_group
+from moma.model.groups import named_groups
+from moma.model.implementations import ImplementationName, build_experts
 from moma.model.layers import SwiGLU, gather, scatter_add
 from moma.model.routing import Routing
 from moma.progress import ProgressCallback, show_progress

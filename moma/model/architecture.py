@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from moma.model.depth import DepthConfig
-from moma.model.experts import GroupConfig, named_groups
+from moma.model.groups import GroupConfig, named_groups
 from moma.model.implementations import ImplementationName
 from moma.recipe import Config
 

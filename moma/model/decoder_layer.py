@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention, AttentionMask, selected_mask
 from moma.model.depth import DepthConfig, DepthRouter
-from moma.model.experts import build_experts, build_group
+from moma.model.experts import build_group
+from moma.model.implementations import build_experts
 from moma.model.layers import gather, scatter_add
 from moma.model.routers import Diagnostics
 from moma.model.routing import Routing, Selection

@@ -59,19 +59,14 @@ class DepthRouter(nn.Module):
         Returns:
             The selection [R, K], its tokens in batch order, and diagnostics.
         """
-        x_ND = x_BSD.flatten(0, 1)
+        x_ND, eligible_N = x_BSD.flatten(0, 1), eligible_BS.flatten()
+        logits_N1 = router_logits(self.router.weight, x_ND)
 
-        def batch_choice(logits_N1: Tensor) -> Selection:
+        def batch_choice() -> Selection:
             return self._batch_choice(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
 
         return select_tokens(
-            x_ND,
-            router_logits(self.router.weight, x_ND),
-            self.auxiliary,
-            eligible_BS.flatten(),
-            routing,
-            batch_choice,
-            "depth",
+            x_ND, logits_N1, self.auxiliary, eligible_N, routing, batch_choice, "depth"
         )
 
     def _batch_choice(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:

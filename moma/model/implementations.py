@@ -1,7 +1,7 @@
 """Three implementations of the experts' computation with equal results (MoMa §3).
 
-- `sequential`: one group after another (`add_expert_outputs` in `experts.py`). Each group can be
-  sharded on its own: the next one's weights are gathered while one computes. The paper's choice.
+- `sequential`: one group after another (`MixtureOfExperts`). Each group can be sharded on its own:
+  the next one's weights are gathered while one computes. The paper's choice.
 - `batched`: groups of equal capacity in one batched product; their weights are concatenated.
 - `grouped`: all experts in one grouped product, with one gather and one scatter-add. Slots that
   must be empty are skipped.
@@ -9,40 +9,91 @@
 Shapes: see `layers.py`; T is the number of flattened slots of all experts.
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from moma.model.experts import (
+    DenseGroup,
+    ExpertGroup,
+    ExpertInputs,
+    MixtureOfExperts,
+    add_expert_outputs,
+    zero_total,
+)
 from moma.model.grouped import grouped_product
+from moma.model.groups import max_groups_per_modality
 from moma.model.layers import gather, scatter_add
-from moma.model.routing import Selection
+from moma.model.routers import Diagnostics
+from moma.model.routing import Routing, Selection
 
 ImplementationName = Literal["sequential", "batched", "grouped"]
 
 
-class ExpertInputs(NamedTuple):
-    """Experts and the tokens routed to them.
+class JointMixtureOfExperts(MixtureOfExperts):
+    """A feed-forward that computes its groups together (`batched`, `grouped`).
 
-    Attributes:
-        gate_EDF, up_EDF, down_EFD: SwiGLU weights of the experts.
-        selection: the tokens of each expert, [E, K].
+    Args:
+        groups: the groups; parameters stay in them, under the same names.
+        add_outputs: adds the outputs of several groups' experts to a total [N, D].
     """
 
-    gate_EDF: Tensor
-    up_EDF: Tensor
-    down_EFD: Tensor
-    selection: Selection
+    def __init__(
+        self,
+        groups: Sequence[ExpertGroup | DenseGroup],
+        add_outputs: Callable[[Tensor, Tensor, Sequence[ExpertInputs]], Tensor],
+    ):
+        super().__init__(groups)
+        self.add_outputs = add_outputs
+
+    def _sum(
+        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+    ) -> tuple[Tensor, list[Diagnostics]]:
+        inputs: list[ExpertInputs] = []
+        diagnostics: list[Diagnostics] = []
+        for group in self.groups:
+            if isinstance(group, ExpertGroup):
+                of_group, found = group.route(x_ND, modality_N, routing)
+                inputs.append(of_group)
+                diagnostics += found
+        total_ND = self.add_outputs(zero_total(x_ND), x_ND, inputs)
+        for group in self.groups:
+            if isinstance(group, DenseGroup):
+                total_ND, _ = group(x_ND, modality_N, routing, total_ND)
+        return total_ND, diagnostics
+
+    def units(self) -> list[nn.Module]:
+        """No separate units: all weights are needed at once."""
+        return []
 
 
-def merge_equal_capacity(inputs: Sequence[ExpertInputs]) -> list[ExpertInputs]:
-    """Concatenate the groups whose experts have the same number of slots."""
+def build_experts(
+    groups: Sequence[ExpertGroup | DenseGroup], implementation: ImplementationName
+) -> MixtureOfExperts:
+    """Build the feed-forward of a layer; parameter names do not depend on the implementation."""
+    expert_groups = [group for group in groups if isinstance(group, ExpertGroup)]
+    if implementation == "sequential" or not expert_groups:
+        return MixtureOfExperts(groups)
+    if implementation == "batched":
+        return JointMixtureOfExperts(groups, add_batched_outputs)
+    single = [group.modalities for group in expert_groups if group.experts == 1]
+    overlap = max_groups_per_modality(single)
+    add_outputs = partial(add_grouped_outputs, single_expert_overlap=overlap)
+    return JointMixtureOfExperts(groups, add_outputs)
+
+
+def add_batched_outputs(total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
+    """Equation 1 for several groups, those of equal capacity in one batched product."""
     by_capacity: dict[int, list[ExpertInputs]] = {}
     for group in inputs:
         by_capacity.setdefault(group.selection.token_EK.shape[1], []).append(group)
-    return [_concatenate(groups) for groups in by_capacity.values()]
+    for groups in by_capacity.values():
+        total_ND = add_expert_outputs(total_ND, x_ND, _concatenate(groups))
+    return total_ND
 
 
 def _concatenate(inputs: Sequence[ExpertInputs]) -> ExpertInputs:
@@ -62,8 +113,8 @@ def add_grouped_outputs(
         total_ND: outputs of other experts, to add to.
         x_ND: tokens.
         inputs: groups, which may differ in number of experts and in capacity.
-        single_expert_overlap: how many single-expert groups process the same modality, at most.
-            Together such groups hold at most that many times N tokens, whatever their capacities.
+        single_expert_overlap: largest number of single-expert groups that process the same
+            modality. Together such groups hold at most that many times N tokens.
     """
     gate, up, down, _ = zip(*inputs, strict=True)
     (token_T, _, score_T), end_E = _flatten_slots(inputs, single_expert_overlap * len(x_ND))

@@ -14,7 +14,7 @@ from moma.model.routing import Routing, Selection, any_nonfinite, causal_choice
 
 
 class AuxiliaryRouter(nn.Module):
-    """Predicts the batch's choice from one token: a(x) = sigmoid(SiLU(x · A1) · A2), Eq. 3 and 4.
+    """Predicts batch choice from a token alone: a(x) = sigmoid(SiLU(x · A1) · A2), Eq. 3 and 4.
 
     Args:
         dim: width D; A1 is D × D/2.
@@ -32,10 +32,10 @@ class AuxiliaryRouter(nn.Module):
 
 
 class RouterRecord(NamedTuple):
-    """What one router computed in a forward pass; returned as an output so it can be trained on.
+    """What one router computed in a forward pass, returned as an output to train on.
 
     Attributes:
-        selected_NE: 1 where the batch's choice gave token n to expert e, else 0.
+        selected_NE: 1 where expert e selected token n by batch choice, else 0.
         auxiliary_logits_NE: the auxiliary router's logits, if requested.
         eligible_N: the tokens that the router selected from.
         logits_NE: the main router's logits, detached.
@@ -54,13 +54,12 @@ class RouterRecord(NamedTuple):
         def expand(part: Tensor) -> Tensor:
             return part.new_zeros(tokens, *part.shape[1:]).index_copy(0, token_K, part)
 
-        auxiliary_logits_NE = self.auxiliary_logits_NE
-        return RouterRecord(
-            expand(self.selected_NE),
-            None if auxiliary_logits_NE is None else expand(auxiliary_logits_NE),
-            expand(self.eligible_N),
-            expand(self.logits_NE),
-            self.kind,
+        auxiliary = self.auxiliary_logits_NE
+        return self._replace(
+            selected_NE=expand(self.selected_NE),
+            auxiliary_logits_NE=None if auxiliary is None else expand(auxiliary),
+            eligible_N=expand(self.eligible_N),
+            logits_NE=expand(self.logits_NE),
         )
 
 
@@ -82,18 +81,18 @@ def select_tokens(
     auxiliary: AuxiliaryRouter,
     eligible_N: Tensor,
     routing: Routing,
-    batch_choice: Callable[[Tensor], Selection],
+    batch_choice: Callable[[], Selection],
     kind: Literal["experts", "depth"] = "experts",
 ) -> tuple[Selection, Diagnostics]:
-    """Select tokens by the batch or causally, as `routing` requests.
+    """Select tokens, by batch choice or causally, as `routing` requests.
 
     Args:
         x_ND: tokens.
         logits_NE: the main router's logits.
-        auxiliary: evaluated only for causal choice or a record.
+        auxiliary: the auxiliary router, evaluated only for causal choice or a record.
         eligible_N: the tokens to select from.
         routing: see `Routing`.
-        batch_choice: selects by the logits [N, E] of the whole batch.
+        batch_choice: selects the highest-scored tokens of the batch.
         kind: see `RouterRecord`.
     """
     nonfinite, auxiliary_logits_NE = any_nonfinite(logits_NE, eligible_N), None
@@ -104,11 +103,11 @@ def select_tokens(
         assert auxiliary_logits_NE is not None
         selection = causal_choice(logits_NE, auxiliary_logits_NE, eligible_N)
         return selection, Diagnostics(nonfinite)
-    selection = batch_choice(logits_NE)
+    selection = batch_choice()
     if not (routing.record_auxiliary or routing.record_selection):
         return selection, Diagnostics(nonfinite)
     selected_NE = selection.selected_NE(len(x_ND))
-    if kind == "depth":  # at most one of its sequences selects a token
+    if kind == "depth":  # a column per sequence, of which at most one selects the token
         selected_NE = selected_NE.sum(1, keepdim=True)
     record = RouterRecord(selected_NE, auxiliary_logits_NE, eligible_N, logits_NE.detach(), kind)
     return selection, Diagnostics(nonfinite, record)

@@ -4,7 +4,7 @@ Training uses expert choice (MoMa §2.2; arXiv 2202.09368): each expert selects 
 scores highest in the whole batch. Because that depends on later tokens, generation uses causal
 choice (§2.4): each token is decided on its own by the auxiliary router.
 
-Both fill one `Selection`, which also serves mixture-of-depths (`depth.py`).
+Both return a `Selection`, which also serves mixture-of-depths (`depth.py`).
 
 Shapes: see `layers.py`. E is the number of experts in a group, K the slots of each expert.
 """
@@ -66,10 +66,10 @@ class Selection(NamedTuple):
 
 
 def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
-    """Compute the logits of a main router in fp32 under any autocast: rounded ones would tie.
+    """Compute the logits of a main router, in fp32 even under autocast: rounded ones would tie.
 
     Args:
-        weight_ED: one row per expert; a single row for a depth router.
+        weight_ED: the router's weight; E = 1 for a depth router.
         x_ND: tokens.
 
     Returns:
@@ -138,7 +138,7 @@ def expert_choice(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selec
 
 
 def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selection:
-    """Like `expert_choice`, but each of the E rows selects among N tokens of its own."""
+    """Like `expert_choice`, but each expert selects among N tokens of its own."""
     masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
     token_EK = masked_EN.topk(min(capacity, logits_EN.shape[1]), dim=1).indices
     filled_EK = eligible_EN.gather(1, token_EK)

@@ -171,11 +171,6 @@ class Transformer(nn.Module):
         """Yield the auxiliary routers, in the order of the records."""
         return (module for module in self.modules() if isinstance(module, AuxiliaryRouter))
 
-    @property
-    def is_causal_without_routers(self) -> bool:
-        """Whether no layer has a router, so that even batch choice is causal."""
-        return not self.config.has_routers
-
 
 def require_finite(nonfinite_L: Tensor, where: str = "") -> None:
     """Raise if a layer is non-finite; synchronises with the device.

@@ -2,14 +2,13 @@
 
     seed: one expert per modality, or dense  →  every feed-forward becomes a group of copies
 
-Copied are attention, norms, embeddings, head and experts, and the routers of mixture-of-depths and
-of groups that do not change. Newly initialised are the routers of upcycled groups, depth routers
-that the seed lacks, and all auxiliary routers. For the effect on the first step, see
-docs/upcycling.md.
+Also copied are attention, norms, embeddings, head, and the routers of mixture-of-depths and of
+groups that do not change. All other routers are newly initialised. For the effect on the first
+step, see docs/upcycling.md.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
-from moma.model.experts import GroupConfig
+from moma.model.groups import GroupConfig
 from moma.model.transformer import Transformer
 from moma.runtime.weights import Weights
 
@@ -33,31 +32,17 @@ class _Copy(NamedTuple):
     """The seed's weight that a parameter is copied from, and a function that reshapes it."""
 
     name: str
-    reshape: Callable[[Tensor], Tensor]
-
-
-def upcycle(seed_state: Mapping[str, Tensor], seed: ModelConfig, model: Transformer) -> None:
-    """Copy a seed's weights into a freshly initialised model, in place.
-
-    Args:
-        seed_state: the seed's unsharded state dict.
-        seed: the seed's configuration.
-        model: unsharded and not yet trained; its new routers are not changed.
-
-    Raises:
-        UserError: the seed does not fit; the model is unchanged.
-    """
-    upcycle_from(Weights.of(seed_state), seed, model)
+    reshape: Callable[[Tensor], Tensor] = lambda weight: weight
 
 
 @torch.no_grad()
-def upcycle_from(
+def upcycle(
     weights: Weights,
     seed: ModelConfig,
     model: Transformer,
     fill: Callable[[Tensor, Tensor], object] = Tensor.copy_,
 ) -> None:
-    """Like `upcycle`, with weights that are read layer by layer.
+    """Copy a seed's weights into a freshly initialised model, in place and layer by layer.
 
     Args:
         weights: the seed's weights, by their names in its state dict.
@@ -68,22 +53,18 @@ def upcycle_from(
     Raises:
         UserError: the seed does not fit; the model is unchanged.
     """
-    _require_same_shape(seed, model.config)
-    _require_depth_kept(seed, model.config)
+    _check_seed(seed, model.config)
     sources = match_groups(seed.group_list, model.config.group_list)
     copies = {
-        name: _source_of(name, parameter, weights.meta_tensors, seed, model.config, sources)
+        name: _copy_of(name, parameter, weights.meta_tensors, seed, model.config, sources)
         for name, parameter in model.named_parameters()
     }
-
-    def copy(parts: Iterable[tuple[str, Tensor]]) -> None:
-        wanted = [(part, made) for name, part in parts if (made := copies[name]) is not None]
-        found = weights.read({made.name for _, made in wanted})
-        for parameter, made in wanted:
-            fill(parameter, made.reshape(found[made.name]))
-
-    for _, parts in groupby(model.named_parameters(), lambda part: part[0].split(".")[:2]):
-        copy(parts)
+    for _, layer in groupby(model.named_parameters(), lambda item: item[0].split(".")[:2]):
+        pairs = [(parameter, copy) for name, parameter in layer if (copy := copies[name])]
+        found = weights.read({copy.name for _, copy in pairs})
+        for parameter, copy in pairs:
+            fill(parameter, copy.reshape(found[copy.name]))
+        del found  # before the next layer is read
 
 
 def match_groups(seed: Sequence[GroupConfig], upcycled: Sequence[GroupConfig]) -> list[int]:
@@ -106,8 +87,7 @@ def match_groups(seed: Sequence[GroupConfig], upcycled: Sequence[GroupConfig]) -
                 "tokens would not use the same experts once each; keep or split the seed's groups"
             )
     for group, source in zip(upcycled, sources, strict=True):
-        count = seed[source].experts
-        if count > 1 and seed[source] != group:
+        if seed[source].experts > 1 and seed[source] != group:
             raise UserError(
                 f"groups: {_named([group])} cannot be upcycled from {_named([seed[source]])}: "
                 "only a group of one expert can; keep the group, or use a seed with one expert"
@@ -119,12 +99,10 @@ def _source_group(group: GroupConfig, seed: Sequence[GroupConfig]) -> int:
     wanted = set(group.modalities)
     same = [n for n, each in enumerate(seed) if set(each.modalities) == wanted]
     wider = [n for n, each in enumerate(seed) if set(each.modalities) > wanted]
-    for found in (same, wider):
-        if len(found) == 1:
-            return found[0]
-        if found:
-            break
-    count = "more than one group" if same or wider else "no group"
+    found = same or wider
+    if len(found) == 1:
+        return found[0]
+    count = "more than one group" if found else "no group"
     raise UserError(
         f"groups: {_named([group])} cannot be upcycled: {count} of the seed ({_named(seed)}) "
         f"processes all of {', '.join(group.modalities)}"
@@ -135,7 +113,7 @@ def _named(groups: Sequence[GroupConfig]) -> str:
     return " + ".join(f"{'/'.join(group.modalities)} × {group.experts}" for group in groups)
 
 
-def _require_same_shape(seed: ModelConfig, upcycled: ModelConfig) -> None:
+def _check_seed(seed: ModelConfig, upcycled: ModelConfig) -> None:
     before, after = (_fixed_values(config) for config in (seed, upcycled))
     for key, value in after.items():
         if before[key] != value:
@@ -143,16 +121,6 @@ def _require_same_shape(seed: ModelConfig, upcycled: ModelConfig) -> None:
                 f"model.{key}: the seed has {before[key]}, the recipe {value}; "
                 "upcycling can change only groups and depth"
             )
-
-
-def _fixed_values(config: ModelConfig) -> dict[str, object]:
-    """The values that must be equal, with defaults filled in."""
-    values = {key: value for key, value in config.model_dump().items() if key not in _MAY_DIFFER}
-    del values["hidden_multiple"]
-    return values | {"hidden": config.hidden_width, "kv_heads": config.key_heads}
-
-
-def _require_depth_kept(seed: ModelConfig, upcycled: ModelConfig) -> None:
     if lost := sorted(seed.depth_layers - upcycled.depth_layers):
         raise UserError(
             f"model.depth: the seed has mixture-of-depths in layer {lost[0]}, the recipe does not; "
@@ -160,7 +128,13 @@ def _require_depth_kept(seed: ModelConfig, upcycled: ModelConfig) -> None:
         )
 
 
-def _source_of(
+def _fixed_values(config: ModelConfig) -> dict[str, object]:
+    """The values that must be equal, with defaults filled in."""
+    values = config.model_dump(exclude=_MAY_DIFFER | {"hidden_multiple"})
+    return values | {"hidden": config.hidden_width, "kv_heads": config.key_heads}
+
+
+def _copy_of(
     name: str,
     parameter: Tensor,
     meta_tensors: Mapping[str, Tensor],
@@ -181,7 +155,7 @@ def _source_of(
             return None
         copy = _in_group(f"{prefix}.{source}", part, experts, meta_tensors)
     else:
-        copy = _Copy(name, _unchanged)
+        copy = _Copy(name)
     if copy.name not in meta_tensors:
         raise UserError(f"the seed has no weight '{copy.name}'; was it trained with its recipe?")
     shape = copy.reshape(meta_tensors[copy.name]).shape
@@ -200,7 +174,7 @@ def _in_group(prefix: str, part: str, experts: int, meta_tensors: Mapping[str, T
     """
     kind, stacked = part.split("_")[0].split(".")[0], "_" in part
     if kind not in _PARTS:
-        return _Copy(f"{prefix}.{part}", _unchanged)
+        return _Copy(f"{prefix}.{part}")
     linear = f"{prefix}.{kind}.weight"
     is_linear = linear in meta_tensors
 
@@ -212,7 +186,3 @@ def _in_group(prefix: str, part: str, experts: int, meta_tensors: Mapping[str, T
 
     name = linear if is_linear else f"{prefix}.{kind}_{'EFD' if kind == 'down' else 'EDF'}"
     return _Copy(name, reshape)
-
-
-def _unchanged(weight: Tensor) -> Tensor:
-    return weight

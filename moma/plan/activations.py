@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from moma.model.architecture import ModelConfig
-from moma.model.flops import LayerKind, expert_slots, layer_kinds
+from moma.model.flops import LayerKind, ModelCounts
 from moma.train.recipe import Recipe
+from moma.train.stages import model_counts
 
 
 class _Saved(NamedTuple):
@@ -59,39 +60,37 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
         device: determines the precision if the recipe does not.
     """
     config, data = recipe.model, recipe.data
+    counts = model_counts(recipe, recipe.text_tokenizer.vocabulary_size)
     tokens = data.micro_batch_size * data.sequence_length
     size = recipe.engine.compute_dtype(device).itemsize
     compiled = recipe.pretrain.compile
     saved, peak = 0.0, 0.0
-    for kind in layer_kinds(config, data.micro_batch_size, data.sequence_length):
-        if not kind.layers:
-            continue
-        everything = size * _saved_numbers(config, recipe.shares, kind, tokens, _ALL[compiled])
-        selective = size * _saved_numbers(config, recipe.shares, kind, tokens, _SELECTIVE[compiled])
+    for kind in counts.layer_kinds().values():
+        everything = size * _saved_numbers(counts, kind, tokens, _ALL[compiled])
+        selective = size * _saved_numbers(counts, kind, tokens, _SELECTIVE[compiled])
         layer_input = size * tokens * config.dim
         by_recompute = {"none": everything, "layer": layer_input, "selective": selective}
         of_layer = by_recompute[recipe.engine.recompute]
         saved += kind.layers * of_layer
         wide, hidden = _BACKWARD
         backward = size * kind.tokens * (wide * config.dim + hidden * config.hidden_width)
-        peak = max(peak, everything - of_layer + backward)
+        if kind.layers:
+            peak = max(peak, everything - of_layer + backward)
     shared = _shared(config, tokens, data.sequence_length, size)
-    loss = _loss(tokens * recipe.text_tokenizer.vocabulary_size, compiled, size)
+    loss = _loss(tokens * counts.vocabulary_size, compiled, size)
     return round(saved + shared + max(peak, loss))
 
 
-def _saved_numbers(
-    config: ModelConfig, shares: tuple[float, ...], kind: LayerKind, tokens: int, saved: _Saved
-) -> float:
+def _saved_numbers(counts: ModelCounts, kind: LayerKind, tokens: int, saved: _Saved) -> float:
     """Return how many numbers one layer saves for a micro-batch of `tokens` tokens."""
+    config, keys = counts.config, counts.key_width
     gated = kind.token_fraction < 1
-    keys = config.dim // config.heads * config.key_heads
     normed = saved.normed * config.query_key_norm
     token = (saved.width + normed + saved.gated * gated) * config.dim + (saved.keys + normed) * keys
     numbers = kind.tokens * token + tokens * config.dim * gated  # a depth router reads all tokens
     if saved.mask and gated:
         numbers += kind.pairs
-    routed, single, dense = expert_slots(config, kind, shares)
+    routed, single, dense = counts.expert_slots(kind)
     numbers += (routed + single + dense) * saved.hidden * config.hidden_width
     if config.implementation == "batched":  # the groups' weights are concatenated
         experts = sum(g.experts for g in config.group_list if g.experts > 1)

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from moma.model import flops
+from moma.model.flops import Counts, sum_over_kinds
 from moma.train.recipe import Recipe
+from moma.train.stages import model_counts
 
 
 def plan(recipe: Recipe) -> dict[str, Any]:
@@ -15,30 +16,22 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         `empty_slot_flops_per_token`, which no total includes; `layers` without (`full`) and with
         (`gated`) mixture-of-depths; `tokens_per_step` of one rank.
     """
-    config, vocabulary_size = recipe.model, recipe.text_tokenizer.vocabulary_size
-    micro_batch_size, sequence_length = recipe.data.micro_batch_size, recipe.data.sequence_length
-    tokens = micro_batch_size * sequence_length
-    forward = flops.forward_flops(
-        config, vocabulary_size, recipe.shares, micro_batch_size, sequence_length
-    )
-    empty = flops.empty_slot_flops(config, recipe.shares, micro_batch_size, sequence_length)
+    model = model_counts(recipe, recipe.text_tokenizer.vocabulary_size)
+    tokens = recipe.data.micro_batch_size * recipe.data.sequence_length
     counts = {
-        "parameters": flops.parameters(config, vocabulary_size),
-        "active_parameters": flops.active_parameters(config, vocabulary_size, recipe.shares),
+        "parameters": model.parameters(),
+        "active_parameters": model.active_parameters(),
         "flops_per_token": {
             kind: {part: 3 * count / tokens for part, count in parts.items()}
-            for kind, parts in forward.items()
+            for kind, parts in model.forward_flops().items()
         },
     }
-    totals = {key: flops.sum_over_kinds(by_kind) for key, by_kind in counts.items()}
+    totals = {key: sum_over_kinds(by_kind) for key, by_kind in counts.items()}
     return {
         **{key: round(sum(parts.values())) for key, parts in totals.items()},
-        "auxiliary_parameters": flops.auxiliary_parameters(config),
-        "empty_slot_flops_per_token": round(3 * empty / tokens),
-        "layers": {
-            "full": config.layers - len(config.depth_layers),
-            "gated": len(config.depth_layers),
-        },
+        "auxiliary_parameters": model.auxiliary_parameters(),
+        "empty_slot_flops_per_token": round(3 * model.empty_slot_flops() / tokens),
+        "layers": {name: kind.layers for name, kind in model.layer_kinds().items()},
         "tokens_per_step": tokens * recipe.pretrain.gradient_accumulation_steps,
         "parts": {key: _rounded(parts) for key, parts in totals.items()},
         "parts_by_layer": {
@@ -48,5 +41,5 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _rounded(parts: flops.Counts) -> dict[str, int]:
+def _rounded(parts: Counts) -> dict[str, int]:
     return {part: round(count) for part, count in parts.items()}

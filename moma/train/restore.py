@@ -81,7 +81,7 @@ def require_vocabulary(checkpoint: Path, vocabulary: Vocabulary, folder: Path) -
 def has_causal_routing(run: Run, model: Transformer) -> bool:
     """Whether a run's model can be used causally: it has no routers, or they are trained."""
     runs = Run(run.path / ROUTER_RUN), run
-    return model.is_causal_without_routers or any(map(_trained_routers, runs))
+    return not model.config.has_routers or any(map(_trained_routers, runs))
 
 
 def require_causal_routing(run: Run, model: Transformer) -> None:

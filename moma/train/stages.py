@@ -9,7 +9,7 @@ from torch import nn
 
 from moma.errors import UserError, shell_command
 from moma.model.decoder_layer import Layer
-from moma.model.flops import router_stage_flops_per_token, training_flops_per_token
+from moma.model.flops import ModelCounts
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.allocator import keep_freed_memory
@@ -154,14 +154,20 @@ def make_step(
     return Step(model, optimizer, objective, config.clip, world, monitor, dtype)
 
 
+def model_counts(recipe: Recipe, vocabulary_size: int) -> ModelCounts:
+    """Counts of a recipe's model, for its micro-batches."""
+    data = recipe.data
+    return ModelCounts(
+        recipe.model, vocabulary_size, recipe.shares, data.micro_batch_size, data.sequence_length
+    )
+
+
 def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
     """Training FLOPs per token in the recipe's stage."""
-    trains_routers = recipe.stage == "aux_router"
-    count = router_stage_flops_per_token if trains_routers else training_flops_per_token
-    data = recipe.data
-    return count(
-        recipe.model, vocabulary.size, recipe.shares, data.micro_batch_size, data.sequence_length
-    )
+    counts = model_counts(recipe, vocabulary.size)
+    if recipe.stage == "aux_router":
+        return counts.router_stage_flops_per_token()
+    return counts.training_flops_per_token()
 
 
 def fsdp_units(model: Transformer) -> Iterator[nn.Module]:
@@ -195,9 +201,9 @@ def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) ->
         # Every rank reads its own shards, independently of the others.
         load_model(source.checkpoint, model, World(torch.device("cpu")))
         return
-    from moma.model.upcycling import upcycle_from
+    from moma.model.upcycling import upcycle
 
-    upcycle_from(stored_weights(source.checkpoint), source.recipe.model, model, fill)
+    upcycle(stored_weights(source.checkpoint), source.recipe.model, model, fill)
 
 
 def _parts(model: Transformer, whole_layers: bool) -> Iterator[nn.Module]:

@@ -67,7 +67,7 @@ def whole_start(recipe: Recipe) -> Transformer:
     elif source is not None:
         seed = Transformer(source.recipe.model, vocabulary, source.recipe.shares)
         load_model(source.checkpoint, seed, ALONE)
-        upcycle(seed.state_dict(), source.recipe.model, model)
+        upcycle(Weights.of(seed.state_dict()), source.recipe.model, model)
     return model
 
 

@@ -13,7 +13,8 @@ from moma.model.architecture import ModelConfig
 from moma.model.attention import AttentionMask
 from moma.model.decoder_layer import DepthLayer, TokenContext, build_layer
 from moma.model.depth import DepthConfig, DepthRouter
-from moma.model.experts import ExpertGroup, named_groups
+from moma.model.experts import ExpertGroup
+from moma.model.groups import named_groups
 from moma.model.layers import rotary_angles
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary

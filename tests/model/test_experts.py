@@ -9,16 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moma.errors import UserError
-from moma.model.experts import (
-    DenseGroup,
-    ExpertGroup,
-    GroupConfig,
-    MixtureOfExperts,
-    RoutedGroup,
-    SingleExpertGroup,
-    build_group,
-    named_groups,
-)
+from moma.model.experts import DenseGroup, ExpertGroup, MixtureOfExperts, build_group
+from moma.model.groups import GroupConfig, named_groups
 from moma.model.layers import SwiGLU
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, ModalityName
@@ -28,9 +20,9 @@ DIM, HIDDEN = 6, 10
 ACTUAL = Routing(capacity="actual")
 
 
-def routed(modality: ModalityName, experts: int, share: float = 0.5, seed: int = 0) -> RoutedGroup:
+def routed(modality: ModalityName, experts: int, share: float = 0.5, seed: int = 0) -> ExpertGroup:
     torch.manual_seed(seed)
-    group = RoutedGroup(DIM, HIDDEN, [MODALITIES.index(modality)], experts, share).double()
+    group = ExpertGroup(DIM, HIDDEN, [MODALITIES.index(modality)], experts, share).double()
     for parameter in group.parameters():
         torch.nn.init.normal_(parameter)
     return group
@@ -103,7 +95,7 @@ def test_one_expert_a_modality_equals_plain_feed_forward(modality, routing):
     torch.manual_seed(0)
     config = GroupConfig(modalities=(MODALITIES[modality],), experts=1)
     group = build_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
-    assert isinstance(group, SingleExpertGroup)
+    assert isinstance(group, ExpertGroup)
     for parameter in group.parameters():
         torch.nn.init.normal_(parameter)
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
@@ -118,7 +110,7 @@ def test_one_expert_a_modality_equals_plain_feed_forward(modality, routing):
 def test_one_group_of_one_equals_dense(routing):
     """As a plain feed-forward, which it is, and as a stack of one expert, which it could be."""
     torch.manual_seed(0)
-    stack = SingleExpertGroup(DIM, HIDDEN, [TEXT, IMAGE], 1, share=1.0).double()
+    stack = ExpertGroup(DIM, HIDDEN, [TEXT, IMAGE], 1, share=1.0).double()
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter)
     plain = plain_of(stack)
@@ -146,7 +138,7 @@ def test_record_tells_the_real_choice():
     group = routed("text", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
-    _, report = group(x_ND, modality_N, Routing(capacity="actual", record_auxiliary=True))
+    _, (report,) = group(x_ND, modality_N, Routing(capacity="actual", record_auxiliary=True))
     record = report.record
     scores = group.router(x_ND).detach()
     for expert in range(2):

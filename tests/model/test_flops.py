@@ -7,10 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from moma.model import flops, routing
+from moma.model import routing
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
-from moma.model.experts import GroupConfig
+from moma.model.flops import ModelCounts, sum_over_kinds
+from moma.model.groups import GroupConfig
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
@@ -71,6 +72,10 @@ def build(case: str) -> Transformer:
     return model.eval()
 
 
+def counts_of(config: ModelConfig, rows: int = 4, length: int = 16) -> ModelCounts:
+    return ModelCounts(config, VOCABULARY.size, SHARES, rows, length)
+
+
 def half_of_each(rows: int, length: int) -> torch.Tensor:
     """Tokens of which exactly half are image codes."""
     generator = torch.Generator().manual_seed(0)
@@ -89,8 +94,8 @@ def counted_by_torch(model: Transformer, tokens: torch.Tensor, routing: Routing)
 def test_parameters_are_exact(case):
     model = build(case)
     auxiliary = sum(p.numel() for r in model.auxiliary_routers() for p in r.parameters())
-    parts = flops.sum_over_kinds(flops.parameters(model.config, VOCABULARY.size))
-    assert auxiliary == flops.auxiliary_parameters(model.config)
+    parts = sum_over_kinds(counts_of(model.config).parameters())
+    assert auxiliary == counts_of(model.config).auxiliary_parameters()
     assert sum(parts.values()) == sum(p.numel() for p in model.parameters()) - auxiliary
     by_name = {"attention": ".attention.", "depth": ".depth.router", "routers": "experts.groups"}
     for part, name in by_name.items():
@@ -107,10 +112,8 @@ def test_parameters_are_exact(case):
 def test_forward_equals_the_flop_counter(case, rows, length):
     model = build(case)
     found = counted_by_torch(model, half_of_each(rows, length), Routing())
-    parts = flops.sum_over_kinds(
-        flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
-    )
-    empty = flops.empty_slot_flops(model.config, SHARES, rows, length)
+    counts = counts_of(model.config, rows, length)
+    parts, empty = sum_over_kinds(counts.forward_flops()), counts.empty_slot_flops()
     assert sum(parts.values()) + empty == pytest.approx(found, rel=0.01)
     if case == "mod_moe_1t1i":  # one grouped product shares the room
         assert empty == 0
@@ -157,10 +160,9 @@ def counted_by_part(model: Transformer, tokens: torch.Tensor) -> dict[str, int]:
 def test_every_part_equals_the_flop_counter(case, rows, length):
     model = build(case)
     found = counted_by_part(model, half_of_each(rows, length))
-    parts = flops.sum_over_kinds(
-        flops.forward_flops(model.config, VOCABULARY.size, SHARES, rows, length)
-    )
-    parts["experts"] += flops.empty_slot_flops(model.config, SHARES, rows, length)
+    counts = counts_of(model.config, rows, length)
+    parts = sum_over_kinds(counts.forward_flops())
+    parts["experts"] += counts.empty_slot_flops()
     assert found == pytest.approx(parts, rel=1e-3)
 
 
@@ -170,8 +172,8 @@ def test_backward_costs_twice_the_forward(case):
     tokens = half_of_each(4, 16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens).logits_BSV.sum().backward()
-    counted = 64 * flops.training_flops_per_token(model.config, VOCABULARY.size, SHARES, 4, 16)
-    counted += 3 * flops.empty_slot_flops(model.config, SHARES, 4, 16)
+    counts = counts_of(model.config)
+    counted = 64 * counts.training_flops_per_token() + 3 * counts.empty_slot_flops()
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
@@ -183,18 +185,18 @@ def test_the_router_stage_equals_the_flop_counter(case):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         records = model(half_of_each(4, 16), routing=Routing(record_auxiliary=True)).routers
         torch.stack([record.auxiliary_logits_NE.sum() for record in records]).sum().backward()
-    counted = 64 * flops.router_stage_flops_per_token(model.config, VOCABULARY.size, SHARES, 4, 16)
-    counted += flops.empty_slot_flops(model.config, SHARES, 4, 16)
+    counts = counts_of(model.config)
+    counted = 64 * counts.router_stage_flops_per_token() + counts.empty_slot_flops()
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def test_active_parameters():
     def active(case):
-        config = build(case).config
-        return flops.sum_over_kinds(flops.active_parameters(config, VOCABULARY.size, (0.75, 0.25)))
+        counts = ModelCounts(build(case).config, VOCABULARY.size, (0.75, 0.25), 4, 16)
+        return sum_over_kinds(counts.active_parameters())
 
     def total(case):
-        return flops.sum_over_kinds(flops.parameters(build(case).config, VOCABULARY.size))
+        return sum_over_kinds(counts_of(build(case).config).parameters())
 
     assert active("dense") == total("dense")
     assert active("moe_1t1i") == total("dense")
@@ -208,8 +210,8 @@ def test_active_parameters():
 
 def test_experts_cost_what_dense_costs():
     dense, sparse = (
-        flops.sum_over_kinds(
-            flops.forward_flops(ModelConfig(groups=groups), 65_536, SHARES, 6, 4096)
+        sum_over_kinds(
+            ModelCounts(ModelConfig(groups=groups), 65_536, SHARES, 6, 4096).forward_flops()
         )
         for groups in ("dense", "moe_4t4i")
     )

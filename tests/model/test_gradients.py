@@ -11,8 +11,8 @@ from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention, AttentionMask, document_mask
 from moma.model.decoder_layer import TokenContext, build_layer
 from moma.model.depth import DepthConfig
-from moma.model.experts import MixtureOfExperts, build_experts, build_group
-from moma.model.implementations import ImplementationName
+from moma.model.experts import MixtureOfExperts, build_group
+from moma.model.implementations import ImplementationName, build_experts
 from moma.model.layers import SwiGLU, rotary_angles
 from moma.model.routers import AuxiliaryRouter
 from moma.model.routing import Routing

@@ -9,15 +9,14 @@ from hypothesis import strategies as st
 
 from moma.model import grouped
 from moma.model.architecture import ModelConfig
-from moma.model.experts import (
-    GroupConfig,
-    JointMixtureOfExperts,
-    MixtureOfExperts,
-    build_experts,
-    build_group,
-)
+from moma.model.experts import MixtureOfExperts, build_group
 from moma.model.grouped import grouped_product
-from moma.model.implementations import ImplementationName
+from moma.model.groups import GroupConfig
+from moma.model.implementations import (
+    ImplementationName,
+    JointMixtureOfExperts,
+    build_experts,
+)
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runtime.world import can_compile

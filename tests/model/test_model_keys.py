@@ -7,7 +7,7 @@ import torch
 
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
-from moma.model.experts import GroupConfig
+from moma.model.groups import GroupConfig
 from moma.model.transformer import Transformer
 from tests.factories import make_vocabulary
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
-from moma.model.experts import RoutedGroup
+from moma.model.experts import ExpertGroup
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
@@ -108,7 +108,7 @@ def test_initialisation_depends_on_the_seed_alone():
     assert not torch.equal(first.head.weight, other.head.weight)
     assert first.embedding.weight.std().item() == pytest.approx(1, rel=0.2)
     experts = first.get_submodule("layers.0.experts.groups.0")
-    assert isinstance(experts, RoutedGroup)
+    assert isinstance(experts, ExpertGroup)
     router = experts.router.weight
     assert router.sum(0).abs().max().item() < 1e-5 < router.abs().max().item()
     gate = build("mod").get_submodule("layers.0.depth.router").weight
@@ -220,4 +220,4 @@ def test_scores_that_are_not_finite_name_their_layer(where, seen_by, bad):
 @pytest.mark.parametrize("groups", ARCHITECTURES)
 def test_a_model_is_causal_by_itself_where_nothing_is_chosen(groups):
     model = build(groups)
-    assert model.is_causal_without_routers == (not list(model.auxiliary_routers()))
+    assert model.config.has_routers == bool(list(model.auxiliary_routers()))

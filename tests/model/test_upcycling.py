@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
-from moma.model.experts import GroupConfig, RoutedGroup
+from moma.model.experts import ExpertGroup
+from moma.model.groups import GroupConfig
 from moma.model.routing import Routing, logistic_noise
 from moma.model.transformer import Transformer
 from moma.model.upcycling import match_groups, upcycle
+from moma.runtime.weights import Weights
 from moma.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(
@@ -43,7 +45,7 @@ def build(groups, seed: int = 0, **changes) -> Transformer:
 
 def grown_from(seed: Transformer, groups, **changes) -> Transformer:
     model = build(groups, seed=1, **changes)
-    upcycle(seed.state_dict(), seed.config, model)
+    upcycle(Weights.of(seed.state_dict()), seed.config, model)
     return model
 
 
@@ -60,7 +62,7 @@ def tokens_of(rows: int, length: int, seed: int) -> torch.Tensor:
 def take_by_turns(model: Transformer) -> None:
     """Make expert e take every E-th token of its modality, by the auxiliary routers' word."""
 
-    def by_turns(group: RoutedGroup):
+    def by_turns(group: ExpertGroup):
         def foretell(x_ND):
             turn_N = torch.arange(len(x_ND)) % group.experts
             return torch.nn.functional.one_hot(turn_N, group.experts).to(x_ND.dtype) - 0.5
@@ -68,7 +70,7 @@ def take_by_turns(model: Transformer) -> None:
         return foretell
 
     for module in model.modules():
-        if isinstance(module, RoutedGroup):
+        if isinstance(module, ExpertGroup) and module.experts > 1:
             module.auxiliary.forward = by_turns(module)  # type: ignore[method-assign]
 
 
@@ -84,7 +86,7 @@ def test_a_token_that_one_expert_takes_gives_the_seeds_output(seed_groups, text,
     after = (
         grown_from(before, f"moe_{text}t{image}i", experts_implementation="grouped").double().eval()
     )
-    upcycle(before.state_dict(), before.config, after)  # in fp64 too
+    upcycle(Weights.of(before.state_dict()), before.config, after)  # in fp64 too
     take_by_turns(after)
     tokens = tokens_of(2, 12, seed)
     expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
@@ -96,7 +98,7 @@ def test_a_token_that_two_experts_take_does_too_but_one_that_none_takes_does_not
     """Swin norm takes the sum of the weights out; nothing can be normed where nothing is added."""
     before = build("moe_1t1i").double().eval()
     after = grown_from(before, "moe_2t2i").double().eval()
-    upcycle(before.state_dict(), before.config, after)
+    upcycle(Weights.of(before.state_dict()), before.config, after)
     tokens = tokens_of(2, 12, 0)
     expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
     for everyone, equal in ((1.0, True), (-1.0, False)):
@@ -232,7 +234,7 @@ def test_another_shape_is_named(key, value):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     seed = build("moe_1t1i")
     with pytest.raises(UserError, match=f"model.{key}: the seed has"):
-        upcycle(seed.state_dict(), seed.config, model)
+        upcycle(Weights.of(seed.state_dict()), seed.config, model)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
@@ -259,7 +261,7 @@ def test_a_state_that_is_no_seeds_is_refused_before_anything_changes():
     missing = {name: weight for name, weight in state.items() if name != "norm.weight"}
     for broken, message in ((smaller, r"\[30, 16\]"), (missing, "norm.weight")):
         with pytest.raises(UserError, match=message):
-            upcycle(broken, seed.config, model)
+            upcycle(Weights.of(broken), seed.config, model)
         assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
 
 
@@ -316,7 +318,7 @@ def test_noise_changes_choice_and_weight_of_experts_alone():
 def test_noise_is_in_the_weight_as_in_the_choice():
     """Equation 5 replaces the score wherever it stands: σ(z + noise) chooses and multiplies."""
     torch.manual_seed(0)
-    group = RoutedGroup(8, 6, [0], experts=3, share=1.0, noise=True)
+    group = ExpertGroup(8, 6, [0], experts=3, share=1.0, noise=True)
     for parameter in group.parameters():
         torch.nn.init.normal_(parameter)
     x, modality = torch.randn(12, 8), torch.zeros(12, dtype=torch.long)

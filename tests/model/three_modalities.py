@@ -4,7 +4,7 @@ from functools import cached_property
 
 import numpy as np
 
-from moma.model.experts import GroupConfig
+from moma.model.groups import GroupConfig
 from moma.vocabulary import Vocabulary
 
 NAMES, SHARES = ("text", "image", "audio"), (0.5, 0.25, 0.25)
