@@ -6,12 +6,16 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+from typer import Argument, Option
 from typer.core import TyperCommand, TyperGroup
 
 from moma.errors import UserError, quote
+
+if TYPE_CHECKING:
+    from moma.train.recipe import Recipe
 
 # Options with text for a model: it may be empty or contain any bytes.
 _FREE_TEXT = {"prompt", "text"}
@@ -97,6 +101,14 @@ def readable_recipe(recipe: Path) -> Path:
     return recipe
 
 
+def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> "Recipe":
+    """Read and validate a recipe."""
+    from moma.recipe import read_recipe
+    from moma.train.recipe import Recipe
+
+    return read_recipe(Recipe, path, overrides or ())
+
+
 def files_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Divide arguments into files and `key=value` overrides; a file may have `=` in its name."""
     from moma.recipe import parse_path
@@ -164,20 +176,16 @@ def _print_version(requested: bool) -> None:
 
 
 RecipeFile = Annotated[
-    Path, typer.Argument(help="a recipe, such as configs/demo.toml", callback=readable_recipe)
+    Path, Argument(help="a recipe, such as configs/demo.toml", callback=readable_recipe)
 ]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="changes to the recipe, such as pretrain.steps=100")
+    list[str] | None, Argument(help="changes to the recipe, such as pretrain.steps=100")
 ]
-RunFolder = Annotated[
-    Path, typer.Argument(help="a folder that `moma train` wrote", callback=_existing_run)
-]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON and nothing else")]
+RunFolder = Annotated[Path, Argument(help="a folder of `moma train`", callback=_existing_run)]
+AsJson = Annotated[bool, Option("--json", help="print JSON and nothing else")]
 CpuTime = Annotated[
-    bool,
-    typer.Option("--cpu-time", help="measure CPU time, without that of other processes; 1 thread"),
+    bool, Option("--cpu-time", help="measure CPU time, without that of other processes; 1 thread")
 ]
 Version = Annotated[
-    bool,
-    typer.Option("--version", help="print the version", callback=_print_version, is_eager=True),
+    bool, Option("--version", help="print the version", callback=_print_version, is_eager=True)
 ]

@@ -3,31 +3,29 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
-from moma.cli.arguments import COUNT_LIMIT, App, AsJson, CpuTime, files_and_overrides
+from moma.cli.arguments import COUNT_LIMIT, App, AsJson, CpuTime, files_and_overrides, load_recipe
 from moma.cli.output import key_values, print_result, records
 from moma.errors import UserError
 
 app = App(help="Measure speed on this machine.", no_args_is_help=True)
 
 
-def count(text: str, low: int = 1) -> typer.models.OptionInfo:
+def count(text: str, low: int = 1) -> Any:
     """An option that counts something."""
-    option: typer.models.OptionInfo = typer.Option(min=low, max=COUNT_LIMIT, help=text)
-    return option
+    return Option(min=low, max=COUNT_LIMIT, help=text)
 
 
 @app.command()
 def data(
     recipe: Annotated[
-        Path | None, typer.Argument(help="default: sketches of 1,024 codes and a dictionary")
+        Path | None, Argument(help="default: sketches of 1,024 codes and a dictionary")
     ] = None,
     overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="changes to the recipe, such as data.micro_batch_size=4"),
+        list[str] | None, Argument(help="changes to the recipe, such as data.micro_batch_size=4")
     ] = None,
     batches: Annotated[int, count("micro-batches of each repeat")] = 100,
     steps: Annotated[int, count("training steps")] = 4,
@@ -41,32 +39,27 @@ def data(
     if recipe is not None and "=" in str(recipe) and not os.path.exists(recipe):
         overrides, recipe = [str(recipe), *(overrides or ())], None
     from moma.bench.data import Sizes, bench_data
-    from moma.recipe import read_recipe, shipped_recipe
-    from moma.train.recipe import Recipe
+    from moma.recipe import shipped_recipe
 
-    read = read_recipe(Recipe, recipe or shipped_recipe("bench_data.toml"), overrides or ())
+    read = load_recipe(recipe or shipped_recipe("bench_data.toml"), overrides)
     sizes = Sizes(batches, steps, images, texts, repeats, cpu_time)
     result = bench_data(read, sizes, quiet=as_json)
-    shown = {key: f"{v:,.4g}" if isinstance(v, float) else v for key, v in result.items()}
-    table = key_values(f"data of {recipe or 'the shipped recipe'}", shown)
+    table = key_values(f"data of {recipe or 'the shipped recipe'}", result)
     print_result(result, as_json, [table])
 
 
 @app.command()
 def layer(
     dim: Annotated[
-        list[int] | None,
-        typer.Option(min=32, max=2**20, help="model width; may be repeated [256, 512]"),
+        list[int] | None, Option(min=32, max=2**20, help="width; may be repeated [256, 512]")
     ] = None,
     tokens: Annotated[int, count("a multiple of 32; half are image tokens", 32)] = 4096,
     repeats: Annotated[int, count("repeats of everything, interleaved")] = 31,
-    dtype: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="data type of weights and tokens")
-    ] = "fp32",
+    dtype: Annotated[Literal["fp32", "bf16"], Option(help="type of weights and tokens")] = "fp32",
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="[the GPU if there is one]")
+        Literal["cpu", "cuda"] | None, Option(help="[the GPU if there is one]")
     ] = None,
-    eager: Annotated[bool, typer.Option("--eager", help="without torch.compile")] = False,
+    eager: Annotated[bool, Option("--eager", help="without torch.compile")] = False,
     cpu_time: CpuTime = False,
     as_json: AsJson = False,
 ) -> None:
@@ -81,32 +74,26 @@ def layer(
         raise UserError(f"--tokens {tokens}: must be a multiple of 32")
     sizes = Sizes(tuple(dim or (256, 512)), tokens, repeats, dtype, device, not eager, cpu_time)
     rows = bench_layer(sizes, quiet=as_json)
-    shown = [
-        {key: f"{v:.3f}" if isinstance(v, float) else v for key, v in row.items()} for row in rows
-    ]
-    print_result(rows, as_json, [records(f"feed-forward of {tokens:,} tokens", shown)])
+    print_result(rows, as_json, [records(f"feed-forward of {tokens:,} tokens", rows)])
 
 
 @app.command()
 def throughput(
     recipes: Annotated[
         list[str] | None,
-        typer.Argument(help="recipes, the first is the baseline; and changes to all of them"),
+        Argument(help="recipes, the first is the baseline; and changes to all of them"),
     ] = None,
-    table2: Annotated[
-        bool, typer.Option("--table2", help="instead: the architectures of Table 2")
-    ] = False,
+    table2: Annotated[bool, Option("--table2", help="instead: architectures of Table 2")] = False,
     row: Annotated[
-        Literal["256", "90m", "435m", "1b4"], typer.Option(help="size of --table2")
+        Literal["256", "90m", "435m", "1b4"], Option(help="model size of --table2")
     ] = "256",
     only: Annotated[
-        list[str] | None,
-        typer.Option(help="architecture of --table2 besides dense; may be repeated"),
+        list[str] | None, Option(help="architecture of --table2 besides dense; may be repeated")
     ] = None,
     repeats: Annotated[int, count("repeats of a step of each, interleaved")] = 11,
     warm_up: Annotated[int, count("steps of each before the measurement")] = 2,
     statistics: Annotated[
-        bool, typer.Option("--statistics", help="instead: the cost of the log's statistics")
+        bool, Option("--statistics", help="instead: the cost of the log's statistics")
     ] = False,
     cpu_time: CpuTime = False,
     as_json: AsJson = False,
@@ -117,11 +104,10 @@ def throughput(
     paths, overrides = files_and_overrides(recipes or ())
     if table2 == bool(paths):
         raise UserError("name one or more recipes, or give --table2")
-    chosen = (
-        bench.table2(row, overrides, only or bench.TABLE2)
-        if table2
-        else bench.named(paths, overrides)
-    )
+    if table2:
+        chosen = bench.table2(row, overrides, only or bench.TABLE2)
+    else:
+        chosen = bench.named(paths, overrides)
     sizes = bench.Sizes(repeats, warm_up, cpu_time)
     if statistics:
         rows = bench.bench_statistics(chosen, sizes, quiet=as_json)
@@ -132,15 +118,19 @@ def throughput(
 
 
 def _readable(row: Mapping[str, str | float]) -> dict[str, str]:
-    def cell(key: str, value: str | float) -> str:
-        if isinstance(value, str):
-            return value
-        if key == "peak_bytes":
-            return f"{value / 2**30:.2f} GiB"
-        if key in ("flops_per_token", "parameters"):
-            return f"{value / 1e6:,.1f}M"
-        if key in ("mfu", "spread", "overhead"):
-            return f"{value:.1%}" if key == "mfu" else f"{value:.2%}"
+    formats = {
+        "peak_bytes": lambda value: f"{value / 2**30:.2f} GiB",
+        "flops_per_token": lambda value: f"{value / 1e6:,.1f}M",
+        "parameters": lambda value: f"{value / 1e6:,.1f}M",
+        "mfu": "{:.1%}".format,
+        "spread": "{:.2%}".format,
+        "overhead": "{:.2%}".format,
+    }
+
+    def default(value: float) -> str:
         return f"{value:,.0f}" if value > 100 else f"{value:.4f}"
 
-    return {key: cell(key, value) for key, value in row.items()}
+    return {
+        key: value if isinstance(value, str) else formats.get(key, default)(value)
+        for key, value in row.items()
+    }

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Option
 
-from moma.cli.arguments import App, AsJson, Overrides, RecipeFile
+from moma.cli.arguments import App, AsJson, Overrides, RecipeFile, load_recipe
 from moma.cli.output import print_result
 from moma.study.tables import Table
 
@@ -19,18 +19,15 @@ def prepare(
     recipe: RecipeFile,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None,
-        typer.Option(min=0, max=1024, help="processes that read images; no effect on the output"),
+        int | None, Option(min=0, max=1024, help="processes; the output does not depend on them")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode documents into shards; first train or load the tokenizer and the image codec."""
     from moma.data.encode.prepare import prepare as run
-    from moma.recipe import read_recipe
     from moma.runtime.world import local_device
-    from moma.train.recipe import Recipe
 
-    read = read_recipe(Recipe, recipe, overrides or ())
+    read = load_recipe(recipe, overrides)
     prepared = run(read, local_device(), quiet=as_json, workers=workers)
     summary = {"path": str(read.data.path), **prepared.summary()}
     lines = [f"prepared {read.data.path}"]
@@ -42,18 +39,15 @@ def prepare(
 
 @inspecting.command()
 def inspect(
-    folder: Annotated[Path, typer.Argument(help="a folder that `moma prepare` wrote")],
-    source: Annotated[str | None, typer.Option(help="only this source")] = None,
+    folder: Annotated[Path, Argument(help="a folder that `moma prepare` wrote")],
+    source: Annotated[str | None, Option(help="only this source")] = None,
     document: Annotated[
-        int | None,
-        typer.Option(min=0, max=2**62, help="decode this document of the source, counted from 0"),
+        int | None, Option(min=0, max=2**62, help="decode this document of the source, from 0 on")
     ] = None,
     split: Annotated[
-        Literal["train", "held_out"], typer.Option(help="which documents --document counts")
+        Literal["train", "held_out"], Option(help="documents that --document counts")
     ] = "train",
-    out: Annotated[
-        Path | None, typer.Option(help="folder for images [FOLDER/inspect]", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, Option(help="folder for images [FOLDER/inspect]")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show counts and lengths of a prepared folder, or one document as text and images."""

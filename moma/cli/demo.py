@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from moma.cli.arguments import App, AsJson, Overrides
 from moma.cli.output import print_result
@@ -14,7 +14,7 @@ app = App()
 @app.command()
 def demo(
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="folder for everything it writes")] = Path("runs/demo"),
+    out: Annotated[Path, Option(help="folder for everything it writes")] = Path("runs/demo"),
     as_json: AsJson = False,
 ) -> None:
     """Prepare real images, train two models and routers, evaluate, generate, and report."""

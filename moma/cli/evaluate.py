@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+from typer import Option
 
 from moma.cli.arguments import App, AsJson, RunFolder
 from moma.cli.output import key_values, print_result
@@ -15,12 +15,9 @@ app = App()
 def evaluate(
     run: RunFolder,
     routing: Annotated[
-        Literal["choice", "causal"],
-        typer.Option(help="choice: as in training; causal: by the auxiliary routers"),
+        Literal["choice", "causal"], Option(help="as in training, or by auxiliary routers")
     ] = "choice",
-    data: Annotated[
-        Path | None, typer.Option(help="the prepared data, if it is not where training found it")
-    ] = None,
+    data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure loss and perplexity on the held-out documents, by modality."""

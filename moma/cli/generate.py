@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import typer
+from typer import Context, Option
 
 from moma.cli.arguments import App, RunFolder, in_order
 from moma.cli.output import notice
@@ -15,24 +15,17 @@ app = App()
 
 @app.command()
 def generate(
-    ctx: typer.Context,
+    ctx: Context,
     run: RunFolder,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="text to continue; may be repeated")
-    ] = None,
+    prompt: Annotated[list[str] | None, Option(help="text to continue; may be repeated")] = None,
     image: Annotated[
-        list[Path] | None,
-        typer.Option(help="an image to continue; may be repeated, in order with --prompt"),
+        list[Path] | None, Option(help="image to continue; may be repeated, mixed with --prompt")
     ] = None,
-    mode: Annotated[
-        Literal["text", "image", "mixed"], typer.Option(help="what to generate")
-    ] = "mixed",
-    out: Annotated[Path, typer.Option(help="folder for images")] = Path("."),
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="seed of the sampling")] = 0,
-    temperature: Annotated[float, typer.Option(help="0: always the most likely token")] = 0.7,
-    top_p: Annotated[
-        float, typer.Option(help="sample from the most likely tokens with this much probability")
-    ] = 0.9,
+    mode: Annotated[Literal["text", "image", "mixed"], Option(help="what to generate")] = "mixed",
+    out: Annotated[Path, Option(help="folder for images")] = Path("."),
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="seed of the sampling")] = 0,
+    temperature: Annotated[float, Option(help="0: always the most likely token")] = 0.7,
+    top_p: Annotated[float, Option(help="probability of the tokens to sample from")] = 0.9,
 ) -> None:
     """Continue a prompt: text is printed, images are written as PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]

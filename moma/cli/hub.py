@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
-from moma.cli.arguments import App
+from moma.cli.arguments import App, load_recipe
 from moma.cli.output import notice
 
 importing = App(
@@ -18,23 +18,21 @@ exporting = App(
 
 @importing.command("chameleon")
 def import_chameleon(
-    folder: Annotated[Path, typer.Argument(help="what `transformers` saved: config.json, weights")],
-    out: Annotated[Path, typer.Option(help="the run folder to make")],
+    folder: Annotated[Path, Argument(help="what `transformers` saved: config.json, weights")],
+    out: Annotated[Path, Option(help="the run folder to make")],
     tokenizers: Annotated[
-        Path | None, typer.Option(help="tokenizers or a run to use instead of the folder's own")
+        Path | None, Option(help="tokenizers or a run to use instead of the folder's own")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option(help="a recipe whose [data] the run is evaluated on")
+        Path | None, Option(help="a recipe whose [data] the run is evaluated on")
     ] = None,
 ) -> None:
     """Make a dense run from the `transformers` port of Chameleon."""
     from moma.hub.chameleon import import_chameleon as run
-    from moma.recipe import read_recipe
     from moma.runs import Run, Tokenizers
-    from moma.train.recipe import Recipe
 
     given = None if tokenizers is None else Tokenizers(tokenizers)
-    base = None if recipe is None else read_recipe(Recipe, recipe)
+    base = None if recipe is None else load_recipe(recipe)
     for message in run(folder, Run(out), given, base):
         notice(message)
     print(f"imported {out}")
@@ -42,8 +40,8 @@ def import_chameleon(
 
 @exporting.command("chameleon")
 def export_chameleon(
-    run: Annotated[Path, typer.Argument(help="the folder of a dense run")],
-    out: Annotated[Path, typer.Option(help="the folder to make")],
+    run: Annotated[Path, Argument(help="the folder of a dense run")],
+    out: Annotated[Path, Option(help="the folder to make")],
 ) -> None:
     """Write a dense run as the `transformers` port of Chameleon."""
     from moma.hub.chameleon import export_chameleon as export

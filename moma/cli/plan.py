@@ -3,9 +3,9 @@
 import math
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-from moma.cli.arguments import COUNT_LIMIT, App, AsJson, Overrides, RecipeFile
+from moma.cli.arguments import COUNT_LIMIT, App, AsJson, Overrides, RecipeFile, load_recipe
 from moma.cli.output import print_result
 from moma.errors import UserError
 from moma.study.tables import Table
@@ -19,15 +19,13 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[
         int | None,
-        typer.Option(
-            min=1, max=COUNT_LIMIT, help="plan memory, time, cost and communication on N GPUs"
-        ),
+        Option(min=1, max=COUNT_LIMIT, help="plan memory, time, cost and communication on N GPUs"),
     ] = None,
-    mfu: Annotated[float, typer.Option(help="share of the peak that training reaches")] = 0.4,
-    peak: Annotated[float, typer.Option(help="peak of one GPU, TFLOP/s")] = 989,
-    link: Annotated[float, typer.Option(help="bandwidth of a GPU each way, GB/s")] = 50,
-    memory: Annotated[float, typer.Option(help="memory of one GPU, GiB")] = 80,
-    price: Annotated[float, typer.Option(help="price of a GPU-hour, in any currency")] = 2.5,
+    mfu: Annotated[float, Option(help="share of the peak that training reaches")] = 0.4,
+    peak: Annotated[float, Option(help="peak of one GPU, TFLOP/s")] = 989,
+    link: Annotated[float, Option(help="bandwidth of a GPU each way, GB/s")] = 50,
+    memory: Annotated[float, Option(help="memory of one GPU, GiB")] = 80,
+    price: Annotated[float, Option(help="price of a GPU-hour, in any currency")] = 2.5,
     as_json: AsJson = False,
 ) -> None:
     """Count a recipe's parameters and FLOPs by part; nothing is allocated."""
@@ -38,10 +36,8 @@ def plan(
             "--price at least 0"
         )
     from moma.plan.counts import plan as count
-    from moma.recipe import read_recipe
-    from moma.train.recipe import Recipe
 
-    read = read_recipe(Recipe, recipe, overrides or ())
+    read = load_recipe(recipe, overrides)
     result = count(read)
     tables = [_counts(str(recipe), result)]
     if gpus is not None:

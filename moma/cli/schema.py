@@ -4,21 +4,21 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from moma.cli.arguments import App
 
 app = App()
 Node = dict[str, Any]
 Row = tuple[str, str, str, str]
-_BASE_KEYS = ("kind", "name", "weight", "max_images", "held_out")
+_SOURCE_KEYS = ("kind", "name", "weight", "max_images", "held_out")
+_SOURCE_DEFAULTS = {"`kind`": "–", "`name`": "the kind", "`held_out`": "`data.held_out`"}
+_LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 
 @app.command()
 def schema(
-    markdown: Annotated[
-        bool, typer.Option("--markdown", help="print tables of the keys instead, for the docs")
-    ] = False,
+    markdown: Annotated[bool, Option("--markdown", help="print tables for the docs")] = False,
 ) -> None:
     """Print the JSON schema of recipes, registered sources included."""
     print(as_markdown() if markdown else json.dumps(json_schema(), indent=2))
@@ -38,7 +38,7 @@ def json_schema() -> Node:
             "description": "stages that `moma train` runs one after the other",
         },
     }
-    # A recipe that extends another may leave out what that one has.
+    # A recipe that extends another may leave out keys of that one.
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
     return schema
 
@@ -47,52 +47,46 @@ def as_markdown() -> str:
     """Tables of all keys: one for each section, and one for each kind of source."""
     schema = json_schema()
     definitions = schema["$defs"]
-    top: Node = {}
-    sections: Node = {}
-    for key, node in schema["properties"].items():
-        is_section = "properties" in _resolved(node, definitions)
-        (sections if is_section else top)[key] = node
+    sections = {key: _resolved(node, definitions) for key, node in schema["properties"].items()}
+    top = {key: node for key, node in sections.items() if "properties" not in node}
     parts = ["### Top", _table(_rows({"properties": top}, definitions))]
-    seen: dict[str, str] = {}  # definition → the first section that it describes
-    for key, node in sections.items():
-        name = _reference(node)
-        section = definitions[name]
-        rows = list(_rows(section, definitions))
-        parts.append(f"### `[{key}]`")
-        if name in seen:
-            parts.append(f"The same keys as `[{seen[name]}]`.")
+    seen: dict[tuple[str, ...], tuple[str, list[Row]]] = {}
+    for key, section in sections.items():
+        if key in top:
             continue
-        parts.append(section["description"])
-        if alike := next((first for other, first in seen.items() if name.endswith(other)), None):
-            earlier = list(_rows(definitions[_reference(sections[alike])], definitions))
-            rows = [row for row in rows if row not in earlier]
-            parts.append(f"The same keys as `[{alike}]`, with other defaults:")
-        parts.append(_table(rows))
-        seen[name] = key
+        parts += [f"### `[{key}]`", section["description"]]
+        rows = list(_rows(section, definitions))
+        names = tuple(row[0] for row in rows)
+        if names in seen:
+            earlier, earlier_rows = seen[names]
+            rows = [row for row in rows if row not in earlier_rows]
+            parts.append(f"The same keys as `[{earlier}]`{', except:' if rows else '.'}")
+        seen.setdefault(names, (key, rows))
+        if rows:
+            parts.append(_table(rows))
         if key == "data":
             parts += _source_tables(section["properties"]["sources"], definitions)
     return "\n\n".join(parts)
 
 
 def _source_tables(sources: Node, definitions: Node) -> Iterator[str]:
-    kinds: dict[str, str] = sources["items"]["discriminator"]["mapping"]
-    members = {kind: definitions[name.rpartition("/")[2]] for kind, name in kinds.items()}
-    first = next(iter(members.values()))
-    base = {key: first["properties"][key] for key in _BASE_KEYS if key in first["properties"]}
-    own_default = {"`kind`": "–", "`name`": "the kind", "`held_out`": "`data.held_out`"}
-    rows = [
-        (key, "text" if key == "`kind`" else type_, own_default.get(key, default), meaning)
-        for key, type_, default, meaning in _rows({"properties": base}, definitions)
-    ]
+    members = {
+        kind: _resolved({"$ref": reference}, definitions)
+        for kind, reference in sources["items"]["discriminator"]["mapping"].items()
+    }
+    first = next(iter(members.values()))["properties"]
+    shared = {"properties": {key: first[key] for key in _SOURCE_KEYS}}
     yield "### `[[data.sources]]`"
     yield "Keys of every source; the keys of each kind follow."
-    yield _table(rows)
+    yield _table(
+        (key, "text" if key == "`kind`" else type_, _SOURCE_DEFAULTS.get(key, default), meaning)
+        for key, type_, default, meaning in _rows(shared, definitions)
+    )
     for kind, member in members.items():
-        own = {key: node for key, node in member["properties"].items() if key not in _BASE_KEYS}
-        required = member.get("required", [])
-        kind_row = ("`kind`", f"`{kind}`", "–", member["description"])
+        own = {key: node for key, node in member["properties"].items() if key not in _SOURCE_KEYS}
+        rows = _rows({**member, "properties": own}, definitions)
         yield f"#### `{kind}`"
-        yield _table([kind_row, *_rows({"properties": own, "required": required}, definitions)])
+        yield _table([("`kind`", f"`{kind}`", "–", member["description"]), *rows])
 
 
 def _rows(section: Node, definitions: Node, prefix: str = "") -> Iterator[Row]:
@@ -112,21 +106,15 @@ def _table(rows: Iterable[Row]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def _reference(node: Node) -> str:
-    return str(node.get("$ref", "")).rpartition("/")[2]
-
-
 def _resolved(node: Node, definitions: Node) -> Node:
-    found: Node = definitions.get(_reference(node), node)
-    return found
+    name = str(node.get("$ref", "")).rpartition("/")[2]
+    return {**node, **definitions[name]} if name else node
 
 
 def _value(value: Any) -> str:
-    if value is None:
-        return "none"
     if isinstance(value, str):
         return f"`{value}`" if value else "empty"
-    return f"`{json.dumps(value)}`"
+    return "none" if value is None else f"`{json.dumps(value)}`"
 
 
 def _type(node: Node, definitions: Node) -> str:
@@ -138,21 +126,9 @@ def _type(node: Node, definitions: Node) -> str:
     if "enum" in node or "const" in node:
         return ", ".join(_value(value) for value in node.get("enum", [node.get("const")]))
     if node.get("type") == "array":
-        items = _type(node["items"], definitions) if "items" in node else ""
-        return f"list of {items}" if items else "list"
+        return f"list of {_type(node['items'], definitions)}" if "items" in node else "list"
     if "oneOf" in node or node.get("type") == "object":
         return "table"
-    kind: str = node.get("type", "any")
-    name = "text" if kind == "string" else kind
-    name = "path" if node.get("format") == "path" else name
-    limits = [
-        f"{sign} {json.dumps(node[key])}"
-        for key, sign in (
-            ("minimum", "≥"),
-            ("exclusiveMinimum", ">"),
-            ("maximum", "≤"),
-            ("exclusiveMaximum", "<"),
-        )
-        if key in node
-    ]
-    return " ".join([name, ", ".join(limits)]).strip()
+    name = "path" if node.get("format") == "path" else node.get("type", "any")
+    limits = [f"{sign} {json.dumps(node[key])}" for key, sign in _LIMITS.items() if key in node]
+    return " ".join(["text" if name == "string" else name, ", ".join(limits)]).strip()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from moma.cli.arguments import App, AsJson
 from moma.cli.output import print_result
@@ -14,8 +14,8 @@ app = App()
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="run folders; the first is the baseline")],
-    out: Annotated[Path, typer.Option(help="the HTML file to write")] = Path("report.html"),
+    runs: Annotated[list[Path], Argument(help="run folders; the first is the baseline")],
+    out: Annotated[Path, Option(help="the HTML file to write")] = Path("report.html"),
     as_json: AsJson = False,
 ) -> None:
     """Compare runs in one self-contained HTML page."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 from moma.cli.arguments import (
     App,
@@ -13,6 +13,7 @@ from moma.cli.arguments import (
     Overrides,
     RecipeFile,
     files_and_overrides,
+    load_recipe,
     readable_recipe,
 )
 from moma.cli.output import key_values, notice, print_result
@@ -24,20 +25,15 @@ if TYPE_CHECKING:
     from moma.runs import Tokenizers
     from moma.train.recipe import Recipe
 
-# Images that are named one by one if they cannot be read.
-_MAX_NOTICES = 10
-
 app = App(help="Make, import and try text tokenizers and image codecs.", no_args_is_help=True)
-
-
-OutFolder = Annotated[Path, typer.Option(help="folder of the tokenizers")]
+OutFolder = Annotated[Path, Option(help="folder of the tokenizers")]
 
 
 @app.command("train-text")
 def train_text(
     inputs: Annotated[
         list[str],
-        typer.Argument(
+        Argument(
             help="a recipe or UTF-8 text files, then changes such as "
             "text_tokenizer.vocabulary_size=8192 codec.codebook_size=512"
         ),
@@ -78,13 +74,10 @@ def train_image(
     as_json: AsJson = False,
 ) -> None:
     """Train the image codec; an interrupted training continues."""
-    from moma.recipe import read_recipe
     from moma.runs import Tokenizers
     from moma.tokenizers.folder import is_made, read_metrics
-    from moma.train.recipe import Recipe
 
-    read = read_recipe(Recipe, recipe, overrides or ())
-    folder = Tokenizers(out)
+    read, folder = load_recipe(recipe, overrides), Tokenizers(out)
     if not is_made(folder.codec, folder, read.codec):
         _train_codec(read, folder, quiet=as_json)
     metrics = read_metrics(folder).model_dump()
@@ -112,41 +105,35 @@ def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
     _report_rejected(corpus)
     measured = unseen if unseen.has_readable else ()
     make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
-    left_out = [*seen.unreadable.values(), *unseen.unreadable.values()]
-    for reason in left_out[:_MAX_NOTICES]:
+    for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
         notice(f"an image was left out: {reason}")
-    if len(left_out) > _MAX_NOTICES:
-        notice(f"{len(left_out) - _MAX_NOTICES} more images were left out")
 
 
 @app.command("import-chameleon")
 def import_chameleon(
-    tokenizer: Annotated[Path, typer.Argument(help="Chameleon's tokenizer file")],
-    weights: Annotated[Path, typer.Argument(help="image weights: a file, or a folder of the port")],
+    tokenizer: Annotated[Path, Argument(help="Chameleon's tokenizer file")],
+    weights: Annotated[Path, Argument(help="image weights: a file, or a folder of the port")],
     out: OutFolder = Path("runs/tokenizers"),
     image_size: Annotated[
-        int | None,
-        typer.Option(min=1, max=2**20, help="side of an image in pixels [that of the weights]"),
+        int | None, Option(min=1, max=2**20, help="side of an image [that of the weights]")
     ] = None,
 ) -> None:
     """Make a folder of tokenizers from Chameleon's own files."""
-    from moma.data.outputs import TOKENIZER_ENTRIES, mark_output
     from moma.hub.chameleon_codec import import_chameleon_tokenizers as run
     from moma.runs import Tokenizers
 
     vocabulary = run(tokenizer, weights, Tokenizers(out), image_size)
-    mark_output(out, *TOKENIZER_ENTRIES)
     print(f"{out}: {vocabulary.size} ids, {len(vocabulary.image_codes)} of them image codes")
 
 
 @app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="a run, prepared data, or a tokenizers' folder")],
-    image: Annotated[Path | None, typer.Option(help="an image to encode and decode")] = None,
-    text: Annotated[str | None, typer.Option(help="a text to encode and decode")] = None,
-    out: Annotated[
-        Path, typer.Option(help="PNG file for --image: the image and its reconstruction")
-    ] = Path("reconstruction.png"),
+    folder: Annotated[Path, Argument(help="a run, prepared data, or a tokenizers' folder")],
+    image: Annotated[Path | None, Option(help="an image to encode and decode")] = None,
+    text: Annotated[str | None, Option(help="a text to encode and decode")] = None,
+    out: Annotated[Path, Option(help="PNG file for --image and its reconstruction")] = Path(
+        "reconstruction.png"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Encode an image or a text, and show the ids and what they decode to."""
@@ -206,10 +193,9 @@ def _recipe_or_files(inputs: list[str]) -> tuple[Sequence[Any], float, float, An
     from pydantic import Field
 
     from moma.data.sources.text import TextConfig
-    from moma.recipe import Config, check, override, read_recipe
+    from moma.recipe import Config, check, override
     from moma.tokenizers.image.codec import CodecConfig
     from moma.tokenizers.text import TextTokenizerConfig
-    from moma.train.recipe import Recipe
 
     class Rejected(Config):
         max_rejected: float = Field(default=0.01, ge=0, le=1)
@@ -223,7 +209,7 @@ def _recipe_or_files(inputs: list[str]) -> tuple[Sequence[Any], float, float, An
     if not files:
         raise UserError("name a recipe or text files before the changes")
     if inputs[0].endswith(".toml"):
-        recipe = read_recipe(Recipe, files[0], inputs[1:])
+        recipe = load_recipe(files[0], inputs[1:])
         return recipe.data.sources, recipe.data.held_out, recipe.data.max_rejected, recipe
     sections = check(Sections, override({}, changes), "the command line")
     return [TextConfig(path=file) for file in files], 0.0, sections.data.max_rejected, sections

@@ -24,7 +24,7 @@ def number(value: object) -> str:
     """Format a cell: four significant digits, and a dash for None."""
     if value is None:
         return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)
 
 
 def percent(share: float) -> str:
