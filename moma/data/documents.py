@@ -28,7 +28,7 @@ class ImageRef:
     """An image that is read on demand.
 
     Attributes:
-        name: where it comes from, for messages: a path and row, or a description.
+        name: where it comes from, for messages.
         read: returns the decoded image; raises `UserError` if it cannot be read.
         file: path of the image file, if the image has a file of its own.
     """
@@ -73,12 +73,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A document that cannot be used. Both texts are shortened to a bounded length.
-
-    Attributes:
-        row: location in the source: `captions.jsonl, row 12`.
-        reason: what is wrong and what to do.
-    """
+    """A document that cannot be used: its location, what is wrong and what to do, shortened."""
 
     row: str
     reason: str
@@ -142,12 +137,7 @@ class Source(Protocol):
 
 
 def source_fingerprint(source: Source, held_out: float) -> str:
-    """Return a value that changes with a source's configuration and files.
-
-    Args:
-        source: the source.
-        held_out: `held_out_share` of the source.
-    """
+    """Return a value that changes with a source, its files, and its `held_out_share`."""
     # The sampling weight does not change the documents.
     config = source.model_dump_json(exclude={"weight"}) if isinstance(source, Config) else ""
     files = source.fingerprint() if isinstance(source, SourceConfig) else ""
@@ -164,18 +154,15 @@ def held_out_share(source: Source | SourceConfig, default: float) -> float:
 def is_held_out(document: Document, share: float) -> bool:
     """Return whether a document is held out: as its source decides, else by a hash of its name.
 
-    Args:
-        document: the document.
-        share: `held_out_share` of its source.
+    `share` is the `held_out_share` of its source.
     """
     return bool(which_held_out([document], share)[0])
 
 
 def which_held_out(documents: Sequence[Document], share: float) -> np.ndarray:
     """Return `is_held_out` of each document, bool of shape [documents]; faster than one by one."""
-    held_out = (
-        unit_hashes([f"held out: {one.held_out_with or one.name}" for one in documents]) < share
-    )
+    names = [f"held out: {one.held_out_with or one.name}" for one in documents]
+    held_out = unit_hashes(names) < share
     for index, document in enumerate(documents):
         if document.held_out is not None:
             held_out[index] = document.held_out

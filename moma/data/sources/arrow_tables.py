@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from moma.data.sources.paths import read_error
-from moma.errors import StorageError, UserError, list_names, quote, shorten
+from moma.data.sources.row_files import check_columns
+from moma.errors import StorageError, UserError, shorten
 
 ENDINGS = {"parquet": "parquet", "arrow": "arrow"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -26,7 +27,7 @@ _REMEDY = "replace or remove the file"
 def open_files(
     kind: str, files: dict[str, list[str]], columns: list[str], split: str, streaming: bool
 ) -> Any:
-    """Open local Parquet or Arrow files.
+    """Return a data set of `datasets` of the columns of local files.
 
     Args:
         kind: a value of `ENDINGS`.
@@ -34,9 +35,6 @@ def open_files(
         columns: the columns to read.
         split: the split, or a part of it.
         streaming: whether to read Parquet without a copy in the cache.
-
-    Returns:
-        A data set of `datasets`.
 
     Raises:
         UserError: a file cannot be read or lacks a column, or the types of a column differ.
@@ -62,11 +60,9 @@ def open_files(
 
 
 def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:
-    """Return the ranges of rows (split, start, end) that a name such as `train[:9]` stands for.
+    """Return the ranges (split, start, end) that a name such as `train[:9]` stands for.
 
-    Args:
-        split: one or several splits, each with or without a range.
-        rows: number of rows of each split.
+    `rows` is the number of rows of each split.
 
     Raises:
         ValueError: there is no such split, or the range is not valid.
@@ -76,19 +72,6 @@ def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:
         (one.splitname, one.from_ or 0, rows[one.splitname] if one.to is None else one.to)
         for one in chosen
     ]
-
-
-def check_columns(path: str, found: list[str], columns: list[str]) -> None:
-    """Check that a data set has the columns that are used.
-
-    Raises:
-        UserError: it lacks one.
-    """
-    for column in columns:
-        if column not in found:
-            raise UserError(
-                f"{path}: has no column {quote(column)}; the columns are: {list_names(found)}"
-            )
 
 
 def storage_error(path: str, error: BaseException) -> StorageError | None:

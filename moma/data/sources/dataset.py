@@ -17,13 +17,12 @@ from PIL import Image
 from pydantic import Field, model_validator
 
 from moma.data.documents import Document, ImageRef, SourceName
-from moma.data.sources.arrow_tables import check_columns
 from moma.data.sources.dataset_files import find_files, local_files, open_errors
 from moma.data.sources.interleaved import Part, content_name, make_document, parse_parts
 from moma.data.sources.jsonl import require_text
 from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, Row, content_hash
-from moma.data.sources.row_files import FileRow
+from moma.data.sources.row_files import FileRow, check_columns
 from moma.errors import UserError, list_names, quote
 from moma.images import read_image
 

@@ -31,11 +31,11 @@ class DatasetFiles:
     """The files of a data set.
 
     Attributes:
-        kind: "rows" of text files, a kind of Arrow file, or "other", which `datasets` knows.
+        kind: "rows" of text files, a kind of Arrow file, or "other", which `builder` reads.
         splits: the files of each split.
         separator: what separates the columns of CSV files, where it is declared.
         is_local: whether the files are on this machine.
-        builder: what `datasets` reads them with, where it was asked.
+        builder: the builder of `datasets`.
     """
 
     kind: str
@@ -45,12 +45,7 @@ class DatasetFiles:
     builder: Any = None
 
     def rows(self, columns: list[str], split: str) -> Iterator[row_files.FileRow]:
-        """Yield the rows of text files.
-
-        Raises:
-            UserError: a file cannot be read.
-            ValueError: there is no such split.
-        """
+        """Yield the rows of text files; raises `ValueError` if there is no such split."""
         if split in self.splits:
             yield from self._split_rows(split, columns)
             return
@@ -80,7 +75,7 @@ def local_files(path: str) -> list[Path]:
     """Return the files that a path names or matches; none for a folder or a name on the hub.
 
     Raises:
-        UserError: no file matches, or a file has an ending that cannot be read.
+        UserError: no file matches, or one has an ending that cannot be read.
     """
     is_pattern = any(character in path for character in "*?[")
     is_file = Path(path).exists() or is_pattern or row_files.ending_of(path) in _ENDINGS
@@ -99,13 +94,7 @@ def local_files(path: str) -> list[Path]:
 def find_files(
     path: str, subset: str | None, revision: str | None, streaming: bool
 ) -> DatasetFiles:
-    """Find the files of a data set.
-
-    Args:
-        path: a file, a pattern, a folder or a name on the hub.
-        subset: the configuration of the data set, where it has several.
-        revision: commit of the hub's repository.
-        streaming: whether files of the hub are read without downloading them first.
+    """Find the files of a data set; the arguments are keys of `DatasetConfig`.
 
     Raises:
         UserError: there is no such data set, or it would be read by guesses.
@@ -143,22 +132,17 @@ def open_errors(path: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
+        advice = ""
+        if not Path(path).is_dir() and not local_files(path):
+            advice = f"; there is no file or folder {quote(path)} on this machine, and " + (
+                "HF_HUB_OFFLINE is set: unset it to ask the hub"
+                if datasets.config.HF_HUB_OFFLINE
+                else "a name on the hub needs a network, and for closed data sets a login: or "
+                "download its files and give their path"
+            )
         cause = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
-        message = f"{path}: `datasets` cannot open it ({shorten(cause)}){_advice(path)}"
+        message = f"{path}: `datasets` cannot open it ({shorten(cause)}){advice}"
         raise storage_error(path, error) or UserError(message) from error
-
-
-def _advice(path: str) -> str:
-    """What to do where a name on the hub cannot be opened."""
-    if Path(path).is_dir() or local_files(path):
-        return ""
-    missing = f"; there is no file or folder {quote(path)} on this machine"
-    if datasets.config.HF_HUB_OFFLINE:
-        return f"{missing}, and HF_HUB_OFFLINE is set: unset it to ask the hub"
-    return (
-        f"{missing}, and a name on the hub needs a network, and for closed data sets a login: "
-        "or download its files and give their path"
-    )
 
 
 def _builder_files(

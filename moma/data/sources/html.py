@@ -25,12 +25,12 @@ from moma.images import SUFFIXES, image_size
 from moma.recipe import RequiredPath
 
 _PAGES = (".html", ".htm", ".xhtml")
-# Elements that a browser does not show, or whose content it does not show.
-_NEVER_SHOWN = element_names(
+# Elements that a browser does not show, or whose content it does not show, and navigation.
+_DROPPED = element_names(
     "annotation annotation-xml applet audio canvas datalist head iframe meter noembed noframes "
-    "noscript object progress script style svg template title video"
+    "noscript object progress script style svg template title video "
+    "nav footer aside form button select textarea"
 )
-_NAVIGATION = frozenset({"nav", "footer", "aside", "form", "button", "select", "textarea"})
 _NAVIGATION_ROLES = frozenset({"navigation", "banner", "contentinfo", "search", "menu"})
 # A `header` inside of these holds a headline, elsewhere it is the site's.
 _CONTENT = frozenset({"article", "main", "section"})
@@ -74,11 +74,15 @@ class HtmlConfig(ImageReaderConfig):
         for page in pages:
             shown_on.update(self._images_on(page))
         max_pages = max(1, self.max_page_share * len(pages))
-        # An image of many pages is measured once; one of a single page need not be remembered.
-        is_large = lru_cache(maxsize=4096)(self._is_large)
 
+        # An image of many pages is measured once; one of a single page need not be remembered.
+        @lru_cache(maxsize=4096)
         def is_content(path: Path) -> bool:
-            return shown_on[path] <= max_pages and is_large(path)
+            if shown_on[path] > max_pages:
+                return False
+            size = image_size(path)
+            # A missing or damaged image has no size: reading it reports that.
+            return size is None or min(size) >= self.min_side
 
         for page in pages:
             yield str(page), partial(self._document, page, is_content)
@@ -99,11 +103,6 @@ class HtmlConfig(ImageReaderConfig):
             return {part for part in self._parts(page) if isinstance(part, Path)}
         except UserError:
             return set()  # reported when its document is made
-
-    def _is_large(self, path: Path) -> bool:
-        size = image_size(path)
-        # A missing or damaged image has no size: reading it reports that.
-        return size is None or min(size) >= self.min_side
 
     def _document(self, page: Path, is_content: Callable[[Path], bool]) -> Document:
         name = check_text(page.relative_to(self.path).as_posix(), "of its name")
@@ -147,15 +146,12 @@ class HtmlConfig(ImageReaderConfig):
 
     def _is_dropped(self, open_content: list[str], node: LexborNode) -> bool:
         tag, attributes = node.tag or "", node.attributes
-        if tag in _NEVER_SHOWN or tag in _NAVIGATION or (tag == "header" and not open_content):
-            return True
-        if not attributes:
-            return tag == "dialog"
-        classes = (attributes.get("class") or "").split()
         return (
-            _is_hidden(tag, attributes)
+            tag in _DROPPED
+            or (tag == "header" and not open_content)
+            or _is_hidden(tag, attributes)
             or attributes.get("role") in _NAVIGATION_ROLES
-            or not set(self.drop_classes).isdisjoint(classes)
+            or not set((attributes.get("class") or "").split()).isdisjoint(self.drop_classes)
         )
 
 

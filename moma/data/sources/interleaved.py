@@ -86,9 +86,7 @@ def parse_parts(values: dict[str, Any]) -> list[Part]:
 def make_document(parts: list[Part], make_image: Callable[[int, Any], ImageRef]) -> Document:
     """Return the document of a row's parts, named by its content.
 
-    Args:
-        parts: the parts.
-        make_image: returns an image, given its number in the document, from 1, and its value.
+    `make_image` is called with an image's number in the document, from 1, and its value.
 
     Raises:
         UserError: a text is not valid, or `make_image` raises it.
@@ -133,11 +131,8 @@ def _align(texts: list[Any], images: list[Any]) -> list[Part]:
             raise UserError(f"entry {number} has a text and an image; one must be null")
         if text is not None and not isinstance(text, str):
             raise UserError(f"entry {number} of 'texts' is not a text")
-        if text is not None:
-            parts.append(("text", text))
-        elif image is not None:
-            parts.append(("image", image))
-    return parts
+        parts.append(("image", image) if text is None else ("text", text))
+    return [part for part in parts if part[1] is not None]
 
 
 def _require_list(values: dict[str, Any], key: str) -> list[Any]:
@@ -147,8 +142,8 @@ def _require_list(values: dict[str, Any], key: str) -> list[Any]:
     return value
 
 
-def _is_data_url(value: Any) -> bool:
-    return isinstance(value, str) and value[:5].lower() == "data:"
+def _is_data_url(value: str) -> bool:
+    return value[:5].lower() == "data:"
 
 
 def _read_from_row(path: Path, offset: int, number: int, name: str, max_pixels: int) -> Image.Image:

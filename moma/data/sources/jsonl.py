@@ -36,11 +36,7 @@ def decompress(file: io.BufferedReader) -> io.BufferedReader:
 
 
 def decode(data: bytes, encoding: str = "utf-8-sig", errors: str = "strict") -> str:
-    """Return bytes as text.
-
-    Raises:
-        UserError: they are not UTF-8.
-    """
+    """Return UTF-8 as text; raises `UserError` if the bytes are something else."""
     try:
         return data.decode(encoding, errors)
     except UnicodeDecodeError as error:
@@ -54,7 +50,7 @@ class Line:
     Attributes:
         path: the file.
         number: line number, from 1.
-        offset: byte offset of the line in the file.
+        offset: offset in the file in bytes.
         data: the line with its line break; None if it is longer than `MAX_ROW_BYTES`.
     """
 
@@ -78,38 +74,22 @@ class Line:
         return not is_ascii and not self.data.decode("utf-8-sig", "replace").strip()
 
     def content(self) -> bytes:
-        """Return the line.
-
-        Raises:
-            UserError: it is too long.
-        """
+        """Return the line; raises `UserError` if it is too long."""
         if self.data is None:
             raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; split or remove it")
         return self.data
 
     def text(self) -> str:
-        """Return the line as text.
-
-        Raises:
-            UserError: it is too long or not UTF-8.
-        """
+        """Return the line as text; raises `UserError` if it is too long or not UTF-8."""
         return decode(self.content(), "utf-8-sig" if self.number == 1 else "utf-8")
 
     def values(self) -> dict[str, Any]:
-        """Return the line's JSON object.
-
-        Raises:
-            UserError: it is too long or not a JSON object.
-        """
+        """Return the line's JSON object; raises `UserError` if it is too long or not one."""
         return parse_json_object(self.content())
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Yield the lines of a file; of one that is too long, only where it is.
-
-    Raises:
-        UserError: the file cannot be read or is compressed.
-    """
+    """Yield the lines of a file; raises `UserError` if it cannot be read or is compressed."""
     with read_errors(path), path.open("rb") as file:
         if decompress(file) is not file:
             raise UserError(f"{path}: cannot read it (it is compressed); decompress it first")
@@ -152,11 +132,7 @@ JSON_DECODER = json.JSONDecoder(parse_int=float, object_pairs_hook=object_of)
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        UserError: the data are not a JSON object in UTF-8.
-    """
+    """Return a JSON object; raises `UserError` if the data are not one in UTF-8."""
     try:
         values = JSON_DECODER.decode(decode(data, errors="surrogatepass"))
     except (ValueError, RecursionError) as error:
@@ -169,10 +145,10 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
 
 
 def require_text(values: dict[str, Any], *keys: str) -> str:
-    """Return the text under the first of several keys that is present; it may not be blank.
+    """Return the text under the first of several keys that is present.
 
     Raises:
-        UserError: there is none; the message names the keys that are present.
+        UserError: there is none, or it is blank.
     """
     key = next((key for key in keys if values.get(key) is not None), keys[0])
     value = values.get(key)

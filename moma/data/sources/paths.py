@@ -70,27 +70,29 @@ def _expand(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         yield folder
         return
     part, rest = parts[0], parts[1:]
-    if part == "**":
-        for below in _folders_below(folder):
-            yield from _expand(below, rest or ("*",))
-    elif not glob.has_magic(part) or (folder / part).exists():
+    if not glob.has_magic(part) or (folder / part).exists():
         yield from _expand(folder / part, rest)
+    elif part == "**" and folder.is_dir():
+        for below, _ in _walk(folder, follow_links=True):
+            yield from _expand(below, rest or ("*",))
     elif folder.is_dir():
         for name in _names(folder):
             if fnmatch.fnmatchcase(name, part) and (part.startswith(".") or name[0] != "."):
                 yield from _expand(folder / name, rest)
 
 
-def _folders_below(folder: Path) -> Iterator[Path]:
-    """A folder and those below it, each once, even where links form a cycle."""
+def _walk(folder: Path, follow_links: bool) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder and those below it, each once even where links form a cycle, and what is in them."""
     waiting, seen = [folder], set()
     while waiting:
         current = waiting.pop()
-        if not current.is_dir() or (real := current.resolve()) in seen:
+        if (real := current.resolve()) in seen:
             continue
         seen.add(real)
-        yield current
-        waiting += [current / name for name in reversed(_names(current)) if name[0] != "."]
+        paths = [current / name for name in _names(current) if name[0] != "."]
+        yield current, paths
+        folders = [path for path in paths if path.is_dir()]
+        waiting += [path for path in folders if follow_links or not path.is_symlink()]
 
 
 def _names(folder: Path) -> list[str]:
@@ -104,19 +106,8 @@ def files_below(folder: Path) -> list[Path]:
     Raises:
         UserError: the folder or one below it cannot be read.
     """
-    files: list[Path] = []
-    waiting = [folder]
-    while waiting:
-        current = waiting.pop()
-        for name in _names(current):
-            path = current / name
-            if name.startswith("."):
-                continue
-            if path.is_file():
-                files.append(path)
-            elif path.is_dir() and not path.is_symlink():
-                waiting.append(path)
-    return sorted(files)
+    walked = _walk(folder, follow_links=False)
+    return sorted(path for _, paths in walked for path in paths if path.is_file())
 
 
 def outputs_below(folder: Path) -> list[Path]:
@@ -132,12 +123,8 @@ def outputs_below(folder: Path) -> list[Path]:
 def fingerprint_of(files: Iterable[Path], optional: Iterable[Path] = ()) -> str:
     """Return a fingerprint of the names, sizes and modification times of files.
 
-    Args:
-        files: files that must exist.
-        optional: files that may be missing.
-
     Raises:
-        UserError: one of `files` is missing.
+        UserError: one of `files` is missing; those of `optional` may be.
     """
     hashed = hashlib.sha256()
     for path, required in (*((p, True) for p in files), *((p, False) for p in optional)):
@@ -156,13 +143,7 @@ def fingerprint_of(files: Iterable[Path], optional: Iterable[Path] = ()) -> str:
 def read_errors(
     path: Path | str, remedy: str = "check the source's 'path'", *others: type[Exception]
 ) -> Iterator[None]:
-    """Turn the errors of reading a file, compressed or not, into `read_error`.
-
-    Args:
-        path: the file, for messages.
-        remedy: what to do.
-        others: further exceptions that mean a damaged file.
-    """
+    """Turn errors of reading a file, compressed or not, and `others`, into a `read_error`."""
     try:
         yield
     except (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, *others) as error:

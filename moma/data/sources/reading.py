@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any
 
 from pydantic import Field
 
@@ -26,22 +26,12 @@ from moma.images import MAX_PIXELS, PILLOW_MAX_PIXELS, read_image
 MAX_ROW_BYTES = 64 * 2**20
 
 
-class Located(Protocol):
-    """A row of a file."""
-
-    @property
-    def location(self) -> str:
-        """File and row, for messages."""
-        ...
-
-
 # The location of a row, for messages, and what makes its document or raises `UserError`.
 Row = tuple[str, Callable[[], Document]]
-_T = TypeVar("_T", bound=Located)
 
 
-def make_rows(rows: Iterable[_T], make_document: Callable[[_T], Document]) -> Iterator[Row]:
-    """Yield rows with a function that makes their documents."""
+def make_rows(rows: Iterable[Any], make_document: Callable[[Any], Document]) -> Iterator[Row]:
+    """Yield rows, each with a `location`, with a function that makes their documents."""
     for row in rows:
         yield row.location, partial(make_document, row)
 
@@ -56,11 +46,7 @@ class ReaderConfig(SourceConfig):
     name: SourceName
 
     def documents(self) -> Iterator[Document | Rejected]:
-        """Yield every row in a fixed order, documents with more than `max_images` images split.
-
-        Raises:
-            UserError: the source as a whole cannot be read.
-        """
+        """Yield the document of every row, split if it has more than `max_images` images."""
         for location, make in self.read_rows():
             try:
                 document = replace(make(), row=location)
@@ -75,11 +61,7 @@ class ReaderConfig(SourceConfig):
                 yield from split_document(document, self.max_images)
 
     def read_rows(self) -> Iterator[Row]:
-        """Yield every row in a fixed order.
-
-        Raises:
-            UserError: the source as a whole cannot be read.
-        """
+        """Yield every row in a fixed order; raises `UserError` if the source cannot be read."""
         raise NotImplementedError
 
 
@@ -93,13 +75,7 @@ class ImageReaderConfig(ReaderConfig):
     max_pixels: int = Field(default=MAX_PIXELS, ge=1, le=PILLOW_MAX_PIXELS)
 
     def image_ref(self, path: Path, location: str, remedy: str = "remove the row") -> ImageRef:
-        """Return a reference to an image file.
-
-        Args:
-            path: the image file.
-            location: where the image is named, for messages.
-            remedy: what to do other than to repair the image, for messages.
-        """
+        """Return a reference to an image file; `location` and `remedy` as in `read_image`."""
         read = partial(read_image, path, location, remedy, self.max_pixels)
         return ImageRef(name=f"{location} ({path})", read=read, file=path)
 
@@ -130,9 +106,8 @@ def split_document(document: Document, max_images: int) -> Iterator[Document]:
     images = 0
     for segment in document.segments:
         if isinstance(segment, ImageRef):
-            if images == max_images:
+            if images and images % max_images == 0:
                 pieces.append([])
-                images = 0
             images += 1
         pieces[-1].append(segment)
     for number, piece in enumerate(pieces, start=1):

@@ -38,12 +38,9 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FileRow:
-    """A row of a file.
+    """A row of a file: the file, the row's location for messages, and what returns its columns.
 
-    Attributes:
-        path: the file.
-        location: file and row, for messages.
-        values: returns the row's columns; raises `UserError` if it has none.
+    `values` raises `UserError` if the row has none.
     """
 
     path: str
@@ -69,16 +66,24 @@ def read_rows(path: str, columns: list[str], separator: str | None = None) -> It
     """
     ending = ending_of(path)
     with read_errors(path), fsspec.open(path, "rb") if "://" in path else open(path, "rb") as raw:
-        buffered = io.BufferedReader(raw) if "://" in path else raw
-        with decompress(buffered) as file:
-            if ending in ("csv", "tsv"):
-                separator = separator or ("\t" if ending == "tsv" else ",")
-                rows = _csv_rows(path, file, columns, separator)
-            elif ending == "json":
-                rows = _json_rows(path, file)
-            else:
-                rows = _line_rows(path, file, is_json=ending != "txt")
-            yield from rows
+        file = decompress(io.BufferedReader(raw) if "://" in path else raw)
+        if ending in ("csv", "tsv"):
+            default = "\t" if ending == "tsv" else ","
+            yield from _csv_rows(path, file, columns, separator or default)
+        elif ending == "json":
+            yield from _json_rows(path, file)
+        else:
+            yield from _line_rows(path, file, is_json=ending != "txt")
+
+
+def check_columns(path: str, found: list[str], columns: list[str], note: str = "") -> None:
+    """Raise `UserError` unless a table has each of the columns that are used once."""
+    for column in columns:
+        if found.count(column) != 1:
+            problem = "several columns" if column in found else "no column"
+            raise UserError(
+                f"{path}: has {problem} {quote(column)}; the columns{note} are: {list_names(found)}"
+            )
 
 
 def named_images(rows: Iterable[_T], images_of: Callable[[_T], Iterable[Path]]) -> Iterator[Path]:
@@ -133,7 +138,7 @@ def _csv_rows(
             continue
         if header is None:
             header = fields
-            _check_header(path, header, columns, separator)
+            check_columns(path, header, columns, f", separated by {separator!r},")
         elif fields:
             yield FileRow(path, f"{path}, line {line}", partial(_csv_values, header, fields))
     if header is None:
@@ -149,16 +154,6 @@ def _bounded_lines(path: str, text: io.TextIOWrapper) -> Iterator[str]:
         if not line:
             return
         yield line
-
-
-def _check_header(path: str, header: list[str], columns: list[str], separator: str) -> None:
-    for column in columns:
-        if header.count(column) != 1:
-            problem = "several columns" if column in header else "no column"
-            raise UserError(
-                f"{path}: has {problem} {quote(column)}; the columns, separated by "
-                f"{separator!r}, are: {list_names(header)}"
-            )
 
 
 def _csv_values(header: list[str], fields: list[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ are stored.
 """
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -36,47 +36,23 @@ _REMEDY = "download it again or exclude it from 'path'"
 
 @dataclass(frozen=True)
 class _Member:
-    """A file of an archive.
+    """A file of an archive: its path, what reads it, and, if it cannot be used, why."""
 
-    Attributes:
-        archive: the tar file.
-        name: path in the archive.
-        offset: offset of its content in the tar, if the tar is not compressed.
-        size: size of its content in bytes.
-        data: the content, where it had to be read at once.
-        problem: why it cannot be used; empty if it can.
-    """
-
-    archive: Path
     name: str
-    offset: int
-    size: int
-    data: bytes | None
+    read: Callable[[], bytes]
     problem: str
 
-    def content(self) -> bytes:
-        """Return the content.
-
-        Raises:
-            UserError: the member cannot be used or read.
-        """
+    def check(self) -> None:
+        """Raise `UserError` if the file cannot be used."""
         if self.problem:
             raise UserError(f"{shorten(self.name)} {self.problem}")
-        if self.data is not None:
-            return self.data
-        with read_errors(self.archive, _REMEDY), self.archive.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
 
 
 @dataclass
 class _Sample:
-    """Members whose names differ only after the last dot.
+    """Members, by ending in lower case, whose names differ only after the last dot.
 
-    Attributes:
-        name: path up to that dot.
-        members: by what follows the dot, in lower case.
-        repeated: names of members that the archive has more than once.
+    Names that the archive has more than once are `repeated`.
     """
 
     name: str
@@ -87,7 +63,7 @@ class _Sample:
     def group(self) -> str:
         """What WebDataset takes for a sample's name: the path up to the first dot of the file's."""
         folder, slash, name = self.name.rpartition("/")
-        return f"{folder}{slash}{name.partition('.')[0]}"
+        return folder + slash + name.partition(".")[0]
 
     def first_of(self, endings: tuple[str, ...]) -> _Member | None:
         """Return the member with the first of several endings that the sample has."""
@@ -95,6 +71,7 @@ class _Sample:
 
     @property
     def is_complete(self) -> bool:
+        """Whether it has an image and a caption."""
         return self.first_of(_IMAGES) is not None and self.first_of(_TEXTS) is not None
 
     def add(self, other: "_Sample") -> None:
@@ -151,17 +128,15 @@ class WebDatasetConfig(CaptionReaderConfig):
                 f"needs an image ({', '.join(_IMAGES)}) and a caption ({', '.join(_TEXTS)}); "
                 f"the sample has: {list_names(sorted(sample.members))}"
             )
-        if image.problem:
-            image.content()
-        caption = self._caption(text)
+        image.check()
+        text.check()
+        if text.name.lower().endswith(".json"):
+            caption = require_text(parse_json_object(text.read()), self.caption_key)
+        else:
+            caption = require_text({"caption": decode(text.read()).strip()}, "caption")
         location += PurePosixPath(image.name).suffix
-        read = partial(_read_member, image, location, self.max_pixels)
+        read = partial(_read_image, image, location, self.max_pixels)
         return Document(name, self.with_caption(name, caption, ImageRef(location, read)))
-
-    def _caption(self, member: _Member) -> str:
-        if member.name.lower().endswith(".json"):
-            return require_text(parse_json_object(member.content()), self.caption_key)
-        return require_text({"caption": decode(member.content()).strip()}, "caption")
 
     def _samples(self, path: Path) -> Iterator[_Sample]:
         # Of `webdataset`, only the grouping is used: its reader of tar files loads members of any
@@ -190,15 +165,16 @@ class WebDatasetConfig(CaptionReaderConfig):
                     # Otherwise the archive keeps a record of every member.
                     archive.members = []  # type: ignore[attr-defined]
                     if not info.isdir():
-                        yield self._member(path, archive, info, is_compressed=opened is not file)
+                        yield self._member(path, info, None if opened is file else archive)
             # tarfile takes any block that is not a header for the end.
             if stream.last.strip(b"\0"):
                 raise tarfile.ReadError("damaged in its middle")
 
     def _member(
-        self, path: Path, archive: tarfile.TarFile, info: tarfile.TarInfo, is_compressed: bool
+        self, path: Path, info: tarfile.TarInfo, compressed: tarfile.TarFile | None
     ) -> _Member:
-        problem, data = "", None
+        problem = ""
+        read: Callable[[], bytes] = partial(_read_range, path, info.offset_data, info.size)
         if not info.isreg() or info.issparse():
             problem = "is a link or another special file; pack the file itself"
         elif info.size > self.max_member_bytes:
@@ -206,11 +182,10 @@ class WebDatasetConfig(CaptionReaderConfig):
                 f"has {info.size} bytes, more than max_member_bytes = {self.max_member_bytes}; "
                 "shrink it or raise 'max_member_bytes'"
             )
-        elif is_compressed and _split_name(info.name)[1].lower() in (*_IMAGES, *_TEXTS):
-            content = archive.extractfile(info)
-            data = content.read() if content is not None else b""
-        name = info.name.removeprefix("./")
-        return _Member(path, name, info.offset_data, info.size, data, problem)
+        elif compressed and _split_name(info.name)[1].lower() in (*_IMAGES, *_TEXTS):
+            content = compressed.extractfile(info)
+            read = partial(bytes, content.read() if content is not None else b"")
+        return _Member(info.name.removeprefix("./"), read, problem)
 
 
 def _merge(name: str, samples: Iterator[_Sample]) -> Iterator[_Sample]:
@@ -231,7 +206,7 @@ def _merge(name: str, samples: Iterator[_Sample]) -> Iterator[_Sample]:
         elif sample.is_complete:
             yield sample
         else:  # its content is not needed
-            members = {key: replace(member, data=None) for key, member in sample.members.items()}
+            members = {key: replace(one, read=bytes) for key, one in sample.members.items()}
             waiting.append(replace(sample, members=members))
         if len(waiting) > _MAX_WAITING:  # no sample has so many further files
             yield from waiting
@@ -252,11 +227,7 @@ def _split_name(path: str) -> tuple[str, str]:
 
 
 class _BoundedStream:
-    """A file with a limit for each read: headers of a tar may ask for any number of bytes.
-
-    Attributes:
-        last: the result of the last read.
-    """
+    """A file that keeps the `last` read and limits each: tar headers may ask for any size."""
 
     def __init__(self, file: IO[bytes], max_bytes: int) -> None:
         self._file, self._max_bytes = file, max(max_bytes, tarfile.RECORDSIZE)
@@ -270,5 +241,11 @@ class _BoundedStream:
         return self.last
 
 
-def _read_member(member: _Member, location: str, max_pixels: int) -> Image.Image:
-    return read_image(member.content(), location, max_pixels=max_pixels)
+def _read_range(path: Path, offset: int, size: int) -> bytes:
+    with read_errors(path, _REMEDY), path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _read_image(member: _Member, location: str, max_pixels: int) -> Image.Image:
+    return read_image(member.read(), location, max_pixels=max_pixels)

@@ -54,11 +54,6 @@ def write_files(folder, kind):
         (folder / "test.csv").write_text(f"text\n{text}\n")
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
 @pytest.mark.parametrize("kind", SOURCES)
 def test_outputs_in_a_source_folder_are_not_read(tmp_path, kind):
     folder = tmp_path / "source"

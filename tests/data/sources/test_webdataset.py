@@ -7,31 +7,16 @@ import tarfile
 import tracemalloc
 
 import pytest
-from PIL import Image
 
 from moma.data.documents import ImageRef, Rejected
 from moma.data.sources.webdataset import WebDatasetConfig
 from moma.errors import UserError
 from tests.data.sources.rows import accepted
+from tests.factories import image_bytes, write_tar
 
 
 def png(width=3):
-    file = io.BytesIO()
-    Image.new("RGB", (width, 2), "red").save(file, "PNG")
-    return file.getvalue()
-
-
-def write_tar(path, members, mode="w"):
-    with tarfile.open(path, mode) as archive:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            if isinstance(data, bytes):
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-            else:
-                info.type, info.linkname = data
-                archive.addfile(info)
-    return path
+    return image_bytes((width, 2))
 
 
 def samples(*keys):
