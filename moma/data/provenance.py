@@ -16,9 +16,15 @@ from pydantic import Field
 
 from moma.data.config import DataConfig
 from moma.data.documents import Source, held_out_share, source_fingerprint
-from moma.data.outputs import DATA_ENTRIES, DATA_KIND, DATA_MANIFEST, has_manifest
+from moma.data.outputs import (
+    DATA_ENTRIES,
+    DATA_KIND,
+    DATA_MANIFEST,
+    TOKENIZER_ENTRIES,
+    has_manifest,
+)
 from moma.errors import UserError, list_names
-from moma.files import atomic_write
+from moma.files import atomic_write, checksum
 from moma.recipe import Config
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import CODEC_FILES
@@ -46,11 +52,11 @@ class Encoders(Config):
 
     def differences(self, other: "Encoders") -> str:
         """Describe what differs, for a message; empty if nothing does."""
-        ours, theirs = self.model_dump(), other.model_dump()
+        pairs = zip(self, other.model_dump().values(), strict=True)
         return ", ".join(
-            f"{key} ({ours[key] or 'none'} and {theirs[key] or 'none'})"
-            for key in ours
-            if ours[key] != theirs[key]
+            f"{key} ({ours or 'none'} and {theirs or 'none'})"
+            for (key, ours), theirs in pairs
+            if ours != theirs
         )
 
 
@@ -108,12 +114,7 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 
 class DataFolder:
-    """A data folder while it is prepared; every change of its manifest is written at once.
-
-    Attributes:
-        data: the recipe's `[data]`.
-        tokenizers: the folder's tokenizers.
-    """
+    """A data folder while it is prepared; every change of its manifest is written at once."""
 
     def __init__(self, data: DataConfig) -> None:
         """Read the manifest, or write an empty one into a folder without files of its names.
@@ -124,14 +125,13 @@ class DataFolder:
         """
         self.data, self.tokenizers = data, Tokenizers(data.path)
         self._fingerprints: dict[str, str] = {}
-        self._documents: dict[str, int] = {}
         found = read_provenance(data.path)
         if found is None:
             self._require_unused()
-            self._write(Provenance())
-        else:
-            self._provenance = found
-            self._check_encoders()
+        self._provenance = found or Provenance()
+        if found is None:
+            self._update()
+        self._check_encoders()
 
     def bind(self, config: Mapping[str, Any]) -> None:
         """Record what the tokenizers are made with, or refuse another configuration.
@@ -166,95 +166,80 @@ class DataFolder:
             self._update(encoders=encoders)
         return encoders
 
-    def record_sources(self) -> None:
-        """Record the sources that the tokenizers are trained on: those of the first call stay."""
+    def record_sources(self, totals: Mapping[str, int]) -> None:
+        """Record the sources that the tokenizers are trained on: those of the first call stay.
+
+        Args:
+            totals: number of documents of each source that was read to its end.
+        """
         before = self._provenance.sources
-        now = {s.name: SourceRecord(fingerprint=self._fingerprint(s)) for s in self.data.sources}
-        records = {}
-        for name, record in (before or now).items():
-            same = name in now and now[name].fingerprint == record.fingerprint
-            documents = self._documents.get(name, record.documents) if same else record.documents
-            records[name] = record.model_copy(update={"documents": documents})
+        now = {one.name: self._fingerprint(one) for one in self.data.sources}
+        records = before or {name: SourceRecord(fingerprint=now[name]) for name in now}
+        records = {
+            name: record.model_copy(update={"documents": totals[name]})
+            if name in totals and now.get(name) == record.fingerprint
+            else record
+            for name, record in records.items()
+        }
         if records != before:
             self._update(sources=records)
 
     def changed_sources(self) -> list[str]:
         """Return the names of sources that were added or changed since `record_sources`."""
-        known = self._provenance.sources
-        return [
-            source.name
-            for source in self.data.sources
-            if known
-            and (
-                source.name not in known
-                or known[source.name].fingerprint != self._fingerprint(source)
-            )
-        ]
-
-    def held_out(self, source: Source) -> float:
-        """Return the fraction of a source's documents that is held out."""
-        return held_out_share(source, self.data.held_out)
-
-    def set_documents(self, counts: Mapping[str, int]) -> None:
-        """Remember how many documents sources have, rejected ones included."""
-        self._documents |= counts
+        if not self._provenance.sources:
+            return []
+        return [one.name for one in self.data.sources if self._record(one) is None]
 
     def known_documents(self, source: Source) -> int | None:
         """Return how many documents a source has, rejected ones included, if that is known."""
-        if source.name in self._documents:
-            return self._documents[source.name]
+        record = self._record(source)
+        return None if record is None else record.documents
+
+    def _record(self, source: Source) -> SourceRecord | None:
         record = self._provenance.sources.get(source.name)
-        unchanged = record is not None and record.fingerprint == self._fingerprint(source)
-        return record.documents if record is not None and unchanged else None
+        same = record is not None and record.fingerprint == self._fingerprint(source)
+        return record if same else None
 
     def _require_unused(self) -> None:
-        shared = self.data.tokenizers is not None and (
-            self.data.tokenizers.resolve() == self.data.path.resolve()
-        )
-        allowed = ("tokenizer.json", "vocabulary.json", "codec", "codec_training") if shared else ()
-        found = [
-            name
-            for name in DATA_ENTRIES
-            if name not in allowed and (self.data.path / name).exists()
-        ]
+        path, tokenizers = self.data.path, self.data.tokenizers
+        shared = tokenizers is not None and tokenizers.resolve() == path.resolve()
+        allowed = TOKENIZER_ENTRIES if shared else ()
+        found = [name for name in DATA_ENTRIES if (path / name).exists() and name not in allowed]
         if found:
             raise UserError(
-                f"{self.data.path}: has {list_names(found)}, but no {DATA_MANIFEST}, so `moma "
+                f"{path}: has {list_names(found)}, but no {DATA_MANIFEST}, so `moma "
                 "prepare` did not write it and will not overwrite it; move it away, or choose "
                 "another folder with data.path=… (data.tokenizers=… uses existing tokenizers)"
             )
 
     def _check_encoders(self) -> None:
         """Refuse a tokenizer or codec that was replaced; one that was deleted is made again."""
-        known, now = self._provenance.encoders.model_dump(), Encoders.of(self.tokenizers)
-        for key, fingerprint in now.model_dump().items():
-            if known[key] and fingerprint and known[key] != fingerprint:
-                file = self.tokenizers.text if key == "tokenizer" else self.tokenizers.codec
+        found = Encoders.of(self.tokenizers).model_dump()
+        paths = {"tokenizer": self.tokenizers.text, "codec": self.tokenizers.codec}
+        kept = {key: known if found[key] else "" for key, known in self._provenance.encoders}
+        for key, known in kept.items():
+            if known and found[key] != known:
                 raise UserError(
-                    f"{file}: changed after `moma prepare` made it; restore it, or choose another "
-                    "folder with data.path=… and name these tokenizers with data.tokenizers=…"
+                    f"{paths[key]}: changed after `moma prepare` made it; restore it, or choose "
+                    "another folder with data.path=… and name these tokenizers with "
+                    "data.tokenizers=…"
                 )
-        kept = {key: value if now.model_dump()[key] else "" for key, value in known.items()}
-        if kept != known:
+        if Encoders(**kept) != self._provenance.encoders:
             self._update(encoders=Encoders(**kept))
 
     def _fingerprint(self, source: Source) -> str:
         # Computed once: it may have to look at every file of the source.
         if source.name not in self._fingerprints:
-            self._fingerprints[source.name] = source_fingerprint(source, self.held_out(source))
+            held_out = held_out_share(source, self.data.held_out)
+            self._fingerprints[source.name] = source_fingerprint(source, held_out)
         return self._fingerprints[source.name]
 
     def _update(self, **changes: Any) -> None:
-        self._write(self._provenance.model_copy(update=changes))
-
-    def _write(self, provenance: Provenance) -> None:
-        self._provenance = provenance
-        atomic_write(self.data.path / DATA_MANIFEST, provenance.model_dump_json(indent=2) + "\n")
+        self._provenance = self._provenance.model_copy(update=changes)
+        text = self._provenance.model_dump_json(indent=2) + "\n"
+        atomic_write(self.data.path / DATA_MANIFEST, text)
 
 
 def _fingerprint(files: Sequence[Path]) -> str:
-    hashed = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            hashed.update(hashlib.file_digest(file, "sha256").digest())
-    return hashed.hexdigest()[:16]
+    hashes = [bytes.fromhex(checksum(path)[1]) for path in files]
+    return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]

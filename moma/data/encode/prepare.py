@@ -18,7 +18,7 @@ import torch
 from moma.data.batches.budget import Budget
 from moma.data.batches.iterator import warn_unused_images
 from moma.data.config import PrepareConfig
-from moma.data.documents import Source
+from moma.data.documents import Source, held_out_share
 from moma.data.encode.parts import copy_rejected
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import Limits, encode_source
@@ -171,7 +171,7 @@ def _encode_all(
                         partial(encode_each, tokenizer),
                         partial(encode_images, codec, device) if codec else None,
                         vocabulary,
-                        folder.held_out(source),
+                        held_out_share(source, data.held_out),
                         data.folder(source.name),
                         encoders=encoders,
                         limits=Limits(data.shard_tokens, data.max_rejected),

@@ -70,9 +70,8 @@ def _texts(config: PrepareConfig, folder: DataFolder, keys: dict[str, Any]) -> I
     corpus = _corpus(folder, config.text_tokenizer.max_documents)
     yield from corpus.texts()
     corpus.require_documents()
-    folder.set_documents(corpus.totals)
     folder.bind(keys)
-    folder.record_sources()
+    folder.record_sources(corpus.totals)
 
 
 def _train_codec(
@@ -87,8 +86,7 @@ def _train_codec(
     share = config.data.image_share
     remedy = f"add a source of images, or set image_share, which is {share:g}, to 0"
     require_training_images(images, held_out, remedy)
-    folder.set_documents(corpus.totals)
-    folder.record_sources()
+    folder.record_sources(corpus.totals)
     # Encoding limits the fraction that cannot be read, for each source separately.
     training, measured = (
         ReadableImages(part, config.codec.image_size, max_unreadable=1)
