@@ -10,7 +10,7 @@ A row of an Arrow file is a document: `ids`, `images`, `name`. The files are mem
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from moma.data.provenance import Encoders
+from moma.data.provenance import Encoders, read_provenance
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
@@ -190,6 +190,13 @@ class Shards:
 
     info: ShardInfo
     splits: dict[str, Shard]
+
+
+def open_sources(data: Path, names: Iterable[str], vocabulary: Vocabulary) -> dict[str, Shards]:
+    """Open the shards of some sources of a data folder, by name; see `open_shards`."""
+    provenance = read_provenance(data)
+    encoders = provenance.encoders if provenance else None
+    return {name: open_shards(data / "shards" / name, vocabulary, encoders) for name in names}
 
 
 def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None = None) -> Shards:

@@ -34,7 +34,7 @@ class ImageDocuments(NamedTuple):
 
 
 class Budget(NamedTuple):
-    """The images of a micro-batch, and what it holds them in.
+    """The images of a micro-batch, and its size.
 
     Attributes:
         images: number of images (k).
@@ -50,7 +50,7 @@ class Budget(NamedTuple):
 
     @classmethod
     def of(cls, config: DataConfig, vocabulary: Vocabulary) -> "Budget":
-        """The images whose codes make up `image_share` of a micro-batch's positions.
+        """Return the images whose codes make up `image_share` of a micro-batch's positions.
 
         Raises:
             UserError: it is not a whole number (the message gives the nearest shares that are), or
@@ -77,16 +77,16 @@ class Budget(NamedTuple):
         return self.micro_batch_size * self.sequence_length
 
     def share(self, images: int) -> str:
-        """A number of images as `image_share`, for a message."""
+        """Describe a number of images as `image_share`, for a message."""
         return f"{images * self.codes / self.size:.6g} ({images} images)"
 
     def max_images(self, text: float = 0.0) -> int:
-        """The most images that fit, each with this many text tokens on average."""
+        """Return the most images that fit, each with this many text tokens on average."""
         per_sequence = self.sequence_length // self.span
         return min(int(self.size / (text + self.span)), self.micro_batch_size * per_sequence)
 
     def describe(self, text: float, conjunction: str) -> str:
-        """The text beside images, as it is and as it may be, for a message."""
+        """Describe the text beside images and the positions for it, for a message."""
         return (
             f"documents have {text:.6g} text tokens beside each image, {conjunction}{self.images} "
             f"images in {self.micro_batch_size} sequences of {self.sequence_length} leave room for "
@@ -101,7 +101,7 @@ def check_documents(
     names: str,
     world_size: int,
 ) -> float:
-    """Refuse documents that cannot meet the image budget, whatever their order.
+    """Refuse documents that cannot meet the image budget, in whatever order they are read.
 
     Args:
         budget: what a micro-batch needs.
@@ -114,15 +114,14 @@ def check_documents(
         Text tokens beside each image, on average over the mixture; 0 without images.
 
     Raises:
-        UserError: there are no images or too few, no text, or too much text beside each image. The
-            message gives the numbers and what to change.
+        UserError: there are no images or too few, no text, or too much text beside each image.
     """
+    if not budget.images and not has_text:
+        raise UserError(
+            f"image_share is 0, but every document of {names} has an image; "
+            "add a source of text or raise image_share"
+        )
     if not budget.images:
-        if not has_text:
-            raise UserError(
-                f"image_share is 0, but every document of {names} has an image; "
-                "add a source of text or raise image_share"
-            )
         return 0.0
     if not with_images:
         raise UserError(
@@ -137,7 +136,8 @@ def check_documents(
             f"all, but the training documents of {names} hold {found} in all, so that a step "
             "would repeat some; add images, or lower image_share or micro_batch_size"
         )
-    text = _text_beside(with_images, budget.span)
+    tokens = sum(one.weight * (one.tokens - one.images * budget.span).mean() for one in with_images)
+    text = float(tokens / sum(one.weight * one.images.mean() for one in with_images))
     if budget.images * (text + budget.span) > budget.size * (1 + 1e-9):
         most = budget.max_images(text)
         advice = f"lower image_share to {budget.share(most)}, " if most else ""
@@ -158,8 +158,7 @@ def check_packing(budget: Budget, text: float, max_padding: float, packer: Packe
         packer: at the first micro-batch; advanced by `PACKED`.
 
     Raises:
-        UserError: text accumulates, or there is more padding. The message gives the numbers and
-            what to change.
+        UserError: text accumulates, or there is more padding.
     """
     padding = sum(packer.place().padding for _ in range(PACKED)) / (PACKED * budget.size)
     if padding <= max_padding:
@@ -174,8 +173,3 @@ def check_packing(budget: Budget, text: float, max_padding: float, packer: Packe
         f"{advice if most > budget.images else ''}choose another sequence_length, "
         "or raise data.max_padding"
     )
-
-
-def _text_beside(with_images: Sequence[ImageDocuments], span: int) -> float:
-    text = sum(each.weight * (each.tokens - each.images * span).mean() for each in with_images)
-    return float(text / sum(each.weight * each.images.mean() for each in with_images))

@@ -1,10 +1,7 @@
 """Encoded shards → micro-batches: the documents of one rank, packed, in the background.
 
-    shards of each source → documents with images, documents without → two `DocumentStream`s
-                          → `Packer` → `Batch` → prefetched
-
-The seed alone determines which documents a stream yields. So an iterator's state is how many
-documents the two streams have taken, and references to the documents that are partly packed.
+shards of each source → documents with images, documents without → two `DocumentStream`s
+→ `Packer` → `Batch` → prefetched
 """
 
 import hashlib
@@ -20,11 +17,10 @@ from grain.experimental import ThreadPrefetchDatasetIterator
 
 from moma.data.batches.budget import Budget, ImageDocuments, check_documents, check_packing
 from moma.data.batches.mixing import DocumentStream, Pool, reshard_stream
-from moma.data.batches.packing import Batch, Packer
+from moma.data.batches.packing import Batch, Packer, reshard_packers
 from moma.data.config import DataConfig
-from moma.data.provenance import read_provenance
-from moma.data.shards import Shard, Shards, open_shards
-from moma.errors import UserError
+from moma.data.shards import Shard, Shards, open_sources
+from moma.errors import UserError, list_names
 from moma.vocabulary import Vocabulary
 
 # Part of a saved state's fingerprint: increased when the same seed leads to other documents.
@@ -34,9 +30,9 @@ _ORDER_VERSION = 3
 class Batches(grain.DatasetIterator[Batch]):
     """The micro-batches of one rank, in an order determined by the seed.
 
-    The iterator's state can be saved and restored; `prefetch` makes micro-batches in the
-    background. A single pass (`repeat=False`) shows every document once; its last micro-batches
-    may hold fewer images, and padding.
+    Its state is how many documents the two streams have taken, and references to the documents
+    that are partly packed. A single pass (`repeat=False`) shows every document once; its last
+    micro-batches may hold fewer images, and padding.
     """
 
     def __init__(
@@ -69,7 +65,7 @@ class Batches(grain.DatasetIterator[Batch]):
         self._repeat = split == "train" if repeat is None else repeat
         self._config, self._vocabulary, self._world_size = config, vocabulary, world_size
         self._budget = Budget.of(config, vocabulary)
-        opened = _open(config, vocabulary)
+        opened = open_sources(config.path, [one.name for one in config.sources], vocabulary)
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}
         self._weights = {source.name: source.weight for source in config.sources}
         self._fingerprint = _fingerprint(opened, self._weights, seed, split, self._repeat)
@@ -80,7 +76,7 @@ class Batches(grain.DatasetIterator[Batch]):
         if self._repeat:
             self._check_budget()
             if not self._budget.images and not rank:
-                print(*_unused_images(self._shards), sep="", end="", file=sys.stderr)
+                _warn_unused_images(self._shards)
         if config.workers > 1:
             self._readers = ThreadPoolExecutor(config.workers - 1)
         self._with_images, self._text = (
@@ -89,13 +85,7 @@ class Batches(grain.DatasetIterator[Batch]):
         self._packer = self._make_packer(self._with_images, self._text)
 
     def __next__(self) -> Batch:
-        """The next micro-batch.
-
-        Raises:
-            StopIteration: a single pass has ended.
-            UserError: the documents have more text beside each image than the sequences have
-                positions for.
-        """
+        """Return the next micro-batch; see `Packer.pack`."""
         if self.remaining_documents == 0:
             raise StopIteration
         return self._packer.pack()
@@ -115,7 +105,7 @@ class Batches(grain.DatasetIterator[Batch]):
             self._readers.shutdown(wait=False, cancel_futures=True)
 
     def get_state(self) -> dict[str, Any]:
-        """The iterator's position; ready for JSON."""
+        """Return the iterator's position; ready for JSON."""
         return {
             "fingerprint": self._fingerprint,
             "world_size": self._world_size,
@@ -184,7 +174,7 @@ class Batches(grain.DatasetIterator[Batch]):
             for name, shard in self._shards.items()
             if len(rows := np.flatnonzero(shard.images))
         ]
-        has_text, names = bool(self._pools[False]), ", ".join(self._weights)
+        has_text, names = bool(self._pools[False]), list_names(self._weights)
         text = check_documents(self._budget, with_images, has_text, names, self._world_size)
         if self._budget.images:
             # Rank 0's micro-batches, on every rank: either all ranks refuse or none does.
@@ -193,7 +183,7 @@ class Batches(grain.DatasetIterator[Batch]):
 
 
 def prefetch(batches: Batches, config: DataConfig) -> grain.DatasetIterator[Batch]:
-    """The same micro-batches, made in the background if `data.workers` > 0; close it at the end.
+    """Return the same micro-batches, made in the background if `data.workers` > 0; to be closed.
 
     Its state is that of the micro-batches taken, not of those prefetched.
     """
@@ -214,24 +204,17 @@ def reshard(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str,
     """
     if len(states) == world_size:
         return list(states)
-    packers = [state["packer"] for state in states]
-    pending = {
-        key: [reference for packer in packers for reference in packer[key]]
-        for key in ("pending_images", "pending_text")
-    }
     streams = {
         key: reshard_stream([state[key] for state in states], world_size)
         for key in ("with_images", "text")
     }
+    packers = reshard_packers([state["packer"] for state in states], world_size)
     return [
         {
             "fingerprint": states[0]["fingerprint"],
             "world_size": world_size,
             **{key: parts[rank] for key, parts in streams.items()},
-            "packer": {
-                "packed": packers[0]["packed"],
-                **{key: references[rank::world_size] for key, references in pending.items()},
-            },
+            "packer": packers[rank],
         }
         for rank in range(world_size)
     ]
@@ -239,38 +222,28 @@ def reshard(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str,
 
 def warn_unused_images(config: DataConfig, vocabulary: Vocabulary) -> None:
     """Print to standard error which documents are unused if `image_share` is 0."""
-    opened = _open(config, vocabulary)
-    shards = {name: one.splits["train"] for name, one in opened.items()}
-    print(*_unused_images(shards), sep="", end="", file=sys.stderr)
+    opened = open_sources(config.path, [one.name for one in config.sources], vocabulary)
+    _warn_unused_images({name: one.splits["train"] for name, one in opened.items()})
 
 
-def _unused_images(shards: Mapping[str, Shard]) -> list[str]:
-    """A line if documents have images."""
+def _warn_unused_images(shards: Mapping[str, Shard]) -> None:
     images = {name: shard.images[shard.images > 0] for name, shard in shards.items()}
     images = {name: found for name, found in images.items() if len(found)}
     if not images:
-        return []
+        return
     found, total = sum(map(len, images.values())), sum(map(len, shards.values()))
-    return [
+    print(
         f"note: image_share is 0, so {found:,} of the {total:,} training documents, those with "
-        f"images ({sum(int(one.sum()) for one in images.values()):,} in {', '.join(images)}), are "
-        "left out, their text too\n"
-    ]
-
-
-def _open(config: DataConfig, vocabulary: Vocabulary) -> dict[str, Shards]:
-    provenance = read_provenance(config.path)
-    encoders = provenance.encoders if provenance else None
-    return {
-        source.name: open_shards(config.folder(source.name), vocabulary, encoders)
-        for source in config.sources
-    }
+        f"images ({sum(int(one.sum()) for one in images.values()):,} in {list_names(images)}), are "
+        "left out, their text too",
+        file=sys.stderr,
+    )
 
 
 def _fingerprint(
     opened: dict[str, Shards], weights: dict[str, float], seed: int, split: str, repeat: bool
 ) -> str:
-    """Equal if the same state leads to the same documents."""
+    """Return a value that is equal if the same state leads to the same documents."""
     infos = {name: shards.info.model_dump(mode="json") for name, shards in opened.items()}
     text = json.dumps([_ORDER_VERSION, infos, weights, seed, split, repeat])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

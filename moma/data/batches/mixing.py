@@ -4,9 +4,8 @@
                              → grain's mix: draw k of every rank is from the same pool
                              → `DocumentStream`: document j of a pool goes to rank j mod world size
 
-Three numbers determine a document: pool, index in the pool's order, rank. So every rank has the
-mixture that the weights ask for, and a stream's state is the number of documents that it has taken
-from each pool.
+So every rank has the mixture that the weights ask for, and a stream's state is the number of
+documents that it has taken from each pool.
 """
 
 from bisect import bisect_right
@@ -61,7 +60,7 @@ class Pool:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> Location:
-        """The document at a position of the order; past the end the next epoch begins."""
+        """Return the document at a position; past the end the next epoch begins."""
         epoch, index = divmod(number, len(self))
         if len(self) < _MIN_INDEX_SHUFFLE:
             index = self._permutation_of_epoch(epoch)[index]
@@ -77,7 +76,7 @@ class Pool:
 
 
 def mix_pools(weights: Sequence[float]) -> grain.MapDataset[int]:
-    """The pool that each draw is from: an endless sequence of indices into `weights`.
+    """Return the pool that each draw is from: an endless sequence of indices into `weights`.
 
     A pool's draws are evenly spaced, so its share holds in every stretch, not only on average.
 
@@ -140,7 +139,7 @@ class DocumentStream(Iterator[EncodedDocument]):
         if self.remaining == 0:
             raise StopIteration
         if self._leftover:
-            pool, number = self._leftover.pop(0)
+            pool, number = self._leftover.popleft()
         else:
             if self._readers and sum(self._taken) % _READ_CHUNK == 0:
                 self._read_ahead(self._readers)
@@ -150,7 +149,7 @@ class DocumentStream(Iterator[EncodedDocument]):
         return EncodedDocument(source, row, self._fetch(source, row))
 
     def get_state(self) -> dict[str, Any]:
-        """How many documents were taken from each pool; ready for JSON."""
+        """Return how many documents were taken from each pool; ready for JSON."""
         leftover = [list(entry) for entry in self._leftover]
         return {"base": list(self._base), "taken": list(self._taken), "leftover": leftover}
 
@@ -164,12 +163,8 @@ class DocumentStream(Iterator[EncodedDocument]):
                 read.
         """
         self._base, self._taken = list(state["base"]), list(state["taken"])
-        self._leftover = [
-            (pool, number)
-            for pool, number in state["leftover"]
-            # A single pass has no documents past the end of the pool.
-            if self._repeat or number < len(self._pools[pool])
-        ]
+        # A single pass has no documents past the end of the pool.
+        self._leftover = deque(entry for entry in state["leftover"] if self._exists(*entry))
         # Twice the same draws: the documents to be taken, and those to be read ahead.
         self._draws, self._upcoming = self._draw(), islice(self._draw(), _READ_AHEAD, None)
         self._reading: deque[Future[None]] = deque()
@@ -183,6 +178,9 @@ class DocumentStream(Iterator[EncodedDocument]):
             yield pool, self._number(pool, taken[pool])
             taken[pool] += 1
 
+    def _exists(self, pool: int, number: int) -> bool:
+        return self._repeat or number < len(self._pools[pool])
+
     def _number(self, pool: int, taken: int) -> int:
         return self._base[pool] + taken * self._world_size + self._rank
 
@@ -194,7 +192,7 @@ class DocumentStream(Iterator[EncodedDocument]):
 
     def _read(self, chunk: list[tuple[int, int]]) -> None:
         for pool, number in chunk:
-            if self._repeat or number < len(self._pools[pool]):
+            if self._exists(pool, number):
                 self._fetch(*self._pools[pool][number]).copy()
 
 

@@ -3,22 +3,16 @@
 MoMa balances text and images in expectation (§3); here every micro-batch holds the same number
 of images, so that the experts of each modality get the same work on every rank and in every step.
 
-    documents with images ─┐
-                           ├→ `Packer.place()` → `Layout` → `Packer.pack()` → `Batch`
-    text-only documents   ─┘
-
 Each sequence has a quota of images. Positions for them are reserved first; the free positions are
 for text. An image is placed together with the text that precedes it in its document, if that leaves
 every other image of the quota its text share: an equal part of the free positions. A document whose
 next image does not fit waits for a later sequence; text longer than any text share fills sequences
 before that of its image. Then the rest of the sequence is filled: text after images, then text-only
 documents, cut where the sequence ends and continued in a later one.
-
-Array names: B sequences, S positions.
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +26,8 @@ NO_LABEL = -100
 
 # Documents that may be partly packed at the same time; more means that text accumulates.
 MAX_OPEN_DOCUMENTS = 10_000
+# Keys of a saved state: references to documents with an image to come, and with only text to come.
+_PENDING = ("pending_images", "pending_text")
 
 
 class EncodedDocument(NamedTuple):
@@ -116,8 +112,7 @@ class Packer:
         """Set up the packer.
 
         Args:
-            micro_batch_size: sequences of a micro-batch (B).
-            sequence_length: positions of a sequence (S).
+            micro_batch_size, sequence_length: B and S.
             images: images of a micro-batch.
             vocabulary: the ids.
             with_images: documents with at least one image; not read if `images` is 0.
@@ -143,7 +138,7 @@ class Packer:
         return total - text_only, text_only
 
     def pack(self) -> Batch:
-        """The next micro-batch.
+        """Return the next micro-batch.
 
         Raises:
             UserError: the documents have more text beside each image than the sequences have
@@ -159,7 +154,7 @@ class Packer:
             images=layout.images,
             padding=layout.padding,
             origins=tuple(
-                tuple((piece.document.source, piece.document.row) for piece in pieces)
+                tuple((document.source, document.row) for document, _, _ in pieces)
                 for pieces in layout.sequences
             ),
         )
@@ -168,11 +163,7 @@ class Packer:
         return batch
 
     def place(self) -> Layout:
-        """Decide what the next micro-batch holds, without copying ids; `pack` does both.
-
-        Raises:
-            UserError: as `pack`.
-        """
+        """Decide what the next micro-batch holds, without copying ids; `pack` does both."""
         # Without shuffling, images would always be at the start of a sequence.
         random = np.random.default_rng(self._packed)
         sequences, images, padding = [], 0, 0
@@ -189,7 +180,7 @@ class Packer:
         return Layout(sequences, images, padding)
 
     def get_state(self) -> dict[str, Any]:
-        """Which documents are open and how far each has been packed; ready for JSON."""
+        """Return which documents are open and how far each has been packed; ready for JSON."""
         return {
             "packed": self._packed,
             "pending_images": [cursor.reference() for cursor in self._pending_images],
@@ -203,19 +194,17 @@ class Packer:
             state: from `get_state`.
             fetch: source and shard row → the document's ids.
         """
-
-        def reopen(references: list[list[Any]]) -> list[DocumentCursor]:
-            return [
-                self._open(EncodedDocument(source, row, fetch(source, row)), offset)
-                for source, row, offset in references
-            ]
-
         self._packed = state["packed"]
-        self._pending_images = reopen(state["pending_images"])
-        self._pending_text = reopen(state["pending_text"])
+        self._pending_images, self._pending_text = (
+            [
+                self._open(EncodedDocument(source, row, fetch(source, row)), offset)
+                for source, row, offset in state[key]
+            ]
+            for key in _PENDING
+        )
 
     def _quotas(self) -> list[int]:
-        """Images of each sequence: as even as possible; the remainder rotates between batches."""
+        """Return the images of each sequence, as even as possible; the remainder rotates."""
         each, rest = divmod(self._images, self._micro_batch_size)
         return [
             each + ((index + self._packed) % self._micro_batch_size < rest)
@@ -270,9 +259,9 @@ class Packer:
 
     def _check_open_documents(self) -> None:
         """Stop if text accumulates: documents are opened faster than they are packed."""
-        cursors = [*self._pending_images, *self._pending_text]
-        if len(cursors) < self._max_open_documents:
+        if len(self._pending_images) + len(self._pending_text) < self._max_open_documents:
             return
+        cursors = [*self._pending_images, *self._pending_text]
         tokens = sum(len(cursor.document.ids) for cursor in cursors)
         images = max(sum(cursor.images for cursor in cursors), 1)
         raise UserError(
@@ -282,6 +271,15 @@ class Packer:
             f"{self._sequence_length} leave room for {self._text_share} in the fullest sequence; "
             "lower image_share, raise sequence_length or shorten the texts beside images"
         )
+
+
+def reshard_packers(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
+    """Split the open documents of all ranks' packers over another number of ranks."""
+    pending = {key: [one for state in states for one in state[key]] for key in _PENDING}
+    return [
+        {"packed": states[0]["packed"]} | {key: pending[key][rank::world_size] for key in _PENDING}
+        for rank in range(world_size)
+    ]
 
 
 class DocumentCursor:
@@ -312,7 +310,7 @@ class DocumentCursor:
         self._next += 1
 
     def reference(self) -> list[Any]:
-        """Source, shard row and offset, ready for JSON."""
+        """Return source, shard row and offset, ready for JSON."""
         return [self.document.source, self.document.row, self.offset]
 
 
@@ -341,7 +339,7 @@ class _Sequence:
         return self.free - self.missing_images * self.text_share
 
     def fits(self, cursor: DocumentCursor) -> bool:
-        """Whether the document's next image may be placed, with the text before it."""
+        """Return whether the document's next image may be placed, with the text before it."""
         return cursor.text_ahead <= self.unshared + self.text_share
 
     def place_image(self, cursor: DocumentCursor) -> None:
@@ -365,10 +363,9 @@ class _Sequence:
         self.missing_images = 0
 
     def pieces(self) -> list[Piece]:
-        """One piece for each document, whose tokens in the sequence are adjacent."""
-        return [
-            Piece(cursor.document, start, cursor.offset) for cursor, start in self.starts.items()
-        ]
+        """Return a piece for each document, whose tokens in the sequence are adjacent."""
+        starts = self.starts.items()
+        return [Piece(cursor.document, start, cursor.offset) for cursor, start in starts]
 
 
 def _write_sequence(batch: Batch, index: int, pieces: list[Piece]) -> None:

@@ -1,8 +1,4 @@
-"""Images read ahead, in worker processes if that pays, and yielded in order.
-
-items → images in tasks of a few → worker processes → pixels, in the order of the items
-→ everything else, unchanged and in its place
-"""
+"""Images read ahead, in worker processes if that pays, and yielded in order."""
 
 import hashlib
 import multiprocessing
@@ -18,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
+from itertools import groupby, islice
 from multiprocessing.connection import wait
 from types import ModuleType
 from typing import Any, NamedTuple, Self
@@ -51,8 +48,7 @@ class Pixels(NamedTuple):
 class ImageReader:
     """Reads images in order; a context manager that ends its worker processes.
 
-    The first seconds are read in this process, so that small sources do not wait for workers to
-    start. The output depends neither on that nor on the number of workers.
+    The output does not depend on the number of workers.
     """
 
     def __init__(
@@ -63,7 +59,8 @@ class ImageReader:
         Args:
             preprocess: decoded image → array; runs in the workers, so it must be picklable.
             workers: maximum processes; 0 reads everything in this one.
-            seconds: how long to read in this process before workers are started.
+            seconds: how long to read in this process before workers are started, so that small
+                sources do not wait for them.
         """
         self._preprocess, self._workers, self._seconds = preprocess, workers, seconds
         self._seconds_read = 0.0
@@ -102,19 +99,20 @@ class ImageReader:
             return lambda: task
         if self._pool is None and self._workers and self._seconds_read >= self._seconds:
             self._pool = _start_pool(self._workers)
+        here = partial(self._read_here, task)
         if self._pool is None:
-            return partial(self._read_here, task)
+            return here
         try:
             pickled = pickle.dumps((task, self._preprocess))
         except (pickle.PicklingError, AttributeError, TypeError):
-            return partial(_read_all, task, self._preprocess)
-        with _clear_error():
+            return here
+        with _explain_lost_worker():
             future = self._pool.submit(_read_pickled, pickled)
 
         def result() -> list[Any]:
-            with _clear_error():
+            with _explain_lost_worker():
                 found = future.result()
-            return _read_all(task, self._preprocess) if found is None else found
+            return here() if found is None else found
 
         return result
 
@@ -126,8 +124,7 @@ class ImageReader:
 
 
 @contextmanager
-def _clear_error() -> Iterator[None]:
-    """Say what to do about a worker that was killed."""
+def _explain_lost_worker() -> Iterator[None]:
     try:
         yield
     except BrokenProcessPool as error:
@@ -138,24 +135,20 @@ def _clear_error() -> Iterator[None]:
 
 
 def _start_pool(workers: int) -> ProcessPoolExecutor:
-    """Start worker processes, all of them now: later, the main module would not be hidden."""
-    with _hidden_main_module():
+    """Start worker processes, all of them now, without the main module.
+
+    They would import it, and so run a user's script again.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_set_up_worker)
         for _ in range(workers):
             pool.submit(int)
-    return pool
-
-
-@contextmanager
-def _hidden_main_module() -> Iterator[None]:
-    """Keep new processes from importing the main module: that would run a user's script again."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
     finally:
         sys.modules["__main__"] = main
+    return pool
 
 
 def _set_up_worker() -> None:
@@ -181,30 +174,22 @@ def _read_pickled(task: bytes) -> list[Pixels | UserError] | None:
 
 
 def _read_all(images: list[ImageRef], preprocess: Preprocess) -> list[Pixels | UserError]:
-    return [_read_one(image, preprocess) for image in images]
-
-
-def _read_one(image: ImageRef, preprocess: Preprocess) -> Pixels | UserError:
-    try:
-        values = preprocess(image.read())
-    except StorageError:
-        raise
-    except UserError as error:
-        return error
-    hashed = hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes())
-    return Pixels(hashed.digest(), values)
+    found: list[Pixels | UserError] = []
+    for image in images:
+        try:
+            values = preprocess(image.read())
+        except StorageError:
+            raise
+        except UserError as error:
+            found.append(error)
+            continue
+        hashed = hashlib.sha256(f"{values.shape} {values.dtype}".encode() + values.tobytes())
+        found.append(Pixels(hashed.digest(), values))
+    return found
 
 
 def _tasks(items: Iterable[Any]) -> Iterator[list[Any]]:
     """Group consecutive images; every other item is a task of its own."""
-    images: list[Any] = []
-    for item in items:
-        if isinstance(item, ImageRef):
-            images.append(item)
-        if images and (len(images) == TASK_IMAGES or not isinstance(item, ImageRef)):
-            yield images
-            images = []
-        if not isinstance(item, ImageRef):
-            yield [item]
-    if images:
-        yield images
+    for are_images, group in groupby(items, lambda item: isinstance(item, ImageRef)):
+        while task := list(islice(group, TASK_IMAGES if are_images else 1)):
+            yield task

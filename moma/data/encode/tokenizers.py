@@ -1,8 +1,5 @@
 """The tokenizers of a data folder: trained on its sources, or copied from `data.tokenizers`.
 
-    sources → texts → BPE ─┐
-            → images → codec ─┴→ vocabulary
-
 A folder keeps its tokenizers: its manifest records what they were made with, and a configuration
 that would make others is refused.
 """
@@ -29,12 +26,6 @@ def provide_tokenizers(
     config: PrepareConfig, folder: DataFolder, device: torch.device, quiet: bool
 ) -> Vocabulary:
     """Train or copy the tokenizers that a data folder lacks.
-
-    Args:
-        config: the recipe.
-        folder: its data folder.
-        device: where the codec is trained.
-        quiet: whether to show no progress.
 
     Raises:
         UserError: the folder's tokenizers were made with another configuration, `data.tokenizers`
@@ -79,19 +70,16 @@ def _train_codec(
 ) -> None:
     """Train the codec; without images there is none, unless the recipe asks for images."""
     corpus = _corpus(folder, config.codec_training.max_documents)
-    images = corpus.images(held_out=False)
-    if not images and not config.data.image_share:
+    images, share = corpus.images(held_out=False), config.data.image_share
+    if not images and not share:
         return
     held_out = corpus.images(held_out=True)
-    share = config.data.image_share
     remedy = f"add a source of images, or set image_share, which is {share:g}, to 0"
     require_training_images(images, held_out, remedy)
     folder.record_sources(corpus.totals)
     # Encoding limits the fraction that cannot be read, for each source separately.
-    training, measured = (
-        ReadableImages(part, config.codec.image_size, max_unreadable=1)
-        for part in (images, held_out)
-    )
+    training = ReadableImages(images, config.codec.image_size, max_unreadable=1)
+    measured = ReadableImages(held_out, config.codec.image_size, max_unreadable=1)
     make_codec(
         config.codec,
         config.codec_training,
@@ -116,14 +104,8 @@ def _corpus(folder: DataFolder, max_documents: int) -> Corpus:
             file.writelines(rejected_line(source, row) for row in rows)
         return f"{REJECTED_FILE} in the data folder"
 
-    return Corpus(
-        data.sources,
-        data.held_out,
-        max_documents,
-        data.max_rejected,
-        check_images=True,
-        list_rejected=list_rejected,
-    )
+    limits = data.held_out, max_documents, data.max_rejected
+    return Corpus(data.sources, *limits, check_images=True, list_rejected=list_rejected)
 
 
 def _copy(source: Tokenizers, folder: DataFolder, image_share: float) -> None:
