@@ -1,10 +1,5 @@
 """Speed of the data: micro-batches from shards, waiting in training, encoding of images and text.
 
-    prepared shards → `Batches`, prefetched, on one core      → tokens a second, balance, padding
-                    → steps of a real model                   → share of the time spent waiting
-    images        → `moma prepare`        | the network     → images a second of each
-    texts           → documents to shards   | `tokenizers`    → tokens a second of each
-
 What is compared runs in interleaved rounds, of which medians are taken.
 """
 
@@ -12,25 +7,28 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from io import BytesIO
+from itertools import chain, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
+from PIL import Image
 
 from moma.bench.timing import Job, clock_of, interleaved, median_ratio, seconds
 from moma.data.batches.iterator import Batches, prefetch
 from moma.data.documents import Document, ImageRef
-from moma.data.encode.prepare import prepare
+from moma.data.encode.prepare import encode_images, prepare, spare_cores
+from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import encode_source
-from moma.data.sources.captions import CaptionsConfig
+from moma.data.encode.tokens import BATCH_IMAGES, EncodeImages
 from moma.errors import UserError
+from moma.images import square_pixels
 from moma.progress import show_progress
 from moma.runs import Tokenizers
 from moma.runtime.optimizer import make_optimizer
@@ -41,8 +39,6 @@ from moma.train.recipe import Recipe
 from moma.train.step import Step, next_token_objective
 from moma.vocabulary import IMAGE, Vocabulary
 
-# As many as `moma prepare` encodes at once.
-_CODEC_BATCH = 16
 _TEXTS_PER_LONG_DOCUMENT = 16
 
 
@@ -61,9 +57,9 @@ class Sizes:
     """
 
     batches: int = 100
-    steps: int = 4
-    images: int = 48
-    texts: int = 10_000
+    steps: int = 2
+    images: int = 32
+    texts: int = 5_000
     repeats: int = 5
     cpu_time: bool = False
 
@@ -77,24 +73,23 @@ def bench_data(recipe: Recipe, sizes: Sizes, quiet: bool = False) -> dict[str, A
     Raises:
         UserError: the data cannot be prepared, or does not suit the recipe.
     """
-    data = recipe.data
     prepare(recipe, local_device(), quiet)
-    vocabulary = Vocabulary.load(Tokenizers(data.path).vocabulary)
+    vocabulary = Vocabulary.load(Tokenizers(recipe.data.path).vocabulary)
     with show_progress("bench data", 5, quiet) as report:
-        result = _balance(recipe, vocabulary, sizes)
+        result = measure_balance(recipe, vocabulary, sizes)
         report(1, "balance")
         result |= _speed(recipe, vocabulary, sizes)
         report(2, "batches")
         result |= _waiting(recipe, vocabulary, sizes)
         report(3, "training")
-        result |= _images(recipe, sizes)
+        result |= _images(recipe, vocabulary, sizes)
         report(4, "images")
         result |= _texts(recipe, vocabulary, sizes)
         report(5, "text")
     return result
 
 
-def _balance(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
+def measure_balance(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
     """Count what is in the arrays of micro-batches, independently of the packer."""
     data, size = recipe.data, recipe.data.micro_batch_size * recipe.data.sequence_length
     padding, worst = 0, 0.0
@@ -155,47 +150,43 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
     }
 
 
-def _images(recipe: Recipe, sizes: Sizes) -> dict[str, Any]:
-    """A folder of captioned images through `moma prepare`, compared with the codec alone.
+def _images(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
+    """Encode documents of a caption and an image to shards; compare with the codec alone.
 
-    The codec's images are already preprocessed and on the device.
+    The images that the codec gets are already preprocessed and on the device.
     """
-    device = local_device()
-    with TemporaryDirectory() as place:
-        folder = Path(place)
-        count = _write_captions(_images_of(recipe, sizes.images), folder / "captions")
-        if not count:
-            return {"codec_ratio": None}
-        codec = ImageCodec.load(Tokenizers(recipe.data.path).codec).to(device)
-        files = sorted((folder / "captions").glob("*.png"))
-        ready = [_tensor(file, codec, device) for file in files]
-        source = CaptionsConfig(path=folder / "captions")
-        data = recipe.data.model_copy(
-            update={"path": folder / "data", "tokenizers": recipe.data.path, "sources": (source,)}
-        )
-        copy = recipe.model_copy(update={"data": data})
+    device, tokenizers = local_device(), Tokenizers(recipe.data.path)
+    images = distinct_images(documents_of(recipe), sizes.images)
+    if not images:
+        return {"codec_ratio": None}
+    codec = ImageCodec.load(tokenizers.codec).to(device)
+    size = codec.config.image_size
+    ready = [preprocess(image.read(), size).to(device) for image in images]
+    documents = [Document(image.name, (f"image {image.name}", image)) for image in images]
+    workers = ImageReader(partial(square_pixels, size=size), spare_cores())
 
-        def ours() -> None:
-            prepare(copy, device, quiet=True)
+    def network() -> None:
+        for start in range(0, len(ready), BATCH_IMAGES):
+            codec.encode(torch.stack(ready[start : start + BATCH_IMAGES])).cpu()
 
-        def network() -> None:
-            for start in range(0, count, _CODEC_BATCH):
-                codec.encode(torch.stack(ready[start : start + _CODEC_BATCH])).cpu()
-
-        taken = _compare(ours, network, sizes, lambda: _remove(data.path))
+    with workers as reader:
+        encode = partial(encode_images, codec, device)
+        taken = _compare_encoding(recipe, vocabulary, documents, encode, reader, network, sizes)
     return {
         "codec_ratio": taken.ratio,
-        "images_per_second": count / taken.ours,
-        "network_images_per_second": count / taken.reference,
+        "images_per_second": len(images) / taken.ours,
+        "network_images_per_second": len(images) / taken.reference,
     }
 
 
 def _texts(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
-    """Text documents to shards on disk, compared with `encode_batch` and its ids alone.
-
-    Once as they are, and once joined into longer documents.
-    """
-    texts = list(islice(_texts_of(recipe), sizes.texts))
+    """Encode text documents, as they are and joined into longer ones."""
+    segments = (
+        document.segments
+        for document in documents_of(recipe)
+        if not any(isinstance(segment, ImageRef) for segment in document.segments)
+    )
+    texts = [str(text) for text in islice(chain.from_iterable(segments), sizes.texts)]
     if not texts:
         return {"bpe_ratio": None}
     longer = [
@@ -212,22 +203,17 @@ def _texts(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, An
 def _encoding(
     recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes, texts: Sequence[str]
 ) -> dict[str, Any]:
+    """Encode texts to shards; compare with `encode_batch` of the tokenizer and its ids alone."""
     tokenizer = load_text_tokenizer(Tokenizers(recipe.data.path).text)
-    share = recipe.data.held_out
-    source = _Listed([Document(str(number), (text,)) for number, text in enumerate(texts)])
+    documents = [Document(str(number), (text,)) for number, text in enumerate(texts)]
     tokens = 0
-    with TemporaryDirectory() as place:
 
-        def ours() -> None:
-            encode_text = partial(encode_each, tokenizer)
-            encode_source(source, encode_text, _no_images, vocabulary, share, Path(place) / "text")
+    def reference() -> None:
+        nonlocal tokens
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        tokens = sum(len(encoding.ids) for encoding in encodings)
 
-        def reference() -> None:
-            nonlocal tokens
-            encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
-            tokens = sum(len(encoding.ids) for encoding in encodings)
-
-        taken = _compare(ours, reference, sizes, lambda: _remove(Path(place) / "text"))
+    taken = _compare_encoding(recipe, vocabulary, documents, None, None, reference, sizes)
     return {
         "bpe_ratio": taken.ratio,
         "text_tokens_per_second": tokens / taken.ours,
@@ -246,54 +232,30 @@ class _Listed:
         return iter(self.all)
 
 
-def _no_images(images: Sequence[Any]) -> np.ndarray:
-    raise AssertionError("these documents have no images")
-
-
-def _documents_of(recipe: Recipe) -> Iterator[Document]:
+def documents_of(recipe: Recipe) -> Iterator[Document]:
+    """Yield the documents of all sources that are not rejected."""
     for source in recipe.data.sources:
         yield from (row for row in source.documents() if isinstance(row, Document))
 
 
-def _texts_of(recipe: Recipe) -> Iterator[str]:
-    for document in _documents_of(recipe):
-        if not any(isinstance(segment, ImageRef) for segment in document.segments):
-            yield from (segment for segment in document.segments if isinstance(segment, str))
+def distinct_images(documents: Iterable[Document], limit: int) -> list[ImageRef]:
+    """Return the first images as PNG files in memory, without repetitions and unreadable ones."""
+    found: dict[bytes, ImageRef] = {}
+    segments = chain.from_iterable(document.segments for document in documents)
+    for image in islice((one for one in segments if isinstance(one, ImageRef)), limit):
+        try:
+            opened = image.read().convert("RGB")
+        except UserError:
+            continue  # as `moma prepare` does
+        buffer = BytesIO()
+        opened.save(buffer, format="PNG")
+        name, data = str(len(found)), buffer.getvalue()
+        found.setdefault(data, ImageRef(name, partial(_read_png, data)))
+    return [*found.values()]
 
 
-def _images_of(recipe: Recipe, limit: int) -> Iterator[ImageRef]:
-    images = (
-        segment
-        for document in _documents_of(recipe)
-        for segment in document.segments
-        if isinstance(segment, ImageRef)
-    )
-    return islice(images, limit)
-
-
-def _write_captions(images: Iterator[ImageRef], folder: Path) -> int:
-    """A folder of PNG files with a caption each, no image twice; returns how many."""
-    folder.mkdir()
-    seen: set[bytes] = set()
-    with (folder / "captions.jsonl").open("w") as rows:
-        for image in images:
-            try:
-                opened = image.read().convert("RGB")
-            except UserError:
-                continue  # as `moma prepare` does
-            if opened.tobytes() not in seen:
-                seen.add(opened.tobytes())
-                name = f"{len(seen):06}.png"
-                opened.save(folder / name)
-                rows.write(f'{{"image": "{name}", "caption": "image {len(seen)}"}}\n')
-    return len(seen)
-
-
-def _tensor(file: Path, codec: ImageCodec, device: torch.device) -> torch.Tensor:
-    from PIL import Image
-
-    with Image.open(file) as image:
-        return preprocess(image, codec.config.image_size).to(device)
+def _read_png(data: bytes) -> Image.Image:
+    return Image.open(BytesIO(data))
 
 
 class _Compared(NamedTuple):
@@ -304,16 +266,39 @@ class _Compared(NamedTuple):
     ratio: float
 
 
-def _compare(ours: Job, reference: Job, sizes: Sizes, clean_up: Callable[[], None]) -> _Compared:
-    """Time both in interleaved rounds; the first round is not counted."""
-    timed = [partial(seconds, job, clock_of(sizes.cpu_time)) for job in (ours, reference)]
-    rounds = interleaved(timed, sizes.repeats + 1, lambda done: clean_up())
+def _compare_encoding(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    documents: Sequence[Document],
+    encode_images: EncodeImages | None,
+    reader: ImageReader | None,
+    reference: Job,
+    sizes: Sizes,
+) -> _Compared:
+    """Time the encoding of documents to shards and a reference in interleaved rounds."""
+    encode_text = partial(encode_each, load_text_tokenizer(Tokenizers(recipe.data.path).text))
+    source, held_out = _Listed(documents), recipe.data.held_out
+    in_thread = local_device().type != "cpu"
+    with TemporaryDirectory() as parent:
+        folder = Path(parent) / "shards"
+
+        def ours() -> None:
+            encode_source(
+                source,
+                encode_text,
+                encode_images,
+                vocabulary,
+                held_out,
+                folder,
+                reader=reader,
+                codec_in_thread=in_thread,
+            )
+
+        timed = [partial(seconds, job, clock_of(sizes.cpu_time)) for job in (ours, reference)]
+        rounds = interleaved(timed, sizes.repeats + 1, lambda done: shutil.rmtree(folder))
+    # The first round includes start-up.
     own, other = (taken[1:] for taken in rounds)
     return _Compared(statistics.median(own), statistics.median(other), median_ratio(other, own))
-
-
-def _remove(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

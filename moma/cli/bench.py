@@ -28,9 +28,9 @@ def data(
         list[str] | None, Argument(help="changes to the recipe, such as data.micro_batch_size=4")
     ] = None,
     batches: Annotated[int, count("micro-batches of each repeat")] = 100,
-    steps: Annotated[int, count("training steps")] = 4,
-    images: Annotated[int, count("images of each repeat")] = 48,
-    texts: Annotated[int, count("texts of each repeat")] = 10_000,
+    steps: Annotated[int, count("training steps")] = 2,
+    images: Annotated[int, count("images of each repeat")] = 32,
+    texts: Annotated[int, count("texts of each repeat")] = 5_000,
     repeats: Annotated[int, count("repeats of each measurement")] = 5,
     cpu_time: CpuTime = False,
     as_json: AsJson = False,

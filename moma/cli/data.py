@@ -56,11 +56,11 @@ def inspect(
     out = out or folder / "inspect"
     if document is not None:
         decoded = data.decode_document(folder, source, split, document, out)
-        print_result(decoded, as_json, (), [data.as_text(decoded)])
+        print_result(decoded, as_json, (), [data.document_as_text(decoded)])
         return
     result = data.inspect(folder, source, out)
     keys = ("documents", "tokens", "text_tokens", "image_tokens", "images", "rejected")
-    lines = (data.histogram(result), result["figure"])
+    lines = (data.lengths_as_text(result), result["figure"])
     print_result(result, as_json, [_counts(result, keys)], lines)
 
 

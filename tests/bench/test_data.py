@@ -3,14 +3,17 @@
 import json
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from moma.bench import data as bench_data
 from moma.cli import app
-from moma.data.documents import ImageRef
+from moma.data.batches.packing import Packer
+from moma.data.documents import Document, ImageRef
 from moma.errors import UserError
 from moma.recipe import read_recipe, shipped_recipe, write_recipe
 from moma.train.recipe import Recipe
+from moma.vocabulary import Vocabulary
 
 SIZES = bench_data.Sizes(batches=3, steps=1, images=6, texts=20, repeats=1)
 REQUIRED = {
@@ -31,11 +34,8 @@ def test_every_figure_is_there_and_possible(measured):
     assert all(measured[key] > 0 for key in REQUIRED if key.endswith(("ratio", "second")))
 
 
-def test_it_counts_what_is_in_the_arrays(tiny, monkeypatch):
-    """A missing image, or padding, is found whatever the batch's own fields say."""
-    from moma.data.batches.packing import Packer
-    from moma.vocabulary import Vocabulary
-
+def test_the_arrays_of_batches_are_counted(tiny, monkeypatch):
+    """A missing image or padding is found independently of the batch's own fields."""
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     real = Packer.pack
 
@@ -45,18 +45,25 @@ def test_it_counts_what_is_in_the_arrays(tiny, monkeypatch):
         return batch
 
     monkeypatch.setattr(Packer, "pack", spoil)
-    found = bench_data._balance(tiny, vocabulary, SIZES)
+    found = bench_data.measure_balance(tiny, vocabulary, SIZES)
     assert found["padding_share"] == pytest.approx(0.25)
     assert 0 < found["image_share_error"] <= 0.25
 
 
-def test_images_are_measured_once_each(tiny, tmp_path):
-    wanted = 24  # four colours in 8 × 8 places: some of them are equal
-    count = bench_data._write_captions(bench_data._images_of(tiny, wanted), tmp_path / "c")
-    rows = (tmp_path / "c" / "captions.jsonl").read_text().splitlines()
-    files = list((tmp_path / "c").glob("*.png"))
-    assert 4 <= count == len(rows) == len(files) <= wanted
-    assert {json.loads(row)["image"] for row in rows} == {file.name for file in files}
+def test_images_are_measured_once_each(tiny):
+    wanted = 24  # four colours in 8 × 8 positions: some of them are equal
+    images = bench_data.distinct_images(bench_data.documents_of(tiny), wanted)
+    pixels = {image.read().convert("RGB").tobytes() for image in images}
+    assert 4 <= len(images) == len(pixels) <= wanted
+
+
+def test_unreadable_images_are_skipped():
+    def missing():
+        raise UserError("there is none")
+
+    images = ImageRef("missing", missing), ImageRef("one", lambda: Image.new("L", (2, 2)))
+    (found,) = bench_data.distinct_images([Document("", images)], 2)
+    assert found.read().convert("RGB").tobytes() == bytes(12)
 
 
 def test_the_verb_prints_one_json_object(tiny, tmp_path):
@@ -67,15 +74,7 @@ def test_the_verb_prints_one_json_object(tiny, tmp_path):
     assert json.loads(result.stdout).keys() >= REQUIRED
 
 
-def test_the_shipped_recipe_is_valid_and_asks_for_1024_codes():
+def test_the_shipped_recipe_is_valid_and_has_images_of_1024_codes():
     recipe = read_recipe(Recipe, shipped_recipe("bench_data.toml"))
     assert recipe.codec.codes_per_side**2 == 1024
     assert recipe.data.sequence_length == 4096
-
-
-def test_images_that_cannot_be_read_are_passed_over(tiny, tmp_path):
-    def missing():
-        raise UserError("there is none")
-
-    images = [*bench_data._images_of(tiny, 1), ImageRef("missing", missing)]
-    assert bench_data._write_captions(iter(images[::-1]), tmp_path / "c") == 1

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moma.data.inspect import as_text, decode_document, histogram, inspect
+from moma.data.inspect import (
+    decode_document,
+    document_as_text,
+    inspect,
+    lengths_as_text,
+)
 from moma.data.shards import open_shards
 from moma.errors import UserError
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
@@ -42,7 +47,7 @@ def test_counts_are_those_of_every_token(tiny, shards, tmp_path):
         sums = {key: sums[key] + counted[key] for key in sums}
     assert {key: result[key] for key in sums} == sums
     assert Image.open(result["figure"]).format == "PNG"
-    assert histogram(result).count("█") > 2
+    assert lengths_as_text(result).count("█") > 2
 
 
 def test_one_source_can_be_asked_for(tiny, tmp_path):
@@ -63,7 +68,7 @@ def test_a_document_comes_back_as_text_and_images(tiny, shards, tmp_path):
         original = Image.open(tiny.data.sources[0].path / name)
         codes = codec.encode(preprocess(original, 16)[None])
         assert Image.open(path).tobytes() == to_pil(codec.decode(codes)[0]).tobytes()
-        assert path in as_text(decoded) and text in as_text(decoded)
+        assert path in document_as_text(decoded) and text in document_as_text(decoded)
 
 
 def test_text_comes_back_exactly(tiny, shards, tmp_path):
