@@ -113,7 +113,7 @@ def with_metadata(format, image=NOISE, **more):
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF"])
-def test_damaged_metadata_does_not_cost_the_image(format, capfd):
+def test_an_image_with_damaged_metadata_is_read(format, capfd):
     data, spans = with_metadata(format)
     assert len(spans) >= 3
     expected, random = read(data).tobytes(), Random(0)
@@ -126,7 +126,7 @@ def test_damaged_metadata_does_not_cost_the_image(format, capfd):
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP"])
-def test_metadata_cut_off_at_the_end_does_not_cost_the_image(format):
+def test_an_image_with_truncated_metadata_is_read(format):
     data, _ = with_metadata(format)
     if format == "PNG":  # move the metadata behind the pixels
         chunk = png_chunk(b"zTXt", b"note\0\0" + zlib.compress(b"x" * 99))
@@ -157,7 +157,7 @@ def exif_of(*entries):
     ],
 )
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
-def test_the_orientation_is_used_whatever_the_other_exif_data(format, odd):
+def test_the_orientation_is_used_with_malformed_exif_data(format, odd):
     file = io.BytesIO()
     turned = (0x112, 3, 1, struct.pack("<H", 6))
     Image.new("RGB", (8, 4)).save(file, format, exif=exif_of(turned, odd))
@@ -171,7 +171,7 @@ def test_an_orientation_that_cannot_be_read_is_ignored(exif):
     assert read(file.getvalue()).tobytes() == NOISE.tobytes()
 
 
-def test_a_size_in_a_file_with_damaged_metadata_is_known(tmp_path):
+def test_the_size_in_a_file_with_damaged_metadata_is_read(tmp_path):
     data, spans = with_metadata("PNG")
     damaged = bytearray(data)
     damaged[spans[0][0]] ^= 1
@@ -291,7 +291,7 @@ def test_transparency_is_blended_on_white(tmp_path, mode):
 
 
 @pytest.mark.parametrize("transparent", [1, bytes([255, 0])])
-def test_a_palette_s_transparency_is_blended_on_white(tmp_path, transparent):
+def test_transparency_of_a_palette_is_blended_on_white(tmp_path, transparent):
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
@@ -341,7 +341,7 @@ SVG = (
 )
 
 
-def test_a_drawing_is_drawn(tmp_path):
+def test_an_svg_file_is_drawn(tmp_path):
     (tmp_path / "a.svg").write_text(SVG.format('width="48pt"', ""))
     image = read(tmp_path / "a.svg")
     assert image.size == (512, 256) and image.getpixel((9, 9)) == (0, 0, 0)
@@ -349,7 +349,7 @@ def test_a_drawing_is_drawn(tmp_path):
     assert max(read(tmp_path / "a.svg").size) <= 512
 
 
-def test_a_drawing_must_not_refer_to_other_files(tmp_path):
+def test_an_svg_file_must_not_refer_to_other_files(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
     for shown in (
         f'<image href="{tmp_path}/secret.png" width="9" height="9"/>',
@@ -360,7 +360,7 @@ def test_a_drawing_must_not_refer_to_other_files(tmp_path):
         assert "it refers to other files" in refused(tmp_path / "a.svg")
 
 
-def test_a_drawing_with_nested_entities_or_of_enormous_size_is_refused(tmp_path):
+def test_an_svg_file_with_nested_entities_or_of_enormous_size_is_refused(tmp_path):
     entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
     laughs = f'<!DOCTYPE svg [<!ENTITY e0 "ha">{entities}]>' + SVG.format("", "<text>&e11;</text>")
     (tmp_path / "a.svg").write_text(laughs)

@@ -1,8 +1,7 @@
 """What every source yields: documents, each an ordered list of text and images.
 
-A source is a configuration (a `SourceConfig` with a `kind`) whose `documents()` yields documents
-in a fixed order. Images are read when they are needed, so that a source of millions of documents
-takes no memory.
+A source is a configuration (a `SourceConfig` with a `kind`) with a method `documents()`. Images
+are read when they are needed, so that a source of millions of documents takes no memory.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from moma.errors import UserError, shorten
+from moma.errors import StorageError, UserError, shorten
 from moma.recipe import Config
 
 # Characters of a rejected row's location and reason; either may quote what it found.
@@ -43,6 +42,8 @@ class ImageRef:
             return None
         try:
             self.read()
+        except StorageError:
+            raise
         except UserError as error:
             return str(error)
         return None

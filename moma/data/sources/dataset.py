@@ -1,8 +1,7 @@
 """Rows of a data set: text files, Parquet and Arrow files, folders, and names on the hub.
 
 Text files are read row by row. Other files are opened by the library `datasets`, images as they
-are stored; a row that is not streamed is read again when its image is needed, so that none waits
-in memory.
+are stored; unless it is streamed, a row is read again when its image is needed.
 """
 
 from collections.abc import Iterator
@@ -51,8 +50,8 @@ class DatasetConfig(CaptionReaderConfig):
         text_column: the column of texts or captions.
         image_column: the column of images; without it, rows are text.
         segments_column: the column of segments, instead of both.
-        streaming: read rows as they arrive, without a copy on this machine's disk. Images then
-            wait in memory, as they are stored, for as long as their documents are held.
+        streaming: read rows as they arrive, without a copy on this machine's disk. The documents
+            then hold their images in memory, as they are stored.
     """
 
     kind: Literal["dataset"] = "dataset"
@@ -81,29 +80,21 @@ class DatasetConfig(CaptionReaderConfig):
 
     def read_rows(self) -> Iterator[Row]:
         """Yield every row."""
-        fingerprint, folder = self.fingerprint(), self._folder
+        fingerprint, files, folder = self.fingerprint(), local_files(self.path), Path(self.path)
+        # Paths of images are relative to this folder and do not lead out of it.
+        if files:
+            folder = Path(commonpath([file.absolute().parent for file in files]))
+        elif not folder.is_dir():  # on the hub: the library copies its images into its cache
+            folder = Path(datasets.config.HF_CACHE_HOME)
         for number, row in enumerate(self._file_rows(fingerprint)):
             yield row.location, partial(self._document, row, number, fingerprint, folder)
 
     def fingerprint(self) -> str:
-        """Return a fingerprint of the sizes and times of local files; of the hub, none.
-
-        Give a `revision` for what may change on the hub.
-        """
+        """Return a fingerprint of local files; of the hub none, where a `revision` is fixed."""
         files = local_files(self.path)
         if not files and Path(self.path).is_dir():
             files = files_below(Path(self.path))
         return fingerprint_of(files)
-
-    @property
-    def _folder(self) -> Path:
-        """The folder that paths of images are relative to and do not leave."""
-        files = local_files(self.path)
-        if files:
-            return Path(commonpath([file.absolute().parent for file in files]))
-        path = Path(self.path)
-        # Images of the hub lie in the library's own cache.
-        return path if path.is_dir() else Path(datasets.config.HF_CACHE_HOME)
 
     def _file_rows(self, fingerprint: str) -> Iterator[FileRow]:
         """The rows with their columns, images undecoded."""

@@ -20,8 +20,8 @@ from moma.errors import UserError, list_names, quote, shorten
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _ENDINGS = (*row_files.ENDINGS, *arrow_tables.ENDINGS)
-# Builders of `datasets` for text files, in place of which the rows are read here: they take
-# values for numbers, dates or missing ones, or a column for an index.
+# Builders of `datasets` that are not used: they guess that values are numbers, dates or missing,
+# or that a column is an index.
 _TEXT_BUILDERS = ("csv", "json", "text")
 _BUILDERS_PACKAGE = "datasets.packaged_modules."
 
@@ -126,7 +126,7 @@ def find_files(
 
 @contextmanager
 def open_errors(path: str) -> Iterator[None]:
-    """Turn whatever the files, the network and the library raise into one `UserError`."""
+    """Turn any exception of the files, the network and the library into one `UserError`."""
     try:
         yield
     except UserError:

@@ -47,15 +47,12 @@ Event = tuple[Literal["start", "end", "text", "dropped"], LexborNode]
 
 
 def parse_html(text: str, is_xml: bool = False) -> LexborNode:
-    """The root element of a page, by the HTML standard's rules as in a browser that runs scripts.
+    """Return the root element of a page, as in a browser that runs scripts.
 
-    Args:
-        text: the page.
-        is_xml: whether it is XHTML, where `<script/>` is a whole element.
+    In XHTML (`is_xml`), `<script/>` is a whole element.
 
     Raises:
-        UserError: the page is empty, or so large or so deeply nested that parsing would take
-            minutes or gigabytes.
+        UserError: the page is empty, or parsing it would take minutes or gigabytes.
     """
     if is_xml:
         text = _SELF_CLOSED.sub(_with_end_tag, text)
@@ -67,7 +64,7 @@ def parse_html(text: str, is_xml: bool = False) -> LexborNode:
 
 
 def walk(root: LexborNode, is_dropped: Callable[[LexborNode], bool]) -> Iterator[Event]:
-    """Elements and texts below `root` in reading order; of a dropped element one event only."""
+    """Yield elements and texts below `root` in reading order, one event for a dropped element."""
     open_elements: list[LexborNode] = []
     node = root.child
     while node is not None or open_elements:
@@ -91,7 +88,7 @@ class TextLayout:
     """Lines of text as a browser shows them, without blank ones.
 
     White space is collapsed outside of `pre`, blocks and `br` begin a line, and the cells of a
-    table's row stand in one line unless they have several themselves.
+    table row are on one line unless a cell has several lines.
     """
 
     def __init__(self) -> None:
@@ -105,20 +102,24 @@ class TextLayout:
     def start(self, tag: str) -> None:
         """Begin an element."""
         if tag in _CELLS:
-            self._flush_ended_line()
+            if self._line_ended:
+                self._flush_line()
             self._in_blank_cell = True
             self._cells.append(len(self._lines))
         elif tag in _PREFORMATTED:
             self._preformatted += 1
             if self._preformatted == 1:
-                self._flush_line(preformatted=False)
+                self._flush_line()
         elif tag == "br" or tag in BLOCKS:
             self.end_line(always=tag == "br")
 
     def end(self, tag: str) -> None:
         """End an element."""
         if tag in _CELLS:
-            self._end_cell()
+            self._in_blank_cell = False
+            self._line_ended = len(self._lines) > self._cells.pop()
+            if not self._line_ended:
+                self._line.append(" ")
         elif tag in _PREFORMATTED:
             self._preformatted -= 1
             if not self._preformatted:
@@ -132,7 +133,8 @@ class TextLayout:
             self._line.append(text)
             self._in_blank_cell = False
         elif text.strip(" \t\n\f\r"):
-            self._flush_ended_line()
+            if self._line_ended:
+                self._flush_line()
             self._line.append(text)
             self._in_blank_cell = False
         elif self._line:
@@ -146,25 +148,13 @@ class TextLayout:
             self._line.append("\n")
 
     def take(self) -> list[str]:
-        """The text since the last call, as a list of one string, or of none if there is no text."""
+        """Return the text since the last call as a list of one string, empty without text."""
         self._flush_line(preformatted=self._preformatted > 0)
         text, self._lines = "\n".join(self._lines), []
         self._cells = [0 for _ in self._cells]
         return [text] if text else []
 
-    def _end_cell(self) -> None:
-        self._in_blank_cell = False
-        if len(self._lines) > self._cells.pop():
-            self._line_ended = True
-        else:
-            self._line_ended = False
-            self._line.append(" ")
-
-    def _flush_ended_line(self) -> None:
-        if self._line_ended:
-            self._flush_line(preformatted=False)
-
-    def _flush_line(self, preformatted: bool) -> None:
+    def _flush_line(self, preformatted: bool = False) -> None:
         line = "".join(self._line)
         self._line, self._line_ended = [], False
         if preformatted:
@@ -181,11 +171,7 @@ def _with_end_tag(element: re.Match[str]) -> str:
 
 
 def _check_cost(text: str) -> None:
-    """Estimate, in time linear in the text, what the parser would need.
-
-    Raises:
-        UserError: it would need too much.
-    """
+    """Raise `UserError` if the parser would need too much; in time linear in the text."""
     steps = elements = depth = repeated = position = 0
     formatting: defaultdict[str, list[str]] = defaultdict(list)
     while tag := _TAG.search(text, position):

@@ -132,8 +132,9 @@ def fingerprint_of(files: Iterable[Path], optional: Iterable[Path] = ()) -> str:
             status = path.stat()
             state = f"{status.st_size} {status.st_mtime_ns}"
         except (OSError, ValueError) as error:
-            if required:
-                raise read_error(path, error) from error
+            described = read_error(path, error)
+            if required or isinstance(described, StorageError):
+                raise described from error
             state = "missing"
         hashed.update(f"{path} {state}\n".encode("utf-8", "surrogateescape"))
     return hashed.hexdigest()[:16]

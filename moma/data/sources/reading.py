@@ -123,8 +123,7 @@ def check_text(text: str, where: str) -> str:
     """Return the text if it can be encoded as UTF-8.
 
     Raises:
-        UserError: it contains half of a surrogate pair, which stands in JSON for itself, and
-            elsewhere for a byte that is not UTF-8.
+        UserError: it contains half of a surrogate pair, from JSON or for a byte that is not UTF-8.
     """
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise UserError(

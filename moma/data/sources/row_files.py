@@ -87,7 +87,7 @@ def check_columns(path: str, found: list[str], columns: list[str], note: str = "
 
 
 def named_images(rows: Iterable[_T], images_of: Callable[[_T], Iterable[Path]]) -> Iterator[Path]:
-    """Yield the image files that rows name; rows for which `images_of` raises `UserError`, none."""
+    """Yield the image files that rows name, without rows for which `images_of` fails."""
     for row in rows:
         try:
             yield from images_of(row)
@@ -132,9 +132,9 @@ def _csv_rows(
             if header is None or "end of data" in str(error) or "limit" in str(error):
                 # The rest of the file is inside of a quotation that is not closed.
                 raise UserError(f"{path}, line {line}: {reason}") from error
-            # Each line is a row that is lost, where an open quotation has taken several.
-            for lost in range(line, reader.line_num + 1):
-                yield FileRow(path, f"{path}, line {lost}", partial(_fail, reason))
+            # An open quotation may have consumed several lines, each of them a row.
+            for number in range(line, reader.line_num + 1):
+                yield FileRow(path, f"{path}, line {number}", partial(_fail, reason))
             continue
         if header is None:
             header = fields

@@ -14,7 +14,7 @@ from moma.errors import UserError
 from moma.recipe import RequiredPath
 
 # A file without blank lines must not become one document that fills the memory.
-_MAX_PARAGRAPH_BYTES = 2**20
+MAX_PARAGRAPH_BYTES = 2**20
 _JSON_LINES = (".jsonl", ".ndjson")
 
 
@@ -82,7 +82,7 @@ def _split(lines: Iterator[Line]) -> Iterator[list[Line]]:
     for line in lines:
         piece.append(line)
         size += len(line.data or b"")
-        if size >= _MAX_PARAGRAPH_BYTES:
+        if size >= MAX_PARAGRAPH_BYTES:
             yield piece
             piece, size = [], 0
     if piece:

@@ -2,9 +2,8 @@
 
     shards/*.tar → members → samples → documents
 
-Nothing is unpacked to disk. Of a plain tar, only the offset of an image is kept until the image is
-read; a compressed one can only be read from its beginning, so its images are kept in memory as they
-are stored.
+Nothing is unpacked to disk. Images of a plain tar are read at their offset when they are needed; a
+compressed one can only be read from its beginning, so its images are held in memory as stored.
 """
 
 import tarfile
@@ -29,8 +28,8 @@ from moma.recipe import RequiredPath
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _TEXTS = ("txt", "json")
 _MAX_NAME_CHARACTERS = 4096
-# Samples without image or caption that wait until it is known whether they belong to another one.
-_MAX_WAITING = 1000
+# Incomplete samples that are held until it is known whether they belong to another one.
+_MAX_INCOMPLETE = 1000
 _REMEDY = "download it again or exclude it from 'path'"
 
 
@@ -189,14 +188,14 @@ class WebDatasetConfig(CaptionReaderConfig):
 
 
 def _merge(name: str, samples: Iterator[_Sample]) -> Iterator[_Sample]:
-    """The samples whose names share the part up to the first dot, without a sample's other files.
+    """Yield the samples whose names start with `name` up to the first dot.
 
-    For WebDataset that part, `name`, is the name of one sample: here too, if it has an image and a
-    caption without further dots. Of names such as `clip.0001.jpg` and `clip.0001.txt`, each
-    pair is a sample.
+    For WebDataset they are one sample: here too, if `name` itself has an image and a caption, which
+    makes incomplete ones its further files. Of `clip.0001.jpg` and `clip.0001.txt`, each pair is a
+    sample.
     """
     main: _Sample | None = None
-    waiting: list[_Sample] = []
+    incomplete: list[_Sample] = []
     for sample in samples:
         if sample.name == name:
             if main is None:
@@ -207,12 +206,12 @@ def _merge(name: str, samples: Iterator[_Sample]) -> Iterator[_Sample]:
             yield sample
         else:  # its content is not needed
             members = {key: replace(one, read=bytes) for key, one in sample.members.items()}
-            waiting.append(replace(sample, members=members))
-        if len(waiting) > _MAX_WAITING:  # no sample has so many further files
-            yield from waiting
-            waiting = []
+            incomplete.append(replace(sample, members=members))
+        if len(incomplete) > _MAX_INCOMPLETE:
+            yield from incomplete
+            incomplete = []
     if main is None or not main.is_complete:
-        yield from waiting
+        yield from incomplete
     if main is not None:
         yield main
 

@@ -205,7 +205,7 @@ def test_charset_labels_mean_what_they_mean_to_browsers(tmp_path, charset, codec
         ("euc-kr", b"a \xff b", "a � b"),
     ],
 )
-def test_bytes_without_a_character_lose_nothing_else(tmp_path, charset, data, text):
+def test_bytes_without_a_character_become_replacement_characters(tmp_path, charset, data, text):
     assert parts_of_page(tmp_path, declared(charset, data)) == [f"first\n{text}\nlast"]
 
 

@@ -1,5 +1,6 @@
 """What all readers of files share."""
 
+import errno
 import os
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,12 @@ from PIL import Image
 
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources.jsonl import parse_json_object, read_lines, require_text
-from moma.data.sources.paths import expand_pattern, files_below, resolve_inside
+from moma.data.sources.paths import (
+    expand_pattern,
+    files_below,
+    fingerprint_of,
+    resolve_inside,
+)
 from moma.data.sources.reading import ReaderConfig, content_hash, split_document
 from moma.errors import StorageError, UserError
 
@@ -94,7 +100,7 @@ def test_a_name_that_exists_is_not_taken_as_a_pattern(tmp_path):
     ]
 
 
-def test_links_in_a_circle_end_and_hidden_files_are_not_matched(tmp_path):
+def test_cycles_of_links_end_and_hidden_files_are_not_matched(tmp_path):
     (tmp_path / "a").mkdir()
     for name in ("1.txt", ".2.txt"):
         (tmp_path / "a" / name).touch()
@@ -171,3 +177,12 @@ def test_rejected_reasons_are_bounded():
 def test_an_error_of_the_disk_is_not_a_rejected_row():
     with pytest.raises(StorageError):
         list(Failing(error=StorageError).documents())
+
+
+def test_a_failing_disk_is_not_a_changed_image(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "stat", fail)
+    with pytest.raises(StorageError, match=r"a\.png.*check the disk"):
+        fingerprint_of([], optional=[tmp_path / "a.png"])

@@ -69,7 +69,7 @@ def test_a_paragraph_that_is_not_utf8_is_rejected(tmp_path):
 
 
 def test_a_file_without_blank_lines_is_split_without_loss(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_MAX_PARAGRAPH_BYTES", 100)
+    monkeypatch.setattr(text_module, "MAX_PARAGRAPH_BYTES", 100)
     lines = [f"line {number}" for number in range(200)]
     (tmp_path / "t.txt").write_text("\n".join(lines))
     documents = list(accepted(source_of(path=tmp_path / "t.txt").documents()))
@@ -97,7 +97,7 @@ def test_a_missing_file_is_an_error(tmp_path, name):
 
 
 def test_pieces_of_a_paragraph_are_held_out_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_module, "_MAX_PARAGRAPH_BYTES", 30)
+    monkeypatch.setattr(text_module, "MAX_PARAGRAPH_BYTES", 30)
     long = "\n".join(f"line {number}" for number in range(50))
     (tmp_path / "t.txt").write_text(f"short\n\n{long}\n\nother")
     short, *pieces, other = accepted(source_of(path=tmp_path / "t.txt").documents())

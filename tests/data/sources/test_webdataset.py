@@ -62,7 +62,7 @@ def test_plain_and_compressed_tars_are_read(tmp_path, compression):
     assert [image.read().width for image in reversed(images)] == [3, 2, 1, 3, 2, 1]
 
 
-def test_names_with_dots_are_samples_of_their_own(tmp_path):
+def test_names_with_dots_are_separate_samples(tmp_path):
     frames = samples(*(f"clip.{n:04}" for n in range(300)))
     documents = list(accepted(documents_of(write_tar(tmp_path / "a.tar", frames))))
     assert [document.name for document in documents] == [f"clip.{n:04}" for n in range(300)]
@@ -71,7 +71,7 @@ def test_names_with_dots_are_samples_of_their_own(tmp_path):
     assert caption == "caption of clip.0007"
 
 
-def test_every_bad_sample_counts_whatever_its_name(tmp_path):
+def test_every_bad_sample_is_counted(tmp_path):
     frames = [(f"clip.{n:04}.jpg", b"") for n in range(2300)]
     rows = documents_of(write_tar(tmp_path / "a.tar", [*samples("good"), *frames]))
     assert len(rows) == 2301 and sum(isinstance(row, Rejected) for row in rows) == 2300
