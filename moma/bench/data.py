@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from moma.bench.timing import Job, clock_of, interleaved, median_ratio, seconds
+from moma.bench.timing import Job, interleaved, median_ratio, seconds
 from moma.data.batches.iterator import Batches, prefetch
 from moma.data.documents import Document, ImageRef
 from moma.data.encode.prepare import encode_images, prepare, spare_cores
@@ -294,7 +294,7 @@ def _compare_encoding(
                 codec_in_thread=in_thread,
             )
 
-        timed = [partial(seconds, job, clock_of(sizes.cpu_time)) for job in (ours, reference)]
+        timed = [partial(seconds, job, sizes.cpu_time) for job in (ours, reference)]
         rounds = interleaved(timed, sizes.repeats + 1, lambda done: shutil.rmtree(folder))
     # The first round includes start-up.
     own, other = (taken[1:] for taken in rounds)

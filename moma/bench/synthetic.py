@@ -1,7 +1,7 @@
-"""Micro-batches without data: synthetic documents, packed like real ones.
+"""Micro-batches of synthetic documents, packed like real ones.
 
-Speed and memory depend on shapes and on how many images and documents a sequence holds, hardly on
-the ids.
+Speed and memory depend on shapes and on the number of images and documents in a sequence, and
+hardly on the ids.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from moma.vocabulary import Vocabulary
 
 _SPECIAL = 5
 # Text tokens: mean of a document without images; range of a caption.
-_TEXT, _CAPTION = 400, (8, 32)
+_MEAN_TEXT, _CAPTION = 400, (8, 32)
 
 
 def synthetic_vocabulary(recipe: Recipe) -> Vocabulary:
-    """A vocabulary of a recipe's sizes, without a tokenizer."""
+    """Return a vocabulary of the sizes in a recipe, without a tokenizer."""
     codes = recipe.codec.codebook_size
     return Vocabulary(
         size=recipe.text_tokenizer.vocabulary_size,
@@ -35,7 +35,7 @@ def synthetic_vocabulary(recipe: Recipe) -> Vocabulary:
 
 
 def synthetic_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> Packer:
-    """Endless micro-batches of captioned images and of text, one by each call of `pack`.
+    """Return a packer of endless micro-batches of captioned images and text.
 
     Raises:
         UserError: `image_share` is not a whole number of images.
@@ -53,18 +53,18 @@ def synthetic_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> 
 
 def _captioned(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[EncodedDocument]:
     codes = len(vocabulary.image_codes)
-    for row in count():
+    for number in count():
         caption = _words(vocabulary, random, int(random.integers(*_CAPTION)))
         image = vocabulary.wrap_image(random.integers(0, codes, vocabulary.codes_per_image))
         ids = [vocabulary.beginning, *caption, *image, vocabulary.end]
-        yield EncodedDocument("captions", row, np.array(ids, dtype=np.uint32))
+        yield EncodedDocument("captions", number, np.array(ids, dtype=np.uint32))
 
 
 def _texts(vocabulary: Vocabulary, random: np.random.Generator) -> Iterator[EncodedDocument]:
-    for row in count():
-        words = _words(vocabulary, random, 1 + int(random.exponential(_TEXT)))
+    for number in count():
+        words = _words(vocabulary, random, 1 + int(random.exponential(_MEAN_TEXT)))
         ids = [vocabulary.beginning, *words, vocabulary.end]
-        yield EncodedDocument("text", row, np.array(ids, dtype=np.uint32))
+        yield EncodedDocument("text", number, np.array(ids, dtype=np.uint32))
 
 
 def _words(vocabulary: Vocabulary, random: np.random.Generator, length: int) -> list[int]:

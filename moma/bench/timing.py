@@ -1,7 +1,7 @@
 """Timing of jobs that are compared: interleaved rounds, medians and ratios.
 
-What is compared runs in turn, round after round, each round starting with another job: on a shared
-machine speed changes with time, and not with the job.
+Jobs run in turn, round after round, each round starting with another job: on a shared machine speed
+varies over time, independently of the job.
 """
 
 import statistics
@@ -14,18 +14,18 @@ import torch
 from moma.runtime.peak import synchronise
 
 Job = Callable[[], object]
-Clock = Callable[[], float]
 
 
-def clock_of(cpu_time: bool) -> Clock:
-    """Seconds of this process's processor time, all threads added up, or of wall-clock time."""
-    return time.process_time if cpu_time else time.perf_counter
+def seconds(job: Job, cpu_time: bool = False, device: torch.device | None = None) -> float:
+    """Measure how long a job takes.
 
-
-def seconds(
-    job: Job, clock: Clock = time.perf_counter, device: torch.device | None = None
-) -> float:
-    """How long a job takes, its work on the device included."""
+    Args:
+        job: the job.
+        cpu_time: measure the CPU time of this process, summed over its threads, instead of
+            wall-clock time.
+        device: the device to wait for, before and after the job.
+    """
+    clock = time.process_time if cpu_time else time.perf_counter
     if device is not None:
         synchronise(device)
     start = clock()
@@ -35,41 +35,37 @@ def seconds(
     return clock() - start
 
 
-def rotated(count: int, round_number: int) -> list[int]:
-    """The numbers below `count`, each round starting with another."""
-    return [(index + round_number) % count for index in range(count)]
-
-
 def interleaved(
     timed: Sequence[Callable[[], float]],
     rounds: int,
     after_round: Callable[[int], object] = lambda done: None,
 ) -> list[list[float]]:
-    """Run every job once a round.
+    """Run every job once per round.
 
     Args:
         timed: jobs that return their seconds.
         rounds: number of rounds.
-        after_round: called with the number of rounds done.
+        after_round: called with the number of completed rounds.
 
     Returns:
         The seconds of each job, by round.
     """
     found: list[list[float]] = [[] for _ in timed]
     for number in range(rounds):
-        for index in rotated(len(timed), number):
-            found[index].append(timed[index]())
+        for index in range(len(timed)):
+            shifted = (index + number) % len(timed)
+            found[shifted].append(timed[shifted]())
         after_round(number + 1)
     return found
 
 
 def median_ratio(values: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the ratios of values to others, round by round."""
+    """Return the median of the ratios of values to others, round by round."""
     return statistics.median(map(truediv, values, others))
 
 
 def spread(values: Sequence[float]) -> float:
-    """Half the interquartile range, relative to the median."""
+    """Return half the interquartile range, relative to the median."""
     if len(values) < 2:
         return 0.0
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")

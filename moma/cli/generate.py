@@ -1,14 +1,20 @@
 """`moma generate`: continue text and images."""
 
 import math
+import os
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Context, Option
 
 from moma.cli.arguments import App, RunFolder, in_order
 from moma.cli.output import notice
 from moma.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 app = App()
 
@@ -27,7 +33,7 @@ def generate(
     temperature: Annotated[float, Option(help="0: always the most likely token")] = 0.7,
     top_p: Annotated[float, Option(help="probability of the tokens to sample from")] = 0.9,
 ) -> None:
-    """Continue a prompt: text is printed, images are written as PNG files."""
+    """Continue a prompt: text is printed, images are written as new PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
     if not parts:
         raise UserError("nothing to continue: give --prompt, --image or both")
@@ -36,7 +42,6 @@ def generate(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name another")
     import moma
-    from moma.data.outputs import mark_output
     from moma.generate.decode import Sampling
     from moma.images import read_image
 
@@ -48,13 +53,21 @@ def generate(
     (answer,) = moma.load(run).generate([content], mode, sampling)
     if not answer:
         notice("the model ended the document at once")
-    images = 0
+    numbers = count(1)
     for part in answer:
-        if isinstance(part, str):
-            print(part)
-        else:
-            images += 1
-            path = out / f"image_{images}.png"
-            mark_output(out, path.name)
-            part.save(path)
-            print(path)
+        print(part if isinstance(part, str) else _save(part, out, numbers))
+
+
+def _save(image: "Image.Image", folder: Path, numbers: Iterator[int]) -> Path:
+    """Save under the next number whose name is free; existing files are never overwritten."""
+    from moma.data.outputs import mark_output
+    from moma.files import add_path_to_errors
+
+    path = next(path for n in numbers if not os.path.lexists(path := folder / f"image_{n}.png"))
+    mark_output(folder, path.name)
+    try:
+        with add_path_to_errors(path), path.open("xb") as file:
+            image.save(file, "PNG")
+    except FileExistsError:  # another process was faster
+        return _save(image, folder, numbers)
+    return path

@@ -4,7 +4,7 @@
 
 Counted is what autograd saves, as vectors of D, F, … numbers per token. Compiled layers save less,
 because elementwise operations between two products are recomputed. The numbers of vectors were
-determined from real steps; tests compare the totals with the memory of real steps.
+determined by measuring real steps; tests compare the totals with real steps.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Resources of a training job: memory of a GPU, time, cost and communication.
 
 Nothing is allocated or run: memory follows from shapes (`memory.py`, `activations.py`), time from
-the number of operations (`model/flops.py`) and an assumed utilisation.
+the number of operations (`model/flops.py`) and an assumed utilization.
 """
 
 from typing import Any
@@ -26,9 +26,9 @@ class Machine(Config):
 
     Attributes:
         gpus: number of GPUs.
-        mfu: model FLOPs utilisation, waiting for communication included.
+        mfu: model FLOPs utilization, including the time spent waiting for communication.
         peak: peak operations per second of one GPU in the recipe's precision.
-        link: bytes per second that a GPU can send while it receives as many.
+        link: bytes per second that a GPU can send while receiving at the same rate.
         memory: memory of one GPU in bytes.
         price: price of one GPU per hour.
     """
@@ -71,8 +71,8 @@ def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
 
 
 def _memory(model: Transformer, recipe: Recipe, ranks: int, machine: Machine) -> dict[str, Any]:
-    """Bytes by part of the rank that holds most, and which ranks hold most and least."""
-    held = [held_bytes(model, ranks, rank) for rank in range(ranks)]
+    """Bytes by part on the rank that holds the most, and which ranks hold the most and least."""
+    held = held_bytes(model, ranks)
     totals = [sum(parts.values()) for parts in held]
     largest = totals.index(max(totals))
     parts = held[largest] | {
@@ -119,7 +119,7 @@ def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, 
     engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
     size, sent = engine.compute_dtype(_GPU).itemsize, DTYPES[engine.reduce].itemsize
     root, units = unit_elements(model)
-    trained = held_bytes(model, 1)["gradients"] / 4
+    trained = held_bytes(model, 1)[0]["gradients"] / 4
     ring = (ranks - 1) / ranks
     between_copies = 2 * (engine.replicate - 1) / engine.replicate / ranks
     return {

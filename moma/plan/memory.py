@@ -1,11 +1,11 @@
-"""Memory of one GPU in training by part, without allocating anything.
+"""Memory of one GPU in training, by part, without allocating anything.
 
-model on the meta device → how each parameter is sharded → weights, gradients, optimizer state
-                                                         → gathered units
-`activations.py`                                         → activations
+Weights, gradients and optimizer state follow from how FSDP2 shards each parameter of the model on
+the meta device; `activations.py` adds the activations.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import torch
@@ -28,8 +28,8 @@ def meta_model(recipe: Recipe) -> Transformer:
     return model
 
 
-def held_bytes(model: nn.Module, ranks: int, rank: int = 0) -> dict[str, int]:
-    """Return the bytes that a rank holds after backward, when all gradients exist.
+def held_bytes(model: nn.Module, ranks: int) -> list[dict[str, int]]:
+    """Return the bytes that each rank holds after backward, when all gradients exist.
 
     FSDP2 splits a dimension into shards of equal size; the last ones may be smaller or empty.
     Parameters and gradients are padded to the full size, but the optimizer state is not. So the
@@ -38,33 +38,29 @@ def held_bytes(model: nn.Module, ranks: int, rank: int = 0) -> dict[str, int]:
     Args:
         model: not sharded; may be a `meta_model`.
         ranks: number of ranks that a copy of the model is sharded over; 1: not sharded.
-        rank: the rank.
 
     Returns:
-        `parameters`, `gradients`, `optimizer`.
+        For each rank `parameters`, `gradients`, `optimizer`.
     """
-    held = trained = state = 0
+    sizes: Counter[tuple[int, int, bool]] = Counter()
     for parameter in model.parameters():
-        own, largest = _shard(parameter, ranks, rank)
-        held += largest
-        if parameter.requires_grad:
-            trained += largest
-            state += 2 * own * _WEIGHT + _WEIGHT  # AdamW's moments, and its step count
-    return {
-        "parameters": held * _WEIGHT,
-        "gradients": trained * _WEIGHT,
-        "optimizer": state,
-    }
+        length = parameter.shape[shard_dimension(parameter, ranks)]
+        sizes[length, parameter.numel() // length, parameter.requires_grad] += 1
+    return [_held_by(rank, ranks, sizes) for rank in range(ranks)]
 
 
-def _shard(parameter: Tensor, ranks: int, rank: int) -> tuple[int, int]:
-    """Elements of a rank's shard of a parameter, and of the largest shard."""
-    dimension = shard_dimension(parameter, ranks)
-    length = parameter.shape[dimension]
-    most = -(-length // ranks)
-    own = min(most, max(0, length - rank * most))
-    rest = parameter.numel() // length
-    return own * rest, most * rest
+def _held_by(rank: int, ranks: int, sizes: Mapping[tuple[int, int, bool], int]) -> dict[str, int]:
+    """Bytes of a rank, from the number of parameters of each sharded and remaining size."""
+    parameters = gradients = state = 0
+    for (length, others, requires_grad), count in sizes.items():
+        padded = -(-length // ranks)
+        own = min(padded, max(0, length - rank * padded))
+        size = _WEIGHT * count * padded * others
+        parameters += size
+        if requires_grad:
+            gradients += size
+            state += _WEIGHT * count * (2 * own * others + 1)  # AdamW's moments and step count
+    return {"parameters": parameters, "gradients": gradients, "optimizer": state}
 
 
 def gathered_bytes(model: Transformer, recipe: Recipe, ranks: int, device: torch.device) -> int:
@@ -86,14 +82,12 @@ def gathered_bytes(model: Transformer, recipe: Recipe, ranks: int, device: torch
 
 def unit_elements(model: Transformer) -> tuple[int, list[int]]:
     """Return the elements of the root unit, and of the others in the order of gathering."""
-    left = dict.fromkeys(model.parameters())
-    sizes = []
+    remaining, sizes = set(model.parameters()), []
     for unit in fsdp_units(model):
-        own = [p for p in unit.parameters() if p in left]
+        own = remaining.intersection(unit.parameters())
         sizes.append(_elements(own))
-        for parameter in own:
-            del left[parameter]
-    return _elements(left), sizes
+        remaining -= own
+    return _elements(remaining), sizes
 
 
 def _elements(parameters: Iterable[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""`moma bench throughput` on a tiny model: its own step, its batches, its memory, its table."""
+"""`moma bench throughput` on a tiny model: micro-batches, FLOPs, memory, output."""
 
 import json
 
@@ -24,7 +24,7 @@ SMALL = [
 KEYS = {"name", "tokens_per_second", "mfu", "peak_bytes", "spread"}
 
 
-def test_made_up_batches_have_the_shape_of_real_ones(tiny):
+def test_synthetic_batches_have_the_shape_of_real_ones(tiny):
     vocabulary = synthetic_vocabulary(tiny)
     packer = synthetic_batches(tiny, vocabulary)
     first, second = packer.pack(), packer.pack()
@@ -41,7 +41,7 @@ def test_made_up_batches_have_the_shape_of_real_ones(tiny):
     assert not np.array_equal(first.tokens_BS, other.tokens_BS)
 
 
-def test_every_row_of_table_2_has_the_same_operations():
+def test_architectures_of_table_2_have_equal_flops():
     for row in bench.ROWS:
         recipes = bench.table2(row)
         assert tuple(recipes) == bench.TABLE2
@@ -61,7 +61,7 @@ def test_unknown_rows_and_architectures_are_refused():
     assert list(bench.table2("256", only=["moe_8x"])) == ["dense", "moe_8x"]
 
 
-def test_the_verb_prints_one_json_list_for_table_2():
+def test_table_2_prints_one_json_list():
     arguments = ["bench", "throughput", "--table2", "--repeats", "2", "--warm-up", "1", "--json"]
     result = CliRunner().invoke(app, [*arguments, *SMALL])
     assert result.exit_code == 0, result.output
@@ -71,34 +71,26 @@ def test_the_verb_prints_one_json_list_for_table_2():
     for row in rows:
         assert row.keys() >= KEYS | {"ratio_to_dense"}
         assert all(row[key] > 0 for key in KEYS - {"name"})
-    # Weights, gradients and two means of eight experts instead of one.
+    # Weights, gradients and optimizer state of eight experts instead of one.
     assert rows[3]["peak_bytes"] > rows[0]["peak_bytes"]
 
 
-def test_the_verb_measures_recipes_and_shows_a_table(tiny, tmp_path):
+def test_recipes_are_measured_and_shown_as_a_table(tiny, tmp_path):
     for name, groups in (("one", "dense"), ("two", "moe_2t2i")):
         model = tiny.model.model_copy(update={"groups": groups})
         write_recipe(tiny.model_copy(update={"model": model}), tmp_path / f"{name}.toml")
     paths = [str(tmp_path / "one.toml"), str(tmp_path / "two.toml")]
-    arguments = [
-        "bench",
-        "throughput",
-        *paths,
-        "data.micro_batch_size=4",
-        "--repeats",
-        "1",
-        "--warm-up",
-        "1",
-    ]
+    options = ["data.micro_batch_size=4", "--repeats", "1", "--warm-up", "1"]
+    arguments = ["bench", "throughput", *paths, *options]
     result = CliRunner().invoke(app, [*arguments, "--json"])
     one, two = json.loads(result.stdout)
     assert (one["name"], two["name"], one["ratio_to_first"]) == ("one", "two", 1)
     assert one["flops_per_token"] < two["flops_per_token"]
-    told = CliRunner().invoke(app, [*arguments, "--statistics"]).stdout
-    assert "overhead" in told and "two" in told
+    table = CliRunner().invoke(app, [*arguments, "--statistics"]).stdout
+    assert "overhead" in table and "two" in table
 
 
-def test_neither_recipe_nor_table_is_refused(tmp_path):
+def test_missing_and_ambiguous_recipes_are_refused(tmp_path):
     result = CliRunner().invoke(app, ["bench", "throughput"])
     assert isinstance(result.exception, UserError) and "--table2" in str(result.exception)
     with pytest.raises(UserError, match=r"another recipe is named a"):

@@ -1,4 +1,4 @@
-"""`moma bench`: what a command measures if nothing is said is what its module measures."""
+"""`moma bench`: the options of a command have the same defaults as its module."""
 
 import inspect
 

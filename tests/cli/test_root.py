@@ -103,10 +103,20 @@ def test_image_mode_writes_one_png(trained, tmp_path):
     printed = succeeds(
         "generate", trained / "run", "--prompt", "box 3", "--mode", "image", "--out", out
     )
-    (path,) = out.iterdir()
+    (path,) = out.glob("*.png")
     assert printed == f"{path}\n"
     with Image.open(path) as image:
         assert (image.format, image.size) == ("PNG", (32, 32))
+
+
+def test_generated_images_never_overwrite_files(trained, tmp_path):
+    (tmp_path / "image_1.png").write_text("mine")
+    (tmp_path / "image_2.png").symlink_to("nowhere")
+    options = ("--prompt", "box 3", "--mode", "image", "--out", tmp_path)
+    printed = [succeeds("generate", trained / "run", *options).strip() for _ in range(2)]
+    assert printed == [str(tmp_path / "image_3.png"), str(tmp_path / "image_4.png")]
+    assert (tmp_path / "image_1.png").read_text() == "mine"
+    assert (tmp_path / "image_2.png").is_symlink() and not (tmp_path / "nowhere").exists()
 
 
 def test_mixed_mode_continues_an_image(trained, tmp_path):
@@ -115,7 +125,7 @@ def test_mixed_mode_continues_an_image(trained, tmp_path):
     printed = succeeds("generate", trained / "run", "--image", image, "--out", out)
     assert printed.strip()
     lines = {line for line in printed.splitlines() if line.startswith(str(out))}
-    assert lines == {str(path) for path in out.glob("*")}
+    assert lines == {str(path) for path in out.glob("*.png")}
 
 
 def test_the_seed_decides_what_is_generated(trained):

@@ -105,7 +105,7 @@ def deep(tiny: Recipe, groups: str, **changes) -> Recipe:
 
 def assert_starts_small(recipe: Recipe, world: World, spare: int = 0) -> None:
     model = meta_model(recipe)
-    own = held_bytes(model, world.size, world.rank)["parameters"]
+    own = held_bytes(model, world.size)[world.rank]["parameters"]
     whole = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = 4 * max(parameter.numel() for parameter in model.parameters())
     peak = allocated_peak(lambda: start(recipe, world), world.device)
