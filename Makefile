@@ -1,11 +1,10 @@
-# `make demo` and `make test` work on a fresh machine with Python ≥ 3.11 and pip; nothing else is
-# needed. PYTHON=python3.12 chooses another interpreter.
+# `make demo` and `make test` need Python ≥ 3.11 and pip; PYTHON=python3.12 selects another version.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/installed
-# Two test processes on two cores: more threads in each only get in each other's way.
+# Processes share the cores, so each has one thread.
 TEST_PROCESSES ?= 2
 
 .PHONY: demo test check format docs-keys clean

@@ -64,7 +64,7 @@ def slurm(tmp_path):
         for number, text in enumerate(tasks):
             (tmp_path / f"task-{number}").write_text(text)
         its = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
-        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": "3", "MOST_FAILURES": "2"}
+        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": "3", "MAX_FAILURES": "2"}
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOUND": str(tmp_path)}
         process = subprocess.Popen(
             ["bash", str(LAUNCH / "slurm.sbatch"), "my.toml"],

@@ -1,4 +1,4 @@
-"""How every verb prints its result: as tables for people, or as JSON for programs."""
+"""Printing of the result of every verb, as tables or as JSON."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from rich.table import Table as RichTable
 
 from moma.study.tables import Table, number
 
-# Wider than any table: how wide it wants to be is measured against this.
+# Wider than any table, to measure the width that a table needs.
 _UNLIMITED = 100_000
 
 
@@ -30,7 +30,7 @@ def print_result(
 
 
 def print_table(content: Table) -> None:
-    """Print a table: nothing is taken for markup, nothing is cut off.
+    """Print a table without markup; nothing is cut off.
 
     On a terminal cells are folded to its width; in a pipe or a file every row is one line.
     """
@@ -51,18 +51,18 @@ def print_table(content: Table) -> None:
         table.add_row(*row, style="bold" if row[0] == "all" else None)
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        wanted = console.measure(table, options=console.options.update(max_width=_UNLIMITED))
-        console.width = max(console.width, wanted.maximum)
+        width = console.measure(table, options=console.options.update(max_width=_UNLIMITED))
+        console.width = max(console.width, width.maximum)
     console.print(table)
 
 
 def key_values(title: object, result: Mapping[str, Any]) -> Table:
-    """A result as a table with a row for each key; keys of nested objects are joined by dots."""
+    """A table with a row for each key of a result; nested keys are joined by dots."""
     return Table(str(title), "", (), list(_flattened(result)))
 
 
 def records(title: object, rows: Sequence[Mapping[str, object]]) -> Table:
-    """Objects with the same keys as a table with a column for each key."""
+    """A table with a row for each object and a column for each of their keys."""
     return Table(str(title), "", list(rows[0]), [list(row.values()) for row in rows])
 
 

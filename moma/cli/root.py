@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _prepare_output() -> None:
-    """Let every character be printed, and printing without a stdout do nothing."""
+    """Escape characters that the encoding lacks; without a stdout, print nowhere."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
