@@ -1,4 +1,4 @@
-"""A user's own folder, the command line called on it, and what came of it."""
+"""A folder with a recipe and its sources, and calls of the command line."""
 
 import contextlib
 import io
@@ -80,7 +80,7 @@ compile = false
 
 
 class Outcome(NamedTuple):
-    """What a call of the command line left behind."""
+    """The result of a call of the command line."""
 
     code: int
     out: str
@@ -88,7 +88,7 @@ class Outcome(NamedTuple):
 
 
 def moma(*arguments: object) -> Outcome:
-    """Call the command line in this process, as the shell would."""
+    """Call the command line in this process."""
     out, err = io.StringIO(), io.StringIO()
     code: object = 0
     with (
@@ -112,10 +112,10 @@ def succeeds(*arguments: object) -> str:
 
 
 def refuses(*arguments: object) -> str:
-    """The one message of a call that has to fail as bad input does."""
+    """The message of a call that must fail as with bad input."""
     outcome = moma(*arguments)
     assert (outcome.code, outcome.out) == (2, ""), outcome
-    # Progress may stand before the message, nothing after it.
+    # Progress may precede the message, nothing may follow it.
     message = outcome.err.splitlines()[-1]
     assert message.startswith("moma: ") and outcome.err.count("moma: ") == 1, outcome.err
     assert "Traceback" not in outcome.err
@@ -123,7 +123,7 @@ def refuses(*arguments: object) -> str:
 
 
 def make_input(folder: Path) -> Path:
-    """Twelve images with captions, a text, and a recipe for them."""
+    """Write twelve images with captions, a text, and a recipe for them."""
     draw = random.Random(0)
     images = folder / "images"
     images.mkdir()
@@ -153,7 +153,7 @@ def write_rows(folder: Path, rows: list[dict[str, str]]) -> None:
     (folder / "images" / "captions.jsonl").write_text(text)
 
 
-def whole_shards(folder: Path) -> set[str]:
+def complete_shards(folder: Path) -> set[str]:
     return {path.parent.name for path in folder.glob("data/shards/*/shard.json")}
 
 
@@ -162,7 +162,7 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 
 def in_a_shell(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python code with command-line arguments in a process of its own."""
+    """Run Python code with command-line arguments in a separate process."""
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
@@ -177,7 +177,7 @@ def routers_of(folder: Path) -> list[str]:
 
 
 def train(folder: Path) -> Path:
-    """Fill an empty folder: input, prepared data, a run, its routers."""
+    """Fill an empty folder with sources, prepared data, a run and its routers."""
     recipe = make_input(folder)
     assert f"prepared {folder}/data" in succeeds("prepare", recipe)
     assert f"trained {folder}/run" in succeeds("train", recipe)

@@ -1,4 +1,4 @@
-"""Fixtures of a prepared folder and of trained runs, made once for all tests."""
+"""Session fixtures: a prepared folder and trained runs."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.command_line import train  # noqa: E402
 from tests.factories import tiny_recipe, write_sources  # noqa: E402
 
 show_log_messages()
-# Several test processes share few cores.
+# Test processes share the cores.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -32,5 +32,5 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which everything was prepared and trained; not to be changed."""
+    """A folder with prepared data, a run and its routers; do not modify it."""
     return train(tmp_path_factory.mktemp("trained"))

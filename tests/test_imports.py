@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moma"
-ROOMS = ("data", "model")
+PACKAGES = ("data", "model")
 
 
 def uses_distributed(source):
@@ -23,9 +23,9 @@ def uses_distributed(source):
     return any(f"{name}.".startswith("torch.distributed.") for name in names)
 
 
-def test_data_and_model_know_no_process_groups():
-    files = [path for room in ROOMS for path in (PACKAGE / room).rglob("*.py")]
-    assert len(files) > len(ROOMS)
+def test_data_and_model_do_not_use_process_groups():
+    files = [path for package in PACKAGES for path in (PACKAGE / package).rglob("*.py")]
+    assert len(files) > len(PACKAGES)
     assert not [path for path in files if uses_distributed(path.read_text(encoding="utf-8"))]
 
 

@@ -1,4 +1,4 @@
-"""The launch scripts with stand-ins for the programs they call: which exit code leads where."""
+"""The launch scripts, with stand-ins for the programs that they call."""
 
 import os
 import signal
@@ -13,38 +13,38 @@ LAUNCH = Path(__file__).parents[1] / "launch"
 SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo node1; else echo "$@" >> "$FOUND/requeued"; fi
 """
-# As Slurm does: two tasks in process groups of their own, signals passed on, the first task that
-# fails ends the other with SIGTERM, and the highest code is srun's.
+# Like Slurm: two tasks in process groups of their own; signals are forwarded, the first failed task
+# ends the other with SIGTERM, and srun returns the highest code.
 SRUN = """#!/bin/bash
 set -m
 [ "$1" = --kill-on-bad-exit=1 ] && shift
 highest=0
 for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & tasks[n]=$!; done
-pass_on() { for task in "${tasks[@]}"; do kill -TERM -- "-$task" 2> /dev/null; done; }
-trap pass_on TERM
+forward() { for task in "${tasks[@]}"; do kill -TERM -- "-$task" 2> /dev/null; done; }
+trap forward TERM
 echo "$MASTER_ADDR $WORLD_SIZE" > "$FOUND/started"
 left=2
 while [ $left -gt 0 ]; do
   wait -n -p ended "${tasks[@]}"; code=$?
-  [ -z "$ended" ] && continue  # a signal was passed on
+  [ -z "$ended" ] && continue  # a signal was forwarded
   for n in "${!tasks[@]}"; do [ "${tasks[n]}" = "$ended" ] && unset "tasks[n]"; done
   left=$((left - 1))
   [ $code -gt $highest ] && highest=$code
-  [ $code -ne 0 ] && pass_on
+  [ $code -ne 0 ] && forward
   ended=
 done
 exit $highest
 """
-# Task N does what the file `task-N` says, once both are there.
+# Task N runs the file `task-N` once both tasks have started.
 MOMA = """#!/bin/bash
 echo "$@" >> "$FOUND/called"
 until [ "$(wc -l < "$FOUND/called")" = 2 ]; do sleep 0.02; done
 . "$FOUND/task-$RANK"
 """
-# Until it gets SIGTERM; then as if nobody had listened yet, or as when all is saved.
-LOADS = "sleep 60 & wait; exit 9"
-SAVES = "trap 'exit 75' TERM; sleep 60 & wait; exit 9"
-DEAF = "trap '' TERM; sleep 1; exit 1"
+# Until SIGTERM, and then as without a handler, or as after saving a checkpoint.
+LOADING = "sleep 60 & wait; exit 9"
+SAVING = "trap 'exit 75' TERM; sleep 60 & wait; exit 9"
+IGNORING = "trap '' TERM; sleep 1; exit 1"
 
 
 def write_programs(folder: Path, **programs: str) -> None:
@@ -58,13 +58,13 @@ def slurm(tmp_path):
     write_programs(tmp_path, scontrol=SCONTROL, srun=SRUN, moma=MOMA)
 
     def run(*tasks: str, preempt: bool = False, restarts: int = 0) -> tuple[int, bool, str]:
-        """Exit code, whether it went back into the queue, and errors."""
+        """Exit code, whether the job was requeued, and standard error."""
         for name in ("started", "called", "requeued"):
             (tmp_path / name).unlink(missing_ok=True)
         for number, text in enumerate(tasks):
             (tmp_path / f"task-{number}").write_text(text)
         its = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
-        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": "3", "MAX_FAILURES": "2"}
+        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": "2", "MAX_FAILURES": "2"}
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOUND": str(tmp_path)}
         process = subprocess.Popen(
             ["bash", str(LAUNCH / "slurm.sbatch"), "my.toml"],
@@ -77,7 +77,9 @@ def slurm(tmp_path):
         while not (tmp_path / "started").exists():
             time.sleep(0.02)
         if preempt:
-            time.sleep(1)  # the tasks are at work
+            while not (tmp_path / "called").exists():
+                time.sleep(0.02)
+            time.sleep(0.5)  # both tasks are running
             os.killpg(process.pid, signal.SIGTERM)  # the script and srun get it
         _, errors = process.communicate(timeout=60)
         return process.returncode, (tmp_path / "requeued").exists(), errors
@@ -86,35 +88,39 @@ def slurm(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "left_with", "requeued"),
+    ("tasks", "expected_code", "requeued"),
     [
         (("exit 0", "exit 0"), 0, False),
-        (("exit 2", SAVES), 2, False),
-        ((LOADS, "exit 2"), 2, False),
-        (("exit 1", "sleep 0.5; exit 2"), 2, False),  # the lost rank is quicker than the reason
-        ((DEAF, "exit 74"), 0, True),
-        (("exit 1", LOADS), 0, True),
+        (("exit 2", SAVING), 2, False),
+        ((LOADING, "exit 2"), 2, False),
+        (
+            ("exit 1", "sleep 0.5; exit 2"),
+            2,
+            False,
+        ),  # the cause comes later
+        ((IGNORING, "exit 74"), 0, True),
+        (("exit 1", LOADING), 0, True),
     ],
 )
-def test_exit_codes(slurm, tmp_path, tasks, left_with, requeued):
+def test_exit_codes(slurm, tmp_path, tasks, expected_code, requeued):
     code, again, _ = slurm(*tasks)
-    assert (code, again) == (left_with, requeued)
+    assert (code, again) == (expected_code, requeued)
     assert (tmp_path / "started").read_text() == "node1 16\n"
     assert (tmp_path / "called").read_text() == "train my.toml\n" * 2
     assert (tmp_path / "moma-7.failures").exists() == requeued
 
 
-@pytest.mark.parametrize("tasks", [(LOADS, LOADS), (SAVES, SAVES), (LOADS, SAVES)])
-def test_preemption_is_no_failure_also_before_the_first_step(slurm, tmp_path, tasks):
+@pytest.mark.parametrize("tasks", [(LOADING, LOADING), (SAVING, SAVING), (LOADING, SAVING)])
+def test_preemption_is_not_a_failure_even_before_the_first_step(slurm, tmp_path, tasks):
     code, again, errors = slurm(*tasks, preempt=True, restarts=99)
     assert (code, again) == (0, True), errors
     assert not (tmp_path / "moma-7.failures").exists()
 
 
-def test_only_failures_one_after_the_other_are_counted(slurm):
+def test_only_consecutive_failures_are_counted(slurm):
     for restarts in range(2):
         assert slurm("exit 1", "exit 137", restarts=restarts)[:2] == (0, True)
-    assert slurm(SAVES, SAVES, preempt=True, restarts=2)[:2] == (0, True)
+    assert slurm(SAVING, SAVING, preempt=True, restarts=2)[:2] == (0, True)
     for restarts in range(3, 5):
         assert slurm("exit 74", "exit 0", restarts=restarts)[:2] == (0, True)
     code, again, errors = slurm("exit 74", "exit 0", restarts=5)
@@ -131,9 +137,9 @@ def test_the_sky_machine_prepares_and_trains_in_the_bucket(tmp_path, before):
     work, bucket, programs = (tmp_path / name for name in ("work", "bucket", "programs"))
     for folder in (work, bucket, programs):
         folder.mkdir()
-    tell = '#!/bin/bash\necho "$(basename "$0") $*" >> "$FOUND"\n'
-    afresh = tell + '[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ]\n'
-    write_programs(programs, moma=tell, torchrun=afresh, pip=tell)
+    record = '#!/bin/bash\necho "$(basename "$0") $*" >> "$FOUND"\n'
+    restarted = record + '[ "$TORCH_DISABLE_SHARE_RDZV_TCP_STORE" = 1 ]\n'
+    write_programs(programs, moma=record, torchrun=restarted, pip=record)
     if before == "folder":
         (work / "runs").mkdir()
     elif before == "link":
@@ -160,7 +166,7 @@ def test_the_sky_machine_prepares_and_trains_in_the_bucket(tmp_path, before):
     assert trained.endswith("-m moma.cli train configs/demo.toml")
 
 
-def test_several_sky_machines_on_a_bucket_are_refused(tmp_path):
+def test_several_machines_with_one_bucket_are_refused(tmp_path):
     environment = os.environ | {"SKYPILOT_NUM_NODES": "2"}
     call = subprocess.run(
         ["bash", "-c", sky()["run"]], cwd=tmp_path, env=environment, capture_output=True, text=True

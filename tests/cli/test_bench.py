@@ -1,4 +1,4 @@
-"""`moma bench`: the options of a command have the same defaults as its module."""
+"""`moma bench`: the defaults of the options are those of the modules."""
 
 import inspect
 
@@ -18,7 +18,7 @@ from moma.cli import bench as cli_bench
         (cli_bench.throughput, bench_throughput.Sizes()),
     ],
 )
-def test_defaults_are_those_of_the_module(command, sizes):
+def test_option_defaults_match_the_module(command, sizes):
     defaults = {
         name: parameter.default for name, parameter in inspect.signature(command).parameters.items()
     }

@@ -1,4 +1,4 @@
-"""`moma import` and `moma export`: from a folder of `transformers` to an answer, and back."""
+"""`moma import` and `moma export`: weights of `transformers`, imported, used and exported."""
 
 import pytest
 from PIL import Image
@@ -30,13 +30,13 @@ def test_an_imported_run_reads_an_image_and_writes_text(run, tmp_path):
     assert "no decoder" in refuses("generate", run, "--prompt", "red", "--mode", "image")
 
 
-def test_an_imported_run_goes_out_again(folder, run, tmp_path):
+def test_an_imported_run_can_be_exported(folder, run, tmp_path):
     out = tmp_path / "again"
     assert succeeds("export", "chameleon", run, "--out", out) == f"exported {out}\n"
     assert_same_weights(folder, out)
 
 
-def test_an_imported_run_has_no_data_to_be_measured_on(run):
+def test_an_imported_run_has_no_data_for_evaluation(run):
     assert "moma prepare" in refuses("evaluate", run)
 
 

@@ -1,5 +1,6 @@
-"""Results reach any terminal, pipe or file whole, whatever characters they contain."""
+"""Results are printed completely on any terminal, pipe or file, with any characters."""
 
+import io
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from moma.cli import main
 from moma.cli.output import key_values, print_result
 from moma.progress import show_progress
 from moma.study.tables import Table
@@ -71,22 +73,42 @@ def test_progress_shows_brackets(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("words", [["plan"], ["plan", "--json"]])
-def test_an_encoding_without_the_characters_gives_no_traceback(tmp_path, words):
+def test_characters_missing_from_the_encoding_are_escaped(tmp_path, monkeypatch, words):
     recipe = tmp_path / "é–.toml"
     recipe.write_bytes((ROOT / "configs" / "demo.toml").read_bytes())
     verb, *options = words
-    done = call(verb, recipe, *options, PYTHONIOENCODING="ascii")
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert ("parameters" in done.stdout) and done.stdout.isascii()
-    refused = call(verb, tmp_path / "ü.toml", PYTHONIOENCODING="ascii")
+    code, out, err = call_with_ascii(monkeypatch, verb, recipe, *options)
+    assert (code, err) == (0, "") and "parameters" in out
+    code, out, err = call_with_ascii(monkeypatch, verb, tmp_path / "ü.toml")
+    assert (code, out) == (2, "") and "\\xfc.toml" in err
+
+
+def call_with_ascii(monkeypatch, *arguments):
+    """Exit code, standard output and standard error, which encode only ASCII."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict") for _ in range(2)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr("sys.stdout", streams[0])
+        patch.setattr("sys.stderr", streams[1])
+        patch.setattr("sys.argv", ["moma", *map(str, arguments)])
+        main()
+    for stream in streams:
+        stream.flush()
+    return stop.value.code, *(stream.buffer.getvalue().decode("ascii") for stream in streams)
+
+
+def test_a_process_with_ascii_output_gives_no_traceback(tmp_path):
+    refused = call("plan", tmp_path / "ü.toml", PYTHONIOENCODING="ascii")
     assert refused.returncode == 2 and "\\xfc.toml" in refused.stderr
 
 
-def test_a_closed_output_gives_no_traceback():
+def test_a_closed_output_gives_no_traceback(monkeypatch):
     schema = call("schema", pipe="| true; exit ${PIPESTATUS[0]}")
     assert (schema.returncode, schema.stdout, schema.stderr) == (141, "", "")
-    nowhere = call("schema", pipe=">&-")
-    assert (nowhere.returncode, nowhere.stderr) == (0, "")
+    monkeypatch.setattr("sys.stdout", None)  # as Python starts with `>&-`
+    monkeypatch.setattr("sys.argv", ["moma", "schema"])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")

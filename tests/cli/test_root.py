@@ -31,7 +31,7 @@ RESULT_KEYS = {
 }
 
 
-def test_a_run_folder_holds_what_it_needs(trained):
+def test_a_run_folder_has_all_its_files(trained):
     for run in (trained / "run", trained / "run" / "aux_router"):
         for name in ("recipe.toml", "tokenizer.json", "vocabulary.json", "codec/config.json"):
             assert (run / name).is_file()
@@ -40,19 +40,19 @@ def test_a_run_folder_holds_what_it_needs(trained):
 
 
 @pytest.mark.parametrize(("run", "steps"), [("run", [2, 4]), ("run/aux_router", [1, 2])])
-def test_every_logged_step_has_the_promised_keys(trained, run, steps):
-    rows = metrics_of(trained / run)
-    assert [row["step"] for row in rows] == steps
-    for row in rows:
-        assert row.keys() >= METRIC_KEYS
-        assert all(math.isfinite(row[key]) for key in METRIC_KEYS)
-        assert row["tokens"] == row["step"] * 2 * 64
-        assert row["gradient_norm"] > 0
-    assert rows[1]["flops"] == pytest.approx(rows[0]["flops"] / steps[0] * steps[1])
+def test_every_log_record_has_the_documented_keys(trained, run, steps):
+    records = metrics_of(trained / run)
+    assert [record["step"] for record in records] == steps
+    for record in records:
+        assert record.keys() >= METRIC_KEYS
+        assert all(math.isfinite(record[key]) for key in METRIC_KEYS)
+        assert record["tokens"] == record["step"] * 2 * 64
+        assert record["gradient_norm"] > 0
+    assert records[1]["flops"] == pytest.approx(records[0]["flops"] / steps[0] * steps[1])
 
 
 @pytest.mark.parametrize("routing", ["choice", "causal"])
-def test_evaluation_is_one_object_over_every_held_out_target(trained, routing):
+def test_evaluation_covers_every_held_out_target(trained, routing):
     result = json.loads(succeeds("evaluate", trained / "run", "--routing", routing, "--json"))
     assert result.keys() == RESULT_KEYS
     for modality in ("text", "image"):
@@ -68,7 +68,7 @@ def test_evaluation_is_one_object_over_every_held_out_target(trained, routing):
     assert result["loss"] == pytest.approx(mean)
 
 
-def test_the_routings_differ(trained):
+def test_the_two_routings_differ(trained):
     losses = [
         json.loads(succeeds("evaluate", trained / "run", "--routing", routing, "--json"))["loss"]
         for routing in ("choice", "causal")
@@ -76,7 +76,7 @@ def test_the_routings_differ(trained):
     assert losses[0] != losses[1]
 
 
-def test_data_that_has_moved_can_be_named(trained, tmp_path):
+def test_moved_data_can_be_given(trained, tmp_path):
     moved = tmp_path / "moved"
     shutil.copytree(trained / "data", moved)
     there = succeeds("evaluate", trained / "run", "--data", moved, "--json")
@@ -128,7 +128,7 @@ def test_mixed_mode_continues_an_image(trained, tmp_path):
     assert lines == {str(path) for path in out.glob("*.png")}
 
 
-def test_the_seed_decides_what_is_generated(trained):
+def test_generation_depends_on_the_seed(trained):
     def text(seed, *more):
         options = ("--prompt", "box", "--mode", "text", "--seed", seed, *more)
         return succeeds("generate", trained / "run", *options)
@@ -147,19 +147,19 @@ def test_the_report_is_one_file(trained, tmp_path):
     assert "Which expert took which token" in page.read_text(encoding="utf-8")
 
 
-def test_the_report_prints_tables_for_people(trained, tmp_path):
+def test_the_report_prints_tables(trained, tmp_path):
     page = tmp_path / "page.html"
-    told = succeeds("report", trained / "run", "--out", page)
-    assert "Held-out documents" in told and "causal" in told and "None" not in told
-    assert told.rstrip().endswith(f"report: {page}".rpartition("/")[2])
+    printed = succeeds("report", trained / "run", "--out", page)
+    assert "Held-out documents" in printed and "causal" in printed and "None" not in printed
+    assert printed.rstrip().endswith(f"report: {page}".rpartition("/")[2])
 
 
-def test_a_training_tells_what_comes_next(trained):
-    told = succeeds("train", trained / "recipe.toml").split("next: moma ")[1].split()
-    assert told[0] == "train" and "stage=aux_router" in told
+def test_training_prints_the_next_command(trained):
+    printed = succeeds("train", trained / "recipe.toml").split("next: moma ")[1].split()
+    assert printed[0] == "train" and "stage=aux_router" in printed
 
 
-def test_what_is_done_is_not_done_again(trained):
+def test_finished_work_is_not_repeated(trained):
     files = [path for path in trained.rglob("*") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
     succeeds("prepare", trained / "recipe.toml")
@@ -167,13 +167,13 @@ def test_what_is_done_is_not_done_again(trained):
     assert {path: path.read_bytes() for path in files} == before
 
 
-def test_the_command_line_prints_nothing_but_the_object(trained):
+def test_json_output_is_one_object(trained):
     call = in_a_shell("from moma.cli import main; main()", "evaluate", trained / "run", "--json")
     assert call.returncode == 0, call.stderr
     assert json.loads(call.stdout).keys() == RESULT_KEYS
 
 
-def test_runs_of_the_same_name_stay_apart(trained, tmp_path):
+def test_runs_with_the_same_name_are_both_reported(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     page = tmp_path / "report.html"
     out = succeeds("report", trained / "run", tmp_path / "run", "--out", page, "--json")
@@ -181,7 +181,7 @@ def test_runs_of_the_same_name_stay_apart(trained, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def text_alone(trained, tmp_path_factory) -> Path:
+def text_run(trained, tmp_path_factory) -> Path:
     """A run without images on the prepared data."""
     run = tmp_path_factory.mktemp("text") / "run"
     changes = ["data.image_share=0", "model.groups=dense", f"run={run}"]
@@ -189,18 +189,18 @@ def text_alone(trained, tmp_path_factory) -> Path:
     return run
 
 
-def test_what_was_not_measured_is_null(text_alone):
-    result = json.loads(succeeds("evaluate", text_alone, "--json"))
+def test_unmeasured_losses_are_null(text_run):
+    result = json.loads(succeeds("evaluate", text_run, "--json"))
     assert result["loss"] == result["loss_text"] > 0
     assert result["loss_image"] is None and result["perplexity_image"] is None
-    assert [row["loss_image"] for row in metrics_of(text_alone)] == [None, None]
+    assert [record["loss_image"] for record in metrics_of(text_run)] == [None, None]
 
 
-def test_a_log_that_was_cut_in_a_row_does_not_stop_training(text_alone, trained):
-    before = metrics_of(text_alone)
-    with (text_alone / "metrics.jsonl").open("a") as log:
+def test_training_resumes_after_a_truncated_log_record(text_run, trained):
+    before = metrics_of(text_run)
+    with (text_run / "metrics.jsonl").open("a") as log:
         log.write('{"step": 5, "lo')
-    shutil.rmtree(max((text_alone / "checkpoints").glob("step-*")))  # it has to go on
-    changes = ["data.image_share=0", "model.groups=dense", f"run={text_alone}"]
+    shutil.rmtree(max((text_run / "checkpoints").glob("step-*")))  # so that it has to resume
+    changes = ["data.image_share=0", "model.groups=dense", f"run={text_run}"]
     succeeds("train", trained / "recipe.toml", *changes)
-    assert len(metrics_of(text_alone)) == len(before)
+    assert len(metrics_of(text_run)) == len(before)

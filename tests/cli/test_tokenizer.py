@@ -1,4 +1,4 @@
-"""`moma tokenizer`: the verbs from end to end, and what they say about bad input."""
+"""`moma tokenizer`: the verbs from end to end, and their messages about bad input."""
 
 import json
 import os
@@ -39,8 +39,8 @@ def made(sources):
     """A folder of tokenizers, made by the verbs."""
     out = sources / "tokenizers"
     recipe = sources / "recipe.toml"
-    told = succeeds("tokenizer", "train-text", recipe, "--out", out)
-    assert told.startswith(f"{out}/tokenizer.json: 320 ids, learned from ")
+    printed = succeeds("tokenizer", "train-text", recipe, "--out", out)
+    assert printed.startswith(f"{out}/tokenizer.json: 320 ids, learned from ")
     outcome = moma(
         "tokenizer",
         "train-image",
@@ -56,7 +56,7 @@ def made(sources):
     return out
 
 
-def test_a_recipe_gives_a_whole_folder(made):
+def test_a_recipe_gives_a_complete_folder(made):
     vocabulary = Vocabulary.load(made / "vocabulary.json")
     assert (vocabulary.size, len(vocabulary.image_codes), vocabulary.codes_per_image) == (
         320,
@@ -77,23 +77,23 @@ def test_prepare_uses_the_folder(sources, made):
 
 def test_files_and_changes_give_a_tokenizer(sources, tmp_path):
     text = sources / "sources" / "text.txt"
-    told = succeeds("tokenizer", "train-text", text, text, *CHANGES, "--out", tmp_path)
-    assert "learned from 120 documents" in told
+    printed = succeeds("tokenizer", "train-text", text, text, *CHANGES, "--out", tmp_path)
+    assert "learned from 120 documents" in printed
     names = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
     assert {"<reserved:0>", "<reserved:1>", "<code:31>"} <= {token["content"] for token in names}
     vocabulary = Vocabulary.load(tmp_path / "vocabulary.json")
-    # As many codes an image as [codec] says, until there is a codec.
+    # The number of codes per image is that of [codec] until there is a codec.
     assert (len(vocabulary.image_codes), vocabulary.codes_per_image) == (32, 1024)
 
 
-def test_the_same_command_completes_what_was_killed_at_its_end(sources, made, tmp_path):
+def test_the_same_command_completes_an_interrupted_folder(sources, made, tmp_path):
     folder, recipe = tmp_path / "killed", sources / "recipe.toml"
     shutil.copytree(made, folder)
     whole = (folder / "vocabulary.json").read_text()
     for verb in ("train-text", "train-image"):
         (folder / "vocabulary.json").unlink()
-        told = succeeds("tokenizer", verb, recipe, "--out", folder)
-        assert told.startswith(f"{folder}/")
+        printed = succeeds("tokenizer", verb, recipe, "--out", folder)
+        assert printed.startswith(f"{folder}/")
         assert (folder / "vocabulary.json").read_text() == whole
         assert "exists already" in refuses("tokenizer", verb, recipe, "--out", folder)
     (folder / "vocabulary.json").unlink()
@@ -102,7 +102,7 @@ def test_the_same_command_completes_what_was_killed_at_its_end(sources, made, tm
     assert figures.keys() == {"psnr", "codes_used", "perplexity", "images"}
 
 
-def test_text_alone_is_prepared_with_a_text_tokenizer_alone(sources, tmp_path):
+def test_text_without_images_needs_only_a_text_tokenizer(sources, tmp_path):
     text = sources / "sources" / "text.txt"
     succeeds("tokenizer", "train-text", text, *CHANGES, "--out", tmp_path / "text")
     values = {
@@ -124,14 +124,14 @@ def test_text_alone_is_prepared_with_a_text_tokenizer_alone(sources, tmp_path):
         assert Vocabulary.load(tmp_path / name / "vocabulary.json").size == 320
 
 
-def test_too_little_text_is_told(sources, tmp_path):
+def test_too_little_text_is_reported(sources, tmp_path):
     text = sources / "sources" / "text.txt"
     changes = ("text_tokenizer.vocabulary_size=4000", "codec.codebook_size=32")
     outcome = moma("tokenizer", "train-text", text, *changes, "--out", tmp_path)
     assert outcome.code == 0 and "too few repetitions for 4000 ids" in outcome.err
 
 
-def test_a_shown_image_stands_beside_what_comes_back(sources, made, tmp_path):
+def test_show_writes_an_image_beside_its_reconstruction(sources, made, tmp_path):
     image, out = sources / "sources" / "3.png", tmp_path / "shown" / "both.png"
     arguments = ("--image", image, "--out", out)
     result = json.loads(succeeds("tokenizer", "show", made, *arguments, "--json"))
@@ -147,7 +147,7 @@ def test_a_shown_image_stands_beside_what_comes_back(sources, made, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a red [bold]square</s> é\n", "", os.fsdecode(b"caf\xe9")])
-def test_a_shown_text_comes_back(made, text):
+def test_show_reports_an_exact_round_trip_of_text(made, text):
     result = json.loads(succeeds("tokenizer", "show", made, "--text", text, "--json"))
     assert result["exact"] is True
     assert len(result["ids"]) == len(result["pieces"])
@@ -177,14 +177,18 @@ def test_bad_input_is_one_message(sources, made, tmp_path):
     assert "no.pt: cannot read the weights" in weights
 
 
-def test_texts_without_a_usable_row_make_no_tokenizer(sources, tmp_path):
+def test_texts_without_a_usable_document_are_refused(sources, tmp_path):
     broken, out = tmp_path / "broken.txt", tmp_path / "out"
     broken.write_bytes(b"\xff\xfe")
-    told = refuses("tokenizer", "train-text", broken, *CHANGES, "--out", out)
-    assert "1 of 1 documents were rejected" in told and "UTF-8" in told and str(broken) in told
+    printed = refuses("tokenizer", "train-text", broken, *CHANGES, "--out", out)
+    assert (
+        "1 of 1 documents were rejected" in printed
+        and "UTF-8" in printed
+        and str(broken) in printed
+    )
     broken.write_bytes(b"\xff\n\n" + b"a word\n\n" * 9)
-    told = refuses("tokenizer", "train-text", broken, *CHANGES, "--out", out)
-    assert "1 of 10 documents were rejected" in told and "raise data.max_rejected" in told
+    printed = refuses("tokenizer", "train-text", broken, *CHANGES, "--out", out)
+    assert "1 of 10 documents were rejected" in printed and "raise data.max_rejected" in printed
     assert not out.exists()
     allowed = "data.max_rejected=0.1"
     assert "9 documents" in succeeds(
@@ -192,7 +196,7 @@ def test_texts_without_a_usable_row_make_no_tokenizer(sources, tmp_path):
     )
 
 
-def test_held_out_images_that_cannot_be_read_cost_no_codec(sources, tmp_path):
+def test_unreadable_held_out_images_do_not_prevent_codec_training(sources, tmp_path):
     images = tmp_path / "images"
     write_sources(images)
     recipe = tiny_recipe(images, tmp_path / "data")
@@ -207,9 +211,9 @@ def test_held_out_images_that_cannot_be_read_cost_no_codec(sources, tmp_path):
     assert outcome.code == 0 and "an image was left out" in outcome.err
 
 
-def test_an_image_that_cannot_be_written_is_one_message(sources, made, tmp_path):
+def test_an_unwritable_output_file_gives_one_message(sources, made, tmp_path):
     (tmp_path / "file").write_text("")
     image = sources / "sources" / "3.png"
     for out in (tmp_path / "file" / "out.png", "/proc/x/out.png"):
-        told = refuses("tokenizer", "show", made, "--image", image, "--out", out)
-        assert told.endswith("; choose another path")
+        printed = refuses("tokenizer", "show", made, "--image", image, "--out", out)
+        assert printed.endswith("; choose another path")

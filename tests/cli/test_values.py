@@ -1,4 +1,4 @@
-"""Values as shells and people write them are checked once, on entry, for every verb."""
+"""Values of every verb are checked on entry."""
 
 import shlex
 
@@ -45,7 +45,7 @@ def test_an_empty_or_unusable_name_is_refused(trained, call, message):
     assert message in refuses(*(word.format(**fill) for word in call))
 
 
-def test_a_message_is_one_short_line_whatever_a_name_contains(trained, tmp_path):
+def test_messages_are_short_single_lines(trained, tmp_path):
     name = tmp_path / "a\nb\x1b[2Jc"
     for call in (["evaluate", name], ["train", name], ["plan", trained / "recipe.toml", name]):
         assert "a\\nb\\x1b[2Jc" in refuses(*call)
@@ -53,7 +53,7 @@ def test_a_message_is_one_short_line_whatever_a_name_contains(trained, tmp_path)
     assert len(refuses("plan", trained / "recipe.toml", "x" * 100_000 + "=1")) < 5000
 
 
-def test_an_unset_variable_does_not_train_into_the_working_directory(tmp_path, monkeypatch):
+def test_an_empty_run_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "here"
     folder.mkdir()
     recipe = make_input(tmp_path)
@@ -94,7 +94,7 @@ def test_an_unset_variable_does_not_train_into_the_working_directory(tmp_path, m
         (["tokenizer", "import-chameleon", "a", "b", "--image-size", "0"], "--image-size"),
     ],
 )
-def test_a_number_that_no_verb_can_use_is_refused_by_name(trained, call, option):
+def test_numbers_out_of_range_are_refused(trained, call, option):
     fill = {"run": trained / "run", "data": trained / "data", "recipe": trained / "recipe.toml"}
     assert option in refuses(*(word.format(**fill) for word in call))
 
@@ -111,7 +111,7 @@ def test_a_number_that_no_verb_can_use_is_refused_by_name(trained, call, option)
         ["bench", "data", "--repeats", "1", "--repeats", "2"],
     ],
 )
-def test_an_option_with_one_value_is_refused_when_given_twice(trained, call):
+def test_repeated_options_with_one_value_are_refused(trained, call):
     fill = {"run": trained / "run", "recipe": trained / "recipe.toml"}
     assert "given 2 times; give it once" in refuses(*(word.format(**fill) for word in call))
 
@@ -120,7 +120,7 @@ def test_a_flag_may_be_repeated(trained):
     assert succeeds("plan", trained / "recipe.toml", "--json", "--json").startswith("{")
 
 
-def test_prompts_and_images_are_continued_in_order(trained, monkeypatch):
+def test_prompts_and_images_keep_their_order(trained, monkeypatch):
     contents = []
 
     def generate(self, prompts, *rest):
@@ -139,14 +139,14 @@ def test_prompts_and_images_are_continued_in_order(trained, monkeypatch):
     assert first.tobytes() == contents[1][2].tobytes()
 
 
-def test_arguments_after_two_dashes_are_no_options(trained):
+def test_arguments_after_two_dashes_are_not_options(trained):
     assert "unknown key '--steps'" in refuses("train", trained / "recipe.toml", "--", "--steps=3")
     assert "unexpected extra argument" in refuses(
         "generate", trained / "run", "--prompt", "a", "--", "--seed", "1"
     )
 
 
-def test_a_printed_command_does_what_it_says_when_it_is_pasted(trained, tmp_path):
+def test_printed_commands_are_quoted_and_can_be_run(trained, tmp_path):
     run = tmp_path / "a & b [v2]"
     changes = ("model.groups=dense", f"run={run}")
     printed = succeeds("train", trained / "recipe.toml", *changes)

@@ -1,3 +1,5 @@
+"""Definitions of the dictionary and its source."""
+
 import pytest
 
 from moma.demo.dictionary import DictionaryConfig, clean, definitions, package_folder
@@ -8,7 +10,7 @@ def test_notes_are_removed():
     assert clean("A  wretch. [Obs.]  Also{1} a knave. 1913 Webster]") == "A wretch. Also a knave."
 
 
-def test_definitions_are_those_of_the_word_without_its_etymology():
+def test_definitions_exclude_the_etymology():
     nouns = definitions("apple", "n.")
     assert nouns[0].startswith("The fleshy pome or fruit")
     assert set(nouns) < set(definitions("apple"))
@@ -16,7 +18,7 @@ def test_definitions_are_those_of_the_word_without_its_etymology():
     assert definitions("no such word") == ()
 
 
-def test_a_smaller_sample_is_the_start_of_a_larger_one_and_spreads_over_the_alphabet():
+def test_a_smaller_sample_is_the_start_of_a_larger_one():
     small, large = (list(DictionaryConfig(entries=count).documents()) for count in (100, 300))
     assert len(small) == 100
     assert small == large[:100]
@@ -27,6 +29,6 @@ def test_a_smaller_sample_is_the_start_of_a_larger_one_and_spreads_over_the_alph
     )
 
 
-def test_a_missing_package_is_named_with_the_way_out():
+def test_the_message_for_a_missing_package_explains_how_to_install_it():
     with pytest.raises(UserError, match=r"'no-such-dist' is missing.*pip install 'moma\[demo\]'"):
         package_folder("no_such_module", "no-such-dist")

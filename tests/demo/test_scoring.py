@@ -1,4 +1,4 @@
-"""Scores of sketches: a right image scores right, a wrong one does not."""
+"""Scores of generated sketches and captions."""
 
 import numpy as np
 import torch
@@ -51,14 +51,14 @@ def test_each_box_is_compared_with_objects_in_that_box():
         assert np.mean([a == b for a, b in zip(found, NAMES, strict=True)]) > 0.7
 
 
-def test_right_needs_the_right_object_in_the_right_place():
+def test_an_object_in_the_wrong_position_is_wrong():
     sketch = Sketch(("apple", "axe"), "flat", "left of")
     image = sketch.draw(32)
     assert Drawn(sketch, image, ("apple", "axe")).right == (True, True)
     assert Drawn(sketch, image, ("axe", "apple")).right == (False, False)
 
 
-def test_a_caption_names_whole_words():
+def test_a_caption_must_name_whole_words():
     image = Sketch(("apple",), "flat").draw(16)
     assert Captioned(Sketch(("apple",), "flat"), image, "an apple, flat style").right
     assert not Captioned(Sketch(("apple",), "flat"), image, "a pineapple, flat style").right

@@ -156,7 +156,7 @@ def test_illustrated_documents_interleave_definition_image_and_caption():
         ("below", (0, 32, 32, 64), (0, 0, 32, 32)),
     ],
 )
-def test_compositions_show_each_object_in_its_slot_on_white(relation, first, second):
+def test_compositions_draw_each_object_in_its_box_on_white(relation, first, second):
     assert slots(relation, 64) == (first, second)
     canvas = compose("apple", relation, "rocket", "flat", 64)
     for name, box in (("apple", first), ("rocket", second)):
@@ -200,7 +200,7 @@ def test_unknown_names_are_refused():
         slots("inside", 64)
 
 
-def test_the_message_for_a_missing_package_says_how_to_install_it(monkeypatch):
+def test_the_message_for_a_missing_package_explains_how_to_install_it(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "resvg_py" else find(name)

@@ -1,4 +1,4 @@
-"""Plots: what is drawn is what was measured."""
+"""Plots show the measured values."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from moma.study import figures
 from moma.study.speedup import smoothed
 
 
-def rows_of(losses):
+def records_of(losses):
     return [
         {"flops": 10.0 * step, "loss": loss, "loss_text": 2 * loss, "loss_image": loss / 2}
         for step, loss in enumerate(losses, 1)
@@ -17,19 +17,19 @@ def rows_of(losses):
 
 
 def test_every_run_has_a_curve_for_each_loss():
-    runs = {"dense": rows_of([5.0, 3.0, 2.0]), "sparse": rows_of([4.0, 2.0, 1.0, 0.5])}
+    runs = {"dense": records_of([5.0, 3.0, 2.0]), "sparse": records_of([4.0, 2.0, 1.0, 0.5])}
     plot = figures.loss_curves(runs)
     assert [axes.get_title() for axes in plot.axes] == ["all", "text", "image"]
     for axes, key in zip(plot.axes, ("loss", "loss_text", "loss_image"), strict=True):
         assert [line.get_label() for line in axes.lines] == list(runs)
-        for line, rows in zip(axes.lines, runs.values(), strict=True):
-            flops, loss = smoothed(rows, key)
+        for line, records in zip(axes.lines, runs.values(), strict=True):
+            flops, loss = smoothed(records, key)
             assert (np.asarray(line.get_xdata()) == flops).all()
             assert (np.asarray(line.get_ydata()) == loss).all()
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 3)])
-def test_codes_that_an_expert_did_not_take_are_dimmed(layers, experts):
+def test_codes_not_taken_by_an_expert_are_dimmed(layers, experts):
     side, cell = 2, 4
     image = Image.new("RGB", (side * cell, side * cell), (200, 100, 50))
     chosen = np.random.default_rng(3).random((layers, experts, side, side)) < 0.5
@@ -46,7 +46,7 @@ def test_codes_that_an_expert_did_not_take_are_dimmed(layers, experts):
     assert plot.axes[0].get_title() == "expert 1" and plot.axes[0].get_ylabel() == "layer 1"
 
 
-def test_every_image_of_the_sheet_stands_over_its_caption():
+def test_every_image_of_the_sheet_has_its_caption():
     shades = [10, 60, 110, 160, 210]
     marks = ["ok", "half", "no", "ok", "ok"]
     images = [
@@ -63,6 +63,6 @@ def test_every_image_of_the_sheet_stands_over_its_caption():
     assert not plot.axes[5].images and not plot.axes[5].spines["left"].get_visible()
 
 
-def test_experts_can_be_told_apart():
+def test_experts_have_distinct_colours():
     colours = figures.EXPERT_COLOURS
     assert len({to_hex(colour) for colour in colours}) == len(colours) >= 8

@@ -1,4 +1,4 @@
-"""The page: one file, nothing fetched, nothing of the data taken for markup."""
+"""The page is one file that loads nothing, and escapes all data."""
 
 import base64
 from html.parser import HTMLParser
@@ -80,7 +80,7 @@ def page(tmp_path, image):
     return (tmp_path / "deep" / "page.html").read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_fetches_nothing(page):
+def test_the_page_is_well_formed_and_loads_nothing(page):
     reader = read(page)
     found = {tag for tag, _ in reader.tags}
     assert not found & {"script", "link", "iframe", "object", "embed", "base", "a"}
@@ -94,7 +94,7 @@ def test_the_page_is_well_formed_and_fetches_nothing(page):
     assert "url(" not in style and "@import" not in style
 
 
-def test_whatever_is_written_stays_text(page):
+def test_markup_in_data_is_escaped(page):
     reader = read(page)
     text = "".join(reader.text)
     for place in ("title", "introduction", "section", "paragraph", "head", "cell", "caption"):
@@ -106,7 +106,7 @@ def test_whatever_is_written_stays_text(page):
 
 @settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\x00\r")))
-def test_any_text_comes_back_from_a_paragraph(text):
+def test_any_text_is_preserved_in_a_paragraph(text):
     reader = read(paragraph(text))
     assert "".join(reader.text) == text
     assert [tag for tag, _ in reader.tags] == ["p"]
@@ -128,7 +128,7 @@ def test_a_plot_is_embedded():
     ("value", "shown"),
     [(None, "–"), (0.123456, "0.1235"), (12345.6, "1.235e+04"), (12345, "12345"), ("a", "a")],
 )
-def test_cells_are_short(value, shown):
+def test_numbers_are_rounded(value, shown):
     assert number(value) == shown
 
 
@@ -138,14 +138,14 @@ def test_a_table_has_a_cell_for_each_value():
     assert len(reader.named("th")) == 2 and len(reader.named("td")) == 4
 
 
-def test_colours_stand_side_by_side():
+def test_colours_are_placed_side_by_side():
     two, none = read(coloured([("x", ["#111111", "#222222"]), ("y", [])])).named("span")
     assert two["style"] is not None
     assert "#111111 0% 50%, #222222 50% 100%" in two["style"]
     assert none == {}
 
 
-def test_an_older_page_stays_until_the_new_one_is_whole(tmp_path):
+def test_a_failed_write_keeps_the_old_page(tmp_path):
     path = tmp_path / "page.html"
     Page("old", "").write(path)
     Page("new", "").write(path)
