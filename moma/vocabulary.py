@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from moma.files import atomic_write
 ModalityName = Literal["text", "image"]
 MODALITIES: tuple[ModalityName, ...] = ("text", "image")
 TEXT, IMAGE = range(len(MODALITIES))
+# Tables of all ids are held in memory.
+_MAX_SIZE = 2**24
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,22 @@ class Vocabulary:
     end_image: int
     image_codes: tuple[int, ...]
     codes_per_image: int
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: one is out of range, or an id has two meanings.
+            TypeError: one is not an integer.
+        """
+        special = (self.beginning, self.end, self.padding, self.begin_image, self.end_image)
+        ids = {*map(index, (*special, *self.image_codes))}
+        if len(ids) < len(special) + len(self.image_codes):
+            raise ValueError("an id has two meanings")
+        if not 0 <= min(ids) <= max(ids) < index(self.size) <= _MAX_SIZE:
+            raise ValueError(f"ids must be at least 0 and less than size, and size ≤ {_MAX_SIZE}")
+        if not 1 <= index(self.codes_per_image) <= _MAX_SIZE:
+            raise ValueError(f"codes_per_image must be from 1 to {_MAX_SIZE}")
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Modalities of ids, and storage and comparison of vocabularies."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from tests.factories import make_vocabulary
 
 # The ids of codes are neither adjacent nor in the order of the codebook.
 VOCABULARY = make_vocabulary(size=20, beginning=7, codes=(19, 5, 11, 6), codes_per_image=3)
+VALUES = asdict(VOCABULARY)
 
 
 def test_image_codes_are_images_and_other_ids_text():
@@ -94,6 +95,19 @@ def test_equal_vocabularies_have_no_differences():
         b'{"size": 3}',
         json.dumps({"image_codes": 3}).encode(),
         json.dumps({"image_codes": [], "colour": 3}).encode(),
+        *(
+            json.dumps(VALUES | change).encode()
+            for change in (
+                {"size": 2**40},
+                {"size": 19},
+                {"beginning": -1},
+                {"beginning": 1.5},
+                {"end": VALUES["padding"]},
+                {"image_codes": [5, 5]},
+                {"codes_per_image": 0},
+                {"codes_per_image": 2**40},
+            )
+        ),
     ],
 )
 def test_an_invalid_vocabulary_file_is_named(tmp_path, content):

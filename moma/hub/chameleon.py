@@ -1,7 +1,7 @@
 """Import Chameleon's weights as a dense run, and export a dense run as Chameleon.
 
-    FOLDER (config.json, safetensors, tokenizer.json) → `import_chameleon` → RUN
-    RUN → `export_chameleon` → FOLDER, which `ChameleonForConditionalGeneration` loads
+    folder (config.json, safetensors, tokenizer.json) → `import_chameleon` → run
+    run → `export_chameleon` → folder, which `ChameleonForConditionalGeneration` loads
 
 Weights are copied file by file; no model is built and nothing is unpickled.
 """
@@ -17,14 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moma.data.config import DataConfig
 from moma.data.outputs import mark_output
-from moma.data.sources.text import TextConfig
-from moma.errors import UserError
+from moma.errors import UserError, list_names
 from moma.hub.chameleon_codec import import_chameleon_tokenizers, original_layout
 from moma.hub.chameleon_format import (
     CONFIG_FILE,
-    FLOAT_TYPES,
     IMAGE_PREFIX,
     TOKENIZER_FILE,
     PortConfig,
@@ -48,6 +45,7 @@ from moma.runtime.weights import (
     FILE_BYTES,
     Weights,
     open_weights,
+    require_match,
     unused_weight_files,
     write_weights,
 )
@@ -88,7 +86,7 @@ def import_chameleon(
     port = read_port_config(folder)
     vocabulary = _vocabulary(port, folder)
     config = model_config(port, str(folder / CONFIG_FILE))
-    weights = _matched(open_weights(folder), config, vocabulary, folder)
+    weights = _model_weights(folder, config, vocabulary)
     with _new_folder(run.path) as partial:
         target = Tokenizers(partial)
         notes = _add_tokenizers(folder, tokenizers, port, vocabulary, target)
@@ -108,10 +106,7 @@ def import_chameleon(
             "not inside attention"
         )
     if unused := unused_weight_files(folder):
-        notes.append(
-            f"not read, because they are not files of the model: {_some(unused)}"
-            + (f" and {len(unused) - 3} more" if len(unused) > 3 else "")
-        )
+        notes.append(f"not read, because they are no files of the model: {list_names(unused, 3)}")
     return notes
 
 
@@ -185,32 +180,20 @@ def _vocabulary(port: PortConfig, folder: Path) -> Vocabulary:
     return replace(named, size=port.vocab_size)
 
 
-def _matched(found: Weights, config: ModelConfig, vocabulary: Vocabulary, folder: Path) -> Weights:
+def _model_weights(folder: Path, config: ModelConfig, vocabulary: Vocabulary) -> Weights:
     """The weights of the language model under our names, checked against its shape."""
+    stored, names = open_weights(folder), port_names(config.layers)
     shares = [1 / len(MODALITIES)] * len(MODALITIES)
     with torch.device("meta"):
-        expected = Transformer(config, vocabulary, shares).state_dict()
-    names = port_names(config.layers)
-    theirs = {name for name in found.meta_tensors if not name.startswith(IMAGE_PREFIX)}
-    missing, unknown = sorted({*names.values()} - theirs), sorted(theirs - {*names.values()})
-    if missing or unknown:
-        raise UserError(
-            f"{folder}: the weights do not match {CONFIG_FILE} "
-            f"({len(missing)} missing: {_some(missing)}; {len(unknown)} unknown: {_some(unknown)})"
-        )
-    weights = found.renamed({theirs: ours for ours, theirs in names.items()})
-    for name, outline in weights.meta_tensors.items():
-        if outline.shape != expected[name].shape:
-            raise UserError(
-                f"{folder}: {names[name]} has shape {tuple(outline.shape)}; {CONFIG_FILE} implies "
-                f"{tuple(expected[name].shape)}"
-            )
-        if outline.dtype not in FLOAT_TYPES:
-            raise UserError(
-                f"{folder}: {names[name]} is {outline.dtype}; convert it to float32, bfloat16 or "
-                "float16"
-            )
-    return weights
+        model = Transformer(config, vocabulary, shares).state_dict()
+    theirs = {
+        name: tensor
+        for name, tensor in stored.meta_tensors.items()
+        if not name.startswith(IMAGE_PREFIX)
+    }
+    expected = {names[name]: tensor for name, tensor in model.items()}
+    require_match(theirs, expected, f"{folder}: the weights do not match {CONFIG_FILE}")
+    return stored.renamed({theirs: ours for ours, theirs in names.items()})
 
 
 def _add_tokenizers(
@@ -254,18 +237,15 @@ def _recipe(
     base: Recipe | None, run: Run, port: PortConfig, config: ModelConfig, tokenizers: Tokenizers
 ) -> Recipe:
     """The recipe of an imported run."""
-    values: dict[str, Any] = {
-        "data": DataConfig(
-            path=run.path / "data",
-            tokenizers=run.path,
-            micro_batch_size=1,
-            sequence_length=port.max_position_embeddings,
-            image_share=0.0,
-            sources=(TextConfig(path=run.path / "texts.txt"),),
-        ).model_dump()
+    data = {
+        "path": run.path / "data",
+        "tokenizers": run.path,
+        "micro_batch_size": 1,
+        "sequence_length": port.max_position_embeddings,
+        "image_share": 0.0,
+        "sources": [{"kind": "text", "path": run.path / "texts.txt"}],
     }
-    if base is not None:
-        values = base.model_dump(by_alias=True)
+    values = base.model_dump(by_alias=True) if base else {"data": data}
     values |= {
         "run": run.path,
         "stage": "pretrain",
@@ -328,7 +308,3 @@ def _export_tokenizer(
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) or "none"

@@ -1,10 +1,8 @@
 """Chameleon's image weights as an `ImageCodec`, and an `ImageCodec` as Chameleon's weights.
 
-Two layouts are read. The original release has encoder, codebook and decoder, under the names of
-taming-transformers (`encoder.down.0.block.0.conv1.weight`, …). The `transformers` port has the same
-names without the decoder, alone or below `model.vqmodel.`. Both networks are special cases of ours:
-only names differ, and the attention's 1 × 1 convolutions, which are matrices here.
-The names in Chameleon's tokenizer file are in `tokenizers/names.py`.
+The original release has encoder, codebook and decoder, under the names of taming-transformers. The
+`transformers` port has the same names without the decoder, alone or below `model.vqmodel.`. Only
+names differ from ours, and the attention's 1 × 1 convolutions, which are matrices here.
 """
 
 import re
@@ -16,10 +14,10 @@ import torch
 from torch import Tensor
 
 from moma.errors import UserError
-from moma.hub.chameleon_format import CONFIG_FILE, FLOAT_TYPES, VqConfig, vq_config
+from moma.hub.chameleon_format import CONFIG_FILE, VqConfig, vq_config
 from moma.recipe import check
 from moma.runs import Tokenizers
-from moma.runtime.weights import open_weights, read_json_object, read_tensors
+from moma.runtime.weights import open_weights, read_json_object, read_tensors, require_match
 from moma.tokenizers.folder import import_tokenizers
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
 from moma.vocabulary import Vocabulary
@@ -28,11 +26,11 @@ _IMAGE_SIZE = 512
 _NORM_GROUPS = 32
 _CODEBOOK, _ORIGINAL_CODEBOOK = "quantizer._codebook.embed", "quantize.embedding.weight"
 _PREFIX = re.compile(r"^(model\.)?vqmodel\.")
-# Parts of a release that are no image weights: the language model, and what trained the codec.
-_OTHERS = re.compile(
+# Other parts of a release: the language model, and the losses that the codec was trained with.
+_NO_IMAGE_WEIGHT = re.compile(
     r"(model\.(embed_tokens|layers|norm)|lm_head|loss|(model\.)?rotary_emb)\.|position_ids$"
 )
-# Our names and the original's, which counts the decoder's blocks from the other end.
+# Our names → the original's, which counts the decoder's blocks in the opposite direction.
 _RENAMED = (
     (r"\.down_blocks\.(\d+)\.resnets\.", r".down.\1.block."),
     (r"\.down_blocks\.(\d+)\.downsamplers\.0\.", r".down.\1.downsample."),
@@ -101,33 +99,21 @@ def from_original_layout(tensors: dict[str, Tensor], image_size: int) -> ImageCo
     Raises:
         UserError: a weight is missing, unknown, not finite, or of the wrong shape or dtype.
     """
-    # Without values a tensor of any shape takes no memory, but a layer of that shape does.
+    # An empty tensor takes no memory whatever its other dimensions, but a layer of its shape does.
     if empty := [name for name, tensor in tensors.items() if not tensor.numel()]:
         raise UserError(f"{empty[0]} is empty; get a complete copy")
     config = _config(tensors, image_size)
-    with torch.device("meta"):  # shapes are checked before memory is allocated
+    with torch.device("meta"):  # shapes are compared before memory is allocated
         expected = original_layout(ImageCodec(config))
-    missing, unknown = sorted(expected.keys() - tensors), sorted(tensors.keys() - expected)
-    if missing or unknown:
-        raise UserError(
-            "not Chameleon's image weights "
-            f"({len(missing)} missing: {_some(missing)}; {len(unknown)} unknown: {_some(unknown)})"
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise UserError(
-                f"{name} has shape {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-            )
-        if tensor.dtype not in FLOAT_TYPES:
-            raise UserError(f"{name} is {tensor.dtype}; convert it to float32")
-        if not tensor.isfinite().all():
-            raise UserError(f"{name} has values that are not finite; get a complete copy")
+    require_match(tensors, expected, "not Chameleon's image weights")
+    if wrong := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{wrong[0]} has NaN or infinite values; get a complete copy")
     codec = ImageCodec(config)
     state = codec.state_dict()
     for ours in _weights(codec):
         theirs = _original_name(ours, len(config.block_channels))
         state[ours].copy_(tensors[theirs].reshape(state[ours].shape))
-    # If training continues, the codebook starts from these vectors, each counted once.
+    # Further training starts from these codebook vectors, each counted once.
     state["quantizer._codebook.embed_avg"].copy_(state[_CODEBOOK])
     state["quantizer._codebook.cluster_size"].fill_(1)
     state["quantizer._codebook.initted"].fill_(True)
@@ -157,10 +143,9 @@ def original_layout(codec: ImageCodec) -> dict[str, Tensor]:
 
 def _weights(codec: ImageCodec) -> dict[str, Tensor]:
     """The weights that encode and decode, without the codebook's training statistics."""
-    state = codec.state_dict()
     return {
         name: value
-        for name, value in state.items()
+        for name, value in codec.state_dict().items()
         if not name.startswith("quantizer.") or name == _CODEBOOK
     }
 
@@ -181,13 +166,11 @@ def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
     """The configuration of the codec that these weights belong to."""
     if any(re.match(r"encoder\.down\.\d+\.attn\.", name) for name in tensors):
         raise UserError("weights with attention outside of the innermost block are not supported")
-    blocks = 1 + max(
-        (int(m[1]) for name in tensors if (m := re.match(r"encoder\.down\.(\d+)\.block\.", name))),
-        default=-1,
-    )
-    layers = sum(
-        bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", n)) for n in tensors
-    )
+    blocks, layers = 0, 0
+    while f"encoder.down.{blocks}.block.0.conv1.weight" in tensors:
+        blocks += 1
+    while f"encoder.down.0.block.{layers}.conv1.weight" in tensors:
+        layers += 1
     try:
         codebook_size, code_channels = tensors[_ORIGINAL_CODEBOOK].shape
         values = {
@@ -204,9 +187,8 @@ def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
             "norm_groups": _NORM_GROUPS,
             "decoder": "decoder.conv_in.weight" in tensors,
         }
-    except KeyError as error:
-        raise UserError(f"not Chameleon's image weights (no {error})") from error
-    except (ValueError, TypeError) as error:  # a tensor has too few dimensions, or too many
+    # A tensor is missing, or has too few or too many dimensions.
+    except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"not Chameleon's image weights ({error})") from error
     return check(CodecConfig, values, "the shape of the weights")
 
@@ -228,11 +210,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _is_image_weight(name: str) -> bool:
-    return not _OTHERS.match(name)
+    return not _NO_IMAGE_WEIGHT.match(name)
 
 
 def _declared_shape(path: Path) -> dict[str, Any]:
-    """What a folder's `config.json` says of the codec, by the port's names; empty without one."""
+    """The codec's shape in a folder's `config.json`, by the port's names; empty without one."""
     file = path / CONFIG_FILE
     if not file.is_file():
         return {}
@@ -241,7 +223,3 @@ def _declared_shape(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{file}: vq_config is not an object; get a complete copy")
     return check(VqConfig, values, str(file)).model_dump(exclude_unset=True)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) or "none"

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import ConfigDict, Field
 
 from moma.errors import UserError
@@ -22,7 +21,6 @@ from moma.vocabulary import Vocabulary
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 IMAGE_PREFIX = "model.vqmodel."
-FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 # The port's placeholder for an image in a prompt, and the reserved id that it takes.
 _PLACEHOLDER, _RESERVED = "<image>", "<reserved:0>"
@@ -58,15 +56,15 @@ class _Section(Config):
 class _Rope(_Section):
     rope_type: Literal["default"] = "default"
     type: Literal["default"] = "default"
-    rope_theta: float | None = None
+    rope_theta: float | None = Field(None, gt=0)
 
 
 class VqConfig(_Section):
     """The port's `vq_config`: the shape of the image encoder."""
 
-    resolution: int = Field(512, ge=1)
+    resolution: int = Field(512, ge=1, le=2**13)
     base_channels: int = Field(128, ge=1)
-    channel_multiplier: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1, max_length=20)
+    channel_multiplier: tuple[int, ...] = Field((1, 1, 2, 2, 4), min_length=1, max_length=13)
     num_res_blocks: int = Field(2, ge=1)
     latent_channels: int = Field(256, ge=1)
     embed_dim: int = Field(256, ge=1)
@@ -82,23 +80,24 @@ class VqConfig(_Section):
 class PortConfig(_Section):
     """The keys of the port's `config.json` that affect what is computed.
 
-    Keys with a single value are options that ours does not have.
+    Keys with a single value are options that ours does not have. Limits keep the model's outline,
+    which is built to check shapes, small.
     """
 
     model_type: Literal["chameleon"]
-    vocab_size: int = 65_536
-    hidden_size: int = 4096
-    intermediate_size: int = 11_008
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 32
-    num_key_value_heads: int = 32
-    max_position_embeddings: int = 4096
-    rms_norm_eps: float = 1e-5
+    vocab_size: int = Field(65_536, ge=1, le=2**24)
+    hidden_size: int = Field(4096, ge=1, le=2**20)
+    intermediate_size: int = Field(11_008, ge=1, le=2**20)
+    num_hidden_layers: int = Field(32, ge=1, le=2**10)
+    num_attention_heads: int = Field(32, ge=1)
+    num_key_value_heads: int = Field(32, ge=1)
+    max_position_embeddings: int = Field(4096, ge=1, le=2**30)
+    rms_norm_eps: float = Field(1e-5, gt=0, le=1)
     swin_norm: bool | None = False
     rope_parameters: _Rope | None = None
     rope_scaling: _Rope | None = None
-    rope_theta: float = 10_000.0
-    attention_dropout: float | None = 0.0
+    rope_theta: float = Field(10_000.0, gt=0)
+    attention_dropout: float | None = Field(0.0, ge=0, lt=1)
     hidden_act: Literal["silu"] = "silu"
     attention_bias: Literal[False] | None = False
     mlp_bias: Literal[False] = False
@@ -202,9 +201,15 @@ def different_text_id(ids: dict[str, int], others: dict[str, int]) -> str | None
 
 
 def rename_tokens(tokenizer_json: str, names: dict[int, str]) -> str:
-    """A `tokenizer.json` in which the ids in `names` have these names."""
+    """A `tokenizer.json` in which the ids in `names` have these names.
+
+    Raises:
+        UserError: its model has no table of ids.
+    """
     content = json.loads(tokenizer_json)
     vocabulary = content["model"]["vocab"]
+    if not isinstance(vocabulary, dict):
+        raise UserError(f"Chameleon has no tokenizers of type {content['model'].get('type')}")
     content["model"]["vocab"] = {names.get(id_, name): id_ for name, id_ in vocabulary.items()}
     for token in content["added_tokens"]:
         token["content"] = names.get(token["id"], token["content"])

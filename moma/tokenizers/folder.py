@@ -91,7 +91,7 @@ def make_codec(
     """
     _require_absent(folder.codec)
     if folder.text.exists():
-        vocabulary = vocabulary_of(load_text_tokenizer(folder.text), config.codes_per_image)
+        vocabulary = _vocabulary_in(folder.text, config.codes_per_image)
         _require_fit(len(vocabulary.image_codes), config.codebook_size, folder)
     mark_output(folder.path, *TOKENIZER_ENTRIES)
     with show_progress("image codec", training.steps, quiet) as report:
@@ -141,7 +141,7 @@ def import_tokenizers(
         _require_absent(folder.text)
         _require_absent(folder.codec)
     codec = load_codec()
-    vocabulary = vocabulary_of(load_text_tokenizer(file), codec.codes_per_image)
+    vocabulary = _vocabulary_in(file, codec.codes_per_image)
     _require_fit(len(vocabulary.image_codes), codec.config.codebook_size, folder)
     folder.path.mkdir(parents=True, exist_ok=True)
     atomic_replace(folder.text, partial(shutil.copyfile, file))
@@ -172,7 +172,7 @@ def complete(folder: Tokenizers, codec: CodecConfig) -> bool:
         codes_per_image = read_codec_config(folder.codec).codes_per_image
     else:
         codes_per_image = known.codes_per_image if known else codec.codes_per_image
-    vocabulary = vocabulary_of(load_text_tokenizer(folder.text), codes_per_image)
+    vocabulary = _vocabulary_in(folder.text, codes_per_image)
     if vocabulary == known:
         return is_trained
     vocabulary.save(folder.vocabulary)
@@ -194,6 +194,14 @@ def is_made(part: Path, folder: Tokenizers, codec: CodecConfig) -> bool:
     if not complete(folder, codec):
         _require_absent(part)
     return True
+
+
+def _vocabulary_in(file: Path, codes_per_image: int) -> Vocabulary:
+    tokenizer = load_text_tokenizer(file)
+    try:
+        return vocabulary_of(tokenizer, codes_per_image)
+    except UserError as error:
+        raise UserError(f"{file}: {error}; use another tokenizer") from error
 
 
 def _require_absent(path: Path) -> None:

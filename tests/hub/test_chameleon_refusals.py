@@ -51,6 +51,9 @@ def test_what_chameleon_cannot_express_is_refused(tiny, tmp_path, changes, named
     assert not (tmp_path / "out").exists()
 
 
+MAP = chameleon_tokenizer().get_vocab(with_added_tokens=True)
+
+
 def rewrite(folder: Path, change) -> None:
     """Change the weights in a folder's single file."""
     file = folder / "model.safetensors"
@@ -69,7 +72,10 @@ WEIGHT_FAULTS = {
     ),
     "shape": (lambda w: w.update({LAST: torch.zeros(2, 3)}), rf"{LAST} has shape \(2, 3\)"),
     "type": (lambda w: w.update({LAST: w[LAST].to(torch.int8)}), f"{LAST} is torch.int8"),
-    "double": (lambda w: w.update({LAST: w[LAST].double()}), f"{LAST} is torch.float64; convert"),
+    "double": (
+        lambda w: w.update({LAST: w[LAST].double()}),
+        rf"{LAST} is torch.float64\); convert",
+    ),
     "unknown image weight": (
         lambda w: w.update({"model.vqmodel.colour": torch.zeros(1)}),
         r"1 unknown: colour",
@@ -78,7 +84,7 @@ WEIGHT_FAULTS = {
         lambda w: w.update({BIAS: w[BIAS].to(torch.int32)}),
         r"quant_conv\.bias is torch.int32",
     ),
-    "image weight that is not finite": (lambda w: w[BIAS].fill_(torch.nan), "not finite"),
+    "image weight that is not finite": (lambda w: w[BIAS].fill_(torch.nan), "NaN or infinite"),
     "image weight twice": (
         lambda w: w.update({BIAS.removeprefix("model.vqmodel."): w[BIAS].clone()}),
         r"unknown: quant_conv\.bias",
@@ -111,7 +117,21 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(broken, tmp_path,
         ({"vocab_size": 20}, "vocabulary_map has the id"),
         ({"vocabulary_map": {}}, "'vocabulary_map'"),
         ({"vocabulary_map": {"IMGIMGAZ": 4}}, "vocabulary_map: the tokenizer has no id for"),
+        ({"vocabulary_map": MAP | {"<eoss>": -1}}, "vocabulary_map: .*at least 0"),
+        ({"vocabulary_map": MAP | {"<eoss>": 0}}, "vocabulary_map: .*an id has two meanings"),
+        ({"vocabulary_map": MAP | {"<eoss>": 2**40}}, "vocabulary_map: .*size"),
         ({"num_hidden_layers": 3}, r"13 missing: model\.layers\.2"),
+        # Built on the meta device, so that these take neither memory nor much time.
+        ({"num_hidden_layers": 2**10}, "13286 missing"),
+        ({"hidden_size": 2**20}, "has shape"),
+        ({"vocab_size": 2**24}, "has shape"),
+        ({"num_hidden_layers": 10**9}, "'num_hidden_layers': Input should be less"),
+        ({"hidden_size": 2**40}, "'hidden_size': Input should be less"),
+        ({"intermediate_size": 2**40}, "'intermediate_size': Input should be less"),
+        ({"vocab_size": 2**40}, "'vocab_size': Input should be less"),
+        ({"max_position_embeddings": 0}, "'max_position_embeddings': Input should be greater"),
+        ({"rms_norm_eps": -1}, "'rms_norm_eps': Input should be greater"),
+        ({"vq_config": VQ | {"resolution": 2**40}}, "'vq_config.resolution': Input should be less"),
     ],
 )
 def test_a_configuration_that_is_not_ours_is_refused(broken, tmp_path, changes, message):

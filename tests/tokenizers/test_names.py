@@ -63,5 +63,9 @@ def test_a_file_without_the_names_is_refused():
         read_vocabulary({"<s>": 0, "</s>": 1, "<pad>": 2}, 4)
     with pytest.raises(UserError, match="look at code 2"):
         read_vocabulary(ids | {"<code:0>": 7, "<code:2>": 8}, 4)
+    with pytest.raises(UserError, match="an id has two meanings"):
+        read_vocabulary(ids | {"<code:0>": 7, "<code:1>": 7}, 4)
+    with pytest.raises(UserError, match="size ≤ 16777216"):
+        read_vocabulary(ids | {"<code:0>": 7, "far": 2**32 - 1}, 4)
     with pytest.raises(UserError, match="look at code 1"):
         read_vocabulary(ids | {"<code:0>": 7, "<code:1>": 8, "<code:01>": 9}, 4)
