@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import datasets
-from PIL import Image
 from pydantic import Field, model_validator
 
 from moma.data.documents import Document, ImageRef, SourceName
@@ -23,7 +22,6 @@ from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, Row, content_hash
 from moma.data.sources.row_files import FileRow, check_columns
 from moma.errors import UserError, list_names, quote
-from moma.images import read_image
 
 _CHUNK_ROWS = 16
 _TEXT_TYPES = ("string", "large_string", "null")
@@ -124,8 +122,8 @@ class DatasetConfig(CaptionReaderConfig):
             if isinstance(stored, str):
                 return self.image_ref(resolve_inside(folder, stored), name)
             if self.streaming:
-                return ImageRef(name, partial(read_image, stored, name, max_pixels=self.max_pixels))
-            return ImageRef(name, partial(_read_cell, self, fingerprint, number, which - 1, name))
+                return self.stored_image(partial(bytes, stored), name)
+            return self.stored_image(partial(_read_cell, self, fingerprint, number, which), name)
 
         parts: list[Part] = [
             (kind, _stored(value) if kind == "image" else value)
@@ -167,16 +165,14 @@ def _stored(value: Any) -> bytes | str:
     return value
 
 
-def _read_cell(
-    config: DatasetConfig, fingerprint: str, row: int, which: int, location: str
-) -> Image.Image:
-    """Read an image of a row; the row is read again instead of kept in memory."""
+def _read_cell(config: DatasetConfig, fingerprint: str, row: int, which: int) -> bytes:
+    """An image of a row, which is read again instead of kept in memory."""
     with open_errors(config.path):
         (values,) = _open(config, fingerprint)[row : row + 1].to_pylist()
     images = [_stored(value) for kind, value in config.parts_of(values) if kind == "image"]
-    stored = images[which]
+    stored = images[which - 1]
     assert isinstance(stored, bytes)
-    return read_image(stored, location, max_pixels=config.max_pixels)
+    return stored
 
 
 @lru_cache(maxsize=8)

@@ -11,15 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
 
-from PIL import Image
-
 from moma.data.documents import Document, ImageRef, Segment, SourceName
 from moma.data.sources.jsonl import Line, parse_json_object, read_jsonl
 from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors, resolve_inside
 from moma.data.sources.reading import ImageReaderConfig, Row, check_text, content_hash, make_rows
 from moma.data.sources.row_files import named_images
 from moma.errors import StorageError, UserError, list_names, shorten
-from moma.images import read_image
 from moma.recipe import RequiredPath
 
 # A part of a document: a text, or the value that stands for an image in its row.
@@ -60,8 +57,8 @@ class InterleavedConfig(ImageReaderConfig):
             raise UserError(f"image {number} is not a text; write a path or a data: URL")
         if not _is_data_url(value):
             return self.image_ref(resolve_inside(Path(line.path).parent, value), name)
-        read = partial(_read_from_row, Path(line.path), line.offset, number, name, self.max_pixels)
-        return ImageRef(name, read)
+        read = partial(_bytes_in_row, Path(line.path), line.offset, number, name)
+        return self.stored_image(read, name)
 
 
 def parse_parts(values: dict[str, Any]) -> list[Part]:
@@ -146,21 +143,20 @@ def _is_data_url(value: str) -> bool:
     return value[:5].lower() == "data:"
 
 
-def _read_from_row(path: Path, offset: int, number: int, name: str, max_pixels: int) -> Image.Image:
-    """Read an image that is in its row; the row is read again instead of kept in memory."""
+def _bytes_in_row(path: Path, offset: int, number: int, name: str) -> bytes:
+    """An image that is in its row, which is read again instead of kept in memory."""
     try:
         images = _images_in_row(path, offset, fingerprint_of([path]))
         header, _, data = images[number - 1].partition(",")
         if not header.endswith(";base64"):
             raise UserError("its data: URL is not base64")
-        encoded = base64.b64decode(unquote_to_bytes("".join(data.split())), validate=True)
+        return base64.b64decode(unquote_to_bytes("".join(data.split())), validate=True)
     except StorageError:
         raise
     # The file may have changed, so that the row has other values or is none.
     except (UserError, IndexError, AttributeError, ValueError) as error:
         reason = shorten(str(error))
         raise UserError(f"{name}: cannot read it ({reason}); fix or remove the row") from error
-    return read_image(encoded, name, max_pixels=max_pixels)
 
 
 # One row, since consecutive images come from one row, which may be long.

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from pydantic import Field
 
 from moma.data.documents import (
@@ -79,6 +80,10 @@ class ImageReaderConfig(ReaderConfig):
         read = partial(read_image, path, location, remedy, self.max_pixels)
         return ImageRef(name=f"{location} ({path})", read=read, file=path)
 
+    def stored_image(self, read: Callable[[], bytes], location: str) -> ImageRef:
+        """Return a reference to an image without a file of its own; `read` returns its bytes."""
+        return ImageRef(location, partial(_read_stored, read, location, self.max_pixels))
+
 
 class CaptionReaderConfig(ImageReaderConfig):
     """Base class of sources that read images with captions.
@@ -95,6 +100,10 @@ class CaptionReaderConfig(ImageReaderConfig):
         # Salted: the bare name already decides what is held out.
         caption_leads = unit_hash(f"caption first: {name} {caption}") < self.caption_first
         return (caption, image) if caption_leads else (image, caption)
+
+
+def _read_stored(read: Callable[[], bytes], location: str, max_pixels: int) -> Image.Image:
+    return read_image(read(), location, max_pixels=max_pixels)
 
 
 def split_document(document: Document, max_images: int) -> Iterator[Document]:

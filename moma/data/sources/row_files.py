@@ -212,6 +212,8 @@ def _array_items(path: str, text: io.TextIOWrapper) -> Iterator[Any]:
     while True:
         position = cast(re.Match[str], _BETWEEN_ITEMS.match(buffer, position)).end()
         if buffer.startswith("]", position):
+            if (buffer[position + 1 :] + text.read(MAX_ROW_BYTES)).strip():
+                raise UserError(f"{path}: goes on after its JSON array; write one row in a line")
             return
         try:
             item, end = JSON_DECODER.raw_decode(buffer, position)

@@ -14,15 +14,13 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import IO, Literal
 
-from PIL import Image
 from pydantic import Field
 
-from moma.data.documents import Document, ImageRef, SourceName
+from moma.data.documents import Document, SourceName
 from moma.data.sources.jsonl import decode, decompress, parse_json_object, require_text
 from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors
 from moma.data.sources.reading import CaptionReaderConfig, Row, check_text
 from moma.errors import UserError, list_names, shorten
-from moma.images import read_image
 from moma.recipe import RequiredPath
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -134,8 +132,8 @@ class WebDatasetConfig(CaptionReaderConfig):
         else:
             caption = require_text({"caption": decode(text.read()).strip()}, "caption")
         location += PurePosixPath(image.name).suffix
-        read = partial(_read_image, image, location, self.max_pixels)
-        return Document(name, self.with_caption(name, caption, ImageRef(location, read)))
+        segments = self.with_caption(name, caption, self.stored_image(image.read, location))
+        return Document(name, segments)
 
     def _samples(self, path: Path) -> Iterator[_Sample]:
         # Of `webdataset`, only the grouping is used: its reader of tar files loads members of any
@@ -244,7 +242,3 @@ def _read_range(path: Path, offset: int, size: int) -> bytes:
     with read_errors(path, _REMEDY), path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
-
-
-def _read_image(member: _Member, location: str, max_pixels: int) -> Image.Image:
-    return read_image(member.read(), location, max_pixels=max_pixels)
