@@ -75,6 +75,15 @@ def os_error_message(error: OSError) -> UserError | None:
     return None if error.filename is None else UserError(f"{message}; choose another path")
 
 
+def storage_error(error: BaseException, what: object) -> StorageError | None:
+    """Return a `StorageError` about `what` if its disk fails, else None."""
+    if not isinstance(error, OSError) or error.errno not in _STORAGE_ERRNOS:
+        return None
+    described = os_error_message(OSError(error.errno, error.strerror, str(what)))
+    assert isinstance(described, StorageError)
+    return described
+
+
 def json_error_message(error: Exception) -> str:
     """What is wrong with JSON, by character: a line number would be mistaken for the file's."""
     if isinstance(error, json.JSONDecodeError):

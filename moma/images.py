@@ -23,7 +23,7 @@ from typing import BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from moma.errors import StorageError, UserError, os_error_message, shorten
+from moma.errors import UserError, shorten, storage_error
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Suffixes of these formats; of two files with the same stem, the earlier suffix is preferred.
@@ -99,15 +99,11 @@ def read_image(
     # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
     except Exception as error:
         reason = shorten(str(getattr(error, "strerror", None) or error), 200)
-        if isinstance(error, OSError):
-            described = os_error_message(OSError(error.errno, reason, f"{location}: {what}"))
-            if isinstance(described, StorageError):
-                raise described from error
         if isinstance(error, UnidentifiedImageError):
             reason = f"not an image of a known format: {', '.join(_formats())}"
-        raise UserError(
-            f"{location}: cannot read {what} ({reason}); save it again as PNG or JPEG or {remedy}"
-        ) from error
+        message = f"cannot read {what} ({reason}); save it again as PNG or JPEG or {remedy}"
+        on_disk = storage_error(error, f"{location}: {what}")
+        raise on_disk or UserError(f"{location}: {message}") from error
 
 
 def image_size(file: Path) -> tuple[int, int] | None:

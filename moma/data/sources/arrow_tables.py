@@ -16,7 +16,7 @@ import pyarrow.parquet
 
 from moma.data.sources.paths import read_error
 from moma.data.sources.row_files import check_columns
-from moma.errors import StorageError, UserError, shorten
+from moma.errors import StorageError, UserError, shorten, storage_error
 
 ENDINGS = {"parquet": "parquet", "arrow": "arrow"}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -74,7 +74,7 @@ def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:
     ]
 
 
-def storage_error(path: str, error: BaseException) -> StorageError | None:
+def cause_on_disk(path: str, error: BaseException) -> StorageError | None:
     """Return the error of the disk that caused another error, if there is one.
 
     `datasets` reports a full disk as an error of the file that it was reading.
@@ -89,10 +89,8 @@ def storage_error(path: str, error: BaseException) -> StorageError | None:
                 "`datasets`: free space on its disk, set HF_DATASETS_CACHE to a folder on another "
                 "disk, or set streaming = true, and run the same command again"
             )
-        if isinstance(cause, OSError):
-            described = read_error(path, cause)
-            if isinstance(described, StorageError):
-                return described
+        if described := storage_error(cause, path):
+            return described
         cause = cause.__cause__ or cause.__context__
     return None
 
@@ -136,7 +134,7 @@ def _schema_and_rows(kind: str, path: str) -> tuple[pa.Schema, int]:
         with pa.parquet.ParquetFile(path) as file:
             return file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise storage_error(path, error) or read_error(path, error, _REMEDY) from error
+        raise cause_on_disk(path, error) or read_error(path, error, _REMEDY) from error
 
 
 def _arrow_data(paths: list[str], columns: list[str], schema: pa.Schema) -> datasets.Dataset:

@@ -14,7 +14,7 @@ from datasets.data_files import ALL_DEFAULT_PATTERNS, resolve_pattern
 from datasets.download import DownloadManager
 
 from moma.data.sources import arrow_tables, row_files
-from moma.data.sources.arrow_tables import storage_error
+from moma.data.sources.arrow_tables import cause_on_disk
 from moma.data.sources.paths import expand_pattern, outputs_below
 from moma.errors import UserError, list_names, quote, shorten
 
@@ -142,7 +142,7 @@ def open_errors(path: str) -> Iterator[None]:
             )
         cause = f"{error}: {error.__cause__}" if error.__cause__ else str(error)
         message = f"{path}: `datasets` cannot open it ({shorten(cause)}){advice}"
-        raise storage_error(path, error) or UserError(message) from error
+        raise cause_on_disk(path, error) or UserError(message) from error
 
 
 def _builder_files(

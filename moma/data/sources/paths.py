@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from moma.data.outputs import exclude_outputs
-from moma.errors import StorageError, UserError, os_error_message, quote, shorten
+from moma.errors import StorageError, UserError, quote, shorten, storage_error
 
 _MAX_PATH_CHARACTERS = 4096
 _BASE64 = re.compile(r"[\w+/=\s-]{200,}")
@@ -156,8 +156,5 @@ def read_error(
 ) -> UserError:
     """Return why a file or folder cannot be read; a `StorageError` if its disk fails."""
     reason = shorten(str(getattr(error, "strerror", None) or error), 300)
-    if isinstance(error, OSError):
-        described = os_error_message(OSError(error.errno, reason, str(path)))
-        if isinstance(described, StorageError):
-            return described
-    return UserError(f"{path}: cannot read it ({reason}); {remedy}")
+    message = f"{path}: cannot read it ({reason}); {remedy}"
+    return storage_error(error, path) or UserError(message)
