@@ -54,10 +54,7 @@ _T = TypeVar("_T")
 
 
 def read_image(
-    file: Path | bytes,
-    location: str,
-    remedy: str = "remove the row",
-    max_pixels: int = MAX_PIXELS,
+    file: Path | bytes, location: str, remedy: str = "remove the row", max_pixels: int = MAX_PIXELS
 ) -> Image.Image:
     """Read an image as 8-bit RGB, upright by its EXIF orientation, its transparency on white.
 

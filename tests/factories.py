@@ -172,15 +172,18 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], row_group_size:
 
 
 def write_pages(
-    folder: Path, pages: Mapping[str, str | bytes], images: Iterable[str] = ("a.png",)
+    folder: Path,
+    pages: Mapping[str, str | bytes],
+    images: Iterable[str] = ("a.png",),
+    side: int = 64,
 ) -> None:
-    """Write HTML pages, and images of 64 × 65 pixels that they may show, below a folder."""
+    """Write HTML pages, and images of `side` × `side + 1` pixels that they may show."""
     for name, page in pages.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(page if isinstance(page, bytes) else page.encode())
     for name in images:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (64, 65)).save(folder / name)
+        Image.new("RGB", (side, side + 1)).save(folder / name)
 
 
 def write_sources(folder: Path) -> None:

@@ -34,8 +34,13 @@ _FORMATTING = element_names("b big code em font i s small strike strong tt u")
 # The parser's time grows with tags × open elements, and its memory with repeated elements.
 _MAX_ELEMENTS = 2_000_000
 _MAX_PARSER_STEPS = 100_000_000
-_TAG = re.compile(r"<(?:(!--)|(/?)([a-z][^\s/>]*+))", re.IGNORECASE)
-_COMMENT_END = re.compile(r"--!?>")
+# A comment; a script or style with its content; another tag. Each with its attributes.
+_TOKEN = re.compile(
+    r"<!--(?:-?>|.*?(?:--!?>|\Z))"
+    r"|<(script|style)(?=[\s/>])([^>]*+)>.*?(?=</\1|\Z)"
+    r"|<(/?)([a-z][^\s/>]*+)([^>]*+)",
+    re.IGNORECASE | re.DOTALL,
+)
 _SELF_CLOSED = re.compile(
     r"""<([a-z][^\s/>]*+)((?:[^<>"'/]|/(?!>)|"[^"]*+"|'[^']*+')*+)/>""", re.IGNORECASE
 )
@@ -172,30 +177,23 @@ def _with_end_tag(element: re.Match[str]) -> str:
 
 def _check_cost(text: str) -> None:
     """Raise `UserError` if the parser would need too much; in time linear in the text."""
-    steps = elements = depth = repeated = position = 0
+    steps = elements = depth = repeated = 0
     formatting: defaultdict[str, list[str]] = defaultdict(list)
-    while tag := _TAG.search(text, position):
-        position = tag.end()
-        if tag[1]:
-            end = _COMMENT_END.search(text, position - 2)
-            position = end.end() if end else len(text)
+    for token in _TOKEN.finditer(text):
+        is_end, name = bool(token[3]), (token[1] or token[4] or "").lower()
+        attributes = token[2] or token[5] or ""
+        if not name:  # a comment
             continue
-        is_end, name = bool(tag[2]), tag[3].lower()
-        position = text.find(">", position) + 1 or len(text)
-        attributes = text[tag.end() : position]
         if name in _FORMATTING:
             same = formatting[name]
             if is_end and same:
                 same.pop()
                 repeated -= 1
-            elif not is_end and same.count(attributes) < 3:  # as the standard says
+            elif not is_end and same.count(attributes) < 3:  # as in the standard
                 same.append(attributes)
                 repeated += 1
         elif name not in _VOID and name not in _CLOSED_BY_PARSER:
             depth = max(0, depth + (-1 if is_end else 1))
-        if name in ("script", "style") and not is_end:
-            end = re.compile(f"</{name}", re.IGNORECASE).search(text, position)
-            position = end.start() if end else len(text)
         elements += 1 + repeated
         steps += depth + max(len(attributes.split()), attributes.count('"') // 2) ** 2
         if elements > _MAX_ELEMENTS or steps > _MAX_PARSER_STEPS:

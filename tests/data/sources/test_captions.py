@@ -61,10 +61,7 @@ def test_caption_first_is_a_share(tmp_path, share):
         ('["a.png"]', "^not a JSON object; write one"),
         ({"image": "a.png"}, "^needs a text under 'caption' or 'text'; the keys are: image"),
         ({"image": 3, "caption": "b"}, "^needs a text under 'image'"),
-        (
-            {"image": "a.png", "caption": "\ud800"},
-            "^the text under 'caption' is not valid",
-        ),
+        ({"image": "a.png", "caption": "\ud800"}, "^the text under 'caption' is not valid"),
         ({"image": "a\0.png", "caption": "b"}, r"^the image 'a\\x00.png' is not a path"),
         ({"image": "../a.png", "caption": "b"}, r"^the image '\.\./a\.png' is outside"),
         ({"image": "/etc/passwd", "caption": "b"}, "is outside .*copy it into"),

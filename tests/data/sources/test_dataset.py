@@ -168,10 +168,7 @@ def test_changed_files_are_opened_again(tmp_path):
     [
         ({"path": "{folder}/nowhere.parquet"}, "nowhere.parquet: cannot read it"),
         ({"path": "{folder}/no*.parquet"}, "no file matches"),
-        (
-            {"path": "{folder}/nowhere"},
-            "is no file that ends in jsonl, .* no folder, and no name",
-        ),
+        ({"path": "{folder}/nowhere"}, "is no file that ends in jsonl, .* no folder, and no name"),
         ({"path": "{folder}/broken.parquet"}, "broken.parquet: cannot read it"),
         ({"path": "{folder}/a.parquet", "split": "test"}, "a.parquet: `datasets` cannot open it"),
         ({"path": "{folder}/a.parquet", "text_column": "x"}, "has no column 'x'; .* are: text"),
@@ -268,8 +265,7 @@ def test_a_file_that_cannot_be_read_is_reported_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "texts"),
-    [("train[1:3]", ["t1", "t2"]), ("train[-1:]+train[:20%]", ["t4", "t0"])],
+    ("split", "texts"), [("train[1:3]", ["t1", "t2"]), ("train[-1:]+train[:20%]", ["t4", "t0"])]
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.arrow", "a.parquet"])
 def test_a_part_of_a_split(tmp_path, name, split, texts):

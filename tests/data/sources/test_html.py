@@ -8,16 +8,11 @@ from PIL import Image
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources.html import HtmlConfig
 from moma.errors import UserError
+from tests.factories import write_pages
 
 
 def write(folder, pages, images=("a.png",), side=64):
-    for name in images:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (side, side + 1)).save(folder / name)
-    for name, body in pages.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        data = body if isinstance(body, bytes) else body.encode()
-        (folder / name).write_bytes(data)
+    write_pages(folder, pages, images, side)
     return HtmlConfig(path=folder)
 
 

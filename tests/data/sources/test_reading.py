@@ -12,12 +12,7 @@ from PIL import Image
 
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources.jsonl import parse_json_object, read_lines, require_text
-from moma.data.sources.paths import (
-    expand_pattern,
-    files_below,
-    fingerprint_of,
-    resolve_inside,
-)
+from moma.data.sources.paths import expand_pattern, files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import ReaderConfig, content_hash, split_document
 from moma.errors import StorageError, UserError
 
@@ -26,8 +21,7 @@ IMAGES = [ImageRef(str(n), partial(Image.new, "L", (1, 1))) for n in range(12)]
 
 @settings(deadline=None, max_examples=50)
 @given(
-    st.lists(st.one_of(st.text(min_size=1), st.sampled_from(IMAGES)), min_size=1),
-    st.integers(1, 4),
+    st.lists(st.one_of(st.text(min_size=1), st.sampled_from(IMAGES)), min_size=1), st.integers(1, 4)
 )
 def test_a_split_document_loses_nothing_and_has_no_extra_piece(segments, max_images):
     pieces = list(split_document(Document("d", tuple(segments), row="row 3"), max_images))
