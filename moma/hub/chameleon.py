@@ -49,7 +49,7 @@ from moma.runtime.weights import (
     unused_weight_files,
     write_weights,
 )
-from moma.tokenizers.image.codec import ImageCodec
+from moma.tokenizers.image.codec import ImageCodec, read_codec_config
 from moma.tokenizers.names import read_vocabulary
 from moma.tokenizers.text import load_text_tokenizer
 from moma.train.recipe import Recipe, StageConfig
@@ -94,8 +94,7 @@ def import_chameleon(
         Run(partial).create(resolved, target)
         state = {"step": _STEP, "vocabulary": vocabulary.fingerprint}
         save_weights(Run(partial).checkpoints, _STEP, weights, state, file_bytes)
-    unnamed = vocabulary.size - 1 - max(port.vocabulary_map.values())
-    if unnamed:
+    if unnamed := vocabulary.size - 1 - max(port.vocabulary_map.values()):
         notes.append(
             f"the embeddings end with {unnamed} ids without a name: data that `moma prepare` "
             "encodes with this tokenizer has another vocabulary and cannot be used with the run"
@@ -138,14 +137,8 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
     with _new_folder(folder) as partial:
         mark_output(folder.parent, folder.name)
         ids = _export_tokenizer(run.tokenizers, vocabulary, bool(images), partial, notes)
-        values = port_config(
-            recipe.model,
-            vocabulary,
-            ids,
-            recipe.data.sequence_length,
-            str(dtype).removeprefix("torch."),
-            image_config,
-        )
+        context, dtype_name = recipe.data.sequence_length, str(dtype).removeprefix("torch.")
+        values = port_config(recipe.model, vocabulary, ids, context, dtype_name, image_config)
         _write_json(partial / CONFIG_FILE, values)
         write_weights(weights | Weights.of(images), partial, file_bytes)
     return notes
@@ -186,11 +179,8 @@ def _model_weights(folder: Path, config: ModelConfig, vocabulary: Vocabulary) ->
     shares = [1 / len(MODALITIES)] * len(MODALITIES)
     with torch.device("meta"):
         model = Transformer(config, vocabulary, shares).state_dict()
-    theirs = {
-        name: tensor
-        for name, tensor in stored.meta_tensors.items()
-        if not name.startswith(IMAGE_PREFIX)
-    }
+    found = stored.meta_tensors
+    theirs = {name: found[name] for name in found if not name.startswith(IMAGE_PREFIX)}
     expected = {names[name]: tensor for name, tensor in model.items()}
     require_match(theirs, expected, f"{folder}: the weights do not match {CONFIG_FILE}")
     return stored.renamed({theirs: ours for ours, theirs in names.items()})
@@ -203,7 +193,7 @@ def _add_tokenizers(
     vocabulary: Vocabulary,
     target: Tokenizers,
 ) -> list[str]:
-    """Copy or convert tokenizer and codec, where there are any, and write the vocabulary."""
+    """Copy or convert tokenizer and codec, if there are any, and write the vocabulary."""
     if given is None and not (folder / TOKENIZER_FILE).is_file():
         vocabulary.save(target.vocabulary)
         return [
@@ -225,7 +215,7 @@ def _add_tokenizers(
             f"{folder / CONFIG_FILE}: {differences}"
         )
     vocabulary.save(target.vocabulary)
-    if ImageCodec.load(target.codec).config.decoder:
+    if read_codec_config(target.codec).decoder:
         return []
     return [
         "the image weights have no decoder, as always in this format: the run reads images and "
@@ -255,14 +245,14 @@ def _recipe(
         "text_tokenizer": {"vocabulary_size": port.vocab_size},
     }
     if tokenizers.codec.exists():
-        values["codec"] = ImageCodec.load(tokenizers.codec).config.model_dump()
+        values["codec"] = read_codec_config(tokenizers.codec).model_dump()
     return check(Recipe, values, str(run.recipe))
 
 
 def _images(
     tokenizers: Tokenizers, vocabulary: Vocabulary, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Image weights by the port's names, its `vq_config`, and notes on what is lost."""
+    """Image weights by the port's names, its `vq_config`, and notes on what is missing."""
     lost = "the folder has no image weights, so it takes token ids only"
     if not tokenizers.codec.exists():
         return {}, small_vq_config(vocabulary), [f"{tokenizers.codec} is missing; {lost}"]

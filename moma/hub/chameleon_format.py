@@ -1,8 +1,6 @@
-"""Names and configuration of Chameleon's `transformers` port, and their counterparts in ours.
+"""Names and configuration of Chameleon's `transformers` port, and their counterparts in moma.
 
-Both apply rotary embeddings to the halves of a head, so only the names of weights differ. Norms
-come before attention and feed-forward, or after them with `swin_norm`; queries and keys have a
-LayerNorm with a weight and a bias for every head.
+Both apply rotary embeddings to the halves of a head, so only the names of weights differ.
 """
 
 import json
@@ -22,7 +20,7 @@ from moma.vocabulary import Vocabulary
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 IMAGE_PREFIX = "model.vqmodel."
 _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
-# The port's placeholder for an image in a prompt, and the reserved id that it takes.
+# The port's placeholder for an image in a prompt, and the reserved id that it gets.
 _PLACEHOLDER, _RESERVED = "<image>", "<reserved:0>"
 
 _TOP_NAMES = {
@@ -80,8 +78,7 @@ class VqConfig(_Section):
 class PortConfig(_Section):
     """The keys of the port's `config.json` that affect what is computed.
 
-    Keys with a single value are options that ours does not have. Limits keep the model's outline,
-    which is built to check shapes, small.
+    Keys with a single value are options that moma does not have.
     """
 
     model_type: Literal["chameleon"]
@@ -110,17 +107,17 @@ def read_port_config(folder: Path) -> PortConfig:
     """Read the `config.json` of a folder.
 
     Raises:
-        UserError: it is missing or damaged, or describes a model that ours cannot express.
+        UserError: it is missing or damaged, or describes a model that moma does not have.
     """
     path = folder / CONFIG_FILE
     return check(PortConfig, read_json_object(path), str(path))
 
 
 def model_config(port: PortConfig, where: str) -> ModelConfig:
-    """Our configuration of the same model.
+    """The configuration of the same model in moma.
 
     Raises:
-        UserError: ours cannot express it; the message begins with `where`.
+        UserError: there is none; the message begins with `where`.
     """
     grouped = port.num_key_value_heads != port.num_attention_heads
     rope = port.rope_parameters or port.rope_scaling or _Rope()
@@ -139,23 +136,19 @@ def model_config(port: PortConfig, where: str) -> ModelConfig:
 
 
 def require_expressible(config: ModelConfig, where: str) -> None:
-    """Refuse an architecture that Chameleon does not have.
+    """Check that Chameleon has an architecture.
 
     Raises:
         UserError: the message names what Chameleon lacks.
     """
     groups = config.group_list
-    lacks = [
-        name
-        for name, found in {
-            "experts": len(groups) > 1 or groups[0].experts > 1,
-            "mixture-of-depths": bool(config.depth_layers),
-            "attention without query_key_norm": not config.query_key_norm,
-            "tied_embeddings (here they are scaled)": config.tied_embeddings,
-        }.items()
-        if found
-    ]
-    if lacks:
+    used = {
+        "experts": len(groups) > 1 or groups[0].experts > 1,
+        "mixture-of-depths": bool(config.depth_layers),
+        "attention without query_key_norm": not config.query_key_norm,
+        "tied_embeddings (here they are scaled)": config.tied_embeddings,
+    }
+    if lacks := [name for name, is_used in used.items() if is_used]:
         raise UserError(f"{where}: Chameleon has no {', no '.join(lacks)}; export a dense run")
 
 
@@ -172,7 +165,7 @@ def chameleon_names(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int, st
     """Chameleon's names of the special ids, the image codes and the image placeholder, by id.
 
     Args:
-        ids: id of each name in the tokenizer, in our names or Chameleon's.
+        ids: id of each name in the tokenizer, with moma's names or Chameleon's.
         vocabulary: the meaning of the ids.
     """
     special = (
@@ -191,11 +184,7 @@ def chameleon_names(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int, st
 
 
 def different_text_id(ids: dict[str, int], others: dict[str, int]) -> str | None:
-    """The first name with another id in `others`; the placeholder's meaning depends on the maker.
-
-    Args:
-        ids, others: id of each name.
-    """
+    """The first name with another id in `others`; the placeholder's meaning differs anyway."""
     common = ids.keys() & others.keys() - {_PLACEHOLDER}
     return min((name for name in common if ids[name] != others[name]), default=None)
 

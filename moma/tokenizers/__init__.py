@@ -1,1 +1,1 @@
-"""Text and image tokenizers and their training."""
+"""Text and image tokenizers, and their training."""

@@ -1,8 +1,4 @@
-"""Text tokenizer: byte-level BPE in one `tokenizer.json`, with image codes and special ids.
-
-A `tokenizer.json` holds the whole vocabulary by name: `Vocabulary` is read from it, and any reader
-of the format gets the ids that the model is trained on.
-"""
+"""Text tokenizer: byte-level BPE in a `tokenizer.json` that also names special ids and codes."""
 
 import re
 import threading
@@ -25,9 +21,9 @@ from moma.vocabulary import Vocabulary
 
 _PAPER_SIZE = 65_536
 _PAPER_RESERVED = 256
-# Learning merges takes time quadratic in the length of a word; longer words (DNA, base64) are cut.
+# Learning merges takes time quadratic in the length of a word, so longer words are split.
 _MAX_WORD_LENGTH = 1024
-# GPT-2's words (Radford et al. 2019) with bounded lengths.
+# GPT-2's words (Radford et al. 2019) with limited lengths.
 _WORDS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,$}| ?\p{N}{1,$}| ?[^\s\p{L}\p{N}]{1,$}"
     r"|\s{1,$}(?!\S)|\s{1,$}"
@@ -68,23 +64,23 @@ def train_text_tokenizer(
 ) -> Tokenizer:
     """Learn byte-level BPE merges and append the ids of the image codes.
 
-    Words longer than 1,024 characters are cut, here and by whoever reads the tokenizer file, so
-    that the time grows linearly with the text. Ctrl-C ends the training at once.
+    Words longer than 1,024 characters are split, here and by all readers of the tokenizer file, so
+    that time grows linearly with the text. Ctrl-C ends the training at once.
 
     Args:
         config: size of the vocabulary.
         texts: training texts; iterated in the calling thread.
         codebook_size: number of image codes.
-        progress: called now and then with the number of texts read so far.
+        progress: called with the number of texts read so far.
 
     Raises:
-        UserError: the vocabulary has no room for 256 bytes, the special ids and the codes.
+        UserError: the vocabulary is too small for 256 bytes, the special ids and the codes.
     """
     text_size = config.vocabulary_size - codebook_size
     special = [*OURS.special, *config.reserved_names]
     if text_size < 256 + len(special):
         raise UserError(
-            f"text_tokenizer.vocabulary_size = {config.vocabulary_size} leaves no room for "
+            f"text_tokenizer.vocabulary_size = {config.vocabulary_size} is too small for "
             f"{codebook_size} image codes, 256 bytes and {len(special)} special ids; "
             f"make it at least {codebook_size + 256 + len(special)}"
         )
@@ -115,11 +111,7 @@ def _train_in_thread(
     texts: Iterable[str],
     progress: ProgressCallback | None,
 ) -> None:
-    """Run the trainer in a daemon thread.
-
-    The library does not return to Python before it is done, so in the main thread a signal would
-    be handled only then.
-    """
+    """Run the trainer in a daemon thread: in the main thread, signals would wait for its end."""
     queue: Queue[str | None] = Queue(_TEXTS_IN_QUEUE)
     cancelled = threading.Event()
     failures: list[BaseException] = []
@@ -128,7 +120,7 @@ def _train_in_thread(
         while (text := queue.get()) is not None and not cancelled.is_set():
             yield text
         if cancelled.is_set():
-            raise InterruptedError  # no merges are to be learned
+            raise InterruptedError  # so that no merges are learned
 
     def train() -> None:
         try:
@@ -193,11 +185,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
 
 
 def encode_each(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
-    """Like `encode_texts`, but lazy: a list is only created when it is reached, to save memory.
-
-    Raises:
-        UserError: immediately, as `encode_texts`.
-    """
+    """Like `encode_texts`, whose error it raises at once, but creates each list when it is read."""
     try:
         # The fast variant does not compute character offsets.
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)

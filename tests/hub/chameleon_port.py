@@ -1,4 +1,4 @@
-"""`transformers`' port of Chameleon, small and with random weights, for the tests of this room."""
+"""`transformers`' port of Chameleon, small and with random weights."""
 
 import json
 import random
@@ -32,7 +32,7 @@ def chameleon_tokenizer() -> Tokenizer:
     """A byte-level tokenizer with Chameleon's names, special ids and codes first as in its file."""
     letters = str.maketrans("0123456789", "ABCDEFGHIJ")
     codes = [f"IMGIMG{str(code).translate(letters)}Z" for code in range(CODES)]
-    # Names stand in the order of their letters, not of their numbers.
+    # Names are in alphabetical order, not in that of their numbers.
     reserved = [f"<reserved{number:05}>" for number in range(8706, 8740)]
     special = [*SPECIAL, *sorted(codes), "<eoss>", "<racm3:break>", "<image>", *reserved]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -115,7 +115,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
 
 
 def mixed_sequences(seed: int = 1) -> torch.Tensor:
-    """Two rows of text around an image."""
+    """Two sequences of text around an image."""
     draw = torch.Generator().manual_seed(seed)
     ids = chameleon_tokenizer().get_vocab(with_added_tokens=True)
     codes = torch.tensor(sorted(id_ for name, id_ in ids.items() if name.startswith("IMGIMG")))

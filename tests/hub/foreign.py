@@ -1,4 +1,4 @@
-"""Files of other makers, made up: weights of VGG-16's shape, a tokenizer spelled as Chameleon's."""
+"""Imitated files of others: weights of VGG-16's shape, a tokenizer file with Chameleon's names."""
 
 import json
 
@@ -9,7 +9,8 @@ from moma.tokenizers.text import TextTokenizerConfig, train_text_tokenizer
 CODES = 205
 
 
-def spelled(code: int) -> str:
+def chameleon_code(code: int) -> str:
+    """Chameleon's name of an image code."""
     return "IMGIMG" + "".join("ABCDEFGHIJ"[int(digit)] for digit in str(code)) + "Z"
 
 
@@ -23,8 +24,8 @@ def chameleon_file(as_words: bool, special: bool) -> str:
     config = TextTokenizerConfig(vocabulary_size=300)
     values = json.loads(train_text_tokenizer(config, ["a b " * 9], 0).to_str())
     text = {piece: id_ for piece, id_ in values["model"]["vocab"].items() if id_ > 4}
-    # Ids have a gap, and codes stand in an order of their own.
-    codes = {spelled(code): 500 + (code * 7) % CODES for code in range(CODES)}
+    # Ids have a gap, and codes another order than in the codebook.
+    codes = {chameleon_code(code): 500 + (code * 7) % CODES for code in range(CODES)}
     names = {"<s>": 0, "<pad>": 1, "</s>": 2, "<racm3:break>": 800, "<eoss>": 801, "<image>": 802}
     values["model"]["vocab"] = {p: 10 + n for n, p in enumerate(text)} | names
     values["model"]["vocab"] |= codes if as_words else {}
@@ -46,7 +47,7 @@ def chameleon_file(as_words: bool, special: bool) -> str:
     return json.dumps(values)
 
 
-# VGG-16's convolutions: number of the layer in torchvision, channels in and out.
+# VGG-16's convolutions: index of the layer in torchvision, channels in and out.
 VGG = (
     (0, 3, 64),
     (2, 64, 64),

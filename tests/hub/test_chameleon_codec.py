@@ -1,4 +1,4 @@
-"""Chameleon's weights and names, held against `transformers`' port with random weights."""
+"""Chameleon's image weights, compared with `transformers`' port with random weights."""
 
 import json
 
@@ -14,12 +14,12 @@ from moma.hub.chameleon_codec import (
     original_layout,
 )
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
+from tests.factories import make_codec, random_images
 
 SIZE = 32
 SHAPE = CodecConfig(
     image_size=SIZE,
     block_channels=(32, 32, 64),
-    layers_per_block=2,
     latent_channels=32,
     code_channels=16,
     codebook_size=64,
@@ -62,13 +62,12 @@ def port():
 
 @pytest.fixture(scope="module")
 def images_B3HW():
-    return torch.rand(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return random_images(4, SIZE)
 
 
 @pytest.fixture
 def codec():
-    torch.manual_seed(2)
-    return ImageCodec(SHAPE).eval()
+    return make_codec(seed=2, **SHAPE.model_dump())
 
 
 def test_the_ports_weights_give_the_ports_codes(port, images_B3HW):
@@ -85,7 +84,7 @@ def test_the_ports_weights_give_the_ports_codes(port, images_B3HW):
 def test_the_ports_codes_at_full_size():
     port = random_port()
     codec = from_original_layout(port.state_dict(), 512)
-    image_B3HW = torch.rand(1, 3, 512, 512, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    image_B3HW = random_images(1, 512)
     with torch.no_grad():
         expected = port.encode(image_B3HW).image_tokens.view(1, -1)
     assert torch.equal(codec.encode(image_B3HW), expected)
@@ -93,7 +92,7 @@ def test_the_ports_codes_at_full_size():
     assert expected.unique().numel() > 100
 
 
-def test_every_weight_of_the_port_has_its_place(port):
+def test_all_weights_of_the_port_come_back(port):
     codec = from_original_layout(port.state_dict(), SIZE)
     again = original_layout(codec)
     theirs = port.state_dict()
@@ -103,7 +102,7 @@ def test_every_weight_of_the_port_has_its_place(port):
 
 
 def test_a_folder_of_the_port_is_read_with_its_resolution(port, images_B3HW, tmp_path):
-    """As part of a language model, whose other weights are left alone, in two files."""
+    """As part of a language model, whose other weights are ignored, in two files."""
     weights = {f"model.vqmodel.{name}": value for name, value in port.state_dict().items()}
     names = sorted(weights)
     save_file({n: weights[n] for n in names[::2]}, tmp_path / "model-00001-of-00002.safetensors")
@@ -116,7 +115,7 @@ def test_a_folder_of_the_port_is_read_with_its_resolution(port, images_B3HW, tmp
     assert torch.equal(codec.encode(images_B3HW), expected)
 
 
-def test_without_a_decoder_decoding_is_an_error_also_after_saving(port, images_B3HW, tmp_path):
+def test_a_saved_codec_without_a_decoder_refuses_to_decode(port, images_B3HW, tmp_path):
     from_original_layout(port.state_dict(), SIZE).save(tmp_path)
     codec = ImageCodec.load(tmp_path)
     codes_BL = codec.encode(images_B3HW)
@@ -125,7 +124,7 @@ def test_without_a_decoder_decoding_is_an_error_also_after_saving(port, images_B
 
 
 def original_names(multipliers: tuple[int, ...], layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the original release, spelled out from its structure."""
+    """Names and shapes of the original release, from its structure."""
     shapes: dict[str, tuple[int, ...]] = {}
     widths = [32 * m for m in multipliers]
 
@@ -178,13 +177,13 @@ def original_names(multipliers: tuple[int, ...], layers: int) -> dict[str, tuple
     return shapes
 
 
-def test_our_weights_in_the_original_layout_have_its_names_and_shapes(codec):
+def test_the_original_layout_has_its_names_and_shapes(codec):
     layout = original_layout(codec)
     shapes = {name: tuple(value.shape) for name, value in layout.items()}
     assert shapes == original_names((1, 1, 2), 2)
 
 
-def test_chameleons_own_shape_is_the_originals():
+def test_the_default_shape_is_that_of_the_original():
     with torch.device("meta"):
         layout = original_layout(ImageCodec(CodecConfig()))
     assert tuple(layout["decoder.up.4.block.0.conv1.weight"].shape) == (512, 512, 3, 3)
@@ -195,7 +194,7 @@ def test_chameleons_own_shape_is_the_originals():
 
 
 def slow_decoder(weights, codes_BL, side, multipliers, layers):
-    """The original release's way from codes to images, layer after layer by its names."""
+    """The original release's decoder, layer by layer, by its names."""
 
     def convolution(name, x, padding):
         return functional.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], 1, padding)
@@ -231,7 +230,7 @@ def slow_decoder(weights, codes_BL, side, multipliers, layers):
     return convolution("decoder.conv_out", functional.silu(norm("decoder.norm_out", x)), 1)
 
 
-def test_the_originals_weights_draw_the_originals_images():
+def test_the_originals_weights_give_the_originals_images():
     draw = torch.Generator().manual_seed(4)
     weights = {}
     for name, shape in original_names((1, 1, 2), 2).items():
@@ -249,9 +248,9 @@ def test_the_originals_weights_draw_the_originals_images():
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
-def test_the_original_layout_and_back_is_the_same_codec(codec, images_B3HW, tmp_path, kind):
+def test_a_codec_in_the_original_layout_loads_as_the_same_codec(codec, images_B3HW, tmp_path, kind):
     layout = {name: value.contiguous() for name, value in original_layout(codec).items()}
-    # The release's file holds what its training needed, too.
+    # The release's file also has what its training needed.
     layout["loss.discriminator.main.0.weight"] = torch.zeros(2, 2)
     path = tmp_path / f"vqgan.{kind}"
     if kind == "ckpt":
@@ -265,15 +264,15 @@ def test_the_original_layout_and_back_is_the_same_codec(codec, images_B3HW, tmp_
     assert torch.equal(loaded.decode(codes_BL), codec.decode(codes_BL))
 
 
-def test_a_loaded_codec_can_be_trained_on(codec, images_B3HW):
+def test_a_loaded_codec_can_be_trained_further(codec, images_B3HW):
     loaded = from_original_layout(original_layout(codec), SIZE).train()
     before = loaded.codebook.clone()
     loaded(images_B3HW)
-    # Its codebook moves on from where it was: it is not laid out anew.
+    # Its codebook continues from where it was: k-means does not run again.
     assert 0 < (loaded.codebook - before).abs().mean() < 0.5 * before.abs().mean()
 
 
-def test_weights_of_another_kind_are_refused(codec, tmp_path):
+def test_other_weights_are_refused(codec, tmp_path):
     layout = original_layout(codec)
     with pytest.raises(UserError, match="image weights"):
         from_original_layout({}, SIZE)
@@ -311,7 +310,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name):
         load_chameleon_codec(path)
 
 
-def test_weights_in_two_spellings_are_refused(codec, tmp_path):
+def test_a_weight_with_and_without_a_prefix_is_refused(codec, tmp_path):
     layout = {name: value.contiguous() for name, value in original_layout(codec).items()}
     twice = {"model.vqmodel.quant_conv.bias": torch.zeros(16)}
     save_file(layout | twice, tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""Chameleon's weights in and out, held against `transformers`' port with random weights."""
+"""Import and export of Chameleon, compared with `transformers`' port with random weights."""
 
 import shutil
 from pathlib import Path
@@ -36,13 +36,13 @@ pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """A folder of the port, to be read only."""
+    """A folder of the port; not to be changed."""
     return save(random_port(), tmp_path_factory.mktemp("port") / "chameleon")
 
 
 @pytest.fixture
 def broken(saved, tmp_path) -> Path:
-    """A copy of the folder, to be broken."""
+    """A copy of the folder, to be changed."""
     shutil.copytree(saved, tmp_path / "broken")
     return tmp_path / "broken"
 
@@ -57,7 +57,7 @@ def imported(saved, tmp_path_factory) -> Run:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("swin", [False, True])
-def test_the_ports_weights_give_the_ports_logits_and_come_back_bit_for_bit(
+def test_imported_weights_give_the_ports_logits_and_are_exported_unchanged(
     swin, grouped, seed, tmp_path
 ):
     from transformers import ChameleonForConditionalGeneration
@@ -87,7 +87,7 @@ def test_the_ports_weights_give_the_ports_logits_and_come_back_bit_for_bit(
         {"rms_norm_eps": 1e-2},
     ],
 )
-def test_every_setting_matters_to_the_logits_that_are_compared(imported, change):
+def test_every_key_affects_the_logits(imported, change):
     """The same weights under another configuration are another model."""
     difference_BSV = port_logits(random_port(**change), mixed_sequences()) - our_logits(
         imported, mixed_sequences()
@@ -96,7 +96,7 @@ def test_every_setting_matters_to_the_logits_that_are_compared(imported, change)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_several_files_of_a_smaller_type_come_back_in_several_files(dtype, tmp_path):
+def test_several_files_of_a_smaller_dtype_are_exported_unchanged(dtype, tmp_path):
     port = save(random_port().to(dtype), tmp_path / "port", shard_size="200KB")
     assert len(list(port.glob("*.safetensors"))) > 2
     run = Run(tmp_path / "run")
@@ -107,13 +107,13 @@ def test_several_files_of_a_smaller_type_come_back_in_several_files(dtype, tmp_p
     assert (tmp_path / "again" / "model.safetensors.index.json").is_file()
     assert_same_weights(port, tmp_path / "again")
     stored = stored_weights(checkpoint)
-    assert {outline.dtype for outline in stored.meta_tensors.values()} == {dtype}
+    assert {meta_tensor.dtype for meta_tensor in stored.meta_tensors.values()} == {dtype}
     model, _ = load_run(run)
     value = stored.read(["norm.weight"])["norm.weight"]
     assert torch.equal(model.norm.weight.cpu(), value.float())
 
 
-def test_files_are_written_a_part_at_a_time(saved, tmp_path, monkeypatch):
+def test_weights_are_read_a_file_at_a_time(saved, tmp_path, monkeypatch):
     """No more than a file's worth of weights is read at once."""
     read: list[int] = []
     whole = safe_open
@@ -143,7 +143,7 @@ def test_files_are_written_a_part_at_a_time(saved, tmp_path, monkeypatch):
     assert len(parts) > 3 and max(parts) <= 100_000
 
 
-def test_the_run_keeps_what_the_folder_tells(imported):
+def test_the_run_has_the_folders_configuration(imported):
     model, recipe = load_run(imported)
     assert recipe.model.norm == "pre" and recipe.model.rope_theta == 5000
     assert recipe.model.hidden_width == 256 and recipe.model.groups == "dense"
@@ -165,7 +165,7 @@ def our_run(folder: Path, tiny: Recipe, *changes: str) -> Run:
     return train(check(Recipe, values, "ours"), World(torch.device("cpu")), quiet=True)
 
 
-def test_a_run_of_ours_goes_out_and_comes_back(tiny, tmp_path):
+def test_a_dense_run_is_exported_and_imported_unchanged(tiny, tmp_path):
     from transformers import AutoTokenizer, ChameleonForConditionalGeneration
 
     run = our_run(tmp_path / "run", tiny, "model.groups=dense", "model.kv_heads=1")
@@ -199,7 +199,7 @@ def test_a_run_of_ours_goes_out_and_comes_back(tiny, tmp_path):
     assert recipe.data.sequence_length == load_run(back)[1].data.sequence_length
 
 
-def test_a_codec_of_chameleons_shape_goes_out_without_its_decoder(imported, tmp_path):
+def test_a_codec_of_chameleons_shape_is_exported_without_its_decoder(imported, tmp_path):
     from transformers import ChameleonForConditionalGeneration
 
     from moma.tokenizers.image.codec import ImageCodec
@@ -221,7 +221,7 @@ def test_a_codec_of_chameleons_shape_goes_out_without_its_decoder(imported, tmp_
     assert torch.equal(ids_BL.long(), ids[codes_BL])
 
 
-def test_without_a_tokenizer_the_run_takes_ids_alone(broken, tmp_path):
+def test_without_a_tokenizer_the_run_takes_only_ids(broken, tmp_path):
     (broken / "tokenizer.json").unlink()
     run = Run(tmp_path / "run")
     (note,) = import_chameleon(broken, run)
@@ -231,7 +231,7 @@ def test_without_a_tokenizer_the_run_takes_ids_alone(broken, tmp_path):
     assert len(notes) == 2 and not (tmp_path / "out" / "tokenizer.json").exists()
 
 
-def test_embeddings_may_have_more_rows_than_names(tmp_path):
+def test_there_may_be_more_embeddings_than_names(tmp_path):
     port = random_port(vocab_size=VOCABULARY + 7)
     run = Run(tmp_path / "run")
     notes = import_chameleon(save(port, tmp_path / "port"), run)
@@ -243,13 +243,13 @@ def test_embeddings_may_have_more_rows_than_names(tmp_path):
     assert_same_weights(tmp_path / "port", tmp_path / "again")
 
 
-def test_dropout_inside_of_attention_is_told(broken, tmp_path):
+def test_dropout_inside_attention_is_reported(broken, tmp_path):
     edit(broken, attention_dropout=0.1)
     notes = import_chameleon(broken, Run(tmp_path / "run"))
     assert any("attention_dropout is not imported" in note for note in notes)
 
 
-def test_an_imported_run_trains_on_in_another_run_only(imported, tiny, tmp_path):
+def test_an_imported_run_is_trained_further_only_in_another_run(imported, tiny, tmp_path):
     from moma.data.encode.prepare import prepare
 
     model = load_run(imported)[1].model
@@ -269,7 +269,7 @@ def test_an_imported_run_trains_on_in_another_run_only(imported, tiny, tmp_path)
         our_run(tmp_path / "same", measured)
 
 
-def test_the_run_is_measured_on_the_data_of_a_recipe(saved, imported, tiny, tmp_path):
+def test_an_imported_run_is_evaluated_on_the_data_of_a_recipe(saved, imported, tiny, tmp_path):
     from moma.data.encode.prepare import prepare
     from moma.evaluate.perplexity import evaluate
 
@@ -286,7 +286,7 @@ def test_the_run_is_measured_on_the_data_of_a_recipe(saved, imported, tiny, tmp_
     assert result["loss_text"] and result["loss_image"]
 
 
-def test_tokenizers_of_a_folder_serve_as_given(saved, imported, tmp_path):
+def test_given_tokenizers_are_used(saved, imported, tmp_path):
     run = Run(tmp_path / "run")
     import_chameleon(saved, run, tokenizers=Tokenizers(imported.path))
     assert load_run(run)[0].vocabulary == load_run(imported)[0].vocabulary

@@ -1,4 +1,4 @@
-"""Folders of tokenizers: made piece by piece, whole after any kill, ready for `prepare`."""
+"""Folders of tokenizers: made part by part, complete after any kill, ready for `prepare`."""
 
 import json
 import os
@@ -21,31 +21,22 @@ from moma.tokenizers.folder import (
     make_text_tokenizer,
     read_metrics,
 )
-from moma.tokenizers.image.codec import CodecConfig, ImageCodec
+from moma.tokenizers.image.codec import ImageCodec
 from moma.tokenizers.image.metrics import measure_codec
 from moma.tokenizers.image.train import CodecTrainingConfig
 from moma.tokenizers.text import TextTokenizerConfig, load_text_tokenizer
 from moma.vocabulary import Vocabulary
-from tests.hub.foreign import chameleon_file, spelled
+from tests.factories import codec_config, random_images
+from tests.factories import make_codec as random_codec
+from tests.hub.foreign import chameleon_code, chameleon_file
 
-SHAPE = CodecConfig(
-    image_size=16,
-    patch=8,
-    block_channels=(8,),
-    layers_per_block=1,
-    latent_channels=8,
-    code_channels=8,
-    codebook_size=8,
-    norm_groups=4,
-    middle_attention=False,
-    encoder_middle=False,
-)
+SHAPE = codec_config(patch=8, codebook_size=8)
 TRAINING = CodecTrainingConfig(
     steps=4, batch_size=4, warmup_steps=1, quantizer_start_step=1, save_every=2
 )
 TEXT = TextTokenizerConfig(vocabulary_size=300)
 TEXTS = ["a red square on paper"] * 5
-IMAGES = list(torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+IMAGES = list(random_images(12))
 CPU = torch.device("cpu")
 
 
@@ -63,20 +54,20 @@ def codes_of(folder):
     return len(vocabulary.image_codes), vocabulary.codes_per_image
 
 
-def no_half_files(folder):
-    return not [path for path in folder.path.rglob("*") if path.name.endswith(UNFINISHED)]
+def unfinished_files(folder):
+    return [path for path in folder.path.rglob("*") if path.name.endswith(UNFINISHED)]
 
 
-def test_the_vocabulary_is_there_with_the_text_and_follows_the_codec(tmp_path):
+def test_the_vocabulary_comes_with_the_text_tokenizer_and_follows_the_codec(tmp_path):
     folder = Tokenizers(tmp_path / "made")
     text_in(folder, image_size=32)
     assert codes_of(folder) == (8, 16)
     codec_in(folder)
     assert codes_of(folder) == (8, 4)
-    assert no_half_files(folder)
+    assert not unfinished_files(folder)
 
 
-def test_a_codec_waits_for_the_text_with_its_vocabulary(tmp_path):
+def test_without_a_text_tokenizer_there_is_no_vocabulary(tmp_path):
     folder = Tokenizers(tmp_path / "made")
     codec_in(folder)
     assert not folder.vocabulary.exists()
@@ -84,7 +75,7 @@ def test_a_codec_waits_for_the_text_with_its_vocabulary(tmp_path):
     assert codes_of(folder) == (8, 4)
 
 
-def test_a_made_codec_leaves_its_log_and_measures_and_no_state(tmp_path):
+def test_a_trained_codec_leaves_its_log_and_metrics_and_no_checkpoints(tmp_path):
     folder = Tokenizers(tmp_path)
     codec_in(folder)
     codec = ImageCodec.load(folder.codec)
@@ -98,12 +89,12 @@ def test_a_made_codec_leaves_its_log_and_measures_and_no_state(tmp_path):
     assert metrics.model_dump().items() <= last.items()
 
 
-def test_figures_of_no_codec_are_named(tmp_path):
+def test_missing_metrics_are_named(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.json: cannot read"):
         read_metrics(Tokenizers(tmp_path))
 
 
-def test_nothing_is_replaced_and_parts_have_to_fit(tmp_path):
+def test_nothing_is_replaced_and_parts_must_fit(tmp_path):
     folder = Tokenizers(tmp_path)
     text_in(folder)
     with pytest.raises(UserError, match=r"tokenizer\.json: exists already"):
@@ -120,7 +111,7 @@ def test_nothing_is_replaced_and_parts_have_to_fit(tmp_path):
 
 
 class KilledError(Exception):
-    """Stands for a kill: nothing in the program catches it."""
+    """Represents a kill: nothing in the program catches it."""
 
 
 def killed_when(monkeypatch, name, run):
@@ -138,7 +129,7 @@ def killed_when(monkeypatch, name, run):
 
 
 @pytest.mark.parametrize("first", ["text", "codec"])
-def test_a_kill_before_the_vocabulary_is_written_is_made_good(tmp_path, monkeypatch, first):
+def test_a_folder_is_completed_after_a_kill_before_the_vocabulary(tmp_path, monkeypatch, first):
     folder = Tokenizers(tmp_path)
     text, codec = partial(text_in, folder, image_size=32), partial(codec_in, folder)
     before, after, part = (
@@ -153,15 +144,15 @@ def test_a_kill_before_the_vocabulary_is_written_is_made_good(tmp_path, monkeypa
         is_made(part, folder, SHAPE)
 
 
-def test_a_kill_before_the_text_is_in_place_leaves_everything_to_do(tmp_path, monkeypatch):
+def test_a_kill_before_the_text_tokenizer_leaves_everything_to_do(tmp_path, monkeypatch):
     folder = Tokenizers(tmp_path)
     killed_when(monkeypatch, "tokenizer.json", lambda: text_in(folder))
     assert not is_made(folder.text, folder, SHAPE)
     text_in(folder)
-    assert codes_of(folder) == (8, 4) and no_half_files(folder)
+    assert codes_of(folder) == (8, 4) and not unfinished_files(folder)
 
 
-def test_a_kill_around_the_placing_of_the_codec_trains_nothing_twice(tmp_path, monkeypatch):
+def test_a_kill_while_the_codec_is_moved_into_place_repeats_no_step(tmp_path, monkeypatch):
     whole, folder = Tokenizers(tmp_path / "whole"), Tokenizers(tmp_path / "killed")
     codec_in(whole)
     killed_when(monkeypatch, "codec", lambda: codec_in(folder))
@@ -171,10 +162,10 @@ def test_a_kill_around_the_placing_of_the_codec_trains_nothing_twice(tmp_path, m
     with monkeypatch.context() as patch:
 
         def step(*_):
-            raise AssertionError("a step is done again")
+            raise AssertionError("a step is repeated")
 
         patch.setattr("moma.tokenizers.image.train.CodecTrainer.take_step", step)
-        # The next kill comes when the codec is in place and the state is still there.
+        # The next kill comes when the codec is in place and the checkpoints still exist.
         patch.setattr("moma.tokenizers.folder.complete", lambda *_: None)
         codec_in(folder)
     assert state.exists() and folder.codec.exists()
@@ -191,18 +182,22 @@ def contents(path):
 
 @pytest.fixture(name="files")
 def chameleon_files(tmp_path):
-    """A tokenizer file and image weights spelled as Chameleon's, with 205 codes."""
-    torch.manual_seed(0)
-    shape = {"block_channels": (32, 32, 32, 32), "layers_per_block": 1, "codebook_size": 205}
-    sizes = {"image_size": 16, "latent_channels": 8, "code_channels": 8}
-    codec = ImageCodec(CodecConfig.model_validate(shape | sizes))
+    """A tokenizer file and image weights with Chameleon's names, and 205 codes."""
+    codec = random_codec(
+        patch=1,
+        block_channels=[32] * 4,
+        codebook_size=205,
+        norm_groups=32,
+        encoder_middle=True,
+        middle_attention=True,
+    )
     layout = {name: value.contiguous() for name, value in original_layout(codec).items()}
     save_file(layout, tmp_path / "vqgan.safetensors")
     (tmp_path / "text_tokenizer.json").write_text(chameleon_file(as_words=False, special=False))
     return tmp_path / "text_tokenizer.json", tmp_path / "vqgan.safetensors"
 
 
-def test_chameleons_files_become_a_folder_that_prepare_takes(files, tiny, tmp_path):
+def test_prepare_uses_a_folder_of_chameleons_files(files, tiny, tmp_path):
     folder = Tokenizers(tmp_path / "chameleon")
     text, weights = files
     vocabulary = import_chameleon_tokenizers(text, weights, folder, image_size=16)
@@ -217,12 +212,12 @@ def test_chameleons_files_become_a_folder_that_prepare_takes(files, tiny, tmp_pa
     ids = vocabulary.wrap_image(np.array([0, 12, 204, 3]))
     assert [tokenizer.id_to_token(id_) for id_ in ids] == [
         "<racm3:break>",
-        *map(spelled, (0, 12, 204, 3)),
+        *map(chameleon_code, (0, 12, 204, 3)),
         "<eoss>",
     ]
 
 
-def test_chameleons_files_have_to_fit(files, tmp_path):
+def test_chameleons_files_must_fit(files, tmp_path):
     text, weights = files
     folder = Tokenizers(tmp_path / "chameleon")
     with pytest.raises(UserError, match="no such tokenizer file"):
@@ -237,7 +232,7 @@ def test_chameleons_files_have_to_fit(files, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "codec", "vocabulary.json"])
-def test_a_killed_import_goes_on(files, tmp_path, monkeypatch, name):
+def test_a_killed_import_is_completed(files, tmp_path, monkeypatch, name):
     text, weights = files
     whole, folder = Tokenizers(tmp_path / "whole"), Tokenizers(tmp_path / "killed")
     import_chameleon_tokenizers(text, weights, whole, 16)

@@ -1,4 +1,4 @@
-"""A tokenizer file spelled as Chameleon's: ids by name, in any order, unreachable from text."""
+"""A tokenizer file with Chameleon's names: ids by name, in any order, unreachable from text."""
 
 import pytest
 from tokenizers import Tokenizer
@@ -12,7 +12,7 @@ from moma.tokenizers.text import (
     train_text_tokenizer,
     vocabulary_of,
 )
-from tests.hub.foreign import CODES, chameleon_file, spelled
+from tests.hub.foreign import CODES, chameleon_code, chameleon_file
 
 
 @pytest.fixture(params=[(True, True), (False, True), (False, False)], ids=str)
@@ -29,35 +29,38 @@ def test_ids_come_from_the_file_by_name(tokenizer):
     assert vocabulary.size == 803
     assert len(vocabulary.image_codes) == CODES
     for code, id_ in enumerate(vocabulary.image_codes):
-        assert tokenizer.id_to_token(id_) == spelled(code)
+        assert tokenizer.id_to_token(id_) == chameleon_code(code)
         assert vocabulary.code_of_id[id_] == code
-    # No name stands for these ids; a text never holds them.
+    # These ids have no name.
     assert (vocabulary.code_of_id[400:500] == -1).all()
 
 
-def test_no_text_reaches_a_special_id_or_a_code(tokenizer):
+def test_no_text_becomes_a_special_id_or_a_code(tokenizer):
     vocabulary = vocabulary_of(tokenizer, 4)
     forbidden = {800, 801, 0, 1, 2, *vocabulary.image_codes}
-    texts = [f"{spelled(0)} a{spelled(12)}{spelled(204)}", "<s> </s> <pad> <racm3:break><eoss>"]
+    texts = [
+        f"{chameleon_code(0)} a{chameleon_code(12)}{chameleon_code(204)}",
+        "<s> </s> <pad> <racm3:break><eoss>",
+    ]
     for text, ids in zip(texts, encode_texts(tokenizer, texts), strict=True):
         assert not forbidden & set(ids)
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
 
 
-def test_the_spelling_is_told_by_the_codes():
+def test_the_names_of_the_codes_decide_which_names_a_file_uses():
     ours = train_text_tokenizer(TextTokenizerConfig(vocabulary_size=300), ["a"], 5)
     assert names_in(ours.get_vocab()) is OURS
     theirs = Tokenizer.from_str(chameleon_file(as_words=True, special=True))
     assert names_in(theirs.get_vocab()) is CHAMELEON
 
 
-def test_digits_are_letters():
-    ids = {spelled(code): code + 1000 for code in range(3000)}
+def test_digits_of_chameleons_codes_are_letters():
+    ids = {chameleon_code(code): code + 1000 for code in range(3000)}
     assert "IMGIMGCAFZ" in ids
     assert CHAMELEON.codes(ids) == [code + 1000 for code in range(3000)]
 
 
-def test_a_file_without_the_names_is_refused():
+def test_missing_names_and_impossible_ids_are_refused():
     ids = {name: number for number, name in enumerate(OURS.special)}
     with pytest.raises(UserError, match="no id for <image>, </image>"):
         read_vocabulary({"<s>": 0, "</s>": 1, "<pad>": 2}, 4)

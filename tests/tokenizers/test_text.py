@@ -69,13 +69,13 @@ def test_bytes_round_trip(tokenizer, vocabulary, data):
     assert not {vocabulary.beginning, vocabulary.end, *vocabulary.image_codes} & set(ids)
 
 
-def test_bytes_of_a_text_have_its_ids(tokenizer):
+def test_the_bytes_of_a_text_have_its_ids(tokenizer):
     assert [encode_bytes(tokenizer, text.encode()) for text in TEXTS] == encode_texts(
         tokenizer, TEXTS
     )
 
 
-def test_the_names_of_special_ids_are_shown_when_bytes_are_decoded(tokenizer, vocabulary):
+def test_special_ids_are_decoded_to_their_names(tokenizer, vocabulary):
     ids = [vocabulary.beginning, *encode_bytes(tokenizer, b"a"), vocabulary.image_codes[7]]
     assert decode_bytes(tokenizer, ids) == b"<s>a<code:7>"
 
@@ -141,7 +141,7 @@ def test_a_saved_tokenizer_gives_the_same_ids(tokenizer, vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "codes"), [(300, 40), (350, 90)])
-def test_a_vocabulary_that_is_too_small_names_the_smallest(size, codes):
+def test_a_vocabulary_that_is_too_small_is_refused_with_the_smallest_size(size, codes):
     config = TextTokenizerConfig(vocabulary_size=size)
     with pytest.raises(UserError, match=f"vocabulary_size = {size}.*at least {codes + 261}"):
         train_text_tokenizer(config, TEXTS, codes)
@@ -212,7 +212,7 @@ def test_fast_encoding_equals_encoding_with_offsets(tokenizer, texts):
 
 @pytest.fixture(scope="module")
 def unbounded(tokenizer):
-    """The same tokenizer with the library's own words, of any length."""
+    """The same tokenizer with the library's words, of any length."""
     plain = Tokenizer.from_str(tokenizer.to_str())
     plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     plain.encode_special_tokens = True
@@ -228,7 +228,7 @@ def test_ordinary_text_has_the_ids_of_the_unbounded_pre_tokenizer(tokenizer, unb
 
 
 @pytest.mark.parametrize("letter", ["a", "\u00e4", "7", "=", " ", "\n", "\U0001f468"])
-def test_long_words_are_cut_and_come_back(tokenizer, letter):
+def test_long_words_are_split_and_round_trip(tokenizer, letter):
     text = f"x {letter * 30_000} y"
     words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
     assert max(map(len, words)) <= 1025 * len(letter.encode())
@@ -238,7 +238,7 @@ def test_long_words_are_cut_and_come_back(tokenizer, letter):
 
 
 def test_a_word_of_200_000_letters_trains():
-    """Takes a second; with words of any length half a minute, which grows with its square."""
+    """Without a limit for words, the time would grow with the square of its length."""
     text = "".join(random.Random(0).choices("ACGT", k=200_000))
     tokenizer = train_text_tokenizer(TextTokenizerConfig(vocabulary_size=SIZE), [text], CODES)
     (ids,) = encode_texts(tokenizer, [text])

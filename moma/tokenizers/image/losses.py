@@ -1,9 +1,7 @@
-"""What makes an image codec's reconstructions look right: perceptual and adversarial losses.
+"""Perceptual and adversarial losses of the image codec; both are optional.
 
-Both are off unless a recipe asks for them. Sources: LPIPS (Zhang et al. 2018), whose features of
-VGG-16 are taken here without the learned weights of its channels; VQGAN (Esser et al. 2021) for
-the hinge loss and its adaptive weight; pix2pix (Isola et al. 2017) for the patch discriminator.
-
+Sources: LPIPS (Zhang et al. 2018), here without learned channel weights; VQGAN (Esser et al. 2021)
+for the hinge loss and its adaptive weight; pix2pix (Isola et al. 2017) for the discriminator.
 Shape suffixes: B images, H × W pixels, C channels of a layer.
 """
 
@@ -19,19 +17,19 @@ from moma.errors import UserError
 from moma.recipe import Config, RequiredPath
 from moma.runtime.weights import first_line, read_tensors
 
-# Mean and deviation of the images that VGG-16 was trained on, for colours from 0 to 1.
+# Mean and standard deviation of the images that VGG-16 was trained on, for colours in [0, 1].
 _VGG_MEAN, _VGG_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Widths of VGG-16's convolutions in stages; between two stages the sides are halved.
+# Channels of VGG-16's convolutions by stage; height and width are halved between stages.
 _VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-_LARGEST_ADAPTIVE_WEIGHT = 1e4
+_MAX_ADAPTIVE_WEIGHT = 1e4
 
 
 class PerceptualConfig(Config):
     """A loss on features of VGG-16.
 
     Attributes:
-        weights: file with VGG-16's weights under torchvision's names (`features.0.weight`, …), as
-            safetensors or as saved by `torch.save`; without it there is no perceptual loss.
+        weights: file of VGG-16's weights under torchvision's names (`features.0.weight`, …),
+            safetensors or written by `torch.save`; without it there is no perceptual loss.
         weight: of the loss.
     """
 
@@ -47,8 +45,8 @@ class AdversarialConfig(Config):
         start_step: first step with the adversarial loss, counted from 0.
         adaptive: whether the weight is also scaled so that at the decoder's last layer the
             adversarial gradient is as large as the reconstruction's (VQGAN Eq. 7).
-        width: channels of the discriminator's first layer; each further layer has twice as many,
-            up to eight times.
+        width: channels of the discriminator's first layer; they double with each layer, up to
+            eight times as many.
         layers: number of layers with stride 2.
         learning_rate: of the discriminator.
     """
@@ -62,10 +60,7 @@ class AdversarialConfig(Config):
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of two images' features at the end of each of VGG-16's stages.
-
-    Features are scaled to unit length across channels, so that every stage counts the same.
-    """
+    """Distance of two images' features, of unit length, at the end of each of VGG-16's stages."""
 
     mean: Tensor
     deviation: Tensor
@@ -79,7 +74,7 @@ class PerceptualLoss(nn.Module):
             for width in widths:
                 layers += [nn.Conv2d(before, width, 3, padding=1), nn.ReLU()]
                 before = width
-        # The numbers of the layers are then torchvision's.
+        # So numbered, the layers have torchvision's names.
         self.features = nn.Sequential(*layers)
         self.register_buffer("mean", torch.tensor(_VGG_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer(
@@ -92,7 +87,7 @@ class PerceptualLoss(nn.Module):
         """Read VGG-16's weights.
 
         Raises:
-            UserError: the file cannot be read, or holds other weights.
+            UserError: the file cannot be read, or has other weights.
         """
         loss = cls()
         try:
@@ -129,14 +124,13 @@ class PerceptualLoss(nn.Module):
 
 
 class Adversary:
-    """The discriminator and its own training."""
+    """The discriminator and its training.
+
+    Raises:
+        UserError: the images are too small for the number of layers.
+    """
 
     def __init__(self, config: AdversarialConfig, image_size: int, device: torch.device | str):
-        """Build it.
-
-        Raises:
-            UserError: the images are too small for the number of layers.
-        """
         if image_size // 2**config.layers < 4:
             raise UserError(
                 f"codec_training.adversarial.layers = {config.layers} is too many for images of "
@@ -155,7 +149,7 @@ class Adversary:
 
         Args:
             reconstructions_B3HW: reconstructions.
-            reconstruction: the reconstruction loss, to which the adaptive weight compares.
+            reconstruction: the reconstruction loss, for the adaptive weight.
             last_layer: weight of the decoder's last layer.
         """
         self.discriminator.requires_grad_(False)
@@ -168,11 +162,11 @@ class Adversary:
                 for loss in (reconstruction, generator_loss)
             ]
             balance = norms[0] / (norms[1] + 1e-4)
-            weight = weight * balance.clamp(max=_LARGEST_ADAPTIVE_WEIGHT)
+            weight = weight * balance.clamp(max=_MAX_ADAPTIVE_WEIGHT)
         return weight * generator_loss
 
     def learn(self, reconstructions_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
-        """One step of the discriminator with the hinge loss, which is returned."""
+        """Do one step of the discriminator, and return its hinge loss."""
         real = self.discriminator(images_B3HW).float()
         fake = self.discriminator(reconstructions_B3HW.detach()).float()
         loss = (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()) / 2
@@ -183,7 +177,7 @@ class Adversary:
 
 
 def _discriminator(config: AdversarialConfig) -> nn.Sequential:
-    """Convolutions that score overlapping patches: high for images, low for reconstructions."""
+    """Convolutions that score overlapping patches: positive for images, else negative."""
     layers: list[nn.Module] = [nn.Conv2d(3, config.width, 4, 2, 1), nn.LeakyReLU(0.2)]
     before = config.width
     for number in range(1, config.layers + 1):

@@ -1,4 +1,4 @@
-"""Perceptual and adversarial losses, each against a slow and obvious computation."""
+"""Perceptual and adversarial losses, each against a slow and simple computation."""
 
 import copy
 
@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from moma.errors import UserError
 from moma.tokenizers.image.losses import AdversarialConfig, Adversary, PerceptualLoss
+from tests.factories import random_images
 from tests.hub.foreign import random_vgg
 
 
@@ -26,12 +27,11 @@ def vgg_file(vgg_weights, tmp_path_factory):
 
 @pytest.fixture(name="pair")
 def two_batches():
-    draw = torch.Generator().manual_seed(1)
-    return [torch.rand(2, 3, 16, 16, generator=draw) * 2 - 1 for _ in range(2)]
+    return list(random_images(4).split(2))
 
 
 def slow_distance(weights, first, second):
-    """The perceptual distance, image by image, with every layer spelled out."""
+    """The perceptual distance, image by image, layer by layer."""
 
     def stages(image):
         colours = (image + 1) / 2
@@ -66,15 +66,15 @@ def test_the_perceptual_distance_agrees_with_a_slow_one(vgg_weights, vgg_file, p
     assert loss(pair[0], pair[0]).item() == 0
 
 
-def test_the_perceptual_loss_moves_the_drawing_alone(vgg_file, pair):
+def test_only_the_reconstruction_gets_a_gradient(vgg_file, pair):
     loss = PerceptualLoss.load(vgg_file)
-    drawn = pair[0].requires_grad_()
-    loss(drawn, pair[1]).backward()
-    assert drawn.grad is not None and drawn.grad.abs().sum() > 0
+    reconstructions = pair[0].requires_grad_()
+    loss(reconstructions, pair[1]).backward()
+    assert reconstructions.grad is not None and reconstructions.grad.abs().sum() > 0
     assert not [weight for weight in loss.parameters() if weight.requires_grad]
 
 
-def test_weights_saved_by_torch_are_the_same(vgg_weights, vgg_file, pair, tmp_path):
+def test_weights_written_by_torch_give_the_same_loss(vgg_weights, vgg_file, pair, tmp_path):
     torch.save(vgg_weights, tmp_path / "vgg16.pth")
     loaded = PerceptualLoss.load(tmp_path / "vgg16.pth")
     assert torch.equal(loaded(*pair), PerceptualLoss.load(vgg_file)(*pair))
@@ -98,23 +98,23 @@ def adversary(**changes) -> Adversary:
     return Adversary(AdversarialConfig(**values), image_size=16, device="cpu")
 
 
-def test_the_usual_discriminator_has_pix2pixs_size():
+def test_the_default_discriminator_has_pix2pixs_size():
     one = Adversary(AdversarialConfig(weight=1), 256, "meta")
-    # Isola et al.'s 70 × 70 discriminator has 2,768,705 weights, 3,072 of them for the second
-    # image that it is shown beside the first.
+    # Isola et al.'s 70 × 70 discriminator has 2,768,705 weights, 3,072 of them for a second input
+    # image.
     assert sum(w.numel() for w in one.discriminator.parameters()) == 2_768_705 - 3_072
 
 
-def test_the_discriminators_loss_is_the_hinge_loss(pair):
+def test_the_discriminator_has_the_hinge_loss(pair):
     learner = adversary()
     before = copy.deepcopy(learner.discriminator)
-    real, drawn = pair[1], pair[0].requires_grad_()
-    loss = learner.learn(drawn, real)
-    scores = [before(batch).flatten().tolist() for batch in (real, drawn)]
+    real, reconstructions = pair[1], pair[0].requires_grad_()
+    loss = learner.learn(reconstructions, real)
+    scores = [before(batch).flatten().tolist() for batch in (real, reconstructions)]
     hinge = [max(0.0, 1 - score) for score in scores[0]], [max(0.0, 1 + s) for s in scores[1]]
     expected = sum(sum(part) / len(part) for part in hinge) / 2
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert drawn.grad is None
+    assert reconstructions.grad is None
 
 
 def test_the_discriminator_learns_to_tell_them_apart():
@@ -127,17 +127,17 @@ def test_the_discriminator_learns_to_tell_them_apart():
 
 
 def codec_like(pair):
-    """A last layer, what it draws, and its reconstruction loss."""
+    """A last layer, its output, and the reconstruction loss."""
     torch.manual_seed(1)
     layer = torch.nn.Conv2d(3, 3, 3, padding=1)
-    drawn = layer(pair[0])
-    return layer, drawn, functional.l1_loss(drawn, pair[1])
+    reconstructions = layer(pair[0])
+    return layer, reconstructions, functional.l1_loss(reconstructions, pair[1])
 
 
 @pytest.mark.parametrize("weight", [0.5, 2.0])
-def test_the_adaptive_weight_evens_the_gradients_at_the_last_layer(pair, weight):
-    layer, drawn, reconstruction = codec_like(pair)
-    loss = adversary(weight=weight).loss(drawn, reconstruction, layer.weight)
+def test_the_adaptive_weight_balances_the_gradients_at_the_last_layer(pair, weight):
+    layer, reconstructions, reconstruction = codec_like(pair)
+    loss = adversary(weight=weight).loss(reconstructions, reconstruction, layer.weight)
     (of_loss,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
     (of_reconstruction,) = torch.autograd.grad(reconstruction, layer.weight)
     expected = weight * of_reconstruction.norm().item()
@@ -145,10 +145,10 @@ def test_the_adaptive_weight_evens_the_gradients_at_the_last_layer(pair, weight)
 
 
 def test_a_fixed_weight_is_fixed_and_the_discriminator_gets_no_gradient(pair):
-    layer, drawn, reconstruction = codec_like(pair)
+    layer, reconstructions, reconstruction = codec_like(pair)
     learner = adversary(adaptive=False)
-    loss = learner.loss(drawn, reconstruction, layer.weight)
-    assert loss.item() == pytest.approx(-0.5 * learner.discriminator(drawn).mean().item())
+    loss = learner.loss(reconstructions, reconstruction, layer.weight)
+    assert loss.item() == pytest.approx(-0.5 * learner.discriminator(reconstructions).mean().item())
     loss.backward()
     assert layer.weight.grad is not None and layer.weight.grad.norm() > 0
     assert all(weight.grad is None for weight in learner.discriminator.parameters())
