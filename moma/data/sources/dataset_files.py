@@ -34,14 +34,12 @@ class DatasetFiles:
         kind: "rows" of text files, a kind of Arrow file, or "other", which `builder` reads.
         splits: the files of each split.
         separator: what separates the columns of CSV files, where it is declared.
-        is_local: whether the files are on this machine.
         builder: the builder of `datasets`.
     """
 
     kind: str
     splits: dict[str, list[str]]
     separator: str | None = None
-    is_local: bool = True
     builder: Any = None
 
     def rows(self, columns: list[str], split: str) -> Iterator[row_files.FileRow]:
@@ -64,11 +62,11 @@ class DatasetFiles:
         if self.kind == "other":
             self.builder.download_and_prepare()
             return self.builder.as_dataset(split=split)
-        if self.is_local:
-            return arrow_tables.open_files(self.kind, self.splits, columns, split, streaming)
-        return datasets.load_dataset(
-            path=self.kind, data_files=self.splits, split=split, streaming=streaming
-        )
+        if any("://" in file for files in self.splits.values() for file in files):
+            return datasets.load_dataset(
+                path=self.kind, data_files=self.splits, split=split, streaming=streaming
+            )
+        return arrow_tables.open_files(self.kind, self.splits, columns, split, streaming)
 
 
 def local_files(path: str) -> list[Path]:
@@ -155,23 +153,24 @@ def _builder_files(
         builder = datasets.load_dataset_builder(path, name=subset, revision=revision)
     kind, config, splits = _builder_kind(builder), builder.config, _files_of(builder)
     files = [file for each in splits.values() for file in each]
-    if kind == "imagefolder" and any(Path(file).name == "metadata.csv" for file in files):
-        raise UserError(
-            f"{path}: `datasets` would take values of metadata.csv such as NA and 007 for missing "
-            'ones and numbers; use kind = "captions", which reads its columns file_name and text '
-            "as they are written, on a copy of the folder if it is on the hub"
-        )
     endings = {row_files.ending_of(file) for file in files}
     is_text = kind in _TEXT_BUILDERS and endings <= set(row_files.ENDINGS)
     is_text = is_text and getattr(config, "field", None) is None
+    has_metadata = any(Path(file).name == "metadata.csv" for file in files)
+    if (kind == "csv" and not is_text) or (kind == "imagefolder" and has_metadata):
+        raise UserError(
+            f"{path}: `datasets` would take values of its CSV files such as NA and 007 for missing "
+            "ones and numbers; unpack them on this machine and give their path, or, for a folder "
+            'of images with metadata.csv, use kind = "captions"'
+        )
     if not splits or not (is_text or kind in arrow_tables.ENDINGS.values()):
-        return DatasetFiles("other", splits, is_local=is_local, builder=builder)
+        return DatasetFiles("other", splits, builder=builder)
     if not is_local and not streaming:
-        splits, is_local = DownloadManager().download(splits), True
+        splits = DownloadManager().download(splits)
     separator = getattr(config, "sep", None) if kind == "csv" else None
     if separator == "," and endings == {"tsv"}:
         separator = None
-    return DatasetFiles("rows" if is_text else kind, splits, separator, is_local)
+    return DatasetFiles("rows" if is_text else kind, splits, separator)
 
 
 def _folder_builder(path: str, subset: str | None) -> Any:

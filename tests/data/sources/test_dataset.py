@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import pickle
+import zipfile
 
 import datasets
 import huggingface_hub
@@ -376,8 +377,14 @@ def test_a_folder_whose_name_is_a_pattern_of_another_is_refused(tmp_path):
         list(source_of(path=str(tmp_path / "run[12]")).documents())
 
 
-def test_an_image_folder_with_metadata_csv_is_refused(tmp_path):
-    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
-    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,007\n")
-    with pytest.raises(UserError, match=r'metadata\.csv such as NA and 007.* kind = "captions"'):
+@pytest.mark.parametrize("name", ["metadata.csv", "a.csv.zip"])
+def test_csv_files_that_the_library_would_read_by_guesses_are_refused(tmp_path, name):
+    (tmp_path / "a.png").write_bytes(png(3))
+    if name == "metadata.csv":
+        (tmp_path / name).write_text("file_name,text\na.png,007\n")
+    else:
+        (tmp_path / "a.png").unlink()
+        with zipfile.ZipFile(tmp_path / name, "w") as file:
+            file.writestr("a.csv", "text\n007\n")
+    with pytest.raises(UserError, match=r"CSV files such as NA and 007.* unpack them on this"):
         list(source_of(path=str(tmp_path), image_column="image").documents())
