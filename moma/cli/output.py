@@ -14,6 +14,8 @@ from moma.study.tables import Table, number
 
 # Wider than any table, to measure the width that a table needs.
 _UNLIMITED = 100_000
+# Narrower columns would be left out on a terminal of a few characters, or of COLUMNS=0.
+_MIN_COLUMN = 12
 
 
 def print_result(
@@ -53,6 +55,7 @@ def print_table(content: Table) -> None:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         width = console.measure(table, options=console.options.update(max_width=_UNLIMITED))
         console.width = max(console.width, width.maximum)
+    console.width = max(console.width, _MIN_COLUMN * len(table.columns))
     console.print(table)
 
 

@@ -106,8 +106,8 @@ def _print_message(error: object, code: int, by_all: bool = False) -> int:
     """Print a message as one line; a message of all ranks of a job is printed by rank 0 only."""
     # A file name may contain line breaks and terminal codes.
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0 or not by_all:
-        origin = f"moma, rank {rank}" if rank else "moma"
+    rank = os.environ.get("RANK") or "0"
+    if rank == "0" or not by_all:
+        origin = "moma" if rank == "0" else f"moma, rank {rank}"
         print(f"{origin}: {shorten(text, _MESSAGE_LIMIT)}", file=sys.stderr)
     return code

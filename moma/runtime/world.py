@@ -70,7 +70,7 @@ def can_compile(device: torch.device) -> bool:
 def local_device() -> torch.device:
     """The GPU of this rank, or the CPU if there is none."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
     return torch.device("cpu")
 
 
@@ -142,11 +142,27 @@ def join_world(timeout: float = 600) -> Iterator[World]:
 
     Args:
         timeout: seconds after which a rank that does not respond counts as lost.
+
+    Raises:
+        UserError: a variable of the environment that describes the job is missing or wrong.
     """
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT") if os.environ.get("WORLD_SIZE") else ()
+    numbers = {name: os.environ.get(name, "") for name in names}
+    for name, value in numbers.items():
+        if not (value.isascii() and value.isdigit()):
+            raise UserError(
+                f"{name}={value!a} in the environment: set it as torchrun does, or "
+                "unset WORLD_SIZE to train in one process"
+            )
+    if numbers and not int(numbers["RANK"]) < int(numbers["WORLD_SIZE"]):
+        raise UserError(
+            f"RANK={numbers['RANK']} in the environment: must be below WORLD_SIZE="
+            f"{numbers['WORLD_SIZE']}"
+        )
     device = local_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" not in os.environ:
+    if not numbers:
         yield World(device)
         return
     wait = timedelta(seconds=timeout)

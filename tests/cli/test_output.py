@@ -50,6 +50,14 @@ def test_a_narrow_terminal_loses_nothing(capsys, monkeypatch):
     assert out.count("x") == len(LONG) and "…" not in out
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "-3", "wide"])
+def test_an_impossible_width_loses_nothing(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    print_result({}, False, [TABLE])
+    out = capsys.readouterr().out
+    assert out.count("x") == len(LONG) and "…" not in out and "0.1235" in out
+
+
 def test_json_is_one_value_and_nothing_else(capsys):
     print_result({"é": [1, None]}, True, [TABLE], ["line"])
     assert json.loads(capsys.readouterr().out) == {"é": [1, None]}

@@ -116,6 +116,28 @@ def test_repeated_options_with_one_value_are_refused(trained, call):
     assert "given 2 times; give it once" in refuses(*(word.format(**fill) for word in call))
 
 
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK=''"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE='two'"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "-1"}, "MASTER_PORT='-1'"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_PORT": "1"}, "RANK=2"),
+    ],
+)
+def test_a_wrong_environment_of_a_job_is_refused(trained, monkeypatch, environment, named):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    outcome = moma("train", trained / "recipe.toml")
+    assert outcome.code == 2 and named in outcome.err and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("rank", ["", "x"])
+def test_a_wrong_rank_does_not_hide_the_message(tmp_path, monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    assert "no.toml: cannot read" in moma("train", tmp_path / "no.toml").err
+
+
 def test_a_flag_may_be_repeated(trained):
     assert succeeds("plan", trained / "recipe.toml", "--json", "--json").startswith("{")
 
