@@ -7,7 +7,7 @@ images        `solid_image` (a reference), `image_bytes` (a file's content), `tw
 documents     `ListSource`
 files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
               `write_sources` (captions and text for `tiny_recipe`)
-recipes       `tiny_recipe`
+recipes       `tiny_recipe`, `write_minimal_recipe` (a file with only the required keys)
 """
 
 import io
@@ -35,6 +35,14 @@ from moma.vocabulary import Vocabulary
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
 
+_MINIMAL = """
+[data]
+path = "data"
+micro_batch_size = 2
+sequence_length = 64
+image_share = 0.5
+sources = [{kind = "captions", path = "images"}, {kind = "text", path = "words.txt"}]
+"""
 # Codes of 16 × 16 images: 4 × 4 of them, of 16 kinds.
 CODEC: dict[str, Any] = {
     "image_size": 16,
@@ -199,6 +207,13 @@ def write_sources(folder: Path) -> None:
     write_captions(folder, captions, images)
     words = ["square", "paper", "colour", "of", "the", "on", "is", "red", "green", "blue"]
     write_paragraphs(folder / "text.txt", [" ".join(random.choice(words, 12)) for _ in range(60)])
+
+
+def write_minimal_recipe(folder: Path) -> Path:
+    """Write `recipe.toml` with only the required keys; its sources do not exist."""
+    path = folder / "recipe.toml"
+    path.write_text(_MINIMAL)
+    return path
 
 
 def tiny_recipe(sources: Path, data: Path, **changes: Any) -> Recipe:
