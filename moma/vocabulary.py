@@ -1,7 +1,7 @@
-"""The vocabulary of text and image tokens: the only place that maps ids to modalities.
+"""The vocabulary of text and image tokens: the only module that maps ids to modalities.
 
-Text and images share one range of ids (MoMa §2.1). An image in a sequence is `begin_image`, its
-codes in row-major order, and `end_image`; these two boundary ids count as text.
+An image in a sequence is `begin_image`, its codes in row-major order, and `end_image`; these two
+boundary ids count as text (MoMa §2.1).
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Vocabulary:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Names of the modalities; a subclass may add more."""
+        """Names of the modalities; a subclass may add some."""
         return MODALITIES
 
     @cached_property
@@ -97,13 +97,11 @@ class Vocabulary:
 
     def differences(self, other: "Vocabulary") -> str:
         """Describe the fields in which two vocabularies differ; empty if they are equal."""
-        mine, theirs = self._values(), other._values()
+        pairs = {key: (mine, other._values()[key]) for key, mine in self._values().items()}
         return ", ".join(
-            f"{key} ({len(mine[key])} and {len(theirs[key])} ids)"
-            if key == "image_codes"
-            else f"{key} ({mine[key]} and {theirs[key]})"
-            for key in mine
-            if mine[key] != theirs[key]
+            f"{key} ({len(a)} and {len(b)} ids)" if key == "image_codes" else f"{key} ({a} and {b})"
+            for key, (a, b) in pairs.items()
+            if a != b
         )
 
     def save(self, path: Path) -> None:

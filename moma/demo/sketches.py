@@ -217,7 +217,7 @@ def with_article(name: str) -> str:
 
 
 def single_caption(name: str, style: str | None) -> str:
-    """Caption of one object: `an apple, flat style`, or without the style if it is None."""
+    """Caption of one object: `an apple, flat style`, or `an apple` without a style."""
     return with_article(name) + (f", {style} style" if style else "")
 
 

@@ -13,26 +13,7 @@ from moma.data.outputs import mark_output
 from moma.files import atomic_write
 from moma.study.tables import Table, number
 
-_STYLE = """
-:root { --ink: #1d2430; --soft: #667085; --line: #e3e7ee; --ok: #1a7f4b; --no: #c2413b }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); margin: 0; background: #f7f8fa }
-main { max-width: 1080px; margin: 0 auto; padding: 24px 16px 64px }
-h1 { font-size: 26px; margin: 8px 0 } h2 { font-size: 19px; margin: 0 0 8px }
-section { background: #fff; border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
-  margin: 18px 0; overflow-x: auto }
-p { margin: 6px 0; color: var(--soft); max-width: 75ch }
-table { border-collapse: collapse; margin: 10px 0 }
-th, td { padding: 5px 14px 5px 0; text-align: right;
-  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums }
-th:first-child, td:first-child { text-align: left } th { font-weight: 600 }
-img { max-width: 100% } .grid { display: grid; gap: 14px 10px;
-  grid-template-columns: repeat(auto-fill, minmax(226px, 1fr)) }
-figure { margin: 0 } figcaption { font-size: 12.5px; line-height: 1.3 }
-.row { display: flex; gap: 4px } .tile { width: 72px; height: 72px; image-rendering: pixelated;
-  border: 2px solid var(--line); border-radius: 6px; background: #fff }
-.ok { border-color: var(--ok) } .no { border-color: var(--no) } .half { border-color: #d29922 }
-.tokens span { padding: 1px 0; border-radius: 3px; white-space: pre-wrap }
-"""
+_STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
 class Page:
@@ -55,7 +36,7 @@ class Page:
             path,
             f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             f"<meta name='viewport' content='width=device-width'>"
-            f"<title>{html.escape(self._title)}</title><style>{_STYLE}</style></head>"
+            f"<title>{html.escape(self._title)}</title><style>\n{_STYLE}</style></head>"
             f"<body><main>\n{body}\n</main></body></html>\n",
         )
 
