@@ -1,4 +1,4 @@
-"""Held-out loss against a slow reference, with both routings."""
+"""Held-out losses against a slow reference, with both routings."""
 
 import math
 
@@ -16,19 +16,19 @@ from moma.vocabulary import IMAGE, Vocabulary
 
 
 def slow_losses(model, recipe) -> tuple[list[float], list[float]]:
-    """Text and image losses of each held-out document by itself, under causal routing."""
+    """Return text and image losses of the held-out documents, one by one, with causal routing."""
     text: list[float] = []
     image: list[float] = []
     for source in recipe.data.sources:
         shard = open_shards(recipe.data.folder(source.name), model.vocabulary).splits["held_out"]
-        for row in range(len(shard)):
-            ids = torch.from_numpy(shard.ids(row).astype(np.int64))
+        for index in range(len(shard)):
+            ids = torch.from_numpy(shard.ids(index).astype(np.int64))
             with torch.no_grad():
                 logits = model(ids[None], routing=Routing(mode="causal")).logits_BSV[0]
-            chances = logits.double().log_softmax(-1)
+            log_probabilities = logits.double().log_softmax(-1)
             for at, target in enumerate(ids[1:].tolist()):
                 is_image = model.vocabulary.modality_of_id[target] == IMAGE
-                (image if is_image else text).append(-float(chances[at, target]))
+                (image if is_image else text).append(-float(log_probabilities[at, target]))
     return text, image
 
 

@@ -12,18 +12,9 @@ from moma.generate.decode import Sampling, generate, sample
 from moma.generate.grammar import Grammar
 from moma.model.routing import Routing
 from moma.model.transformer import ModelConfig, Transformer
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary
 
-VOCABULARY = Vocabulary(
-    size=40,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(30, 40)),
-    codes_per_image=4,
-)
+VOCABULARY = make_vocabulary(codes=range(30, 40))
 IMAGE = [3, 30, 35, 31, 39, 4]
 PROMPTS = [[0], [0, 10, 11, 12, 13, 14, 15], [0, *IMAGE, 20], [0, 9, *IMAGE, 8, *IMAGE[:3]]]
 GREEDY = Sampling(temperature=0)
@@ -95,8 +86,8 @@ def test_a_continuation_stops_at_the_context_and_at_new_tokens():
         model.head.weight[21] = 0
     lengths = [len(answer) for answer in generate(model, PROMPTS, "text", 20, 100, GREEDY)]
     full = [20 - len(prompt) for prompt in PROMPTS]
-    assert all(length <= most for length, most in zip(lengths, full, strict=True))
-    assert any(length == most for length, most in zip(lengths, full, strict=True))
+    assert all(length <= limit for length, limit in zip(lengths, full, strict=True))
+    assert any(length == limit for length, limit in zip(lengths, full, strict=True))
     assert all(len(answer) <= 3 for answer in generate(model, PROMPTS, "text", 20, 3, GREEDY))
 
 
@@ -146,16 +137,16 @@ def test_sampling_does_not_use_the_global_generator():
     assert torch.equal(torch.rand(3), expected)
 
 
-def nucleus(chances, top_p):
+def nucleus(probabilities, top_p):
     """The most likely tokens that together have probability `top_p`."""
-    order = sorted(range(len(chances)), key=lambda token: -chances[token])
-    chosen, total = set(), 0.0
+    order = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
+    tokens, total = set(), 0.0
     for token in order:
-        chosen.add(token)
-        total += chances[token]
+        tokens.add(token)
+        total += probabilities[token]
         if total >= top_p:
-            return chosen
-    return chosen
+            return tokens
+    return tokens
 
 
 @settings(deadline=None, max_examples=50)
@@ -166,21 +157,23 @@ def nucleus(chances, top_p):
 )
 def test_samples_are_in_the_nucleus(counts, top_p, temperature):
     logits_V = torch.tensor(counts, dtype=torch.float64).log()
-    chances = (logits_V / temperature).softmax(-1).tolist()
+    probabilities = (logits_V / temperature).softmax(-1).tolist()
     sampled = sample(
         logits_V.repeat(300, 1),
         Sampling(temperature, top_p),
         torch.Generator().manual_seed(0),
     )
     # A sum that meets top_p exactly may be rounded either way.
-    allowed = nucleus(chances, top_p) | nucleus(chances, top_p + 1e-9)
+    allowed = nucleus(probabilities, top_p) | nucleus(probabilities, top_p + 1e-9)
     assert set(sampled.tolist()) <= allowed
 
 
 def test_the_nucleus_is_sampled_in_proportion():
-    chances = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
+    probabilities = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
     sampling = Sampling(temperature=1, top_p=0.85)
-    sampled = sample(chances.log().repeat(20_000, 1), sampling, torch.Generator().manual_seed(0))
+    sampled = sample(
+        probabilities.log().repeat(20_000, 1), sampling, torch.Generator().manual_seed(0)
+    )
     found = sampled.bincount(minlength=5) / 20_000
     # 0.4 + 0.3 + 0.2 are the first to reach 0.85.
     expected = torch.tensor([0, 0.4, 0, 0.3, 0.2]) / 0.9

@@ -1,8 +1,7 @@
-"""A model with its tokenizers: text and images go in and come out."""
+"""A model with its tokenizers: text and images as input and output."""
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -12,36 +11,17 @@ from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
 from moma.model.transformer import ModelConfig, Transformer
 from moma.runs import Tokenizers
-from moma.tokenizers.image.codec import CodecConfig, ImageCodec, preprocess
-from moma.tokenizers.text import TextTokenizerConfig, train_text_tokenizer, vocabulary_of
+from moma.tokenizers.image.codec import ImageCodec, preprocess
 from moma.vocabulary import Vocabulary
+from tests.factories import make_tokenizers
 
-CODEC = CodecConfig(
-    image_size=16,
-    patch=4,
-    block_channels=(8, 16),
-    layers_per_block=1,
-    latent_channels=8,
-    code_channels=8,
-    codebook_size=16,
-    norm_groups=4,
-    encoder_middle=False,
-    middle_attention=False,
-)
 CONTEXT = 48
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a tokenizer and a random codec."""
-    tokenizers = Tokenizers(tmp_path_factory.mktemp("tokenizers"))
-    config = TextTokenizerConfig(vocabulary_size=320)
-    tokenizer = train_text_tokenizer(config, ["the red apple"] * 9, CODEC.codebook_size)
-    tokenizer.save(str(tokenizers.text))
-    torch.manual_seed(0)
-    ImageCodec(CODEC).save(tokenizers.codec)
-    vocabulary_of(tokenizer, CODEC.codes_per_side**2).save(tokenizers.vocabulary)
-    return tokenizers
+    """A folder with a text tokenizer and a random codec of 4 codes per image."""
+    return make_tokenizers(tmp_path_factory.mktemp("tokenizers"), block_channels=[8, 16])
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +38,8 @@ def noise(seed, size=(16, 16)):
     return Image.fromarray(pixels)
 
 
-def flat(content):
-    """Content as text and pixel values, to be compared."""
+def comparable(content):
+    """Return content as text and pixel values."""
     return [part if isinstance(part, str) else np.asarray(part).tolist() for part in content]
 
 
@@ -71,7 +51,7 @@ def test_the_codec_is_the_saved_one(mixed, folder):
     assert mixed.codes(image).shape == (4,)
 
 
-def test_a_sequence_opens_as_a_document_and_wraps_its_images(mixed):
+def test_a_sequence_begins_like_a_document_and_wraps_its_images(mixed):
     vocabulary = mixed.model.vocabulary
     image = noise(2)
     ids = mixed.encode(["the", image])
@@ -87,7 +67,7 @@ def test_a_sequence_opens_as_a_document_and_wraps_its_images(mixed):
     )
 )
 def test_content_is_encoded_and_decoded(mixed, content):
-    """Images come back as the codec draws them; neighbouring texts come back as one."""
+    """Images are returned as the codec decodes them; adjacent texts are joined."""
     parts: list = [noise(part) if isinstance(part, int) else part for part in content]
     expected: list = []
     for part in parts:
@@ -95,35 +75,35 @@ def test_content_is_encoded_and_decoded(mixed, content):
             expected[-1] += part
         else:
             expected.append(part if isinstance(part, str) else mixed.image(mixed.codes(part)))
-    assert flat(mixed.decode(mixed.encode(parts))) == flat(expected)
+    assert comparable(mixed.decode(mixed.encode(parts))) == comparable(expected)
 
 
-def test_an_image_is_drawn_from_its_codes(mixed):
-    drawn = mixed.image(np.array([0, 5, 15, 3]))
-    assert (drawn.size, drawn.mode) == ((16, 16), "RGB")
+def test_an_image_is_decoded_from_its_codes(mixed):
+    decoded = mixed.image(np.array([0, 5, 15, 3]))
+    assert (decoded.size, decoded.mode) == ((16, 16), "RGB")
     other = mixed.image(np.array([1, 5, 15, 3]))
-    assert flat([drawn]) != flat([other])
+    assert comparable([decoded]) != comparable([other])
 
 
-def test_an_image_that_is_cut_off_is_left_out(mixed):
+def test_an_incomplete_image_is_left_out(mixed):
     vocabulary = mixed.model.vocabulary
     ids = mixed.encode(["the", noise(1)])
     assert mixed.decode(ids[:-1]) == ["the"]
     assert mixed.decode(ids[:-3]) == ["the"]
-    # A broken image does not spoil the next one.
-    whole = vocabulary.wrap_image(np.array([1, 2, 3, 4]))
-    (image,) = mixed.decode([*whole[:3], *whole])
-    assert flat([image]) == flat([mixed.image(np.array([1, 2, 3, 4]))])
+    # An incomplete image does not affect the next one.
+    complete = vocabulary.wrap_image(np.array([1, 2, 3, 4]))
+    (image,) = mixed.decode([*complete[:3], *complete])
+    assert comparable([image]) == comparable([mixed.image(np.array([1, 2, 3, 4]))])
 
 
-def test_text_on_both_sides_of_an_image_stays_apart(mixed):
+def test_texts_before_and_after_an_image_are_separate(mixed):
     before, image, after = mixed.decode(mixed.encode(["red ", noise(3), " apple"]))
     assert (before, after) == ("red ", " apple")
     assert isinstance(image, Image.Image)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_modes_write_what_they_promise(mixed, seed):
+def test_every_mode_generates_its_kind_of_content(mixed, seed):
     prompts = [["the"], [noise(1), "red"], [noise(2)]]
     sampling = Sampling(temperature=1.5, top_p=1, seed=seed)
     for answer in mixed.generate(prompts, "image", sampling):
@@ -136,23 +116,23 @@ def test_modes_write_what_they_promise(mixed, seed):
         assert all(isinstance(part, str) or part.size == (16, 16) for part in answer)
 
 
-def test_mixed_answers_hold_images_when_the_model_wants_them(mixed):
+def test_mixed_mode_generates_both_text_and_images(mixed):
     sampling = Sampling(temperature=50, top_p=1)
     answers = mixed.generate([["the"]] * 40, "mixed", sampling)
     kinds = {type(part) is str for answer in answers for part in answer}
     assert kinds == {True, False}
 
 
-def test_the_same_seed_writes_the_same(mixed):
-    def write(seed):
+def test_the_seed_determines_the_content(mixed):
+    def content(seed):
         answers = mixed.generate([["the"], [noise(4)]], "mixed", Sampling(seed=seed))
-        return [flat(answer) for answer in answers]
+        return [comparable(answer) for answer in answers]
 
-    assert write(1) == write(1)
-    assert write(1) != write(2)
+    assert content(1) == content(1)
+    assert content(1) != content(2)
 
 
-def test_an_answer_has_no_more_than_the_wanted_tokens(mixed):
+def test_new_tokens_limits_a_continuation(mixed):
     tokenizer = mixed.tokenizer
     longest = max(len(tokenizer.decode([id_])) for id_ in range(tokenizer.get_vocab_size()))
     (short,) = mixed.generate([["the"]], "text", Sampling(seed=3), new_tokens=2)
@@ -160,7 +140,7 @@ def test_an_answer_has_no_more_than_the_wanted_tokens(mixed):
     assert len("".join(short)) <= 2 * longest < len("".join(full))
 
 
-def test_no_prompt_and_too_long_a_prompt_are_refused(mixed):
+def test_missing_and_too_long_prompts_are_refused(mixed):
     with pytest.raises(UserError, match="no prompt"):
         mixed.generate([])
     with pytest.raises(UserError, match=f"context of {CONTEXT} tokens leaves only .*; shorten"):
@@ -173,27 +153,26 @@ def test_no_prompt_and_too_long_a_prompt_are_refused(mixed):
 def test_a_missing_tokenizer_is_named(mixed, folder, tmp_path, missing):
     broken = Tokenizers(tmp_path / "broken")
     folder.copy_to(broken)
-    path = broken.path / missing
-    path.rename(tmp_path / "away")
+    (broken.path / missing).rename(tmp_path / "away")
     with pytest.raises(UserError, match=missing.split("/")[0]):
         MixedModel.assemble(mixed.model, broken, CONTEXT)
 
 
-def test_without_a_codec_there_is_text_alone(mixed, folder, tmp_path):
+def test_a_model_without_a_codec_generates_only_text(mixed, folder, tmp_path):
     tokenizers = Tokenizers(tmp_path / "text")
     folder.copy_to(tokenizers)
     tokenizers.codec.rename(tmp_path / "away")
-    alone = MixedModel.assemble(mixed.model, tokenizers, CONTEXT)
+    text_only = MixedModel.assemble(mixed.model, tokenizers, CONTEXT)
     sampling = Sampling(temperature=0)
-    assert alone.generate([["the"]], "mixed", sampling) == mixed.generate(
+    assert text_only.generate([["the"]], "mixed", sampling) == mixed.generate(
         [["the"]], "text", sampling
     )
-    for ask in (
-        lambda: alone.generate([["the"]], "image"),
-        lambda: alone.generate([[noise(0)]], "text"),
+    for call in (
+        lambda: text_only.generate([["the"]], "image"),
+        lambda: text_only.generate([[noise(0)]], "text"),
     ):
         with pytest.raises(UserError, match="no folder 'codec'"):
-            ask()
+            call()
 
 
 def test_several_images_in_a_prompt_are_used_in_order(mixed):

@@ -1,6 +1,6 @@
-"""The method in slow NumPy, float64, token by token (METHOD: Eq. 1 to 4 of MoMa; Chameleon).
+"""The method in slow NumPy, float64, token by token (MoMa, Equations 1 to 4; Chameleon).
 
-Nothing here is shared with the package but the weights, and the words of the configuration.
+It uses only the weights and the configuration of the package, none of its functions.
 """
 
 import math
@@ -23,7 +23,7 @@ def silu(z):
 
 
 def slots(share: float, tokens: float) -> int:
-    """A part of so many tokens, rounded up; products such as 0.3 · 10 are not exact."""
+    """A fraction of the tokens, rounded up; products such as 0.3 · 10 are not exact."""
     return math.ceil(share * tokens - 1e-9)
 
 
@@ -56,35 +56,33 @@ def heads_of(linear, norm, x, width, position=None, theta=10_000.0):
     return heads
 
 
-def attention(module, x_ND, position_N, seen_by, theta=10_000.0):
-    """Attention of every token n over the tokens `seen_by[n]`."""
+def attention(module, x_ND, position_N, attended, theta=10_000.0):
+    """Attention of every token n to the tokens `attended[n]`."""
     width = module.width
-    placed = list(zip(x_ND, position_N, strict=True))
-    query = [heads_of(module.query, module.query_norm, x, width, p, theta) for x, p in placed]
-    key = [heads_of(module.key, module.key_norm, x, width, p, theta) for x, p in placed]
+    tokens = list(zip(x_ND, position_N, strict=True))
+    query = [heads_of(module.query, module.query_norm, x, width, p, theta) for x, p in tokens]
+    key = [heads_of(module.key, module.key_norm, x, width, p, theta) for x, p in tokens]
     value = [heads_of(module.value, None, x, width) for x in x_ND]
     output = np.zeros_like(x_ND)
     for n in range(len(x_ND)):
         mixed = []
         for h in range(len(query[n])):
             g = h // (len(query[n]) // len(key[n]))
-            score = [query[n][h] @ key[m][g] / np.sqrt(width) for m in seen_by[n]]
-            chance = np.exp(np.array(score) - max(score))
-            mixed.append(chance @ np.array([value[m][g] for m in seen_by[n]]) / chance.sum())
+            score = [query[n][h] @ key[m][g] / np.sqrt(width) for m in attended[n]]
+            weight = np.exp(np.array(score) - max(score))
+            mixed.append(weight @ np.array([value[m][g] for m in attended[n]]) / weight.sum())
         output[n] = numpy(module.output.weight) @ np.concatenate(mixed)
     return output
 
 
-def earlier(row_N, document_N, among):
-    """For each token of `among`, those of `among` in its row and document up to itself."""
-    return {
-        n: [m for m in among if m <= n and (row_N[m], document_N[m]) == (row_N[n], document_N[n])]
-        for n in among
-    }
+def earlier(sequence_N, document_N, tokens):
+    """For each of `tokens`, those of them in its sequence and document up to itself."""
+    key = list(zip(sequence_N, document_N, strict=True))
+    return {n: [m for m in tokens if m <= n and key[m] == key[n]] for n in tokens}
 
 
 def best(scores: dict[int, float], count: int, preferred=frozenset()) -> list[int]:
-    """The `count` highest; of equal ones those that are `preferred`, and then the earliest."""
+    """The `count` highest; among equal ones, `preferred` ones first and then earlier ones."""
     return sorted(scores, key=lambda n: (-round(scores[n], 9), n not in preferred))[:count]
 
 
@@ -105,115 +103,116 @@ def expert(group, number, x):
 
 
 class Group(NamedTuple):
-    """The experts of some modalities.
+    """A group of experts.
 
     Attributes:
         module: their weights.
-        modalities: numbers of the modalities.
-        room: how many tokens an expert takes of so many members; None: it has no limit, and a
-            router's experts are chosen causally.
+        modalities: indices of the modalities.
+        capacity: slots of an expert, given the number of eligible tokens; None: unlimited, and
+            with a router, causal choice.
     """
 
     module: Any
     modalities: set[int]
-    room: Callable[[int], int] | None = None
+    capacity: Callable[[int], int] | None = None
 
 
-def groups_of(modules, configs, shares, names, how, met, token_fraction=1.0) -> list[Group]:
-    """The groups of a layer that `met` tokens reach; by the recipe, `token_fraction` of all do."""
+def groups_of(modules, configs, shares, names, how, reached, token_fraction=1.0) -> list[Group]:
+    """The groups of a layer that `reached` tokens reach, `token_fraction` of all tokens."""
 
-    def room_of(config):
+    def capacity_of(config):
         share = sum(shares[names.index(name)] for name in config.modalities)
         if config.experts == 1:
             share = min(1, share / token_fraction)
         if how == "causal" or (config.experts == 1 and len(config.modalities) == len(names)):
             return None
         if how == "actual":
-            return lambda members: -(-members // config.experts)
-        return lambda members: slots(share / config.experts, met)
+            return lambda eligible: -(-eligible // config.experts)
+        return lambda eligible: slots(share / config.experts, reached)
 
     return [
-        Group(module, {names.index(name) for name in config.modalities}, room_of(config))
+        Group(module, {names.index(name) for name in config.modalities}, capacity_of(config))
         for module, config in zip(modules, configs, strict=True)
     ]
 
 
 def feed_forward(groups, x_ND, modality_N, preferred=None):
-    """Equation 1. A lone expert takes its members in order, as many as it has room for.
+    """Equation 1. A single expert processes the eligible tokens in order, up to its capacity.
 
-    Where scores tie, expert e of the i-th group with a router prefers the tokens of the set
+    Where scores tie, expert e of the i-th group with a router prefers the tokens in
     `preferred[i][e]`.
     """
     output, routers = np.zeros_like(x_ND), 0
-    for group, modalities, room in groups:
-        members = [n for n in range(len(x_ND)) if modality_N[n] in modalities]
+    for group, modalities, capacity in groups:
+        eligible = [n for n in range(len(x_ND)) if modality_N[n] in modalities]
         if not hasattr(group, "router"):
-            for n in members[: None if room is None else room(len(members))]:
+            for n in eligible[: None if capacity is None else capacity(len(eligible))]:
                 output[n] += expert(group, 0, x_ND[n])
             continue
         for e, weight in enumerate(numpy(group.router.weight)):
-            scores = {n: sigmoid(weight @ x_ND[n]) for n in members}
-            if room is None:
-                chosen = [n for n in members if auxiliary(group.auxiliary, x_ND[n])[e] > 0.5]
+            scores = {n: sigmoid(weight @ x_ND[n]) for n in eligible}
+            if capacity is None:
+                selected = [n for n in eligible if auxiliary(group.auxiliary, x_ND[n])[e] > 0.5]
             else:
                 first = preferred[routers][e] if preferred else frozenset()
-                chosen = best(scores, room(len(members)), first)
-            for n in chosen:
+                selected = best(scores, capacity(len(eligible)), first)
+            for n in selected:
                 output[n] += scores[n] * expert(group, e, x_ND[n])
         routers += 1
     return output
 
 
 class Tokens(NamedTuple):
-    """What is known of N tokens besides their content; row by row."""
+    """Properties of N tokens besides their ids, sequence by sequence."""
 
     modality_N: np.ndarray
-    row_N: np.ndarray
+    sequence_N: np.ndarray
     document_N: np.ndarray
     position_N: np.ndarray
 
-    def at(self, among: list[int]) -> "Tokens":
-        return Tokens(*(part[among] for part in self))
+    def select(self, tokens: list[int]) -> "Tokens":
+        return Tokens(*(part[tokens] for part in self))
 
 
 def updates(layer, groups, x_ND, tokens, theta=10_000.0, preferred=None):
-    """What attention and experts add to each token, Swin norm or pre-norm."""
+    """What attention and experts add to each token, with Swin norm or pre-norm."""
     before, after = (lambda m, x: x, rms_norm) if layer.swin else (rms_norm, lambda m, x: x)
-    seen = earlier(tokens.row_N, tokens.document_N, range(len(x_ND)))
-    read = before(layer.attention_norm, x_ND)
-    mixed = attention(layer.attention, read, tokens.position_N, seen, theta)
-    attended = after(layer.attention_norm, mixed)
-    h_ND = x_ND + attended
-    read = before(layer.experts_norm, h_ND)
-    fed = feed_forward(groups, read, tokens.modality_N, preferred)
-    return attended + after(layer.experts_norm, fed)
+    attended = earlier(tokens.sequence_N, tokens.document_N, range(len(x_ND)))
+    normed_ND = before(layer.attention_norm, x_ND)
+    mixed_ND = attention(layer.attention, normed_ND, tokens.position_N, attended, theta)
+    update_ND = after(layer.attention_norm, mixed_ND)
+    normed_ND = before(layer.experts_norm, x_ND + update_ND)
+    y_ND = feed_forward(groups, normed_ND, tokens.modality_N, preferred)
+    return update_ND + after(layer.experts_norm, y_ND)
 
 
-def depth_layer(layer, groups, x_ND, chosen, score_N, tokens, theta=10_000.0, preferred=None):
-    """METHOD §3: the chosen go through the layer among themselves, scaled; others stay."""
-    among, output = sorted(chosen), x_ND.copy()
-    if among:
-        place = {n: k for k, n in enumerate(among)}
-        preferred = [[{place[n] for n in taken} for taken in each] for each in preferred or ()]
-        update = updates(layer, groups, x_ND[among], tokens.at(among), theta, preferred)
-        output[among] += score_N[among, None] * update
+def depth_layer(layer, groups, x_ND, selected, score_N, tokens, theta=10_000.0, preferred=None):
+    """Equation 2: the layer updates the selected tokens, which see only each other."""
+    selected, output = sorted(selected), x_ND.copy()
+    if selected:
+        index = {n: k for k, n in enumerate(selected)}
+        preferred = [[{index[n] for n in tied} for tied in each] for each in preferred or ()]
+        own = tokens.select(selected)
+        update = updates(layer, groups, x_ND[selected], own, theta, preferred)
+        output[selected] += score_N[selected, None] * update
     return output
 
 
-def gate_choice(gate, config, x_ND, tokens, how, preferred=frozenset()):
-    """The tokens that a gate lets through, and every token's score."""
-    score_N = sigmoid(x_ND @ numpy(gate.router.weight)[0])
+def depth_choice(router, config, x_ND, tokens, how, preferred=frozenset()):
+    """The tokens that a depth router selects, and every token's score."""
+    score_N = sigmoid(x_ND @ numpy(router.router.weight)[0])
     real = [n for n in range(len(x_ND)) if tokens.modality_N[n] >= 0]
     if how == "causal":
-        return [n for n in real if auxiliary(gate.auxiliary, x_ND[n])[0] > 0.5], score_N
+        return [n for n in real if auxiliary(router.auxiliary, x_ND[n])[0] > 0.5], score_N
     if config.scope == "batch":
         count = slots(config.capacity_factor, len(real) if how == "actual" else len(x_ND))
         return best({n: score_N[n] for n in real}, count, preferred), score_N
-    chosen, rows = [], sorted(set(tokens.row_N))
-    for row in rows:
-        own = {n: score_N[n] for n in real if tokens.row_N[n] == row}
-        chosen += best(own, slots(config.capacity_factor, len(x_ND) / len(rows)), preferred)
-    return chosen, score_N
+    selected, sequences = [], sorted(set(tokens.sequence_N))
+    count = slots(config.capacity_factor, len(x_ND) / len(sequences))
+    for sequence in sequences:
+        own = {n: score_N[n] for n in real if tokens.sequence_N[n] == sequence}
+        selected += best(own, count, preferred)
+    return selected, score_N
 
 
 def model(transformer, ids_BS, documents_BS, positions_BS, how, choices=()):
@@ -223,16 +222,16 @@ def model(transformer, ids_BS, documents_BS, positions_BS, how, choices=()):
         transformer: gives weights and configuration.
         ids_BS, documents_BS, positions_BS: the batch.
         how: `static`, `actual` or `causal`.
-        choices: where scores tie, the tokens to prefer: for each router, layer by layer, experts
-            before gate, and each of its experts, a set.
+        choices: where scores tie, the tokens to prefer: a set for each expert of each router,
+            layer by layer, those of experts before the depth router.
     """
     config, vocabulary = transformer.config, transformer.vocabulary
-    rows, length = ids_BS.shape
+    sequences, length = ids_BS.shape
     id_N = ids_BS.flatten()
     modality_N = np.where(id_N == vocabulary.padding, -1, vocabulary.modality_of_id[id_N])
-    row_N = np.arange(rows * length) // length
+    sequence_N = np.arange(sequences * length) // length
     document_N = documents_BS.flatten() * (config.attention_mask == "document")
-    tokens = Tokens(modality_N, row_N, document_N, positions_BS.flatten())
+    tokens = Tokens(modality_N, sequence_N, document_N, positions_BS.flatten())
     x_ND = numpy(transformer.embedding.weight)[id_N]
     if config.tied_embeddings:
         x_ND = x_ND * np.sqrt(config.dim)
@@ -247,15 +246,11 @@ def model(transformer, ids_BS, documents_BS, positions_BS, how, choices=()):
             continue
         depth = config.depth_config
         (first,) = left.pop(0) if left else (frozenset(),)
-        chosen, score_N = gate_choice(layer.depth, depth, x_ND, tokens, how, first)
-        by_row = depth.scope == "sequence"
-        met = (
-            rows * slots(depth.capacity_factor, length)
-            if by_row
-            else slots(depth.capacity_factor, len(x_ND))
-        )
-        groups = groups_of(layer.experts.groups, *rule, met, depth.capacity_factor)
+        selected, score_N = depth_choice(layer.depth, depth, x_ND, tokens, how, first)
+        pools = sequences if depth.scope == "sequence" else 1
+        reached = pools * slots(depth.capacity_factor, len(x_ND) // pools)
+        groups = groups_of(layer.experts.groups, *rule, reached, depth.capacity_factor)
         x_ND = depth_layer(
-            layer, groups, x_ND, chosen, score_N, tokens, config.rope_theta, preferred
+            layer, groups, x_ND, selected, score_N, tokens, config.rope_theta, preferred
         )
     return rms_norm(transformer.norm, x_ND) @ numpy(transformer.head.weight).T

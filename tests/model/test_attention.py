@@ -1,4 +1,4 @@
-"""Attention inside documents, with grouped queries, and among tokens that were picked out."""
+"""Attention within documents, with grouped queries, and among selected tokens."""
 
 import numpy as np
 import pytest
@@ -36,30 +36,28 @@ HEADS = st.sampled_from([(1, 1), (2, 2), (2, 1), (4, 2), (4, 1)])
     st.booleans(),
     st.booleans(),
 )
-def test_attention_inside_documents_equals_a_slow_reference(starts, heads, norm, whole_row):
+def test_attention_within_documents_equals_a_slow_reference(starts, heads, norm, causal):
     documents = np.cumsum(starts, axis=1)
-    rows, length = documents.shape
+    sequences, length = documents.shape
     module = random_attention(heads[0], heads[1], norm)
-    x = torch.randn(rows, length, 8, dtype=torch.float64)
-    positions = torch.arange(length).expand(rows, length)
+    x = torch.randn(sequences, length, 8, dtype=torch.float64)
+    positions = torch.arange(length).expand(sequences, length)
     angles = rotary_angles(positions, 8 // heads[0], 10_000.0)
-    mask = (
-        AttentionMask() if whole_row else AttentionMask(document_mask(torch.from_numpy(documents)))
-    )
-    got = module(x, angles, mask)
-    row_N = np.arange(rows * length) // length
-    document_N = np.zeros(rows * length) if whole_row else documents.flatten()
+    mask = AttentionMask() if causal else AttentionMask(document_mask(torch.from_numpy(documents)))
+    found = module(x, angles, mask)
+    sequence_N = np.arange(sequences * length) // length
+    document_N = np.zeros(sequences * length) if causal else documents.flatten()
     expected = slow_attention(
         module,
         numpy(x.flatten(0, 1)),
         positions.flatten().numpy(),
-        earlier(row_N, document_N, list(range(rows * length))),
+        earlier(sequence_N, document_N, list(range(sequences * length))),
     )
-    np.testing.assert_allclose(numpy(got.flatten(0, 1)), expected, atol=1e-5)
+    np.testing.assert_allclose(numpy(found.flatten(0, 1)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mask_of_numbers_gives_the_same_bits(dtype):
+def test_an_additive_mask_gives_identical_results(dtype):
     module = random_attention(4, 2, True).to(dtype)
     x = torch.randn(2, 9, 8, dtype=dtype, requires_grad=True)
     mask = document_mask(torch.tensor([[0] * 4 + [1] * 5, [0] * 9]))
@@ -75,60 +73,60 @@ def test_a_mask_of_numbers_gives_the_same_bits(dtype):
 @given(
     st.integers(1, 9), st.integers(1, 5), st.floats(0.1, 1), st.integers(0, 5), st.integers(0, 99)
 )
-def test_chosen_tokens_see_the_chosen_of_their_row_and_document(rows, length, part, empty, seed):
-    """Also where windows are needed: many rows, much chosen; one row may be chosen whole."""
+def test_selected_tokens_attend_within_their_sequence_and_document(
+    sequences, length, part, empty, seed
+):
+    """Also with windows; a whole sequence may be selected."""
     random = np.random.default_rng(seed)
-    size = rows * length
-    documents = np.cumsum(random.random((rows, length)) < 0.3, axis=1).flatten()
-    taken_of = random.random(size) < part
-    slots = np.sort(random.permutation(np.flatnonzero(~taken_of))[:empty])
-    token = np.sort(np.concatenate((np.flatnonzero(taken_of), slots))).astype(int)
+    size = sequences * length
+    documents = np.cumsum(random.random((sequences, length)) < 0.3, axis=1).flatten()
+    is_selected = random.random(size) < part
+    empty_slots = random.permutation(np.flatnonzero(~is_selected))[:empty]
+    token = np.sort(np.concatenate((np.flatnonzero(is_selected), empty_slots))).astype(int)
     if not len(token):
         return
-    row, taken = token // length, taken_of[token]
+    sequence, position, filled = token // length, token % length, is_selected[token]
     module = random_attention(2, 1)
     x = torch.randn(1, len(token), 8, dtype=torch.float64)
-    position = token % length
     angles = rotary_angles(torch.from_numpy(position)[None], 4, 10_000.0)
-    row_1K, document_1K, taken_1K = (
-        torch.from_numpy(each)[None] for each in (row, documents[token], taken)
+    sequence_1K, document_1K, filled_1K = (
+        torch.from_numpy(each)[None] for each in (sequence, documents[token], filled)
     )
-    mask = selected_mask(row_1K, document_1K, taken_1K, length)
+    mask = selected_mask(sequence_1K, document_1K, filled_1K, length)
     assert (mask.window is not None) == (len(token) > 2 * length)
-    got = numpy(module(x, angles, mask)[0])
-    real = list(np.flatnonzero(taken))
-    seen = earlier(row, documents[token], real)
+    found = numpy(module(x, angles, mask)[0])
+    attended = earlier(sequence, documents[token], list(np.flatnonzero(filled)))
     expected = slow_attention(
-        module, numpy(x[0]), position, [seen.get(n, [n]) for n in range(len(token))]
+        module, numpy(x[0]), position, [attended.get(n, [n]) for n in range(len(token))]
     )
-    np.testing.assert_allclose(got[taken], expected[taken], atol=1e-5)
-    assert np.isfinite(got).all()
+    np.testing.assert_allclose(found[filled], expected[filled], atol=1e-5)
+    assert np.isfinite(found).all()
 
 
-def test_windows_hold_all_that_one_long_sequence_shows():
-    """The same slots with and without windows, and gradients through both."""
+def test_windows_do_not_change_the_result():
+    """Nor the gradients."""
     length, slots = 4, 18
     token = torch.arange(slots)[None] * 2
-    row, document = token // length, torch.zeros_like(token)
-    taken = torch.rand(1, slots) < 0.8
-    folded = selected_mask(row, document, taken, length)
-    whole = selected_mask(row, document, taken, slots)
-    assert folded.window == length and whole.window is None
+    sequence, document = token // length, torch.zeros_like(token)
+    filled = torch.rand(1, slots) < 0.8
+    windows = selected_mask(sequence, document, filled, length)
+    whole = selected_mask(sequence, document, filled, slots)
+    assert windows.window == length and whole.window is None
     module = random_attention(2, 2)
     angles = rotary_angles(token % length, 4, 10_000.0)
     x = torch.randn(1, slots, 8, dtype=torch.float64, requires_grad=True)
-    outputs = [module(x, angles, mask) for mask in (folded, whole)]
+    outputs = [module(x, angles, mask) for mask in (windows, whole)]
     torch.testing.assert_close(*outputs)
     gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in outputs]
     torch.testing.assert_close(*gradients)
 
 
-@pytest.mark.parametrize("slots", [5, 11])  # in one piece, and in windows
+@pytest.mark.parametrize("slots", [5, 11])  # without and with windows
 def test_gradients(slots):
     module = random_attention(2, 1)
     token = torch.arange(slots)[None]
-    taken = torch.arange(slots)[None] % 4 != 3
-    mask = selected_mask(token // 4, token // 2, taken, 4)
+    filled = torch.arange(slots)[None] % 4 != 3
+    mask = selected_mask(token // 4, token // 2, filled, 4)
     angles = rotary_angles(token, 4, 10_000.0)
     x = torch.randn(1, slots, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: module(x, angles, mask), (x,))

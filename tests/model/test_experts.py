@@ -1,4 +1,4 @@
-"""Expert groups against a slow loop of the paper's equation."""
+"""Expert groups against a slow loop over Equation 1."""
 
 import math
 
@@ -66,24 +66,24 @@ def test_absent_modality_leaves_zeros_and_finite_gradients(modalities):
         assert group.router.weight.grad is not None and not group.router.weight.grad.any()
 
 
-def test_padding_never_competes():
+def test_padding_is_never_selected():
     group = routed("text", 2, share=1.0)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     x_ND[4:] *= 100
-    alone, _ = group(x_ND[:4], torch.full((4,), TEXT), ACTUAL)
+    without_padding, _ = group(x_ND[:4], torch.full((4,), TEXT), ACTUAL)
     padded, _ = group(x_ND, torch.tensor([TEXT] * 4 + [-1] * 4), ACTUAL)
-    torch.testing.assert_close(padded[:4], alone)
+    torch.testing.assert_close(padded[:4], without_padding)
     assert not padded[4:].any()
 
 
-def plain_of(group: ExpertGroup) -> SwiGLU:
-    """The same feed-forward without anything that routes."""
-    plain = SwiGLU(DIM, HIDDEN).double()
+def swiglu_of(group: ExpertGroup) -> SwiGLU:
+    """Return the first expert of a group as an ordinary feed-forward."""
+    swiglu = SwiGLU(DIM, HIDDEN).double()
     with torch.no_grad():
-        plain.gate.weight.copy_(group.gate_EDF[0].T)
-        plain.up.weight.copy_(group.up_EDF[0].T)
-        plain.down.weight.copy_(group.down_EFD[0].T)
-    return plain
+        swiglu.gate.weight.copy_(group.gate_EDF[0].T)
+        swiglu.up.weight.copy_(group.up_EDF[0].T)
+        swiglu.down.weight.copy_(group.down_EFD[0].T)
+    return swiglu
 
 
 ROUTINGS = [Routing(), ACTUAL, Routing(mode="causal")]
@@ -91,7 +91,7 @@ ROUTINGS = [Routing(), ACTUAL, Routing(mode="causal")]
 
 @pytest.mark.parametrize("modality", [TEXT, IMAGE])
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_one_expert_a_modality_equals_plain_feed_forward(modality, routing):
+def test_a_single_expert_per_modality_equals_a_feed_forward(modality, routing):
     torch.manual_seed(0)
     config = GroupConfig(modalities=(MODALITIES[modality],), experts=1)
     group = build_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
@@ -102,29 +102,29 @@ def test_one_expert_a_modality_equals_plain_feed_forward(modality, routing):
     modality_N = torch.tensor([IMAGE, TEXT] * 5)
     y_ND, _ = group(x_ND, modality_N, routing)
     own_N = modality_N == modality
-    torch.testing.assert_close(y_ND[own_N], plain_of(group)(x_ND[own_N]))
+    torch.testing.assert_close(y_ND[own_N], swiglu_of(group)(x_ND[own_N]))
     assert not y_ND[~own_N].any()
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-def test_one_group_of_one_equals_dense(routing):
-    """As a plain feed-forward, which it is, and as a stack of one expert, which it could be."""
+def test_a_single_expert_for_all_modalities_equals_a_feed_forward(routing):
+    """Both as the module that is built, `DenseGroup`, and as a group of one expert."""
     torch.manual_seed(0)
     stack = ExpertGroup(DIM, HIDDEN, [TEXT, IMAGE], 1, share=1.0).double()
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter)
-    plain = plain_of(stack)
+    swiglu = swiglu_of(stack)
     (config,) = named_groups("dense")
     dense = build_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
     assert isinstance(dense, DenseGroup)
-    dense.load_state_dict(plain.state_dict())
+    dense.load_state_dict(swiglu.state_dict())
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
     modality_N = torch.tensor([IMAGE, TEXT, TEXT] * 3 + [TEXT])
     for group in (dense, stack):
-        torch.testing.assert_close(group(x_ND, modality_N, routing)[0], plain(x_ND))
+        torch.testing.assert_close(group(x_ND, modality_N, routing)[0], swiglu(x_ND))
 
 
-def test_causal_routing_follows_the_auxiliary_router_alone():
+def test_causal_routing_follows_only_the_auxiliary_router():
     group = routed("text", 3)
     x_ND = torch.randn(12, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 9 + [IMAGE] * 3)
@@ -134,12 +134,12 @@ def test_causal_routing_follows_the_auxiliary_router_alone():
     np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-9)
 
 
-def test_record_tells_the_real_choice():
+def test_a_record_has_the_actual_selection():
     group = routed("text", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
-    _, (report,) = group(x_ND, modality_N, Routing(capacity="actual", record_auxiliary=True))
-    record = report.record
+    _, (diagnostics,) = group(x_ND, modality_N, Routing(capacity="actual", record_auxiliary=True))
+    record = diagnostics.record
     scores = group.router(x_ND).detach()
     for expert in range(2):
         best = scores[:6, expert].topk(3).indices.tolist()
@@ -147,7 +147,7 @@ def test_record_tells_the_real_choice():
     assert record.eligible_N.tolist() == [True] * 6 + [False] * 2
 
 
-def test_overlapping_groups_add_up():
+def test_outputs_of_overlapping_groups_are_added():
     text, everything = routed("text", 2), routed("image", 2)
     x_BSD = torch.randn(2, 4, DIM, dtype=torch.float64)
     modality_BS = torch.tensor([[TEXT, IMAGE] * 2] * 2)
@@ -170,6 +170,6 @@ def test_names_of_architectures(name, expected):
     assert [(g.modalities, g.experts) for g in named_groups(name)] == expected
 
 
-def test_unknown_architecture_is_named():
+def test_an_unknown_architecture_is_refused():
     with pytest.raises(UserError, match="moe_4x4"):
         named_groups("moe_4x4")

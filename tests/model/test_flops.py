@@ -14,18 +14,9 @@ from moma.model.flops import ModelCounts, sum_over_kinds
 from moma.model.groups import GroupConfig
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary
 
-VOCABULARY = Vocabulary(
-    size=40,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(20, 40)),
-    codes_per_image=4,
-)
+VOCABULARY = make_vocabulary(codes=range(20, 40))
 SHARES = (0.5, 0.5)
 OVERLAPPING = (
     GroupConfig(modalities=("text",), experts=3),
@@ -46,8 +37,8 @@ CASES: dict[str, dict[str, Any]] = {
         "groups": OVERLAPPING,
         "depth": DepthConfig(capacity_factor=0.5, layers=(1,)),
     },
-    "lone_in_turn": {"groups": "mod_moe_1t1i", "experts_implementation": "sequential"},
-    "lone_batched": {"groups": "mod_moe_1t1i", "experts_implementation": "batched"},
+    "sequential": {"groups": "mod_moe_1t1i", "experts_implementation": "sequential"},
+    "batched": {"groups": "mod_moe_1t1i", "experts_implementation": "batched"},
     "unequal_grouped": {"groups": "mod_moe_3t1i", "experts_implementation": "grouped"},
     "by_sequence": {
         "groups": "mod_moe_2t2i",
@@ -61,7 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def routers_as_matrices(monkeypatch):
-    """The counter knows no products with a vector; as a matrix, routers have as many operations."""
+    """The counter skips matrix-vector products; as matrices, routers have as many operations."""
     monkeypatch.setattr(routing, "FEW_EXPERTS", 0)
 
 
@@ -72,15 +63,16 @@ def build(case: str) -> Transformer:
     return model.eval()
 
 
-def counts_of(config: ModelConfig, rows: int = 4, length: int = 16) -> ModelCounts:
-    return ModelCounts(config, VOCABULARY.size, SHARES, rows, length)
+def counts_of(config: ModelConfig, sequences: int = 4, length: int = 16) -> ModelCounts:
+    return ModelCounts(config, VOCABULARY.size, SHARES, sequences, length)
 
 
-def half_of_each(rows: int, length: int) -> torch.Tensor:
-    """Tokens of which exactly half are image codes."""
+def half_image_tokens(sequences: int, length: int) -> torch.Tensor:
+    """Return tokens of which exactly half are image codes."""
     generator = torch.Generator().manual_seed(0)
-    kinds = torch.randperm(rows * length, generator=generator) % 2
-    return (3 + torch.arange(rows * length) % 17 + kinds * 20).clamp(max=39).view(rows, length)
+    kinds = torch.randperm(sequences * length, generator=generator) % 2
+    ids = (3 + torch.arange(sequences * length) % 17 + kinds * 20).clamp(max=39)
+    return ids.view(sequences, length)
 
 
 def counted_by_torch(model: Transformer, tokens: torch.Tensor, routing: Routing) -> int:
@@ -108,25 +100,25 @@ def test_parameters_are_exact(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("rows", "length"), [(4, 16), (12, 8)])  # chosen at once, in windows
-def test_forward_equals_the_flop_counter(case, rows, length):
-    model = build(case)
-    found = counted_by_torch(model, half_of_each(rows, length), Routing())
-    counts = counts_of(model.config, rows, length)
+@pytest.mark.parametrize(("sequences", "length"), [(4, 16), (12, 8)])  # without and with windows
+def test_forward_flops_equal_the_flop_counter(case, sequences, length):
+    model, tokens = build(case), half_image_tokens(sequences, length)
+    found = counted_by_torch(model, tokens, Routing())
+    counts = counts_of(model.config, sequences, length)
     parts, empty = sum_over_kinds(counts.forward_flops()), counts.empty_slot_flops()
     assert sum(parts.values()) + empty == pytest.approx(found, rel=0.01)
-    if case == "mod_moe_1t1i":  # one grouped product shares the room
+    if case == "mod_moe_1t1i":  # one grouped product shares the slots
         assert empty == 0
-    if case == "lone_in_turn":  # nothing is computed for empty slots where tokens are counted
+    if case == "sequential":  # actual capacity has no empty slots
         assert empty > 0
-        actual = counted_by_torch(model, half_of_each(rows, length), Routing(capacity="actual"))
+        actual = counted_by_torch(model, tokens, Routing(capacity="actual"))
         assert sum(parts.values()) == pytest.approx(actual, rel=0.01)
 
 
 def counted_by_part(model: Transformer, tokens: torch.Tensor) -> dict[str, int]:
-    """What the counter finds in the modules of each part."""
+    """Return what the counter finds in the modules of each part."""
 
-    def product_with_vector(matrix, vector, *_, **__):  # a gate's; the counter knows none
+    def product_with_vector(matrix, vector, *_, **__):  # of a depth router; the counter skips it
         return 2 * matrix[0] * matrix[1]
 
     extra = {torch.ops.aten.mv: product_with_vector}
@@ -143,7 +135,7 @@ def counted_by_part(model: Transformer, tokens: torch.Tensor) -> dict[str, int]:
             if name.endswith(ends)
         )
 
-    # In experts, main routers and plain feed-forwards alone multiply two matrices; others, stacks.
+    # In experts, only main routers and dense groups multiply two matrices; others multiply stacks.
     mm = torch.ops.aten.mm
     routers = inside(".experts", of=mm) - inside(".gate", ".up", ".down", of=mm)
     return {
@@ -156,20 +148,20 @@ def counted_by_part(model: Transformer, tokens: torch.Tensor) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize(("rows", "length"), [(4, 16), (12, 8)])
-def test_every_part_equals_the_flop_counter(case, rows, length):
+@pytest.mark.parametrize(("sequences", "length"), [(4, 16), (12, 8)])
+def test_every_part_equals_the_flop_counter(case, sequences, length):
     model = build(case)
-    found = counted_by_part(model, half_of_each(rows, length))
-    counts = counts_of(model.config, rows, length)
+    found = counted_by_part(model, half_image_tokens(sequences, length))
+    counts = counts_of(model.config, sequences, length)
     parts = sum_over_kinds(counts.forward_flops())
     parts["experts"] += counts.empty_slot_flops()
     assert found == pytest.approx(parts, rel=1e-3)
 
 
-@pytest.mark.parametrize("case", ["moe_2t2i", "mod_moe_2t2i", "grouped_queries", "lone_in_turn"])
+@pytest.mark.parametrize("case", ["moe_2t2i", "mod_moe_2t2i", "grouped_queries", "sequential"])
 def test_backward_costs_twice_the_forward(case):
     model = build(case)
-    tokens = half_of_each(4, 16)
+    tokens = half_image_tokens(4, 16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(tokens).logits_BSV.sum().backward()
     counts = counts_of(model.config)
@@ -178,12 +170,12 @@ def test_backward_costs_twice_the_forward(case):
 
 
 @pytest.mark.parametrize("case", ["moe_3t1i", "mod", "mod_moe_2t2i", "by_sequence"])
-def test_the_router_stage_equals_the_flop_counter(case):
+def test_router_stage_flops_equal_the_flop_counter(case):
     model = build(case).requires_grad_(False)
     for router in model.auxiliary_routers():
         router.requires_grad_(True)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        records = model(half_of_each(4, 16), routing=Routing(record_auxiliary=True)).routers
+        records = model(half_image_tokens(4, 16), routing=Routing(record_auxiliary=True)).routers
         torch.stack([record.auxiliary_logits_NE.sum() for record in records]).sum().backward()
     counts = counts_of(model.config)
     counted = 64 * counts.router_stage_flops_per_token() + counts.empty_slot_flops()
@@ -202,13 +194,16 @@ def test_active_parameters():
     assert active("moe_1t1i") == total("dense")
     assert active("moe_3t1i")["experts"] == total("dense")["experts"]
     assert active("moe_3t1i")["routers"] == 0.75 * total("moe_3t1i")["routers"]
-    mod, dense = active("mod_moe_2t2i"), total("dense")  # layers 0 and 2 for a quarter
+    mod, dense = (
+        active("mod_moe_2t2i"),
+        total("dense"),
+    )  # layers 0, 2: a quarter of the tokens
     assert mod["attention"] == pytest.approx(dense["attention"] * (1 + 2 / 4) / 3)
     assert mod["depth"] == 2 * 16
     assert active("overlapping")["experts"] == 3 * total("dense")["experts"]
 
 
-def test_experts_cost_what_dense_costs():
+def test_experts_have_the_flops_of_dense():
     dense, sparse = (
         sum_over_kinds(
             ModelCounts(ModelConfig(groups=groups), 65_536, SHARES, 6, 4096).forward_flops()

@@ -1,4 +1,4 @@
-"""Gradients of every module against finite differences: of what it reads and of all its weights."""
+"""Gradients of every module by its input and its weights, against finite differences."""
 
 from collections.abc import Callable
 from typing import Any, get_args
@@ -16,11 +16,12 @@ from moma.model.implementations import ImplementationName, build_experts
 from moma.model.layers import SwiGLU, rotary_angles
 from moma.model.routers import AuxiliaryRouter
 from moma.model.routing import Routing
-from moma.vocabulary import IMAGE, MODALITIES, TEXT, Vocabulary
+from moma.vocabulary import IMAGE, MODALITIES, TEXT
+from tests.factories import make_vocabulary
 from tests.model.three_modalities import group
 
 DIM, HIDDEN, SHARES = 8, 3, (0.5, 0.5)
-VOCABULARY = Vocabulary(12, 0, 1, 2, 3, 4, (5, 6), 1)
+VOCABULARY = make_vocabulary(12, (5, 6), 1)
 OVERLAPPING = (group("text", 2), group("image", 1), group("text image", 2))
 MODALITY = torch.tensor([[TEXT, IMAGE, TEXT, IMAGE], [TEXT, TEXT, IMAGE, IMAGE]])
 DOCUMENTS = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]])
@@ -29,10 +30,10 @@ ANGLES = rotary_angles(POSITIONS, DIM // 2, 10_000.0)
 
 
 def assert_gradients(module: nn.Module, x: Tensor, *rest: Any, output: Callable = lambda y: y):
-    """Hold `output(module(x, *rest))` against finite differences.
+    """Compare the gradients of `output(module(x, *rest))` with finite differences.
 
-    Number by number where there are few, else in a random direction (`fast_mode`). Auxiliary
-    routers inside the module are left out: batch choice does not ask them.
+    Each number is perturbed if there are few, otherwise a random direction (`fast_mode`).
+    Auxiliary routers inside the module are left out: batch choice does not use them.
     """
     torch.manual_seed(0)
     for parameter in module.double().parameters():
@@ -44,7 +45,7 @@ def assert_gradients(module: nn.Module, x: Tensor, *rest: Any, output: Callable 
         return output(torch.func.functional_call(module, named, (x, *rest)))
 
     inputs = (x.double().requires_grad_(), *weights.values())
-    # What takes no part has a gradient of zeros, which finite differences confirm.
+    # Gradients of zero would pass, too.
     for gradient in torch.autograd.grad(run(*inputs).square().sum(), inputs):
         assert gradient.any()
     many = sum(each.numel() for each in inputs) > 300
@@ -59,36 +60,36 @@ def some_tokens(*shape: int) -> Tensor:
     return torch.randn(*shape, DIM, generator=torch.Generator().manual_seed(0))
 
 
-def test_of_an_auxiliary_router():
+def test_gradients_of_an_auxiliary_router():
     assert_gradients(AuxiliaryRouter(DIM, 3), some_tokens(5))
 
 
-def test_of_a_plain_feed_forward():
+def test_gradients_of_a_feed_forward():
     assert_gradients(SwiGLU(DIM, HIDDEN), some_tokens(5))
 
 
 @pytest.mark.parametrize("experts", [1, 2])
 @pytest.mark.parametrize("capacity", ["static", "actual"])
-def test_of_a_group_alone_and_with_a_router(experts, capacity):
+def test_gradients_of_a_group(experts, capacity):
     module = build_group(DIM, HIDDEN, group("text", experts), (0.75, 0.25))
     routing = Routing(capacity=capacity)
     assert_gradients(module, some_tokens(8), MODALITY.flatten(), routing, output=first)
 
 
-@pytest.mark.parametrize("run", get_args(ImplementationName))
+@pytest.mark.parametrize("implementation", get_args(ImplementationName))
 @pytest.mark.parametrize("token_fraction", [1.0, 0.5])
-def test_of_overlapping_groups_in_every_strategy(run, token_fraction):
+def test_gradients_of_overlapping_groups_in_every_implementation(implementation, token_fraction):
     groups = [
         build_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction) for each in OVERLAPPING
     ]
-    experts = build_experts(groups, run)
-    assert (type(experts) is MixtureOfExperts) == (run == "sequential")
+    experts = build_experts(groups, implementation)
+    assert (type(experts) is MixtureOfExperts) == (implementation == "sequential")
     assert_gradients(experts, some_tokens(2, 4), MODALITY, Routing(), output=first)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("norm", [True, False])
-def test_of_attention_inside_documents(kv_heads, norm):
+def test_gradients_of_attention_within_documents(kv_heads, norm):
     mask = AttentionMask(document_mask(DOCUMENTS))
     assert_gradients(Attention(DIM, 2, kv_heads, norm), some_tokens(2, 4), ANGLES, mask)
 
@@ -96,7 +97,7 @@ def test_of_attention_inside_documents(kv_heads, norm):
 @pytest.mark.parametrize("norm", ["swin", "pre"])
 @pytest.mark.parametrize("depth", [None, "batch", "sequence"])
 @pytest.mark.parametrize("groups", ["dense", "moe_1t1i", "moe_2t2i"])
-def test_of_a_layer_with_and_without_a_gate(groups, depth, norm):
+def test_gradients_of_a_layer(groups, depth, norm):
     config = ModelConfig(
         groups=groups,
         depth=depth and DepthConfig(capacity_factor=0.5, scope=depth),

@@ -20,10 +20,11 @@ from moma.model.implementations import (
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runtime.world import can_compile
-from moma.vocabulary import MODALITIES, Vocabulary
+from moma.vocabulary import MODALITIES
+from tests.factories import make_vocabulary
 
 DIM, HIDDEN = 8, 12
-RUNS: tuple[ImplementationName, ...] = get_args(ImplementationName)
+IMPLEMENTATIONS: tuple[ImplementationName, ...] = get_args(ImplementationName)
 SHARES = (0.5, 0.5)
 
 
@@ -42,12 +43,12 @@ LAYERS = {
 
 
 def build(
-    layer: str, run: ImplementationName, token_fraction: float = 1.0, dtype=torch.float32
+    layer: str, implementation: ImplementationName, token_fraction: float = 1.0, dtype=torch.float32
 ) -> MixtureOfExperts:
     groups = [
         build_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction) for each in LAYERS[layer]
     ]
-    experts = build_experts(groups, run)
+    experts = build_experts(groups, implementation)
     torch.manual_seed(0)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -55,16 +56,16 @@ def build(
 
 
 def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
-    """Output and all gradients; those of a plain sum have zero strides."""
+    """Output and all gradients; the gradient of a sum has zero strides."""
     experts.zero_grad()
     x = x.clone().requires_grad_()
-    y, reports = experts(x, modality, routing)
+    y, diagnostics = experts(x, modality, routing)
     y.sum().backward()
     y2, _ = experts(x, modality, routing)
     y2.square().sum().backward()
     assert x.grad is not None
     grads = [p.grad for p in experts.parameters() if p.grad is not None]
-    return [y, x.grad, *grads, *(report.nonfinite for report in reports)]
+    return [y, x.grad, *grads, *(each.nonfinite for each in diagnostics)]
 
 
 @settings(max_examples=60, deadline=None)
@@ -78,31 +79,31 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
 def test_implementations_have_equal_results(layer, modality, routing, token_fraction, seed):
     x = torch.randn(1, len(modality), DIM, generator=torch.Generator().manual_seed(seed))
     results = [
-        outcome(build(layer, run, token_fraction), x, torch.tensor([modality]), routing)
-        for run in RUNS
+        outcome(build(layer, implementation, token_fraction), x, torch.tensor([modality]), routing)
+        for implementation in IMPLEMENTATIONS
     ]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
 
 
 def test_implementations_differ():
-    """Otherwise the test above would show nothing."""
-    kinds = {run: build("4t4i", run) for run in RUNS}
+    """Otherwise the test above would compare an implementation with itself."""
+    kinds = {implementation: build("4t4i", implementation) for implementation in IMPLEMENTATIONS}
     assert type(kinds["sequential"]) is MixtureOfExperts and len(kinds["sequential"].units()) == 2
-    for run in ("batched", "grouped"):
-        joint = kinds[run]
+    for implementation in ("batched", "grouped"):
+        joint = kinds[implementation]
         assert isinstance(joint, JointMixtureOfExperts) and joint.units() == []
-        assert run in repr(joint.add_outputs)
+        assert implementation in repr(joint.add_outputs)
 
 
 def test_parameter_names_do_not_depend_on_the_implementation():
-    states = [build("overlapping", run).state_dict() for run in RUNS]
+    states = [build("overlapping", each).state_dict() for each in IMPLEMENTATIONS]
     assert list(states[0]) == list(states[1]) == list(states[2])
     assert any(name.startswith("groups.1.gate_EDF") for name in states[0])
 
 
 def test_single_expert_groups_with_mixture_of_depths_share_their_slots(monkeypatch):
-    """Each has a slot for every token, but one grouped product has only as many rows as tokens."""
+    """Each group has a slot for every token, but one grouped product computes only N of them."""
     from moma.model import implementations
 
     rows: list[int] = []
@@ -121,13 +122,13 @@ def test_single_expert_groups_with_mixture_of_depths_share_their_slots(monkeypat
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=5), st.integers(1, 4), st.integers(0, 99))
-def test_grouped_product_equals_one_product_for_each_expert(counts, split, seed):
+def test_grouped_product_equals_one_product_per_expert(counts, split, seed):
     torch.manual_seed(seed)
     x = torch.randn(sum(counts), 3, dtype=torch.float64)
     stack = torch.randn(len(counts), 3, 5, dtype=torch.float64)
     weights = [part for part in stack.split(split)]
     end = torch.tensor(counts).cumsum(0).int()
-    parts = [rows @ stack[e] for e, rows in enumerate(x.split(counts))]
+    parts = [own @ stack[e] for e, own in enumerate(x.split(counts))]
     torch.testing.assert_close(grouped_product(x, weights, end), torch.cat(parts))
 
 
@@ -149,7 +150,7 @@ def product_and_gradients(x, weights, end) -> list[torch.Tensor]:
 
 
 def expert_by_expert(x, weights, end) -> list[torch.Tensor]:
-    """The same in float64: rows of each expert times its matrix."""
+    """The same in float64, one product per expert."""
     inputs = [each.detach().double().requires_grad_() for each in (x, *weights)]
     matrices = [matrix for stack in inputs[1:] for matrix in stack]
     starts = [0, *end.tolist()[:-1]]
@@ -164,7 +165,7 @@ def expert_by_expert(x, weights, end) -> list[torch.Tensor]:
 COUNTS = [[5, 0, 9, 2], [0, 0, 16, 0], [0, 7, 0, 0], [1, 2, 3, 4]]
 
 
-def rows_and_weights(counts, device="cpu", dtype=torch.float32):
+def product_inputs(counts, device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
     x = torch.randn(sum(counts), 16, device=device, dtype=dtype)
     weights = [torch.randn(e, 16, 24, device=device, dtype=dtype) for e in (3, 1)]
@@ -172,8 +173,8 @@ def rows_and_weights(counts, device="cpu", dtype=torch.float32):
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-def test_the_kernel_equals_one_product_for_each_expert(counts, monkeypatch):
-    """As on a GPU; some experts have no rows."""
+def test_the_kernel_equals_one_product_per_expert(counts, monkeypatch):
+    """As on a GPU; some experts have no tokens."""
     calls = []
     kernel = torch.nn.functional.grouped_mm
 
@@ -183,7 +184,7 @@ def test_the_kernel_equals_one_product_for_each_expert(counts, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", counted)
     monkeypatch.setattr(grouped, "uses_kernel", lambda *_: True)
-    case = rows_and_weights(counts)
+    case = product_inputs(counts)
     found, expected = product_and_gradients(*case), expert_by_expert(*case)
     assert len(calls) == 1
     for a, b in zip(found, expected, strict=True):
@@ -202,18 +203,18 @@ def test_grouped_with_the_kernel_equals_sequential(layer, token_fraction, monkey
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("counts", COUNTS)
-def test_the_kernel_equals_one_product_for_each_expert_in_bf16(counts):
-    case = rows_and_weights(counts, "cuda", torch.bfloat16)
+def test_the_kernel_equals_one_product_per_expert_in_bf16(counts):
+    case = product_inputs(counts, "cuda", torch.bfloat16)
     assert grouped.uses_kernel(case[0], case[1][0])
     for found, expected in zip(product_and_gradients(*case), expert_by_expert(*case), strict=True):
         error = (found.double() - expected).abs().max()
         assert error <= 0.02 * expected.abs().max()
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_autocast_computes_products_in_bf16_and_returns_fp32(run):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_autocast_computes_products_in_bf16_and_returns_fp32(implementation):
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
-    experts = build("3t1i", run)
+    experts = build("3t1i", implementation)
     exact, _ = experts(x, modality, Routing())
     with torch.autocast("cpu", torch.bfloat16):
         rounded, _ = experts(x, modality, Routing())
@@ -234,12 +235,12 @@ def bf16_contributions(experts: Any, x_ND, modality_N) -> torch.Tensor:
     return total_ND
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("autocast", [True, False])
-def test_outputs_computed_in_bf16_are_summed_in_fp32(run, autocast):
+def test_outputs_computed_in_bf16_are_summed_in_fp32(implementation, autocast):
     """All experts prefer the same tokens, so that each of these has a sum of eight outputs."""
     dtype = torch.float32 if autocast else torch.bfloat16
-    experts = build("8x", run, dtype=dtype)
+    experts = build("8x", implementation, dtype=dtype)
     with torch.no_grad():
         router = experts.groups[0].get_submodule("router").get_parameter("weight")
         router.copy_(router[:1].expand_as(router))
@@ -252,41 +253,41 @@ def test_outputs_computed_in_bf16_are_summed_in_fp32(run, autocast):
     assert used_N.sum() == 8  # 64 tokens / 8 experts, the same for all
     found, exact = found_BSD[0][used_N].double(), exact_ND[used_N]
     error = ((found - exact).abs() / exact.abs()).median()
-    # Rounded once to the output's dtype, or not at all. A few products are rounded otherwise.
+    # Rounded at most once, to the output's dtype; a few products are rounded differently.
     assert error < (1e-5 if autocast else 2**-9)
     if not autocast:
         assert (found == exact.bfloat16().double()).float().mean() > 0.9
 
 
-def assert_one_graph(run: ImplementationName, backend: str) -> None:
+def assert_one_graph(implementation: ImplementationName, backend: str) -> None:
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
     for layer, token_fraction in (("overlapping", 0.25), ("3t1i", 1.0)):
         torch.compiler.reset()
-        experts = build(layer, run, token_fraction)
+        experts = build(layer, implementation, token_fraction)
         compiled = torch.compile(experts, fullgraph=True, backend=backend)
         expected = outcome(experts, x, modality, Routing())
         found = outcome(compiled, x, modality, Routing())
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_every_implementation_is_one_graph(run):
-    """Captured without graph breaks; no code is generated."""
-    assert_one_graph(run, "aot_eager")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_implementation_is_one_graph(implementation):
+    """Captured and differentiated without graph breaks; no code is generated."""
+    assert_one_graph(implementation, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
-@pytest.mark.parametrize("run", RUNS)
-def test_every_compiled_implementation_equals_eager(run):
-    assert_one_graph(run, "inductor")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_every_compiled_implementation_equals_eager(implementation):
+    assert_one_graph(implementation, "inductor")
 
 
-@pytest.mark.parametrize("run", RUNS)
-def test_the_configured_implementation_gives_the_default_results(run):
-    vocabulary = Vocabulary(12, 0, 1, 2, 3, 4, (5, 6), 1)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_configured_implementation_gives_the_default_results(implementation):
+    vocabulary = make_vocabulary(12, (5, 6), 1)
     config = ModelConfig(
-        dim=8, layers=2, heads=2, groups="mod_moe_1t1i", experts_implementation=run
+        dim=8, layers=2, heads=2, groups="mod_moe_1t1i", experts_implementation=implementation
     )
     model = Transformer(config, vocabulary, SHARES)
     model.initialise(0)

@@ -1,4 +1,4 @@
-"""Three modalities: routed, counted and trained as two are."""
+"""Three modalities are routed and trained like two."""
 
 import numpy as np
 import pytest
@@ -40,12 +40,12 @@ def test_groups_equal_a_slow_reference(groups, modality, how, seed):
     y, _ = experts(x, torch.tensor([modality]), routing)
     parts = groups_of(experts.groups, groups, SHARES, NAMES, how, len(modality))
     expected = feed_forward(parts, numpy(x[0]), modality)
-    real = np.array(modality) >= 0  # what padding gets from a dense group is of no account
+    real = np.array(modality) >= 0  # a dense group also computes padding
     np.testing.assert_allclose(numpy(y[0])[real], expected[real], atol=1e-9)
 
 
 def batch_of(counts) -> DeviceBatch:
-    """Two rows of 16 tokens, `counts` of each modality."""
+    """Return two sequences of 16 tokens, `counts` of each modality."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.cat(
         [
@@ -72,7 +72,7 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares(groups):
         assert not torch.equal(static.logits_BSV, actual.logits_BSV)
 
 
-def test_both_objectives_tell_three_losses():
+def test_both_objectives_have_three_losses():
     config = ModelConfig(
         groups=GROUPS[0], dim=16, layers=2, heads=2, depth=DepthConfig(capacity_factor=0.5)
     )
@@ -83,10 +83,10 @@ def test_both_objectives_tell_three_losses():
     assert losses.targets_M.tolist() == [16, 8, 8]
     losses.objective.backward()
     losses = router_objective(model, batch)
-    # Two layers of 2 and 3 experts and one of audio, the first for half the tokens, and its gate.
-    gate, full = torch.tensor([16.0, 8, 8]), torch.tensor([2 * 16, 3 * 8, 0])
-    assert losses.targets_M[2] == gate[2]
-    assert (losses.targets_M >= gate + full).all()
+    # Two layers of 2 and 3 routed experts; the first has a depth router and half the tokens.
+    depth, full = torch.tensor([16.0, 8, 8]), torch.tensor([2 * 16, 3 * 8, 0])
+    assert losses.targets_M[2] == depth[2]
+    assert (losses.targets_M >= depth + full).all()
     assert (losses.loss_M > 0).all()
 
 

@@ -1,4 +1,4 @@
-"""Selections: which token goes where, with ties, absent modalities and too many slots."""
+"""Selections, with tied scores, absent modalities and more slots than tokens."""
 
 import math
 
@@ -18,38 +18,37 @@ from moma.model.routing import (
 
 
 @st.composite
-def logits_and_members(draw):
+def logits_and_eligible(draw):
     tokens, experts = draw(st.integers(1, 20)), draw(st.integers(1, 4))
     # Few values, so that ties are common.
     values = draw(
         st.lists(st.integers(-3, 3), min_size=tokens * experts, max_size=tokens * experts)
     )
-    members = draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
-    return torch.tensor(values).float().view(tokens, experts), torch.tensor(members)
+    eligible = draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    return torch.tensor(values).float().view(tokens, experts), torch.tensor(eligible)
 
 
 @settings(max_examples=200, deadline=None)
-@given(logits_and_members(), st.integers(1, 25))
-def test_batch_choice_takes_the_best_eligible_tokens(case, capacity):
+@given(logits_and_eligible(), st.integers(1, 25))
+def test_expert_choice_selects_the_highest_scored_eligible_tokens(case, capacity):
     logits_NE, eligible_N = case
     selection = expert_choice(logits_NE, eligible_N, capacity)
     selected_NE = selection.selected_NE(len(logits_NE)).bool()
-    takes = min(capacity, int(eligible_N.sum()))
+    count = min(capacity, int(eligible_N.sum()))
     for expert in range(logits_NE.shape[1]):
-        taken = selected_NE[:, expert]
-        assert int(taken.sum()) == takes
-        assert not (taken & ~eligible_N).any()
-        left = logits_NE[eligible_N & ~taken, expert]
-        if takes and len(left):
-            assert logits_NE[taken, expert].min() >= left.max()
-    weight = selection.score_EK
+        selected_N = selected_NE[:, expert]
+        assert int(selected_N.sum()) == count
+        assert not (selected_N & ~eligible_N).any()
+        others = logits_NE[eligible_N & ~selected_N, expert]
+        if count and len(others):
+            assert logits_NE[selected_N, expert].min() >= others.max()
     expected = logits_NE.T.gather(1, selection.token_EK).sigmoid()
-    assert torch.equal(weight[selection.filled_EK], expected[selection.filled_EK])
-    assert not weight[~selection.filled_EK].any()
+    assert torch.equal(selection.score_EK[selection.filled_EK], expected[selection.filled_EK])
+    assert not selection.score_EK[~selection.filled_EK].any()
 
 
 @settings(max_examples=200, deadline=None)
-@given(logits_and_members())
+@given(logits_and_eligible())
 def test_causal_choice_decides_each_token_by_itself(case):
     auxiliary_logits_NE, eligible_N = case
     selection = causal_choice(auxiliary_logits_NE * 0.5, auxiliary_logits_NE, eligible_N)
@@ -61,17 +60,17 @@ def test_causal_choice_decides_each_token_by_itself(case):
 
 
 @settings(max_examples=50, deadline=None)
-@given(logits_and_members(), st.integers(1, 25))
-def test_one_expert_takes_all_with_weight_one(case, capacity):
+@given(logits_and_eligible(), st.integers(1, 25))
+def test_a_single_expert_selects_all_tokens_with_score_one(case, capacity):
     _, eligible_N = case
     selection = select_all(eligible_N, capacity)
-    members = eligible_N.nonzero().flatten().tolist()[:capacity]
-    taken = selection.filled_EK[0]
-    assert selection.token_EK[0][taken].tolist() == members
-    assert selection.score_EK[0].tolist() == taken.float().tolist()
+    expected = eligible_N.nonzero().flatten().tolist()[:capacity]
+    filled = selection.filled_EK[0]
+    assert selection.token_EK[0][filled].tolist() == expected
+    assert selection.score_EK[0].tolist() == filled.float().tolist()
 
 
-def test_logits_one_by_one_and_at_once_are_the_same(monkeypatch):
+def test_logits_of_few_and_of_many_experts_are_equal(monkeypatch):
     x_ND = torch.randn(6, 8, dtype=torch.double, requires_grad=True)
     weight_ED = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
     expected = x_ND.detach().numpy() @ weight_ED.detach().numpy().T
@@ -82,10 +81,10 @@ def test_logits_one_by_one_and_at_once_are_the_same(monkeypatch):
 
 
 @settings(max_examples=100, deadline=None)
-@given(logits_and_members(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
-def test_a_score_is_unsound_only_where_a_token_may_be_chosen(case, bad, data):
+@given(logits_and_eligible(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
+def test_a_nonfinite_score_counts_only_for_eligible_tokens(case, value, data):
     logits_NE, eligible_N = case
     assert not any_nonfinite(logits_NE, eligible_N)
     n, expert = (data.draw(st.integers(0, size - 1)) for size in logits_NE.shape)
-    logits_NE[n, expert] = bad
+    logits_NE[n, expert] = value
     assert bool(any_nonfinite(logits_NE, eligible_N)) == bool(eligible_N[n])

@@ -1,4 +1,4 @@
-"""The whole model: causality, documents, counts, determinism."""
+"""The whole model: causality, documents, padding, initialisation, non-finite values."""
 
 import pytest
 import torch
@@ -10,18 +10,9 @@ from moma.model.architecture import ModelConfig
 from moma.model.experts import ExpertGroup
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary
 
-VOCABULARY = Vocabulary(
-    size=40,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(5, 21)),
-    codes_per_image=4,
-)
+VOCABULARY = make_vocabulary()
 ARCHITECTURES = ("dense", "moe_4x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "mod", "mod_moe_2t2i")
 CHOICE, ACTUAL, CAUSAL = Routing(), Routing(capacity="actual"), Routing(mode="causal")
 RECORD = Routing(record_auxiliary=True)
@@ -34,9 +25,9 @@ def build(groups: str, **changes) -> Transformer:
     return model.eval()
 
 
-def mixed_tokens(rows: int, length: int, seed: int) -> torch.Tensor:
+def mixed_tokens(sequences: int, length: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, VOCABULARY.size, (rows, length), generator=generator)
+    return torch.randint(3, VOCABULARY.size, (sequences, length), generator=generator)
 
 
 @settings(max_examples=25, deadline=None)
@@ -58,7 +49,7 @@ def test_causal_logits_do_not_depend_on_later_tokens(groups, changes, cut, seed)
 
 @pytest.mark.parametrize("groups", ["moe_2t2i", "mod"])
 def test_batch_choice_is_not_causal(groups):
-    """The reason for auxiliary routers; were it causal, the test above would show nothing."""
+    """The reason for auxiliary routers, and a check of the test above."""
     model = build(groups)
     tokens = mixed_tokens(2, 15, 0)
     changed = torch.cat((tokens[:, :5], mixed_tokens(2, 15, 1)[:, 5:]), dim=1)
@@ -67,15 +58,15 @@ def test_batch_choice_is_not_causal(groups):
 
 
 @pytest.mark.parametrize("groups", ARCHITECTURES)
-def test_documents_do_not_see_each_other(groups):
+def test_documents_do_not_attend_to_each_other(groups):
     model = build(groups)
     tokens = mixed_tokens(1, 12, 0)
     documents = torch.tensor([[0] * 5 + [1] * 7])
     positions = torch.tensor([[*range(5), *range(7)]])
     causal = Routing(mode="causal")
     together = model(tokens, documents, positions, causal).logits_BSV
-    alone = [model(part, routing=causal).logits_BSV for part in (tokens[:, :5], tokens[:, 5:])]
-    torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-5, rtol=1e-5)
+    separate = [model(part, routing=causal).logits_BSV for part in (tokens[:, :5], tokens[:, 5:])]
+    torch.testing.assert_close(together, torch.cat(separate, dim=1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -91,7 +82,7 @@ def test_all_layers_share_one_mask_in_the_precision_of_their_products(dtype):
     assert masks[0].dtype == dtype
 
 
-def test_row_attention_looks_over_documents():
+def test_a_causal_mask_ignores_documents():
     model = build("dense", attention_mask="causal")
     tokens = mixed_tokens(1, 8, 0)
     documents = torch.tensor([[0] * 4 + [1] * 4])
@@ -100,7 +91,7 @@ def test_row_attention_looks_over_documents():
     )
 
 
-def test_initialisation_depends_on_the_seed_alone():
+def test_initialisation_depends_only_on_the_seed():
     first, same, other = build("moe_2t2i"), build("moe_2t2i"), build("moe_2t2i")
     other.initialise(1)
     for a, b in zip(first.parameters(), same.parameters(), strict=True):
@@ -111,8 +102,8 @@ def test_initialisation_depends_on_the_seed_alone():
     assert isinstance(experts, ExpertGroup)
     router = experts.router.weight
     assert router.sum(0).abs().max().item() < 1e-5 < router.abs().max().item()
-    gate = build("mod").get_submodule("layers.0.depth.router").weight
-    assert isinstance(gate, torch.Tensor) and gate.std().item() == pytest.approx(16**-0.5, rel=0.5)
+    depth = build("mod").get_submodule("layers.0.depth.router").get_parameter("weight")
+    assert depth.std().item() == pytest.approx(16**-0.5, rel=0.5)
     assert experts.gate_EDF.std().item() == pytest.approx(16**-0.5, rel=0.2)
     assert experts.down_EFD.std().item() == pytest.approx(first.config.hidden_width**-0.5, rel=0.2)
 
@@ -127,11 +118,11 @@ def test_tied_embeddings_are_one_table_at_the_heads_scale():
     assert model.head.weight is model.embedding.weight
     assert model.embedding.weight.std().item() == pytest.approx(16**-0.5, rel=0.2)
     tokens = mixed_tokens(2, 8, 0)
-    (read,) = _inputs_of(model.layers[0], lambda: model(tokens))
+    (read,) = inputs_of(model.layers[0], lambda: model(tokens))
     torch.testing.assert_close(read, 4 * model.embedding.weight[tokens])
 
 
-def _inputs_of(module, run):
+def inputs_of(module, run):
     found = []
     handle = module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
     run()
@@ -139,7 +130,7 @@ def _inputs_of(module, run):
     return found
 
 
-def test_dropout_drops_what_is_added_while_training_alone():
+def test_dropout_is_active_only_in_training():
     model = build("mod_moe_2t2i", dropout=0.5)
     tokens = mixed_tokens(2, 8, 0)
     assert torch.equal(model(tokens).logits_BSV, build("mod_moe_2t2i")(tokens).logits_BSV)
@@ -152,20 +143,20 @@ def test_dropout_drops_what_is_added_while_training_alone():
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
 @pytest.mark.parametrize("groups", ["dense", "mod"])
-@pytest.mark.parametrize("silent", ["attention.output", "experts.groups.0.down"])
-def test_dropout_acts_on_what_attention_adds_and_on_what_experts_add(groups, norm, silent):
-    """With either silent, the other's update is dropped or doubled, number by number."""
+@pytest.mark.parametrize("zeroed", ["attention.output", "experts.groups.0.down"])
+def test_dropout_acts_on_the_outputs_of_attention_and_experts(groups, norm, zeroed):
+    """With one of them zeroed, each number of the other's output is dropped or doubled."""
     model = build(groups, dropout=0.5, norm=norm)
     model.layers = model.layers[:1]
     layer = model.layers[0]
-    torch.nn.init.zeros_(layer.get_submodule(silent).get_parameter("weight"))
+    torch.nn.init.zeros_(layer.get_submodule(zeroed).get_parameter("weight"))
     tokens = mixed_tokens(8, 8, 0)
     read = model.embedding(tokens)
     added = []
     torch.manual_seed(0)
     for training in (False, True):
         model.train(training)
-        (found,) = _inputs_of(model.norm, lambda: model(tokens))
+        (found,) = inputs_of(model.norm, lambda: model(tokens))
         added.append((found - read)[(found != read).any(-1)])
     whole, dropped = added
     kept = dropped != 0
@@ -174,24 +165,24 @@ def test_dropout_acts_on_what_attention_adds_and_on_what_experts_add(groups, nor
 
 
 @pytest.mark.parametrize("groups", ["mod_moe_2t2i", "moe_4x", "moe_1t1i"])
-def test_the_content_of_padding_changes_nothing(groups):
+def test_the_embedding_of_padding_has_no_effect(groups):
     model = build(groups)
     tokens = mixed_tokens(2, 8, 0)
     tokens[1, 3:] = VOCABULARY.padding
     documents = torch.where(tokens == VOCABULARY.padding, -1, 0)
     outputs = []
-    for filling in (0.0, 100.0):
+    for value in (0.0, 100.0):
         with torch.no_grad():
-            model.embedding.weight[VOCABULARY.padding] = filling
+            model.embedding.weight[VOCABULARY.padding] = value
         for routing in (Routing(), Routing(capacity="actual"), Routing(mode="causal")):
             outputs.append(model(tokens, documents, routing=routing).logits_BSV[documents >= 0])
     for before, after in zip(outputs[:3], outputs[3:], strict=True):
         assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
-    ("where", "seen_by"),
+    ("router", "detected_by"),
     [
         ("layers.1.experts.groups.0.router", (CHOICE, ACTUAL, RECORD, CAUSAL)),
         ("layers.2.depth.router", (CHOICE, ACTUAL, RECORD, CAUSAL)),
@@ -199,25 +190,25 @@ def test_the_content_of_padding_changes_nothing(groups):
         ("layers.2.depth.auxiliary.output", (RECORD, CAUSAL)),
     ],
 )
-def test_scores_that_are_not_finite_name_their_layer(where, seen_by, bad):
+def test_a_nonfinite_score_is_reported_with_its_layer(router, detected_by, value):
     config = ModelConfig(groups="mod_moe_2t2i", dim=16, layers=4, heads=2)
     model = Transformer(config, VOCABULARY, (0.5, 0.5)).eval()
     model.initialise(0)
     tokens = mixed_tokens(2, 8, 0)
     assert not model(tokens, routing=RECORD).nonfinite_L.any()
     with torch.no_grad():
-        model.get_parameter(f"{where}.weight")[0, 0] = bad
-    layer = int(where.split(".")[1])
+        model.get_parameter(f"{router}.weight")[0, 0] = value
+    layer = int(router.split(".")[1])
     for routing in (CHOICE, ACTUAL, RECORD, CAUSAL):
-        if routing in (ACTUAL, CAUSAL) and routing in seen_by:
+        if routing in (ACTUAL, CAUSAL) and routing in detected_by:
             with pytest.raises(UserError, match=f"output of layer {layer}, or a score of a router"):
                 model(tokens, routing=routing)
         else:
             found = model(tokens, routing=routing).nonfinite_L.nonzero().flatten().tolist()
-            assert found[:1] == ([layer] if routing in seen_by else [])
+            assert found[:1] == ([layer] if routing in detected_by else [])
 
 
 @pytest.mark.parametrize("groups", ARCHITECTURES)
-def test_a_model_is_causal_by_itself_where_nothing_is_chosen(groups):
+def test_models_with_routers_have_auxiliary_routers(groups):
     model = build(groups)
     assert model.config.has_routers == bool(list(model.auxiliary_routers()))

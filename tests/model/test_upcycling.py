@@ -1,4 +1,4 @@
-"""Growing: what is copied, what is new, what fits, and the seed's output at the first step."""
+"""Upcycling: what is copied, what is new, which seeds fit, and the output before training."""
 
 import math
 
@@ -16,23 +16,13 @@ from moma.model.routing import Routing, logistic_noise
 from moma.model.transformer import Transformer
 from moma.model.upcycling import match_groups, upcycle
 from moma.runtime.weights import Weights
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary
 
-VOCABULARY = Vocabulary(
-    size=40,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(20, 40)),
-    codes_per_image=4,
-)
-TEXT_IDS, CODES = range(5, 20), range(20, 40)
+VOCABULARY = make_vocabulary(codes=range(20, 40))
 
 
 def config_of(groups, **changes) -> ModelConfig:
-    # A norm forgets the routers' weights exactly but for its epsilon.
+    # But for its epsilon, a norm removes the scale of the scores exactly.
     values = {"dim": 16, "layers": 3, "heads": 2, "norm_epsilon": 1e-12}
     return ModelConfig.model_validate(values | {"groups": groups} | changes)
 
@@ -43,35 +33,35 @@ def build(groups, seed: int = 0, **changes) -> Transformer:
     return model
 
 
-def grown_from(seed: Transformer, groups, **changes) -> Transformer:
+def upcycled_from(seed: Transformer, groups, **changes) -> Transformer:
     model = build(groups, seed=1, **changes)
     upcycle(Weights.of(seed.state_dict()), seed.config, model)
     return model
 
 
-def tokens_of(rows: int, length: int, seed: int) -> torch.Tensor:
-    """As many codes as text."""
+def tokens_of(sequences: int, length: int, seed: int) -> torch.Tensor:
+    """Return tokens of which half are image codes."""
     generator = torch.Generator().manual_seed(seed)
-    half = rows * length // 2
-    text = torch.randint(TEXT_IDS[0], TEXT_IDS[-1] + 1, (half,), generator=generator)
-    codes = torch.randint(CODES[0], CODES[-1] + 1, (rows * length - half,), generator=generator)
-    order = torch.randperm(rows * length, generator=generator)
-    return torch.cat((text, codes))[order].view(rows, length)
+    half = (sequences * length // 2,)
+    text = torch.randint(5, 20, half, generator=generator)
+    codes = torch.randint(20, 40, half, generator=generator)
+    order = torch.randperm(sequences * length, generator=generator)
+    return torch.cat((text, codes))[order].view(sequences, length)
 
 
-def take_by_turns(model: Transformer) -> None:
-    """Make expert e take every E-th token of its modality, by the auxiliary routers' word."""
+def select_in_turn(model: Transformer) -> None:
+    """Make expert e of a group select every E-th token, through the auxiliary routers."""
 
-    def by_turns(group: ExpertGroup):
-        def foretell(x_ND):
-            turn_N = torch.arange(len(x_ND)) % group.experts
-            return torch.nn.functional.one_hot(turn_N, group.experts).to(x_ND.dtype) - 0.5
+    def in_turn(experts: int):
+        def logits_NE(x_ND):
+            expert_N = torch.arange(len(x_ND)) % experts
+            return torch.nn.functional.one_hot(expert_N, experts).to(x_ND.dtype) - 0.5
 
-        return foretell
+        return logits_NE
 
     for module in model.modules():
         if isinstance(module, ExpertGroup) and module.experts > 1:
-            module.auxiliary.forward = by_turns(module)  # type: ignore[method-assign]
+            module.auxiliary.forward = in_turn(module.experts)  # type: ignore[method-assign]
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,43 +71,42 @@ def take_by_turns(model: Transformer) -> None:
     st.integers(1, 4),
     st.integers(0, 99),
 )
-def test_a_token_that_one_expert_takes_gives_the_seeds_output(seed_groups, text, image, seed):
+def test_a_token_that_one_expert_selects_keeps_the_seeds_output(seed_groups, text, image, seed):
     before = build(seed_groups, seed=seed).double().eval()
-    after = (
-        grown_from(before, f"moe_{text}t{image}i", experts_implementation="grouped").double().eval()
-    )
+    after = upcycled_from(before, f"moe_{text}t{image}i", experts_implementation="grouped")
+    after = after.double().eval()
     upcycle(Weights.of(before.state_dict()), before.config, after)  # in fp64 too
-    take_by_turns(after)
+    select_in_turn(after)
     tokens = tokens_of(2, 12, seed)
     expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
     found = after(tokens, routing=Routing(mode="causal")).logits_BSV
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_token_that_two_experts_take_does_too_but_one_that_none_takes_does_not():
-    """Swin norm takes the sum of the weights out; nothing can be normed where nothing is added."""
+def test_a_token_that_two_experts_select_keeps_it_but_not_one_that_none_selects():
+    """Swin norm removes the sum of the scores, but cannot normalise zeros."""
     before = build("moe_1t1i").double().eval()
-    after = grown_from(before, "moe_2t2i").double().eval()
+    after = upcycled_from(before, "moe_2t2i").double().eval()
     upcycle(Weights.of(before.state_dict()), before.config, after)
     tokens = tokens_of(2, 12, 0)
     expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
-    for everyone, equal in ((1.0, True), (-1.0, False)):
+    for logit, equal in ((1.0, True), (-1.0, False)):
         for router in after.auxiliary_routers():
-            router.forward = lambda x, e=everyone: x.new_full((len(x), 2), e)  # type: ignore[method-assign,misc]
+            router.forward = lambda x, v=logit: x.new_full((len(x), 2), v)  # type: ignore[method-assign,misc]
         found = after(tokens, routing=Routing(mode="causal")).logits_BSV
         assert torch.allclose(found, expected, atol=1e-5) == equal
 
 
-def test_batch_choice_keeps_what_exactly_one_expert_took():
-    """One layer, real choice: token by token."""
+def test_batch_choice_keeps_the_output_of_tokens_that_exactly_one_expert_selects():
+    """One layer, with the actual selection, token by token."""
     before = build("moe_1t1i", layers=1).eval()
-    after = grown_from(before, "moe_3t2i", layers=1).eval()
+    after = upcycled_from(before, "moe_3t2i", layers=1).eval()
     tokens = tokens_of(3, 16, 0)
     records = after(tokens, routing=Routing(record_auxiliary=True)).routers
-    taken = sum(record.selected_NE.sum(1) for record in records)
+    selections = sum(record.selected_NE.sum(1) for record in records)
     same = (after(tokens).logits_BSV - before(tokens).logits_BSV).abs().amax(-1).flatten() < 1e-4
-    assert same[taken == 1].all() and (taken == 1).any()
-    assert not same[taken == 0].any() and (taken == 0).any()
+    assert same[selections == 1].all() and (selections == 1).any()
+    assert not same[selections == 0].any() and (selections == 0).any()
 
 
 STEPS = [
@@ -140,27 +129,27 @@ STEPS = [
 @pytest.mark.parametrize(("seed_groups", "groups"), STEPS)
 def test_what_is_copied_and_what_is_new(seed_groups, groups):
     seed, fresh = build(seed_groups, seed=0), build(groups, seed=1)
-    state, drawn = seed.state_dict(), fresh.state_dict()
-    grown = grown_from(seed, groups).state_dict()
+    state, initial = seed.state_dict(), fresh.state_dict()
+    upcycled = upcycled_from(seed, groups).state_dict()
     same_groups = seed_groups.removeprefix("mod_") == groups.removeprefix("mod_")
-    assert list(grown) == list(drawn)
-    for name, value in grown.items():
+    assert list(upcycled) == list(initial)
+    for name, value in upcycled.items():
         if ".auxiliary." in name:
-            expected = drawn[name]
+            expected = initial[name]
         elif ".depth." in name:
-            expected = state.get(name, drawn[name])
+            expected = state.get(name, initial[name])
         elif name.endswith("router.weight"):
-            expected = state[name] if same_groups else drawn[name]
+            expected = state[name] if same_groups else initial[name]
         elif ".experts.groups." in name:
             expected = expert_of(seed, name, value)
         else:
             expected = state[name]
         assert torch.equal(value, expected), name
-    assert not torch.equal(grown["head.weight"], drawn["head.weight"])
+    assert not torch.equal(upcycled["head.weight"], initial["head.weight"])
 
 
 def expert_of(seed: Transformer, name: str, value: torch.Tensor) -> torch.Tensor:
-    """The seed's expert for the modality of a grown group, copied, by looking at the modules."""
+    """Return the seed's expert for the modality of an upcycled group, from its modules."""
     _, layer, _, _, number, part = name.split(".")[:6]
     groups = seed.get_submodule(f"layers.{layer}.experts.groups")
     group = groups[min(int(number), len(groups) - 1)]  # type: ignore[index,arg-type]
@@ -178,24 +167,24 @@ def group(names: str, experts: int) -> GroupConfig:
     return GroupConfig(modalities=tuple(names.split()), experts=experts)
 
 
-def test_growing_step_by_step_ends_where_growing_at_once_does():
-    """Dense → 1t1i → 4t4i → with gates: experts and all that is shared stay the first seed's."""
+def test_upcycling_in_steps_gives_the_weights_of_upcycling_at_once():
+    """dense → 1t1i → 4t4i → mixture-of-depths: experts and shared parts stay the first seed's."""
     dense = build("dense", seed=3)
-    pairs = grown_from(dense, "moe_1t1i")
-    many = grown_from(pairs, "moe_4t4i")
-    gated = grown_from(many, "mod_moe_4t4i")
-    at_once = grown_from(dense, "mod_moe_4t4i")
+    pairs = upcycled_from(dense, "moe_1t1i")
+    many = upcycled_from(pairs, "moe_4t4i")
+    with_depth = upcycled_from(many, "mod_moe_4t4i")
+    at_once = upcycled_from(dense, "mod_moe_4t4i")
     new = (".router.", ".auxiliary.", ".depth.")
-    once, last, before = (model.state_dict() for model in (at_once, gated, many))
+    once, last, before = (model.state_dict() for model in (at_once, with_depth, many))
     assert once.keys() == last.keys()
     for name, weight in last.items():
         if not any(part in name for part in new):
             assert torch.equal(weight, once[name]), name
         elif ".experts." in name and ".router." in name:
-            assert torch.equal(weight, before[name]), name  # they had been learned
+            assert torch.equal(weight, before[name]), name  # trained before, so kept
 
 
-def test_groups_find_their_sources():
+def test_groups_are_copied_from_the_closest_group():
     shared = (group("text", 1), group("image", 1), group("text image", 1))
     wide = (group("image", 4), group("text image", 2), group("text", 3))
     assert match_groups(shared, wide) == [1, 2, 0]
@@ -216,9 +205,9 @@ def test_groups_find_their_sources():
         ([group("text image", 1), group("text image", 1)], "moe_2t2i", "more than one group"),
     ],
 )
-def test_seeds_that_do_not_fit_are_named(seed_groups, groups, message):
+def test_seeds_that_do_not_fit_are_refused(seed_groups, groups, message):
     with pytest.raises(UserError, match=message):
-        grown_from(build(seed_groups), groups)
+        upcycled_from(build(seed_groups), groups)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +218,7 @@ def test_seeds_that_do_not_fit_are_named(seed_groups, groups, message):
         ("attention_mask", "causal"), ("tied_embeddings", True),
     ],
 )  # fmt: skip
-def test_another_shape_is_named(key, value):
+def test_a_different_shape_is_refused(key, value):
     model = build("moe_2t2i", seed=1, **{key: value})
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     seed = build("moe_1t1i")
@@ -238,22 +227,22 @@ def test_another_shape_is_named(key, value):
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_what_decides_nothing_may_differ():
+def test_keys_without_influence_on_the_weights_may_differ():
     seed = build("moe_1t1i", hidden_multiple=1, hidden=64)
-    grown_from(seed, "moe_2t2i", dropout=0.1, kv_heads=2, router_noise=True,
+    upcycled_from(seed, "moe_2t2i", dropout=0.1, kv_heads=2, router_noise=True,
                experts_implementation="batched", hidden_multiple=64)  # fmt: skip
 
 
-def test_gates_may_be_added_to_more_layers():
+def test_depth_routers_may_be_added_to_more_layers():
     seed = build("mod_moe_1t1i", depth=DepthConfig(layers=(1,)))
-    grown = grown_from(seed, "mod_moe_2t2i", depth=DepthConfig(layers=(0, 1)))
+    upcycled = upcycled_from(seed, "mod_moe_2t2i", depth=DepthConfig(layers=(0, 1)))
     fresh = build("mod_moe_2t2i", seed=1, depth=DepthConfig(layers=(0, 1)))
     kept, new = "layers.1.depth.router.weight", "layers.0.depth.router.weight"
-    assert torch.equal(grown.state_dict()[kept], seed.state_dict()[kept])
-    assert torch.equal(grown.state_dict()[new], fresh.state_dict()[new])
+    assert torch.equal(upcycled.state_dict()[kept], seed.state_dict()[kept])
+    assert torch.equal(upcycled.state_dict()[new], fresh.state_dict()[new])
 
 
-def test_a_state_that_is_no_seeds_is_refused_before_anything_changes():
+def test_incompatible_weights_are_refused_before_anything_changes():
     seed, model = build("moe_1t1i"), build("moe_2t2i", seed=1)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     state = seed.state_dict()
@@ -269,7 +258,7 @@ def noisy(training: bool) -> Transformer:
     return build("mod_moe_2t2i", router_noise=True).train(training)
 
 
-def test_noise_is_the_difference_of_two_gumbels():
+def test_noise_is_the_difference_of_two_gumbel_variables():
     torch.manual_seed(0)
     noise = logistic_noise(torch.empty(400_000)).double()
     assert noise.isfinite().all()
@@ -285,7 +274,7 @@ def test_noise_is_the_difference_of_two_gumbels():
 
 def test_noise_follows_the_generator_and_is_off_in_evaluation():
     tokens = tokens_of(2, 12, 0)
-    model, plain = noisy(True), build("mod_moe_2t2i")
+    model, without_noise = noisy(True), build("mod_moe_2t2i")
 
     def run(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
@@ -294,18 +283,18 @@ def test_noise_follows_the_generator_and_is_off_in_evaluation():
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
     model.eval()
     state = torch.get_rng_state()
-    assert torch.equal(model(tokens).logits_BSV, plain(tokens).logits_BSV)
-    assert torch.equal(torch.get_rng_state(), state), "evaluation drew numbers"
+    assert torch.equal(model(tokens).logits_BSV, without_noise(tokens).logits_BSV)
+    assert torch.equal(torch.get_rng_state(), state), "evaluation used the generator"
     model.train()
     causal = Routing(mode="causal")
     assert torch.equal(model(tokens, routing=causal).logits_BSV,
-                       plain(tokens, routing=causal).logits_BSV)  # fmt: skip
-    plain.train()
-    assert torch.equal(plain(tokens).logits_BSV, plain.eval()(tokens).logits_BSV)
+                       without_noise(tokens, routing=causal).logits_BSV)  # fmt: skip
+    without_noise.train()
+    assert torch.equal(without_noise(tokens).logits_BSV, without_noise.eval()(tokens).logits_BSV)
 
 
-def test_noise_changes_choice_and_weight_of_experts_alone():
-    """Gates are not explored: a wrong choice of theirs cannot be made up for (§2.4)."""
+def test_noise_changes_only_the_routers_of_experts():
+    """Depth routers get none: their wrong choices cannot be compensated (§2.4)."""
     tokens, records = tokens_of(2, 12, 0), []
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -315,8 +304,8 @@ def test_noise_changes_choice_and_weight_of_experts_alone():
     assert not all(torch.equal(a.selected_NE, b.selected_NE) for a, b in zip(*records, strict=True))
 
 
-def test_noise_is_in_the_weight_as_in_the_choice():
-    """Equation 5 replaces the score wherever it stands: σ(z + noise) chooses and multiplies."""
+def test_noise_changes_the_score_as_well_as_the_selection():
+    """Equation 5 replaces every score by σ(z + noise)."""
     torch.manual_seed(0)
     group = ExpertGroup(8, 6, [0], experts=3, share=1.0, noise=True)
     for parameter in group.parameters():
@@ -325,23 +314,8 @@ def test_noise_is_in_the_weight_as_in_the_choice():
     torch.manual_seed(1)
     selection = group.route(x, modality, Routing())[0].selection
     torch.manual_seed(1)
-    uniform = torch.rand(3, 12).T  # as logits lie in memory
+    uniform = torch.rand(3, 12).T  # the memory layout of the logits
     score_EN = (x @ group.router.weight.T + (uniform / (1 - uniform)).log()).sigmoid().T
-    chosen = torch.stack([line.topk(4).indices for line in score_EN])
-    assert torch.equal(selection.token_EK.sort().values, chosen.sort().values)
+    expected = score_EN.topk(4).indices
+    assert torch.equal(selection.token_EK.sort().values, expected.sort().values)
     torch.testing.assert_close(selection.score_EK, score_EN.gather(1, selection.token_EK))
-
-
-def test_a_noisy_step_is_one_graph():
-    model, tokens = noisy(True), tokens_of(2, 12, 0)
-    torch.compiler.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (model, compiled):
-        torch.manual_seed(0)
-        model.zero_grad()
-        logits = run(tokens).logits_BSV
-        logits.square().sum().backward()
-        gradient = model.get_parameter("layers.1.experts.groups.0.router.weight").grad
-        results.append([logits, gradient])
-    torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""A vocabulary of three modalities: nothing in the model knows that there are two."""
+"""A vocabulary with a third modality: the model supports any number."""
 
 from functools import cached_property
 

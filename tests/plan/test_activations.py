@@ -18,24 +18,24 @@ CPU = torch.device("cpu")
 NEAR = 0.15
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dense": ("dense", "none", {}),
-    "dense, again": ("dense", "layer", {}),
+    "dense, layer": ("dense", "layer", {}),
     "dense, selective": ("dense", "selective", {}),
     "moe_4t4i": ("moe_4t4i", "none", {}),
-    "moe_4t4i, again": ("moe_4t4i", "layer", {}),
+    "moe_4t4i, layer": ("moe_4t4i", "layer", {}),
     "moe_4t4i, selective": ("moe_4t4i", "selective", {}),
     "moe_1t1i": ("moe_1t1i", "none", {}),
     "mod_moe_1t1i": ("mod_moe_1t1i", "none", {}),
     "mod_moe_4t4i": ("mod_moe_4t4i", "none", {}),
-    "mod_moe_4t4i, again": ("mod_moe_4t4i", "layer", {}),
+    "mod_moe_4t4i, layer": ("mod_moe_4t4i", "layer", {}),
     "mod_moe_4t4i, selective": ("mod_moe_4t4i", "selective", {}),
-    "few keys": ("moe_4t4i", "none", {"kv_heads": 2, "query_key_norm": False}),
-    "pre, whole rows": ("dense", "none", {"norm": "pre", "attention_mask": "causal"}),
+    "few key heads": ("moe_4t4i", "none", {"kv_heads": 2, "query_key_norm": False}),
+    "pre-norm, causal mask": ("dense", "none", {"norm": "pre", "attention_mask": "causal"}),
     "batched": ("moe_4t4i", "none", {"experts_implementation": "batched"}),
     "grouped": ("moe_8x", "none", {"experts_implementation": "grouped"}),
 }
 
 
-def recipe_of(groups: str, again: str, compiled: bool, **model) -> Recipe:
+def recipe_of(groups: str, recompute: str, compiled: bool, **model) -> Recipe:
     values = {
         "text_tokenizer": {"vocabulary_size": 320},
         "codec": {"image_size": 128, "codebook_size": 64},
@@ -47,14 +47,14 @@ def recipe_of(groups: str, again: str, compiled: bool, **model) -> Recipe:
             "sources": [{"kind": "text", "path": "none"}],
         },
         "model": {"groups": groups, "dim": 64, "layers": 3, "heads": 4, **model},
-        "engine": {"recompute": again},
+        "engine": {"recompute": recompute},
         "pretrain": {"compile": compiled},
     }
     return check(Recipe, values, "small")
 
 
 def measured(recipe: Recipe) -> int:
-    """The most that forward and backward allocate, each gradient of a weight dropped at once."""
+    """Return the peak memory of forward and backward, without gradients of weights."""
     vocabulary = synthetic_vocabulary(recipe)
     model = prepare_model(recipe, vocabulary, World(CPU))
     objective = objective_of(recipe, CPU)
@@ -71,24 +71,24 @@ def measured(recipe: Recipe) -> int:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_real_step_needs_what_is_planned(name):
-    groups, again, model = CASES[name]
-    recipe = recipe_of(groups, again, compiled=False, **model)
+def test_a_real_step_needs_the_planned_memory(name):
+    groups, recompute, model = CASES[name]
+    recipe = recipe_of(groups, recompute, compiled=False, **model)
     assert activation_bytes(recipe, CPU) == pytest.approx(measured(recipe), rel=NEAR)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_a_compiled_step_needs_what_is_planned(name):
-    torch._dynamo.reset()
-    groups, again, model = CASES[name]
-    recipe = recipe_of(groups, again, compiled=True, **model)
+def test_a_compiled_step_needs_the_planned_memory(name):
+    torch.compiler.reset()
+    groups, recompute, model = CASES[name]
+    recipe = recipe_of(groups, recompute, compiled=True, **model)
     assert activation_bytes(recipe, CPU) == pytest.approx(measured(recipe), rel=NEAR)
 
 
-def test_less_is_kept_where_it_is_computed_again_or_compiled():
-    def planned(again: str, compiled: bool) -> int:
-        return activation_bytes(recipe_of("moe_4t4i", again, compiled), CPU)
+def test_recomputing_and_compiling_save_memory():
+    def planned(recompute: str, compiled: bool) -> int:
+        return activation_bytes(recipe_of("moe_4t4i", recompute, compiled), CPU)
 
     for compiled in (False, True):
         none, selective, layer = (planned(a, compiled) for a in ("none", "selective", "layer"))

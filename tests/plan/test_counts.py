@@ -1,4 +1,4 @@
-"""Plans of the paper's recipes against its Table 1."""
+"""Counts of the paper's recipes against its Table 1."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,13 @@ from moma.model.transformer import Transformer
 from moma.plan.counts import plan
 from moma.recipe import read_recipe
 from moma.train.recipe import Recipe
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary
 
+VOCABULARY = make_vocabulary(65_536, range(4, 4 + 8192), 1024, end_image=8196)
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
 SIZES = ("90m", "435m", "1b4")
-# Millions of parameters: dense, 8 experts, MoD, MoD with 8 experts. The 1.4B dense model of the
-# table has 1.48B by its own shape.
+# Millions of parameters: dense, 8 experts, MoD, MoD with 8 experts. By its dimensions, the 1.4B
+# dense model of the table has 1.48B.
 TABLE = {
     "90m": (90, 210, 110, 317),
     "435m": (435, 1900, 635, 3000),
@@ -25,16 +26,16 @@ TABLE = {
 }
 EIGHT = ("moe_8x", "moe_4t4i", "moe_7t1i", "moe_6t2i")
 WIDE = ("dense", "moe_1t1i", *EIGHT)
-DEEP = ("mod", "mod_moe_1t1i", "mod_moe_4t4i")
+WITH_DEPTH = ("mod", "mod_moe_1t1i", "mod_moe_4t4i")
 
 
 def recipe_of(size: str, architecture: str) -> Recipe:
     return read_recipe(Recipe, CONFIGS / f"{size}_{architecture}.toml")
 
 
-def test_every_row_and_column_has_a_recipe():
+def test_every_cell_of_the_table_has_a_recipe():
     names = {path.stem for path in CONFIGS.glob("*.toml")}
-    assert names == {f"{size}_{name}" for size in SIZES for name in (*WIDE, *DEEP)}
+    assert names == {f"{size}_{name}" for size in SIZES for name in (*WIDE, *WITH_DEPTH)}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
@@ -60,7 +61,7 @@ def test_every_recipe_can_be_planned(path):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_totals_are_the_tables(size):
+def test_totals_equal_the_table(size):
     dense, eight, mod, mod_eight = TABLE[size]
     expected = {"dense": dense, "mod": mod, "mod_moe_4t4i": mod_eight} | dict.fromkeys(EIGHT, eight)
     for architecture, millions in expected.items():
@@ -69,19 +70,19 @@ def test_totals_are_the_tables(size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_operations_are_matched(size):
+def test_flops_are_about_equal(size):
     dense = plan(recipe_of(size, "dense"))["flops_per_token"]
     for architecture in WIDE:
         found = plan(recipe_of(size, architecture))["flops_per_token"]
         assert found == pytest.approx(dense, rel=0.01), architecture
-    for architecture in DEEP:
+    for architecture in WITH_DEPTH:
         found = plan(recipe_of(size, architecture))["flops_per_token"]
         assert found == pytest.approx(dense, rel=0.12), architecture
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_operations_are_matched_closely_where_rows_are_counted_by_themselves(size):
-    """The paper's layers: were every row's chosen tokens attended to apart, parity within 2%."""
+def test_flops_are_equal_within_2_percent_if_depth_routers_select_by_sequence(size):
+    """Then selected tokens attend only within their sequence, as the paper's layers seem to."""
     dense = plan(recipe_of(size, "dense"))["flops_per_token"]
     overrides = ["model.depth.scope=sequence"]
     mod = plan(read_recipe(Recipe, CONFIGS / f"{size}_mod.toml", overrides))["flops_per_token"]
@@ -89,7 +90,7 @@ def test_operations_are_matched_closely_where_rows_are_counted_by_themselves(siz
 
 
 @pytest.mark.parametrize("architecture", ["moe_4t4i", "mod", "mod_moe_1t1i"])
-def test_parts_are_told_by_kind_of_layer(architecture):
+def test_parts_by_kind_of_layer_add_up(architecture):
     recipe = recipe_of("90m", architecture)
     found = plan(recipe)
     assert found["parts_by_layer"].keys() == found["parts"].keys()
@@ -100,18 +101,16 @@ def test_parts_are_told_by_kind_of_layer(architecture):
                 total, abs=2
             )
     with torch.device("meta"):
-        codes = tuple(range(4, 4 + 8192))
-        vocabulary = Vocabulary(65_536, 0, 1, 2, 3, 8196, codes, 1024)
-        model = Transformer(recipe.model, vocabulary, recipe.shares)
+        model = Transformer(recipe.model, VOCABULARY, recipe.shares)
     held = {"full": 0, "gated": 0, "outside": 0}
     for name, parameter in model.named_parameters():
         if ".auxiliary." not in name:
             in_layer = name.startswith("layers.")
-            gated = in_layer and int(name.split(".")[1]) in recipe.model.depth_layers
-            held["gated" if gated else "full" if in_layer else "outside"] += parameter.numel()
+            with_depth = in_layer and int(name.split(".")[1]) in recipe.model.depth_layers
+            held["gated" if with_depth else "full" if in_layer else "outside"] += parameter.numel()
     by_kind = found["parts_by_layer"]["parameters"]
     assert {kind: sum(parts.values()) for kind, parts in by_kind.items()} == held
-    # A gate lets a quarter through, and is itself asked for every token.
+    # A quarter of the tokens is processed; the depth router itself reads every token.
     active, whole = (found["parts_by_layer"][key] for key in ("active_parameters", "parameters"))
     assert active["gated"]["attention"] == whole["gated"]["attention"] / 4
     assert active["gated"]["depth"] == whole["gated"]["depth"]
@@ -123,18 +122,16 @@ def test_parts_are_told_by_kind_of_layer(architecture):
 
 
 @pytest.mark.parametrize("architecture", ["dense", "moe_6t2i", "mod_moe_4t4i"])
-def test_the_model_of_a_plan_has_as_many_parameters(architecture):
+def test_a_planned_model_has_the_counted_parameters(architecture):
     recipe = recipe_of("435m", architecture)
     found = plan(recipe)
-    codes = tuple(range(4, 4 + 8192))
-    vocabulary = Vocabulary(65_536, 0, 1, 2, 3, 8196, codes, 1024)
     with torch.device("meta"):
-        model = Transformer(recipe.model, vocabulary, recipe.shares)
+        model = Transformer(recipe.model, VOCABULARY, recipe.shares)
     total = sum(parameter.numel() for parameter in model.parameters())
     assert total == found["parameters"] + found["auxiliary_parameters"]
 
 
-def test_the_verb_prints_one_object_and_takes_overrides():
+def test_plan_prints_one_object_and_accepts_overrides():
     run = CliRunner().invoke
     arguments = ["plan", str(CONFIGS / "90m_dense.toml"), "--json"]
     small = json.loads(run(app, [*arguments, "model.layers=4"]).stdout)

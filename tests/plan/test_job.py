@@ -1,4 +1,4 @@
-"""Time, cost and communication of a job against sums done by hand; the verb's tables."""
+"""Time, cost and communication of a job against calculations by hand; the printed tables."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_time_and_cost():
 def test_memory_is_of_the_largest_rank():
     found = job_of(gpus=256)["memory"]
     assert found["total"] == sum(found[part] for part in PARTS)
-    # From the 17th rank on, the 16 heads' norms leave nothing to hold.
+    # The norms of 16 heads leave nothing for ranks after the 16th.
     assert (found["largest_rank"], found["smallest_rank"]) == (0, 16)
     assert found["held_by_largest"] == sum(found[part] for part in PARTS[:3])
     assert found["held_by_largest"] > found["held_by_smallest"]
@@ -52,7 +52,7 @@ def test_memory_is_of_the_largest_rank():
 
 @pytest.mark.parametrize("path", sorted(PAPER.glob("1b4_*.toml")), ids=lambda path: path.stem)
 def test_the_largest_recipes_fit_80_gigabytes_with_the_papers_tokens(path):
-    """With room left for what is not planned: contexts, buffers of links, gaps."""
+    """With space left for what is not planned: CUDA contexts, communication buffers, gaps."""
     recipe = read_recipe(Recipe, path)
     model, gpu = meta_model(recipe), torch.device("cuda")
     parts = (*held_bytes(model, 256)[0].values(), gathered_bytes(model, recipe, 256, gpu))
@@ -60,17 +60,17 @@ def test_the_largest_recipes_fit_80_gigabytes_with_the_papers_tokens(path):
     assert 256 * plan(recipe)["tokens_per_step"] == 2**23
 
 
-def test_copies_hold_more_and_send_less():
-    whole, copied = (job_of(overrides=(f"engine.replicate={n}",), gpus=16) for n in (1, 2))
+def test_replicas_hold_more_and_send_less():
+    whole, replicated = (job_of(overrides=(f"engine.replicate={n}",), gpus=16) for n in (1, 2))
     twice = 2 * whole["memory"]["parameters"]
-    assert copied["memory"]["parameters"] == pytest.approx(twice, rel=1e-3)
-    assert copied["communication"]["gathered"] < whole["communication"]["gathered"]
+    assert replicated["memory"]["parameters"] == pytest.approx(twice, rel=1e-3)
+    assert replicated["communication"]["gathered"] < whole["communication"]["gathered"]
     with pytest.raises(UserError, match=r"replicate: 16 GPUs cannot be divided among 3 copies"):
         job_of(overrides=("engine.replicate=3",), gpus=16)
 
 
 def test_communication():
-    """Two ranks, one layer: it is gathered twice, embedding and head once."""
+    """Two ranks and one layer, which is gathered twice; embedding and head once."""
     overrides = ("model.layers=1", "model.groups=dense", "pretrain.gradient_accumulation_steps=3")
     found = job_of(overrides=overrides, gpus=2, link=1e9)
     counts = plan(read_recipe(Recipe, SPARSE, overrides))["parts"]["parameters"]
@@ -82,18 +82,18 @@ def test_communication():
     assert sent["seconds"] == pytest.approx((sent["gathered"] + sent["reduced"]) / 1e9)
     step = found["time"]["step_seconds"]
     assert sent["part_of_step"] == pytest.approx(sent["seconds"] / step)
-    alone = job_of(gpus=1)["communication"]
-    assert alone["gathered"] == alone["reduced"] == alone["part_of_step"] == 0
+    single = job_of(gpus=1)["communication"]
+    assert single["gathered"] == single["reduced"] == single["part_of_step"] == 0
 
 
-def test_the_verb():
+def test_plan_prints_tables_for_gpus():
     run = CliRunner().invoke
     arguments = ["plan", str(SPARSE), "--gpus", "256", "--price", "3"]
     found = json.loads(run(app, [*arguments, "--json"]).stdout)
     assert found["parameters"] == plan(read_recipe(Recipe, SPARSE))["parameters"]
     assert found["machine"]["gpus"] == 256 and found["machine"]["price"] == 3
-    told = run(app, arguments).stdout
+    printed = run(app, arguments).stdout
     for words in ("7.13B", "GiB", "gathered units", "days", "1.01T", "256 GPUs"):
-        assert words in told
-    wrong = run(app, [*arguments, "--mfu", "2"])
-    assert isinstance(wrong.exception, UserError) and "--mfu" in str(wrong.exception)
+        assert words in printed
+    invalid = run(app, [*arguments, "--mfu", "2"])
+    assert isinstance(invalid.exception, UserError) and "--mfu" in str(invalid.exception)
