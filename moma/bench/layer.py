@@ -13,7 +13,6 @@ are compared with `mod_floor` as their dense layer.
 """
 
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -202,9 +201,7 @@ class DepthRouted(nn.Module):
         return scatter_add(x_ND, token_K, update_KD.to(x_ND.dtype))[None], None
 
 
-def training_job(
-    module: nn.Module, dim: int, sizes: Sizes, device: torch.device
-) -> Callable[[], None]:
+def training_job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Job:
     """Return a job: forward and backward on tokens whose modality alternates in runs."""
     shape = (2, 1, sizes.tokens, dim)
     x_1ND, gradient_1ND = torch.randn(shape, device=device, dtype=DTYPES[sizes.dtype])

@@ -36,25 +36,16 @@ def evaluate(
     """
     device = model.embedding.weight.device
     batches = Batches(recipe.data, model.vocabulary, seed=recipe.seed, split="held_out")
-    sums = torch.zeros(3, len(MODALITIES), dtype=torch.float64)
+    loss_M, targets_M = torch.zeros(2, len(MODALITIES), dtype=torch.float64)
     with show_progress(f"evaluate ({routing})", None, quiet) as report:
         for number, batch in enumerate(batches, 1):
-            on_device = to_device(batch, device)
-            output = model(
-                on_device.tokens,
-                on_device.documents,
-                on_device.positions,
-                Routing(mode=routing, capacity="actual"),
-            )
-            losses = cross_entropy_sums(
-                output.logits_BSV.flatten(0, 1),
-                on_device.labels.flatten(),
-                model.modality_of_id,
-                z_loss=0,
-            )
-            sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M)).double().cpu()
+            tokens, labels, documents, positions = to_device(batch, device)
+            output = model(tokens, documents, positions, Routing(routing, capacity="actual"))
+            logits_NV = output.logits_BSV.flatten(0, 1)
+            losses = cross_entropy_sums(logits_NV, labels.flatten(), model.modality_of_id, z_loss=0)
+            loss_M += losses.loss_M.cpu()
+            targets_M += losses.targets_M.cpu()
             report(number, "batches")
-    loss_M, _, targets_M = sums
     if targets_M.sum() == 0:
         raise UserError(f"{recipe.data.path}: no held-out documents; increase data.held_out")
     text, image = (float(loss_M[m] / targets_M[m]) if targets_M[m] else None for m in (TEXT, IMAGE))

@@ -3,7 +3,6 @@
 Shapes: see `model/layers.py`.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
 
-# Logits divided by numbers outside of this range overflow fp32.
+# Logits divided by numbers outside this range may overflow fp32.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-6, 1e30
 
 
@@ -40,26 +39,18 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        temperature = _number("temperature", self.temperature)
-        if temperature != 0 and not _MIN_TEMPERATURE <= temperature <= _MAX_TEMPERATURE:
+        for name, value in (("temperature", self.temperature), ("top_p", self.top_p)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"{name} {value!r}: must be a number")
+        if self.temperature != 0 and not _MIN_TEMPERATURE <= self.temperature <= _MAX_TEMPERATURE:
             raise UserError(
                 f"temperature {self.temperature}: must be 0 (greedy decoding), or finite, from "
                 f"{_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}"
             )
-        if not 0 < _number("top_p", self.top_p) <= 1:
+        if not 0 < self.top_p <= 1:
             raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise UserError(f"seed {self.seed}: must be a whole number from 0 to {2**32 - 1}")
-
-
-def _number(name: str, value: float) -> float:
-    """Return a value as a float; an int too large for one counts as infinite."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{name} {value!r}: must be a number")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf
 
 
 @torch.no_grad()
@@ -172,7 +163,7 @@ def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
     """Sample one token per sequence, int64 [B], by temperature and nucleus (arXiv 1904.09751)."""
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
-    probability_BV, order_BV = (logits_BV / sampling.temperature).softmax(-1).sort(-1, True)
+    probability_BV, order_BV = (logits_BV / float(sampling.temperature)).softmax(-1).sort(-1, True)
     # A token stays if those before it have less than top_p, so the first one always stays.
     before_BV = probability_BV.cumsum(-1) - probability_BV
     probability_BV = probability_BV.masked_fill(before_BV >= sampling.top_p, 0)
