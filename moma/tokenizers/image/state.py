@@ -25,7 +25,7 @@ from moma.runtime.checkpoint import (
     set_aside,
     training_tensors,
 )
-from moma.runtime.tracking import MetricsLog, Record
+from moma.runtime.tracking import MetricsLog, Record, Trackers
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 
@@ -65,7 +65,7 @@ class TrainingFolder:
         self._writer = CheckpointWriter(self._run.checkpoints, world)
         self._writer.remove_partial()
         self.steps_done = self._restore()
-        self._log = MetricsLog(self._run, self.steps_done)
+        self._log = Trackers(MetricsLog(self._run, self.steps_done))
 
     def write(self, record: Record, samples: Image.Image | None = None) -> None:
         """Add a log record, and write the samples of its step."""
@@ -79,7 +79,7 @@ class TrainingFolder:
         """Start to write a checkpoint; the log is synced before.
 
         Raises:
-            StorageError: the disk is full, or the previous checkpoint could not be written.
+            StorageError: the disk is full, or a record or the previous checkpoint was not written.
         """
         self._log.sync()
         tensors = training_tensors(self._modules, self._optimizers(step))
