@@ -57,14 +57,14 @@ def write_programs(folder: Path, **programs: str) -> None:
 def slurm(tmp_path):
     write_programs(tmp_path, scontrol=SCONTROL, srun=SRUN, moma=MOMA)
 
-    def run(*tasks: str, preempt: bool = False, restarts: int = 0) -> tuple[int, bool, str]:
+    def run(*tasks: str, preempt=False, restarts=0, linger=0) -> tuple[int, bool, str]:
         """Exit code, whether the job was requeued, and standard error."""
         for name in ("started", "called", "requeued"):
             (tmp_path / name).unlink(missing_ok=True)
         for number, text in enumerate(tasks):
             (tmp_path / f"task-{number}").write_text(text)
         its = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
-        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": "2", "MAX_FAILURES": "2"}
+        its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": str(linger), "MAX_FAILURES": "2"}
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOUND": str(tmp_path)}
         process = subprocess.Popen(
             ["bash", str(LAUNCH / "slurm.sbatch"), "my.toml"],
@@ -103,7 +103,7 @@ def slurm(tmp_path):
     ],
 )
 def test_exit_codes(slurm, tmp_path, tasks, expected_code, requeued):
-    code, again, _ = slurm(*tasks)
+    code, again, _ = slurm(*tasks, linger=2)
     assert (code, again) == (expected_code, requeued)
     assert (tmp_path / "started").read_text() == "node1 16\n"
     assert (tmp_path / "called").read_text() == "train my.toml\n" * 2

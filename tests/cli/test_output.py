@@ -121,6 +121,6 @@ def test_a_closed_output_gives_no_traceback(monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
 def test_a_full_disk_under_the_output_is_one_message():
-    full = call("schema", pipe="> /dev/full")
+    full = call("--version", pipe="> /dev/full")
     assert full.returncode == 74 and full.stderr.count("\n") == 1
     assert "No space left" in full.stderr
