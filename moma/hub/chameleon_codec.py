@@ -76,9 +76,7 @@ def load_chameleon_codec(path: Path, image_size: int | None = None) -> ImageCode
         UserError: the weights cannot be read, are not Chameleon's, or contradict `config.json`.
     """
     declared = _declared_shape(path)
-    size = image_size
-    if size is None:
-        size = declared.get("resolution", _IMAGE_SIZE)
+    size = image_size or declared.get("resolution", _IMAGE_SIZE)
     try:
         codec = from_original_layout(_read(path), size)
         shape = vq_config(codec.config) if declared else {}
@@ -127,10 +125,11 @@ def original_layout(codec: ImageCodec) -> dict[str, Tensor]:
         UserError: Chameleon's layout cannot express the codec.
     """
     config = codec.config
-    if config.patch != 1 or not config.encoder_middle or config.norm_groups != _NORM_GROUPS:
+    is_complete = config.encoder_context and config.encoder_middle
+    if config.patch != 1 or not is_complete or config.norm_groups != _NORM_GROUPS:
         raise UserError(
-            "Chameleon's layout needs a codec with patch = 1, encoder_middle = true and "
-            f"norm_groups = {_NORM_GROUPS}"
+            "Chameleon's layout needs a codec with patch = 1, encoder_context = true, "
+            f"encoder_middle = true and norm_groups = {_NORM_GROUPS}"
         )
     tensors = {}
     for name, value in _weights(codec).items():

@@ -13,6 +13,7 @@ from moma.hub.chameleon_codec import (
     load_chameleon_codec,
     original_layout,
 )
+from moma.recipe import check
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
 from tests.factories import make_codec, random_images
 
@@ -336,8 +337,17 @@ def test_a_file_that_would_run_code_is_refused(tmp_path):
         load_chameleon_codec(tmp_path / "vqgan.ckpt")
 
 
-def test_a_codec_of_another_shape_has_no_original_layout():
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"patch": 2},
+        {"encoder_middle": False},
+        {"encoder_context": False, "block_channels": [32]},
+        {"norm_groups": 16},
+    ],
+)
+def test_a_codec_of_another_shape_has_no_original_layout(changes):
     with torch.device("meta"):
-        folded = ImageCodec(SHAPE.model_copy(update={"patch": 2}))
-    with pytest.raises(UserError, match="patch = 1"):
-        original_layout(folded)
+        codec = ImageCodec(check(CodecConfig, SHAPE.model_dump() | changes, "codec"))
+    with pytest.raises(UserError, match="Chameleon's layout needs a codec with patch = 1"):
+        original_layout(codec)

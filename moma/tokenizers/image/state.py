@@ -36,6 +36,7 @@ class TrainingFolder:
     """Checkpoints, log and samples of one training; close it after use.
 
     Attributes:
+        path: the folder.
         steps_done: step of the checkpoint that was restored; 0 without one.
     """
 
@@ -59,7 +60,7 @@ class TrainingFolder:
         Raises:
             UserError: all checkpoints are damaged, or were made with another configuration.
         """
-        self._run, self._config, self._world = Run(path), config, world
+        self.path, self._run, self._config, self._world = path, Run(path), config, world
         self._modules, self._optimizers = modules, optimizers
         path.mkdir(parents=True, exist_ok=True)
         self._writer = CheckpointWriter(self._run.checkpoints, world)
@@ -71,7 +72,7 @@ class TrainingFolder:
         """Add a log record, and write the samples of its step."""
         self._log.write(record)
         if samples is not None:
-            file = self._run.path / "samples" / f"step-{record['step']:08d}.png"
+            file = self.path / "samples" / f"step-{record['step']:08d}.png"
             file.parent.mkdir(exist_ok=True)
             atomic_replace(file, partial(samples.save, format="PNG"))
 

@@ -22,7 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 from moma.data.documents import unit_hash
 from moma.errors import StoppedError, UserError
 from moma.recipe import Config
-from moma.runtime.interrupt import interruption
+from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import scheduled_rate
 from moma.runtime.tracking import Record
 from moma.runtime.world import World
@@ -138,20 +138,7 @@ def train_codec(
         output = stack.enter_context(closing(trainer.open(folder))) if folder else None
         if output:
             stop_request.install_handlers()
-        for step in range(output.steps_done if output else 0, config.steps):
-            losses, done = trainer.take_step(step), step + 1
-            trainer.report(done, losses, output, progress)
-            signal = stop_request.poll()
-            if output and (signal or config.is_due(config.save_every, done)):
-                output.save(done)
-            if output and signal and done < config.steps:
-                output.wait()
-                raise StoppedError(
-                    f"{folder}: codec training stopped by {signal} after step {done}, which is "
-                    "saved; run the same command to resume"
-                )
-        if output:
-            output.wait()
+        trainer.run_to_end(output, stop_request, progress)
     return trainer.result
 
 
@@ -209,6 +196,33 @@ class CodecTrainer:
             "images": len(self._images),
         }
         return TrainingFolder(folder, made_with, self.modules, self._optimizers, World(self.device))
+
+    def run_to_end(
+        self,
+        output: "TrainingFolder | None",
+        stop_request: Interruption,
+        progress: Callable[[Record], None] | None,
+    ) -> None:
+        """Train to the last step, with log records and checkpoints.
+
+        Raises:
+            StoppedError: a signal arrived, and a checkpoint was written.
+        """
+        config = self.config
+        for step in range(output.steps_done if output else 0, config.steps):
+            losses, done = self.take_step(step), step + 1
+            self.report(done, losses, output, progress)
+            signal = stop_request.poll()
+            if output and (signal or config.is_due(config.save_every, done)):
+                output.save(done)
+            if output and signal and done < config.steps:
+                output.wait()
+                raise StoppedError(
+                    f"{output.path}: codec training stopped by {signal} after step {done}, which "
+                    "is saved; run the same command to resume"
+                )
+        if output:
+            output.wait()
 
     def take_step(self, step: int) -> dict[str, Tensor | float]:
         """Do step 0, 1, …; returns losses and learning rate by their names in log records."""
