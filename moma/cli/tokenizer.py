@@ -115,14 +115,16 @@ def import_chameleon(
     weights: Annotated[Path, Argument(help="image weights: a file, or a folder of the port")],
     out: OutFolder = Path("runs/tokenizers"),
     image_size: Annotated[
-        int | None, Option(min=1, max=2**20, help="side of an image [that of the weights]")
+        int | None, Option(min=1, max=2**13, help="side of an image [that of the weights]")
     ] = None,
 ) -> None:
     """Make a folder of tokenizers from Chameleon's own files."""
-    from moma.hub.chameleon_codec import import_chameleon_tokenizers as run
+    from moma.hub.chameleon_codec import load_chameleon_codec
     from moma.runs import Tokenizers
+    from moma.tokenizers.folder import import_tokenizers
 
-    vocabulary = run(tokenizer, weights, Tokenizers(out), image_size)
+    codec = load_chameleon_codec(weights, image_size)
+    vocabulary = import_tokenizers(tokenizer, codec, Tokenizers(out))
     print(f"{out}: {vocabulary.size} ids, {len(vocabulary.image_codes)} of them image codes")
 
 

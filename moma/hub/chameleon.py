@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moma.data.outputs import mark_output
 from moma.errors import UserError, list_names
-from moma.hub.chameleon_codec import import_chameleon_tokenizers, original_layout
+from moma.hub.chameleon_codec import load_chameleon_codec, original_layout
 from moma.hub.chameleon_format import (
     CONFIG_FILE,
     IMAGE_PREFIX,
@@ -49,6 +49,7 @@ from moma.runtime.weights import (
     unused_weight_files,
     write_weights,
 )
+from moma.tokenizers.folder import import_tokenizers
 from moma.tokenizers.image.codec import ImageCodec, read_codec_config
 from moma.tokenizers.names import read_vocabulary
 from moma.tokenizers.text import load_text_tokenizer
@@ -201,7 +202,7 @@ def _add_tokenizers(
             "give --tokenizers to read text and images"
         ]
     if given is None:
-        own = import_chameleon_tokenizers(folder, folder, target)
+        own = import_tokenizers(folder, load_chameleon_codec(folder), target)
     else:
         own = Vocabulary.load(given.vocabulary)
         given.copy_to(target)

@@ -6,7 +6,6 @@ names differ from ours, and the attention's 1 × 1 convolutions, which are matri
 """
 
 import re
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,8 @@ from torch import Tensor
 from moma.errors import UserError
 from moma.hub.chameleon_format import CONFIG_FILE, VqConfig, vq_config
 from moma.recipe import check
-from moma.runs import Tokenizers
 from moma.runtime.weights import open_weights, read_json_object, read_tensors, require_match
-from moma.tokenizers.folder import import_tokenizers
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
-from moma.vocabulary import Vocabulary
 
 _IMAGE_SIZE = 512
 _NORM_GROUPS = 32
@@ -44,23 +40,6 @@ _RENAMED = (
     (r"\.conv_shortcut\.", ".nin_shortcut."),
     (r"\.conv_norm_out\.", ".norm_out."),
 )
-
-
-def import_chameleon_tokenizers(
-    tokenizer: Path, weights: Path, folder: Tokenizers, image_size: int | None = None
-) -> Vocabulary:
-    """Make a folder of tokenizers from Chameleon's files.
-
-    Args:
-        tokenizer: the tokenizer file, or a folder with a `tokenizer.json`.
-        weights: the image weights; see `load_chameleon_codec`.
-        folder: where to write.
-        image_size: see `load_chameleon_codec`.
-
-    Raises:
-        UserError: a file cannot be read, the folder has tokenizers already, or the two do not fit.
-    """
-    return import_tokenizers(tokenizer, partial(load_chameleon_codec, weights, image_size), folder)
 
 
 def load_chameleon_codec(path: Path, image_size: int | None = None) -> ImageCodec:

@@ -7,7 +7,7 @@ Each of the three is complete or missing; `complete` does what a kill between th
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -119,14 +119,12 @@ def read_metrics(folder: Tokenizers) -> CodecMetrics:
     return check(CodecMetrics, read_json_object(file), str(file))
 
 
-def import_tokenizers(
-    tokenizer: Path, load_codec: Callable[[], ImageCodec], folder: Tokenizers
-) -> Vocabulary:
+def import_tokenizers(tokenizer: Path, codec: ImageCodec, folder: Tokenizers) -> Vocabulary:
     """Make a folder of tokenizers from an existing tokenizer file and codec.
 
     Args:
         tokenizer: the tokenizer file, or a folder with a `tokenizer.json`.
-        load_codec: returns the codec.
+        codec: the codec.
         folder: where to write.
 
     Raises:
@@ -140,10 +138,9 @@ def import_tokenizers(
     if not (is_partial and folder.text.read_bytes() == file.read_bytes()):
         _require_absent(folder.text)
         _require_absent(folder.codec)
-    codec = load_codec()
     vocabulary = _vocabulary_in(file, codec.codes_per_image)
     _require_fit(len(vocabulary.image_codes), codec.config.codebook_size, folder)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    mark_output(folder.path, *TOKENIZER_ENTRIES)
     atomic_replace(folder.text, partial(shutil.copyfile, file))
     if not folder.codec.exists():
         _write_codec(codec, folder)

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import save_file
 
 from moma.data.encode.prepare import prepare
+from moma.data.outputs import exclude_outputs
 from moma.errors import UserError
 from moma.files import UNFINISHED
-from moma.hub.chameleon_codec import import_chameleon_tokenizers, original_layout
+from moma.hub.chameleon_codec import load_chameleon_codec, original_layout
 from moma.runs import Tokenizers
 from moma.tokenizers.folder import (
+    import_tokenizers,
     is_made,
     make_codec,
     make_text_tokenizer,
@@ -197,11 +199,16 @@ def chameleon_files(tmp_path):
     return tmp_path / "text_tokenizer.json", tmp_path / "vqgan.safetensors"
 
 
+def import_files(text, weights, folder):
+    return import_tokenizers(text, load_chameleon_codec(weights, image_size=16), folder)
+
+
 def test_prepare_uses_a_folder_of_chameleons_files(files, tiny, tmp_path):
     folder = Tokenizers(tmp_path / "chameleon")
     text, weights = files
-    vocabulary = import_chameleon_tokenizers(text, weights, folder, image_size=16)
+    vocabulary = import_files(text, weights, folder)
     assert vocabulary.size == 803 and vocabulary.codes_per_image == 4
+    assert not exclude_outputs(tmp_path, ["chameleon"])  # so that no source reads it
     assert Vocabulary.load(folder.vocabulary) == vocabulary
     data = tiny.data.model_copy(
         update={"path": tmp_path / "data", "tokenizers": folder.path, "sources": tiny.data.sources}
@@ -221,21 +228,21 @@ def test_chameleons_files_must_fit(files, tmp_path):
     text, weights = files
     folder = Tokenizers(tmp_path / "chameleon")
     with pytest.raises(UserError, match="no such tokenizer file"):
-        import_chameleon_tokenizers(tmp_path / "missing.json", weights, folder, 16)
+        import_files(tmp_path / "missing.json", weights, folder)
     text_in(Tokenizers(tmp_path / "ours"))
     with pytest.raises(UserError, match="has 8 image codes and the codec has 205"):
-        import_chameleon_tokenizers(tmp_path / "ours", weights, folder, 16)
+        import_files(tmp_path / "ours", weights, folder)
     assert not folder.path.exists()
-    import_chameleon_tokenizers(text, weights, folder, 16)
+    import_files(text, weights, folder)
     with pytest.raises(UserError, match="exists already"):
-        import_chameleon_tokenizers(text, weights, folder, 16)
+        import_files(text, weights, folder)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "codec", "vocabulary.json"])
 def test_a_killed_import_is_completed(files, tmp_path, monkeypatch, name):
     text, weights = files
     whole, folder = Tokenizers(tmp_path / "whole"), Tokenizers(tmp_path / "killed")
-    import_chameleon_tokenizers(text, weights, whole, 16)
-    killed_when(monkeypatch, name, lambda: import_chameleon_tokenizers(text, weights, folder, 16))
-    import_chameleon_tokenizers(text, weights, folder, 16)
+    import_files(text, weights, whole)
+    killed_when(monkeypatch, name, lambda: import_files(text, weights, folder))
+    import_files(text, weights, folder)
     assert contents(folder.path) == contents(whole.path)
