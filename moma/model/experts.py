@@ -4,7 +4,10 @@
 
 Each modality has its own group of experts. Within a group, a router scores the tokens
 (`router_logits`), each expert selects its top K (`expert_choice`), and `add_expert_outputs` gathers
-them, applies the experts, and scatter-adds the outputs weighted by the scores. Shapes: `layers.py`.
+them, applies the experts, and scatter-adds the outputs weighted by the scores.
+
+Shapes: B sequences of S positions, N = B·S tokens of width D; E experts of a group, of hidden width
+F, each with K slots for tokens.
 """
 
 import math
@@ -182,7 +185,7 @@ def build_group(
 
 
 class MixtureOfExperts(nn.Module):
-    """The feed-forward of a layer: the sum of its groups, computed one after another."""
+    """The feed-forward of a layer: the sum of its groups, which may share modalities."""
 
     def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
         super().__init__()
@@ -191,7 +194,7 @@ class MixtureOfExperts(nn.Module):
     def forward(
         self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
-        """Map [B, S, D] to [B, S, D] and return the diagnostics of the routers."""
+        """Map [B, S, D] to [B, S, D]; also return the diagnostics of the routers."""
         total_ND, diagnostics = self._sum(x_BSD.flatten(0, 1), modality_BS.flatten(), routing)
         return total_ND.to(x_BSD.dtype).view_as(x_BSD), diagnostics
 

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from moma.model.architecture import ModelConfig
 from moma.model.flops import LayerKind, ModelCounts
 from moma.train.recipe import Recipe
 from moma.train.stages import model_counts
@@ -48,8 +47,6 @@ _SELECTIVE = {
     False: _Saved(8, 2, 0, 1, 2, (1, 1), False),
     True: _Saved(6, 2, 0, 1, 2, (1, 1), False),
 }
-# Additional vectors of width D and F while the gradients of a layer are computed.
-_BACKWARD = (2, 1)
 
 
 def activation_bytes(recipe: Recipe, device: torch.device) -> int:
@@ -64,7 +61,7 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
     tokens = data.micro_batch_size * data.sequence_length
     size = recipe.engine.compute_dtype(device).itemsize
     compiled = recipe.pretrain.compile
-    saved, peak = 0.0, 0.0
+    saved = peak = 0.0
     for kind in counts.layer_kinds().values():
         everything = size * _saved_numbers(counts, kind, tokens, _ALL[compiled])
         selective = size * _saved_numbers(counts, kind, tokens, _SELECTIVE[compiled])
@@ -72,13 +69,16 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
         by_recompute = {"none": everything, "layer": layer_input, "selective": selective}
         of_layer = by_recompute[recipe.engine.recompute]
         saved += kind.layers * of_layer
-        wide, hidden = _BACKWARD
-        backward = size * kind.tokens * (wide * config.dim + hidden * config.hidden_width)
+        # While the gradients of a layer are computed: two vectors of width D and one of F.
+        backward = size * kind.tokens * (2 * config.dim + config.hidden_width)
         if kind.layers:
             peak = max(peak, everything - of_layer + backward)
-    shared = _shared(config, tokens, data.sequence_length, size)
-    loss = _loss(tokens * counts.vocabulary_size, compiled, size)
-    return round(saved + shared + max(peak, loss))
+    mask = tokens * data.sequence_length * size if config.attention_mask == "document" else 0
+    angles = 4 * tokens * config.dim // config.heads
+    logits = tokens * counts.vocabulary_size
+    # Logits and loss; the loss is computed in fp32 unless compiled.
+    loss = 3 * logits * size if compiled else 5 * logits * 4 + (logits * size if size < 4 else 0)
+    return round(saved + mask + angles + max(peak, loss))
 
 
 def _saved_numbers(counts: ModelCounts, kind: LayerKind, tokens: int, saved: _Saved) -> float:
@@ -96,16 +96,3 @@ def _saved_numbers(counts: ModelCounts, kind: LayerKind, tokens: int, saved: _Sa
         experts = sum(g.experts for g in config.group_list if g.experts > 1)
         numbers += experts * 3 * config.dim * config.hidden_width
     return numbers + (routed * saved.slot[0] + single * saved.slot[1]) * config.dim
-
-
-def _shared(config: ModelConfig, tokens: int, sequence_length: int, size: int) -> int:
-    """Bytes of the rotary angles and the attention mask."""
-    mask = tokens * sequence_length * size if config.attention_mask == "document" else 0
-    return mask + 4 * tokens * config.dim // config.heads
-
-
-def _loss(logits: int, compiled: bool, size: int) -> int:
-    """Bytes of the logits and of the loss computed from them; in fp32 unless compiled."""
-    if compiled:
-        return 3 * logits * size
-    return 5 * logits * 4 + (logits * size if size < 4 else 0)

@@ -56,16 +56,15 @@ def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
             f"engine.replicate: {machine.gpus} GPUs cannot be divided among {copies} copies; "
             "choose a divisor of the number of GPUs"
         )
-    ranks = machine.gpus // copies
-    model = meta_model(recipe)
-    time = _time(recipe, machine)
-    communication = _communication(model, recipe, ranks)
-    seconds = (communication["gathered"] + communication["reduced"]) / machine.link
+    model, ranks = meta_model(recipe), machine.gpus // copies
+    memory, time = _memory(model, recipe, ranks, machine), _time(recipe, machine)
+    sent = _communication(model, recipe, ranks)
+    seconds = sum(sent.values()) / machine.link
+    part = {"seconds": seconds, "part_of_step": seconds / time["step_seconds"]}
     return {
-        "memory": _memory(model, recipe, ranks, machine),
+        "memory": memory,
         "time": time,
-        "communication": communication
-        | {"seconds": seconds, "part_of_step": seconds / time["step_seconds"]},
+        "communication": sent | part,
         "machine": machine.model_dump(),
     }
 

@@ -260,14 +260,14 @@ def test_outputs_computed_in_bf16_are_summed_in_fp32(implementation, autocast):
 
 
 def assert_one_graph(implementation: ImplementationName, backend: str) -> None:
+    """Layers without empty slots are captured whole in `test_compile.py`."""
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
-    for layer, token_fraction in (("overlapping", 0.25), ("3t1i", 1.0)):
-        torch.compiler.reset()
-        experts = build(layer, implementation, token_fraction)
-        compiled = torch.compile(experts, fullgraph=True, backend=backend)
-        expected = outcome(experts, x, modality, Routing())
-        found = outcome(compiled, x, modality, Routing())
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.compiler.reset()
+    experts = build("overlapping", implementation, token_fraction=0.25)
+    compiled = torch.compile(experts, fullgraph=True, backend=backend)
+    expected = outcome(experts, x, modality, Routing())
+    found = outcome(compiled, x, modality, Routing())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
