@@ -235,7 +235,8 @@ def decode_each(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[bytes]:
     added = tokenizer.get_added_tokens_decoder()
     for id_ in ids:
         piece = tokenizer.id_to_token(id_) or ""
-        yield piece.encode() if id_ in added else bytes(byte_of[letter] for letter in piece)
+        is_name = id_ in added or not byte_of.keys() >= set(piece)
+        yield piece.encode() if is_name else bytes(byte_of[letter] for letter in piece)
 
 
 @cache

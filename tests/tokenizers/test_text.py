@@ -22,6 +22,7 @@ from moma.tokenizers.text import (
     train_text_tokenizer,
     vocabulary_of,
 )
+from tests.factories import text_tokenizer
 
 CODES = 20
 SIZE = 320
@@ -78,6 +79,13 @@ def test_the_bytes_of_a_text_have_its_ids(tokenizer):
 def test_special_ids_are_decoded_to_their_names(tokenizer, vocabulary):
     ids = [vocabulary.beginning, *encode_bytes(tokenizer, b"a"), vocabulary.image_codes[7]]
     assert decode_bytes(tokenizer, ids) == b"<s>a<code:7>"
+
+
+def test_a_token_of_other_letters_is_decoded_to_its_name():
+    values = json.loads(text_tokenizer().to_str())
+    values["model"]["vocab"]["\u2581word"] = 900
+    tokenizer = Tokenizer.from_str(json.dumps(values))
+    assert decode_bytes(tokenizer, [900]) == "\u2581word".encode()
 
 
 @pytest.mark.parametrize("name", [*OURS.special, "<code:0>", "<code:19>"])
