@@ -1,6 +1,5 @@
 """`moma plan`: the cost of a recipe."""
 
-import math
 from typing import Annotated, Any
 
 from typer import Option
@@ -29,12 +28,11 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Count a recipe's parameters and FLOPs by part; nothing is allocated."""
-    in_range = (0 < mfu <= 1, *(0 < value < math.inf for value in (peak, link, memory)))
-    if not all(in_range) or not 0 <= price < math.inf:
-        raise UserError(
-            "--mfu must be above 0 and at most 1, --peak, --link and --memory above 0, "
-            "--price at least 0"
-        )
+    amounts = (peak, link, memory)
+    if not (1e-6 <= mfu <= 1 and all(1e-6 <= value <= 1e12 for value in amounts)):
+        raise UserError("--mfu must be 1e-6 to 1, and --peak, --link and --memory 1e-6 to 1e12")
+    if not 0 <= price <= 1e12:
+        raise UserError("--price must be 0 to 1e12")
     from moma.plan.counts import plan as count
 
     read = load_recipe(recipe, overrides)

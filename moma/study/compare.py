@@ -12,6 +12,7 @@ import torch
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import Batch
+from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.generate.mixed import MixedModel
 from moma.model.routing import Routing
@@ -110,8 +111,11 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
     """Measure runs, write the page, and return the `summary`.
 
     Raises:
-        UserError: a folder is not a run or has no checkpoint.
+        UserError: a folder is not a run, has no checkpoint or is given twice.
     """
+    folders = [run.path.resolve() for run in runs]
+    if repeated := [run.path for run in runs if folders.count(run.path.resolve()) > 1]:
+        raise UserError(f"{repeated[0]}: given {len(repeated)} times; name each run once")
     names = [run.path.name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]

@@ -84,6 +84,10 @@ def test_an_empty_run_is_refused(tmp_path, monkeypatch):
         (["plan", "{recipe}", "--peak", "inf"], "--peak"),
         (["plan", "{recipe}", "--price", "nan"], "--price"),
         (["plan", "{recipe}", "--memory=-1"], "--memory"),
+        (["plan", "{recipe}", "--gpus", "8", "--peak", "1e300"], "--peak"),
+        (["plan", "{recipe}", "--gpus", "8", "--link", "1e-320"], "--link"),
+        (["plan", "{recipe}", "--gpus", "8", "--mfu", "1e-320"], "--mfu"),
+        (["plan", "{recipe}", "--price", "1e308"], "--price"),
         (["data", "inspect", "{data}", "--source", "text", "--document", "9" * 30], "--document"),
         (["data", "inspect", "{data}", "--split", "test"], "--split"),
         (["prepare", "{recipe}", "--workers", "-1"], "--workers"),
@@ -136,6 +140,12 @@ def test_a_wrong_environment_of_a_job_is_refused(trained, monkeypatch, environme
 def test_a_wrong_rank_does_not_hide_the_message(tmp_path, monkeypatch, rank):
     monkeypatch.setenv("RANK", rank)
     assert "no.toml: cannot read" in moma("train", tmp_path / "no.toml").err
+
+
+def test_a_run_given_twice_is_refused(trained, tmp_path):
+    runs = [trained / "run", trained / "images" / ".." / "run"]
+    assert "given 2 times" in refuses("report", *runs, "--out", tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_flag_may_be_repeated(trained):
