@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moma.errors import UserError
 from moma.generate.grammar import Grammar, Mode
@@ -81,16 +82,19 @@ def generate(
     if new_tokens < 1:
         raise UserError(f"new_tokens {new_tokens}: must be at least 1")
     _check_lengths(prompts, mode, context, model.vocabulary)
-    sequences = _Sequences(model, prompts, mode, context, new_tokens)
     generator = torch.Generator().manual_seed(sampling.seed)
-    active = list(range(len(prompts)))
+    sequences = [
+        _Sequence(prompt, Grammar(model.vocabulary, mode), min(context, len(prompt) + new_tokens))
+        for prompt in prompts
+    ]
+    active = sequences
     while active:
-        allowed_BV = sequences.allowed(active)
-        logits_BV = sequences.next_logits(active).masked_fill(~allowed_BV, -torch.inf)
+        logits_BV = _next_logits(model, [sequence.tokens for sequence in active])
+        allowed_BV = torch.from_numpy(np.stack([sequence.allowed() for sequence in active]))
+        logits_BV = logits_BV.masked_fill(~allowed_BV, -torch.inf)
         tokens = sample(logits_BV, sampling, generator).tolist()
-        pairs = zip(active, tokens, strict=True)
-        active = [index for index, token in pairs if sequences.append(index, token)]
-    return sequences.generated
+        active = [each for each, token in zip(active, tokens, strict=True) if each.append(token)]
+    return [each.tokens[len(prompt) :] for each, prompt in zip(sequences, prompts, strict=True)]
 
 
 def _check_lengths(
@@ -105,58 +109,33 @@ def _check_lengths(
         )
 
 
-class _Sequences:
-    """A batch of prompts with the tokens generated so far.
+class _Sequence:
+    """A prompt and its continuation, of at most `limit` tokens together."""
 
-    Attributes:
-        generated: the new tokens of each sequence.
-    """
+    def __init__(self, prompt: Sequence[int], grammar: Grammar, limit: int):
+        self.tokens, self._grammar, self._limit = list(prompt), grammar, limit
+        for token in prompt:
+            grammar.advance(token)
 
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        mode: Mode,
-        context: int,
-        new_tokens: int,
-    ):
-        self._model, self._context, self._new_tokens = model, context, new_tokens
-        self._device, padding = model.embedding.weight.device, model.vocabulary.padding
-        self._lengths = np.array([len(prompt) for prompt in prompts])
-        self._tokens_BS = torch.full((len(prompts), context), padding, device=self._device)
-        self._grammars = [Grammar(model.vocabulary, mode) for _ in prompts]
-        for index, prompt in enumerate(prompts):
-            self._tokens_BS[index, : len(prompt)] = torch.tensor(list(prompt))
-            for token in prompt:
-                self._grammars[index].advance(token)
-        self.generated: list[list[int]] = [[] for _ in prompts]
+    def allowed(self) -> np.ndarray:
+        """Return which tokens the grammar allows next, boolean [V]."""
+        return self._grammar.allowed(self._limit - len(self.tokens))
 
-    def next_logits(self, active: list[int]) -> Tensor:
-        """Return the logits of the next token of the active sequences, fp32 [B, V] on the CPU."""
-        last_B = torch.from_numpy(self._lengths[active] - 1).to(self._device)
-        width = int(self._lengths[active].max())
-        # Padding on the right does not affect earlier tokens: attention and routing are causal.
-        tokens_BS = self._tokens_BS[active, :width]
-        logits_BSV = self._model(tokens_BS, routing=Routing(mode="causal")).logits_BSV
-        return logits_BSV[torch.arange(len(active), device=self._device), last_B].float().cpu()
+    def append(self, token: int) -> bool:
+        """Append a token; return whether the sequence continues."""
+        self.tokens.append(token)
+        self._grammar.advance(token)
+        return len(self.tokens) < self._limit and not self._grammar.ends_with(token)
 
-    def allowed(self, active: list[int]) -> Tensor:
-        """Return which tokens the grammar allows next, boolean [B, V]."""
-        masks = [self._grammars[index].allowed(self._remaining(index)) for index in active]
-        return torch.from_numpy(np.stack(masks))
 
-    def append(self, index: int, token: int) -> bool:
-        """Append a token to a sequence; returns whether the sequence continues."""
-        self.generated[index].append(token)
-        self._grammars[index].advance(token)
-        self._tokens_BS[index, self._lengths[index]] = token
-        self._lengths[index] += 1
-        return self._remaining(index) > 0 and not self._grammars[index].ends_with(token)
-
-    def _remaining(self, index: int) -> int:
-        """Number of tokens that may still be generated."""
-        in_context = self._context - int(self._lengths[index])
-        return min(in_context, self._new_tokens - len(self.generated[index]))
+def _next_logits(model: Transformer, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits of the token after each sequence, fp32 [B, V] on the CPU."""
+    device, padding = model.embedding.weight.device, model.vocabulary.padding
+    # Padding on the right does not affect earlier tokens: attention and routing are causal.
+    tokens_BS = pad_sequence([torch.tensor(each) for each in sequences], True, padding)
+    last_B = torch.tensor([len(each) - 1 for each in sequences], device=device)
+    logits_BSV = model(tokens_BS.to(device), routing=Routing(mode="causal")).logits_BSV
+    return logits_BSV[torch.arange(len(sequences), device=device), last_B].float().cpu()
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
