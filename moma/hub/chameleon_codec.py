@@ -132,31 +132,26 @@ def _original_name(name: str, blocks: int) -> str:
     """Chameleon's name of one of our weights."""
     if name == _CODEBOOK:
         return _ORIGINAL_CODEBOOK
-    name = re.sub(
-        r"\.up_blocks\.(\d+)", lambda match: f".up_blocks.{blocks - 1 - int(match[1])}", name
-    )
     for ours, theirs in _RENAMED:
         name = re.sub(ours, theirs, name)
-    return name
+    return re.sub(r"\.up\.(\d+)", lambda match: f".up.{blocks - 1 - int(match[1])}", name)
 
 
 def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
     """The configuration of the codec that these weights belong to."""
     if any(re.match(r"encoder\.down\.\d+\.attn\.", name) for name in tensors):
         raise UserError("weights with attention outside of the innermost block are not supported")
-    blocks, layers = 0, 0
-    while f"encoder.down.{blocks}.block.0.conv1.weight" in tensors:
-        blocks += 1
-    while f"encoder.down.0.block.{layers}.conv1.weight" in tensors:
-        layers += 1
+    channels: list[int] = []
+    layers = 0
     try:
         codebook_size, code_channels = tensors[_ORIGINAL_CODEBOOK].shape
+        while (name := f"encoder.down.{len(channels)}.block.0.conv1.weight") in tensors:
+            channels.append(len(tensors[name]))
+        while f"encoder.down.0.block.{layers}.conv1.weight" in tensors:
+            layers += 1
         values = {
             "image_size": image_size,
-            "block_channels": [
-                len(tensors[f"encoder.down.{block}.block.0.conv1.weight"])
-                for block in range(blocks)
-            ],
+            "block_channels": channels,
             "layers_per_block": layers,
             "latent_channels": len(tensors["encoder.conv_out.weight"]),
             "code_channels": code_channels,
@@ -165,8 +160,9 @@ def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
             "norm_groups": _NORM_GROUPS,
             "decoder": "decoder.conv_in.weight" in tensors,
         }
-    # A tensor is missing, or has too few or too many dimensions.
-    except (KeyError, ValueError, TypeError) as error:
+    except KeyError as error:
+        raise UserError(f"not Chameleon's image weights (no {error})") from error
+    except (ValueError, TypeError) as error:  # a tensor has too few dimensions, or too many
         raise UserError(f"not Chameleon's image weights ({error})") from error
     return check(CodecConfig, values, "the shape of the weights")
 
