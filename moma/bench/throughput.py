@@ -154,28 +154,29 @@ def bench_statistics(
         `logging`, the seconds that statistics of the routers add to it, and that a log record
         adds; `overhead`, both as a fraction of a step, with a record every `log_every` steps.
     """
-    records = []
     runners = _runners(recipes, local_device(), sizes, quiet, with_statistics=True)
     timed = [
         partial(runner.time_job, job, sizes.cpu_time) for runner in runners for job in runner.jobs
     ]
     with show_progress("rounds", sizes.repeats, quiet) as report:
         times = iter(interleaved(timed, sizes.repeats, report))
-    for runner, bare, kept, logged in zip(runners, times, times, times, strict=True):
-        keeping, logging = (
-            statistics.median(map(sub, *pair)) for pair in ((kept, bare), (logged, kept))
-        )
-        step = statistics.median(bare)
-        records.append(
-            {
-                "name": runner.name,
-                "step_seconds": step,
-                "keeping": keeping,
-                "logging": logging,
-                "overhead": (keeping + logging / runner.config.log_every) / step,
-            }
-        )
-    return records
+    by_runner = zip(runners, times, times, times, strict=True)
+    return [_overhead(runner, *found) for runner, *found in by_runner]
+
+
+def _overhead(
+    runner: "_Runner", bare: list[float], kept: list[float], logged: list[float]
+) -> dict[str, Any]:
+    step, keeping, logging = map(
+        statistics.median, (bare, map(sub, kept, bare), map(sub, logged, kept))
+    )
+    return {
+        "name": runner.name,
+        "step_seconds": step,
+        "keeping": keeping,
+        "logging": logging,
+        "overhead": (keeping + logging / runner.config.log_every) / step,
+    }
 
 
 def _runners(

@@ -131,14 +131,10 @@ class MixedModel:
             mode = "text"
         if mode != "text":
             _ = self.codec  # raises if there is none
-        continuations = generate(
-            self.model,
-            [self.encode(prompt) for prompt in prompts],
-            mode,
-            self.context,
-            self.context if new_tokens is None else new_tokens,
-            sampling or Sampling(),
-        )
+        ids = [self.encode(prompt) for prompt in prompts]
+        limit = self.context if new_tokens is None else new_tokens
+        sampling = sampling or Sampling()
+        continuations = generate(self.model, ids, mode, self.context, limit, sampling)
         return [self.decode(tokens) for tokens in continuations]
 
     @property

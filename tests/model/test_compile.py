@@ -125,8 +125,11 @@ def test_every_architecture_is_one_graph(case):
 
 
 def test_forward_and_backward_are_one_graph():
-    """Traced ahead of time without generating code: both kinds of layers, routers with noise."""
-    assert_one_graph("noise", layers=2, steps=3, backend="aot_eager")
+    """Traced ahead of time without generating code: mixture-of-depths and routers with noise.
+
+    The layers of other architectures are traced below, and all are compiled behind the marker.
+    """
+    assert_one_graph("noise", layers=1, steps=2, backend="aot_eager")
 
 
 @pytest.mark.parametrize("case", ARCHITECTURES)
