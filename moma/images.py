@@ -84,6 +84,9 @@ def read_image(
         return image if method is None else image.transpose(method)
 
     try:
+        # A device may have no end.
+        if isinstance(file, Path) and file.exists() and not (file.is_file() or file.is_dir()):
+            raise UserError(f"{location}: {what} is not a regular file; {remedy}")
         if isinstance(file, Path) and file.suffix.lower() == ".svg":
             return on_white(_draw(file, f"{location}: {what}"))
         return _use_image(file, decode)

@@ -4,6 +4,7 @@ import io
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -327,6 +328,12 @@ def test_a_file_that_is_not_an_image_is_refused(tmp_path, data):
     assert "not an image" in refused(data)
     assert "EPS" not in FORMATS
     assert image_size(tmp_path / "a.png") is None
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="the system has no such device")
+def test_a_device_is_refused():
+    with pytest.raises(UserError, match=r"here: /dev/zero is not a regular file; remove the row"):
+        read_image(Path("/dev/zero"), "here")
 
 
 def test_a_missing_file_is_refused(tmp_path):
