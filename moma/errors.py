@@ -21,8 +21,7 @@ _STORAGE_ERRNOS = (
 class UserError(Exception):
     """Bad input: the message names the file, key or row and what to do about it.
 
-    The command line prints only the message and exits with `CODE`; any other exception is a
-    defect of the program and keeps its traceback.
+    The command line prints only the message and exits with `CODE`.
     """
 
     CODE = 2
@@ -35,8 +34,7 @@ class SharedError(UserError):
 class StorageError(UserError):
     """A file could not be written or read, for example because the disk is full.
 
-    The command line exits with `CODE`, "input/output error" in sysexits.h, after which job scripts
-    restart the job a few times.
+    The exit code is "input/output error" in sysexits.h; job scripts restart the job a few times.
     """
 
     CODE = 74
@@ -49,7 +47,7 @@ class SharedStorageError(SharedError, StorageError):
 
 
 class LostRankError(Exception):
-    """Another process of the job ended or does not respond; the job can be restarted.
+    """Another process of the job ended or does not respond.
 
     The command line prints the message and exits with code 1, on which launchers restart the job.
     """
@@ -58,8 +56,7 @@ class LostRankError(Exception):
 class StoppedError(Exception):
     """A signal ended the work early; progress is saved, and the same command resumes.
 
-    The command line exits with `CODE`, "try again later" in sysexits.h, on which job scripts
-    requeue the job.
+    The exit code is "try again later" in sysexits.h, on which job scripts requeue the job.
     """
 
     CODE = 75

@@ -37,11 +37,9 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 
 def atomic_replace(path: Path, fill: Callable[[Path], object]) -> None:
-    """Create a file or folder that appears under its name only when it is complete and synced.
+    """Create a file, or a new folder, that appears only when it is complete and synced.
 
-    Args:
-        path: a file, which replaces an existing one, or a folder that does not exist yet.
-        fill: creates the content at the temporary path that it is called with.
+    `fill` creates the content at the temporary path that it is called with.
     """
     unfinished = path.with_name(path.name + UNFINISHED)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -85,11 +83,7 @@ def checksum(path: Path) -> Checksum:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; duplicate keys are refused.
-
-    Raises:
-        UserError: the file is missing, unreadable or not JSON.
-    """
+    """Read a JSON file; raises `UserError` if it is missing, not JSON or has duplicate keys."""
     try:
         return json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
     except OSError as error:
@@ -113,11 +107,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def lock_folder(folder: Path, timeout: float) -> Iterator[None]:
     """Hold an exclusive lock on a folder; the system releases it however this process ends.
 
-    On a file system without locks this does nothing.
-
-    Args:
-        folder: an existing folder.
-        timeout: seconds to wait for a process that holds the lock.
+    Waits up to `timeout` seconds for another process. Does nothing on a file system without locks.
 
     Raises:
         UserError: the lock was not released in time.

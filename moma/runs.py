@@ -30,14 +30,7 @@ _NOTES = (".toml", ".md", ".txt", ".log", ".out", ".err", ".sh")
 
 
 class Tokenizers:
-    """The tokenizers in a folder.
-
-    Attributes:
-        path: the folder.
-        text: the text tokenizer.
-        vocabulary: which ids belong to which modality.
-        codec: folder of the image codec; absent if there is only text.
-    """
+    """The tokenizers in a folder: `text`, `vocabulary`, and `codec` unless there is only text."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -64,15 +57,7 @@ class Tokenizers:
 
 
 class Run:
-    """A run folder. Its manifest `run.json` makes a folder a run, no other file does.
-
-    Attributes:
-        path: the folder.
-        manifest: the manifest.
-        metrics: the log of metrics.
-        checkpoints: folder of the checkpoints.
-        tokenizers: the run's own copies of the tokenizers.
-    """
+    """A run folder. Its manifest `run.json` makes a folder a run, no other file does."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -91,19 +76,11 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        """Whether the folder has a run's manifest.
-
-        Raises:
-            UserError: the manifest is damaged or of another version.
-        """
+        """Whether the folder has a run's manifest; raises `UserError` if that is damaged."""
         return self._read_manifest() is not None
 
     def require(self) -> "Run":
-        """This run, if it is one.
-
-        Raises:
-            UserError: the path is missing, a file, or a folder without a run.
-        """
+        """This run; raises `UserError` if the path is missing, a file, or another folder."""
         if self.exists:
             return self
         hint = "name one that `moma train` wrote"
@@ -118,11 +95,7 @@ class Run:
         raise UserError(f"{self.path}: is a file, not a run folder; {hint}")
 
     def require_free(self) -> None:
-        """Check that a new run may use this folder.
-
-        Raises:
-            UserError: it holds files other than recipes, notes and logs of the user's.
-        """
+        """Raise `UserError` if a new run may not use this folder, because of other files in it."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path}: is a file; choose another folder with run=…")
         foreign = sorted(
@@ -144,12 +117,7 @@ class Run:
             )
 
     def create(self, recipe: Config, tokenizers: Tokenizers) -> None:
-        """Write the manifest and the resolved recipe; this makes the folder a run.
-
-        Args:
-            recipe: the recipe.
-            tokenizers: those that the run uses, for `copy_tokenizers` to compare with.
-        """
+        """Write the manifest, with checksums of the tokenizers in use, and the resolved recipe."""
         files = {name: checksum(tokenizers.path / name) for name in tokenizers.file_names()}
         self._write(recipe, {"kind": _KIND, "format": FORMAT, "tokenizers": files})
 
@@ -158,11 +126,7 @@ class Run:
         self._write(recipe, self._require_manifest())
 
     def read_recipe(self, schema: type[AnyConfig]) -> AnyConfig:
-        """The recipe of the run, from its manifest.
-
-        Raises:
-            UserError: the folder is not a run, or its recipe is not valid.
-        """
+        """The recipe of the run, from its manifest."""
         return check(schema, self._require_manifest()["recipe"], str(self.manifest))
 
     def copy_tokenizers(self, source: Tokenizers) -> None:
@@ -191,11 +155,7 @@ class Run:
             atomic_replace(copy, partial(shutil.copyfile, file))
 
     def require_tokenizers(self) -> Tokenizers:
-        """The run's tokenizers, if all their files are there.
-
-        Raises:
-            UserError: one is missing.
-        """
+        """The run's tokenizers; raises `UserError` if a file is missing."""
         manifest = self._require_manifest()
         for name in manifest["tokenizers"]:
             if not (self.path / name).is_file():
@@ -207,11 +167,7 @@ class Run:
         return self.tokenizers
 
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
-        """Iterate over the log's records, oldest first, without holding them in memory.
-
-        Raises:
-            UserError: there is no log, or a record is damaged.
-        """
+        """Iterate over the log's records, oldest first; raises `UserError` if one is damaged."""
         try:
             with self.metrics.open("rb") as file:
                 for number, line in enumerate(file, 1):

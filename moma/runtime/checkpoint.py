@@ -1,14 +1,8 @@
 """Checkpoints: sharded safetensors through PyTorch's distributed checkpoint, never a pickle.
 
-A checkpoint is a folder `step-00001000`:
-
-    tensors/               model and optimizer, resharded on load to any number of ranks
-    rank-0.json …          state of one rank
-    state.json             state shared by all ranks
-    manifest.json          size and checksum of each of these files
-
-`writer.py` writes them. The folder has another name until the files of every rank are on disk; only
-then `latest`, a file beside it, names it.
+A checkpoint is a folder `step-00001000` with `tensors/` (model and optimizer, for any number of
+ranks), `rank-0.json`, … (state of each rank), `state.json` (state shared by all ranks) and
+`manifest.json` (size and checksum of these files). The file `latest` beside it is for people.
 """
 
 import base64
@@ -16,7 +10,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -49,15 +43,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(path.name.removeprefix("step-"))
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
     """The completed checkpoints in `folder`, oldest first; other files and folders are ignored."""
     found = [path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
-
-
-def step_of(path: Path) -> int:
-    """The step after which a checkpoint was written."""
-    return int(path.name.removeprefix("step-"))
 
 
 def newest_intact(folder: Path, world: World) -> tuple[Path | None, dict[Path, str]]:
@@ -86,6 +80,12 @@ def newest_intact(folder: Path, world: World) -> tuple[Path | None, dict[Path, s
     return None, {}
 
 
+def require_intact(path: Path) -> None:
+    """Check a checkpoint's files; raises `UserError` if one is missing or damaged."""
+    if damage := find_damage(path):
+        raise UserError(f"{'; '.join(damage)}; restore it from a copy")
+
+
 def update_latest(folder: Path) -> None:
     """Make the file `latest` name the newest checkpoint; without one, delete it."""
     found = checkpoints_in(folder)
@@ -103,9 +103,10 @@ def set_aside(path: Path) -> None:
     update_latest(path.parent)
 
 
-def is_weights_only(path: Path) -> bool:
-    """Whether a checkpoint was written by `save_weights`, so that it cannot be resumed."""
-    return not any(name.startswith("rank-") for name in read_manifest(path))
+def training_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
+    """The tensors of model and optimizer by their names in checkpoints."""
+    state = dcp_state.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    return _model_tensors(model) | _only_tensors(state, "optimizer.")
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizers, world: World) -> None:
@@ -120,34 +121,17 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizers, world: 
     # Hyperparameters such as the learning rate are those of the recipe, not of the checkpoint.
     full = dcp_state.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
     tensors = _only_tensors(full, "optimizer.")
-    load_tensors(path, tensors, world)
+    _load_tensors(path, tensors, world)
     full |= {key.removeprefix("optimizer."): value for key, value in tensors.items()}
     dcp_state.set_optimizer_state_dict(model, optimizer, full, options=_OPTIONS)
 
 
 def load_model(path: Path, model: nn.Module, world: World) -> None:
-    """Restore the weights of a model, sharded or not.
-
-    Raises:
-        UserError: the checkpoint does not hold this model's weights.
-    """
-    tensors = model_tensors(model)
-    load_tensors(path, tensors, world)
+    """Restore a model, sharded or not; raises `UserError` if it has other weights."""
+    tensors = _model_tensors(model)
+    _load_tensors(path, tensors, world)
     weights = {key.removeprefix("model."): value for key, value in tensors.items()}
     dcp_state.set_model_state_dict(model, weights)
-
-
-def load_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
-    """Read tensors of a checkpoint into existing ones of the same names and shapes, in place.
-
-    Raises:
-        UserError: the checkpoint lacks one, or holds it in another shape.
-    """
-    reader = _tensor_reader(path)
-    try:
-        dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None)
-    except (Exception, dcp.CheckpointException) as error:  # the latter is not an Exception
-        raise UserError(f"{path}: cannot load the checkpoint ({last_line(error)})") from error
 
 
 def save_weights(
@@ -173,12 +157,13 @@ def save_weights(
     partial.rename(final)
 
 
-def stored_weights(path: Path) -> Weights:
-    """The model's weights in a checkpoint, by their names in the model, read on demand.
+def is_weights_only(path: Path) -> bool:
+    """Whether a checkpoint was written by `save_weights`, so that it cannot be resumed."""
+    return not any(name.startswith("rank-") for name in read_manifest(path))
 
-    Raises:
-        UserError: the checkpoint is damaged.
-    """
+
+def stored_weights(path: Path) -> Weights:
+    """The model's weights in a checkpoint, by their names in the model, read on demand."""
     reader = _tensor_reader(path)
     try:
         stored = reader.read_metadata()
@@ -192,21 +177,11 @@ def stored_weights(path: Path) -> Weights:
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
         tensors = {name: torch.empty_like(meta_tensors[name], device="cpu") for name in names}
-        load_tensors(path, tensors, World(torch.device("cpu")))
+        _load_tensors(path, tensors, World(torch.device("cpu")))
         return tensors
 
     names = {name: name.removeprefix("model.") for name in meta_tensors}
     return Weights(meta_tensors, read).renamed(names)
-
-
-def require_intact(path: Path) -> None:
-    """Check a checkpoint's files against its manifest.
-
-    Raises:
-        UserError: it is missing or damaged.
-    """
-    if damage := find_damage(path):
-        raise UserError(f"{'; '.join(damage)}; restore it from a copy")
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -245,38 +220,30 @@ def last_line(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def training_tensors(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
-    """The tensors of model and optimizer by their names in checkpoints."""
-    state = dcp_state.get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
-    return model_tensors(model) | _only_tensors(state, "optimizer.")
-
-
-def model_tensors(model: nn.Module) -> dict[str, Any]:
-    """A model's tensors by their names in checkpoints."""
-    return _only_tensors(dcp_state.get_model_state_dict(model), "model.")
-
-
-class _ListedFiles(FileSystem):
-    """A file system whose folders hold only the listed files."""
-
-    def __init__(self, files: Sequence[Path]):
-        super().__init__()
-        self._files = [str(file) for file in files]
-
-    def ls(self, path: str | os.PathLike[str]) -> list[str]:
-        return self._files
+def _load_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
+    """Read tensors of a checkpoint into existing ones of the same names and shapes, in place."""
+    reader = _tensor_reader(path)
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None)
+    except (Exception, dcp.CheckpointException) as error:  # the latter is not an Exception
+        raise UserError(f"{path}: cannot load the checkpoint ({last_line(error)})") from error
 
 
 def _tensor_reader(path: Path) -> dcp.HuggingFaceStorageReader:
-    """A reader of the tensor files in the manifest; PyTorch's own reads every file in the folder.
+    """A reader of the files in the manifest; PyTorch's own reads every file in the folder."""
+    files = [str(path / name) for name in read_manifest(path) if name.startswith("tensors/")]
 
-    Raises:
-        UserError: the manifest is missing or damaged.
-    """
+    class ListedFiles(FileSystem):
+        def ls(self, path: str | os.PathLike[str]) -> list[str]:
+            return files
+
     reader = dcp.HuggingFaceStorageReader(str(path / "tensors"))
-    names = [name for name in read_manifest(path) if name.startswith("tensors/")]
-    reader.fs = _ListedFiles([path / name for name in names])
+    reader.fs = ListedFiles()
     return reader
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Any]:
+    return _only_tensors(dcp_state.get_model_state_dict(model), "model.")
 
 
 def _only_tensors(state: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -17,13 +17,10 @@ _STORAGE_ERROR = 1000
 
 
 class Interruption:
-    """A request to stop, agreed upon by all ranks.
+    """A request to stop, agreed upon by all ranks, which call `poll` once per step.
 
-    Every rank calls `poll` once per step. The ranks' values are reduced while the next step is
-    computed, so that no rank waits: all of them learn of a signal one step after it arrived.
-
-    Attributes:
-        storage_error: an error of this rank alone; `poll` raises it on all ranks.
+    The ranks' values are reduced while the next step is computed, so that no rank waits: all of
+    them learn of a signal one step after it arrived. `storage_error` is an error of this rank.
     """
 
     def __init__(self, world: World):
@@ -50,11 +47,7 @@ class Interruption:
             signal.signal(number, signal.SIG_DFL)
 
     def poll(self) -> str | None:
-        """The name of a signal that any rank had received one call ago, if any.
-
-        Raises:
-            SharedStorageError: a rank has a `storage_error`.
-        """
+        """The signal that any rank had received one call ago; raises a rank's `storage_error`."""
         own = _STORAGE_ERROR if self.storage_error else self._received
         if self._world.signals is None:
             return self._name(own)

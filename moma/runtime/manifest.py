@@ -20,11 +20,7 @@ def write_manifest(folder: Path, entries: Mapping[str, Checksum]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """`bytes` and `sha256` of each file that belongs to a folder; others are not to be read.
-
-    Raises:
-        UserError: the manifest is missing or damaged.
-    """
+    """`bytes` and `sha256` of each file that belongs to a folder; others are not to be read."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text())
@@ -40,13 +36,8 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
 def find_damage(folder: Path, rank: int = 0, world_size: int = 1) -> list[str]:
     """Compare a folder's files with its manifest.
 
-    Args:
-        folder: holds a manifest.
-        rank: this rank checks every `world_size`-th file, so that each file is read once.
-        world_size: number of ranks.
-
     Returns:
-        What is wrong, each entry with the path of its file; empty if the folder is intact.
+        What is wrong, by file; empty if the folder is intact. A rank checks its part of the files.
     """
     try:
         files = read_manifest(folder)

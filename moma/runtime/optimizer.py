@@ -37,10 +37,7 @@ class OptimizerConfig(Config):
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """Create AdamW over the parameters that require a gradient.
-
-    Each parameter group has a `rate` that multiplies the schedule's learning rate.
-    """
+    """AdamW over the trainable parameters; groups have a `rate` that scales the learning rate."""
     routers: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     matrices: list[nn.Parameter] = []
@@ -87,7 +84,7 @@ def scheduled_rate(
         warmup: steps of the warm-up.
         decay_steps: steps after the warm-up until the final learning rate is reached.
         final_ratio: final learning rate as a fraction of the peak.
-        decay: shape of the decay: a straight line, or half a cosine.
+        decay: a straight line, or half a cosine.
     """
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -35,11 +35,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def allocated_peak(job: Callable[[], object], device: torch.device) -> int:
-    """Peak bytes that a job allocates, in addition to what was allocated before.
-
-    On a GPU by the allocator's statistics; elsewhere by the profiler's record of allocations, which
-    includes compiled code.
-    """
+    """Peak bytes that a job allocates, in addition to what was allocated before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -64,10 +64,7 @@ def shard(
         model: is changed in place.
         units: modules whose weights are gathered one by one; inner modules before outer ones.
         world: the ranks.
-        config: dtypes, and the number of replicas.
-
-    Raises:
-        UserError: the number of ranks is not a multiple of the number of replicas.
+        config: dtypes, and the number of replicas, which has to divide the number of ranks.
     """
     if world.size % config.replicate:
         raise UserError(

@@ -30,11 +30,7 @@ class TrackingConfig(Config):
 
 
 class Tracker(Protocol):
-    """Receives the records of a log; any method may raise `OSError`.
-
-    Attributes:
-        path: the file or folder that it writes.
-    """
+    """Receives the records of a log and writes `path`; any method may raise `OSError`."""
 
     path: Path
 
@@ -52,8 +48,7 @@ class Trackers:
     """Several trackers as one.
 
     Attributes:
-        error: that of a record which could not be written, so that the ranks of a job can raise
-            it together; later records are dropped, and `sync` raises it.
+        error: of a record that could not be written; `sync` raises it, later records are dropped.
     """
 
     def __init__(self, *trackers: Tracker):
@@ -70,11 +65,7 @@ class Trackers:
             self.error = error
 
     def sync(self) -> None:
-        """Bring all records to disk.
-
-        Raises:
-            StorageError: a record could not be written.
-        """
+        """Bring all records to disk; raises the error of an earlier record."""
         if self.error is not None:
             raise self.error
         for tracker in self._trackers:
@@ -89,11 +80,7 @@ class Trackers:
 
 
 def make_trackers(config: TrackingConfig, run: Run, step: int) -> Trackers:
-    """Create the configured trackers, which continue after `step`.
-
-    Raises:
-        UserError: a package is missing, or an existing file was not written by a tracker.
-    """
+    """Create the configured trackers, which continue after `step`."""
     trackers: list[Tracker] = [MetricsLog(run, step)]
     if config.tensorboard:
         trackers.append(TensorBoard(run, step))
@@ -106,11 +93,7 @@ class MetricsLog:
     """`metrics.jsonl`: a JSON object per line, which other processes can read at once."""
 
     def __init__(self, run: Run, step: int):
-        """Continue after `step`; later records are dropped, since their steps are repeated.
-
-        Raises:
-            UserError: a record up to `step` is damaged.
-        """
+        """Continue after `step`; later records are dropped, since their steps are repeated."""
         self.path = run.metrics
         with atomic_open(self.path) as file:
             for record in _records_until(run, step):
@@ -152,11 +135,7 @@ class WandB:
     """A run of Weights & Biases with the folder's name; `RUN/wandb-id` holds its id."""
 
     def __init__(self, run: Run, project: str):
-        """Start the run, or continue it.
-
-        Raises:
-            UserError: the package is missing, or `wandb-id` holds something else.
-        """
+        """Start the run, or continue it."""
         try:
             import wandb
         except ImportError as error:

@@ -32,12 +32,7 @@ _DERIVED_BUFFER = re.compile(
 
 @dataclass(frozen=True)
 class Weights:
-    """Named tensors that are read when they are needed.
-
-    Attributes:
-        meta_tensors: shape and dtype of each, as a tensor on the meta device.
-        read: returns the tensors of some names.
-    """
+    """Named tensors: `meta_tensors` has shape and dtype of each, `read` returns some of them."""
 
     meta_tensors: dict[str, Tensor]
     read: Callable[[Iterable[str]], dict[str, Tensor]]
@@ -78,7 +73,7 @@ def open_weights(folder: Path) -> Weights:
     not read (`unused_weight_files`), and neither are buffers that follow from the configuration.
 
     Raises:
-        UserError: there are no weights, a file is missing or damaged, or the index does not match.
+        UserError: weights are missing or damaged, or the index does not match.
     """
     file_of: dict[str, Path] = {}
     meta_tensors: dict[str, Tensor] = {}
@@ -200,11 +195,7 @@ def first_line(error: Exception) -> str:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that contains an object.
-
-    Raises:
-        UserError: it cannot be read, or is anything else.
-    """
+    """Read a JSON file; raises `UserError` if it does not contain an object."""
     values = read_json(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: not a JSON object; get a complete copy")
@@ -212,13 +203,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def write_weights(weights: Weights, folder: Path, file_bytes: int = FILE_BYTES) -> None:
-    """Write `model.safetensors`, or several files and their index.
+    """Write `model.safetensors` into an empty folder, or several files and their index.
 
-    Args:
-        weights: what to write.
-        folder: an empty folder.
-        file_bytes: size limit of a file in bytes (a single larger tensor exceeds it); as much is
-            held in memory.
+    Files have at most `file_bytes`, unless a single tensor is larger; as much is held in memory.
     """
     plan = split_torch_state_dict_into_shards(weights.meta_tensors, max_shard_size=file_bytes)
     for file, names in plan.filename_to_tensors.items():

@@ -85,11 +85,7 @@ def gather(value: T, group: ProcessGroup | None) -> list[T]:
 
 @contextmanager
 def raise_on_all_ranks(world: World) -> Iterator[None]:
-    """Raise the error of any rank's block on all ranks; every rank has to enter the context.
-
-    Raises:
-        SharedError: the first rank's error; a `SharedStorageError` if it is a `StorageError`.
-    """
+    """Raise a `UserError` of any rank on all ranks, as `SharedError`; every rank has to enter."""
     problem: UserError | None = None
     try:
         yield
@@ -115,11 +111,7 @@ def on_rank_0(world: World, function: Callable[..., object], *arguments: object)
 
 @contextmanager
 def reporting_lost_ranks(world: World) -> Iterator[None]:
-    """Convert errors of communication.
-
-    Raises:
-        LostRankError: another rank ended, or did not respond in time.
-    """
+    """Raise a `LostRankError` if another rank ended, or did not respond in time."""
     try:
         yield
     except RuntimeError as error:
@@ -140,8 +132,7 @@ def reporting_lost_ranks(world: World) -> Iterator[None]:
 def join_world(timeout: float = 600) -> Iterator[World]:
     """Join the job that torchrun or Slurm describes in the environment; without one, run alone.
 
-    Args:
-        timeout: seconds after which a rank that does not respond counts as lost.
+    A rank that does not respond within `timeout` seconds counts as lost.
 
     Raises:
         UserError: a variable of the environment that describes the job is missing or wrong.

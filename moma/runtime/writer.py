@@ -39,7 +39,7 @@ _PARTIAL = re.compile(r"step-\d{8,}\.partial")
 class CheckpointWriter:
     """Writes checkpoints in the background, one at a time. Close it after use.
 
-    All ranks call every method together, except `remove_partial`.
+    All ranks call every method together, except `remove_partial`. Errors are `StorageError`s.
     """
 
     def __init__(
@@ -77,17 +77,13 @@ class CheckpointWriter:
         state: Mapping[str, Any],
         rank_state: Mapping[str, Any],
     ) -> None:
-        """Copy everything and start to write it.
+        """Copy everything and start to write it, once the previous checkpoint is complete.
 
         Args:
             step: names the checkpoint.
             tensors: by name, sharded or the same on every rank.
             state: JSON-serializable state shared by all ranks.
-            rank_state: JSON-serializable state of this rank; its random number generators' state
-                is added.
-
-        Raises:
-            StorageError: the disk is too full, or the previous checkpoint could not be written.
+            rank_state: JSON-serializable state of this rank, besides random number generators.
         """
         self.wait()
         final = checkpoint_path(self._folder, step)
@@ -109,11 +105,7 @@ class CheckpointWriter:
         self._pending = self._thread.submit(self._finish, upload, final, shared, own)
 
     def wait(self) -> None:
-        """Wait until the last checkpoint is complete.
-
-        Raises:
-            StorageError: it could not be written.
-        """
+        """Wait until the last checkpoint is complete; raises its error."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()

@@ -16,10 +16,10 @@ Values of a step also apply to the steps after it. Finished steps are not repeat
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple
 
 from pydantic import Field
 
@@ -36,15 +36,8 @@ from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing, router_command
 
-
-class Evaluate(Protocol):
-    """Evaluates a model on the held-out documents of a recipe."""
-
-    def __call__(
-        self, model: Transformer, recipe: Recipe, routing: RoutingName, quiet: bool
-    ) -> dict[str, float | None]:
-        """See `moma.evaluate.perplexity.evaluate`."""
-        ...
+# Evaluates a model on the held-out documents: see `moma.evaluate.perplexity.evaluate`.
+Evaluate = Callable[[Transformer, Recipe, RoutingName, bool], Mapping[str, float | None]]
 
 
 class Evaluation(NamedTuple):
@@ -68,14 +61,8 @@ class Evaluation(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        """Whether the file is the result for the run's newest checkpoints.
-
-        Raises:
-            UserError: the file was not written by a chain.
-        """
-        if not self.file.exists():
-            return False
-        result = read_json(self.file)
+        """Whether the file is the result for the run's newest checkpoints."""
+        result = read_json(self.file) if self.file.exists() else {"fingerprint": None}
         if not isinstance(result, dict) or "fingerprint" not in result:
             raise UserError(f"{self.file}: not written by moma, and is not replaced; rename it")
         return bool(result["fingerprint"] == self.fingerprint)
@@ -91,6 +78,12 @@ class _Step(Config):
     """The name of a step, which is also that of its folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+
+
+class _EvaluationStep(Config):
+    """The keys of a step that evaluates."""
+
+    routing: RoutingName = "causal"
 
 
 def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evaluation]:
@@ -115,7 +108,9 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
     for number, link in enumerate(links, 1):
         stage, origin = link.pop("stage", "pretrain"), f"{path}, step {number} of the chain"
         if stage == "evaluate":
-            steps.append(_evaluation(link, before, origin))
+            if before is None:
+                raise UserError(f"{origin}: there is no step before it to evaluate")
+            steps.append(Evaluation(before, check(_EvaluationStep, link, origin).routing))
             continue
         name = check(_Step, {"name": link.pop("name", stage)}, origin).name
         if "run" in link:
@@ -125,9 +120,10 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
         values = override(deepcopy(merge_tables(values, link)), last, Recipe)
         source = link.get("from", None if stage == "pretrain" else before)
         run = Path(source) / ROUTER_RUN if stage == "aux_router" and source else base / name
-        own = values | {"stage": stage, "run": str(run)}
-        own = {key: value for key, value in own.items() if key != "from"}
-        steps.append(check(Recipe, own | ({"from": str(source)} if source else {}), origin))
+        own = values | {"stage": stage, "run": str(run), "from": str(source)}
+        if not source:
+            del own["from"]
+        steps.append(check(Recipe, own, origin))
         before = before if stage == "aux_router" else run
     runs = [step.run for step in steps if isinstance(step, Recipe)]
     if twice := sorted({str(run) for run in runs if runs.count(run) > 1}):
@@ -138,24 +134,19 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
 def run_chain(
     steps: Iterable[Recipe | Evaluation], world: World, evaluate: Evaluate, quiet: bool = False
 ) -> Path:
-    """Run the steps that are not finished, in order; only rank 0 evaluates.
-
-    Args:
-        steps: from `read_chain`.
-        world: device and ranks.
-        evaluate: evaluates the held-out documents; see `evaluate.perplexity`.
-        quiet: whether to hide progress.
-
-    Returns:
-        The folder of the last run.
-    """
+    """Run the steps of `read_chain` that are not finished; returns the folder of the last run."""
     last = Path()
     for step in steps:
-        if isinstance(step, Evaluation):
-            if world.rank == 0 and not step.is_done:
-                _evaluate(step, evaluate, quiet)
-        else:
+        if isinstance(step, Recipe):
             last = train(step, world, quiet).path
+        elif world.rank == 0 and not step.is_done:
+            run = Run(step.run)
+            model, recipe = load_run(run)
+            if step.routing == "causal":
+                require_causal_routing(run, model)
+            result = evaluate(model, recipe, step.routing, quiet)
+            values = {**result, "fingerprint": step.fingerprint}
+            atomic_write(step.file, json.dumps(values, indent=2) + "\n")
     return last
 
 
@@ -167,24 +158,3 @@ def next_command(done: Recipe | Evaluation) -> str:
         return router_command(Run(done.run))
     run = done.from_ if done.stage == "aux_router" else done.run
     return shell_command("evaluate", run, "--routing", "causal")
-
-
-def _evaluation(link: dict[str, Any], run: Path | None, origin: str) -> Evaluation:
-    routing = link.pop("routing", "causal")
-    if run is None:
-        raise UserError(f"{origin}: there is no step before it to evaluate")
-    if routing not in ("choice", "causal"):
-        raise UserError(f"{origin}: routing '{routing}': use choice or causal")
-    if link:
-        raise UserError(f"{origin}: unknown key '{next(iter(link))}'; valid keys here: routing")
-    return Evaluation(run, cast(RoutingName, routing))
-
-
-def _evaluate(step: Evaluation, evaluate: Evaluate, quiet: bool) -> None:
-    run = Run(step.run)
-    model, recipe = load_run(run)
-    if step.routing == "causal":
-        require_causal_routing(run, model)
-    result = dict(evaluate(model, recipe, step.routing, quiet))
-    values = result | {"fingerprint": step.fingerprint}
-    atomic_write(step.file, json.dumps(values, indent=2) + "\n")

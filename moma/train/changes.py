@@ -37,14 +37,7 @@ _RESUMABLE = (
 
 
 def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
-    """Compare a recipe with that of the run in the folder, if there is one.
-
-    Returns:
-        Descriptions of the differences, all of which are allowed on resume.
-
-    Raises:
-        UserError: there are other differences; the message shows them.
-    """
+    """Differences from the recipe of the run in the folder; raises `UserError` unless allowed."""
     if not run.exists:
         return []
     changes = differences(read_run_recipe(run), recipe)
@@ -79,11 +72,7 @@ def check_run_folder(run: Run, recipe: Recipe) -> list[str]:
 
 
 def write_run_folder(run: Run, recipe: Recipe) -> None:
-    """Create the run folder, or update the recipe in it; copy the tokenizers that it lacks.
-
-    Raises:
-        UserError: as for `check_run_folder`; or the data has other tokenizers than the run.
-    """
+    """Create or update the run folder, after `check_run_folder`; copy missing tokenizers."""
     data = Tokenizers(recipe.data.path)
     changes = check_run_folder(run, recipe)
     if not run.exists:

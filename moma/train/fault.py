@@ -56,16 +56,13 @@ def raise_fault(
     batches: Mapping[int, Sequence[Batch]],
     tensors: Mapping[str, Tensor],
 ) -> NoReturn:
-    """Save what `moma replay` needs, and raise the error; all ranks together.
+    """Save what `moma replay` needs, and raise a `UserError`; all ranks together.
 
     Args:
         recipe: the run's recipe.
         world: the ranks.
         batches: this rank's micro-batches of recent steps, by step.
         tensors: `LossMonitor.first_fault`.
-
-    Raises:
-        UserError: always.
     """
     run, step = Run(recipe.run), int(tensors["fault_step"])
     layers = tensors["fault_nonfinite"].nonzero().flatten().tolist()
@@ -101,11 +98,7 @@ def raise_fault(
 
 
 def read_fault(run: Run) -> Fault:
-    """The saved fault of a run.
-
-    Raises:
-        UserError: the run has none, or the file is damaged.
-    """
+    """The saved fault of a run; raises `UserError` if there is none, or it is damaged."""
     path = run.path / "fault" / "fault.json"
     if not path.is_file():
         raise UserError(f"{run.path}: has no saved fault (no fault/fault.json) to replay")
@@ -115,11 +108,7 @@ def read_fault(run: Run) -> Fault:
 def read_fault_batches(
     run: Run, rank: int
 ) -> tuple[dict[str, Tensor], list[list[list[tuple[str, int]]]]]:
-    """A rank's saved micro-batches: tensors `INDEX.tokens_BS`, …, and documents per sequence.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+    """A rank's saved micro-batches: tensors `INDEX.tokens_BS`, …, and documents per sequence."""
     path = run.path / "fault" / f"rank-{rank}.safetensors"
     documents = path.with_suffix(".json")
     try:

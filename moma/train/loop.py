@@ -166,8 +166,7 @@ class Trainer:
         """Continue with the data where the ranks of an earlier job stopped.
 
         Args:
-            states: data state of each of those ranks, resharded if their number differs; empty:
-                start of the data.
+            states: data state of each of those ranks; empty: start of the data.
 
         Raises:
             UserError: the states belong to other data.

@@ -40,15 +40,12 @@ class LossMonitor:
         self._step = step
 
     def check(self, loss: Tensor, norm: Tensor, nonfinite_L: Tensor) -> Tensor:
-        """Check a step.
+        """Whether a step is free of faults, as a boolean on the device.
 
         Args:
             loss: mean over all targets.
             norm: norm of the gradient.
             nonfinite_L: booleans, as in `ModelOutput`.
-
-        Returns:
-            A boolean on the device: whether the step is free of faults.
         """
         ok = loss.isfinite() & norm.isfinite() & ~nonfinite_L.any()
         if self._explosion:
@@ -68,11 +65,7 @@ class LossMonitor:
         return ok
 
     def should_skip(self, ok: Tensor) -> bool:
-        """Whether to skip the step; synchronizes with the device only if the recipe skips faults.
-
-        Raises:
-            UserError: too many consecutive steps were skipped.
-        """
+        """Whether to skip the step; raises `UserError` after too many consecutive skips."""
         if not self.skips:
             return False
         self._consecutive_skips = 0 if ok else self._consecutive_skips + 1

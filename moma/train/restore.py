@@ -19,20 +19,12 @@ ROUTER_RUN = "aux_router"
 
 
 def read_run_recipe(run: Run) -> Recipe:
-    """The recipe of a run.
-
-    Raises:
-        UserError: the folder is not a run.
-    """
+    """The recipe of a run; raises `UserError` if the folder is not a run."""
     return run.read_recipe(Recipe)
 
 
 def newest_checkpoint(run: Run, world: World | None = None) -> Path:
-    """The newest intact checkpoint of a run; all ranks of `world`, if given, call it together.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The newest intact checkpoint of a run; all ranks of `world`, if given, call it together."""
     world = world or World(local_device())
     newest, damaged = newest_intact(run.require().checkpoints, world)
     if newest is None:
@@ -51,7 +43,7 @@ def with_routers(run: Run) -> Run:
 
 
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
-    """Load the model of a run onto this machine's device, in evaluation mode, and its recipe.
+    """Load a run's model onto this machine's device, in evaluation mode, and its recipe.
 
     Trained auxiliary routers in the run's folder are loaded too.
 
@@ -69,11 +61,7 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
 
 
 def require_vocabulary(checkpoint: Path, vocabulary: Vocabulary, folder: Path) -> None:
-    """Check that a checkpoint was trained with the vocabulary in a folder.
-
-    Raises:
-        UserError: it was trained with another one.
-    """
+    """Raise `UserError` if a checkpoint was trained with another vocabulary."""
     if read_state(checkpoint)["vocabulary"] != vocabulary.fingerprint:
         raise SharedError(f"{checkpoint}: trained with another vocabulary than that in {folder}")
 
@@ -85,11 +73,7 @@ def has_causal_routing(run: Run, model: Transformer) -> bool:
 
 
 def require_causal_routing(run: Run, model: Transformer) -> None:
-    """Check that a model can be used causally.
-
-    Raises:
-        UserError: its auxiliary routers are not trained; the message names the command.
-    """
+    """Raise `UserError` if a model cannot be used causally; the message has the command."""
     if not has_causal_routing(run, model):
         raise UserError(
             f"{run.path}: its auxiliary routers are not trained, so it cannot run causally; train "

@@ -30,11 +30,7 @@ _KINDS = {
 
 
 class Statistics:
-    """Collects the statistics of one step on this rank.
-
-    Attributes:
-        sums: tensors by name, to be summed over all ranks.
-    """
+    """Collects the statistics of one step on this rank in `sums`, to be summed over all ranks."""
 
     def __init__(self, model: Transformer, replicas: int = 1):
         """Create empty statistics; `replicas` ranks hold the same shard (hybrid sharding)."""
@@ -63,12 +59,7 @@ class Statistics:
 def describe(
     sums: Mapping[str, Tensor], model: Transformer, trains_routers: bool
 ) -> dict[str, dict[str, Any]]:
-    """Convert sums over all ranks, on the host, to values for a log record.
-
-    Returns:
-        `gradient_norms` by kind of parameter, and `routers` by layer and group; see
-        `docs/train.md`.
-    """
+    """Convert sums over all ranks, on the host, to the log's `gradient_norms` and `routers`."""
     routers = {}
     for index, name in enumerate(router_names(model)):
         if (router_sums := sums.get(f"router {index}")) is not None:

@@ -165,8 +165,7 @@ class Step:
             clip: largest norm of the gradient.
             world: the ranks.
             monitor: checks each step, and may skip it.
-            compute_dtype: dtype of the matrix products of an unsharded model; by default bf16 on
-                a GPU. For a sharded model FSDP's policy decides.
+            compute_dtype: of an unsharded model's matrix products; by default bf16 on a GPU.
         """
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.clip, self.world, self.monitor = clip, world, monitor

@@ -279,7 +279,10 @@ stage = "evaluate"
         ('[[chain]]\nstage = "evaluate"', "there is no step before it"),
         ("[[chain]]\nmodle = 1", "step 1 of the chain: unknown key 'modle'"),
         ('[[chain]]\nname = "a"\n[[chain]]\nname = "a"', "two steps write"),
-        ('[[chain]]\n[[chain]]\nstage = "evaluate"\nrouting = "best"', "use choice or causal"),
+        (
+            '[[chain]]\n[[chain]]\nstage = "evaluate"\nrouting = "best"',
+            "should be 'choice' or 'causal'",
+        ),
         ('[[chain]]\nrun = "x"', "write 'run' above the chain"),
         ("chain = 3", "one \\[\\[chain\\]\\] table"),
     ],
