@@ -1,4 +1,4 @@
-"""Which error leads to which exit code."""
+"""Exit codes of errors, and printed commands."""
 
 import errno
 import os
@@ -25,7 +25,7 @@ def system(number: int) -> OSError:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (SharedError("wrong"), 2, "moma: wrong"),
         (system(errno.EACCES), 2, "moma: a/file: Permission denied; choose another path"),
@@ -39,7 +39,7 @@ def system(number: int) -> OSError:
         (StoppedError("saved"), 75, "moma: saved"),
     ],
 )
-def test_exit_codes(monkeypatch, capsys, error, code, told):
+def test_exit_codes(monkeypatch, capsys, error, code, message):
     def app(**options: object) -> None:
         raise error
 
@@ -47,7 +47,7 @@ def test_exit_codes(monkeypatch, capsys, error, code, told):
     with pytest.raises(SystemExit) as left:
         cli.main()
     assert left.value.code == code
-    assert capsys.readouterr().err.startswith(told)
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_printed_commands_can_be_pasted():
@@ -58,7 +58,7 @@ def test_printed_commands_can_be_pasted():
 
 def test_a_defect_keeps_its_traceback(monkeypatch):
     def app(**options: object) -> None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # of no file that somebody named
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))  # without a file name
 
     monkeypatch.setattr(cli, "app", app)
     with pytest.raises(OSError, match="Bad file descriptor"):
@@ -68,7 +68,7 @@ def test_a_defect_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("number", "kind"), [(errno.ENOSPC, SharedStorageError), (errno.EACCES, SharedError)]
 )
-def test_what_ranks_agree_upon_keeps_its_kind(number, kind):
-    with pytest.raises(SharedError) as told, raise_on_all_ranks(World(local_device())):
+def test_shared_errors_keep_their_kind(number, kind):
+    with pytest.raises(SharedError) as message, raise_on_all_ranks(World(local_device())):
         raise system(number)
-    assert type(told.value) is kind
+    assert type(message.value) is kind

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic writes: complete or not at all."""
 
 import errno
 import os
@@ -14,7 +14,7 @@ def fill_folder(path):
     (path / "deep" / "two").write_text("2")
 
 
-def test_files_and_folders_get_their_name_when_they_are_filled(tmp_path):
+def test_files_and_folders_are_created_by_a_rename(tmp_path):
     atomic_replace(tmp_path / "file", lambda path: path.write_text("new"))
     atomic_replace(tmp_path / "folder", fill_folder)
     assert (tmp_path / "file").read_text() == "new"
@@ -22,9 +22,9 @@ def test_files_and_folders_get_their_name_when_they_are_filled(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-def test_what_is_not_filled_does_not_take_the_place_of_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_content(tmp_path):
     def fail(path):
-        path.write_text("torn")
+        path.write_text("partial")
         raise KeyError
 
     (tmp_path / "file").write_text("old")
@@ -35,7 +35,7 @@ def test_what_is_not_filled_does_not_take_the_place_of_what_was_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_what_a_kill_left_of_a_folder_does_not_get_into_the_next(tmp_path):
+def test_an_unfinished_folder_is_removed_first(tmp_path):
     unfinished = tmp_path / ("folder" + UNFINISHED)
     unfinished.mkdir()
     (unfinished / "stale").write_text("")
@@ -44,9 +44,7 @@ def test_what_a_kill_left_of_a_folder_does_not_get_into_the_next(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["text", "file", "folder"])
-def test_everything_is_on_the_disk_before_the_name_and_the_name_at_last(
-    tmp_path, monkeypatch, kind
-):
+def test_content_is_synced_before_the_rename_and_the_folder_after(tmp_path, monkeypatch, kind):
     events = []
     sync, replace = os.fsync, os.replace
 

@@ -1,4 +1,4 @@
-"""Progress: quiet when asked, few lines where there is no terminal."""
+"""Progress: hidden if quiet, few lines without a terminal."""
 
 import io
 import sys
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time, in seconds; tests move it."""
+    """The time in seconds, set by tests."""
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     return now
@@ -28,14 +28,14 @@ def lines_of(capsys):
     return captured.err.splitlines()
 
 
-def test_quiet_work_says_nothing(capsys, clock):
+def test_quiet_progress_prints_nothing(capsys, clock):
     with show_progress("work", 3, quiet=True) as report:
         clock[0] += 1000
         report(3, "note")
     assert lines_of(capsys) == []
 
 
-def test_without_a_terminal_there_is_a_line_now_and_then(capsys, clock):
+def test_without_a_terminal_lines_are_printed_at_intervals(capsys, clock):
     with show_progress("work", 100) as report:
         for done in range(1, 100):
             clock[0] += 1
@@ -49,14 +49,14 @@ def test_without_a_terminal_there_is_a_line_now_and_then(capsys, clock):
     assert lines_of(capsys) == expected
 
 
-def test_the_end_is_always_told(capsys, clock):
+def test_the_end_is_always_reported(capsys, clock):
     with show_progress("work", 2) as report:
         report(1)
         report(2, "all done")
     assert lines_of(capsys) == ["work: 2/2 after 0 s  all done"]
 
 
-def test_what_an_earlier_process_did_is_no_speed_of_this_one(capsys, clock):
+def test_units_of_an_earlier_process_do_not_count_for_the_speed(capsys, clock):
     with show_progress("work", 200) as report:
         report(100)
         clock[0] += 20

@@ -1,4 +1,4 @@
-"""Run folders: where things lie, and what is said when they do not."""
+"""Run folders: paths, manifests, tokenizers and logs."""
 
 import json
 
@@ -26,7 +26,7 @@ def contents(folder):
     }
 
 
-def test_the_folder_is_laid_out_as_promised(tmp_path):
+def test_paths_in_a_run_folder(tmp_path):
     run = Run(tmp_path)
     assert run.recipe == tmp_path / "recipe.toml"
     assert run.metrics == tmp_path / "metrics.jsonl"
@@ -47,7 +47,7 @@ def test_copied_tokenizers_are_complete(tmp_path):
     }
 
 
-def test_copying_again_brings_the_newer_state(tmp_path):
+def test_copying_again_replaces_older_files(tmp_path):
     source, target = make_tokenizers(tmp_path / "a"), Tokenizers(tmp_path / "b")
     source.copy_to(target)
     (source.codec / "config.json").write_text("newer")
@@ -122,7 +122,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path, name):
         Run(tmp_path).require_free()
 
 
-def test_recipes_and_notes_do_not_keep_a_run_out(tmp_path):
+def test_recipes_and_notes_may_be_in_a_new_run_folder(tmp_path):
     for name in ("recipe.toml", "notes.md", "slurm-1.out", ".hidden"):
         (tmp_path / name).write_text("")
     Run(tmp_path).require_free()
@@ -154,7 +154,7 @@ def test_missing_tokenizers_are_copied_again(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("nowhere", r"nowhere: there is no such folder; name one that `moma train` wrote"),
         (
@@ -167,35 +167,35 @@ def test_missing_tokenizers_are_copied_again(tmp_path, name):
         ("many", r"many: not a run folder .*; \S+/many/a is one"),
     ],
 )
-def test_what_is_no_run_is_told_apart(tmp_path, name, told):
+def test_paths_that_are_not_runs_have_different_messages(tmp_path, name, message):
     (tmp_path / "mine.toml").write_text('run = "runs/mine"\n')
     (tmp_path / "bare.toml").write_text("seed = 1\n")
     (tmp_path / "weights").write_text('run = "a file of weights is not read for a hint"')
     (tmp_path / "notes.txt").write_text("no recipe")
     (tmp_path / "many/a").mkdir(parents=True)
     (tmp_path / "many/a/run.json").touch()
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         Run(tmp_path / name).require()
 
 
 def test_metrics_are_read_in_order(tmp_path):
-    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1e-9}]
-    Run(tmp_path).metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert Run(tmp_path).read_metrics() == rows
+    records = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 1e-9}]
+    Run(tmp_path).metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert Run(tmp_path).read_metrics() == records
 
 
-def test_metrics_without_rows_are_empty(tmp_path):
+def test_an_empty_log_has_no_records(tmp_path):
     Run(tmp_path).metrics.write_text("")
     assert Run(tmp_path).read_metrics() == []
 
 
-def test_missing_metrics_are_named(tmp_path):
+def test_a_missing_log_is_named(tmp_path):
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot read"):
         Run(tmp_path).read_metrics()
 
 
 @pytest.mark.parametrize("broken", ["{", '{"step": 2', "step 2"])
-def test_a_broken_row_is_named(tmp_path, broken):
+def test_a_damaged_record_is_named(tmp_path, broken):
     Run(tmp_path).metrics.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
     with pytest.raises(
         UserError, match=r"metrics\.jsonl, record 2: not valid JSON \([^:]+: character \d+\)$"

@@ -1,4 +1,4 @@
-"""Processes that share a job over gloo."""
+"""Starts the processes of a job over gloo."""
 
 import faulthandler
 import os
@@ -8,6 +8,9 @@ import torch
 from torch import multiprocessing
 
 from moma.runtime.world import join_world
+
+# Imported once, by a process from which those of all jobs are forked.
+multiprocessing.set_forkserver_preload(["moma.train.loop", "moma.plan.memory"])
 
 
 def in_process(rank: int, ranks: int, port: int, job, *arguments) -> None:
@@ -28,4 +31,5 @@ def on_ranks(ranks: int, job, *arguments) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(in_process, (ranks, port, job, *arguments), nprocs=ranks)
+    arguments = (ranks, port, job, *arguments)
+    multiprocessing.start_processes(in_process, arguments, nprocs=ranks, start_method="forkserver")

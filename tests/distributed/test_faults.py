@@ -1,4 +1,4 @@
-"""What goes wrong on one of two ranks alone: both leave alike, and say the same."""
+"""Errors of one of two ranks: both ranks stop with the same message."""
 
 import errno
 import time
@@ -8,27 +8,26 @@ import pytest
 import torch
 
 from moma.errors import SharedError, SharedStorageError
+from moma.files import atomic_write
 from moma.runs import Run
+from moma.runtime import writer
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.tracking import MetricsLog
 from moma.runtime.world import World
-from moma.runtime.writer import CheckpointWriter
 from moma.train import stages
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.step import Objective
 from tests.distributed.ranks import on_ranks
 
-FINISH = CheckpointWriter._finish
 
-
-def full_disk(self: MetricsLog, row: dict) -> None:
-    if row["step"] == 2:
+def full_disk(self: MetricsLog, record: dict) -> None:
+    if record["step"] == 2:
         raise OSError(errno.ENOSPC, "No space left on device")
-    raise AssertionError("after a row that could not be written none is tried")
+    raise AssertionError("no record may follow one that could not be written")
 
 
-def sick(real: Objective) -> Objective:
+def with_nonfinite_score(real: Objective) -> Objective:
     """A score of the second layer is not finite at the third step."""
     taken = 0
 
@@ -41,10 +40,9 @@ def sick(real: Objective) -> Objective:
     return objective
 
 
-def slow_disk(self: CheckpointWriter, *arguments) -> str | None:
-    """One rank's files are late, while the others tell each other theirs."""
+def slow_write(path: Path, text: str) -> None:
     time.sleep(0.3)
-    return FINISH(self, *arguments)
+    atomic_write(path, text)
 
 
 def job(world: World, tiny: Recipe, out: Path) -> None:
@@ -57,43 +55,44 @@ def job(world: World, tiny: Recipe, out: Path) -> None:
     (out / f"full-{world.rank}").write_text(str(full.value))
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 1:
-            of = stages.objective_of
-            patch.setattr(stages, "objective_of", lambda *arguments: sick(of(*arguments)))
+            real = stages.objective_of
+            faulty = lambda *arguments: with_nonfinite_score(real(*arguments))  # noqa: E731
+            patch.setattr(stages, "objective_of", faulty)
         with pytest.raises(SharedError) as fault:
             changes = {"run": out / "fault", "pretrain": stage}
             train(tiny.model_copy(update=changes), world, quiet=True)
     (out / f"fault-{world.rank}").write_text(str(fault.value))
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 0:
-            patch.setattr(CheckpointWriter, "_finish", slow_disk)
+            patch.setattr(writer, "atomic_write", slow_write)
         often = stage.model_copy(update={"checkpoint_every": 1})
         changes = {"run": out / "slow", "pretrain": often}
         train(tiny.model_copy(update=changes), world, quiet=True)
 
 
 @pytest.fixture(scope="module")
-def left(tiny, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("left")
+def outcome(tiny, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("outcome")
     on_ranks(2, job, tiny, out)
     return out
 
 
-def test_a_log_that_cannot_be_written(left):
-    assert "metrics.jsonl: cannot write (No space left" in (left / "full-0").read_text()
-    assert (left / "full-1").is_file()
-    assert not checkpoints_in(Run(left / "full").checkpoints)
+def test_an_unwritable_log_stops_all_ranks(outcome):
+    assert "metrics.jsonl: cannot write (No space left" in (outcome / "full-0").read_text()
+    assert (outcome / "full-1").is_file()
+    assert not checkpoints_in(Run(outcome / "full").checkpoints)
 
 
-def test_a_score_that_is_not_finite(left):
-    told = (left / "fault-0").read_text()
-    assert "at step 3 the output of layer 1, or a score" in told
-    assert (left / "fault-1").read_text() == told
-    files = {path.name for path in (left / "fault" / "fault").iterdir()}
+def test_a_nonfinite_score_stops_all_ranks(outcome):
+    message = (outcome / "fault-0").read_text()
+    assert "at step 3 the output of layer 1, or a score" in message
+    assert (outcome / "fault-1").read_text() == message
+    files = {path.name for path in (outcome / "fault" / "fault").iterdir()}
     ranks = {f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")}
     assert files == {"fault.json"} | ranks
 
 
-def test_a_checkpoint_that_is_late_on_one_rank(left):
-    run = Run(left / "slow")
-    assert [row["step"] for row in run.read_metrics()] == list(range(1, 9))
+def test_a_checkpoint_may_be_late_on_one_rank(outcome):
+    run = Run(outcome / "slow")
+    assert [record["step"] for record in run.read_metrics()] == list(range(1, 9))
     assert checkpoints_in(run.checkpoints)[-1].name == "step-00000008"

@@ -1,4 +1,4 @@
-"""Sharded from the beginning: no rank holds a whole model, and all hold what one process would."""
+"""Sharded initialization: no rank holds a full model; all weights are those of one process."""
 
 import re
 import shutil
@@ -57,8 +57,8 @@ def start(recipe: Recipe, world: World) -> Transformer:
     return prepare_model(recipe, vocabulary_of(recipe), world, find_source_run(recipe, world))
 
 
-def whole_start(recipe: Recipe) -> Transformer:
-    """All of it at once on one device."""
+def full_start(recipe: Recipe) -> Transformer:
+    """The full model on one device."""
     vocabulary = vocabulary_of(recipe)
     model = recipe.build_model(vocabulary)
     source = find_source_run(recipe, ALONE)
@@ -86,18 +86,18 @@ def job_of_two(world: World, tiny: Recipe, seeds: Path) -> None:
     for name in CASES:
         recipe = case_of(tiny, name, seeds)
         model = start(recipe, world)
-        assert_same(model, whole_start(recipe))
+        assert_same(model, full_start(recipe))
         tied = model.get_submodule("head").weight is model.get_submodule("embedding").weight
         assert tied == (name == "tied")
     for groups in ("moe_4t4i", "mod_moe_1t1i"):
         assert_starts_small(deep(tiny, groups), world)
     grown = deep(tiny, "moe_4t4i", stage="upcycle", from_=seeds / "deep")
-    # A layer of the seed, then: attention and two experts.
+    # A layer of the seed run: attention and two experts.
     assert_starts_small(grown, world, spare=4 * (4 * 64**2 + 6 * 64 * 192))
 
 
 def deep(tiny: Recipe, groups: str, **changes) -> Recipe:
-    """Of many parameters, none of which is large."""
+    """A recipe of many small parameters."""
     model = {"groups": groups, "dim": 64, "layers": 8, "heads": 2, "hidden": 192}
     recipe = recipe_of(tiny, groups, EngineConfig())
     return recipe.model_copy(update={"model": recipe.model.model_copy(update=model), **changes})
@@ -109,12 +109,12 @@ def assert_starts_small(recipe: Recipe, world: World, spare: int = 0) -> None:
     whole = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = 4 * max(parameter.numel() for parameter in model.parameters())
     peak = allocated_peak(lambda: start(recipe, world), world.device)
-    most = own + largest + spare + (64 << 10)  # small things, such as heads of files
+    most = own + largest + spare + (64 << 10)  # small objects, such as file headers
     assert own < peak < most < 0.75 * whole, (own, peak, most, whole)
 
 
 def written_by_four(world: World, tiny: Recipe, out: Path) -> None:
-    """Two copies of a model on two ranks each; first told what room is asked for."""
+    """Two replicas on two ranks each, after an attempt on a full disk."""
     recipe = recipe_of(tiny, "moe_2t2i", HYBRID)
     model = prepare_model(recipe, vocabulary_of(recipe), world)
     optimizer = make_optimizer(model, recipe.pretrain.optimizer)
@@ -125,17 +125,17 @@ def written_by_four(world: World, tiny: Recipe, out: Path) -> None:
     with closing(CheckpointWriter(out, world)) as writer:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(writing.shutil, "disk_usage", lambda path: usage)
-            with pytest.raises(UserError, match="needs") as told:
+            with pytest.raises(UserError, match="needs") as caught:
                 writer.save(1, training_tensors(model, optimizer), {"step": 1}, {})
         writer.save(1, training_tensors(model, optimizer), {"step": 1}, {})
         writer.wait()
     if world.rank == 0:
-        (out / "told.txt").write_text(str(told.value))
+        (out / "message.txt").write_text(str(caught.value))
 
 
 @pytest.fixture(scope="module")
 def seeds(tiny, tmp_path_factory) -> Path:
-    """Finished runs to begin from."""
+    """Finished source runs."""
     folder = tmp_path_factory.mktemp("seeds")
     for groups in ("dense", "mod_moe_1t1i", "mod_moe_4t4i"):
         recipe = recipe_of(tiny, groups, EngineConfig())
@@ -147,28 +147,28 @@ def seeds(tiny, tmp_path_factory) -> Path:
     vocabulary = vocabulary_of(recipe)
     weights = Weights.of(recipe.build_model(vocabulary).state_dict())
     state = {"step": 2, "vocabulary": vocabulary.fingerprint}
-    # A file a tensor: files are mapped as a whole, which is counted as memory.
+    # One file per tensor: a memory-mapped file counts as memory.
     save_weights(run.checkpoints, 2, weights, state, file_bytes=1)
     return folder
 
 
-def test_the_room_for_a_checkpoint_is_that_of_one_copy(tiny, tmp_path):
+def test_required_disk_space_is_that_of_one_replica(tiny, tmp_path):
     on_ranks(4, written_by_four, tiny, tmp_path)
-    (needed,) = re.findall(r"needs ([\d,]+) bytes", (tmp_path / "told.txt").read_text())
+    (needed,) = re.findall(r"needs ([\d,]+) bytes", (tmp_path / "message.txt").read_text())
     tensors = 0
     for file in (tmp_path / "step-00000001" / "tensors").iterdir():
         tensors += sum(value.nbytes for value in load_file(file).values())
     above = int(needed.replace(",", "")) - (1 << 20) - tensors
-    # Each rank counts the optimizer's numbers of steps, of four bytes a parameter.
+    # Each rank counts the optimizer's step counters, four bytes per parameter.
     assert 0 <= above < 4 * 4 * 100
 
 
-def test_two_ranks_begin_with_what_one_process_would(tiny, seeds):
+def test_two_ranks_start_with_the_weights_of_one_process(tiny, seeds):
     on_ranks(2, job_of_two, tiny, seeds)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_process_begins_with_it_too(tiny, seeds, name):
+def test_one_process_starts_with_the_full_model(tiny, seeds, name):
     if name != "hybrid":
         recipe = case_of(tiny, name, seeds)
-        assert_same(start(recipe, ALONE), whole_start(recipe))
+        assert_same(start(recipe, ALONE), full_start(recipe))

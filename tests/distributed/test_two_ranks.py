@@ -1,6 +1,6 @@
 """Gloo processes: sharded training equals one process on the same groups of tokens.
 
-A step has four groups of tokens (micro-batches), shared out between one, two or four ranks.
+A step has four micro-batches ("token groups"), divided among one, two or four ranks.
 """
 
 import json
@@ -44,7 +44,7 @@ from tests.distributed.ranks import on_ranks
 
 GROUPS, STEPS = 4, 3
 ALONE = World(torch.device("cpu"))
-# Architecture, engine, and how far rounding may lead from one fp32 process.
+# Architecture, engine, and tolerance compared with one fp32 process.
 CASES = {
     "dense": ("dense", EngineConfig(), 1e-5),
     "moe_2t2i": ("moe_2t2i", EngineConfig(), 1e-5),
@@ -82,7 +82,7 @@ def build(recipe: Recipe, world: World):
 
 
 def statistics_of(recipe: Recipe, model, world: World, step, groups) -> dict[str, Tensor]:
-    """Sums over all ranks, of a step that is taken."""
+    """Take a step; returns its sums and norms over all ranks."""
     statistics = Statistics(model, recipe.engine.replicate)
     sums, norm = step([next(group) for group in groups], 1e-2, statistics)
     found = {"sums": sums, "norm": norm}
@@ -93,7 +93,7 @@ def statistics_of(recipe: Recipe, model, world: World, step, groups) -> dict[str
 
 
 def take_steps(world: World, recipe: Recipe, out: Path) -> None:
-    """Train, save, and take one more step, which tells the optimizer's state."""
+    """Train, save, and take one more step, whose norms depend on the optimizer's state."""
     model, optimizer, step, groups = build(recipe, world)
     found = {}
     for number in range(STEPS):
@@ -108,8 +108,8 @@ def take_steps(world: World, recipe: Recipe, out: Path) -> None:
         torch.save(found, out / f"found-{world.size}.pt")
 
 
-def go_on(world: World, recipe: Recipe, out: Path) -> dict[str, Tensor]:
-    """ExpertInputs what another number of ranks has saved, and take the step that followed."""
+def resume_step(world: World, recipe: Recipe, out: Path) -> dict[str, Tensor]:
+    """Load the checkpoint of another number of ranks, and take the next step."""
     model, optimizer, step, groups = build(recipe, world)
     path = out / f"step-{STEPS:08d}"
     load_checkpoint(path, model, optimizer, world)
@@ -119,11 +119,10 @@ def go_on(world: World, recipe: Recipe, out: Path) -> dict[str, Tensor]:
     return statistics_of(recipe, model, world, step, groups)
 
 
-class Lanes:
-    """A rank's share of four streams of micro-batches, as of four ranks, whatever their number.
+class FixedBatches:
+    """A rank's part of four streams of micro-batches, independent of the number of ranks.
 
-    So a step has the same token groups on any number of ranks, which real batches, dealt out anew,
-    have not.
+    So a step has the same token groups on any number of ranks, unlike resharded batches.
     """
 
     def __init__(self, recipe: Recipe, world: World):
@@ -148,33 +147,33 @@ class Lanes:
         pass
 
 
-def train_lanes(world: World, tiny: Recipe, run: Path) -> Run:
-    """`train`, all but the data its own; two micro-batches a step on each of two ranks."""
+def train_fixed(world: World, tiny: Recipe, run: Path) -> Run:
+    """`train` with `FixedBatches`; two micro-batches per step on each of two ranks."""
     stage = tiny.pretrain.model_copy(update={"gradient_accumulation_steps": GROUPS // 2})
     recipe = tiny.model_copy(update={"run": run, "pretrain": stage})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "prefetch", lambda batches, config: Lanes(recipe, world))
+        patch.setattr(loop, "prefetch", lambda batches, config: FixedBatches(recipe, world))
         together = lambda states, size: [reduce(operator.or_, states)] * size  # noqa: E731
         patch.setattr(loop, "reshard", together)
         return loop.train(recipe, world, quiet=True)
 
 
-def begun(out: Path, run: Path) -> Path:
-    """A copy of the two ranks' run, as it was half-way."""
-    shutil.copytree(out / "lanes", run)
+def copy_half(out: Path, run: Path) -> Path:
+    """A copy of the two ranks' run without its last checkpoint."""
+    shutil.copytree(out / "fixed", run)
     shutil.rmtree(checkpoints_in(Run(run).checkpoints)[-1])
     return run
 
 
-def assert_goes_on_as(whole: Run, run: Run) -> None:
-    rows, others = whole.read_metrics(), run.read_metrics()
-    assert [row["step"] for row in others] == [2, 4, 6, 8] and rows[:2] == others[:2]
-    for row, other in zip(rows[2:], others[2:], strict=True):
+def assert_resumed_equals(whole: Run, run: Run) -> None:
+    records, others = whole.read_metrics(), run.read_metrics()
+    assert [record["step"] for record in others] == [2, 4, 6, 8] and records[:2] == others[:2]
+    for record, other in zip(records[2:], others[2:], strict=True):
         for key in ("tokens", "flops", "learning_rate"):
-            assert row[key] == other[key]
+            assert record[key] == other[key]
         for key in ("loss", "loss_text", "loss_image"):
-            assert other[key] == pytest.approx(row[key], rel=1e-5)
-        assert other["gradient_norm"] == pytest.approx(row["gradient_norm"], rel=1e-4)
+            assert other[key] == pytest.approx(record[key], rel=1e-5)
+        assert other["gradient_norm"] == pytest.approx(record["gradient_norm"], rel=1e-4)
 
 
 def recipe_with(tiny: Recipe, run: str) -> Recipe:
@@ -185,7 +184,7 @@ def recipe_with(tiny: Recipe, run: str) -> Recipe:
 
 
 def fsdp_units(recipe: Recipe, world: World) -> list[str]:
-    """The parts of a model whose weights are gathered one by one."""
+    """Modules whose weights are gathered one by one."""
     model, *_ = build(recipe, world)
     return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
 
@@ -195,8 +194,8 @@ def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
         take_steps(world, recipe_of(tiny, groups, engine, stage_of(name)), out / name)
     run = tiny.model_copy(update={"run": out / "run"})
     train(run, world, quiet=True)
-    train(run, world, quiet=True)  # finds itself finished
-    train_lanes(world, tiny, out / "lanes")
+    train(run, world, quiet=True)  # is finished already
+    train_fixed(world, tiny, out / "fixed")
     units = {run: fsdp_units(recipe_with(tiny, run), world) for run in ("sequential", "batched")}
     if world.rank == 0:
         (out / "units.json").write_text(json.dumps(units))
@@ -207,18 +206,18 @@ def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
 def job_of_four(world: World, tiny: Recipe, two: Path, out: Path) -> None:
     take_steps(world, recipe_of(tiny, "moe_2t2i", HYBRID), out)
     for name, engine in (("sharded", EngineConfig()), ("hybrid", HYBRID)):
-        found = go_on(world, recipe_of(tiny, "moe_2t2i", engine), two / "moe_2t2i")
+        found = resume_step(world, recipe_of(tiny, "moe_2t2i", engine), two / "moe_2t2i")
         if world.rank == 0:
             torch.save(found, out / f"{name}.pt")
     if world.rank == 0:
-        begun(two, out / "lanes")
+        copy_half(two, out / "fixed")
     world.barrier()
-    train_lanes(world, tiny, out / "lanes")
-    grow_step(world, tiny.model_copy(update={"run": two / "grown"}), out)
+    train_fixed(world, tiny, out / "fixed")
+    grow_step(world, tiny.model_copy(update={"run": two / "larger"}), out)
 
 
 def grow_step(world: World, recipe: Recipe, out: Path) -> None:
-    """Two ranks' steps of two micro-batches are too small for four, unless they may grow."""
+    """Two micro-batches cannot be divided among four ranks, unless steps may grow."""
     with pytest.raises(UserError) as refused:
         train(recipe, world, quiet=True)
     if world.rank == 0:
@@ -239,8 +238,8 @@ def two(tiny, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def four(tiny, two, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("four")
-    shutil.copytree(two / "run", two / "grown")
-    shutil.rmtree(checkpoints_in(two / "grown" / "checkpoints")[-1])
+    shutil.copytree(two / "run", two / "larger")
+    shutil.rmtree(checkpoints_in(two / "larger" / "checkpoints")[-1])
     on_ranks(4, job_of_four, tiny, two, out)
     return out
 
@@ -272,7 +271,7 @@ def assert_equals_one_process(
         models[0].named_parameters(), models[1].parameters(), strict=True
     ):
         torch.testing.assert_close(one, other, atol=near, rtol=10 * near, msg=name)
-    # The parts of all ranks can be read without a model, too.
+    # The shards of all ranks can be read without a model, too.
     stored = stored_weights(out / f"step-{STEPS:08d}")
     assert stored.meta_tensors.keys() == models[0].state_dict().keys()
     for name, value in stored.read(stored.meta_tensors).items():
@@ -282,7 +281,7 @@ def assert_equals_one_process(
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one_on_the_same_token_groups(tiny, two, name):
     groups, _, near = CASES[name]
-    if near > 1e-5:  # low precision: the losses, not each weight
+    if near > 1e-5:  # low precision: losses and norms, not each weight
         recipe = recipe_of(tiny, groups, EngineConfig())
         (two / name / "alone").mkdir()
         take_steps(ALONE, recipe, two / name / "alone")
@@ -301,62 +300,62 @@ def test_hybrid_sharding_equals_one_process(tiny, four):
 
 
 @pytest.mark.parametrize("name", ["sharded", "hybrid"])
-def test_from_two_ranks_to_four(two, four, name):
+def test_four_ranks_resume_a_checkpoint_of_two(two, four, name):
     expected, found = load(two / "moe_2t2i" / "found-2.pt"), load(four / f"{name}.pt")
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
 
 
-def test_from_two_ranks_to_one(tiny, two):
-    found = go_on(ALONE, recipe_of(tiny, "moe_2t2i", EngineConfig()), two / "moe_2t2i")
+def test_one_rank_resumes_a_checkpoint_of_two(tiny, two):
+    found = resume_step(ALONE, recipe_of(tiny, "moe_2t2i", EngineConfig()), two / "moe_2t2i")
     expected = load(two / "moe_2t2i" / "found-2.pt")
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tiny, two, tmp_path):
+def test_a_run_resumes_on_another_number_of_ranks(tiny, two, tmp_path):
     whole = Run(two / "run").read_metrics()
-    assert [row["step"] for row in whole] == [2, 4, 6, 8]
+    assert [record["step"] for record in whole] == [2, 4, 6, 8]
     run = Run(tmp_path / "run")
     shutil.copytree(two / "run", run.path)
     shutil.rmtree(checkpoints_in(run.checkpoints)[-1])
     train(tiny.model_copy(update={"run": run.path}), ALONE, quiet=True)
-    rows = run.read_metrics()
-    # What it draws is not what a rank has drawn before.
+    records = run.read_metrics()
+    # Its random numbers differ from those of the ranks before.
     assert torch.initial_seed() not in (tiny.seed, tiny.seed + 1)
-    # A step has as many tokens as before: one rank takes the micro-batches of two.
-    assert [row["tokens"] for row in rows] == [row["tokens"] for row in whole]
-    assert rows[:2] == whole[:2] and rows[-1]["loss"] < rows[1]["loss"]
+    # A step has as many tokens as before: one rank computes the micro-batches of two.
+    assert [record["tokens"] for record in records] == [record["tokens"] for record in whole]
+    assert records[:2] == whole[:2] and records[-1]["loss"] < records[1]["loss"]
     assert len(read_rank_states(checkpoints_in(run.checkpoints)[-1])) == 1
 
 
-def test_a_step_may_grow_with_the_ranks(tiny, two, four):
-    told = (four / "refused").read_text()
+def test_a_step_may_grow_with_the_number_of_ranks(tiny, two, four):
+    message = (four / "refused").read_text()
     one = tiny.data.micro_batch_size * tiny.data.sequence_length
-    assert "4 ranks cannot share the 2 micro-batches of a step; use a divisor of 2" in told
-    assert f"to keep {2 * one:,} tokens per step" in told
-    assert f"engine.step_size=grows to 4 times 1 micro-batches, {4 * one:,} tokens" in told
-    tokens = [row["tokens"] for row in Run(two / "grown").read_metrics()]
+    assert "4 ranks cannot share the 2 micro-batches of a step; use a divisor of 2" in message
+    assert f"to keep {2 * one:,} tokens per step" in message
+    assert f"engine.step_size=grows to 4 times 1 micro-batches, {4 * one:,} tokens" in message
+    tokens = [record["tokens"] for record in Run(two / "larger").read_metrics()]
     assert tokens == [4 * one, 8 * one, 16 * one, 24 * one]
 
 
-def test_training_goes_on_alike_on_one_rank_and_on_four(tiny, two, four, tmp_path):
-    """The whole trainer: counters, schedule, optimizer, scale of the gradient, rows."""
-    whole = Run(two / "lanes")
-    assert_goes_on_as(whole, Run(four / "lanes"))
-    assert_goes_on_as(whole, train_lanes(ALONE, tiny, begun(two, tmp_path / "run")))
+def test_resumed_training_is_equal_on_one_rank_and_on_four(tiny, two, four, tmp_path):
+    """Counters, schedule, optimizer, scale of the gradient and log records."""
+    whole = Run(two / "fixed")
+    assert_resumed_equals(whole, Run(four / "fixed"))
+    assert_resumed_equals(whole, train_fixed(ALONE, tiny, copy_half(two, tmp_path / "run")))
 
 
-def test_one_rank_grows_the_seed_of_two(tiny, two, tmp_path):
+def test_one_rank_upcycles_the_seed_run_of_two(tiny, two, tmp_path):
     seed = Run(two / "seed")
     stage = tiny.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
     grown = recipe_of(tiny, "moe_2t2i", EngineConfig())
     changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
     run = train(grown.model_copy(update=changes), ALONE, quiet=True)
-    (row,) = run.read_metrics()
+    (record,) = run.read_metrics()
     tokens = 2 * tiny.data.micro_batch_size * tiny.data.sequence_length
-    assert row["tokens"] == seed.read_metrics()[-1]["tokens"] + tokens
-    # Its documents are those that neither rank of the seed had taken.
+    assert record["tokens"] == seed.read_metrics()[-1]["tokens"] + tokens
+    # Its documents are those that neither rank of the seed run had seen.
     states = [state["data"] for state in read_rank_states(checkpoints_in(seed.checkpoints)[-1])]
     ((wanted,), (found,)) = (
         reshard(states, 1),
@@ -367,7 +366,7 @@ def test_one_rank_grows_the_seed_of_two(tiny, two, tmp_path):
         assert found[stream]["base"] == wanted[stream]["base"]
 
 
-def test_groups_that_run_one_after_the_other_are_gathered_one_by_one(two):
+def test_sequential_groups_are_gathered_one_by_one(two):
     units = json.loads((two / "units.json").read_text())
     layers = ["", "layers.0", "layers.1"]
     assert sorted(units["batched"]) == layers

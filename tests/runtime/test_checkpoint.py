@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not taken, written beside the training, kept as asked for."""
+"""Checkpoints: complete or not used, written in the background, kept as configured."""
 
 import resource
 import shutil
@@ -52,14 +52,14 @@ def names(folder: Path) -> list[str]:
     return [path.name for path in checkpoints_in(folder)]
 
 
-def test_everything_comes_back(tmp_path):
+def test_a_checkpoint_restores_everything(tmp_path):
     model, optimizer = make()
     with closing(CheckpointWriter(tmp_path, WORLD)) as writer:
         writer.save(7, training_tensors(model, optimizer), {"step": 7}, {"data": [1, 2]})
         drawn = torch.rand(3)
         expected = [p.detach().clone() for p in model.parameters()]
         moments = [optimizer.state[p]["exp_avg"].clone() for p in model.parameters()]
-        with torch.no_grad():  # what happens after the call must not be in it
+        with torch.no_grad():  # later changes must not be saved
             for parameter in model.parameters():
                 parameter.add_(1)
                 optimizer.state[parameter]["exp_avg"].add_(1)
@@ -79,7 +79,7 @@ def test_everything_comes_back(tmp_path):
     assert (tmp_path / "latest").read_text() == f"{path.name}\n"
 
 
-def test_the_newest_stay_and_every_nth(tmp_path):
+def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path):
     save(tmp_path, *range(1, 8), keep=2, keep_every=3)
     assert names(tmp_path) == [f"step-{step:08d}" for step in (3, 6, 7)]
     assert not list(tmp_path.glob("*.partial"))
@@ -97,9 +97,9 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["tensors/shard-*", "rank-0.json", "state.json", "manifest.json"])
 @pytest.mark.parametrize(
-    ("damage", "told"), [(truncate, "bytes"), (flip, "changed"), (Path.unlink, "missing")]
+    ("damage", "expected"), [(truncate, "bytes"), (flip, "changed"), (Path.unlink, "missing")]
 )
-def test_damage_is_named_and_the_one_before_is_taken(tmp_path, file, damage, told):
+def test_damage_is_named_and_the_previous_checkpoint_used(tmp_path, file, damage, expected):
     save(tmp_path, 1, 2, 3)
     (path,) = (tmp_path / "step-00000003").glob(file)
     damage(path)
@@ -108,11 +108,11 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, file, damage, tol
     ((broken, message),) = damaged.items()
     assert broken == tmp_path / "step-00000003"
     assert "step-00000003" in message and path.name in message
-    # A damaged manifest can tell no more of itself.
-    assert told in message or path.name == "manifest.json"
+    # A damaged manifest has no further message.
+    assert expected in message or path.name == "manifest.json"
 
 
-def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path):
+def test_a_run_does_not_restart_if_all_checkpoints_are_damaged(tmp_path):
     assert newest_intact(tmp_path, WORLD) == (None, {})
     save(tmp_path, 1, 2)
     for path in checkpoints_in(tmp_path):
@@ -121,7 +121,7 @@ def test_without_a_whole_checkpoint_nothing_begins_anew(tmp_path):
         newest_intact(tmp_path, WORLD)
 
 
-def test_a_step_may_be_damaged_again_and_again(tmp_path):
+def test_a_step_may_be_damaged_several_times(tmp_path):
     for time in range(3):
         save(tmp_path, 4)
         set_aside(tmp_path / "step-00000004")
@@ -129,7 +129,7 @@ def test_a_step_may_be_damaged_again_and_again(tmp_path):
         assert len(list(tmp_path.glob("*.damaged*"))) == time + 1
 
 
-def test_latest_names_what_is_left(tmp_path):
+def test_latest_names_the_newest_remaining_checkpoint(tmp_path):
     save(tmp_path, 1, 2, 3, keep=3)
     for left in (2, 1):
         set_aside(tmp_path / f"step-{left + 1:08d}")
@@ -176,7 +176,7 @@ def test_files_that_do_not_appear_within_a_minute_are_an_error(tmp_path, monkeyp
     assert names(tmp_path) == []
 
 
-def test_what_earlier_processes_left_unfinished_is_swept_up(tmp_path):
+def test_unfinished_checkpoints_are_removed(tmp_path):
     save(tmp_path, 4)
     shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000003.partial")
     with closing(CheckpointWriter(tmp_path, WORLD)) as writer:
@@ -184,8 +184,8 @@ def test_what_earlier_processes_left_unfinished_is_swept_up(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000004", "latest"}
 
 
-def test_an_old_one_that_cannot_be_removed_stops_nothing(tmp_path, monkeypatch):
-    """As on a network's disk, where a file that is read is renamed instead of removed."""
+def test_an_old_checkpoint_that_cannot_be_removed_is_ignored(tmp_path, monkeypatch):
+    """As on a network disk, where a file that is being read is renamed instead of removed."""
     real = shutil.rmtree
 
     def rmtree(path: Path, ignore_errors: bool = False) -> None:
@@ -235,7 +235,7 @@ def test_a_checkpoint_without_manifest_is_not_loaded(tmp_path):
         load_checkpoint(tmp_path / "step-00000001", *make(2), WORLD)
 
 
-def test_without_room_the_old_one_stays(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
@@ -248,7 +248,7 @@ def test_without_room_the_old_one_stays(tmp_path, monkeypatch):
 
 @contextmanager
 def largest_file(size: int):
-    """Writes beyond it fail as on a full disk."""
+    """Writes beyond `size` bytes fail as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -258,7 +258,7 @@ def largest_file(size: int):
 
 
 @pytest.mark.parametrize("size", [0, 100, 4000])
-def test_a_write_that_fails_keeps_the_old_one(tmp_path, size):
+def test_a_failed_write_keeps_the_previous_checkpoint(tmp_path, size):
     save(tmp_path, 1)
     with (
         closing(CheckpointWriter(tmp_path, WORLD)) as writer,
@@ -270,5 +270,5 @@ def test_a_write_that_fails_keeps_the_old_one(tmp_path, size):
     path, damaged = newest_intact(tmp_path, WORLD)
     assert path is not None and path.name == "step-00000001" and not damaged
     assert not list(tmp_path.glob("*.partial"))
-    save(tmp_path, 2)  # and goes on when there is room again
+    save(tmp_path, 2)  # works once there is room again
     assert names(tmp_path)[-1] == "step-00000002"

@@ -1,4 +1,4 @@
-"""Signals in this process: which are taken note of, and which end it."""
+"""Signals in this process: which are recorded, and which end it."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from moma.runtime.world import World
 WORLD = World(torch.device("cpu"))
 
 
-def test_sigterm_may_come_twice():
-    """From Slurm to every process, and from torchrun once more."""
+def test_sigterm_may_arrive_twice():
+    """Slurm sends it to every process, and torchrun forwards it."""
     before = signal.getsignal(signal.SIGTERM)
     with interruption(WORLD) as request:
         assert signal.getsignal(signal.SIGTERM) == before  # nothing to save yet
@@ -26,7 +26,7 @@ def test_sigterm_may_come_twice():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_second_ctrl_c_ends_at_once():
+def test_a_second_ctrl_c_ends_the_process():
     before = signal.getsignal(signal.SIGINT)
     with interruption(WORLD) as request:
         request.install_handlers()
@@ -36,7 +36,7 @@ def test_a_second_ctrl_c_ends_at_once():
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_handlers_are_put_back_after_an_error():
+def test_handlers_are_restored_after_an_error():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyError), interruption(WORLD) as request:
         request.install_handlers()
@@ -44,8 +44,8 @@ def test_handlers_are_put_back_after_an_error():
     assert signal.getsignal(signal.SIGINT) == before
 
 
-def test_a_process_that_stops_is_not_stopped_again():
-    """It has yet to say so, with the right exit code."""
+def test_a_stopping_process_ignores_sigterm():
+    """It still has to print the message and exit with its code."""
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(StoppedError), interruption(WORLD) as request:
         request.install_handlers()
@@ -54,9 +54,9 @@ def test_a_process_that_stops_is_not_stopped_again():
     signal.signal(signal.SIGTERM, before)
 
 
-def test_what_one_rank_cannot_write_is_told_as_a_signal_is():
+def test_a_storage_error_of_one_rank_takes_precedence_over_a_signal():
     with pytest.raises(SharedStorageError, match="full"), interruption(WORLD) as request:
         assert request.poll() is None
         request.storage_error = StorageError("full")
-        request.receive(signal.SIGTERM)  # what cannot be written comes first: nothing can be saved
+        request.receive(signal.SIGTERM)  # takes precedence: nothing can be saved
         request.poll()

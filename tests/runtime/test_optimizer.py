@@ -1,4 +1,4 @@
-"""Which parameters decay and how fast they learn; the schedule's ends."""
+"""Weight decay and learning rate by parameter; the schedule."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""Memory of a job and speed of a device."""
+"""Peak memory of a job and peak speed of a device."""
 
 import torch
 
@@ -7,7 +7,7 @@ from moma.runtime.peak import allocated_peak, matmul_peak
 CPU = torch.device("cpu")
 
 
-def test_memory_of_a_job_is_what_it_holds_at_once():
+def test_peak_memory_counts_what_is_held_at_once():
     def job() -> None:
         kept = torch.empty(2**18)  # 1 MiB
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""What is computed once, and what again, counted."""
+"""Counts of operations with and without activation checkpointing."""
 
 from collections import Counter
 

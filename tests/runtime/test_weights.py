@@ -1,4 +1,4 @@
-"""Weights without a model: renamed, joined, written in parts and read when needed."""
+"""Weights without a model: renamed, joined, written in several files and read on demand."""
 
 import json
 
@@ -32,22 +32,22 @@ def assert_equal(weights: Weights, expected: dict[str, torch.Tensor]) -> None:
         assert weights.meta_tensors[name].dtype == value.dtype
 
 
-def test_renamed_weights_leave_others_out():
+def test_renamed_weights_omit_others():
     values = tensors("a", "b", "c")
     weights = Weights.of(values).renamed({"a": "b", "b": "x"})
     assert_equal(weights, {"b": values["a"], "x": values["b"]})
 
 
-def test_joined_weights_come_from_either_side():
+def test_a_union_of_weights_reads_from_both():
     one, other = tensors("a", "b"), tensors("c")
     joined = Weights.of(one).renamed({"a": "x", "b": "y"}) | Weights.of(other)
     assert_equal(joined, {"x": one["a"], "y": one["b"], "c": other["c"]})
 
 
 @pytest.mark.parametrize(("file_bytes", "files"), [(1000, 1), (256, 2), (128, 3), (1, 3)])
-def test_what_is_written_is_read_again(tmp_path, file_bytes, files):
+def test_written_weights_can_be_read(tmp_path, file_bytes, files):
     values = tensors("a", "b", "c")
-    values["a"] = values["a"].bfloat16().t()  # neither its order nor its type is the usual
+    values["a"] = values["a"].bfloat16().t()  # transposed and of another dtype
     write_weights(Weights.of(values), tmp_path, file_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == files
     assert (tmp_path / "model.safetensors.index.json").is_file() == (files > 1)
@@ -72,7 +72,7 @@ def test_files_that_the_index_does_not_name_are_ignored(sharded):
     assert unused_weight_files(sharded) == ["a_stray.safetensors", number(1, of=7)]
 
 
-def test_strays_beside_a_single_file_are_ignored(tmp_path):
+def test_other_files_beside_a_single_file_are_ignored(tmp_path):
     write_weights(Weights.of(tensors("a")), tmp_path)
     save_file({"a": torch.ones(4, 8)}, tmp_path / "old.safetensors")
     assert_equal(open_weights(tmp_path), tensors("a"))
@@ -161,7 +161,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_at_fault_is_refused_in_one_line(sharded, fault):
+def test_damaged_folders_are_refused_in_one_line(sharded, fault):
     break_folder, message = FAULTS[fault]
     break_folder(sharded)
     with pytest.raises(UserError, match=message) as caught:

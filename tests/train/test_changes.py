@@ -1,4 +1,4 @@
-"""What may change between stop and resume; the recipe of a run outlives a power cut."""
+"""Recipe changes allowed on resume; the recipe of a run survives a power cut."""
 
 from pathlib import Path
 
@@ -17,19 +17,19 @@ from moma.train.recipe import Recipe
 WORLD = World(torch.device("cpu"))
 
 
-def test_the_recipe_is_on_the_disk_before_a_run_begins(tiny, tmp_path, monkeypatch):
+def test_the_recipe_is_synced_before_a_run_starts(tiny, tmp_path, monkeypatch):
     synced: list[Path] = []
     monkeypatch.setattr(files, "sync_folder", synced.append)
     run = Run(tmp_path / "run")
     recipe = tiny.model_copy(update={"run": run.path})
     write_run_folder(run, recipe)
-    assert synced[0] == run.path  # after the manifest got its name
+    assert synced[0] == run.path  # after the manifest was renamed
     assert run.read_recipe(Recipe) == read_recipe(Recipe, run.recipe) == recipe
     assert {path.suffix for path in run.path.glob("*.*")} == {".toml", ".json"}
 
 
 @pytest.mark.parametrize(
-    ("section", "change", "passes"),
+    ("section", "change", "is_allowed"),
     [
         ("engine", {"step_size": "grows"}, True),
         ("engine", {"reduce": "bf16"}, False),
@@ -38,12 +38,12 @@ def test_the_recipe_is_on_the_disk_before_a_run_begins(tiny, tmp_path, monkeypat
         ("upcycle", {"z_loss": 0.5}, True),
     ],
 )
-def test_which_changes_pass(tiny, tmp_path, section, change, passes):
+def test_changes_allowed_on_resume(tiny, tmp_path, section, change, is_allowed):
     run = Run(tmp_path / "run")
     write_run_folder(run, tiny)
     changed = tiny.model_copy(update={section: getattr(tiny, section).model_copy(update=change)})
     (key,) = change
-    if passes:
+    if is_allowed:
         (message,) = refuse_other_recipe(run, changed)
         assert message.startswith(f"{section}.{key}: ")
     else:
@@ -51,24 +51,24 @@ def test_which_changes_pass(tiny, tmp_path, section, change, passes):
             refuse_other_recipe(run, changed)
 
 
-def test_routers_in_the_folder_of_their_run_are_told_where_to_go(tiny, tmp_path):
+def test_routers_in_the_folder_of_their_run_are_refused(tiny, tmp_path):
     run = Run(tmp_path / "my run")
     write_run_folder(run, tiny)
     routers = tiny.model_copy(update={"stage": "aux_router", "from_": run.path})
-    with pytest.raises(UserError, match=rf"stage: .*own: 'run={run.path}/aux_router'$") as told:
+    with pytest.raises(UserError, match=rf"stage: .*own: 'run={run.path}/aux_router'$") as caught:
         refuse_other_recipe(run, routers)
-    assert "delete" not in str(told.value)
+    assert "delete" not in str(caught.value)
 
 
-def test_changes_of_a_recipe(tiny, tmp_path, capsys):
+def test_allowed_changes_are_reported_and_others_refused(tiny, tmp_path, capsys):
     recipe = tiny.model_copy(update={"run": tmp_path / "run"})
     train(recipe, WORLD, quiet=True)
     stage = tiny.pretrain.model_copy(update={"keep_checkpoints": 1, "log_every": 4})
-    harmless = recipe.model_copy(update={"pretrain": stage})
-    train(harmless, WORLD, quiet=True)
+    changed = recipe.model_copy(update={"pretrain": stage})
+    train(changed, WORLD, quiet=True)
     errors = capsys.readouterr().err
     assert "pretrain.keep_checkpoints: 2 → 1" in errors and "pretrain.log_every: 2 → 4" in errors
-    assert read_recipe(Recipe, tmp_path / "run" / "recipe.toml") == harmless
+    assert read_recipe(Recipe, tmp_path / "run" / "recipe.toml") == changed
     stage = tiny.pretrain.model_copy(update={"steps": 9, "z_loss": 0.5})
     with pytest.raises(UserError, match=r"steps: 8 → 9; pretrain\.z_loss: 1e-05 → 0\.5"):
         train(recipe.model_copy(update={"pretrain": stage}), WORLD, quiet=True)

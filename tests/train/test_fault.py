@@ -1,4 +1,4 @@
-"""A step at fault: what is named, what is saved under its number, what a replay shows."""
+"""Faults in training: the message, the saved files and the replay."""
 
 import json
 import math
@@ -19,17 +19,17 @@ from moma.train.step import Losses, Step
 from moma.vocabulary import Vocabulary
 
 WORLD = World(torch.device("cpu"))
-AT = 3  # amid two rows of the log
+FAULTY_STEP = 3  # between two log records
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, change) -> None:
-    """Let something happen to the third step, and see it again in none that follows."""
+    """Change the third step, and no later one, also not after a restart."""
     real, taken = Step.__call__, 0
 
     def step(self, *arguments):
         nonlocal taken
         taken += 1
-        if taken != AT:
+        if taken != FAULTY_STEP:
             return real(self, *arguments)
         objective = self.objective
         change(self)
@@ -41,8 +41,8 @@ def before_step(monkeypatch: pytest.MonkeyPatch, change) -> None:
     monkeypatch.setattr(Step, "__call__", step)
 
 
-def poison(name: str):
-    """A weight that is not finite: what follows is broken everywhere."""
+def set_nan(name: str):
+    """A weight that is NaN, and with it everything that is computed from it."""
 
     def change(step: Step) -> None:
         with torch.no_grad():
@@ -52,7 +52,7 @@ def poison(name: str):
 
 
 def with_losses(changed):
-    """Let a step's losses be others."""
+    """Change a step's losses."""
 
     def change(step: Step) -> None:
         real = step.objective
@@ -76,26 +76,26 @@ def of_groups(tiny: Recipe, groups: str, path, **changes) -> Recipe:
         ("moe_2t2i", "head.weight", "the loss is not finite, though the outputs"),
     ],
 )
-def test_the_first_part_at_fault_is_named(tiny, tmp_path, monkeypatch, groups, broken, named):
-    before_step(monkeypatch, poison(broken))
+def test_the_first_nonfinite_part_is_named(tiny, tmp_path, monkeypatch, groups, broken, named):
+    before_step(monkeypatch, set_nan(broken))
     with pytest.raises(UserError, match=rf"at step 3 {named}.* pretrain\.on_fault=skip"):
         train(of_groups(tiny, groups, tmp_path / "run"), WORLD, quiet=True)
     fault = json.loads((tmp_path / "run/fault/fault.json").read_text())
-    assert fault["step"] == AT and fault["checkpoint"] is None
+    assert fault["step"] == FAULTY_STEP and fault["checkpoint"] is None
     assert fault["layers"][:1] == ([int(broken[7])] if broken.startswith("layers") else [])
     assert fault["loss"] == "nan" == fault["gradient_norm"]
 
 
-def test_a_gradient_that_is_not_finite_is_told_as_one(tiny, tmp_path, monkeypatch):
-    worse = with_losses(lambda losses: losses._replace(objective=losses.objective * math.inf))
-    before_step(monkeypatch, worse)
+def test_a_nonfinite_gradient_is_reported(tiny, tmp_path, monkeypatch):
+    infinite = with_losses(lambda losses: losses._replace(objective=losses.objective * math.inf))
+    before_step(monkeypatch, infinite)
     with pytest.raises(UserError, match="at step 3 the gradient is not finite, though the loss is"):
         train(of_groups(tiny, "moe_2t2i", tmp_path / "run"), WORLD, quiet=True)
     assert json.loads((tmp_path / "run/fault/fault.json").read_text())["loss"] < 10
 
 
 def nonfinite(losses: Losses) -> Losses:
-    """As with a score that is infinite: the loss may be finite all the same."""
+    """As with an infinite router score, after which the loss may still be finite."""
     return losses._replace(nonfinite_L=torch.tensor([False, True]))
 
 
@@ -105,13 +105,13 @@ def test_nonfinite_scores_follow_on_fault(tiny, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="at step 3 the output of layer 1, or a score"):
             train(of_groups(tiny, "moe_2t2i", tmp_path / "stop"), WORLD, quiet=True)
     fault = json.loads((tmp_path / "stop/fault/fault.json").read_text())
-    assert (fault["step"], fault["layers"]) == (AT, [1]) and fault["loss"] < 10
+    assert (fault["step"], fault["layers"]) == (FAULTY_STEP, [1]) and fault["loss"] < 10
     before_step(monkeypatch, with_losses(nonfinite))
     run = train(of_groups(tiny, "moe_2t2i", tmp_path / "skip", on_fault="skip"), WORLD, quiet=True)
-    assert [row["skipped_steps"] for row in run.read_metrics()] == [0, 1, 1, 1]
+    assert [record["skipped_steps"] for record in run.read_metrics()] == [0, 1, 1, 1]
 
 
-def test_the_advice_names_the_stage(tiny, tmp_path, monkeypatch):
+def test_the_message_names_the_key_of_the_stage(tiny, tmp_path, monkeypatch):
     run = train(of_groups(tiny, "moe_2t2i", tmp_path / "run"), WORLD, quiet=True)
     changes = {"stage": "aux_router", "from_": run.path, "run": tmp_path / "routers"}
     before_step(monkeypatch, with_losses(nonfinite))
@@ -120,17 +120,17 @@ def test_the_advice_names_the_stage(tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", ["layers.1.depth.router", "layers.2.experts.groups.0.router"])
-def test_scores_that_are_not_finite_stop_and_name_the_layer(tiny, tmp_path, monkeypatch, broken):
+def test_nonfinite_scores_stop_and_name_the_layer(tiny, tmp_path, monkeypatch, broken):
     changes = {"groups": "mod_moe_2t2i", "layers": 4, "depth": DepthConfig(layers=(1, 3))}
     recipe = tiny.model_copy(
         update={"model": tiny.model.model_copy(update=changes), "run": tmp_path / "run"}
     )
-    before_step(monkeypatch, poison(f"{broken}.weight"))
+    before_step(monkeypatch, set_nan(f"{broken}.weight"))
     layer = broken.split(".")[1]
     with pytest.raises(UserError, match=f"at step 3 the output of layer {layer}, or a score"):
         train(recipe, WORLD, quiet=True)
     run = Run(tmp_path / "run")
-    assert [row["step"] for row in run.read_metrics()] == [2]
+    assert [record["step"] for record in run.read_metrics()] == [2]
     assert not checkpoints_in(run.checkpoints)
 
 
@@ -148,19 +148,21 @@ def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
     fault = json.loads((run.path / "fault" / "fault.json").read_text())
     assert 1 < fault["step"] <= 8 and fault["loss"] > 0 and fault["layers"] == []
     data = Batches(tiny.data, Vocabulary.load(run.tokenizers.vocabulary), tiny.seed)
-    *_, drawn = (next(data) for _ in range(fault["step"]))
+    *_, expected = (next(data) for _ in range(fault["step"]))
     saved = json.loads((run.path / "fault" / "rank-0.json").read_text())["documents"]
-    assert saved == [[[list(piece) for piece in row] for row in drawn.origins]]
+    assert saved == [[[list(piece) for piece in sequence] for sequence in expected.origins]]
     found = replay(run, quiet=True)
     assert found["step"] == fault["step"] and found["same_batches"]
     (batch,) = found["micro_batches"]
     worst = max(batch["loss_text"], batch["loss_image"])
     assert worst > 2 * found["loss_before"] and len(found["gradients"]) == 5
-    shown = {(source, row) for source, rows in batch["documents"].items() for row in rows}
-    assert shown == {piece for row in drawn.origins for piece in row}
-    with pytest.raises(UserError, match=f"at step {fault['step']} "):  # nothing bad was saved
+    shown = {(source, number) for source, own in batch["documents"].items() for number in own}
+    assert shown == {piece for sequence in expected.origins for piece in sequence}
+    with pytest.raises(
+        UserError, match=f"at step {fault['step']} "
+    ):  # no checkpoint follows the fault
         train(recipe, WORLD, quiet=True)
-    # Harmless to change: from here on such steps are left out.
+    # This key may change on resume; such steps are skipped from now on.
     skipping = exploding(tiny, tmp_path / "run", on_fault="skip")
     try:
         train(skipping, WORLD, quiet=True)
@@ -171,7 +173,7 @@ def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
 
 
 def test_a_replay_needs_an_intact_checkpoint(tiny, tmp_path, monkeypatch):
-    before_step(monkeypatch, poison("head.weight"))
+    before_step(monkeypatch, set_nan("head.weight"))
     recipe = of_groups(tiny, "moe_2t2i", tmp_path / "a run", checkpoint_every=2)
     with pytest.raises(UserError, match=r"`moma replay '\S+/a run'` shows where"):
         train(recipe, WORLD, quiet=True)
@@ -183,7 +185,7 @@ def test_a_replay_needs_an_intact_checkpoint(tiny, tmp_path, monkeypatch):
         replay(run)
 
 
-def test_nothing_to_replay_is_said(tiny, tmp_path):
+def test_a_run_without_a_fault_cannot_be_replayed(tiny, tmp_path):
     run = train(tiny.model_copy(update={"run": tmp_path / "run"}), WORLD, quiet=True)
     with pytest.raises(UserError, match="has no saved fault"):
         replay(run)

@@ -46,7 +46,7 @@ ENGINE_TESTS = {
     "reduce": "distributed/test_two_ranks.py::test_two_ranks_equal_one_on_the_same_token_groups",
     "replicate": "distributed/test_two_ranks.py::test_impossible_replicas_are_refused",
     "recompute": "train/test_keys.py::test_recompute_repeats_operations",
-    "step_size": "distributed/test_two_ranks.py::test_a_step_may_grow_with_the_ranks",
+    "step_size": "distributed/test_two_ranks.py::test_a_step_may_grow_with_the_number_of_ranks",
     "timeout": "train/test_keys.py::test_timeout_limits_waiting_for_ranks_and_locks",
     "trace": "train/test_stages.py::test_three_steps_are_traced",
 }

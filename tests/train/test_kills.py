@@ -1,6 +1,6 @@
-"""Real `moma train` processes, killed at random moments, end as if nothing had happened.
+"""`moma train` processes that are killed at random moments end like uninterrupted ones.
 
-The few kills here run always; twenty over all stages, on one and two ranks:
+A few kills are in the default run; twenty over all stages, on one and two ranks:
 `pytest -m slow tests/train/test_kills.py`.
 """
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def recipe_of(tiny: Recipe, run: Path, stage: str, seed_run: Path | None, file: Path) -> Recipe:
-    """A recipe with everything that draws random numbers or runs beside the training."""
+    """A recipe with everything that draws random numbers or runs in a thread."""
     changes = {"steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY}
     groups = "moe_1t1i" if stage == "seed" else "moe_2t2i"
     model = {"groups": groups, "dropout": 0.1, "router_noise": stage != "seed"}
@@ -63,7 +63,7 @@ def start(file: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # as docs/train.md says
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see docs/train.md
     }
     return subprocess.Popen(
         command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -71,15 +71,15 @@ def start(file: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
 
 
 def log_of(run: Run) -> int:
-    """Tells logs apart: a process that goes on writes a new one."""
+    """Identifies the log file: a resumed process writes a new one."""
     return run.metrics.stat().st_ino if run.metrics.is_file() else 0
 
 
 def wait_for_row(process: subprocess.Popen[str], run: Run, before: int, after: int) -> None:
-    """Until a log that is not the one `before` goes beyond a step, or the process has ended."""
+    """Wait until a log other than `before` has a record beyond a step, or the process ended."""
     while process.poll() is None:
-        rows = run.read_metrics() if log_of(run) not in (0, before) else []
-        if rows and rows[-1]["step"] > after:
+        records = run.read_metrics() if log_of(run) not in (0, before) else []
+        if records and records[-1]["step"] > after:
             return
         time.sleep(0.002)
 
@@ -96,27 +96,27 @@ def last_step(run: Run) -> int:
 
 
 def killed(file: Path, run: Run, ranks: int, chance: random.Random) -> str:
-    """Start, kill every process at a random moment, and tell when it was."""
+    """Start, kill every process at a random moment, and describe the moment."""
     before = last_step(run)
     log, process = log_of(run), start(file, ranks)
     wait_for_row(process, run, log, before + chance.randrange(2 * CHECKPOINT_EVERY))
-    if chance.random() < 0.5:  # in the middle of writing, if it is met
+    if chance.random() < 0.5:  # while a checkpoint is written, if possible
         end = time.monotonic() + 5
         while process.poll() is None and time.monotonic() < end:
             if list(run.checkpoints.glob("*.partial")):
                 break
     time.sleep(chance.uniform(0, 0.05))
     writing = [path.name for path in run.checkpoints.glob("*.partial")]
-    # torchrun's workers are no part of its process group.
+    # torchrun's workers are not in its process group.
     for number in (*descendants(process.pid), process.pid):
         os.kill(number, signal.SIGKILL)
     process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it had ended before"
+    assert process.returncode == -signal.SIGKILL, "it had already ended"
     return f"killed at {last_step(run)} writing {writing}"
 
 
 def descendants(process: int) -> list[int]:
-    """Processes that a process started, and theirs."""
+    """Processes that a process started, and their own."""
     found = []
     for task in Path(f"/proc/{process}/task").glob("*/children"):
         for child in map(int, task.read_text().split()):
@@ -130,14 +130,16 @@ def contents(run: Run) -> tuple[dict[str, torch.Tensor], list[dict]]:
         with safe_open(file, "pt") as opened:
             for key in opened.keys():  # noqa: SIM118
                 tensors[f"{file.name} {key}"] = opened.get_tensor(key)
-    rows = [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in run.read_metrics()]
-    return tensors, rows
+    records = [
+        {k: v for k, v in record.items() if k not in TIMING_KEYS} for record in run.read_metrics()
+    ]
+    return tensors, records
 
 
 def assert_same(one: Run, other: Run, steps: int = STEPS) -> None:
-    (tensors, rows), (others, other_rows) = contents(one), contents(other)
-    assert [row["step"] for row in other_rows] == list(range(2, steps + 1, 2))
-    assert rows == other_rows
+    (tensors, records), (others, other_records) = contents(one), contents(other)
+    assert [record["step"] for record in other_records] == list(range(2, steps + 1, 2))
+    assert records == other_records
     assert tensors.keys() == others.keys()
     for key, tensor in tensors.items():
         assert torch.equal(tensor, others[key]), key
@@ -157,14 +159,19 @@ def check_kills(tiny: Recipe, folder: Path, stage: str, ranks: int, kills: int) 
     chance = random.Random(kills)
     source = source_of(tiny, folder, stage)
     runs = {}
-    for name in ("whole", "cut"):
+    for name in ("uninterrupted", "interrupted"):
         recipe_of(tiny, folder / name, stage, source, folder / f"{name}.toml")
         runs[name] = Run(folder / name)
-    finish(folder / "whole.toml", ranks)
+    finish(folder / "uninterrupted.toml", ranks)
     for _ in range(kills):
-        print(stage, ranks, killed(folder / "cut.toml", runs["cut"], ranks, chance), flush=True)
-    finish(folder / "cut.toml", ranks)
-    assert_same(runs["whole"], runs["cut"])
+        print(
+            stage,
+            ranks,
+            killed(folder / "interrupted.toml", runs["interrupted"], ranks, chance),
+            flush=True,
+        )
+    finish(folder / "interrupted.toml", ranks)
+    assert_same(runs["uninterrupted"], runs["interrupted"])
 
 
 @pytest.mark.slow
@@ -179,18 +186,18 @@ def check_kills(tiny: Recipe, folder: Path, stage: str, ranks: int, kills: int) 
         ("aux_router", 2, 2),
     ],
 )
-def test_twenty_kills(tiny, tmp_path, stage, ranks, kills):
+def test_repeated_kills(tiny, tmp_path, stage, ranks, kills):
     check_kills(tiny, tmp_path, stage, ranks, kills)
 
 
-def test_killed_and_stopped_run_equals_undisturbed(tiny, tmp_path):
-    """One SIGKILL, one signal that saves, in the middle of a row too; then to the end."""
-    runs = {name: Run(tmp_path / name) for name in ("whole", "cut")}
+def test_killed_and_stopped_run_equals_uninterrupted(tiny, tmp_path):
+    """One SIGKILL, one SIGTERM between two log records, then to the last step."""
+    runs = {name: Run(tmp_path / name) for name in ("uninterrupted", "interrupted")}
     for name, run in runs.items():
         recipe = recipe_of(tiny, run.path, "pretrain", None, tmp_path / f"{name}.toml")
-        if name == "whole":
+        if name == "uninterrupted":
             train(recipe, World(torch.device("cpu")), quiet=True)
-    file, run = tmp_path / "cut.toml", runs["cut"]
+    file, run = tmp_path / "interrupted.toml", runs["interrupted"]
     killed(file, run, 1, random.Random(1))
     before = last_step(run)
     log, process = log_of(run), start(file, 1)
@@ -202,22 +209,22 @@ def test_killed_and_stopped_run_equals_undisturbed(tiny, tmp_path):
     assert step > before
     assert f"stopped by SIGTERM after step {step}" in errors
     finish(file, 1)
-    assert_same(runs["whole"], run)
+    assert_same(runs["uninterrupted"], run)
     newest = run.checkpoints / (run.checkpoints / "latest").read_text().strip()
     state = json.loads((newest / "state.json").read_text())
     assert state["step"] == STEPS
     assert state["tokens"] == run.read_metrics()[-1]["tokens"]
 
 
-def test_a_chain_killed_in_its_middle_equals_an_undisturbed_one(tiny, tmp_path):
-    """In its second stage, by SIGKILL; then one command to the end."""
+def test_a_killed_chain_equals_an_uninterrupted_one(tiny, tmp_path):
+    """Killed in its second stage, then completed by one command."""
     changes = {"compile": False, "log_every": 2, "checkpoint_every": 4}
     stage = {"optimizer": tiny.pretrain.optimizer, **changes}
     seed = tiny.pretrain.model_copy(update={"steps": 4})
-    grown = tiny.upcycle.model_copy(update={"steps": STEPS, **stage})
-    base = tiny.model_copy(update={"pretrain": seed, "upcycle": grown})
+    upcycle = tiny.upcycle.model_copy(update={"steps": STEPS, **stage})
+    base = tiny.model_copy(update={"pretrain": seed, "upcycle": upcycle})
     write_recipe(base, tmp_path / "base.toml")
-    for name in ("whole", "cut"):
+    for name in ("uninterrupted", "interrupted"):
         (tmp_path / f"{name}.toml").write_text(
             f'''extends = "base.toml"
 run = "{tmp_path}/{name}"
@@ -232,27 +239,30 @@ stage = "aux_router"
 '''
         )
     world = World(torch.device("cpu"))
-    run_chain(read_chain(tmp_path / "whole.toml"), world, evaluate, quiet=True)
-    killed(tmp_path / "cut.toml", Run(tmp_path / "cut" / "upcycle"), 1, random.Random(2))
-    assert not (tmp_path / "cut/upcycle/aux_router").exists()
-    run_chain(read_chain(tmp_path / "cut.toml"), world, evaluate, quiet=True)
+    run_chain(read_chain(tmp_path / "uninterrupted.toml"), world, evaluate, quiet=True)
+    interrupted = tmp_path / "interrupted"
+    killed(tmp_path / "interrupted.toml", Run(interrupted / "upcycle"), 1, random.Random(2))
+    assert not (interrupted / "upcycle/aux_router").exists()
+    run_chain(read_chain(tmp_path / "interrupted.toml"), world, evaluate, quiet=True)
     for part, steps in (("seed", 4), ("upcycle", STEPS), ("upcycle/aux_router", 6)):
-        assert_same(Run(tmp_path / "whole" / part), Run(tmp_path / "cut" / part), steps)
+        assert_same(
+            Run(tmp_path / "uninterrupted" / part), Run(tmp_path / "interrupted" / part), steps
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_signals_again_and_again(tiny, tmp_path, ranks):
+def test_repeated_signals(tiny, tmp_path, ranks):
     """Every rank of a job gets the signal, as from Slurm."""
-    for name in ("whole", "cut"):
+    for name in ("uninterrupted", "interrupted"):
         recipe_of(tiny, tmp_path / name, "pretrain", None, tmp_path / f"{name}.toml")
-    finish(tmp_path / "whole.toml", ranks)
-    run = Run(tmp_path / "cut")
+    finish(tmp_path / "uninterrupted.toml", ranks)
+    run = Run(tmp_path / "interrupted")
     for number in (signal.SIGTERM, signal.SIGINT):
         before = last_step(run)
-        log, process = log_of(run), start(tmp_path / "cut.toml", ranks)
+        log, process = log_of(run), start(tmp_path / "interrupted.toml", ranks)
         wait_for_row(process, run, log, before)
-        # From torchrun its ranks get each signal once more.
+        # torchrun forwards each signal to its ranks once more.
         ranks_too = descendants(process.pid) if number == signal.SIGTERM else ()
         for each in (*ranks_too, process.pid):
             os.kill(each, number)
@@ -260,20 +270,20 @@ def test_signals_again_and_again(tiny, tmp_path, ranks):
         assert process.returncode != 0
         assert f"stopped by {number.name} after step {last_step(run)}" in errors
         assert last_step(run) > before
-    finish(tmp_path / "cut.toml", ranks)
-    assert_same(Run(tmp_path / "whole"), run)
+    finish(tmp_path / "interrupted.toml", ranks)
+    assert_same(Run(tmp_path / "uninterrupted"), run)
 
 
 @pytest.mark.slow
-def test_a_lost_rank_is_told_and_torchrun_begins_again(tiny, tmp_path):
-    for name in ("whole", "cut"):
+def test_a_lost_rank_is_reported_and_torchrun_restarts(tiny, tmp_path):
+    for name in ("uninterrupted", "interrupted"):
         recipe_of(tiny, tmp_path / name, "pretrain", None, tmp_path / f"{name}.toml")
-    finish(tmp_path / "whole.toml", 2)
-    run, file = Run(tmp_path / "cut"), tmp_path / "cut.toml"
+    finish(tmp_path / "uninterrupted.toml", 2)
+    run, file = Run(tmp_path / "interrupted"), tmp_path / "interrupted.toml"
     process = start(file, 2, "--max-restarts", "1")
     wait_for_row(process, run, 0, 2 * CHECKPOINT_EVERY)
     os.kill(descendants(process.pid)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
     assert "lost another rank" in errors
-    assert_same(Run(tmp_path / "whole"), run)
+    assert_same(Run(tmp_path / "uninterrupted"), run)

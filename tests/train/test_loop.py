@@ -1,4 +1,4 @@
-"""Runs: exact resume, frozen stays frozen, golden losses, refusals."""
+"""Runs: exact resume, frozen parameters, golden losses, refused recipes."""
 
 import errno
 import json
@@ -38,16 +38,16 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_run(one: Run, other: Run) -> None:
-    """Weights, optimizer and log, bit for bit; only the clock may differ."""
+    """Weights, optimizer and log are equal bit for bit, except for timings."""
     first, second = (tensors_of(checkpoints_in(run.checkpoints)[-1]) for run in (one, other))
     assert first.keys() == second.keys() and any("exp_avg" in key for key in first)
     for key in first:
         assert torch.equal(first[key], second[key]), key
-    rows, others = (
-        [{k: v for k, v in row.items() if k not in TIMING_KEYS} for row in run.read_metrics()]
+    records, others = (
+        [{k: v for k, v in record.items() if k not in TIMING_KEYS} for record in run.read_metrics()]
         for run in (one, other)
     )
-    assert rows == others
+    assert records == others
 
 
 class KilledError(Exception):
@@ -55,7 +55,7 @@ class KilledError(Exception):
 
 
 def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Let a run die in the middle of a step, after `steps` whole ones."""
+    """Let a run end in the middle of a step, after `steps` complete ones."""
     real = MetricsWindow.start_record
     calls = 0
 
@@ -74,41 +74,40 @@ def with_run(recipe: Recipe, path: Path, **changes) -> Recipe:
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2, 3])
-def test_interrupted_run_equals_undisturbed(tiny, tmp_path, monkeypatch, killed_after):
-    whole = train(with_run(tiny, tmp_path / "whole"), WORLD, quiet=True)
-    recipe = with_run(tiny, tmp_path / "cut")
+def test_interrupted_run_equals_uninterrupted(tiny, tmp_path, monkeypatch, killed_after):
+    expected = train(with_run(tiny, tmp_path / "uninterrupted"), WORLD, quiet=True)
+    recipe = with_run(tiny, tmp_path / "interrupted")
     with monkeypatch.context() as patch:
         kill_after(patch, killed_after)
         with pytest.raises(KilledError):
             train(recipe, WORLD, quiet=True)
-    torch.manual_seed(killed_after)  # what the process drew before must not matter
-    cut = train(recipe, WORLD, quiet=True)
-    # The recipe says where the run is; all else is equal.
-    assert_same_run(whole, cut)
-    assert [row["step"] for row in cut.read_metrics()] == [2, 4, 6, 8]
-    assert set(cut.read_metrics()[0]) >= KEYS
+    torch.manual_seed(killed_after)  # earlier random numbers of the process must not matter
+    resumed = train(recipe, WORLD, quiet=True)
+    assert_same_run(expected, resumed)
+    assert [record["step"] for record in resumed.read_metrics()] == [2, 4, 6, 8]
+    assert set(resumed.read_metrics()[0]) >= KEYS
 
 
-def test_dropout_is_drawn_anew_after_an_interruption(tiny, tmp_path, monkeypatch):
+def test_dropout_after_an_interruption_equals_uninterrupted(tiny, tmp_path, monkeypatch):
     changes = {"groups": "mod_moe_2t2i", "dropout": 0.2}
     recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update=changes)})
-    whole = train(with_run(recipe, tmp_path / "whole"), WORLD, quiet=True)
+    expected = train(with_run(recipe, tmp_path / "uninterrupted"), WORLD, quiet=True)
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
         with pytest.raises(KilledError):
-            train(with_run(recipe, tmp_path / "cut"), WORLD, quiet=True)
+            train(with_run(recipe, tmp_path / "interrupted"), WORLD, quiet=True)
     torch.manual_seed(5)
-    assert_same_run(whole, train(with_run(recipe, tmp_path / "cut"), WORLD, quiet=True))
+    assert_same_run(expected, train(with_run(recipe, tmp_path / "interrupted"), WORLD, quiet=True))
 
 
 def test_seeds_differ_between_ranks_and_steps():
-    """After a change of the number of ranks; and from those of a run's beginning."""
+    """Also from the seeds at the start of a run, which are those of the ranks."""
     seeds = {resume_seed(0, step, rank) for step in range(50) for rank in range(8)}
     assert len(seeds) == 400 and not seeds & set(range(8))
 
 
-def test_a_log_that_cannot_be_written_ends_the_run(tiny, tmp_path, monkeypatch):
-    """At the next step, and no checkpoint is made without its log."""
+def test_an_unwritable_log_stops_the_run(tiny, tmp_path, monkeypatch):
+    """No checkpoint is written without its log."""
 
     def write(self, record):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -119,23 +118,23 @@ def test_a_log_that_cannot_be_written_ends_the_run(tiny, tmp_path, monkeypatch):
     assert not checkpoints_in(Run(tmp_path / "run").checkpoints)
 
 
-def test_half_written_checkpoint_is_not_taken(tiny, tmp_path):
+def test_an_unfinished_checkpoint_is_not_used(tiny, tmp_path):
     recipe = with_run(tiny, tmp_path / "run")
     run = train(recipe, WORLD, quiet=True)
     newest = checkpoints_in(run.checkpoints)[-1]
     newest.rename(newest.with_suffix(".partial"))
     assert [path.name for path in checkpoints_in(run.checkpoints)] == ["step-00000004"]
     train(recipe, WORLD, quiet=True)
-    assert [row["step"] for row in run.read_metrics()] == [2, 4, 6, 8]
+    assert [record["step"] for record in run.read_metrics()] == [2, 4, 6, 8]
 
 
 def test_golden_losses(tiny, tmp_path):
-    """Guards the whole path; change the numbers only with a reason that is written down.
+    """Guards training from documents to losses; change the numbers only for a documented reason.
 
     The tolerance leaves room for another processor's rounding, which may change an image's codes.
     """
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
-    losses = [(row["loss_text"], row["loss_image"]) for row in run.read_metrics()]
+    losses = [(record["loss_text"], record["loss_image"]) for record in run.read_metrics()]
     for (text, image), (golden_text, golden_image) in zip(losses, GOLDEN, strict=True):
         assert text == pytest.approx(golden_text, abs=0.02)
         assert image == pytest.approx(golden_image, abs=0.02)
@@ -145,8 +144,8 @@ def test_golden_losses(tiny, tmp_path):
 def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, groups):
     changes = {"model": tiny.model.model_copy(update={"groups": groups})}
     run = train(with_run(tiny, tmp_path / "run", **changes), WORLD, quiet=True)
-    rows = run.read_metrics()
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    records = run.read_metrics()
+    assert records[-1]["loss"] < records[0]["loss"]
     stage = {"stage": "aux_router", "from_": run.path} | changes
     routers = train(with_run(tiny, run.path / ROUTER_RUN, **stage), WORLD, quiet=True)
     before, after = (tensors_of(checkpoints_in(r.checkpoints)[-1]) for r in (run, routers))
@@ -156,14 +155,14 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, gro
             assert changed == ("auxiliary" in key), key
     trained = {key for key in after if key.startswith("optimizer.")}
     assert trained and all("auxiliary" in key for key in trained)
-    rows = routers.read_metrics()
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    records = routers.read_metrics()
+    assert records[-1]["loss"] < records[0]["loss"]
     model, recipe = load_run(run)  # finds the routers in the run's folder
     assert recipe.stage == "aux_router"
     require_causal_routing(run, model)
     for path in checkpoints_in(routers.checkpoints)[1:]:
         shutil.rmtree(path)
-    with pytest.raises(UserError, match="stage=aux_router"):  # they are not trained to the end
+    with pytest.raises(UserError, match="stage=aux_router"):  # they are not completely trained
         require_causal_routing(run, model)
 
 
@@ -181,25 +180,25 @@ def test_routers_count_as_trained_by_their_newest_intact_checkpoint(tiny, tmp_pa
         patch.setattr(checkpoint, "find_damage", find_damage)
         model, _ = load_run(run)
     newest = checkpoints_in(routers.checkpoints)[-1]
-    assert checked == [newest]  # once, and none whose weights are not needed
+    assert checked == [newest]  # once, and no other checkpoint
     assert with_routers(run).path == routers.path
     (shard,) = (newest / "tensors").iterdir()
-    shard.write_bytes(shard.read_bytes()[:-1])  # the last one; those before are whole
+    shard.write_bytes(shard.read_bytes()[:-1])  # of the last checkpoint; the others are intact
     assert load_run(run)[1].stage == "pretrain" and with_routers(run).path == run.path
     with pytest.raises(UserError, match="stage=aux_router"):
         require_causal_routing(run, model)
 
 
-def test_interrupted_router_stage_equals_undisturbed(tiny, tmp_path, monkeypatch):
+def test_interrupted_router_stage_equals_uninterrupted(tiny, tmp_path, monkeypatch):
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     stage = {"stage": "aux_router", "from_": run.path}
-    whole = train(with_run(tiny, tmp_path / "whole", **stage), WORLD, quiet=True)
+    expected = train(with_run(tiny, tmp_path / "uninterrupted", **stage), WORLD, quiet=True)
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
         with pytest.raises(KilledError):
-            train(with_run(tiny, tmp_path / "cut", **stage), WORLD, quiet=True)
-    cut = train(with_run(tiny, tmp_path / "cut", **stage), WORLD, quiet=True)
-    assert_same_run(whole, cut)
+            train(with_run(tiny, tmp_path / "interrupted", **stage), WORLD, quiet=True)
+    resumed = train(with_run(tiny, tmp_path / "interrupted", **stage), WORLD, quiet=True)
+    assert_same_run(expected, resumed)
 
 
 def test_untrained_routers_are_refused(tiny, tmp_path):
@@ -208,7 +207,7 @@ def test_untrained_routers_are_refused(tiny, tmp_path):
         require_causal_routing(run, load_run(run)[0])
 
 
-def test_run_of_another_recipe_is_refused(tiny, tmp_path):
+def test_a_run_of_another_recipe_is_refused(tiny, tmp_path):
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     with pytest.raises(UserError, match="seed: 0 → 7"):
         train(with_run(tiny, run.path, seed=7), WORLD, quiet=True)
@@ -223,7 +222,7 @@ def test_dense_has_no_routers_to_train(tiny, tmp_path):
     assert not (tmp_path / "routers").exists()
 
 
-def test_run_without_checkpoint_is_named(tiny, tmp_path):
+def test_a_run_without_checkpoint_is_refused(tiny, tmp_path):
     run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
     shutil.rmtree(run.checkpoints)
     with pytest.raises(

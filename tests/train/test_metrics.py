@@ -1,4 +1,4 @@
-"""A record of the log: its losses are those of all its steps, its speed that of this process."""
+"""Log records: losses are means over all steps, throughput is that of this process."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""Every stage: what it trains gets a gradient, what it freezes stays, where it begins; faults."""
+"""Every stage: trained and frozen parameters, initial state, chains, refused recipes."""
 
 import gzip
 import json
@@ -49,9 +49,9 @@ def seed(tiny, tmp_path_factory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def grown(tiny, seed) -> Run:
+def upcycled(tiny, seed) -> Run:
     stage = tiny.pretrain.model_copy(update={"steps": 6, "checkpoint_every": 2})
-    changes = {"run": seed.path.parent / "grown", "stage": "upcycle", "from_": seed.path}
+    changes = {"run": seed.path.parent / "upcycled", "stage": "upcycle", "from_": seed.path}
     recipe = with_groups(tiny, "mod_moe_2t2i", **changes, upcycle=stage)
     recipe = recipe.model_copy(
         update={"model": recipe.model.model_copy(update={"router_noise": True})}
@@ -64,12 +64,12 @@ def recipe_of(run: Run) -> Recipe:
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "upcycle", "aux_router"])
-def test_what_is_trained_moves_and_what_is_frozen_stays(tiny, seed, grown, stage, tmp_path):
-    """Every trainable parameter got a gradient (a step refuses otherwise) that moved it."""
-    runs = {"pretrain": seed, "upcycle": grown}
+def test_trained_parameters_change_and_frozen_ones_do_not(tiny, seed, upcycled, stage, tmp_path):
+    """Every trainable parameter got a gradient, without which a step fails, and changed."""
+    runs = {"pretrain": seed, "upcycle": upcycled}
     if stage == "aux_router":
-        update = {"stage": stage, "from_": grown.path, "run": tmp_path / "routers"}
-        runs[stage] = train(recipe_of(grown).model_copy(update=update), WORLD, quiet=True)
+        update = {"stage": stage, "from_": upcycled.path, "run": tmp_path / "routers"}
+        runs[stage] = train(recipe_of(upcycled).model_copy(update=update), WORLD, quiet=True)
     recipe = recipe_of(runs[stage])
     before, after = (weights_at(runs[stage], recipe, index) for index in (0, -1))
     for name, old in before.items():
@@ -78,14 +78,14 @@ def test_what_is_trained_moves_and_what_is_frozen_stays(tiny, seed, grown, stage
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "upcycle", "aux_router"])
-def test_every_trainable_parameter_gets_a_gradient(tiny, seed, grown, stage):
-    """One that is not all zeros, which weight decay could hide."""
-    recipe = recipe_of(seed if stage == "pretrain" else grown)
+def test_every_trainable_parameter_gets_a_gradient(tiny, seed, upcycled, stage):
+    """It is not all zeros, which weight decay could hide."""
+    recipe = recipe_of(seed if stage == "pretrain" else upcycled)
     if stage == "aux_router":
-        recipe = recipe.model_copy(update={"stage": stage, "from_": grown.path})
+        recipe = recipe.model_copy(update={"stage": stage, "from_": upcycled.path})
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     source = find_source_run(recipe, WORLD)
-    # A gate may keep all tokens of a modality from its layer's experts: here all pass.
+    # A depth gate could drop all tokens of a modality; here it takes all tokens.
     every = recipe.model.model_copy(update={"depth": DepthConfig(capacity_factor=1.0)})
     recipe = recipe.model_copy(update={"model": every})
     model = prepare_model(recipe, vocabulary, WORLD, source)
@@ -98,7 +98,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny, seed, grown, stage):
 
 
 def copy_of(run: Run, folder: Path, **changes) -> tuple[Run, Recipe]:
-    """A copy of a run, its recipe at home there."""
+    """A copy of a run, with the copy's folder in its recipe."""
     shutil.copytree(run.path, folder)
     recipe = recipe_of(run).model_copy(update={"run": folder, **changes})
     Run(folder).update_recipe(recipe)
@@ -112,23 +112,23 @@ def damage_newest(run: Run) -> Path:
     return newest
 
 
-def test_a_run_that_has_begun_needs_its_seed_no_more(seed, grown, tmp_path, capsys):
-    """Twice damaged at the same step, and in a folder whose name might mislead."""
-    run, recipe = copy_of(grown, tmp_path / "a:b/step-1", from_=tmp_path / "gone")
+def test_a_resumed_run_does_not_need_its_seed_run(seed, upcycled, tmp_path, capsys):
+    """Damaged twice at the same step, in a folder whose name looks like a URL and a checkpoint."""
+    run, recipe = copy_of(upcycled, tmp_path / "a:b/step-1", from_=tmp_path / "gone")
     for name in ("step-00000006.damaged", "step-00000006.damaged-2"):
         newest = damage_newest(run)
         train(recipe, WORLD, quiet=True)
         assert "resuming from step-00000004" in capsys.readouterr().err
         assert newest.is_dir() and (run.checkpoints / name).is_dir()
     drop = (*TIMING_KEYS, "recipe")
-    rows, others = (
-        [{k: v for k, v in row.items() if k not in drop} for row in each.read_metrics()]
-        for each in (run, grown)
+    records, others = (
+        [{k: v for k, v in record.items() if k not in drop} for record in each.read_metrics()]
+        for each in (run, upcycled)
     )
-    assert rows == others
+    assert records == others
 
 
-def test_a_seed_whose_end_is_damaged_is_not_finished(tiny, seed, tmp_path):
+def test_a_seed_run_with_a_damaged_last_checkpoint_is_refused(tiny, seed, tmp_path):
     run, _ = copy_of(seed, tmp_path / "seed")
     damage_newest(run)
     for stage in ("upcycle", "aux_router"):
@@ -141,7 +141,7 @@ def test_a_seed_whose_end_is_damaged_is_not_finished(tiny, seed, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_left_as_it_is(seed):
+def test_a_finished_run_is_not_changed(seed):
     def state() -> dict[Path, int]:
         return {path: path.stat().st_mtime_ns for path in seed.path.rglob("*") if path.is_file()}
 
@@ -150,7 +150,7 @@ def test_a_finished_run_is_left_as_it_is(seed):
     assert state() == before
 
 
-def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tmp_path, capsys):
+def test_a_folder_in_use_by_another_process_is_refused(tiny, tmp_path, capsys):
     engine = tiny.engine.model_copy(update={"timeout": 0.1})
     recipe = tiny.model_copy(update={"run": tmp_path / "run", "engine": engine})
     (tmp_path / "run").mkdir()
@@ -161,7 +161,7 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tmp_path, 
         train(recipe, WORLD, quiet=True)
     assert "waiting for another process" in capsys.readouterr().err
     assert not list((tmp_path / "run").iterdir())
-    with lock_folder(tmp_path / "run", 0):  # the refusal let go of it
+    with lock_folder(tmp_path / "run", 0):  # the refused process released the lock
         pass
 
 
@@ -175,23 +175,25 @@ def test_three_steps_are_traced(tiny, tmp_path):
     assert sum("AdamW.step" in name for name in names) == 3
 
 
-def test_a_grown_run_goes_on_where_its_seed_stopped(tiny, seed, grown):
-    last, rows = seed.read_metrics()[-1], grown.read_metrics()
+def test_an_upcycled_run_continues_the_counters_of_its_seed_run(tiny, seed, upcycled):
+    last, records = seed.read_metrics()[-1], upcycled.read_metrics()
     tokens = 2 * tiny.data.micro_batch_size * tiny.data.sequence_length
-    assert [row["tokens"] for row in rows] == [last["tokens"] + n * tokens for n in (1, 2, 3)]
-    assert rows[0]["flops"] > last["flops"]
-    step = (rows[1]["flops"] - rows[0]["flops"], rows[0]["flops"] - last["flops"])
+    assert [record["tokens"] for record in records] == [
+        last["tokens"] + n * tokens for n in (1, 2, 3)
+    ]
+    assert records[0]["flops"] > last["flops"]
+    step = (records[1]["flops"] - records[0]["flops"], records[0]["flops"] - last["flops"])
     assert step[0] == pytest.approx(step[1])
-    # The schedule begins anew, with its warm-up; the data does not.
-    assert rows[0]["learning_rate"] == pytest.approx(tiny.pretrain.optimizer.learning_rate)
-    state = read_state(checkpoints_in(grown.checkpoints)[-1])
-    assert state["tokens"] == rows[-1]["tokens"] and state["source_tokens"] == last["tokens"]
-    assert set(rows[-1]["routers"]) == {"0.text", "0.image", "0.depth", "1.text", "1.image"}
-    assert load_run(grown)[1].stage == "upcycle"
+    # The schedule restarts with its warm-up; the data continues.
+    assert records[0]["learning_rate"] == pytest.approx(tiny.pretrain.optimizer.learning_rate)
+    state = read_state(checkpoints_in(upcycled.checkpoints)[-1])
+    assert state["tokens"] == records[-1]["tokens"] and state["source_tokens"] == last["tokens"]
+    assert set(records[-1]["routers"]) == {"0.text", "0.image", "0.depth", "1.text", "1.image"}
+    assert load_run(upcycled)[1].stage == "upcycle"
 
 
-def test_data_of_a_grown_run_are_fresh(tiny, seed, tmp_path):
-    """One step more of the seed's data: the state tells where it stands."""
+def test_an_upcycled_run_continues_the_data_of_its_seed_run(tiny, seed, tmp_path):
+    """Its data state equals that of a seed run of as many steps more."""
     stage = tiny.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
     changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
     run = train(with_groups(tiny, "mod_moe_2t2i", **changes), WORLD, quiet=True)
@@ -207,7 +209,7 @@ def test_data_of_a_grown_run_are_fresh(tiny, seed, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "named"), [({"seed": 5}, "seed"), ({"weight": 9.0}, "weights")])
-def test_a_grown_run_of_other_documents_leaves_nothing(tiny, seed, tmp_path, change, named):
+def test_an_upcycled_run_of_other_documents_writes_nothing(tiny, seed, tmp_path, change, named):
     stage = tiny.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
     changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
     recipe = with_groups(tiny, "mod_moe_2t2i", **changes)
@@ -223,22 +225,22 @@ def test_a_grown_run_of_other_documents_leaves_nothing(tiny, seed, tmp_path, cha
     train(recipe, WORLD, quiet=True)
 
 
-def test_a_chain_that_was_moved_goes_on(seed, grown, tmp_path, capsys):
-    """Where its seed is matters no more; the newest checkpoint is gone, so that it has to."""
-    moved = {run: tmp_path / run.path.name for run in (seed, grown)}
+def test_a_moved_chain_can_be_resumed(seed, upcycled, tmp_path, capsys):
+    """The location of its seed run does not matter; a checkpoint is missing, so that it trains."""
+    moved = {run: tmp_path / run.path.name for run in (seed, upcycled)}
     for run, folder in moved.items():
         shutil.copytree(run.path, folder)
-    run = Run(moved[grown])
+    run = Run(moved[upcycled])
     shutil.rmtree(checkpoints_in(run.checkpoints)[-1])
     recipe = recipe_of(run).model_copy(update={"run": run.path, "from_": moved[seed]})
     train(recipe, WORLD, quiet=True)
     assert f"from: '{seed.path}' → '{moved[seed]}'" in capsys.readouterr().err
     assert recipe_of(run) == recipe
-    for name, weights in weights_at(grown, recipe, -1).items():
+    for name, weights in weights_at(upcycled, recipe, -1).items():
         assert torch.equal(weights, weights_at(run, recipe, -1)[name])
 
 
-def test_a_chain_goes_on_at_the_right_stage(tiny, tmp_path, monkeypatch):
+def test_a_chain_resumes_at_the_right_stage(tiny, tmp_path, monkeypatch):
     write_recipe(tiny, tmp_path / "base.toml")
     chain = tmp_path / "chain.toml"
     chain.write_text(f"""
@@ -274,7 +276,7 @@ stage = "evaluate"
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("lines", "message"),
     [
         ('[[chain]]\nstage = "evaluate"', "there is no step before it"),
         ("[[chain]]\nmodle = 1", "step 1 of the chain: unknown key 'modle'"),
@@ -287,14 +289,14 @@ stage = "evaluate"
         ("chain = 3", "one \\[\\[chain\\]\\] table"),
     ],
 )
-def test_wrong_chains_are_refused(tiny, tmp_path, lines, told):
+def test_wrong_chains_are_refused(tiny, tmp_path, lines, message):
     write_recipe(tiny, tmp_path / "base.toml")
     (tmp_path / "chain.toml").write_text(f'extends = "base.toml"\n{lines}\n')
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         read_chain(tmp_path / "chain.toml")
 
 
-def test_the_command_line_has_the_last_word(tiny, tmp_path):
+def test_overrides_take_precedence_over_steps(tiny, tmp_path):
     write_recipe(tiny, tmp_path / "base.toml")
     (tmp_path / "chain.toml").write_text(
         'extends = "base.toml"\n[[chain]]\nname = "a"\npretrain = { steps = 3 }\n'
@@ -320,18 +322,18 @@ def test_the_shipped_chain_trains_as_long_as_the_demo():
     assert sum(trained) == demo.pretrain.steps
 
 
-def test_tensorboard_shows_what_the_log_says(seed):
+def test_tensorboard_shows_the_values_of_the_log(seed):
     events = EventAccumulator(str(seed.path / "tensorboard"))
     events.Reload()
-    rows = seed.read_metrics()
+    records = seed.read_metrics()
     for key in ("loss", "gradient_norms/experts", "routers/0.depth/min_score"):
         shown = [(event.step, event.value) for event in events.Scalars(key)]
         values = []
-        for row in rows:
-            value = row
+        for record in records:
+            value = record
             for part in key.split("/"):
                 value = value[part]
-            values.append((row["step"], pytest.approx(value, rel=1e-5)))
+            values.append((record["step"], pytest.approx(value, rel=1e-5)))
         assert shown == values
     assert set(TIMING_KEYS) <= set(events.Tags()["scalars"])
 

@@ -37,14 +37,14 @@ def test_cross_entropy_by_modality(labels, seed):
     modality_of_id = torch.tensor([TEXT, TEXT, TEXT, IMAGE, IMAGE, IMAGE])
     losses = cross_entropy_sums(logits, torch.tensor(labels), modality_of_id, z_loss=0.1)
     expected, correct, targets, objective = [0.0, 0.0], [0, 0], [0, 0], 0.0
-    for row, label in zip(logits.numpy(), labels, strict=True):
+    for logits_V, label in zip(logits.numpy(), labels, strict=True):
         if label == NO_LABEL:
             continue
-        normaliser = np.log(np.exp(row).sum())
+        log_z = np.log(np.exp(logits_V).sum())
         modality = int(modality_of_id[label])
-        expected[modality] += normaliser - row[label]
-        objective += normaliser - row[label] + 0.1 * normaliser**2
-        correct[modality] += int(row.argmax() == label)
+        expected[modality] += log_z - logits_V[label]
+        objective += log_z - logits_V[label] + 0.1 * log_z**2
+        correct[modality] += int(logits_V.argmax() == label)
         targets[modality] += 1
     np.testing.assert_allclose(losses.loss_M.numpy(), expected, atol=1e-9)
     np.testing.assert_allclose(float(losses.objective), objective, atol=1e-9)
@@ -53,7 +53,7 @@ def test_cross_entropy_by_modality(labels, seed):
 
 
 def test_labels_are_shifted_exactly_once(tiny):
-    """Batches come with labels one ahead; the objective must take them as they are."""
+    """Labels of a batch are one position ahead; the objective must not shift them again."""
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     batch = next(Batches(tiny.data, vocabulary, seed=0))
     tokens, labels, documents = batch.tokens_BS, batch.labels_BS, batch.documents_BS
@@ -85,9 +85,9 @@ def test_micro_batches_add_up_to_the_gradient_of_the_mean(tiny):
     assert float(sums[2].sum()) == targets
 
 
-def test_a_parameter_without_gradient_is_noticed(tiny):
+def test_a_parameter_without_gradient_is_an_error(tiny):
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
-    model = tiny.build_model(vocabulary)  # the auxiliary routers are left trainable
+    model = tiny.build_model(vocabulary)  # the auxiliary routers stay trainable
     step = Step(
         model,
         with_rate(SGD(model.parameters(), lr=1.0)),
