@@ -20,7 +20,7 @@ from moma.vocabulary import Vocabulary
 
 
 class TokenContext(NamedTuple):
-    """Properties of the tokens of a micro-batch that all layers share.
+    """Properties of the tokens of a micro-batch, computed once per forward pass.
 
     Attributes:
         modality_BS: index of the modality; −1 for padding.
@@ -89,14 +89,14 @@ class Layer(nn.Module):
         self, x_BSD: Tensor, context: TokenContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; return diagnostics of the output, then of the routers."""
-        attention_BSD, experts_BSD, diagnostics = self._updates(x_BSD, context, routing)
+        attention_BSD, experts_BSD, diagnostics = self._residuals(x_BSD, context, routing)
         y_BSD = x_BSD + attention_BSD + experts_BSD
-        return y_BSD, [_check(y_BSD), *diagnostics]
+        return y_BSD, [_nonfinite(y_BSD), *diagnostics]
 
-    def _updates(
+    def _residuals(
         self, x_BSD: Tensor, context: TokenContext, routing: Routing
     ) -> tuple[Tensor, Tensor, list[Diagnostics]]:
-        """Compute what attention, and then the experts, add to x."""
+        """Compute the outputs of both residual branches: attention, then experts."""
         attention_in_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
         attention_BSD = self.attention(attention_in_BSD, context.angles, context.mask)
         attention_BSD = self.attention_norm(attention_BSD) if self.swin else attention_BSD
@@ -125,24 +125,24 @@ class DepthLayer(Layer):
         self, x_BSD: Tensor, context: TokenContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; the depth router's diagnostics come last."""
-        selection, of_depth = self.depth(x_BSD, context.modality_BS >= 0, routing)
+        selection, depth_diagnostics = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, token_RK = x_BSD.flatten(0, 1), selection.token_EK
         token_T = token_RK.flatten()
         x_RKD = gather(x_ND, token_T).unflatten(0, token_RK.shape)
-        attention_RKD, experts_RKD, diagnostics = self._updates(
+        attention_RKD, experts_RKD, diagnostics = self._residuals(
             x_RKD, context.select(selection), routing
         )
         update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
         y_ND = scatter_add(x_ND, token_T, update_RKD.flatten(0, 1).to(x_ND.dtype))
-        of_experts = [
+        expert_diagnostics = [
             Diagnostics(each.nonfinite, each.record and each.record.scatter(token_T, len(x_ND)))
             for each in diagnostics
         ]
-        return y_ND.view_as(x_BSD), [_check(y_ND), *of_experts, of_depth]
+        return y_ND.view_as(x_BSD), [_nonfinite(y_ND), *expert_diagnostics, depth_diagnostics]
 
 
-def _check(y_BSD: Tensor) -> Diagnostics:
-    """Check a layer's output: a non-finite value makes the sum non-finite, in a single pass."""
+def _nonfinite(y_BSD: Tensor) -> Diagnostics:
+    """Flag a non-finite output: one such value makes the sum non-finite, in a single pass."""
     return Diagnostics(~y_BSD.detach().sum().isfinite())
 
 

@@ -1,10 +1,12 @@
 """Mixture of modality-aware experts: the feed-forward of a layer (MoMa §2.2, Equation 1).
 
-    y(x) = Σ_j s_j(x) · FFN_j(x)  over the experts j that selected x,    s(x) = sigmoid(x · W_M)
+    y(x) = Σ_j s_j(x) · FFN_j(x)  over the experts j with x in TopK(s_j),    s(x) = sigmoid(x · W)
 
-Each modality has its own group of experts. Within a group, a router scores the tokens
-(`router_logits`), each expert selects its top K (`expert_choice`), and `add_expert_outputs` gathers
-them, applies the experts, and scatter-adds the outputs weighted by the scores.
+A group of experts, with a router W of its own, processes the tokens of one or more modalities; in
+MoMa each modality has its group. `router_logits` computes x · W, `expert_choice` lets each expert
+select the K tokens of the micro-batch with its highest scores, and `add_expert_outputs` gathers
+them, applies the experts, and scatter-adds the outputs weighted by the scores. A group of one
+expert has no router: it takes every token with score 1.
 
 Shapes: B sequences of S positions, N = B·S tokens of width D; E experts of a group, of hidden width
 F, each with K slots for tokens.
@@ -201,13 +203,14 @@ class MixtureOfExperts(nn.Module):
     def _sum(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
-        total_ND, diagnostics = None, []
+        total_ND = zero_total(x_ND) if len(self.groups) > 1 else None
+        diagnostics: list[Diagnostics] = []
         for group in self.groups:
-            total_ND, of_group = group(x_ND, modality_N, routing, total_ND)
-            diagnostics += of_group
+            total_ND, group_diagnostics = group(x_ND, modality_N, routing, total_ND)
+            diagnostics += group_diagnostics
         assert total_ND is not None
         return total_ND, diagnostics
 
     def units(self) -> list[nn.Module]:
-        """Modules to shard separately: the weights of one are gathered while another computes."""
+        """Modules to shard separately: one is all-gathered while another computes."""
         return list(self.groups) if len(self.groups) > 1 else []

@@ -1,7 +1,7 @@
 """Token selection: which expert processes which token.
 
 Training uses expert choice (MoMa §2.2; arXiv 2202.09368): each expert selects the tokens that it
-scores highest in the whole batch. Because that depends on later tokens, generation uses causal
+scores highest in the micro-batch. Because that depends on later tokens, generation uses causal
 choice (§2.4): each token is decided on its own by the auxiliary router.
 
 Both return a `Selection`, which also serves mixture-of-depths (`depth.py`).
@@ -31,12 +31,11 @@ class Routing:
     """How a forward pass routes its tokens.
 
     Attributes:
-        mode: `choice` selects the highest-scored tokens of the batch; `causal` uses the auxiliary
-            routers.
+        mode: `choice` is expert choice over the micro-batch; `causal` uses the auxiliary routers.
         capacity: slots of an expert under `choice`. `static` follows the recipe's modality shares,
-            so that all shapes are known in advance; `actual` counts the tokens of the batch.
+            so that all shapes are known in advance; `actual` counts the tokens of the micro-batch.
         record_auxiliary: whether to return a `RouterRecord` with auxiliary logits, to train on.
-        record_selection: whether to return a `RouterRecord` without them, which is cheap.
+        record_selection: whether to return at least a `RouterRecord` without auxiliary logits.
     """
 
     mode: RoutingName = "choice"
@@ -73,7 +72,7 @@ def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
         x_ND: tokens.
 
     Returns:
-        Logits [N, E], stored expert by expert in memory, which is the order of top-k.
+        Logits [N, E]; for few experts stored expert by expert, which is the order of top-k.
     """
     with torch.autocast(x_ND.device.type, enabled=False):
         if len(weight_ED) > FEW_EXPERTS:

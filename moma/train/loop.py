@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.data.batches.packing import Batch
-from moma.errors import SharedError, StoppedError
+from moma.errors import SharedError, StoppedError, UserError
 from moma.files import lock_folder
 from moma.model.transformer import Transformer
 from moma.progress import ProgressCallback, show_progress
@@ -53,7 +53,7 @@ from moma.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-# Seconds to wait for the lock of a run folder: that of a lost node should be released by then.
+# Seconds to wait for the lock of a run folder; a file system drops that of a dead node earlier.
 _LOCK_TIMEOUT = 120.0
 
 
@@ -73,11 +73,11 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
     with ExitStack() as stack:
         stack.enter_context(reporting_lost_ranks(world))
         stop_request = stack.enter_context(interruption(world))
-        is_locked = _lock_folder(run, recipe, world, stack)
+        is_locked = _lock_if_exists(run, recipe, world, stack)
         on_rank_0(world, check_run_folder, run, recipe)
         checkpoint, damaged = newest_intact(run.checkpoints, world)
-        if checkpoint is not None and _is_last(checkpoint, recipe):
-            on_rank_0(world, write_run_folder, run, recipe)
+        if checkpoint is not None and _is_finished(checkpoint, recipe):
+            on_rank_0(world, write_run_folder, run, recipe)  # restores lost copies of tokenizers
             return run
         # A run that has started no longer needs its source run.
         source = find_source_run(recipe, world) if checkpoint is None else None
@@ -88,10 +88,12 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
             trainer = stack.enter_context(closing(Trainer(recipe, run, model, vocabulary, world)))
             if checkpoint is None:
                 trainer.restore_data(initial.data)
-        # Written only now, so that a recipe that cannot be trained leaves no run folder.
-        on_rank_0(world, write_run_folder, run, recipe)
+        # Created only now, so that a recipe that cannot be trained leaves no run folder.
         if not is_locked:
-            _lock_folder(run, recipe, world, stack)
+            on_rank_0(world, lambda: run.path.mkdir(parents=True, exist_ok=True))
+            _lock_if_exists(run, recipe, world, stack)
+            on_rank_0(world, _require_not_started, run)
+        on_rank_0(world, write_run_folder, run, recipe)
         if checkpoint is None:
             trainer.start(initial)
         else:
@@ -146,15 +148,13 @@ class Trainer:
             path: the newest intact checkpoint.
             damaged: newer checkpoints, each with a message.
         """
-        if self.world.rank == 0:
-            for checkpoint, message in damaged.items():
-                logger.warning("%s; resuming from %s", message, path.name)
-                set_aside(checkpoint)
-        require_vocabulary(path, self.vocabulary, self.recipe.data.path)
+        on_rank_0(self.world, _set_aside, path, damaged)
+        with raise_on_all_ranks(self.world):
+            require_vocabulary(path, self.vocabulary, self.recipe.data.path)
+            self._restore_counters(read_state(path))
+            rank_states = read_rank_states(path)
+            self.restore_data([state["data"] for state in rank_states])
         load_checkpoint(path, self.model, self.step.optimizer, self.world)
-        self._restore_counters(read_state(path))
-        rank_states = read_rank_states(path)
-        self.restore_data([state["data"] for state in rank_states])
         on_rank_0(self.world, self._open_log)
         # No random number may be drawn between here and the first step.
         if len(rank_states) == self.world.size:
@@ -232,6 +232,8 @@ class Trainer:
             values = {"learning_rate": rate, "skipped_steps": self.monitor.skipped_steps}
             shared = {"norm": norm, **self.monitor.first_fault}
             self.metrics.start_record(self._counters() | values, shared, statistics.sums)
+        if self.world.device.type != "cuda":
+            self._write_record(progress)  # nothing is asynchronous; waiting would distort the times
 
     def _write_record(self, progress: ProgressCallback) -> None:
         """Write the pending log record, if there is one."""
@@ -258,9 +260,9 @@ class Trainer:
             del self.recent_batches[checked]
 
     def _save_checkpoint(self) -> None:
-        if self.steps_done % self.config.log_every:  # these steps have no log record yet
+        if self.recent_batches:  # steps whose losses no log record has checked
             self._check_losses(self.steps_done, self.monitor.first_fault)
-        self.writer.wait()  # its thread uses the same process group
+        self.writer.wait()  # its thread uses the process group of `on_rank_0`
         # No checkpoint may be newer than the log.
         on_rank_0(self.world, self.trackers.sync)
         state = self._counters() | {
@@ -315,16 +317,32 @@ def resume_seed(seed: int, step: int, rank: int) -> int:
     return int.from_bytes(digest[:4])
 
 
-def _lock_folder(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
+def _lock_if_exists(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
     """Lock the run folder on rank 0, if it exists; returns whether it does, on all ranks."""
     exists = gather(run.path.is_dir(), world.writers)[0]
     if exists:
+        # Half, so that the other ranks, which wait for the result, do not time out first.
         timeout = min(_LOCK_TIMEOUT, recipe.engine.timeout / 2)
         on_rank_0(world, lambda: stack.enter_context(lock_folder(run.path, timeout)))
     return exists
 
 
-def _is_last(checkpoint: Path, recipe: Recipe) -> bool:
+def _require_not_started(run: Run) -> None:
+    """Check that no other process has started a new run since this one looked."""
+    if run.exists:
+        raise UserError(
+            f"{run.path}: another process has started this run; run the command again to resume it"
+        )
+
+
+def _set_aside(path: Path, damaged: Mapping[Path, str]) -> None:
+    """Rename damaged checkpoints that are newer than the one to resume from."""
+    for checkpoint, message in damaged.items():
+        logger.warning("%s; resuming from %s", message, path.name)
+        set_aside(checkpoint)
+
+
+def _is_finished(checkpoint: Path, recipe: Recipe) -> bool:
     """Whether a checkpoint is the last one of the run, and was written by training."""
     is_last = read_state(checkpoint)["step"] >= recipe.stage_config.steps
     return is_last and not is_weights_only(checkpoint)

@@ -148,7 +148,8 @@ def test_a_record_has_the_actual_selection():
 
 
 def test_outputs_of_overlapping_groups_are_added():
-    text, everything = routed("text", 2), routed("image", 2)
+    text, everything = routed("text", 2), routed("text", 3, seed=1)
+    everything.modalities = (TEXT, IMAGE)
     x_BSD = torch.randn(2, 4, DIM, dtype=torch.float64)
     modality_BS = torch.tensor([[TEXT, IMAGE] * 2] * 2)
     both, _ = MixtureOfExperts([text, everything])(x_BSD, modality_BS, ACTUAL)

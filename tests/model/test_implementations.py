@@ -20,7 +20,7 @@ from moma.model.implementations import (
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runtime.world import can_compile
-from moma.vocabulary import MODALITIES
+from moma.vocabulary import IMAGE, MODALITIES, TEXT
 from tests.factories import make_vocabulary
 
 DIM, HIDDEN = 8, 12
@@ -38,6 +38,7 @@ LAYERS = {
     "1t1i": groups_of(("text", 1), ("image", 1)),
     "8x": groups_of(("text image", 8)),
     "overlapping": groups_of(("text", 1), ("image", 2), ("text image", 2), ("text image", 1)),
+    "dense first": groups_of(("text image", 1), ("text", 2), ("image", 2)),
     "single twice": groups_of(("text", 1), ("image", 1), ("image", 1)),
 }
 
@@ -297,3 +298,18 @@ def test_the_configured_implementation_gives_the_default_results(implementation)
     default.load_state_dict(model.state_dict())
     tokens = torch.tensor([[7, 5, 8, 6, 9, 5, 10, 6]])
     torch.testing.assert_close(model(tokens).logits_BSV, default(tokens).logits_BSV)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("implementation", get_args(ImplementationName))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_expert_outputs_are_summed_in_fp32_under_reduced_precision(layer, implementation, dtype):
+    """With autocast of fp32 weights, and with bf16 weights, as FSDP provides them."""
+    experts = build(layer, implementation, dtype=dtype)
+    x_BSD = torch.randn(2, 8, DIM).to(dtype)
+    modality_BS = torch.tensor([[TEXT, IMAGE] * 4] * 2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        found, _ = experts(x_BSD, modality_BS, Routing())
+    expected, _ = build(layer, implementation)(x_BSD.float(), modality_BS, Routing())
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), expected, atol=0.1, rtol=0.1)

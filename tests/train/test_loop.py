@@ -10,11 +10,12 @@ import torch
 from safetensors import safe_open
 
 from moma.errors import StorageError, UserError
-from moma.runs import Run
+from moma.runs import Run, Tokenizers
 from moma.runtime import checkpoint
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.tracking import MetricsLog
 from moma.runtime.world import World
+from moma.train import loop
 from moma.train.loop import resume_seed, train
 from moma.train.metrics import TIMING_KEYS, MetricsWindow
 from moma.train.recipe import Recipe
@@ -238,3 +239,35 @@ def test_no_pickle_in_a_checkpoint(tiny, tmp_path):
     for path in files:
         if path.suffix == ".json":
             json.loads(path.read_text())
+
+
+def test_a_run_that_another_process_has_started_meanwhile_is_not_overwritten(
+    tiny, tmp_path, monkeypatch
+):
+    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
+    prepare_model = loop.prepare_model
+
+    def prepare_while_another_starts(*arguments):
+        Run(recipe.run).path.mkdir()
+        Run(recipe.run).create(recipe, Tokenizers(recipe.data.path))
+        return prepare_model(*arguments)
+
+    monkeypatch.setattr(loop, "prepare_model", prepare_while_another_starts)
+    with pytest.raises(UserError, match="another process has started this run"):
+        train(recipe, WORLD, quiet=True)
+    assert not Run(recipe.run).metrics.exists()
+
+
+def test_on_a_cpu_a_step_is_logged_before_the_next_one_begins(tiny, tmp_path, monkeypatch):
+    """Otherwise the times of records would include a part of the next step, or lack one."""
+    stage = tiny.pretrain.model_copy(update={"log_every": 1, "steps": 3, "checkpoint_every": 3})
+    recipe = tiny.model_copy(update={"run": tmp_path / "run", "pretrain": stage})
+    begin_step, logged = loop.LossMonitor.begin_step, []
+
+    def count_records(monitor, step):
+        logged.append(len(list(Run(recipe.run).iter_metrics())))
+        begin_step(monitor, step)
+
+    monkeypatch.setattr(loop.LossMonitor, "begin_step", count_records)
+    train(recipe, WORLD, quiet=True)
+    assert logged == [0, 1, 2]

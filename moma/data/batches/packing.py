@@ -3,12 +3,17 @@
 MoMa balances text and images in expectation (§3); here every micro-batch holds the same number
 of images, so that the experts of each modality get the same work on every rank and in every step.
 
-Each sequence has a quota of images. Positions for them are reserved first; the free positions are
-for text. An image is placed together with the text that precedes it in its document, if that leaves
-every other image of the quota its text share: an equal part of the free positions. A document whose
-next image does not fit waits for a later sequence; text longer than any text share fills sequences
-before that of its image. Then the rest of the sequence is filled: text after images, then text-only
-documents, cut where the sequence ends and continued in a later one.
+Each sequence has a quota: its number of images. The positions that they do not take are free, for
+text; the text share of an image is the free positions divided by the quota. A sequence is packed in
+three passes:
+
+1. Images, each together with the text that precedes it in its document, if that leaves every other
+   image of the quota its text share. A document whose next image does not fit waits for a later
+   sequence; text longer than the smallest text share goes into sequences before that of its image.
+2. Text that follows images.
+3. Documents without images.
+
+Text is cut where the sequence ends and continues in a later one; an image is never cut.
 """
 
 from bisect import bisect_left
@@ -163,8 +168,13 @@ class Packer:
         return batch
 
     def place(self) -> Layout:
-        """Decide what the next micro-batch holds, without copying ids; `pack` does both."""
-        # Without shuffling, images would always be at the start of a sequence.
+        """Decide what the next micro-batch holds, without copying ids; `pack` does both.
+
+        Raises:
+            UserError: see `pack`.
+        """
+        # Without shuffling, images would always be at the start of a sequence. The order depends on
+        # the number of the micro-batch only, so that it needs no state.
         random = np.random.default_rng(self._packed)
         sequences, images, padding = [], 0, 0
         for quota in self._quotas():
