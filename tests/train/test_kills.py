@@ -75,7 +75,7 @@ def log_of(run: Run) -> int:
     return run.metrics.stat().st_ino if run.metrics.is_file() else 0
 
 
-def wait_for_row(process: subprocess.Popen[str], run: Run, before: int, after: int) -> None:
+def wait_for_record(process: subprocess.Popen[str], run: Run, before: int, after: int) -> None:
     """Wait until a log other than `before` has a record beyond a step, or the process ended."""
     while process.poll() is None:
         records = run.read_metrics() if log_of(run) not in (0, before) else []
@@ -99,7 +99,7 @@ def killed(file: Path, run: Run, ranks: int, chance: random.Random) -> str:
     """Start, kill every process at a random moment, and describe the moment."""
     before = last_step(run)
     log, process = log_of(run), start(file, ranks)
-    wait_for_row(process, run, log, before + chance.randrange(2 * CHECKPOINT_EVERY))
+    wait_for_record(process, run, log, before + chance.randrange(2 * CHECKPOINT_EVERY))
     if chance.random() < 0.5:  # while a checkpoint is written, if possible
         end = time.monotonic() + 5
         while process.poll() is None and time.monotonic() < end:
@@ -192,24 +192,23 @@ def test_repeated_kills(tiny, tmp_path, stage, ranks, kills):
 
 def test_killed_and_stopped_run_equals_uninterrupted(tiny, tmp_path):
     """One SIGKILL, one SIGTERM between two log records, then to the last step."""
-    runs = {name: Run(tmp_path / name) for name in ("uninterrupted", "interrupted")}
-    for name, run in runs.items():
-        recipe = recipe_of(tiny, run.path, "pretrain", None, tmp_path / f"{name}.toml")
-        if name == "uninterrupted":
-            train(recipe, World(torch.device("cpu")), quiet=True)
-    file, run = tmp_path / "interrupted.toml", runs["interrupted"]
+    world, folder, file = World(torch.device("cpu")), tmp_path / "run", tmp_path / "run.toml"
+    recipe = recipe_of(tiny, folder, "pretrain", None, file)
+    reference = recipe.model_copy(update={"run": tmp_path / "uninterrupted"})
+    uninterrupted = train(reference, world, quiet=True)
+    run = Run(folder)
     killed(file, run, 1, random.Random(1))
     before = last_step(run)
     log, process = log_of(run), start(file, 1)
-    wait_for_row(process, run, log, before)
+    wait_for_record(process, run, log, before)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=500)
     assert process.returncode == StoppedError.CODE, errors
     step = last_step(run)
     assert step > before
     assert f"stopped by SIGTERM after step {step}" in errors
-    finish(file, 1)
-    assert_same(runs["uninterrupted"], run)
+    train(recipe, world, quiet=True)
+    assert_same(uninterrupted, run)
     newest = run.checkpoints / (run.checkpoints / "latest").read_text().strip()
     state = json.loads((newest / "state.json").read_text())
     assert state["step"] == STEPS
@@ -261,7 +260,7 @@ def test_repeated_signals(tiny, tmp_path, ranks):
     for number in (signal.SIGTERM, signal.SIGINT):
         before = last_step(run)
         log, process = log_of(run), start(tmp_path / "interrupted.toml", ranks)
-        wait_for_row(process, run, log, before)
+        wait_for_record(process, run, log, before)
         # torchrun forwards each signal to its ranks once more.
         ranks_too = descendants(process.pid) if number == signal.SIGTERM else ()
         for each in (*ranks_too, process.pid):
@@ -281,7 +280,7 @@ def test_a_lost_rank_is_reported_and_torchrun_restarts(tiny, tmp_path):
     finish(tmp_path / "uninterrupted.toml", 2)
     run, file = Run(tmp_path / "interrupted"), tmp_path / "interrupted.toml"
     process = start(file, 2, "--max-restarts", "1")
-    wait_for_row(process, run, 0, 2 * CHECKPOINT_EVERY)
+    wait_for_record(process, run, 0, 2 * CHECKPOINT_EVERY)
     os.kill(descendants(process.pid)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=500)
     assert process.returncode == 0, errors
