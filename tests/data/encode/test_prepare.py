@@ -168,7 +168,7 @@ def test_twenty_kills_change_no_byte(tmp_path):
 # Otherwise
 
 
-def test_the_summary_counts_what_is_there(tmp_path):
+def test_the_summary_counts_documents_and_tokens(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     prepared = run(recipe)
     summary = prepared.summary()
@@ -194,7 +194,7 @@ def test_the_summary_counts_what_is_there(tmp_path):
     assert contents(tmp_path / "data") == before
 
 
-def test_text_alone_needs_no_codec(tmp_path):
+def test_text_only_data_needs_no_codec(tmp_path):
     recipe = make_recipe(tmp_path, 50, image_share=0)
     sources = recipe.data.sources[1:]
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"sources": sources})})
@@ -214,7 +214,7 @@ def test_text_alone_needs_no_codec(tmp_path):
     assert taken.vocabulary == prepared.vocabulary
 
 
-def test_the_first_run_with_tokenizers_of_another_folder_knows_how_much_there_is(tmp_path, capsys):
+def test_progress_has_a_total_with_tokenizers_of_another_folder(tmp_path, capsys):
     recipe = make_recipe(tmp_path, 50)
     run(recipe)
     taken = make_recipe(tmp_path, 50, "other", tokenizers=str(tmp_path / "data"))
@@ -225,7 +225,7 @@ def test_the_first_run_with_tokenizers_of_another_folder_knows_how_much_there_is
     assert counts == [None, None]  # they have shards
 
 
-def test_counting_gives_up_where_it_takes_long(tmp_path, monkeypatch):
+def test_counting_stops_after_a_time_limit(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, 50)
     recipe.data.path.mkdir()
     folder = DataFolder(recipe.data)
@@ -235,7 +235,7 @@ def test_counting_gives_up_where_it_takes_long(tmp_path, monkeypatch):
     assert count_documents(recipe.data.sources[1], folder) == 50
 
 
-def test_speed_is_what_was_encoded_since_the_first_report(monkeypatch):
+def test_speed_is_measured_from_the_first_report(monkeypatch):
     clock = iter([100.0, 100.0, 104.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     told = []
@@ -254,7 +254,7 @@ def test_speed_is_what_was_encoded_since_the_first_report(monkeypatch):
     ]
 
 
-def test_training_of_the_codec_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def test_stopped_codec_training_resumes(tmp_path, monkeypatch):
     undisturbed, recipe = (make_recipe(tmp_path, 40, name) for name in ("undisturbed", "data"))
     training = recipe.codec_training.model_copy(update={"save_every": 2, "log_every": 1})
     undisturbed, recipe = (
@@ -281,14 +281,14 @@ def test_training_of_the_codec_goes_on_where_it_was_stopped(tmp_path, monkeypatc
     assert contents(tmp_path / "data") == contents(tmp_path / "undisturbed")
 
 
-def test_images_that_are_asked_for_and_missing_are_refused(tmp_path):
+def test_an_image_share_without_images_is_refused(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     data = recipe.data.model_copy(update={"sources": recipe.data.sources[1:]})
     with pytest.raises(UserError, match=r"no images.*set image_share, which is 0\.25"):
         run(recipe.model_copy(update={"data": data}))
 
 
-def test_a_processor_encodes_where_it_was_asked_to(tmp_path, monkeypatch):
+def test_a_cpu_encodes_in_the_calling_thread(tmp_path, monkeypatch):
     """Beside a second thread with PyTorch in it, operations wait for each other."""
     threads, real = set(), prepare_module.encode_images
 
@@ -301,25 +301,25 @@ def test_a_processor_encodes_where_it_was_asked_to(tmp_path, monkeypatch):
     assert threads == {threading.get_ident()}
 
 
-def test_an_impossible_image_share_is_refused_before_any_work(tmp_path):
+def test_an_impossible_image_share_is_refused_first(tmp_path):
     with pytest.raises(UserError, match=r"image_share 0\.26"):
         run(make_recipe(tmp_path, 2, image_share=0.26))
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("spoilt", ["row", "image", "source"])
-def test_what_cannot_be_used_is_told_before_anything_is_trained(tmp_path, capsys, spoilt):
+@pytest.mark.parametrize("damaged", ["row", "image", "source"])
+def test_unusable_sources_are_reported_before_training(tmp_path, capsys, damaged):
     recipe = make_recipe(tmp_path, 50)
     rows = tmp_path / "images/captions.jsonl"
     images, words = [tmp_path / f"images/{n}.png" for n in (3, 4, 5)], tmp_path / "words.txt"
     whole = {path: path.read_bytes() for path in (rows, *images, words)}
-    if spoilt == "row":
+    if damaged == "row":
         rows.write_bytes(whole[rows].replace(b'{"image": "1', b'{"image" "1', 3))
         told, named = (
             r"3 of 50 documents .*row 2: not valid JSON .*\(rejected\.jsonl .* lists all\)",
             3,
         )
-    elif spoilt == "image":
+    elif damaged == "image":
         for image in images:
             image.unlink()
         told, named = r"3 of 50 documents .*row 4: there is no \S+3\.png; add the file", 3
@@ -338,7 +338,7 @@ def test_what_cannot_be_used_is_told_before_anything_is_trained(tmp_path, capsys
     assert capsys.readouterr().err == ""
 
 
-def test_the_first_rows_of_a_source_do_not_speak_for_all(tmp_path):
+def test_bad_first_rows_do_not_refuse_a_source(tmp_path):
     recipe = make_recipe(tmp_path, 50, max_rejected=0.08)
     for number in (0, 1):
         (tmp_path / f"images/{number}.png").unlink()
@@ -348,7 +348,7 @@ def test_the_first_rows_of_a_source_do_not_speak_for_all(tmp_path):
     assert run(few).sources["captions"].rejected == 4
 
 
-def test_a_refused_source_leaves_the_rejected_rows_of_others(tmp_path):
+def test_a_refused_source_keeps_the_rejected_rows_of_others(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     run(recipe)
     before = (tmp_path / "data/rejected.jsonl").read_bytes()
@@ -364,7 +364,7 @@ def test_a_refused_source_leaves_the_rejected_rows_of_others(tmp_path):
     assert before and after.startswith(before) and b'"more"' in after
 
 
-def test_sources_that_changed_after_the_tokenizers_are_told(tmp_path, capsys):
+def test_sources_that_changed_after_the_tokenizers_are_reported(tmp_path, capsys):
     recipe = make_recipe(tmp_path, 50)
     run(recipe)
     assert capsys.readouterr().err == ""
@@ -391,7 +391,7 @@ def test_data_of_another_codec_is_refused_when_it_is_read(tmp_path):
         Batches(recipe.data, vocabulary, seed=0)
 
 
-def test_long_lines_of_pixels_are_cropped_before_they_are_resized():
+def test_wide_images_are_cropped_before_they_are_resized():
     from moma.images import square_pixels
 
     line = np.zeros((1, 60_000, 3), np.uint8)
@@ -400,7 +400,7 @@ def test_long_lines_of_pixels_are_cropped_before_they_are_resized():
     assert square_pixels(Image.fromarray(line.transpose(1, 0, 2)), 64).shape == (64, 64, 3)
 
 
-def test_a_broken_image_among_few_held_out_ones_is_set_aside(tmp_path):
+def test_a_damaged_held_out_image_is_skipped(tmp_path):
     recipe = make_recipe(tmp_path, 120, held_out=0.05)
     (source, _) = recipe.data.sources
     kept = [d for d in source.documents() if isinstance(d, Document) and is_held_out(d, 0.05)]
@@ -409,7 +409,7 @@ def test_a_broken_image_among_few_held_out_ones_is_set_aside(tmp_path):
     assert run(recipe).summary()["rejected"] in (3, 4)  # it may be one of the three anyway
 
 
-def test_held_out_images_that_all_are_broken_leave_the_measure_to_training_ones(tmp_path):
+def test_training_images_are_measured_if_all_held_out_ones_are_damaged(tmp_path):
     recipe = make_recipe(tmp_path, 120, held_out=0.05, max_rejected=0.5)
     (source, _) = recipe.data.sources
     kept = [d for d in source.documents() if isinstance(d, Document) and is_held_out(d, 0.05)]
@@ -421,7 +421,7 @@ def test_held_out_images_that_all_are_broken_leave_the_measure_to_training_ones(
     assert json.loads((tmp_path / "data/codec/metrics.json").read_text())["psnr"] > 0
 
 
-def test_images_that_a_share_of_0_leaves_out_are_told(tmp_path, capsys):
+def test_images_left_out_by_an_image_share_of_0_are_reported(tmp_path, capsys):
     recipe = make_recipe(tmp_path, 50, image_share=0)
     prepared = run(recipe)
     left_out = prepared.sources["captions"].counts["train"]
@@ -450,7 +450,7 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, monkeypatch):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_a_broken_record_of_what_was_trained_on_is_told(tmp_path):
+def test_a_damaged_manifest_is_reported(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     run(recipe)
     for broken in ("", "[1, 2]", "3"):
@@ -501,7 +501,7 @@ def test_a_changed_tokenizer_is_refused(tmp_path):
         run(recipe)
 
 
-def test_a_source_folder_with_data_path_in_it_reads_no_output(tmp_path):
+def test_a_source_folder_that_contains_the_data_folder_reads_no_output(tmp_path):
     recipe = make_recipe(tmp_path, 50)
     source = TextConfig(path=tmp_path / "**/*.jsonl", text_key="caption")
     data = recipe.data.model_copy(update={"sources": (source,), "image_share": 0})
@@ -513,7 +513,7 @@ def test_a_source_folder_with_data_path_in_it_reads_no_output(tmp_path):
     assert run(recipe).summary() == first
 
 
-def test_nothing_left_for_training_is_an_error_that_says_so(tmp_path):
+def test_data_without_training_documents_is_refused(tmp_path):
     recipe = make_recipe(tmp_path, 12, held_out=0.999)
     with pytest.raises(UserError, match=r"are held out, so nothing is left.*data\.held_out"):
         run(recipe)
