@@ -6,7 +6,8 @@ A group of experts, with a router W of its own, processes the tokens of one or m
 MoMa each modality has its group. `router_logits` computes x · W, `expert_choice` lets each expert
 select the K tokens of the micro-batch with its highest scores, and `add_expert_outputs` gathers
 them, applies the experts, and scatter-adds the outputs weighted by the scores. A group of one
-expert has no router: it takes every token with score 1.
+expert has no router: it takes the tokens of its modalities with score 1, up to its capacity, which
+suffices if a batch has the recipe's shares.
 
 Shapes: B sequences of S positions, N = B·S tokens of width D; E experts of a group, of hidden width
 F, each with K slots for tokens.

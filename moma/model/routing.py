@@ -164,7 +164,7 @@ def causal_choice(logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Te
 
 
 def select_all(eligible_N: Tensor, capacity: int) -> Selection:
-    """Select every eligible token with score 1, for a group of one expert: it has no router."""
+    """Select the first `capacity` eligible tokens with score 1, for a group of one expert."""
     eligible_sorted_N, token_N = eligible_N.byte().sort(descending=True, stable=True)
     filled_EK = eligible_sorted_N[None, :capacity].bool()
     return Selection(token_N[None, :capacity], filled_EK, filled_EK.float())

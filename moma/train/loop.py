@@ -232,8 +232,9 @@ class Trainer:
             values = {"learning_rate": rate, "skipped_steps": self.monitor.skipped_steps}
             shared = {"norm": norm, **self.monitor.first_fault}
             self.metrics.start_record(self._counters() | values, shared, statistics.sums)
-        if self.world.device.type != "cuda":
-            self._write_record(progress)  # nothing is asynchronous; waiting would distort the times
+        if self.world.device.type != "cuda" or self.monitor.skips:
+            # The step was waited for; a record written during the next one would have its time.
+            self._write_record(progress)
 
     def _write_record(self, progress: ProgressCallback) -> None:
         """Write the pending log record, if there is one."""

@@ -2,7 +2,8 @@
 
 every step:       sums of losses stay on the device
 a logged step:    one reduction over ranks, and the start of one copy to the host
-one step later:   the copy has arrived; the record is written without waiting
+one step later:   the copy has arrived; the record is written without waiting (on a CPU, or if
+                  faults are skipped, steps are waited for anyway: the record is written at once)
 """
 
 import time

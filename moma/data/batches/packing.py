@@ -5,13 +5,13 @@ of images, so that the experts of each modality get the same work on every rank 
 
 Each sequence has a quota: its number of images. The positions that they do not take are free, for
 text; the text share of an image is the free positions divided by the quota. A sequence is packed in
-three passes:
+two passes:
 
 1. Images, each together with the text that precedes it in its document, if that leaves every other
    image of the quota its text share. A document whose next image does not fit waits for a later
    sequence; text longer than the smallest text share goes into sequences before that of its image.
-2. Text that follows images.
-3. Documents without images.
+2. Text: the rest of the sequence's own documents, then of open documents (of those with an image to
+   come, all but the text share before it), then new documents without images.
 
 Text is cut where the sequence ends and continues in a later one; an image is never cut.
 """
