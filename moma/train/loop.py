@@ -151,10 +151,11 @@ class Trainer:
         on_rank_0(self.world, _set_aside, path, damaged)
         with raise_on_all_ranks(self.world):
             require_vocabulary(path, self.vocabulary, self.recipe.data.path)
+        load_checkpoint(path, self.model, self.step.optimizer, self.world)
+        with raise_on_all_ranks(self.world):
             self._restore_counters(read_state(path))
             rank_states = read_rank_states(path)
             self.restore_data([state["data"] for state in rank_states])
-        load_checkpoint(path, self.model, self.step.optimizer, self.world)
         on_rank_0(self.world, self._open_log)
         # No random number may be drawn between here and the first step.
         if len(rank_states) == self.world.size:
