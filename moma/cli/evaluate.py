@@ -23,7 +23,7 @@ def evaluate(
     """Measure loss and perplexity on the held-out documents, by modality."""
     from moma.evaluate.perplexity import evaluate as measure
     from moma.runs import Run
-    from moma.train.restore import load_run, require_causal_routing
+    from moma.train.restore import load_run, require_causal_routing, require_training_data
 
     model, recipe = load_run(Run(run))
     if routing == "causal":
@@ -31,5 +31,6 @@ def evaluate(
     if data is not None:
         moved = recipe.data.model_copy(update={"path": data})
         recipe = recipe.model_copy(update={"data": moved})
+    require_training_data(Run(run), recipe)
     result = measure(model, recipe, routing, quiet=as_json)
     print_result(result, as_json, [key_values(f"{run}, {routing} routing", result)])

@@ -47,7 +47,9 @@ def evaluate(
             targets_M += losses.targets_M.cpu()
             report(number, "batches")
     if targets_M.sum() == 0:
-        raise UserError(f"{recipe.data.path}: no held-out documents; increase data.held_out")
+        raise UserError(
+            f"{recipe.data.path}: no held-out documents; increase data.held_out and train a new run"
+        )
     text, image = (float(loss_M[m] / targets_M[m]) if targets_M[m] else None for m in (TEXT, IMAGE))
     return {
         "loss": float(loss_M.sum() / targets_M.sum()),

@@ -23,7 +23,13 @@ from moma.study.page import Page, captioned, coloured, figure, paragraph, table,
 from moma.study.speedup import speedups
 from moma.study.tables import Table
 from moma.train.recipe import Recipe
-from moma.train.restore import has_causal_routing, load_run, read_run_recipe, with_routers
+from moma.train.restore import (
+    has_causal_routing,
+    load_run,
+    read_run_recipe,
+    require_training_data,
+    with_routers,
+)
 from moma.train.step import to_device
 from moma.vocabulary import IMAGE, TEXT, Vocabulary
 
@@ -64,6 +70,7 @@ class Measured:
 def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
     """Load a run and evaluate it with every routing that it supports."""
     model, recipe = load_run(run)
+    require_training_data(run, recipe)
     routings = ("choice", "causal") if has_causal_routing(run, model) else ("choice",)
     results = {by: evaluate(model, recipe, by, quiet) for by in routings}  # type: ignore[arg-type]
     own = read_run_recipe(run)

@@ -34,7 +34,13 @@ from moma.runtime.manifest import MANIFEST
 from moma.runtime.world import World
 from moma.train.loop import train
 from moma.train.recipe import Recipe
-from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing, router_command
+from moma.train.restore import (
+    ROUTER_RUN,
+    load_run,
+    require_causal_routing,
+    require_training_data,
+    router_command,
+)
 
 # Evaluates a model on the held-out documents: see `moma.evaluate.perplexity.evaluate`.
 Evaluate = Callable[[Transformer, Recipe, RoutingName, bool], Mapping[str, float | None]]
@@ -61,7 +67,11 @@ class Evaluation(NamedTuple):
 
     @property
     def is_done(self) -> bool:
-        """Whether the file is the result for the run's newest checkpoints."""
+        """Whether the file is the result for the run's newest checkpoints.
+
+        Raises:
+            UserError: the file was not written by a chain.
+        """
         result = read_json(self.file) if self.file.exists() else {"fingerprint": None}
         if not isinstance(result, dict) or "fingerprint" not in result:
             raise UserError(f"{self.file}: not written by moma, and is not replaced; rename it")
@@ -144,6 +154,7 @@ def run_chain(
             model, recipe = load_run(run)
             if step.routing == "causal":
                 require_causal_routing(run, model)
+            require_training_data(run, recipe)
             result = evaluate(model, recipe, step.routing, quiet)
             values = {**result, "fingerprint": step.fingerprint}
             atomic_write(step.file, json.dumps(values, indent=2) + "\n")

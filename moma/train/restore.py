@@ -5,10 +5,18 @@ from pathlib import Path
 
 import torch
 
+from moma.data.batches.iterator import training_fingerprint
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.transformer import Transformer
 from moma.runs import Run
-from moma.runtime.checkpoint import checkpoints_in, load_model, newest_intact, read_state
+from moma.runtime.checkpoint import (
+    checkpoints_in,
+    is_weights_only,
+    load_model,
+    newest_intact,
+    read_rank_states,
+    read_state,
+)
 from moma.runtime.world import World, local_device
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
@@ -24,7 +32,11 @@ def read_run_recipe(run: Run) -> Recipe:
 
 
 def newest_checkpoint(run: Run, world: World | None = None) -> Path:
-    """The newest intact checkpoint of a run; all ranks of `world`, if given, call it together."""
+    """The newest intact checkpoint of a run; all ranks of `world`, if given, call it together.
+
+    Raises:
+        UserError: there is none.
+    """
     world = world or World(local_device())
     newest, damaged = newest_intact(run.require().checkpoints, world)
     if newest is None:
@@ -64,6 +76,36 @@ def require_vocabulary(checkpoint: Path, vocabulary: Vocabulary, folder: Path) -
     """Raise `UserError` if a checkpoint was trained with another vocabulary."""
     if read_state(checkpoint)["vocabulary"] != vocabulary.fingerprint:
         raise SharedError(f"{checkpoint}: trained with another vocabulary than that in {folder}")
+
+
+def require_training_data(run: Run, recipe: Recipe) -> None:
+    """Check that prepared data is what a run was trained on, before it is evaluated.
+
+    Otherwise documents that are held out now may have been trained on. A run that has only weights
+    does not know its data.
+
+    Args:
+        run: the run.
+        recipe: `data.path` is the prepared data.
+
+    Raises:
+        UserError: it is other data, or prepared in another way.
+    """
+    checkpoint = newest_checkpoint(run)
+    if is_weights_only(checkpoint):
+        return
+    own = read_run_recipe(run)
+    if own.stage == "aux_router" and own.from_ is not None and Run(own.from_).exists:
+        require_training_data(Run(own.from_), recipe)
+    data = own.data.model_copy(update={"path": recipe.data.path})
+    vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
+    found = training_fingerprint(data, vocabulary, own.seed)
+    if found != read_rank_states(checkpoint)[0]["data"]["fingerprint"]:
+        raise UserError(
+            f"{recipe.data.path}: is not the data that {run.path} was trained on (documents or "
+            "data.held_out have changed), so what it holds out may have been trained on; prepare "
+            "it as before, or train a new run"
+        )
 
 
 def has_causal_routing(run: Run, model: Transformer) -> bool:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from moma.data.encode.prepare import prepare
 from moma.errors import StorageError, UserError
 from moma.runs import Run, Tokenizers
 from moma.runtime import checkpoint
@@ -19,7 +20,13 @@ from moma.train import loop
 from moma.train.loop import resume_seed, train
 from moma.train.metrics import TIMING_KEYS, MetricsWindow
 from moma.train.recipe import Recipe
-from moma.train.restore import ROUTER_RUN, load_run, require_causal_routing, with_routers
+from moma.train.restore import (
+    ROUTER_RUN,
+    load_run,
+    require_causal_routing,
+    require_training_data,
+    with_routers,
+)
 
 WORLD = World(torch.device("cpu"))
 # Text and image loss of the logged steps; they depend on the order of the documents.
@@ -271,3 +278,17 @@ def test_on_a_cpu_a_step_is_logged_before_the_next_one_begins(tiny, tmp_path, mo
     monkeypatch.setattr(loop.LossMonitor, "begin_step", count_records)
     train(recipe, WORLD, quiet=True)
     assert logged == [0, 1, 2]
+
+
+def test_evaluation_on_data_that_was_prepared_otherwise_is_refused(tiny, tmp_path):
+    """Documents that are held out now may have been trained on."""
+    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
+    run = train(recipe, WORLD, quiet=True)
+    require_training_data(run, recipe)
+    copied = tiny.data.model_copy(update={"path": tmp_path / "copy"})
+    shutil.copytree(tiny.data.path, copied.path)
+    require_training_data(run, recipe.model_copy(update={"data": copied}))
+    other = copied.model_copy(update={"held_out": 0.4})
+    prepare(tiny.model_copy(update={"data": other}), WORLD.device, quiet=True)
+    with pytest.raises(UserError, match=r"copy: is not the data that .*run was trained on"):
+        require_training_data(run, recipe.model_copy(update={"data": copied}))

@@ -68,7 +68,7 @@ class Batches(grain.DatasetIterator[Batch]):
         opened = open_sources(config.path, [one.name for one in config.sources], vocabulary)
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}
         self._weights = {source.name: source.weight for source in config.sources}
-        self._fingerprint = _fingerprint(opened, self._weights, seed, split, self._repeat)
+        self._fingerprint = _fingerprint(opened, config, seed, split, self._repeat)
         self._pools = {
             with_images: self._make_pools(with_images, f"{seed} {split} {with_images}")
             for with_images in (True, False)
@@ -240,10 +240,21 @@ def _warn_unused_images(shards: Mapping[str, Shard]) -> None:
     )
 
 
+def training_fingerprint(config: DataConfig, vocabulary: Vocabulary, seed: int) -> str:
+    """Return the `fingerprint` in the state of `Batches` that train on this data.
+
+    Raises:
+        UserError: shards are missing.
+    """
+    opened = open_sources(config.path, [one.name for one in config.sources], vocabulary)
+    return _fingerprint(opened, config, seed, "train", repeat=True)
+
+
 def _fingerprint(
-    opened: dict[str, Shards], weights: dict[str, float], seed: int, split: str, repeat: bool
+    opened: dict[str, Shards], config: DataConfig, seed: int, split: str, repeat: bool
 ) -> str:
     """Return a value that is equal if the same state leads to the same documents."""
+    weights = {source.name: source.weight for source in config.sources}
     infos = {name: shards.info.model_dump(mode="json") for name, shards in opened.items()}
     text = json.dumps([_ORDER_VERSION, infos, weights, seed, split, repeat])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
