@@ -126,7 +126,11 @@ class Run:
         self._write(recipe, self._require_manifest())
 
     def read_recipe(self, schema: type[AnyConfig]) -> AnyConfig:
-        """The recipe of the run, from its manifest."""
+        """The recipe of the run, from its manifest.
+
+        Raises:
+            UserError: the folder is not a run, or its recipe is not valid.
+        """
         return check(schema, self._require_manifest()["recipe"], str(self.manifest))
 
     def copy_tokenizers(self, source: Tokenizers) -> None:
@@ -178,11 +182,19 @@ class Run:
             raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The log's records; see `iter_metrics`."""
+        """The log's records; see `iter_metrics`.
+
+        Raises:
+            UserError: there is no log, or a record is damaged.
+        """
         return list(self.iter_metrics())
 
     def last_metric(self) -> dict[str, Any] | None:
-        """The log's last record; None if there is none yet."""
+        """The log's last record; None if there is none yet.
+
+        Raises:
+            UserError: it is damaged.
+        """
         records = self.read_metrics() if self.metrics.is_file() else []
         return records[-1] if records else None
 

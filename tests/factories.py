@@ -7,12 +7,14 @@ images        `solid_image` (a reference), `image_bytes` (a file's content), `tw
 documents     `ListSource`
 files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
               `write_sources` (captions and text for `tiny_recipe`)
+operations    `OperationCounter`
 recipes       `tiny_recipe`, `write_minimal_recipe` (a file with only the required keys)
 """
 
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.recipe import check
@@ -244,3 +247,15 @@ def tiny_recipe(sources: Path, data: Path, **changes: Any) -> Recipe:
         "aux_router": {**stage, "steps": 6, "checkpoint_every": 2},
     }
     return check(Recipe, values, "tiny").model_copy(update=changes)
+
+
+class OperationCounter(TorchDispatchMode):
+    """Counts the operations inside its context, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.counts[str(operation)] += 1
+        return operation(*arguments, **(options or {}))

@@ -1,4 +1,4 @@
-"""Documents, encoding, packing, mixing and batches: told its rank, never asking for it."""
+"""Documents, encoding, packing, mixing and batches: given its rank."""
 
 import logging
 

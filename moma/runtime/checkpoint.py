@@ -163,7 +163,11 @@ def is_weights_only(path: Path) -> bool:
 
 
 def stored_weights(path: Path) -> Weights:
-    """The model's weights in a checkpoint, by their names in the model, read on demand."""
+    """The model's weights in a checkpoint, by their names in the model, read on demand.
+
+    Raises:
+        UserError: the checkpoint is damaged.
+    """
     reader = _tensor_reader(path)
     try:
         stored = reader.read_metadata()

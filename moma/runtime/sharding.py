@@ -65,6 +65,9 @@ def shard(
         units: modules whose weights are gathered one by one; inner modules before outer ones.
         world: the ranks.
         config: dtypes, and the number of replicas, which has to divide the number of ranks.
+
+    Raises:
+        UserError: the number of ranks is not a multiple of the number of replicas.
     """
     if world.size % config.replicate:
         raise UserError(

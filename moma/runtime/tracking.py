@@ -93,7 +93,12 @@ class MetricsLog:
     """`metrics.jsonl`: a JSON object per line, which other processes can read at once."""
 
     def __init__(self, run: Run, step: int):
-        """Continue after `step`; later records are dropped, since their steps are repeated."""
+        """Continue after `step`; later records are dropped, since their steps are repeated.
+
+        Raises:
+            UserError: a record up to `step` is damaged.
+            StorageError: the file cannot be written.
+        """
         self.path = run.metrics
         with atomic_open(self.path) as file:
             for record in _records_until(run, step):
@@ -135,7 +140,11 @@ class WandB:
     """A run of Weights & Biases with the folder's name; `RUN/wandb-id` holds its id."""
 
     def __init__(self, run: Run, project: str):
-        """Start the run, or continue it."""
+        """Start the run, or continue it.
+
+        Raises:
+            UserError: the package is missing, or `wandb-id` holds something else.
+        """
         try:
             import wandb
         except ImportError as error:

@@ -84,6 +84,9 @@ class CheckpointWriter:
             tensors: by name, sharded or the same on every rank.
             state: JSON-serializable state shared by all ranks.
             rank_state: JSON-serializable state of this rank, besides random number generators.
+
+        Raises:
+            StorageError: the disk is too full, or the previous checkpoint could not be written.
         """
         self.wait()
         final = checkpoint_path(self._folder, step)

@@ -72,7 +72,11 @@ def check_run_folder(run: Run, recipe: Recipe) -> list[str]:
 
 
 def write_run_folder(run: Run, recipe: Recipe) -> None:
-    """Create or update the run folder, after `check_run_folder`; copy missing tokenizers."""
+    """Create or update the run folder, after `check_run_folder`; copy missing tokenizers.
+
+    Raises:
+        UserError: as for `check_run_folder`; or the data has other tokenizers than the run.
+    """
     data = Tokenizers(recipe.data.path)
     changes = check_run_folder(run, recipe)
     if not run.exists:

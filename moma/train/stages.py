@@ -49,7 +49,11 @@ class SourceRun(NamedTuple):
 
 
 def find_source_run(recipe: Recipe, world: World) -> SourceRun | None:
-    """Find and check the run `from`, if the recipe names one; all ranks together."""
+    """Find and check the run `from`, if the recipe names one; all ranks together.
+
+    Raises:
+        UserError: it has another architecture, is not finished, or has nothing to train.
+    """
     if recipe.from_ is None:
         return None
     with raise_on_all_ranks(world):
@@ -86,6 +90,9 @@ def prepare_model(
         world: the ranks.
         source: the run to take weights from; None: random weights.
         resumes: leave the weights uninitialized, to be loaded from a checkpoint.
+
+    Raises:
+        UserError: the source run has another vocabulary.
     """
     if source is not None:
         require_vocabulary(source.checkpoint, vocabulary, recipe.data.path)

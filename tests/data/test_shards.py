@@ -11,18 +11,9 @@ from moma.data.encode.source import encode_source
 from moma.data.provenance import Encoders
 from moma.data.shards import open_shards
 from moma.errors import UserError
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary
 
-VOCABULARY = Vocabulary(
-    size=300,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(5, 21)),
-    codes_per_image=4,
-)
+VOCABULARY = make_vocabulary(300)
 ENCODERS = Encoders(tokenizer="t1", codec="c1")
 
 

@@ -4,35 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moma.model.architecture import ModelConfig
 from moma.model.decoder_layer import Layer
 from moma.model.transformer import Transformer
 from moma.runtime.recompute import recompute
-from moma.vocabulary import Vocabulary
+from tests.factories import OperationCounter, make_vocabulary
 
-VOCABULARY = Vocabulary(
-    size=40,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(20, 40)),
-    codes_per_image=4,
-)
+VOCABULARY = make_vocabulary(codes=range(20, 40))
 PRODUCTS = ("aten.mm.default", "aten.bmm.default", "moma.grouped_product.default")
-
-
-class Counting(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        self.calls[str(operation)] += 1
-        return operation(*arguments, **(options or {}))
 
 
 def calls(groups: str, run: str, how) -> Counter[str]:
@@ -46,9 +26,9 @@ def calls(groups: str, run: str, how) -> Counter[str]:
         for part in [layer] if how == "layer" else [layer.attention, layer.experts]:
             recompute(part, how)
     tokens = torch.arange(5, 37).view(2, 16)
-    with Counting() as counting:
+    with OperationCounter() as counting:
         model(tokens).logits_BSV.square().mean().backward()
-    return counting.calls
+    return counting.counts
 
 
 @pytest.mark.parametrize("run", ["sequential", "batched", "grouped"])

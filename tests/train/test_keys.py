@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
@@ -25,6 +24,7 @@ from moma.train.stages import make_step, objective_of, prepare_model
 from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
 from tests.command_line import moma
+from tests.factories import OperationCounter
 
 WORLD = World(torch.device("cpu"))
 # The test of each key, which fails if the key is ignored; the optimizer's are parametrized below.
@@ -219,16 +219,6 @@ def test_layers_and_loss_are_compiled(tiny, monkeypatch, compiled):
     assert calls == ([type(layer) for layer in model.layers] if compiled else [])
     objective_of(recipe, WORLD.device)
     assert len(calls) == (len(model.layers) + 1 if compiled else 0)
-
-
-class OperationCounter(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
-        self.counts[str(operation)] += 1
-        return operation(*arguments, **(options or {}))
 
 
 def count_operations(recipe: Recipe) -> Counter[str]:

@@ -287,7 +287,11 @@ class ImageCodec(nn.Module):
         return vectors_BDhw, commitment
 
     def save(self, folder: Path) -> None:
-        """Write `config.json` and `model.safetensors` into a folder, which is created if needed."""
+        """Write `config.json` and `model.safetensors` into a folder, which is created if needed.
+
+        Raises:
+            OSError: they cannot be written.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: value.contiguous().cpu() for name, value in self.state_dict().items()}
         save_tensors(weights, folder / _WEIGHTS_FILE)

@@ -21,18 +21,9 @@ from moma.demo.sketches import place
 from moma.errors import UserError
 from moma.images import square_pixels
 from moma.recipe import Config
-from moma.vocabulary import Vocabulary
+from tests.factories import make_vocabulary
 
-VOCABULARY = Vocabulary(
-    size=300,
-    beginning=0,
-    end=1,
-    padding=2,
-    begin_image=3,
-    end_image=4,
-    image_codes=tuple(range(5, 21)),
-    codes_per_image=4,
-)
+VOCABULARY = make_vocabulary(300)
 
 
 class Numbers(Config):
@@ -303,11 +294,11 @@ def test_too_many_rejected_rows_stop_the_run(tmp_path, monkeypatch, bad, count, 
     assert not (tmp_path / "shard").exists()
 
 
-def test_a_higher_share_goes_on_and_mended_rows_are_read_again(tmp_path, monkeypatch):
+def test_a_higher_limit_resumes_and_fixed_rows_are_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 10)
     rows = rows_with(range(100, 110), 200)
     limits = Limits(shard_tokens=50, max_rejected=0.01)
-    for folder in ("allowed", "mended"):
+    for folder in ("allowed", "fixed"):
         with pytest.raises(UserError, match="10 of 110 documents"):
             run(tmp_path / folder, Given(*rows), limits=limits)
     seen = []
@@ -320,10 +311,10 @@ def test_a_higher_share_goes_on_and_mended_rows_are_read_again(tmp_path, monkeyp
     assert seen[0] == 100 and info.rejected == 10 and info.whole.total.documents == 190
     with pytest.raises(UserError, match=r"10 of 200 documents.*row 100 is bad"):
         run(tmp_path / "allowed", Given(*rows), limits=limits)
-    # Every row is a document now, though the source's settings are the same.
-    mended = run(tmp_path / "mended", Given(*["good"] * 200), limits=limits)
-    assert mended.rejected == 0 and mended.whole.total.documents == 200
-    assert rejected_in(tmp_path / "mended") == []
+    # All rows are documents now, although the configuration is the same.
+    fixed = run(tmp_path / "fixed", Given(*["good"] * 200), limits=limits)
+    assert fixed.rejected == 0 and fixed.whole.total.documents == 200
+    assert rejected_in(tmp_path / "fixed") == []
 
 
 def test_rejected_rows_on_disk_are_read_again_after_a_stop(tmp_path):

@@ -13,7 +13,7 @@ from moma.runs import Tokenizers
 from moma.tokenizers.folder import make_text_tokenizer, read_metrics
 from moma.tokenizers.image.codec import ImageCodec
 from moma.vocabulary import Vocabulary
-from tests.data.encode.test_prepare import contents, make_recipe, run
+from tests.data.encode.preparing import contents, make_recipe, run
 
 ROWS = 50
 

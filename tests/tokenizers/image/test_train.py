@@ -73,6 +73,17 @@ def test_the_result_depends_only_on_the_seed():
     assert not again.training
 
 
+def test_golden_losses():
+    """The demo's codec is trained this way; a machine may differ in the last digits."""
+    found: list[dict] = []
+    wider = codec_config(block_channels=[16])
+    train_codec(wider, config(steps=40, log_every=20), IMAGES, progress=found.append)
+    assert [record["loss"] for record in found] == pytest.approx([0.84769, 0.64133], rel=1e-3)
+    expected = pytest.approx([0.004902, 0.006276], rel=0.01)
+    assert [record["commitment"] for record in found] == expected
+    assert not {"perceptual", "adversarial", "discriminator"} & found[1].keys()
+
+
 def test_the_random_state_of_the_caller_is_unchanged():
     torch.manual_seed(5)
     expected = torch.rand(1)

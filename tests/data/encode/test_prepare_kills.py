@@ -1,0 +1,72 @@
+"""`moma prepare`, killed and run again, writes the same bytes as undisturbed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moma.recipe import write_recipe
+from tests.data.encode.preparing import contents, make_recipe, run
+
+
+def start(recipe_file: Path) -> subprocess.Popen[bytes]:
+    """The command line in a process of its own."""
+    root = Path(__file__).parents[3]
+    return subprocess.Popen(
+        [sys.executable, "-m", "moma.cli", "prepare", recipe_file, "--workers", "1", "--json"],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def parts_in(folder: Path) -> int:
+    return len(list(folder.glob("shards/*/train-*.arrow")))
+
+
+def kill_somewhere(process: subprocess.Popen[bytes], folder: Path, draw: random.Random) -> None:
+    """Kill a process: a few parts further on, or at any time before the first one."""
+    if draw.random() < 0.2:
+        until, seconds = float("inf"), draw.uniform(0, 8)
+    else:
+        until, seconds = parts_in(folder) + draw.randint(1, 4), float("inf")
+    end = time.monotonic() + seconds
+    while parts_in(folder) < until and time.monotonic() < end and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0, 0.02))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def assert_kills_change_no_byte(tmp_path: Path, rows: int, kills: int, shard_tokens: int) -> None:
+    undisturbed = make_recipe(tmp_path, rows, "undisturbed", shard_tokens=shard_tokens)
+    expected = run(undisturbed)
+    assert expected.sources["captions"].rejected == len(range(7, rows, 40)) > 1
+    recipe = make_recipe(tmp_path, rows, "killed", shard_tokens=shard_tokens)
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    draw = random.Random(0)
+    for _ in range(kills):
+        process = start(tmp_path / "recipe.toml")
+        kill_somewhere(process, recipe.data.path, draw)
+        assert process.returncode == -signal.SIGKILL, "the run ended before the kill: use more rows"
+    process = start(tmp_path / "recipe.toml")
+    out, error = process.communicate()
+    assert process.returncode == 0, error.decode()
+    assert json.loads(out) == {"path": str(recipe.data.path), **expected.summary()}
+    assert contents(recipe.data.path) == contents(undisturbed.data.path)
+
+
+def test_a_few_kills_change_no_byte(tmp_path):
+    assert_kills_change_no_byte(tmp_path, rows=60, kills=2, shard_tokens=100)
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_byte(tmp_path):
+    assert_kills_change_no_byte(tmp_path, rows=1200, kills=20, shard_tokens=300)
