@@ -279,11 +279,6 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
-def write_recipe(config: Config, path: Path) -> None:
-    """Write a configuration as TOML with all keys that have a value."""
-    path.write_text(to_toml(config), encoding="utf-8")
-
-
 def _parse_toml(value: str) -> Any:
     try:
         return tomllib.loads(f"value = {value}")["value"]

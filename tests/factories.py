@@ -8,7 +8,8 @@ documents     `ListSource`
 files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
               `write_sources` (captions and text for `tiny_recipe`)
 operations    `OperationCounter`
-recipes       `tiny_recipe`, `write_minimal_recipe` (a file with only the required keys)
+recipes       `tiny_recipe`, `write_recipe`, `write_minimal_recipe`
+              (with only the required keys)
 """
 
 import io
@@ -29,7 +30,7 @@ from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moma.data.documents import Document, ImageRef, Rejected
-from moma.recipe import check
+from moma.recipe import Config, check, to_toml
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
 from moma.tokenizers.text import TextTokenizerConfig, train_text_tokenizer, vocabulary_of
@@ -210,6 +211,11 @@ def write_sources(folder: Path) -> None:
     write_captions(folder, captions, images)
     words = ["square", "paper", "colour", "of", "the", "on", "is", "red", "green", "blue"]
     write_paragraphs(folder / "text.txt", [" ".join(random.choice(words, 12)) for _ in range(60)])
+
+
+def write_recipe(config: Config, path: Path) -> None:
+    """Write a configuration with all its keys."""
+    path.write_text(to_toml(config), encoding="utf-8")
 
 
 def write_minimal_recipe(folder: Path) -> Path:

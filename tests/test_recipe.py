@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moma.errors import UserError
-from moma.recipe import Config, check, override, read_recipe, write_recipe
+from moma.recipe import Config, check, override, read_recipe
 from moma.train.recipe import Recipe
-from tests.factories import write_minimal_recipe
+from tests.factories import write_minimal_recipe, write_recipe
 
 DEMO = Path(__file__).parents[1] / "configs" / "demo.toml"
 

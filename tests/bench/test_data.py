@@ -11,9 +11,10 @@ from moma.cli import app
 from moma.data.batches.packing import Packer
 from moma.data.documents import Document, ImageRef
 from moma.errors import UserError
-from moma.recipe import read_recipe, shipped_recipe, write_recipe
+from moma.recipe import read_recipe, shipped_recipe
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
+from tests.factories import write_recipe
 
 SIZES = bench_data.Sizes(batches=3, steps=1, images=6, texts=20, repeats=1)
 REQUIRED = {

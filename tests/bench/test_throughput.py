@@ -12,8 +12,8 @@ from moma.cli import app
 from moma.data.batches.packing import NO_LABEL
 from moma.errors import UserError
 from moma.plan.counts import plan
-from moma.recipe import write_recipe
 from moma.vocabulary import IMAGE
+from tests.factories import write_recipe
 
 SMALL = [
     "model.dim=16", "model.layers=2", "model.heads=2", "data.micro_batch_size=2",

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
-from moma.recipe import write_recipe
 from moma.runtime import world as ranks
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.optimizer import OptimizerConfig, learning_rate
@@ -24,7 +23,7 @@ from moma.train.stages import make_step, objective_of, prepare_model
 from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
 from tests.command_line import moma
-from tests.factories import OperationCounter
+from tests.factories import OperationCounter, write_recipe
 
 WORLD = World(torch.device("cpu"))
 # The test of each key, which fails if the key is ignored; the optimizer's are parametrized below.

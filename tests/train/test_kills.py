@@ -19,7 +19,6 @@ from safetensors import safe_open
 
 from moma.errors import StoppedError
 from moma.evaluate.perplexity import evaluate
-from moma.recipe import write_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World
@@ -27,6 +26,7 @@ from moma.train.chain import read_chain, run_chain
 from moma.train.loop import train
 from moma.train.metrics import TIMING_KEYS
 from moma.train.recipe import Recipe
+from tests.factories import write_recipe
 
 STEPS, CHECKPOINT_EVERY = 48, 4
 ROOT = Path(__file__).parents[2]

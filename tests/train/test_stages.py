@@ -15,7 +15,7 @@ from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.files import lock_folder
 from moma.model.depth import DepthConfig
-from moma.recipe import read_recipe, shipped_recipe, write_recipe
+from moma.recipe import read_recipe, shipped_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in, load_model, newest_intact, read_state
 from moma.runtime.world import World
@@ -27,6 +27,7 @@ from moma.train.restore import load_run
 from moma.train.stages import find_source_run, objective_of, prepare_model
 from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
+from tests.factories import write_recipe
 
 WORLD = World(torch.device("cpu"))
 

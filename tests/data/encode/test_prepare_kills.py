@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moma.recipe import write_recipe
 from tests.data.encode.preparing import contents, make_recipe, run
+from tests.factories import write_recipe
 
 
 def start(recipe_file: Path) -> subprocess.Popen[bytes]:
