@@ -59,7 +59,7 @@ class Sizes:
     batches: int = 100
     steps: int = 2
     images: int = 32
-    texts: int = 5_000
+    texts: int = 30_000
     repeats: int = 5
     cpu_time: bool = False
 

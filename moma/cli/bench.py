@@ -30,7 +30,7 @@ def data(
     batches: Annotated[int, count("micro-batches of each repeat")] = 100,
     steps: Annotated[int, count("training steps")] = 2,
     images: Annotated[int, count("images of each repeat")] = 32,
-    texts: Annotated[int, count("texts of each repeat")] = 5_000,
+    texts: Annotated[int, count("texts of each repeat")] = 30_000,
     repeats: Annotated[int, count("repeats of each measurement")] = 5,
     cpu_time: CpuTime = False,
     as_json: AsJson = False,
