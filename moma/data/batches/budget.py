@@ -160,7 +160,7 @@ def check_packing(budget: Budget, text: float, max_padding: float, packer: Packe
     Raises:
         UserError: text accumulates, or there is more padding.
     """
-    padding = sum(packer.place().padding for _ in range(PACKED)) / (PACKED * budget.size)
+    padding = sum(packer.plan().padding for _ in range(PACKED)) / (PACKED * budget.size)
     if padding <= max_padding:
         return
     most = budget.max_images(text)

@@ -96,7 +96,7 @@ class Batches(grain.DatasetIterator[Batch]):
         if self._repeat:
             return None
         streams = (self._with_images.remaining or 0) + (self._text.remaining or 0)
-        return streams + sum(self._packer.open_documents)
+        return streams + self._packer.open_documents
 
     def close(self) -> None:
         """Stop the reader threads."""

@@ -3,15 +3,15 @@
 MoMa balances text and images in expectation (§3); here every micro-batch holds the same number
 of images, so that the experts of each modality get the same work on every rank and in every step.
 
-Each sequence has a quota: its number of images. The positions that they do not take are free, for
-text; the text share of an image is the free positions divided by the quota. A sequence is packed in
-two passes:
+Each sequence has a quota: its number of images. The positions beside these are free, for text; the
+text allowance of an image is the free positions divided by the quota. A sequence is filled in two
+passes:
 
-1. Images, each together with the text that precedes it in its document, if that leaves every other
-   image of the quota its text share. A document whose next image does not fit waits for a later
-   sequence; text longer than the smallest text share goes into sequences before that of its image.
+1. Images, each together with the text before it in its document, if that leaves every other image
+   of the quota its text allowance. A document whose next image does not fit waits.
 2. Text: the rest of the sequence's own documents, then of open documents (of those with an image to
-   come, all but the text share before it), then new documents without images.
+   come, all but the text allowance before it, so that the image will fit), then new documents
+   without images.
 
 Text is cut where the sequence ends and continues in a later one; an image is never cut.
 """
@@ -29,7 +29,8 @@ from moma.vocabulary import Vocabulary
 # What the loss ignores: torch's default `ignore_index`.
 NO_LABEL = -100
 
-# Documents that may be partly packed at the same time; more means that text accumulates.
+# Documents that may be open: taken from a stream and not yet packed to their end. More means that
+# text accumulates.
 MAX_OPEN_DOCUMENTS = 10_000
 # Keys of a saved state: references to documents with an image to come, and with only text to come.
 _PENDING = ("pending_images", "pending_text")
@@ -58,7 +59,8 @@ class Batch:
         labels_BS: the next id of the same document, also where the document is cut; −100 at a
             document's last token and on padding. They are already shifted: do not shift them
             again.
-        documents_BS: index of the piece of a document within its sequence; −1 on padding.
+        documents_BS: index of the token's piece within its sequence; −1 on padding. Attention
+            stays within a piece.
         positions_BS: position inside the piece, from 0; 0 on padding.
         images: number of images.
         padding: number of padding positions.
@@ -122,25 +124,23 @@ class Packer:
             vocabulary: the ids.
             with_images: documents with at least one image; not read if `images` is 0.
             text: documents without images.
-            max_open_documents: documents that may be partly packed at the same time.
+            max_open_documents: maximum number of open documents, after which text accumulates.
         """
         self._micro_batch_size, self._sequence_length = micro_batch_size, sequence_length
         self._images, self._vocabulary = images, vocabulary
         self._with_images, self._text = with_images, text
         self._max_open_documents = max_open_documents
-        # The text share of the sequence with the largest quota: longer text may never fit.
+        # That of the sequence with the largest quota: longer text may never fit.
         largest_quota = -(-images // micro_batch_size)
-        self._text_share = self._empty_sequence(largest_quota).text_share
+        self._text_allowance = self._empty_sequence(largest_quota).text_allowance
         self._packed = 0
         self._pending_images: list[DocumentCursor] = []  # documents with an image to come
         self._pending_text: list[DocumentCursor] = []  # documents with only text to come
 
     @property
-    def open_documents(self) -> tuple[int, int]:
-        """Number of documents that are partly packed: with images, text-only."""
-        total = len(self._pending_images) + len(self._pending_text)
-        text_only = sum(cursor.images == 0 for cursor in self._pending_text)
-        return total - text_only, text_only
+    def open_documents(self) -> int:
+        """Number of documents that are not packed to their end."""
+        return len(self._pending_images) + len(self._pending_text)
 
     def pack(self) -> Batch:
         """Return the next micro-batch.
@@ -149,7 +149,7 @@ class Packer:
             UserError: the documents have more text beside each image than the sequences have
                 positions for.
         """
-        layout = self.place()
+        layout = self.plan()
         shape = (self._micro_batch_size, self._sequence_length)
         batch = Batch(
             tokens_BS=np.full(shape, self._vocabulary.padding, dtype=np.int64),
@@ -167,7 +167,7 @@ class Packer:
             _write_sequence(batch, index, pieces)
         return batch
 
-    def place(self) -> Layout:
+    def plan(self) -> Layout:
         """Decide what the next micro-batch holds, without copying ids; `pack` does both.
 
         Raises:
@@ -239,8 +239,8 @@ class Packer:
                 sequence.place_image(cursor)
             if not cursor.images_left:
                 self._pending_images.remove(cursor)
-                # A caption after its image stays with it, if that leaves others their text share.
-                sequence.place_text(cursor, min(cursor.text_ahead, sequence.unshared))
+                # A caption after its image stays with it, if that leaves others their allowance.
+                sequence.place_text(cursor, min(cursor.text_ahead, sequence.free_beyond_allowances))
 
     def _open_next(self, sequence: "_Sequence") -> "DocumentCursor | None":
         """Open documents with images until one fits the sequence; None if there are no more."""
@@ -256,7 +256,7 @@ class Packer:
         """Fill the sequence: text of its own documents, then of open ones, then of new ones."""
         for cursor in [*sequence.starts, *self._pending_text, *self._pending_images]:
             # The text just before an image is kept for the sequence of the image.
-            keep = self._text_share if cursor.images_left else 0
+            keep = self._text_allowance if cursor.images_left else 0
             sequence.place_text(cursor, min(max(cursor.text_ahead - keep, 0), sequence.free))
         while sequence.free and (document := next(self._text, None)) is not None:
             cursor = self._open(document)
@@ -269,7 +269,7 @@ class Packer:
 
     def _check_open_documents(self) -> None:
         """Stop if text accumulates: documents are opened faster than they are packed."""
-        if len(self._pending_images) + len(self._pending_text) < self._max_open_documents:
+        if self.open_documents <= self._max_open_documents:
             return
         cursors = [*self._pending_images, *self._pending_text]
         tokens = sum(len(cursor.document.ids) for cursor in cursors)
@@ -278,8 +278,8 @@ class Packer:
             f"{len(cursors)} documents wait to be packed further: they have "
             f"{tokens / images - self._vocabulary.image_span:.0f} text tokens beside each image, "
             f"but {self._images} images in {self._micro_batch_size} sequences of "
-            f"{self._sequence_length} leave room for {self._text_share} in the fullest sequence; "
-            "lower image_share, raise sequence_length or shorten the texts beside images"
+            f"{self._sequence_length} leave room for {self._text_allowance} in the fullest "
+            "sequence; lower image_share, raise sequence_length or shorten the texts beside images"
         )
 
 
@@ -331,7 +331,7 @@ class _Sequence:
         missing_images: images of the quota that are not placed yet; their positions are reserved.
         images: number of images placed.
         free: number of positions that are neither used nor reserved.
-        text_share: free positions that each image of the quota may use in any case.
+        text_allowance: free positions that each image of the quota may use in any case.
         starts: the documents in the sequence, each with the offset at which its piece begins.
     """
 
@@ -339,18 +339,18 @@ class _Sequence:
         self.missing_images = quota
         self.images = 0
         self.free = length - quota * span
-        self.text_share = self.free // quota if quota else 0
+        self.text_allowance = self.free // quota if quota else 0
         self.starts: dict[DocumentCursor, int] = {}
         self._span = span
 
     @property
-    def unshared(self) -> int:
-        """Free positions beyond the text shares of the missing images."""
-        return self.free - self.missing_images * self.text_share
+    def free_beyond_allowances(self) -> int:
+        """Free positions beyond the text allowances of the missing images."""
+        return self.free - self.missing_images * self.text_allowance
 
     def fits(self, cursor: DocumentCursor) -> bool:
         """Return whether the document's next image may be placed, with the text before it."""
-        return cursor.text_ahead <= self.unshared + self.text_share
+        return cursor.text_ahead <= self.free_beyond_allowances + self.text_allowance
 
     def place_image(self, cursor: DocumentCursor) -> None:
         """Place the document's next image and the text before it."""

@@ -99,7 +99,7 @@ def test_an_epoch_shows_every_token_once_and_in_order(with_images, text, shape):
     packer = Packer(batch_size, length, images, VOCABULARY, iter(image_documents), iter(with_text))
     batches = pack_all(packer)
     assert_shows_once(batches, image_documents + with_text)
-    assert packer.open_documents == (0, 0)
+    assert packer.open_documents == 0
 
 
 @given(kinds_with_images.filter(len), text_kinds.filter(len), shapes)
@@ -184,7 +184,7 @@ def test_a_layout_is_that_of_the_batch(with_images, text, shape):
         streams = iter(documents_of(with_images)), iter(documents_of(text, first=100))
         packers.append(Packer(batch_size, length, images, VOCABULARY, *streams))
     for _ in range(5):
-        layout, batch = packers[0].place(), packers[1].pack()
+        layout, batch = packers[0].plan(), packers[1].pack()
         assert (layout.images, layout.padding) == (batch.images, batch.padding)
         assert batch.padding == (batch.documents_BS < 0).sum()
         pieces = itertools.chain.from_iterable(layout.sequences)
@@ -233,6 +233,6 @@ def test_accumulating_text_is_refused_with_numbers():
     with_images = itertools.cycle([encode(0, [100, None])])
     packer = Packer(1, 20, 3, VOCABULARY, with_images, iter([]), max_open_documents=50)
     with pytest.raises(
-        UserError, match=r"50 documents wait.*102 text tokens.*room for 0 in the fullest .*lower"
+        UserError, match=r"51 documents wait.*102 text tokens.*room for 0 in the fullest .*lower"
     ):
         packer.pack()
