@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
@@ -347,6 +347,14 @@ def square_pixels(image: Image.Image, size: int) -> np.ndarray:
     resized = opaque.resize((width, height), Image.Resampling.LANCZOS)
     left, top = (width - size) // 2, (height - size) // 2
     return np.array(resized.crop((left, top, left + size, top + size)))
+
+
+def png_bytes(image: Any, **options: Any) -> bytes:
+    """Return the PNG file of an image or a Matplotlib figure; `options` are those of its writer."""
+    buffer = io.BytesIO()
+    write = image.save if isinstance(image, Image.Image) else image.savefig
+    write(buffer, format="png", **options)
+    return buffer.getvalue()
 
 
 def on_white(image: Image.Image) -> Image.Image:

@@ -93,6 +93,12 @@ def in_order(ctx: typer.Context, **given: Sequence[Any]) -> list[Any]:
     return [next(values[name]) for name in ctx.meta[_ORDER] if name in values]
 
 
+def refuse_unused(ctx: typer.Context, reason: str, *names: str) -> None:
+    """Raise `UserError` if one of these options was given, which has no effect for this reason."""
+    if given := [f"--{name.replace('_', '-')}" for name in names if name in ctx.meta[_ORDER]]:
+        raise UserError(f"{', '.join(given)}: no effect {reason}; leave it out")
+
+
 def readable_recipe(recipe: Path) -> Path:
     """Refuse a file that is not TOML at once; the verb validates its keys and values."""
     from moma.recipe import read_values

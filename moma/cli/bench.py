@@ -5,9 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
-from moma.cli.arguments import COUNT_LIMIT, App, AsJson, CpuTime, files_and_overrides, load_recipe
+from moma.cli.arguments import (
+    COUNT_LIMIT,
+    App,
+    AsJson,
+    CpuTime,
+    files_and_overrides,
+    load_recipe,
+    refuse_unused,
+)
 from moma.cli.output import key_values, print_result, records
 from moma.errors import UserError
 
@@ -79,6 +87,7 @@ def layer(
 
 @app.command()
 def throughput(
+    ctx: Context,
     recipes: Annotated[
         list[str] | None,
         Argument(help="recipes, the first is the baseline; and changes to all of them"),
@@ -99,6 +108,8 @@ def throughput(
     as_json: AsJson = False,
 ) -> None:
     """Measure steps of `moma train` on synthetic documents: tokens a second, MFU, memory."""
+    if not table2:
+        refuse_unused(ctx, "without --table2", "row", "only")
     from moma.bench import throughput as bench
 
     paths, overrides = files_and_overrides(recipes or ())

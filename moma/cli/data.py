@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
-from moma.cli.arguments import App, AsJson, Overrides, RecipeFile, load_recipe
+from moma.cli.arguments import App, AsJson, Overrides, RecipeFile, load_recipe, refuse_unused
 from moma.cli.output import print_result
 from moma.study.tables import Table
 
@@ -39,10 +39,11 @@ def prepare(
 
 @inspecting.command()
 def inspect(
+    ctx: Context,
     folder: Annotated[Path, Argument(help="a folder that `moma prepare` wrote")],
     source: Annotated[str | None, Option(help="only this source")] = None,
     document: Annotated[
-        int | None, Option(min=0, max=2**62, help="decode this document of the source, from 0 on")
+        int | None, Option(min=1, max=2**62, help="decode this document of the source, from 1 on")
     ] = None,
     split: Annotated[
         Literal["train", "held_out"], Option(help="documents that --document counts")
@@ -51,6 +52,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show counts and lengths of a prepared folder, or one document as text and images."""
+    if document is None:
+        refuse_unused(ctx, "without --document", "split")
     from moma.data import inspect as data
 
     out = out or folder / "inspect"

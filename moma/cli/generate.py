@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Context, Option
 
-from moma.cli.arguments import App, RunFolder, in_order
+from moma.cli.arguments import App, RunFolder, in_order, refuse_unused
 from moma.cli.output import notice
 from moma.errors import UserError
 
@@ -29,9 +29,13 @@ def generate(
     ] = None,
     mode: Annotated[Literal["text", "image", "mixed"], Option(help="what to generate")] = "mixed",
     out: Annotated[Path, Option(help="folder for images")] = Path("."),
-    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="seed of the sampling")] = 0,
+    seed: Annotated[
+        int, Option(min=0, max=2**32 - 1, help="seed of the sampling, unless the temperature is 0")
+    ] = 0,
     temperature: Annotated[float, Option(help="0: always the most likely token")] = 0.7,
-    top_p: Annotated[float, Option(help="probability of the tokens to sample from")] = 0.9,
+    top_p: Annotated[
+        float, Option(help="probability of the tokens to sample from, unless the temperature is 0")
+    ] = 0.9,
 ) -> None:
     """Continue a prompt: text is printed, images are written as new PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
@@ -39,6 +43,8 @@ def generate(
         raise UserError("nothing to continue: give --prompt, --image or both")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
+    if mode == "text":
+        refuse_unused(ctx, "with --mode text, which writes no images", "out")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name another")
     import moma

@@ -1,19 +1,33 @@
 """`moma plan`: the cost of a recipe."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
-from typer import Option
+from typer import Context, Option
 
-from moma.cli.arguments import COUNT_LIMIT, App, AsJson, Overrides, RecipeFile, load_recipe
+from moma.cli.arguments import (
+    COUNT_LIMIT,
+    App,
+    AsJson,
+    Overrides,
+    RecipeFile,
+    load_recipe,
+    refuse_unused,
+)
 from moma.cli.output import print_result
 from moma.errors import UserError
 from moma.study.tables import Table
 
 app = App()
+_COUNT = {"T": 1e12, "B": 1e9, "M": 1e6, "k": 1e3, "": 1}
+_DECIMAL = {" T": 1e12, " G": 1e9, " M": 1e6, " k": 1e3, " ": 1}
+_BYTES = {" GiB": 2**30, " MiB": 2**20, " KiB": 2**10, " B": 1}
+_SECONDS = {" days": 86_400, " h": 3600, " min": 60, " s": 1, " ms": 1e-3, " µs": 1e-6}
 
 
 @app.command()
 def plan(
+    ctx: Context,
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpus: Annotated[
@@ -28,6 +42,8 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """Count a recipe's parameters and FLOPs by part; nothing is allocated."""
+    if gpus is None:
+        refuse_unused(ctx, "without --gpus", "mfu", "peak", "link", "memory", "price")
     amounts = (peak, link, memory)
     if not (1e-6 <= mfu <= 1 and all(1e-6 <= value <= 1e12 for value in amounts)):
         raise UserError("--mfu must be 1e-6 to 1, and --peak, --link and --memory 1e-6 to 1e12")
@@ -62,8 +78,8 @@ def _counts(title: str, result: dict[str, Any]) -> Table:
     rows = [
         (
             part,
-            *(_short(count) if count else "" for count in (parameters, active)),
-            f"{flops / 1e9:.3f}" if flops else "",
+            *(_scaled(count, _COUNT) if count else "" for count in (parameters, active)),
+            _significant(flops / 1e9) if flops else "",
         )
         for part, (parameters, active, flops) in counts.items()
         if parameters or active or flops
@@ -78,9 +94,11 @@ def _caption(result: dict[str, Any]) -> str:
         f"{result['tokens_per_step']:,} tokens a step and rank",
     ]
     if result["auxiliary_parameters"]:
-        parts.append(f"{_short(result['auxiliary_parameters'])} in auxiliary routers")
+        parts.append(f"{_scaled(result['auxiliary_parameters'], _COUNT)} in auxiliary routers")
     if result["empty_slot_flops_per_token"]:
-        parts.append(f"{result['empty_slot_flops_per_token'] / 1e9:.3f} GFLOPs on empty slots")
+        parts.append(
+            f"{_significant(result['empty_slot_flops_per_token'] / 1e9)} GFLOPs on empty slots"
+        )
     return ", ".join(parts)
 
 
@@ -88,40 +106,49 @@ def _memory(result: dict[str, Any]) -> Table:
     memory, machine = result["memory"], result["machine"]
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
     parts = ("parameters", "gradients", "optimizer", "gathered_units", "activations")
-    rows = [(part.replace("_", " "), f"{memory[part] / 2**30:,.2f}") for part in parts]
+    rows = [(part.replace("_", " "), _scaled(memory[part], _BYTES)) for part in parts]
     return Table(
         f"memory of one of {machine['gpus']:,} GPUs",
         f"rank {memory['largest_rank']}, which needs most; {verdict} in "
-        f"{machine['memory'] / 2**30:,.0f} GiB",
-        ("part", "GiB"),
-        [*rows, ("all", f"{memory['total'] / 2**30:,.2f}")],
+        + _scaled(machine["memory"], _BYTES),
+        ("part", "memory"),
+        [*rows, ("all", _scaled(memory["total"], _BYTES))],
     )
 
 
 def _job(result: dict[str, Any]) -> Table:
     time, sent, machine = result["time"], result["communication"], result["machine"]
+    share = sent["part_of_step"]
+    part = f"{_significant(100 * share)}% of its time"
+    if share > 1:
+        part = f"{_significant(share)} times as long as the step, so it limits the speed"
+    tokens, of_step = (_scaled(time[key], _COUNT) for key in ("tokens", "tokens_per_step"))
     return Table(
         "time, cost and communication",
-        f"at {machine['mfu']:.0%} of {machine['peak'] / 1e12:,.0f} TFLOP/s, "
-        f"{machine['link'] / 1e9:,.0f} GB/s, {machine['price']:g} a GPU-hour",
+        f"at {_significant(100 * machine['mfu'])}% of {_scaled(machine['peak'], _DECIMAL)}FLOP/s, "
+        f"{_scaled(machine['link'], _DECIMAL)}B/s, {machine['price']:g} a GPU-hour",
         (),
         [
-            ("tokens", f"{_short(time['tokens'])}, {_short(time['tokens_per_step'])} a step"),
+            ("tokens", f"{tokens}, {of_step} a step"),
             ("FLOPs", f"{time['flops']:.3g}"),
-            ("a step", f"{time['step_seconds']:,.2f} s"),
-            ("speed", f"{time['tokens_per_second']:,.0f} tokens/s"),
-            ("training", f"{time['days']:,.1f} days, {time['gpu_hours']:,.0f} GPU-hours"),
-            ("cost", f"{time['cost']:,.0f}"),
-            ("weights gathered", f"{sent['gathered'] / 1e9:,.2f} GB a step and GPU"),
-            ("gradients reduced", f"{sent['reduced'] / 1e9:,.2f} GB a step and GPU"),
-            ("sending", f"{sent['seconds']:,.2f} s a step, {sent['part_of_step']:.0%} of its time"),
+            ("a step", _scaled(time["step_seconds"], _SECONDS)),
+            ("speed", f"{_scaled(time['tokens_per_second'], _COUNT)} tokens/s"),
+            ("training", _scaled(86_400 * time["days"], _SECONDS)),
+            ("GPU-hours", _significant(time["gpu_hours"])),
+            ("cost", _significant(time["cost"])),
+            ("weights gathered", f"{_scaled(sent['gathered'], _DECIMAL)}B a step and GPU"),
+            ("gradients reduced", f"{_scaled(sent['reduced'], _DECIMAL)}B a step and GPU"),
+            ("sending", f"{_scaled(sent['seconds'], _SECONDS)} a step, {part}"),
         ],
     )
 
 
-def _short(count: float) -> str:
-    """1,234,567 as 1.23M."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:{'.3g' if count < 999.5 * size else '.0f'}}{unit}"
-    return f"{count:.0f}"
+def _scaled(value: float, units: Mapping[str, float]) -> str:
+    """A value in the largest of some units, sorted by size, of which it is at least one."""
+    unit = next((unit for unit, size in units.items() if value >= size), [*units][-1])
+    return f"{_significant(value / units[unit])}{unit}"
+
+
+def _significant(value: float) -> str:
+    """Three significant digits, or all digits before the decimal point."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"

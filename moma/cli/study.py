@@ -7,7 +7,6 @@ from typer import Argument, Option
 
 from moma.cli.arguments import App, AsJson
 from moma.cli.output import print_result
-from moma.errors import UserError
 
 app = App()
 
@@ -19,8 +18,6 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs in one self-contained HTML page."""
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a file in it, such as {out}/report.html")
     from moma.runs import Run
     from moma.study.compare import compare, comparison_tables
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
 from moma.cli.arguments import (
     App,
@@ -15,6 +15,7 @@ from moma.cli.arguments import (
     files_and_overrides,
     load_recipe,
     readable_recipe,
+    refuse_unused,
 )
 from moma.cli.output import key_values, notice, print_result
 from moma.errors import UserError
@@ -130,6 +131,7 @@ def import_chameleon(
 
 @app.command()
 def show(
+    ctx: Context,
     folder: Annotated[Path, Argument(help="a run, prepared data, or a tokenizers' folder")],
     image: Annotated[Path | None, Option(help="an image to encode and decode")] = None,
     text: Annotated[str | None, Option(help="a text to encode and decode")] = None,
@@ -141,8 +143,8 @@ def show(
     """Encode an image or a text, and show the ids and what they decode to."""
     if (image is None) == (text is None):
         raise UserError("give either --image or --text")
-    if out.is_dir():
-        raise UserError(f"--out {out}: is a folder; name a PNG file")
+    if image is None:
+        refuse_unused(ctx, "without --image", "out")
     if image is not None:
         result = _show_image(folder, image, out)
         table = key_values(folder, result)
@@ -155,20 +157,20 @@ def show(
 
 
 def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
-    from moma.data.outputs import mark_output
-    from moma.images import read_image
+    from moma.data.outputs import require_replaceable, write_output
+    from moma.images import png_bytes, read_image
     from moma.runs import Tokenizers
     from moma.runtime.world import local_device
     from moma.tokenizers.image.codec import ImageCodec, preprocess
     from moma.tokenizers.image.metrics import side_by_side, signal_to_noise
 
+    require_replaceable(out)
     codec = ImageCodec.load(Tokenizers(folder).codec).to(local_device())
     opened = read_image(image, "--image", "choose another")
     original_3HW = preprocess(opened, codec.config.image_size)
     codes_BL = codec.encode(original_3HW[None].to(local_device()))
     reconstruction_3HW = codec.decode(codes_BL)[0].cpu()
-    mark_output(out.parent, out.name)
-    side_by_side(original_3HW, reconstruction_3HW).save(out, format="PNG")
+    write_output(out, png_bytes(side_by_side(original_3HW, reconstruction_3HW)))
     squared = (reconstruction_3HW - original_3HW).square().sum().item()
     return {
         "image": str(out),

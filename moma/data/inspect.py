@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from moma.data.outputs import mark_output
+from moma.data.outputs import write_output
 from moma.data.shards import SPLITS, Shards, open_sources
 from moma.errors import UserError, list_names
+from moma.images import png_bytes
 from moma.recipe import recipe_value
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, to_pil
@@ -43,7 +44,6 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
     sources = {name: _describe(shards, vocabulary) for name, shards in opened.items()}
     keys = ("documents", "tokens", "text_tokens", "image_tokens", "images", "rejected")
     figure = out / "lengths.png"
-    mark_output(out, figure.name)
     _plot({name: counts["lengths"] for name, counts in sources.items()}, figure)
     return {
         "path": str(folder),
@@ -67,7 +67,7 @@ def lengths_as_text(result: dict[str, Any]) -> str:
 
 
 def decode_document(
-    folder: Path, source: str | None, split: str, row: int, out: Path
+    folder: Path, source: str | None, split: str, document: int, out: Path
 ) -> dict[str, Any]:
     """Decode an encoded document to text and images.
 
@@ -75,11 +75,11 @@ def decode_document(
         folder: a data folder.
         source: name of the source; may be None if there is only one.
         split: `train` or `held_out`.
-        row: the document's row in that split, from 0.
+        document: number of the document in that split, from 1.
         out: folder for the images.
 
     Returns:
-        `source`, `split`, `row`, `name`, `tokens`, and `segments`, each with `type` (`text` or
+        `source`, `split`, `document`, `name`, `tokens`, and `segments`, each with `type` (`text` or
         `image`) and `text`, or `image`: the path of a PNG file.
 
     Raises:
@@ -89,27 +89,31 @@ def decode_document(
     opened = _open(folder, source, vocabulary)
     if len(opened) > 1:
         names = list_names(opened).replace(", ", " or ")
-        raise UserError(f"--document {row}: name one of the sources: --source {names}")
+        raise UserError(f"--document {document}: name one of the sources: --source {names}")
     if split not in SPLITS:
         raise UserError(f"--split {split}: use {' or '.join(SPLITS)}")
     ((name, shards),) = opened.items()
     shard = shards.splits[split]
-    if not 0 <= row < len(shard):
-        raise UserError(f"--document {row}: {name} has {len(shard)} documents in {split}, from 0")
-    ids = shard.ids(row)
+    if not 1 <= document <= len(shard):
+        raise UserError(
+            f"--document {document}: {name} has the documents 1 to {len(shard)} in {split}"
+            if len(shard)
+            else f"--document {document}: {name} has no documents in {split}"
+        )
+    ids = shard.ids(document - 1)
     return {
         "source": name,
         "split": split,
-        "row": row,
-        "name": shard.dataset[row]["name"],
+        "document": document,
+        "name": shard.dataset[document - 1]["name"],
         "tokens": len(ids),
-        "segments": _decode(ids, Tokenizers(folder), vocabulary, out, f"{name}-{split}-{row}"),
+        "segments": _decode(ids, Tokenizers(folder), vocabulary, out, f"{name}-{split}-{document}"),
     }
 
 
 def document_as_text(decoded: dict[str, Any]) -> str:
     """Return a document of `decode_document` for reading."""
-    title = "{source}, {split}, row {row}: {name} ({tokens} tokens)".format(**decoded)
+    title = "{source}, {split}, document {document}: {name} ({tokens} tokens)".format(**decoded)
     return "\n".join([title, *(one.get("text") or one["image"] for one in decoded["segments"])])
 
 
@@ -132,8 +136,7 @@ def _decode(
         images += 1
         path = out / f"{name}-{images}.png"
         codes_L = torch.from_numpy(vocabulary.code_of_id[part[1:-1]])
-        mark_output(out, path.name)
-        to_pil(codec.decode(codes_L[None])[0]).save(path)
+        write_output(path, png_bytes(to_pil(codec.decode(codes_L[None])[0])))
         segments.append({"type": "image", "image": str(path)})
     return segments
 
@@ -196,4 +199,4 @@ def _plot(histograms: Mapping[str, dict[str, list[int]]], path: Path) -> None:
         panel.set_ylabel("documents")
         panel.set_title(name, loc="left", fontsize="medium")
     panels[-1].set_xlabel("tokens of a document")
-    figure.savefig(path, dpi=100)
+    write_output(path, png_bytes(figure, dpi=100))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moma.data.encode.prepare import prepare
-from moma.data.outputs import mark_output
+from moma.data.outputs import mark_output, require_replaceable, write_output
 from moma.demo.scoring import (
     Captioned,
     Drawn,
@@ -30,6 +30,7 @@ from moma.demo.scoring import (
 from moma.demo.sketches import SketchesConfig
 from moma.errors import UserError
 from moma.generate.decode import Sampling
+from moma.images import png_bytes
 from moma.progress import show_progress
 from moma.recipe import read_recipe, shipped_recipe
 from moma.runs import Run
@@ -104,6 +105,8 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
     ]
     for each in recipes:
         refuse_other_recipe(Run(each.run), each)
+    for name in _FILES:
+        require_replaceable(out / name)
     mark_output(out, "data", *ARCHITECTURES, *_FILES)
     clock = Clock(out / "minutes.json")
     _prepare_and_train(recipe, recipes, clock, quiet)
@@ -118,7 +121,7 @@ def run_demo(out: Path, overrides: Sequence[str], quiet: bool = False) -> dict[s
         "minutes": clock.minutes,
     }
     _write_report(out, measured, sketches, result)
-    (out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    write_output(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
@@ -157,7 +160,7 @@ class Clock:
             yield
         finally:
             self.minutes[stage] = round(before + (time.monotonic() - start) / 60, 2)
-            self.path.write_text(json.dumps(self.minutes) + "\n")
+            write_output(self.path, (json.dumps(self.minutes) + "\n").encode())
 
 
 def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
@@ -267,7 +270,7 @@ def _write_report(
     page.write(out / "report.html")
     drawn = sketches[measured[-1].name].some(16)
     shown = [(each.image, each.sketch.caption, _mark(each.right)) for each in drawn]
-    figures.sheet(shown).savefig(out / "sheet.png", dpi=100)
+    write_output(out / "sheet.png", png_bytes(figures.sheet(shown), dpi=100))
 
 
 def _image_grid(sketches: Mapping[str, Sketches], size: int) -> str:

@@ -55,9 +55,9 @@ def load_chameleon_codec(path: Path, image_size: int | None = None) -> ImageCode
         UserError: the weights cannot be read, are not Chameleon's, or contradict `config.json`.
     """
     declared = _declared_shape(path)
-    size = image_size or declared.get("resolution", _IMAGE_SIZE)
+    size, tensors = image_size or declared.get("resolution", _IMAGE_SIZE), _read(path)
     try:
-        codec = from_original_layout(_read(path), size)
+        codec = from_original_layout(tensors, size)
         shape = vq_config(codec.config) if declared else {}
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -178,7 +178,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         short = _PREFIX.sub("", name)
         if short in found:
-            raise UserError(f"{short} occurs twice, with and without the prefix of a model")
+            raise UserError(f"{path}: {short} occurs twice, with and without a model's prefix")
         found[short] = value
     return found
 

@@ -12,6 +12,7 @@ import torch
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import Batch
+from moma.data.outputs import require_replaceable
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.generate.mixed import MixedModel
@@ -118,8 +119,10 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
     """Measure runs, write the page, and return the `summary`.
 
     Raises:
-        UserError: a folder is not a run, has no checkpoint or is given twice.
+        UserError: a folder is not a run, has no checkpoint or is given twice, or `out` is a file
+            that moma did not write.
     """
+    require_replaceable(out)
     folders = [run.path.resolve() for run in runs]
     if repeated := [run.path for run in runs if folders.count(run.path.resolve()) > 1]:
         raise UserError(f"{repeated[0]}: given {len(repeated)} times; name each run once")

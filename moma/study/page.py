@@ -3,14 +3,13 @@
 import base64
 import html
 from collections.abc import Iterable, Sequence
-from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moma.data.outputs import mark_output
-from moma.files import atomic_write
+from moma.data.outputs import write_output
+from moma.images import png_bytes
 from moma.study.tables import Table, number
 
 _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
@@ -29,16 +28,15 @@ class Page:
         self._parts.append(f"<section><h2>{html.escape(title)}</h2>\n{body}\n</section>")
 
     def write(self, path: Path) -> None:
-        """Write the page atomically."""
-        mark_output(path.parent, path.name)
+        """Write the page; raises `UserError` if a file is there that moma did not write."""
         body = "\n".join(self._parts)
-        atomic_write(
-            path,
+        page = (
             f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             f"<meta name='viewport' content='width=device-width'>"
             f"<title>{html.escape(self._title)}</title><style>\n{_STYLE}</style></head>"
-            f"<body><main>\n{body}\n</main></body></html>\n",
+            f"<body><main>\n{body}\n</main></body></html>\n"
         )
+        write_output(path, page.encode())
 
 
 def paragraph(text: str) -> str:
@@ -58,17 +56,14 @@ def table(content: Table) -> str:
 
 def figure(plot: Figure) -> str:
     """A matplotlib figure as an embedded PNG."""
-    buffer = BytesIO()
-    plot.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
-    return f"<img alt='' src='{_data_url(buffer.getvalue())}'>"
+    png = png_bytes(plot, dpi=110, bbox_inches="tight")
+    return f"<img alt='' src='{_data_url(png)}'>"
 
 
 def tile(image: Image.Image, title: str, mark: str = "") -> str:
     """A small image, framed by `mark`: `ok`, `half`, `no`, or nothing."""
-    buffer = BytesIO()
-    image.save(buffer, format="png", optimize=True)
     text = html.escape(title)
-    source = _data_url(buffer.getvalue())
+    source = _data_url(png_bytes(image, optimize=True))
     return f"<img class='tile {mark}' alt='{text}' title='{text}' src='{source}'>"
 
 

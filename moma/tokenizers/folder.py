@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from moma.data.outputs import TOKENIZER_ENTRIES, mark_output
+from moma.data.outputs import TOKENIZER_ENTRIES, is_output, mark_output
 from moma.errors import UserError
 from moma.files import atomic_replace, atomic_write
 from moma.progress import show_progress
@@ -90,6 +90,8 @@ def make_codec(
             the folder has another configuration.
     """
     _require_absent(folder.codec)
+    if not is_output(folder.path / _TRAINING):
+        _require_absent(folder.path / _TRAINING)
     if folder.text.exists():
         vocabulary = _vocabulary_in(folder.text, config.codes_per_image)
         _require_fit(len(vocabulary.image_codes), config.codebook_size, folder)

@@ -170,10 +170,10 @@ def _inspect(
 
 
 def _by_source(sequences: Sequence[Sequence[tuple[str, int]]]) -> dict[str, list[int]]:
-    """The documents of a micro-batch by source, each once."""
+    """Numbers of a micro-batch's documents, from 1, by source."""
     found: dict[str, set[int]] = {}
-    for source, document in (piece for sequence in sequences for piece in sequence):
-        found.setdefault(source, set()).add(document)
+    for source, row in (piece for sequence in sequences for piece in sequence):
+        found.setdefault(source, set()).add(row + 1)
     return {source: sorted(documents) for source, documents in sorted(found.items())}
 
 

@@ -5,13 +5,13 @@ import pytest
 from moma.data.outputs import exclude_outputs
 from moma.demo.run import run_demo
 from moma.study.page import Page
-from tests.command_line import succeeds
+from tests.command_line import moma, refuses, succeeds
 
 VERBS = {
     "inspect": ["data", "inspect", "{trained}/data", "--out", "{out}"],
     "inspect document": [
         *["data", "inspect", "{trained}/data", "--source", "captions"],
-        *["--document", "0", "--out", "{out}"],
+        *["--document", "1", "--out", "{out}"],
     ],
     "train-text": [
         *["tokenizer", "train-text", "{trained}/words.txt", "--out", "{out}"],
@@ -55,6 +55,48 @@ def test_a_report_is_marked(tmp_path):
     (tmp_path / "mine.html").touch()
     Page("title", "introduction").write(tmp_path / "report.html")
     assert files_read(tmp_path) == ["mine.html"]
+
+
+FILES = {
+    "report": (["report", "{trained}/run", "--out", "{out}/page.html"], "page.html"),
+    "show": ([*VERBS["show"][:-1], "{out}/page.html"], "page.html"),
+    "inspect": (VERBS["inspect"], "lengths.png"),
+    "inspect document": (VERBS["inspect document"], "captions-train-1-1.png"),
+    "codec training": (VERBS["train-image"], "codec_training"),
+}
+
+
+@pytest.mark.parametrize("verb", FILES)
+def test_files_of_the_user_are_not_overwritten(trained, tmp_path, verb):
+    call, name = FILES[verb]
+    file = tmp_path / name
+    file.write_text("mine")
+    call = [word.format(trained=trained, out=tmp_path) for word in call]
+    code, _, message = moma(*call)
+    assert code == 2 and str(file) in message and "exists" in message and "--out" in message
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("verb", ["show", "inspect", "inspect document"])
+def test_own_files_are_replaced_unless_they_were_changed(trained, tmp_path, verb):
+    call, name = FILES[verb]
+    call = [word.format(trained=trained, out=tmp_path) for word in call]
+    succeeds(*call)
+    succeeds(*call)
+    (tmp_path / name).write_bytes(b"edited")
+    assert "was changed since" in refuses(*call)
+    assert (tmp_path / name).read_bytes() == b"edited"
+
+
+@pytest.mark.parametrize("name", ["result.json", "report.html", "minutes.json", "sheet.png"])
+def test_the_demo_overwrites_no_files_of_the_user(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    assert str(tmp_path / name) in refuses("demo", "--out", tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_device_is_not_replaced(trained):
+    assert "/dev/null: exists" in refuses("report", trained / "run", "--out", "/dev/null")
 
 
 def test_the_demo_marks_its_folder_before_it_writes(tmp_path, monkeypatch):

@@ -104,6 +104,32 @@ def test_numbers_out_of_range_are_refused(trained, call, option):
 
 
 @pytest.mark.parametrize(
+    ("call", "unused"),
+    [
+        (["plan", "{recipe}", "--price", "3"], "--price: no effect without --gpus"),
+        (["plan", "{recipe}", "--mfu", "0.4", "--link=9"], "--mfu, --link: no effect without"),
+        (
+            ["data", "inspect", "{data}", "--split", "train"],
+            "--split: no effect without --document",
+        ),
+        (
+            ["tokenizer", "show", "{run}", "--text", "a", "--out", "a.png"],
+            "--out: no effect without",
+        ),
+        (["bench", "throughput", "{recipe}", "--row", "90m"], "--row: no effect without --table2"),
+        (["bench", "throughput", "{recipe}", "--only", "moe_8x"], "--only: no effect without"),
+        (
+            ["generate", "{run}", "--prompt", "a", "--mode", "text", "--out", "a"],
+            "--out: no effect with --mode text",
+        ),
+    ],
+)
+def test_options_without_effect_are_refused(trained, call, unused):
+    fill = {"run": trained / "run", "data": trained / "data", "recipe": trained / "recipe.toml"}
+    assert unused in refuses(*(word.format(**fill) for word in call))
+
+
+@pytest.mark.parametrize(
     "call",
     [
         ["evaluate", "{run}", "--routing", "choice", "--routing", "causal"],

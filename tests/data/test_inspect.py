@@ -56,8 +56,8 @@ def test_one_source_can_be_asked_for(tiny, tmp_path):
 
 def test_a_document_comes_back_as_text_and_images(tiny, shards, tmp_path):
     names = shards["captions"].splits["train"].dataset["name"][:]
-    for row, name in enumerate(names[:4]):
-        decoded = decode_document(tiny.data.path, "captions", "train", row, tmp_path)
+    for number, name in enumerate(names[:4], 1):
+        decoded = decode_document(tiny.data.path, "captions", "train", number, tmp_path)
         assert decoded["name"] == name
         assert sorted(segment["type"] for segment in decoded["segments"]) == ["image", "text"]
         (text,) = (one["text"] for one in decoded["segments"] if one["type"] == "text")
@@ -74,25 +74,26 @@ def test_a_document_comes_back_as_text_and_images(tiny, shards, tmp_path):
 def test_text_comes_back_exactly(tiny, shards, tmp_path):
     sentences = set((tiny.data.sources[1].path).read_text().strip().split("\n\n"))
     for split, shard in shards["text"].splits.items():
-        for row in range(len(shard)):
-            decoded = decode_document(tiny.data.path, "text", split, row, tmp_path)
+        for number in range(1, len(shard) + 1):
+            decoded = decode_document(tiny.data.path, "text", split, number, tmp_path)
             (text,) = (one["text"] for one in decoded["segments"])
             assert text in sentences
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("source", "split", "row", "named"),
+    ("source", "split", "number", "named"),
     [
-        (None, "train", 0, "--source captions or text"),
-        ("words", "train", 0, "--source words.*captions, text"),
-        ("text", "test", 0, "--split test: use train or held_out"),
-        ("text", "train", 10_000, r"--document 10000: text has \d+ documents"),
+        (None, "train", 1, "--source captions or text"),
+        ("words", "train", 1, "--source words.*captions, text"),
+        ("text", "test", 1, "--split test: use train or held_out"),
+        ("text", "train", 0, r"--document 0: text has the documents 1 to \d+"),
+        ("text", "train", 10_000, r"--document 10000: text has the documents 1 to \d+"),
     ],
 )
-def test_what_is_not_there_is_named(tiny, tmp_path, source, split, row, named):
+def test_what_is_not_there_is_named(tiny, tmp_path, source, split, number, named):
     with pytest.raises(UserError, match=named):
-        decode_document(tiny.data.path, source, split, row, tmp_path)
+        decode_document(tiny.data.path, source, split, number, tmp_path)
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
@@ -100,7 +101,7 @@ def test_a_folder_without_shards_is_refused(tmp_path):
         inspect(tmp_path, None, tmp_path)
 
 
-def test_a_recipe_in_the_place_of_its_data_is_told(tmp_path):
+def test_a_recipe_in_place_of_its_data_is_described(tmp_path):
     recipe = tmp_path / "mine.toml"
     for text, hint in (
         ('[data]\npath = "data/mine"\n', "this recipe's is data/mine"),
@@ -110,4 +111,4 @@ def test_a_recipe_in_the_place_of_its_data_is_told(tmp_path):
         with pytest.raises(UserError, match=f"is a file, not a data folder; {hint}"):
             inspect(recipe, None, tmp_path)
         with pytest.raises(UserError, match=f"is a file, not a data folder; {hint}"):
-            decode_document(recipe, None, "train", 0, tmp_path)
+            decode_document(recipe, None, "train", 1, tmp_path)

@@ -18,6 +18,7 @@ from moma.train.recipe import Recipe
 
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 SPARSE = PAPER / "1b4_moe_4t4i.toml"
+DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
 PARTS = ("parameters", "gradients", "optimizer", "gathered_units", "activations")
 
 
@@ -95,5 +96,8 @@ def test_plan_prints_tables_for_gpus():
     printed = run(app, arguments).stdout
     for words in ("7.13B", "GiB", "gathered units", "days", "1.01T", "256 GPUs"):
         assert words in printed
+    tiny = run(app, ["plan", str(DEMO), "--gpus", "8"]).stdout
+    assert "MiB" in tiny and "µs" in tiny and "times as long as the step" in tiny
+    assert "│ 0 " not in tiny and " 0.00 " not in tiny
     invalid = run(app, [*arguments, "--mfu", "2"])
     assert isinstance(invalid.exception, UserError) and "--mfu" in str(invalid.exception)

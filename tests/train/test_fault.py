@@ -157,7 +157,8 @@ def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
     worst = max(batch["loss_text"], batch["loss_image"])
     assert worst > 2 * found["loss_before"] and len(found["gradients"]) == 5
     shown = {(source, number) for source, own in batch["documents"].items() for number in own}
-    assert shown == {piece for sequence in expected.origins for piece in sequence}
+    # Numbers for `moma data inspect --document`, which count from 1.
+    assert shown == {(name, row + 1) for sequence in expected.origins for name, row in sequence}
     with pytest.raises(
         UserError, match=f"at step {fault['step']} "
     ):  # no checkpoint follows the fault
