@@ -31,7 +31,7 @@ from moma.errors import UserError
 from moma.images import square_pixels
 from moma.progress import show_progress
 from moma.runs import Tokenizers
-from moma.runtime.optimizer import make_optimizer
+from moma.runtime.optimizer import make_optimizers
 from moma.runtime.world import World, local_device
 from moma.tokenizers.image.codec import ImageCodec, preprocess
 from moma.tokenizers.text import encode_each, load_text_tokenizer
@@ -133,7 +133,7 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
         router.requires_grad_(False)
     optimizer = recipe.pretrain.optimizer
     objective = next_token_objective(recipe.pretrain.z_loss, compiled=False)
-    step = Step(model, make_optimizer(model, optimizer), objective, optimizer.clip, world)
+    step = Step(model, make_optimizers(model, optimizer), objective, optimizer.clip, world)
     waits, steps = [], []
     with closing(prefetch(Batches(recipe.data, vocabulary, recipe.seed), recipe.data)) as ahead:
         for _ in range(sizes.steps + 1):

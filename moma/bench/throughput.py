@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.bench.timing import Job, interleaved, median_ratio, seconds, spread
@@ -268,8 +269,12 @@ class _Runner:
     def _held(self) -> int:
         """Bytes of weights, buffers and optimizer state."""
         held = [*self._model.parameters(), *self._model.buffers()]
-        held += [t for state in self._step.optimizer.state.values() for t in state.values()]
+        held += [tensor for state in self._optimizer_states() for tensor in state.values()]
         return sum(t.untyped_storage().nbytes() for t in held)
+
+    def _optimizer_states(self) -> list[dict[str, Tensor]]:
+        """The state of each parameter."""
+        return [state for each in self._step.optimizers for state in each.state.values()]
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -280,6 +285,6 @@ class _Runner:
 
     def _move(self, device: torch.device) -> None:
         self._model.to(device)
-        for state in self._step.optimizer.state.values():
+        for state in self._optimizer_states():
             for key, value in state.items():
                 state[key] = value.to(device)

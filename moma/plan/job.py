@@ -71,7 +71,7 @@ def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
 
 def _memory(model: Transformer, recipe: Recipe, ranks: int, machine: Machine) -> dict[str, Any]:
     """Bytes by part on the rank that holds the most, and which ranks hold the most and least."""
-    held = held_bytes(model, ranks)
+    held = held_bytes(model, ranks, recipe.pretrain.optimizer)
     totals = [sum(parts.values()) for parts in held]
     largest = totals.index(max(totals))
     parts = held[largest] | {
@@ -118,7 +118,7 @@ def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, 
     engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
     size, sent = engine.compute_dtype(_GPU).itemsize, DTYPES[engine.reduce].itemsize
     root, units = unit_elements(model)
-    trained = held_bytes(model, 1)[0]["gradients"] / 4
+    trained = held_bytes(model, 1, recipe.pretrain.optimizer)[0]["gradients"] / 4
     ring = (ranks - 1) / ranks
     between_copies = 2 * (engine.replicate - 1) / engine.replicate / ranks
     return {

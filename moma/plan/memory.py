@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from moma.bench.synthetic import synthetic_vocabulary
 from moma.model.transformer import Transformer
+from moma.runtime.optimizer import OptimizerConfig, uses_muon
 from moma.runtime.sharding import DTYPES, shard_dimension
 from moma.train.recipe import Recipe
 from moma.train.stages import freeze_for_stage, fsdp_units
 
-_WEIGHT = 4  # bytes; weights, gradients and the two moments of AdamW are fp32
+_WEIGHT = 4  # bytes; weights, gradients and the moments of the optimizers are fp32
 
 
 def meta_model(recipe: Recipe) -> Transformer:
@@ -28,7 +29,7 @@ def meta_model(recipe: Recipe) -> Transformer:
     return model
 
 
-def held_bytes(model: nn.Module, ranks: int) -> list[dict[str, int]]:
+def held_bytes(model: nn.Module, ranks: int, optimizer: OptimizerConfig) -> list[dict[str, int]]:
     """Return the bytes that each rank holds after backward, when all gradients exist.
 
     FSDP2 splits a dimension into shards of equal size; the last ones may be smaller or empty.
@@ -38,28 +39,31 @@ def held_bytes(model: nn.Module, ranks: int) -> list[dict[str, int]]:
     Args:
         model: not sharded; may be a `meta_model`.
         ranks: number of ranks that a copy of the model is sharded over; 1: not sharded.
+        optimizer: the recipe's.
 
     Returns:
         For each rank `parameters`, `gradients`, `optimizer`.
     """
-    sizes: Counter[tuple[int, int, bool]] = Counter()
-    for parameter in model.parameters():
+    sizes: Counter[tuple[int, int, int]] = Counter()
+    for name, parameter in model.named_parameters():
         length = parameter.shape[shard_dimension(parameter, ranks)]
-        sizes[length, parameter.numel() // length, parameter.requires_grad] += 1
+        moments = 1 if uses_muon(name, parameter, optimizer) else 2
+        moments = moments if parameter.requires_grad else 0
+        sizes[length, parameter.numel() // length, moments] += 1
     return [_held_by(rank, ranks, sizes) for rank in range(ranks)]
 
 
-def _held_by(rank: int, ranks: int, sizes: Mapping[tuple[int, int, bool], int]) -> dict[str, int]:
+def _held_by(rank: int, ranks: int, sizes: Mapping[tuple[int, int, int], int]) -> dict[str, int]:
     """Bytes of a rank, from the number of parameters of each sharded and remaining size."""
     parameters = gradients = state = 0
-    for (length, others, requires_grad), count in sizes.items():
+    for (length, others, moments), count in sizes.items():
         padded = -(-length // ranks)
         own = min(padded, max(0, length - rank * padded))
         size = _WEIGHT * count * padded * others
         parameters += size
-        if requires_grad:
-            gradients += size
-            state += _WEIGHT * count * (2 * own * others + 1)  # AdamW's moments and step count
+        gradients += size if moments else 0
+        state += _WEIGHT * count * moments * own * others
+        state += _WEIGHT * count if moments == 2 else 0  # AdamW counts steps
     return {"parameters": parameters, "gradients": gradients, "optimizer": state}
 
 

@@ -1,94 +1,148 @@
-"""AdamW with the paper's hyperparameters, and the learning-rate schedule."""
+"""Optimizers with the paper's hyperparameters, and the learning-rate schedule."""
 
 import math
 from typing import Any, Literal
 
-from pydantic import Field
-from torch import nn
-from torch.optim import AdamW
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from moma.recipe import Config
+from moma.runtime.muon import Muon
 
 
 class OptimizerConfig(Config):
-    """AdamW and its schedule: linear warm-up, then linear decay (MoMa Table 5, Chameleon §2.3.2).
+    """An optimizer and its schedule; by default those of the paper (MoMa Table 5).
 
     Attributes:
+        algorithm: `adamw`; or `muon` for the matrices of attention and experts, and AdamW for all
+            other parameters. Both use the same learning rate and weight decay.
         learning_rate: peak learning rate.
-        warmup: steps over which the learning rate rises to the peak.
+        warmup: steps over which the learning rate rises linearly to the peak.
+        schedule: decay after the warm-up: `linear` or `cosine` up to the last step, or `wsd`
+            (warm-up, stable, decay): linear during the last `decay_steps` steps.
+        decay_steps: steps of the decay of `wsd`.
         final_ratio: learning rate of the last step, as a fraction of the peak.
-        beta1: decay of the mean of the gradient.
-        beta2: decay of the mean of the squared gradient.
-        epsilon: added to the denominator of the update.
+        beta1: AdamW's decay of the mean of the gradient.
+        beta2: AdamW's decay of the mean of the squared gradient.
+        epsilon: added to the denominator of AdamW's update.
+        momentum: Muon's decay of the mean of the gradient.
         weight_decay: decoupled weight decay of matrices; norms and biases have none.
         clip: largest norm of the gradient.
         router_rate: learning rate of the routers, as a fraction of the other parameters'.
     """
 
+    algorithm: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-4, gt=0)
     warmup: int = Field(4000, ge=0)
+    schedule: Literal["linear", "cosine", "wsd"] = "linear"
+    decay_steps: int | None = Field(None, ge=1)
     final_ratio: float = Field(0.01, ge=0, le=1)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     epsilon: float = Field(1e-5, gt=0)
+    momentum: float = Field(0.95, ge=0, lt=1)
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0)
     router_rate: float = Field(1.0, ge=0)
 
+    @model_validator(mode="after")
+    def _check_decay_steps(self) -> "OptimizerConfig":
+        if self.schedule == "wsd" and self.decay_steps is None:
+            raise ValueError("schedule 'wsd' needs decay_steps, for example a fifth of the steps")
+        if self.schedule != "wsd" and self.decay_steps is not None:
+            raise ValueError(f"only schedule 'wsd' has decay_steps; '{self.schedule}' decays")
+        return self
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
-    """AdamW over the trainable parameters; groups have a `rate` that scales the learning rate."""
-    routers: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
+
+def make_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Optimizer, ...]:
+    """Optimizers of the trainable parameters; groups have a `rate` that scales the learning rate.
+
+    Args:
+        model: the model, sharded or not.
+        config: the algorithm and its hyperparameters.
+    """
     matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    routers: list[nn.Parameter] = []
+    orthogonalized: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        # The norms of queries and keys have two dimensions: heads and their width.
-        is_vector = parameter.ndim < 2 or "_norm." in name
-        is_router = name.endswith(".router.weight")
-        if parameter.requires_grad:
-            (routers if is_router else vectors if is_vector else matrices).append(parameter)
-    decay = config.weight_decay
+        if not parameter.requires_grad:
+            continue
+        if uses_muon(name, parameter, config):
+            orthogonalized.append(parameter)
+        elif name.endswith(".router.weight"):
+            routers.append(parameter)
+        else:
+            (vectors if _is_vector(name, parameter) else matrices).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": decay, "rate": 1.0},
+        {"params": matrices, "weight_decay": config.weight_decay, "rate": 1.0},
         {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
-        {"params": routers, "weight_decay": decay, "rate": config.router_rate},
+        {"params": routers, "weight_decay": config.weight_decay, "rate": config.router_rate},
     ]
-    return AdamW(
+    adamw = AdamW(
         [group for group in groups if group["params"]],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         fused=True,
     )
+    if not orthogonalized:
+        return (adamw,)
+    group = {"params": orthogonalized, "rate": 1.0}
+    return adamw, Muon([group], config.learning_rate, config.momentum, config.weight_decay)
+
+
+def uses_muon(name: str, parameter: Tensor, config: OptimizerConfig) -> bool:
+    """Whether Muon updates a parameter: the matrices of attention and experts."""
+    is_inner = name.startswith("layers.") and ".router." not in name and ".auxiliary." not in name
+    return config.algorithm == "muon" and is_inner and not _is_vector(name, parameter)
+
+
+def _is_vector(name: str, parameter: Tensor) -> bool:
+    # The norms of queries and keys have two dimensions: heads and their width.
+    return parameter.ndim < 2 or "_norm." in name
 
 
 def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     """Learning rate of step 0, 1, …, `steps` − 1."""
-    warmup, decay_steps = config.warmup, steps - 1 - config.warmup
-    return scheduled_rate(config.learning_rate, step, warmup, decay_steps, config.final_ratio)
+    decay_start, last_step = config.warmup, steps - 1
+    if config.decay_steps is not None:
+        decay_start = max(decay_start, last_step - config.decay_steps)
+    return scheduled_rate(
+        config.learning_rate,
+        step,
+        config.warmup,
+        decay_start,
+        last_step,
+        config.final_ratio,
+        decay="cosine" if config.schedule == "cosine" else "linear",
+    )
 
 
 def scheduled_rate(
     peak: float,
     step: int,
     warmup: int,
-    decay_steps: int,
+    decay_start: int,
+    last_step: int,
     final_ratio: float,
-    decay: Literal["linear", "cosine"] = "linear",
+    decay: Literal["linear", "cosine"],
 ) -> float:
-    """Linear warm-up to the peak, then decay to `final_ratio` of it.
+    """Linear warm-up to the peak, which is kept until the decay to `final_ratio` of it.
 
     Args:
         peak: highest learning rate.
         step: steps done before this one.
         warmup: steps of the warm-up.
-        decay_steps: steps after the warm-up until the final learning rate is reached.
+        decay_start: last step with the highest learning rate, at least `warmup`.
+        last_step: step from which on the learning rate is the final one.
         final_ratio: final learning rate as a fraction of the peak.
         decay: a straight line, or half a cosine.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, decay_steps)
+    progress = min(1.0, max(0, step - decay_start) / max(1, last_step - decay_start))
     if decay == "cosine":
         return peak * (final_ratio + (1 - final_ratio) * (1 + math.cos(math.pi * progress)) / 2)
-    return peak * (1 - (1 - final_ratio) * min(1.0, progress))
+    return peak * (1 - (1 - final_ratio) * progress)

@@ -151,7 +151,7 @@ class Trainer:
         on_rank_0(self.world, _set_aside, path, damaged)
         with raise_on_all_ranks(self.world):
             require_vocabulary(path, self.vocabulary, self.recipe.data.path)
-        load_checkpoint(path, self.model, self.step.optimizer, self.world)
+        load_checkpoint(path, self.model, self.step.optimizers, self.world)
         with raise_on_all_ranks(self.world):
             self._restore_counters(read_state(path))
             rank_states = read_rank_states(path)
@@ -276,7 +276,7 @@ class Trainer:
             "monitor": self.monitor.get_state(),
             "recipe": self.recipe.model_dump(mode="json", by_alias=True),
         }
-        tensors = training_tensors(self.model, self.step.optimizer)
+        tensors = training_tensors(self.model, self.step.optimizers)
         self.writer.save(self.steps_done, tensors, state, {"data": self.batches.get_state()})
 
     def _counters(self) -> dict[str, Any]:

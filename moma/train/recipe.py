@@ -66,6 +66,7 @@ class StageConfig(Config):
 class RouterOptimizerConfig(OptimizerConfig):
     """AdamW for auxiliary routers (MoMa Table 6)."""
 
+    algorithm: Literal["adamw"] = "adamw"
     warmup: int = Field(1000, ge=0)
     weight_decay: float = Field(0.0, ge=0)
 

@@ -99,7 +99,7 @@ def _restore(
     if not path.is_dir():
         raise UserError(f"{path}: no longer exists; the fault cannot be replayed without it")
     require_intact(path)
-    load_checkpoint(path, step.model, step.optimizer, world)
+    load_checkpoint(path, step.model, step.optimizers, world)
     rank_states = read_rank_states(path)
     _restore_data(data, [state["data"] for state in rank_states])
     restore_random_state(rank_states[0])

@@ -20,7 +20,7 @@ from moma.runtime.checkpoint import (
     read_state,
     stored_weights,
 )
-from moma.runtime.optimizer import make_optimizer
+from moma.runtime.optimizer import make_optimizers
 from moma.runtime.recompute import recompute
 from moma.runtime.sharding import fill, shard
 from moma.runtime.world import World, can_compile, raise_on_all_ranks
@@ -147,11 +147,11 @@ def objective_of(recipe: Recipe, device: torch.device) -> Objective:
 def make_step(
     recipe: Recipe, model: Transformer, world: World, monitor: LossMonitor | None = None
 ) -> Step:
-    """The optimizer step of the recipe's stage, with a new optimizer."""
+    """The optimizer step of the recipe's stage, with new optimizers."""
     keep_freed_memory(world.device)
     config, dtype = recipe.stage_config.optimizer, recipe.engine.compute_dtype(world.device)
-    optimizer, objective = make_optimizer(model, config), objective_of(recipe, world.device)
-    return Step(model, optimizer, objective, config.clip, world, monitor, dtype)
+    optimizers, objective = make_optimizers(model, config), objective_of(recipe, world.device)
+    return Step(model, optimizers, objective, config.clip, world, monitor, dtype)
 
 
 def model_counts(recipe: Recipe, vocabulary_size: int) -> ModelCounts:

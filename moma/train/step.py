@@ -149,7 +149,7 @@ class Step:
     def __init__(
         self,
         model: Transformer,
-        optimizer: Optimizer,
+        optimizers: Sequence[Optimizer],
         objective: Objective,
         clip: float,
         world: World,
@@ -160,14 +160,15 @@ class Step:
 
         Args:
             model: the model, sharded or not.
-            optimizer: its parameter groups have a `rate`.
+            optimizers: their parameter groups have a `rate`.
             objective: what the stage minimizes.
             clip: largest norm of the gradient.
             world: the ranks.
             monitor: checks each step, and may skip it.
             compute_dtype: of an unsharded model's matrix products; by default bf16 on a GPU.
         """
-        self.model, self.optimizer, self.objective = model, optimizer, objective
+        self.model, self.objective = model, objective
+        self.optimizers = tuple(optimizers)
         self.clip, self.world, self.monitor = clip, world, monitor
         on_gpu = world.device.type == "cuda"
         self._is_bf16 = compute_dtype == torch.bfloat16 if compute_dtype else on_gpu
@@ -206,12 +207,13 @@ class Step:
             if self.monitor.should_skip(ok):
                 if statistics is not None:
                     statistics.sums.clear()
-                self.optimizer.zero_grad(set_to_none=True)
+                self.model.zero_grad()
                 return torch.zeros_like(sums), torch.zeros_like(norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group["rate"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate * group["rate"]
+            optimizer.step()
+        self.model.zero_grad()
         return sums, norm
 
     def autocast(self) -> torch.autocast:

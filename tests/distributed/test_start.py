@@ -18,7 +18,7 @@ from moma.plan.memory import held_bytes, meta_model
 from moma.runs import Run, Tokenizers
 from moma.runtime import writer as writing
 from moma.runtime.checkpoint import load_model, save_weights, training_tensors
-from moma.runtime.optimizer import make_optimizer
+from moma.runtime.optimizer import make_optimizers
 from moma.runtime.peak import allocated_peak
 from moma.runtime.sharding import EngineConfig
 from moma.runtime.weights import Weights
@@ -105,7 +105,7 @@ def deep(tiny: Recipe, groups: str, **changes) -> Recipe:
 
 def assert_starts_small(recipe: Recipe, world: World, spare: int = 0) -> None:
     model = meta_model(recipe)
-    own = held_bytes(model, world.size)[world.rank]["parameters"]
+    own = held_bytes(model, world.size, recipe.pretrain.optimizer)[world.rank]["parameters"]
     whole = 4 * sum(parameter.numel() for parameter in model.parameters())
     largest = 4 * max(parameter.numel() for parameter in model.parameters())
     peak = allocated_peak(lambda: start(recipe, world), world.device)
@@ -117,7 +117,7 @@ def written_by_four(world: World, tiny: Recipe, out: Path) -> None:
     """Two replicas on two ranks each, after an attempt on a full disk."""
     recipe = recipe_of(tiny, "moe_2t2i", HYBRID)
     model = prepare_model(recipe, vocabulary_of(recipe), world)
-    optimizer = make_optimizer(model, recipe.pretrain.optimizer)
+    (optimizer,) = make_optimizers(model, recipe.pretrain.optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     optimizer.step()

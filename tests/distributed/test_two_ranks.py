@@ -29,7 +29,7 @@ from moma.runtime.checkpoint import (
     stored_weights,
     training_tensors,
 )
-from moma.runtime.optimizer import make_optimizer
+from moma.runtime.optimizer import make_optimizers
 from moma.runtime.sharding import EngineConfig
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
@@ -71,14 +71,14 @@ def stage_of(case: str) -> str:
 def build(recipe: Recipe, world: World):
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
-    optimizer = make_optimizer(model, recipe.stage_config.optimizer)
+    optimizers = make_optimizers(model, recipe.stage_config.optimizer)
     objective = objective_of(recipe, world.device)
-    step = Step(model, optimizer, objective, 1.0, world, None, torch.float32)
+    step = Step(model, optimizers, objective, 1.0, world, None, torch.float32)
     groups = [
         Batches(recipe.data, vocabulary, seed=0, rank=number, world_size=GROUPS)
         for number in range(GROUPS)[world.rank :: world.size]
     ]
-    return model, optimizer, step, groups
+    return model, optimizers, step, groups
 
 
 def statistics_of(recipe: Recipe, model, world: World, step, groups) -> dict[str, Tensor]:
@@ -94,14 +94,14 @@ def statistics_of(recipe: Recipe, model, world: World, step, groups) -> dict[str
 
 def take_steps(world: World, recipe: Recipe, out: Path) -> None:
     """Train, save, and take one more step, whose norms depend on the optimizer's state."""
-    model, optimizer, step, groups = build(recipe, world)
+    model, optimizers, step, groups = build(recipe, world)
     found = {}
     for number in range(STEPS):
         sums, norm = step([next(group) for group in groups], 1e-2)
         found[f"{number} sums"], found[f"{number} norm"] = sums, norm
     state = {"data": [group.get_state() for group in groups]}
     with closing(CheckpointWriter(out, world)) as writer:
-        writer.save(STEPS, training_tensors(model, optimizer), {"step": STEPS}, state)
+        writer.save(STEPS, training_tensors(model, optimizers), {"step": STEPS}, state)
         writer.wait()
     found |= statistics_of(recipe, model, world, step, groups)
     if world.rank == 0:
@@ -110,9 +110,9 @@ def take_steps(world: World, recipe: Recipe, out: Path) -> None:
 
 def resume_step(world: World, recipe: Recipe, out: Path) -> dict[str, Tensor]:
     """Load the checkpoint of another number of ranks, and take the next step."""
-    model, optimizer, step, groups = build(recipe, world)
+    model, optimizers, step, groups = build(recipe, world)
     path = out / f"step-{STEPS:08d}"
-    load_checkpoint(path, model, optimizer, world)
+    load_checkpoint(path, model, optimizers, world)
     states = [state["data"] for state in read_rank_states(path)]
     for number, group in zip(range(GROUPS)[world.rank :: world.size], groups, strict=True):
         group.set_state(states[number % len(states)][number // len(states)])

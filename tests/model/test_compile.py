@@ -12,7 +12,7 @@ from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
 from moma.model.transformer import Transformer
-from moma.runtime.optimizer import OptimizerConfig, make_optimizer
+from moma.runtime.optimizer import OptimizerConfig, make_optimizers
 from moma.runtime.world import World, can_compile
 from moma.train.stages import freeze_for_stage
 from moma.train.step import Objective, Step, next_token_objective
@@ -77,7 +77,7 @@ class Trainer:
         self.model = Transformer(config, VOCABULARY, (0.5, 0.5)).to(device)
         self.model.initialise(0)
         freeze_for_stage(self.model, trains_routers=False)
-        self.optimizer: Optimizer = make_optimizer(self.model, OptimizerConfig())
+        self.optimizer: Optimizer = make_optimizers(self.model, OptimizerConfig())[0]
         if device.type == "meta":  # fused AdamW does not support it
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizer = SGD([{"params": trained, "rate": 1.0}], lr=0.1)
@@ -87,7 +87,7 @@ class Trainer:
 
     def train(self, batch: Batch, objective: Objective) -> list[torch.Tensor]:
         """Take a step; return its sums, norm, clipped gradients and weights."""
-        step = Step(self.model, self.optimizer, objective, 0.5, self._world)
+        step = Step(self.model, [self.optimizer], objective, 0.5, self._world)
         sums, norm = step([batch], learning_rate=1e-3)
         assert self._world.device.type == "meta" or sums.isfinite().all()
         return [sums, norm, *self.gradients, *self.model.parameters()]
@@ -189,7 +189,7 @@ def test_a_step_never_waits_for_the_device(case):
     """In bf16, as on a GPU: in fp32, a grouped product would wait."""
     trainer = Trainer(case, device=torch.device("cuda"))
     objective = next_token_objective(z_loss=1e-5, compiled=False)
-    step = Step(trainer.model, trainer.optimizer, objective, 0.5, World(torch.device("cuda")))
+    step = Step(trainer.model, [trainer.optimizer], objective, 0.5, World(torch.device("cuda")))
     for number in range(3):
         # The first step allocates what later ones reuse.
         torch.cuda.set_sync_debug_mode("error" if number else "default")

@@ -13,7 +13,7 @@ from moma.model.depth import DepthConfig
 from moma.model.experts import MixtureOfExperts, build_group
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
-from moma.runtime.optimizer import OptimizerConfig, make_optimizer
+from moma.runtime.optimizer import OptimizerConfig, make_optimizers
 from moma.runtime.world import World
 from moma.train.stages import freeze_for_stage
 from moma.train.step import DeviceBatch, Step, next_token_objective, router_objective
@@ -98,8 +98,10 @@ def test_training_lowers_the_loss_of_every_modality(groups):
     model = Transformer(config, VOCABULARY, SHARES)
     model.initialise(0)
     freeze_for_stage(model, trains_routers=False)
-    optimizer = make_optimizer(model, OptimizerConfig())
-    step = Step(model, optimizer, next_token_objective(0.0, False), 1.0, World(torch.device("cpu")))
+    optimizers = make_optimizers(model, OptimizerConfig())
+    step = Step(
+        model, optimizers, next_token_objective(0.0, False), 1.0, World(torch.device("cpu"))
+    )
     tokens, labels, documents, positions = (part.numpy() for part in batch_of((16, 8, 8)))
     batch = Batch(tokens, labels, documents, positions, images=0, padding=0)
     losses = [step([batch], learning_rate=3e-3)[0][0] for _ in range(30)]

@@ -53,10 +53,10 @@ def held_in(recipe: Recipe, world: World) -> dict[str, int]:
     def measure_gradients(*_: Any) -> None:
         found["gradients"] = storages(p.grad for p in model.parameters() if p.grad is not None)
 
-    step.optimizer.register_step_pre_hook(measure_gradients)
+    step.optimizers[0].register_step_pre_hook(measure_gradients)
     step([synthetic_batches(recipe, vocabulary, world.rank).pack()], 1e-3)
     found["parameters"] = storages(model.parameters())
-    states = step.optimizer.state.values()
+    states = [state for each in step.optimizers for state in each.state.values()]
     found["optimizer"] = storages(t for state in states for t in state.values())
     return found
 
@@ -75,10 +75,14 @@ def fake_world():
     distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("algorithm", ["adamw", "muon"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_each_of_two_ranks_holds_what_is_planned(tiny, fake_world, rank):
+def test_each_of_two_ranks_holds_what_is_planned(tiny, fake_world, rank, algorithm):
     recipe = recipe_of(tiny, **EVERY_KIND)
-    planned = held_bytes(meta_model(recipe), 2)
+    optimizer = recipe.pretrain.optimizer.model_copy(update={"algorithm": algorithm})
+    pretrain = recipe.pretrain.model_copy(update={"optimizer": optimizer})
+    recipe = recipe.model_copy(update={"pretrain": pretrain})
+    planned = held_bytes(meta_model(recipe), 2, recipe.pretrain.optimizer)
     assert held_in(recipe, fake_world(2, rank)) == planned[rank]
     # The last entry of an odd dimension is on the first rank.
     assert planned[0]["optimizer"] > planned[1]["optimizer"]
@@ -101,12 +105,14 @@ def test_two_processes_hold_what_is_planned(tiny, tmp_path):
         port = free.getsockname()[1]
     multiprocessing.spawn(step_on_rank, (port, recipe, tmp_path), nprocs=2)
     held = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
-    assert held_bytes(meta_model(recipe), 2) == held
+    assert held_bytes(meta_model(recipe), 2, recipe.pretrain.optimizer) == held
 
 
 def test_one_rank_holds_what_is_planned(tiny):
     recipe = recipe_of(tiny, **EVERY_KIND)
-    assert held_bytes(meta_model(recipe), 1) == [held_in(recipe, World(CPU))]
+    assert held_bytes(meta_model(recipe), 1, recipe.pretrain.optimizer) == [
+        held_in(recipe, World(CPU))
+    ]
 
 
 @pytest.mark.parametrize("rank", [0, 255])
@@ -114,7 +120,7 @@ def test_256_ranks_hold_the_planned_shards_of_the_largest_sparse_layers(fake_wor
     """1.4B moe_4t4i; the hidden width 5472 is not a multiple of 256."""
     recipe = read_recipe(Recipe, PAPER / "1b4_moe_4t4i.toml", ["model.layers=2"])
     model = meta_model(recipe)
-    planned = held_bytes(model, 256)[rank]
+    planned = held_bytes(model, 256, recipe.pretrain.optimizer)[rank]
     whole = sum(p.numel() for p in model.parameters())
     shard(model, fsdp_units(model), fake_world(256, rank), EngineConfig(compute="bf16"))
     parameters: list[Any] = list(model.parameters())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
 from moma.model.transformer import Transformer
-from moma.runtime.optimizer import make_optimizer
+from moma.runtime.optimizer import make_optimizers
 from moma.runtime.world import World
 from moma.train.monitor import LossMonitor
 from moma.train.recipe import StageConfig
@@ -72,9 +72,9 @@ def test_a_skipped_step_changes_nothing(tiny):
         losses = next_token_objective(0.0, compiled=False)(model, batch)
         return losses._replace(objective=losses.objective * factor)
 
-    optimizer = make_optimizer(model, tiny.pretrain.optimizer)
+    (optimizer,) = make_optimizers(model, tiny.pretrain.optimizer)
     monitor = LossMonitor(StageConfig(on_fault="skip"), CPU)
-    step = Step(model, optimizer, objective, 1.0, World(CPU), monitor)
+    step = Step(model, [optimizer], objective, 1.0, World(CPU), monitor)
     data = Batches(tiny.data, vocabulary, seed=0)
     step([next(data)], 1e-3)
     before = [p.detach().clone() for p in model.parameters()]

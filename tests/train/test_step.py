@@ -23,10 +23,10 @@ from moma.vocabulary import IMAGE, TEXT, Vocabulary
 WORLD = World(torch.device("cpu"))
 
 
-def with_rate(optimizer: SGD) -> SGD:
+def with_rate(optimizer: SGD) -> list[SGD]:
     for group in optimizer.param_groups:
         group["rate"] = 1.0
-    return optimizer
+    return [optimizer]
 
 
 @settings(max_examples=50, deadline=None)

@@ -239,7 +239,8 @@ class CodecTrainer:
             config.learning_rate,
             step,
             warmup=config.warmup_steps,
-            decay_steps=config.steps - config.warmup_steps,
+            decay_start=config.warmup_steps,
+            last_step=config.steps,
             final_ratio=0.01,
             decay="cosine",
         )
