@@ -36,7 +36,7 @@ def png_chunk(kind, content):
 
 
 def png_of(width, height, data=b""):
-    """A PNG file that claims a size, whatever it holds; a grey level a pixel."""
+    """A grey PNG file that claims a size, with any data."""
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(data))
@@ -213,7 +213,7 @@ def test_a_file_that_ends_before_its_pixels_is_refused(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", PIXEL_SUFFIXES)
-def test_what_follows_the_pixels_is_ignored(tmp_path, suffix):
+def test_bytes_after_the_pixels_are_ignored(tmp_path, suffix):
     data = noise_file(tmp_path, suffix)
     expected = read(data).tobytes()
     for rest in (bytes(50), b"garbage" * 9, b"\xff\xd8\xff", data, data[:99]):

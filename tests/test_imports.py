@@ -1,4 +1,4 @@
-"""What the import-linter contract in `pyproject.toml` cannot say."""
+"""Imports that the import-linter contract in `pyproject.toml` cannot check."""
 
 import ast
 import sys

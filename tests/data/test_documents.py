@@ -35,12 +35,12 @@ def test_a_larger_share_holds_out_the_same_documents_and_more():
 
 def test_documents_of_one_origin_are_held_out_together():
     for origin in map(str, range(100)):
-        alone = is_held_out(Document(origin, ()), 0.5)
+        whole = is_held_out(Document(origin, ()), 0.5)
         pieces = [Document(f"{origin}#{n}", (), held_out_with=origin) for n in range(5)]
-        assert {is_held_out(piece, 0.5) for piece in pieces} == {alone}
+        assert {is_held_out(piece, 0.5) for piece in pieces} == {whole}
 
 
-def test_many_documents_are_held_out_as_each_is_alone():
+def test_is_held_out_of_many_documents_equals_that_of_each():
     decisions = [None, True, False]
     documents = [
         Document(f"dö{n}", (), held_out=decisions[n % 3], held_out_with="x" * (n % 5))

@@ -13,7 +13,7 @@ def slowly(text):
 
 
 @given(st.lists(st.text()))
-def test_many_are_the_same_as_one_by_one(texts):
+def test_hashes_of_many_equal_those_of_each(texts):
     expected = [slowly(text) for text in texts]
     assert unit_hashes(texts).tolist() == expected
     assert [unit_hash(text) for text in texts] == expected

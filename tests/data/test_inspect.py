@@ -1,4 +1,4 @@
-"""`moma data inspect`: counts against the shards, and documents that come back."""
+"""`moma data inspect`: counts compared with the shards, and decoded documents."""
 
 import numpy as np
 import pytest
@@ -50,11 +50,11 @@ def test_counts_are_those_of_every_token(tiny, shards, tmp_path):
     assert lengths_as_text(result).count("█") > 2
 
 
-def test_one_source_can_be_asked_for(tiny, tmp_path):
+def test_one_source_can_be_inspected(tiny, tmp_path):
     assert inspect(tiny.data.path, "text", tmp_path)["sources"].keys() == {"text"}
 
 
-def test_a_document_comes_back_as_text_and_images(tiny, shards, tmp_path):
+def test_a_document_is_decoded_to_text_and_images(tiny, shards, tmp_path):
     names = shards["captions"].splits["train"].dataset["name"][:]
     for number, name in enumerate(names[:4], 1):
         decoded = decode_document(tiny.data.path, "captions", "train", number, tmp_path)
@@ -63,7 +63,7 @@ def test_a_document_comes_back_as_text_and_images(tiny, shards, tmp_path):
         (text,) = (one["text"] for one in decoded["segments"] if one["type"] == "text")
         assert text.startswith("a ") and text.endswith(" square")
         (path,) = (one["image"] for one in decoded["segments"] if one["type"] == "image")
-        # The image is what the codec makes of the original.
+        # The image is the codec's reconstruction of the original.
         codec = ImageCodec.load(tiny.data.path / "codec")
         original = Image.open(tiny.data.sources[0].path / name)
         codes = codec.encode(preprocess(original, 16)[None])
@@ -71,7 +71,7 @@ def test_a_document_comes_back_as_text_and_images(tiny, shards, tmp_path):
         assert path in document_as_text(decoded) and text in document_as_text(decoded)
 
 
-def test_text_comes_back_exactly(tiny, shards, tmp_path):
+def test_text_is_decoded_exactly(tiny, shards, tmp_path):
     sentences = set((tiny.data.sources[1].path).read_text().strip().split("\n\n"))
     for split, shard in shards["text"].splits.items():
         for number in range(1, len(shard) + 1):
@@ -91,7 +91,7 @@ def test_text_comes_back_exactly(tiny, shards, tmp_path):
         ("text", "train", 10_000, r"--document 10000: text has the documents 1 to \d+"),
     ],
 )
-def test_what_is_not_there_is_named(tiny, tmp_path, source, split, number, named):
+def test_a_missing_source_split_or_document_is_named(tiny, tmp_path, source, split, number, named):
     with pytest.raises(UserError, match=named):
         decode_document(tiny.data.path, source, split, number, tmp_path)
 
@@ -101,7 +101,7 @@ def test_a_folder_without_shards_is_refused(tmp_path):
         inspect(tmp_path, None, tmp_path)
 
 
-def test_a_recipe_in_place_of_its_data_is_described(tmp_path):
+def test_a_recipe_instead_of_a_data_folder_is_refused(tmp_path):
     recipe = tmp_path / "mine.toml"
     for text, hint in (
         ('[data]\npath = "data/mine"\n', "this recipe's is data/mine"),

@@ -1,4 +1,4 @@
-"""Opening shards: what is refused, and by which name."""
+"""Opening shards, and messages for those that are refused."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def make(folder, vocabulary=VOCABULARY, encoders=ENCODERS):
     return folder
 
 
-def test_what_was_encoded_is_opened(folder):
+def test_encoded_shards_can_be_opened(folder):
     shards = open_shards(folder, VOCABULARY, ENCODERS)
     assert {split: len(shard) for split, shard in shards.splits.items()} == {
         "train": 16,
@@ -93,7 +93,7 @@ def cut(path):
 
 
 def cut_by_one_table(path):
-    """The file as far as its schema: a valid stream without a row."""
+    """Keep only the schema: a valid stream without a row."""
     with pa.ipc.open_stream(path.read_bytes()) as stream:
         schema = stream.schema
     with pa.ipc.new_stream(path, schema):

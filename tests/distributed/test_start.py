@@ -28,7 +28,7 @@ from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.stages import find_source_run, prepare_model
 from moma.vocabulary import Vocabulary
-from tests.distributed.test_two_ranks import ALONE, HYBRID, on_ranks, recipe_of
+from tests.distributed.test_two_ranks import HYBRID, ONE_PROCESS, on_ranks, recipe_of
 
 NEW = ("dense", "mod_moe_4t4i", "tied", "uneven", "hybrid", "compiled")
 CASES = (*NEW, "upcycle", "upcycle from dense", "pretrain", "aux_router")
@@ -61,12 +61,12 @@ def full_start(recipe: Recipe) -> Transformer:
     """The full model on one device."""
     vocabulary = vocabulary_of(recipe)
     model = recipe.build_model(vocabulary)
-    source = find_source_run(recipe, ALONE)
+    source = find_source_run(recipe, ONE_PROCESS)
     if source is not None and recipe.stage != "upcycle":
-        load_model(source.checkpoint, model, ALONE)
+        load_model(source.checkpoint, model, ONE_PROCESS)
     elif source is not None:
         seed = Transformer(source.recipe.model, vocabulary, source.recipe.shares)
-        load_model(source.checkpoint, seed, ALONE)
+        load_model(source.checkpoint, seed, ONE_PROCESS)
         upcycle(Weights.of(seed.state_dict()), source.recipe.model, model)
     return model
 
@@ -140,7 +140,9 @@ def seeds(tiny, tmp_path_factory) -> Path:
     for groups in ("dense", "mod_moe_1t1i", "mod_moe_4t4i"):
         recipe = recipe_of(tiny, groups, EngineConfig())
         stage = recipe.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
-        train(recipe.model_copy(update={"run": folder / groups, "pretrain": stage}), ALONE, True)
+        train(
+            recipe.model_copy(update={"run": folder / groups, "pretrain": stage}), ONE_PROCESS, True
+        )
     recipe, run = deep(tiny, "moe_1t1i", pretrain=stage), Run(folder / "deep")
     run.path.mkdir()
     run.create(recipe, Tokenizers(recipe.data.path))
@@ -171,4 +173,4 @@ def test_two_ranks_start_with_the_weights_of_one_process(tiny, seeds):
 def test_one_process_starts_with_the_full_model(tiny, seeds, name):
     if name != "hybrid":
         recipe = case_of(tiny, name, seeds)
-        assert_same(start(recipe, ALONE), full_start(recipe))
+        assert_same(start(recipe, ONE_PROCESS), full_start(recipe))

@@ -43,7 +43,7 @@ from moma.vocabulary import Vocabulary
 from tests.distributed.ranks import on_ranks
 
 GROUPS, STEPS = 4, 3
-ALONE = World(torch.device("cpu"))
+ONE_PROCESS = World(torch.device("cpu"))
 # Architecture, engine, and tolerance compared with one fp32 process.
 CASES = {
     "dense": ("dense", EngineConfig(), 1e-5),
@@ -184,7 +184,7 @@ def recipe_with(tiny: Recipe, run: str) -> Recipe:
 
 
 def fsdp_units(recipe: Recipe, world: World) -> list[str]:
-    """Modules whose weights are gathered one by one."""
+    """Modules of which FSDP gathers the weights separately."""
     model, *_ = build(recipe, world)
     return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
 
@@ -252,9 +252,9 @@ def assert_equals_one_process(
     tiny: Recipe, groups: str, out: Path, ranks: int, near: float, stage: str = "pretrain"
 ) -> None:
     recipe = recipe_of(tiny, groups, EngineConfig(), stage)
-    (out / "alone").mkdir()
-    take_steps(ALONE, recipe, out / "alone")
-    expected, found = load(out / "alone" / "found-1.pt"), load(out / f"found-{ranks}.pt")
+    (out / "one process").mkdir()
+    take_steps(ONE_PROCESS, recipe, out / "one process")
+    expected, found = load(out / "one process" / "found-1.pt"), load(out / f"found-{ranks}.pt")
     assert expected.keys() == found.keys()
     kinds = [name for name in expected if name.startswith("gradient")]
     assert kinds == ["gradient auxiliary"] if stage == "aux_router" else len(kinds) > 3
@@ -265,8 +265,8 @@ def assert_equals_one_process(
         torch.testing.assert_close(got, wanted, rtol=10 * near, atol=1e-6)
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     models = [recipe.build_model(vocabulary) for _ in range(2)]
-    for model, folder in zip(models, (out, out / "alone"), strict=True):
-        load_model(folder / f"step-{STEPS:08d}", model, ALONE)
+    for model, folder in zip(models, (out, out / "one process"), strict=True):
+        load_model(folder / f"step-{STEPS:08d}", model, ONE_PROCESS)
     for (name, one), other in zip(
         models[0].named_parameters(), models[1].parameters(), strict=True
     ):
@@ -283,9 +283,12 @@ def test_two_ranks_equal_one_on_the_same_token_groups(tiny, two, name):
     groups, _, near = CASES[name]
     if near > 1e-5:  # low precision: losses and norms, not each weight
         recipe = recipe_of(tiny, groups, EngineConfig())
-        (two / name / "alone").mkdir()
-        take_steps(ALONE, recipe, two / name / "alone")
-        expected, found = load(two / name / "alone/found-1.pt"), load(two / name / "found-2.pt")
+        (two / name / "one process").mkdir()
+        take_steps(ONE_PROCESS, recipe, two / name / "one process")
+        expected, found = (
+            load(two / name / "one process/found-1.pt"),
+            load(two / name / "found-2.pt"),
+        )
         torch.testing.assert_close(found["sums"][0], expected["sums"][0], rtol=near, atol=0)
         # Adam hides the scale of gradients: their norms show it.
         for key in (key for key in expected if "norm" in key or key.startswith("gradient")):
@@ -307,7 +310,7 @@ def test_four_ranks_resume_a_checkpoint_of_two(two, four, name):
 
 
 def test_one_rank_resumes_a_checkpoint_of_two(tiny, two):
-    found = resume_step(ALONE, recipe_of(tiny, "moe_2t2i", EngineConfig()), two / "moe_2t2i")
+    found = resume_step(ONE_PROCESS, recipe_of(tiny, "moe_2t2i", EngineConfig()), two / "moe_2t2i")
     expected = load(two / "moe_2t2i" / "found-2.pt")
     for key, value in found.items():
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
@@ -319,7 +322,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tiny, two, tmp_path):
     run = Run(tmp_path / "run")
     shutil.copytree(two / "run", run.path)
     shutil.rmtree(checkpoints_in(run.checkpoints)[-1])
-    train(tiny.model_copy(update={"run": run.path}), ALONE, quiet=True)
+    train(tiny.model_copy(update={"run": run.path}), ONE_PROCESS, quiet=True)
     records = run.read_metrics()
     # Its random numbers differ from those of the ranks before.
     assert torch.initial_seed() not in (tiny.seed, tiny.seed + 1)
@@ -343,7 +346,7 @@ def test_resumed_training_is_equal_on_one_rank_and_on_four(tiny, two, four, tmp_
     """Counters, schedule, optimizer, scale of the gradient and log records."""
     whole = Run(two / "fixed")
     assert_resumed_equals(whole, Run(four / "fixed"))
-    assert_resumed_equals(whole, train_fixed(ALONE, tiny, copy_half(two, tmp_path / "run")))
+    assert_resumed_equals(whole, train_fixed(ONE_PROCESS, tiny, copy_half(two, tmp_path / "run")))
 
 
 def test_one_rank_upcycles_the_seed_run_of_two(tiny, two, tmp_path):
@@ -351,7 +354,7 @@ def test_one_rank_upcycles_the_seed_run_of_two(tiny, two, tmp_path):
     stage = tiny.pretrain.model_copy(update={"steps": 2, "checkpoint_every": 2})
     grown = recipe_of(tiny, "moe_2t2i", EngineConfig())
     changes = {"run": tmp_path / "run", "stage": "upcycle", "from_": seed.path, "upcycle": stage}
-    run = train(grown.model_copy(update=changes), ALONE, quiet=True)
+    run = train(grown.model_copy(update=changes), ONE_PROCESS, quiet=True)
     (record,) = run.read_metrics()
     tokens = 2 * tiny.data.micro_batch_size * tiny.data.sequence_length
     assert record["tokens"] == seed.read_metrics()[-1]["tokens"] + tokens
@@ -378,4 +381,4 @@ def test_impossible_replicas_are_refused(tiny):
     recipe = recipe_of(tiny, "dense", EngineConfig(replicate=2))
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     with pytest.raises(UserError, match=r"engine\.replicate: 1 ranks cannot hold 2 replicas"):
-        prepare_model(recipe, vocabulary, ALONE)
+        prepare_model(recipe, vocabulary, ONE_PROCESS)

@@ -93,7 +93,7 @@ def test_the_ports_codes_at_full_size():
     assert expected.unique().numel() > 100
 
 
-def test_all_weights_of_the_port_come_back(port):
+def test_all_weights_of_the_port_are_exported(port):
     codec = from_original_layout(port.state_dict(), SIZE)
     again = original_layout(codec)
     theirs = port.state_dict()
@@ -103,7 +103,7 @@ def test_all_weights_of_the_port_come_back(port):
 
 
 def test_a_folder_of_the_port_is_read_with_its_resolution(port, images_B3HW, tmp_path):
-    """As part of a language model, whose other weights are ignored, in two files."""
+    """In two files of a language model; its other weights are ignored."""
     weights = {f"model.vqmodel.{name}": value for name, value in port.state_dict().items()}
     names = sorted(weights)
     save_file({n: weights[n] for n in names[::2]}, tmp_path / "model-00001-of-00002.safetensors")

@@ -1,4 +1,4 @@
-"""A training step is one graph for every architecture, whatever the data."""
+"""A training step is one graph for every architecture, for any data."""
 
 from contextlib import nullcontext
 from typing import Any

@@ -68,7 +68,7 @@ def test_tensors_reuse_the_memory_of_freed_tensors(unset):
     [
         (2**40, [(-3, 2**30), (-1, 2**31 - 1)]),
         (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**31 - 1)]),
-        # A trim threshold alone would make it map every block above 128 KiB.
+        # With only a trim threshold it would map every block above 128 KiB.
         (0, [(-3, 2**30), (-3, 2**25)]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Where records go: what is kept when a run goes on, and what a full disk says."""
+"""Log records: those kept when a run resumes, and the message for a full disk."""
 
 import json
 import resource

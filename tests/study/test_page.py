@@ -97,8 +97,8 @@ def test_the_page_is_well_formed_and_loads_nothing(page):
 def test_markup_in_data_is_escaped(page):
     reader = read(page)
     text = "".join(reader.text)
-    for place in ("title", "introduction", "section", "paragraph", "head", "cell", "caption"):
-        assert f"{place} {NASTY}" in text
+    for part in ("title", "introduction", "section", "paragraph", "head", "cell", "caption"):
+        assert f"{part} {NASTY}" in text
     assert f"token {NASTY}" in text
     (shown,) = (image for image in reader.named("img") if image.get("class") == "tile ok")
     assert shown["alt"] == shown["title"] == f"tile {NASTY}"

@@ -117,7 +117,7 @@ class KilledError(Exception):
 
 
 def killed_when(monkeypatch, name, run):
-    """Run until a file or folder of that name would be renamed into its place."""
+    """Run until a file or folder of that name would be renamed to its final path."""
 
     def replace(source, target):
         if Path(target).name == name:

@@ -114,7 +114,7 @@ def damage_newest(run: Run) -> Path:
 
 
 def test_a_resumed_run_does_not_need_its_seed_run(seed, upcycled, tmp_path, capsys):
-    """Damaged twice at the same step, in a folder whose name looks like a URL and a checkpoint."""
+    """Damaged twice at the same step, in a folder named like a URL and a checkpoint."""
     run, recipe = copy_of(upcycled, tmp_path / "a:b/step-1", from_=tmp_path / "gone")
     for name in ("step-00000006.damaged", "step-00000006.damaged-2"):
         newest = damage_newest(run)

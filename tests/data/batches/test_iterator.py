@@ -26,7 +26,7 @@ ARRAYS = ("tokens_BS", "labels_BS", "documents_BS", "positions_BS")
 
 
 class Source:
-    """Documents whose one word is their number, repeated; a number names a document."""
+    """Documents of one word, their number, repeated; a number names a document."""
 
     weight = 1.0
 
@@ -272,11 +272,11 @@ def test_random_documents_are_shown_once_on_any_number_of_ranks(one, other, worl
     for source in sources:
         for number, kind in enumerate(source.kinds, source.first):
             words[number] += sum(part or 0 for part in kind)
-    with TemporaryDirectory() as place:
+    with TemporaryDirectory() as folder:
         for source in sources:
-            encode(source, Path(place))
+            encode(source, Path(folder))
         config = config_of(
-            Path(place), names=("one", "other"), micro_batch_size=3, image_share=share
+            Path(folder), names=("one", "other"), micro_batch_size=3, image_share=share
         )
         budget = round(share * 3 * 32 / 4)
         found: list[Batch] = []

@@ -62,8 +62,8 @@ def test_every_stretch_has_the_shares_of_the_weights(weights):
 
 
 @pytest.mark.parametrize("weights", [[1.0, 2.0, 7.3], [1.0, 1.009], [3.0, 2.991, 3.006]])
-def test_nearly_equal_weights_are_told_apart(weights):
-    """grain alone rounds weights down to hundredths of the smallest."""
+def test_nearly_equal_weights_are_distinguished(weights):
+    """grain would round weights down to hundredths of the smallest."""
     mixture = mix_pools(weights)
     counts = np.bincount([mixture[draw] for draw in range(100_000)])
     assert np.abs(counts / 100_000 / (np.array(weights) / sum(weights)) - 1).max() < 1e-4

@@ -36,7 +36,7 @@ class Numbers(SourceConfig):
                 yield Document(str(number), segments, held_out=number % 2 == 0)
 
 
-def test_training_and_held_out_documents_are_told_apart_and_rejected_rows_counted():
+def test_held_out_documents_are_separate_and_rejected_rows_are_counted():
     corpus = Corpus([Numbers()], held_out=0.5, max_documents=100)
     assert list(corpus.texts()) == [f"text {n}" for n in range(1, 20, 2) if n % 5 != 4]
     assert corpus.documents == 8
@@ -50,35 +50,35 @@ def test_training_and_held_out_documents_are_told_apart_and_rejected_rows_counte
     )  # read twice, counted once
 
 
-def test_what_no_tokenizer_can_hold_is_rejected_too():
-    class Torn(Numbers):
+def test_text_that_is_not_unicode_is_rejected():
+    class NotUnicode(Numbers):
         def documents(self):
-            yield Document("a", ("half of a pair: \ud800",), held_out=False, row="torn, row 1")
-            yield Document("b", ("whole",), held_out=False)
+            yield Document("a", ("half a pair: \ud800",), held_out=False, row="list, row 1")
+            yield Document("b", ("text",), held_out=False)
 
-    corpus = Corpus([Torn()], held_out=0.5, max_documents=100)
-    assert list(corpus.texts()) == ["whole"]
-    assert corpus.first_rejected is not None and corpus.first_rejected.row == "torn, row 1"
+    corpus = Corpus([NotUnicode()], held_out=0.5, max_documents=100)
+    assert list(corpus.texts()) == ["text"]
+    assert corpus.first_rejected is not None and corpus.first_rejected.row == "list, row 1"
 
 
-def test_an_image_that_is_not_there_is_known_before_any_is_read(tmp_path):
-    (tmp_path / "there.png").touch()  # whether it can be read is not asked
+def test_a_missing_image_is_rejected_before_any_is_read(tmp_path):
+    (tmp_path / "there.png").touch()  # its content is not checked
 
-    class Filed(Numbers):
+    class Files(Numbers):
         def documents(self):
             for name in ("there", "gone"):
-                read = partial(read_image, tmp_path / f"{name}.png", f"filed, row {name}")
+                read = partial(read_image, tmp_path / f"{name}.png", f"files, row {name}")
                 found = ImageRef(name, read, tmp_path / f"{name}.png")
-                yield Document(name, (found, name), held_out=False, row=f"filed, row {name}")
+                yield Document(name, (found, name), held_out=False, row=f"files, row {name}")
 
-    corpus = Corpus([Filed()], held_out=0.5, max_documents=100, check_images=True)
+    corpus = Corpus([Files()], held_out=0.5, max_documents=100, check_images=True)
     assert list(corpus.texts()) == ["there", "gone"]
-    places = [image.name for image in corpus.images(held_out=False)]
-    assert places == ["there", "gone"]  # it may be back when they are read
+    names = [image.name for image in corpus.images(held_out=False)]
+    assert names == ["there", "gone"]  # the file may exist when they are read
     assert corpus.rejected_counts.total() == 1 and corpus.first_rejected is not None
-    told = f"filed, row gone: there is no {tmp_path}/gone.png; add the file or remove the row"
-    assert corpus.first_rejected.message == told
-    without = Corpus([Filed()], held_out=0.5, max_documents=100)
+    message = f"files, row gone: there is no {tmp_path}/gone.png; add the file or remove the row"
+    assert corpus.first_rejected.message == message
+    without = Corpus([Files()], held_out=0.5, max_documents=100)
     assert list(without.texts()) == ["there", "gone"] and not without.rejected_counts
 
 
@@ -93,27 +93,27 @@ def test_the_first_of_many_rejected_rows_are_kept(monkeypatch):
         ]
 
 
-def test_every_source_gives_at_most_as_many_documents_as_asked_for():
+def test_every_source_gives_at_most_max_documents():
     corpus = Corpus([Numbers(), Numbers()], held_out=0.5, max_documents=3)
     assert list(corpus.texts()) == ["text 1", "text 3", "text 5"] * 2
     assert corpus.documents == 6
 
 
-def test_a_source_may_hold_out_a_share_of_its_own():
+def test_a_source_may_have_its_own_held_out_share():
     class Plain(Numbers):
         def documents(self):
             yield from (Document(str(n), (f"text {n}",)) for n in range(200))
 
-    ours, all_, most = (
+    default, all_, most = (
         len(list(Corpus([source], held_out=0.5, max_documents=1000).texts()))
         for source in (Plain(), Plain(held_out=0.0), Plain(held_out=0.9))
     )
-    assert 70 < ours < 130
+    assert 70 < default < 130
     assert all_ == 200
     assert most < 50
 
 
-def test_images_are_read_as_the_codec_takes_them():
+def test_images_are_read_as_inputs_of_the_codec():
     images = ReadableImages([image(n) for n in range(3)], size=4)
     assert len(images) == 3
     assert torch.equal(images[2], preprocess(Image.new("RGB", (8, 8), (2, 0, 0)), 4))
@@ -122,7 +122,7 @@ def test_images_are_read_as_the_codec_takes_them():
         images[3]
 
 
-def test_the_next_image_stands_in_for_one_that_cannot_be_read():
+def test_an_unreadable_image_is_replaced_by_the_next():
     broken = {7, 8, 199}
     images = ReadableImages([image(n, n in broken) for n in range(300)], size=4)
     of_index = partial(torch.equal, images[9])
@@ -131,7 +131,7 @@ def test_the_next_image_stands_in_for_one_that_cannot_be_read():
     assert images.unreadable == {n: f"image {n} is broken" for n in broken}
 
 
-def test_a_long_run_of_unreadable_images_is_walked_through_once():
+def test_a_long_run_of_unreadable_images_is_read_once():
     reads = []
 
     def counted(number):
@@ -147,27 +147,27 @@ def test_a_long_run_of_unreadable_images_is_walked_through_once():
     assert max(map(len, images.unreadable.values())) <= 600
 
 
-def test_images_that_are_all_unreadable_stay_an_error():
+def test_unreadable_images_are_an_error_each_time():
     images = ReadableImages([image(n, True) for n in range(3)], size=4, max_unreadable=1)
     for _ in range(2):
         with pytest.raises(UserError, match="3 of 3 images cannot be read"):
             images[2]
 
 
-def test_more_than_a_hundredth_of_broken_images_is_an_error():
+def test_more_than_a_hundredth_of_unreadable_images_is_an_error():
     images = ReadableImages([image(n, n in (3, 4)) for n in range(100)], size=4)
     with pytest.raises(UserError, match=r"2 of 100 images .*image 4 is broken"):
         images[3]
 
 
-def test_all_images_broken_is_an_error_whatever_is_allowed():
+def test_only_unreadable_images_are_an_error_at_any_limit():
     images = ReadableImages([image(n, True) for n in range(3)], size=4, max_unreadable=1)
     with pytest.raises(UserError, match="3 of 3 images cannot be read"):
         images[1]
 
 
 class Stored(Numbers):
-    """Images that carry their bytes, as those of a stream do."""
+    """Images that hold their bytes, as those of a stream do."""
 
     def documents(self):
         for number in range(self.count):
@@ -176,7 +176,7 @@ class Stored(Numbers):
             yield Document(str(number), (ImageRef(f"image {number}", read),), held_out=False)
 
 
-def test_images_that_carry_their_bytes_wait_on_the_disk():
+def test_images_that_hold_their_bytes_are_stored_on_disk():
     source = Stored()
     images = Corpus([source], held_out=0.5, max_documents=100).images(held_out=False)
     stored = [document.segments[0] for document in source.documents()]
@@ -187,7 +187,7 @@ def test_images_that_carry_their_bytes_wait_on_the_disk():
         assert held == 0
 
 
-def test_a_full_disk_is_told(monkeypatch):
+def test_a_full_temporary_disk_is_reported(monkeypatch):
     def full(*arguments, **options):
         return open("/dev/full", "w+b")
 
@@ -196,7 +196,7 @@ def test_a_full_disk_is_told(monkeypatch):
         Corpus([Stored()], held_out=0.5, max_documents=100).images(held_out=False)
 
 
-def test_whether_any_image_can_be_read_is_known_without_a_fault():
+def test_has_readable_raises_no_error():
     def images(*broken):
         return ReadableImages([image(n, b) for n, b in enumerate(broken)], 4, max_unreadable=1)
 
@@ -218,7 +218,7 @@ def test_too_many_rejected_documents_are_an_error():
         list(corpus.texts())
 
 
-def test_a_long_source_of_rejected_documents_is_not_read_to_its_end():
+def test_reading_stops_when_too_many_documents_are_rejected():
     read = []
 
     class Endless(Numbers):
@@ -232,7 +232,7 @@ def test_a_long_source_of_rejected_documents_is_not_read_to_its_end():
     assert len(read) == 1024
 
 
-def test_nothing_to_train_on_is_an_error_that_names_the_reason():
+def test_a_corpus_without_training_data_is_refused_with_the_reason():
     class Broken(Numbers):
         def documents(self):
             yield Rejected("broken, row 1", "not UTF-8")

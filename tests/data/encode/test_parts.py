@@ -1,4 +1,4 @@
-"""Shards in the making: stopped before any of its steps, encoding ends with the same bytes."""
+"""Unfinished shards: encoding that is killed before any step ends with the same bytes."""
 
 import json
 import os
@@ -17,11 +17,11 @@ VOCABULARY = make_vocabulary(300)
 
 
 class Killed(BaseException):
-    """Stands for a kill: no `except Exception` stops it."""
+    """Simulates a kill: no `except Exception` stops it."""
 
 
 class Rows:
-    """Twenty rows, of which every seventh is rejected; notes which are asked for again."""
+    """Twenty rows, of which every seventh is rejected."""
 
     def __init__(self, name="rows"):
         self.name = name
@@ -35,7 +35,7 @@ class Rows:
 
 
 class Texts:
-    """Encodes the texts of `Rows`, and notes which."""
+    """Encodes the texts of `Rows` and records them."""
 
     def __init__(self):
         self.seen = []
@@ -65,7 +65,7 @@ def small_chunks_and_a_fast_disk(monkeypatch):
 
 
 class Steps:
-    """Counts what changes the disk, and kills before a given step."""
+    """Counts the operations that change the disk, and kills before a given one."""
 
     def __init__(self, patch, kill_at=None):
         self.done, self.kill_at = 0, kill_at
@@ -98,7 +98,7 @@ class Steps:
         ("half of others", slice(10)),  # the first steps delete it
     ],
 )
-def test_a_kill_before_any_step_loses_and_doubles_nothing(tmp_path, before, steps_to_try):
+def test_a_kill_before_any_step_changes_no_byte(tmp_path, before, steps_to_try):
     def start(folder):
         if before == "other shards":
             run(folder, name="older")
@@ -126,7 +126,7 @@ def test_a_kill_before_any_step_loses_and_doubles_nothing(tmp_path, before, step
         shutil.rmtree(folder.parent)
 
 
-def test_two_kills_are_survived_as_one_is(tmp_path):
+def test_two_kills_change_no_byte(tmp_path):
     run(tmp_path / "undisturbed" / "shard")
     for first, second in [(5, 2), (20, 20), (30, 11), (42, 3), (43, 4)]:
         folder = tmp_path / f"{first} {second}" / "shard"
@@ -139,7 +139,7 @@ def test_two_kills_are_survived_as_one_is(tmp_path):
         assert contents(folder.parent) == contents(tmp_path / "undisturbed")
 
 
-def test_finished_parts_are_not_done_again(tmp_path):
+def test_finished_parts_are_not_encoded_again(tmp_path):
     whole, first, second = Texts(), Texts(), Texts()
     info = run(tmp_path / "undisturbed", whole)
     folder = tmp_path / "shard"
@@ -154,7 +154,7 @@ def test_finished_parts_are_not_done_again(tmp_path):
     assert second.seen == [row for row in rows if int(row) >= info.parts[committed - 1].stop]
 
 
-def test_no_row_is_rejected_twice_or_forgotten(tmp_path):
+def test_every_rejected_row_is_listed_once(tmp_path):
     info = run(tmp_path / "shard")
     lines = [json.loads(line) for line in (tmp_path / "shard/rejected.jsonl").open()]
     assert [line["row"] for line in lines] == [f"row {number}" for number in (3, 10, 17)]
@@ -170,7 +170,7 @@ def test_no_row_is_rejected_twice_or_forgotten(tmp_path):
     assert len(names) == len(expected) and set(names) == expected
 
 
-def test_a_record_that_was_cut_does_not_count(tmp_path):
+def test_a_truncated_record_is_ignored(tmp_path):
     """After a power cut on a file system that keeps names before contents."""
     expected = run(tmp_path / "undisturbed")
     folder = tmp_path / "shard"
@@ -183,7 +183,7 @@ def test_a_record_that_was_cut_does_not_count(tmp_path):
     assert contents(folder) == contents(tmp_path / "undisturbed")
 
 
-def test_dropping_rejected_rows_is_survived_too(tmp_path):
+def test_dropping_rejected_rows_may_be_killed_at_any_step(tmp_path):
     origin = ShardInfo(source="rows", source_fingerprint="", vocabulary_fingerprint="")
     for kill_at in range(40):
         folder = tmp_path / str(kill_at)

@@ -1,4 +1,4 @@
-"""`moma prepare`: what it makes of sources, and what it refuses."""
+"""`moma prepare`: its results, and the sources that it refuses."""
 
 import json
 import threading
@@ -141,7 +141,7 @@ def test_an_image_share_without_images_is_refused(tmp_path):
 
 
 def test_a_cpu_encodes_in_the_calling_thread(tmp_path, monkeypatch):
-    """Beside a second thread with PyTorch in it, operations wait for each other."""
+    """With a second thread that uses PyTorch, operations wait for each other."""
     threads, real = set(), prepare_module.encode_images
 
     def encode(*arguments):

@@ -1,4 +1,4 @@
-"""`moma prepare`, killed and run again, writes the same bytes as undisturbed."""
+"""`moma prepare`, killed and run again, writes the bytes of an uninterrupted run."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.factories import write_recipe
 
 
 def start(recipe_file: Path) -> subprocess.Popen[bytes]:
-    """The command line in a process of its own."""
+    """Start the command line in a separate process."""
     root = Path(__file__).parents[3]
     return subprocess.Popen(
         [sys.executable, "-m", "moma.cli", "prepare", recipe_file, "--workers", "1", "--json"],
@@ -32,7 +32,7 @@ def parts_in(folder: Path) -> int:
 
 
 def kill_somewhere(process: subprocess.Popen[bytes], folder: Path, draw: random.Random) -> None:
-    """Kill a process: a few parts further on, or at any time before the first one."""
+    """Kill a process after a few more parts, or at any time before the first one."""
     if draw.random() < 0.2:
         until, seconds = float("inf"), draw.uniform(0, 8)
     else:

@@ -45,7 +45,7 @@ EXPECTED = ["start", *range(9), "middle", "again", REASON, *range(9, 30), "end"]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_everything_comes_out_in_order(workers):
+def test_items_keep_their_order(workers):
     with ImageReader(shape, workers, seconds=0) as reader:
         assert [outcome(item) for item in reader.read(ITEMS)] == EXPECTED
         # The same workers serve the next source.
@@ -59,7 +59,7 @@ def test_equal_images_have_equal_fingerprints(workers):
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
-def test_images_that_cannot_travel_are_read_here():
+def test_images_that_cannot_be_pickled_are_read_in_this_process():
     local = ImageRef("local", lambda: Image.new("RGB", (2, 2), (5, 0, 0)))
     with ImageReader(shape, 1, seconds=0) as reader:
         assert [outcome(item) for item in reader.read([image(1), local])] == [1, 5]
@@ -72,7 +72,7 @@ def test_small_sources_start_no_worker(monkeypatch):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_no_more_is_read_than_can_be_on_its_way(workers):
+def test_reading_ahead_is_bounded(workers):
     drawn = []
 
     def items():

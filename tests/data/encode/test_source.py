@@ -1,4 +1,4 @@
-"""Encoding: what a document becomes, what is set aside, when it is done again."""
+"""Encoding a source: tokens of documents, rejected rows, and repeated calls."""
 
 import json
 import threading
@@ -42,7 +42,7 @@ class Numbers(Config):
 
 
 class Given:
-    """A source of given rows; a string stands for a document of that text."""
+    """A source of given rows; a string becomes a document of that text."""
 
     name = "given"
 
@@ -107,7 +107,7 @@ def test_equal_images_of_a_chunk_are_encoded_once(tmp_path):
 
 
 @pytest.mark.parametrize("shard_tokens", [20, 60, 10_000])
-def test_rows_are_found_across_chunks_and_files(tmp_path, monkeypatch, shard_tokens):
+def test_chunks_and_files_do_not_change_the_rows(tmp_path, monkeypatch, shard_tokens):
     run(tmp_path / "whole")
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 3)
     monkeypatch.setattr(tokens, "BATCH_IMAGES", 1)
@@ -136,7 +136,7 @@ def test_rows_are_found_across_chunks_and_files(tmp_path, monkeypatch, shard_tok
             assert not shard.ids(row).flags.owndata
 
 
-def test_files_are_no_larger_than_asked_for_but_for_one_document(tmp_path):
+def test_a_file_exceeds_its_size_by_at_most_one_document(tmp_path):
     info = run(tmp_path / "shard", limits=Limits(shard_tokens=1))
     assert [part.stop for part in info.parts] == list(range(1, 21))
     info = run(tmp_path / "larger", limits=Limits(shard_tokens=40))
@@ -161,7 +161,7 @@ def test_an_empty_split_can_be_opened(tmp_path):
     assert held_out.dataset.features["ids"] == datasets.List(datasets.Value("uint16"))
 
 
-def test_what_is_complete_is_not_done_again(tmp_path):
+def test_complete_shards_are_not_encoded_again(tmp_path):
     info, codec = run(tmp_path / "shard"), Codec()
     assert run(tmp_path / "shard", Numbers(weight=3), codec) == info
     assert codec.calls == []
@@ -176,7 +176,7 @@ def test_what_is_complete_is_not_done_again(tmp_path):
         {"encoders": Encoders(codec="other")},
     ],
 )
-def test_other_settings_are_encoded_anew(tmp_path, changed):
+def test_a_changed_configuration_is_encoded_again(tmp_path, changed):
     run(tmp_path / "shard")
     codec = Codec()
     info = run(tmp_path / "shard", codec=codec, **changed)
@@ -185,7 +185,7 @@ def test_other_settings_are_encoded_anew(tmp_path, changed):
     assert [path.name for path in tmp_path.iterdir()] == ["shard"]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path):
+def test_a_failure_keeps_the_previous_shards(tmp_path):
     class Failing(Numbers):
         def documents(self):
             yield from super().documents()
@@ -209,10 +209,10 @@ def test_special_ids_from_the_tokenizer_are_a_defect(tmp_path):
         )
 
 
-# Set aside
+# Rejected rows
 
 
-def test_what_cannot_be_a_document_is_set_aside_and_disturbs_nothing(tmp_path, monkeypatch):
+def test_rows_that_cannot_be_documents_are_rejected_and_change_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "MAX_CHARACTERS", 5)
     monkeypatch.setattr(chunks, "MAX_IMAGES", 2)
     red = ImageRef("red", partial(Image.new, "RGB", (2, 2), (7, 0, 0)))
@@ -264,7 +264,7 @@ def rows_with(bad, count):
     ("bad", "count", "share", "stops_at"),
     [
         ({0}, 100, 0.01, None),
-        ({0}, 99, 0.01, 99),  # few rows are judged at the end
+        ({0}, 99, 0.01, 99),  # few rows are checked at the end
         ({0, 1}, 200, 0.01, 100),
         ({0, 1}, 200, 0.02, None),
         (range(200, 240), 300, 0.02, 210),
@@ -318,13 +318,13 @@ def test_a_higher_limit_resumes_and_fixed_rows_are_read_again(tmp_path, monkeypa
 
 
 def test_rejected_rows_on_disk_are_read_again_after_a_stop(tmp_path):
-    rows = rows_with({3}, 10)  # judged at the end, when their part is on disk
+    rows = rows_with({3}, 10)  # checked at the end, when their part is on disk
     with pytest.raises(UserError, match="1 of 10 documents"):
         run(tmp_path / "shard", Given(*rows))
     assert run(tmp_path / "shard", Given(*["good"] * 10)).whole.total.documents == 10
 
 
-def test_the_work_for_each_part_does_not_grow_with_the_parts_before(tmp_path, monkeypatch):
+def test_the_work_per_part_does_not_grow_with_earlier_parts(tmp_path, monkeypatch):
     """Counted by the sums of counts."""
     sums, add = [0], Counts.__add__
 
@@ -340,7 +340,7 @@ def test_the_work_for_each_part_does_not_grow_with_the_parts_before(tmp_path, mo
 
 
 def test_rejected_documents_take_bounded_space_in_messages_and_lists(tmp_path):
-    """Whatever a source writes into them."""
+    """However long their names and reasons are."""
     rows = [Rejected("row " + "r" * 10**6, "é" * 10**6) for _ in range(20)]
     with pytest.raises(UserError) as caught:
         run(tmp_path / "shard", Given(*rows))
@@ -367,7 +367,7 @@ class Images:
             colours = [(number * 7 % 16, part * 50, 0) for part in range(number % 4)]
             parts = [ImageRef("", partial(Image.new, "RGB", (3, 3), c)) for c in colours]
             if number % 11 == 5:
-                # Raises `UserError`, and a worker knows it without importing this file.
+                # Raises `UserError`; a worker can import it without this file.
                 parts.insert(1, ImageRef("", partial(place, "apple", "beside", "flat", 4)))
             yield Document(f"doc {number}", (f"n{number}", *parts))
 
@@ -377,7 +377,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("codec_in_thread", [False, True])
-def test_the_codec_has_a_thread_of_its_own_or_none(tmp_path, codec_in_thread):
+def test_the_codec_runs_in_its_own_thread_or_the_callers(tmp_path, codec_in_thread):
     codec = Codec()
     run(tmp_path / "shard", Numbers(), codec, codec_in_thread=codec_in_thread)
     assert (codec.threads == {threading.get_ident()}) is not codec_in_thread

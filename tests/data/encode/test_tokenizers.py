@@ -1,4 +1,4 @@
-"""Where a data folder's tokenizers come from, and which settings bind it."""
+"""The tokenizers of a data folder: trained or copied, and which keys may change later."""
 
 import json
 import os
@@ -20,14 +20,14 @@ ROWS = 50
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A prepared folder, to take tokenizers from."""
+    """A prepared folder, from which tokenizers are copied."""
     folder = tmp_path_factory.mktemp("made")
-    run(make_recipe(folder, ROWS, "taken"))
+    run(make_recipe(folder, ROWS, "prepared"))
     return folder
 
 
 def recipe_in(folder, data="data", **changes):
-    """A recipe whose sources the module shares."""
+    """A recipe with the sources that the module shares."""
     return make_recipe(folder, ROWS, data, **changes)
 
 
@@ -36,7 +36,7 @@ def with_changes(recipe, section, **changes):
     return recipe.model_copy(update={section: changed})
 
 
-def text_alone(recipe, **changes):
+def text_only(recipe, **changes):
     sources = [source for source in recipe.data.sources if source.name == "text"]
     return with_changes(recipe, "data", sources=sources, image_share=0, **changes)
 
@@ -44,8 +44,8 @@ def text_alone(recipe, **changes):
 # Trained
 
 
-def test_prepare_leaves_the_log_and_figures_of_its_codec(made):
-    folder = Tokenizers(made / "taken")
+def test_prepare_keeps_the_log_and_metrics_of_its_codec(made):
+    folder = Tokenizers(made / "prepared")
     rows = [json.loads(line) for line in (folder.path / "codec_training/metrics.jsonl").open()]
     figures = read_metrics(folder).model_dump()
     assert rows[-1]["step"] == 4
@@ -62,37 +62,37 @@ def test_prepare_leaves_the_log_and_figures_of_its_codec(made):
         ("codec_training", {"steps": 5, "batch_size": 2}, r"\(codec_training\.steps, codec_tr"),
     ],
 )
-def test_settings_that_would_make_others_are_refused_by_name(made, section, changes, named):
-    before = contents(made / "taken")
+def test_changed_keys_of_trained_tokenizers_are_refused_by_name(made, section, changes, named):
+    before = contents(made / "prepared")
     with pytest.raises(UserError, match=named):
-        run(with_changes(recipe_in(made, "taken"), section, **changes))
-    assert contents(made / "taken") == before
+        run(with_changes(recipe_in(made, "prepared"), section, **changes))
+    assert contents(made / "prepared") == before
 
 
-def test_how_often_training_reports_is_not_compared(made):
-    before = contents(made / "taken")
+def test_intervals_of_logging_are_not_compared(made):
+    before = contents(made / "prepared")
     changes = {"log_every": 1, "measure_every": 1, "save_every": 1}
-    run(with_changes(recipe_in(made, "taken"), "codec_training", **changes))
-    assert contents(made / "taken") == before
+    run(with_changes(recipe_in(made, "prepared"), "codec_training", **changes))
+    assert contents(made / "prepared") == before
 
 
 def test_another_seed_is_refused_by_name(made):
     with pytest.raises(UserError, match=r"\(seed\).*data\.path"):
-        run(recipe_in(made, "taken").model_copy(update={"seed": 4}))
+        run(recipe_in(made, "prepared").model_copy(update={"seed": 4}))
 
 
-def test_settings_that_made_nothing_do_not_bind(tmp_path):
+def test_keys_may_change_until_a_tokenizer_is_trained(tmp_path):
     recipe = recipe_in(tmp_path)
     with pytest.raises(UserError, match="at least"):
         run(with_changes(recipe, "codec", codebook_size=64))
     run(recipe)
 
 
-# Taken
+# Copied
 
 
-def test_settings_without_effect_are_not_compared(made, tmp_path):
-    recipe = recipe_in(made, tokenizers=made / "taken", path=tmp_path / "data")
+def test_keys_without_effect_are_not_compared(made, tmp_path):
+    recipe = recipe_in(made, tokenizers=made / "prepared", path=tmp_path / "data")
     prepared = run(recipe)
     other = with_changes(recipe, "codec", codebook_size=99, image_size=64)
     other = with_changes(other, "text_tokenizer", vocabulary_size=5000)
@@ -101,22 +101,22 @@ def test_settings_without_effect_are_not_compared(made, tmp_path):
     assert run(other).vocabulary == prepared.vocabulary
     assert contents(tmp_path / "data") == before
     for name in ("tokenizer.json", "vocabulary.json", "codec/model.safetensors"):
-        assert before[name] == (made / "taken" / name).read_bytes()
+        assert before[name] == (made / "prepared" / name).read_bytes()
 
 
-def test_the_same_tokenizers_elsewhere_are_the_same(made, tmp_path):
-    shutil.copytree(made / "taken", tmp_path / "copy")
+def test_equal_tokenizers_in_another_folder_are_accepted(made, tmp_path):
+    shutil.copytree(made / "prepared", tmp_path / "copy")
     recipe = recipe_in(made, tokenizers=tmp_path / "copy", path=tmp_path / "data")
     prepared = run(recipe)
-    moved = with_changes(recipe, "data", tokenizers=made / "taken")
+    moved = with_changes(recipe, "data", tokenizers=made / "prepared")
     assert run(moved).summary() == prepared.summary()
-    # What was copied is needed no longer.
+    # The folder is not needed after its files are copied.
     shutil.rmtree(tmp_path / "copy")
     assert run(recipe).summary() == prepared.summary()
 
 
 def test_other_tokenizers_are_refused(made, tmp_path):
-    shutil.copytree(made / "taken", tmp_path / "copy")
+    shutil.copytree(made / "prepared", tmp_path / "copy")
     recipe = recipe_in(made, tokenizers=tmp_path / "copy", path=tmp_path / "data")
     run(recipe)
     with (tmp_path / "copy/codec/config.json").open("a") as file:
@@ -127,20 +127,20 @@ def test_other_tokenizers_are_refused(made, tmp_path):
     with pytest.raises(UserError, match=r"made with another configuration.*seed"):
         run(with_changes(recipe, "data", tokenizers=None))
     with pytest.raises(UserError, match=r"nowhere/tokenizer\.json: missing"):
-        run(recipe_in(made, "taken", tokenizers=tmp_path / "nowhere"))
+        run(recipe_in(made, "prepared", tokenizers=tmp_path / "nowhere"))
     assert contents(tmp_path / "data") == before
 
 
 class KilledError(Exception):
-    """Stands for a kill: nothing in the program catches it."""
+    """Simulates a kill: nothing in the program catches it."""
 
 
-PLACED = ["provenance.json", "tokenizer.json", "codec", "vocabulary.json"]
+COPIED = ["provenance.json", "tokenizer.json", "codec", "vocabulary.json"]
 
 
-@pytest.mark.parametrize("name", PLACED)
-def test_taking_goes_on_after_a_kill(made, tmp_path, monkeypatch, name):
-    recipe = recipe_in(made, tokenizers=made / "taken", path=tmp_path / "data")
+@pytest.mark.parametrize("name", COPIED)
+def test_copying_tokenizers_continues_after_a_kill(made, tmp_path, monkeypatch, name):
+    recipe = recipe_in(made, tokenizers=made / "prepared", path=tmp_path / "data")
 
     def replace(source, target):
         if Path(target).name == name:
@@ -153,7 +153,7 @@ def test_taking_goes_on_after_a_kill(made, tmp_path, monkeypatch, name):
             run(recipe)
     assert not (tmp_path / "data" / name).exists()
     run(recipe)
-    # From the first placed part on, the folder is bound.
+    # From the first copied file on, the folder keeps its tokenizers.
     assert json.loads((tmp_path / "data/provenance.json").read_text())["tokenizers"].keys() == {
         "data.tokenizers.tokenizer",
         "data.tokenizers.codec",
@@ -163,32 +163,32 @@ def test_taking_goes_on_after_a_kill(made, tmp_path, monkeypatch, name):
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-# Text alone
+# Text only
 
 
-def test_text_alone_takes_a_folder_that_has_only_a_text_tokenizer(made, tmp_path):
+def test_text_only_data_needs_only_a_text_tokenizer(made, tmp_path):
     recipe = recipe_in(made)
     texts = ["red green rocket left of an apple"] * 9
-    only_text = Tokenizers(tmp_path / "tokenizers")
-    make_text_tokenizer(recipe.text_tokenizer, recipe.codec, texts, only_text)
-    alone = text_alone(recipe, tokenizers=only_text.path, path=tmp_path / "data")
-    vocabulary = run(alone).vocabulary
-    assert vocabulary == Vocabulary.load(only_text.vocabulary)
+    tokenizers = Tokenizers(tmp_path / "tokenizers")
+    make_text_tokenizer(recipe.text_tokenizer, recipe.codec, texts, tokenizers)
+    recipe_of_text = text_only(recipe, tokenizers=tokenizers.path, path=tmp_path / "data")
+    vocabulary = run(recipe_of_text).vocabulary
+    assert vocabulary == Vocabulary.load(tokenizers.vocabulary)
     assert (len(vocabulary.image_codes), vocabulary.codes_per_image) == (16, 16)
     assert not (tmp_path / "data/codec").exists()
-    assert next(Batches(alone.data, vocabulary, seed=0)).padding == 0
+    assert next(Batches(recipe_of_text.data, vocabulary, seed=0)).padding == 0
     with pytest.raises(UserError, match=r"no image codec, and image_share is 0\.25; make one"):
-        run(recipe_in(made, tokenizers=only_text.path, path=tmp_path / "images"))
+        run(recipe_in(made, tokenizers=tokenizers.path, path=tmp_path / "images"))
     assert not (tmp_path / "images/tokenizer.json").exists()
-    unasked = recipe_in(made, tokenizers=only_text.path, path=tmp_path / "no", image_share=0)
+    without_share = recipe_in(made, tokenizers=tokenizers.path, path=tmp_path / "no", image_share=0)
     with pytest.raises(UserError, match=r"an image, but no codec: data\.tokenizers has none"):
-        run(unasked)
+        run(without_share)
 
 
-def test_text_alone_reserves_codes_for_images_that_come_later(tmp_path):
+def test_text_only_data_reserves_codes_for_later_images(tmp_path):
     recipe = recipe_in(tmp_path)
-    alone = text_alone(recipe)
-    vocabulary = run(alone).vocabulary
+    recipe_of_text = text_only(recipe)
+    vocabulary = run(recipe_of_text).vocabulary
     assert not (tmp_path / "data/codec").exists()
     tokenizer = (tmp_path / "data/tokenizer.json").read_bytes()
     # The same folder, with images: the codec joins the tokenizer, no id changes.

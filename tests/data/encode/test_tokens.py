@@ -1,4 +1,4 @@
-"""Chunks through tokenizer and codec: beside the slow way, and one thread at the tokenizer."""
+"""Tokens of chunks: compared with a slow reference; one thread uses the tokenizer."""
 
 import time
 from functools import partial
@@ -30,8 +30,8 @@ parts = st.sampled_from(["", "a", "schön", "long text of several", None, "unrea
 
 @given(st.lists(st.lists(parts, max_size=4), min_size=1, max_size=30), st.integers(2, 9))
 @settings(deadline=None, max_examples=40)
-def test_random_documents_are_what_a_loop_makes_of_them(documents, chunk):
-    """Texts, images, broken and empty documents in any order, beside the slow way."""
+def test_random_documents_equal_a_slow_reference(documents, chunk):
+    """Texts, images, unreadable and empty documents in any order."""
     rows, expected = [], []
     for number, document in enumerate(documents):
         colour = number % 16
@@ -47,21 +47,21 @@ def test_random_documents_are_what_a_loop_makes_of_them(documents, chunk):
         if "unreadable" not in document and len(ids) > 1:
             count = document.count(None)
             expected.append({"ids": [*ids, 1], "images": count, "name": rows[-1].name})
-    with TemporaryDirectory() as place, pytest.MonkeyPatch.context() as patch:
+    with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_DOCUMENTS", chunk)
-        call = partial(run, Path(place) / "shard", Given(*rows), share=0)
+        call = partial(run, Path(folder) / "shard", Given(*rows), share=0)
         if not expected:
             with pytest.raises(UserError, match="it has no documents"):
                 call(limits=Limits(max_rejected=1))
             return
         info = call(limits=Limits(max_rejected=1))
-        train = open_shards(Path(place) / "shard", VOCABULARY).splits["train"]
+        train = open_shards(Path(folder) / "shard", VOCABULARY).splits["train"]
         assert list(train.dataset) == expected
         assert info.rejected == len(rows) - len(expected)
 
 
-def test_the_tokenizer_works_for_one_thread_at_a_time(tmp_path, monkeypatch):
-    """So that another thread turns into ids what it gave before."""
+def test_one_thread_at_a_time_uses_the_tokenizer(tmp_path, monkeypatch):
+    """Another thread converts its earlier results to ids meanwhile."""
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 1)
     monkeypatch.setattr(chunks, "CHUNKS_PER_BATCH", 1)
     inside = []

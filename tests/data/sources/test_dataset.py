@@ -253,7 +253,7 @@ def test_a_name_on_the_hub_that_cannot_be_reached_is_reported(monkeypatch):
 
 
 def test_a_file_that_cannot_be_read_is_reported_once(tmp_path):
-    """By the error alone: the library's log would repeat it twice."""
+    """Only by the error: the library's log would repeat it twice."""
     logged = io.StringIO()
     handler, logger = logging.StreamHandler(logged), logging.getLogger("datasets")
     logger.setLevel(logging.WARNING)

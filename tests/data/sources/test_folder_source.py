@@ -43,11 +43,11 @@ def test_png_is_preferred_to_other_formats_of_the_same_name(tmp_path):
 
 
 def test_images_and_texts_without_the_other_are_rejected_or_left_out(tmp_path):
-    write(tmp_path, ["a.png", "a.txt", "alone.png", "text.txt"])
+    write(tmp_path, ["a.png", "a.txt", "single.png", "text.txt"])
     kinds = [type(row) for row in source_of(path=tmp_path).documents()]
     assert kinds == [Document, Rejected, Rejected]
     _, image, text = source_of(path=tmp_path).documents()
-    assert "there is no alone.txt beside it" in image.reason
+    assert "there is no single.txt beside it" in image.reason
     assert "there is no image beside it" in text.reason
     rows = list(source_of(path=tmp_path, without_text="leave_out").documents())
     assert [getattr(row, "row", "") for row in rows] == [

@@ -119,7 +119,7 @@ def test_paths_are_relative_to_the_page_or_the_folder(tmp_path):
     assert parts_of(page) == [["in sub.png"], ["top.png"], ["top.png"]]
 
 
-def test_a_page_whose_images_lie_outside_is_rejected(tmp_path):
+def test_a_page_with_images_outside_the_folder_is_rejected(tmp_path):
     Image.new("RGB", (80, 80)).save(tmp_path / "secret.png")
     pages = {"a.html": '<img src="../secret.png">', "b.html": "good", "c.html": " <p></p>"}
     outside, good, empty = write(tmp_path / "pages", pages).documents()

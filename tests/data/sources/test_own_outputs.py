@@ -1,4 +1,4 @@
-"""What moma writes is never read as a source, whatever the kind of source."""
+"""No kind of source reads the files that moma writes."""
 
 import json
 import shutil

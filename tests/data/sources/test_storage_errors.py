@@ -32,7 +32,7 @@ SOURCES = {
 
 
 class FailingFile(io.BytesIO):
-    """A file whose content cannot be read."""
+    """A file that can be opened and not read."""
 
     def __init__(self, code):
         super().__init__()

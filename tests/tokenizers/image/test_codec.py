@@ -55,8 +55,8 @@ def test_codes_are_row_major_indices_of_the_nearest_vectors(codec, images_B3HW):
 
 
 def test_without_context_a_code_depends_only_on_its_own_square(images_B3HW):
-    alone = {"patch": 4, "block_channels": (16,), "encoder_context": False}
-    codec = make_codec(**SMALL.model_dump() | alone)
+    changes = {"patch": 4, "block_channels": (16,), "encoder_context": False}
+    codec = make_codec(**SMALL.model_dump() | changes)
     before_BDhw = codec.latents(images_B3HW)
     images_B3HW[:, :, 4:8, 8:12] *= -1  # the square in row 1, column 2
     changed_Bhw = (codec.latents(images_B3HW) != before_BDhw).any(dim=1)
@@ -70,8 +70,8 @@ def test_without_context_a_code_depends_only_on_its_own_square(images_B3HW):
 def test_encoding_changes_nothing_and_does_not_depend_on_the_batch(codec, images_B3HW):
     before = {name: value.clone() for name, value in codec.state_dict().items()}
     together = codec.encode(images_B3HW)
-    alone = torch.cat([codec.encode(image[None]) for image in images_B3HW])
-    assert torch.equal(together, alone)
+    one_by_one = torch.cat([codec.encode(image[None]) for image in images_B3HW])
+    assert torch.equal(together, one_by_one)
     assert all(torch.equal(value, before[name]) for name, value in codec.state_dict().items())
 
 
@@ -133,7 +133,7 @@ def latents_of(codec, images_B3HW):
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.5])
-def test_a_codebook_vector_is_the_moving_average_of_what_chose_it(images_B3HW, decay):
+def test_a_codebook_vector_is_the_moving_average_of_its_latents(images_B3HW, decay):
     """Van den Oord et al. 2017, appendix A.1, one vector after the other."""
     codec = codec_in_training(images_B3HW, codebook_decay=decay, dead_code_threshold=0)
     images_B3HW = -images_B3HW  # others: k-means left the codebook in equilibrium
@@ -153,7 +153,7 @@ def test_a_codebook_vector_is_the_moving_average_of_what_chose_it(images_B3HW, d
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0])
-def test_vectors_that_nothing_chooses_move_to_latents(images_B3HW, threshold):
+def test_unused_vectors_move_to_latents(images_B3HW, threshold):
     codec = codec_in_training(images_B3HW, dead_code_threshold=threshold)
     for name, value in {"embed": 100, "cluster_size": 0.01, "embed_avg": 1}.items():
         book(codec, name)[0, :4] = value

@@ -117,7 +117,7 @@ def test_the_discriminator_has_the_hinge_loss(pair):
     assert reconstructions.grad is None
 
 
-def test_the_discriminator_learns_to_tell_them_apart():
+def test_the_discriminator_learns_to_distinguish_them():
     learner = adversary()
     draw = torch.Generator().manual_seed(0)
     for _ in range(60):

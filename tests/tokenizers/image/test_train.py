@@ -100,7 +100,7 @@ class KilledError(Exception):
 
 
 def resume_after_kill(folder: Path, stop: int, **changes) -> ImageCodec:
-    """Kill a training after step `stop` + 1, whose checkpoint is that of `stop`; then resume it."""
+    """Kill a training after step `stop` + 1, when its checkpoint is of `stop`; then resume it."""
     training = config(**changes, save_every=stop, log_every=1)
 
     def kill(record):
@@ -400,6 +400,6 @@ def test_a_gpu_trains_in_bfloat16_and_encodes_in_batches(tmp_path):
     pixels = [np.asarray(to_pil(image)) for image in IMAGES]
     codes = encode_images(codec, device, pixels)
     assert codes.shape == (len(IMAGES), SHAPE.codes_per_image) and codes.dtype == np.int64
-    alone = np.concatenate([encode_images(codec, device, [one]) for one in pixels])
+    one_by_one = np.concatenate([encode_images(codec, device, [one]) for one in pixels])
     # Another batch size may select another kernel: a code between two vectors may differ.
-    assert (codes == alone).mean() > 0.98
+    assert (codes == one_by_one).mean() > 0.98
