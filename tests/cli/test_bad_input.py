@@ -88,6 +88,29 @@ def test_too_many_rejected_documents_leave_no_complete_shards(tmp_path, spoil, n
     assert (tmp_path / "data/rejected.jsonl").read_text().splitlines() == [line]
 
 
+def test_where_most_rows_are_rejected_the_cause_is_named(tmp_path):
+    recipe = make_input(tmp_path)
+    for path in tmp_path.glob("images/*.png"):
+        path.rename(path.with_suffix(".gif"))
+    write_rows(tmp_path, [{"image": "0.gif"}, *read_rows(tmp_path)])
+    message = refuses("prepare", recipe)
+    assert "13 of 13 documents" in message and "the most frequent reason, of 12: " in message
+    assert "there is no" in message and "0.png" in message
+    assert "fix the cause" in message and "or raise" not in message
+
+
+def test_prepare_refuses_padding_as_train_does(tmp_path):
+    recipe = make_input(tmp_path)
+    source = f'{{kind="captions", path="{tmp_path}/images"}}'
+    changes = (f"data.sources=[{source}]", "data.image_share=0.5")
+    message = refuses("prepare", recipe, *changes)
+    assert message.startswith(f"{tmp_path}/data: is prepared, but cannot be trained on")
+    cause = message.partition("with this recipe: ")[2]
+    assert "data.max_padding allows 0.50%" in cause and refuses("train", recipe, *changes) == cause
+    summary = json.loads(succeeds("prepare", recipe, *changes, "data.max_padding=1", "--json"))
+    assert summary["documents"] == 12
+
+
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     recipe = make_input(tmp_path)
     (tmp_path / "words.txt").write_bytes(b"a\n\xff")
@@ -120,9 +143,10 @@ def test_failed_preparation_keeps_the_old_shards(tmp_path):
 def test_a_source_without_documents_is_refused_by_prepare_and_train(tmp_path):
     recipe = make_input(tmp_path)
     (tmp_path / "words.txt").write_text("")
-    assert "'text'" in refuses("prepare", recipe)
-    assert complete_shards(tmp_path) == {"captions"}
-    assert "shards/text" in refuses("train", recipe)
+    message = refuses("prepare", recipe)
+    assert f"source 'text': there are no documents in {tmp_path}/words.txt" in message
+    assert not complete_shards(tmp_path)
+    assert "not prepared yet" in refuses("train", recipe)
     assert not list(tmp_path.glob("run/checkpoints/*"))
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from moma.data.outputs import write_output
 from moma.demo.run import Clock, demo_tables, run_demo
 from moma.errors import UserError
 
@@ -112,7 +113,7 @@ def test_keys_of_the_demo_and_recipes_without_sketches_are_refused(tmp_path):
 
 def test_the_clock_sums_over_interruptions(tmp_path):
     file = tmp_path / "minutes.json"
-    file.write_text(json.dumps({"work": 1.5, "other": 2.0}))
+    write_output(file, json.dumps({"work": 1.5, "other": 2.0}).encode())
     with pytest.raises(ValueError, match="stop"), Clock(file)("work"):
         raise ValueError("stop")
     assert json.loads(file.read_text())["work"] >= 1.5

@@ -51,6 +51,14 @@ def test_changes_allowed_on_resume(tiny, tmp_path, section, change, is_allowed):
             refuse_other_recipe(run, changed)
 
 
+def test_other_sources_need_another_run(tiny, tmp_path):
+    run = Run(tmp_path / "run")
+    write_run_folder(run, tiny)
+    data = tiny.data.model_copy(update={"sources": tiny.data.sources[:1]})
+    with pytest.raises(UserError, match=r"keeps the sources that it began with: .* with run=…"):
+        refuse_other_recipe(run, tiny.model_copy(update={"data": data}))
+
+
 def test_routers_in_the_folder_of_their_run_are_refused(tiny, tmp_path):
     run = Run(tmp_path / "my run")
     write_run_folder(run, tiny)

@@ -126,7 +126,7 @@ class Batches(grain.DatasetIterator[Batch]):
         if state["fingerprint"] != self._fingerprint:
             raise UserError(
                 "the saved data state belongs to other documents: sources, weights, shards or seed "
-                "have changed; restore them"
+                "have changed; restore them, or begin another run with run=…"
             )
         if state["world_size"] != self._world_size:
             raise UserError(
@@ -220,13 +220,8 @@ def reshard(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str,
     ]
 
 
-def warn_unused_images(config: DataConfig, vocabulary: Vocabulary) -> None:
-    """Print to standard error which documents are unused if `image_share` is 0."""
-    opened = open_sources(config.path, [one.name for one in config.sources], vocabulary)
-    _warn_unused_images({name: one.splits["train"] for name, one in opened.items()})
-
-
 def _warn_unused_images(shards: Mapping[str, Shard]) -> None:
+    """Print to standard error which documents are unused if `image_share` is 0."""
     images = {name: shard.images[shard.images > 0] for name, shard in shards.items()}
     images = {name: found for name, found in images.items() if len(found)}
     if not images:

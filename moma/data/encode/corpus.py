@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moma.data.documents import Document, ImageRef, Rejected, Source, held_out_share, is_held_out
 from moma.data.encode.chunks import CHUNK_DOCUMENTS, reject_unencodable
+from moma.data.encode.rejected import no_documents, too_many_rejected
 from moma.errors import StorageError, UserError, shorten
 from moma.tokenizers.image.codec import preprocess
 
@@ -143,6 +144,8 @@ class Corpus:
             # Not sooner: a few rejected documents among the first ones may be few of all.
             if number % CHUNK_DOCUMENTS == 0:
                 self._check_rejected(name)
+        if not number:
+            raise no_documents(source)
         self.totals[name] = number
         self._check_rejected(name)
 
@@ -160,12 +163,8 @@ class Corpus:
         rows = self.rejected[name]
         location = self._list_rejected(name, rows)
         which = "all" if len(rows) == count else f"the first {len(rows):,}"
-        listed = f" ({location} lists {which})" if location else ""
-        raise UserError(
-            f"source '{name}': {count} of {read} documents were rejected, more than "
-            f"data.max_rejected = {self._max_rejected:g} allows; the first: "
-            f"{rows[0].message}{listed}; or raise data.max_rejected"
-        )
+        listing = f" ({location} lists {which})" if location else ""
+        raise too_many_rejected(name, count, read, self._max_rejected, rows, listing)
 
 
 def require_training_images(
@@ -291,7 +290,8 @@ class ReadableImages(Sequence[Tensor]):
     def _check_unreadable(self) -> None:
         count = len(self.unreadable)
         if count and (count > self.max_unreadable * len(self) or count == len(self)):
+            limit = f", more than data.max_rejected = {self.max_unreadable:g} allows"
             raise UserError(
-                f"{count} of {len(self)} images cannot be read, at most {self.max_unreadable:.0%} "
-                f"may be unreadable; the last: {[*self.unreadable.values()][-1]}"
+                f"{count} of {len(self)} images cannot be read"
+                f"{limit if count < len(self) else ''}; the last: {[*self.unreadable.values()][-1]}"
             )

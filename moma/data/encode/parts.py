@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from moma.data.documents import Rejected
+from moma.data.encode.rejected import parse_rejected_line, rejected_line
 from moma.data.shards import (
     INFO_FILE,
     METADATA_KEY,
@@ -245,17 +246,11 @@ def copy_rejected(folder: Path, out: BinaryIO) -> None:
             shutil.copyfileobj(file, out)
 
 
-def rejected_line(source: str, rejected: Rejected) -> bytes:
-    """Return a line of `rejected.jsonl`."""
-    values = {"source": source, "row": rejected.row, "reason": rejected.reason}
-    return json.dumps(values).encode() + b"\n"
-
-
-def first_rejected(folder: Path) -> Rejected:
-    """Return the first rejected document of a source that has one."""
-    with _rejected_files(folder)[0].open("rb") as file:
-        values = json.loads(file.readline())
-    return Rejected(values["row"], values["reason"])
+def read_rejected(folder: Path) -> Iterator[Rejected]:
+    """Yield the rejected documents of a source, an unfinished part's included."""
+    for path in _rejected_files(folder):
+        with path.open("rb") as file:
+            yield from map(parse_rejected_line, file)
 
 
 def partial_folder(folder: Path) -> Path:

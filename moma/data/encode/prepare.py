@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from moma.data.batches.budget import Budget
-from moma.data.batches.iterator import warn_unused_images
+from moma.data.batches.iterator import Batches
 from moma.data.config import PrepareConfig
 from moma.data.documents import Source, held_out_share
 from moma.data.encode.parts import copy_rejected
@@ -85,8 +85,9 @@ def prepare(
 
     Raises:
         UserError: the recipe's image share is impossible, too many documents of a source cannot
-            be used, nothing is left for training, the folder was prepared with another
-            configuration or has files of the user's in the way, or another process is using it.
+            be used, nothing is left for training, the documents cannot be packed as the recipe
+            asks, the folder was prepared with another configuration or has files of the user's in
+            the way, or another process is using it.
     """
     keep_freed_memory(device)
     data = config.data
@@ -98,8 +99,7 @@ def prepare(
         _warn_changed_sources(folder)
         infos = _encode_all(folder, vocabulary, device, quiet, workers)
     _require_training_documents(infos)
-    if not data.image_share:
-        warn_unused_images(data, vocabulary)
+    _check_packing(config, vocabulary)
     return Prepared(vocabulary, infos)
 
 
@@ -133,7 +133,8 @@ def _warn_changed_sources(folder: DataFolder) -> None:
         print(
             f"note: added or changed since tokenizer and codec in {folder.data.path} were trained: "
             f"{list_names(changed)}; both are kept, as is right if only some documents were fixed; "
-            "to train new ones, choose another data.path",
+            "to train new ones, choose another data.path; a run keeps the documents it began with: "
+            "train on these with another run=…",
             file=sys.stderr,
         )
 
@@ -145,6 +146,16 @@ def _require_training_documents(infos: dict[str, ShardInfo]) -> None:
             f"all {counts['held_out'].documents:,} documents are held out, so nothing is left for "
             "training; lower data.held_out, or the held_out of a source"
         )
+
+
+def _check_packing(config: PrepareConfig, vocabulary: Vocabulary) -> None:
+    """Refuse what training would refuse; the shards are kept, and serve other recipes."""
+    try:
+        Batches(config.data, vocabulary, config.seed).close()
+    except UserError as error:
+        raise UserError(
+            f"{config.data.path}: is prepared, but cannot be trained on with this recipe: {error}"
+        ) from error
 
 
 def _encode_all(

@@ -15,12 +15,12 @@ import pyarrow as pa
 from PIL import Image
 
 from moma.data.documents import Source, source_fingerprint, which_held_out
-from moma.data.encode.parts import PartialShards, complete_shards, first_rejected
+from moma.data.encode.parts import PartialShards, complete_shards, read_rejected
 from moma.data.encode.read_ahead import ImageReader
+from moma.data.encode.rejected import no_documents, too_many_rejected
 from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText
 from moma.data.provenance import Encoders
 from moma.data.shards import REJECTED_FILE, SPLITS, Part, ShardInfo, shard_features
-from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
 # A part ends with the chunk that reaches this or the recipe's `shard_tokens`.
@@ -105,7 +105,7 @@ def encode_source(
         _write(source, encoder, reader, shards, held_out_share, limits, progress)
     _check_rejected(source, shards.done, limits, folder)
     if not shards.done.total.documents:
-        raise UserError(f"source '{source.name}': it has no documents; check its configuration")
+        raise no_documents(source)
     return shards.finish()
 
 
@@ -146,11 +146,13 @@ def _write(
 
 def _check_rejected(source: Source, part: Part, limits: Limits, folder: Path) -> None:
     if limits.exceeded(part):
-        raise UserError(
-            f"source '{source.name}': {part.rejected} of {part.documents_read} documents were "
-            f"rejected, more than data.max_rejected = {limits.max_rejected:g} allows; the first: "
-            f"{first_rejected(folder).message} ({REJECTED_FILE} in the data folder lists all); "
-            "or raise data.max_rejected"
+        raise too_many_rejected(
+            source.name,
+            part.rejected,
+            part.documents_read,
+            limits.max_rejected,
+            read_rejected(folder),
+            f" ({REJECTED_FILE} in the data folder lists all)",
         )
 
 

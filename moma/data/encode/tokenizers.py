@@ -12,7 +12,8 @@ import torch
 from moma.data.config import PrepareConfig
 from moma.data.documents import Rejected
 from moma.data.encode.corpus import Corpus, ReadableImages, require_training_images
-from moma.data.encode.parts import copy_rejected, rejected_line
+from moma.data.encode.parts import copy_rejected
+from moma.data.encode.rejected import rejected_line
 from moma.data.provenance import DataFolder, Encoders
 from moma.data.shards import REJECTED_FILE
 from moma.errors import UserError, shell_command

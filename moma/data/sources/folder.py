@@ -36,7 +36,10 @@ class FolderConfig(CaptionReaderConfig):
 
     def read_rows(self) -> Iterator[Row]:
         """Yield a row for every text file, and for every image without one."""
-        for stem, (images, texts) in sorted(self._groups().items()):
+        groups = self._groups()
+        if not groups:
+            raise UserError(f"{self.path}: holds no images and texts; check the source's 'path'")
+        for stem, (images, texts) in sorted(groups.items()):
             if texts:
                 yield str(texts[0]), partial(self._document, stem, images, texts)
             elif self.without_text == "reject":

@@ -90,7 +90,7 @@ class CaptionReaderConfig(ImageReaderConfig):
 
     Attributes:
         caption_first: fraction of the documents whose caption comes before the image: 1 for all,
-            0 for none; in between, a hash of each document decides.
+            0 for none; in between, a hash of the document's name and its caption decides.
     """
 
     caption_first: float = Field(default=0.75, ge=0, le=1)

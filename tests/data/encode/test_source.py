@@ -198,7 +198,7 @@ def test_a_failure_keeps_the_previous_shards(tmp_path):
 
 
 def test_a_source_without_documents_is_refused(tmp_path):
-    with pytest.raises(UserError, match="source 'numbers': it has no documents"):
+    with pytest.raises(UserError, match="source 'numbers': there are no documents"):
         run(tmp_path / "shard", source=Numbers(count=0))
 
 

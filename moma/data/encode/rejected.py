@@ -1,0 +1,64 @@
+"""Rejected documents: lines of `rejected.jsonl`, and the error if there are too many."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from itertools import islice
+
+from moma.data.documents import Rejected, Source
+from moma.errors import UserError
+
+# Rejected documents whose reasons are compared.
+_MAX_COMPARED = 10_000
+# What differs between documents that are rejected for the same reason: paths, numbers, quotations.
+_VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\d]\S*")
+
+
+def rejected_line(source: str, rejected: Rejected) -> bytes:
+    """Return a line of `rejected.jsonl`."""
+    values = {"source": source, "row": rejected.row, "reason": rejected.reason}
+    return json.dumps(values).encode() + b"\n"
+
+
+def parse_rejected_line(line: bytes) -> Rejected:
+    """Return the rejected document of a line of `rejected.jsonl`."""
+    values = json.loads(line)
+    return Rejected(values["row"], values["reason"])
+
+
+def too_many_rejected(
+    source: str, count: int, read: int, limit: float, rejected: Iterable[Rejected], listing: str
+) -> UserError:
+    """Return the error about too many rejected documents of a source.
+
+    Args:
+        source: name of the source.
+        count: number of rejected documents.
+        read: number of documents that were read, rejected ones included.
+        limit: `data.max_rejected`; if most documents are rejected, raising it is not advised.
+        rejected: the rejected documents, or the first ones.
+        listing: where they are listed.
+    """
+    counts: Counter[str] = Counter()
+    examples: dict[str, str] = {}
+    for row in islice(rejected, _MAX_COMPARED):
+        kind = _VARIABLE.sub("…", row.reason.replace(row.row, "…"))
+        counts[kind] += 1
+        examples.setdefault(kind, row.message)
+    ((kind, times),) = counts.most_common(1)
+    which = f"the most frequent reason, of {times}" if count > 1 else "the reason"
+    advice = "fix the cause, and run the same command again"
+    if count <= read / 2:
+        advice = "fix them, or raise data.max_rejected"
+    return UserError(
+        f"source '{source}': {count} of {read} documents were rejected, more than "
+        f"data.max_rejected = {limit:g} allows; {which}: {examples[kind]}{listing}; {advice}"
+    )
+
+
+def no_documents(source: Source) -> UserError:
+    """Return the error about a source that yields nothing."""
+    path = getattr(source, "path", None)
+    where = "" if path is None else f" in {path}"
+    return UserError(f"source '{source.name}': there are no documents{where}; check its keys")
