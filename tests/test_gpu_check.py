@@ -1,0 +1,55 @@
+"""`launch/gpu_check.sh` at toy size, which needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STAGES = ("env", "tests", "layer", "throughput", "decode", "trace")
+
+
+def check(out: Path, *stages: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"OUT": str(out), "PATH": path, "PYTHONPATH": str(ROOT)} | variables
+    command = ["bash", "launch/gpu_check.sh", *stages]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_stage_leaves_json_and_a_log(tmp_path):
+    result = check(tmp_path, "env", TOY="1")
+    assert result.returncode == 0 and result.stdout.startswith("env: done in")
+    assert json.loads((tmp_path / "env.json").read_text())["torch"]
+    assert (tmp_path / "env.log").is_file()
+
+
+def test_unknown_stages_are_refused(tmp_path):
+    result = check(tmp_path, "env", "speed", TOY="1")
+    assert result.returncode == 2 and "no stage 'speed'; use env tests" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu_only_the_toy_size_runs(tmp_path):
+    result = check(tmp_path, "env", CUDA_VISIBLE_DEVICES="")
+    assert result.returncode == 2 and "set TOY=1" in result.stderr
+
+
+def test_a_stage_that_fails_is_reported(tmp_path):
+    (tmp_path / "data").write_text("not a folder")
+    result = check(tmp_path, "decode", TOY="1")
+    assert result.returncode == 1 and f"see {tmp_path}/decode.log" in result.stderr
+    assert str(tmp_path / "data") in (tmp_path / "decode.log").read_text()
+
+
+@pytest.mark.slow
+def test_all_stages_run_at_toy_size(tmp_path):
+    result = check(tmp_path, TOY="1")
+    assert result.returncode == 0, result.stderr
+    found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STAGES}
+    assert found["tests"]["failures"] == found["tests"]["errors"] == 0 < found["tests"]["tests"]
+    assert {row["name"] for row in found["throughput"]["256"]} == {"dense", "moe_4t4i"}
+    assert all(row["tokens_per_second"] > 0 for row in found["decode"])
+    assert found["trace"]["traces"] and found["trace"]["last_record"]["step"] == 4
