@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-# Errors of a disk or network file system that may go away.
+# Errors of a disk or network file system that may be temporary.
 _STORAGE_ERRNOS = (
     errno.EIO,
     errno.ENOSPC,
@@ -62,8 +62,8 @@ class StoppedError(Exception):
     CODE = 75
 
 
-def os_error_message(error: OSError) -> UserError | None:
-    """The message for a system error about a file; None if the error is a defect of the program."""
+def to_user_error(error: OSError) -> UserError | None:
+    """Return the `UserError` for a system error about a file; None if it is about no file."""
     if isinstance(error, shutil.Error):  # of a folder: source, copy and reason of each file
         return StorageError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}")
     message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
@@ -76,7 +76,7 @@ def storage_error(error: BaseException, what: object) -> StorageError | None:
     """Return a `StorageError` about `what` if its disk fails, else None."""
     if not isinstance(error, OSError) or error.errno not in _STORAGE_ERRNOS:
         return None
-    described = os_error_message(OSError(error.errno, error.strerror, str(what)))
+    described = to_user_error(OSError(error.errno, error.strerror, str(what)))
     assert isinstance(described, StorageError)
     return described
 

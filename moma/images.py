@@ -96,7 +96,7 @@ def read_image(
         raise UserError(f"{location}: there is no {what}; add the file or {remedy}") from error
     except Image.DecompressionBombError as error:
         raise UserError(f"{location}: {what} is too large ({error}); shrink it") from error
-    # Damaged files make Pillow's decoders raise nearly anything, from SyntaxError to struct.error.
+    # On damaged files Pillow's decoders raise almost any exception, even SyntaxError.
     except Exception as error:
         reason = shorten(str(getattr(error, "strerror", None) or error), 200)
         if isinstance(error, UnidentifiedImageError):
@@ -110,7 +110,7 @@ def image_size(file: Path) -> tuple[int, int] | None:
     """Return the width and height in the file's header; None if they cannot be read."""
     try:
         return _use_image(file, lambda image: image.size)
-    except Exception:  # Damaged headers make Pillow raise nearly anything.
+    except Exception:  # On damaged headers Pillow raises almost any exception.
         return None
 
 
@@ -274,7 +274,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation of a loaded image; 1, which is upright, if its EXIF data are damaged."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # Damaged EXIF data make Pillow raise nearly anything.
+    except Exception:  # On damaged EXIF data Pillow raises almost any exception.
         return 1
 
 

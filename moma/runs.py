@@ -2,7 +2,7 @@
 
 DATA/                    RUN/
 tokenizer.json           run.json           makes the folder a run: resolved recipe, checksums
-vocabulary.json          recipe.toml        the resolved recipe for people and for `moma train`
+vocabulary.json          recipe.toml        the resolved recipe as TOML, for users and `moma train`
 codec/                   metrics.jsonl      one record per logged step
 shards/SOURCE/           checkpoints/       step-00001000, …
                          tokenizer.json, vocabulary.json, codec/    copies
@@ -25,7 +25,7 @@ _KIND = "moma run"
 # Where the resolved recipe goes: the first name that is not taken by a file of the user's.
 _RECIPE_NAMES = ("recipe.toml", "resolved.toml")
 _RECIPE_HEADER = "# The resolved recipe of this run, written by moma; sha256 of the rest: "
-# Files that people put into an experiment's folder before they train in it.
+# Files that users put into an experiment's folder before they train in it.
 _NOTES = (".toml", ".md", ".txt", ".log", ".out", ".err", ".sh")
 
 
@@ -199,7 +199,7 @@ class Run:
         return records[-1] if records else None
 
     def _read_manifest(self) -> dict[str, Any] | None:
-        """The manifest; None if there is none, or the file is somebody else's."""
+        """The manifest; None if there is none, or the file was not written by moma."""
         manifest = read_json(self.manifest) if self.manifest.is_file() else None
         if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
             return None
@@ -239,7 +239,7 @@ def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
 
 
 def _is_resolved_recipe(path: Path) -> bool:
-    """Whether a file is a resolved recipe that nobody has edited since."""
+    """Whether a file is a resolved recipe as moma wrote it, not edited since."""
     try:
         header, _, text = path.read_text(encoding="utf-8").partition("\n")
     except (OSError, ValueError):

@@ -52,14 +52,18 @@ class Vocabulary:
             ValueError: one is out of range, or an id has two meanings.
             TypeError: one is not an integer.
         """
-        special = (self.beginning, self.end, self.padding, self.begin_image, self.end_image)
-        ids = {*map(index, (*special, *self.image_codes))}
-        if len(ids) < len(special) + len(self.image_codes):
+        ids = {*map(index, (*self.special, *self.image_codes))}
+        if len(ids) < len(self.special) + len(self.image_codes):
             raise ValueError("an id has two meanings")
         if not 0 <= min(ids) <= max(ids) < index(self.size) <= _MAX_SIZE:
             raise ValueError(f"ids must be at least 0 and less than size, and size ≤ {_MAX_SIZE}")
         if not 1 <= index(self.codes_per_image) <= _MAX_SIZE:
             raise ValueError(f"codes_per_image must be from 1 to {_MAX_SIZE}")
+
+    @property
+    def special(self) -> tuple[int, int, int, int, int]:
+        """The ids that are neither text nor image codes, in the order of the attributes."""
+        return self.beginning, self.end, self.padding, self.begin_image, self.end_image
 
     @property
     def modalities(self) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ class Sizes:
         batches: micro-batches of each repeat.
         steps: training steps.
         images: images of each repeat; at most as many as the sources have.
-        texts: texts of each repeat; likewise.
+        texts: texts of each repeat; at most as many as the sources have.
         repeats: how often each measurement is taken.
         cpu_time: whether `codec_ratio` and `bpe_ratio` compare processor time, which leaves out
             other processes and adds up threads.
@@ -151,7 +151,7 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
 
 
 def _images(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
-    """Encode documents of a caption and an image to shards; compare with the codec alone.
+    """Encode documents of a caption and an image to shards; compare with only the codec.
 
     The images that the codec gets are already preprocessed and on the device.
     """
@@ -203,7 +203,7 @@ def _texts(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, An
 def _encoding(
     recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes, texts: Sequence[str]
 ) -> dict[str, Any]:
-    """Encode texts to shards; compare with `encode_batch` of the tokenizer and its ids alone."""
+    """Encode texts to shards; compare with `encode_batch` of the tokenizer."""
     tokenizer = load_text_tokenizer(Tokenizers(recipe.data.path).text)
     documents = [Document(str(number), (text,)) for number, text in enumerate(texts)]
     tokens = 0

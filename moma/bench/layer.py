@@ -69,10 +69,6 @@ class Sizes:
 def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
     """Measure forward and backward of all variants at all widths.
 
-    Args:
-        sizes: what is measured.
-        quiet: whether to hide the progress bar.
-
     Returns:
         For each: `dim`, `ffn`, `variant`, median `milliseconds`, speed relative to floor and dense
         (above 1 is faster), `peak_bytes` beyond weights, their gradients and the tokens.

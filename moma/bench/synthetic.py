@@ -21,17 +21,9 @@ _MEAN_TEXT, _CAPTION = 400, (8, 32)
 
 def synthetic_vocabulary(recipe: Recipe) -> Vocabulary:
     """Return a vocabulary of the sizes in a recipe, without a tokenizer."""
-    codes = recipe.codec.codebook_size
-    return Vocabulary(
-        size=recipe.text_tokenizer.vocabulary_size,
-        beginning=0,
-        end=1,
-        padding=2,
-        begin_image=3,
-        end_image=4,
-        image_codes=tuple(range(_SPECIAL, _SPECIAL + codes)),
-        codes_per_image=recipe.codec.codes_per_side**2,
-    )
+    codes = tuple(range(_SPECIAL, _SPECIAL + recipe.codec.codebook_size))
+    sizes = recipe.text_tokenizer.vocabulary_size, recipe.codec.codes_per_image
+    return Vocabulary(sizes[0], 0, 1, 2, 3, 4, codes, sizes[1])
 
 
 def synthetic_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> Packer:

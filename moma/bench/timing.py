@@ -20,7 +20,6 @@ def seconds(job: Job, cpu_time: bool = False, device: torch.device | None = None
     """Measure how long a job takes.
 
     Args:
-        job: the job.
         cpu_time: measure the CPU time of this process, summed over its threads, instead of
             wall-clock time.
         device: the device to wait for, before and after the job.
@@ -44,7 +43,6 @@ def interleaved(
 
     Args:
         timed: jobs that return their seconds.
-        rounds: number of rounds.
         after_round: called with the number of completed rounds.
 
     Returns:

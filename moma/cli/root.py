@@ -13,8 +13,8 @@ from moma.errors import (
     SharedError,
     StoppedError,
     UserError,
-    os_error_message,
     shorten,
+    to_user_error,
 )
 from moma.progress import show_log_messages
 
@@ -87,7 +87,7 @@ def _report(error: Exception) -> int:
     if "UsageError" in names:
         return _print_message(_usage_message(error), 2)
     if isinstance(error, OSError):
-        error = os_error_message(error) or error
+        error = to_user_error(error) or error
     if isinstance(error, UserError | StoppedError):
         by_all = isinstance(error, SharedError | StoppedError)
         return _print_message(error, error.CODE, by_all)

@@ -1,4 +1,4 @@
-"""Documents, encoding, packing, mixing and batches: given its rank."""
+"""Documents → encoded shards → micro-batches of one rank, without a process group."""
 
 import logging
 

@@ -16,7 +16,7 @@ class DataConfig(Config):
 
     Attributes:
         path: folder of the prepared data: tokenizers, and the shards of each source.
-        tokenizers: a prepared folder or a run whose tokenizer and codec are used; left out, they
+        tokenizers: a prepared folder or a run whose tokenizer and codec are used; by default they
             are trained on the sources.
         micro_batch_size: sequences of a micro-batch, the share of one rank in one step (B).
         sequence_length: tokens of a sequence (S).
@@ -26,9 +26,10 @@ class DataConfig(Config):
         shard_tokens: tokens after which `prepare` begins another file of shards.
         max_padding: largest share of positions that may be padding; documents that leave more
             are refused.
-        workers: threads beside the training: 0 makes a micro-batch when it is asked for, one makes
-            them ahead, further ones read documents ahead of it. What is in them stays the same.
-        prefetch: micro-batches that are made ahead.
+        workers: background threads: the first makes micro-batches ahead, further ones read
+            documents ahead; with 0, each micro-batch is made when it is needed. The micro-batches
+            do not depend on it.
+        prefetch: number of micro-batches that are made ahead.
         sources: where documents come from; a source's weight counts documents, among the
             documents with images and among those without.
     """

@@ -162,7 +162,7 @@ def is_held_out(document: Document, share: float) -> bool:
 
 def which_held_out(documents: Sequence[Document], share: float) -> np.ndarray:
     """Return `is_held_out` of each document, bool of shape [documents]; faster than one by one."""
-    names = [f"held out: {one.held_out_with or one.name}" for one in documents]
+    names = [f"held out: {document.held_out_with or document.name}" for document in documents]
     held_out = unit_hashes(names) < share
     for index, document in enumerate(documents):
         if document.held_out is not None:

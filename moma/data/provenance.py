@@ -173,7 +173,7 @@ class DataFolder:
             totals: number of documents of each source that was read to its end.
         """
         before = self._provenance.sources
-        now = {one.name: self._fingerprint(one) for one in self.data.sources}
+        now = {source.name: self._fingerprint(source) for source in self.data.sources}
         records = before or {name: SourceRecord(fingerprint=now[name]) for name in now}
         records = {
             name: record.model_copy(update={"documents": totals[name]})
@@ -188,7 +188,7 @@ class DataFolder:
         """Return the names of sources that were added or changed since `record_sources`."""
         if not self._provenance.sources:
             return []
-        return [one.name for one in self.data.sources if self._record(one) is None]
+        return [source.name for source in self.data.sources if self._record(source) is None]
 
     def known_documents(self, source: Source) -> int | None:
         """Return how many documents a source has, rejected ones included, if that is known."""

@@ -203,8 +203,6 @@ def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None 
     """Open the shards of one source, which must have been encoded with this vocabulary.
 
     Args:
-        folder: the source's folder.
-        vocabulary: the ids.
         encoders: the tokenizer and codec; None accepts any.
 
     Raises:

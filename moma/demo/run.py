@@ -60,16 +60,16 @@ class Sketches(NamedTuple):
 
     @property
     def scores(self) -> dict[str, float]:
-        """Shares that are right: single objects, halves of compositions, captions."""
-        singles = [right for d in self.drawn if d.sketch.relation is None for right in d.right]
-        halves = [right for d in self.drawn if d.sketch.relation for right in d.right]
+        """Shares that are correct: single objects, halves of compositions, captions."""
+        singles = [ok for d in self.drawn if d.sketch.relation is None for ok in d.correct]
+        halves = [ok for d in self.drawn if d.sketch.relation for ok in d.correct]
         return {
             "singles_right": sum(singles) / len(singles),
             "composition_halves_right": sum(halves) / len(halves),
-            "captions_right": sum(c.right for c in self.captioned) / len(self.captioned),
+            "captions_right": sum(c.correct for c in self.captioned) / len(self.captioned),
         }
 
-    def some(self, count: int) -> list[Drawn]:
+    def sample(self, count: int) -> list[Drawn]:
         """As many single objects as compositions, `count` together."""
         singles = [each for each in self.drawn if each.sketch.relation is None]
         pairs = [each for each in self.drawn if each.sketch.relation is not None]
@@ -268,17 +268,17 @@ def _write_report(
     add_comparison(page, measured)
     page.section(minutes.title, table(minutes))
     page.write(out / "report.html")
-    drawn = sketches[measured[-1].name].some(16)
-    shown = [(each.image, each.sketch.caption, _mark(each.right)) for each in drawn]
+    drawn = sketches[measured[-1].name].sample(16)
+    shown = [(each.image, each.sketch.caption, _mark(each.correct)) for each in drawn]
     write_output(out / "sheet.png", png_bytes(figures.sheet(shown), dpi=100))
 
 
 def _image_grid(sketches: Mapping[str, Sketches], size: int) -> str:
     cells = []
-    for drawn in zip(*(each.some(2 * SHOWN) for each in sketches.values()), strict=True):
+    for drawn in zip(*(each.sample(2 * SHOWN) for each in sketches.values()), strict=True):
         sketch = drawn[0].sketch
         tiles = [
-            tile(each.image, f"{name}: {', '.join(each.shows)}", _mark(each.right))
+            tile(each.image, f"{name}: {', '.join(each.shows)}", _mark(each.correct))
             for name, each in zip(sketches, drawn, strict=True)
         ]
         cells.append(captioned([tile(sketch.draw(size), "true"), *tiles], sketch.caption))
@@ -294,5 +294,5 @@ def _caption_grid(sketches: Mapping[str, Sketches]) -> str:
     return grid(cells)
 
 
-def _mark(right: Sequence[bool]) -> str:
-    return "ok" if all(right) else "half" if any(right) else "no"
+def _mark(correct: Sequence[bool]) -> str:
+    return "ok" if all(correct) else "half" if any(correct) else "no"

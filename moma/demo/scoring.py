@@ -19,13 +19,10 @@ from moma.demo.drawings import STYLES, render
 from moma.demo.sketches import (
     RELATIONS,
     Box,
-    compose,
-    composition_caption,
+    Sketch,
     is_held_out_pair,
     is_held_out_style,
     object_names,
-    single_caption,
-    slots,
 )
 from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
@@ -33,34 +30,6 @@ from moma.progress import ProgressCallback
 from moma.tokenizers.image.codec import ImageCodec, preprocess
 
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Sketch:
-    """What a caption describes: one object, or two and the relation of the first to the second."""
-
-    names: tuple[str, ...]
-    style: str
-    relation: str | None = None
-
-    @property
-    def caption(self) -> str:
-        """The caption."""
-        if self.relation is None:
-            return single_caption(self.names[0], self.style)
-        first, second = self.names
-        return composition_caption(first, self.relation, second, self.style)
-
-    def draw(self, size: int) -> Image.Image:
-        """The true image, `size` × `size` pixels."""
-        if self.relation is None:
-            return render(self.names[0], self.style, size)
-        first, second = self.names
-        return compose(first, self.relation, second, self.style, size)
-
-    def boxes(self, size: int) -> tuple[Box, ...]:
-        """The box of each object, in the order of the names."""
-        return (Box(0, 0, size, size),) if self.relation is None else slots(self.relation, size)
 
 
 @dataclass(frozen=True)
@@ -72,7 +41,7 @@ class Drawn:
     shows: tuple[str, ...]
 
     @property
-    def right(self) -> tuple[bool, ...]:
+    def correct(self) -> tuple[bool, ...]:
         """Whether each box shows the object that the caption names there."""
         return tuple(a == b for a, b in zip(self.shows, self.sketch.names, strict=True))
 
@@ -86,7 +55,7 @@ class Captioned:
     caption: str
 
     @property
-    def right(self) -> bool:
+    def correct(self) -> bool:
         """Whether the caption names every object of the image."""
         names = (re.escape(name) for name in self.sketch.names)
         return all(re.search(rf"\b{name}\b", self.caption) for name in names)
@@ -94,10 +63,9 @@ class Captioned:
 
 def single_sketches(objects: int, count: int, seed: int, held_out: bool) -> list[Sketch]:
     """A random sample of single objects in styles that are held out, or that training shows."""
+    drawn = product(object_names(objects), STYLES)
     sketches = [
-        Sketch((name,), style)
-        for name, style in product(object_names(objects), STYLES)
-        if is_held_out_style(name, style) == held_out
+        each for name, style in drawn if (each := Sketch((name,), style)).is_held_out == held_out
     ]
     return random.Random(seed).sample(sketches, min(count, len(sketches)))
 

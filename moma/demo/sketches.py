@@ -7,6 +7,7 @@ never share a canvas in training, and some objects are never shown in one of the
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice, product
 from typing import Any, Literal, NamedTuple
@@ -20,12 +21,14 @@ from moma.demo.drawings import STYLES, drawings, render
 from moma.errors import UserError
 from moma.recipe import Seed
 
-# Where the first object of each relation is.
-POSITIONS = {
-    "left of": "on the left",
-    "right of": "on the right",
-    "above": "at the top",
-    "below": "at the bottom",
+Corner = tuple[int, int]
+# For each relation of a first object to a second: where the first one is, in words, and column and
+# row of both on a canvas of two by two boxes.
+POSITIONS: dict[str, tuple[str, Corner, Corner]] = {
+    "left of": ("on the left", (0, 0), (1, 0)),
+    "right of": ("on the right", (1, 0), (0, 0)),
+    "above": ("at the top", (0, 0), (0, 1)),
+    "below": ("at the bottom", (0, 1), (0, 0)),
 }
 RELATIONS = tuple(POSITIONS)
 
@@ -47,6 +50,56 @@ class Box(NamedTuple):
     top: int
     right: int
     bottom: int
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """An object, or two and the relation of the first to the second, as an image and in words.
+
+    A single object with a relation is drawn where it would be in a composition.
+    """
+
+    names: tuple[str, ...]
+    style: str
+    relation: str | None = None
+
+    @property
+    def caption(self) -> str:
+        """Such as `an apple, flat style` or `an apple left of a rocket, flat style`."""
+        words = [with_article(self.names[0])]
+        if len(self.names) > 1:
+            words += [str(self.relation), with_article(self.names[1])]
+        elif self.relation is not None:
+            words.append(POSITIONS[self.relation][0])
+        return f"{' '.join(words)}, {self.style} style"
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether training does not show the pair of objects, or the object in this style."""
+        if len(self.names) > 1:
+            return is_held_out_pair(*self.names)
+        return is_held_out_style(self.names[0], self.style)
+
+    def boxes(self, size: int) -> tuple[Box, ...]:
+        """The box of each object on a canvas of `size` × `size` pixels.
+
+        Boxes begin at multiples of half the canvas, so that an object has the same codes in each.
+        """
+        if self.relation is None:
+            return (Box(0, 0, size, size),)
+        half, corners = size // 2, POSITIONS[self.relation][1:][: len(self.names)]
+        return tuple(Box(x * half, y * half, (x + 1) * half, (y + 1) * half) for x, y in corners)
+
+    def draw(self, size: int) -> Image.Image:
+        """Draw the objects on a white canvas of `size` × `size` pixels, RGB.
+
+        Raises:
+            UserError: an object or style is unknown, or a package is missing.
+        """
+        canvas = Image.new("RGB", (size, size), "white")
+        for name, box in zip(self.names, self.boxes(size), strict=True):
+            canvas.paste(render(name, self.style, box.right - box.left), box[:2])
+        return canvas
 
 
 class SketchesConfig(SourceConfig):
@@ -107,42 +160,31 @@ class SketchesConfig(SourceConfig):
         for name, style, repeat in self._repeated():
             document = f"{name}, {style}, {repeat}"
             plain = unit_hash(f"without style: {document}") < _WITHOUT_STYLE
-            caption = single_caption(name, None if plain else style)
-            held_out = is_held_out_style(name, style)
-            yield self._captioned(document, caption, self._image(name, style), held_out)
+            yield self._document(document, Sketch((name,), style), plain)
 
     def _placed(self) -> Iterator[Document]:
         for name, style, relation, repeat in self._repeated(RELATIONS):
-            caption = placed_caption(name, relation, style)
-            image = ImageRef(caption, partial(place, name, relation, style, self.image_size))
-            held_out = is_held_out_style(name, style)
-            yield self._captioned(f"{caption}, {repeat}", caption, image, held_out)
+            sketch = Sketch((name,), style, relation)
+            yield self._document(f"{sketch.caption}, {repeat}", sketch)
 
     def _compositions(self) -> Iterator[Document]:
-        for first, relation, second, style in self._sampled():
-            caption = composition_caption(first, relation, second, style)
-            read = partial(compose, first, relation, second, style, self.image_size)
-            held_out = is_held_out_pair(first, second)
-            yield self._captioned(caption, caption, ImageRef(caption, read), held_out)
+        for sketch in self._sampled():
+            yield self._document(sketch.caption, sketch)
 
     def _illustrated(self) -> Iterator[Document]:
         for name, style in product(object_names(self.objects), STYLES):
             texts = short_definitions(name)
             if not texts:
                 continue
-            document = f"{name}, {style}, illustrated"
-            caption = single_caption(name, style).capitalize() + "."
+            document, sketch = f"{name}, {style}, illustrated", Sketch((name,), style)
+            caption = sketch.caption.capitalize() + "."
             before, after = f"{name}: {texts[0]}", " ".join(texts[1:])
             if self._has_caption_first(document):
                 before = f"{before} {caption}"
             else:
                 after = f"{caption} {after}".strip()
-            segments = (before, self._image(name, style), after)
-            yield Document(
-                name=document,
-                segments=tuple(segment for segment in segments if segment),
-                held_out=is_held_out_style(name, style),
-            )
+            segments = (before, self._image(sketch)) + ((after,) if after else ())
+            yield Document(document, segments, held_out=sketch.is_held_out)
 
     def _repeated(self, *more: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:
         """Name, style, more and the number of the repeat; a held-out style has one repeat."""
@@ -151,8 +193,8 @@ class SketchesConfig(SourceConfig):
             if drawing[-1] == 0 or not is_held_out_style(str(drawing[0]), str(drawing[1])):
                 yield drawing
 
-    def _sampled(self) -> Iterator[tuple[str, str, str, str]]:
-        """`count` different (first, relation, second, style), without held-out styles."""
+    def _sampled(self) -> Iterator[Sketch]:
+        """`count` different compositions, without held-out styles."""
         names = object_names(self.objects)
         # Sampling by rejection: the count must be well below the number of compositions.
         limit = len(names) * (len(names) - 1) * len(RELATIONS) * len(STYLES) // 2
@@ -162,22 +204,25 @@ class SketchesConfig(SourceConfig):
                 f"take at most {limit}, or more objects"
             )
         generator = random.Random(self.seed)
-        seen: set[tuple[str, str, str, str]] = set()
+        seen: set[Sketch] = set()
         while len(seen) < self.count:
-            first, second = generator.sample(names, 2)
+            pair = tuple(generator.sample(names, 2))
             relation, style = generator.choice(RELATIONS), generator.choice(STYLES)
-            composition = (first, relation, second, style)
-            held_out = is_held_out_style(first, style) or is_held_out_style(second, style)
-            if not held_out and composition not in seen:
-                seen.add(composition)
-                yield composition
+            sketch = Sketch(pair, style, relation)
+            held_out = any(is_held_out_style(name, style) for name in pair)
+            if not held_out and sketch not in seen:
+                seen.add(sketch)
+                yield sketch
 
-    def _image(self, name: str, style: str) -> ImageRef:
-        return ImageRef(single_caption(name, style), partial(render, name, style, self.image_size))
+    def _image(self, sketch: Sketch) -> ImageRef:
+        return ImageRef(sketch.caption, partial(Sketch.draw, sketch, self.image_size))
 
-    def _captioned(self, name: str, caption: str, image: ImageRef, held_out: bool) -> Document:
-        segments = (caption, image) if self._has_caption_first(name) else (image, caption)
-        return Document(name=name, segments=segments, held_out=held_out)
+    def _document(self, name: str, sketch: Sketch, plain: bool = False) -> Document:
+        """An image and its caption, which does not mention the style if it is `plain`."""
+        caption = with_article(sketch.names[0]) if plain else sketch.caption
+        image, leads = self._image(sketch), self._has_caption_first(name)
+        segments = (caption, image) if leads else (image, caption)
+        return Document(name, segments, held_out=sketch.is_held_out)
 
     def _has_caption_first(self, document: str) -> bool:
         return unit_hash(f"caption first: {document}") < self.caption_first
@@ -216,21 +261,6 @@ def with_article(name: str) -> str:
     return f"{'an' if vowel else 'a'} {name}"
 
 
-def single_caption(name: str, style: str | None) -> str:
-    """Caption of one object: `an apple, flat style`, or `an apple` without a style."""
-    return with_article(name) + (f", {style} style" if style else "")
-
-
-def placed_caption(name: str, relation: str, style: str) -> str:
-    """Caption of one object that is the first of a relation: `an apple on the left, flat style`."""
-    return f"{with_article(name)} {POSITIONS[relation]}, {style} style"
-
-
-def composition_caption(first: str, relation: str, second: str, style: str) -> str:
-    """Caption of two objects: `an apple left of a rocket, flat style`."""
-    return f"{with_article(first)} {relation} {with_article(second)}, {style} style"
-
-
 def short_definitions(name: str) -> tuple[str, ...]:
     """Up to two definitions of a noun, each cut after a sentence or at a word.
 
@@ -239,55 +269,6 @@ def short_definitions(name: str) -> tuple[str, ...]:
     """
     texts = definitions(name, "n.")
     return tuple(_shorten(text) for text in texts if len(text) >= _MIN_DEFINITION)[:2]
-
-
-def slots(relation: str, size: int) -> tuple[Box, Box]:
-    """Boxes of the two objects of a composition on a canvas of `size` × `size` pixels.
-
-    All begin at a multiple of half the canvas, so that an object has the same codes in each.
-
-    Raises:
-        UserError: the relation is unknown.
-    """
-    half = size // 2
-    corner, right, below = (
-        Box(left, top, left + half, top + half) for left, top in ((0, 0), (half, 0), (0, half))
-    )
-    boxes = {
-        "left of": (corner, right),
-        "right of": (right, corner),
-        "above": (corner, below),
-        "below": (below, corner),
-    }
-    if relation not in boxes:
-        raise UserError(f"relation '{relation}': use one of {', '.join(RELATIONS)}")
-    return boxes[relation]
-
-
-def compose(first: str, relation: str, second: str, style: str, size: int) -> Image.Image:
-    """Draw two objects at half size on a white canvas of `size` × `size` pixels, RGB.
-
-    Raises:
-        UserError: an object, style or relation is unknown, or a package is missing.
-    """
-    canvas = place(first, relation, style, size)
-    _draw(canvas, second, style, slots(relation, size)[1])
-    return canvas
-
-
-def place(name: str, relation: str, style: str, size: int) -> Image.Image:
-    """Draw one object at half size as the first object of a relation, RGB.
-
-    Raises:
-        UserError: an object, style or relation is unknown, or a package is missing.
-    """
-    canvas = Image.new("RGB", (size, size), "white")
-    _draw(canvas, name, style, slots(relation, size)[0])
-    return canvas
-
-
-def _draw(canvas: Image.Image, name: str, style: str, box: Box) -> None:
-    canvas.paste(render(name, style, box.right - box.left), (box.left, box.top))
 
 
 def _shorten(text: str) -> str:

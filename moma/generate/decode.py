@@ -68,7 +68,6 @@ def generate(
     Args:
         model: a model whose auxiliary routers are trained, or that has none.
         prompts: token ids, each starting with the vocabulary's `beginning`.
-        mode: see `Grammar`.
         context: maximum number of tokens of a prompt and its continuation.
         new_tokens: maximum number of tokens of a continuation, at least 1.
         sampling: how tokens are sampled.

@@ -72,7 +72,6 @@ def import_chameleon(
     Args:
         folder: contains `config.json`, safetensors weights (see `open_weights`) and, unless
             `tokenizers` is given, `tokenizer.json`.
-        run: the run to create.
         tokenizers: tokenizer and codec to use instead of the folder's.
         recipe: recipe of the run, except for its model; by default its data is a text file in the
             run folder.
@@ -115,7 +114,6 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
 
     Args:
         run: its newest checkpoint is written, in the dtypes in which it is stored.
-        folder: the folder to create.
         file_bytes: as for `write_weights`.
 
     Returns:

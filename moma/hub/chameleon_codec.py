@@ -1,8 +1,8 @@
 """Chameleon's image weights as an `ImageCodec`, and an `ImageCodec` as Chameleon's weights.
 
 The original release has encoder, codebook and decoder, under the names of taming-transformers. The
-`transformers` port has the same names without the decoder, alone or below `model.vqmodel.`. Only
-names differ from ours, and the attention's 1 × 1 convolutions, which are matrices here.
+`transformers` port has the same names without the decoder, possibly below `model.vqmodel.`. They
+differ from ours in names, and in the attention's 1 × 1 convolutions, which are matrices here.
 """
 
 import re

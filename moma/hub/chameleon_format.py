@@ -168,14 +168,7 @@ def chameleon_names(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int, st
         ids: id of each name in the tokenizer, with moma's names or Chameleon's.
         vocabulary: the meaning of the ids.
     """
-    special = (
-        vocabulary.beginning,
-        vocabulary.end,
-        vocabulary.padding,
-        vocabulary.begin_image,
-        vocabulary.end_image,
-    )
-    names = dict(zip(special, CHAMELEON.special, strict=True))
+    names = dict(zip(vocabulary.special, CHAMELEON.special, strict=True))
     for code, id_ in enumerate(vocabulary.image_codes):
         names[id_] = f"IMGIMG{str(code).translate(_LETTERS)}Z"
     if ids.get(_PLACEHOLDER) in (None, vocabulary.begin_image) and _RESERVED in ids:
@@ -216,9 +209,7 @@ def port_config(
     """The port's `config.json` for a dense model.
 
     Args:
-        model, vocabulary: of the run.
         names: id of each of Chameleon's names.
-        context: maximum sequence length.
         dtype: PyTorch's name of the weights' dtype.
         images: the result of `vq_config`.
     """

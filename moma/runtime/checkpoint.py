@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-00001000` with `tensors/` (model and optimizer, for any number of
 ranks), `rank-0.json`, … (state of each rank), `state.json` (state shared by all ranks) and
-`manifest.json` (size and checksum of these files). The file `latest` beside it is for people.
+`manifest.json` (size and checksum of these files). The file `latest` names the newest, for users.
 """
 
 import base64
@@ -58,8 +58,8 @@ def newest_intact(folder: Path, world: World) -> tuple[Path | None, dict[Path, s
     """Find the newest checkpoint whose files match its manifest; all ranks together.
 
     Returns:
-        The checkpoint, None if there are no checkpoints at all, and for each newer checkpoint a
-        message that names its damaged files.
+        The checkpoint, None if there are no checkpoints, and for each newer one a message that
+        names its damaged files.
 
     Raises:
         UserError: there are checkpoints, but all are damaged.
@@ -140,10 +140,7 @@ def save_weights(
     """Write a checkpoint of only a model's weights: to load and to train from, not to resume.
 
     Args:
-        folder: the run's folder of checkpoints.
-        step: names the checkpoint.
         weights: by their names in the model.
-        state: JSON-serializable state.
         file_bytes: see `write_weights`.
     """
     final = checkpoint_path(folder, step)

@@ -28,7 +28,7 @@ class OptimizerConfig(Config):
         epsilon: added to the denominator of AdamW's update.
         momentum: Muon's decay of the mean of the gradient.
         weight_decay: decoupled weight decay of matrices; norms and biases have none.
-        clip: largest norm of the gradient.
+        clip: a gradient with a larger norm is scaled down to this norm.
         router_rate: learning rate of the routers, as a fraction of the other parameters'.
     """
 

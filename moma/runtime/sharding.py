@@ -63,7 +63,6 @@ def shard(
     Args:
         model: is changed in place.
         units: modules whose weights are gathered one by one; inner modules before outer ones.
-        world: the ranks.
         config: dtypes, and the number of replicas, which has to divide the number of ranks.
 
     Raises:

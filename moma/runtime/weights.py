@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -94,17 +95,7 @@ def open_weights(folder: Path) -> Weights:
         file_of |= dict.fromkeys(found, file)
         meta_tensors |= found
 
-    def read(names: Iterable[str]) -> dict[str, Tensor]:
-        wanted: dict[Path, list[str]] = defaultdict(list)
-        for name in names:
-            wanted[file_of[name]].append(name)
-        found: dict[str, Tensor] = {}
-        for file, its in wanted.items():
-            with safe_open(file, "pt") as opened:
-                found |= {name: opened.get_tensor(name) for name in its}
-        return found
-
-    return Weights(meta_tensors, read)
+    return Weights(meta_tensors, partial(_read_from, file_of))
 
 
 def open_file(file: Path) -> Weights:
@@ -113,12 +104,8 @@ def open_file(file: Path) -> Weights:
     Raises:
         UserError: it is missing or damaged.
     """
-
-    def read(names: Iterable[str]) -> dict[str, Tensor]:
-        with safe_open(file, "pt") as opened:
-            return {name: opened.get_tensor(name) for name in names}
-
-    return Weights(_meta_tensors(file), read)
+    found = _meta_tensors(file)
+    return Weights(found, partial(_read_from, dict.fromkeys(found, file)))
 
 
 def require_match(
@@ -127,7 +114,6 @@ def require_match(
     """Check names, shapes and dtypes of weights; a float may have any dtype of `FLOAT_TYPES`.
 
     Args:
-        found: the weights, on any device.
         expected: tensors as they should be, on any device.
         message: begins the error's message.
 
@@ -174,7 +160,7 @@ def read_tensors(
                 names = filter(wanted, opened.keys())
                 return {name: opened.get_tensor(name) for name in names}
         values: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files make the readers raise nearly anything
+    except Exception as error:  # on damaged files the readers raise almost any exception
         hint = "; get a complete copy"
         if file.suffix != ".safetensors" and file.is_file():
             hint = "; if you trust the file, convert its state_dict to safetensors"
@@ -240,6 +226,18 @@ def _meta_tensors(file: Path) -> dict[str, Tensor]:
             }
     except Exception as error:  # the library's own exception derives from nothing else
         raise UserError(f"{file}: cannot read the weights ({first_line(error)})") from error
+
+
+def _read_from(file_of: Mapping[str, Path], names: Iterable[str]) -> dict[str, Tensor]:
+    """Read some tensors, each from its file; a file is opened once."""
+    wanted: dict[Path, list[str]] = defaultdict(list)
+    for name in names:
+        wanted[file_of[name]].append(name)
+    tensors: dict[str, Tensor] = {}
+    for file, names_in_file in wanted.items():
+        with safe_open(file, "pt") as opened:
+            tensors |= {name: opened.get_tensor(name) for name in names_in_file}
+    return tensors
 
 
 def _weight_files(folder: Path) -> dict[str, set[str] | None]:

@@ -21,7 +21,7 @@ from moma.errors import (
     SharedStorageError,
     StorageError,
     UserError,
-    os_error_message,
+    to_user_error,
 )
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
     except UserError as error:
         problem = error
     except OSError as error:
-        problem = os_error_message(error)
+        problem = to_user_error(error)
         if problem is None:
             raise
     own = problem and (isinstance(problem, StorageError), str(problem))
@@ -130,7 +130,7 @@ def reporting_lost_ranks(world: World) -> Iterator[None]:
 
 @contextmanager
 def join_world(timeout: float = 600) -> Iterator[World]:
-    """Join the job that torchrun or Slurm describes in the environment; without one, run alone.
+    """Join the job that torchrun or Slurm describes in the environment, if there is one.
 
     A rank that does not respond within `timeout` seconds counts as lost.
 

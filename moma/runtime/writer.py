@@ -53,11 +53,8 @@ class CheckpointWriter:
         """Create the writer.
 
         Args:
-            folder: the run's folder of checkpoints.
-            world: the ranks.
             keep: number of newest checkpoints to keep.
             keep_every: checkpoints at multiples of this step are kept too; 0: none.
-            sleep: waits for a number of seconds.
         """
         self._folder, self._world = folder, world
         self._keep, self._keep_every, self._sleep = keep, keep_every, sleep
@@ -80,7 +77,6 @@ class CheckpointWriter:
         """Copy everything and start to write it, once the previous checkpoint is complete.
 
         Args:
-            step: names the checkpoint.
             tensors: by name, sharded or the same on every rank.
             state: JSON-serializable state shared by all ranks.
             rank_state: JSON-serializable state of this rank, besides random number generators.

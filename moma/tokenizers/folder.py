@@ -47,12 +47,8 @@ def make_text_tokenizer(
     """Train the text tokenizer of a folder.
 
     Args:
-        config: how to train it.
         codec: determines the number of image codes and, if the folder has no codec, of codes per
             image.
-        texts: training texts.
-        folder: where to write.
-        quiet: whether to show no progress.
 
     Raises:
         UserError: there is one already, its vocabulary is too small, or it does not fit the codec.
@@ -83,7 +79,6 @@ def make_codec(
     Args:
         config, training, images, held_out, seed, device: as for `train_codec`.
         folder: where to write; `metrics.json` in the codec's folder holds its `CodecMetrics`.
-        quiet: whether to show no progress.
 
     Raises:
         UserError: there is a codec already, there are no images, or the interrupted training in
@@ -126,8 +121,6 @@ def import_tokenizers(tokenizer: Path, codec: ImageCodec, folder: Tokenizers) ->
 
     Args:
         tokenizer: the tokenizer file, or a folder with a `tokenizer.json`.
-        codec: the codec.
-        folder: where to write.
 
     Raises:
         UserError: a file cannot be read, the folder has tokenizers already, or the two do not fit.
@@ -154,7 +147,6 @@ def complete(folder: Tokenizers, codec: CodecConfig) -> bool:
     """Do what remains to be done once tokenizer or codec exist, also after a kill.
 
     Args:
-        folder: of the tokenizers.
         codec: determines the codes per image if there is neither codec nor vocabulary.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary
@@ -12,23 +13,14 @@ class Names:
     """Names of the ids that are not text.
 
     Attributes:
-        beginning, end, padding, begin_image, end_image: as in `Vocabulary`.
+        special: names of `Vocabulary.special`.
         code: matches the name of an image code; its group is the code's number.
         digits: letters in that group → digits.
     """
 
-    beginning: str
-    end: str
-    padding: str
-    begin_image: str
-    end_image: str
+    special: tuple[str, str, str, str, str]
     code: re.Pattern[str]
     digits: dict[int, int]
-
-    @property
-    def special(self) -> tuple[str, ...]:
-        """Names of the five special ids."""
-        return (self.beginning, self.end, self.padding, self.begin_image, self.end_image)
 
     def codes(self, ids: dict[str, int]) -> list[int]:
         """Ids of the image codes, in codebook order.
@@ -50,16 +42,13 @@ class Names:
 
 
 OURS = Names(
-    "<s>", "</s>", "<pad>", "<image>", "</image>", re.compile(r"<code:([0-9]{1,9})>"), digits={}
+    special=("<s>", "</s>", "<pad>", "<image>", "</image>"),
+    code=re.compile(r"<code:([0-9]{1,9})>"),
+    digits={},
 )
-# Code 205 is IMGIMGCAFZ.
 CHAMELEON = Names(
-    "<s>",
-    "</s>",
-    "<pad>",
-    "<racm3:break>",
-    "<eoss>",
-    re.compile(r"IMGIMG([A-J]{1,9})Z"),
+    special=("<s>", "</s>", "<pad>", "<racm3:break>", "<eoss>"),
+    code=re.compile(r"IMGIMG([A-J]{1,9})Z"),  # code 205 is IMGIMGCAFZ
     digits=str.maketrans("ABCDEFGHIJ", "0123456789"),
 )
 
@@ -73,7 +62,6 @@ def read_vocabulary(ids: dict[str, int], codes_per_image: int) -> Vocabulary:
     """The vocabulary by the names in a tokenizer file; ids may have any order, and gaps.
 
     Args:
-        ids: id of each name.
         codes_per_image: number of codes of an image.
 
     Raises:
@@ -83,17 +71,9 @@ def read_vocabulary(ids: dict[str, int], codes_per_image: int) -> Vocabulary:
     missing = [name for name in names.special if name not in ids]
     if missing:
         raise UserError(f"the tokenizer has no id for {', '.join(missing)}; it is not mixed-modal")
-    image_codes = tuple(names.codes(ids))
+    special, codes = [ids[name] for name in names.special], tuple(names.codes(ids))
+    values: list[Any] = [max(ids.values()) + 1, *special, codes, codes_per_image]
     try:
-        return Vocabulary(
-            size=max(ids.values()) + 1,
-            beginning=ids[names.beginning],
-            end=ids[names.end],
-            padding=ids[names.padding],
-            begin_image=ids[names.begin_image],
-            end_image=ids[names.end_image],
-            image_codes=image_codes,
-            codes_per_image=codes_per_image,
-        )
+        return Vocabulary(*values)
     except ValueError as error:
         raise UserError(f"the tokenizer's ids make no vocabulary: {error}") from error

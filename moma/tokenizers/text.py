@@ -68,9 +68,7 @@ def train_text_tokenizer(
     that time grows linearly with the text. Ctrl-C ends the training at once.
 
     Args:
-        config: size of the vocabulary.
         texts: training texts; iterated in the calling thread.
-        codebook_size: number of image codes.
         progress: called with the number of texts read so far.
 
     Raises:

@@ -9,10 +9,10 @@ from moma.demo.scoring import (
     Captioned,
     Drawn,
     NearestObject,
-    Sketch,
     held_out_compositions,
     single_sketches,
 )
+from moma.demo.sketches import Sketch
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 from tests.factories import make_codec
 
@@ -41,10 +41,10 @@ def test_each_box_is_compared_with_objects_in_that_box():
     codec = random_codec()
     nearest = NearestObject(codec, NAMES, 32)
     for relation in sketches.RELATIONS:
-        box, _ = sketches.slots(relation, 32)
+        (box,) = Sketch(NAMES[:1], "outlined", relation).boxes(32)
         found = []
         for name in NAMES:
-            image = sketches.place(name, relation, "outlined", 32)
+            image = Sketch((name,), "outlined", relation).draw(32)
             with torch.no_grad():
                 drawn = codec.decode(codec.encode(preprocess(image, 32)[None]))[0]
             found.append(nearest(to_pil(drawn), box))
@@ -54,14 +54,14 @@ def test_each_box_is_compared_with_objects_in_that_box():
 def test_an_object_in_the_wrong_position_is_wrong():
     sketch = Sketch(("apple", "axe"), "flat", "left of")
     image = sketch.draw(32)
-    assert Drawn(sketch, image, ("apple", "axe")).right == (True, True)
-    assert Drawn(sketch, image, ("axe", "apple")).right == (False, False)
+    assert Drawn(sketch, image, ("apple", "axe")).correct == (True, True)
+    assert Drawn(sketch, image, ("axe", "apple")).correct == (False, False)
 
 
 def test_a_caption_must_name_whole_words():
     image = Sketch(("apple",), "flat").draw(16)
-    assert Captioned(Sketch(("apple",), "flat"), image, "an apple, flat style").right
-    assert not Captioned(Sketch(("apple",), "flat"), image, "a pineapple, flat style").right
+    assert Captioned(Sketch(("apple",), "flat"), image, "an apple, flat style").correct
+    assert not Captioned(Sketch(("apple",), "flat"), image, "a pineapple, flat style").correct
 
 
 def test_prompts_are_held_out_or_not_as_requested():

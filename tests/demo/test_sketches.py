@@ -10,16 +10,12 @@ from PIL import Image
 from moma.data.documents import Document, ImageRef
 from moma.demo.drawings import STYLES, render
 from moma.demo.sketches import (
-    RELATIONS,
+    Sketch,
     SketchesConfig,
-    compose,
-    composition_caption,
     is_held_out_pair,
     is_held_out_style,
     object_names,
     short_definitions,
-    single_caption,
-    slots,
     with_article,
 )
 from moma.errors import UserError
@@ -34,12 +30,10 @@ def image_of(document: Document) -> ImageRef:
     return image
 
 
-def shown(document: Document) -> tuple[set[str], str]:
-    """The objects and the style of a document, read back from what its image will draw."""
-    arguments = image_of(document).read.args  # type: ignore[attr-defined]
-    words = [argument for argument in arguments if isinstance(argument, str)]
-    (style,) = (word for word in words if word in STYLES)
-    return {word for word in words if word not in STYLES and word not in RELATIONS}, style
+def sketch_of(document: Document) -> Sketch:
+    """The sketch that a document's image will draw."""
+    sketch, _ = image_of(document).read.args  # type: ignore[attr-defined]
+    return sketch
 
 
 def test_the_first_hundred_objects_are_drawn_in_both_styles():
@@ -69,9 +63,9 @@ def test_nothing_held_out_appears_in_training_in_any_content():
         ).documents():
             if document.held_out:
                 continue
-            names, style = shown(document)
-            styles |= {(name, style) for name in names}
-            pairs |= {frozenset(names)} if len(names) == 2 else set()
+            sketch = sketch_of(document)
+            styles |= {(name, sketch.style) for name in sketch.names}
+            pairs |= {frozenset(sketch.names)} if len(sketch.names) == 2 else set()
     assert not any(is_held_out_style(name, style) for name, style in styles)
     assert not any(is_held_out_pair(*pair) for pair in pairs)
     # Every object is seen in at least one style.
@@ -157,8 +151,9 @@ def test_illustrated_documents_interleave_definition_image_and_caption():
     ],
 )
 def test_compositions_draw_each_object_in_its_box_on_white(relation, first, second):
-    assert slots(relation, 64) == (first, second)
-    canvas = compose("apple", relation, "rocket", "flat", 64)
+    sketch = Sketch(("apple", "rocket"), "flat", relation)
+    assert sketch.boxes(64) == (first, second)
+    canvas = sketch.draw(64)
     for name, box in (("apple", first), ("rocket", second)):
         assert canvas.crop(box).tobytes() == render(name, "flat", 32).tobytes()
         canvas.paste((255, 255, 255), box)
@@ -179,12 +174,10 @@ def test_a_rendered_image_may_be_modified():
 
 
 def test_captions():
-    assert single_caption("apple", "flat") == "an apple, flat style"
-    assert single_caption("rocket", None) == "a rocket"
-    assert (
-        composition_caption("apple", "left of", "rocket", "outlined")
-        == "an apple left of a rocket, outlined style"
-    )
+    assert Sketch(("apple",), "flat").caption == "an apple, flat style"
+    assert Sketch(("apple",), "flat", "below").caption == "an apple at the bottom, flat style"
+    pair = Sketch(("apple", "rocket"), "outlined", "left of")
+    assert pair.caption == "an apple left of a rocket, outlined style"
     phrases = [
         with_article(name) for name in ("unicorn", "umbrella", "scissors", "cactus", "bread")
     ]
@@ -196,8 +189,6 @@ def test_unknown_names_are_refused():
         render("no such thing", "flat", 32)
     with pytest.raises(UserError, match="flat, outlined"):
         render("apple", "cubist", 32)
-    with pytest.raises(UserError, match="left of"):
-        slots("inside", 64)
 
 
 def test_the_message_for_a_missing_package_explains_how_to_install_it(monkeypatch):

@@ -104,10 +104,8 @@ def check_documents(
     """Refuse documents that cannot meet the image budget, in whatever order they are read.
 
     Args:
-        budget: what a micro-batch needs.
         with_images: the documents with images, for each source that has some.
         has_text: whether any source has documents without images.
-        names: the sources' names, for messages.
         world_size: ranks, each of which takes a micro-batch in a step.
 
     Returns:
@@ -136,8 +134,8 @@ def check_documents(
             f"all, but the training documents of {names} hold {found} in all, so that a step "
             "would repeat some; add images, or lower image_share or micro_batch_size"
         )
-    tokens = sum(one.weight * (one.tokens - one.images * budget.span).mean() for one in with_images)
-    text = float(tokens / sum(one.weight * one.images.mean() for one in with_images))
+    tokens = sum(s.weight * (s.tokens - s.images * budget.span).mean() for s in with_images)
+    text = float(tokens / sum(s.weight * s.images.mean() for s in with_images))
     if budget.images * (text + budget.span) > budget.size * (1 + 1e-9):
         most = budget.max_images(text)
         advice = f"lower image_share to {budget.share(most)}, " if most else ""

@@ -48,8 +48,6 @@ class Batches(grain.DatasetIterator[Batch]):
         """Open the shards.
 
         Args:
-            config: the recipe's data section.
-            vocabulary: the ids.
             seed: determines the order of the documents.
             rank: this process's number among `world_size`.
             world_size: number of processes that share the documents.
@@ -65,9 +63,9 @@ class Batches(grain.DatasetIterator[Batch]):
         self._repeat = split == "train" if repeat is None else repeat
         self._config, self._vocabulary, self._world_size = config, vocabulary, world_size
         self._budget = Budget.of(config, vocabulary)
-        opened = open_sources(config.path, [one.name for one in config.sources], vocabulary)
-        self._shards = {name: shards.splits[split] for name, shards in opened.items()}
         self._weights = {source.name: source.weight for source in config.sources}
+        opened = open_sources(config.path, self._weights, vocabulary)
+        self._shards = {name: shards.splits[split] for name, shards in opened.items()}
         self._fingerprint = _fingerprint(opened, config, seed, split, self._repeat)
         self._pools = {
             with_images: self._make_pools(with_images, f"{seed} {split} {with_images}")
@@ -223,14 +221,14 @@ def reshard(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str,
 def _warn_unused_images(shards: Mapping[str, Shard]) -> None:
     """Print to standard error which documents are unused if `image_share` is 0."""
     images = {name: shard.images[shard.images > 0] for name, shard in shards.items()}
-    images = {name: found for name, found in images.items() if len(found)}
+    images = {name: counts for name, counts in images.items() if len(counts)}
     if not images:
         return
-    found, total = sum(map(len, images.values())), sum(map(len, shards.values()))
+    documents, total = sum(map(len, images.values())), sum(map(len, shards.values()))
     print(
-        f"note: image_share is 0, so {found:,} of the {total:,} training documents, those with "
-        f"images ({sum(int(one.sum()) for one in images.values()):,} in {list_names(images)}), are "
-        "left out, their text too",
+        f"note: image_share is 0, so {documents:,} of the {total:,} training documents, those with "
+        f"images ({sum(map(np.sum, images.values())):,} in {list_names(images)}), are left out, "
+        "their text too",
         file=sys.stderr,
     )
 
@@ -241,7 +239,7 @@ def training_fingerprint(config: DataConfig, vocabulary: Vocabulary, seed: int) 
     Raises:
         UserError: shards are missing.
     """
-    opened = open_sources(config.path, [one.name for one in config.sources], vocabulary)
+    opened = open_sources(config.path, [source.name for source in config.sources], vocabulary)
     return _fingerprint(opened, config, seed, "train", repeat=True)
 
 

@@ -204,14 +204,13 @@ def reshard_stream(states: Sequence[dict[str, Any]], world_size: int) -> list[di
 
     Args:
         states: `DocumentStream.get_state()` of every rank, in order.
-        world_size: the new number of ranks.
     """
     base, ranks = states[0]["base"], len(states)
     furthest = max((state["taken"] for state in states), key=sum)
     leftover = [entry for state in states for entry in state["leftover"]]
     for rank, state in enumerate(states):
         for pool, (taken, end) in enumerate(zip(state["taken"], furthest, strict=True)):
-            leftover += [[pool, base[pool] + each * ranks + rank] for each in range(taken, end)]
+            leftover += [[pool, base[pool] + draw * ranks + rank] for draw in range(taken, end)]
     leftover.sort(key=lambda entry: entry[1])
     new_base = [before + taken * ranks for before, taken in zip(base, furthest, strict=True)]
     return [

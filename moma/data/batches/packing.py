@@ -121,9 +121,7 @@ class Packer:
         Args:
             micro_batch_size, sequence_length: B and S.
             images: images of a micro-batch.
-            vocabulary: the ids.
             with_images: documents with at least one image; not read if `images` is 0.
-            text: documents without images.
             max_open_documents: maximum number of open documents, after which text accumulates.
         """
         self._micro_batch_size, self._sequence_length = micro_batch_size, sequence_length
@@ -201,7 +199,6 @@ class Packer:
         """Continue from a state.
 
         Args:
-            state: from `get_state`.
             fetch: source and shard row → the document's ids.
         """
         self._packed = state["packed"]
@@ -285,7 +282,7 @@ class Packer:
 
 def reshard_packers(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str, Any]]:
     """Split the open documents of all ranks' packers over another number of ranks."""
-    pending = {key: [one for state in states for one in state[key]] for key in _PENDING}
+    pending = {key: [entry for state in states for entry in state[key]] for key in _PENDING}
     return [
         {"packed": states[0]["packed"]} | {key: pending[key][rank::world_size] for key in _PENDING}
         for rank in range(world_size)

@@ -116,7 +116,7 @@ def batch_chunks(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     batch: list[Chunk] = []
     for chunk in chunks:
         batch.append(chunk)
-        characters = sum(one.characters for one in batch)
+        characters = sum(member.characters for member in batch)
         if len(batch) == CHUNKS_PER_BATCH or chunk.images or characters >= CHUNK_CHARACTERS:
             yield batch
             batch = []

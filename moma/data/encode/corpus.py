@@ -51,7 +51,6 @@ class Corpus:
         """Set up reading; nothing is read yet.
 
         Args:
-            sources: where documents come from.
             held_out: fraction held out, for sources that do not set their own.
             max_documents: maximum documents of each source, from the first on.
             max_rejected: maximum fraction of a source's documents that may be rejected.
@@ -193,7 +192,7 @@ def require_training_images(
 class _ImageStore:
     """Keeps images that contain their bytes, as those of streams do, on disk instead of in memory.
 
-    The file has no name, so that nobody else can write what is unpickled here.
+    The file has no name, so that no other process can write what is unpickled here.
     """
 
     def __init__(self) -> None:
@@ -239,7 +238,6 @@ class ReadableImages(Sequence[Tensor]):
         """Read nothing yet.
 
         Args:
-            images: the images.
             size: side of a preprocessed image in pixels.
             max_unreadable: maximum fraction of them that may be unreadable.
         """

@@ -71,10 +71,8 @@ class PartialShards:
         """Find the committed parts, and delete everything else.
 
         Args:
-            folder: where the finished shards go.
             origin: what the shards are made from, without parts; parts of another origin are
                 deleted.
-            vocabulary: the ids.
 
         Raises:
             UserError: a folder that would be replaced has files that moma did not write.

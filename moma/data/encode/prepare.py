@@ -7,7 +7,7 @@ where it was. Documents that cannot be used are listed in `rejected.jsonl`.
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -79,7 +79,6 @@ def prepare(
     Args:
         config: a recipe, or the part of it that is prepared.
         device: where the codec is trained and run.
-        quiet: whether to show no progress.
         workers: maximum processes that read images; by default the number of spare cores. It does
             not change what is written.
 
@@ -109,8 +108,6 @@ def encode_images(
     """Encode images of the codec's size to codes, int64 of shape [images, codes_per_image].
 
     Args:
-        codec: the codec, on `device`.
-        device: the codec's device.
         pixels: pixels of each image, uint8 of shape [H, W, 3].
     """
     pixels_BHW3 = torch.from_numpy(np.stack(pixels)).to(device)
@@ -120,12 +117,12 @@ def encode_images(
 def _check_budget(config: PrepareConfig) -> None:
     """Refuse an image share that no micro-batch can have before any work is done."""
     data = config.data
-    known = [Tokenizers(path) for path in (data.path, data.tokenizers) if path is not None]
-    made = next((one.vocabulary for one in known if one.vocabulary.exists()), None)
-    # Of one that is still to be made only the sizes are known; the ids are arbitrary.
+    folders = [Tokenizers(path) for path in (data.path, data.tokenizers) if path is not None]
+    existing = next((each.vocabulary for each in folders if each.vocabulary.exists()), None)
+    # Of a vocabulary that is still to be made, only the sizes are known; the ids are arbitrary.
     sizes = config.text_tokenizer.vocabulary_size, config.codec.codes_per_image
     outline = Vocabulary(sizes[0], 0, 1, 2, 3, 4, (), sizes[1])
-    Budget.of(data, Vocabulary.load(made) if made else outline)
+    Budget.of(data, Vocabulary.load(existing) if existing else outline)
 
 
 def _warn_changed_sources(folder: DataFolder) -> None:
@@ -188,7 +185,7 @@ def _encode_all(
                         limits=Limits(data.shard_tokens, data.max_rejected),
                         reader=reader,
                         codec_in_thread=device.type != "cpu",
-                        progress=Speed(report),
+                        progress=report_speed(report),
                     )
     finally:
         # One file for all sources, from those in the folders of their shards.
@@ -217,22 +214,21 @@ def count_documents(source: Source, folder: DataFolder) -> int | None:
     return number
 
 
-class Speed:
-    """Reports how much was encoded, and how fast."""
+def report_speed(report: ProgressCallback) -> Callable[[Part], None]:
+    """Return a function that reports documents read, and the speed since its first call."""
+    begin = time.monotonic()
+    first: Part | None = None
 
-    def __init__(self, report: ProgressCallback) -> None:
-        self._report = report
-        self._start: Part | None = None
-        self._begin = time.monotonic()
-
-    def __call__(self, part: Part) -> None:
-        """Report documents read, and the speed since the first call."""
-        self._start = self._start or part
-        seconds = max(time.monotonic() - self._begin, 1e-9)
-        done, before = part.total.model_dump(), self._start.total.model_dump()
+    def progress(part: Part) -> None:
+        nonlocal first
+        first = first or part
+        seconds = max(time.monotonic() - begin, 1e-9)
+        done, before = part.total.model_dump(), first.total.model_dump()
         rates = [f"{(done[key] - before[key]) / seconds:,.0f} {key}/s" for key in done]
         rejected = [f"{part.rejected} rejected"] if part.rejected else []
-        self._report(part.documents_read, ", ".join([*rates, *rejected]))
+        report(part.documents_read, ", ".join([*rates, *rejected]))
+
+    return progress
 
 
 def spare_cores() -> int:

@@ -65,12 +65,10 @@ def encode_source(
     """Encode the documents of a source that an earlier, interrupted call has not encoded yet.
 
     Args:
-        source: where the documents come from.
         encode_text: texts → their token ids, none of them special or of an image; called in
             threads.
         encode_images: preprocessed images → codes, integers of shape [images, codes_per_image].
             None if there is no codec.
-        vocabulary: the ids.
         held_out_share: fraction of the documents held out, unless the source itself decides.
         folder: the source's own folder; replaced if it was made from something else.
         encoders: fingerprints of tokenizer and codec: shards of others are replaced.
@@ -167,7 +165,7 @@ def _tables(
     columns = {
         "ids": pa.ListArray.from_arrays(offsets, ids),
         "images": pa.array(chunk.images, type=pa.int32()),
-        "name": pa.array([one.name for one in chunk.documents], type=pa.string()),
+        "name": pa.array([document.name for document in chunk.documents], type=pa.string()),
     }
     table = pa.table(columns, schema=schema)
     masks = dict(zip(SPLITS, (~held_out, held_out), strict=True))

@@ -46,7 +46,7 @@ def _train(config: PrepareConfig, folder: DataFolder, device: torch.device, quie
         "seed": config.seed,
         **_prefixed("text_tokenizer", config.text_tokenizer.model_dump(mode="json")),
         **_prefixed("codec", config.codec.model_dump(mode="json")),
-        **_prefixed("codec_training", config.codec_training.of_effect),
+        **_prefixed("codec_training", config.codec_training.relevant_values),
     }
     if tokenizers.text.exists():
         folder.bind(keys)

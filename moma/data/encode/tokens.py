@@ -86,7 +86,7 @@ class Encoder:
         self._vocabulary = v = vocabulary
         self._id_of_code = np.asarray(v.image_codes, dtype=np.int64)
         self._reserved = v.modality_of_id == IMAGE
-        self._reserved[[v.beginning, v.end, v.padding, v.begin_image, v.end_image]] = True
+        self._reserved[list(v.special)] = True
         # The tokenizer releases the GIL, so that it overlaps with reading. While one thread
         # converts its output, the tokenizer works for the other: with a lock, since otherwise both
         # would be done with it, and wait for the GIL, at the same time.
@@ -186,14 +186,12 @@ class Encoder:
         """Assemble the ids of a chunk's documents from texts and images, vectorized.
 
         Args:
-            chunk: the chunk.
-            texts: its texts.
             read: fingerprint of each image, or why it cannot be read.
             codes: ids of each image by its fingerprint.
         """
         segments = [document.segments for document in chunk.documents]
-        is_text = np.array([isinstance(one, str) for one in chain.from_iterable(segments)], bool)
-        first_segments = _offsets([len(one) for one in segments])
+        is_text = np.array([isinstance(part, str) for part in chain.from_iterable(segments)], bool)
+        first_segments = _offsets([*map(len, segments)])
         readable = np.array([isinstance(found, bytes) for found in read], bool)
         lengths = np.empty(len(is_text), np.int64)
         lengths[is_text] = texts.lengths

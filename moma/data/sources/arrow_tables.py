@@ -32,8 +32,6 @@ def open_files(
     Args:
         kind: a value of `ENDINGS`.
         files: the files of each split.
-        columns: the columns to read.
-        split: the split, or a part of it.
         streaming: whether to read Parquet without a copy in the cache.
 
     Raises:
@@ -51,7 +49,7 @@ def open_files(
     return datasets.load_dataset(
         path=kind,
         # The library expands patterns, and a name may look like one.
-        data_files={name: [glob.escape(path) for path in each] for name, each in with_rows.items()},
+        data_files={name: [*map(glob.escape, paths)] for name, paths in with_rows.items()},
         columns=columns,
         features=datasets.Features.from_arrow_schema(schema),
         split=split,
@@ -67,10 +65,9 @@ def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:
     Raises:
         ValueError: there is no such split, or the range is not valid.
     """
-    chosen = datasets.ReadInstruction.from_spec(split).to_absolute(rows)
     return [
-        (one.splitname, one.from_ or 0, rows[one.splitname] if one.to is None else one.to)
-        for one in chosen
+        (part.splitname, part.from_ or 0, rows[part.splitname] if part.to is None else part.to)
+        for part in datasets.ReadInstruction.from_spec(split).to_absolute(rows)
     ]
 
 

@@ -97,7 +97,7 @@ def find_files(
     Raises:
         UserError: there is no such data set, or it would be read by guesses.
     """
-    # Without progress bars, and without a log of errors that are raised as well.
+    # Without progress bars, and without logging errors that are raised, too.
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
     files = [str(file) for file in local_files(path)]
@@ -152,7 +152,7 @@ def _builder_files(
     else:
         builder = datasets.load_dataset_builder(path, name=subset, revision=revision)
     kind, config, splits = _builder_kind(builder), builder.config, _files_of(builder)
-    files = [file for each in splits.values() for file in each]
+    files = [file for paths in splits.values() for file in paths]
     endings = {row_files.ending_of(file) for file in files}
     is_text = kind in _TEXT_BUILDERS and endings <= set(row_files.ENDINGS)
     is_text = is_text and getattr(config, "field", None) is None

@@ -45,7 +45,7 @@ _SELF_CLOSED = re.compile(
     r"""<([a-z][^\s/>]*+)((?:[^<>"'/]|/(?!>)|"[^"]*+"|'[^']*+')*+)/>""", re.IGNORECASE
 )
 _WHITE_SPACE = re.compile(r"[ \t\n\f\r]+")
-# A no-break space looks like a space; a soft hyphen and a byte-order mark are not seen at all.
+# A no-break space looks like a space; a soft hyphen and a byte-order mark are invisible.
 _APPEARANCE = {0xA0: " ", 0xAD: None, 0xFEFF: None}
 
 Event = tuple[Literal["start", "end", "text", "dropped"], LexborNode]

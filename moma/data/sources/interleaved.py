@@ -101,8 +101,8 @@ def make_document(parts: list[Part], make_image: Callable[[int, Any], ImageRef])
 
 def content_name(parts: list[Part]) -> str:
     """Return a name that depends on the document's content only."""
-    flat = [piece for kind, value in parts for piece in (kind, value)]
-    return content_hash(*(one if isinstance(one, (str, bytes)) else str(one) for one in flat))
+    flat = [item for part in parts for item in part]
+    return content_hash(*(item if isinstance(item, str | bytes) else str(item) for item in flat))
 
 
 def _parse_segment(segment: Any) -> Part:

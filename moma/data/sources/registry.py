@@ -34,7 +34,7 @@ def _registered() -> tuple[dict[str, type[SourceConfig]], dict[str, str]]:
     unusable: dict[str, str] = {}
     for kind, (entry, *others) in sorted(found.items()):
         if others:
-            packages = " and ".join(sorted(_package(one) for one in (entry, *others)))
+            packages = " and ".join(sorted(map(_package, (entry, *others))))
             unusable[kind] = f"is registered more than once, by {packages}; uninstall all but one"
             continue
         try:

@@ -64,7 +64,7 @@ class _Sample:
 
     def first_of(self, endings: tuple[str, ...]) -> _Member | None:
         """Return the member with the first of several endings that the sample has."""
-        return next((self.members[one] for one in endings if one in self.members), None)
+        return next((self.members[key] for key in endings if key in self.members), None)
 
     @property
     def is_complete(self) -> bool:
@@ -74,7 +74,7 @@ class _Sample:
     def add(self, other: "_Sample") -> None:
         """Add the members of another sample of the same name."""
         twice = self.members.keys() & other.members.keys()
-        self.repeated += [*(self.members[one].name for one in sorted(twice)), *other.repeated]
+        self.repeated += [*(self.members[key].name for key in sorted(twice)), *other.repeated]
         self.members |= other.members
 
 
@@ -203,7 +203,7 @@ def _merge(name: str, samples: Iterator[_Sample]) -> Iterator[_Sample]:
         elif sample.is_complete:
             yield sample
         else:  # its content is not needed
-            members = {key: replace(one, read=bytes) for key, one in sample.members.items()}
+            members = {key: replace(file, read=bytes) for key, file in sample.members.items()}
             incomplete.append(replace(sample, members=members))
         if len(incomplete) > _MAX_INCOMPLETE:
             yield from incomplete

@@ -50,9 +50,9 @@ class CodecConfig(Config):
         codebook_size: number of codebook vectors.
         encoder_middle: whether the encoder has its innermost layers; without them it is faster,
             and a code depends less on the image around it.
-        encoder_context: whether a code may depend on the image around its square at all.
-            Without, an object has the same codes wherever it is and whatever is next to it; this
-            needs a single block, so that `patch` does all the folding.
+        encoder_context: whether a code may depend on the image around its square. Without, an
+            object has the same codes wherever it is and whatever is next to it; this needs a
+            single block, so that `patch` does all the folding.
         middle_attention: whether the innermost block attends over the whole image.
         norm_groups: groups of each group normalization; divides all channels.
         codebook_decay: decay of the moving averages that codebook vectors are.
@@ -246,7 +246,7 @@ class ImageCodec(nn.Module):
     def start_codebook(self, images_B3HW: Tensor) -> None:
         """Initialize the codebook by k-means over the latents of images.
 
-        An image is mostly background, so k-means alone leaves many vectors in the same place;
+        An image is mostly background, so k-means leaves many vectors in the same place;
         further updates replace those that nothing chooses. Uses random numbers, ends in training
         mode, and takes only as many of the images as fit into a bounded amount of memory.
         """

@@ -148,7 +148,6 @@ class Adversary:
         """The weighted generator loss, a scalar.
 
         Args:
-            reconstructions_B3HW: reconstructions.
             reconstruction: the reconstruction loss, for the adaptive weight.
             last_layer: weight of the decoder's last layer.
         """

@@ -45,7 +45,6 @@ def measure_codec(
     A few held-out images may not need all codes, so they do not show whether codes are unused.
 
     Args:
-        codec: the codec, on any device.
         images: training images, as for `train_codec`.
         held_out: other images; if there are none, the error is measured on `images` too.
         max_images: how many of either are used at most, evenly spaced.

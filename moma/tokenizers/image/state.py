@@ -51,11 +51,8 @@ class TrainingFolder:
         """Open the folder, or create it, and restore the newest intact checkpoint.
 
         Args:
-            path: the folder.
             config: what must be the same to resume, JSON-serializable.
-            modules: what is trained.
             optimizers: returns those that have a state after a number of steps.
-            world: this process.
 
         Raises:
             UserError: all checkpoints are damaged, or were made with another configuration.

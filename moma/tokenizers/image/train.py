@@ -46,7 +46,7 @@ class CodecTrainingConfig(Config):
     """How an image codec is trained.
 
     Attributes:
-        max_documents: number of documents of each source whose images are used, from the first on.
+        max_documents: maximum number of documents of each source whose images are used.
         steps: number of optimizer steps.
         batch_size: images per step.
         learning_rate: peak learning rate, reached after `warmup_steps`; a cosine then lowers it to
@@ -55,7 +55,7 @@ class CodecTrainingConfig(Config):
         quantizer_start_step: first step with the codebook, which is then initialized from the
             encoder's outputs; earlier steps skip it.
         mse_weight: weight of the squared error; that of the absolute error is 1.
-        gradient_clip: largest norm of the gradient.
+        gradient_clip: a gradient with a larger norm is scaled down to this norm.
         ema_decay: decay of a moving average of the weights, which training then returns; 0: no
             average.
         precision: of the products in encoder and decoder; `auto` is bfloat16 on a GPU and float32
@@ -84,12 +84,12 @@ class CodecTrainingConfig(Config):
     save_every: int = Field(default=500, ge=1)
 
     @property
-    def of_effect(self) -> dict[str, Any]:
-        """The keys that affect the trained codec, JSON-serializable: those of reports do not."""
+    def relevant_values(self) -> dict[str, Any]:
+        """The values that affect the trained codec, not those of logging; JSON-serializable."""
         return self.model_dump(mode="json", exclude={"log_every", "measure_every", "save_every"})
 
     def is_due(self, every: int, step: int) -> bool:
-        """Whether something that is done every `every` steps and at the end is due after `step`."""
+        """Whether what is done every `every` steps, and at the end, is done after `step`."""
         return step % every == 0 or step == self.steps
 
 
@@ -107,15 +107,11 @@ def train_codec(
     """Train a codec, or resume an interrupted training.
 
     Args:
-        codec_config: shape of the codec.
-        config: how to train it.
         images: tensors [3, H, W] of the codec's size, float in [−1, 1] or uint8; read when a
             batch needs them, so that a lazy sequence can have any length.
         held_out: further images to measure the codec on; without them, `images` are used.
         seed: determines the initial weights, the order of images and replaced codebook vectors.
-        device: where to train.
         folder: of checkpoints, log and samples (see `state.py`); by default nothing is written.
-        progress: called with each log record.
 
     Returns:
         The codec on `device`, in evaluation mode.
@@ -191,7 +187,7 @@ class CodecTrainer:
 
         made_with = {
             "codec": self.codec.config.model_dump(mode="json"),
-            "training": self.config.of_effect,
+            "training": self.config.relevant_values,
             "seed": self._seed,
             "images": len(self._images),
         }
@@ -319,7 +315,7 @@ class CodecTrainer:
 def batch_indices(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Which of `count` images are the batch of step 0, 1, …: one shuffled epoch after another."""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    return [_epoch_order(count, seed, each // count)[each % count] for each in positions]
+    return [_epoch_order(count, seed, at // count)[at % count] for at in positions]
 
 
 @lru_cache(maxsize=2)
@@ -330,7 +326,7 @@ def _epoch_order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def _step_seed(seed: int, step: int, purpose: str = "step") -> int:
-    """A seed for each step, hashed: consecutive seeds alone give related random numbers."""
+    """A seed for each step, hashed: consecutive seeds give correlated random numbers."""
     return int(unit_hash(f"{purpose} {seed} {step}") * 2**53)
 
 

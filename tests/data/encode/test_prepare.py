@@ -11,7 +11,7 @@ from PIL import Image
 from moma.data.batches.iterator import Batches
 from moma.data.documents import Document, is_held_out
 from moma.data.encode import prepare as prepare_module
-from moma.data.encode.prepare import Speed, count_documents
+from moma.data.encode.prepare import count_documents, report_speed
 from moma.data.provenance import DataFolder, read_provenance
 from moma.data.shards import Counts, Part
 from moma.data.sources.captions import CaptionsConfig
@@ -91,7 +91,7 @@ def test_speed_is_measured_from_the_first_report(monkeypatch):
     clock = iter([100.0, 100.0, 104.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     reports = []
-    speed = Speed(lambda done, note="": reports.append((done, note)))
+    speed = report_speed(lambda done, note="": reports.append((done, note)))
     counts = {"train": Counts(documents=10, tokens=3000, images=4), "held_out": Counts()}
     part = Part(first=0, stop=12, counts=counts, rejected=2)
     speed(part)  # by an earlier process

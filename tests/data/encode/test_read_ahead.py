@@ -14,7 +14,7 @@ from moma.data.documents import ImageRef
 from moma.data.encode import read_ahead
 from moma.data.encode.corpus import ReadableImages
 from moma.data.encode.read_ahead import ImageReader, Pixels
-from moma.demo.sketches import place
+from moma.demo.drawings import render
 from moma.errors import StorageError, UserError
 from moma.images import square_pixels
 
@@ -31,13 +31,13 @@ def outcome(item):
     return str(item)
 
 
-REASON = "relation 'beside': use one of left of, right of, above, below"
+REASON = "'no such object': no drawing of that name in both styles"
 ITEMS = [
     "start",
     *[image(n) for n in range(9)],
     "middle",
     "again",
-    ImageRef("bad", partial(place, "apple", "beside", "flat", 4)),  # raises `UserError`
+    ImageRef("bad", partial(render, "no such object", "flat", 4)),  # raises `UserError`
     *[image(n) for n in range(9, 30)],
     "end",
 ]

@@ -17,7 +17,7 @@ from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import Limits, encode_source
 from moma.data.provenance import Encoders
 from moma.data.shards import Counts, open_shards
-from moma.demo.sketches import place
+from moma.demo.drawings import render
 from moma.errors import UserError
 from moma.images import square_pixels
 from moma.recipe import Config
@@ -368,7 +368,7 @@ class Images:
             parts = [ImageRef("", partial(Image.new, "RGB", (3, 3), c)) for c in colours]
             if number % 11 == 5:
                 # Raises `UserError`; a worker can import it without this file.
-                parts.insert(1, ImageRef("", partial(place, "apple", "beside", "flat", 4)))
+                parts.insert(1, ImageRef("", partial(render, "no such object", "flat", 4)))
             yield Document(f"doc {number}", (f"n{number}", *parts))
 
 
