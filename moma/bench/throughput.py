@@ -22,6 +22,7 @@ from torch import Tensor
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.bench.timing import Job, interleaved, median_ratio, seconds, spread
 from moma.errors import UserError
+from moma.model.routing import Routing
 from moma.progress import show_progress
 from moma.recipe import read_recipe, shipped_recipe
 from moma.runtime.peak import allocated_peak, matmul_peak
@@ -229,7 +230,7 @@ class _Runner:
         self._step = make_step(recipe, self._model, world, self._monitor)
         self._window = MetricsWindow(recipe, self._model, self.flops_per_token, world)
         compiled = self.config.compile and can_compile(device)
-        bare = next_token_objective(self.config.z_loss, compiled, record_selection=False)
+        bare = next_token_objective(self.config.z_loss, compiled, Routing())
         self._objectives = {True: self._step.objective, False: bare}
 
     def train(self, keep_statistics: bool = True, log: bool = False) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from moma.errors import UserError
@@ -133,8 +134,13 @@ def _next_logits(model: Transformer, sequences: Sequence[Sequence[int]]) -> Tens
     # Padding on the right does not affect earlier tokens: attention and routing are causal.
     tokens_BS = pad_sequence([torch.tensor(each) for each in sequences], True, padding)
     last_B = torch.tensor([len(each) - 1 for each in sequences], device=device)
-    logits_BSV = model(tokens_BS.to(device), routing=Routing(mode="causal")).logits_BSV
-    return logits_BSV[torch.arange(len(sequences), device=device), last_B].float().cpu()
+    sequence_B = torch.arange(len(sequences), device=device)
+
+    def last_logits(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+        return functional.linear(hidden_BSD[sequence_B, last_B], weight_VD)
+
+    output = model(tokens_BS.to(device), routing=Routing(mode="causal"), head=last_logits)
+    return output.head.float().cpu()
 
 
 def sample(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

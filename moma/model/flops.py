@@ -139,8 +139,12 @@ class ModelCounts:
         return 3 * sum(sum_over_kinds(self.forward_flops()).values()) / self._tokens
 
     def router_stage_flops_per_token(self) -> float:
-        """Count per token for training auxiliary routers: the frozen model only runs forward."""
-        half, total = self.config.dim // 2, sum(sum_over_kinds(self.forward_flops()).values())
+        """Count per token for training auxiliary routers.
+
+        The frozen model only runs forward, without its head.
+        """
+        forward = sum_over_kinds({**self.forward_flops(), "outside": {}})
+        half, total = self.config.dim // 2, sum(forward.values())
 
         def auxiliary(choices: int) -> int:
             # Forward and backward of two linear layers, without the gradient of the first's input.

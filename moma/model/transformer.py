@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
@@ -18,18 +19,25 @@ from moma.model.routers import AuxiliaryRouter, RouterRecord
 from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
 
+# Maps normalised hidden vectors [B, S, D] and the head's weight [V, D] to a result.
+Head = Callable[[Tensor, Tensor], Any]
+
+
+def no_head(hidden_BSD: Tensor, weight_VD: Tensor) -> None:
+    """A head for passes that need no prediction."""
+
 
 class ModelOutput(NamedTuple):
     """Result of a forward pass.
 
     Attributes:
-        logits_BSV: logits of the next token.
+        head: what the head returned; by default the logits of the next token, [B, S, V].
         routers: records of the routers, layer by layer, if `Routing` requests them.
         nonfinite_L: booleans on the device: layers whose output or router scores are NaN or
             infinite. The first one is the cause; later ones follow from it.
     """
 
-    logits_BSV: Tensor
+    head: Any
     routers: list[RouterRecord]
     nonfinite_L: Tensor
 
@@ -71,6 +79,7 @@ class Transformer(nn.Module):
         documents_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         routing: Routing | None = None,
+        head: Head = functional.linear,
     ) -> ModelOutput:
         """Predict the token after each position.
 
@@ -80,6 +89,7 @@ class Transformer(nn.Module):
                 each sequence is one document.
             positions_BS: int64 positions for the rotary embedding; if omitted, 0 to S − 1.
             routing: if omitted, batch choice with static capacity, as in training.
+            head: what to compute from the last layer's normalised output; by default all logits.
 
         Raises:
             UserError: a layer's output or a router's score is NaN or infinite; checked only under
@@ -97,7 +107,7 @@ class Transformer(nn.Module):
         nonfinite_L = torch.stack(nonfinite)
         if routing.mode == "causal" or routing.capacity == "actual":
             require_finite(nonfinite_L)
-        return ModelOutput(self.head(self.norm(x_BSD)), records, nonfinite_L)
+        return ModelOutput(head(self.norm(x_BSD), self.head.weight), records, nonfinite_L)
 
     def _context(
         self, tokens_BS: Tensor, documents_BS: Tensor | None, positions_BS: Tensor | None

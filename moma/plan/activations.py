@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from moma.model.flops import LayerKind, ModelCounts
+from moma.train.cross_entropy import chunk_tokens
 from moma.train.recipe import Recipe
 from moma.train.stages import model_counts
 
@@ -75,9 +76,10 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
             peak = max(peak, everything - of_layer + backward)
     mask = tokens * data.sequence_length * size if config.attention_mask == "document" else 0
     angles = 4 * tokens * config.dim // config.heads
-    logits = tokens * counts.vocabulary_size
-    # Logits and loss; the loss is computed in fp32 unless compiled.
-    loss = 3 * logits * size if compiled else 5 * logits * 4 + (logits * size if size < 4 else 0)
+    # One chunk's logits (in fp32, and targets, unless compiled), and gradients of the head.
+    logits = min(tokens, chunk_tokens(counts.vocabulary_size, device)) * counts.vocabulary_size
+    loss = 2 * logits * size if compiled else 9 * logits
+    loss += tokens * config.dim * size + 2 * counts.vocabulary_size * config.dim * 4
     return round(saved + mask + angles + max(peak, loss))
 
 

@@ -17,8 +17,8 @@ from torch.nn import functional
 from moma.data.batches.packing import NO_LABEL
 from moma.model.layers import upcast
 
-# Logits of a chunk: enough to fill a GPU (512 MiB in fp32), and to stay near a CPU's cache.
-_CHUNK_LOGITS = {"cuda": 2**27, "cpu": 2**24}
+# Logits of a chunk: enough to fill a GPU (256 MiB in fp32), and to stay near a CPU's cache.
+_CHUNK_LOGITS = {"cuda": 2**26, "cpu": 2**24}
 
 
 class TokenLosses(NamedTuple):
@@ -146,11 +146,10 @@ def _chunk(
     if not needs_grad:
         return _ChunkResult(losses, None, None)
     # ∂(loss + z · log²Z) / ∂logits = softmax · (1 + 2z · log Z) − onehot(target)
-    factor_T = (1 + 2 * z_loss * log_z_T) * has_label_T
-    ids_V = torch.arange(len(weight_VD), device=labels_T.device)
-    onehot_TV = (ids_V == target_T1) * has_label_T[:, None]
-    softmax_TV = (logits_TV - log_z_T[:, None]).exp()
-    grad_TV = (softmax_TV * factor_T[:, None] - onehot_TV).to(hidden_TD.dtype)
+    softmax_TV = logits_TV.sub_(log_z_T[:, None]).exp_()
+    grad_TV = softmax_TV.mul_(((1 + 2 * z_loss * log_z_T) * has_label_T)[:, None])
+    is_target_TV = torch.arange(len(weight_VD), device=labels_T.device) == labels_T[:, None]
+    grad_TV = grad_TV.sub_(is_target_TV.to(grad_TV.dtype)).to(hidden_TD.dtype)
     return _ChunkResult(losses, grad_TV @ weight_VD, grad_TV.T @ hidden_TD)
 
 

@@ -16,11 +16,11 @@ from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.layers import upcast
 from moma.model.routers import RouterRecord
 from moma.model.routing import Routing
-from moma.model.transformer import Transformer
+from moma.model.transformer import Transformer, no_head
 from moma.runtime.world import World
+from moma.train.cross_entropy import TokenLosses, linear_cross_entropy
 from moma.train.monitor import LossMonitor
 from moma.train.statistics import Statistics
-from moma.vocabulary import MODALITIES
 
 
 class DeviceBatch(NamedTuple):
@@ -63,56 +63,53 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     )
 
 
-def cross_entropy_sums(
-    logits_NV: Tensor,
+def sum_by_modality(
+    objective: Tensor,
+    losses: TokenLosses,
     labels_N: Tensor,
     modality_of_id: Tensor,
-    z_loss: float,
-    modalities: int = len(MODALITIES),
+    modalities: int,
 ) -> Losses:
-    """Next-token cross-entropy in nats by the target's modality, without ignored labels.
+    """Sum the losses of tokens by the modality of their labels.
 
     Args:
-        logits_NV: logits [N, V].
-        labels_N: targets [N], `NO_LABEL` where there is none.
-        modality_of_id: modality of each id [V].
-        z_loss: weight of (log Z)² in the objective.
+        objective: see `Losses`.
+        losses: see `linear_cross_entropy`.
+        labels_N: targets, `NO_LABEL` where there is none.
+        modality_of_id: modality of each id, [V].
         modalities: number of modalities M.
     """
-    logits_NV = upcast(logits_NV)
-    target_N = labels_N.clamp(min=0)
-    has_label_N = (labels_N != NO_LABEL).to(logits_NV.dtype)
-    log_z_N = logits_NV.logsumexp(-1)
-    target_logit_N = logits_NV.gather(1, target_N[:, None]).squeeze(1)
-    loss_N = (log_z_N - target_logit_N) * has_label_N
-    objective = (loss_N + z_loss * log_z_N.square() * has_label_N).sum()
-    modality_NM = _one_hot(modality_of_id[target_N], modalities, logits_NV.dtype)
-    modality_NM = modality_NM * has_label_N[:, None]
-    correct_N = (logits_NV.detach().argmax(-1) == target_N).to(logits_NV.dtype)
-    return Losses(
-        objective,
-        (loss_N.detach()[:, None] * modality_NM).sum(0),
-        (correct_N[:, None] * modality_NM).sum(0),
-        modality_NM.sum(0),
-    )
+    modality_NM = _one_hot(modality_of_id[labels_N.clamp(min=0)], modalities, losses.loss_N.dtype)
+    modality_NM = modality_NM * (labels_N != NO_LABEL)[:, None]
+    # Products of two and three rows would be slow; sums are fused.
+    loss_M, correct_M = ((x_N[:, None] * modality_NM).sum(0) for x_N in losses[::2])
+    return Losses(objective, loss_M, correct_M, modality_NM.sum(0))
 
 
-def next_token_objective(z_loss: float, compiled: bool, record_selection: bool = True) -> Objective:
+def next_token_objective(
+    z_loss: float = 0.0,
+    compiled: bool = False,
+    routing: Routing = Routing(record_selection=True),  # noqa: B008  frozen
+) -> Objective:
     """Pre-training: next-token cross-entropy over text and images, with z-loss.
 
     Args:
         z_loss: weight of the z-loss.
         compiled: whether to compile the loss.
-        record_selection: whether routers return their selections, which log records need.
+        routing: how tokens are routed; log records need the routers' selections.
     """
-    sums = torch.compile(cross_entropy_sums, fullgraph=True) if compiled else cross_entropy_sums
-    routing = Routing(record_selection=record_selection)
 
     def objective(model: Transformer, batch: DeviceBatch) -> Losses:
-        output = model(batch.tokens, batch.documents, batch.positions, routing)
-        logits_NV, labels_N = output.logits_BSV.flatten(0, 1), batch.labels.flatten()
-        modalities = len(model.vocabulary.modalities)
-        losses = sums(logits_NV, labels_N, model.modality_of_id, z_loss, modalities)
+        labels_N = batch.labels.flatten()
+
+        def head(hidden_BSD: Tensor, weight_VD: Tensor) -> tuple[Tensor, TokenLosses]:
+            hidden_ND = hidden_BSD.flatten(0, 1)
+            return linear_cross_entropy(hidden_ND, weight_VD, labels_N, z_loss, compiled)
+
+        output = model(batch.tokens, batch.documents, batch.positions, routing, head)
+        losses = sum_by_modality(
+            *output.head, labels_N, model.modality_of_id, len(model.vocabulary.modalities)
+        )
         return losses._replace(nonfinite_L=output.nonfinite_L, routers=output.routers)
 
     return objective
@@ -123,8 +120,9 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
 
     A target is one decision of one router: whether expert e, or the layer, processes token n.
     """
-    output = model(batch.tokens, batch.documents, batch.positions, Routing(record_auxiliary=True))
-    dtype = upcast(output.logits_BSV).dtype
+    routing = Routing(record_auxiliary=True)
+    output = model(batch.tokens, batch.documents, batch.positions, routing, no_head)
+    dtype = upcast(model.embedding.weight).dtype
     modalities = len(model.vocabulary.modalities)
     modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()], modalities, dtype)
     loss_M, correct_M, targets_M = modality_NM.new_zeros(3, modalities)

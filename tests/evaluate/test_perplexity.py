@@ -24,7 +24,7 @@ def slow_losses(model, recipe) -> tuple[list[float], list[float]]:
         for index in range(len(shard)):
             ids = torch.from_numpy(shard.ids(index).astype(np.int64))
             with torch.no_grad():
-                logits = model(ids[None], routing=Routing(mode="causal")).logits_BSV[0]
+                logits = model(ids[None], routing=Routing(mode="causal")).head[0]
             log_probabilities = logits.double().log_softmax(-1)
             for at, target in enumerate(ids[1:].tolist()):
                 is_image = model.vocabulary.modality_of_id[target] == IMAGE
@@ -67,7 +67,7 @@ def test_batch_choice_uses_actual_capacity(tiny):
                 routing = Routing(capacity=capacity)
                 output = model(on_device.tokens, on_device.documents, on_device.positions, routing)
             loss_BS = torch.nn.functional.cross_entropy(
-                output.logits_BSV.transpose(1, 2),
+                output.head.transpose(1, 2),
                 on_device.labels,
                 ignore_index=NO_LABEL,
                 reduction="none",

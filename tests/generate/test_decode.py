@@ -36,7 +36,7 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
     tokens = list(prompt)
     new: list[int] = []
     while len(tokens) < context and len(new) < new_tokens:
-        logits_V = model(torch.tensor([tokens]), routing=Routing(mode="causal")).logits_BSV[0, -1]
+        logits_V = model(torch.tensor([tokens]), routing=Routing(mode="causal")).head[0, -1]
         allowed = grammar.allowed().nonzero()[0].tolist()
         token = max(allowed, key=lambda id_: float(logits_V[id_]))
         tokens.append(token)

@@ -135,7 +135,7 @@ def port_logits(model, tokens_BS: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def our_logits(run: Run, tokens_BS: torch.Tensor) -> torch.Tensor:
     model, _ = load_run(run)
-    return model.cpu()(tokens_BS, routing=Routing(mode="causal")).logits_BSV
+    return model.cpu()(tokens_BS, routing=Routing(mode="causal")).head
 
 
 def edit(folder: Path, **changes) -> None:

@@ -65,11 +65,11 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares(groups):
     model.initialise(0)
     batch = batch_of((16, 8, 8))
     static, actual = (model(batch.tokens, routing=routing) for routing in (Routing(), ACTUAL))
-    assert torch.equal(static.logits_BSV, actual.logits_BSV)
+    assert torch.equal(static.head, actual.head)
     skewed = batch_of((24, 4, 4))
     static, actual = (model(skewed.tokens, routing=routing) for routing in (Routing(), ACTUAL))
     if any(each.experts > 1 for each in groups) and len(groups) > 1:
-        assert not torch.equal(static.logits_BSV, actual.logits_BSV)
+        assert not torch.equal(static.head, actual.head)
 
 
 def test_both_objectives_have_three_losses():

@@ -65,7 +65,7 @@ def observe(changes: dict[str, Any]) -> dict[str, Any]:
     }
     for key, training in (("logits", False), ("training", True)):
         torch.manual_seed(0)
-        found[key] = model.train(training)(tokens, documents).logits_BSV.detach()
+        found[key] = model.train(training)(tokens, documents).head.detach()
     return found
 
 

@@ -43,7 +43,7 @@ def test_causal_logits_do_not_depend_on_later_tokens(groups, changes, cut, seed)
     changed = tokens.clone()
     changed[:, cut:] = mixed_tokens(2, 15, seed + 1)[:, cut:]
     causal = Routing(mode="causal")
-    before, after = (model(t, routing=causal).logits_BSV[:, :cut] for t in (tokens, changed))
+    before, after = (model(t, routing=causal).head[:, :cut] for t in (tokens, changed))
     torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
 
 
@@ -53,7 +53,7 @@ def test_batch_choice_is_not_causal(groups):
     model = build(groups)
     tokens = mixed_tokens(2, 15, 0)
     changed = torch.cat((tokens[:, :5], mixed_tokens(2, 15, 1)[:, 5:]), dim=1)
-    before, after = (model(t).logits_BSV[:, :5] for t in (tokens, changed))
+    before, after = (model(t).head[:, :5] for t in (tokens, changed))
     assert not torch.allclose(before, after, atol=1e-3)
 
 
@@ -64,8 +64,8 @@ def test_documents_do_not_attend_to_each_other(groups):
     documents = torch.tensor([[0] * 5 + [1] * 7])
     positions = torch.tensor([[*range(5), *range(7)]])
     causal = Routing(mode="causal")
-    together = model(tokens, documents, positions, causal).logits_BSV
-    separate = [model(part, routing=causal).logits_BSV for part in (tokens[:, :5], tokens[:, 5:])]
+    together = model(tokens, documents, positions, causal).head
+    separate = [model(part, routing=causal).head for part in (tokens[:, :5], tokens[:, 5:])]
     torch.testing.assert_close(together, torch.cat(separate, dim=1), atol=1e-5, rtol=1e-5)
 
 
@@ -87,7 +87,7 @@ def test_a_causal_mask_ignores_documents():
     tokens = mixed_tokens(1, 8, 0)
     documents = torch.tensor([[0] * 4 + [1] * 4])
     torch.testing.assert_close(
-        model(tokens, documents).logits_BSV, model(tokens).logits_BSV, rtol=0, atol=0
+        model(tokens, documents).head, model(tokens).head, rtol=0, atol=0
     )
 
 
@@ -133,12 +133,12 @@ def inputs_of(module, run):
 def test_dropout_is_active_only_in_training():
     model = build("mod_moe_2t2i", dropout=0.5)
     tokens = mixed_tokens(2, 8, 0)
-    assert torch.equal(model(tokens).logits_BSV, build("mod_moe_2t2i")(tokens).logits_BSV)
+    assert torch.equal(model(tokens).head, build("mod_moe_2t2i")(tokens).head)
     model.train()
     torch.manual_seed(0)
-    first, second = model(tokens).logits_BSV, model(tokens).logits_BSV
+    first, second = model(tokens).head, model(tokens).head
     torch.manual_seed(0)
-    assert torch.equal(first, model(tokens).logits_BSV) and not torch.equal(first, second)
+    assert torch.equal(first, model(tokens).head) and not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
@@ -175,7 +175,7 @@ def test_the_embedding_of_padding_has_no_effect(groups):
         with torch.no_grad():
             model.embedding.weight[VOCABULARY.padding] = value
         for routing in (Routing(), Routing(capacity="actual"), Routing(mode="causal")):
-            outputs.append(model(tokens, documents, routing=routing).logits_BSV[documents >= 0])
+            outputs.append(model(tokens, documents, routing=routing).head[documents >= 0])
     for before, after in zip(outputs[:3], outputs[3:], strict=True):
         assert torch.equal(before, after)
 

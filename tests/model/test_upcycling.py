@@ -78,8 +78,8 @@ def test_a_token_that_one_expert_selects_keeps_the_seeds_output(seed_groups, tex
     upcycle(Weights.of(before.state_dict()), before.config, after)  # in fp64 too
     select_in_turn(after)
     tokens = tokens_of(2, 12, seed)
-    expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
-    found = after(tokens, routing=Routing(mode="causal")).logits_BSV
+    expected = before(tokens, routing=Routing(mode="causal")).head
+    found = after(tokens, routing=Routing(mode="causal")).head
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -89,11 +89,11 @@ def test_a_token_that_two_experts_select_keeps_it_but_not_one_that_none_selects(
     after = upcycled_from(before, "moe_2t2i").double().eval()
     upcycle(Weights.of(before.state_dict()), before.config, after)
     tokens = tokens_of(2, 12, 0)
-    expected = before(tokens, routing=Routing(mode="causal")).logits_BSV
+    expected = before(tokens, routing=Routing(mode="causal")).head
     for logit, equal in ((1.0, True), (-1.0, False)):
         for router in after.auxiliary_routers():
             router.forward = lambda x, v=logit: x.new_full((len(x), 2), v)  # type: ignore[method-assign,misc]
-        found = after(tokens, routing=Routing(mode="causal")).logits_BSV
+        found = after(tokens, routing=Routing(mode="causal")).head
         assert torch.allclose(found, expected, atol=1e-5) == equal
 
 
@@ -104,7 +104,7 @@ def test_batch_choice_keeps_the_output_of_tokens_that_exactly_one_expert_selects
     tokens = tokens_of(3, 16, 0)
     records = after(tokens, routing=Routing(record_auxiliary=True)).routers
     selections = sum(record.selected_NE.sum(1) for record in records)
-    same = (after(tokens).logits_BSV - before(tokens).logits_BSV).abs().amax(-1).flatten() < 1e-4
+    same = (after(tokens).head - before(tokens).head).abs().amax(-1).flatten() < 1e-4
     assert same[selections == 1].all() and (selections == 1).any()
     assert not same[selections == 0].any() and (selections == 0).any()
 
@@ -278,19 +278,19 @@ def test_noise_follows_the_generator_and_is_off_in_evaluation():
 
     def run(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        return model(tokens).logits_BSV
+        return model(tokens).head
 
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
     model.eval()
     state = torch.get_rng_state()
-    assert torch.equal(model(tokens).logits_BSV, without_noise(tokens).logits_BSV)
+    assert torch.equal(model(tokens).head, without_noise(tokens).head)
     assert torch.equal(torch.get_rng_state(), state), "evaluation used the generator"
     model.train()
     causal = Routing(mode="causal")
-    assert torch.equal(model(tokens, routing=causal).logits_BSV,
-                       without_noise(tokens, routing=causal).logits_BSV)  # fmt: skip
+    assert torch.equal(model(tokens, routing=causal).head,
+                       without_noise(tokens, routing=causal).head)  # fmt: skip
     without_noise.train()
-    assert torch.equal(without_noise(tokens).logits_BSV, without_noise.eval()(tokens).logits_BSV)
+    assert torch.equal(without_noise(tokens).head, without_noise.eval()(tokens).head)
 
 
 def test_noise_changes_only_the_routers_of_experts():

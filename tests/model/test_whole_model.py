@@ -130,7 +130,7 @@ def assert_equals_reference(case: Case, how: str) -> None:
     choices = [selections(record) for record in output.routers]
     expected = slow_model(model, tokens, documents, positions, how, choices)
     real = tokens.flatten() != case.vocabulary.padding
-    found = numpy(output.logits_BSV.flatten(0, 1))
+    found = numpy(output.head.flatten(0, 1))
     # Rotary angles are computed in fp32.
     np.testing.assert_allclose(found[real], expected[real], atol=1e-4)
 

@@ -27,7 +27,7 @@ def calls(groups: str, run: str, how) -> Counter[str]:
             recompute(part, how)
     tokens = torch.arange(5, 37).view(2, 16)
     with OperationCounter() as counting:
-        model(tokens).logits_BSV.square().mean().backward()
+        model(tokens).head.square().mean().backward()
     return counting.counts
 
 
