@@ -4,18 +4,20 @@ Shapes: see `layers.py`; R sequences of K selected tokens each, as in `depth.py`
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
-from moma.model.attention import Attention, AttentionMask, selected_mask
+from moma.model.attention import Attention
+from moma.model.attention_kernels import AttentionKernel, Segments
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import build_group
 from moma.model.implementations import build_experts
 from moma.model.layers import gather, scatter_add
 from moma.model.routers import Diagnostics
-from moma.model.routing import Routing, Selection
+from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
 
 
@@ -24,30 +26,34 @@ class TokenContext(NamedTuple):
 
     Attributes:
         modality_BS: index of the modality; −1 for padding.
-        document_BS: document that attention is limited to; constant if it is not limited.
         angles: rotary cosine and sine, each [B, S, 1, C/2].
-        mask: the attention mask.
+        segments: which tokens attend to each other.
+        layout: the attention kernel's form of the segments.
+        dtype: dtype of queries, keys and values.
     """
 
     modality_BS: Tensor
-    document_BS: Tensor
     angles: tuple[Tensor, Tensor]
-    mask: AttentionMask
+    segments: Segments
+    layout: Any
+    dtype: torch.dtype
 
-    def select(self, selection: Selection) -> "TokenContext":
-        """Return the context of the selected tokens, [R, K]; empty slots hold padding."""
-        token_RK, filled_RK, _ = selection
-        sequence_length = self.modality_BS.shape[1]
-        document_RK = self.document_BS.flatten()[token_RK]
+    def select(self, token_RK: Tensor, kernel: AttentionKernel) -> "TokenContext":
+        """Return the context of selected tokens, given their indices, [R, K].
+
+        Empty slots hold padding, which no other token attends to.
+        """
         cosine, sine = (
             angle.expand(*self.modality_BS.shape, -1, -1).flatten(0, 1)[token_RK]
             for angle in self.angles
         )
+        segments = self.segments.select(token_RK)
         return TokenContext(
             self.modality_BS.flatten()[token_RK],
-            document_RK,
             (cosine, sine),
-            selected_mask(token_RK // sequence_length, document_RK, filled_RK, sequence_length),
+            segments,
+            kernel.layout(segments, self.dtype),
+            self.dtype,
         )
 
 
@@ -59,7 +65,7 @@ class Layer(nn.Module):
     experts(norm(h)).
 
     Args:
-        config, vocabulary, shares: as for `Transformer`.
+        config, vocabulary, shares, kernel: as for `Transformer`.
         token_fraction: fraction of all tokens that attention and experts process.
     """
 
@@ -68,12 +74,13 @@ class Layer(nn.Module):
         config: ModelConfig,
         vocabulary: Vocabulary,
         shares: Sequence[float],
+        kernel: AttentionKernel,
         token_fraction: float = 1.0,
     ):
         super().__init__()
         self.swin = config.norm == "swin"
         self.attention = Attention(
-            config.dim, config.heads, config.key_heads, config.query_key_norm
+            config.dim, config.heads, config.key_heads, config.query_key_norm, kernel
         )
         width, names, noise = config.hidden_width, vocabulary.modalities, config.router_noise
         groups = [
@@ -98,7 +105,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Diagnostics]]:
         """Compute the outputs of both residual branches: attention, then experts."""
         attention_in_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
-        attention_BSD = self.attention(attention_in_BSD, context.angles, context.mask)
+        attention_BSD = self.attention(attention_in_BSD, context.angles, context.layout)
         attention_BSD = self.attention_norm(attention_BSD) if self.swin else attention_BSD
         attention_BSD = self.dropout(attention_BSD)
         h_BSD = x_BSD + attention_BSD
@@ -116,9 +123,10 @@ class DepthLayer(Layer):
         config: ModelConfig,
         vocabulary: Vocabulary,
         shares: Sequence[float],
+        kernel: AttentionKernel,
         depth: DepthConfig,
     ):
-        super().__init__(config, vocabulary, shares, token_fraction=depth.capacity_factor)
+        super().__init__(config, vocabulary, shares, kernel, depth.capacity_factor)
         self.depth = DepthRouter(config.dim, depth)
 
     def forward(
@@ -130,7 +138,7 @@ class DepthLayer(Layer):
         token_T = token_RK.flatten()
         x_RKD = gather(x_ND, token_T).unflatten(0, token_RK.shape)
         attention_RKD, experts_RKD, diagnostics = self._residuals(
-            x_RKD, context.select(selection), routing
+            x_RKD, context.select(token_RK, self.attention.kernel), routing
         )
         update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
         y_ND = scatter_add(x_ND, token_T, update_RKD.flatten(0, 1).to(x_ND.dtype))
@@ -147,10 +155,14 @@ def _nonfinite(y_BSD: Tensor) -> Diagnostics:
 
 
 def build_layer(
-    number: int, config: ModelConfig, vocabulary: Vocabulary, shares: Sequence[float]
+    number: int,
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    shares: Sequence[float],
+    kernel: AttentionKernel,
 ) -> Layer:
     """Build layer `number` of a model, counted from 0."""
     depth = config.depth_config
     if depth is not None and number in config.depth_layers:
-        return DepthLayer(config, vocabulary, shares, depth)
-    return Layer(config, vocabulary, shares)
+        return DepthLayer(config, vocabulary, shares, kernel, depth)
+    return Layer(config, vocabulary, shares, kernel)

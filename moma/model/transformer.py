@@ -12,7 +12,12 @@ from torch.nn import functional
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
-from moma.model.attention import AttentionMask, additive_mask, document_mask
+from moma.model.attention_kernels import (
+    AttentionKernel,
+    MaskedAttention,
+    Segments,
+    number_segments,
+)
 from moma.model.decoder_layer import TokenContext, build_layer
 from moma.model.layers import rotary_angles
 from moma.model.routers import AuxiliaryRouter, RouterRecord
@@ -50,19 +55,28 @@ class Transformer(nn.Module):
         vocabulary: the ids and the modality of each.
         shares: fraction of each modality among the tokens of a training batch; determines static
             capacity.
+        kernel: computes attention; by default one that runs on any device.
     """
 
     modality_of_id: Tensor
 
-    def __init__(self, config: ModelConfig, vocabulary: Vocabulary, shares: Sequence[float]):
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocabulary: Vocabulary,
+        shares: Sequence[float],
+        kernel: AttentionKernel | None = None,
+    ):
         super().__init__()
+        self.kernel = kernel or MaskedAttention()
         names = vocabulary.modalities
         if len(shares) != len(names) or abs(sum(shares) - 1) > 1e-6:
             raise ValueError(f"shares of {names} must add up to 1, not {tuple(shares)}")
         self.config, self.vocabulary, self.shares = config, vocabulary, tuple(shares)
         self.embedding = nn.Embedding(vocabulary.size, config.dim)
         self.layers = nn.ModuleList(
-            build_layer(number, config, vocabulary, shares) for number in range(config.layers)
+            build_layer(number, config, vocabulary, shares, self.kernel)
+            for number in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.head = nn.Linear(config.dim, vocabulary.size, bias=False)
@@ -80,6 +94,7 @@ class Transformer(nn.Module):
         positions_BS: Tensor | None = None,
         routing: Routing | None = None,
         head: Head = functional.linear,
+        max_documents: int | None = None,
     ) -> ModelOutput:
         """Predict the token after each position.
 
@@ -89,6 +104,8 @@ class Transformer(nn.Module):
                 each sequence is one document.
             positions_BS: int64 positions for the rotary embedding; if omitted, 0 to S − 1.
             routing: if omitted, batch choice with static capacity, as in training.
+            max_documents: upper bound of the number of documents in the micro-batch, padding
+                included; if omitted, the number of tokens.
             head: what to compute from the last layer's normalised output; by default all logits.
 
         Raises:
@@ -96,7 +113,7 @@ class Transformer(nn.Module):
                 causal routing or actual capacity, which synchronise with the device anyway.
         """
         routing = routing or Routing()
-        context = self._context(tokens_BS, documents_BS, positions_BS)
+        context = self._context(tokens_BS, documents_BS, positions_BS, max_documents)
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
         records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
@@ -110,22 +127,34 @@ class Transformer(nn.Module):
         return ModelOutput(head(self.norm(x_BSD), self.head.weight), records, nonfinite_L)
 
     def _context(
-        self, tokens_BS: Tensor, documents_BS: Tensor | None, positions_BS: Tensor | None
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None,
+        positions_BS: Tensor | None,
+        max_documents: int | None,
     ) -> TokenContext:
-        modality_BS = self.modality_of_id[tokens_BS]
-        modality_BS = modality_BS.masked_fill(tokens_BS == self._padding, -1)
+        is_padding_BS = tokens_BS == self._padding
+        modality_BS = self.modality_of_id[tokens_BS].masked_fill(is_padding_BS, -1)
+        length = tokens_BS.shape[1]
         if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+            positions_BS = torch.arange(length, device=tokens_BS.device)[None]
         angles = rotary_angles(
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
-        if self.config.attention_mask == "causal" or documents_BS is None:
-            return TokenContext(modality_BS, torch.zeros_like(tokens_BS), angles, AttentionMask())
-        mask = additive_mask(document_mask(documents_BS), self._product_dtype(tokens_BS.device))
-        return TokenContext(modality_BS, documents_BS, angles, AttentionMask(mask))
+        whole = self.config.attention_mask == "causal" or documents_BS is None
+        documents_BS = torch.zeros_like(tokens_BS) if whole else documents_BS
+        segments = Segments(
+            number_segments(documents_BS, is_padding_BS),
+            max_documents or tokens_BS.numel(),
+            length,
+            whole,
+        )
+        dtype = self._product_dtype(tokens_BS.device)
+        layout = self.kernel.layout(segments, dtype)
+        return TokenContext(modality_BS, angles, segments, layout, dtype)
 
     def _product_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype of attention's products, which its additive mask must have."""
+        """The dtype of queries, keys and values."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return self.embedding.weight.dtype

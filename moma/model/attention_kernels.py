@@ -1,0 +1,177 @@
+"""Causal attention within the documents of packed sequences, by three kernels with equal results.
+
+- `MaskedAttention`: `scaled_dot_product_attention` with a mask [R, 1, S, S]; runs anywhere.
+- `VarlenAttention`: flash attention over sequences of different lengths, without a mask; half
+  precision on a GPU.
+- `FlexAttention`: a block-sparse kernel that torch.compile generates; any precision on a GPU.
+
+Tokens that mixture-of-depths selects are packed sequences as well, only shorter.
+
+Shapes: see `layers.py`; R sequences of S tokens, G heads of keys and values.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Segments(NamedTuple):
+    """Division of packed sequences into segments, within which tokens attend to earlier ones.
+
+    Attributes:
+        id_RS: number of each token's segment; does not decrease from one token to the next, nor
+            from the end of a sequence to the start of the following one.
+        count: upper bound of the number of segments, known on the host.
+        longest: upper bound of a segment's length, known on the host.
+        whole: whether each sequence is one segment, so that causal attention needs no mask.
+    """
+
+    id_RS: Tensor
+    count: int
+    longest: int
+    whole: bool = False
+
+    def select(self, token_RK: Tensor) -> "Segments":
+        """Return the segments of selected tokens, given their indices in increasing order."""
+        return Segments(self.id_RS.flatten()[token_RK], self.count, self.longest)
+
+
+def number_segments(documents_BS: Tensor, is_padding_BS: Tensor) -> Tensor:
+    """Number the runs of tokens of one document, or of padding, from 0 over all sequences."""
+    first_B1 = torch.ones_like(is_padding_BS[:, :1])
+    changes_BS = documents_BS.diff(dim=1) != 0
+    changes_BS = changes_BS | (is_padding_BS[:, 1:] != is_padding_BS[:, :-1])
+    starts_BS = torch.cat((first_B1, changes_BS), dim=1)
+    return (starts_BS.flatten().cumsum(0) - 1).view_as(documents_BS)
+
+
+class AttentionKernel(Protocol):
+    """Computes attention; `layout` is computed once for all layers that process the same tokens."""
+
+    def layout(self, segments: Segments, dtype: torch.dtype) -> Any:
+        """Convert segments to the kernel's own form, without waiting for the device.
+
+        Args:
+            segments: see `Segments`.
+            dtype: dtype of queries, keys and values.
+        """
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> Tensor:
+        """Attend; queries and the result are [R, S, H, C], keys and values [R, S, G, C]."""
+
+
+class MaskedAttention:
+    """`scaled_dot_product_attention`; with an additive mask, unless sequences are whole segments.
+
+    Converted to an additive mask once; with a boolean one, each layer would convert and keep its
+    own.
+    """
+
+    def layout(self, segments: Segments, dtype: torch.dtype) -> Tensor | None:
+        """0 where a query attends to a key and −∞ elsewhere, [R, 1, S, S]; None: causal."""
+        if segments.whole:
+            return None
+        id_RS = segments.id_RS
+        size = id_RS.shape[1]
+        causal_SS = torch.ones(size, size, dtype=torch.bool, device=id_RS.device).tril()
+        attends_R1SS = (id_RS[:, None, :, None] == id_RS[:, None, None, :]) & causal_SS
+        mask_R1SS = torch.zeros_like(attends_R1SS, dtype=dtype)
+        return mask_R1SS.masked_fill_(~attends_R1SS, -torch.inf)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None) -> Tensor:
+        """See `AttentionKernel`."""
+        if layout is not None and layout.dtype != value.dtype:
+            raise TypeError(f"the mask is {layout.dtype}, but the values are {value.dtype}")
+        # Grouped queries with a mask would fall back to a kernel that stores all S² products.
+        repeats = query.shape[2] // key.shape[2] if layout is not None else 1
+        if repeats > 1:
+            key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
+        return functional.scaled_dot_product_attention(
+            *(x.transpose(1, 2) for x in (query, key, value)),
+            attn_mask=layout,
+            is_causal=layout is None,
+            enable_gqa=query.shape[2] != key.shape[2],
+        ).transpose(1, 2)
+
+
+class VarlenLayout(NamedTuple):
+    """Segments as flash attention takes them.
+
+    Attributes:
+        ends_M1: end of each segment among the flattened tokens, after a 0, int32 [M + 1]; segments
+            beyond the last one are empty, so that the shape is static.
+        longest: see `Segments`.
+    """
+
+    ends_M1: Tensor
+    longest: int
+
+
+class VarlenAttention:
+    """Flash attention over segments (`torch.nn.attention.varlen`)."""
+
+    def layout(self, segments: Segments, dtype: torch.dtype) -> VarlenLayout:
+        """Return the ends of the segments."""
+        id_N = segments.id_RS.flatten()
+        ends_M1 = id_N.new_zeros(segments.count + 1, dtype=torch.int32)
+        ends_M1 = ends_M1.scatter_add(0, id_N + 1, torch.ones_like(id_N, dtype=torch.int32))
+        return VarlenLayout(ends_M1.cumsum(0, dtype=torch.int32), segments.longest)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout) -> Tensor:
+        """See `AttentionKernel`."""
+        # Expanded, since enable_gqa is missing in torch 2.11.
+        repeats = query.shape[2] // key.shape[2]
+        if repeats > 1:
+            key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
+        flat = (x.flatten(0, 1) for x in (query, key, value))
+        ends_M1, longest = layout
+        y_NHC = varlen_attn(*flat, ends_M1, ends_M1, longest, longest, window_size=(-1, 0))
+        assert isinstance(y_NHC, Tensor)
+        return y_NHC.view_as(query)
+
+
+class FlexAttention:
+    """`flex_attention`, which skips blocks without a pair in the same segment."""
+
+    def layout(self, segments: Segments, dtype: torch.dtype) -> Any:
+        """Return the block mask."""
+        id_RS = segments.id_RS
+        sequences, size = id_RS.shape
+
+        def attends(sequence: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (id_RS[sequence, query] == id_RS[sequence, key]) & (query >= key)
+
+        return create_block_mask(attends, sequences, None, size, size, device=id_RS.device.type)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> Tensor:
+        """See `AttentionKernel`."""
+        y_RHSC = _flex_attention(
+            *(x.transpose(1, 2) for x in (query, key, value)),
+            block_mask=layout,
+            enable_gqa=query.shape[2] != key.shape[2],
+        )
+        return y_RHSC.transpose(1, 2)
+
+
+# Not compiled, it would store all S² products.
+_flex_attention = torch.compile(flex_attention, dynamic=False)
+
+
+def attention_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> AttentionKernel:
+    """Choose the fastest kernel.
+
+    Args:
+        device: where the model runs.
+        dtype: dtype of its matrix products.
+        head_width: width C of a head; flash attention takes multiples of 8 up to 256.
+    """
+    if device.type != "cuda":
+        return MaskedAttention()
+    flash = dtype in HALF and head_width % 8 == 0 and head_width <= 256
+    return VarlenAttention() if flash else FlexAttention()
