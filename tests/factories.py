@@ -10,6 +10,7 @@ files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`
 operations    `OperationCounter`
 recipes       `tiny_recipe`, `write_recipe`, `write_minimal_recipe`
               (with only the required keys)
+tokens        `make_segments`, `make_context` (what layers know of packed documents)
 """
 
 import io
@@ -27,9 +28,17 @@ import pyarrow.parquet
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moma.data.documents import Document, ImageRef, Rejected
+from moma.model.attention_kernels import (
+    AttentionKernel,
+    MaskedAttention,
+    Segments,
+    number_segments,
+)
+from moma.model.decoder_layer import TokenContext
 from moma.recipe import Config, check, to_toml
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
@@ -265,3 +274,22 @@ class OperationCounter(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, arguments=(), options=None):
         self.counts[str(operation)] += 1
         return operation(*arguments, **(options or {}))
+
+
+def make_context(
+    modality_BS: Tensor,
+    documents_BS: Tensor,
+    angles: tuple[Tensor, Tensor],
+    kernel: AttentionKernel | None = None,
+) -> TokenContext:
+    """The context of tokens of fp64 layers, attending within their documents."""
+    segments = make_segments(documents_BS, modality_BS < 0)
+    layout = (kernel or MaskedAttention()).layout(segments, torch.float64)
+    return TokenContext(modality_BS, angles, segments, layout, torch.float64)
+
+
+def make_segments(documents_BS: Tensor, is_padding_BS: Tensor | None = None) -> Segments:
+    """The segments of packed documents."""
+    is_padding_BS = documents_BS < 0 if is_padding_BS is None else is_padding_BS
+    id_BS = number_segments(documents_BS, is_padding_BS)
+    return Segments(id_BS, id_BS.numel(), id_BS.shape[1])

@@ -162,14 +162,11 @@ class ModelCounts:
         if depth is None:
             return {"full": full, "gated": LayerKind(0, 1.0, 0, 0)}
         if depth.scope == "sequence":
-            selected = static_capacity(depth.capacity_factor, length)
-            pairs, selected = sequences * selected**2, sequences * selected
+            selected = sequences * static_capacity(depth.capacity_factor, length)
         else:
             selected = static_capacity(depth.capacity_factor, tokens)
-            # All selected tokens form one sequence; a long one is split into windows
-            # (`AttentionMask`).
-            windows = -(-selected // length)
-            pairs = windows * 2 * length**2 if selected > 2 * length else selected**2
+        # Selected tokens attend within their own sequence, of which there is an equal part each.
+        pairs = round(selected**2 / sequences)
         return {"full": full, "gated": LayerKind(gated, depth.capacity_factor, selected, pairs)}
 
     def expert_slots(self, kind: LayerKind) -> ExpertSlots:

@@ -27,7 +27,6 @@ class _Saved(NamedTuple):
         gated: of width D, with mixture-of-depths.
         hidden: of width F, per slot of an expert.
         slot: of width D, per slot of a routed group and of a single-expert group.
-        mask: whether a layer with mixture-of-depths saves its own additive attention mask.
     """
 
     width: int
@@ -36,17 +35,16 @@ class _Saved(NamedTuple):
     gated: int
     hidden: int
     slot: tuple[int, int]
-    mask: bool
 
 
 # By whether layers are compiled; for `recompute = "selective"`, only products and selections.
 _ALL = {
-    False: _Saved(8, 2, 2, 2, 4, (3, 1), True),
-    True: _Saved(6, 2, 1, 1, 3, (3, 1), True),
+    False: _Saved(8, 2, 2, 2, 4, (3, 1)),
+    True: _Saved(6, 2, 1, 1, 3, (3, 1)),
 }
 _SELECTIVE = {
-    False: _Saved(8, 2, 0, 1, 2, (1, 1), False),
-    True: _Saved(6, 2, 0, 1, 2, (1, 1), False),
+    False: _Saved(8, 2, 0, 1, 2, (1, 1)),
+    True: _Saved(6, 2, 0, 1, 2, (1, 1)),
 }
 
 
@@ -62,9 +60,12 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
     tokens = data.micro_batch_size * data.sequence_length
     size = recipe.engine.compute_dtype(device).itemsize
     compiled = recipe.pretrain.compile
+    is_masked = device.type != "cuda"  # see `attention_kernels.py`
     saved = peak = 0.0
     for kind in counts.layer_kinds().values():
         everything = size * _saved_numbers(counts, kind, tokens, _ALL[compiled])
+        if kind.token_fraction < 1 and is_masked:
+            everything += size * _mask_numbers(counts, kind)
         selective = size * _saved_numbers(counts, kind, tokens, _SELECTIVE[compiled])
         layer_input = size * tokens * config.dim
         by_recompute = {"none": everything, "layer": layer_input, "selective": selective}
@@ -74,7 +75,8 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
         backward = size * kind.tokens * (2 * config.dim + config.hidden_width)
         if kind.layers:
             peak = max(peak, everything - of_layer + backward)
-    mask = tokens * data.sequence_length * size if config.attention_mask == "document" else 0
+    is_document = config.attention_mask == "document"
+    mask = tokens * data.sequence_length * size if is_masked and is_document else 0
     angles = 4 * tokens * config.dim // config.heads
     # One chunk's logits (in fp32, and targets, unless compiled), and gradients of the head.
     logits = min(tokens, chunk_tokens(counts.vocabulary_size, device)) * counts.vocabulary_size
@@ -90,11 +92,16 @@ def _saved_numbers(counts: ModelCounts, kind: LayerKind, tokens: int, saved: _Sa
     normed = saved.normed * config.query_key_norm
     token = (saved.width + normed + saved.gated * gated) * config.dim + (saved.keys + normed) * keys
     numbers = kind.tokens * token + tokens * config.dim * gated  # a depth router reads all tokens
-    if saved.mask and gated:
-        numbers += kind.pairs
     routed, single, dense = counts.expert_slots(kind)
     numbers += (routed + single + dense) * saved.hidden * config.hidden_width
     if config.implementation == "batched":  # the groups' weights are concatenated
         experts = sum(g.experts for g in config.group_list if g.experts > 1)
         numbers += experts * 3 * config.dim * config.hidden_width
     return numbers + (routed * saved.slot[0] + single * saved.slot[1]) * config.dim
+
+
+def _mask_numbers(counts: ModelCounts, kind: LayerKind) -> int:
+    """Return the size of the attention mask that a layer with mixture-of-depths saves."""
+    depth = counts.config.depth_config
+    by_sequence = depth is not None and depth.scope == "sequence"
+    return kind.pairs if by_sequence else kind.tokens**2

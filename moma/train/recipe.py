@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 
 from moma.data.config import PrepareConfig
 from moma.model.architecture import ModelConfig
+from moma.model.attention_kernels import AttentionKernel, attention_kernel
 from moma.model.transformer import Transformer
 from moma.recipe import Config, RequiredPath
 from moma.runtime.optimizer import OptimizerConfig
@@ -139,3 +141,8 @@ class Recipe(PrepareConfig):
         model = Transformer(self.model, vocabulary, self.shares)
         model.initialise(self.seed)
         return model
+
+    def attention_kernel(self, device: torch.device) -> AttentionKernel:
+        """The attention kernel for a device and the recipe's dtype of matrix products."""
+        head_width = self.model.dim // self.model.heads
+        return attention_kernel(device, self.engine.compute_dtype(device), head_width)

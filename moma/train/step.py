@@ -6,6 +6,7 @@ Shapes: see `model/layers.py`; M modalities.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -24,12 +25,18 @@ from moma.train.statistics import Statistics
 
 
 class DeviceBatch(NamedTuple):
-    """A micro-batch on the device, int64, each [B, S]; see `data.batches.packing.Batch`."""
+    """A micro-batch on the device; see `data.batches.packing.Batch`.
+
+    Attributes:
+        tokens, labels, documents, positions: int64, each [B, S].
+        max_documents: upper bound of the number of documents, padding included.
+    """
 
     tokens: Tensor
     labels: Tensor
     documents: Tensor
     positions: Tensor
+    max_documents: int | None = None
 
 
 class Losses(NamedTuple):
@@ -58,9 +65,11 @@ Objective = Callable[[Transformer, DeviceBatch], Losses]
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """Copy a micro-batch to the device."""
     arrays = (batch.tokens_BS, batch.labels_BS, batch.documents_BS, batch.positions_BS)
-    return DeviceBatch(
-        *(torch.from_numpy(array).long().to(device, non_blocking=True) for array in arrays)
-    )
+    tensors = (torch.from_numpy(array).long().to(device, non_blocking=True) for array in arrays)
+    documents_BS = batch.documents_BS
+    found = len(documents_BS) + np.count_nonzero(documents_BS[:, 1:] != documents_BS[:, :-1])
+    # A power of two, so that compiled layers see few different bounds.
+    return DeviceBatch(*tensors, max_documents=1 << max(4, int(found - 1).bit_length()))
 
 
 def sum_by_modality(
@@ -106,7 +115,9 @@ def next_token_objective(
             hidden_ND = hidden_BSD.flatten(0, 1)
             return linear_cross_entropy(hidden_ND, weight_VD, labels_N, z_loss, compiled)
 
-        output = model(batch.tokens, batch.documents, batch.positions, routing, head)
+        output = model(
+            batch.tokens, batch.documents, batch.positions, routing, head, batch.max_documents
+        )
         losses = sum_by_modality(
             *output.head, labels_N, model.modality_of_id, len(model.vocabulary.modalities)
         )
@@ -121,7 +132,9 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
     A target is one decision of one router: whether expert e, or the layer, processes token n.
     """
     routing = Routing(record_auxiliary=True)
-    output = model(batch.tokens, batch.documents, batch.positions, routing, no_head)
+    output = model(
+        batch.tokens, batch.documents, batch.positions, routing, no_head, batch.max_documents
+    )
     dtype = upcast(model.embedding.weight).dtype
     modalities = len(model.vocabulary.modalities)
     modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()], modalities, dtype)

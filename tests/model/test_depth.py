@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moma.model.architecture import ModelConfig
-from moma.model.attention import AttentionMask
+from moma.model.attention_kernels import MaskedAttention
 from moma.model.decoder_layer import DepthLayer, TokenContext, build_layer
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import ExpertGroup
@@ -18,7 +18,7 @@ from moma.model.groups import named_groups
 from moma.model.layers import rotary_angles
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
-from tests.factories import make_vocabulary
+from tests.factories import make_context, make_vocabulary
 from tests.model.model_reference import Tokens, depth_choice, depth_layer, groups_of, numpy, slots
 
 VOCABULARY = make_vocabulary()
@@ -28,7 +28,7 @@ BATCH, CAUSAL = Routing(), Routing(mode="causal")
 
 def build_depth_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **changes) -> DepthLayer:
     config = ModelConfig(groups=groups, dim=DIM, hidden=6, layers=1, heads=2, **changes)
-    layer = build_layer(0, config, VOCABULARY, shares)
+    layer = build_layer(0, config, VOCABULARY, shares, MaskedAttention())
     assert isinstance(layer, DepthLayer)
     torch.manual_seed(seed)
     for parameter in layer.parameters():
@@ -38,7 +38,7 @@ def build_depth_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **change
 
 def context_of(modality, documents, positions) -> TokenContext:
     angles = rotary_angles(positions, DIM // 2, 10_000.0)
-    return TokenContext(modality, documents, angles, AttentionMask())
+    return make_context(modality, documents, angles)
 
 
 @st.composite
@@ -50,6 +50,9 @@ def batches(draw):
     starts = draw(st.lists(st.booleans(), min_size=size, max_size=size))
     documents = np.cumsum(np.array(starts).reshape(sequences, length), axis=1)
     modality = np.array(modality).reshape(sequences, length)
+    # Padding ends a sequence.
+    modality.sort(axis=1)
+    modality = modality[:, ::-1].copy()
     documents[modality < 0] = -1
     positions = np.array(
         [[(each[: s + 1] == each[s]).sum() - 1 for s in range(length)] for each in documents]

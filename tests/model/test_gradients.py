@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
-from moma.model.attention import Attention, AttentionMask, document_mask
-from moma.model.decoder_layer import TokenContext, build_layer
+from moma.model.attention import Attention
+from moma.model.attention_kernels import MaskedAttention
+from moma.model.decoder_layer import build_layer
 from moma.model.depth import DepthConfig
 from moma.model.experts import MixtureOfExperts, build_group
 from moma.model.implementations import ImplementationName, build_experts
@@ -17,7 +18,7 @@ from moma.model.layers import SwiGLU, rotary_angles
 from moma.model.routers import AuxiliaryRouter
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
-from tests.factories import make_vocabulary
+from tests.factories import make_context, make_segments, make_vocabulary
 from tests.model.three_modalities import group
 
 DIM, HIDDEN, SHARES = 8, 3, (0.5, 0.5)
@@ -90,8 +91,10 @@ def test_gradients_of_overlapping_groups_in_every_implementation(implementation,
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("norm", [True, False])
 def test_gradients_of_attention_within_documents(kv_heads, norm):
-    mask = AttentionMask(document_mask(DOCUMENTS))
-    assert_gradients(Attention(DIM, 2, kv_heads, norm), some_tokens(2, 4), ANGLES, mask)
+    kernel = MaskedAttention()
+    layout = kernel.layout(make_segments(DOCUMENTS), torch.float64)
+    module = Attention(DIM, 2, kv_heads, norm, kernel)
+    assert_gradients(module, some_tokens(2, 4), ANGLES, layout)
 
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
@@ -107,6 +110,6 @@ def test_gradients_of_a_layer(groups, depth, norm):
         heads=2,
         norm=norm,
     )
-    layer = build_layer(0, config, VOCABULARY, SHARES)
-    context = TokenContext(MODALITY, DOCUMENTS, ANGLES, AttentionMask(document_mask(DOCUMENTS)))
+    layer = build_layer(0, config, VOCABULARY, SHARES, MaskedAttention())
+    context = make_context(MODALITY, DOCUMENTS, ANGLES)
     assert_gradients(layer, some_tokens(2, 4), context, Routing(), output=first)

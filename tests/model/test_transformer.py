@@ -75,7 +75,7 @@ def test_all_layers_share_one_mask_in_the_precision_of_their_products(dtype):
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
     model = model.double() if dtype == torch.float64 else model
     for layer in model.layers:
-        layer.register_forward_pre_hook(lambda _, given: masks.append(given[1].mask.mask))
+        layer.register_forward_pre_hook(lambda _, given: masks.append(given[1].layout))
     with autocast:
         model(mixed_tokens(1, 8, 0), torch.tensor([[0] * 4 + [1] * 4]))
     assert len(masks) > 1 and all(mask is masks[0] for mask in masks)
@@ -86,9 +86,7 @@ def test_a_causal_mask_ignores_documents():
     model = build("dense", attention_mask="causal")
     tokens = mixed_tokens(1, 8, 0)
     documents = torch.tensor([[0] * 4 + [1] * 4])
-    torch.testing.assert_close(
-        model(tokens, documents).head, model(tokens).head, rtol=0, atol=0
-    )
+    torch.testing.assert_close(model(tokens, documents).head, model(tokens).head, rtol=0, atol=0)
 
 
 def test_initialisation_depends_only_on_the_seed():
