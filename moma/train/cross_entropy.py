@@ -35,15 +35,15 @@ class TokenLosses(NamedTuple):
     correct_N: Tensor
 
 
-class _ChunkResult(NamedTuple):
-    """`TokenLosses` of a chunk and the gradients of its objective."""
+class ChunkResult(NamedTuple):
+    """`TokenLosses` of a chunk and the gradients of its objective, if they are needed."""
 
     losses: TokenLosses
     hidden_TD: Tensor | None
     weight_VD: Tensor | None
 
 
-_Chunk = Callable[[Tensor, Tensor, Tensor, float, bool], _ChunkResult]
+Chunk = Callable[[Tensor, Tensor, Tensor, float, bool], ChunkResult]
 
 
 def chunk_tokens(vocabulary_size: int, device: torch.device) -> int:
@@ -56,7 +56,7 @@ def linear_cross_entropy(
     weight_VD: Tensor,
     labels_N: Tensor,
     z_loss: float,
-    compiled: bool = False,
+    chunk: Chunk | None = None,
     tokens: int | None = None,
 ) -> tuple[Tensor, TokenLosses]:
     """Cross-entropy of `hidden · weightᵀ` with z-loss (Chameleon, arXiv 2405.09818 §2.3.1).
@@ -66,17 +66,16 @@ def linear_cross_entropy(
         weight_VD: the head's weight.
         labels_N: targets, `NO_LABEL` where there is none.
         z_loss: weight of (log Z)² in the objective.
-        compiled: whether to compile the computation of a chunk.
+        chunk: computes one chunk, by default `cross_entropy_chunk`; may be compiled.
         tokens: number of tokens of a chunk; if omitted, `chunk_tokens`.
 
     Returns:
         The objective, Σ loss + z_loss · (log Z)², differentiable once, and its parts by token.
     """
-    chunk = _compiled_chunk if compiled else _chunk
     tokens = tokens or chunk_tokens(len(weight_VD), hidden_ND.device)
     needs_grad = torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
     objective, *parts = _LinearCrossEntropy.apply(
-        hidden_ND, weight_VD, labels_N, z_loss, tokens, chunk, needs_grad
+        hidden_ND, weight_VD, labels_N, z_loss, tokens, chunk or cross_entropy_chunk, needs_grad
     )
     return objective, TokenLosses(*parts)
 
@@ -90,7 +89,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_N: Tensor,
         z_loss: float,
         tokens: int,
-        chunk: _Chunk,
+        chunk: Chunk,
         needs_grad: bool,
     ) -> tuple[Tensor, ...]:
         dtype = _product_dtype(hidden_ND)
@@ -131,9 +130,10 @@ def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
     return hidden_ND.dtype
 
 
-def _chunk(
+def cross_entropy_chunk(
     hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float, needs_grad: bool
-) -> _ChunkResult:
+) -> ChunkResult:
+    """Compute the losses of a chunk of tokens and, if needed, the gradients of its objective."""
     logits_TV = upcast(functional.linear(hidden_TD, weight_VD))
     has_label_T = (labels_T != NO_LABEL).to(logits_TV.dtype)
     target_T1 = labels_T.clamp(min=0)[:, None]
@@ -144,13 +144,10 @@ def _chunk(
         (logits_TV.argmax(-1) == target_T1.squeeze(1)) * has_label_T,
     )
     if not needs_grad:
-        return _ChunkResult(losses, None, None)
+        return ChunkResult(losses, None, None)
     # ∂(loss + z · log²Z) / ∂logits = softmax · (1 + 2z · log Z) − onehot(target)
     softmax_TV = logits_TV.sub_(log_z_T[:, None]).exp_()
     grad_TV = softmax_TV.mul_(((1 + 2 * z_loss * log_z_T) * has_label_T)[:, None])
     is_target_TV = torch.arange(len(weight_VD), device=labels_T.device) == labels_T[:, None]
     grad_TV = grad_TV.sub_(is_target_TV.to(grad_TV.dtype)).to(hidden_TD.dtype)
-    return _ChunkResult(losses, grad_TV @ weight_VD, grad_TV.T @ hidden_TD)
-
-
-_compiled_chunk = torch.compile(_chunk, fullgraph=True, dynamic=False)
+    return ChunkResult(losses, grad_TV @ weight_VD, grad_TV.T @ hidden_TD)

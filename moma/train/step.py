@@ -19,7 +19,7 @@ from moma.model.routers import RouterRecord
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer, no_head
 from moma.runtime.world import World
-from moma.train.cross_entropy import TokenLosses, linear_cross_entropy
+from moma.train.cross_entropy import TokenLosses, cross_entropy_chunk, linear_cross_entropy
 from moma.train.monitor import LossMonitor
 from moma.train.statistics import Statistics
 
@@ -107,13 +107,16 @@ def next_token_objective(
         compiled: whether to compile the loss.
         routing: how tokens are routed; log records need the routers' selections.
     """
+    chunk = cross_entropy_chunk
+    if compiled:
+        chunk = torch.compile(chunk, fullgraph=True, dynamic=False)
 
     def objective(model: Transformer, batch: DeviceBatch) -> Losses:
         labels_N = batch.labels.flatten()
 
         def head(hidden_BSD: Tensor, weight_VD: Tensor) -> tuple[Tensor, TokenLosses]:
             hidden_ND = hidden_BSD.flatten(0, 1)
-            return linear_cross_entropy(hidden_ND, weight_VD, labels_N, z_loss, compiled)
+            return linear_cross_entropy(hidden_ND, weight_VD, labels_N, z_loss, chunk)
 
         output = model(
             batch.tokens, batch.documents, batch.positions, routing, head, batch.max_documents
