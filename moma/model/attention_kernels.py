@@ -27,19 +27,19 @@ class Segments(NamedTuple):
     Attributes:
         id_RS: number of each token's segment; does not decrease from one token to the next, nor
             from the end of a sequence to the start of the following one.
-        count: upper bound of the number of segments, known on the host.
-        longest: upper bound of a segment's length, known on the host.
-        whole: whether each sequence is one segment, so that causal attention needs no mask.
+        max_segments: upper bound of the number of segments, known on the host.
+        max_length: upper bound of a segment's length, known on the host.
+        is_whole: whether each sequence is one segment, so that causal attention needs no mask.
     """
 
     id_RS: Tensor
-    count: int
-    longest: int
-    whole: bool = False
+    max_segments: int
+    max_length: int
+    is_whole: bool = False
 
     def select(self, token_RK: Tensor) -> "Segments":
         """Return the segments of selected tokens, given their indices in increasing order."""
-        return Segments(self.id_RS.flatten()[token_RK], self.count, self.longest)
+        return Segments(self.id_RS.flatten()[token_RK], self.max_segments, self.max_length)
 
 
 def number_segments(documents_BS: Tensor, is_padding_BS: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class MaskedAttention:
 
     def layout(self, segments: Segments, dtype: torch.dtype) -> Tensor | None:
         """0 where a query attends to a key and −∞ elsewhere, [R, 1, S, S]; None: causal."""
-        if segments.whole:
+        if segments.is_whole:
             return None
         id_RS = segments.id_RS
         size = id_RS.shape[1]
@@ -93,7 +93,9 @@ class MaskedAttention:
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
         return functional.scaled_dot_product_attention(
-            *(x.transpose(1, 2) for x in (query, key, value)),
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             attn_mask=layout,
             is_causal=layout is None,
             enable_gqa=query.shape[2] != key.shape[2],
@@ -106,11 +108,11 @@ class VarlenLayout(NamedTuple):
     Attributes:
         ends_M1: end of each segment among the flattened tokens, after a 0, int32 [M + 1]; segments
             beyond the last one are empty, so that the shape is static.
-        longest: see `Segments`.
+        max_length: see `Segments`.
     """
 
     ends_M1: Tensor
-    longest: int
+    max_length: int
 
 
 class VarlenAttention:
@@ -119,9 +121,9 @@ class VarlenAttention:
     def layout(self, segments: Segments, dtype: torch.dtype) -> VarlenLayout:
         """Return the ends of the segments."""
         id_N = segments.id_RS.flatten()
-        ends_M1 = id_N.new_zeros(segments.count + 1, dtype=torch.int32)
+        ends_M1 = id_N.new_zeros(segments.max_segments + 1, dtype=torch.int32)
         ends_M1 = ends_M1.scatter_add(0, id_N + 1, torch.ones_like(id_N, dtype=torch.int32))
-        return VarlenLayout(ends_M1.cumsum(0, dtype=torch.int32), segments.longest)
+        return VarlenLayout(ends_M1.cumsum(0, dtype=torch.int32), segments.max_length)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout) -> Tensor:
         """See `AttentionKernel`."""
@@ -129,9 +131,17 @@ class VarlenAttention:
         repeats = query.shape[2] // key.shape[2]
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
-        flat = (x.flatten(0, 1) for x in (query, key, value))
-        ends_M1, longest = layout
-        y_NHC = varlen_attn(*flat, ends_M1, ends_M1, longest, longest, window_size=(-1, 0))
+        ends_M1, length = layout
+        y_NHC = varlen_attn(
+            query.flatten(0, 1),
+            key.flatten(0, 1),
+            value.flatten(0, 1),
+            ends_M1,
+            ends_M1,
+            length,
+            length,
+            window_size=(-1, 0),
+        )
         assert isinstance(y_NHC, Tensor)
         return y_NHC.view_as(query)
 
@@ -152,7 +162,9 @@ class FlexAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> Tensor:
         """See `AttentionKernel`."""
         y_RHSC = _flex_attention(
-            *(x.transpose(1, 2) for x in (query, key, value)),
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             block_mask=layout,
             enable_gqa=query.shape[2] != key.shape[2],
         )

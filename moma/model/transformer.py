@@ -141,14 +141,11 @@ class Transformer(nn.Module):
         angles = rotary_angles(
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
-        whole = self.config.attention_mask == "causal" or documents_BS is None
-        documents_BS = torch.zeros_like(tokens_BS) if whole else documents_BS
-        segments = Segments(
-            number_segments(documents_BS, is_padding_BS),
-            max_documents or tokens_BS.numel(),
-            length,
-            whole,
-        )
+        is_whole = documents_BS is None or self.config.attention_mask == "causal"
+        if documents_BS is None or is_whole:
+            documents_BS = torch.zeros_like(tokens_BS)
+        id_BS = number_segments(documents_BS, is_padding_BS)
+        segments = Segments(id_BS, max_documents or tokens_BS.numel(), length, is_whole)
         dtype = self._product_dtype(tokens_BS.device)
         layout = self.kernel.layout(segments, dtype)
         return TokenContext(modality_BS, angles, segments, layout, dtype)

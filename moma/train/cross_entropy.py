@@ -36,11 +36,15 @@ class TokenLosses(NamedTuple):
 
 
 class ChunkResult(NamedTuple):
-    """`TokenLosses` of a chunk and the gradients of its objective, if they are needed."""
+    """A chunk's losses and, if needed, the gradients of its objective.
+
+    Attributes:
+        losses: of its tokens.
+        gradients: of the hidden vectors [T, D] and of the head's weight [V, D].
+    """
 
     losses: TokenLosses
-    hidden_TD: Tensor | None
-    weight_VD: Tensor | None
+    gradients: tuple[Tensor, Tensor] | None
 
 
 Chunk = Callable[[Tensor, Tensor, Tensor, float, bool], ChunkResult]
@@ -62,7 +66,7 @@ def linear_cross_entropy(
     """Cross-entropy of `hidden · weightᵀ` with z-loss (Chameleon, arXiv 2405.09818 §2.3.1).
 
     Args:
-        hidden_ND: normalised output of the last layer.
+        hidden_ND: normalized output of the last layer.
         weight_VD: the head's weight.
         labels_N: targets, `NO_LABEL` where there is none.
         z_loss: weight of (log Z)² in the objective.
@@ -94,9 +98,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         dtype = _product_dtype(hidden_ND)
         weight = weight_VD.to(dtype)
-        grad_hidden_ND = torch.empty_like(hidden_ND) if needs_grad else None
-        grad_weight_VD = None
-        losses = []
+        grad_weight_VD: Tensor | None = None
+        losses, hidden_gradients = [], []
         for start in range(0, len(hidden_ND), tokens):
             part = slice(start, start + tokens)
             with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -104,13 +107,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     hidden_ND[part].to(dtype), weight, labels_N[part], z_loss, needs_grad
                 )
             losses.append(result.losses)
-            if grad_hidden_ND is not None and result.weight_VD is not None:
-                grad_hidden_ND[part] = result.hidden_TD
-                wide = upcast(result.weight_VD)
+            if result.gradients is not None:
+                hidden_gradients.append(result.gradients[0])
+                wide = upcast(result.gradients[1])
                 grad_weight_VD = wide if grad_weight_VD is None else grad_weight_VD.add_(wide)
         loss_N, log_z_N, correct_N = (torch.cat(parts) for parts in zip(*losses, strict=True))
-        if needs_grad:
-            assert grad_weight_VD is not None
+        if grad_weight_VD is not None:
+            grad_hidden_ND = torch.cat(hidden_gradients).to(hidden_ND.dtype)
             ctx.save_for_backward(grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype))
         objective = (loss_N + z_loss * log_z_N.square()).sum()
         ctx.mark_non_differentiable(loss_N, log_z_N, correct_N)
@@ -144,10 +147,10 @@ def cross_entropy_chunk(
         (logits_TV.argmax(-1) == target_T1.squeeze(1)) * has_label_T,
     )
     if not needs_grad:
-        return ChunkResult(losses, None, None)
+        return ChunkResult(losses, None)
     # ∂(loss + z · log²Z) / ∂logits = softmax · (1 + 2z · log Z) − onehot(target)
     softmax_TV = logits_TV.sub_(log_z_T[:, None]).exp_()
     grad_TV = softmax_TV.mul_(((1 + 2 * z_loss * log_z_T) * has_label_T)[:, None])
     is_target_TV = torch.arange(len(weight_VD), device=labels_T.device) == labels_T[:, None]
     grad_TV = grad_TV.sub_(is_target_TV.to(grad_TV.dtype)).to(hidden_TD.dtype)
-    return ChunkResult(losses, grad_TV @ weight_VD, grad_TV.T @ hidden_TD)
+    return ChunkResult(losses, (grad_TV @ weight_VD, grad_TV.T @ hidden_TD))

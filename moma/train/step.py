@@ -65,11 +65,14 @@ Objective = Callable[[Transformer, DeviceBatch], Losses]
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """Copy a micro-batch to the device."""
     arrays = (batch.tokens_BS, batch.labels_BS, batch.documents_BS, batch.positions_BS)
-    tensors = (torch.from_numpy(array).long().to(device, non_blocking=True) for array in arrays)
+    tokens, labels, documents, positions = (
+        torch.from_numpy(array).long().to(device, non_blocking=True) for array in arrays
+    )
     documents_BS = batch.documents_BS
     found = len(documents_BS) + np.count_nonzero(documents_BS[:, 1:] != documents_BS[:, :-1])
     # A power of two, so that compiled layers see few different bounds.
-    return DeviceBatch(*tensors, max_documents=1 << max(4, int(found - 1).bit_length()))
+    max_documents = 1 << max(4, int(found - 1).bit_length())
+    return DeviceBatch(tokens, labels, documents, positions, max_documents)
 
 
 def sum_by_modality(
@@ -121,9 +124,9 @@ def next_token_objective(
         output = model(
             batch.tokens, batch.documents, batch.positions, routing, head, batch.max_documents
         )
-        losses = sum_by_modality(
-            *output.head, labels_N, model.modality_of_id, len(model.vocabulary.modalities)
-        )
+        total, token_losses = output.head
+        modalities = len(model.vocabulary.modalities)
+        losses = sum_by_modality(total, token_losses, labels_N, model.modality_of_id, modalities)
         return losses._replace(nonfinite_L=output.nonfinite_L, routers=output.routers)
 
     return objective

@@ -39,7 +39,7 @@ def test_attention_within_documents_equals_a_slow_reference(starts, heads, norm,
     positions = torch.arange(length).expand(sequences, length)
     angles = rotary_angles(positions, 8 // heads[0], 10_000.0)
     segments = make_segments(torch.from_numpy(documents * (not causal)))
-    layout = module.kernel.layout(segments._replace(whole=causal), torch.float64)
+    layout = module.kernel.layout(segments._replace(is_whole=causal), torch.float64)
     found = module(x, angles, layout)
     sequence_N = np.arange(sequences * length) // length
     document_N = np.zeros(sequences * length) if causal else documents.flatten()

@@ -90,12 +90,15 @@ def packed(draw):
     return segments, draw(st.sampled_from([(1, 1), (2, 2), (4, 2), (2, 1)]))
 
 
-def inputs(shape: torch.Size, heads: tuple[int, int], width: int = 4) -> list[Tensor]:
+def inputs(
+    shape: torch.Size, heads: tuple[int, int], width: int = 4
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
-    return [
+    query, key, value = (
         torch.randn(*shape, number, width, dtype=torch.float64, requires_grad=True)
         for number in (heads[0], heads[1], heads[1])
-    ]
+    )
+    return query, key, value
 
 
 def assert_equals_the_reference(kernel: AttentionKernel, segments: Segments, heads) -> None:
@@ -119,17 +122,17 @@ def test_kernels_equal_the_reference(kernel, case):
 @pytest.mark.parametrize("kernel", [MaskedAttention(), VarlenAttention()])
 def test_whole_sequences(kernel, heads):
     id_RS = torch.arange(3)[:, None].expand(3, 5)
-    assert_equals_the_reference(kernel, Segments(id_RS, 3, 5, whole=True), heads)
+    assert_equals_the_reference(kernel, Segments(id_RS, 3, 5, is_whole=True), heads)
 
 
 def test_flex_attention_equals_the_reference():
     """On a CPU only the forward pass exists, and a head is at least 16 wide."""
     id_RS = torch.tensor([[0, 0, 0, 1, 1, 2], [3, 4, 4, 4, 4, 4]])
-    parts = [x.detach().float() for x in inputs(id_RS.shape, (4, 2), width=16)]
+    query, key, value = (x.float() for x in inputs(id_RS.shape, (4, 2), width=16))
     kernel = FlexAttention()
     with torch.no_grad():
-        found = kernel(*parts, kernel.layout(Segments(id_RS, 5, 6), torch.float32))
-    torch.testing.assert_close(found, slow_attention(*parts, id_RS))
+        found = kernel(query, key, value, kernel.layout(Segments(id_RS, 5, 6), torch.float32))
+    torch.testing.assert_close(found, slow_attention(query, key, value, id_RS))
 
 
 @settings(max_examples=30, deadline=None)
@@ -159,7 +162,7 @@ def test_layouts_have_static_shapes():
     shapes = set()
     for starts in ([0, 0, 0, 0], [0, 1, 1, 2]):
         layout = kernel.layout(Segments(torch.tensor([starts]), 6, 4), torch.bfloat16)
-        shapes.add((layout.ends_M1.shape, layout.longest))
+        shapes.add((layout.ends_M1.shape, layout.max_length))
     assert shapes == {((7,), 4)}
 
 
