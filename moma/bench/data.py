@@ -36,7 +36,7 @@ from moma.runtime.world import World, local_device
 from moma.tokenizers.image.codec import ImageCodec, preprocess
 from moma.tokenizers.text import encode_each, load_text_tokenizer
 from moma.train.recipe import Recipe
-from moma.train.step import Step, next_token_objective
+from moma.train.step import Step, next_token_loss
 from moma.vocabulary import IMAGE, Vocabulary
 
 _TEXTS_PER_LONG_DOCUMENT = 16
@@ -132,8 +132,8 @@ def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, 
     for router in model.auxiliary_routers():
         router.requires_grad_(False)
     optimizer = recipe.pretrain.optimizer
-    objective = next_token_objective(recipe.pretrain.z_loss, compiled=False)
-    step = Step(model, make_optimizers(model, optimizer), objective, optimizer.clip, world)
+    loss_function = next_token_loss(recipe.pretrain.z_loss, compiled=False)
+    step = Step(model, make_optimizers(model, optimizer), loss_function, optimizer.clip, world)
     waits, steps = [], []
     with closing(prefetch(Batches(recipe.data, vocabulary, recipe.seed), recipe.data)) as ahead:
         for _ in range(sizes.steps + 1):

@@ -32,7 +32,7 @@ from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe
 from moma.train.stages import flops_per_token, make_step, prepare_model
 from moma.train.statistics import Statistics
-from moma.train.step import next_token_objective
+from moma.train.step import next_token_loss
 
 # Recipes of each model size of Table 2: without and with mixture-of-depths.
 ROWS = {
@@ -230,8 +230,8 @@ class _Runner:
         self._step = make_step(recipe, self._model, world, self._monitor)
         self._window = MetricsWindow(recipe, self._model, self.flops_per_token, world)
         compiled = self.config.compile and can_compile(device)
-        bare = next_token_objective(self.config.z_loss, compiled, Routing())
-        self._objectives = {True: self._step.objective, False: bare}
+        bare = next_token_loss(self.config.z_loss, compiled, Routing())
+        self._loss_functions = {True: self._step.loss_function, False: bare}
 
     def train(self, keep_statistics: bool = True, log: bool = False) -> None:
         """Take a step.
@@ -240,7 +240,7 @@ class _Runner:
             keep_statistics: whether to keep statistics of the routers for the next log record.
             log: whether to end with a log record.
         """
-        self._step.objective = self._objectives[keep_statistics]
+        self._step.loss_function = self._loss_functions[keep_statistics]
         collected = Statistics(self._model) if log else None
         sums, norm = self._step(next(self._batches), _RATE, collected)
         self._window.add(sums, self.tokens, 0.0)

@@ -10,7 +10,7 @@ from moma.model.routing import Routing, RoutingName
 from moma.model.transformer import Transformer
 from moma.progress import show_progress
 from moma.train.recipe import Recipe
-from moma.train.step import next_token_objective, to_device
+from moma.train.step import next_token_loss, to_device
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
 
 
@@ -36,11 +36,11 @@ def evaluate(
     """
     device = model.embedding.weight.device
     batches = Batches(recipe.data, model.vocabulary, seed=recipe.seed, split="held_out")
-    objective = next_token_objective(routing=Routing(routing, capacity="actual"))
+    loss_function = next_token_loss(routing=Routing(routing, capacity="actual"))
     loss_M, targets_M = torch.zeros(2, len(MODALITIES), dtype=torch.float64)
     with show_progress(f"evaluate ({routing})", None, quiet) as report:
         for number, batch in enumerate(batches, 1):
-            losses = objective(model, to_device(batch, device))
+            losses = loss_function(model, to_device(batch, device))
             loss_M += losses.loss_M.cpu()
             targets_M += losses.targets_M.cpu()
             report(number, "batches")

@@ -20,13 +20,12 @@ class Interruption:
     """A request to stop, agreed upon by all ranks, which call `poll` once per step.
 
     The ranks' values are reduced while the next step is computed, so that no rank waits: all of
-    them learn of a signal one step after it arrived. `storage_error` is an error of this rank.
+    them learn of a signal one step after it arrived.
     """
 
     def __init__(self, world: World):
         self._world = world
         self._received = 0
-        self.storage_error: StorageError | None = None
         self._handlers: dict[int, Any] = {}
         self._pending: tuple[distributed.Work, Tensor] | None = None
 
@@ -46,18 +45,25 @@ class Interruption:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
 
-    def poll(self) -> str | None:
-        """The signal that any rank had received one call ago; raises a rank's `storage_error`."""
-        own = _STORAGE_ERROR if self.storage_error else self._received
+    def poll(self, storage_error: StorageError | None = None) -> str | None:
+        """Return the signal that any rank had received one call ago.
+
+        Args:
+            storage_error: a write error of this rank, if there is one.
+
+        Raises:
+            SharedStorageError: a rank had a write error one call ago.
+        """
+        own = _STORAGE_ERROR if storage_error else self._received
         if self._world.signals is None:
-            return self._name(own)
+            return _signal_name(own, storage_error)
         number = self.finish()
         highest = torch.tensor([own])
         work = distributed.all_reduce(
             highest, distributed.ReduceOp.MAX, group=self._world.signals, async_op=True
         )
         self._pending = work, highest
-        return self._name(number)
+        return _signal_name(number, storage_error)
 
     def finish(self) -> int:
         """Wait for the pending reduction and return its result, 0 if there is none."""
@@ -74,11 +80,6 @@ class Interruption:
             ignored = stopped and number == signal.SIGTERM
             signal.signal(number, signal.SIG_IGN if ignored else handler)
 
-    def _name(self, number: int) -> str | None:
-        if number == _STORAGE_ERROR:
-            raise SharedStorageError(str(self.storage_error or "another rank cannot write"))
-        return signal.Signals(number).name if number else None
-
 
 @contextmanager
 def interruption(world: World) -> Iterator[Interruption]:
@@ -93,3 +94,9 @@ def interruption(world: World) -> Iterator[Interruption]:
         raise
     finally:
         request.restore_handlers(stopped)
+
+
+def _signal_name(number: int, storage_error: StorageError | None) -> str | None:
+    if number == _STORAGE_ERROR:
+        raise SharedStorageError(str(storage_error or "another rank cannot write"))
+    return signal.Signals(number).name if number else None

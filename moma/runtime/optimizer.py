@@ -56,7 +56,7 @@ class OptimizerConfig(Config):
 
 
 def make_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Optimizer, ...]:
-    """Optimizers of the trainable parameters; groups have a `rate` that scales the learning rate.
+    """Optimizers of the trainable parameters; groups have an `lr_scale`.
 
     Args:
         model: the model, sharded or not.
@@ -76,9 +76,9 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Optimize
         else:
             (vectors if _is_vector(name, parameter) else matrices).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay, "rate": 1.0},
-        {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
-        {"params": routers, "weight_decay": config.weight_decay, "rate": config.router_rate},
+        {"params": matrices, "weight_decay": config.weight_decay, "lr_scale": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": routers, "weight_decay": config.weight_decay, "lr_scale": config.router_rate},
     ]
     adamw = AdamW(
         [group for group in groups if group["params"]],
@@ -89,7 +89,7 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Optimize
     )
     if not orthogonalized:
         return (adamw,)
-    group = {"params": orthogonalized, "rate": 1.0}
+    group = {"params": orthogonalized, "lr_scale": 1.0}
     return adamw, Muon([group], config.learning_rate, config.momentum, config.weight_decay)
 
 

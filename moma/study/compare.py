@@ -176,8 +176,10 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
     on_device = to_device(batch, model.embedding.weight.device)
     routing = Routing(capacity="actual", record_auxiliary=True)
     with torch.no_grad():
-        routers = model(on_device.tokens, on_device.documents, on_device.positions, routing).routers
-    modality_N = model.modality_of_id[on_device.tokens].flatten()
+        routers = model(
+            on_device.tokens_BS, on_device.documents_BS, on_device.positions_BS, routing
+        ).routers
+    modality_N = model.modality_of_id[on_device.tokens_BS].flatten()
     records_of = [
         [r for r in routers if r.kind == "experts" and r.eligible_N[modality_N == modality].any()]
         for modality in (TEXT, IMAGE)

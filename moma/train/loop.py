@@ -87,7 +87,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
             initial = initial_state(recipe, source)
             trainer = stack.enter_context(closing(Trainer(recipe, run, model, vocabulary, world)))
             if checkpoint is None:
-                trainer.restore_data(initial.data)
+                trainer.start(initial)
         # Created only now, so that a recipe that cannot be trained leaves no run folder.
         if not is_locked:
             on_rank_0(world, lambda: run.path.mkdir(parents=True, exist_ok=True))
@@ -95,7 +95,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
             on_rank_0(world, _require_not_started, run)
         on_rank_0(world, write_run_folder, run, recipe)
         if checkpoint is None:
-            trainer.start(initial)
+            trainer.open_outputs()
         else:
             trainer.resume(checkpoint, damaged)
         title = f"{recipe.stage} {recipe.run.name}"
@@ -122,8 +122,8 @@ class Trainer:
         self.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         batches = Batches(recipe.data, vocabulary, recipe.seed, world.rank, world.size)
         self.batches = prefetch(batches, recipe.data)
-        # This rank's micro-batches of the steps whose losses have not been checked yet.
-        self.recent_batches: dict[int, Sequence[Batch]] = {}
+        # Micro-batches of the steps not yet known to be free of faults, which a replay needs.
+        self.unchecked_batches: dict[int, Sequence[Batch]] = {}
         self.initial, self.steps_done, self.tokens = InitialState(), 0, 0
         self.flops_per_token = flops_per_token(recipe, vocabulary)
         self.metrics = MetricsWindow(recipe, model, self.flops_per_token, world)
@@ -135,9 +135,13 @@ class Trainer:
         self.profiler = start_profiler(run.path / "trace", traced, lambda: self.steps_done)
 
     def start(self, initial: InitialState) -> None:
-        """Prepare for the first step, with the counters of the source run."""
+        """Prepare a new run; an upcycled one continues the counters and data of its seed run.
+
+        Raises:
+            UserError: the data is not that of the seed run.
+        """
         self.initial = initial
-        on_rank_0(self.world, self._open_log)
+        self._restore_data(initial.data)
         # Used by dropout and router noise.
         torch.manual_seed(self.recipe.seed + self.world.rank)
 
@@ -155,25 +159,22 @@ class Trainer:
         with raise_on_all_ranks(self.world):
             self._restore_counters(read_state(path))
             rank_states = read_rank_states(path)
-            self.restore_data([state["data"] for state in rank_states])
-        on_rank_0(self.world, self._open_log)
+            self._restore_data([state["data"] for state in rank_states])
+        self.open_outputs()
         # No random number may be drawn between here and the first step.
         if len(rank_states) == self.world.size:
             restore_random_state(rank_states[self.world.rank])
         else:
             torch.manual_seed(resume_seed(self.recipe.seed, self.steps_done, self.world.rank))
 
-    def restore_data(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continue with the data where the ranks of an earlier job stopped.
+    def open_outputs(self) -> None:
+        """Remove partial checkpoints, and open the log after the last step done."""
 
-        Args:
-            states: data state of each of those ranks; empty: start of the data.
+        def open_them() -> None:
+            self.writer.remove_partial()
+            self.trackers = make_trackers(self.recipe.tracking, self.run, self.steps_done)
 
-        Raises:
-            UserError: the states belong to other data.
-        """
-        if states:
-            self.batches.set_state(reshard(states, self.world.size)[self.world.rank])
+        on_rank_0(self.world, open_them)
 
     def train(self, progress: ProgressCallback, stop_request: Interruption) -> None:
         """Train to the last step, with log records and checkpoints.
@@ -188,8 +189,7 @@ class Trainer:
         while self.steps_done < self.config.steps:
             self._train_step(progress)
             is_last = self.steps_done == self.config.steps
-            stop_request.storage_error = self.trackers.error
-            signal = stop_request.poll()
+            signal = stop_request.poll(self.trackers.error)
             if self.steps_done % self.config.checkpoint_every == 0 or is_last or signal:
                 self._write_record(progress)
                 self._save_checkpoint()
@@ -214,23 +214,24 @@ class Trainer:
         start = time.monotonic()
         batches = [next(self.batches) for _ in range(self.gradient_accumulation_steps)]
         data_wait = time.monotonic() - start
-        rate = learning_rate(self.config.optimizer, self.steps_done, self.config.steps)
+        lr = learning_rate(self.config.optimizer, self.steps_done, self.config.steps)
         step = self.steps_done + 1
         is_logged = step % self.config.log_every == 0 or step == self.config.steps
         statistics = Statistics(self.model, self.recipe.engine.replicate) if is_logged else None
-        self.recent_batches[step] = batches
+        self.unchecked_batches[step] = batches
         self.monitor.begin_step(step)
-        sums, norm = self.step(batches, rate, statistics)
+        sums, norm = self.step(batches, lr, statistics)
         # The record of an earlier step: it was copied to the host while this step was launched.
         self._write_record(progress)
         self.steps_done = step
         if self.profiler is not None:
             self.profiler.step()
+        # Padding included, which costs the same.
         tokens = sum(batch.tokens_BS.size for batch in batches) * self.world.size
         self.tokens += tokens
         self.metrics.add(sums, tokens, data_wait)
         if statistics is not None:
-            values = {"learning_rate": rate, "skipped_steps": self.monitor.skipped_steps}
+            values = {"learning_rate": lr, "skipped_steps": self.monitor.skipped_steps}
             shared = {"norm": norm, **self.monitor.first_fault}
             self.metrics.start_record(self._counters() | values, shared, statistics.sums)
         if self.world.device.type != "cuda" or self.monitor.skips:
@@ -243,7 +244,7 @@ class Trainer:
         if finished is None:
             return
         record, tensors = finished
-        self._check_losses(record["step"], tensors)
+        self._raise_if_fault(record["step"], tensors)
         self.trackers.write(record)
         loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
         progress(
@@ -252,18 +253,18 @@ class Trainer:
             f"{record['peak_memory'] / 2**30:.1f} GiB",
         )
 
-    def _check_losses(self, step: int, first_fault: Mapping[str, Tensor]) -> None:
+    def _raise_if_fault(self, step: int, first_fault: Mapping[str, Tensor]) -> None:
         """Stop if the monitor found a fault up to this step, unless such steps are skipped."""
         if first_fault["fault_step"] and not self.monitor.skips:
             with suppress(SharedError):  # a replay starts from the newest checkpoint
                 self.writer.wait()
-            raise_fault(self.recipe, self.world, self.recent_batches, first_fault)
-        for checked in [each for each in self.recent_batches if each <= step]:
-            del self.recent_batches[checked]
+            raise_fault(self.recipe, self.world, self.unchecked_batches, first_fault)
+        for checked in [each for each in self.unchecked_batches if each <= step]:
+            del self.unchecked_batches[checked]
 
     def _save_checkpoint(self) -> None:
-        if self.recent_batches:  # steps whose losses no log record has checked
-            self._check_losses(self.steps_done, self.monitor.first_fault)
+        if self.unchecked_batches:  # steps that no log record has checked
+            self._raise_if_fault(self.steps_done, self.monitor.first_fault)
         self.writer.wait()  # its thread uses the process group of `on_rank_0`
         # No checkpoint may be newer than the log.
         on_rank_0(self.world, self.trackers.sync)
@@ -292,25 +293,29 @@ class Trainer:
         self.initial = InitialState(state["source_tokens"], state["source_flops"])
         self.metrics.set_state(state["window"])
         self.monitor.set_state(state["monitor"])
-        own = self.config.gradient_accumulation_steps
-        is_unchanged = own == state["recipe"][self.recipe.stage]["gradient_accumulation_steps"]
-        if is_unchanged and self.recipe.engine.step_size == "kept":
-            ranks = self.world.size
-            total = state["gradient_accumulation_steps"] * state["world_size"]
-            if total % ranks:
-                tokens = self.recipe.data.micro_batch_size * self.recipe.data.sequence_length
-                raise SharedError(
-                    f"{self.run.path}: {ranks} ranks cannot share the {total} micro-batches of a "
-                    f"step; use a divisor of {total} as the number of ranks to keep "
-                    f"{total * tokens:,} tokens per step, or let steps grow with "
-                    f"engine.step_size=grows to {ranks} times {own} micro-batches, "
-                    f"{ranks * own * tokens:,} tokens"
-                )
-            self.gradient_accumulation_steps = total // ranks
+        self._keep_step_size(state)
 
-    def _open_log(self) -> None:
-        self.writer.remove_partial()
-        self.trackers = make_trackers(self.recipe.tracking, self.run, self.steps_done)
+    def _keep_step_size(self, state: Mapping[str, Any]) -> None:
+        """Distribute the micro-batches of a step over another number of ranks than before."""
+        configured = self.config.gradient_accumulation_steps
+        saved = state["recipe"][self.recipe.stage]["gradient_accumulation_steps"]
+        if configured != saved or self.recipe.engine.step_size != "kept":
+            return
+        ranks, total = self.world.size, state["gradient_accumulation_steps"] * state["world_size"]
+        if total % ranks:
+            tokens = self.recipe.data.micro_batch_size * self.recipe.data.sequence_length
+            raise SharedError(
+                f"{self.run.path}: {ranks} ranks cannot share the {total} micro-batches of a step; "
+                f"use a divisor of {total} as the number of ranks to keep {total * tokens:,} "
+                "tokens per step, or let steps grow with engine.step_size=grows to "
+                f"{ranks} times {configured} micro-batches, {ranks * configured * tokens:,} tokens"
+            )
+        self.gradient_accumulation_steps = total // ranks
+
+    def _restore_data(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue with the data where the ranks of an earlier job stopped, if there is one."""
+        if states:
+            self.batches.set_state(reshard(states, self.world.size)[self.world.rank])
 
 
 def resume_seed(seed: int, step: int, rank: int) -> int:

@@ -154,7 +154,7 @@ def _inspect(
         for batch in own:
             nonfinite.clear()
             with step.autocast():
-                losses = step.objective(step.model, to_device(batch, step.world.device))
+                losses = step.loss_function(step.model, to_device(batch, step.world.device))
             losses.objective.backward()
             mean_M = (losses.loss_M / losses.targets_M.clamp(min=1)).tolist()
             by_name = zip(step.model.vocabulary.modalities, mean_M, strict=True)

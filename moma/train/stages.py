@@ -1,4 +1,4 @@
-"""Construction of a stage: what it trains, where it starts, and its objective."""
+"""Construction of a stage: what it trains, where it starts, and its loss function."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +28,7 @@ from moma.train.changes import differences
 from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe
 from moma.train.restore import newest_checkpoint, read_run_recipe, require_vocabulary
-from moma.train.step import Objective, Step, next_token_objective, router_objective
+from moma.train.step import LossFunction, Step, next_token_loss, router_loss
 from moma.vocabulary import Vocabulary
 
 
@@ -137,12 +137,12 @@ def initial_state(recipe: Recipe, source: SourceRun | None) -> InitialState:
     return InitialState(source.state["tokens"], source.state["flops"], data)
 
 
-def objective_of(recipe: Recipe, device: torch.device) -> Objective:
-    """The objective that the stage minimizes."""
+def loss_function_of(recipe: Recipe, device: torch.device) -> LossFunction:
+    """What the stage minimizes."""
     if recipe.stage == "aux_router":
-        return router_objective
+        return router_loss
     compiled = recipe.stage_config.compile and can_compile(device)
-    return next_token_objective(recipe.stage_config.z_loss, compiled)
+    return next_token_loss(recipe.stage_config.z_loss, compiled)
 
 
 def make_step(
@@ -151,8 +151,11 @@ def make_step(
     """The optimizer step of the recipe's stage, with new optimizers."""
     keep_freed_memory(world.device)
     config, dtype = recipe.stage_config.optimizer, recipe.engine.compute_dtype(world.device)
-    optimizers, objective = make_optimizers(model, config), objective_of(recipe, world.device)
-    return Step(model, optimizers, objective, config.clip, world, monitor, dtype)
+    optimizers, loss_function = (
+        make_optimizers(model, config),
+        loss_function_of(recipe, world.device),
+    )
+    return Step(model, optimizers, loss_function, config.clip, world, monitor, dtype)
 
 
 def model_counts(recipe: Recipe, vocabulary_size: int) -> ModelCounts:

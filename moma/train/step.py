@@ -17,7 +17,7 @@ from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.layers import upcast
 from moma.model.routers import RouterRecord
 from moma.model.routing import Routing
-from moma.model.transformer import Transformer, no_head
+from moma.model.transformer import Head, ModelOutput, Transformer, no_head
 from moma.runtime.world import World
 from moma.train.cross_entropy import TokenLosses, cross_entropy_chunk, linear_cross_entropy
 from moma.train.monitor import LossMonitor
@@ -27,82 +27,77 @@ from moma.train.statistics import Statistics
 class DeviceBatch(NamedTuple):
     """A micro-batch on the device; see `data.batches.packing.Batch`.
 
-    Attributes:
-        tokens, labels, documents, positions: int64, each [B, S].
-        max_documents: upper bound of the number of documents, padding included.
+    `max_documents` is an upper bound of the number of documents, padding included.
     """
 
-    tokens: Tensor
-    labels: Tensor
-    documents: Tensor
-    positions: Tensor
+    tokens_BS: Tensor
+    labels_BS: Tensor
+    documents_BS: Tensor
+    positions_BS: Tensor
     max_documents: int | None = None
 
 
-class Losses(NamedTuple):
-    """Sums over the targets of a micro-batch.
+class LossOutput(NamedTuple):
+    """Result of a loss function for a micro-batch.
 
     Attributes:
-        objective: the differentiable sum that is minimized.
+        objective: the differentiable sum over targets that is minimized.
         loss_M: sum of the losses by modality.
         correct_M: number of correct predictions by modality.
         targets_M: number of targets by modality.
-        nonfinite_L: layers whose output or router score is NaN or infinite; see `ModelOutput`.
-        routers: the routers' selections.
+        nonfinite_L, routers: as in `ModelOutput`.
     """
 
     objective: Tensor
     loss_M: Tensor
     correct_M: Tensor
     targets_M: Tensor
-    nonfinite_L: Tensor | None = None
-    routers: Sequence[RouterRecord] = ()
+    nonfinite_L: Tensor
+    routers: Sequence[RouterRecord]
 
 
-Objective = Callable[[Transformer, DeviceBatch], Losses]
+LossFunction = Callable[[Transformer, DeviceBatch], LossOutput]
 
 
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """Copy a micro-batch to the device."""
     arrays = (batch.tokens_BS, batch.labels_BS, batch.documents_BS, batch.positions_BS)
-    tokens, labels, documents, positions = (
+    tokens_BS, labels_BS, documents_BS, positions_BS = (
         torch.from_numpy(array).long().to(device, non_blocking=True) for array in arrays
     )
-    documents_BS = batch.documents_BS
-    found = len(documents_BS) + np.count_nonzero(documents_BS[:, 1:] != documents_BS[:, :-1])
+    changes = np.count_nonzero(batch.documents_BS[:, 1:] != batch.documents_BS[:, :-1])
+    found = len(batch.documents_BS) + changes
     # A power of two, so that compiled layers see few different bounds.
     max_documents = 1 << max(4, int(found - 1).bit_length())
-    return DeviceBatch(tokens, labels, documents, positions, max_documents)
+    return DeviceBatch(tokens_BS, labels_BS, documents_BS, positions_BS, max_documents)
 
 
 def sum_by_modality(
-    objective: Tensor,
-    losses: TokenLosses,
-    labels_N: Tensor,
-    modality_of_id: Tensor,
-    modalities: int,
-) -> Losses:
+    losses: TokenLosses, labels_N: Tensor, modality_of_id: Tensor, modalities: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the losses of tokens by the modality of their labels.
 
     Args:
-        objective: see `Losses`.
         losses: see `linear_cross_entropy`.
         labels_N: targets, `NO_LABEL` where there is none.
         modality_of_id: modality of each id, [V].
         modalities: number of modalities M.
+
+    Returns:
+        Losses, correct predictions and targets; see `LossOutput`.
     """
     modality_NM = _one_hot(modality_of_id[labels_N.clamp(min=0)], modalities, losses.loss_N.dtype)
     modality_NM = modality_NM * (labels_N != NO_LABEL)[:, None]
     # Products of two and three rows would be slow; sums are fused.
     loss_M, correct_M = ((x_N[:, None] * modality_NM).sum(0) for x_N in losses[::2])
-    return Losses(objective, loss_M, correct_M, modality_NM.sum(0))
+    return loss_M, correct_M, modality_NM.sum(0)
 
 
-def next_token_objective(
+def next_token_loss(
     z_loss: float = 0.0,
     compiled: bool = False,
     routing: Routing = Routing(record_selection=True),  # noqa: B008  frozen
-) -> Objective:
+) -> LossFunction:
     """Pre-training: next-token cross-entropy over text and images, with z-loss.
 
     Args:
@@ -114,40 +109,36 @@ def next_token_objective(
     if compiled:
         chunk = torch.compile(chunk, fullgraph=True, dynamic=False)
 
-    def objective(model: Transformer, batch: DeviceBatch) -> Losses:
-        labels_N = batch.labels.flatten()
+    def loss_function(model: Transformer, batch: DeviceBatch) -> LossOutput:
+        labels_N = batch.labels_BS.flatten()
 
         def head(hidden_BSD: Tensor, weight_VD: Tensor) -> tuple[Tensor, TokenLosses]:
             hidden_ND = hidden_BSD.flatten(0, 1)
             return linear_cross_entropy(hidden_ND, weight_VD, labels_N, z_loss, chunk)
 
-        output = model(
-            batch.tokens, batch.documents, batch.positions, routing, head, batch.max_documents
-        )
-        total, token_losses = output.head
+        output = _forward(model, batch, routing, head)
+        objective, losses = output.head
         modalities = len(model.vocabulary.modalities)
-        losses = sum_by_modality(total, token_losses, labels_N, model.modality_of_id, modalities)
-        return losses._replace(nonfinite_L=output.nonfinite_L, routers=output.routers)
+        sums = sum_by_modality(losses, labels_N, model.modality_of_id, modalities)
+        return LossOutput(objective, *sums, output.nonfinite_L, output.routers)
 
-    return objective
+    return loss_function
 
 
-def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
+def router_loss(model: Transformer, batch: DeviceBatch) -> LossOutput:
     """Auxiliary routers: binary cross-entropy against the main routers' selections (MoMa §2.4).
 
     A target is one decision of one router: whether expert e, or the layer, processes token n.
     """
-    routing = Routing(record_auxiliary=True)
-    output = model(
-        batch.tokens, batch.documents, batch.positions, routing, no_head, batch.max_documents
-    )
+    output = _forward(model, batch, Routing(record_auxiliary=True), no_head)
     dtype = upcast(model.embedding.weight).dtype
     modalities = len(model.vocabulary.modalities)
-    modality_NM = _one_hot(model.modality_of_id[batch.tokens.flatten()], modalities, dtype)
+    modality_NM = _one_hot(model.modality_of_id[batch.tokens_BS.flatten()], modalities, dtype)
     loss_M, correct_M, targets_M = modality_NM.new_zeros(3, modalities)
-    for selected_NE, auxiliary_logits_NE, eligible_N, *_ in output.routers:
-        eligible_NM = modality_NM * eligible_N[:, None]
+    for record in output.routers:
+        selected_NE, auxiliary_logits_NE = record.selected_NE, record.auxiliary_logits_NE
         assert auxiliary_logits_NE is not None
+        eligible_NM = modality_NM * record.eligible_N[:, None]
         loss_NE = functional.binary_cross_entropy_with_logits(
             auxiliary_logits_NE, selected_NE, reduction="none"
         )
@@ -155,7 +146,7 @@ def router_objective(model: Transformer, batch: DeviceBatch) -> Losses:
         correct_NE = (auxiliary_logits_NE > 0) == (selected_NE > 0)
         correct_M = correct_M + (correct_NE.to(dtype).sum(1)[:, None] * eligible_NM).sum(0)
         targets_M = targets_M + selected_NE.shape[1] * eligible_NM.sum(0)
-    return Losses(
+    return LossOutput(
         loss_M.sum(), loss_M.detach(), correct_M, targets_M, output.nonfinite_L, output.routers
     )
 
@@ -167,8 +158,8 @@ class Step:
         self,
         model: Transformer,
         optimizers: Sequence[Optimizer],
-        objective: Objective,
-        clip: float,
+        loss_function: LossFunction,
+        max_norm: float,
         world: World,
         monitor: LossMonitor | None = None,
         compute_dtype: torch.dtype | None = None,
@@ -177,16 +168,16 @@ class Step:
 
         Args:
             model: the model, sharded or not.
-            optimizers: their parameter groups have a `rate`.
-            objective: what the stage minimizes.
-            clip: largest norm of the gradient.
+            optimizers: their parameter groups have an `lr_scale`.
+            loss_function: computes what the stage minimizes.
+            max_norm: the gradient is scaled down to this norm if it exceeds it.
             world: the ranks.
             monitor: checks each step, and may skip it.
             compute_dtype: of an unsharded model's matrix products; by default bf16 on a GPU.
         """
-        self.model, self.objective = model, objective
+        self.model, self.loss_function = model, loss_function
         self.optimizers = tuple(optimizers)
-        self.clip, self.world, self.monitor = clip, world, monitor
+        self.max_norm, self.world, self.monitor = max_norm, world, monitor
         on_gpu = world.device.type == "cuda"
         self._is_bf16 = compute_dtype == torch.bfloat16 if compute_dtype else on_gpu
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -201,7 +192,7 @@ class Step:
 
         Args:
             batches: the step's micro-batches on this rank.
-            learning_rate: of parameter groups whose `rate` is 1.
+            learning_rate: of parameter groups whose `lr_scale` is 1.
             statistics: gets the routers of the last micro-batch, and the gradients.
 
         Returns:
@@ -228,7 +219,7 @@ class Step:
                 return torch.zeros_like(sums), torch.zeros_like(norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate * group["rate"]
+                group["lr"] = learning_rate * group["lr_scale"]
             optimizer.step()
         self.model.zero_grad()
         return sums, norm
@@ -244,31 +235,36 @@ class Step:
         """Run forward and backward of all micro-batches.
 
         Returns:
-            Sums [3, M] over all ranks, and the layers that were non-finite in the first
-            micro-batch of any rank that has such layers.
+            Sums [3, M] over all ranks; and booleans [L]: a layer was non-finite on some rank, in
+            that rank's first micro-batch with a non-finite layer.
         """
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
         for batch in batches:
             on_device = to_device(batch, self.world.device)
             with self.autocast():
-                losses = self.objective(self.model, on_device)
+                losses = self.loss_function(self.model, on_device)
             losses.objective.backward()
-            if losses.nonfinite_L is not None:
-                nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
+            nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
         if statistics is not None:
-            statistics.add_routers(losses.routers, on_device.tokens)
+            statistics.add_routers(losses.routers, on_device.tokens_BS)
         both = self.world.sum(torch.cat((sums.flatten(), nonfinite_L.to(sums.dtype))))
         return both[: sums.numel()].view_as(sums), both[sums.numel() :] > 0
 
     def _clip_gradient(self) -> Tensor:
-        """Scale the gradient down to the largest norm; returns its norm before."""
+        """Scale the gradient down to `max_norm`; returns its norm before."""
         parameters = list(self.trainable.values())
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+        nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         return norm
+
+
+def _forward(model: Transformer, batch: DeviceBatch, routing: Routing, head: Head) -> ModelOutput:
+    return model(
+        batch.tokens_BS, batch.documents_BS, batch.positions_BS, routing, head, batch.max_documents
+    )
 
 
 def _one_hot(modality_N: Tensor, modalities: int, dtype: torch.dtype) -> Tensor:

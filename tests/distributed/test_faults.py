@@ -17,7 +17,7 @@ from moma.runtime.world import World
 from moma.train import stages
 from moma.train.loop import train
 from moma.train.recipe import Recipe
-from moma.train.step import Objective
+from moma.train.step import LossFunction
 from tests.distributed.ranks import on_ranks
 
 
@@ -27,17 +27,17 @@ def full_disk(self: MetricsLog, record: dict) -> None:
     raise AssertionError("no record may follow one that could not be written")
 
 
-def with_nonfinite_score(real: Objective) -> Objective:
+def with_nonfinite_score(real: LossFunction) -> LossFunction:
     """A score of the second layer is not finite at the third step."""
     taken = 0
 
-    def objective(*arguments):
+    def loss_function(*arguments):
         nonlocal taken
         taken += 1
         losses = real(*arguments)
         return losses._replace(nonfinite_L=torch.tensor([False, taken == 3]))
 
-    return objective
+    return loss_function
 
 
 def slow_write(path: Path, text: str) -> None:
@@ -55,9 +55,9 @@ def job(world: World, tiny: Recipe, out: Path) -> None:
     (out / f"full-{world.rank}").write_text(str(full.value))
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 1:
-            real = stages.objective_of
+            real = stages.loss_function_of
             faulty = lambda *arguments: with_nonfinite_score(real(*arguments))  # noqa: E731
-            patch.setattr(stages, "objective_of", faulty)
+            patch.setattr(stages, "loss_function_of", faulty)
         with pytest.raises(SharedError) as fault:
             changes = {"run": out / "fault", "pretrain": stage}
             train(tiny.model_copy(update=changes), world, quiet=True)

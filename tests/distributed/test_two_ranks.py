@@ -36,7 +36,7 @@ from moma.runtime.writer import CheckpointWriter
 from moma.train import loop
 from moma.train.loop import train
 from moma.train.recipe import Recipe
-from moma.train.stages import objective_of, prepare_model
+from moma.train.stages import loss_function_of, prepare_model
 from moma.train.statistics import Statistics
 from moma.train.step import Step
 from moma.vocabulary import Vocabulary
@@ -72,8 +72,8 @@ def build(recipe: Recipe, world: World):
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
     optimizers = make_optimizers(model, recipe.stage_config.optimizer)
-    objective = objective_of(recipe, world.device)
-    step = Step(model, optimizers, objective, 1.0, world, None, torch.float32)
+    loss_function = loss_function_of(recipe, world.device)
+    step = Step(model, optimizers, loss_function, 1.0, world, None, torch.float32)
     groups = [
         Batches(recipe.data, vocabulary, seed=0, rank=number, world_size=GROUPS)
         for number in range(GROUPS)[world.rank :: world.size]

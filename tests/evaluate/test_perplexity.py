@@ -65,16 +65,18 @@ def test_batch_choice_uses_actual_capacity(tiny):
             on_device = to_device(batch, torch.device("cpu"))
             with torch.no_grad():
                 routing = Routing(capacity=capacity)
-                output = model(on_device.tokens, on_device.documents, on_device.positions, routing)
+                output = model(
+                    on_device.tokens_BS, on_device.documents_BS, on_device.positions_BS, routing
+                )
             loss_BS = torch.nn.functional.cross_entropy(
                 output.head.transpose(1, 2),
-                on_device.labels,
+                on_device.labels_BS,
                 ignore_index=NO_LABEL,
                 reduction="none",
             )
             loss, targets = (
                 loss + float(loss_BS.double().sum()),
-                targets + int((on_device.labels != NO_LABEL).sum()),
+                targets + int((on_device.labels_BS != NO_LABEL).sum()),
             )
         expected[capacity] = loss / targets
     found = evaluate(model, tiny, "choice", quiet=True)["loss"]

@@ -15,7 +15,7 @@ from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
 from moma.runtime.world import World, can_compile
 from moma.train.stages import freeze_for_stage
-from moma.train.step import Objective, Step, next_token_objective
+from moma.train.step import LossFunction, Step, next_token_loss
 from tests.factories import make_vocabulary
 from tests.model.three_modalities import group
 
@@ -80,14 +80,14 @@ class Trainer:
         self.optimizer: Optimizer = make_optimizers(self.model, OptimizerConfig())[0]
         if device.type == "meta":  # fused AdamW does not support it
             trained = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = SGD([{"params": trained, "rate": 1.0}], lr=0.1)
+            self.optimizer = SGD([{"params": trained, "lr_scale": 1.0}], lr=0.1)
         self.gradients: list[torch.Tensor] = []
         self.optimizer.register_step_pre_hook(self._keep_gradients)
         self._world = World(device)
 
-    def train(self, batch: Batch, objective: Objective) -> list[torch.Tensor]:
+    def train(self, batch: Batch, loss_function: LossFunction) -> list[torch.Tensor]:
         """Take a step; return its sums, norm, clipped gradients and weights."""
-        step = Step(self.model, [self.optimizer], objective, 0.5, self._world)
+        step = Step(self.model, [self.optimizer], loss_function, 0.5, self._world)
         sums, norm = step([batch], learning_rate=1e-3)
         assert self._world.device.type == "meta" or sums.isfinite().all()
         return [sums, norm, *self.gradients, *self.model.parameters()]
@@ -100,13 +100,13 @@ class Trainer:
 def assert_one_graph(case: str, layers: int, steps: int, **how: Any) -> None:
     """Model and loss are one graph, forward and backward; its steps equal eager ones."""
     torch.compiler.reset()
-    objective = next_token_objective(z_loss=1e-5, compiled=False)
-    compiled = torch.compile(objective, fullgraph=True, **how)
+    loss_function = next_token_loss(z_loss=1e-5, compiled=False)
+    compiled = torch.compile(loss_function, fullgraph=True, **how)
     trainer, eager = Trainer(case, layers), Trainer(case, layers)
     for number in range(steps):
         eager.model.load_state_dict(trainer.model.state_dict())  # or selections would diverge
         results = []
-        for each, run in ((trainer, compiled), (eager, objective)):
+        for each, run in ((trainer, compiled), (eager, loss_function)):
             torch.manual_seed(number)
             # After the first step, recompiling is an error.
             with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
@@ -139,7 +139,7 @@ def test_no_shape_and_no_branch_of_a_step_depends_on_the_data(case, monkeypatch)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
     trainer = Trainer(case, device=torch.device("meta"))
-    results = trainer.train(batch_of(0), next_token_objective(z_loss=1e-5, compiled=False))
+    results = trainer.train(batch_of(0), next_token_loss(z_loss=1e-5, compiled=False))
     assert all(each.is_meta for each in results)
 
 
@@ -188,8 +188,8 @@ def test_a_compiled_layer_keeps_no_zeros_for_its_backward(case):
 def test_a_step_never_waits_for_the_device(case):
     """In bf16, as on a GPU: in fp32, a grouped product would wait."""
     trainer = Trainer(case, device=torch.device("cuda"))
-    objective = next_token_objective(z_loss=1e-5, compiled=False)
-    step = Step(trainer.model, [trainer.optimizer], objective, 0.5, World(torch.device("cuda")))
+    loss_function = next_token_loss(z_loss=1e-5, compiled=False)
+    step = Step(trainer.model, [trainer.optimizer], loss_function, 0.5, World(torch.device("cuda")))
     for number in range(3):
         # The first step allocates what later ones reuse.
         torch.cuda.set_sync_debug_mode("error" if number else "default")

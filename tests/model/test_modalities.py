@@ -16,7 +16,7 @@ from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
 from moma.runtime.world import World
 from moma.train.stages import freeze_for_stage
-from moma.train.step import DeviceBatch, Step, next_token_objective, router_objective
+from moma.train.step import DeviceBatch, Step, next_token_loss, router_loss
 from tests.model.model_reference import feed_forward, groups_of, numpy
 from tests.model.three_modalities import GROUPS, NAMES, SHARES, VOCABULARY, group
 
@@ -64,7 +64,7 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares(groups):
     model = Transformer(ModelConfig(groups=groups, dim=16, layers=2, heads=2), VOCABULARY, SHARES)
     model.initialise(0)
     batch = batch_of((16, 8, 8))
-    static, actual = (model(batch.tokens, routing=routing) for routing in (Routing(), ACTUAL))
+    static, actual = (model(batch.tokens_BS, routing=routing) for routing in (Routing(), ACTUAL))
     assert torch.equal(static.head, actual.head)
     skewed = batch_of((24, 4, 4))
     static, actual = (model(skewed.tokens, routing=routing) for routing in (Routing(), ACTUAL))
@@ -79,10 +79,10 @@ def test_both_objectives_have_three_losses():
     model = Transformer(config, VOCABULARY, SHARES)
     model.initialise(0)
     batch = batch_of((16, 8, 8))
-    losses = next_token_objective(0.0, compiled=False)(model, batch)
+    losses = next_token_loss(0.0, compiled=False)(model, batch)
     assert losses.targets_M.tolist() == [16, 8, 8]
     losses.objective.backward()
-    losses = router_objective(model, batch)
+    losses = router_loss(model, batch)
     # Two layers of 2 and 3 routed experts; the first has a depth router and half the tokens.
     depth, full = torch.tensor([16.0, 8, 8]), torch.tensor([2 * 16, 3 * 8, 0])
     assert losses.targets_M[2] == depth[2]
@@ -99,9 +99,7 @@ def test_training_lowers_the_loss_of_every_modality(groups):
     model.initialise(0)
     freeze_for_stage(model, trains_routers=False)
     optimizers = make_optimizers(model, OptimizerConfig())
-    step = Step(
-        model, optimizers, next_token_objective(0.0, False), 1.0, World(torch.device("cpu"))
-    )
+    step = Step(model, optimizers, next_token_loss(0.0, False), 1.0, World(torch.device("cpu")))
     tokens, labels, documents, positions = (part.numpy() for part in batch_of((16, 8, 8))[:4])
     batch = Batch(tokens, labels, documents, positions, images=0, padding=0)
     losses = [step([batch], learning_rate=3e-3)[0][0] for _ in range(30)]

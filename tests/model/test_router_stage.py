@@ -5,7 +5,7 @@ import torch
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
 from moma.train.stages import freeze_for_stage
-from moma.train.step import DeviceBatch, router_objective
+from moma.train.step import DeviceBatch, router_loss
 from tests.factories import make_vocabulary
 
 
@@ -19,7 +19,7 @@ def router_loss(seed: int, **changes) -> torch.Tensor:
     positions = torch.arange(16).expand(4, 16)
     torch.manual_seed(seed)
     batch = DeviceBatch(tokens, tokens, torch.zeros_like(tokens), positions)
-    return router_objective(model, batch).objective
+    return router_loss(model, batch).objective
 
 
 def test_the_router_stage_uses_neither_noise_nor_dropout():

@@ -11,7 +11,7 @@ from moma.recipe import check
 from moma.runtime.peak import allocated_peak
 from moma.runtime.world import World
 from moma.train.recipe import Recipe
-from moma.train.stages import objective_of, prepare_model
+from moma.train.stages import loss_function_of, prepare_model
 from moma.train.step import to_device
 
 CPU = torch.device("cpu")
@@ -57,14 +57,14 @@ def measured(recipe: Recipe) -> int:
     """Return the peak memory of forward and backward, without gradients of weights."""
     vocabulary = synthetic_vocabulary(recipe)
     model = prepare_model(recipe, vocabulary, World(CPU))
-    objective = objective_of(recipe, CPU)
+    loss_function = loss_function_of(recipe, CPU)
     batch = to_device(synthetic_batches(recipe, vocabulary).pack(), CPU)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     def job() -> None:
-        objective(model, batch).objective.backward()
+        loss_function(model, batch).objective.backward()
 
     job()
     return allocated_peak(job, CPU)

@@ -57,6 +57,5 @@ def test_a_stopping_process_ignores_sigterm():
 def test_a_storage_error_of_one_rank_takes_precedence_over_a_signal():
     with pytest.raises(SharedStorageError, match="full"), interruption(WORLD) as request:
         assert request.poll() is None
-        request.storage_error = StorageError("full")
-        request.receive(signal.SIGTERM)  # takes precedence: nothing can be saved
-        request.poll()
+        request.receive(signal.SIGTERM)
+        request.poll(StorageError("full"))  # takes precedence: nothing can be saved

@@ -23,7 +23,7 @@ def test_norms_do_not_decay_and_routers_have_their_own_rate():
             name = names[id(parameter)]
             seen.add(name)
             assert group["weight_decay"] == (0.0 if "norm" in name else 0.1), name
-            assert group["rate"] == (0.5 if name.endswith(".router.weight") else 1.0), name
+            assert group["lr_scale"] == (0.5 if name.endswith(".router.weight") else 1.0), name
     assert seen == set(names.values())
     assert any("query_norm" in name for name in seen)
 

@@ -15,7 +15,7 @@ from moma.runtime.world import World
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.replay import replay
-from moma.train.step import Losses, Step
+from moma.train.step import LossOutput, Step
 from moma.vocabulary import Vocabulary
 
 WORLD = World(torch.device("cpu"))
@@ -31,12 +31,12 @@ def before_step(monkeypatch: pytest.MonkeyPatch, change) -> None:
         taken += 1
         if taken != FAULTY_STEP:
             return real(self, *arguments)
-        objective = self.objective
+        loss_function = self.loss_function
         change(self)
         try:
             return real(self, *arguments)
         finally:
-            self.objective = objective
+            self.loss_function = loss_function
 
     monkeypatch.setattr(Step, "__call__", step)
 
@@ -55,8 +55,8 @@ def with_losses(changed):
     """Change a step's losses."""
 
     def change(step: Step) -> None:
-        real = step.objective
-        step.objective = lambda model, batch: changed(real(model, batch))
+        real = step.loss_function
+        step.loss_function = lambda model, batch: changed(real(model, batch))
 
     return change
 
@@ -94,7 +94,7 @@ def test_a_nonfinite_gradient_is_reported(tiny, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run/fault/fault.json").read_text())["loss"] < 10
 
 
-def nonfinite(losses: Losses) -> Losses:
+def nonfinite(losses: LossOutput) -> LossOutput:
     """As with an infinite router score, after which the loss may still be finite."""
     return losses._replace(nonfinite_L=torch.tensor([False, True]))
 

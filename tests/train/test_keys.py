@@ -19,7 +19,7 @@ from moma.train import loop, stages
 from moma.train.loop import train
 from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe, RouterOptimizerConfig, RouterStageConfig, StageConfig
-from moma.train.stages import make_step, objective_of, prepare_model
+from moma.train.stages import loss_function_of, make_step, prepare_model
 from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
 from tests.command_line import moma
@@ -150,16 +150,16 @@ def test_z_loss_takes_part_in_training(tiny, expected):
 def test_nonfinite_flags_of_every_micro_batch_count(tiny, faulty):
     monitor = LossMonitor(tiny.pretrain, WORLD.device)
     step, batches = step_of(tiny, monitor)
-    objective, calls = step.objective, 0
+    loss_function, calls = step.loss_function, 0
 
     def with_flag(*arguments):
         nonlocal calls
-        losses = objective(*arguments)
+        losses = loss_function(*arguments)
         flags = torch.tensor([False, calls == faulty])
         calls += 1
         return losses._replace(nonfinite_L=flags)
 
-    step.objective = with_flag
+    step.loss_function = with_flag
     monitor.begin_step(5)
     step([next(batches) for _ in range(3)], 1e-2)
     assert int(monitor.first_fault["fault_step"]) == 5
@@ -229,7 +229,7 @@ def test_layers_and_loss_are_compiled(tiny, monkeypatch, compiled):
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, WORLD)
     assert calls == ([type(layer) for layer in model.layers] if compiled else [])
-    objective_of(recipe, WORLD.device)
+    loss_function_of(recipe, WORLD.device)
     assert len(calls) == (len(model.layers) + 1 if compiled else 0)
 
 
@@ -238,7 +238,7 @@ def count_operations(recipe: Recipe) -> Counter[str]:
     model = prepare_model(recipe, vocabulary, WORLD)
     batch = to_device(next(Batches(recipe.data, vocabulary, recipe.seed)), WORLD.device)
     with OperationCounter() as counter:
-        objective_of(recipe, WORLD.device)(model, batch).objective.backward()
+        loss_function_of(recipe, WORLD.device)(model, batch).objective.backward()
     return counter.counts
 
 

@@ -14,7 +14,7 @@ from moma.runtime.optimizer import make_optimizers
 from moma.runtime.world import World
 from moma.train.monitor import LossMonitor
 from moma.train.recipe import StageConfig
-from moma.train.step import DeviceBatch, Losses, Step, next_token_objective
+from moma.train.step import DeviceBatch, LossOutput, Step, next_token_loss
 from moma.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
@@ -68,13 +68,13 @@ def test_a_skipped_step_changes_nothing(tiny):
         router.requires_grad_(False)
     factor = 1.0
 
-    def objective(model: Transformer, batch: DeviceBatch) -> Losses:
-        losses = next_token_objective(0.0, compiled=False)(model, batch)
+    def loss_function(model: Transformer, batch: DeviceBatch) -> LossOutput:
+        losses = next_token_loss(0.0, compiled=False)(model, batch)
         return losses._replace(objective=losses.objective * factor)
 
     (optimizer,) = make_optimizers(model, tiny.pretrain.optimizer)
     monitor = LossMonitor(StageConfig(on_fault="skip"), CPU)
-    step = Step(model, [optimizer], objective, 1.0, World(CPU), monitor)
+    step = Step(model, [optimizer], loss_function, 1.0, World(CPU), monitor)
     data = Batches(tiny.data, vocabulary, seed=0)
     step([next(data)], 1e-3)
     before = [p.detach().clone() for p in model.parameters()]

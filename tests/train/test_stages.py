@@ -24,7 +24,7 @@ from moma.train.loop import train
 from moma.train.metrics import TIMING_KEYS
 from moma.train.recipe import Recipe
 from moma.train.restore import load_run
-from moma.train.stages import find_source_run, objective_of, prepare_model
+from moma.train.stages import find_source_run, loss_function_of, prepare_model
 from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
 from tests.factories import write_recipe
@@ -91,7 +91,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny, seed, upcycled, stage):
     recipe = recipe.model_copy(update={"model": every})
     model = prepare_model(recipe, vocabulary, WORLD, source)
     batch = to_device(next(Batches(recipe.data, vocabulary, recipe.seed)), WORLD.device)
-    objective_of(recipe, WORLD.device)(model, batch).objective.backward()
+    loss_function_of(recipe, WORLD.device)(model, batch).objective.backward()
     for name, parameter in model.named_parameters():
         trained = (".auxiliary." in name) == (stage == "aux_router")
         assert parameter.requires_grad == trained, name

@@ -27,10 +27,10 @@ def test_routers_against_counting(tiny, groups):
     vocabulary, model = model_of(tiny, groups)
     batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), CPU)
     records = model(
-        batch.tokens, batch.documents, batch.positions, Routing(record_auxiliary=True)
+        batch.tokens_BS, batch.documents_BS, batch.positions_BS, Routing(record_auxiliary=True)
     ).routers
     statistics = Statistics(model)
-    statistics.add_routers(records, batch.tokens)
+    statistics.add_routers(records, batch.tokens_BS)
     described = describe(statistics.sums, model, trains_routers=True)["routers"]
     names = router_names(model)
     expected_names = {
@@ -38,7 +38,7 @@ def test_routers_against_counting(tiny, groups):
         "mod_moe_2t2i": ["0.text", "0.image", "0.depth", "1.text", "1.image"],
     }
     assert names == list(described) == expected_names[groups]
-    modality_N = vocabulary.modality_of_id[batch.tokens.flatten().numpy()]
+    modality_N = vocabulary.modality_of_id[batch.tokens_BS.flatten().numpy()]
     for name, record in zip(names, records, strict=True):
         score_NE = 1 / (1 + np.exp(-record.logits_NE.detach().double().numpy()))
         assert record.auxiliary_logits_NE is not None
