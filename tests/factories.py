@@ -279,13 +279,13 @@ class OperationCounter(TorchDispatchMode):
 def make_context(
     modality_BS: Tensor,
     documents_BS: Tensor,
-    angles: tuple[Tensor, Tensor],
+    rotary: tuple[Tensor, Tensor],
     kernel: AttentionKernel | None = None,
 ) -> TokenContext:
     """The context of tokens of fp64 layers, attending within their documents."""
     segments = make_segments(documents_BS, modality_BS < 0)
     layout = (kernel or MaskedAttention()).layout(segments, torch.float64)
-    return TokenContext(modality_BS, angles, segments, layout, torch.float64)
+    return TokenContext(modality_BS, rotary, segments, layout, torch.float64)
 
 
 def make_segments(documents_BS: Tensor, is_padding_BS: Tensor | None = None) -> Segments:

@@ -189,12 +189,12 @@ class DepthRouted(nn.Module):
 
     def forward(self, x_1ND: Tensor, modality_1N: Tensor, routing: Routing) -> tuple[Tensor, None]:
         """Map [1, N, D] to [1, N, D]."""
-        (token_1K, filled_1K, score_1K), _ = self.router(x_1ND, modality_1N >= 0, routing)
-        x_ND, token_K = x_1ND[0], token_1K[0]
-        modality_1K = modality_1N[:, token_K].masked_fill(~filled_1K, -1)
-        y_1KD, _ = self.experts(gather(x_ND, token_K)[None], modality_1K, routing)
+        (index_1K, filled_1K, score_1K), _ = self.router(x_1ND, modality_1N >= 0, routing)
+        x_ND, index_K = x_1ND[0], index_1K[0]
+        modality_1K = modality_1N[:, index_K].masked_fill(~filled_1K, -1)
+        y_1KD, _ = self.experts(gather(x_ND, index_K)[None], modality_1K, routing)
         update_KD = (y_1KD * score_1K[..., None])[0]
-        return scatter_add(x_ND, token_K, update_KD.to(x_ND.dtype))[None], None
+        return scatter_add(x_ND, index_K, update_KD.to(x_ND.dtype))[None], None
 
 
 def training_job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Job:

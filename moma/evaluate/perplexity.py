@@ -1,4 +1,4 @@
-"""Loss and perplexity of held-out documents, by modality, with batch choice or causal routing."""
+"""Loss and perplexity of held-out documents, by modality, with expert choice or causal routing."""
 
 import math
 
@@ -22,7 +22,7 @@ def evaluate(
 
     Args:
         model: the model, in evaluation mode.
-        recipe: the run's recipe: its data, and its batch shape, on which batch choice depends.
+        recipe: the run's recipe: its data, and its batch shape, on which expert choice depends.
         routing: `choice` over the batch, as in training but with actual capacity, or `causal` by
             the auxiliary routers.
         quiet: whether to hide the progress bar.

@@ -39,12 +39,12 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(heads, self.width) if query_key_norm else nn.Identity()
         self.key_norm = HeadNorm(kv_heads, self.width) if query_key_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor, angles: tuple[Tensor, Tensor], layout: Any) -> Tensor:
+    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], layout: Any) -> Tensor:
         """Attend over [B, S, D].
 
         Args:
             x_BSD: tokens.
-            angles: `rotary_angles` of the tokens' positions.
+            rotary: `rotary_cos_sin` of the tokens' positions.
             layout: the kernel's form of the segments that tokens attend in.
         """
         query, key, value = (
@@ -52,8 +52,8 @@ class Attention(nn.Module):
             for projection in (self.query, self.key, self.value)
         )
         # Norms and rotation may compute in fp32, even under autocast.
-        query = rotate(self.query_norm(query), angles).to(value.dtype)
-        key = rotate(self.key_norm(key), angles).to(value.dtype)
+        query = rotate(self.query_norm(query), rotary).to(value.dtype)
+        key = rotate(self.key_norm(key), rotary).to(value.dtype)
         return self.output(self.kernel(query, key, value, layout).flatten(-2))
 
 

@@ -37,9 +37,9 @@ class Segments(NamedTuple):
     max_length: int
     is_whole: bool = False
 
-    def select(self, token_RK: Tensor) -> "Segments":
+    def select(self, index_RK: Tensor) -> "Segments":
         """Return the segments of selected tokens, given their indices in increasing order."""
-        return Segments(self.id_RS.flatten()[token_RK], self.max_segments, self.max_length)
+        return Segments(self.id_RS.flatten()[index_RK], self.max_segments, self.max_length)
 
 
 def number_segments(documents_BS: Tensor, is_padding_BS: Tensor) -> Tensor:

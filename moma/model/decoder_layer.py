@@ -26,30 +26,30 @@ class TokenContext(NamedTuple):
 
     Attributes:
         modality_BS: index of the modality; −1 for padding.
-        angles: rotary cosine and sine, each [B, S, 1, C/2].
+        rotary: rotary cosine and sine, each [B, S, 1, C/2].
         segments: which tokens attend to each other.
         layout: the attention kernel's form of the segments.
         dtype: dtype of queries, keys and values.
     """
 
     modality_BS: Tensor
-    angles: tuple[Tensor, Tensor]
+    rotary: tuple[Tensor, Tensor]
     segments: Segments
     layout: Any
     dtype: torch.dtype
 
-    def select(self, token_RK: Tensor, kernel: AttentionKernel) -> "TokenContext":
+    def select(self, index_RK: Tensor, kernel: AttentionKernel) -> "TokenContext":
         """Return the context of selected tokens, given their indices, [R, K].
 
         Empty slots hold padding, which no other token attends to.
         """
         cosine, sine = (
-            angle.expand(*self.modality_BS.shape, -1, -1).flatten(0, 1)[token_RK]
-            for angle in self.angles
+            angle.expand(*self.modality_BS.shape, -1, -1).flatten(0, 1)[index_RK]
+            for angle in self.rotary
         )
-        segments = self.segments.select(token_RK)
+        segments = self.segments.select(index_RK)
         return TokenContext(
-            self.modality_BS.flatten()[token_RK],
+            self.modality_BS.flatten()[index_RK],
             (cosine, sine),
             segments,
             kernel.layout(segments, self.dtype),
@@ -57,7 +57,7 @@ class TokenContext(NamedTuple):
         )
 
 
-class Layer(nn.Module):
+class DecoderLayer(nn.Module):
     """Attention and experts, each with a residual connection.
 
     Swin norm: h = x + norm(attention(x)), y = h + norm(experts(h)) (arXiv 2111.09883; MoMa §2.2);
@@ -105,7 +105,7 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, Tensor, list[Diagnostics]]:
         """Compute the outputs of both residual branches: attention, then experts."""
         attention_in_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
-        attention_BSD = self.attention(attention_in_BSD, context.angles, context.layout)
+        attention_BSD = self.attention(attention_in_BSD, context.rotary, context.layout)
         attention_BSD = self.attention_norm(attention_BSD) if self.swin else attention_BSD
         attention_BSD = self.dropout(attention_BSD)
         h_BSD = x_BSD + attention_BSD
@@ -115,7 +115,7 @@ class Layer(nn.Module):
         return attention_BSD, self.dropout(experts_BSD), diagnostics
 
 
-class DepthLayer(Layer):
+class DepthLayer(DecoderLayer):
     """A layer with mixture-of-depths: tokens that are not selected are left unchanged (§2.3)."""
 
     def __init__(
@@ -134,16 +134,16 @@ class DepthLayer(Layer):
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; the depth router's diagnostics come last."""
         selection, depth_diagnostics = self.depth(x_BSD, context.modality_BS >= 0, routing)
-        x_ND, token_RK = x_BSD.flatten(0, 1), selection.token_EK
-        token_T = token_RK.flatten()
-        x_RKD = gather(x_ND, token_T).unflatten(0, token_RK.shape)
+        x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
+        index_T = index_RK.flatten()
+        x_RKD = gather(x_ND, index_T).unflatten(0, index_RK.shape)
         attention_RKD, experts_RKD, diagnostics = self._residuals(
-            x_RKD, context.select(token_RK, self.attention.kernel), routing
+            x_RKD, context.select(index_RK, self.attention.kernel), routing
         )
         update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
-        y_ND = scatter_add(x_ND, token_T, update_RKD.flatten(0, 1).to(x_ND.dtype))
+        y_ND = scatter_add(x_ND, index_T, update_RKD.flatten(0, 1).to(x_ND.dtype))
         expert_diagnostics = [
-            Diagnostics(each.nonfinite, each.record and each.record.scatter(token_T, len(x_ND)))
+            Diagnostics(each.nonfinite, each.record and each.record.scatter(index_T, len(x_ND)))
             for each in diagnostics
         ]
         return y_ND.view_as(x_BSD), [_nonfinite(y_ND), *expert_diagnostics, depth_diagnostics]
@@ -160,9 +160,9 @@ def build_layer(
     vocabulary: Vocabulary,
     shares: Sequence[float],
     kernel: AttentionKernel,
-) -> Layer:
+) -> DecoderLayer:
     """Build layer `number` of a model, counted from 0."""
     depth = config.depth_config
     if depth is not None and number in config.depth_layers:
         return DepthLayer(config, vocabulary, shares, kernel, depth)
-    return Layer(config, vocabulary, shares, kernel)
+    return DecoderLayer(config, vocabulary, shares, kernel)

@@ -16,8 +16,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moma.model.routers import AuxiliaryRouter, Diagnostics, select_tokens
-from moma.model.routing import Routing, Selection, router_logits, select_top_k, static_capacity
+from moma.model.routers import AuxiliaryRouter, Diagnostics, auxiliary_logits, diagnose
+from moma.model.routing import (
+    Routing,
+    Selection,
+    causal_routing,
+    router_logits,
+    select_top_k,
+    static_capacity,
+)
 from moma.recipe import Config
 
 
@@ -53,7 +60,7 @@ class DepthRouter(nn.Module):
         Args:
             x_BSD: tokens.
             eligible_BS: false for padding, which is never selected.
-            routing: under batch choice there are c_d · N slots, or c_d times the non-padding
+            routing: under expert choice there are c_d · N slots, or c_d times the non-padding
                 tokens under actual capacity (by sequence, always c_d · S slots per sequence).
 
         Returns:
@@ -61,15 +68,18 @@ class DepthRouter(nn.Module):
         """
         x_ND, eligible_N = x_BSD.flatten(0, 1), eligible_BS.flatten()
         logits_N1 = router_logits(self.router.weight, x_ND)
-
-        def batch_choice() -> Selection:
-            return self._batch_choice(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
-
-        return select_tokens(
-            x_ND, logits_N1, self.auxiliary, eligible_N, routing, batch_choice, "depth"
+        auxiliary_N1 = auxiliary_logits(self.auxiliary, x_ND, routing)
+        if routing.mode == "causal":
+            assert auxiliary_N1 is not None
+            selection = causal_routing(logits_N1, auxiliary_N1, eligible_N)
+        else:
+            selection = self._choose(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
+        as_one_expert = Selection(*(part_RK.flatten()[None] for part_RK in selection))
+        return selection, diagnose(
+            as_one_expert, logits_N1, auxiliary_N1, eligible_N, routing, "depth"
         )
 
-    def _batch_choice(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:
+    def _choose(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:
         sequences = len(logits_BS) if self.scope == "sequence" else 1
         logits_RN, eligible_RN = (x.reshape(sequences, -1) for x in (logits_BS, eligible_BS))
         tokens = logits_RN.shape[1]
@@ -77,10 +87,10 @@ class DepthRouter(nn.Module):
             tokens = int(eligible_RN.sum())
         capacity = static_capacity(self.capacity_factor, tokens)
         selection = select_top_k(logits_RN, eligible_RN, capacity)
-        token_RK, order_RK = selection.token_EK.sort(dim=1)
-        first_R1 = torch.arange(sequences, device=token_RK.device)[:, None] * logits_RN.shape[1]
+        index_RK, order_RK = selection.index_EK.sort(dim=1)
+        first_R1 = torch.arange(sequences, device=index_RK.device)[:, None] * logits_RN.shape[1]
         return Selection(
-            token_RK + first_R1,
+            index_RK + first_R1,
             selection.filled_EK.gather(1, order_RK),
             selection.score_EK.gather(1, order_RK),
         )

@@ -23,10 +23,11 @@ from torch.nn import functional
 
 from moma.model.groups import GroupConfig, group_share
 from moma.model.layers import SwiGLU, gather, scatter_add
-from moma.model.routers import AuxiliaryRouter, Diagnostics, select_tokens
+from moma.model.routers import AuxiliaryRouter, Diagnostics, auxiliary_logits, diagnose
 from moma.model.routing import (
     Routing,
     Selection,
+    causal_routing,
     expert_choice,
     logistic_noise,
     router_logits,
@@ -54,19 +55,19 @@ def add_expert_outputs(total_ND: Tensor, x_ND: Tensor, inputs: ExpertInputs) -> 
     """Equation 1: add s_j(x) · FFN_j(x) to the total of every token x that expert j selected.
 
     Args:
-        total_ND: outputs of other experts; its dtype is that of the sum.
+        total_ND: sum of other experts' outputs; the result has its dtype.
         x_ND: tokens.
         inputs: the experts and their tokens.
     """
-    gate_EDF, up_EDF, down_EFD, (token_EK, _, score_EK) = inputs
-    token_T = token_EK.flatten()  # T = E · K
-    x_EKD = gather(x_ND, token_T).unflatten(0, token_EK.shape)
+    gate_EDF, up_EDF, down_EFD, (index_EK, _, score_EK) = inputs
+    index_T = index_EK.flatten()  # T = E · K
+    x_EKD = gather(x_ND, index_T).unflatten(0, index_EK.shape)
     ffn_EKD = (functional.silu(x_EKD @ gate_EDF) * (x_EKD @ up_EDF)) @ down_EFD
-    return scatter_add(total_ND, token_T, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
+    return scatter_add(total_ND, index_T, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
 
 
 def zero_total(x_ND: Tensor) -> Tensor:
-    """Zeros [N, D] to sum expert outputs into, in at least fp32, like scores and weights.
+    """Zeros [N, D] to sum expert outputs into, at least fp32, since outputs are added one by one.
 
     Allocated flat: torch.compile would merge zeros [N, D] with those of the backward of `gather`,
     and keep them alive for it.
@@ -76,13 +77,14 @@ def zero_total(x_ND: Tensor) -> Tensor:
 
 
 class ExpertGroup(nn.Module):
-    """The experts of one or more modalities, with a router if there are several.
+    """A group of experts for the same modalities, with a router if it has more than one expert.
 
     Args:
         dim, hidden: widths D and F of each expert, a SwiGLU.
         modalities: indices of the modalities whose tokens the group processes.
-        experts: number of experts E; a single one processes all of these tokens, with score 1.
-        share: fraction of all tokens that static capacity is computed for; see `group_share`.
+        num_experts: number of experts E.
+        capacity_share: slots of all experts together, as a fraction of the N tokens, under static
+            capacity; see `group_share`.
         noise: whether router logits get Gumbel-Sigmoid noise in training; see `logistic_noise`.
     """
 
@@ -91,19 +93,19 @@ class ExpertGroup(nn.Module):
         dim: int,
         hidden: int,
         modalities: Sequence[int],
-        experts: int,
-        share: float,
+        num_experts: int,
+        capacity_share: float,
         noise: bool = False,
     ):
         super().__init__()
-        self.modalities, self.experts = tuple(modalities), experts
-        self.share, self.noise = share, noise
-        self.gate_EDF = nn.Parameter(torch.empty(experts, dim, hidden))
-        self.up_EDF = nn.Parameter(torch.empty(experts, dim, hidden))
-        self.down_EFD = nn.Parameter(torch.empty(experts, hidden, dim))
-        if experts > 1:
-            self.router = nn.Linear(dim, experts, bias=False)
-            self.auxiliary = AuxiliaryRouter(dim, experts)
+        self.modalities, self.num_experts = tuple(modalities), num_experts
+        self.capacity_share, self.noise = capacity_share, noise
+        self.gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        if num_experts > 1:
+            self.router = nn.Linear(dim, num_experts, bias=False)
+            self.auxiliary = AuxiliaryRouter(dim, num_experts)
 
     def forward(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing, total_ND: Tensor | None = None
@@ -133,25 +135,24 @@ class ExpertGroup(nn.Module):
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, list[Diagnostics]]:
-        if self.experts == 1:
+        if self.num_experts == 1:
             return select_all(eligible_N, self._capacity(eligible_N, routing)), []
         logits_NE = router_logits(self.router.weight, x_ND)
-        if self.noise and self.training and routing.mode == "choice":
-            logits_NE = logits_NE + logistic_noise(logits_NE)
-
-        def batch_choice() -> Selection:
-            return expert_choice(logits_NE, eligible_N, self._capacity(eligible_N, routing))
-
-        selection, diagnostics = select_tokens(
-            x_ND, logits_NE, self.auxiliary, eligible_N, routing, batch_choice
-        )
-        return selection, [diagnostics]
+        auxiliary_NE = auxiliary_logits(self.auxiliary, x_ND, routing)
+        if routing.mode == "causal":
+            assert auxiliary_NE is not None
+            selection = causal_routing(logits_NE, auxiliary_NE, eligible_N)
+        else:
+            if self.noise and self.training:
+                logits_NE = logits_NE + logistic_noise(logits_NE)
+            selection = expert_choice(logits_NE, eligible_N, self._capacity(eligible_N, routing))
+        return selection, [diagnose(selection, logits_NE, auxiliary_NE, eligible_N, routing)]
 
     def _capacity(self, eligible_N: Tensor, routing: Routing) -> int:
-        """K = share · N / E if static; otherwise from the number of eligible tokens."""
+        """K = capacity_share · N / E if static; otherwise from the number of eligible tokens."""
         if routing.mode == "choice" and routing.capacity == "static":
-            return static_capacity(self.share, len(eligible_N), self.experts)
-        return math.ceil(int(eligible_N.sum()) / self.experts)
+            return static_capacity(self.capacity_share, len(eligible_N), self.num_experts)
+        return math.ceil(int(eligible_N.sum()) / self.num_experts)
 
 
 class DenseGroup(SwiGLU):

@@ -55,7 +55,7 @@ class ExpertSlots(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelCounts:
-    """Parameters of a model, and its operations on a micro-batch under batch choice.
+    """Parameters of a model, and its operations on a micro-batch under expert choice.
 
     The parts are `embedding`, `attention` (with its norms of queries and keys), `norms`, `experts`,
     `routers` (of experts), `depth` (depth routers) and `head`.
@@ -146,9 +146,9 @@ class ModelCounts:
         forward = sum_over_kinds({**self.forward_flops(), "outside": {}})
         half, total = self.config.dim // 2, sum(forward.values())
 
-        def auxiliary(choices: int) -> int:
+        def auxiliary(outputs: int) -> int:
             # Forward and backward of two linear layers, without the gradient of the first's input.
-            return 2 * half * (2 * self.config.dim + 3 * choices)
+            return 2 * half * (2 * self.config.dim + 3 * outputs)
 
         experts = sum(auxiliary(group.experts) for group in self._routed_groups)
         total += sum(kind.layers * kind.tokens for kind in self.layer_kinds().values()) * experts

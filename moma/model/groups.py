@@ -62,11 +62,10 @@ def group_share(
     modalities: Sequence[str] = MODALITIES,
     token_fraction: float = 1.0,
 ) -> float:
-    """Return the fraction of a layer's tokens that a group's static capacity is computed for.
+    """Return a group's static capacity as a fraction of the tokens that reach the layer.
 
-    For a group with a router this is the share of its modalities. A single-expert group must hold
-    every token of its modalities, and if only some tokens reach the layer (`token_fraction` < 1),
-    all of those could belong to it.
+    With a router it is the share of the group's modalities. Without, all tokens of its modalities
+    must fit, even if mixture-of-depths passes on only these: share / token_fraction, at most 1.
 
     Args:
         group: the group.

@@ -80,7 +80,7 @@ def build_experts(
         return MixtureOfExperts(groups)
     if implementation == "batched":
         return JointMixtureOfExperts(groups, add_batched_outputs)
-    single = [group.modalities for group in expert_groups if group.experts == 1]
+    single = [group.modalities for group in expert_groups if group.num_experts == 1]
     overlap = max_groups_per_modality(single)
     add_outputs = partial(add_grouped_outputs, single_expert_overlap=overlap)
     return JointMixtureOfExperts(groups, add_outputs)
@@ -90,7 +90,7 @@ def add_batched_outputs(total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertI
     """Equation 1 for several groups, those of equal capacity in one batched product."""
     by_capacity: dict[int, list[ExpertInputs]] = {}
     for group in inputs:
-        by_capacity.setdefault(group.selection.token_EK.shape[1], []).append(group)
+        by_capacity.setdefault(group.selection.index_EK.shape[1], []).append(group)
     for groups in by_capacity.values():
         total_ND = add_expert_outputs(total_ND, x_ND, _concatenate(groups))
     return total_ND
@@ -117,11 +117,11 @@ def add_grouped_outputs(
             modality. Together such groups hold at most that many times N tokens.
     """
     gate, up, down, _ = zip(*inputs, strict=True)
-    (token_T, _, score_T), end_E = _flatten_slots(inputs, single_expert_overlap * len(x_ND))
-    x_TD = gather(x_ND, token_T)
+    (index_T, _, score_T), end_E = _flatten_slots(inputs, single_expert_overlap * len(x_ND))
+    x_TD = gather(x_ND, index_T)
     gate_TF, up_TF = (grouped_product(x_TD, weights, end_E) for weights in (gate, up))
     ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E)
-    return scatter_add(total_ND, token_T, score_T[:, None] * ffn_TD)
+    return scatter_add(total_ND, index_T, score_T[:, None] * ffn_TD)
 
 
 def _flatten_slots(
@@ -139,11 +139,11 @@ def _flatten_slots(
     flat_T = Selection(
         *(torch.cat([part.flatten() for part in parts]) for parts in zip(*selections, strict=True))
     )
-    slots = len(flat_T.token_EK)
-    single_expert_slots = sum(s.token_EK.numel() for s in selections if len(s.token_EK) == 1)
+    slots = len(flat_T.index_EK)
+    single_expert_slots = sum(s.index_EK.numel() for s in selections if len(s.index_EK) == 1)
     kept = slots - max(0, single_expert_slots - single_expert_tokens)
     if kept == slots:
-        counted_EK = [torch.ones_like(s.token_EK) for s in selections]
+        counted_EK = [torch.ones_like(s.index_EK) for s in selections]
     else:
         order_T = (~flat_T.filled_EK).byte().sort(stable=True).indices[:kept]
         flat_T = Selection(*(part[order_T] for part in flat_T))

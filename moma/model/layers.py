@@ -1,8 +1,9 @@
 """SwiGLU, rotary embedding and gathering: the building blocks that do not depend on modalities.
 
 Shape suffixes in all of `moma.model`: B sequences of a micro-batch, S positions, N = B·S tokens,
-D width, F hidden width, E experts of a group, K slots of an expert, V vocabulary size, H heads,
-C head width.
+D width, F hidden width, E experts of a group, K slots of an expert (its capacity), T flattened
+slots, R rows that select independently, V vocabulary size, H heads, C head width, L layers,
+M modalities.
 """
 
 import torch
@@ -15,18 +16,18 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def gather(x_ND: Tensor, token_T: Tensor) -> Tensor:
+def gather(x_ND: Tensor, index_T: Tensor) -> Tensor:
     """Return the vectors of the given tokens, [T, D]."""
-    return x_ND.gather(0, token_T[:, None].expand(-1, x_ND.shape[1]))
+    return x_ND.gather(0, index_T[:, None].expand(-1, x_ND.shape[1]))
 
 
-def scatter_add(y_ND: Tensor, token_T: Tensor, z_TD: Tensor) -> Tensor:
+def scatter_add(y_ND: Tensor, index_T: Tensor, z_TD: Tensor) -> Tensor:
     """Add vectors to those of the given tokens, which may repeat; [N, D].
 
     `index_add`, also as the backward of `index_select`, is ten times slower when compiled for
     several CPU threads, because it adds each number atomically (torch 2.13).
     """
-    return y_ND.scatter_add(0, token_T[:, None].expand(-1, y_ND.shape[1]), z_TD)
+    return y_ND.scatter_add(0, index_T[:, None].expand(-1, y_ND.shape[1]), z_TD)
 
 
 class SwiGLU(nn.Module):
@@ -43,7 +44,7 @@ class SwiGLU(nn.Module):
         return self.down(functional.silu(self.gate(x_ND)) * self.up(x_ND))
 
 
-def rotary_angles(positions_BS: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(positions_BS: Tensor, head_width: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return cosine and sine of the rotary angles, each [B, S, 1, C/2] in fp32.
 
     Source: RoFormer (arXiv 2104.09864); Chameleon uses theta = 10,000.
@@ -53,9 +54,9 @@ def rotary_angles(positions_BS: Tensor, head_width: int, theta: float) -> tuple[
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BSHC: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BSHC: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Apply rotary embedding, pairing the first half of C with the second (half-split layout)."""
-    cosine, sine = angles
+    cosine, sine = rotary
     first, second = upcast(x_BSHC).chunk(2, dim=-1)
     rotated = torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
     return rotated.to(x_BSHC.dtype)

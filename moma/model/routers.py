@@ -3,28 +3,29 @@
 Shapes: see `layers.py`.
 """
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.model.layers import upcast
-from moma.model.routing import Routing, Selection, any_nonfinite, causal_choice
+from moma.model.routing import Routing, Selection, any_nonfinite
+
+RouterKind = Literal["experts", "depth"]
 
 
 class AuxiliaryRouter(nn.Module):
-    """Predicts batch choice from a token alone: a(x) = sigmoid(SiLU(x · A1) · A2), Eq. 3 and 4.
+    """Predicts expert choice from one token: a(x) = sigmoid(SiLU(x · A1) · A2) (Equations 3, 4).
 
     Args:
         dim: width D; A1 is D × D/2.
-        choices: number of outputs; A2 is D/2 × choices.
+        outputs: number of outputs; A2 is D/2 × outputs.
     """
 
-    def __init__(self, dim: int, choices: int):
+    def __init__(self, dim: int, outputs: int):
         super().__init__()
         self.hidden = nn.Linear(dim, dim // 2, bias=False)
-        self.output = nn.Linear(dim // 2, choices, bias=False)
+        self.output = nn.Linear(dim // 2, outputs, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Map [N, D] to the logits of a(x), [N, E]."""
@@ -35,7 +36,7 @@ class RouterRecord(NamedTuple):
     """What one router computed in a forward pass, returned as an output to train on.
 
     Attributes:
-        selected_NE: 1 where expert e selected token n by batch choice, else 0.
+        selected_NE: 1 where expert e selected token n by expert choice, else 0.
         auxiliary_logits_NE: the auxiliary router's logits, if requested.
         eligible_N: the tokens that the router selected from.
         logits_NE: the main router's logits, detached.
@@ -46,13 +47,13 @@ class RouterRecord(NamedTuple):
     auxiliary_logits_NE: Tensor | None
     eligible_N: Tensor
     logits_NE: Tensor
-    kind: Literal["experts", "depth"] = "experts"
+    kind: RouterKind = "experts"
 
-    def scatter(self, token_K: Tensor, tokens: int) -> "RouterRecord":
-        """Expand a record of only the tokens `token_K` to all N tokens, with zeros elsewhere."""
+    def scatter(self, index_K: Tensor, tokens: int) -> "RouterRecord":
+        """Expand a record of only the tokens `index_K` to all N tokens, with zeros elsewhere."""
 
         def expand(part: Tensor) -> Tensor:
-            return part.new_zeros(tokens, *part.shape[1:]).index_copy(0, token_K, part)
+            return part.new_zeros(tokens, *part.shape[1:]).index_copy(0, index_K, part)
 
         auxiliary = self.auxiliary_logits_NE
         return self._replace(
@@ -75,39 +76,33 @@ class Diagnostics(NamedTuple):
     record: RouterRecord | None = None
 
 
-def select_tokens(
-    x_ND: Tensor,
+def auxiliary_logits(auxiliary: AuxiliaryRouter, x_ND: Tensor, routing: Routing) -> Tensor | None:
+    """Return the logits of an auxiliary router in at least fp32, if `routing` needs them."""
+    is_needed = routing.mode == "causal" or routing.record_auxiliary
+    return upcast(auxiliary(x_ND)) if is_needed else None
+
+
+def diagnose(
+    selection: Selection,
     logits_NE: Tensor,
-    auxiliary: AuxiliaryRouter,
+    auxiliary_logits_NE: Tensor | None,
     eligible_N: Tensor,
     routing: Routing,
-    batch_choice: Callable[[], Selection],
-    kind: Literal["experts", "depth"] = "experts",
-) -> tuple[Selection, Diagnostics]:
-    """Select tokens, by batch choice or causally, as `routing` requests.
+    kind: RouterKind = "experts",
+) -> Diagnostics:
+    """Check a router's scores, and record its selection if `routing` requests it.
 
     Args:
-        x_ND: tokens.
-        logits_NE: the main router's logits.
-        auxiliary: the auxiliary router, evaluated only for causal choice or a record.
-        eligible_N: the tokens to select from.
-        routing: see `Routing`.
-        batch_choice: selects the highest-scored tokens of the batch.
-        kind: see `RouterRecord`.
+        selection: what the router selected.
+        logits_NE, auxiliary_logits_NE, eligible_N, kind: as in `RouterRecord`.
+        routing: see `Routing`; causal routing is never recorded.
     """
-    nonfinite, auxiliary_logits_NE = any_nonfinite(logits_NE, eligible_N), None
-    if routing.mode == "causal" or routing.record_auxiliary:
-        auxiliary_logits_NE = upcast(auxiliary(x_ND))
+    nonfinite = any_nonfinite(logits_NE, eligible_N)
+    if auxiliary_logits_NE is not None:
         nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
-    if routing.mode == "causal":
-        assert auxiliary_logits_NE is not None
-        selection = causal_choice(logits_NE, auxiliary_logits_NE, eligible_N)
-        return selection, Diagnostics(nonfinite)
-    selection = batch_choice()
-    if not (routing.record_auxiliary or routing.record_selection):
-        return selection, Diagnostics(nonfinite)
-    selected_NE = selection.selected_NE(len(x_ND))
-    if kind == "depth":  # a column per sequence, of which at most one selects the token
-        selected_NE = selected_NE.sum(1, keepdim=True)
+    is_recorded = routing.record_auxiliary or routing.record_selection
+    if routing.mode == "causal" or not is_recorded:
+        return Diagnostics(nonfinite)
+    selected_NE = selection.selected_NE(len(eligible_N))
     record = RouterRecord(selected_NE, auxiliary_logits_NE, eligible_N, logits_NE.detach(), kind)
-    return selection, Diagnostics(nonfinite, record)
+    return Diagnostics(nonfinite, record)

@@ -48,20 +48,20 @@ class Selection(NamedTuple):
     """The tokens that each expert processes.
 
     Attributes:
-        token_EK: int64 index into the N tokens for each slot.
+        index_EK: int64 index of the token in each slot, into the N tokens.
         filled_EK: whether the slot holds a token; an expert may have more slots than tokens.
         score_EK: factor of the expert's output; exactly 0 in an empty slot, so that the slot adds
             nothing to the output and receives no gradient.
     """
 
-    token_EK: Tensor
+    index_EK: Tensor
     filled_EK: Tensor
     score_EK: Tensor
 
     def selected_NE(self, tokens: int) -> Tensor:
         """Return 1 where expert e processes token n, else 0, shape [N, E]."""
-        zeros_EN = self.score_EK.new_zeros(len(self.token_EK), tokens)
-        return zeros_EN.scatter_add(1, self.token_EK, self.filled_EK.to(zeros_EN.dtype)).T
+        zeros_EN = self.score_EK.new_zeros(len(self.index_EK), tokens)
+        return zeros_EN.scatter_add(1, self.index_EK, self.filled_EK.to(zeros_EN.dtype)).T
 
 
 def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
@@ -137,14 +137,17 @@ def expert_choice(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selec
 
 
 def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selection:
-    """Like `expert_choice`, but each expert selects among N tokens of its own."""
+    """Select the `capacity` highest of the N eligible logits in each row.
+
+    Rows are experts that rate the same tokens, or, in `DepthRouter`, sequences of tokens.
+    """
     masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
-    token_EK = masked_EN.topk(min(capacity, logits_EN.shape[1]), dim=1).indices
-    filled_EK = eligible_EN.gather(1, token_EK)
-    return Selection(token_EK, filled_EK, logits_EN.gather(1, token_EK).sigmoid() * filled_EK)
+    index_EK = masked_EN.topk(min(capacity, logits_EN.shape[1]), dim=1).indices
+    filled_EK = eligible_EN.gather(1, index_EK)
+    return Selection(index_EK, filled_EK, logits_EN.gather(1, index_EK).sigmoid() * filled_EK)
 
 
-def causal_choice(logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Tensor) -> Selection:
+def causal_routing(logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Tensor) -> Selection:
     """Let expert e process token n if and only if a_e(n) > 0.5 (§2.4).
 
     The number of slots is that of the busiest expert, so shapes depend on the data: this is for
@@ -158,13 +161,13 @@ def causal_choice(logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Te
     selected_EN = ((auxiliary_logits_NE > 0) & eligible_N[:, None]).T
     capacity = int(selected_EN.sum(1).max())
     # Selected tokens first, in order; the remaining slots are empty.
-    token_EK = selected_EN.byte().sort(dim=1, descending=True, stable=True).indices[:, :capacity]
-    filled_EK = selected_EN.gather(1, token_EK)
-    return Selection(token_EK, filled_EK, logits_NE.T.gather(1, token_EK).sigmoid() * filled_EK)
+    index_EK = selected_EN.byte().sort(dim=1, descending=True, stable=True).indices[:, :capacity]
+    filled_EK = selected_EN.gather(1, index_EK)
+    return Selection(index_EK, filled_EK, logits_NE.T.gather(1, index_EK).sigmoid() * filled_EK)
 
 
 def select_all(eligible_N: Tensor, capacity: int) -> Selection:
     """Select the first `capacity` eligible tokens with score 1, for a group of one expert."""
-    eligible_sorted_N, token_N = eligible_N.byte().sort(descending=True, stable=True)
+    eligible_sorted_N, index_N = eligible_N.byte().sort(descending=True, stable=True)
     filled_EK = eligible_sorted_N[None, :capacity].bool()
-    return Selection(token_N[None, :capacity], filled_EK, filled_EK.float())
+    return Selection(index_N[None, :capacity], filled_EK, filled_EK.float())

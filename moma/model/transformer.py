@@ -19,7 +19,7 @@ from moma.model.attention_kernels import (
     number_segments,
 )
 from moma.model.decoder_layer import TokenContext, build_layer
-from moma.model.layers import rotary_angles
+from moma.model.layers import rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter, RouterRecord
 from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
@@ -53,8 +53,8 @@ class Transformer(nn.Module):
     Args:
         config: see `ModelConfig`.
         vocabulary: the ids and the modality of each.
-        shares: fraction of each modality among the tokens of a training batch; determines static
-            capacity.
+        shares: fraction of each modality among the tokens of a training batch; static capacity
+            assumes that every batch has these.
         kernel: computes attention; by default one that runs on any device.
     """
 
@@ -103,7 +103,7 @@ class Transformer(nn.Module):
             documents_BS: int64 number of each token's document within its sequence; if omitted,
                 each sequence is one document.
             positions_BS: int64 positions for the rotary embedding; if omitted, 0 to S − 1.
-            routing: if omitted, batch choice with static capacity, as in training.
+            routing: if omitted, expert choice with static capacity, as in training.
             max_documents: upper bound of the number of documents in the micro-batch, padding
                 included; if omitted, the number of tokens.
             head: what to compute from the last layer's normalised output; by default all logits.
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
         length = tokens_BS.shape[1]
         if positions_BS is None:
             positions_BS = torch.arange(length, device=tokens_BS.device)[None]
-        angles = rotary_angles(
+        rotary = rotary_cos_sin(
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
         is_whole = documents_BS is None or self.config.attention_mask == "causal"
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         segments = Segments(id_BS, max_documents or tokens_BS.numel(), length, is_whole)
         dtype = self._product_dtype(tokens_BS.device)
         layout = self.kernel.layout(segments, dtype)
-        return TokenContext(modality_BS, angles, segments, layout, dtype)
+        return TokenContext(modality_BS, rotary, segments, layout, dtype)
 
     def _product_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of queries, keys and values."""

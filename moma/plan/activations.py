@@ -77,12 +77,12 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
             peak = max(peak, everything - of_layer + backward)
     is_document = config.attention_mask == "document"
     mask = tokens * data.sequence_length * size if is_masked and is_document else 0
-    angles = 4 * tokens * config.dim // config.heads
+    rotary = 4 * tokens * config.dim // config.heads
     # One chunk's logits (in fp32, and targets, unless compiled), and gradients of the head.
     logits = min(tokens, chunk_tokens(counts.vocabulary_size, device)) * counts.vocabulary_size
     loss = 2 * logits * size if compiled else 9 * logits
     loss += tokens * config.dim * size + 2 * counts.vocabulary_size * config.dim * 4
-    return round(saved + mask + angles + max(peak, loss))
+    return round(saved + mask + rotary + max(peak, loss))
 
 
 def _saved_numbers(counts: ModelCounts, kind: LayerKind, tokens: int, saved: _Saved) -> float:

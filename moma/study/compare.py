@@ -31,7 +31,7 @@ from moma.train.restore import (
     require_training_data,
     with_routers,
 )
-from moma.train.step import to_device
+from moma.train.step import run_model, to_device
 from moma.vocabulary import IMAGE, TEXT, Vocabulary
 
 MEASURES = {
@@ -176,9 +176,7 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
     on_device = to_device(batch, model.embedding.weight.device)
     routing = Routing(capacity="actual", record_auxiliary=True)
     with torch.no_grad():
-        routers = model(
-            on_device.tokens_BS, on_device.documents_BS, on_device.positions_BS, routing
-        ).routers
+        routers = run_model(model, on_device, routing).routers
     modality_N = model.modality_of_id[on_device.tokens_BS].flatten()
     records_of = [
         [r for r in routers if r.kind == "experts" and r.eligible_N[modality_N == modality].any()]
@@ -186,7 +184,7 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
     ]
     parts = [
         paragraph(
-            "Batch choice. Above, the image once for each layer and image expert: codes that the "
+            "Expert choice. Above, the image once for each layer and image expert: codes that the "
             "expert did not take are dimmed. Below, the text in the last layer: each colour is a "
             "text expert that took the token; a token without colour was dropped."
         )

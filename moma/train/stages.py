@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moma.errors import UserError, shell_command
-from moma.model.decoder_layer import Layer
+from moma.model.decoder_layer import DecoderLayer
 from moma.model.flops import ModelCounts
 from moma.model.transformer import Transformer
 from moma.runs import Run
@@ -151,10 +151,8 @@ def make_step(
     """The optimizer step of the recipe's stage, with new optimizers."""
     keep_freed_memory(world.device)
     config, dtype = recipe.stage_config.optimizer, recipe.engine.compute_dtype(world.device)
-    optimizers, loss_function = (
-        make_optimizers(model, config),
-        loss_function_of(recipe, world.device),
-    )
+    optimizers = make_optimizers(model, config)
+    loss_function = loss_function_of(recipe, world.device)
     return Step(model, optimizers, loss_function, config.clip, world, monitor, dtype)
 
 
@@ -180,7 +178,7 @@ def fsdp_units(model: Transformer) -> Iterator[nn.Module]:
     The weights of the next group are then gathered while one group computes (§3).
     """
     for layer in model.units():
-        assert isinstance(layer, Layer)
+        assert isinstance(layer, DecoderLayer)
         yield from layer.experts.units()
         yield layer
 
@@ -213,6 +211,6 @@ def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) ->
 def _parts(model: Transformer, whole_layers: bool) -> Iterator[nn.Module]:
     """Layers, or their attention and experts, the latter by group if groups run sequentially."""
     for layer in model.units():
-        assert isinstance(layer, Layer)
+        assert isinstance(layer, DecoderLayer)
         inner = [layer.attention, *(layer.experts.units() or [layer.experts])]
         yield from [layer] if whole_layers else inner

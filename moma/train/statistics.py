@@ -38,7 +38,7 @@ class Statistics:
         self._model, self._replicas = model, replicas
 
     def add_routers(self, records: Sequence[RouterRecord], tokens_BS: Tensor) -> None:
-        """Add the routers' choices for a micro-batch."""
+        """Add the routers' selections for a micro-batch."""
         modality_N = self._model.modality_of_id[tokens_BS.flatten()]
         modality_NM = functional.one_hot(modality_N, len(self._model.vocabulary.modalities)).float()
         for index, record in enumerate(records):
@@ -97,8 +97,9 @@ def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
     score_NE = logits_NE.sigmoid()
     min_score_E = torch.where(selected_NE > 0, score_NE, torch.inf).amin(0)
     entropy_N = (functional.softplus(logits_NE) - logits_NE * score_NE).mean(1)
-    predicted_NE = score_NE if record.auxiliary_logits_NE is None else record.auxiliary_logits_NE
-    agrees_NE = ((predicted_NE > 0) == (selected_NE > 0)).float()
+    agrees_NE = torch.zeros_like(selected_NE)  # `describe` omits it without auxiliary logits
+    if record.auxiliary_logits_NE is not None:
+        agrees_NE = ((record.auxiliary_logits_NE > 0) == (selected_NE > 0)).float()
     sums = (
         eligible_N.sum(),
         ((experts_N == 0) * eligible_N).sum(),

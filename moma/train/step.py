@@ -72,6 +72,15 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     return DeviceBatch(tokens_BS, labels_BS, documents_BS, positions_BS, max_documents)
 
 
+def run_model(
+    model: Transformer, batch: DeviceBatch, routing: Routing, head: Head = functional.linear
+) -> ModelOutput:
+    """Run the model's forward pass on a micro-batch; see `Transformer.forward`."""
+    return model(
+        batch.tokens_BS, batch.documents_BS, batch.positions_BS, routing, head, batch.max_documents
+    )
+
+
 def sum_by_modality(
     losses: TokenLosses, labels_N: Tensor, modality_of_id: Tensor, modalities: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +125,7 @@ def next_token_loss(
             hidden_ND = hidden_BSD.flatten(0, 1)
             return linear_cross_entropy(hidden_ND, weight_VD, labels_N, z_loss, chunk)
 
-        output = _forward(model, batch, routing, head)
+        output = run_model(model, batch, routing, head)
         objective, losses = output.head
         modalities = len(model.vocabulary.modalities)
         sums = sum_by_modality(losses, labels_N, model.modality_of_id, modalities)
@@ -130,7 +139,7 @@ def router_loss(model: Transformer, batch: DeviceBatch) -> LossOutput:
 
     A target is one decision of one router: whether expert e, or the layer, processes token n.
     """
-    output = _forward(model, batch, Routing(record_auxiliary=True), no_head)
+    output = run_model(model, batch, Routing(record_auxiliary=True), no_head)
     dtype = upcast(model.embedding.weight).dtype
     modalities = len(model.vocabulary.modalities)
     modality_NM = _one_hot(model.modality_of_id[batch.tokens_BS.flatten()], modalities, dtype)
@@ -259,12 +268,6 @@ class Step:
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm)
         return norm
-
-
-def _forward(model: Transformer, batch: DeviceBatch, routing: Routing, head: Head) -> ModelOutput:
-    return model(
-        batch.tokens_BS, batch.documents_BS, batch.positions_BS, routing, head, batch.max_documents
-    )
 
 
 def _one_hot(modality_N: Tensor, modalities: int, dtype: torch.dtype) -> Tensor:

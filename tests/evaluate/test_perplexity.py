@@ -11,7 +11,7 @@ from moma.data.batches.packing import NO_LABEL
 from moma.data.shards import open_shards
 from moma.evaluate.perplexity import evaluate
 from moma.model.routing import Routing
-from moma.train.step import to_device
+from moma.train.step import run_model, to_device
 from moma.vocabulary import IMAGE, Vocabulary
 
 
@@ -65,9 +65,7 @@ def test_batch_choice_uses_actual_capacity(tiny):
             on_device = to_device(batch, torch.device("cpu"))
             with torch.no_grad():
                 routing = Routing(capacity=capacity)
-                output = model(
-                    on_device.tokens_BS, on_device.documents_BS, on_device.positions_BS, routing
-                )
+                output = run_model(model, on_device, routing)
             loss_BS = torch.nn.functional.cross_entropy(
                 output.head.transpose(1, 2),
                 on_device.labels_BS,

@@ -109,7 +109,7 @@ class Group(NamedTuple):
         module: their weights.
         modalities: indices of the modalities.
         capacity: slots of an expert, given the number of eligible tokens; None: unlimited, and
-            with a router, causal choice.
+            with a router, causal routing.
     """
 
     module: Any

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moma.model.attention import Attention
 from moma.model.attention_kernels import MaskedAttention, Segments
-from moma.model.layers import rotary_angles
+from moma.model.layers import rotary_cos_sin
 from tests.factories import make_segments
 from tests.model.model_reference import attention as slow_attention
 from tests.model.model_reference import earlier, numpy
@@ -37,10 +37,10 @@ def test_attention_within_documents_equals_a_slow_reference(starts, heads, norm,
     module = random_attention(heads[0], heads[1], norm)
     x = torch.randn(sequences, length, 8, dtype=torch.float64)
     positions = torch.arange(length).expand(sequences, length)
-    angles = rotary_angles(positions, 8 // heads[0], 10_000.0)
+    rotary = rotary_cos_sin(positions, 8 // heads[0], 10_000.0)
     segments = make_segments(torch.from_numpy(documents * (not causal)))
     layout = module.kernel.layout(segments._replace(is_whole=causal), torch.float64)
-    found = module(x, angles, layout)
+    found = module(x, rotary, layout)
     sequence_N = np.arange(sequences * length) // length
     document_N = np.zeros(sequences * length) if causal else documents.flatten()
     expected = slow_attention(
@@ -64,9 +64,9 @@ def test_selected_tokens_attend_within_their_sequence_and_document(sequences, le
     module = random_attention(2, 1)
     x = torch.randn(1, len(token), 8, dtype=torch.float64)
     position = token % length
-    angles = rotary_angles(torch.from_numpy(position)[None], 4, 10_000.0)
+    rotary = rotary_cos_sin(torch.from_numpy(position)[None], 4, 10_000.0)
     segments = make_segments(torch.from_numpy(documents)).select(torch.from_numpy(token)[None])
-    found = module(x, angles, module.kernel.layout(segments, torch.float64))
+    found = module(x, rotary, module.kernel.layout(segments, torch.float64))
     visible = earlier(token // length, documents.flatten()[token], list(range(len(token))))
     expected = slow_attention(module, numpy(x[0]), position, list(visible.values()))
     np.testing.assert_allclose(numpy(found[0]), expected, atol=1e-5)
@@ -76,6 +76,6 @@ def test_gradients():
     module = random_attention(2, 1)
     segments = Segments(torch.tensor([[0, 0, 1, 1, 1]]), 2, 5)
     layout = module.kernel.layout(segments, torch.float64)
-    angles = rotary_angles(torch.arange(5)[None], 4, 10_000.0)
+    rotary = rotary_cos_sin(torch.arange(5)[None], 4, 10_000.0)
     x = torch.randn(1, 5, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: module(x, angles, layout), (x,))
+    assert torch.autograd.gradcheck(lambda x: module(x, rotary, layout), (x,))

@@ -142,9 +142,9 @@ def test_selected_tokens_are_packed_sequences(case, seed):
     segments, heads = case
     tokens = segments.id_RS.numel()
     random = np.random.default_rng(seed)
-    token_1K = np.sort(random.permutation(tokens)[: random.integers(1, tokens + 1)])[None]
-    selected = segments.select(torch.from_numpy(token_1K))
-    assert selected.id_RS.tolist() == [segments.id_RS.flatten()[token_1K[0]].tolist()]
+    index_1K = np.sort(random.permutation(tokens)[: random.integers(1, tokens + 1)])[None]
+    selected = segments.select(torch.from_numpy(index_1K))
+    assert selected.id_RS.tolist() == [segments.id_RS.flatten()[index_1K[0]].tolist()]
     for kernel in (MaskedAttention(), VarlenAttention()):
         assert_equals_the_reference(kernel, selected, heads)
 

@@ -15,7 +15,7 @@ from moma.model.decoder_layer import DepthLayer, TokenContext, build_layer
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import ExpertGroup
 from moma.model.groups import named_groups
-from moma.model.layers import rotary_angles
+from moma.model.layers import rotary_cos_sin
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
 from tests.factories import make_context, make_vocabulary
@@ -37,8 +37,8 @@ def build_depth_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **change
 
 
 def context_of(modality, documents, positions) -> TokenContext:
-    angles = rotary_angles(positions, DIM // 2, 10_000.0)
-    return make_context(modality, documents, angles)
+    rotary = rotary_cos_sin(positions, DIM // 2, 10_000.0)
+    return make_context(modality, documents, rotary)
 
 
 @st.composite
@@ -107,7 +107,7 @@ def test_the_depth_router_selects_the_highest_scores_even_with_ties(batch, share
     scores_BS = x_BSD.sum(-1)
     selected_BS = diagnostics.record.selected_NE.view(eligible.shape).bool()
     assert not (selected_BS & ~eligible).any()
-    assert selection.token_EK.diff(dim=1).gt(0).all()  # in batch order
+    assert selection.index_EK.diff(dim=1).gt(0).all()  # in batch order
     pools = [(scores_BS, selected_BS, eligible)]
     if scope == "sequence":
         pools = list(zip(scores_BS, selected_BS, eligible, strict=True))
@@ -141,11 +141,11 @@ def test_a_single_expert_has_a_slot_for_every_selected_token_of_its_modality(onl
     selection, _ = layer.depth(torch.randn(2, 8, DIM, dtype=torch.float64), modality >= 0, BATCH)
     group = layer.experts.groups[only]
     assert isinstance(group, ExpertGroup)
-    tokens = selection.token_EK.numel()
+    tokens = selection.index_EK.numel()
     x_KD, modality_K = torch.zeros(tokens, DIM).double(), torch.zeros(tokens, dtype=torch.long)
     inputs, _ = group.route(x_KD, modality_K, BATCH)
     in_batch = math.ceil((0.9, 0.1)[only] * 16)
-    assert inputs.selection.token_EK.numel() == min(in_batch, tokens)
+    assert inputs.selection.index_EK.numel() == min(in_batch, tokens)
 
 
 def test_padding_does_not_affect_other_tokens():

@@ -110,7 +110,7 @@ def test_a_single_expert_per_modality_equals_a_feed_forward(modality, routing):
 def test_a_single_expert_for_all_modalities_equals_a_feed_forward(routing):
     """Both as the module that is built, `DenseGroup`, and as a group of one expert."""
     torch.manual_seed(0)
-    stack = ExpertGroup(DIM, HIDDEN, [TEXT, IMAGE], 1, share=1.0).double()
+    stack = ExpertGroup(DIM, HIDDEN, [TEXT, IMAGE], 1, capacity_share=1.0).double()
     for parameter in stack.parameters():
         torch.nn.init.normal_(parameter)
     swiglu = swiglu_of(stack)

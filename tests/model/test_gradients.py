@@ -14,7 +14,7 @@ from moma.model.decoder_layer import build_layer
 from moma.model.depth import DepthConfig
 from moma.model.experts import MixtureOfExperts, build_group
 from moma.model.implementations import ImplementationName, build_experts
-from moma.model.layers import SwiGLU, rotary_angles
+from moma.model.layers import SwiGLU, rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
@@ -27,14 +27,14 @@ OVERLAPPING = (group("text", 2), group("image", 1), group("text image", 2))
 MODALITY = torch.tensor([[TEXT, IMAGE, TEXT, IMAGE], [TEXT, TEXT, IMAGE, IMAGE]])
 DOCUMENTS = torch.tensor([[0, 0, 1, 1], [0, 0, 0, 1]])
 POSITIONS = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 0]])
-ANGLES = rotary_angles(POSITIONS, DIM // 2, 10_000.0)
+ROTARY = rotary_cos_sin(POSITIONS, DIM // 2, 10_000.0)
 
 
 def assert_gradients(module: nn.Module, x: Tensor, *rest: Any, output: Callable = lambda y: y):
     """Compare the gradients of `output(module(x, *rest))` with finite differences.
 
     Each number is perturbed if there are few, otherwise a random direction (`fast_mode`).
-    Auxiliary routers inside the module are left out: batch choice does not use them.
+    Auxiliary routers inside the module are left out: expert choice does not use them.
     """
     torch.manual_seed(0)
     for parameter in module.double().parameters():
@@ -94,7 +94,7 @@ def test_gradients_of_attention_within_documents(kv_heads, norm):
     kernel = MaskedAttention()
     layout = kernel.layout(make_segments(DOCUMENTS), torch.float64)
     module = Attention(DIM, 2, kv_heads, norm, kernel)
-    assert_gradients(module, some_tokens(2, 4), ANGLES, layout)
+    assert_gradients(module, some_tokens(2, 4), ROTARY, layout)
 
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
@@ -111,5 +111,5 @@ def test_gradients_of_a_layer(groups, depth, norm):
         norm=norm,
     )
     layer = build_layer(0, config, VOCABULARY, SHARES, MaskedAttention())
-    context = make_context(MODALITY, DOCUMENTS, ANGLES)
+    context = make_context(MODALITY, DOCUMENTS, ROTARY)
     assert_gradients(layer, some_tokens(2, 4), context, Routing(), output=first)

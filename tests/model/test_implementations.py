@@ -228,11 +228,11 @@ def bf16_contributions(experts: Any, x_ND, modality_N) -> torch.Tensor:
     total_ND = torch.zeros(x_ND.shape, dtype=torch.float64)
     for group in experts.groups:
         (gate, up, down, selection), _ = group.route(x_ND, modality_N, Routing())
-        for e, token_K in enumerate(selection.token_EK):
-            x_KD = x_ND[token_K].bfloat16()
+        for e, index_K in enumerate(selection.index_EK):
+            x_KD = x_ND[index_K].bfloat16()
             hidden = torch.nn.functional.silu(x_KD @ gate[e].bfloat16()) * (x_KD @ up[e].bfloat16())
             ffn_KD = (hidden @ down[e].bfloat16()).double()
-            total_ND.index_add_(0, token_K, selection.score_EK[e][:, None].double() * ffn_KD)
+            total_ND.index_add_(0, index_K, selection.score_EK[e][:, None].double() * ffn_KD)
     return total_ND
 
 

@@ -67,7 +67,7 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares(groups):
     static, actual = (model(batch.tokens_BS, routing=routing) for routing in (Routing(), ACTUAL))
     assert torch.equal(static.head, actual.head)
     skewed = batch_of((24, 4, 4))
-    static, actual = (model(skewed.tokens, routing=routing) for routing in (Routing(), ACTUAL))
+    static, actual = (model(skewed.tokens_BS, routing=routing) for routing in (Routing(), ACTUAL))
     if any(each.experts > 1 for each in groups) and len(groups) > 1:
         assert not torch.equal(static.head, actual.head)
 

@@ -9,7 +9,7 @@ from moma.train.step import DeviceBatch, router_loss
 from tests.factories import make_vocabulary
 
 
-def router_loss(seed: int, **changes) -> torch.Tensor:
+def loss_of(seed: int, **changes) -> torch.Tensor:
     sizes = {"groups": "mod_moe_2t2i", "dim": 16, "layers": 2, "heads": 2}
     config = ModelConfig.model_validate(sizes | changes)
     model = Transformer(config, make_vocabulary(), (0.5, 0.5)).train()
@@ -23,7 +23,7 @@ def router_loss(seed: int, **changes) -> torch.Tensor:
 
 
 def test_the_router_stage_uses_neither_noise_nor_dropout():
-    expected = router_loss(0)
+    expected = loss_of(0)
     for seed in (0, 1):
-        assert torch.equal(router_loss(seed, router_noise=True), expected)
-        assert torch.equal(router_loss(seed, dropout=0.5), expected)
+        assert torch.equal(loss_of(seed, router_noise=True), expected)
+        assert torch.equal(loss_of(seed, dropout=0.5), expected)

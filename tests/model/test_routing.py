@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moma.model import routing
 from moma.model.routing import (
     any_nonfinite,
-    causal_choice,
+    causal_routing,
     expert_choice,
     router_logits,
     select_all,
@@ -42,20 +42,21 @@ def test_expert_choice_selects_the_highest_scored_eligible_tokens(case, capacity
         others = logits_NE[eligible_N & ~selected_N, expert]
         if count and len(others):
             assert logits_NE[selected_N, expert].min() >= others.max()
-    expected = logits_NE.T.gather(1, selection.token_EK).sigmoid()
+    expected = logits_NE.T.gather(1, selection.index_EK).sigmoid()
     assert torch.equal(selection.score_EK[selection.filled_EK], expected[selection.filled_EK])
     assert not selection.score_EK[~selection.filled_EK].any()
 
 
 @settings(max_examples=200, deadline=None)
 @given(logits_and_eligible())
-def test_causal_choice_decides_each_token_by_itself(case):
+def test_causal_routing_decides_each_token_by_itself(case):
     auxiliary_logits_NE, eligible_N = case
-    selection = causal_choice(auxiliary_logits_NE * 0.5, auxiliary_logits_NE, eligible_N)
+    selection = causal_routing(auxiliary_logits_NE * 0.5, auxiliary_logits_NE, eligible_N)
     expected = (auxiliary_logits_NE > 0) & eligible_N[:, None]
     assert torch.equal(selection.selected_NE(len(auxiliary_logits_NE)).bool(), expected)
     order = torch.randperm(len(auxiliary_logits_NE))
-    again = causal_choice(auxiliary_logits_NE[order], auxiliary_logits_NE[order], eligible_N[order])
+    shuffled_NE = auxiliary_logits_NE[order]
+    again = causal_routing(shuffled_NE, shuffled_NE, eligible_N[order])
     assert torch.equal(again.selected_NE(len(order)).bool(), expected[order])
 
 
@@ -66,7 +67,7 @@ def test_a_single_expert_selects_all_tokens_with_score_one(case, capacity):
     selection = select_all(eligible_N, capacity)
     expected = eligible_N.nonzero().flatten().tolist()[:capacity]
     filled = selection.filled_EK[0]
-    assert selection.token_EK[0][filled].tolist() == expected
+    assert selection.index_EK[0][filled].tolist() == expected
     assert selection.score_EK[0].tolist() == filled.float().tolist()
 
 

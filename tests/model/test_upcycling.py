@@ -60,8 +60,8 @@ def select_in_turn(model: Transformer) -> None:
         return logits_NE
 
     for module in model.modules():
-        if isinstance(module, ExpertGroup) and module.experts > 1:
-            module.auxiliary.forward = in_turn(module.experts)  # type: ignore[method-assign]
+        if isinstance(module, ExpertGroup) and module.num_experts > 1:
+            module.auxiliary.forward = in_turn(module.num_experts)  # type: ignore[method-assign]
 
 
 @settings(max_examples=40, deadline=None)
@@ -307,7 +307,7 @@ def test_noise_changes_only_the_routers_of_experts():
 def test_noise_changes_the_score_as_well_as_the_selection():
     """Equation 5 replaces every score by σ(z + noise)."""
     torch.manual_seed(0)
-    group = ExpertGroup(8, 6, [0], experts=3, share=1.0, noise=True)
+    group = ExpertGroup(8, 6, [0], num_experts=3, capacity_share=1.0, noise=True)
     for parameter in group.parameters():
         torch.nn.init.normal_(parameter)
     x, modality = torch.randn(12, 8), torch.zeros(12, dtype=torch.long)
@@ -317,5 +317,5 @@ def test_noise_changes_the_score_as_well_as_the_selection():
     uniform = torch.rand(3, 12).T  # the memory layout of the logits
     score_EN = (x @ group.router.weight.T + (uniform / (1 - uniform)).log()).sigmoid().T
     expected = score_EN.topk(4).indices
-    assert torch.equal(selection.token_EK.sort().values, expected.sort().values)
-    torch.testing.assert_close(selection.score_EK, score_EN.gather(1, selection.token_EK))
+    assert torch.equal(selection.index_EK.sort().values, expected.sort().values)
+    torch.testing.assert_close(selection.score_EK, score_EN.gather(1, selection.index_EK))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moma.model.architecture import ModelConfig
-from moma.model.decoder_layer import Layer
+from moma.model.decoder_layer import DecoderLayer
 from moma.model.transformer import Transformer
 from moma.runtime.recompute import recompute
 from tests.factories import OperationCounter, make_vocabulary
@@ -22,7 +22,7 @@ def calls(groups: str, run: str, how) -> Counter[str]:
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialise(0)
     for layer in model.layers:
-        assert isinstance(layer, Layer)
+        assert isinstance(layer, DecoderLayer)
         for part in [layer] if how == "layer" else [layer.attention, layer.experts]:
             recompute(part, how)
     tokens = torch.arange(5, 37).view(2, 16)

@@ -10,7 +10,7 @@ from moma.data.batches.iterator import Batches
 from moma.model.routing import Routing
 from moma.train.recipe import Recipe
 from moma.train.statistics import Statistics, describe, router_names
-from moma.train.step import to_device
+from moma.train.step import run_model, to_device
 from moma.vocabulary import IMAGE, TEXT, Vocabulary
 
 CPU = torch.device("cpu")
@@ -26,9 +26,7 @@ def model_of(tiny: Recipe, groups: str):
 def test_routers_against_counting(tiny, groups):
     vocabulary, model = model_of(tiny, groups)
     batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), CPU)
-    records = model(
-        batch.tokens_BS, batch.documents_BS, batch.positions_BS, Routing(record_auxiliary=True)
-    ).routers
+    records = run_model(model, batch, Routing(record_auxiliary=True)).routers
     statistics = Statistics(model)
     statistics.add_routers(records, batch.tokens_BS)
     described = describe(statistics.sums, model, trains_routers=True)["routers"]

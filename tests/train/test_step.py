@@ -16,6 +16,7 @@ from moma.train.step import (
     Step,
     next_token_loss,
     router_loss,
+    run_model,
     sum_by_modality,
     to_device,
 )
@@ -97,20 +98,19 @@ def test_a_parameter_without_gradient_is_an_error(tiny):
         step([next(Batches(tiny.data, vocabulary, seed=0))], 0.1)
 
 
-def test_router_objective_is_the_binary_cross_entropy(tiny):
+def test_router_loss_is_the_binary_cross_entropy(tiny):
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     model = tiny.build_model(vocabulary).double().requires_grad_(False)
     for router in model.auxiliary_routers():
         router.requires_grad_(True)
     batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), WORLD.device)
     losses = router_loss(model, batch)
-    records = model(
-        batch.tokens_BS, batch.documents_BS, batch.positions_BS, Routing(record_auxiliary=True)
-    ).routers
+    records = run_model(model, batch, Routing(record_auxiliary=True)).routers
     assert len(records) == 4  # two layers, two groups
     modality_N = vocabulary.modality_of_id[batch.tokens_BS.flatten().numpy()]
     loss, right, count = np.zeros(2), np.zeros(2), np.zeros(2)
     for record in records:
+        assert record.auxiliary_logits_NE is not None
         chance_NE = record.auxiliary_logits_NE.detach().sigmoid().numpy()
         selected_NE = record.selected_NE.numpy()
         for n in np.flatnonzero(record.eligible_N.numpy()):
