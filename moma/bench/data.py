@@ -34,7 +34,7 @@ from moma.runs import Tokenizers
 from moma.runtime.optimizer import make_optimizers
 from moma.runtime.world import World, local_device
 from moma.tokenizers.image.codec import ImageCodec, preprocess
-from moma.tokenizers.text import encode_each, load_text_tokenizer
+from moma.tokenizers.text import encode_texts, load_text_tokenizer
 from moma.train.recipe import Recipe
 from moma.train.step import Step, next_token_loss
 from moma.vocabulary import IMAGE, Vocabulary
@@ -276,7 +276,7 @@ def _compare_encoding(
     sizes: Sizes,
 ) -> _Compared:
     """Time the encoding of documents to shards and a reference in interleaved rounds."""
-    encode_text = partial(encode_each, load_text_tokenizer(Tokenizers(recipe.data.path).text))
+    encode_text = partial(encode_texts, load_text_tokenizer(Tokenizers(recipe.data.path).text))
     source, held_out = _Listed(documents), recipe.data.held_out
     in_thread = local_device().type != "cpu"
     with TemporaryDirectory() as parent:

@@ -27,7 +27,7 @@ from moma.demo.sketches import (
 from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
 from moma.progress import ProgressCallback
-from moma.tokenizers.image.codec import ImageCodec, preprocess
+from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 
 BATCH = 32
 
@@ -145,7 +145,6 @@ class NearestObject:
         for start in range(0, len(images), BATCH):
             batch_B3HW = torch.stack(images[start : start + BATCH])
             codes_BL = self.codec.encode(batch_B3HW.to(self.codec.codebook.device))
-            decoded_BHW3 = self.codec.decode(codes_BL).permute(0, 2, 3, 1)
-            levels_BHW3 = ((decoded_BHW3.clamp(-1, 1) + 1) * 127.5).round().cpu().numpy()
-            crops.append(levels_BHW3[:, box.top : box.bottom, box.left : box.right])
-        return np.concatenate(crops)
+            decoded = map(to_pil, self.codec.decode(codes_BL))
+            crops += [np.asarray(image.crop(box), dtype=np.float32) for image in decoded]
+        return np.stack(crops)

@@ -66,7 +66,7 @@ class MixedModel:
         ids = [self.model.vocabulary.beginning]
         for part in content:
             if isinstance(part, str):
-                ids += encode_texts(self.tokenizer, [part])[0]
+                ids += next(encode_texts(self.tokenizer, [part]))
             else:
                 ids += self.model.vocabulary.wrap_image(self.codes(part))
         return ids

@@ -173,17 +173,12 @@ def vocabulary_of(tokenizer: Tokenizer, codes_per_image: int) -> Vocabulary:
     return read_vocabulary(tokenizer.get_vocab(with_added_tokens=True), codes_per_image)
 
 
-def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text.
+def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
+    """Token ids of each text, tokenized together; each list is created when it is read.
 
     Raises:
         UserError: a text is not valid Unicode: it contains half of a surrogate pair.
     """
-    return list(encode_each(tokenizer, texts))
-
-
-def encode_each(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
-    """Like `encode_texts`, whose error it raises at once, but creates each list when it is read."""
     try:
         # The fast variant does not compute character offsets.
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
@@ -206,7 +201,7 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
     ids: list[int] = []
     for part in re.split(f"({_UNDECODED_BYTE.pattern})", text):
         if not _UNDECODED_BYTE.fullmatch(part):
-            ids += encode_texts(tokenizer, [part])[0]
+            ids += next(encode_texts(tokenizer, [part]))
             continue
         id_ = tokenizer.token_to_id(_byte_letters()[ord(part) - 0xDC00])
         if id_ is None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import lru_cache
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import grain
 import numpy as np
@@ -29,13 +29,6 @@ _MIN_SHARE = 1e-5
 _MIN_INDEX_SHUFFLE = 1 << 16
 # Reader threads are this many documents ahead, and read this many per task.
 _READ_AHEAD, _READ_CHUNK = 256, 32
-
-
-class Location(NamedTuple):
-    """Where a document is stored: source, and row of the source's shard."""
-
-    source: str
-    row: int
 
 
 class Pool:
@@ -59,8 +52,8 @@ class Pool:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, number: int) -> Location:
-        """Return the document at a position; past the end the next epoch begins."""
+    def __getitem__(self, number: int) -> tuple[str, int]:
+        """Return source and shard row at a position; past the end the next epoch begins."""
         epoch, index = divmod(number, len(self))
         if len(self) < _MIN_INDEX_SHUFFLE:
             index = self._permutation_of_epoch(epoch)[index]
@@ -69,7 +62,7 @@ class Pool:
             index = index_shuffle(index, max_index=len(self) - 1, seed=seed, rounds=4)
         source = bisect_right(self._starts, index) - 1
         row = self._rows[source][index - self._starts[source]]
-        return Location(self._sources[source], int(row))
+        return self._sources[source], int(row)
 
     def _permutation(self, epoch: int) -> list[int]:
         return np.random.default_rng((self._seed, epoch)).permutation(len(self)).tolist()

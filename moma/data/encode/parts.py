@@ -160,7 +160,7 @@ class PartWriter:
                     metadata = self._schema.metadata
                     self._writer(split).write_table(table.replace_schema_metadata(metadata))
             if rejected:
-                file = self._file(_rejected_name(self._number))
+                file = self._file(f"rejected-{self._number:05}.jsonl")
                 file.writelines(rejected_line(self._source, row) for row in rejected)
                 file.flush()  # they may be read before the part ends
         counts = dict.fromkeys(SPLITS, Counts())
@@ -269,10 +269,6 @@ def _rejected_files(folder: Path) -> list[Path]:
 
 def _part_name(number: int) -> str:
     return f"part-{number:05}.json"
-
-
-def _rejected_name(number: int) -> str:
-    return f"rejected-{number:05}.jsonl"
 
 
 def _number_in(path: Path) -> int:

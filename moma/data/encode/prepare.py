@@ -32,7 +32,7 @@ from moma.progress import ProgressCallback, show_progress
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
 from moma.tokenizers.image.codec import ImageCodec, to_float
-from moma.tokenizers.text import encode_each, load_text_tokenizer
+from moma.tokenizers.text import encode_texts, load_text_tokenizer
 from moma.vocabulary import Vocabulary
 
 # Seconds to wait for another process that prepares the same folder.
@@ -176,7 +176,7 @@ def _encode_all(
                 with show_progress(f"encode {source.name}", total, quiet) as report:
                     infos[source.name] = encode_source(
                         source,
-                        partial(encode_each, tokenizer),
+                        partial(encode_texts, tokenizer),
                         partial(encode_images, codec, device) if codec else None,
                         vocabulary,
                         held_out_share(source, data.held_out),

@@ -1,13 +1,14 @@
 """A folder of images whose captions are listed in a JSON Lines or CSV file."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from moma.data.documents import Document, SourceName
 from moma.data.sources.jsonl import require_text
 from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
-from moma.data.sources.reading import CaptionReaderConfig, Row, make_rows
+from moma.data.sources.reading import CaptionReaderConfig, Row
 from moma.data.sources.row_files import FileRow, named_images, read_rows
 from moma.errors import UserError
 from moma.recipe import RequiredPath
@@ -37,7 +38,8 @@ class CaptionsConfig(CaptionReaderConfig):
 
     def read_rows(self) -> Iterator[Row]:
         """Yield the rows of the lists."""
-        return make_rows(_read(self._lists()), self._document)
+        rows = _read(self._lists())
+        return ((row.location, partial(self._document, row)) for row in rows)
 
     def fingerprint(self) -> str:
         """Return what changes with the lists, or with the size or time of an image in them."""

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 from moma.data.documents import Document, ImageRef, Segment, SourceName
 from moma.data.sources.jsonl import Line, parse_json_object, read_jsonl
 from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors, resolve_inside
-from moma.data.sources.reading import ImageReaderConfig, Row, check_text, content_hash, make_rows
+from moma.data.sources.reading import ImageReaderConfig, Row, check_text, content_hash
 from moma.data.sources.row_files import named_images
 from moma.errors import StorageError, UserError, list_names, shorten
 from moma.recipe import RequiredPath
@@ -41,7 +41,8 @@ class InterleavedConfig(ImageReaderConfig):
 
     def read_rows(self) -> Iterator[Row]:
         """Yield the rows of the files."""
-        return make_rows(read_jsonl(expand_pattern(self.path)), self._document)
+        lines = read_jsonl(expand_pattern(self.path))
+        return ((line.location, partial(self._document, line)) for line in lines)
 
     def fingerprint(self) -> str:
         """Return what changes with the size or the time of a file, or of an image named in it."""

@@ -2,11 +2,10 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 from pydantic import Field
@@ -29,12 +28,6 @@ MAX_ROW_BYTES = 64 * 2**20
 
 # The location of a row, for messages, and what makes its document or raises `UserError`.
 Row = tuple[str, Callable[[], Document]]
-
-
-def make_rows(rows: Iterable[Any], make_document: Callable[[Any], Document]) -> Iterator[Row]:
-    """Yield rows, each with a `location`, with a function that makes their documents."""
-    for row in rows:
-        yield row.location, partial(make_document, row)
 
 
 class ReaderConfig(SourceConfig):

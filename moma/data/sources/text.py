@@ -9,7 +9,7 @@ from typing import Literal
 from moma.data.documents import Document, SourceName
 from moma.data.sources.jsonl import Line, read_jsonl, read_lines, require_text
 from moma.data.sources.paths import expand_pattern, fingerprint_of
-from moma.data.sources.reading import ReaderConfig, Row, content_hash, make_rows
+from moma.data.sources.reading import ReaderConfig, Row, content_hash
 from moma.errors import UserError
 from moma.recipe import RequiredPath
 
@@ -39,7 +39,8 @@ class TextConfig(ReaderConfig):
         """Yield every paragraph, or every row of JSON Lines."""
         for path in expand_pattern(self.path):
             if path.suffix.lower() in _JSON_LINES:
-                yield from make_rows(read_jsonl([path]), self._json_document)
+                for line in read_jsonl([path]):
+                    yield line.location, partial(self._json_document, line)
             else:
                 yield from _paragraphs(path)
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.data.batches.mixing import DocumentStream, Location, Pool, mix_pools, reshard_stream
+from moma.data.batches.mixing import DocumentStream, Pool, mix_pools, reshard_stream
 
 
 def pool_of(size, weight=1.0, key="k", source="a"):
@@ -26,27 +26,27 @@ def stream_of(pools, rank=0, world_size=1, repeat=True, readers=None):
 
 
 def locations(documents):
-    return [Location(document.source, document.row) for document in documents]
+    return [(document.source, document.row) for document in documents]
 
 
 # Both ways of shuffling: by table, and by grain.
 @pytest.mark.parametrize("size", [1, 2, 10, 1000, (1 << 16) + 3])
 def test_every_epoch_shows_a_pool_once_in_a_new_order(size):
     pool, other = pool_of(size), pool_of(size, key="other")
-    first, second = ([pool[n].row for n in range(size * p, size * (p + 1))] for p in (0, 1))
+    first, second = ([pool[n][1] for n in range(size * p, size * (p + 1))] for p in (0, 1))
     assert sorted(first) == sorted(second) == list(range(0, 3 * size, 3))
     if size >= 10:
         assert first != second
         assert first != sorted(first)
-        assert first[:100] != [other[n].row for n in range(min(size, 100))]
+        assert first[:100] != [other[n][1] for n in range(min(size, 100))]
 
 
 def test_a_pool_of_several_sources_mixes_them():
     pool = Pool({"a": np.arange(50), "b": np.arange(50)}, 1.0, "k")
     found = [pool[n] for n in range(100)]
-    assert Counter(location.source for location in found) == {"a": 50, "b": 50}
+    assert Counter(source for source, _ in found) == {"a": 50, "b": 50}
     assert len(set(found)) == 100
-    assert 15 < sum(location.source == "a" for location in found[:50]) < 35
+    assert 15 < sum(source == "a" for source, _ in found[:50]) < 35
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
@@ -154,7 +154,7 @@ def test_a_resharded_mixture_repeats_nothing_within_an_epoch(old, new, data):
     # No gaps: what was shown is the beginning of each pool's order.
     for pool, source in zip(pools, "ab", strict=True):
         shown = {row for name, row in found if name == source}
-        numbers = [n for n in range(400) if pool[n].row in shown]
+        numbers = [n for n in range(400) if pool[n][1] in shown]
         assert len(numbers) == len(shown)
         assert not numbers or max(numbers) - len(numbers) < 2 * new
 
@@ -170,7 +170,7 @@ def test_readers_read_ahead_and_change_nothing():
         stream = DocumentStream(pools, True, fetch_and_record, 0, 1, readers)
         found = locations(islice(stream, 600))
     assert found == locations(islice(stream_of(pools), 600))
-    later = {pool_of(5000)[n].row for n in range(600, 800)}
+    later = {pool_of(5000)[n][1] for n in range(600, 800)}
     assert later <= set(read)
 
 
@@ -182,7 +182,7 @@ def test_a_stream_without_pools_is_empty():
 def test_an_error_of_a_reader_is_raised():
     """Of a document that is read ahead and not yet taken."""
     pool = pool_of(2000)
-    taken = {pool[number].row for number in range(200)}
+    taken = {pool[number][1] for number in range(200)}
 
     def broken_later(source, row):
         if row not in taken:
@@ -212,4 +212,4 @@ def test_readers_wait_while_leftover_documents_are_read():
         found = locations(islice(stream, 501))
     pool = pool_of(20_000)
     assert found == [*(pool[number] for number in range(500)), pool[1000]]
-    assert read <= {pool[number].row for number in [*range(500), 1000, *range(1256, 1288)]}
+    assert read <= {pool[number][1] for number in [*range(500), 1000, *range(1256, 1288)]}
