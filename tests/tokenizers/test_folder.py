@@ -211,7 +211,7 @@ def test_prepare_uses_a_folder_of_chameleons_files(files, tiny, tmp_path):
     assert not exclude_outputs(tmp_path, ["chameleon"])  # so that no source reads it
     assert Vocabulary.load(folder.vocabulary) == vocabulary
     data = tiny.data.model_copy(
-        update={"path": tmp_path / "data", "tokenizers": folder.path, "sources": tiny.data.sources}
+        update={"path": tmp_path / "data", "tokenizers": folder.path, "image_share": 0.125}
     )
     prepare(tiny.model_copy(update={"data": data}), CPU, quiet=True)
     assert Vocabulary.load(Tokenizers(data.path).vocabulary) == vocabulary
