@@ -1,10 +1,13 @@
 """Atomic writes that survive a power cut, checksums, JSON files and folder locks."""
 
+import errno
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +17,8 @@ from typing import Any, BinaryIO
 from moma.errors import UserError, json_error_message
 
 UNFINISHED = ".writing"
+# Files that are parsed whole; a vocabulary of the largest size has 170 MB.
+MAX_BYTES = 2**28
 Checksum = tuple[int, str]
 logger = logging.getLogger(__name__)
 
@@ -76,6 +81,31 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def open_regular(path: Path | str) -> io.BufferedReader:
+    """Open a file for reading.
+
+    Raises:
+        OSError: it cannot be opened, or is a device or pipe, which may have no end.
+    """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(path, "rb")
+
+
+def read_bounded(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """Read a whole file.
+
+    Raises:
+        OSError: as for `open_regular`, or the file is larger than `max_bytes`.
+    """
+    with open_regular(path) as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(errno.EINVAL, f"larger than {max_bytes >> 20} MiB", str(path))
+    return content
+
+
 def checksum(path: Path) -> Checksum:
     """Size in bytes and SHA-256 of a file."""
     with path.open("rb") as file:
@@ -85,7 +115,7 @@ def checksum(path: Path) -> Checksum:
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises `UserError` if it is missing, not JSON or has duplicate keys."""
     try:
-        return json.loads(path.read_bytes(), object_pairs_hook=_unique_keys)
+        return json.loads(read_bounded(path), object_pairs_hook=_unique_keys)
     except OSError as error:
         raise UserError(
             f"{path}: cannot read ({error.strerror}); restore it, or choose another folder"

@@ -109,7 +109,7 @@ def read_image(
 def image_size(file: Path) -> tuple[int, int] | None:
     """Return the width and height in the file's header; None if they cannot be read."""
     try:
-        return _use_image(file, lambda image: image.size)
+        return _use_image(file, lambda image: image.size) if file.is_file() else None
     except Exception:  # On damaged headers Pillow raises almost any exception.
         return None
 

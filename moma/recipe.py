@@ -26,11 +26,14 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from moma.errors import UserError, shorten
+from moma.files import read_bounded
 
 _EXAMPLE = "a TOML file such as configs/demo.toml"
 # Integers are stored in 64-bit tensors, and Linux accepts paths up to PATH_MAX.
 _INTEGER_LIMIT = 2**63
 _PATH_LIMIT = 4096
+# Of a recipe.
+_MAX_BYTES = 2**24
 
 Location = tuple[int | str, ...]
 Models = list[type[BaseModel]]
@@ -161,7 +164,7 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in extended_by:
         raise UserError(f"{path}: extends itself, through {extended_by[-1]}; remove an 'extends'")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_bounded(path, _MAX_BYTES).decode())
     except OSError as error:
         origin = f", which {extended_by[-1]} extends" if extended_by else ""
         inside = path / "recipe.toml"

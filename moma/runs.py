@@ -14,19 +14,50 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from moma.errors import UserError, json_error_message, shell_command
-from moma.files import UNFINISHED, atomic_replace, atomic_write, checksum, read_json
+from moma.files import (
+    UNFINISHED,
+    atomic_replace,
+    atomic_write,
+    checksum,
+    open_regular,
+    read_bounded,
+    read_json,
+)
 from moma.recipe import AnyConfig, Config, check, recipe_value, to_toml
 
 FORMAT = 1
 _KIND = "moma run"
+_MANIFESTS = {"run": "run.json", "data": "provenance.json"}
 # Where the resolved recipe goes: the first name that is not taken by a file of the user's.
 _RECIPE_NAMES = ("recipe.toml", "resolved.toml")
 _RECIPE_HEADER = "# The resolved recipe of this run, written by moma; sha256 of the rest: "
 # Files that users put into an experiment's folder before they train in it.
 _NOTES = (".toml", ".md", ".txt", ".log", ".out", ".err", ".sh")
+
+
+def wrong_folder(path: Path, wanted: Literal["run", "data"]) -> UserError:
+    """The error for a path that is not a run folder or a data folder; it describes what it is."""
+    other: Literal["run", "data"] = "data" if wanted == "run" else "run"
+    verb, keys = ("train", ("run",)) if wanted == "run" else ("prepare", ("data", "path"))
+    hint = f"name one that `moma {verb}` wrote"
+    if not path.exists():
+        return UserError(f"{path}: there is no such folder; {hint}")
+    if not path.is_dir():
+        if value := recipe_value(path, *keys):
+            hint = f"this recipe's {wanted} folder is {value}"
+        return UserError(f"{path}: is a file, not a {wanted} folder; {hint}")
+    if (path / _MANIFESTS[other]).is_file():
+        if wanted == "data" and Run(path).exists:
+            hint = f"its data folder is {Run(path).read_manifest()['recipe']['data']['path']}"
+        return UserError(f"{path}: is a {other} folder, not a {wanted} folder; {hint}")
+    near = [*sorted(path.glob("*/")), *path.absolute().parents[:2]]
+    if found := [folder for folder in near if (folder / _MANIFESTS[wanted]).is_file()]:
+        hint = f"{found[0]} is one"
+    what = "holds tokenizers and is " if (path / "tokenizer.json").is_file() else ""
+    return UserError(f"{path}: {what}not a {wanted} folder (no {_MANIFESTS[wanted]}); {hint}")
 
 
 class Tokenizers:
@@ -37,6 +68,15 @@ class Tokenizers:
         self.text = path / "tokenizer.json"
         self.vocabulary = path / "vocabulary.json"
         self.codec = path / "codec"
+
+    def require(self) -> "Tokenizers":
+        """These tokenizers; raises `UserError` if the folder has none."""
+        if not self.text.is_file() and not self.codec.is_dir():
+            raise UserError(
+                f"{self.path}: there are no tokenizers; name a run, prepared data or a folder that "
+                "`moma tokenizer` wrote"
+            )
+        return self
 
     def file_names(self) -> list[str]:
         """Paths of the existing files, relative to the folder; the vocabulary is last."""
@@ -61,7 +101,7 @@ class Run:
 
     def __init__(self, path: Path):
         self.path = path
-        self.manifest = path / "run.json"
+        self.manifest = path / _MANIFESTS["run"]
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.tokenizers = Tokenizers(path)
@@ -74,25 +114,22 @@ class Run:
         free = [path for path in paths if not path.exists()]
         return (written or free or paths)[0]
 
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest of the run; raises `UserError` if the folder is not a run."""
+        manifest = self._find_manifest()
+        if manifest is None:
+            raise wrong_folder(self.path, "run")
+        return manifest
+
     @property
     def exists(self) -> bool:
         """Whether the folder has a run's manifest; raises `UserError` if that is damaged."""
-        return self._read_manifest() is not None
+        return self._find_manifest() is not None
 
     def require(self) -> "Run":
         """This run; raises `UserError` if the path is missing, a file, or another folder."""
-        if self.exists:
-            return self
-        hint = "name one that `moma train` wrote"
-        if self.path.is_dir():
-            inside = sorted(path.parent for path in self.path.glob("*/run.json"))
-            hint = f"{inside[0]} is one" if inside else "run `moma train`"
-            raise UserError(f"{self.path}: not a run folder (no run.json); {hint}")
-        if not self.path.exists():
-            raise UserError(f"{self.path}: there is no such folder; {hint}")
-        if run := recipe_value(self.path, "run"):
-            hint = f"this recipe's run folder is {run}"
-        raise UserError(f"{self.path}: is a file, not a run folder; {hint}")
+        self.read_manifest()
+        return self
 
     def require_free(self) -> None:
         """Raise `UserError` if a new run may not use this folder, because of other files in it."""
@@ -123,7 +160,7 @@ class Run:
 
     def update_recipe(self, recipe: Config) -> None:
         """Replace the recipe of an existing run, or its TOML file if it is missing."""
-        self._write(recipe, self._require_manifest())
+        self._write(recipe, self.read_manifest())
 
     def read_recipe(self, schema: type[AnyConfig]) -> AnyConfig:
         """The recipe of the run, from its manifest.
@@ -131,7 +168,7 @@ class Run:
         Raises:
             UserError: the folder is not a run, or its recipe is not valid.
         """
-        return check(schema, self._require_manifest()["recipe"], str(self.manifest))
+        return check(schema, self.read_manifest()["recipe"], str(self.manifest))
 
     def copy_tokenizers(self, source: Tokenizers) -> None:
         """Copy those of the run's tokenizers that it lacks from the prepared data.
@@ -140,7 +177,7 @@ class Run:
             UserError: a copy has changed, or is missing and the source has other tokenizers.
         """
         missing = []
-        for name, expected in self._require_manifest()["tokenizers"].items():
+        for name, expected in self.read_manifest()["tokenizers"].items():
             copy, file = self.path / name, source.path / name
             if copy.exists() and [*checksum(copy)] != expected:
                 raise UserError(
@@ -160,7 +197,7 @@ class Run:
 
     def require_tokenizers(self) -> Tokenizers:
         """The run's tokenizers; raises `UserError` if a file is missing."""
-        manifest = self._require_manifest()
+        manifest = self.read_manifest()
         for name in manifest["tokenizers"]:
             if not (self.path / name).is_file():
                 command = shell_command("train", self.recipe)
@@ -173,7 +210,7 @@ class Run:
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
         """Iterate over the log's records, oldest first; raises `UserError` if one is damaged."""
         try:
-            with self.metrics.open("rb") as file:
+            with open_regular(self.metrics) as file:
                 for number, line in enumerate(file, 1):
                     if not line.endswith(b"\n"):
                         return  # cut off while it was written
@@ -198,7 +235,7 @@ class Run:
         records = self.read_metrics() if self.metrics.is_file() else []
         return records[-1] if records else None
 
-    def _read_manifest(self) -> dict[str, Any] | None:
+    def _find_manifest(self) -> dict[str, Any] | None:
         """The manifest; None if there is none, or the file was not written by moma."""
         manifest = read_json(self.manifest) if self.manifest.is_file() else None
         if not isinstance(manifest, dict) or manifest.get("kind") != _KIND:
@@ -212,11 +249,6 @@ class Run:
             raise UserError(f"{self.manifest}: damaged; restore it from a copy")
         return manifest
 
-    def _require_manifest(self) -> dict[str, Any]:
-        manifest = self.require()._read_manifest()
-        assert manifest is not None
-        return manifest
-
     def _write(self, recipe: Config, manifest: dict[str, Any]) -> None:
         values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
         if manifest.get("recipe") != values:
@@ -224,7 +256,9 @@ class Run:
             atomic_write(self.manifest, text + "\n")
         toml, path = to_toml(recipe), self.recipe
         content = f"{_RECIPE_HEADER}{_text_hash(toml)}\n{toml}"
-        if not path.exists() or (_is_resolved_recipe(path) and path.read_text() != content):
+        if not path.exists() or (
+            _is_resolved_recipe(path) and path.read_bytes() != content.encode()
+        ):
             atomic_write(path, content)
 
 
@@ -241,7 +275,7 @@ def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
 def _is_resolved_recipe(path: Path) -> bool:
     """Whether a file is a resolved recipe as moma wrote it, not edited since."""
     try:
-        header, _, text = path.read_text(encoding="utf-8").partition("\n")
+        header, _, text = read_bounded(path).decode().partition("\n")
     except (OSError, ValueError):
         return False
     return header == _RECIPE_HEADER + _text_hash(text)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moma.errors import UserError
-from moma.files import atomic_write
+from moma.files import atomic_write, read_bounded
 
 ModalityName = Literal["text", "image"]
 MODALITIES: tuple[ModalityName, ...] = ("text", "image")
@@ -124,7 +124,7 @@ class Vocabulary:
             UserError: the file is missing or not a vocabulary.
         """
         try:
-            fields = json.loads(path.read_text())
+            fields = json.loads(read_bounded(path))
             return cls(**{**fields, "image_codes": tuple(fields["image_codes"])})
         except FileNotFoundError as error:
             raise UserError(f"{path.parent}: not prepared yet; run `moma prepare`") from error

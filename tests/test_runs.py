@@ -73,7 +73,7 @@ def test_only_a_manifest_makes_a_folder_a_run(tmp_path):
     run.path.mkdir()
     run.recipe.write_text("# mine")
     run.manifest.with_name("run.json.writing").write_text("{}")
-    with pytest.raises(UserError, match=r"not a run folder.*run `moma train`"):
+    with pytest.raises(UserError, match=r"not a run folder.*; name one that `moma train` wrote"):
         run.require()
     run, recipe = make_run(run.path, make_tokenizers(tmp_path / "data"))
     assert run.require() is run

@@ -31,7 +31,7 @@ def import_chameleon(
     from moma.hub.chameleon import import_chameleon as run
     from moma.runs import Run, Tokenizers
 
-    given = None if tokenizers is None else Tokenizers(tokenizers)
+    given = None if tokenizers is None else Tokenizers(tokenizers).require()
     base = None if recipe is None else load_recipe(recipe)
     for message in run(folder, Run(out), given, base):
         notice(message)

@@ -165,7 +165,7 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     from moma.tokenizers.image.metrics import side_by_side, signal_to_noise
 
     require_replaceable(out)
-    codec = ImageCodec.load(Tokenizers(folder).codec).to(local_device())
+    codec = ImageCodec.load(Tokenizers(folder).require().codec).to(local_device())
     opened = read_image(image, "--image", "choose another")
     original_3HW = preprocess(opened, codec.config.image_size)
     codes_BL = codec.encode(original_3HW[None].to(local_device()))
@@ -184,7 +184,7 @@ def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
     from moma.runs import Tokenizers
     from moma.tokenizers.text import decode_bytes, decode_each, encode_bytes, load_text_tokenizer
 
-    tokenizer = load_text_tokenizer(Tokenizers(folder).text)
+    tokenizer = load_text_tokenizer(Tokenizers(folder).require().text)
     ids = encode_bytes(tokenizer, data)
     decoded = decode_bytes(tokenizer, ids)
     pieces = [piece.decode("utf-8", "backslashreplace") for piece in decode_each(tokenizer, ids)]

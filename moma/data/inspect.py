@@ -8,10 +8,9 @@ import numpy as np
 import torch
 
 from moma.data.outputs import write_output
-from moma.data.shards import SPLITS, Shards, open_sources
+from moma.data.shards import SPLITS, Shards, open_sources, require_data_folder
 from moma.errors import UserError, list_names
 from moma.images import png_bytes
-from moma.recipe import recipe_value
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, to_pil
 from moma.tokenizers.text import load_text_tokenizer
@@ -142,10 +141,7 @@ def _decode(
 
 
 def _vocabulary_of(folder: Path) -> Vocabulary:
-    if folder.is_file():
-        data = recipe_value(folder, "data", "path")
-        hint = f"this recipe's is {data}" if data else "name one that `moma prepare` wrote"
-        raise UserError(f"{folder}: is a file, not a data folder; {hint}")
+    require_data_folder(folder)
     return Vocabulary.load(Tokenizers(folder).vocabulary)
 
 

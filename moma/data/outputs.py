@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moma.errors import UserError
-from moma.files import UNFINISHED, atomic_open, atomic_write
+from moma.files import UNFINISHED, atomic_open, atomic_write, checksum, read_bounded
 
 DATA_MANIFEST = "provenance.json"
 DATA_KIND: Literal["moma data"] = "moma data"
@@ -88,7 +88,7 @@ def require_replaceable(path: Path) -> None:
     if not os.path.lexists(path):
         return
     known = _checksums(path.parent).get(path.name)
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != known:
+    if not path.is_file() or checksum(path)[1] != known:
         raise UserError(
             f"{path}: exists, and moma did not write it there or it was changed since; rename it, "
             "or choose another --out"
@@ -122,7 +122,7 @@ def _read_manifest(path: Path, kind: str) -> dict[str, Any] | None:
     if not os.path.isfile(path):
         return None
     try:
-        manifest = json.loads(path.read_bytes())
+        manifest = json.loads(read_bounded(path))
     except (OSError, ValueError, RecursionError):
         return None
     return manifest if isinstance(manifest, dict) and manifest.get("kind") == kind else None

@@ -24,7 +24,7 @@ from moma.data.outputs import (
     has_manifest,
 )
 from moma.errors import UserError, list_names
-from moma.files import atomic_write, checksum
+from moma.files import atomic_write, checksum, read_bounded
 from moma.recipe import Config
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import CODEC_FILES
@@ -105,7 +105,7 @@ def read_provenance(folder: Path) -> Provenance | None:
             "another folder with data.path=…"
         )
     try:
-        return Provenance.model_validate_json(file.read_bytes())
+        return Provenance.model_validate_json(read_bounded(file))
     except ValueError as error:
         raise UserError(
             f"{file}: damaged or of another version; restore it from a copy, or delete {folder} "

@@ -22,7 +22,9 @@ import pyarrow as pa
 
 from moma.data.provenance import Encoders, read_provenance
 from moma.errors import UserError
+from moma.files import read_bounded
 from moma.recipe import Config
+from moma.runs import wrong_folder
 from moma.vocabulary import Vocabulary
 
 SPLITS = ("train", "held_out")
@@ -194,9 +196,16 @@ class Shards:
 
 def open_sources(data: Path, names: Iterable[str], vocabulary: Vocabulary) -> dict[str, Shards]:
     """Open the shards of some sources of a data folder, by name; see `open_shards`."""
+    require_data_folder(data)
     provenance = read_provenance(data)
     encoders = provenance.encoders if provenance else None
     return {name: open_shards(data / "shards" / name, vocabulary, encoders) for name in names}
+
+
+def require_data_folder(folder: Path) -> None:
+    """Raise `UserError` if a folder is not a data folder; the message describes what it is."""
+    if not (folder / "shards").is_dir() and read_provenance(folder) is None:
+        raise wrong_folder(folder, "data")
 
 
 def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None = None) -> Shards:
@@ -247,7 +256,7 @@ def read_info(folder: Path) -> ShardInfo | None:
 def read_config(schema: type[AnyConfig], path: Path) -> AnyConfig | None:
     """Read a configuration stored as JSON; None if the file is missing or is something else."""
     try:
-        return schema.model_validate_json(path.read_text())
+        return schema.model_validate_json(read_bounded(path))
     except (OSError, ValueError):
         return None
 

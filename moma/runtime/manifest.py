@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moma.errors import UserError
-from moma.files import Checksum, atomic_write, checksum
+from moma.files import Checksum, atomic_write, checksum, read_bounded
 
 MANIFEST = "manifest.json"
 
@@ -23,7 +23,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """`bytes` and `sha256` of each file that belongs to a folder; others are not to be read."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(read_bounded(path))
         if manifest["sha256"] == _hash(manifest["files"]):
             return dict(manifest["files"])
     except OSError as error:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moma.errors import UserError, list_names
-from moma.files import read_json
+from moma.files import open_regular, read_json
 
 FILE_BYTES = 2**31
 FLOAT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -155,11 +155,12 @@ def read_tensors(
         UserError: the file is missing, damaged, or contains more than tensors and plain values.
     """
     try:
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                names = filter(wanted, opened.keys())
-                return {name: opened.get_tensor(name) for name in names}
-        values: Any = torch.load(file, map_location="cpu", weights_only=True)
+        with open_regular(file) as binary:
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    names = filter(wanted, opened.keys())
+                    return {name: opened.get_tensor(name) for name in names}
+            values: Any = torch.load(binary, map_location="cpu", weights_only=True)
     except Exception as error:  # on damaged files the readers raise almost any exception
         hint = "; get a complete copy"
         if file.suffix != ".safetensors" and file.is_file():
@@ -218,7 +219,7 @@ def save_tensors(
 
 def _meta_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(file, "pt") as opened:
+        with open_regular(file), safe_open(file, "pt") as opened:
             return {
                 name: opened.get_tensor(name).to("meta")  # memory-mapped, not read
                 for name in opened.keys()  # noqa: SIM118

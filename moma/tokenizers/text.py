@@ -14,6 +14,7 @@ from pydantic import Field
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moma.errors import UserError
+from moma.files import read_bounded
 from moma.progress import ProgressCallback
 from moma.recipe import Config
 from moma.tokenizers.names import OURS, names_in, read_vocabulary
@@ -157,7 +158,7 @@ def load_text_tokenizer(path: Path) -> Tokenizer:
         UserError: the file is missing or not a tokenizer.
     """
     try:
-        return _disable_special_names(Tokenizer.from_file(str(path)))
+        return _disable_special_names(Tokenizer.from_buffer(read_bounded(path)))
     except Exception as error:  # the library raises plain Exception
         raise UserError(
             f"{path}: cannot read the tokenizer ({error}); run `moma prepare`"

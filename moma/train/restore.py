@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from moma.data.batches.iterator import training_fingerprint
+from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.transformer import Transformer
 from moma.runs import Run
@@ -99,7 +100,9 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
         require_training_data(Run(own.from_), recipe)
     data = own.data.model_copy(update={"path": recipe.data.path})
     vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
-    found = training_fingerprint(data, vocabulary, own.seed)
+    require_data_folder(data.path)
+    has_sources = all(data.folder(source.name).is_dir() for source in data.sources)
+    found = training_fingerprint(data, vocabulary, own.seed) if has_sources else None
     if found != read_rank_states(checkpoint)[0]["data"]["fingerprint"]:
         raise UserError(
             f"{recipe.data.path}: is not the data that {run.path} was trained on (documents or "

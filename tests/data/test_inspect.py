@@ -97,14 +97,16 @@ def test_a_missing_source_split_or_document_is_named(tiny, tmp_path, source, spl
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(UserError, match="not prepared yet; run `moma prepare`"):
+    with pytest.raises(
+        UserError, match=r"not a data folder .*; name one that `moma prepare` wrote"
+    ):
         inspect(tmp_path, None, tmp_path)
 
 
 def test_a_recipe_instead_of_a_data_folder_is_refused(tmp_path):
     recipe = tmp_path / "mine.toml"
     for text, hint in (
-        ('[data]\npath = "data/mine"\n', "this recipe's is data/mine"),
+        ('[data]\npath = "data/mine"\n', "this recipe's data folder is data/mine"),
         ("data = 3", "name one that `moma prepare` wrote"),
     ):
         recipe.write_text(text)

@@ -113,6 +113,7 @@ def _copy(source: Tokenizers, folder: DataFolder, image_share: float) -> None:
     """Copy tokenizers into a data folder, unless that was done already."""
     if folder.has_copied_tokenizers and not source.path.exists():
         return  # the folder does not need them any longer
+    source.require()
     for needed in (source.text, source.vocabulary):
         if not needed.exists():
             raise UserError(

@@ -10,6 +10,7 @@ from moma.data.sources.jsonl import decode
 from moma.data.sources.paths import files_below, fingerprint_of, read_errors, resolve_inside
 from moma.data.sources.reading import MAX_ROW_BYTES, CaptionReaderConfig, Row, check_text
 from moma.errors import UserError
+from moma.files import open_regular
 from moma.images import SUFFIXES
 from moma.recipe import RequiredPath
 
@@ -78,7 +79,7 @@ class FolderConfig(CaptionReaderConfig):
 
     def _caption(self, file: Path) -> str:
         resolve_inside(self.path, str(file.relative_to(self.path)))
-        with read_errors(file, "remove both files"), file.open("rb") as opened:
+        with read_errors(file, "remove both files"), open_regular(file) as opened:
             first_line = self.caption == "first_line"
             data = (opened.readline if first_line else opened.read)(MAX_ROW_BYTES + 1)
         if len(data) > MAX_ROW_BYTES:

@@ -21,6 +21,7 @@ from moma.data.sources.html_layout import BLOCKS, TextLayout, element_names, par
 from moma.data.sources.paths import files_below, fingerprint_of, read_errors, resolve_inside
 from moma.data.sources.reading import MAX_ROW_BYTES, ImageReaderConfig, Row, check_text
 from moma.errors import UserError
+from moma.files import open_regular
 from moma.images import SUFFIXES, image_size
 from moma.recipe import RequiredPath
 
@@ -158,7 +159,7 @@ class HtmlConfig(ImageReaderConfig):
 def _read(page: Path, folder: Path) -> LexborNode:
     """The root element of a page."""
     resolve_inside(folder, str(page.relative_to(folder)))
-    with read_errors(page, "remove the page"), page.open("rb") as file:
+    with read_errors(page, "remove the page"), open_regular(page) as file:
         data = file.read(MAX_ROW_BYTES + 1)
     if len(data) > MAX_ROW_BYTES:
         raise UserError(f"longer than {MAX_ROW_BYTES >> 20} MiB; split or remove the page")

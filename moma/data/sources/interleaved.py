@@ -14,9 +14,16 @@ from urllib.parse import unquote_to_bytes
 from moma.data.documents import Document, ImageRef, Segment, SourceName
 from moma.data.sources.jsonl import Line, parse_json_object, read_jsonl
 from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors, resolve_inside
-from moma.data.sources.reading import ImageReaderConfig, Row, check_text, content_hash
+from moma.data.sources.reading import (
+    MAX_ROW_BYTES,
+    ImageReaderConfig,
+    Row,
+    check_text,
+    content_hash,
+)
 from moma.data.sources.row_files import named_images
 from moma.errors import StorageError, UserError, list_names, shorten
+from moma.files import open_regular
 from moma.recipe import RequiredPath
 
 # A part of a document: a text, or the value that stands for an image in its row.
@@ -163,9 +170,9 @@ def _bytes_in_row(path: Path, offset: int, number: int, name: str) -> bytes:
 # One row, since consecutive images come from one row, which may be long.
 @lru_cache(maxsize=1)
 def _images_in_row(path: Path, offset: int, fingerprint: str) -> list[Any]:
-    with read_errors(path), path.open("rb") as file:
+    with read_errors(path), open_regular(path) as file:
         file.seek(offset)
-        values = parse_json_object(file.readline())
+        values = parse_json_object(file.readline(MAX_ROW_BYTES))
     return [value for kind, value in parse_parts(values) if kind == "image"]
 
 

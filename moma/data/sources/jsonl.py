@@ -17,6 +17,7 @@ import pyarrow as pa
 from moma.data.sources.paths import read_errors
 from moma.data.sources.reading import MAX_ROW_BYTES, check_text
 from moma.errors import UserError, json_error_message, list_names, quote
+from moma.files import open_regular
 
 _DECOMPRESS: dict[bytes, Callable[[io.BufferedReader], Any]] = {
     rb"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=file),
@@ -90,7 +91,7 @@ class Line:
 
 def read_lines(path: Path) -> Iterator[Line]:
     """Yield the lines of a file; raises `UserError` if it cannot be read or is compressed."""
-    with read_errors(path), path.open("rb") as file:
+    with read_errors(path), open_regular(path) as file:
         if decompress(file) is not file:
             raise UserError(f"{path}: cannot read it (it is compressed); decompress it first")
         yield from iterate_lines(file, path)

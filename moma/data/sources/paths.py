@@ -56,6 +56,8 @@ def expand_pattern(pattern: Path) -> list[Path]:
     Raises:
         UserError: there are none.
     """
+    if os.path.exists(pattern) and not (os.path.isfile(pattern) or os.path.isdir(pattern)):
+        raise UserError(f"{pattern}: is not a regular file; check the source's 'path'")
     if not glob.has_magic(str(pattern)) or pattern.exists():
         return [pattern]
     parts = pattern.parts[1:] if pattern.anchor else pattern.parts

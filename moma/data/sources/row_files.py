@@ -28,6 +28,7 @@ from moma.data.sources.jsonl import (
 from moma.data.sources.paths import read_errors
 from moma.data.sources.reading import MAX_ROW_BYTES
 from moma.errors import UserError, list_names, quote, shorten
+from moma.files import open_regular
 
 ENDINGS = ("jsonl", "ndjson", "json", "csv", "tsv", "txt")
 _COMPRESSED = re.compile(r"\.(gz|zst|xz|bz2)$", re.IGNORECASE)
@@ -65,8 +66,9 @@ def read_rows(path: str, columns: list[str], separator: str | None = None) -> It
         UserError: the file cannot be read, or lacks a column.
     """
     ending = ending_of(path)
-    with read_errors(path), fsspec.open(path, "rb") if "://" in path else open(path, "rb") as raw:
-        file = decompress(io.BufferedReader(raw) if "://" in path else raw)
+    is_url = "://" in path
+    with read_errors(path), fsspec.open(path, "rb") if is_url else open_regular(path) as raw:
+        file = decompress(io.BufferedReader(raw) if is_url else raw)
         if ending in ("csv", "tsv"):
             default = "\t" if ending == "tsv" else ","
             yield from _csv_rows(path, file, columns, separator or default)

@@ -21,6 +21,7 @@ from moma.data.sources.jsonl import decode, decompress, parse_json_object, requi
 from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors
 from moma.data.sources.reading import CaptionReaderConfig, Row, check_text
 from moma.errors import UserError, list_names, shorten
+from moma.files import open_regular
 from moma.recipe import RequiredPath
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -154,7 +155,7 @@ class WebDatasetConfig(CaptionReaderConfig):
 
     def _members(self, path: Path) -> Iterator[_Member]:
         """The files of an archive, in its order."""
-        with read_errors(path, _REMEDY, tarfile.TarError, ValueError), path.open("rb") as file:
+        with read_errors(path, _REMEDY, tarfile.TarError, ValueError), open_regular(path) as file:
             stream = _BoundedStream(opened := decompress(file), self.max_member_bytes)
             # Not "r|", which reads ahead of the bound.
             with tarfile.open(fileobj=stream, mode="r:") as archive:  # type: ignore[call-overload]
@@ -239,6 +240,6 @@ class _BoundedStream:
 
 
 def _read_range(path: Path, offset: int, size: int) -> bytes:
-    with read_errors(path, _REMEDY), path.open("rb") as file:
+    with read_errors(path, _REMEDY), open_regular(path) as file:
         file.seek(offset)
         return file.read(size)
