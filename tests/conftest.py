@@ -1,28 +1,66 @@
-"""Session fixtures: a prepared folder and trained runs."""
+"""Session fixtures: a prepared folder and trained runs; the order of modules."""
+
+from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# Test processes share the cores. Set before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
-import torch
 
-from moma.data.encode.prepare import prepare
-from moma.progress import show_log_messages
-from moma.train.recipe import Recipe
-
+# Only what is light: the process that distributes the tests also imports this file.
 pytest.register_assert_rewrite("tests.command_line", "tests.factories")
-from tests.command_line import train  # noqa: E402
-from tests.factories import tiny_recipe, write_sources  # noqa: E402
+from moma.progress import show_log_messages  # noqa: E402
+from tests import command_line  # noqa: E402
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
+    from moma.runs import Run
+    from moma.train.recipe import Recipe
 
 show_log_messages()
-# Test processes share the cores.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Modules that take long, from long to short. They start first, so that no process waits at the end.
+LONG = (
+    "tests/distributed/test_two_ranks.py",
+    "tests/tokenizers/image/test_train.py",
+    "tests/model/test_compile.py",
+    "tests/train/test_kills.py",
+    "tests/train/test_loop.py",
+    "tests/model/test_implementations.py",
+    "tests/data/encode/test_prepare_kills.py",
+    "tests/train/test_stages.py",
+    "tests/demo/test_run.py",
+    "tests/distributed/test_start.py",
+    "tests/train/test_fault.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {module: rank for rank, module in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(LONG)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadScopeScheduling:
+    """A process runs whole modules: it makes the fixtures of each once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    config.option.loadscopereorder = False
+    return LoadScopeScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The tiny recipe, its data prepared once for the whole session."""
+    import torch
+
+    from moma.data.encode.prepare import prepare
+    from tests.factories import tiny_recipe, write_sources
+
     folder = tmp_path_factory.mktemp("tiny")
     write_sources(folder / "sources")
     recipe = tiny_recipe(folder / "sources", folder / "data")
@@ -31,6 +69,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 @pytest.fixture(scope="session")
+def tiny_run(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of the tiny recipe; do not modify it, but a copy."""
+    import torch
+
+    from moma.runtime.world import World
+    from moma.train.loop import train
+
+    folder = tmp_path_factory.mktemp("tiny_run") / "run"
+    return train(tiny.model_copy(update={"run": folder}), World(torch.device("cpu")), quiet=True)
+
+
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prepared data, a run and its routers; do not modify it."""
-    return train(tmp_path_factory.mktemp("trained"))
+    return command_line.train(tmp_path_factory.mktemp("trained"))

@@ -18,7 +18,7 @@ from moma.train import stages
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.step import LossFunction
-from tests.distributed.ranks import on_ranks
+from tests.processes import on_ranks
 
 
 def full_disk(self: MetricsLog, record: dict) -> None:

@@ -40,7 +40,7 @@ from moma.train.stages import loss_function_of, prepare_model
 from moma.train.statistics import Statistics
 from moma.train.step import Step
 from moma.vocabulary import Vocabulary
-from tests.distributed.ranks import on_ranks
+from tests.processes import on_ranks
 
 GROUPS, STEPS = 4, 3
 ONE_PROCESS = World(torch.device("cpu"))

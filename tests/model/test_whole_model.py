@@ -135,7 +135,7 @@ def assert_equals_reference(case: Case, how: str) -> None:
     np.testing.assert_allclose(found[real], expected[real], atol=1e-4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases(), st.sampled_from(sorted(ROUTINGS)))
 def test_the_whole_model_equals_a_slow_reference(case, how):
     assert_equals_reference(case, how)

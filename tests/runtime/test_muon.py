@@ -13,7 +13,7 @@ from moma.runtime.muon import Muon, orthogonalize
 from moma.runtime.sharding import shard
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
-from tests.distributed.ranks import on_ranks
+from tests.processes import on_ranks
 
 WORLD = World(torch.device("cpu"))
 LR, MOMENTUM, DECAY, STEPS = 0.1, 0.9, 0.5, 3

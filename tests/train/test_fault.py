@@ -111,9 +111,8 @@ def test_nonfinite_scores_follow_on_fault(tiny, tmp_path, monkeypatch):
     assert [record["skipped_steps"] for record in run.read_metrics()] == [0, 1, 1, 1]
 
 
-def test_the_message_names_the_key_of_the_stage(tiny, tmp_path, monkeypatch):
-    run = train(of_groups(tiny, "moe_2t2i", tmp_path / "run"), WORLD, quiet=True)
-    changes = {"stage": "aux_router", "from_": run.path, "run": tmp_path / "routers"}
+def test_the_message_names_the_key_of_the_stage(tiny, tiny_run, tmp_path, monkeypatch):
+    changes = {"stage": "aux_router", "from_": tiny_run.path, "run": tmp_path / "routers"}
     before_step(monkeypatch, with_losses(nonfinite))
     with pytest.raises(UserError, match=r"aux_router\.on_fault=skip .* in a new run avoids"):
         train(tiny.model_copy(update=changes), WORLD, quiet=True)
@@ -186,7 +185,6 @@ def test_a_replay_needs_an_intact_checkpoint(tiny, tmp_path, monkeypatch):
         replay(run)
 
 
-def test_a_run_without_a_fault_cannot_be_replayed(tiny, tmp_path):
-    run = train(tiny.model_copy(update={"run": tmp_path / "run"}), WORLD, quiet=True)
+def test_a_run_without_a_fault_cannot_be_replayed(tiny_run):
     with pytest.raises(UserError, match="has no saved fault"):
-        replay(run)
+        replay(tiny_run)

@@ -27,9 +27,11 @@ from moma.train.loop import train
 from moma.train.metrics import TIMING_KEYS
 from moma.train.recipe import Recipe
 from tests.factories import write_recipe
+from tests.processes import Command
 
 STEPS, CHECKPOINT_EVERY = 48, 4
 ROOT = Path(__file__).parents[2]
+Process = Command | subprocess.Popen[str]
 
 
 def recipe_of(tiny: Recipe, run: Path, stage: str, seed_run: Path | None, file: Path) -> Recipe:
@@ -55,11 +57,12 @@ def recipe_of(tiny: Recipe, run: Path, stage: str, seed_run: Path | None, file: 
     return recipe
 
 
-def start(file: Path, ranks: int, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "moma.cli", "train", str(file)]
-    if ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        command = [sys.executable, *launcher, *options, *command[1:]]
+def start(file: Path, ranks: int, *options: str) -> Process:
+    """Train in a process, or in one process per rank below a launcher."""
+    if ranks == 1:
+        return Command(file.parent, "train", file)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, *options, "-m", "moma.cli", "train", str(file)]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
@@ -75,7 +78,7 @@ def log_of(run: Run) -> int:
     return run.metrics.stat().st_ino if run.metrics.is_file() else 0
 
 
-def wait_for_record(process: subprocess.Popen[str], run: Run, before: int, after: int) -> None:
+def wait_for_record(process: Process, run: Run, before: int, after: int) -> None:
     """Wait until a log other than `before` has a record beyond a step, or the process ended."""
     while process.poll() is None:
         records = run.read_metrics() if log_of(run) not in (0, before) else []

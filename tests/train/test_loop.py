@@ -77,13 +77,17 @@ def kill_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(MetricsWindow, "start_record", start_record)
 
 
+def copy_of(run: Run, path: Path) -> Run:
+    shutil.copytree(run.path, path)
+    return Run(path)
+
+
 def with_run(recipe: Recipe, path: Path, **changes) -> Recipe:
     return recipe.model_copy(update={"run": path, **changes})
 
 
 @pytest.mark.parametrize("killed_after", [0, 1, 2, 3])
-def test_interrupted_run_equals_uninterrupted(tiny, tmp_path, monkeypatch, killed_after):
-    expected = train(with_run(tiny, tmp_path / "uninterrupted"), WORLD, quiet=True)
+def test_interrupted_run_equals_uninterrupted(tiny, tiny_run, tmp_path, monkeypatch, killed_after):
     recipe = with_run(tiny, tmp_path / "interrupted")
     with monkeypatch.context() as patch:
         kill_after(patch, killed_after)
@@ -91,7 +95,7 @@ def test_interrupted_run_equals_uninterrupted(tiny, tmp_path, monkeypatch, kille
             train(recipe, WORLD, quiet=True)
     torch.manual_seed(killed_after)  # earlier random numbers of the process must not matter
     resumed = train(recipe, WORLD, quiet=True)
-    assert_same_run(expected, resumed)
+    assert_same_run(tiny_run, resumed)
     assert [record["step"] for record in resumed.read_metrics()] == [2, 4, 6, 8]
     assert set(resumed.read_metrics()[0]) >= KEYS
 
@@ -126,9 +130,9 @@ def test_an_unwritable_log_stops_the_run(tiny, tmp_path, monkeypatch):
     assert not checkpoints_in(Run(tmp_path / "run").checkpoints)
 
 
-def test_an_unfinished_checkpoint_is_not_used(tiny, tmp_path):
+def test_an_unfinished_checkpoint_is_not_used(tiny, tiny_run, tmp_path):
     recipe = with_run(tiny, tmp_path / "run")
-    run = train(recipe, WORLD, quiet=True)
+    run = copy_of(tiny_run, recipe.run)
     newest = checkpoints_in(run.checkpoints)[-1]
     newest.rename(newest.with_suffix(".partial"))
     assert [path.name for path in checkpoints_in(run.checkpoints)] == ["step-00000004"]
@@ -136,13 +140,12 @@ def test_an_unfinished_checkpoint_is_not_used(tiny, tmp_path):
     assert [record["step"] for record in run.read_metrics()] == [2, 4, 6, 8]
 
 
-def test_golden_losses(tiny, tmp_path):
+def test_golden_losses(tiny_run):
     """Guards training from documents to losses; change the numbers only for a documented reason.
 
     The tolerance leaves room for another processor's rounding, which may change an image's codes.
     """
-    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
-    losses = [(record["loss_text"], record["loss_image"]) for record in run.read_metrics()]
+    losses = [(record["loss_text"], record["loss_image"]) for record in tiny_run.read_metrics()]
     for (text, image), (golden_text, golden_image) in zip(losses, GOLDEN, strict=True):
         assert text == pytest.approx(golden_text, abs=0.02)
         assert image == pytest.approx(golden_image, abs=0.02)
@@ -174,8 +177,8 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, gro
         require_causal_routing(run, model)
 
 
-def test_routers_count_as_trained_by_their_newest_intact_checkpoint(tiny, tmp_path, monkeypatch):
-    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+def test_routers_count_as_trained_by_their_newest_checkpoint(tiny, tiny_run, tmp_path, monkeypatch):
+    run = copy_of(tiny_run, tmp_path / "run")
     stage = {"stage": "aux_router", "from_": run.path}
     routers = train(with_run(tiny, run.path / ROUTER_RUN, **stage), WORLD, quiet=True)
     checked, real = [], checkpoint.find_damage
@@ -197,9 +200,8 @@ def test_routers_count_as_trained_by_their_newest_intact_checkpoint(tiny, tmp_pa
         require_causal_routing(run, model)
 
 
-def test_interrupted_router_stage_equals_uninterrupted(tiny, tmp_path, monkeypatch):
-    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
-    stage = {"stage": "aux_router", "from_": run.path}
+def test_interrupted_router_stage_equals_uninterrupted(tiny, tiny_run, tmp_path, monkeypatch):
+    stage = {"stage": "aux_router", "from_": tiny_run.path}
     expected = train(with_run(tiny, tmp_path / "uninterrupted", **stage), WORLD, quiet=True)
     with monkeypatch.context() as patch:
         kill_after(patch, 2)
@@ -209,16 +211,14 @@ def test_interrupted_router_stage_equals_uninterrupted(tiny, tmp_path, monkeypat
     assert_same_run(expected, resumed)
 
 
-def test_untrained_routers_are_refused(tiny, tmp_path):
-    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+def test_untrained_routers_are_refused(tiny_run):
     with pytest.raises(UserError, match="stage=aux_router"):
-        require_causal_routing(run, load_run(run)[0])
+        require_causal_routing(tiny_run, load_run(tiny_run)[0])
 
 
-def test_a_run_of_another_recipe_is_refused(tiny, tmp_path):
-    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+def test_a_run_of_another_recipe_is_refused(tiny, tiny_run):
     with pytest.raises(UserError, match="seed: 0 → 7"):
-        train(with_run(tiny, run.path, seed=7), WORLD, quiet=True)
+        train(with_run(tiny, tiny_run.path, seed=7), WORLD, quiet=True)
 
 
 def test_dense_has_no_routers_to_train(tiny, tmp_path):
@@ -230,8 +230,8 @@ def test_dense_has_no_routers_to_train(tiny, tmp_path):
     assert not (tmp_path / "routers").exists()
 
 
-def test_a_run_without_checkpoint_is_refused(tiny, tmp_path):
-    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
+def test_a_run_without_checkpoint_is_refused(tiny_run, tmp_path):
+    run = copy_of(tiny_run, tmp_path / "run")
     shutil.rmtree(run.checkpoints)
     with pytest.raises(
         UserError, match=rf"no checkpoint yet; go on with `moma train {run.recipe}`"
@@ -239,9 +239,8 @@ def test_a_run_without_checkpoint_is_refused(tiny, tmp_path):
         load_run(run)
 
 
-def test_no_pickle_in_a_checkpoint(tiny, tmp_path):
-    run = train(with_run(tiny, tmp_path / "run"), WORLD, quiet=True)
-    files = [path for path in checkpoints_in(run.checkpoints)[-1].rglob("*") if path.is_file()]
+def test_no_pickle_in_a_checkpoint(tiny_run):
+    files = [path for path in checkpoints_in(tiny_run.checkpoints)[-1].rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".safetensors", ".json"}
     for path in files:
         if path.suffix == ".json":
@@ -280,10 +279,9 @@ def test_on_a_cpu_a_step_is_logged_before_the_next_one_begins(tiny, tmp_path, mo
     assert logged == [0, 1, 2]
 
 
-def test_evaluation_on_data_that_was_prepared_otherwise_is_refused(tiny, tmp_path):
+def test_evaluation_on_data_that_was_prepared_otherwise_is_refused(tiny, tiny_run, tmp_path):
     """Documents that are held out now may have been trained on."""
-    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
-    run = train(recipe, WORLD, quiet=True)
+    run, recipe = tiny_run, with_run(tiny, tiny_run.path)
     require_training_data(run, recipe)
     copied = tiny.data.model_copy(update={"path": tmp_path / "copy"})
     shutil.copytree(tiny.data.path, copied.path)

@@ -1,11 +1,8 @@
 """`moma prepare`, killed and run again, writes the bytes of an uninterrupted run."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,25 +10,18 @@ import pytest
 
 from tests.data.encode.preparing import contents, make_recipe, run
 from tests.factories import write_recipe
+from tests.processes import Command
 
 
-def start(recipe_file: Path) -> subprocess.Popen[bytes]:
-    """Start the command line in a separate process."""
-    root = Path(__file__).parents[3]
-    return subprocess.Popen(
-        [sys.executable, "-m", "moma.cli", "prepare", recipe_file, "--workers", "1", "--json"],
-        cwd=root,
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def start(recipe_file: Path) -> Command:
+    return Command(recipe_file.parent, "prepare", recipe_file, "--workers", "1", "--json")
 
 
 def parts_in(folder: Path) -> int:
     return len(list(folder.glob("shards/*/train-*.arrow")))
 
 
-def kill_somewhere(process: subprocess.Popen[bytes], folder: Path, draw: random.Random) -> None:
+def kill_somewhere(process: Command, folder: Path, draw: random.Random) -> None:
     """Kill a process after a few more parts, or at any time before the first one."""
     if draw.random() < 0.2:
         until, seconds = float("inf"), draw.uniform(0, 8)
@@ -58,7 +48,7 @@ def assert_kills_change_no_byte(tmp_path: Path, rows: int, kills: int, shard_tok
         assert process.returncode == -signal.SIGKILL, "the run ended before the kill: use more rows"
     process = start(tmp_path / "recipe.toml")
     out, error = process.communicate()
-    assert process.returncode == 0, error.decode()
+    assert process.returncode == 0, error
     assert json.loads(out) == {"path": str(recipe.data.path), **expected.summary()}
     assert contents(recipe.data.path) == contents(undisturbed.data.path)
 
