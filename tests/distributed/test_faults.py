@@ -65,7 +65,7 @@ def job(world: World, tiny: Recipe, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 0:
             patch.setattr(writer, "atomic_write", slow_write)
-        often = stage.model_copy(update={"checkpoint_every": 1})
+        often = stage.model_copy(update={"checkpoint_every": 1, "steps": 3})
         changes = {"run": out / "slow", "pretrain": often}
         train(tiny.model_copy(update=changes), world, quiet=True)
 
@@ -94,5 +94,5 @@ def test_a_nonfinite_score_stops_all_ranks(outcome):
 
 def test_a_checkpoint_may_be_late_on_one_rank(outcome):
     run = Run(outcome / "slow")
-    assert [record["step"] for record in run.read_metrics()] == list(range(1, 9))
-    assert checkpoints_in(run.checkpoints)[-1].name == "step-00000008"
+    assert [record["step"] for record in run.read_metrics()] == [1, 2, 3]
+    assert checkpoints_in(run.checkpoints)[-1].name == "step-00000003"
