@@ -278,18 +278,18 @@ class OperationCounter(TorchDispatchMode):
 
 def make_context(
     modality_BS: Tensor,
-    documents_BS: Tensor,
+    document_ids_BS: Tensor,
     rotary: tuple[Tensor, Tensor],
     kernel: AttentionKernel | None = None,
 ) -> TokenContext:
     """The context of tokens of fp64 layers, attending within their documents."""
-    segments = make_segments(documents_BS, modality_BS < 0)
+    segments = make_segments(document_ids_BS, modality_BS < 0)
     layout = (kernel or MaskedAttention()).layout(segments, torch.float64)
     return TokenContext(modality_BS, rotary, segments, layout, torch.float64)
 
 
-def make_segments(documents_BS: Tensor, is_padding_BS: Tensor | None = None) -> Segments:
+def make_segments(document_ids_BS: Tensor, is_padding_BS: Tensor | None = None) -> Segments:
     """The segments of packed documents."""
-    is_padding_BS = documents_BS < 0 if is_padding_BS is None else is_padding_BS
-    id_BS = number_segments(documents_BS, is_padding_BS)
+    is_padding_BS = document_ids_BS < 0 if is_padding_BS is None else is_padding_BS
+    id_BS = number_segments(document_ids_BS, is_padding_BS)
     return Segments(id_BS, id_BS.numel(), id_BS.shape[1])

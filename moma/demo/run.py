@@ -5,8 +5,6 @@ Every stage stores its result and is not repeated, so that the demo resumes afte
 
 import json
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from moma.data.encode.prepare import prepare
+from moma.data.encode.read_ahead import exit_with_parent
 from moma.data.outputs import mark_output, require_replaceable, write_output
 from moma.demo.scoring import (
     Captioned,
@@ -202,17 +201,9 @@ def _wait(jobs: Sequence[Future[None]], recipes: Sequence[Recipe], quiet: bool) 
 
 
 def _train_in_child(recipe: Recipe, threads: int) -> None:
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent()  # it must not write into a run that is started again
     torch.set_num_threads(threads)
     train(recipe, World(local_device()), quiet=True)
-
-
-def _exit_with_parent() -> None:
-    """End with the parent process, so as not to write into a run that is started again."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _sketch(measured: Measured, objects: int, seed: int, quiet: bool) -> Sketches:

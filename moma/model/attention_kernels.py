@@ -42,13 +42,13 @@ class Segments(NamedTuple):
         return Segments(self.id_RS.flatten()[index_RK], self.max_segments, self.max_length)
 
 
-def number_segments(documents_BS: Tensor, is_padding_BS: Tensor) -> Tensor:
+def number_segments(document_ids_BS: Tensor, is_padding_BS: Tensor) -> Tensor:
     """Number the runs of tokens of one document, or of padding, from 0 over all sequences."""
     first_B1 = torch.ones_like(is_padding_BS[:, :1])
-    changes_BS = documents_BS.diff(dim=1) != 0
+    changes_BS = document_ids_BS.diff(dim=1) != 0
     changes_BS = changes_BS | (is_padding_BS[:, 1:] != is_padding_BS[:, :-1])
     starts_BS = torch.cat((first_B1, changes_BS), dim=1)
-    return (starts_BS.flatten().cumsum(0) - 1).view_as(documents_BS)
+    return (starts_BS.flatten().cumsum(0) - 1).view_as(document_ids_BS)
 
 
 class AttentionKernel(Protocol):

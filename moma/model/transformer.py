@@ -90,7 +90,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens_BS: Tensor,
-        documents_BS: Tensor | None = None,
+        document_ids_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         routing: Routing | None = None,
         head: Head = functional.linear,
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: int64 ids.
-            documents_BS: int64 number of each token's document within its sequence; if omitted,
+            document_ids_BS: int64 number of each token's document within its sequence; if omitted,
                 each sequence is one document.
             positions_BS: int64 positions for the rotary embedding; if omitted, 0 to S − 1.
             routing: if omitted, expert choice with static capacity, as in training.
@@ -113,7 +113,7 @@ class Transformer(nn.Module):
                 causal routing or actual capacity, which synchronise with the device anyway.
         """
         routing = routing or Routing()
-        context = self._context(tokens_BS, documents_BS, positions_BS, max_documents)
+        context = self._context(tokens_BS, document_ids_BS, positions_BS, max_documents)
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
         records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
     def _context(
         self,
         tokens_BS: Tensor,
-        documents_BS: Tensor | None,
+        document_ids_BS: Tensor | None,
         positions_BS: Tensor | None,
         max_documents: int | None,
     ) -> TokenContext:
@@ -141,10 +141,10 @@ class Transformer(nn.Module):
         rotary = rotary_cos_sin(
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
-        is_whole = documents_BS is None or self.config.attention_mask == "causal"
-        if documents_BS is None or is_whole:
-            documents_BS = torch.zeros_like(tokens_BS)
-        id_BS = number_segments(documents_BS, is_padding_BS)
+        is_whole = document_ids_BS is None or self.config.attention_mask == "causal"
+        if document_ids_BS is None or is_whole:
+            document_ids_BS = torch.zeros_like(tokens_BS)
+        id_BS = number_segments(document_ids_BS, is_padding_BS)
         segments = Segments(id_BS, max_documents or tokens_BS.numel(), length, is_whole)
         dtype = self._product_dtype(tokens_BS.device)
         layout = self.kernel.layout(segments, dtype)

@@ -208,11 +208,11 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
 def _documents_with_image(batch: Batch, vocabulary: Vocabulary, count: int) -> list[np.ndarray]:
     """Flattened positions of the first documents of a batch that contain an image."""
     sequences, columns = np.nonzero(batch.tokens_BS == vocabulary.begin_image)
-    documents = batch.documents_BS[sequences, columns]
+    documents = batch.document_ids_BS[sequences, columns]
     found = dict.fromkeys(zip(sequences.tolist(), documents.tolist(), strict=True))
     return [
         sequence * batch.tokens_BS.shape[1]
-        + np.flatnonzero(batch.documents_BS[sequence] == document)
+        + np.flatnonzero(batch.document_ids_BS[sequence] == document)
         for sequence, document in list(found)[:count]
     ]
 

@@ -25,7 +25,7 @@ from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.world import World, raise_on_all_ranks
 from moma.train.recipe import Recipe
 
-_BATCH_FIELDS = ("tokens_BS", "labels_BS", "documents_BS", "positions_BS")
+_BATCH_FIELDS = ("tokens_BS", "labels_BS", "document_ids_BS", "positions_BS")
 
 
 class Fault(Config):

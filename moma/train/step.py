@@ -32,7 +32,7 @@ class DeviceBatch(NamedTuple):
 
     tokens_BS: Tensor
     labels_BS: Tensor
-    documents_BS: Tensor
+    document_ids_BS: Tensor
     positions_BS: Tensor
     max_documents: int | None = None
 
@@ -61,15 +61,15 @@ LossFunction = Callable[[Transformer, DeviceBatch], LossOutput]
 
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """Copy a micro-batch to the device."""
-    arrays = (batch.tokens_BS, batch.labels_BS, batch.documents_BS, batch.positions_BS)
-    tokens_BS, labels_BS, documents_BS, positions_BS = (
+    arrays = (batch.tokens_BS, batch.labels_BS, batch.document_ids_BS, batch.positions_BS)
+    tokens_BS, labels_BS, document_ids_BS, positions_BS = (
         torch.from_numpy(array).long().to(device, non_blocking=True) for array in arrays
     )
-    changes = np.count_nonzero(batch.documents_BS[:, 1:] != batch.documents_BS[:, :-1])
-    found = len(batch.documents_BS) + changes
+    changes = np.count_nonzero(batch.document_ids_BS[:, 1:] != batch.document_ids_BS[:, :-1])
+    found = len(batch.document_ids_BS) + changes
     # A power of two, so that compiled layers see few different bounds.
     max_documents = 1 << max(4, int(found - 1).bit_length())
-    return DeviceBatch(tokens_BS, labels_BS, documents_BS, positions_BS, max_documents)
+    return DeviceBatch(tokens_BS, labels_BS, document_ids_BS, positions_BS, max_documents)
 
 
 def run_model(
@@ -77,7 +77,12 @@ def run_model(
 ) -> ModelOutput:
     """Run the model's forward pass on a micro-batch; see `Transformer.forward`."""
     return model(
-        batch.tokens_BS, batch.documents_BS, batch.positions_BS, routing, head, batch.max_documents
+        batch.tokens_BS,
+        batch.document_ids_BS,
+        batch.positions_BS,
+        routing,
+        head,
+        batch.max_documents,
     )
 
 

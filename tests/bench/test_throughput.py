@@ -31,9 +31,9 @@ def test_synthetic_batches_have_the_shape_of_real_ones(tiny):
     for batch in (first, second):
         image = vocabulary.modality_of_id[batch.tokens_BS] == IMAGE
         assert image.mean() == tiny.data.image_share and batch.padding == 0
-        inside = batch.documents_BS[:, :-1] == batch.documents_BS[:, 1:]
+        inside = batch.document_ids_BS[:, :-1] == batch.document_ids_BS[:, 1:]
         assert np.array_equal(batch.labels_BS[:, :-1][inside], batch.tokens_BS[:, 1:][inside])
-        assert (batch.labels_BS == NO_LABEL).any() and batch.documents_BS.max() > 0
+        assert (batch.labels_BS == NO_LABEL).any() and batch.document_ids_BS.max() > 0
     assert not np.array_equal(first.tokens_BS, second.tokens_BS)
     again = synthetic_batches(tiny, vocabulary).pack()
     assert np.array_equal(first.tokens_BS, again.tokens_BS)

@@ -215,12 +215,12 @@ def depth_choice(router, config, x_ND, tokens, how, preferred=frozenset()):
     return selected, score_N
 
 
-def model(transformer, ids_BS, documents_BS, positions_BS, how, choices=()):
+def model(transformer, ids_BS, document_ids_BS, positions_BS, how, choices=()):
     """Logits [N, V] of a whole model.
 
     Args:
         transformer: gives weights and configuration.
-        ids_BS, documents_BS, positions_BS: the batch.
+        ids_BS, document_ids_BS, positions_BS: the batch.
         how: `static`, `actual` or `causal`.
         choices: where scores tie, the tokens to prefer: a set for each expert of each router,
             layer by layer, those of experts before the depth router.
@@ -230,7 +230,7 @@ def model(transformer, ids_BS, documents_BS, positions_BS, how, choices=()):
     id_N = ids_BS.flatten()
     modality_N = np.where(id_N == vocabulary.padding, -1, vocabulary.modality_of_id[id_N])
     sequence_N = np.arange(sequences * length) // length
-    document_N = documents_BS.flatten() * (config.attention_mask == "document")
+    document_N = document_ids_BS.flatten() * (config.attention_mask == "document")
     tokens = Tokens(modality_N, sequence_N, document_N, positions_BS.flatten())
     x_ND = numpy(transformer.embedding.weight)[id_N]
     if config.tied_embeddings:

@@ -167,7 +167,8 @@ def test_a_compiled_layer_equals_eager():
     model = Trainer("mod_moe_2t2i", layers=1).model
     batch = batch_of(1)
     parts = [
-        torch.from_numpy(part) for part in (batch.tokens_BS, batch.documents_BS, batch.positions_BS)
+        torch.from_numpy(part)
+        for part in (batch.tokens_BS, batch.document_ids_BS, batch.positions_BS)
     ]
     eager = model(*parts).head
     for unit in model.units():

@@ -55,7 +55,7 @@ def test_labels_are_shifted_exactly_once(tiny):
     """Labels of a batch are one position ahead; the loss must not shift them again."""
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     batch = next(Batches(tiny.data, vocabulary, seed=0))
-    tokens, labels, documents = batch.tokens_BS, batch.labels_BS, batch.documents_BS
+    tokens, labels, documents = batch.tokens_BS, batch.labels_BS, batch.document_ids_BS
     inside = documents[:, :-1] == documents[:, 1:]
     assert inside.any()
     assert (labels[:, :-1][inside] == tokens[:, 1:][inside]).all()

@@ -59,18 +59,18 @@ class Batch:
         labels_BS: the next id of the same document, also where the document is cut; −100 at a
             document's last token and on padding. They are already shifted: do not shift them
             again.
-        documents_BS: index of the token's piece within its sequence; −1 on padding. Attention
+        document_ids_BS: index of the token's piece within its sequence; −1 on padding. Attention
             stays within a piece.
         positions_BS: position inside the piece, from 0; 0 on padding.
         images: number of images.
         padding: number of padding positions.
         origins: for each sequence, source and shard row of the document of each of its pieces, in
-            the order of `documents_BS`; empty if unknown.
+            the order of `document_ids_BS`; empty if unknown.
     """
 
     tokens_BS: np.ndarray
     labels_BS: np.ndarray
-    documents_BS: np.ndarray
+    document_ids_BS: np.ndarray
     positions_BS: np.ndarray
     images: int
     padding: int
@@ -152,7 +152,7 @@ class Packer:
         batch = Batch(
             tokens_BS=np.full(shape, self._vocabulary.padding, dtype=np.int64),
             labels_BS=np.full(shape, NO_LABEL, dtype=np.int64),
-            documents_BS=np.full(shape, -1, dtype=np.int64),
+            document_ids_BS=np.full(shape, -1, dtype=np.int64),
             positions_BS=np.zeros(shape, dtype=np.int64),
             images=layout.images,
             padding=layout.padding,
@@ -384,6 +384,6 @@ def _write_sequence(batch: Batch, index: int, pieces: list[Piece]) -> None:
         # The next id of each token; the document's last token has none and keeps NO_LABEL.
         following = document.ids[start + 1 : stop + 1]
         batch.labels_BS[index, position : position + len(following)] = following
-        batch.documents_BS[index, position:end] = number
+        batch.document_ids_BS[index, position:end] = number
         batch.positions_BS[index, position:end] = np.arange(end - position)
         position = end

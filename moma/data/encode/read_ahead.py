@@ -15,7 +15,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby, islice
-from multiprocessing.connection import wait
 from types import ModuleType
 from typing import Any, NamedTuple, Self
 
@@ -152,16 +151,20 @@ def _start_pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _set_up_worker() -> None:
-    """Leave Ctrl-C to the parent process, and end with it, however it ends."""
+    """Leave Ctrl-C to the parent process, and end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+    exit_with_parent()
 
 
-def _exit_after(sentinel: int) -> None:
-    wait([sentinel])
-    os._exit(1)
+def exit_with_parent() -> None:
+    """End this process when its parent process ends, even if that is killed."""
+
+    def wait_and_exit() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 def _read_pickled(task: bytes) -> list[Pixels | UserError] | None:

@@ -51,7 +51,7 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
     found_ids: Counter[int] = Counter()
     found_pairs: Counter[tuple[int, int]] = Counter()
     for batch in shown:
-        real = batch.documents_BS >= 0
+        real = batch.document_ids_BS >= 0
         tokens, labels = batch.tokens_BS[real].tolist(), batch.labels_BS[real].tolist()
         found_ids.update(tokens)
         found_pairs.update(zip(tokens, labels, strict=True))

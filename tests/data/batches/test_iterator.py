@@ -22,7 +22,7 @@ from moma.recipe import check
 from tests.factories import make_vocabulary, solid_image
 
 VOCABULARY = make_vocabulary(5000)
-ARRAYS = ("tokens_BS", "labels_BS", "documents_BS", "positions_BS")
+ARRAYS = ("tokens_BS", "labels_BS", "document_ids_BS", "positions_BS")
 
 
 class Source:
@@ -294,7 +294,7 @@ def test_random_documents_are_shown_once_on_any_number_of_ranks(one, other, worl
 
 def test_labels_are_the_next_word_of_the_document(folder):
     for batch in take(batches_of(folder), 20):
-        same = batch.documents_BS[:, 1:] == batch.documents_BS[:, :-1]
+        same = batch.document_ids_BS[:, 1:] == batch.document_ids_BS[:, :-1]
         assert (batch.labels_BS[:, :-1][same] == batch.tokens_BS[:, 1:][same]).all()
         ends = batch.tokens_BS == VOCABULARY.end
         assert ((batch.labels_BS == NO_LABEL) == ends).all()

@@ -66,9 +66,9 @@ def pack_all(packer, limit=2_000):
 
 def pieces_of(batch):
     """(tokens, labels) of every piece, by reading the arrays as the model would."""
-    for index, documents_S in enumerate(batch.documents_BS):
-        for number in range(documents_S.max() + 1):
-            (where,) = np.nonzero(documents_S == number)
+    for index, document_ids_S in enumerate(batch.document_ids_BS):
+        for number in range(document_ids_S.max() + 1):
+            (where,) = np.nonzero(document_ids_S == number)
             assert (np.diff(where) == 1).all()
             assert (batch.positions_BS[index, where] == np.arange(len(where))).all()
             yield batch.tokens_BS[index, where], batch.labels_BS[index, where]
@@ -129,7 +129,7 @@ def test_every_micro_batch_is_full_and_meets_the_budget(with_images, text, shape
         assert batch.images == images
         assert (batch.tokens_BS == VOCABULARY.begin_image).sum() == images
         assert batch.padding == 0
-        assert (batch.documents_BS >= 0).all()
+        assert (batch.document_ids_BS >= 0).all()
 
 
 @given(kinds_with_images, text_kinds, shapes)
@@ -171,7 +171,7 @@ def test_a_restored_packer_continues_identically(with_images, text, shape, befor
     for _ in range(5):
         expected, found = packer.pack(), restored.pack()
         assert found.origins == expected.origins
-        for name in ("tokens_BS", "labels_BS", "documents_BS", "positions_BS"):
+        for name in ("tokens_BS", "labels_BS", "document_ids_BS", "positions_BS"):
             assert (getattr(expected, name) == getattr(found, name)).all()
 
 
@@ -186,7 +186,7 @@ def test_a_layout_is_that_of_the_batch(with_images, text, shape):
     for _ in range(5):
         layout, batch = packers[0].plan(), packers[1].pack()
         assert (layout.images, layout.padding) == (batch.images, batch.padding)
-        assert batch.padding == (batch.documents_BS < 0).sum()
+        assert batch.padding == (batch.document_ids_BS < 0).sum()
         pieces = itertools.chain.from_iterable(layout.sequences)
         for (document, start, stop), (tokens, _) in zip(pieces, pieces_of(batch), strict=True):
             assert (document.ids[start:stop] == tokens).all()
@@ -222,7 +222,7 @@ def test_sequences_without_text_are_padded():
     packer = Packer(2, 20, 2, VOCABULARY, itertools.cycle([encode(0, [None])]), iter([]))
     batch = packer.pack()
     assert batch.padding == 40 - 2 * (SPAN + 2)
-    padded = batch.documents_BS == -1
+    padded = batch.document_ids_BS == -1
     assert padded.sum() == batch.padding
     assert (batch.tokens_BS[padded] == VOCABULARY.padding).all()
     assert (batch.labels_BS[padded] == NO_LABEL).all()
