@@ -66,19 +66,19 @@ def to_user_error(error: OSError) -> UserError | None:
     """Return the `UserError` for a system error about a file; None if it is about no file."""
     if isinstance(error, shutil.Error):  # of a folder: source, copy and reason of each file
         return StorageError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}")
-    message = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
-    if error.errno in _STORAGE_ERRNOS:
-        return StorageError(f"{message}; check the disk, then run the same command to resume")
-    return None if error.filename is None else UserError(f"{message}; choose another path")
+    if described := storage_error(error, error.filename):
+        return described
+    if error.filename is None:
+        return None
+    return UserError(f"{error.filename}: {error.strerror}; choose another path")
 
 
 def storage_error(error: BaseException, what: object) -> StorageError | None:
-    """Return a `StorageError` about `what` if its disk fails, else None."""
+    """Return a `StorageError`, about `what` if it is not None, if a disk fails, else None."""
     if not isinstance(error, OSError) or error.errno not in _STORAGE_ERRNOS:
         return None
-    described = to_user_error(OSError(error.errno, error.strerror, str(what)))
-    assert isinstance(described, StorageError)
-    return described
+    message = str(error.strerror) if what is None else f"{what}: {error.strerror}"
+    return StorageError(f"{message}; check the disk, then run the same command to resume")
 
 
 def json_error_message(error: Exception) -> str:

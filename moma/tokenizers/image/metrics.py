@@ -14,7 +14,7 @@ from moma.tokenizers.image.codec import ImageCodec, to_pil
 
 _MAX_IMAGES = 2048
 _BATCH_SIZE = 64
-_RANGE = 2.0  # images are in [−1, 1]
+_RANGE, _WHITE = 2.0, 1.0  # images are in [−1, 1]
 _GAP = 4
 
 
@@ -97,23 +97,16 @@ def sample_sheet(codec: ImageCodec, images: Sequence[Tensor], limit: int = 8) ->
     originals_B3HW = stack_images(images, evenly_spaced(len(images), limit))
     batches = originals_B3HW.to(codec.codebook.device).split(codec.images_at_once)
     reconstructions_B3HW = torch.cat([codec.decode(codec.encode(batch)) for batch in batches])
-    count, _, height, width = originals_B3HW.shape
-    size = (count * (width + _GAP) + _GAP, 2 * (height + _GAP) + _GAP)
-    sheet = Image.new("RGB", size, "white")
-    for row, images_B3HW in enumerate((originals_B3HW, reconstructions_B3HW)):
-        for column, image_3HW in enumerate(images_B3HW):
-            position = (_GAP + column * (width + _GAP), _GAP + row * (height + _GAP))
-            sheet.paste(to_pil(image_3HW), position)
-    return sheet
+    both_2B3HW = torch.stack([originals_B3HW, reconstructions_B3HW.to(originals_B3HW)])
+    padded_2B3HW = functional.pad(both_2B3HW, (_GAP, 0, _GAP, 0), value=_WHITE)
+    sheet_3HW = padded_2B3HW.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return to_pil(functional.pad(sheet_3HW, (0, _GAP, 0, _GAP), value=_WHITE))
 
 
 def side_by_side(original_3HW: Tensor, reconstruction_3HW: Tensor) -> Image.Image:
     """The original on the left, the reconstruction on the right."""
-    _, height, width = original_3HW.shape
-    sheet = Image.new("RGB", (2 * width + _GAP, height), "white")
-    sheet.paste(to_pil(original_3HW), (0, 0))
-    sheet.paste(to_pil(reconstruction_3HW), (width + _GAP, 0))
-    return sheet
+    gap_3HW = original_3HW.new_full((3, original_3HW.shape[1], _GAP), _WHITE)
+    return to_pil(torch.cat([original_3HW, gap_3HW, reconstruction_3HW], dim=2))
 
 
 def _batches(codec: ImageCodec, images: Sequence[Tensor], limit: int) -> Iterator[Tensor]:
