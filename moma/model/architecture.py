@@ -35,8 +35,8 @@ class ModelConfig(Config):
             in the 7B model, which has `norm = "pre"`).
         tied_embeddings: whether the head uses the embedding table; embeddings are then multiplied
             by √D, so that one scale suits both uses (arXiv 1706.03762 §3.4).
-        router_noise: whether the experts' router logits get Gumbel-Sigmoid noise in training, for
-            upcycling (MoMa §2.5).
+        router_noise: whether the experts' router logits get Gumbel-Sigmoid noise in training; if
+            omitted, only in the stage `upcycle` (MoMa §2.5).
         experts_implementation: `sequential`, `batched` or `grouped`, with equal results; if
             omitted, the one that measured fastest (`implementations.py`).
     """
@@ -56,7 +56,7 @@ class ModelConfig(Config):
     attention_mask: Literal["document", "causal"] = "document"
     dropout: float = Field(0.0, ge=0, lt=1)
     tied_embeddings: bool = False
-    router_noise: bool = False
+    router_noise: bool | None = None
     experts_implementation: ImplementationName | None = None
 
     @model_validator(mode="after")

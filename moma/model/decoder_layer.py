@@ -82,7 +82,7 @@ class DecoderLayer(nn.Module):
         self.attention = Attention(
             config.dim, config.heads, config.key_heads, config.query_key_norm, kernel
         )
-        width, names, noise = config.hidden_width, vocabulary.modalities, config.router_noise
+        width, names, noise = config.hidden_width, vocabulary.modalities, bool(config.router_noise)
         groups = [
             build_group(config.dim, width, group, shares, names, token_fraction, noise)
             for group in config.group_list

@@ -136,6 +136,13 @@ class Recipe(PrepareConfig):
         image = self.data.image_share
         return tuple(image if index == IMAGE else 1 - image for index in range(len(MODALITIES)))
 
+    @property
+    def training_model(self) -> ModelConfig:
+        """The model's configuration, with the stage's default of `router_noise`."""
+        if self.model.router_noise is not None:
+            return self.model
+        return self.model.model_copy(update={"router_noise": self.stage == "upcycle"})
+
     def build_model(self, vocabulary: Vocabulary) -> Transformer:
         """Build the model, with weights initialized from the seed."""
         model = Transformer(self.model, vocabulary, self.shares)

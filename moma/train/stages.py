@@ -98,7 +98,7 @@ def prepare_model(
         require_vocabulary(source.checkpoint, vocabulary, recipe.data.path)
     with torch.device("meta"):
         kernel = recipe.attention_kernel(world.device)
-        model = Transformer(recipe.model, vocabulary, recipe.shares, kernel)
+        model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel)
     freeze_for_stage(model, trains_routers=recipe.stage == "aux_router")
     units = list(fsdp_units(model))
     # Selective checkpointing records operations, among which there must be none of FSDP's.

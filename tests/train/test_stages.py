@@ -15,6 +15,7 @@ from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.files import lock_folder
 from moma.model.depth import DepthConfig
+from moma.model.experts import ExpertGroup
 from moma.recipe import read_recipe, shipped_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in, load_model, newest_intact, read_state
@@ -54,9 +55,6 @@ def upcycled(tiny, seed) -> Run:
     stage = tiny.pretrain.model_copy(update={"steps": 6, "checkpoint_every": 2})
     changes = {"run": seed.path.parent / "upcycled", "stage": "upcycle", "from_": seed.path}
     recipe = with_groups(tiny, "mod_moe_2t2i", **changes, upcycle=stage)
-    recipe = recipe.model_copy(
-        update={"model": recipe.model.model_copy(update={"router_noise": True})}
-    )
     return train(recipe, WORLD, quiet=True)
 
 
@@ -257,7 +255,7 @@ name = "seed"
 model = {{ groups = "moe_1t1i" }}
 [[chain]]
 stage = "upcycle"
-model = {{ groups = "moe_2t2i", router_noise = true }}
+model = {{ groups = "moe_2t2i" }}
 [[chain]]
 stage = "aux_router"
 [[chain]]
@@ -321,6 +319,28 @@ def test_the_shipped_chain_trains_as_long_as_the_demo():
     ]  # fmt: skip
     trained = [step.stage_config.steps for step in steps[:2] if isinstance(step, Recipe)]
     assert sum(trained) == demo.pretrain.steps
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "upcycle", "aux_router"])
+@pytest.mark.parametrize("noise", [None, False, True])
+def test_only_upcycling_trains_with_router_noise_by_default(tiny, stage, noise):
+    recipe = with_groups(tiny, "moe_2t2i", stage=stage)
+    recipe = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"router_noise": noise})}
+    )
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    model = prepare_model(recipe, vocabulary, WORLD)
+    found = {module.noise for module in model.modules() if isinstance(module, ExpertGroup)}
+    assert found == {stage == "upcycle" if noise is None else noise}
+
+
+def test_the_shipped_chain_upcycles_as_in_the_paper():
+    steps = read_chain(shipped_recipe("paper/chains/435m_upcycled.toml"))
+    seed, upcycled, routers = (step for step in steps if isinstance(step, Recipe))
+    assert (seed.stage_config.steps, seed.model.groups) == (10_000, "moe_1t1i")
+    assert upcycled.upcycle == upcycled.pretrain.model_copy(update={"steps": 160_000})
+    assert upcycled.training_model.router_noise and not seed.training_model.router_noise
+    assert upcycled.model.groups == routers.model.groups == "moe_4t4i"
 
 
 def test_tensorboard_shows_the_values_of_the_log(seed):
