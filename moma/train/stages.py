@@ -31,6 +31,8 @@ from moma.train.restore import newest_checkpoint, read_run_recipe, require_vocab
 from moma.train.step import LossFunction, Step, next_token_loss, router_loss
 from moma.vocabulary import Vocabulary
 
+_MAX_COMPILED_VARIANTS = 64
+
 
 class InitialState(NamedTuple):
     """Tokens, FLOPs and data state of each rank of the source run; by default those of none."""
@@ -107,8 +109,11 @@ def prepare_model(
     if recipe.stage_config.compile and can_compile(world.device):
         # FSDP may gather weights inside a layer, which cannot be compiled.
         whole_layers = world.mesh is None or len(units) == len(model.layers)
+        # For several architectures in one process, as in benchmarks; Dynamo's default is 8.
+        torch._dynamo.config.recompile_limit = _MAX_COMPILED_VARIANTS
         for part in _parts(model, whole_layers):
-            part.compile(fullgraph=True)
+            # Groups differ in sizes and constants, which dynamic shapes cannot express.
+            part.compile(fullgraph=True, dynamic=False)
     shard(model, units, world, recipe.engine)
     model.to_empty(device=world.device)
     if not resumes:

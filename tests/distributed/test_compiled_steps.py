@@ -1,0 +1,85 @@
+"""Compiled training steps of many architectures in one process, alone and on two ranks.
+
+Modalities have unequal shares and products are not recomputed, so that the parts of a layer, which
+are compiled one by one when it is sharded, have different shapes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
+from moma.recipe import check
+from moma.runtime.world import World, can_compile
+from moma.train.recipe import Recipe
+from moma.train.stages import make_step, prepare_model
+from tests.distributed.ranks import on_ranks
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(not can_compile(CPU), reason="torch.compile does not work here")
+ARCHITECTURES = (
+    "dense", "moe_8x", "moe_1t1i", "moe_3t1i", "moe_4t4i",
+    "mod", "mod_moe_8x", "mod_moe_1t1i", "mod_moe_3t1i", "mod_moe_4t4i",
+)  # fmt: skip
+
+
+def recipe_of(compiled: bool, **model: Any) -> Recipe:
+    values = {
+        "text_tokenizer": {"vocabulary_size": 320},
+        "codec": {"image_size": 64, "codebook_size": 32},
+        "data": {
+            "path": "none",
+            "micro_batch_size": 4,
+            "sequence_length": 64,
+            "image_share": 0.25,
+            "sources": [{"kind": "text", "path": "none"}],
+        },
+        "model": {"dim": 16, "layers": 2, "heads": 2, **model},
+        "engine": {"recompute": "selective"},
+        "pretrain": {"compile": compiled},
+    }
+    return check(Recipe, values, "small")
+
+
+def take_steps(world: World, recipe: Recipe) -> list[torch.Tensor]:
+    """Return the sums and gradient norms of two steps."""
+    vocabulary = synthetic_vocabulary(recipe)
+    step = make_step(recipe, prepare_model(recipe, vocabulary, world), world)
+    batches = synthetic_batches(recipe, vocabulary, world.rank)
+    return [tensor for _ in range(2) for tensor in step([batches.pack()], learning_rate=1e-3)]
+
+
+def assert_compiled_steps_equal_eager_ones(
+    world: World, models: Sequence[Mapping[str, Any]], backend: str
+) -> None:
+    for model in models:
+        eager = take_steps(world, recipe_of(compiled=False, **model))
+        with torch.compiler.set_stance(force_backend=backend):
+            compiled = take_steps(world, recipe_of(compiled=True, **model))
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4, msg=str(model))
+
+
+def test_one_process_compiles_more_variants_than_dynamo_allows_by_default():
+    models = [{"groups": "dense", "layers": 1, "dim": 4 * size} for size in range(1, 11)]
+    assert_compiled_steps_equal_eager_ones(World(CPU), models, "eager")
+
+
+def test_one_process_compiles_several_capacity_factors():
+    models = [
+        {"groups": "mod_moe_2t2i", "layers": 1, "depth": {"capacity_factor": factor}}
+        for factor in (0.25, 0.375)
+    ]
+    assert_compiled_steps_equal_eager_ones(World(CPU), models, "eager")
+
+
+def test_two_ranks_compile_the_parts_of_layers():
+    models = [{"groups": "mod_moe_3t1i", "layers": 1}]
+    on_ranks(2, assert_compiled_steps_equal_eager_ones, models, "eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", ARCHITECTURES)
+def test_generated_code_of_two_ranks_equals_eager(groups):
+    on_ranks(2, assert_compiled_steps_equal_eager_ones, [{"groups": groups}], "inductor")
