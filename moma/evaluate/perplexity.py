@@ -11,7 +11,8 @@ from moma.model.transformer import Transformer
 from moma.progress import show_progress
 from moma.train.recipe import Recipe
 from moma.train.step import next_token_loss, to_device
-from moma.vocabulary import IMAGE, MODALITIES, TEXT
+from moma.train.validation import mean_losses
+from moma.vocabulary import MODALITIES
 
 
 @torch.no_grad()
@@ -48,11 +49,9 @@ def evaluate(
         raise UserError(
             f"{recipe.data.path}: no held-out documents; increase data.held_out and train a new run"
         )
-    text, image = (float(loss_M[m] / targets_M[m]) if targets_M[m] else None for m in (TEXT, IMAGE))
-    return {
-        "loss": float(loss_M.sum() / targets_M.sum()),
-        "loss_text": text,
-        "loss_image": image,
+    means = mean_losses(loss_M, targets_M)
+    text, image = means["loss_text"], means["loss_image"]
+    return means | {
         "perplexity_text": None if text is None else math.exp(text),
         "perplexity_image": None if image is None else math.exp(image),
         "tokens": int(targets_M.sum()),

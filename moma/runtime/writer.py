@@ -73,6 +73,7 @@ class CheckpointWriter:
         tensors: dict[str, Any],
         state: Mapping[str, Any],
         rank_state: Mapping[str, Any],
+        best: int | None = None,
     ) -> None:
         """Copy everything and start to write it, once the previous checkpoint is complete.
 
@@ -80,6 +81,7 @@ class CheckpointWriter:
             tensors: by name, sharded or the same on every rank.
             state: JSON-serializable state shared by all ranks.
             rank_state: JSON-serializable state of this rank, besides random number generators.
+            best: step of a checkpoint, this one or an earlier one, that is kept as the best.
 
         Raises:
             StorageError: the disk is too full, or the previous checkpoint could not be written.
@@ -101,7 +103,7 @@ class CheckpointWriter:
         upload = saving if isinstance(saving, Future) else saving.upload_completion
         own = dict(rank_state) | {"random": random_state()}
         shared = dict(state) | {"world_size": self._world.size}
-        self._pending = self._thread.submit(self._finish, upload, final, shared, own)
+        self._pending = self._thread.submit(self._finish, upload, final, shared, own, best)
 
     def wait(self) -> None:
         """Wait until the last checkpoint is complete; raises its error."""
@@ -128,7 +130,12 @@ class CheckpointWriter:
                 ) from error
 
     def _finish(
-        self, upload: Future[Any], final: Path, state: dict[str, Any], own: dict[str, Any]
+        self,
+        upload: Future[Any],
+        final: Path,
+        state: dict[str, Any],
+        own: dict[str, Any],
+        best: int | None,
     ) -> None:
         """Wait for the tensors, write the rest and publish."""
         partial, rank = final.with_suffix(".partial"), self._world.rank
@@ -143,7 +150,9 @@ class CheckpointWriter:
             parts = gather(entries, self._world.writers)
             with self._write_errors(final):
                 if rank == 0:
-                    self._publish(final, {k: v for part in parts for k, v in part.items()}, state)
+                    entries = {name: entry for part in parts for name, entry in part.items()}
+                    self._publish(final, entries, state)
+                    self._remove_old(best)
         except SharedStorageError:
             if rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -166,8 +175,13 @@ class CheckpointWriter:
         partial.rename(final)
         sync_folder(self._folder)
         update_latest(self._folder)
+
+    def _remove_old(self, best: int | None) -> None:
+        if best is not None:
+            atomic_write(self._folder / "best", checkpoint_path(self._folder, best).name + "\n")
         for old in checkpoints_in(self._folder)[: -self._keep]:
-            if not (self._keep_every and step_of(old) % self._keep_every == 0):
+            step = step_of(old)
+            if step != best and not (self._keep_every and step % self._keep_every == 0):
                 # Renamed first: a folder without a suffix is always complete. One that cannot be
                 # removed, as on a network disk while it is read, is removed by a later process.
                 shutil.rmtree(old.rename(old.with_suffix(".partial")), ignore_errors=True)

@@ -42,7 +42,11 @@ def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
         return []
     changes = differences(read_run_recipe(run), recipe)
     allowed = [key.replace("STAGE", recipe.stage) for key in _RESUMABLE]
-    prefixes = ("tracking.", *(f"{stage}." for stage in STAGES if stage != recipe.stage))
+    prefixes = (
+        "tracking.",
+        "validation.",
+        *(f"{stage}." for stage in STAGES if stage != recipe.stage),
+    )
     refused = [
         text for key, text in changes.items() if key not in allowed and not key.startswith(prefixes)
     ]

@@ -49,6 +49,7 @@ from moma.train.stages import (
     prepare_model,
 )
 from moma.train.statistics import Statistics
+from moma.train.validation import Validation
 from moma.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -128,6 +129,15 @@ class Trainer:
         self.flops_per_token = flops_per_token(recipe, vocabulary)
         self.metrics = MetricsWindow(recipe, model, self.flops_per_token, world)
         self.trackers = Trackers()
+        self.validation = Validation(
+            recipe.validation,
+            recipe.data,
+            recipe.seed,
+            recipe.stage == "aux_router" or not recipe.model.has_routers,
+            model,
+            world,
+            run.path / "validation",
+        )
         self.writer = CheckpointWriter(
             run.checkpoints, world, self.config.keep_checkpoints, self.config.keep_every
         )
@@ -234,7 +244,8 @@ class Trainer:
             values = {"learning_rate": lr, "skipped_steps": self.monitor.skipped_steps}
             shared = {"norm": norm, **self.monitor.first_fault}
             self.metrics.start_record(self._counters() | values, shared, statistics.sums)
-        if self.world.device.type != "cuda" or self.monitor.skips:
+        is_synchronous = self.world.device.type != "cuda" or self.monitor.skips
+        if is_synchronous or self.validation.is_due(step):
             # The step was waited for; a record written during the next one would have its time.
             self._write_record(progress)
 
@@ -245,6 +256,10 @@ class Trainer:
             return
         record, tensors = finished
         self._raise_if_fault(record["step"], tensors)
+        if self.validation.is_due(record["step"]):
+            with self.step.autocast():
+                record["validation"] = self.validation.measure(record["step"])
+            self.metrics.restart_clock()
         self.trackers.write(record)
         loss = "none" if record["loss"] is None else f"{record['loss']:.3f}"
         progress(
@@ -268,6 +283,7 @@ class Trainer:
         self.writer.wait()  # its thread uses the process group of `on_rank_0`
         # No checkpoint may be newer than the log.
         on_rank_0(self.world, self.trackers.sync)
+        best = self.validation.best_step(self.steps_done)
         state = self._counters() | {
             "source_tokens": self.initial.tokens,
             "source_flops": self.initial.flops,
@@ -275,10 +291,12 @@ class Trainer:
             "vocabulary": self.vocabulary.fingerprint,
             "window": self.metrics.get_state(),
             "monitor": self.monitor.get_state(),
+            "validation": self.validation.get_state(),
             "recipe": self.recipe.model_dump(mode="json", by_alias=True),
         }
         tensors = training_tensors(self.model, self.step.optimizers)
-        self.writer.save(self.steps_done, tensors, state, {"data": self.batches.get_state()})
+        data = {"data": self.batches.get_state()}
+        self.writer.save(self.steps_done, tensors, state, data, best)
 
     def _counters(self) -> dict[str, Any]:
         return {
@@ -293,6 +311,7 @@ class Trainer:
         self.initial = InitialState(state["source_tokens"], state["source_flops"])
         self.metrics.set_state(state["window"])
         self.monitor.set_state(state["monitor"])
+        self.validation.set_state(state["validation"])
         self._keep_step_size(state)
 
     def _keep_step_size(self, state: Mapping[str, Any]) -> None:

@@ -80,6 +80,23 @@ class RouterStageConfig(StageConfig):
     optimizer: RouterOptimizerConfig = RouterOptimizerConfig()
 
 
+class ValidationConfig(Config):
+    """Measurements on held-out documents while a run trains.
+
+    Attributes:
+        every: steps between measurements, a multiple of the stage's `log_every`; 0: none.
+        batches: number of held-out micro-batches; fewer if there are not as many.
+        keep_best: held-out loss whose best checkpoint is kept, and named in `checkpoints/best`.
+        prompts: texts; an image is generated for each, if the stage is `aux_router` or the model
+            has no routers, so that it can be used causally.
+    """
+
+    every: int = Field(0, ge=0)
+    batches: int = Field(16, ge=1)
+    keep_best: Literal["loss", "loss_text", "loss_image"] | None = None
+    prompts: tuple[str, ...] = ()
+
+
 class Recipe(PrepareConfig):
     """A recipe.
 
@@ -93,6 +110,7 @@ class Recipe(PrepareConfig):
         engine: use of the machines.
         tracking: where metrics are shown.
         pretrain: training in the stage `pretrain`.
+        validation: measurements on held-out documents during training.
         upcycle: training in the stage `upcycle`.
         aux_router: training in the stage `aux_router`.
     """
@@ -103,6 +121,7 @@ class Recipe(PrepareConfig):
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+    validation: ValidationConfig = ValidationConfig()
     pretrain: StageConfig = StageConfig()
     upcycle: StageConfig = StageConfig()
     aux_router: RouterStageConfig = RouterStageConfig()
@@ -122,6 +141,22 @@ class Recipe(PrepareConfig):
         meaning = {"aux_router": "the run whose routers it trains", "upcycle": "the seed run"}
         if self.stage in meaning and self.from_ is None:
             raise ValueError(f"stage '{self.stage}' needs from=RUN, {meaning[self.stage]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> "Recipe":
+        every, stage = self.validation.every, self.stage_config
+        if every % stage.log_every:
+            raise ValueError(
+                f"validation.every ({every}) must be a multiple of {self.stage}.log_every "
+                f"({stage.log_every}), since held-out losses are part of a log record"
+            )
+        if self.validation.keep_best and (every == 0 or stage.checkpoint_every % every):
+            raise ValueError(
+                f"validation.keep_best: {self.stage}.checkpoint_every ({stage.checkpoint_every}) "
+                f"must be a multiple of validation.every ({every}), so that every checkpoint has "
+                "a held-out loss"
+            )
         return self
 
     @property

@@ -97,10 +97,21 @@ def sample_sheet(codec: ImageCodec, images: Sequence[Tensor], limit: int = 8) ->
     originals_B3HW = stack_images(images, evenly_spaced(len(images), limit))
     batches = originals_B3HW.to(codec.codebook.device).split(codec.images_at_once)
     reconstructions_B3HW = torch.cat([codec.decode(codec.encode(batch)) for batch in batches])
-    both_2B3HW = torch.stack([originals_B3HW, reconstructions_B3HW.to(originals_B3HW)])
-    padded_2B3HW = functional.pad(both_2B3HW, (_GAP, 0, _GAP, 0), value=_WHITE)
-    sheet_3HW = padded_2B3HW.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    return to_pil(functional.pad(sheet_3HW, (0, _GAP, 0, _GAP), value=_WHITE))
+    return image_grid(
+        [[to_pil(each) for each in originals_B3HW], [to_pil(each) for each in reconstructions_B3HW]]
+    )
+
+
+def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Rows of images of one size, on white."""
+    width, height = rows[0][0].size
+    columns = max(map(len, rows))
+    size = (columns * (width + _GAP) + _GAP, len(rows) * (height + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            sheet.paste(image, (_GAP + column * (width + _GAP), _GAP + row * (height + _GAP)))
+    return sheet
 
 
 def side_by_side(original_3HW: Tensor, reconstruction_3HW: Tensor) -> Image.Image:

@@ -1,0 +1,197 @@
+"""Held-out losses during training: equal to `moma evaluate`, and without effect on the run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from moma.data.encode.prepare import prepare
+from moma.errors import UserError
+from moma.evaluate.perplexity import evaluate
+from moma.recipe import read_recipe
+from moma.runs import Run
+from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.world import World
+from moma.train.loop import train
+from moma.train.metrics import TIMING_KEYS
+from moma.train.recipe import Recipe, ValidationConfig
+from moma.train.restore import load_run
+from moma.train.stages import prepare_model
+from moma.train.validation import Validation
+from moma.vocabulary import Vocabulary
+from tests.factories import write_minimal_recipe
+from tests.processes import on_ranks
+
+WORLD = World(torch.device("cpu"))
+ALL = 1000  # more micro-batches than are held out
+# The test of each key, which fails if the key is ignored.
+TESTS = {
+    "every": "test_losses_are_those_of_evaluate",
+    "batches": "test_batches_limits_the_micro_batches",
+    "keep_best": "test_the_best_checkpoint_is_kept",
+    "prompts": "test_an_image_is_generated_for_each_prompt",
+}
+
+
+def with_validation(recipe: Recipe, run: Path, **changes) -> Recipe:
+    config = ValidationConfig.model_validate({"every": 2, "batches": ALL} | changes)
+    return recipe.model_copy(update={"run": run, "validation": config})
+
+
+def records_of(run: Path) -> list[dict]:
+    records = Run(run).read_metrics()
+    return [{k: v for k, v in each.items() if k not in TIMING_KEYS} for each in records]
+
+
+def test_every_key_has_a_test():
+    assert TESTS.keys() == ValidationConfig.model_fields.keys()
+    assert all(name in globals() for name in TESTS.values())
+
+
+def test_losses_are_those_of_evaluate(tiny, tmp_path):
+    recipe = with_validation(tiny, tmp_path / "run")
+    train(recipe, WORLD, quiet=True)
+    records = records_of(recipe.run)
+    assert all("validation" in record for record in records)
+    model, _ = load_run(Run(recipe.run))
+    expected = evaluate(model, recipe, "choice", quiet=True)
+    found = records[-1]["validation"]
+    assert found.keys() == {"choice"}
+    for name in ("loss", "loss_text", "loss_image"):
+        assert found["choice"][name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_routers_in_training_are_validated_causally_too(tiny, tmp_path):
+    train(tiny.model_copy(update={"run": tmp_path / "run"}), WORLD, quiet=True)
+    routers = with_validation(tiny, tmp_path / "run" / "aux_router").model_copy(
+        update={"stage": "aux_router", "from_": tmp_path / "run"}
+    )
+    train(routers, WORLD, quiet=True)
+    found = records_of(routers.run)[-1]["validation"]
+    model, _ = load_run(Run(tmp_path / "run"))
+    for routing in ("choice", "causal"):
+        expected = evaluate(model, routers, routing, quiet=True)
+        assert found[routing]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+    assert found["choice"] != found["causal"]
+
+
+def test_validation_and_interruption_change_nothing_else(tiny, tmp_path):
+    plain = tiny.model_copy(update={"run": tmp_path / "plain"})
+    recipe = with_validation(tiny, tmp_path / "run", keep_best="loss")
+    train(plain, WORLD, quiet=True)
+    train(recipe, WORLD, quiet=True)
+    without = [
+        {k: v for k, v in each.items() if k != "validation"} for each in records_of(recipe.run)
+    ]
+    assert without == records_of(plain.run)
+    whole = records_of(recipe.run)
+    last = checkpoints_in(Run(recipe.run).checkpoints)[-1]
+    last.rename(last.with_suffix(".away"))  # as if it had been interrupted before
+    train(recipe, WORLD, quiet=True)
+    assert records_of(recipe.run) == whole
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_validated_without_compiling_again(tiny, tmp_path):
+    stage = tiny.pretrain.model_copy(update={"compile": True})
+    compiled = tiny.model_copy(update={"pretrain": stage})
+    train(with_validation(compiled, tmp_path / "compiled"), WORLD, quiet=True)
+    train(with_validation(tiny, tmp_path / "eager"), WORLD, quiet=True)
+    for name in ("loss", "loss_text", "loss_image"):
+        one, other = (
+            [each["validation"]["choice"][name] for each in records_of(tmp_path / run)]
+            for run in ("compiled", "eager")
+        )
+        assert one == pytest.approx(other, rel=1e-3)
+
+
+def test_batches_limits_the_micro_batches(tiny, tmp_path):
+    losses = []
+    for batches in (1, ALL):
+        recipe = with_validation(tiny, tmp_path / str(batches), batches=batches)
+        train(recipe, WORLD, quiet=True)
+        losses.append(records_of(recipe.run)[-1]["validation"]["choice"]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_the_best_checkpoint_is_kept(tiny, tmp_path):
+    # The learning rate rises until it ruins the model.
+    optimizer = tiny.pretrain.optimizer.model_copy(update={"learning_rate": 3.0, "warmup": 7})
+    stage = tiny.pretrain.model_copy(
+        update={
+            "optimizer": optimizer,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 1,
+            "explosion": 0,
+        }
+    )
+    recipe = tiny.model_copy(update={"pretrain": stage})
+    recipe = with_validation(recipe, tmp_path / "run", keep_best="loss_text")
+    train(recipe, WORLD, quiet=True)
+    losses = {
+        each["step"]: each["validation"]["choice"]["loss_text"] for each in records_of(recipe.run)
+    }
+    best = min(losses, key=lambda step: losses[step])
+    assert best < recipe.pretrain.steps
+    folder = Run(recipe.run).checkpoints
+    names = {path.name for path in checkpoints_in(folder)}
+    assert names == {f"step-{best:08d}", f"step-{recipe.pretrain.steps:08d}"}
+    assert (folder / "best").read_text().strip() == f"step-{best:08d}"
+
+
+def test_an_image_is_generated_for_each_prompt(tiny, tmp_path):
+    model = tiny.model.model_copy(update={"groups": "moe_1t1i"})
+    recipe = tiny.model_copy(update={"model": model})
+    recipe = with_validation(recipe, tmp_path / "run", prompts=("a", "a red square"))
+    train(recipe, WORLD, quiet=True)
+    sheets = sorted((recipe.run / "validation").iterdir())
+    assert [path.name for path in sheets] == [
+        f"step-{each['step']:08d}.png" for each in records_of(recipe.run)
+    ]
+    side = recipe.codec.image_size
+    with Image.open(sheets[0]) as sheet:
+        assert sheet.width > 2 * side and side < sheet.height < 2 * side
+
+
+def measure(world: World, recipe: Recipe, out: Path) -> None:
+    vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
+    model = prepare_model(recipe, vocabulary, world)
+    validation = Validation(recipe.validation, recipe.data, 0, False, model, world, out)
+    losses = validation.measure(1)
+    assert model.training
+    # The model can be trained afterwards.
+    if world.rank == 0:
+        (out / f"{world.size}.json").write_text(json.dumps(losses))
+
+
+@pytest.mark.parametrize("batches", [3, ALL])
+def test_two_ranks_measure_what_one_does(tiny, tmp_path, batches):
+    recipe = with_validation(tiny, tmp_path / "run", batches=batches)
+    measure(WORLD, recipe, tmp_path)
+    on_ranks(2, measure, recipe, tmp_path)
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text())["choice"] for n in (1, 2))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_data_without_held_out_documents_is_refused(tiny, tmp_path):
+    data = tiny.data.model_copy(update={"path": tmp_path / "data", "held_out": 0.0})
+    recipe = tiny.model_copy(update={"data": data})
+    prepare(recipe, torch.device("cpu"), quiet=True)
+    with pytest.raises(UserError, match="holds no documents out"):
+        train(with_validation(recipe, tmp_path / "run"), WORLD, quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("validation.every=3", "multiple of pretrain.log_every"),
+        ("validation.keep_best=loss", "must be a multiple of validation.every"),
+    ],
+)
+def test_intervals_that_do_not_fit_are_refused(tmp_path, change, message):
+    path = write_minimal_recipe(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read_recipe(Recipe, path, ["pretrain.log_every=2", "pretrain.checkpoint_every=4", change])
