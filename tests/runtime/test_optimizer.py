@@ -14,7 +14,7 @@ VOCABULARY = Vocabulary(40, 0, 1, 2, 3, 4, tuple(range(5, 21)), 4)
 
 def test_norms_do_not_decay_and_routers_have_their_own_rate():
     model = Transformer(ModelConfig(groups="moe_2t2i", dim=16, heads=2), VOCABULARY, (0.5, 0.5))
-    config = OptimizerConfig(weight_decay=0.1, router_rate=0.5)
+    config = OptimizerConfig(weight_decay=0.3, router_rate=0.5)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = set()
     (optimizer,) = make_optimizers(model, config)
@@ -22,7 +22,7 @@ def test_norms_do_not_decay_and_routers_have_their_own_rate():
         for parameter in group["params"]:
             name = names[id(parameter)]
             seen.add(name)
-            assert group["weight_decay"] == (0.0 if "norm" in name else 0.1), name
+            assert group["weight_decay"] == (0.0 if "norm" in name else 0.3), name
             assert group["lr_scale"] == (0.5 if name.endswith(".router.weight") else 1.0), name
     assert seen == set(names.values())
     assert any("query_norm" in name for name in seen)
