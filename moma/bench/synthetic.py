@@ -36,7 +36,7 @@ def synthetic_batches(recipe: Recipe, vocabulary: Vocabulary, rank: int = 0) -> 
     return Packer(
         data.micro_batch_size,
         data.sequence_length,
-        Budget.of(data, vocabulary).images,
+        Budget.from_config(data, vocabulary).images,
         vocabulary,
         _captioned(vocabulary, np.random.default_rng((recipe.seed, rank, 0))),
         _texts(vocabulary, np.random.default_rng((recipe.seed, rank, 1))),

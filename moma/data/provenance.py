@@ -42,7 +42,7 @@ class Encoders(Config):
     codec: str = ""
 
     @classmethod
-    def of(cls, folder: Tokenizers) -> "Encoders":
+    def from_folder(cls, folder: Tokenizers) -> "Encoders":
         """Return the fingerprints of the tokenizer and the codec in a folder."""
         codec = [folder.codec / name for name in CODEC_FILES]
         return cls(
@@ -161,7 +161,7 @@ class DataFolder:
 
     def record_encoders(self) -> Encoders:
         """Record and return the fingerprints of the tokenizers."""
-        encoders = Encoders.of(self.tokenizers)
+        encoders = Encoders.from_folder(self.tokenizers)
         if encoders != self._provenance.encoders:
             self._update(encoders=encoders)
         return encoders
@@ -214,7 +214,7 @@ class DataFolder:
 
     def _check_encoders(self) -> None:
         """Refuse a tokenizer or codec that was replaced; one that was deleted is made again."""
-        found = Encoders.of(self.tokenizers).model_dump()
+        found = Encoders.from_folder(self.tokenizers).model_dump()
         paths = {"tokenizer": self.tokenizers.text, "codec": self.tokenizers.codec}
         kept = {key: known if found[key] else "" for key, known in self._provenance.encoders}
         for key, known in kept.items():

@@ -139,7 +139,7 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
         context, dtype_name = recipe.data.sequence_length, str(dtype).removeprefix("torch.")
         values = port_config(recipe.model, vocabulary, ids, context, dtype_name, image_config)
         _write_json(partial / CONFIG_FILE, values)
-        write_weights(weights | Weights.of(images), partial, file_bytes)
+        write_weights(weights | Weights.from_tensors(images), partial, file_bytes)
     return notes
 
 

@@ -39,7 +39,7 @@ class Weights:
     read: Callable[[Iterable[str]], dict[str, Tensor]]
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "Weights":
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Weights":
         """Weights from tensors in memory."""
         meta_tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
         return cls(meta_tensors, lambda names: {name: tensors[name] for name in names})

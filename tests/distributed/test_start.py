@@ -67,7 +67,7 @@ def full_start(recipe: Recipe) -> Transformer:
     elif source is not None:
         seed = Transformer(source.recipe.model, vocabulary, source.recipe.shares)
         load_model(source.checkpoint, seed, ONE_PROCESS)
-        upcycle(Weights.of(seed.state_dict()), source.recipe.model, model)
+        upcycle(Weights.from_tensors(seed.state_dict()), source.recipe.model, model)
     return model
 
 
@@ -147,7 +147,7 @@ def seeds(tiny, tmp_path_factory) -> Path:
     run.path.mkdir()
     run.create(recipe, Tokenizers(recipe.data.path))
     vocabulary = vocabulary_of(recipe)
-    weights = Weights.of(recipe.build_model(vocabulary).state_dict())
+    weights = Weights.from_tensors(recipe.build_model(vocabulary).state_dict())
     state = {"step": 2, "vocabulary": vocabulary.fingerprint}
     # One file per tensor: a memory-mapped file counts as memory.
     save_weights(run.checkpoints, 2, weights, state, file_bytes=1)

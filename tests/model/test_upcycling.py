@@ -35,7 +35,7 @@ def build(groups, seed: int = 0, **changes) -> Transformer:
 
 def upcycled_from(seed: Transformer, groups, **changes) -> Transformer:
     model = build(groups, seed=1, **changes)
-    upcycle(Weights.of(seed.state_dict()), seed.config, model)
+    upcycle(Weights.from_tensors(seed.state_dict()), seed.config, model)
     return model
 
 
@@ -75,7 +75,7 @@ def test_a_token_that_one_expert_selects_keeps_the_seeds_output(seed_groups, tex
     before = build(seed_groups, seed=seed).double().eval()
     after = upcycled_from(before, f"moe_{text}t{image}i", experts_implementation="grouped")
     after = after.double().eval()
-    upcycle(Weights.of(before.state_dict()), before.config, after)  # in fp64 too
+    upcycle(Weights.from_tensors(before.state_dict()), before.config, after)  # in fp64 too
     select_in_turn(after)
     tokens = tokens_of(2, 12, seed)
     expected = before(tokens, routing=Routing(mode="causal")).head
@@ -87,7 +87,7 @@ def test_a_token_that_two_experts_select_keeps_it_but_not_one_that_none_selects(
     """Swin norm removes the sum of the scores, but cannot normalise zeros."""
     before = build("moe_1t1i").double().eval()
     after = upcycled_from(before, "moe_2t2i").double().eval()
-    upcycle(Weights.of(before.state_dict()), before.config, after)
+    upcycle(Weights.from_tensors(before.state_dict()), before.config, after)
     tokens = tokens_of(2, 12, 0)
     expected = before(tokens, routing=Routing(mode="causal")).head
     for logit, equal in ((1.0, True), (-1.0, False)):
@@ -223,7 +223,7 @@ def test_a_different_shape_is_refused(key, value):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     seed = build("moe_1t1i")
     with pytest.raises(UserError, match=f"model.{key}: the seed has"):
-        upcycle(Weights.of(seed.state_dict()), seed.config, model)
+        upcycle(Weights.from_tensors(seed.state_dict()), seed.config, model)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
@@ -250,7 +250,7 @@ def test_incompatible_weights_are_refused_before_anything_changes():
     missing = {name: weight for name, weight in state.items() if name != "norm.weight"}
     for broken, message in ((smaller, r"\[30, 16\]"), (missing, "norm.weight")):
         with pytest.raises(UserError, match=message):
-            upcycle(Weights.of(broken), seed.config, model)
+            upcycle(Weights.from_tensors(broken), seed.config, model)
         assert all(torch.equal(before[name], w) for name, w in model.state_dict().items())
 
 

@@ -221,7 +221,7 @@ def test_files_that_the_manifest_does_not_list_are_not_read(tmp_path):
 
 def test_a_stray_rank_file_does_not_make_weights_resumable(tmp_path):
     model, optimizer = make()
-    save_weights(tmp_path, 1, Weights.of(model.state_dict()), {"step": 1})
+    save_weights(tmp_path, 1, Weights.from_tensors(model.state_dict()), {"step": 1})
     path = tmp_path / "step-00000001"
     (path / "rank-0.json").write_text("{}")
     with pytest.raises(UserError, match="has only weights"):

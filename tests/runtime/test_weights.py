@@ -34,13 +34,13 @@ def assert_equal(weights: Weights, expected: dict[str, torch.Tensor]) -> None:
 
 def test_renamed_weights_omit_others():
     values = tensors("a", "b", "c")
-    weights = Weights.of(values).renamed({"a": "b", "b": "x"})
+    weights = Weights.from_tensors(values).renamed({"a": "b", "b": "x"})
     assert_equal(weights, {"b": values["a"], "x": values["b"]})
 
 
 def test_a_union_of_weights_reads_from_both():
     one, other = tensors("a", "b"), tensors("c")
-    joined = Weights.of(one).renamed({"a": "x", "b": "y"}) | Weights.of(other)
+    joined = Weights.from_tensors(one).renamed({"a": "x", "b": "y"}) | Weights.from_tensors(other)
     assert_equal(joined, {"x": one["a"], "y": one["b"], "c": other["c"]})
 
 
@@ -48,7 +48,7 @@ def test_a_union_of_weights_reads_from_both():
 def test_written_weights_can_be_read(tmp_path, file_bytes, files):
     values = tensors("a", "b", "c")
     values["a"] = values["a"].bfloat16().t()  # transposed and of another dtype
-    write_weights(Weights.of(values), tmp_path, file_bytes)
+    write_weights(Weights.from_tensors(values), tmp_path, file_bytes)
     assert len(list(tmp_path.glob("*.safetensors"))) == files
     assert (tmp_path / "model.safetensors.index.json").is_file() == (files > 1)
     assert_equal(open_weights(tmp_path), values)
@@ -57,7 +57,7 @@ def test_written_weights_can_be_read(tmp_path, file_bytes, files):
 @pytest.fixture
 def sharded(tmp_path):
     """Tensors a, b, c in three files with an index."""
-    write_weights(Weights.of(tensors("a", "b", "c")), tmp_path, 128)
+    write_weights(Weights.from_tensors(tensors("a", "b", "c")), tmp_path, 128)
     return tmp_path
 
 
@@ -73,7 +73,7 @@ def test_files_that_the_index_does_not_name_are_ignored(sharded):
 
 
 def test_other_files_beside_a_single_file_are_ignored(tmp_path):
-    write_weights(Weights.of(tensors("a")), tmp_path)
+    write_weights(Weights.from_tensors(tensors("a")), tmp_path)
     save_file({"a": torch.ones(4, 8)}, tmp_path / "old.safetensors")
     assert_equal(open_weights(tmp_path), tensors("a"))
     assert unused_weight_files(tmp_path) == ["old.safetensors"]

@@ -49,7 +49,7 @@ class Budget(NamedTuple):
     span: int
 
     @classmethod
-    def of(cls, config: DataConfig, vocabulary: Vocabulary) -> "Budget":
+    def from_config(cls, config: DataConfig, vocabulary: Vocabulary) -> "Budget":
         """Return the images whose codes make up `image_share` of a micro-batch's positions.
 
         Raises:

@@ -62,7 +62,7 @@ class Batches(grain.DatasetIterator[Batch]):
         super().__init__()
         self._repeat = split == "train" if repeat is None else repeat
         self._config, self._vocabulary, self._world_size = config, vocabulary, world_size
-        self._budget = Budget.of(config, vocabulary)
+        self._budget = Budget.from_config(config, vocabulary)
         self._weights = {source.name: source.weight for source in config.sources}
         opened = open_sources(config.path, self._weights, vocabulary)
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}

@@ -122,7 +122,7 @@ def _check_budget(config: PrepareConfig) -> None:
     # Of a vocabulary that is still to be made, only the sizes are known; the ids are arbitrary.
     sizes = config.text_tokenizer.vocabulary_size, config.codec.codes_per_image
     outline = Vocabulary(sizes[0], 0, 1, 2, 3, 4, (), sizes[1])
-    Budget.of(data, Vocabulary.load(existing) if existing else outline)
+    Budget.from_config(data, Vocabulary.load(existing) if existing else outline)
 
 
 def _warn_changed_sources(folder: DataFolder) -> None:

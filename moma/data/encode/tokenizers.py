@@ -126,7 +126,7 @@ def _copy(source: Tokenizers, folder: DataFolder, image_share: float) -> None:
             f"{source.path}: has no image codec, and image_share is {image_share:g}; make one "
             f"with `{command}`, or set image_share to 0"
         )
-    folder.bind(_prefixed("data.tokenizers", Encoders.of(source).model_dump()))
+    folder.bind(_prefixed("data.tokenizers", Encoders.from_folder(source).model_dump()))
     if not folder.tokenizers.vocabulary.exists():
         source.copy_to(folder.tokenizers)
 

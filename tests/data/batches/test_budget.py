@@ -71,13 +71,13 @@ def packer_of(budget, kinds, text=(), seed=0):
 
 
 def test_a_budget_is_a_whole_number_of_images():
-    assert Budget.of(config_of(0.8), VOCABULARY) == (9, 3, 60, CODES, SPAN)
-    assert Budget.of(config_of(0), VOCABULARY).images == 0
-    assert Budget.of(config_of(0.44444), VOCABULARY).images == 5  # a rounded 4/9
+    assert Budget.from_config(config_of(0.8), VOCABULARY) == (9, 3, 60, CODES, SPAN)
+    assert Budget.from_config(config_of(0), VOCABULARY).images == 0
+    assert Budget.from_config(config_of(0.44444), VOCABULARY).images == 5  # a rounded 4/9
     with pytest.raises(UserError, match=r"0\.31.* 3\.4875 images.*0\.26.* \(3 .*0\.35.* \(4 "):
-        Budget.of(config_of(0.31), VOCABULARY)
+        Budget.from_config(config_of(0.31), VOCABULARY)
     with pytest.raises(UserError, match=r"choose 0\.8 \(9 images\), or .*at most 3 images"):
-        Budget.of(config_of(1.0), VOCABULARY)
+        Budget.from_config(config_of(1.0), VOCABULARY)
 
 
 def test_enough_of_both_is_accepted():
