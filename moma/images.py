@@ -61,7 +61,6 @@ def read_image(
     The first frame of an animation is read. An SVG file is drawn within 512 × 512 pixels.
 
     Args:
-        file: the file, or its content.
         location: where it is named, for messages.
         remedy: what to do other than to repair the image, for messages.
         max_pixels: maximum pixels of the first frame.

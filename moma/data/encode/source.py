@@ -5,7 +5,6 @@ document that cannot be encoded is rejected with the reason; the others are not 
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -67,14 +66,12 @@ def encode_source(
     Args:
         encode_text: texts → their token ids, none of them special or of an image; called in
             threads.
-        encode_images: preprocessed images → codes, integers of shape [images, codes_per_image].
-            None if there is no codec.
+        encode_images: preprocessed images → codes, integers of shape [images, codes_per_image];
+            None without a codec.
         held_out_share: fraction of the documents held out, unless the source itself decides.
         folder: the source's own folder; replaced if it was made from something else.
         encoders: fingerprints of tokenizer and codec: shards of others are replaced.
-        limits: limits of a file's size and of rejected documents.
         reader: reads the images; by default in this process, as RGB arrays.
-        codec_in_thread: whether images are encoded in a thread of their own.
         progress: called with what has been encoded so far, at the start and after each chunk.
 
     Raises:
@@ -92,11 +89,8 @@ def encode_source(
     if info is not None:
         _check_rejected(source, info.whole, limits, folder)
         return info
-    with ExitStack() as stack:
-        reader = reader or stack.enter_context(ImageReader(to_rgb, workers=0))
-        encoder = stack.enter_context(
-            Encoder(encode_text, encode_images, vocabulary, codec_in_thread)
-        )
+    reader = reader or ImageReader(to_rgb, workers=0)
+    with Encoder(encode_text, encode_images, vocabulary, codec_in_thread) as encoder:
         shards = PartialShards(folder, origin, vocabulary)
         if limits.exceeded(shards.done):
             shards.drop_rejected()  # they may have been fixed
