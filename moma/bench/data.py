@@ -259,7 +259,7 @@ def _read_png(data: bytes) -> Image.Image:
 
 
 class _Compared(NamedTuple):
-    """Median seconds of `moma`'s way and of the reference, and the median ratio of the latter."""
+    """Median seconds of `moma` and of the reference, and the median of their ratios by round."""
 
     ours: float
     reference: float

@@ -228,7 +228,7 @@ class DataFolder:
             self._update(encoders=Encoders(**kept))
 
     def _fingerprint(self, source: Source) -> str:
-        # Computed once: it may have to look at every file of the source.
+        # Computed once: it may look at every file of the source.
         if source.name not in self._fingerprints:
             held_out = held_out_share(source, self.data.held_out)
             self._fingerprints[source.name] = source_fingerprint(source, held_out)

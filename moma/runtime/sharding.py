@@ -78,7 +78,7 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=config.compute_dtype(world.device),
         reduce_dtype=DTYPES[config.reduce],
-        # Activations have that dtype already; rotary angles have to stay fp32.
+        # Activations have that dtype already; rotary angles must stay fp32.
         cast_forward_inputs=False,
     )
     mesh, ranks = world.mesh, world.size // config.replicate

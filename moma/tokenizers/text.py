@@ -40,7 +40,7 @@ class TextTokenizerConfig(Config):
 
     Attributes:
         vocabulary_size: number of ids: text, special ids and image codes together (MoMa §2.1).
-        max_documents: number of documents of each source to train on, from the first on.
+        max_documents: maximum number of documents of each source to train on.
         reserved: number of unused ids `<reserved:N>`, for later modalities; by default 256 in a
             vocabulary of 65,536 or more and none in a smaller one.
     """

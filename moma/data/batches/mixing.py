@@ -152,8 +152,8 @@ class DocumentStream(Iterator[EncodedDocument]):
         Args:
             state: from `get_state` or `reshard_stream`: `base`, of each pool, how many documents
                 were assigned before the world size last changed; `taken`, how many this rank has
-                taken since; `leftover`, pool and number of each of the former that is still to be
-                read.
+                taken since; `leftover`, pool and number of each document assigned before that
+                is still to be read.
         """
         self._base, self._taken = list(state["base"]), list(state["taken"])
         # A single pass has no documents past the end of the pool.

@@ -52,7 +52,7 @@ class Corpus:
 
         Args:
             held_out: fraction held out, for sources that do not set their own.
-            max_documents: maximum documents of each source, from the first on.
+            max_documents: maximum number of documents of each source.
             max_rejected: maximum fraction of a source's documents that may be rejected.
             check_images: whether documents with missing image files count as rejected; they are
                 used nevertheless, since the file may exist when it is read.

@@ -215,11 +215,11 @@ def _array_items(path: str, text: io.TextIOWrapper) -> Iterator[Any]:
         position = cast(re.Match[str], _BETWEEN_ITEMS.match(buffer, position)).end()
         if buffer.startswith("]", position):
             if (buffer[position + 1 :] + text.read(MAX_ROW_BYTES)).strip():
-                raise UserError(f"{path}: goes on after its JSON array; write one row in a line")
+                raise UserError(f"{path}: has text after its JSON array; write one row in a line")
             return
         try:
             item, end = JSON_DECODER.raw_decode(buffer, position)
-            # A number or a literal may go on in the next chunk.
+            # A number or a literal may continue in the next chunk.
             if end == len(buffer) and not is_whole:
                 raise ValueError("the chunk ends")
         except (ValueError, RecursionError) as error:

@@ -187,11 +187,10 @@ class WebDatasetConfig(CaptionReaderConfig):
 
 
 def _merge(name: str, samples: Iterator[_Sample]) -> Iterator[_Sample]:
-    """Yield the samples whose names start with `name` up to the first dot.
+    """Yield the samples that share a `name` up to the first dot, which to WebDataset are one.
 
-    For WebDataset they are one sample: here too, if `name` itself has an image and a caption, which
-    makes incomplete ones its further files. Of `clip.0001.jpg` and `clip.0001.txt`, each pair is a
-    sample.
+    Here, too, incomplete samples are further files of `name` if that has an image and a caption.
+    But every pair such as `clip.0001.jpg` and `clip.0001.txt` is a sample of its own.
     """
     main: _Sample | None = None
     incomplete: list[_Sample] = []

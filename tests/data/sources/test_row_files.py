@@ -125,7 +125,7 @@ def test_a_long_json_array_is_read_item_by_item(tmp_path):
         ('[{"text": "a"}, {"text": }]', "row 2: not valid JSON"),
         ('[{"text": "a"}, {"text": "b"}', "row 3: not valid JSON"),
         ('{\n"text": [\n', "not valid JSON"),
-        ('[{"text": "a"}]\n[{"text": "b"}]\n', "goes on after its JSON array"),
+        ('[{"text": "a"}]\n[{"text": "b"}]\n', "has text after its JSON array"),
     ],
 )
 def test_a_broken_json_file_is_an_error(tmp_path, data, message):
