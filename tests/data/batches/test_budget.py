@@ -169,7 +169,7 @@ def test_images_that_never_fit_beside_their_text_are_found_by_packing():
     budget = budget_of(2, 4, SPAN)
     accept(budget, [with_images((32, 2), (32, 2))])
     text = iter(lambda: EncodedDocument("b", 0, np.full(50, 6)), None)
-    with pytest.raises(UserError, match=r"10000 documents wait .* room for 0 in the fullest .*low"):
+    with pytest.raises(UserError, match=r"10001 documents wait .* room for 0 in the fullest .*low"):
         check_packing(budget, 16, 0.005, packer_of(budget, [(32, 2)], text))
 
 
