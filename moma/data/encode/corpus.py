@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moma.data.documents import Document, ImageRef, Rejected, Source, held_out_share, is_held_out
 from moma.data.encode.chunks import CHUNK_DOCUMENTS, reject_unencodable
-from moma.data.encode.rejected import no_documents, too_many_rejected
+from moma.data.encode.rejected import all_held_out, no_documents, too_many_rejected
 from moma.errors import StorageError, UserError, shorten
 from moma.tokenizers.image.codec import preprocess
 
@@ -82,10 +82,7 @@ class Corpus:
         if self.documents:
             return
         if self.other_documents:
-            raise UserError(
-                f"all {self.other_documents:,} documents are held out, so nothing is left for "
-                "training; lower data.held_out, or the held_out of a source"
-            )
+            raise all_held_out(self.other_documents)
         first = f"; the first: {self.first_rejected.message}" if self.first_rejected else ""
         raise UserError(f"there is no document to train on{first}; check the sources")
 

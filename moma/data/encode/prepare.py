@@ -21,6 +21,7 @@ from moma.data.config import PrepareConfig
 from moma.data.documents import Source, held_out_share
 from moma.data.encode.parts import copy_rejected
 from moma.data.encode.read_ahead import ImageReader
+from moma.data.encode.rejected import all_held_out
 from moma.data.encode.source import Limits, encode_source
 from moma.data.encode.tokenizers import provide_tokenizers
 from moma.data.provenance import DataFolder
@@ -97,7 +98,9 @@ def prepare(
         vocabulary = provide_tokenizers(config, folder, device, quiet)
         _warn_changed_sources(folder)
         infos = _encode_all(folder, vocabulary, device, quiet, workers)
-    _require_training_documents(infos)
+    counts = _together(infos).counts
+    if not counts["train"].documents:
+        raise all_held_out(counts["held_out"].documents)
     _check_packing(config, vocabulary)
     return Prepared(vocabulary, infos)
 
@@ -133,15 +136,6 @@ def _warn_changed_sources(folder: DataFolder) -> None:
             "to train new ones, choose another data.path; a run keeps the documents it began with: "
             "train on these with another run=…",
             file=sys.stderr,
-        )
-
-
-def _require_training_documents(infos: dict[str, ShardInfo]) -> None:
-    counts = _together(infos).counts
-    if not counts["train"].documents:
-        raise UserError(
-            f"all {counts['held_out'].documents:,} documents are held out, so nothing is left for "
-            "training; lower data.held_out, or the held_out of a source"
         )
 
 

@@ -1,4 +1,4 @@
-"""Rejected documents: lines of `rejected.jsonl`, and the error if there are too many."""
+"""Rejected documents: lines of `rejected.jsonl`, and errors if too few documents are left."""
 
 import json
 import re
@@ -54,6 +54,14 @@ def too_many_rejected(
     return UserError(
         f"source '{source}': {count} of {read} documents were rejected, more than "
         f"data.max_rejected = {limit:g} allows; {which}: {examples[kind]}{listing}; {advice}"
+    )
+
+
+def all_held_out(documents: int) -> UserError:
+    """Return the error about documents of which none is left to train on."""
+    return UserError(
+        f"all {documents:,} documents are held out, so nothing is left for training; lower "
+        "data.held_out, or the held_out of a source"
     )
 
 
