@@ -51,7 +51,7 @@ def test_random_documents_equal_a_slow_reference(documents, chunk):
         patch.setattr(chunks, "CHUNK_DOCUMENTS", chunk)
         call = partial(run, Path(folder) / "shard", Given(*rows), share=0)
         if not expected:
-            with pytest.raises(UserError, match="it has no documents"):
+            with pytest.raises(UserError, match="there are no documents"):
                 call(limits=Limits(max_rejected=1))
             return
         info = call(limits=Limits(max_rejected=1))
