@@ -11,72 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tomli_w
 from PIL import Image
 
 from moma.cli import root as cli
-
-RECIPE = """
-seed = 3
-run = "{folder}/run"
-
-[text_tokenizer]
-vocabulary_size = 300
-
-[codec]
-image_size = 32
-patch = 4
-block_channels = [8, 16]
-layers_per_block = 1
-latent_channels = 8
-code_channels = 8
-codebook_size = 16
-encoder_middle = false
-middle_attention = false
-norm_groups = 4
-
-[codec_training]
-steps = 4
-batch_size = 4
-warmup_steps = 1
-quantizer_start_step = 2
-
-[data]
-path = "{folder}/data"
-micro_batch_size = 2
-sequence_length = 64
-image_share = 0.5
-held_out = 0.3
-
-[[data.sources]]
-kind = "captions"
-path = "{folder}/images"
-
-[[data.sources]]
-kind = "text"
-path = "{folder}/words.txt"
-
-[model]
-groups = "moe_2t2i"
-dim = 32
-layers = 2
-heads = 2
-
-[pretrain]
-steps = 4
-log_every = 2
-checkpoint_every = 2
-compile = false
-
-[pretrain.optimizer]
-learning_rate = 1e-3
-warmup = 1
-
-[aux_router]
-steps = 2
-log_every = 1
-checkpoint_every = 1
-compile = false
-"""
+from tests.factories import values_of_recipe, write_captions, write_paragraphs
 
 
 class Outcome(NamedTuple):
@@ -125,21 +64,17 @@ def refuses(*arguments: object) -> str:
 def make_input(folder: Path) -> Path:
     """Write twelve images with captions, a text, and a recipe for them."""
     draw = random.Random(0)
-    images = folder / "images"
-    images.mkdir()
-    rows = []
+    images = {}
     for number in range(12):
         colour = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
-        image = Image.new("RGB", (40, 32), colour)
+        images[f"{number}.png"] = image = Image.new("RGB", (40, 32), colour)
         image.paste((255, 255, 255), (number, 4, number + 20, 24))
-        image.save(images / f"{number}.png")
-        rows.append({"image": f"{number}.png", "caption": f"box {number}"})
-    write_rows(folder, rows)
+    write_captions(folder / "images", {f"{n}.png": f"box {n}" for n in range(12)}, images)
     words = ["red", "green", "rocket", "left", "of", "an", "apple", "schön"]
-    paragraphs = [" ".join(draw.choices(words, k=12)) for _ in range(20)]
-    (folder / "words.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
+    paragraphs = (" ".join(draw.choices(words, k=12)) for _ in range(20))
+    write_paragraphs(folder / "words.txt", paragraphs)
     recipe = folder / "recipe.toml"
-    recipe.write_text(RECIPE.format(folder=folder))
+    recipe.write_text(tomli_w.dumps(values_of_recipe(folder)))
     return recipe
 
 

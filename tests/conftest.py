@@ -14,7 +14,6 @@ import pytest
 # Only what is light: the process that distributes the tests also imports this file.
 pytest.register_assert_rewrite("tests.command_line", "tests.factories")
 from moma.progress import show_log_messages  # noqa: E402
-from tests import command_line  # noqa: E402
 
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
@@ -83,4 +82,6 @@ def tiny_run(tiny: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with prepared data, a run and its routers; do not modify it."""
+    from tests import command_line
+
     return command_line.train(tmp_path_factory.mktemp("trained"))

@@ -8,7 +8,7 @@ documents     `ListSource`
 files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
               `write_sources` (captions and text for `tiny_recipe`)
 operations    `OperationCounter`
-recipes       `tiny_recipe`, `write_recipe`, `write_minimal_recipe`
+recipes       `tiny_recipe`, `values_of_recipe`, `write_recipe`, `write_minimal_recipe`
               (with only the required keys)
 tokens        `make_segments`, `make_context` (what layers know of packed documents)
 """
@@ -232,6 +232,37 @@ def write_minimal_recipe(folder: Path) -> Path:
     path = folder / "recipe.toml"
     path.write_text(_MINIMAL)
     return path
+
+
+def values_of_recipe(folder: Path) -> dict[str, Any]:
+    """The values of a user's recipe for `images`, with captions, and `words.txt` in a folder."""
+    stage = {"steps": 4, "log_every": 2, "checkpoint_every": 2, "compile": False}
+    return {
+        "seed": 3,
+        "run": f"{folder}/run",
+        "text_tokenizer": {"vocabulary_size": 300},
+        "codec": CODEC | {"image_size": 32, "block_channels": [8, 16]},
+        "codec_training": {
+            "steps": 4,
+            "batch_size": 4,
+            "warmup_steps": 1,
+            "quantizer_start_step": 2,
+        },
+        "data": {
+            "path": f"{folder}/data",
+            "micro_batch_size": 2,
+            "sequence_length": 64,
+            "image_share": 0.5,
+            "held_out": 0.3,
+            "sources": [
+                {"kind": "captions", "path": f"{folder}/images"},
+                {"kind": "text", "path": f"{folder}/words.txt"},
+            ],
+        },
+        "model": {"groups": "moe_2t2i", "dim": 32, "layers": 2, "heads": 2},
+        "pretrain": {**stage, "optimizer": {"learning_rate": 1e-3, "warmup": 1}},
+        "aux_router": {**stage, "steps": 2, "log_every": 1, "checkpoint_every": 1},
+    }
 
 
 def tiny_recipe(sources: Path, data: Path, **changes: Any) -> Recipe:

@@ -10,7 +10,7 @@ from PIL import Image
 from moma.data.encode.prepare import prepare
 from moma.recipe import check
 from moma.train.recipe import Recipe
-from tests.factories import CODEC
+from tests.factories import CODEC, values_of_recipe
 
 WORDS = ["red", "green", "rocket", "left", "of", "an", "apple", "schön"]
 
@@ -33,31 +33,11 @@ def make_recipe(folder: Path, rows: int, data: str = "data", **changes) -> Recip
         (images / "captions.jsonl").write_text("\n".join(lines) + "\n")
         paragraphs = [" ".join(draw.choices(WORDS, k=12)) for _ in range(rows)]
         (folder / "words.txt").write_text("\n\n".join(paragraphs), encoding="utf-8")
-    sources = [
-        {"kind": "captions", "path": str(images)},
-        {"kind": "text", "path": str(folder / "words.txt")},
-    ]
-    values = {
-        "seed": 3,
-        "text_tokenizer": {"vocabulary_size": 300},
-        "codec": CODEC,
-        "codec_training": {
-            "steps": 4,
-            "batch_size": 4,
-            "warmup_steps": 1,
-            "quantizer_start_step": 2,
-        },
-        "data": {
-            "path": str(folder / data),
-            "micro_batch_size": 2,
-            "sequence_length": 64,
-            "image_share": 0.25,
-            "held_out": 0.2,
-            "max_rejected": 0.05,
-            "sources": sources,
-            **changes,
-        },
-    }
+    values = values_of_recipe(folder)
+    del values["aux_router"], values["model"], values["pretrain"], values["run"]
+    values["codec"] = CODEC
+    limits = {"held_out": 0.2, "image_share": 0.25, "max_rejected": 0.05}
+    values["data"] |= {"path": str(folder / data), **limits, **changes}
     return check(Recipe, values, "test")
 
 

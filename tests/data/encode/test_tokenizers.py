@@ -88,6 +88,13 @@ def test_keys_may_change_until_a_tokenizer_is_trained(tmp_path):
     run(recipe)
 
 
+def test_tokenizers_are_trained_on_max_documents(made):
+    recipe = with_changes(recipe_in(made, "few"), "text_tokenizer", max_documents=9)
+    run(with_changes(recipe, "codec_training", max_documents=9))
+    for name in ("tokenizer.json", "codec/model.safetensors"):
+        assert (made / "few" / name).read_bytes() != (made / "prepared" / name).read_bytes()
+
+
 # Copied
 
 
