@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.attention import varlen
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.overrides import TorchFunctionMode
 
 from moma.model.attention_kernels import (
     AttentionKernel,
@@ -178,6 +180,32 @@ def test_varlen_attention_compiles_to_one_graph_on_fake_tensors():
     results = [function(*parts, segments.id_RS) for function in (attend, compiled)]
     torch.testing.assert_close(*results)
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), parts) for y in results))
+
+
+class _AttentionCalls(TorchFunctionMode):
+    """Records the shapes of queries and keys, and the options, of attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[torch.Size, torch.Size, dict[str, Any]]] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is functional.scaled_dot_product_attention:
+            self.calls.append((args[0].shape, args[1].shape, kwargs))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_grouped_queries_with_a_mask_use_no_kernel_that_stores_all_products(is_whole):
+    """On a GPU only the math kernel takes a mask and fewer key heads than query heads."""
+    segments = Segments(torch.tensor([[0, 0, 1, 1, 1, 2]]), 8, 6, is_whole)
+    query, key, value = (x.detach().float() for x in inputs(segments.id_RS.shape, (4, 2), width=16))
+    kernel = MaskedAttention()
+    with _AttentionCalls() as recorded, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        kernel(query, key, value, kernel.layout(segments, torch.float32))
+    ((query_shape, key_shape, options),) = recorded.calls
+    is_grouped = query_shape[1] != key_shape[1] or options["enable_gqa"]
+    assert is_grouped == is_whole == (options["attn_mask"] is None)
 
 
 def test_a_mask_of_another_dtype_is_refused():
