@@ -199,12 +199,13 @@ class MixtureOfExperts(nn.Module):
         self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; also return the diagnostics of the routers."""
-        total_ND, diagnostics = self._sum(x_BSD.flatten(0, 1), modality_BS.flatten(), routing)
+        total_ND, diagnostics = self.sum_groups(x_BSD.flatten(0, 1), modality_BS.flatten(), routing)
         return total_ND.to(x_BSD.dtype).view_as(x_BSD), diagnostics
 
-    def _sum(
+    def sum_groups(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
+        """Sum the outputs of all groups, [N, D]; also return the diagnostics of the routers."""
         total_ND = zero_total(x_ND) if len(self.groups) > 1 else None
         diagnostics: list[Diagnostics] = []
         for group in self.groups:

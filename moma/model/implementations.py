@@ -9,8 +9,7 @@
 Shapes: see `layers.py`; T is the number of flattened slots of all experts.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -35,24 +34,12 @@ ImplementationName = Literal["sequential", "batched", "grouped"]
 
 
 class JointMixtureOfExperts(MixtureOfExperts):
-    """A feed-forward that computes its groups together (`batched`, `grouped`).
+    """A feed-forward that computes its groups together; parameters stay in the groups."""
 
-    Args:
-        groups: the groups; parameters stay in them, under the same names.
-        add_outputs: adds the outputs of several groups' experts to a total [N, D].
-    """
-
-    def __init__(
-        self,
-        groups: Sequence[ExpertGroup | DenseGroup],
-        add_outputs: Callable[[Tensor, Tensor, Sequence[ExpertInputs]], Tensor],
-    ):
-        super().__init__(groups)
-        self.add_outputs = add_outputs
-
-    def _sum(
+    def sum_groups(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
+        """See `MixtureOfExperts`."""
         inputs: list[ExpertInputs] = []
         diagnostics: list[Diagnostics] = []
         for group in self.groups:
@@ -66,34 +53,62 @@ class JointMixtureOfExperts(MixtureOfExperts):
                 total_ND, _ = group(x_ND, modality_N, routing, total_ND)
         return total_ND, diagnostics
 
+    def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
+        """Equation 1 for several groups: add their experts' outputs to a total [N, D]."""
+        raise NotImplementedError
+
     def units(self) -> list[nn.Module]:
         """No separate units: all weights are needed at once."""
         return []
+
+
+class BatchedExperts(JointMixtureOfExperts):
+    """Groups of equal capacity in one batched product."""
+
+    def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
+        """See `JointMixtureOfExperts`."""
+        by_capacity: dict[int, list[ExpertInputs]] = {}
+        for group in inputs:
+            by_capacity.setdefault(group.selection.index_EK.shape[1], []).append(group)
+        for groups in by_capacity.values():
+            total_ND = add_expert_outputs(total_ND, x_ND, _concatenate(groups))
+        return total_ND
+
+
+class GroupedExperts(JointMixtureOfExperts):
+    """All experts in one grouped product; groups may differ in number of experts and capacity."""
+
+    def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
+        super().__init__(groups)
+        routed = [group for group in groups if isinstance(group, ExpertGroup)]
+        # Single-expert groups together hold at most this many times N tokens.
+        self.single_expert_overlap = max_groups_per_modality(
+            group.modalities for group in routed if group.num_experts == 1
+        )
+
+    def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
+        """See `JointMixtureOfExperts`."""
+        gate, up, down, _ = zip(*inputs, strict=True)
+        max_single_tokens = self.single_expert_overlap * len(x_ND)
+        (index_T, _, score_T), end_E = _flatten_slots(inputs, max_single_tokens)
+        x_TD = gather(x_ND, index_T)
+        gate_TF, up_TF = (grouped_product(x_TD, weights, end_E) for weights in (gate, up))
+        ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E)
+        return scatter_add(total_ND, index_T, score_T[:, None] * ffn_TD)
 
 
 def build_experts(
     groups: Sequence[ExpertGroup | DenseGroup], implementation: ImplementationName
 ) -> MixtureOfExperts:
     """Build the feed-forward of a layer; parameter names do not depend on the implementation."""
-    expert_groups = [group for group in groups if isinstance(group, ExpertGroup)]
-    if implementation == "sequential" or not expert_groups:
+    if not any(isinstance(group, ExpertGroup) for group in groups):
         return MixtureOfExperts(groups)
-    if implementation == "batched":
-        return JointMixtureOfExperts(groups, add_batched_outputs)
-    single = [group.modalities for group in expert_groups if group.num_experts == 1]
-    overlap = max_groups_per_modality(single)
-    add_outputs = partial(add_grouped_outputs, single_expert_overlap=overlap)
-    return JointMixtureOfExperts(groups, add_outputs)
-
-
-def add_batched_outputs(total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
-    """Equation 1 for several groups, those of equal capacity in one batched product."""
-    by_capacity: dict[int, list[ExpertInputs]] = {}
-    for group in inputs:
-        by_capacity.setdefault(group.selection.index_EK.shape[1], []).append(group)
-    for groups in by_capacity.values():
-        total_ND = add_expert_outputs(total_ND, x_ND, _concatenate(groups))
-    return total_ND
+    classes = {
+        "sequential": MixtureOfExperts,
+        "batched": BatchedExperts,
+        "grouped": GroupedExperts,
+    }
+    return classes[implementation](groups)
 
 
 def _concatenate(inputs: Sequence[ExpertInputs]) -> ExpertInputs:
@@ -104,32 +119,12 @@ def _concatenate(inputs: Sequence[ExpertInputs]) -> ExpertInputs:
     return ExpertInputs(torch.cat(gate), torch.cat(up), torch.cat(down), selection)
 
 
-def add_grouped_outputs(
-    total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs], single_expert_overlap: int
-) -> Tensor:
-    """Equation 1 for all experts in one grouped product; returns the new total [N, D].
-
-    Args:
-        total_ND: outputs of other experts, to add to.
-        x_ND: tokens.
-        inputs: groups, which may differ in number of experts and in capacity.
-        single_expert_overlap: largest number of single-expert groups that process the same
-            modality. Together such groups hold at most that many times N tokens.
-    """
-    gate, up, down, _ = zip(*inputs, strict=True)
-    (index_T, _, score_T), end_E = _flatten_slots(inputs, single_expert_overlap * len(x_ND))
-    x_TD = gather(x_ND, index_T)
-    gate_TF, up_TF = (grouped_product(x_TD, weights, end_E) for weights in (gate, up))
-    ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E)
-    return scatter_add(total_ND, index_T, score_T[:, None] * ffn_TD)
-
-
 def _flatten_slots(
-    inputs: Sequence[ExpertInputs], single_expert_tokens: int
+    inputs: Sequence[ExpertInputs], max_single_tokens: int
 ) -> tuple[Selection, Tensor]:
     """Flatten the slots of all experts, expert after expert.
 
-    If single-expert groups have more slots than `single_expert_tokens`, the surplus of empty slots
+    If single-expert groups have more slots than `max_single_tokens`, the surplus of empty slots
     is dropped. Empty slots that remain, to keep the shape static, come last.
 
     Returns:
@@ -141,7 +136,7 @@ def _flatten_slots(
     )
     slots = len(flat_T.index_EK)
     single_expert_slots = sum(s.index_EK.numel() for s in selections if len(s.index_EK) == 1)
-    kept = slots - max(0, single_expert_slots - single_expert_tokens)
+    kept = slots - max(0, single_expert_slots - max_single_tokens)
     if kept == slots:
         counted_EK = [torch.ones_like(s.index_EK) for s in selections]
     else:
