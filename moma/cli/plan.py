@@ -1,6 +1,7 @@
 """`moma plan`: the cost of a recipe."""
 
 from collections.abc import Mapping
+from itertools import takewhile
 from typing import Annotated, Any
 
 from typer import Context, Option
@@ -105,7 +106,7 @@ def _caption(result: dict[str, Any]) -> str:
 def _memory(result: dict[str, Any]) -> Table:
     memory, machine = result["memory"], result["machine"]
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
-    parts = ("parameters", "gradients", "optimizer", "gathered_units", "activations")
+    parts = takewhile(lambda key: key != "total", memory)
     rows = [(part.replace("_", " "), _scaled(memory[part], _BYTES)) for part in parts]
     return Table(
         f"memory of one of {machine['gpus']:,} GPUs",

@@ -13,7 +13,13 @@ from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.plan.activations import activation_bytes
 from moma.plan.counts import plan
-from moma.plan.memory import gathered_bytes, held_bytes, meta_model, unit_elements
+from moma.plan.memory import (
+    accumulated_bytes,
+    gathered_bytes,
+    held_bytes,
+    meta_model,
+    unit_elements,
+)
 from moma.recipe import Config
 from moma.runtime.sharding import DTYPES
 from moma.train.recipe import Recipe
@@ -75,6 +81,7 @@ def _memory(model: Transformer, recipe: Recipe, ranks: int, machine: Machine) ->
     totals = [sum(parts.values()) for parts in held]
     largest = totals.index(max(totals))
     parts = held[largest] | {
+        "accumulated_gradients": accumulated_bytes(model, recipe, ranks),
         "gathered_units": gathered_bytes(model, recipe, ranks, _GPU),
         "activations": activation_bytes(recipe, _GPU),
     }
@@ -116,6 +123,7 @@ def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, 
     the data. Between replicas, gradients are all-reduced, which sends twice as much.
     """
     engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
+    reductions = 1 if engine.reduce_once else times
     size, sent = engine.compute_dtype(_GPU).itemsize, DTYPES[engine.reduce].itemsize
     root, units = unit_elements(model)
     trained = held_bytes(model, 1, recipe.pretrain.optimizer)[0]["gradients"] / 4
@@ -123,5 +131,5 @@ def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, 
     between_copies = 2 * (engine.replicate - 1) / engine.replicate / ranks
     return {
         "gathered": times * ring * size * (root + 2 * sum(units)),
-        "reduced": times * sent * trained * (ring + between_copies),
+        "reduced": reductions * sent * trained * (ring + between_copies),
     }

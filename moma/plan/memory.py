@@ -84,6 +84,15 @@ def gathered_bytes(model: Transformer, recipe: Recipe, ranks: int, device: torch
     return 2 * root * size + two * size + max(units, default=0) * (size + sent)
 
 
+def accumulated_bytes(model: nn.Module, recipe: Recipe, ranks: int) -> int:
+    """Return the bytes of the unsharded gradients that a rank holds between micro-batches."""
+    engine = recipe.engine
+    if ranks == 1 or not engine.reduce_once or recipe.pretrain.gradient_accumulation_steps == 1:
+        return 0
+    size = max(DTYPES[engine.reduce].itemsize, DTYPES[engine.compute or "bf16"].itemsize)
+    return size * _elements(p for p in model.parameters() if p.requires_grad)
+
+
 def unit_elements(model: Transformer) -> tuple[int, list[int]]:
     """Return the elements of the root unit, and of the others in the order of gathering."""
     remaining, sizes = set(model.parameters()), []

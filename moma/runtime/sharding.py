@@ -26,6 +26,8 @@ class EngineConfig(Config):
         compute: dtype of matrix products; by default bf16 on a GPU and fp32 on a CPU. Weights,
             optimizer state and router scores are always fp32.
         reduce: dtype in which gradients are summed over ranks.
+        reduce_once: whether gradients are summed over ranks once per step, instead of after each
+            micro-batch of `gradient_accumulation_steps`; a rank then holds all of them unsharded.
         replicate: number of replicas of the sharded model. 1 shards it over all ranks; with more,
             each replica is sharded over a part of the ranks, for example a node, and gradients
             are summed over replicas (hybrid sharding).
@@ -41,6 +43,7 @@ class EngineConfig(Config):
     compute: DTypeName | None = None
     reduce: DTypeName = "fp32"
     replicate: int = Field(1, ge=1)
+    reduce_once: bool = True
     recompute: Recompute = "none"
     step_size: Literal["kept", "grows"] = "kept"
     timeout: float = Field(600, gt=0)
@@ -109,6 +112,11 @@ def fill(parameter: Tensor, values: Tensor) -> None:
             # Ranks beyond the last shard hold nothing.
             values = parts[own] if own < len(parts) else values.narrow(placement.dim, 0, 0)
     parameter.to_local().copy_(values)
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor; all of it if not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_dimension(parameter: Tensor, ranks: int) -> int:

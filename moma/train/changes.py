@@ -21,6 +21,7 @@ _RESUMABLE = (
     "data.path",
     "data.workers",
     "data.prefetch",
+    "engine.reduce_once",
     "engine.replicate",
     "engine.recompute",
     "engine.step_size",

@@ -155,10 +155,17 @@ def make_step(
 ) -> Step:
     """The optimizer step of the recipe's stage, with new optimizers."""
     keep_freed_memory(world.device)
-    config, dtype = recipe.stage_config.optimizer, recipe.engine.compute_dtype(world.device)
-    optimizers = make_optimizers(model, config)
-    loss_function = loss_function_of(recipe, world.device)
-    return Step(model, optimizers, loss_function, config.clip, world, monitor, dtype)
+    config, engine = recipe.stage_config.optimizer, recipe.engine
+    return Step(
+        model,
+        make_optimizers(model, config),
+        loss_function_of(recipe, world.device),
+        config.clip,
+        world,
+        monitor,
+        engine.compute_dtype(world.device),
+        engine.reduce_once,
+    )
 
 
 def model_counts(recipe: Recipe, vocabulary_size: int) -> ModelCounts:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from moma.model.layers import upcast
 from moma.model.routers import RouterRecord
 from moma.model.transformer import Transformer
+from moma.runtime.sharding import local_part
 
 # Substrings of a parameter's name that determine its kind; the first match counts.
 _KINDS = {
@@ -49,9 +49,8 @@ class Statistics:
         squares: dict[str, list[Tensor]] = {}
         for name, parameter in self._model.named_parameters():
             if (grad := parameter.grad) is not None:
-                local = grad.to_local() if isinstance(grad, DTensor) else grad
                 kind = next(kind for kind, part in _KINDS.items() if part in f".{name}")
-                squares.setdefault(kind, []).append(upcast(local).square().sum())
+                squares.setdefault(kind, []).append(upcast(local_part(grad)).square().sum())
         for kind, parts in squares.items():
             self.sums[f"gradient {kind}"] = torch.stack(parts).sum() / self._replicas
 

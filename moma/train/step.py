@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from moma.model.layers import upcast
 from moma.model.routers import RouterRecord
 from moma.model.routing import Routing
 from moma.model.transformer import Head, ModelOutput, Transformer, no_head
+from moma.runtime.sharding import local_part
 from moma.runtime.world import World
 from moma.train.cross_entropy import TokenLosses, cross_entropy_chunk, linear_cross_entropy
 from moma.train.monitor import LossMonitor
@@ -60,11 +62,12 @@ LossFunction = Callable[[Transformer, DeviceBatch], LossOutput]
 
 
 def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
-    """Copy a micro-batch to the device."""
+    """Copy a micro-batch to the device; a GPU does so without making the host wait."""
     arrays = (batch.tokens_BS, batch.labels_BS, batch.document_ids_BS, batch.positions_BS)
-    tokens_BS, labels_BS, document_ids_BS, positions_BS = (
-        torch.from_numpy(array).long().to(device, non_blocking=True) for array in arrays
-    )
+    host_4BS = torch.from_numpy(np.stack(arrays))
+    if device.type == "cuda":
+        host_4BS = host_4BS.pin_memory()
+    tokens_BS, labels_BS, document_ids_BS, positions_BS = host_4BS.to(device, non_blocking=True)
     changes = np.count_nonzero(batch.document_ids_BS[:, 1:] != batch.document_ids_BS[:, :-1])
     found = len(batch.document_ids_BS) + changes
     # A power of two, so that compiled layers see few different bounds.
@@ -177,6 +180,7 @@ class Step:
         world: World,
         monitor: LossMonitor | None = None,
         compute_dtype: torch.dtype | None = None,
+        reduces_once: bool = True,
     ):
         """Create the step.
 
@@ -188,10 +192,13 @@ class Step:
             world: the ranks.
             monitor: checks each step, and may skip it.
             compute_dtype: of an unsharded model's matrix products; by default bf16 on a GPU.
+            reduces_once: whether the gradients of a sharded model are summed over ranks after the
+                last micro-batch only.
         """
         self.model, self.loss_function = model, loss_function
         self.optimizers = tuple(optimizers)
         self.max_norm, self.world, self.monitor = max_norm, world, monitor
+        self._accumulating = model if reduces_once and isinstance(model, FSDPModule) else None
         on_gpu = world.device.type == "cuda"
         self._is_bf16 = compute_dtype == torch.bfloat16 if compute_dtype else on_gpu
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -217,10 +224,12 @@ class Step:
         targets = sums[2].sum().clamp(min=1)
         # FSDP averages gradients over ranks; the loss is a mean over the targets of all ranks.
         scale = self.world.size / targets
+        gradients = []
         for name, parameter in self.trainable.items():
             if parameter.grad is None:
                 raise RuntimeError(f"{name}: took no part in the step")
-            parameter.grad.mul_(scale)
+            gradients.append(local_part(parameter.grad))
+        torch._foreach_mul_(gradients, scale)
         if statistics is not None:
             statistics.add_gradients()
         norm = self._clip_gradient()
@@ -254,15 +263,18 @@ class Step:
         """
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
-        for batch in batches:
-            on_device = to_device(batch, self.world.device)
+        # Copied before the first is computed, which they overlap with.
+        on_device = [to_device(batch, self.world.device) for batch in batches]
+        for number, batch in enumerate(on_device, 1):
+            if self._accumulating is not None:
+                self._accumulating.set_requires_gradient_sync(number == len(batches))
             with self.autocast():
-                losses = self.loss_function(self.model, on_device)
+                losses = self.loss_function(self.model, batch)
             losses.objective.backward()
             nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
         if statistics is not None:
-            statistics.add_routers(losses.routers, on_device.tokens_BS)
+            statistics.add_routers(losses.routers, batch.tokens_BS)
         both = self.world.sum(torch.cat((sums.flatten(), nonfinite_L.to(sums.dtype))))
         return both[: sums.numel()].view_as(sums), both[sums.numel() :] > 0
 

@@ -40,6 +40,7 @@ from moma.train.stages import loss_function_of, prepare_model
 from moma.train.statistics import Statistics
 from moma.train.step import Step
 from moma.vocabulary import Vocabulary
+from tests.factories import OperationCounter
 from tests.processes import on_ranks
 
 GROUPS, STEPS = 4, 3
@@ -73,7 +74,8 @@ def build(recipe: Recipe, world: World):
     model = prepare_model(recipe, vocabulary, world)
     optimizers = make_optimizers(model, recipe.stage_config.optimizer)
     loss_function = loss_function_of(recipe, world.device)
-    step = Step(model, optimizers, loss_function, 1.0, world, None, torch.float32)
+    once = recipe.engine.reduce_once
+    step = Step(model, optimizers, loss_function, 1.0, world, None, torch.float32, once)
     groups = [
         Batches(recipe.data, vocabulary, seed=0, rank=number, world_size=GROUPS)
         for number in range(GROUPS)[world.rank :: world.size]
@@ -189,6 +191,16 @@ def fsdp_units(recipe: Recipe, world: World) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
 
 
+def reductions(tiny: Recipe, once: bool, world: World) -> tuple[int, float]:
+    """Number of reductions of gradients in a step of two micro-batches per rank, and its norm."""
+    recipe = recipe_of(tiny, "moe_2t2i", EngineConfig(reduce_once=once))
+    _, _, step, groups = build(recipe, world)
+    with OperationCounter() as counting:
+        _, norm = step([next(group) for group in groups], 1e-2)
+    found = [count for name, count in counting.counts.items() if "reduce_scatter" in name]
+    return sum(found), float(norm)
+
+
 def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     for name, (groups, engine, _) in CASES.items():
         take_steps(world, recipe_of(tiny, groups, engine, stage_of(name)), out / name)
@@ -196,6 +208,9 @@ def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     train(run, world, quiet=True)
     train(run, world, quiet=True)  # is finished already
     train_fixed(world, tiny, out / "fixed")
+    counts = {str(once): reductions(tiny, once, world) for once in (True, False)}
+    if world.rank == 0:
+        (out / "reductions.json").write_text(json.dumps(counts))
     units = {run: fsdp_units(recipe_with(tiny, run), world) for run in ("sequential", "batched")}
     if world.rank == 0:
         (out / "units.json").write_text(json.dumps(units))
@@ -242,6 +257,13 @@ def four(tiny, two, tmp_path_factory) -> Path:
     shutil.rmtree(checkpoints_in(two / "larger" / "checkpoints")[-1])
     on_ranks(4, job_of_four, tiny, two, out)
     return out
+
+
+def test_reductions_per_step(two):
+    (once, norm), (each, other) = (
+        json.loads((two / "reductions.json").read_text())[name] for name in ("True", "False")
+    )
+    assert 0 < 2 * once == each and norm == pytest.approx(other, rel=1e-5)
 
 
 def load(path: Path) -> dict[str, Tensor]:

@@ -19,7 +19,14 @@ from moma.train.recipe import Recipe
 PAPER = Path(__file__).parents[2] / "configs" / "paper"
 SPARSE = PAPER / "1b4_moe_4t4i.toml"
 DEMO = Path(__file__).parents[2] / "configs" / "demo.toml"
-PARTS = ("parameters", "gradients", "optimizer", "gathered_units", "activations")
+PARTS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "accumulated_gradients",
+    "gathered_units",
+    "activations",
+)
 
 
 def job_of(path: Path = SPARSE, overrides: tuple[str, ...] = (), **machine):
@@ -82,7 +89,11 @@ def test_communication():
     layer = sum(counts.values()) - root
     sent = found["communication"]
     assert sent["gathered"] == 3 * 2 * (root + 2 * layer) / 2
-    assert sent["reduced"] == 3 * 4 * (root + layer) / 2
+    assert sent["reduced"] == 4 * (root + layer) / 2
+    assert found["memory"]["accumulated_gradients"] == 4 * (root + layer)
+    often = job_of(overrides=(*overrides, "engine.reduce_once=false"), gpus=2)
+    assert often["communication"]["reduced"] == 3 * sent["reduced"]
+    assert often["memory"]["accumulated_gradients"] == 0
     assert sent["seconds"] == pytest.approx((sent["gathered"] + sent["reduced"]) / 1e9)
     step = found["time"]["step_seconds"]
     assert sent["part_of_step"] == pytest.approx(sent["seconds"] / step)

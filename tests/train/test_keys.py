@@ -43,6 +43,7 @@ STAGE_TESTS = {
 ENGINE_TESTS = {
     "compute": "train/test_keys.py::test_compute_changes_the_dtype_of_products",
     "reduce": "distributed/test_two_ranks.py::test_two_ranks_equal_one_on_the_same_token_groups",
+    "reduce_once": "distributed/test_two_ranks.py::test_reductions_per_step",
     "replicate": "distributed/test_two_ranks.py::test_impossible_replicas_are_refused",
     "recompute": "train/test_keys.py::test_recompute_repeats_operations",
     "step_size": "distributed/test_two_ranks.py::test_a_step_may_grow_with_the_number_of_ranks",
