@@ -3,9 +3,7 @@
 import contextlib
 import io
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -94,17 +92,6 @@ def complete_shards(folder: Path) -> set[str]:
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def in_a_shell(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Python code with command-line arguments in a separate process."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-    )
 
 
 def routers_of(folder: Path) -> list[str]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.command_line import in_a_shell, metrics_of, refuses, succeeds
+from tests.command_line import metrics_of, refuses, succeeds
+from tests.processes import Command
 
 METRIC_KEYS = {
     "step",
@@ -167,10 +168,12 @@ def test_finished_work_is_not_repeated(trained):
     assert {path: path.read_bytes() for path in files} == before
 
 
-def test_json_output_is_one_object(trained):
-    call = in_a_shell("from moma.cli import main; main()", "evaluate", trained / "run", "--json")
-    assert call.returncode == 0, call.stderr
-    assert json.loads(call.stdout).keys() == RESULT_KEYS
+def test_json_output_is_one_object(trained, tmp_path):
+    """Also what libraries write to the file descriptor."""
+    command = Command(tmp_path, "evaluate", trained / "run", "--json")
+    out, errors = command.communicate()
+    assert command.returncode == 0, errors
+    assert json.loads(out).keys() == RESULT_KEYS
 
 
 def test_runs_with_the_same_name_are_both_reported(trained, tmp_path):

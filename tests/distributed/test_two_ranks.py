@@ -6,8 +6,9 @@ A step has four micro-batches ("token groups"), divided among one, two or four r
 import json
 import operator
 import shutil
+from collections.abc import Callable
 from contextlib import closing
-from functools import reduce
+from functools import cache, reduce
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from moma.vocabulary import Vocabulary
 from tests.factories import OperationCounter
 from tests.processes import on_ranks
 
-GROUPS, STEPS = 4, 3
+GROUPS, STEPS = 4, 2
 ONE_PROCESS = World(torch.device("cpu"))
 # Architecture, engine, and tolerance compared with one fp32 process.
 CASES = {
@@ -270,16 +271,27 @@ def load(path: Path) -> dict[str, Tensor]:
     return torch.load(path, weights_only=True)
 
 
+@pytest.fixture(scope="module")
+def one(tiny, tmp_path_factory) -> Callable[[Recipe], Path]:
+    """The folder of the steps of one process in fp32, taken once for each recipe."""
+
+    @cache
+    def folder_of(groups: str, stage: str) -> Path:
+        out = tmp_path_factory.mktemp("one")
+        take_steps(ONE_PROCESS, recipe_of(tiny, groups, EngineConfig(), stage), out)
+        return out
+
+    return lambda recipe: folder_of(recipe.model.groups, recipe.stage)
+
+
 def assert_equals_one_process(
-    tiny: Recipe, groups: str, out: Path, ranks: int, near: float, stage: str = "pretrain"
+    recipe: Recipe, single: Path, out: Path, ranks: int, near: float
 ) -> None:
-    recipe = recipe_of(tiny, groups, EngineConfig(), stage)
-    (out / "one process").mkdir()
-    take_steps(ONE_PROCESS, recipe, out / "one process")
-    expected, found = load(out / "one process" / "found-1.pt"), load(out / f"found-{ranks}.pt")
+    """`recipe` with the default engine; the folders of one process's steps and of the ranks'."""
+    expected, found = load(single / "found-1.pt"), load(out / f"found-{ranks}.pt")
     assert expected.keys() == found.keys()
     kinds = [name for name in expected if name.startswith("gradient")]
-    assert kinds == ["gradient auxiliary"] if stage == "aux_router" else len(kinds) > 3
+    assert kinds == ["gradient auxiliary"] if recipe.stage == "aux_router" else len(kinds) > 3
     assert all(expected[kind] > 0 for kind in kinds)
     for key, value in expected.items():
         wanted, got = (value[0], found[key][0]) if "sums" in key else (value, found[key])
@@ -287,12 +299,12 @@ def assert_equals_one_process(
         torch.testing.assert_close(got, wanted, rtol=10 * near, atol=1e-6)
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     models = [recipe.build_model(vocabulary) for _ in range(2)]
-    for model, folder in zip(models, (out, out / "one process"), strict=True):
+    for model, folder in zip(models, (out, single), strict=True):
         load_model(folder / f"step-{STEPS:08d}", model, ONE_PROCESS)
-    for (name, one), other in zip(
+    for (name, value), other in zip(
         models[0].named_parameters(), models[1].parameters(), strict=True
     ):
-        torch.testing.assert_close(one, other, atol=near, rtol=10 * near, msg=name)
+        torch.testing.assert_close(value, other, atol=near, rtol=10 * near, msg=name)
     # The shards of all ranks can be read without a model, too.
     stored = stored_weights(out / f"step-{STEPS:08d}")
     assert stored.meta_tensors.keys() == models[0].state_dict().keys()
@@ -301,27 +313,23 @@ def assert_equals_one_process(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_equal_one_on_the_same_token_groups(tiny, two, name):
+def test_two_ranks_equal_one_on_the_same_token_groups(tiny, two, one, name):
     groups, _, near = CASES[name]
+    recipe = recipe_of(tiny, groups, EngineConfig(), stage_of(name))
     if near > 1e-5:  # low precision: losses and norms, not each weight
-        recipe = recipe_of(tiny, groups, EngineConfig())
-        (two / name / "one process").mkdir()
-        take_steps(ONE_PROCESS, recipe, two / name / "one process")
-        expected, found = (
-            load(two / name / "one process/found-1.pt"),
-            load(two / name / "found-2.pt"),
-        )
+        expected, found = load(one(recipe) / "found-1.pt"), load(two / name / "found-2.pt")
         torch.testing.assert_close(found["sums"][0], expected["sums"][0], rtol=near, atol=0)
         # Adam hides the scale of gradients: their norms show it.
         for key in (key for key in expected if "norm" in key or key.startswith("gradient")):
             torch.testing.assert_close(found[key], expected[key], rtol=0.25, atol=2e-2)
         assert not torch.equal(found["1 sums"], expected["1 sums"])
     else:
-        assert_equals_one_process(tiny, groups, two / name, 2, near, stage_of(name))
+        assert_equals_one_process(recipe, one(recipe), two / name, 2, near)
 
 
-def test_hybrid_sharding_equals_one_process(tiny, four):
-    assert_equals_one_process(tiny, "moe_2t2i", four, 4, 1e-5)
+def test_hybrid_sharding_equals_one_process(tiny, four, one):
+    recipe = recipe_of(tiny, "moe_2t2i", EngineConfig())
+    assert_equals_one_process(recipe, one(recipe), four, 4, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sharded", "hybrid"])
