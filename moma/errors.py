@@ -65,7 +65,8 @@ class StoppedError(Exception):
 def to_user_error(error: OSError) -> UserError | None:
     """Return the `UserError` for a system error about a file; None if it is about no file."""
     if isinstance(error, shutil.Error):  # of a folder: source, copy and reason of each file
-        return StorageError(f"cannot copy {error.args[0][0][0]}: {error.args[0][0][2]}")
+        source, _, reason = error.args[0][0]
+        return StorageError(f"cannot copy {source}: {reason}; check the disk, then run it again")
     if described := storage_error(error, error.filename):
         return described
     if error.filename is None:

@@ -253,7 +253,8 @@ def override(
             node[int(last) if isinstance(node, list) else last] = parsed
         except (AttributeError, TypeError, ValueError, IndexError) as error:
             raise UserError(
-                f"override '{shorten(text)}': there is no '{shorten(key)}' in the recipe"
+                f"override '{shorten(text)}': there is no '{shorten(key)}' in the recipe; correct "
+                "the key"
             ) from error
     return values
 

@@ -216,7 +216,8 @@ class Run:
                         return  # cut off while it was written
                     yield _parse_record(line, f"{self.metrics}, record {number}")
         except OSError as error:
-            raise UserError(f"{self.metrics}: cannot read ({error.strerror})") from error
+            message = f"{self.metrics}: cannot read ({error.strerror}); restore it from a copy"
+            raise UserError(message) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The log's records; see `iter_metrics`.
@@ -266,9 +267,10 @@ def _parse_record(line: bytes, origin: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid JSON ({json_error_message(error)})") from error
+        reason = json_error_message(error)
+        raise UserError(f"{origin}: not valid JSON ({reason}); restore it from a copy") from error
     if not isinstance(record, dict) or type(record.get("step")) is not int:
-        raise UserError(f"{origin}: not an object with a step number")
+        raise UserError(f"{origin}: not an object with a step number; restore it from a copy")
     return record
 
 

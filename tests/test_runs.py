@@ -198,7 +198,7 @@ def test_a_missing_log_is_named(tmp_path):
 def test_a_damaged_record_is_named(tmp_path, broken):
     Run(tmp_path).metrics.write_text(f'{{"step": 1}}\n{broken}\n{{"step": 3}}\n')
     with pytest.raises(
-        UserError, match=r"metrics\.jsonl, record 2: not valid JSON \([^:]+: character \d+\)$"
+        UserError, match=r"metrics\.jsonl, record 2: not valid JSON \([^:]+: character \d+\); re"
     ):
         Run(tmp_path).read_metrics()
 

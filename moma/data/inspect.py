@@ -151,7 +151,7 @@ def _open(folder: Path, source: str | None, vocabulary: Vocabulary) -> dict[str,
     if not names:
         raise UserError(f"{folder}: has no complete shards; run `moma prepare`")
     if source is not None and source not in names:
-        raise UserError(f"--source {source}: {folder} has {list_names(names)}")
+        raise UserError(f"--source {source}: {folder} has {list_names(names)}; name one of them")
     return open_sources(folder, names if source is None else [source], vocabulary)
 
 

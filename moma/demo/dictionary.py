@@ -90,5 +90,7 @@ def _entries() -> dict[str, Any]:
         try:
             entries.update(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise UserError(f"{file}: not a dictionary file ({error})") from error
+            raise UserError(
+                f"{file}: not a dictionary file ({error}); install the package again"
+            ) from error
     return {word: entries[word] for word in sorted(entries, key=unit_hash)}

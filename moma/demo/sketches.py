@@ -236,7 +236,7 @@ def object_names(count: int) -> tuple[str, ...]:
     """
     names = tuple(islice(drawings(), count))
     if len(names) < count:
-        raise UserError(f"sketches: objects = {count}, but there are only {len(names)}")
+        raise UserError(f"sketches: objects = {count}, but there are only {len(names)}; lower it")
     return names
 
 

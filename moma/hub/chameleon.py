@@ -167,7 +167,7 @@ def _vocabulary(port: PortConfig, folder: Path) -> Vocabulary:
     if named.size > port.vocab_size:
         raise UserError(
             f"{folder / CONFIG_FILE}: vocabulary_map has the id {named.size - 1}, "
-            f"but vocab_size is {port.vocab_size}"
+            f"but vocab_size is {port.vocab_size}; get a complete copy of the folder"
         )
     return replace(named, size=port.vocab_size)
 
@@ -211,7 +211,7 @@ def _add_tokenizers(
     if differences:
         raise UserError(
             f"{folder if given is None else given.path}: the tokenizer has another vocabulary than "
-            f"{folder / CONFIG_FILE}: {differences}"
+            f"{folder / CONFIG_FILE}: {differences}; give the tokenizers of this model"
         )
     vocabulary.save(target.vocabulary)
     if read_codec_config(target.codec).decoder:

@@ -140,7 +140,9 @@ def _original_name(name: str, blocks: int) -> str:
 def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
     """The configuration of the codec that these weights belong to."""
     if any(re.match(r"encoder\.down\.\d+\.attn\.", name) for name in tensors):
-        raise UserError("weights with attention outside of the innermost block are not supported")
+        raise UserError(
+            "attention outside of the innermost block is not supported; use Chameleon's weights"
+        )
     channels: list[int] = []
     layers = 0
     try:
@@ -161,9 +163,13 @@ def _config(tensors: dict[str, Tensor], image_size: int) -> CodecConfig:
             "decoder": "decoder.conv_in.weight" in tensors,
         }
     except KeyError as error:
-        raise UserError(f"not Chameleon's image weights (no {error})") from error
+        raise UserError(
+            f"not Chameleon's image weights (no {error}); name those of a release"
+        ) from error
     except (ValueError, TypeError) as error:  # a tensor has too few dimensions, or too many
-        raise UserError(f"not Chameleon's image weights ({error})") from error
+        raise UserError(
+            f"not Chameleon's image weights ({error}); name those of a release"
+        ) from error
     return check(CodecConfig, values, "the shape of the weights")
 
 
@@ -178,7 +184,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     for name, value in tensors.items():
         short = _PREFIX.sub("", name)
         if short in found:
-            raise UserError(f"{path}: {short} occurs twice, with and without a model's prefix")
+            raise UserError(f"{path}: {short} occurs twice, once with a model's prefix; keep one")
         found[short] = value
     return found
 

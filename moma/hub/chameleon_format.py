@@ -191,7 +191,9 @@ def rename_tokens(tokenizer_json: str, names: dict[int, str]) -> str:
     content = json.loads(tokenizer_json)
     vocabulary = content["model"]["vocab"]
     if not isinstance(vocabulary, dict):
-        raise UserError(f"Chameleon has no tokenizers of type {content['model'].get('type')}")
+        raise UserError(
+            f"Chameleon has no tokenizers of type {content['model'].get('type')}; use BPE"
+        )
     content["model"]["vocab"] = {names.get(id_, name): id_ for name, id_ in vocabulary.items()}
     for token in content["added_tokens"]:
         token["content"] = names.get(token["id"], token["content"])

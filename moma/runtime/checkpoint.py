@@ -169,7 +169,8 @@ def stored_weights(path: Path) -> Weights:
     try:
         stored = reader.read_metadata()
     except Exception as error:  # safetensors' own error derives from Exception directly
-        raise UserError(f"{path}: cannot read the checkpoint ({error})") from error
+        message = f"{path}: cannot read the checkpoint ({error}); restore it from a copy"
+        raise UserError(message) from error
     meta_tensors: dict[str, Tensor] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in stored.state_dict_metadata.items()
@@ -227,7 +228,10 @@ def _load_tensors(path: Path, tensors: dict[str, Any], world: World) -> None:
     try:
         dcp.load(tensors, storage_reader=reader, no_dist=world.mesh is None)
     except (Exception, dcp.CheckpointException) as error:  # the latter is not an Exception
-        raise UserError(f"{path}: cannot load the checkpoint ({last_line(error)})") from error
+        raise UserError(
+            f"{path}: cannot load the checkpoint ({last_line(error)}); restore it from a copy, or "
+            "use the recipe that it was written with"
+        ) from error
 
 
 def _tensor_reader(path: Path) -> dcp.HuggingFaceStorageReader:

@@ -226,7 +226,8 @@ def _meta_tensors(file: Path) -> dict[str, Tensor]:
                 if not _DERIVED_BUFFER.search(name)
             }
     except Exception as error:  # the library's own exception derives from nothing else
-        raise UserError(f"{file}: cannot read the weights ({first_line(error)})") from error
+        message = f"{file}: cannot read the weights ({first_line(error)}); get a complete copy"
+        raise UserError(message) from error
 
 
 def _read_from(file_of: Mapping[str, Path], names: Iterable[str]) -> dict[str, Tensor]:
@@ -267,7 +268,9 @@ def _read_index(folder: Path) -> dict[str, set[str] | None]:
     files: dict[str, set[str]] = {}
     for tensor, name in entries.items():
         if not isinstance(name, str) or Path(name).name != name or "\0" in name:
-            raise UserError(f"{index}: {tensor} is in {name!r}, which is outside of the folder")
+            raise UserError(
+                f"{index}: {tensor} is in {name!r}, outside of the folder; get a complete copy"
+            )
         names = files.setdefault(name, set())
         if not _DERIVED_BUFFER.search(tensor):
             names.add(tensor)

@@ -127,7 +127,7 @@ def import_tokenizers(tokenizer: Path, codec: ImageCodec, folder: Tokenizers) ->
     """
     file = tokenizer / "tokenizer.json" if tokenizer.is_dir() else tokenizer
     if not file.is_file():
-        raise UserError(f"{file}: there is no such tokenizer file")
+        raise UserError(f"{file}: there is no such tokenizer file; name one or its folder")
     # An import that was killed before its end is completed.
     is_partial = folder.text.exists() and not folder.vocabulary.exists()
     if not (is_partial and folder.text.read_bytes() == file.read_bytes()):

@@ -206,7 +206,9 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
             continue
         id_ = tokenizer.token_to_id(_byte_letters()[ord(part) - 0xDC00])
         if id_ is None:
-            raise UserError("the text is not UTF-8, and this tokenizer has no ids for single bytes")
+            raise UserError(
+                "the text is not UTF-8, and this tokenizer has no ids for bytes; use UTF-8"
+            )
         ids.append(id_)
     return ids
 

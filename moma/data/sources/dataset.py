@@ -152,7 +152,7 @@ class DatasetConfig(CaptionReaderConfig):
         if isinstance(image, list):
             return parse_parts({"texts": values[self.text_column], "images": image})
         if image is None:
-            raise UserError(f"has no image under {quote(self.image_column)}")
+            raise UserError(f"has no image under {quote(self.image_column)}; remove the row")
         return [("text", require_text(values, self.text_column)), ("image", image)]
 
 

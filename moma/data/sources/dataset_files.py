@@ -106,7 +106,8 @@ def find_files(
         if endings <= set(row_files.ENDINGS):
             return DatasetFiles("rows", {"train": files})
         if len(endings) > 1:
-            raise UserError(f"{path}: matches files of several kinds: {list_names(endings)}")
+            names = list_names(endings)
+            raise UserError(f"{path}: matches files of several kinds ({names}); name those of one")
         return DatasetFiles(arrow_tables.ENDINGS[endings.pop()], {"train": files})
     is_local = Path(path).is_dir()
     if not is_local and not _HUB_NAME.fullmatch(path):

@@ -135,7 +135,7 @@ def _align(texts: list[Any], images: list[Any]) -> list[Part]:
         if text is not None and image is not None:
             raise UserError(f"entry {number} has a text and an image; one must be null")
         if text is not None and not isinstance(text, str):
-            raise UserError(f"entry {number} of 'texts' is not a text")
+            raise UserError(f"entry {number} of 'texts' is not a text; fix or remove the row")
         parts.append(("image", image) if text is None else ("text", text))
     return [part for part in parts if part[1] is not None]
 

@@ -157,7 +157,7 @@ def require_text(values: dict[str, Any], *keys: str) -> str:
         raise UserError(f"has the key {quote(key)} more than once; keep one")
     if value is not None and not isinstance(value, str):
         kind = _JSON_TYPES.get(type(value), type(value).__name__)
-        raise UserError(f"needs a text under {quote(key)}, not {kind}")
+        raise UserError(f"needs a text under {quote(key)}, not {kind}; fix or remove the row")
     if not value or not value.strip():
         wanted = " or ".join(map(quote, keys))
         raise UserError(f"needs a text under {wanted}; the keys are: {list_names(values)}")

@@ -37,7 +37,9 @@ def resolve_inside(folder: Path, name: str) -> Path:
     try:
         path = (root / name).resolve()
     except (ValueError, OSError, RuntimeError) as error:  # a zero byte, a circle of links
-        raise UserError(f"the image {quote(name)} is not a path ({shorten(str(error))})") from error
+        raise UserError(
+            f"the image {quote(name)} is not a path ({shorten(str(error))}); correct it"
+        ) from error
     if not path.is_relative_to(root):
         raise UserError(
             f"the image {quote(name)} is outside {folder}; "

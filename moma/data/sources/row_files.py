@@ -152,7 +152,9 @@ def _bounded_lines(path: str, text: io.TextIOWrapper) -> Iterator[str]:
     for number in itertools.count(1):
         line = text.readline(MAX_ROW_BYTES)
         if len(line) == MAX_ROW_BYTES:
-            raise UserError(f"{path}, line {number}: longer than {MAX_ROW_BYTES >> 20} MiB")
+            raise UserError(
+                f"{path}, line {number}: longer than {MAX_ROW_BYTES >> 20} MiB; split it"
+            )
         if not line:
             return
         yield line
@@ -241,5 +243,6 @@ def _item_values(item: Any) -> dict[str, Any]:
     if isinstance(item, str):
         return {"text": item}
     if not isinstance(item, dict):
-        raise UserError(f"is not a JSON object but {shorten(json.dumps(item, default=str), 60)}")
+        found = shorten(json.dumps(item, default=str), 60)
+        raise UserError(f"is not a JSON object but {found}; fix or remove the row")
     return item

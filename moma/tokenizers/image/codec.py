@@ -327,7 +327,7 @@ def read_codec_config(folder: Path) -> CodecConfig:
     """
     file = folder / _CONFIG_FILE
     if not file.is_file():
-        raise UserError(f"{folder}: not an image codec (no {_CONFIG_FILE})")
+        raise UserError(f"{folder}: not an image codec (no {_CONFIG_FILE}); restore it from a copy")
     return check(CodecConfig, read_json_object(file), str(file))
 
 

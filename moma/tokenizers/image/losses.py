@@ -134,7 +134,7 @@ class Adversary:
         if image_size // 2**config.layers < 4:
             raise UserError(
                 f"codec_training.adversarial.layers = {config.layers} is too many for images of "
-                f"{image_size} pixels"
+                f"{image_size} pixels; lower it"
             )
         self.config = config
         self.discriminator = _discriminator(config).to(device)

@@ -53,7 +53,7 @@ def measure_codec(
         UserError: there are no images.
     """
     if not len(images):
-        raise UserError("codec measurement: there are no images")
+        raise UserError("codec measurement: there are no images; add a source of images")
     counts_C = torch.zeros(len(codec.codebook), dtype=torch.int64)
     for batch_B3HW in _batches(codec, images, max_images):
         counts_C += codec.encode(batch_B3HW).flatten().bincount(minlength=len(counts_C)).cpu()

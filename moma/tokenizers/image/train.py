@@ -121,9 +121,9 @@ def train_codec(
         StoppedError: SIGINT or SIGTERM arrived, and a checkpoint was written.
     """
     if not len(images):
-        raise UserError("codec training: there are no images")
+        raise UserError("codec training: there are no images; add a source of images")
     if not codec_config.decoder:
-        raise UserError("codec.decoder = false: a codec without a decoder cannot be trained")
+        raise UserError("codec.decoder = false: training needs the decoder; set it to true")
     world = World(torch.device(device))
     cuda_devices = [world.device] if world.device.type == "cuda" else []
     with ExitStack() as stack:
