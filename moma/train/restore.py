@@ -58,6 +58,7 @@ def with_routers(run: Run) -> Run:
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
     """Load a run's model onto this machine's device, in evaluation mode, and its recipe.
 
+    It computes in the precision that it was trained in: rounding decides close calls of routers.
     Trained auxiliary routers in the run's folder are loaded too.
 
     Raises:
@@ -70,7 +71,9 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     require_vocabulary(checkpoint, vocabulary, run.path)
     model = Transformer(recipe.model, vocabulary, recipe.shares)
     load_model(checkpoint, model, World(torch.device("cpu")))
-    return model.to(local_device()).eval(), recipe
+    device = local_device()
+    model.forward = recipe.engine.autocast(device)(model.forward)  # type: ignore[method-assign]
+    return model.to(device).eval(), recipe
 
 
 def require_vocabulary(checkpoint: Path, vocabulary: Vocabulary, folder: Path) -> None:

@@ -1,0 +1,23 @@
+"""A loaded run computes as it was trained."""
+
+import pytest
+import torch
+
+from moma.runs import Run
+from moma.runtime.world import World
+from moma.train.loop import train
+from moma.train.restore import load_run
+
+WORLD = World(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_a_loaded_model_computes_in_the_precision_of_training(tiny, tmp_path, compute):
+    engine = tiny.engine.model_copy(update={"compute": compute})
+    train(tiny.model_copy(update={"run": tmp_path / "run", "engine": engine}), WORLD, quiet=True)
+    model, _ = load_run(Run(tmp_path / "run"))
+    tokens_BS = torch.zeros(1, 8, dtype=torch.long)
+    with torch.no_grad():
+        logits = model(tokens_BS).head
+    assert logits.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[compute]
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
