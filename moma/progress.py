@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 SECONDS_BETWEEN_LINES = 15.0
 
@@ -47,8 +47,10 @@ def show_progress(title: str, total: int | None, quiet: bool = False) -> Iterato
         yield lambda done, note="": None
     elif sys.stderr.isatty():
         with _bar() as bar:
-            task = bar.add_task(title, total=total, note="")
-            yield lambda done, note="": bar.update(task, completed=done, note=note)
+            task, estimate = bar.add_task(title, total=total, note="", left=""), _Estimate(total)
+            yield lambda done, note="": bar.update(
+                task, completed=done, note=note, left=estimate.time_left(done)
+            )
     else:
         yield _Lines(title, total)
 
@@ -58,33 +60,49 @@ def _bar() -> Progress:
         TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[left]}"),
         TextColumn("{task.fields[note]}", markup=False),
         console=Console(stderr=True),
     )
+
+
+class _Estimate:
+    """Estimates the remaining time by the speed after the first units.
+
+    The first report may count units of an earlier process, and the first units include the time to
+    compile.
+    """
+
+    def __init__(self, total: int | None):
+        self.total = total
+        self.first: int | None = None
+        self.base: tuple[int, float] | None = None
+
+    def time_left(self, done: int) -> str:
+        """Note a report and describe the remaining time; empty if it cannot be estimated."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = done
+        if self.base is None and done > self.first:
+            self.base = done, now
+        before, start = self.base or (done, now)
+        if not self.total or not before < done < self.total:
+            return ""
+        return f"{(now - start) * (self.total - done) / (done - before):.0f} s left"
 
 
 class _Lines:
     """Prints a line at most every `SECONDS_BETWEEN_LINES`, and one at the end."""
 
     def __init__(self, title: str, total: int | None):
-        self.title, self.total = title, total
+        self.title, self.total, self.estimate = title, total, _Estimate(total)
         self.start = self.last = time.monotonic()
-        self.first: int | None = None  # units done before this process, by its first report
 
     def __call__(self, done: int, note: str = "") -> None:
-        now = time.monotonic()
-        self.first = done if self.first is None else self.first
+        now, left = time.monotonic(), self.estimate.time_left(done)
         if now - self.last < SECONDS_BETWEEN_LINES and done != self.total:
             return
         self.last = now
         part = f"{done}/{self.total}" if self.total else str(done)
-        remaining = self._remaining(done, now - self.start)
-        line = f"{self.title}: {part} after {now - self.start:.0f} s{remaining}  {note}"
-        print(line, file=sys.stderr, flush=True)
-
-    def _remaining(self, done: int, seconds: float) -> str:
-        """Estimated remaining time at the speed so far; empty if it cannot be estimated."""
-        if not self.total or self.first is None or not self.first < done < self.total:
-            return ""
-        return f", {seconds * (self.total - done) / (done - self.first):.0f} s left"
+        seconds = ", ".join(filter(None, [f"{now - self.start:.0f} s", left]))
+        print(f"{self.title}: {part} after {seconds}  {note}", file=sys.stderr, flush=True)

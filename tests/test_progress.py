@@ -40,8 +40,7 @@ def test_without_a_terminal_lines_are_printed_at_intervals(capsys, clock):
         for done in range(1, 100):
             clock[0] += 1
             report(done, f"note {done}")
-    # The first report came with one done.
-    lefts = [f"{at * (100 - at) / (at - 1):.0f} s left" for at in range(15, 100, 15)]
+    lefts = [f"{100 - at} s left" for at in range(15, 100, 15)]
     expected = [
         f"work: {at}/100 after {at} s, {left}  note {at}"
         for at, left in zip(range(15, 100, 15), lefts, strict=True)
@@ -61,7 +60,26 @@ def test_units_of_an_earlier_process_do_not_count_for_the_speed(capsys, clock):
         report(100)
         clock[0] += 20
         report(110)
-    assert lines_of(capsys) == ["work: 110/200 after 20 s, 180 s left  "]
+        clock[0] += 20
+        report(120)
+    assert lines_of(capsys) == [
+        "work: 110/200 after 20 s  ",
+        "work: 120/200 after 40 s, 160 s left  ",
+    ]
+
+
+def test_a_slow_first_unit_does_not_count_for_the_estimate(capsys, clock):
+    with show_progress("work", 100) as report:
+        report(0)
+        report(0)
+        for done, seconds in ((10, 300), (20, 20), (30, 20)):
+            clock[0] += seconds
+            report(done)
+    assert [line.partition(" s")[2] for line in lines_of(capsys)] == [
+        "  ",
+        ", 160 s left  ",
+        ", 140 s left  ",
+    ]
 
 
 def test_an_unknown_total_is_left_out(capsys, clock):

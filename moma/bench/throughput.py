@@ -190,7 +190,7 @@ def _runners(
 ) -> list["_Runner"]:
     """Build, compile and warm up all recipes."""
     runners = []
-    with show_progress("warming up", len(recipes), quiet) as report:
+    with show_progress("compiling, warming up", len(recipes), quiet) as report:
         for name, recipe in recipes.items():
             runner = _Runner(name, recipe, device, offloads=len(recipes) > 1)
             runner.warm_up(runner.jobs if with_statistics else [runner.train], sizes.warm_up)

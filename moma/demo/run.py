@@ -188,7 +188,8 @@ def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
 def _wait(jobs: Sequence[Future[None]], recipes: Sequence[Recipe], quiet: bool) -> None:
     """Show the progress of the slowest run until all are done; raise the first error of one."""
     steps = recipes[0].stage_config.steps
-    with show_progress(f"train {' and '.join(ARCHITECTURES)}", steps, quiet) as report:
+    title = f"compile and train {' and '.join(ARCHITECTURES)}"
+    with show_progress(title, steps, quiet) as report:
         running = set(jobs)
         while running:
             done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)

@@ -32,7 +32,14 @@ from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import learning_rate
 from moma.runtime.trace import start_profiler
 from moma.runtime.tracking import Trackers, make_trackers
-from moma.runtime.world import World, gather, on_rank_0, raise_on_all_ranks, reporting_lost_ranks
+from moma.runtime.world import (
+    World,
+    can_compile,
+    gather,
+    on_rank_0,
+    raise_on_all_ranks,
+    reporting_lost_ranks,
+)
 from moma.runtime.writer import CheckpointWriter
 from moma.train.changes import check_run_folder, write_run_folder
 from moma.train.fault import raise_fault
@@ -195,6 +202,7 @@ class Trainer:
             StoppedError: a signal arrived; progress is saved.
         """
         progress(self.steps_done)
+        self._announce_compilation()
         self.metrics.restart_clock()
         while self.steps_done < self.config.steps:
             self._train_step(progress)
@@ -219,6 +227,11 @@ class Trainer:
         self.writer.close()
         self.batches.close()
         self.trackers.close()
+
+    def _announce_compilation(self) -> None:
+        compiles = self.config.compile and can_compile(self.world.device)
+        if compiles and not self.world.rank and self.steps_done < self.config.steps:
+            logger.info("%s: compiling; the first step takes minutes", self.run.path)
 
     def _train_step(self, progress: ProgressCallback) -> None:
         start = time.monotonic()

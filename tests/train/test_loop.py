@@ -290,3 +290,17 @@ def test_evaluation_on_data_that_was_prepared_otherwise_is_refused(tiny, tiny_ru
     prepare(tiny.model_copy(update={"data": other}), WORLD.device, quiet=True)
     with pytest.raises(UserError, match=r"copy: is not the data that .*run was trained on"):
         require_training_data(run, recipe.model_copy(update={"data": copied}))
+
+
+def test_compilation_is_announced_before_the_first_step(tiny, tmp_path, capsys, monkeypatch):
+    def message_of(name, compiles):
+        stage = tiny.pretrain.model_copy(update={"compile": compiles, "steps": 2})
+        train(tiny.model_copy(update={"run": tmp_path / name, "pretrain": stage}), WORLD, True)
+        return capsys.readouterr().err
+
+    # Nothing is compiled here, which would take too long.
+    monkeypatch.setattr("moma.train.stages.can_compile", lambda device: False)
+    monkeypatch.setattr("moma.train.loop.can_compile", lambda device: True)
+    assert "compiling; the first step takes minutes" in message_of("compiled", True)
+    assert "compiling" not in message_of("eager", False)
+    assert "compiling" not in message_of("compiled", True)  # it is finished
