@@ -29,6 +29,9 @@ _WORDS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}{1,$}| ?\p{N}{1,$}| ?[^\s\p{L}\p{N}]{1,$}"
     r"|\s{1,$}(?!\S)|\s{1,$}"
 ).replace("$", str(_MAX_WORD_LENGTH))
+# A space that begins a word, in any script.
+_BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
+_SEARCHED_CHARACTERS = 4096
 _TEXTS_IN_QUEUE = 256
 _SECONDS_BETWEEN_CHECKS = 0.2
 _UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
@@ -84,12 +87,7 @@ def train_text_tokenizer(
             f"make it at least {codebook_size + 256 + len(special)}"
         )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = _pre_tokenizer()
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=text_size,
@@ -102,6 +100,12 @@ def train_text_tokenizer(
         [AddedToken(f"<code:{code}>", special=True) for code in range(codebook_size)]
     )
     return _disable_special_names(tokenizer)
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([words, bytes_])
 
 
 def _train_in_thread(
@@ -189,6 +193,33 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
             f"the text {broken[:80]!a}: a prompt or text must be valid UTF-8"
         ) from error
     return map(attrgetter("ids"), encodings)
+
+
+def split_text(tokenizer: Tokenizer, text: str, max_characters: int = 2**19) -> list[str]:
+    """Cut a long text between words: the ids of the pieces are together those of the text.
+
+    Tokenizing a piece takes about a second, during which Ctrl-C waits. A text is not cut if the
+    tokenizer's words are not those of `train_text_tokenizer`.
+    """
+    if len(text) <= max_characters or not _has_own_words(tokenizer):
+        return [text]
+    pieces, start = [], 0
+    while len(text) - start > max_characters:
+        window = text[start : start + max_characters]
+        spaces = _BETWEEN_WORDS.finditer(window, max(0, max_characters - _SEARCHED_CHARACTERS))
+        cuts = [space.start() for space in spaces]
+        # The window's last word may go on after it, and so may a run of spaces.
+        words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
+        cut = cuts[-1] if cuts else words.pre_tokenize_str(window)[-1][1][0]
+        pieces.append(window[:cut])
+        start += cut
+    return [*pieces, text[start:]]
+
+
+def _has_own_words(tokenizer: Tokenizer) -> bool:
+    words = tokenizer.pre_tokenizer
+    is_own = words is not None and words.__getstate__() == _pre_tokenizer().__getstate__()
+    return is_own and tokenizer.normalizer is None
 
 
 def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+from itertools import chain
 
 import pytest
 from hypothesis import example, given, settings
@@ -19,6 +20,7 @@ from moma.tokenizers.text import (
     encode_bytes,
     encode_texts,
     load_text_tokenizer,
+    split_text,
     train_text_tokenizer,
     vocabulary_of,
 )
@@ -243,6 +245,27 @@ def test_long_words_are_split_and_round_trip(tokenizer, letter):
     (ids,) = encode_texts(tokenizer, [text])
     assert decode(tokenizer, ids) == text
     assert b"".join(decode_each(tokenizer, ids)) == text.encode()
+
+
+@given(st.text(max_size=200), st.integers(8, 40))
+@settings(deadline=None, max_examples=300)
+@example(" it's  we'll \t\n 12 a1! \u00a0 \u3000x y" + " " * 100, 9)
+@example("a" * 3000 + "  " + "b" * 3000, 1100)
+@example("don't d'on'll 's" * 10, 13)
+def test_the_pieces_of_a_text_have_its_ids(tokenizer, text, size):
+    text = text.encode("utf-8", "ignore").decode()
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    size = max([size, *(end - start + 2 for _, (start, end) in words)])  # longer than any word
+    pieces = split_text(tokenizer, text, size)
+    assert "".join(pieces) == text and all(0 < len(piece) <= size for piece in pieces[:-1])
+    (whole,) = encode_texts(tokenizer, [text])
+    assert list(chain.from_iterable(encode_texts(tokenizer, pieces))) == whole
+
+
+def test_only_words_of_a_trained_tokenizer_are_known(tokenizer, unbounded):
+    loaded = Tokenizer.from_str(tokenizer.to_str())
+    assert len(split_text(loaded, "a b " * 100, 20)) > 10
+    assert split_text(unbounded, "a b " * 100, 20) == ["a b " * 100]
 
 
 def test_a_word_of_200_000_letters_trains():

@@ -33,7 +33,7 @@ from moma.progress import ProgressCallback, show_progress
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
 from moma.tokenizers.image.codec import ImageCodec, to_float
-from moma.tokenizers.text import encode_texts, load_text_tokenizer
+from moma.tokenizers.text import encode_texts, load_text_tokenizer, split_text
 from moma.vocabulary import Vocabulary
 
 # Seconds to wait for another process that prepares the same folder.
@@ -179,6 +179,7 @@ def _encode_all(
                         limits=Limits(data.shard_tokens, data.max_rejected),
                         reader=reader,
                         codec_in_thread=device.type != "cpu",
+                        split_text=partial(split_text, tokenizer),
                         progress=report_speed(report),
                     )
     finally:

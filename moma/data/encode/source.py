@@ -17,7 +17,7 @@ from moma.data.documents import Source, source_fingerprint, which_held_out
 from moma.data.encode.parts import PartialShards, complete_shards, read_rejected
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.rejected import no_documents, too_many_rejected
-from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText
+from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText, SplitText
 from moma.data.provenance import Encoders
 from moma.data.shards import REJECTED_FILE, SPLITS, Part, ShardInfo, shard_features
 from moma.vocabulary import Vocabulary
@@ -59,6 +59,7 @@ def encode_source(
     limits: Limits | None = None,
     reader: ImageReader | None = None,
     codec_in_thread: bool = True,
+    split_text: SplitText = lambda text: [text],
     progress: Progress = lambda part: None,
 ) -> ShardInfo:
     """Encode the documents of a source that an earlier, interrupted call has not encoded yet.
@@ -72,6 +73,7 @@ def encode_source(
         folder: the source's own folder; replaced if it was made from something else.
         encoders: fingerprints of tokenizer and codec: shards of others are replaced.
         reader: reads the images; by default in this process, as RGB arrays.
+        split_text: cuts a long text into pieces whose ids are those of the text.
         progress: called with what has been encoded so far, at the start and after each chunk.
 
     Raises:
@@ -90,7 +92,8 @@ def encode_source(
         _check_rejected(source, info.whole, limits, folder)
         return info
     reader = reader or ImageReader(to_rgb, workers=0)
-    with Encoder(encode_text, encode_images, vocabulary, codec_in_thread) as encoder:
+    encoder = Encoder(encode_text, encode_images, vocabulary, codec_in_thread, split_text)
+    with encoder:
         shards = PartialShards(folder, origin, vocabulary)
         if limits.exceeded(shards.done):
             shards.drop_rejected()  # they may have been fixed

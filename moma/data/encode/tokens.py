@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
-from threading import Lock
+from itertools import chain, islice
+from threading import Event, Lock
 from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
@@ -26,10 +26,13 @@ from moma.vocabulary import IMAGE, Vocabulary
 TEXTS_AHEAD = 2
 BATCH_IMAGES = 16
 BATCHES_AHEAD = 2
+# Characters that are tokenized in one call; Ctrl-C waits for its end.
+CALL_CHARACTERS = 2**20
 
 T = TypeVar("T")
 EncodeText = Callable[[list[str]], Iterable[list[int]]]
 EncodeImages = Callable[[list[np.ndarray]], np.ndarray]
+SplitText = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,11 @@ class Encoder:
         encode_images: EncodeImages | None,
         vocabulary: Vocabulary,
         codec_in_thread: bool,
+        split_text: SplitText = lambda text: [text],
     ) -> None:
         """Start no thread yet; see `encode_source` for the arguments."""
         self._encode_text, self._encode_images = encode_text, encode_images
+        self._split_text, self._stopped = split_text, Event()
         self._vocabulary = v = vocabulary
         self._id_of_code = np.asarray(v.image_codes, dtype=np.int64)
         self._reserved = v.modality_of_id == IMAGE
@@ -101,6 +106,7 @@ class Encoder:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._stopped.set()
         for threads in filter(None, (self._text_threads, self._codec_thread)):
             threads.shutdown(cancel_futures=True)
 
@@ -138,16 +144,23 @@ class Encoder:
     def _tokenize(self, groups: list[list[str]]) -> Iterator[_Texts]:
         """Encode the texts of each group."""
         texts = list(chain.from_iterable(groups))
-        with self._tokenizing:
-            encoded = self._encode_text(texts)
-        lengths: list[int] = []
+        pieces = [self._split_text(text) for text in texts]
+        lengths_of_pieces: list[int] = []
+        found = [np.empty(0, np.int64)]
+        for call in _calls(chain.from_iterable(pieces)):
+            if self._stopped.is_set():
+                raise InterruptedError
+            with self._tokenizing:
+                encoded = self._encode_text(call)
 
-        def counted() -> Iterator[list[int]]:
-            for ids in encoded:
-                lengths.append(len(ids))
-                yield ids
+            def counted(encoded: Iterable[list[int]] = encoded) -> Iterator[list[int]]:
+                for ids in encoded:
+                    lengths_of_pieces.append(len(ids))
+                    yield ids
 
-        flat = np.fromiter(chain.from_iterable(counted()), np.int64)
+            found.append(np.fromiter(chain.from_iterable(counted()), np.int64))
+        flat, length_of_piece = np.concatenate(found), iter(lengths_of_pieces)
+        lengths = [sum(islice(length_of_piece, len(own))) for own in pieces]
         ends = np.cumsum(lengths, dtype=np.int64)
         if (reserved := self._reserved[flat]).any():
             wrong = texts[np.searchsorted(ends, reserved.argmax(), "right")]
@@ -233,6 +246,20 @@ class Encoder:
         wrapped[begins], wrapped[ends - 1] = self._vocabulary.beginning, self._vocabulary.end
         wrapped[inside] = flat
         return wrapped
+
+
+def _calls(pieces: Iterable[str]) -> Iterator[list[str]]:
+    """Group pieces of text into calls of the tokenizer."""
+    call: list[str] = []
+    characters = 0
+    for piece in pieces:
+        call.append(piece)
+        characters += len(piece)
+        if characters >= CALL_CHARACTERS:
+            yield call
+            call, characters = [], 0
+    if call:
+        yield call
 
 
 def _offsets(counts: np.ndarray | list[int]) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Tokens of chunks: compared with a slow reference; one thread uses the tokenizer."""
 
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,9 @@ from PIL import Image
 
 from moma.data.documents import Document, ImageRef
 from moma.data.encode import chunks
-from moma.data.encode.source import Limits, encode_source
+from moma.data.encode.read_ahead import ImageReader
+from moma.data.encode.source import Limits, encode_source, to_rgb
+from moma.data.encode.tokens import Encoder
 from moma.data.shards import open_shards
 from moma.errors import UserError
 from tests.data.encode.test_source import (
@@ -26,6 +29,56 @@ from tests.data.encode.test_source import (
 )
 
 parts = st.sampled_from(["", "a", "schön", "long text of several", None, "unreadable"])
+
+
+def test_after_an_interruption_a_long_text_is_not_tokenized_to_its_end(monkeypatch):
+    monkeypatch.setattr("moma.data.encode.tokens.CALL_CHARACTERS", 1)
+    monkeypatch.setattr(chunks, "CHUNKS_PER_BATCH", 1)
+    calls, started = [], threading.Event()
+
+    def tokenize(texts):
+        calls.append(texts)
+        started.set()
+        time.sleep(0.05)
+        return [[7] for _ in texts]
+
+    def rows():
+        yield Document("a", ("x" * 1000,))
+        started.wait()
+        raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        ImageReader(to_rgb, workers=0) as reader,
+        Encoder(tokenize, None, VOCABULARY, False, split_text=list) as encoder,
+    ):
+        list(encoder.encode(rows(), reader, chunk_tokens=10))
+    assert 0 < len(calls) < 100
+
+
+def test_pieces_of_a_text_become_one_document(tmp_path, monkeypatch):
+    monkeypatch.setattr("moma.data.encode.tokens.CALL_CHARACTERS", 3)
+    rows = [Document(str(n), (text,)) for n, text in enumerate(["abcdefg", "", "h", "ijklm"])]
+    found = []
+    for name, split in (("whole", lambda text: [text]), ("pieces", list)):
+        source = Given(*rows)
+        encode_source(
+            source,
+            letters,
+            None,
+            VOCABULARY,
+            0.0,
+            tmp_path / name / "given",
+            split_text=split,
+            limits=Limits(max_rejected=0.5),
+        )
+        dataset = open_shards(tmp_path / name / "given", VOCABULARY).splits["train"].dataset
+        found.append(dataset[:])
+    assert found[0] == found[1] and len(found[0]["ids"]) == 3
+
+
+def letters(texts):
+    return [[21 + ord(letter) % 8 for letter in text] for text in texts]
 
 
 @given(st.lists(st.lists(parts, max_size=4), min_size=1, max_size=30), st.integers(2, 9))
