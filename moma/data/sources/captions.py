@@ -9,13 +9,11 @@ from moma.data.documents import Document, SourceName
 from moma.data.sources.jsonl import require_text
 from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, Row
-from moma.data.sources.row_files import FileRow, named_images, read_rows
+from moma.data.sources.row_files import FILE_NAME, METADATA_FILES, FileRow, named_images, read_rows
 from moma.errors import UserError
 from moma.recipe import RequiredPath
 
 _LIST = "captions.jsonl"
-# The names, and the key of the image, that image folders of the library `datasets` have.
-_METADATA, _FILE_NAME = ("metadata.jsonl", "metadata.csv"), "file_name"
 
 
 class CaptionsConfig(CaptionReaderConfig):
@@ -51,10 +49,10 @@ class CaptionsConfig(CaptionReaderConfig):
         if captions.exists():
             return [captions]
         files = files_below(self.path) if self.path.is_dir() else []
-        lists = [path for path in files if path.name in _METADATA]
+        lists = [path for path in files if path.name in METADATA_FILES]
         if not lists:
             raise UserError(
-                f"{captions}: cannot read it (no such file, and no {' or '.join(_METADATA)}); "
+                f"{captions}: cannot read it (no such file, and no {' or '.join(METADATA_FILES)}); "
                 "check the source's 'path'"
             )
         return lists
@@ -70,11 +68,11 @@ class CaptionsConfig(CaptionReaderConfig):
 
 def _read(lists: list[Path]) -> Iterator[FileRow]:
     for path in lists:
-        yield from read_rows(str(path), [_FILE_NAME])
+        yield from read_rows(str(path), [FILE_NAME])
 
 
 def _image_keys(row: FileRow) -> tuple[str, str]:
-    return ("image", _FILE_NAME) if Path(row.path).name == _LIST else (_FILE_NAME, "image")
+    return ("image", FILE_NAME) if Path(row.path).name == _LIST else (FILE_NAME, "image")
 
 
 def _image_files(row: FileRow) -> Iterator[Path]:

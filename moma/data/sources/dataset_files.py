@@ -1,10 +1,12 @@
 """Where the rows of a data set are: in text files, in Parquet or Arrow files, or elsewhere."""
 
 import glob
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from datasets.download import DownloadManager
 
 from moma.data.sources import arrow_tables, row_files
 from moma.data.sources.arrow_tables import cause_on_disk
+from moma.data.sources.jsonl import require_text
 from moma.data.sources.paths import expand_pattern, outputs_below
 from moma.errors import UserError, list_names, quote, shorten
 
@@ -35,12 +38,14 @@ class DatasetFiles:
         splits: the files of each split.
         separator: what separates the columns of CSV files, where it is declared.
         builder: the builder of `datasets`.
+        image_folder: the folder of images that the rows of metadata files describe.
     """
 
     kind: str
     splits: dict[str, list[str]]
     separator: str | None = None
     builder: Any = None
+    image_folder: Path | None = None
 
     def rows(self, columns: list[str], split: str) -> Iterator[row_files.FileRow]:
         """Yield the rows of text files; raises `ValueError` if there is no such split."""
@@ -52,8 +57,13 @@ class DatasetFiles:
             yield from islice(self._split_rows(name, columns), start, end)
 
     def _split_rows(self, split: str, columns: list[str]) -> Iterator[row_files.FileRow]:
+        if self.image_folder is None:
+            for path in self.splits[split]:
+                yield from row_files.read_rows(path, columns, self.separator)
+            return
         for path in self.splits[split]:
-            yield from row_files.read_rows(path, columns, self.separator)
+            for row in row_files.read_rows(path, [row_files.FILE_NAME]):
+                yield replace(row, values=partial(_with_images, row, self.image_folder))
 
     def table(self, columns: list[str], split: str, streaming: bool) -> Any:
         """Return a data set of `datasets` with at least the columns that are used."""
@@ -158,11 +168,12 @@ def _builder_files(
     is_text = kind in _TEXT_BUILDERS and endings <= set(row_files.ENDINGS)
     is_text = is_text and getattr(config, "field", None) is None
     has_metadata = any(Path(file).name == "metadata.csv" for file in files)
+    if kind == "imagefolder" and is_local and (metadata := _metadata_files(splits)):
+        return DatasetFiles("rows", metadata, image_folder=Path(path).resolve())
     if (kind == "csv" and not is_text) or (kind == "imagefolder" and has_metadata):
         raise UserError(
             f"{path}: `datasets` would take values of its CSV files such as NA and 007 for missing "
-            "ones and numbers; unpack them on this machine and give their path, or, for a folder "
-            'of images with metadata.csv, use kind = "captions"'
+            "ones and numbers; unpack them on this machine and give their path"
         )
     if not splits or not (is_text or kind in arrow_tables.ENDINGS.values()):
         return DatasetFiles("other", splits, builder=builder)
@@ -172,6 +183,28 @@ def _builder_files(
     if separator == "," and endings == {"tsv"}:
         separator = None
     return DatasetFiles("rows" if is_text else kind, splits, separator)
+
+
+def _metadata_files(splits: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The metadata files of each split of an image folder; empty unless every split has some."""
+    found = {
+        split: [file for file in files if Path(file).name in row_files.METADATA_FILES]
+        for split, files in splits.items()
+    }
+    return found if all(found.values()) else {}
+
+
+def _with_images(row: row_files.FileRow, folder: Path) -> dict[str, Any]:
+    """A row of metadata: `file_name` becomes `image`, a path relative to `folder`.
+
+    As for `datasets`, `x_file_name` becomes `x`. Other columns may hold anything.
+    """
+    values = row.values()
+    for key in [key for key in values if key.endswith(row_files.FILE_NAME)]:
+        path = Path(row.path).parent / require_text(values, key)
+        column = key.removesuffix(row_files.FILE_NAME).rstrip("_") or "image"
+        values[column] = os.path.relpath(path, folder)
+    return values
 
 
 def _folder_builder(path: str, subset: str | None) -> Any:

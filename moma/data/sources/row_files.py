@@ -31,6 +31,8 @@ from moma.errors import UserError, list_names, quote, shorten
 from moma.files import open_regular
 
 ENDINGS = ("jsonl", "ndjson", "json", "csv", "tsv", "txt")
+# Lists of images, and their column of paths, in image folders of the library `datasets`.
+METADATA_FILES, FILE_NAME = ("metadata.jsonl", "metadata.csv"), "file_name"
 _COMPRESSED = re.compile(r"\.(gz|zst|xz|bz2)$", re.IGNORECASE)
 _CHUNK_CHARACTERS = 2**16
 _BETWEEN_ITEMS = re.compile(r"[, \t\r\n]*")

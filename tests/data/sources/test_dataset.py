@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from moma.data.documents import ImageRef, Rejected
+from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources.dataset import DatasetConfig
 from moma.errors import StorageError, UserError
 from tests.data.sources.rows import accepted, segments
@@ -377,14 +377,38 @@ def test_a_folder_whose_name_is_a_pattern_of_another_is_refused(tmp_path):
         list(source_of(path=str(tmp_path / "run[12]")).documents())
 
 
-@pytest.mark.parametrize("name", ["metadata.csv", "a.csv.zip"])
-def test_csv_files_that_the_library_would_read_by_guesses_are_refused(tmp_path, name):
-    (tmp_path / "a.png").write_bytes(png(3))
-    if name == "metadata.csv":
-        (tmp_path / name).write_text("file_name,text\na.png,007\n")
-    else:
-        (tmp_path / "a.png").unlink()
-        with zipfile.ZipFile(tmp_path / name, "w") as file:
-            file.writestr("a.csv", "text\n007\n")
+METADATA = {
+    "metadata.jsonl": '{{"file_name": "{}", "text": "007", "taken": {}}}\n',
+    "metadata.csv": "{},007,{}\n",
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("folder", ["", "train"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_other_columns_of_an_image_folder_may_hold_anything(tmp_path, name, folder, streaming):
+    inside = tmp_path / "images" / folder
+    (inside / "sub").mkdir(parents=True)
+    (tmp_path / "secret.png").write_bytes(png(9))
+    for number, image in enumerate(("a.png", "sub/b.png"), 3):
+        (inside / image).write_bytes(png(number))
+    # A date, which `datasets` would convert in one row and not in the other; and a list.
+    taken = ('"2024-01-05"', "[3]") if name.endswith("l") else ("2024-01-05", "NA")
+    rows = [("a.png", taken[0]), ("sub/b.png", taken[1]), ("../../secret.png", taken[0])]
+    head = "file_name,text,taken\n" if name.endswith("csv") else ""
+    (inside / name).write_text(head + "".join(METADATA[name].format(*row) for row in rows))
+    options = {"image_column": "image", "streaming": streaming, "caption_first": 1}
+    *documents, rejected = source_of(path=str(tmp_path / "images"), **options).documents()
+    assert isinstance(rejected, Rejected) and "is outside" in rejected.message
+    assert [shape(document) for document in documents] == [["007", 3], ["007", 4]]
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "images").rename(moved)
+    again = source_of(path=str(moved), **options).documents()
+    assert [one.name for one in again if isinstance(one, Document)] == [d.name for d in documents]
+
+
+def test_csv_files_that_the_library_would_read_by_guesses_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.csv.zip", "w") as file:
+        file.writestr("a.csv", "text\n007\n")
     with pytest.raises(UserError, match=r"CSV files such as NA and 007.* unpack them on this"):
         list(source_of(path=str(tmp_path), image_column="image").documents())
