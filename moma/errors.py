@@ -82,6 +82,11 @@ def storage_error(error: BaseException, what: object) -> StorageError | None:
     return StorageError(f"{message}; check the disk, then run the same command to resume")
 
 
+def error_reason(error: BaseException) -> str:
+    """What is wrong, without the path that the text of an `OSError` repeats."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def json_error_message(error: Exception) -> str:
     """What is wrong with JSON, by character: a line number would be mistaken for the file's."""
     if isinstance(error, json.JSONDecodeError):

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from moma.errors import UserError, shorten, storage_error
+from moma.errors import UserError, error_reason, shorten, storage_error
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Suffixes of these formats; of two files with the same stem, the earlier suffix is preferred.
@@ -97,7 +97,7 @@ def read_image(
         raise UserError(f"{location}: {what} is too large ({error}); shrink it") from error
     # On damaged files Pillow's decoders raise almost any exception, even SyntaxError.
     except Exception as error:
-        reason = shorten(str(getattr(error, "strerror", None) or error), 200)
+        reason = shorten(error_reason(error), 200)
         if isinstance(error, UnidentifiedImageError):
             reason = f"not an image of a known format: {', '.join(_formats())}"
         message = f"cannot read {what} ({reason}); save it again as PNG or JPEG or {remedy}"

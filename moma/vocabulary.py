@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moma.errors import UserError
+from moma.errors import UserError, error_reason
 from moma.files import atomic_write, read_bounded
 
 ModalityName = Literal["text", "image"]
@@ -129,4 +129,6 @@ class Vocabulary:
         except FileNotFoundError as error:
             raise UserError(f"{path.parent}: not prepared yet; run `moma prepare`") from error
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{path}: not a vocabulary ({error}); run `moma prepare`") from error
+            raise UserError(
+                f"{path}: not a vocabulary ({error_reason(error)}); run `moma prepare`"
+            ) from error

@@ -120,8 +120,15 @@ def test_extended_recipes_and_run_manifests_may_not_be_special(tmp_path, endless
 )
 def test_readers_of_weights_and_vocabularies_refuse_special_files(endless, read):
     endless("model.safetensors")
-    with pytest.raises(UserError, match="model"):
-        read(endless("model.bin"))
+    file = endless("model.bin")
+    with pytest.raises(UserError, match="model") as caught:
+        read(file)
+    assert str(caught.value).count(str(file.parent)) == 1  # named once
+    for path in file.parent.iterdir():
+        path.unlink()
+    with pytest.raises(UserError) as caught:
+        read(file)
+    assert str(caught.value).count(str(file.parent)) == 1
 
 
 def test_files_that_are_parsed_whole_are_bounded(tmp_path):

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from moma.data.provenance import Encoders, read_provenance
-from moma.errors import UserError
+from moma.errors import UserError, error_reason
 from moma.files import read_bounded
 from moma.recipe import Config
 from moma.runs import wrong_folder
@@ -237,7 +237,9 @@ def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None 
         for split, shard in splits.items():
             _check_files(folder, info, split, shard)
     except _DAMAGE as error:
-        raise UserError(f"{folder}: damaged ({error}); delete it, run `moma prepare`") from error
+        raise UserError(
+            f"{folder}: damaged ({error_reason(error)}); delete it, run `moma prepare`"
+        ) from error
     return Shards(info, splits)
 
 

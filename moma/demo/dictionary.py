@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moma.data.documents import Document, SourceConfig, SourceName, unit_hash
-from moma.errors import UserError
+from moma.errors import UserError, error_reason
 
 # Editorial notes: "[Obs.]", the incomplete "1913 Webster]", footnote marks such as "{1}".
 _NOTE = re.compile(r"\s*(\[[^\]]*\]|\d{4} Webster\]|\{\d+\})")
@@ -91,6 +91,6 @@ def _entries() -> dict[str, Any]:
             entries.update(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{file}: not a dictionary file ({error}); install the package again"
+                f"{file}: not a dictionary file ({error_reason(error)}); install the package again"
             ) from error
     return {word: entries[word] for word in sorted(entries, key=unit_hash)}

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from moma.errors import SharedError, UserError
+from moma.errors import SharedError, UserError, error_reason
 from moma.files import atomic_write, checksum, read_json
 from moma.runtime.manifest import find_damage, read_manifest, write_manifest
 from moma.runtime.weights import FILE_BYTES, Weights, write_weights
@@ -169,7 +169,9 @@ def stored_weights(path: Path) -> Weights:
     try:
         stored = reader.read_metadata()
     except Exception as error:  # safetensors' own error derives from Exception directly
-        message = f"{path}: cannot read the checkpoint ({error}); restore it from a copy"
+        message = (
+            f"{path}: cannot read the checkpoint ({error_reason(error)}); restore it from a copy"
+        )
         raise UserError(message) from error
     meta_tensors: dict[str, Tensor] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")

@@ -13,7 +13,7 @@ from queue import Full, Queue
 from pydantic import Field
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from moma.errors import UserError
+from moma.errors import UserError, error_reason
 from moma.files import read_bounded
 from moma.progress import ProgressCallback
 from moma.recipe import Config
@@ -165,7 +165,7 @@ def load_text_tokenizer(path: Path) -> Tokenizer:
         return _disable_special_names(Tokenizer.from_buffer(read_bounded(path)))
     except Exception as error:  # the library raises plain Exception
         raise UserError(
-            f"{path}: cannot read the tokenizer ({error}); run `moma prepare`"
+            f"{path}: cannot read the tokenizer ({error_reason(error)}); run `moma prepare`"
         ) from error
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moma.data.batches.packing import Batch
-from moma.errors import SharedError, UserError, shell_command
+from moma.errors import SharedError, UserError, error_reason, shell_command
 from moma.files import atomic_write, read_json
 from moma.model.transformer import first_nonfinite
 from moma.recipe import Config, check
@@ -118,7 +118,7 @@ def read_fault_batches(
     except UserError:
         raise
     except Exception as error:  # safetensors' own error derives from Exception directly
-        raise UserError(f"{path}: cannot read the micro-batches ({error})") from error
+        raise UserError(f"{path}: cannot read the micro-batches ({error_reason(error)})") from error
 
 
 def _describe(layers: Sequence[int], loss: float, norm: float) -> str:

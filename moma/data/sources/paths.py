@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from moma.data.outputs import exclude_outputs
-from moma.errors import StorageError, UserError, quote, shorten, storage_error
+from moma.errors import StorageError, UserError, error_reason, quote, shorten, storage_error
 
 _MAX_PATH_CHARACTERS = 4096
 _BASE64 = re.compile(r"[\w+/=\s-]{200,}")
@@ -159,6 +159,6 @@ def read_error(
     path: Path | str, error: Exception, remedy: str = "check the source's 'path'"
 ) -> UserError:
     """Return why a file or folder cannot be read; a `StorageError` if its disk fails."""
-    reason = shorten(str(getattr(error, "strerror", None) or error), 300)
+    reason = shorten(error_reason(error), 300)
     message = f"{path}: cannot read it ({reason}); {remedy}"
     return storage_error(error, path) or UserError(message)
