@@ -231,7 +231,7 @@ def _essential_jpeg(data: bytes) -> bytes | None:
         if kind == 0xDA:  # the pixels follow
             return b"".join([*kept, data[position:]])
         segment = data[position : position + length + 2]
-        # JFIF's and Adobe's segments say what the colours mean.
+        # JFIF's and Adobe's segments say what the colors mean.
         is_metadata = kind == 0xFE or (0xE0 < kind <= 0xEF and kind != 0xEE)
         if not is_metadata or segment[4:10] == b"Exif\0\0":
             kept.append(segment)
@@ -287,7 +287,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Grey levels of 16 bits → the upper 8, as Pillow does with 16-bit colours."""
+    """Gray levels of 16 bits → the upper 8, as Pillow does with 16-bit colors."""
     levels = np.asarray(image).astype(np.int64)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         # Pillow neither scales 12 bits nor inverts levels whose zero is white.
@@ -296,12 +296,12 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
         if image.tag_v2.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
             levels = 0xFFFF - levels
     if levels.min() < 0 or levels.max() > 0xFFFF:
-        raise ValueError("its grey levels have more than 16 bits")
-    grey = (levels >> 8).astype(np.uint8)
+        raise ValueError("its gray levels have more than 16 bits")
+    gray = (levels >> 8).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey[levels == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
+        gray[levels == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
 
 
 def _draw(file: Path, what: str) -> Image.Image:
@@ -335,9 +335,9 @@ def _draw(file: Path, what: str) -> Image.Image:
 
 
 def square_pixels(image: Image.Image, size: int) -> np.ndarray:
-    """Return the centre of an image, uint8 of shape [size, size, 3].
+    """Return the center of an image, uint8 of shape [size, size, 3].
 
-    Transparency becomes white, the short side is resized to `size` (LANCZOS), and the centre is
+    Transparency becomes white, the short side is resized to `size` (LANCZOS), and the center is
     cropped.
     """
     opaque = on_white(_crop_long_sides(image))
@@ -366,7 +366,7 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def _crop_long_sides(image: Image.Image) -> Image.Image:
-    """The middle of a very long image, whose far ends the centre crop would remove anyway."""
+    """The middle of a very long image, whose far ends the center crop would remove anyway."""
     short = min(image.size)
     width, height = (min(side, _MAX_ASPECT_RATIO * short) for side in image.size)
     if (width, height) == image.size:

@@ -39,7 +39,7 @@ class ProgressCallback(Protocol):
 
 @contextmanager
 def show_progress(title: str, total: int | None, quiet: bool = False) -> Iterator[ProgressCallback]:
-    """Show progress towards `total` units (None: unknown) on standard error.
+    """Show progress toward `total` units (None: unknown) on standard error.
 
     A terminal gets a live bar; anything else a line every `SECONDS_BETWEEN_LINES`.
     """

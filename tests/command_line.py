@@ -64,8 +64,8 @@ def make_input(folder: Path) -> Path:
     draw = random.Random(0)
     images = {}
     for number in range(12):
-        colour = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
-        images[f"{number}.png"] = image = Image.new("RGB", (40, 32), colour)
+        color = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
+        images[f"{number}.png"] = image = Image.new("RGB", (40, 32), color)
         image.paste((255, 255, 255), (number, 4, number + 20, 24))
     write_captions(folder / "images", {f"{n}.png": f"box {n}" for n in range(12)}, images)
     words = ["red", "green", "rocket", "left", "of", "an", "apple", "schön"]

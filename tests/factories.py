@@ -2,7 +2,7 @@
 
 vocabularies  `make_vocabulary`
 tokenizers    `codec_config`, `make_codec` (random weights), `text_tokenizer`, `make_tokenizers`
-images        `solid_image` (a reference), `image_bytes` (a file's content), `two_coloured_images`
+images        `solid_image` (a reference), `image_bytes` (a file's content), `two_colored_images`
               and `random_images` (tensors, as codecs take them)
 documents     `ListSource`
 files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
@@ -46,7 +46,7 @@ from moma.tokenizers.text import TextTokenizerConfig, train_text_tokenizer, voca
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
+COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220), "black": (0, 0, 0)}
 
 _MINIMAL = """
 [data]
@@ -91,10 +91,10 @@ def make_codec(seed: int = 0, **changes: Any) -> ImageCodec:
         return ImageCodec(codec_config(**changes)).eval()
 
 
-def two_coloured_images(count: int = 30) -> list[torch.Tensor]:
+def two_colored_images(count: int = 30) -> list[torch.Tensor]:
     """Images of 16 × 16 in [−1, 1], as tensors: easy to learn, unlike each other."""
-    colours = torch.rand(count, 3, 2, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return list(colours.repeat_interleave(8, 2).expand(count, 3, 16, 16))
+    colors = torch.rand(count, 3, 2, 1, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return list(colors.repeat_interleave(8, 2).expand(count, 3, 16, 16))
 
 
 def random_images(count: int, size: int = 16, seed: int = 1) -> torch.Tensor:
@@ -124,19 +124,19 @@ def make_tokenizers(folder: Path, seed: int = 0, size: int = 320, **changes: Any
 
 
 def image_bytes(
-    size: tuple[int, int] = (3, 2), colour: Any = "red", kind: str = "PNG", **options: Any
+    size: tuple[int, int] = (3, 2), color: Any = "red", kind: str = "PNG", **options: Any
 ) -> bytes:
-    """The content of an image file of one colour."""
+    """The content of an image file of one color."""
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind, **options)
+    Image.new("RGB", size, color).save(file, kind, **options)
     return file.getvalue()
 
 
 def solid_image(
-    colour: Any, size: tuple[int, int] = (2, 2), mode: str = "RGB", name: str = ""
+    color: Any, size: tuple[int, int] = (2, 2), mode: str = "RGB", name: str = ""
 ) -> ImageRef:
-    """An image of one colour, made when it is read; it can be sent to another process."""
-    return ImageRef(name, partial(Image.new, mode, size, colour))
+    """An image of one color, made when it is read; it can be sent to another process."""
+    return ImageRef(name, partial(Image.new, mode, size, color))
 
 
 class ListSource:
@@ -208,13 +208,13 @@ def write_pages(
 
 
 def write_sources(folder: Path) -> None:
-    """24 coloured squares with captions, and 60 sentences in `text.txt`."""
+    """24 colored squares with captions, and 60 sentences in `text.txt`."""
     images, captions, random = {}, {}, np.random.default_rng(0)
     for index in range(24):
-        name = list(COLOURS)[index % len(COLOURS)]
+        name = list(COLORS)[index % len(COLORS)]
         pixels = np.full((16, 16, 3), 255, dtype=np.uint8)
         left, top = random.integers(0, 8, 2)
-        pixels[top : top + 8, left : left + 8] = COLOURS[name]
+        pixels[top : top + 8, left : left + 8] = COLORS[name]
         images[f"{index}.png"] = Image.fromarray(pixels)
         captions[f"{index}.png"] = f"a {name} square"
     write_captions(folder, captions, images)

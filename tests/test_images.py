@@ -36,7 +36,7 @@ def png_chunk(kind, content):
 
 
 def png_of(width, height, data=b""):
-    """A grey PNG file that claims a size, with any data."""
+    """A gray PNG file that claims a size, with any data."""
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     body = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", zlib.compress(data))
@@ -223,7 +223,7 @@ def test_bytes_after_the_pixels_are_ignored(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", [".gif", ".png", ".webp", ".tif"])
 def test_the_first_frame_of_an_animation_is_read(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
     frames[0].save(path, save_all=True, append_images=frames[1:], lossless=True)
     assert getattr(Image.open(path), "n_frames") == 3  # noqa: B009
     assert read(path).getpixel((4, 4)) == RED
@@ -246,7 +246,7 @@ def test_sixteen_bits_become_eight(tmp_path, suffix):
 
 
 def tiff_of(levels, bits, photometric):
-    """A TIFF file of one row of grey levels, packed in `bits` bits."""
+    """A TIFF file of one row of gray levels, packed in `bits` bits."""
     packed = int("".join(f"{level:0{bits}b}" for level in levels), 2)
     data = packed.to_bytes(-(-len(levels) * bits // 8))
     if bits == 16:

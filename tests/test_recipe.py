@@ -289,7 +289,7 @@ def test_a_wrong_extends_is_refused(tmp_path, text, base, named):
 
 def test_an_unknown_key_of_a_source_is_named_as_written(recipe):
     with pytest.raises(UserError) as caught:
-        read_recipe(Recipe, recipe, ["data.sources.0.colour=1"])
+        read_recipe(Recipe, recipe, ["data.sources.0.color=1"])
     message = str(caught.value)
-    assert "unknown key 'data.sources.0.colour'" in message
+    assert "unknown key 'data.sources.0.color'" in message
     assert "at least 1 item" not in message and ";" not in message.partition("valid keys here")[2]

@@ -94,7 +94,7 @@ def test_equal_vocabularies_have_no_differences():
         b"3",
         b'{"size": 3}',
         json.dumps({"image_codes": 3}).encode(),
-        json.dumps({"image_codes": [], "colour": 3}).encode(),
+        json.dumps({"image_codes": [], "color": 3}).encode(),
         *(
             json.dumps(VALUES | change).encode()
             for change in (

@@ -11,7 +11,7 @@ from operator import truediv
 
 import torch
 
-from moma.runtime.peak import synchronise
+from moma.runtime.peak import synchronize
 
 Job = Callable[[], object]
 
@@ -26,11 +26,11 @@ def seconds(job: Job, cpu_time: bool = False, device: torch.device | None = None
     """
     clock = time.process_time if cpu_time else time.perf_counter
     if device is not None:
-        synchronise(device)
+        synchronize(device)
     start = clock()
     job()
     if device is not None:
-        synchronise(device)
+        synchronize(device)
     return clock() - start
 
 

@@ -68,7 +68,7 @@ def _source_image(name: str, style: str) -> Image.Image:
 
 
 def _without_margin(image: Image.Image) -> Image.Image:
-    """Crop to the smallest centred square around the drawing."""
+    """Crop to the smallest centered square around the drawing."""
     left, top, right, bottom = image.getchannel("A").getbbox() or (0, 0, *image.size)
     side = max(right - left, bottom - top) + image.width // 32
     x, y = (left + right - side) // 2, (top + bottom - side) // 2

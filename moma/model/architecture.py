@@ -25,9 +25,9 @@ class ModelConfig(Config):
         hidden: hidden width F of an expert; if omitted, 8 · `dim` / 3 rounded up to a multiple of
             `hidden_multiple`.
         hidden_multiple: see `hidden`.
-        norm: `swin` normalises the output of attention and experts (MoMa §2.2), `pre` their input.
+        norm: `swin` normalizes the output of attention and experts (MoMa §2.2), `pre` their input.
         norm_epsilon: epsilon of the RMSNorms.
-        query_key_norm: whether each head's queries and keys are normalised by LayerNorm.
+        query_key_norm: whether each head's queries and keys are normalized by LayerNorm.
         rope_theta: base of the rotary embedding.
         attention_mask: `document` limits attention to the token's own document; `causal` allows
             all earlier tokens of the sequence.

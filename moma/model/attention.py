@@ -1,4 +1,4 @@
-"""Causal self-attention as in Chameleon: query-key normalisation and rotary embedding.
+"""Causal self-attention as in Chameleon: query-key normalization and rotary embedding.
 
 Shapes: see `layers.py`; G heads of keys and values.
 """
@@ -23,7 +23,7 @@ class Attention(nn.Module):
     Args:
         dim, heads: width D and number of query heads H.
         kv_heads: number of key and value heads G, a divisor of H.
-        query_key_norm: whether queries and keys are normalised.
+        query_key_norm: whether queries and keys are normalized.
         kernel: computes attention from queries, keys and values.
     """
 
@@ -66,6 +66,6 @@ class HeadNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(heads, width))
 
     def forward(self, x_BSHC: Tensor) -> Tensor:
-        """Normalise [B, S, H, C] over C."""
+        """Normalize [B, S, H, C] over C."""
         normed = functional.layer_norm(x_BSHC, x_BSHC.shape[-1:], eps=1e-5)
         return normed * self.weight + self.bias

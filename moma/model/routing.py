@@ -83,7 +83,7 @@ def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
 class _LogitsOfFewExperts(torch.autograd.Function):
     """W · xᵀ, [E, N], one expert at a time.
 
-    torch.compile fuses matrix-vector products and sums of outer products into neighbouring
+    torch.compile fuses matrix-vector products and sums of outer products into neighboring
     kernels; as matrix products with few rows they are separate and slower (docs/results/layer.md).
     Only the weight's gradient is faster as a matrix product.
     """
@@ -120,7 +120,7 @@ def logistic_noise(logits_NE: Tensor) -> Tensor:
 def any_nonfinite(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
     """Whether an eligible token has a NaN or infinite score, as a boolean on the device.
 
-    A NaN would win every top-k. The flag is checked later, without synchronising here.
+    A NaN would win every top-k. The flag is checked later, without synchronizing here.
     """
     return (~logits_NE.detach().isfinite().all(1) & eligible_N).any()
 

@@ -24,7 +24,7 @@ from moma.model.routers import AuxiliaryRouter, RouterRecord
 from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
 
-# Maps normalised hidden vectors [B, S, D] and the head's weight [V, D] to a result.
+# Maps normalized hidden vectors [B, S, D] and the head's weight [V, D] to a result.
 Head = Callable[[Tensor, Tensor], Any]
 
 
@@ -106,11 +106,11 @@ class Transformer(nn.Module):
             routing: if omitted, expert choice with static capacity, as in training.
             max_documents: upper bound of the number of documents in the micro-batch, padding
                 included; if omitted, the number of tokens.
-            head: what to compute from the last layer's normalised output; by default all logits.
+            head: what to compute from the last layer's normalized output; by default all logits.
 
         Raises:
             UserError: a layer's output or a router's score is NaN or infinite; checked only under
-                causal routing or actual capacity, which synchronise with the device anyway.
+                causal routing or actual capacity, which synchronize with the device anyway.
         """
         routing = routing or Routing()
         context = self._context(tokens_BS, document_ids_BS, positions_BS, max_documents)
@@ -168,16 +168,16 @@ class Transformer(nn.Module):
         return self
 
     @torch.no_grad()
-    def initialise(
+    def initialize(
         self, seed: int, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_
     ) -> None:
-        """Initialise all parameters from normal distributions, deterministically for a seed.
+        """Initialize all parameters from normal distributions, deterministically for a seed.
 
         Matrices have standard deviation 1/√fan-in, which preserves the scale of their input (LeCun
         et al. 1998, "Efficient BackProp" §4.6). Embeddings have 1, PyTorch's default and the scale
         of a Swin-normed layer's updates; tied ones have 1/√D, as the head needs. The weights of a
         router's experts have zero mean over the experts, so that experts prefer different tokens.
-        Norms are ones, biases zeros. Neither paper describes its initialisation.
+        Norms are ones, biases zeros. Neither paper describes its initialization.
 
         Args:
             seed: seed of the generator.
@@ -209,7 +209,7 @@ class Transformer(nn.Module):
 
 
 def require_finite(nonfinite_L: Tensor, where: str = "") -> None:
-    """Raise if a layer is non-finite; synchronises with the device.
+    """Raise if a layer is non-finite; synchronizes with the device.
 
     Args:
         nonfinite_L: see `ModelOutput`.

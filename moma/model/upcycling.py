@@ -3,7 +3,7 @@
     seed: one expert per modality, or dense  →  every feed-forward becomes a group of copies
 
 Also copied are attention, norms, embeddings, head, and the routers of mixture-of-depths and of
-groups that do not change. All other routers are newly initialised. For the effect on the first
+groups that do not change. All other routers are newly initialized. For the effect on the first
 step, see docs/upcycling.md.
 """
 
@@ -42,7 +42,7 @@ def upcycle(
     model: Transformer,
     fill: Callable[[Tensor, Tensor], object] = Tensor.copy_,
 ) -> None:
-    """Copy a seed's weights into a freshly initialised model, in place and layer by layer.
+    """Copy a seed's weights into a freshly initialized model, in place and layer by layer.
 
     Args:
         weights: the seed's weights, by their names in its state dict.

@@ -23,7 +23,7 @@ class _Saved(NamedTuple):
     Attributes:
         width: of width D, apart from those below.
         keys: of the width of all key heads.
-        normed: of width D and as many of the keys' width, if queries and keys are normalised.
+        normed: of width D and as many of the keys' width, if queries and keys are normalized.
         gated: of width D, with mixture-of-depths.
         hidden: of width F, per slot of an expert.
         slot: of width D, per slot of a routed group and of a single-expert group.

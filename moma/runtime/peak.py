@@ -17,10 +17,10 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(5):
-        synchronise(device)
+        synchronize(device)
         start = time.perf_counter()
         torch.mm(a, b)
-        synchronise(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
 
@@ -52,7 +52,7 @@ def allocated_peak(job: Callable[[], object], device: torch.device) -> int:
     return max(accumulate((event["args"]["Bytes"] for event in in_time), initial=0))
 
 
-def synchronise(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -20,7 +20,7 @@ from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
-from moma.study.page import Page, captioned, coloured, figure, paragraph, table, tile
+from moma.study.page import Page, captioned, colored, figure, paragraph, table, tile
 from moma.study.speedup import speedups
 from moma.study.tables import Table
 from moma.train.recipe import Recipe
@@ -185,8 +185,8 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
     parts = [
         paragraph(
             "Expert choice. Above, the image once for each layer and image expert: codes that the "
-            "expert did not take are dimmed. Below, the text in the last layer: each colour is a "
-            "text expert that took the token; a token without colour was dropped."
+            "expert did not take are dimmed. Below, the text in the last layer: each color is a "
+            "text expert that took the token; a token without color was dropped."
         )
     ]
     code_of_id = model.vocabulary.code_of_id
@@ -201,7 +201,7 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
             parts.append(figure(figures.expert_maps(image, maps)))
         text_LEn = _selected(records_of[TEXT], positions[~is_code])
         if text_LEn is not None:
-            parts.append(coloured(_text_pieces(mixed, ids[~is_code], text_LEn[-1])))
+            parts.append(colored(_text_pieces(mixed, ids[~is_code], text_LEn[-1])))
     page.section(f"Which expert took which token: {measured.name}", *parts)
 
 
@@ -231,11 +231,11 @@ def _selected(records: Sequence[Any], positions: np.ndarray) -> np.ndarray | Non
 def _text_pieces(
     mixed: MixedModel, ids: np.ndarray, selected_En: np.ndarray
 ) -> list[tuple[str, list[str]]]:
-    colours = figures.EXPERT_COLOURS
+    colors = figures.EXPERT_COLORS
     return [
         (
             mixed.tokenizer.decode([id_], skip_special_tokens=False),
-            [colours[expert % len(colours)] for expert in np.flatnonzero(selected_n)],
+            [colors[expert % len(colors)] for expert in np.flatnonzero(selected_n)],
         )
         for id_, selected_n in zip(ids.tolist(), selected_En.T, strict=True)
     ]

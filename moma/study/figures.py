@@ -9,7 +9,7 @@ from PIL import Image
 
 from moma.study.speedup import LOSSES, smoothed
 
-EXPERT_COLOURS = (
+EXPERT_COLORS = (
     *("#f4a259", "#5b8e7d", "#8cb9ff", "#d68fb7"),
     *("#c9b458", "#9b8ac4", "#7cc6c3", "#c98f7b"),
 )

@@ -80,15 +80,15 @@ def grid(figures: Iterable[str]) -> str:
     return f"<div class='grid'>{''.join(figures)}</div>"
 
 
-def coloured(pieces: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Pieces of text, each on a background of its colours, side by side."""
+def colored(pieces: Iterable[tuple[str, Sequence[str]]]) -> str:
+    """Pieces of text, each on a background of its colors, side by side."""
     spans = []
-    for text, colours in pieces:
-        width = 100 / max(1, len(colours))
+    for text, colors in pieces:
+        width = 100 / max(1, len(colors))
         stops = ", ".join(
-            f"{colour} {i * width:.0f}% {(i + 1) * width:.0f}%" for i, colour in enumerate(colours)
+            f"{color} {i * width:.0f}% {(i + 1) * width:.0f}%" for i, color in enumerate(colors)
         )
-        style = f" style='background: linear-gradient(90deg, {stops})'" if colours else ""
+        style = f" style='background: linear-gradient(90deg, {stops})'" if colors else ""
         spans.append(f"<span{style}>{html.escape(text)}</span>")
     return f"<div class='tokens'>{''.join(spans)}</div>"
 

@@ -116,13 +116,13 @@ def _train_in_thread(
 ) -> None:
     """Run the trainer in a daemon thread: in the main thread, signals would wait for its end."""
     queue: Queue[str | None] = Queue(_TEXTS_IN_QUEUE)
-    cancelled = threading.Event()
+    canceled = threading.Event()
     failures: list[BaseException] = []
 
     def read() -> Iterator[str]:
-        while (text := queue.get()) is not None and not cancelled.is_set():
+        while (text := queue.get()) is not None and not canceled.is_set():
             yield text
-        if cancelled.is_set():
+        if canceled.is_set():
             raise InterruptedError  # so that no merges are learned
 
     def train() -> None:
@@ -130,7 +130,7 @@ def _train_in_thread(
             tokenizer.train_from_iterator(read(), trainer)
         except BaseException as error:
             failures.append(error)
-            while not cancelled.is_set() and queue.get() is not None:
+            while not canceled.is_set() and queue.get() is not None:
                 pass
 
     thread = threading.Thread(target=train, name="text tokenizer", daemon=True)
@@ -142,7 +142,7 @@ def _train_in_thread(
             if progress and number % _TEXTS_IN_QUEUE == 0:
                 progress(number, "texts")
     except BaseException:
-        cancelled.set()
+        canceled.set()
         with suppress(Full):
             queue.put_nowait(None)
         raise

@@ -181,7 +181,7 @@ class Recipe(PrepareConfig):
     def build_model(self, vocabulary: Vocabulary) -> Transformer:
         """Build the model, with weights initialized from the seed."""
         model = Transformer(self.model, vocabulary, self.shares)
-        model.initialise(self.seed)
+        model.initialize(self.seed)
         return model
 
     def attention_kernel(self, device: torch.device) -> AttentionKernel:

@@ -208,7 +208,7 @@ def _check_source(recipe: Recipe, source: Recipe) -> None:
 def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) -> None:
     """Random weights, or those of the run `from`, upcycled if that is the stage."""
     if source is None or recipe.stage == "upcycle":
-        model.initialise(recipe.seed, fill)
+        model.initialize(recipe.seed, fill)
     if source is None:
         return
     if recipe.stage != "upcycle":

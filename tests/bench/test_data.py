@@ -52,7 +52,7 @@ def test_the_arrays_of_batches_are_counted(tiny, monkeypatch):
 
 
 def test_images_are_measured_once_each(tiny):
-    wanted = 24  # four colours in 8 × 8 positions: some of them are equal
+    wanted = 24  # four colors in 8 × 8 positions: some of them are equal
     images = bench_data.distinct_images(bench_data.documents_of(tiny), wanted)
     pixels = {image.read().convert("RGB").tobytes() for image in images}
     assert 4 <= len(images) == len(pixels) <= wanted

@@ -23,7 +23,7 @@ GREEDY = Sampling(temperature=0)
 def make_model(groups="moe_2t2i", seed=0):
     config = ModelConfig(dim=32, layers=2, heads=2, groups=groups)
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
-    model.initialise(seed)
+    model.initialize(seed)
     return model.eval()
 
 

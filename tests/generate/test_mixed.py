@@ -29,7 +29,7 @@ def mixed(folder):
     vocabulary = Vocabulary.load(folder.vocabulary)
     config = ModelConfig(dim=32, layers=2, heads=2, groups="moe_2t2i")
     model = Transformer(config, vocabulary, (0.5, 0.5))
-    model.initialise(0)
+    model.initialize(0)
     return MixedModel.assemble(model.eval(), folder, CONTEXT)
 
 

@@ -280,8 +280,8 @@ def test_other_weights_are_refused(codec, tmp_path):
     short = {name: value for name, value in layout.items() if "mid.block_2" not in name}
     with pytest.raises(UserError, match=r"missing: decoder\.mid\.block_2"):
         from_original_layout(short, SIZE)
-    with pytest.raises(UserError, match=r"1 unknown: encoder\.colour"):
-        from_original_layout(layout | {"encoder.colour": torch.zeros(1)}, SIZE)
+    with pytest.raises(UserError, match=r"1 unknown: encoder\.color"):
+        from_original_layout(layout | {"encoder.color": torch.zeros(1)}, SIZE)
     with pytest.raises(UserError, match=r"conv_in\.weight has shape"):
         from_original_layout(layout | {"encoder.conv_in.weight": torch.zeros(32, 3, 1, 1)}, SIZE)
     book = layout["quantize.embedding.weight"]

@@ -77,8 +77,8 @@ WEIGHT_FAULTS = {
         rf"{LAST} is torch.float64\); convert",
     ),
     "unknown image weight": (
-        lambda w: w.update({"model.vqmodel.colour": torch.zeros(1)}),
-        r"1 unknown: colour",
+        lambda w: w.update({"model.vqmodel.color": torch.zeros(1)}),
+        r"1 unknown: color",
     ),
     "image weight of integers": (
         lambda w: w.update({BIAS: w[BIAS].to(torch.int32)}),

@@ -79,7 +79,7 @@ class Trainer:
         shape = {"dim": 16, "layers": layers, "heads": 2}
         config = ModelConfig.model_validate(shape | ARCHITECTURES[case])
         self.model = Transformer(config, VOCABULARY, (0.5, 0.5)).to(device)
-        self.model.initialise(0)
+        self.model.initialize(0)
         freeze_for_stage(self.model, trains_routers=False)
         self.optimizer: Optimizer = make_optimizers(self.model, OptimizerConfig())[0]
         if device.type == "meta":  # fused AdamW does not support it

@@ -59,7 +59,7 @@ def routers_as_matrices(monkeypatch):
 def build(case: str) -> Transformer:
     config = ModelConfig.model_validate({"dim": 16, "layers": 3, "heads": 2} | CASES[case])
     model = Transformer(config, VOCABULARY, SHARES)
-    model.initialise(0)
+    model.initialize(0)
     return model.eval()
 
 

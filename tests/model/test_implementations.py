@@ -290,7 +290,7 @@ def test_the_configured_implementation_gives_the_default_results(implementation)
         dim=8, layers=2, heads=2, groups="mod_moe_1t1i", experts_implementation=implementation
     )
     model = Transformer(config, vocabulary, SHARES)
-    model.initialise(0)
+    model.initialize(0)
     default = Transformer(
         config.model_copy(update={"experts_implementation": None}), vocabulary, SHARES
     )

@@ -62,7 +62,7 @@ def batch_of(counts) -> DeviceBatch:
 @pytest.mark.parametrize("groups", GROUPS)
 def test_static_capacity_equals_actual_where_the_batch_has_the_shares(groups):
     model = Transformer(ModelConfig(groups=groups, dim=16, layers=2, heads=2), VOCABULARY, SHARES)
-    model.initialise(0)
+    model.initialize(0)
     batch = batch_of((16, 8, 8))
     static, actual = (model(batch.tokens_BS, routing=routing) for routing in (Routing(), ACTUAL))
     assert torch.equal(static.head, actual.head)
@@ -77,7 +77,7 @@ def test_both_objectives_have_three_losses():
         groups=GROUPS[0], dim=16, layers=2, heads=2, depth=DepthConfig(capacity_factor=0.5)
     )
     model = Transformer(config, VOCABULARY, SHARES)
-    model.initialise(0)
+    model.initialize(0)
     batch = batch_of((16, 8, 8))
     losses = next_token_loss(0.0, compiled=False)(model, batch)
     assert losses.targets_M.tolist() == [16, 8, 8]
@@ -96,7 +96,7 @@ def test_training_lowers_the_loss_of_every_modality(groups):
         groups=groups, dim=16, layers=2, heads=2, depth=DepthConfig(capacity_factor=0.5)
     )
     model = Transformer(config, VOCABULARY, SHARES)
-    model.initialise(0)
+    model.initialize(0)
     freeze_for_stage(model, trains_routers=False)
     optimizers = make_optimizers(model, OptimizerConfig())
     step = Step(model, optimizers, next_token_loss(0.0, False), 1.0, World(torch.device("cpu")))

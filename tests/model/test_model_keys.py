@@ -56,7 +56,7 @@ def observe(changes: dict[str, Any]) -> dict[str, Any]:
     """Build a model and run it on two sequences of two documents each."""
     config = ModelConfig.model_validate(BASE | changes)
     model = Transformer(config, make_vocabulary(), (0.5, 0.5))
-    model.initialise(0)
+    model.initialize(0)
     tokens = torch.randint(5, 40, (2, 16), generator=torch.Generator().manual_seed(1))
     documents = torch.arange(16).expand(2, 16) // 8
     found: dict[str, Any] = {

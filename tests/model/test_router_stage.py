@@ -13,7 +13,7 @@ def loss_of(seed: int, **changes) -> torch.Tensor:
     sizes = {"groups": "mod_moe_2t2i", "dim": 16, "layers": 2, "heads": 2}
     config = ModelConfig.model_validate(sizes | changes)
     model = Transformer(config, make_vocabulary(), (0.5, 0.5)).train()
-    model.initialise(0)
+    model.initialize(0)
     freeze_for_stage(model, trains_routers=True)
     tokens = torch.randint(5, 40, (4, 16), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(16).expand(4, 16)

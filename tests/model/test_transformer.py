@@ -1,4 +1,4 @@
-"""The whole model: causality, documents, padding, initialisation, non-finite values."""
+"""The whole model: causality, documents, padding, initialization, non-finite values."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ RECORD = Routing(record_auxiliary=True)
 def build(groups: str, **changes) -> Transformer:
     config = ModelConfig(groups=groups, dim=16, layers=2, heads=2, **changes)
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
-    model.initialise(0)
+    model.initialize(0)
     return model.eval()
 
 
@@ -89,9 +89,9 @@ def test_a_causal_mask_ignores_documents():
     torch.testing.assert_close(model(tokens, documents).head, model(tokens).head, rtol=0, atol=0)
 
 
-def test_initialisation_depends_only_on_the_seed():
+def test_initialization_depends_only_on_the_seed():
     first, same, other = build("moe_2t2i"), build("moe_2t2i"), build("moe_2t2i")
-    other.initialise(1)
+    other.initialize(1)
     for a, b in zip(first.parameters(), same.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(first.head.weight, other.head.weight)
@@ -191,7 +191,7 @@ def test_the_embedding_of_padding_has_no_effect(groups):
 def test_a_nonfinite_score_is_reported_with_its_layer(router, detected_by, value):
     config = ModelConfig(groups="mod_moe_2t2i", dim=16, layers=4, heads=2)
     model = Transformer(config, VOCABULARY, (0.5, 0.5)).eval()
-    model.initialise(0)
+    model.initialize(0)
     tokens = mixed_tokens(2, 8, 0)
     assert not model(tokens, routing=RECORD).nonfinite_L.any()
     with torch.no_grad():

@@ -29,7 +29,7 @@ def config_of(groups, **changes) -> ModelConfig:
 
 def build(groups, seed: int = 0, **changes) -> Transformer:
     model = Transformer(config_of(groups, **changes), VOCABULARY, (0.5, 0.5))
-    model.initialise(seed)
+    model.initialize(seed)
     return model
 
 
@@ -84,7 +84,7 @@ def test_a_token_that_one_expert_selects_keeps_the_seeds_output(seed_groups, tex
 
 
 def test_a_token_that_two_experts_select_keeps_it_but_not_one_that_none_selects():
-    """Swin norm removes the sum of the scores, but cannot normalise zeros."""
+    """Swin norm removes the sum of the scores, but cannot normalize zeros."""
     before = build("moe_1t1i").double().eval()
     after = upcycled_from(before, "moe_2t2i").double().eval()
     upcycle(Weights.from_tensors(before.state_dict()), before.config, after)

@@ -50,7 +50,7 @@ class Case:
 
     def build(self) -> Transformer:
         model = Transformer(self.config, self.vocabulary, self.shares)
-        model.initialise(self.seed)
+        model.initialize(self.seed)
         torch.manual_seed(self.seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

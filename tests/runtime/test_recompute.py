@@ -20,7 +20,7 @@ def calls(groups: str, run: str, how) -> Counter[str]:
         {"groups": groups, "dim": 16, "layers": 2, "heads": 2, "experts_implementation": run}
     )
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
-    model.initialise(0)
+    model.initialize(0)
     for layer in model.layers:
         assert isinstance(layer, DecoderLayer)
         for part in [layer] if how == "layer" else [layer.attention, layer.experts]:

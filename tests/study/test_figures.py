@@ -63,6 +63,6 @@ def test_every_image_of_the_sheet_has_its_caption():
     assert not plot.axes[5].images and not plot.axes[5].spines["left"].get_visible()
 
 
-def test_experts_have_distinct_colours():
-    colours = figures.EXPERT_COLOURS
-    assert len({to_hex(colour) for colour in colours}) == len(colours) >= 8
+def test_experts_have_distinct_colors():
+    colors = figures.EXPERT_COLORS
+    assert len({to_hex(color) for color in colors}) == len(colors) >= 8

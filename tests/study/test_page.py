@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moma.study.page import Page, captioned, coloured, figure, grid, paragraph, table, tile
+from moma.study.page import Page, captioned, colored, figure, grid, paragraph, table, tile
 from moma.study.tables import Table, number
 
 NASTY = "<script src='http://x/y.js'></script> & \"'<img onerror=1>"
@@ -74,7 +74,7 @@ def page(tmp_path, image):
         table(Table("", "", (f"head {NASTY}", "b"), [(f"cell {NASTY}", 0.5)])),
         figure(plot),
         grid([captioned([tile(image, f"tile {NASTY}", "ok")], f"caption {NASTY}")]),
-        coloured([(f"token {NASTY}", ["#ff0000"]), ("plain", [])]),
+        colored([(f"token {NASTY}", ["#ff0000"]), ("plain", [])]),
     )
     page.write(tmp_path / "deep" / "page.html")
     return (tmp_path / "deep" / "page.html").read_text(encoding="utf-8")
@@ -138,8 +138,8 @@ def test_a_table_has_a_cell_for_each_value():
     assert len(reader.named("th")) == 2 and len(reader.named("td")) == 4
 
 
-def test_colours_are_placed_side_by_side():
-    two, none = read(coloured([("x", ["#111111", "#222222"]), ("y", [])])).named("span")
+def test_colors_are_placed_side_by_side():
+    two, none = read(colored([("x", ["#111111", "#222222"]), ("y", [])])).named("span")
     assert two["style"] is not None
     assert "#111111 0% 50%, #222222 50% 100%" in two["style"]
     assert none == {}

@@ -17,7 +17,7 @@ from moma.errors import UserError
 from moma.recipe import Config, RequiredPath
 from moma.runtime.weights import first_line, read_tensors
 
-# Mean and standard deviation of the images that VGG-16 was trained on, for colours in [0, 1].
+# Mean and standard deviation of the images that VGG-16 was trained on, for colors in [0, 1].
 _VGG_MEAN, _VGG_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Channels of VGG-16's convolutions by stage; height and width are halved between stages.
 _VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

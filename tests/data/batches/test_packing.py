@@ -19,7 +19,7 @@ FIRST_TEXT = 25
 
 
 def encode(row, segments, source="a"):
-    """A document; its text ids count up from a start of its own, so that each is recognised."""
+    """A document; its text ids count up from a start of its own, so that each is recognized."""
     text = itertools.count(FIRST_TEXT + row * 250)
     ids = [VOCABULARY.beginning]
     for length in segments:

@@ -26,8 +26,8 @@ def make_recipe(folder: Path, rows: int, data: str = "data", **changes) -> Recip
             if number % 40 == 7:
                 (images / f"{number}.png").write_bytes(b"no image")
             else:
-                colour = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
-                Image.new("RGB", (20, 16), colour).save(images / f"{number}.png")
+                color = (draw.randrange(256), draw.randrange(256), draw.randrange(256))
+                Image.new("RGB", (20, 16), color).save(images / f"{number}.png")
             caption = " ".join(draw.choices(WORDS, k=4))
             lines.append(json.dumps({"image": f"{number}.png", "caption": caption}))
         (images / "captions.jsonl").write_text("\n".join(lines) + "\n")

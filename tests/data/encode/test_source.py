@@ -364,8 +364,8 @@ class Images:
 
     def documents(self):
         for number in range(60):
-            colours = [(number * 7 % 16, part * 50, 0) for part in range(number % 4)]
-            parts = [ImageRef("", partial(Image.new, "RGB", (3, 3), c)) for c in colours]
+            colors = [(number * 7 % 16, part * 50, 0) for part in range(number % 4)]
+            parts = [ImageRef("", partial(Image.new, "RGB", (3, 3), c)) for c in colors]
             if number % 11 == 5:
                 # Raises `UserError`; a worker can import it without this file.
                 parts.insert(1, ImageRef("", partial(render, "no such object", "flat", 4)))

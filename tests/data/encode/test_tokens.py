@@ -87,8 +87,8 @@ def test_random_documents_equal_a_slow_reference(documents, chunk):
     """Texts, images, unreadable and empty documents in any order."""
     rows, expected = [], []
     for number, document in enumerate(documents):
-        colour = number % 16
-        image = ImageRef("", partial(Image.new, "RGB", (2, 2), (colour, 0, 0)))
+        color = number % 16
+        image = ImageRef("", partial(Image.new, "RGB", (2, 2), (color, 0, 0)))
         segments = [
             image if part is None else unreadable("x") if part == "unreadable" else part
             for part in document
@@ -96,7 +96,7 @@ def test_random_documents_equal_a_slow_reference(documents, chunk):
         rows.append(Document(f"doc {number}", tuple(segments)))
         ids = [0]
         for part in document:
-            ids += [3, 5 + colour, 6, 7, 8, 4] if part is None else encode_text([part])[0]
+            ids += [3, 5 + color, 6, 7, 8, 4] if part is None else encode_text([part])[0]
         if "unreadable" not in document and len(ids) > 1:
             count = document.count(None)
             expected.append({"ids": [*ids, 1], "images": count, "name": rows[-1].name})

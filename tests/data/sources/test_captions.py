@@ -31,7 +31,7 @@ def images_of(documents):
 
 def test_captions_become_documents_with_their_image(tmp_path):
     Image.new("RGB", (3, 2), "red").save(tmp_path / "a.png")
-    rows = [{"image": "a.png", "caption": f"red {number}", "licence": "x"} for number in range(400)]
+    rows = [{"image": "a.png", "caption": f"red {number}", "license": "x"} for number in range(400)]
     documents = list(accepted(captions_in(tmp_path, rows).documents()))
     assert [doc.name for doc in documents] == ["a.png"] * 400
     first = [doc for doc in documents if isinstance(doc.segments[0], str)]

@@ -235,8 +235,8 @@ def test_a_folder_without_a_codec_is_refused(codec, tmp_path):
     with pytest.raises(UserError, match="not an image codec"):
         ImageCodec.load(tmp_path)
     codec.save(tmp_path)
-    write_config(tmp_path, codec, colour=1)
-    with pytest.raises(UserError, match="unknown key 'colour'"):
+    write_config(tmp_path, codec, color=1)
+    with pytest.raises(UserError, match="unknown key 'color'"):
         ImageCodec.load(tmp_path)
     for content in ("{", "[]", "[" * 100_000, '{"patch": 2, "patch": 2}'):
         (tmp_path / "config.json").write_text(content)
@@ -313,7 +313,7 @@ def test_a_shape_that_does_not_fit_is_refused():
         check(CodecConfig, {"block_channels": [48], "norm_groups": 32}, "recipe")
 
 
-def test_preprocessing_blends_resizes_and_crops_the_centre():
+def test_preprocessing_blends_resizes_and_crops_the_center():
     image = Image.new("RGBA", (40, 20), (255, 0, 0, 255))
     image.paste((0, 0, 0, 0), (0, 0, 40, 2))
     image.paste((0, 0, 255, 255), (0, 0, 10, 20))
@@ -321,11 +321,11 @@ def test_preprocessing_blends_resizes_and_crops_the_centre():
     assert levels.shape == (3, 20, 20)
     assert levels[:, 0, 10].tolist() == [1, 1, 1]
     assert levels[:, 10, 10].tolist() == [1, -1, -1]
-    assert levels[2, 2:].max() == -1  # the blue border lay outside of the centre
+    assert levels[2, 2:].max() == -1  # the blue border lay outside of the center
     assert preprocess(Image.new("L", (3, 7), 255), 16).shape == (3, 16, 16)
 
 
-def test_a_transparent_colour_becomes_white():
+def test_a_transparent_color_becomes_white():
     red = Image.new("RGB", (4, 4), (255, 0, 0))
     assert preprocess(red, 4)[:, 0, 0].tolist() == [1, -1, -1]
     red.info["transparency"] = (255, 0, 0)  # as PNG files of three channels have it

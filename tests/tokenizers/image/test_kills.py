@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from moma.tokenizers.image.train import CodecTrainingConfig, train_codec
-from tests.factories import codec_config, two_coloured_images
+from tests.factories import codec_config, two_colored_images
 
-IMAGES = two_coloured_images()
+IMAGES = two_colored_images()
 TRAINING = CodecTrainingConfig.model_validate(
     {
         "steps": 80,

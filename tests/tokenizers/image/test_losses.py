@@ -34,10 +34,10 @@ def slow_distance(weights, first, second):
     """The perceptual distance, image by image, layer by layer."""
 
     def stages(image):
-        colours = (image + 1) / 2
+        colors = (image + 1) / 2
         values = torch.stack(
             [
-                (colours[channel] - mean) / deviation
+                (colors[channel] - mean) / deviation
                 for channel, (mean, deviation) in enumerate(
                     zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
                 )

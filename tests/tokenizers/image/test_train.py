@@ -17,7 +17,7 @@ from moma.errors import StoppedError, UserError
 from moma.tokenizers.image.codec import ImageCodec, to_pil
 from moma.tokenizers.image.metrics import measure_codec
 from moma.tokenizers.image.train import CodecTrainingConfig, batch_indices, train_codec
-from tests.factories import codec_config, two_coloured_images
+from tests.factories import codec_config, two_colored_images
 from tests.hub.foreign import random_vgg
 
 SHAPE = codec_config()
@@ -31,7 +31,7 @@ TRAINING = {
 }
 ADVERSARIAL = {"weight": 0.5, "start_step": 6, "width": 4, "layers": 1}
 EVERYTHING = {"ema_decay": 0.9, "precision": "bfloat16", "adversarial": ADVERSARIAL}
-IMAGES = two_coloured_images()
+IMAGES = two_colored_images()
 
 
 @pytest.fixture(scope="module")
