@@ -15,7 +15,7 @@ from moma.recipe import check
 from moma.runtime.world import World, can_compile
 from moma.train.recipe import Recipe
 from moma.train.stages import make_step, prepare_model
-from tests.distributed.ranks import on_ranks
+from tests.processes import on_ranks
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not can_compile(CPU), reason="torch.compile does not work here")
