@@ -30,16 +30,14 @@ from moma.runtime.checkpoint import (
     stored_weights,
     training_tensors,
 )
-from moma.runtime.optimizer import make_optimizers
 from moma.runtime.sharding import EngineConfig
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 from moma.train import loop
 from moma.train.loop import train
 from moma.train.recipe import Recipe
-from moma.train.stages import loss_function_of, prepare_model
+from moma.train.stages import make_step, prepare_model
 from moma.train.statistics import Statistics
-from moma.train.step import Step
 from moma.vocabulary import Vocabulary
 from tests.factories import OperationCounter
 from tests.processes import on_ranks
@@ -73,15 +71,12 @@ def stage_of(case: str) -> str:
 def build(recipe: Recipe, world: World):
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
-    optimizers = make_optimizers(model, recipe.stage_config.optimizer)
-    loss_function = loss_function_of(recipe, world.device)
-    once = recipe.engine.reduce_once
-    step = Step(model, optimizers, loss_function, 1.0, world, None, torch.float32, once)
+    step = make_step(recipe, model, world)
     groups = [
         Batches(recipe.data, vocabulary, seed=0, rank=number, world_size=GROUPS)
         for number in range(GROUPS)[world.rank :: world.size]
     ]
-    return model, optimizers, step, groups
+    return model, step.optimizers, step, groups
 
 
 def statistics_of(recipe: Recipe, model, world: World, step, groups) -> dict[str, Tensor]:
