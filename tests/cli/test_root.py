@@ -90,13 +90,11 @@ def test_evaluation_without_json_is_a_table(trained):
     assert all(key in out for key in RESULT_KEYS)
 
 
-def test_text_mode_writes_no_image(trained, tmp_path):
-    out = tmp_path / "out"
-    text = succeeds(
-        "generate", trained / "run", "--prompt", "box 3", "--mode", "text", "--out", out
-    )
+def test_text_mode_writes_no_image(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = succeeds("generate", trained / "run", "--prompt", "box 3", "--mode", "text")
     assert text.strip()
-    assert not out.exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_image_mode_writes_one_png(trained, tmp_path):
