@@ -7,6 +7,7 @@ import pytest
 from moma.data.outputs import write_output
 from moma.demo.run import Clock, demo_tables, run_demo
 from moma.errors import UserError
+from tests.processes import FORKSERVER
 
 SMALL = [
     "codec_training.steps=6",
@@ -48,6 +49,8 @@ def demo(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, number in (("SINGLES", 6), ("COMPOSITIONS", 4), ("CAPTIONS", 4)):
             patch.setattr(f"moma.demo.run.{name}", number)
+        # Forked instead of spawned: they import nothing again.
+        patch.setattr("multiprocessing.get_context", lambda method: FORKSERVER)
         yield out, run_demo(out, SMALL, quiet=True)
 
 
