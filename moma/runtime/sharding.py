@@ -1,13 +1,15 @@
 """Fully sharded data parallelism over all ranks (MoMa §3), with FSDP2."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moma.errors import UserError
@@ -65,6 +67,7 @@ def shard(
     units: Iterable[nn.Module],
     world: World,
     config: EngineConfig = EngineConfig(),  # noqa: B008  frozen
+    exact: Sequence[nn.Module] = (),
 ) -> None:
     """Shard each unit, then the rest of the model, over all ranks; a single process does not shard.
 
@@ -72,6 +75,8 @@ def shard(
         model: is changed in place.
         units: modules whose weights are gathered one by one; inner modules before outer ones.
         config: dtypes, and the number of replicas, which has to divide the number of ranks.
+        exact: small modules whose weights stay fp32 in any `config.compute`. They are gathered
+            together at the start of a forward pass, and need not be called.
 
     Raises:
         UserError: the number of ranks is not a multiple of the number of replicas.
@@ -97,11 +102,26 @@ def shard(
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(shard_dimension(parameter, ranks))
 
+    shard_weights = partial(fully_shard, mesh=mesh, shard_placement_fn=placement)
+    if exact:
+        fp32 = replace(policy, param_dtype=torch.float32)
+        shard_weights(list(exact), mp_policy=fp32, reshard_after_forward=False)
     for module in (*units, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy, shard_placement_fn=placement)
-        if world.device.type == "cpu":
-            # gloo has no reduction that scales (PREMUL_SUM).
-            module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        shard_weights(module, mp_policy=policy)
+    for first in exact[:1]:  # it stands for all of them
+        assert isinstance(first, FSDPModule)
+        # Registered last: FSDP's own hook on the model has to come before.
+        model.register_forward_pre_hook(partial(_unshard, first))
+    if world.device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo has no reduction that scales (PREMUL_SUM).
+                module.set_force_sum_reduction_for_comms(True)
+
+
+def _unshard(module: FSDPModule, *_: object) -> None:
+    """Gather a module's weights, as a hook."""
+    module.unshard()
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:

@@ -114,7 +114,8 @@ def prepare_model(
         for part in _parts(model, whole_layers):
             # Groups differ in sizes and constants, which dynamic shapes cannot express.
             part.compile(fullgraph=True, dynamic=False)
-    shard(model, units, world, recipe.engine)
+    routers = [module for name, module in model.named_modules() if name.endswith(".router")]
+    shard(model, units, world, recipe.engine, exact=routers)
     model.to_empty(device=world.device)
     if not resumes:
         _initialize(recipe, model, source)

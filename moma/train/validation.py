@@ -181,5 +181,6 @@ def _evaluating(model: Transformer) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # FSDP keeps the last weights gathered for a backward pass
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # FSDP keeps some weights gathered for a backward pass

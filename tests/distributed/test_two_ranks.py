@@ -182,9 +182,10 @@ def recipe_with(tiny: Recipe, run: str) -> Recipe:
 
 
 def fsdp_units(recipe: Recipe, world: World) -> list[str]:
-    """Modules of which FSDP gathers the weights separately."""
+    """Modules of which FSDP gathers the weights separately, except for the routers."""
     model, *_ = build(recipe, world)
-    return [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    found = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
+    return [name for name in found if not name.endswith(".router")]
 
 
 def reductions(tiny: Recipe, once: bool, world: World) -> tuple[int, float]:
@@ -197,6 +198,27 @@ def reductions(tiny: Recipe, once: bool, world: World) -> tuple[int, float]:
     return sum(found), float(norm)
 
 
+def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
+    """The dtype of the first layer's weights in a forward pass that computes in bf16."""
+    model, _, step, groups = build(
+        recipe_of(tiny, "mod_moe_3t1i", EngineConfig(compute="bf16")), world
+    )
+    found: dict[str, str] = {}
+
+    def read(*_: Any) -> None:
+        layer = model.layers[0]
+        weights = {
+            "router": layer.experts.groups[0].router.weight,
+            "gate": layer.depth.router.weight,
+            "query": layer.attention.query.weight,
+        }
+        found.update({name: str(weight.dtype) for name, weight in weights.items()})
+
+    model.layers[0].attention.register_forward_pre_hook(read)
+    step([next(group) for group in groups], 1e-2)
+    return found
+
+
 def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     for name, (groups, engine, _) in CASES.items():
         take_steps(world, recipe_of(tiny, groups, engine, stage_of(name)), out / name)
@@ -204,6 +226,9 @@ def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     train(run, world, quiet=True)
     train(run, world, quiet=True)  # is finished already
     train_fixed(world, tiny, out / "fixed")
+    dtypes = gathered_dtypes(tiny, world)
+    if world.rank == 0:
+        (out / "dtypes.json").write_text(json.dumps(dtypes))
     counts = {str(once): reductions(tiny, once, world) for once in (True, False)}
     if world.rank == 0:
         (out / "reductions.json").write_text(json.dumps(counts))
@@ -253,6 +278,11 @@ def four(tiny, two, tmp_path_factory) -> Path:
     shutil.rmtree(checkpoints_in(two / "larger" / "checkpoints")[-1])
     on_ranks(4, job_of_four, tiny, two, out)
     return out
+
+
+def test_routers_compute_in_fp32_when_all_else_is_bf16(two):
+    found = json.loads((two / "dtypes.json").read_text())
+    assert found == {"router": "torch.float32", "gate": "torch.float32", "query": "torch.bfloat16"}
 
 
 def test_reductions_per_step(two):
