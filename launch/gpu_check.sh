@@ -15,16 +15,17 @@ recipe=configs/bench_data.toml
 
 if [ -n "${TOY:-}" ]; then
   layer_sizes=(--dim 32 --tokens 64 --repeats 1 --eager)
-  rows=(256)
-  steps=(--only moe_4t4i --repeats 1 --warm-up 1 pretrain.compile=false model.layers=2
+  tables=("256 --only moe_4t4i")
+  steps=(--repeats 1 --warm-up 1 pretrain.compile=false model.layers=2
     model.dim=32 model.heads=2 data.micro_batch_size=1)
   small=(codec.image_size=32 data.sequence_length=512 text_tokenizer.vocabulary_size=8192
     text_tokenizer.max_documents=200 data.sources.0.count=20 data.sources.1.count=10
     data.sources.2.entries=300 pretrain.steps=4 pretrain.log_every=1)
 else
   layer_sizes=(--dim 1024 --dim 2048 --tokens 24576 --dtype bf16)
-  rows=(90m 435m)
-  steps=(data.sequence_length=4096)
+  # Models that take turns on the GPU are moved to host memory and back: few at a time.
+  tables=("90m" "435m --only moe_8x" "435m --only moe_4t4i" "435m --only mod_moe_4t4i")
+  steps=(--repeats 3 data.sequence_length=4096 data.micro_batch_size=2)
   small=(model.dim=1024 model.heads=16 model.layers=12 pretrain.compile=true pretrain.steps=30
     pretrain.log_every=1)
 fi
@@ -63,14 +64,20 @@ stage_layer() {
   moma bench layer "${layer_sizes[@]}" --json
 }
 
-stage_throughput() {
-  local separator='{'
-  for row in "${rows[@]}"; do
-    printf '%s"%s": ' "$separator" "$row"
-    moma bench throughput --table2 --row "$row" "${steps[@]}" --json
-    separator=', '
+stage_throughput() { # a file for each table, so that those before a failure are kept
+  local table number=0
+  for table in "${tables[@]}"; do
+    number=$((number + 1))
+    # shellcheck disable=SC2086  # a table is several arguments
+    moma bench throughput --table2 --row $table "${steps[@]}" --json > "$OUT/table.partial"
+    mv "$OUT/table.partial" "$OUT/throughput-$number.json"
   done
-  echo '}'
+  python - "$OUT" << 'END'
+import json, sys
+from pathlib import Path
+files = sorted(Path(sys.argv[1]).glob("throughput-*.json"))
+print(json.dumps([json.loads(file.read_text()) for file in files]))
+END
 }
 
 train_small() { # run, and further changes to the recipe
@@ -133,6 +140,8 @@ for stage in "$@"; do
     echo "$stage: done in $((SECONDS - start)) s"
   else
     echo "$stage: failed with exit code $code; see $OUT/$stage.log" >&2
+    python -m json.tool "$OUT/$stage.json" > /dev/null 2>&1 ||
+      echo "{\"exit_code\": $code}" > "$OUT/$stage.json"
     failed=1
   fi
 done

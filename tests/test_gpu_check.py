@@ -41,6 +41,7 @@ def test_a_stage_that_fails_is_reported(tmp_path):
     (tmp_path / "data").write_text("not a folder")
     result = check(tmp_path, "decode", TOY="1")
     assert result.returncode == 1 and f"see {tmp_path}/decode.log" in result.stderr
+    assert json.loads((tmp_path / "decode.json").read_text()) == {"exit_code": 2}
     assert str(tmp_path / "data") in (tmp_path / "decode.log").read_text()
 
 
@@ -50,6 +51,6 @@ def test_all_stages_run_at_toy_size(tmp_path):
     assert result.returncode == 0, result.stderr
     found = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in STAGES}
     assert found["tests"]["failures"] == found["tests"]["errors"] == 0 < found["tests"]["tests"]
-    assert {row["name"] for row in found["throughput"]["256"]} == {"dense", "moe_4t4i"}
+    assert {row["name"] for row in found["throughput"][0]} == {"dense", "moe_4t4i"}
     assert all(row["tokens_per_second"] > 0 for row in found["decode"])
     assert found["trace"]["traces"] and found["trace"]["last_record"]["step"] == 4

@@ -181,9 +181,13 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, head_width: int) 
     Args:
         device: where the model runs.
         dtype: dtype of its matrix products.
-        head_width: width C of a head; flash attention takes multiples of 8 up to 256.
+        head_width: width C of a head; flash attention takes multiples of 8 up to 256,
+            `flex_attention` at least 16.
     """
     if device.type != "cuda":
         return MaskedAttention()
-    flash = dtype in HALF and head_width % 8 == 0 and head_width <= 256
-    return VarlenAttention() if flash else FlexAttention()
+    # Flash attention needs an Ampere GPU; without a GPU this is a plan for one.
+    is_recent = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    if is_recent and dtype in HALF and head_width % 8 == 0 and head_width <= 256:
+        return VarlenAttention()
+    return FlexAttention() if head_width >= 16 else MaskedAttention()

@@ -34,12 +34,15 @@ class Routing:
         mode: `choice` is expert choice over the micro-batch; `causal` uses the auxiliary routers.
         capacity: slots of an expert under `choice`. `static` follows the recipe's modality shares,
             so that all shapes are known in advance; `actual` counts the tokens of the micro-batch.
+        raises: whether non-finite values raise an error under causal routing or actual capacity,
+            which synchronize with the device anyway. Ranks that share weights must not be left.
         record_auxiliary: whether to return a `RouterRecord` with auxiliary logits, to train on.
         record_selection: whether to return at least a `RouterRecord` without auxiliary logits.
     """
 
     mode: RoutingName = "choice"
     capacity: CapacityName = "static"
+    raises: bool = True
     record_auxiliary: bool = False
     record_selection: bool = False
 

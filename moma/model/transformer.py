@@ -109,8 +109,8 @@ class Transformer(nn.Module):
             head: what to compute from the last layer's normalized output; by default all logits.
 
         Raises:
-            UserError: a layer's output or a router's score is NaN or infinite; checked only under
-                causal routing or actual capacity, which synchronize with the device anyway.
+            UserError: a layer's output or a router's score is NaN or infinite; see
+                `Routing.raises`.
         """
         routing = routing or Routing()
         context = self._context(tokens_BS, document_ids_BS, positions_BS, max_documents)
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             records += [each.record for each in diagnostics if each.record is not None]
             nonfinite.append(torch.stack([each.nonfinite for each in diagnostics]).any())
         nonfinite_L = torch.stack(nonfinite)
-        if routing.mode == "causal" or routing.capacity == "actual":
+        if routing.raises and (routing.mode == "causal" or routing.capacity == "actual"):
             require_finite(nonfinite_L)
         return ModelOutput(head(self.norm(x_BSD), self.head.weight), records, nonfinite_L)
 
@@ -141,11 +141,13 @@ class Transformer(nn.Module):
         rotary = rotary_cos_sin(
             positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
         )
-        is_whole = document_ids_BS is None or self.config.attention_mask == "causal"
-        if document_ids_BS is None or is_whole:
-            document_ids_BS = torch.zeros_like(tokens_BS)
-        id_BS = number_segments(document_ids_BS, is_padding_BS)
-        segments = Segments(id_BS, max_documents or tokens_BS.numel(), length, is_whole)
+        if document_ids_BS is None or self.config.attention_mask == "causal":
+            # Padding follows all tokens, which cannot attend to it.
+            id_BS = torch.arange(len(tokens_BS), device=tokens_BS.device)[:, None]
+            segments = Segments(id_BS.expand_as(tokens_BS), len(tokens_BS), length, True)
+        else:
+            id_BS = number_segments(document_ids_BS, is_padding_BS)
+            segments = Segments(id_BS, max_documents or tokens_BS.numel(), length, False)
         dtype = self._product_dtype(tokens_BS.device)
         layout = self.kernel.layout(segments, dtype)
         return TokenContext(modality_BS, rotary, segments, layout, dtype)

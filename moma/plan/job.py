@@ -123,7 +123,7 @@ def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, 
     the data. Between replicas, gradients are all-reduced, which sends twice as much.
     """
     engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
-    reductions = 1 if engine.reduce_once else times
+    reductions = 1 if engine.accumulates_unsharded else times
     size, sent = engine.compute_dtype(_GPU).itemsize, DTYPES[engine.reduce].itemsize
     root, units = unit_elements(model)
     trained = held_bytes(model, 1, recipe.pretrain.optimizer)[0]["gradients"] / 4

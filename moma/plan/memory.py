@@ -87,10 +87,10 @@ def gathered_bytes(model: Transformer, recipe: Recipe, ranks: int, device: torch
 def accumulated_bytes(model: nn.Module, recipe: Recipe, ranks: int) -> int:
     """Return the bytes of the unsharded gradients that a rank holds between micro-batches."""
     engine = recipe.engine
-    if ranks == 1 or not engine.reduce_once or recipe.pretrain.gradient_accumulation_steps == 1:
+    times = recipe.pretrain.gradient_accumulation_steps
+    if ranks == 1 or times == 1 or not engine.accumulates_unsharded:
         return 0
-    size = max(DTYPES[engine.reduce].itemsize, DTYPES[engine.compute or "bf16"].itemsize)
-    return size * _elements(p for p in model.parameters() if p.requires_grad)
+    return _WEIGHT * _elements(p for p in model.parameters() if p.requires_grad)
 
 
 def unit_elements(model: Transformer) -> tuple[int, list[int]]:

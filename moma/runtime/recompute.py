@@ -24,6 +24,7 @@ _SAVED_OPERATIONS = {
     "aten._scaled_dot_product_efficient_attention.default",
     "aten._scaled_dot_product_cudnn_attention.default",
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "torch_attn._varlen_attn.default",
     "aten.topk.default",
 }
 

@@ -30,6 +30,7 @@ class EngineConfig(Config):
         reduce: dtype in which gradients are summed over ranks.
         reduce_once: whether gradients are summed over ranks once per step, instead of after each
             micro-batch of `gradient_accumulation_steps`; a rank then holds all of them unsharded.
+            Only with `reduce` fp32: they are accumulated in that dtype.
         replicate: number of replicas of the sharded model. 1 shards it over all ranks; with more,
             each replica is sharded over a part of the ranks, for example a node, and gradients
             are summed over replicas (hybrid sharding).
@@ -50,6 +51,11 @@ class EngineConfig(Config):
     step_size: Literal["kept", "grows"] = "kept"
     timeout: float = Field(600, gt=0)
     trace: int = Field(0, ge=0)
+
+    @property
+    def accumulates_unsharded(self) -> bool:
+        """Whether gradients are summed over ranks once per step; see `reduce_once`."""
+        return self.reduce_once and self.reduce == "fp32"
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of matrix products on a device."""

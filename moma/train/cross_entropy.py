@@ -109,8 +109,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             losses.append(result.losses)
             if result.gradients is not None:
                 hidden_gradients.append(result.gradients[0])
-                wide = upcast(result.gradients[1])
-                grad_weight_VD = wide if grad_weight_VD is None else grad_weight_VD.add_(wide)
+                weight_part = result.gradients[1]
+                if grad_weight_VD is None:
+                    grad_weight_VD = upcast(weight_part)
+                else:
+                    grad_weight_VD += weight_part
         loss_N, log_z_N, correct_N = (torch.cat(parts) for parts in zip(*losses, strict=True))
         if grad_weight_VD is not None:
             grad_hidden_ND = torch.cat(hidden_gradients).to(hidden_ND.dtype)

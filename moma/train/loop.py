@@ -270,6 +270,7 @@ class Trainer:
         record, tensors = finished
         self._raise_if_fault(record["step"], tensors)
         if self.validation.is_due(record["step"]):
+            self.writer.wait()  # its thread uses the process group of `on_rank_0`
             with self.step.autocast():
                 record["validation"] = self.validation.measure(record["step"])
             self.metrics.restart_clock()

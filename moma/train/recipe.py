@@ -151,6 +151,8 @@ class Recipe(PrepareConfig):
                 f"validation.every ({every}) must be a multiple of {self.stage}.log_every "
                 f"({stage.log_every}), since held-out losses are part of a log record"
             )
+        if self.validation.prompts and not every:
+            raise ValueError("validation.prompts need validation.every, the steps between images")
         if self.validation.keep_best and (every == 0 or stage.checkpoint_every % every):
             raise ValueError(
                 f"validation.keep_best: {self.stage}.checkpoint_every ({stage.checkpoint_every}) "

@@ -58,7 +58,7 @@ def with_routers(run: Run) -> Run:
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
     """Load a run's model onto this machine's device, in evaluation mode, and its recipe.
 
-    It computes in the precision that it was trained in: rounding decides close calls of routers.
+    It computes in the run's `engine.compute`: rounding decides close calls of routers.
     Trained auxiliary routers in the run's folder are loaded too.
 
     Raises:

@@ -165,7 +165,7 @@ def make_step(
         world,
         monitor,
         engine.compute_dtype(world.device),
-        engine.reduce_once,
+        engine.accumulates_unsharded,
     )
 
 

@@ -199,6 +199,7 @@ class Step:
         self.optimizers = tuple(optimizers)
         self.max_norm, self.world, self.monitor = max_norm, world, monitor
         self._accumulating = model if reduces_once and isinstance(model, FSDPModule) else None
+        self._max_documents = 0
         on_gpu = world.device.type == "cuda"
         self._is_bf16 = compute_dtype == torch.bfloat16 if compute_dtype else on_gpu
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -263,13 +264,16 @@ class Step:
         """
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
-        # Copied before the first is computed, which they overlap with.
         on_device = [to_device(batch, self.world.device) for batch in batches]
+        bounds = (batch.max_documents or 0 for batch in on_device)
+        # One bound that only grows: with another one, layers are compiled again.
+        self._max_documents = max(self._max_documents, *bounds)
         for number, batch in enumerate(on_device, 1):
             if self._accumulating is not None:
                 self._accumulating.set_requires_gradient_sync(number == len(batches))
             with self.autocast():
-                losses = self.loss_function(self.model, batch)
+                bounded = batch._replace(max_documents=self._max_documents)
+                losses = self.loss_function(self.model, bounded)
             losses.objective.backward()
             nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))

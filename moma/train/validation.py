@@ -4,12 +4,14 @@ every N steps:  held-out micro-batches → losses by modality under each routing
                 prompts → `RUN/validation/step-00001000.png`
 """
 
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,15 +21,20 @@ from torch.distributed.fsdp import FSDPModule
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
 from moma.data.config import DataConfig
-from moma.errors import SharedError
+from moma.errors import SharedError, UserError, shorten
 from moma.files import add_path_to_errors
 from moma.model.routing import Routing, RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
-from moma.runtime.world import World, on_rank_0
+from moma.runtime.world import World, on_rank_0, raise_on_all_ranks
 from moma.train.recipe import ValidationConfig
 from moma.train.step import LossFunction, next_token_loss, to_device
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
+
+if TYPE_CHECKING:
+    from moma.generate.mixed import MixedModel
+
+logger = logging.getLogger(__name__)
 
 
 def mean_losses(loss_M: Tensor, targets_M: Tensor) -> dict[str, float | None]:
@@ -68,18 +75,27 @@ class Validation:
             folder: where sheets of images are written.
 
         Raises:
-            UserError: the data holds no documents out.
+            UserError: the data holds no documents out, or a prompt leaves no space for an image.
         """
         self._config, self._data, self._seed = config, data, seed
         self._model, self._world, self._folder = model, world, folder
-        self._is_causal = is_causal
         names: list[RoutingName] = ["choice"]
         if is_causal and model.config.has_routers:
             names.append("causal")
         self._loss_functions = {
-            name: next_token_loss(routing=Routing(name, capacity="actual")) for name in names
+            name: next_token_loss(routing=Routing(name, capacity="actual", raises=False))
+            for name in names
         }
         self._batches = self._own_batches() if config.every else []
+        self._prompts = config.prompts if is_causal else ()
+        if self._prompts:
+            with raise_on_all_ranks(world):
+                self._check_prompts()
+        elif config.prompts:
+            logger.warning(
+                "validation.prompts: no images are generated in this stage, since the auxiliary "
+                "routers, by which this model generates, are not trained yet"
+            )
         self._latest: tuple[float, int] | None = None  # a loss to minimize, and its step
         self._best: tuple[float, int] | None = None
 
@@ -98,11 +114,12 @@ class Validation:
             `mean_losses`.
         """
         with _evaluating(self._model):
-            if self._is_causal and self._config.prompts:
-                self._write_sheet(self._folder / f"step-{step:08d}.png")
             losses = {
                 str(name): self._losses(function) for name, function in self._loss_functions.items()
             }
+            # From values that are not finite nothing can be sampled.
+            if self._prompts and all(each["loss"] is not None for each in losses.values()):
+                self._write_sheet(self._folder / f"step-{step:08d}.png")
         if self._config.keep_best is not None:
             value = list(losses.values())[-1][self._config.keep_best]  # causal, if that is known
             self._latest = None if value is None else (value, step)
@@ -114,13 +131,19 @@ class Validation:
             self._best = min(self._latest, self._best or self._latest)
         return self._best and self._best[1]
 
-    def get_state(self) -> list[Any] | None:
+    def get_state(self) -> dict[str, Any]:
         """State to save, JSON-serializable."""
-        return self._best and list(self._best)
+        return {"best": self._best, "measured": self._measured}
 
-    def set_state(self, state: list[Any] | None) -> None:
-        """Restore a state from `get_state`."""
-        self._best = None if state is None else (state[0], state[1])
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restore a state from `get_state`; a loss that was measured otherwise is forgotten."""
+        best = state["best"] if state["measured"] == self._measured else None
+        self._best = None if best is None else (best[0], best[1])
+
+    @property
+    def _measured(self) -> list[Any]:
+        """What the best loss is, as JSON."""
+        return [self._config.keep_best, self._config.batches]
 
     def _own_batches(self) -> list[Batch]:
         """This rank's part of the micro-batches, the same number on all ranks.
@@ -146,18 +169,37 @@ class Validation:
         for batch in self._batches:
             output = loss_function(self._model, to_device(batch, device))
             sums += torch.stack((output.loss_M, output.targets_M))
-        return mean_losses(*self._world.sum(sums).cpu())
+        losses = mean_losses(*self._world.sum(sums).cpu())
+        return {
+            name: loss if loss is not None and math.isfinite(loss) else None
+            for name, loss in losses.items()
+        }
+
+    def _check_prompts(self) -> None:
+        mixed = self._assemble()
+        _ = mixed.codec  # raises if there is none
+        space = mixed.context - self._model.vocabulary.image_span
+        for prompt in self._prompts:
+            if (tokens := len(mixed.encode([prompt]))) > space:
+                raise UserError(
+                    f"validation.prompts: '{shorten(prompt)}' has {tokens} tokens, but beside an "
+                    f"image a sequence has space for {max(0, space)}; shorten it"
+                )
+
+    def _assemble(self) -> "MixedModel":
+        from moma.generate.mixed import MixedModel
+
+        tokenizers = Tokenizers(self._data.path)
+        return MixedModel.assemble(self._model, tokenizers, self._data.sequence_length)
 
     def _write_sheet(self, path: Path) -> None:
         """Generate an image for each prompt; all ranks hold a part of the weights."""
         from moma.generate.decode import Sampling
-        from moma.generate.mixed import MixedModel
         from moma.tokenizers.image.metrics import image_grid
 
-        context = self._data.sequence_length
-        mixed = MixedModel.assemble(self._model, Tokenizers(self._data.path), context)
         sampling = Sampling(seed=self._seed % 2**32)
-        answers = mixed.generate([[prompt] for prompt in self._config.prompts], "image", sampling)
+        prompts = [[prompt] for prompt in self._prompts]
+        answers = self._assemble().generate(prompts, "image", sampling)
         images: list[Any] = [part for answer in answers for part in answer]
 
         def write() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.overrides import TorchFunctionMode
@@ -25,6 +25,8 @@ from moma.model.attention_kernels import (
     attention_kernel,
     number_segments,
 )
+from moma.runtime.recompute import Recompute, recompute
+from tests.factories import OperationCounter
 
 
 def slow_attention(query: Tensor, key: Tensor, value: Tensor, segment_RS: Tensor) -> Tensor:
@@ -227,3 +229,46 @@ def test_a_mask_of_another_dtype_is_refused():
 )
 def test_the_kernel_fits_device_dtype_and_width(device, dtype, width, expected):
     assert type(attention_kernel(torch.device(device), dtype, width)) is expected
+
+
+def test_selective_recomputation_keeps_the_outputs_of_flash_attention():
+    kernel = VarlenAttention()
+    layout = kernel.layout(Segments(torch.zeros(1, 6, dtype=torch.long), 1, 6), torch.float64)
+
+    class Attend(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return kernel(x, x, x, layout).sin()
+
+    cases: tuple[tuple[Recompute, int], ...] = (("layer", 2), ("selective", 1))
+    for how, expected in cases:
+        module = Attend()
+        recompute(module, how)
+        x = torch.randn(1, 6, 2, 8, dtype=torch.float64, requires_grad=True)
+        with OperationCounter() as counting:
+            module(x).sum().backward()
+        assert counting.counts["torch_attn._varlen_attn.default"] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "near"),
+    [(VarlenAttention(), torch.bfloat16, 3e-2), (FlexAttention(), torch.float32, 2e-3)],
+)
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_kernels_of_a_gpu_equal_masked_attention(kernel, dtype, near, key_heads):
+    """Forward and backward, with empty segments beyond the last one."""
+    id_RS = torch.arange(2 * 256).div(37, rounding_mode="floor").view(2, 256).cuda()
+    segments = Segments(id_RS, 64, 256)
+    found = []
+    for each in (kernel, MaskedAttention()):
+        generator = torch.Generator().manual_seed(0)
+        heads = (4, key_heads, key_heads)
+        given = [
+            torch.randn(2, 256, h, 64, generator=generator).to("cuda", dtype).requires_grad_()
+            for h in heads
+        ]
+        query, key, value = given
+        output = each(query, key, value, each.layout(segments, dtype))
+        output.square().sum().backward()
+        found.append([output, *(x.grad for x in given)])
+    torch.testing.assert_close(*found, rtol=near, atol=near)

@@ -10,6 +10,7 @@ from torch.optim import SGD, Optimizer
 
 from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.architecture import ModelConfig
+from moma.model.attention_kernels import attention_kernel
 from moma.model.depth import DepthConfig
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
@@ -78,7 +79,9 @@ class Trainer:
     def __init__(self, case: str, layers: int = 2, device: torch.device = CPU):
         shape = {"dim": 16, "layers": layers, "heads": 2}
         config = ModelConfig.model_validate(shape | ARCHITECTURES[case])
-        self.model = Transformer(config, VOCABULARY, (0.5, 0.5)).to(device)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        kernel = attention_kernel(device, dtype, config.dim // config.heads)
+        self.model = Transformer(config, VOCABULARY, (0.5, 0.5), kernel).to(device)
         self.model.initialize(0)
         freeze_for_stage(self.model, trains_routers=False)
         self.optimizer: Optimizer = make_optimizers(self.model, OptimizerConfig())[0]

@@ -276,6 +276,15 @@ def test_a_word_of_200_000_letters_trains():
     assert len(ids) < len(text) / 2 and decode(tokenizer, ids) == text
 
 
+@pytest.fixture
+def interruptible():
+    """Python's handler of SIGINT, which is missing in a process started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_progress_is_reported_and_ctrl_c_ends_training():
     seen = []
 
@@ -290,6 +299,7 @@ def test_progress_is_reported_and_ctrl_c_ends_training():
     assert seen == [(256, "texts"), (512, "texts"), (768, "texts"), (1000, seen[-1][1])]
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_while_texts_are_read_ends_training():
     def texts():
         yield from TEXTS

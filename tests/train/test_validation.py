@@ -7,18 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
+from moma.data.batches.iterator import Batches
 from moma.data.encode.prepare import prepare
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.recipe import read_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.sharding import local_part
 from moma.runtime.world import World
 from moma.train.loop import train
 from moma.train.metrics import TIMING_KEYS
 from moma.train.recipe import Recipe, ValidationConfig
 from moma.train.restore import load_run
-from moma.train.stages import prepare_model
+from moma.train.stages import make_step, prepare_model
 from moma.train.validation import Validation
 from moma.vocabulary import Vocabulary
 from tests.factories import write_minimal_recipe
@@ -158,21 +160,61 @@ def test_an_image_is_generated_for_each_prompt(tiny, tmp_path):
 def measure(world: World, recipe: Recipe, out: Path) -> None:
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
-    validation = Validation(recipe.validation, recipe.data, 0, False, model, world, out)
+    is_causal = not recipe.model.has_routers
+    validation = Validation(recipe.validation, recipe.data, 0, is_causal, model, world, out)
     losses = validation.measure(1)
     assert model.training
     # The model can be trained afterwards.
+    data = Batches(recipe.data, vocabulary, recipe.seed, world.rank, world.size)
+    make_step(recipe, model, world)([next(data)], 1e-2)
+    if world.rank == 1:  # a rank whose values are not finite does not leave the others
+        with torch.no_grad():
+            local_part(model.norm.weight).fill_(torch.nan)
+    without_fault = validation.measure(2)
     if world.rank == 0:
-        (out / f"{world.size}.json").write_text(json.dumps(losses))
+        (out / f"{world.size}.json").write_text(json.dumps([losses, without_fault]))
 
 
-@pytest.mark.parametrize("batches", [3, ALL])
-def test_two_ranks_measure_what_one_does(tiny, tmp_path, batches):
-    recipe = with_validation(tiny, tmp_path / "run", batches=batches)
+@pytest.mark.parametrize(("groups", "batches"), [("moe_1t1i", 3), ("mod_moe_2t2i", ALL)])
+def test_two_ranks_measure_what_one_does(tiny, tmp_path, groups, batches):
+    model = tiny.model.model_copy(update={"groups": groups})
+    recipe = tiny.model_copy(update={"model": model})
+    recipe = with_validation(recipe, tmp_path / "run", batches=batches, prompts=("a",))
     measure(WORLD, recipe, tmp_path)
     on_ranks(2, measure, recipe, tmp_path)
-    one, two = (json.loads((tmp_path / f"{n}.json").read_text())["choice"] for n in (1, 2))
-    assert two == pytest.approx(one, rel=1e-5)
+    (one, _), (two, broken) = (
+        json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2)
+    )
+    assert two["choice"] == pytest.approx(one["choice"], rel=1e-5)
+    assert broken["choice"]["loss"] is None
+    assert (tmp_path / "step-00000001.png").is_file() == (groups == "moe_1t1i")
+
+
+def best_of(tiny: Recipe, folder: Path, **changes) -> Validation:
+    recipe = with_validation(tiny, folder / "run", **{"keep_best": "loss"} | changes)
+    vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
+    model = prepare_model(recipe, vocabulary, WORLD)
+    return Validation(recipe.validation, recipe.data, 0, False, model, WORLD, folder)
+
+
+def test_the_best_loss_is_forgotten_when_another_is_measured(tiny, tmp_path):
+    first = best_of(tiny, tmp_path)
+    first.measure(2)
+    assert first.best_step(2) == 2
+    same, other = (
+        best_of(tiny, tmp_path, **changes) for changes in ({}, {"keep_best": "loss_image"})
+    )
+    for validation in (same, other):
+        validation.set_state(json.loads(json.dumps(first.get_state())))
+    assert same.best_step(4) == 2 and other.best_step(4) is None
+
+
+def test_a_prompt_without_space_for_an_image_is_refused(tiny, tmp_path):
+    model = tiny.model.model_copy(update={"groups": "moe_1t1i"})
+    recipe = tiny.model_copy(update={"model": model})
+    with pytest.raises(UserError, match=r"validation.prompts: 'a a .* tokens.* shorten it"):
+        train(with_validation(recipe, tmp_path / "run", prompts=("a " * 99,)), WORLD, quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_without_held_out_documents_is_refused(tiny, tmp_path):
@@ -188,6 +230,7 @@ def test_data_without_held_out_documents_is_refused(tiny, tmp_path):
     ("change", "message"),
     [
         ("validation.every=3", "multiple of pretrain.log_every"),
+        ('validation.prompts=["a"]', "prompts need validation.every"),
         ("validation.keep_best=loss", "must be a multiple of validation.every"),
     ],
 )
