@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -82,7 +83,9 @@ class Command:
         return self._process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
-        os.kill(self.pid, number)
+        """Send a signal, unless the command has ended."""
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, number)
 
     def communicate(self, timeout: float = 500) -> tuple[str, str]:
         """Wait for the end; return standard output and standard error."""

@@ -24,7 +24,7 @@ def parts_in(folder: Path) -> int:
 def kill_somewhere(process: Command, folder: Path, draw: random.Random) -> None:
     """Kill a process after a few more parts, or at any time before the first one."""
     if draw.random() < 0.2:
-        until, seconds = float("inf"), draw.uniform(0, 8)
+        until, seconds = parts_in(folder) + 1, draw.uniform(0, 8)
     else:
         until, seconds = parts_in(folder) + draw.randint(1, 4), float("inf")
     end = time.monotonic() + seconds
