@@ -9,12 +9,13 @@ files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`
               `write_sources` (captions and text for `tiny_recipe`)
 operations    `OperationCounter`
 recipes       `tiny_recipe`, `values_of_recipe`, `write_recipe`, `write_minimal_recipe`
-              (with only the required keys)
+              (with only the required keys), `synthetic_recipe` (without data)
 tokens        `make_segments`, `make_context` (what layers know of packed documents)
 """
 
 import io
 import json
+import math
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -293,6 +294,32 @@ def tiny_recipe(sources: Path, data: Path, **changes: Any) -> Recipe:
         "aux_router": {**stage, "steps": 6, "checkpoint_every": 2},
     }
     return check(Recipe, values, "tiny").model_copy(update=changes)
+
+
+def synthetic_recipe(
+    codes: int, image_share: float, sequence_length: int, **sections: Any
+) -> Recipe:
+    """A recipe for synthetic micro-batches of four sequences; its data does not exist.
+
+    Args:
+        codes: number of codes of an image, a square.
+        image_share, sequence_length: as in `[data]`.
+        sections: the other sections.
+    """
+    data = {
+        "path": "none",
+        "micro_batch_size": 4,
+        "sequence_length": sequence_length,
+        "image_share": image_share,
+        "sources": [{"kind": "text", "path": "none"}],
+    }
+    values = {
+        "text_tokenizer": {"vocabulary_size": 320},
+        "codec": {"image_size": 16 * math.isqrt(codes), "codebook_size": 64},
+        "data": data,
+        **sections,
+    }
+    return check(Recipe, values, "small")
 
 
 class OperationCounter(TorchDispatchMode):

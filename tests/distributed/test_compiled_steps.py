@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
-from moma.recipe import check
 from moma.runtime.world import World, can_compile
 from moma.train.recipe import Recipe
 from moma.train.stages import make_step, prepare_model
+from tests.factories import synthetic_recipe
 from tests.processes import on_ranks
 
 CPU = torch.device("cpu")
@@ -26,21 +26,14 @@ ARCHITECTURES = (
 
 
 def recipe_of(compiled: bool, **model: Any) -> Recipe:
-    values = {
-        "text_tokenizer": {"vocabulary_size": 320},
-        "codec": {"image_size": 64, "codebook_size": 32},
-        "data": {
-            "path": "none",
-            "micro_batch_size": 4,
-            "sequence_length": 64,
-            "image_share": 0.25,
-            "sources": [{"kind": "text", "path": "none"}],
-        },
-        "model": {"dim": 16, "layers": 2, "heads": 2, **model},
-        "engine": {"recompute": "selective"},
-        "pretrain": {"compile": compiled},
-    }
-    return check(Recipe, values, "small")
+    return synthetic_recipe(
+        codes=16,
+        image_share=0.25,
+        sequence_length=64,
+        model={"dim": 16, "layers": 2, "heads": 2, **model},
+        engine={"recompute": "selective"},
+        pretrain={"compile": compiled},
+    )
 
 
 def take_steps(world: World, recipe: Recipe) -> list[torch.Tensor]:

@@ -42,7 +42,7 @@ from moma.vocabulary import Vocabulary
 from tests.factories import OperationCounter
 from tests.processes import on_ranks
 
-GROUPS, STEPS = 4, 2
+GROUPS, STEPS = 4, 3
 ONE_PROCESS = World(torch.device("cpu"))
 # Architecture, engine, and tolerance compared with one fp32 process.
 CASES = {

@@ -225,6 +225,8 @@ def test_a_mask_of_another_dtype_is_refused():
         ("cuda", torch.float32, 64, FlexAttention),
         ("cuda", torch.bfloat16, 60, FlexAttention),
         ("cuda", torch.bfloat16, 512, FlexAttention),
+        ("cuda", torch.bfloat16, 8, VarlenAttention),
+        ("cuda", torch.float32, 8, MaskedAttention),
     ],
 )
 def test_the_kernel_fits_device_dtype_and_width(device, dtype, width, expected):

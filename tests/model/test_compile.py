@@ -179,7 +179,7 @@ def test_a_compiled_layer_equals_eager():
     torch.testing.assert_close(model(*parts).head, eager, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["mod_moe_2t2i", "tied_batched", "grouped_unequal"])
+@pytest.mark.parametrize("case", ["moe_2t2i", "mod_moe_2t2i", "tied_batched", "grouped_unequal"])
 def test_a_compiled_layer_keeps_no_zeros_for_its_backward(case):
     torch.compiler.reset()
     model, kept = Trainer(case, layers=1).model, []

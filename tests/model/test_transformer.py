@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
+from moma.model.attention_kernels import MaskedAttention
 from moma.model.experts import ExpertGroup
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
@@ -87,6 +88,26 @@ def test_a_causal_mask_ignores_documents():
     tokens = mixed_tokens(1, 8, 0)
     documents = torch.tensor([[0] * 4 + [1] * 4])
     torch.testing.assert_close(model(tokens, documents).head, model(tokens).head, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_sequence_without_documents_is_one_segment(padded, monkeypatch):
+    """A prompt to continue; one segment for each token would be slow on a GPU."""
+    found = []
+    layout = MaskedAttention.layout
+
+    def recording(self, segments, dtype):
+        found.append(segments)
+        return layout(self, segments, dtype)
+
+    monkeypatch.setattr(MaskedAttention, "layout", recording)
+    tokens = mixed_tokens(3, 8, 0)
+    if padded:
+        tokens[1, 5:] = VOCABULARY.padding
+    build("moe_2t2i")(tokens)
+    (segments,) = found
+    assert segments.is_whole and segments.max_segments == 3
+    assert segments.id_RS.tolist() == [[number] * 8 for number in range(3)]
 
 
 def test_initialization_depends_only_on_the_seed():

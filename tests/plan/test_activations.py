@@ -7,12 +7,12 @@ import torch
 
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.plan.activations import activation_bytes
-from moma.recipe import check
 from moma.runtime.peak import allocated_peak
 from moma.runtime.world import World
 from moma.train.recipe import Recipe
 from moma.train.stages import loss_function_of, prepare_model
 from moma.train.step import to_device
+from tests.factories import synthetic_recipe
 
 CPU = torch.device("cpu")
 NEAR = 0.15
@@ -36,21 +36,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def recipe_of(groups: str, recompute: str, compiled: bool, **model) -> Recipe:
-    values = {
-        "text_tokenizer": {"vocabulary_size": 320},
-        "codec": {"image_size": 128, "codebook_size": 64},
-        "data": {
-            "path": "none",
-            "micro_batch_size": 4,
-            "sequence_length": 256,
-            "image_share": 0.5,
-            "sources": [{"kind": "text", "path": "none"}],
-        },
-        "model": {"groups": groups, "dim": 64, "layers": 3, "heads": 4, **model},
-        "engine": {"recompute": recompute},
-        "pretrain": {"compile": compiled},
-    }
-    return check(Recipe, values, "small")
+    return synthetic_recipe(
+        codes=64,
+        image_share=0.5,
+        sequence_length=256,
+        model={"groups": groups, "dim": 64, "layers": 3, "heads": 4, **model},
+        engine={"recompute": recompute},
+        pretrain={"compile": compiled},
+    )
 
 
 def measured(recipe: Recipe) -> int:

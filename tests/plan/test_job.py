@@ -94,6 +94,10 @@ def test_communication():
     often = job_of(overrides=(*overrides, "engine.reduce_once=false"), gpus=2)
     assert often["communication"]["reduced"] == 3 * sent["reduced"]
     assert often["memory"]["accumulated_gradients"] == 0
+    # Gradients in bf16 are never accumulated in it.
+    half = job_of(overrides=(*overrides, "engine.reduce=bf16"), gpus=2)
+    assert half["communication"]["reduced"] == 3 * sent["reduced"] / 2
+    assert half["memory"]["accumulated_gradients"] == 0
     assert sent["seconds"] == pytest.approx((sent["gathered"] + sent["reduced"]) / 1e9)
     step = found["time"]["step_seconds"]
     assert sent["part_of_step"] == pytest.approx(sent["seconds"] / step)

@@ -21,10 +21,10 @@ def use():
 
 for device in ("cuda", "cpu"):
     keep_freed_memory(torch.device(device))
-    for _ in range(4):
+    for _ in range(8):
         use()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
+    for _ in range(8):
         use()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

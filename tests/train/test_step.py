@@ -1,5 +1,7 @@
 """Losses against a slow reference; one step over micro-batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from moma.data.batches.packing import NO_LABEL
 from moma.model.routing import Routing
 from moma.runtime.world import World
 from moma.train.cross_entropy import TokenLosses
+from moma.train.stages import freeze_for_stage
 from moma.train.step import (
     Step,
     next_token_loss,
@@ -125,3 +128,25 @@ def test_router_loss_is_the_binary_cross_entropy(tiny):
     for name, parameter in model.named_parameters():
         touched = parameter.grad is not None and bool(parameter.grad.any())
         assert touched == ("auxiliary" in name)
+
+
+def test_the_bound_of_documents_only_grows(tiny):
+    """With another bound, layers are compiled again."""
+    recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": "dense"})})
+    vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
+    batch = next(Batches(recipe.data, vocabulary, seed=0))
+    ids_BS = batch.document_ids_BS
+    many = replace(batch, document_ids_BS=np.broadcast_to(np.arange(ids_BS.shape[1]), ids_BS.shape))
+    model, bounds = recipe.build_model(vocabulary), []
+    loss_function = next_token_loss()
+
+    def recording(model, batch):
+        bounds.append(batch.max_documents)
+        return loss_function(model, batch)
+
+    freeze_for_stage(model, trains_routers=False)
+    optimizers = with_lr_scale(SGD(model.parameters(), lr=0.1))
+    step = Step(model, optimizers, recording, 1.0, WORLD)
+    for batches in ([batch], [many], [batch]):
+        step(batches, learning_rate=0.1)
+    assert bounds[0] < bounds[1] == bounds[2] and bounds[1] >= ids_BS.size

@@ -16,6 +16,7 @@ from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.sharding import local_part
 from moma.runtime.world import World
+from moma.runtime.writer import CheckpointWriter
 from moma.train.loop import train
 from moma.train.metrics import TIMING_KEYS
 from moma.train.recipe import Recipe, ValidationConfig
@@ -93,6 +94,30 @@ def test_validation_and_interruption_change_nothing_else(tiny, tmp_path):
     last.rename(last.with_suffix(".away"))  # as if it had been interrupted before
     train(recipe, WORLD, quiet=True)
     assert records_of(recipe.run) == whole
+
+
+def test_validation_waits_for_the_checkpoint_whose_thread_shares_its_process_group(
+    tiny, tmp_path, monkeypatch
+):
+    events = []
+
+    def recording(owner: type, name: str) -> None:
+        method = getattr(owner, name)
+
+        def call(self, *arguments):
+            events.append(name)
+            return method(self, *arguments)
+
+        monkeypatch.setattr(owner, name, call)
+
+    recording(CheckpointWriter, "save")
+    recording(CheckpointWriter, "wait")
+    recording(Validation, "measure")
+    train(with_validation(tiny, tmp_path / "run"), WORLD, quiet=True)
+    assert "measure" in events[events.index("save") :]
+    for number, event in enumerate(events):
+        if event == "measure":
+            assert events[number - 1] == "wait"
 
 
 @pytest.mark.slow
