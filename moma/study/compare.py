@@ -140,7 +140,7 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
     """Add the sections that every comparison has."""
     page.section(
         "Training loss over compute",
-        paragraph("Each point is the mean over the last 5% of the run before it."),
+        paragraph("Smoothed by a line fitted to the records within 25% of each point's FLOPs."),
         figure(figures.loss_curves({each.name: each.metrics for each in measured})),
     )
     for each in comparison_tables(summary(measured)):

@@ -10,30 +10,45 @@ from typing import Any
 import numpy as np
 
 LOSSES = {"all": "loss", "text": "loss_text", "image": "loss_image"}
-FINAL_SHARE = 0.05
+# Half the width of the smoothing window, in ln FLOPs.
+HALF_WIDTH = 0.25
 
 Records = Sequence[dict[str, Any]]
 
 
 def smoothed(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """FLOPs and loss of each log record; the loss is a mean over the last 5% of the records."""
-    flops = np.array([record["flops"] for record in records])
-    values = np.array([record[key] for record in records], dtype=float)  # None becomes NaN
-    width = max(1, round(FINAL_SHARE * len(records)))
-    sums = np.cumsum(np.concatenate(([0.0], values)))
-    ends = np.arange(1, len(records) + 1)
-    starts = np.maximum(0, ends - width)
-    return flops, (sums[ends] - sums[starts]) / (ends - starts)
+    """FLOPs and smoothed loss of each log record that has this loss.
+
+    The loss is a local linear regression over ln FLOPs: a line is fitted to the records within
+    about 25% of each one's FLOPs. Unlike a trailing mean, it does not lag behind a falling loss,
+    neither early, where it falls fast, nor at the end, where no later records exist (Fan &
+    Gijbels 1992, "Variable bandwidth and local linear regression smoothers").
+    """
+    known = [record for record in records if record[key] is not None]
+    flops = np.array([record["flops"] for record in known], dtype=float)
+    loss = np.array([record[key] for record in known], dtype=float)
+    x = np.log(flops)
+    start, end = np.searchsorted(x, x - HALF_WIDTH), np.searchsorted(x, x + HALF_WIDTH, "right")
+
+    def window_mean(values: np.ndarray) -> np.ndarray:
+        sums = np.concatenate(([0.0], np.cumsum(values)))
+        return (sums[end] - sums[start]) / (end - start)
+
+    mean_x, mean_loss = window_mean(x), window_mean(loss)
+    variance = window_mean(x * x) - mean_x**2
+    covariance = window_mean(x * loss) - mean_x * mean_loss
+    # A window of one record has no slope.
+    slope = np.divide(covariance, variance, out=np.zeros_like(x), where=end - start > 1)
+    return flops, mean_loss + slope * (x - mean_x)
 
 
 def speedup(dense: Records, sparse: Records, key: str) -> float | None:
     """η for one loss, interpolated between log records; None if the loss is never reached."""
     dense_flops, dense_loss = smoothed(dense, key)
     flops, loss = smoothed(sparse, key)
-    reached = np.flatnonzero(loss <= dense_loss[-1])
-    if not len(reached):
+    if not len(dense_loss) or not (loss <= dense_loss[-1]).any():
         return None
-    at = reached[0]
+    at = int(np.argmax(loss <= dense_loss[-1]))
     crossing = flops[at]
     if at > 0:
         part = (loss[at - 1] - dense_loss[-1]) / (loss[at - 1] - loss[at])
