@@ -342,8 +342,9 @@ def make_context(
 ) -> TokenContext:
     """The context of tokens of fp64 layers, attending within their documents."""
     segments = make_segments(document_ids_BS, modality_BS < 0)
-    layout = (kernel or MaskedAttention()).layout(segments, torch.float64)
-    return TokenContext(modality_BS, rotary, segments, layout, torch.float64)
+    kernel = kernel or MaskedAttention()
+    layout = kernel.layout(segments, torch.float64)
+    return TokenContext(modality_BS, rotary, segments, layout, torch.float64, kernel)
 
 
 def make_segments(document_ids_BS: Tensor, is_padding_BS: Tensor | None = None) -> Segments:

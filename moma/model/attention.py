@@ -3,14 +3,24 @@
 Shapes: see `layers.py`; G heads of keys and values.
 """
 
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moma.model.attention_kernels import AttentionKernel
 from moma.model.layers import rotate
+
+
+class AttentionContext(Protocol):
+    """What attention needs to know about the tokens."""
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor]:
+        """`rotary_cos_sin` of the tokens' positions."""
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend; queries and the result are [B, S, H, C], keys and values [B, S, G, C]."""
 
 
 class Attention(nn.Module):
@@ -24,14 +34,11 @@ class Attention(nn.Module):
         dim, heads: width D and number of query heads H.
         kv_heads: number of key and value heads G, a divisor of H.
         query_key_norm: whether queries and keys are normalized.
-        kernel: computes attention from queries, keys and values.
     """
 
-    def __init__(
-        self, dim: int, heads: int, kv_heads: int, query_key_norm: bool, kernel: AttentionKernel
-    ):
+    def __init__(self, dim: int, heads: int, kv_heads: int, query_key_norm: bool):
         super().__init__()
-        self.width, self.kernel = dim // heads, kernel
+        self.width = dim // heads
         self.query = nn.Linear(dim, dim, bias=False)
         self.key = nn.Linear(dim, kv_heads * self.width, bias=False)
         self.value = nn.Linear(dim, kv_heads * self.width, bias=False)
@@ -39,22 +46,16 @@ class Attention(nn.Module):
         self.query_norm = HeadNorm(heads, self.width) if query_key_norm else nn.Identity()
         self.key_norm = HeadNorm(kv_heads, self.width) if query_key_norm else nn.Identity()
 
-    def forward(self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], layout: Any) -> Tensor:
-        """Attend over [B, S, D].
-
-        Args:
-            x_BSD: tokens.
-            rotary: `rotary_cos_sin` of the tokens' positions.
-            layout: the kernel's form of the segments that tokens attend in.
-        """
+    def forward(self, x_BSD: Tensor, context: AttentionContext) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
         query, key, value = (
             projection(x_BSD).unflatten(-1, (-1, self.width))
             for projection in (self.query, self.key, self.value)
         )
         # Norms and rotation may compute in fp32, even under autocast.
-        query = rotate(self.query_norm(query), rotary).to(value.dtype)
-        key = rotate(self.key_norm(key), rotary).to(value.dtype)
-        return self.output(self.kernel(query, key, value, layout).flatten(-2))
+        query = rotate(self.query_norm(query), context.rotary).to(value.dtype)
+        key = rotate(self.key_norm(key), context.rotary).to(value.dtype)
+        return self.output(context.attend(query, key, value).flatten(-2))
 
 
 class HeadNorm(nn.Module):

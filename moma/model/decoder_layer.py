@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention
 from moma.model.attention_kernels import AttentionKernel, Segments
+from moma.model.caches import CachedContext
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import build_group
 from moma.model.implementations import build_experts
@@ -30,6 +31,7 @@ class TokenContext(NamedTuple):
         segments: which tokens attend to each other.
         layout: the attention kernel's form of the segments.
         dtype: dtype of queries, keys and values.
+        kernel: computes attention.
     """
 
     modality_BS: Tensor
@@ -37,24 +39,31 @@ class TokenContext(NamedTuple):
     segments: Segments
     layout: Any
     dtype: torch.dtype
+    kernel: AttentionKernel
 
-    def select(self, index_RK: Tensor, kernel: AttentionKernel) -> "TokenContext":
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend within segments; see `AttentionKernel`."""
+        return self.kernel(query, key, value, self.layout)
+
+    def select(self, index_RK: Tensor, filled_RK: Tensor) -> "TokenContext":
         """Return the context of selected tokens, given their indices, [R, K].
 
-        Empty slots hold padding, which no other token attends to.
+        Tokens in empty slots become padding, which no other token attends to.
         """
         cosine, sine = (
             angle.expand(*self.modality_BS.shape, -1, -1).flatten(0, 1)[index_RK]
             for angle in self.rotary
         )
         segments = self.segments.select(index_RK)
-        return TokenContext(
-            self.modality_BS.flatten()[index_RK],
-            (cosine, sine),
-            segments,
-            kernel.layout(segments, self.dtype),
-            self.dtype,
+        return self._replace(
+            modality_BS=self.modality_BS.flatten()[index_RK].where(filled_RK, -1),
+            rotary=(cosine, sine),
+            segments=segments,
+            layout=self.kernel.layout(segments, self.dtype),
         )
+
+
+LayerContext = TokenContext | CachedContext
 
 
 class DecoderLayer(nn.Module):
@@ -65,7 +74,7 @@ class DecoderLayer(nn.Module):
     experts(norm(h)).
 
     Args:
-        config, vocabulary, shares, kernel: as for `Transformer`.
+        config, vocabulary, shares: as for `Transformer`.
         token_fraction: fraction of all tokens that attention and experts process.
     """
 
@@ -74,13 +83,12 @@ class DecoderLayer(nn.Module):
         config: ModelConfig,
         vocabulary: Vocabulary,
         shares: Sequence[float],
-        kernel: AttentionKernel,
         token_fraction: float = 1.0,
     ):
         super().__init__()
         self.swin = config.norm == "swin"
         self.attention = Attention(
-            config.dim, config.heads, config.key_heads, config.query_key_norm, kernel
+            config.dim, config.heads, config.key_heads, config.query_key_norm
         )
         width, names, noise = config.hidden_width, vocabulary.modalities, bool(config.router_noise)
         groups = [
@@ -93,7 +101,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BSD: Tensor, context: TokenContext, routing: Routing
+        self, x_BSD: Tensor, context: LayerContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; return diagnostics of the output, then of the routers."""
         attention_BSD, experts_BSD, diagnostics = self._residuals(x_BSD, context, routing)
@@ -101,11 +109,11 @@ class DecoderLayer(nn.Module):
         return y_BSD, [_nonfinite(y_BSD), *diagnostics]
 
     def _residuals(
-        self, x_BSD: Tensor, context: TokenContext, routing: Routing
+        self, x_BSD: Tensor, context: LayerContext, routing: Routing
     ) -> tuple[Tensor, Tensor, list[Diagnostics]]:
         """Compute the outputs of both residual branches: attention, then experts."""
         attention_in_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
-        attention_BSD = self.attention(attention_in_BSD, context.rotary, context.layout)
+        attention_BSD = self.attention(attention_in_BSD, context)
         attention_BSD = self.attention_norm(attention_BSD) if self.swin else attention_BSD
         attention_BSD = self.dropout(attention_BSD)
         h_BSD = x_BSD + attention_BSD
@@ -123,23 +131,23 @@ class DepthLayer(DecoderLayer):
         config: ModelConfig,
         vocabulary: Vocabulary,
         shares: Sequence[float],
-        kernel: AttentionKernel,
         depth: DepthConfig,
     ):
-        super().__init__(config, vocabulary, shares, kernel, depth.capacity_factor)
+        super().__init__(config, vocabulary, shares, depth.capacity_factor)
         self.depth = DepthRouter(config.dim, depth)
 
     def forward(
-        self, x_BSD: Tensor, context: TokenContext, routing: Routing
+        self, x_BSD: Tensor, context: LayerContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; the depth router's diagnostics come last."""
         selection, depth_diagnostics = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
+        selected = context.select(index_RK, selection.filled_EK)
+        if not index_RK.shape[1]:  # possible under causal routing only
+            return x_BSD, [_nonfinite(x_BSD), depth_diagnostics]
         index_T = index_RK.flatten()
         x_RKD = gather(x_ND, index_T).unflatten(0, index_RK.shape)
-        attention_RKD, experts_RKD, diagnostics = self._residuals(
-            x_RKD, context.select(index_RK, self.attention.kernel), routing
-        )
+        attention_RKD, experts_RKD, diagnostics = self._residuals(x_RKD, selected, routing)
         update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
         y_ND = scatter_add(x_ND, index_T, update_RKD.flatten(0, 1).to(x_ND.dtype))
         expert_diagnostics = [
@@ -159,10 +167,9 @@ def build_layer(
     config: ModelConfig,
     vocabulary: Vocabulary,
     shares: Sequence[float],
-    kernel: AttentionKernel,
 ) -> DecoderLayer:
     """Build layer `number` of a model, counted from 0."""
     depth = config.depth_config
     if depth is not None and number in config.depth_layers:
-        return DepthLayer(config, vocabulary, shares, kernel, depth)
-    return DecoderLayer(config, vocabulary, shares, kernel)
+        return DepthLayer(config, vocabulary, shares, depth)
+    return DecoderLayer(config, vocabulary, shares)

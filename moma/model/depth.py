@@ -20,8 +20,9 @@ from moma.model.routers import AuxiliaryRouter, Diagnostics, auxiliary_logits, d
 from moma.model.routing import (
     Routing,
     Selection,
-    causal_routing,
+    causal_choice,
     router_logits,
+    select_by_sequence,
     select_top_k,
     static_capacity,
 )
@@ -71,7 +72,10 @@ class DepthRouter(nn.Module):
         auxiliary_N1 = auxiliary_logits(self.auxiliary, x_ND, routing)
         if routing.mode == "causal":
             assert auxiliary_N1 is not None
-            selection = causal_routing(logits_N1, auxiliary_N1, eligible_N)
+            selected_N1 = causal_choice(auxiliary_N1, eligible_N)
+            selection = select_by_sequence(
+                *(x.view_as(eligible_BS) for x in (selected_N1, logits_N1))
+            )
         else:
             selection = self._choose(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
         as_one_expert = Selection(*(part_RK.flatten()[None] for part_RK in selection))

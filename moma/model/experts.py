@@ -21,14 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moma.model.grouped import grouped_product
 from moma.model.groups import GroupConfig, group_share
 from moma.model.layers import SwiGLU, gather, scatter_add
 from moma.model.routers import AuxiliaryRouter, Diagnostics, auxiliary_logits, diagnose
 from moma.model.routing import (
     Routing,
+    SelectedTokens,
     Selection,
-    causal_routing,
+    causal_choice,
     expert_choice,
+    list_selected,
     logistic_noise,
     router_logits,
     select_all,
@@ -64,6 +67,28 @@ def add_expert_outputs(total_ND: Tensor, x_ND: Tensor, inputs: ExpertInputs) -> 
     x_EKD = gather(x_ND, index_T).unflatten(0, index_EK.shape)
     ffn_EKD = (functional.silu(x_EKD @ gate_EDF) * (x_EKD @ up_EDF)) @ down_EFD
     return scatter_add(total_ND, index_T, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
+
+
+def add_listed_outputs(
+    total_ND: Tensor, x_ND: Tensor, weights: Sequence[Tensor], tokens: SelectedTokens
+) -> Tensor:
+    """Equation 1 for experts that process different numbers of tokens.
+
+    The weights of experts without tokens are not read.
+
+    Args:
+        total_ND, x_ND: as for `add_expert_outputs`.
+        weights: SwiGLU weights of the experts, [E, D, F] twice and [E, F, D].
+        tokens: the tokens of each expert.
+    """
+    index_T, score_T, end_E = tokens
+    if not len(index_T):
+        return total_ND
+    gate_EDF, up_EDF, down_EFD = weights
+    x_TD = gather(x_ND, index_T)
+    gate_TF, up_TF = (grouped_product(x_TD, [weight], end_E) for weight in (gate_EDF, up_EDF))
+    ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, [down_EFD], end_E)
+    return scatter_add(total_ND, index_T, score_T[:, None] * ffn_TD)
 
 
 def zero_total(x_ND: Tensor) -> Tensor:
@@ -118,19 +143,26 @@ class ExpertGroup(nn.Module):
             routing: see `Routing`.
             total_ND: outputs of other groups, to add to; if omitted, zeros.
         """
-        inputs, diagnostics = self.route(x_ND, modality_N, routing)
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
+        if routing.mode == "causal":
+            tokens, diagnostics = self._select_causally(x_ND, self._eligible(modality_N), routing)
+            weights = (self.gate_EDF, self.up_EDF, self.down_EFD)
+            return add_listed_outputs(total_ND, x_ND, weights, tokens), diagnostics
+        inputs, diagnostics = self.route(x_ND, modality_N, routing)
         return add_expert_outputs(total_ND, x_ND, inputs), diagnostics
 
     def route(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
     ) -> tuple[ExpertInputs, list[Diagnostics]]:
-        """Select tokens for each expert, without computing the experts."""
+        """Select tokens for each expert by expert choice, without computing the experts."""
+        selection, diagnostics = self._select(x_ND, self._eligible(modality_N), routing)
+        return ExpertInputs(self.gate_EDF, self.up_EDF, self.down_EFD, selection), diagnostics
+
+    def _eligible(self, modality_N: Tensor) -> Tensor:
         eligible_N = modality_N == self.modalities[0]
         for modality in self.modalities[1:]:
             eligible_N = eligible_N | (modality_N == modality)
-        selection, diagnostics = self._select(x_ND, eligible_N, routing)
-        return ExpertInputs(self.gate_EDF, self.up_EDF, self.down_EFD, selection), diagnostics
+        return eligible_N
 
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
@@ -139,18 +171,25 @@ class ExpertGroup(nn.Module):
             return select_all(eligible_N, self._capacity(eligible_N, routing)), []
         logits_NE = router_logits(self.router.weight, x_ND)
         auxiliary_NE = auxiliary_logits(self.auxiliary, x_ND, routing)
-        if routing.mode == "causal":
-            assert auxiliary_NE is not None
-            selection = causal_routing(logits_NE, auxiliary_NE, eligible_N)
-        else:
-            if self.noise and self.training:
-                logits_NE = logits_NE + logistic_noise(logits_NE)
-            selection = expert_choice(logits_NE, eligible_N, self._capacity(eligible_N, routing))
+        if self.noise and self.training:
+            logits_NE = logits_NE + logistic_noise(logits_NE)
+        selection = expert_choice(logits_NE, eligible_N, self._capacity(eligible_N, routing))
         return selection, [diagnose(selection, logits_NE, auxiliary_NE, eligible_N, routing)]
+
+    def _select_causally(
+        self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
+    ) -> tuple[SelectedTokens, list[Diagnostics]]:
+        if self.num_experts == 1:
+            return list_selected(eligible_N[:, None], torch.full_like(x_ND[:, :1], torch.inf)), []
+        logits_NE = router_logits(self.router.weight, x_ND)
+        auxiliary_NE = auxiliary_logits(self.auxiliary, x_ND, routing)
+        assert auxiliary_NE is not None
+        tokens = list_selected(causal_choice(auxiliary_NE, eligible_N), logits_NE)
+        return tokens, [diagnose(None, logits_NE, auxiliary_NE, eligible_N, routing)]
 
     def _capacity(self, eligible_N: Tensor, routing: Routing) -> int:
         """K = capacity_share · N / E if static; otherwise from the number of eligible tokens."""
-        if routing.mode == "choice" and routing.capacity == "static":
+        if routing.capacity == "static":
             return static_capacity(self.capacity_share, len(eligible_N), self.num_experts)
         return math.ceil(int(eligible_N.sum()) / self.num_experts)
 

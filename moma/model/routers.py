@@ -83,7 +83,7 @@ def auxiliary_logits(auxiliary: AuxiliaryRouter, x_ND: Tensor, routing: Routing)
 
 
 def diagnose(
-    selection: Selection,
+    selection: Selection | None,
     logits_NE: Tensor,
     auxiliary_logits_NE: Tensor | None,
     eligible_N: Tensor,
@@ -93,15 +93,15 @@ def diagnose(
     """Check a router's scores, and record its selection if `routing` requests it.
 
     Args:
-        selection: what the router selected.
+        selection: what the router selected; None under causal routing, which is never recorded.
         logits_NE, auxiliary_logits_NE, eligible_N, kind: as in `RouterRecord`.
-        routing: see `Routing`; causal routing is never recorded.
+        routing: see `Routing`.
     """
     nonfinite = any_nonfinite(logits_NE, eligible_N)
     if auxiliary_logits_NE is not None:
         nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
     is_recorded = routing.record_auxiliary or routing.record_selection
-    if routing.mode == "causal" or not is_recorded:
+    if selection is None or routing.mode == "causal" or not is_recorded:
         return Diagnostics(nonfinite)
     selected_NE = selection.selected_NE(len(eligible_N))
     record = RouterRecord(selected_NE, auxiliary_logits_NE, eligible_N, logits_NE.detach(), kind)

@@ -4,7 +4,9 @@ Training uses expert choice (MoMa §2.2; arXiv 2202.09368): each expert selects 
 scores highest in the micro-batch. Because that depends on later tokens, generation uses causal
 choice (§2.4): each token is decided on its own by the auxiliary router.
 
-Both return a `Selection`, which also serves mixture-of-depths (`depth.py`).
+Expert choice returns a `Selection` with the same number of slots for each expert; causally, experts
+process different numbers of tokens, which `SelectedTokens` lists. Both kinds of choice also serve
+mixture-of-depths (`depth.py`).
 
 Shapes: see `layers.py`. E is the number of experts in a group, K the slots of each expert.
 """
@@ -24,6 +26,8 @@ CapacityName = Literal["static", "actual"]
 
 # With at most this many experts, router logits are computed expert by expert.
 FEW_EXPERTS = 16
+# At most this many tokens on a GPU are routed causally without waiting for it.
+FEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,20 @@ class Selection(NamedTuple):
         """Return 1 where expert e processes token n, else 0, shape [N, E]."""
         zeros_EN = self.score_EK.new_zeros(len(self.index_EK), tokens)
         return zeros_EN.scatter_add(1, self.index_EK, self.filled_EK.to(zeros_EN.dtype)).T
+
+
+class SelectedTokens(NamedTuple):
+    """The tokens that each expert processes, in one list, expert after expert.
+
+    Attributes:
+        index_T: int64 index of the token, into the N tokens.
+        score_T: factor of the expert's output; 0 in an empty slot.
+        end_E: int32 index one past each expert's last slot; T for the last expert.
+    """
+
+    index_T: Tensor
+    score_T: Tensor
+    end_E: Tensor
 
 
 def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
@@ -150,23 +168,62 @@ def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selec
     return Selection(index_EK, filled_EK, logits_EN.gather(1, index_EK).sigmoid() * filled_EK)
 
 
-def causal_routing(logits_NE: Tensor, auxiliary_logits_NE: Tensor, eligible_N: Tensor) -> Selection:
-    """Let expert e process token n if and only if a_e(n) > 0.5 (§2.4).
+def may_synchronize(x_N: Tensor) -> bool:
+    """Whether shapes may depend on the data of N tokens: not while few are decoded on a GPU."""
+    return x_N.device.type != "cuda" or len(x_N) > FEW_TOKENS
 
-    The number of slots is that of the busiest expert, so shapes depend on the data: this is for
-    inference, not for compiled training.
+
+def causal_choice(auxiliary_logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
+    """Let expert e process token n if and only if a_e(n) > 0.5 (§2.4), boolean [N, E].
 
     Args:
-        logits_NE: main router logits; they determine only the score.
         auxiliary_logits_NE: logits of a; positive means a > 0.5.
         eligible_N: as for `expert_choice`.
     """
-    selected_EN = ((auxiliary_logits_NE > 0) & eligible_N[:, None]).T
-    capacity = int(selected_EN.sum(1).max())
-    # Selected tokens first, in order; the remaining slots are empty.
-    index_EK = selected_EN.byte().sort(dim=1, descending=True, stable=True).indices[:, :capacity]
-    filled_EK = selected_EN.gather(1, index_EK)
-    return Selection(index_EK, filled_EK, logits_NE.T.gather(1, index_EK).sigmoid() * filled_EK)
+    return (auxiliary_logits_NE > 0) & eligible_N[:, None]
+
+
+def list_selected(selected_NE: Tensor, logits_NE: Tensor) -> SelectedTokens:
+    """List the tokens that each expert selected.
+
+    The length depends on the data, unless the device must not be waited for (`may_synchronize`):
+    then every pair of expert and token has a slot, the selected ones first.
+
+    Args:
+        selected_NE: whether expert e selected token n.
+        logits_NE: main router logits; they determine only the score.
+    """
+    end_E = selected_NE.sum(0).cumsum(0, dtype=torch.int32)
+    if not may_synchronize(selected_NE):
+        flat_T = selected_NE.T.flatten()
+        order_T = (~flat_T).byte().sort(stable=True).indices
+        expert_T, index_T = order_T // len(selected_NE), order_T % len(selected_NE)
+        end_E = torch.cat((end_E[:-1], end_E.new_full((1,), len(order_T))))
+        score_T = logits_NE[index_T, expert_T].sigmoid() * flat_T[order_T]
+        return SelectedTokens(index_T, score_T, end_E)
+    expert_T, index_T = selected_NE.T.nonzero(as_tuple=True)
+    return SelectedTokens(index_T, logits_NE[index_T, expert_T].sigmoid(), end_E)
+
+
+def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
+    """Arrange the selected tokens of each sequence in their order, [B, K].
+
+    K is the number of tokens of the sequence with most of them; S, if the device must not be waited
+    for (`may_synchronize`).
+
+    Args:
+        selected_BS: whether a token is selected.
+        logits_BS: main router logits; they determine only the score.
+    """
+    sequences, length = selected_BS.shape
+    slots = int(selected_BS.sum(1).max()) if may_synchronize(selected_BS.flatten()) else length
+    # Selected tokens first, in order; empty slots have the last index, so that indices increase.
+    index_BK = selected_BS.byte().sort(dim=1, descending=True, stable=True).indices[:, :slots]
+    filled_BK = selected_BS.gather(1, index_BK)
+    index_BK = index_BK.where(filled_BK, length - 1)
+    score_BK = logits_BS.gather(1, index_BK).sigmoid() * filled_BK
+    first_B1 = torch.arange(sequences, device=index_BK.device)[:, None] * length
+    return Selection(index_BK + first_B1, filled_BK, score_BK)
 
 
 def select_all(eligible_N: Tensor, capacity: int) -> Selection:

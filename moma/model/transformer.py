@@ -18,7 +18,8 @@ from moma.model.attention_kernels import (
     Segments,
     number_segments,
 )
-from moma.model.decoder_layer import TokenContext, build_layer
+from moma.model.caches import CachedContext, Caches
+from moma.model.decoder_layer import LayerContext, TokenContext, build_layer
 from moma.model.layers import rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter, RouterRecord
 from moma.model.routing import Routing
@@ -75,8 +76,7 @@ class Transformer(nn.Module):
         self.config, self.vocabulary, self.shares = config, vocabulary, tuple(shares)
         self.embedding = nn.Embedding(vocabulary.size, config.dim)
         self.layers = nn.ModuleList(
-            build_layer(number, config, vocabulary, shares, self.kernel)
-            for number in range(config.layers)
+            build_layer(number, config, vocabulary, shares) for number in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.head = nn.Linear(config.dim, vocabulary.size, bias=False)
@@ -95,6 +95,7 @@ class Transformer(nn.Module):
         routing: Routing | None = None,
         head: Head = functional.linear,
         max_documents: int | None = None,
+        caches: Caches | None = None,
     ) -> ModelOutput:
         """Predict the token after each position.
 
@@ -107,17 +108,26 @@ class Transformer(nn.Module):
             max_documents: upper bound of the number of documents in the micro-batch, padding
                 included; if omitted, the number of tokens.
             head: what to compute from the last layer's normalized output; by default all logits.
+            caches: keys and values of earlier tokens, to which these tokens are appended; requires
+                causal routing, and neither documents nor positions.
 
         Raises:
             UserError: a layer's output or a router's score is NaN or infinite; see
                 `Routing.raises`.
         """
         routing = routing or Routing()
-        context = self._context(tokens_BS, document_ids_BS, positions_BS, max_documents)
+        context: LayerContext
+        if caches is None:
+            context = self._context(tokens_BS, document_ids_BS, positions_BS, max_documents)
+        else:
+            context = self._cached_context(tokens_BS, caches)
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
         records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
+            if caches is not None:
+                assert isinstance(context, CachedContext)
+                context = context._replace(cache=caches.layers[number])
             x_BSD, diagnostics = layer(x_BSD, context, routing)
             records += [each.record for each in diagnostics if each.record is not None]
             nonfinite.append(torch.stack([each.nonfinite for each in diagnostics]).any())
@@ -138,9 +148,7 @@ class Transformer(nn.Module):
         length = tokens_BS.shape[1]
         if positions_BS is None:
             positions_BS = torch.arange(length, device=tokens_BS.device)[None]
-        rotary = rotary_cos_sin(
-            positions_BS, self.config.dim // self.config.heads, self.config.rope_theta
-        )
+        rotary = self._rotary(positions_BS)
         if document_ids_BS is None or self.config.attention_mask == "causal":
             # Padding follows all tokens, which cannot attend to it.
             id_BS = torch.arange(len(tokens_BS), device=tokens_BS.device)[:, None]
@@ -150,7 +158,25 @@ class Transformer(nn.Module):
             segments = Segments(id_BS, max_documents or tokens_BS.numel(), length, False)
         dtype = self._product_dtype(tokens_BS.device)
         layout = self.kernel.layout(segments, dtype)
-        return TokenContext(modality_BS, rotary, segments, layout, dtype)
+        return TokenContext(modality_BS, rotary, segments, layout, dtype, self.kernel)
+
+    def _cached_context(self, tokens_BS: Tensor, caches: Caches) -> CachedContext:
+        filled_BS = tokens_BS != self._padding
+        position_1S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+        rotary = self._rotary(caches.tokens.length_B[:, None] + position_1S)
+        dtype = self._product_dtype(tokens_BS.device)
+        slots = caches.tokens.take(position_1S, filled_BS, dtype)
+        modality_BS = self.modality_of_id[tokens_BS].where(filled_BS, -1)
+        return CachedContext(modality_BS, rotary, dtype, slots, caches.layers[0])
+
+    def new_caches(self, sequences: int) -> Caches:
+        """Return empty caches for a number of sequences."""
+        device = self.embedding.weight.device
+        return Caches(self.config, sequences, self._product_dtype(device), device)
+
+    def _rotary(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.config
+        return rotary_cos_sin(positions_BS, config.dim // config.heads, config.rope_theta)
 
     def _product_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of queries, keys and values."""

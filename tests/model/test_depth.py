@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moma.model.architecture import ModelConfig
-from moma.model.attention_kernels import MaskedAttention
 from moma.model.decoder_layer import DepthLayer, TokenContext, build_layer
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import ExpertGroup
@@ -28,7 +27,7 @@ BATCH, CAUSAL = Routing(), Routing(mode="causal")
 
 def build_depth_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **changes) -> DepthLayer:
     config = ModelConfig(groups=groups, dim=DIM, hidden=6, layers=1, heads=2, **changes)
-    layer = build_layer(0, config, VOCABULARY, shares, MaskedAttention())
+    layer = build_layer(0, config, VOCABULARY, shares)
     assert isinstance(layer, DepthLayer)
     torch.manual_seed(seed)
     for parameter in layer.parameters():

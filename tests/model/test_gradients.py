@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention
-from moma.model.attention_kernels import MaskedAttention
 from moma.model.decoder_layer import build_layer
 from moma.model.depth import DepthConfig
 from moma.model.experts import MixtureOfExperts, build_group
@@ -18,7 +17,7 @@ from moma.model.layers import SwiGLU, rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter
 from moma.model.routing import Routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
-from tests.factories import make_context, make_segments, make_vocabulary
+from tests.factories import make_context, make_vocabulary
 from tests.model.three_modalities import group
 
 DIM, HIDDEN, SHARES = 8, 3, (0.5, 0.5)
@@ -91,10 +90,9 @@ def test_gradients_of_overlapping_groups_in_every_implementation(implementation,
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @pytest.mark.parametrize("norm", [True, False])
 def test_gradients_of_attention_within_documents(kv_heads, norm):
-    kernel = MaskedAttention()
-    layout = kernel.layout(make_segments(DOCUMENTS), torch.float64)
-    module = Attention(DIM, 2, kv_heads, norm, kernel)
-    assert_gradients(module, some_tokens(2, 4), ROTARY, layout)
+    module = Attention(DIM, 2, kv_heads, norm)
+    context = make_context(MODALITY, DOCUMENTS, ROTARY)
+    assert_gradients(module, some_tokens(2, 4), context)
 
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
@@ -110,6 +108,6 @@ def test_gradients_of_a_layer(groups, depth, norm):
         heads=2,
         norm=norm,
     )
-    layer = build_layer(0, config, VOCABULARY, SHARES, MaskedAttention())
+    layer = build_layer(0, config, VOCABULARY, SHARES)
     context = make_context(MODALITY, DOCUMENTS, ROTARY)
     assert_gradients(layer, some_tokens(2, 4), context, Routing(), output=first)

@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from moma.model import routing
 from moma.model.routing import (
     any_nonfinite,
-    causal_routing,
+    causal_choice,
     expert_choice,
+    list_selected,
     router_logits,
     select_all,
+    select_by_sequence,
 )
 
 
@@ -48,16 +50,44 @@ def test_expert_choice_selects_the_highest_scored_eligible_tokens(case, capacity
 
 
 @settings(max_examples=200, deadline=None)
-@given(logits_and_eligible())
-def test_causal_routing_decides_each_token_by_itself(case):
+@given(logits_and_eligible(), st.booleans())
+def test_causal_choice_decides_each_token_by_itself(case, synchronize):
     auxiliary_logits_NE, eligible_N = case
-    selection = causal_routing(auxiliary_logits_NE * 0.5, auxiliary_logits_NE, eligible_N)
-    expected = (auxiliary_logits_NE > 0) & eligible_N[:, None]
-    assert torch.equal(selection.selected_NE(len(auxiliary_logits_NE)).bool(), expected)
-    order = torch.randperm(len(auxiliary_logits_NE))
-    shuffled_NE = auxiliary_logits_NE[order]
-    again = causal_routing(shuffled_NE, shuffled_NE, eligible_N[order])
-    assert torch.equal(again.selected_NE(len(order)).bool(), expected[order])
+    selected_NE = causal_choice(auxiliary_logits_NE, eligible_N)
+    assert torch.equal(selected_NE, (auxiliary_logits_NE > 0) & eligible_N[:, None])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "may_synchronize", lambda _: synchronize)
+        tokens = list_selected(selected_NE, auxiliary_logits_NE)
+    total_NE, start = torch.zeros(selected_NE.shape), 0
+    for expert, end in enumerate(tokens.end_E.tolist()):
+        total_NE[:, expert].index_add_(0, tokens.index_T[start:end], tokens.score_T[start:end])
+        start = end
+    assert (
+        start == len(tokens.index_T) == (len(selected_NE.flatten()), selected_NE.sum())[synchronize]
+    )
+    torch.testing.assert_close(total_NE, auxiliary_logits_NE.sigmoid() * selected_NE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), st.booleans()
+)
+def test_selected_tokens_keep_their_order_within_each_sequence(rows, synchronize):
+    selected_BS = torch.tensor(rows)
+    logits_BS = torch.randn(selected_BS.shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(routing, "may_synchronize", lambda _: synchronize)
+        selection = select_by_sequence(selected_BS, logits_BS)
+    longest = max(map(sum, rows))
+    assert selection.index_EK.shape == (len(rows), longest if synchronize else 5)
+    for sequence, row in enumerate(rows):
+        filled = selection.filled_EK[sequence]
+        index = selection.index_EK[sequence]
+        assert (index[filled] - 5 * sequence).tolist() == [n for n, each in enumerate(row) if each]
+        assert filled.tolist() == [True] * sum(row) + [False] * (len(filled) - sum(row))
+        assert (index.diff() >= 0).all()
+        expected = logits_BS.flatten()[index].sigmoid() * filled
+        torch.testing.assert_close(selection.score_EK[sequence], expected)
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,0 +1,235 @@
+"""Keys and values of earlier tokens, kept for decoding.
+
+A layer keeps those of the tokens that it processed: with mixture-of-depths, a skipped token leaves
+nothing. So each layer with mixture-of-depths counts its own slots; all others share one count.
+
+Shapes: see `layers.py`; B sequences, S new tokens of each, T slots, U slots in use, G heads of keys
+and values, R = B sequences of K selected tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moma.model.architecture import ModelConfig
+
+# Slots that a new cache has for each sequence; it grows by doubling.
+_FIRST_CAPACITY = 64
+
+
+class NewSlots(NamedTuple):
+    """Slots that new tokens take, and which slots they attend to.
+
+    Attributes:
+        slot_BS: number of each token's slot; −1 for padding, which takes none.
+        used: number of slots U that any token attends to.
+        mask_B1SU: 0 where a token attends to a slot and −∞ elsewhere; None: it attends to all, or
+            to those before it if `is_causal`.
+        is_causal: see `mask_B1SU`.
+        has_padding: whether a slot may be −1.
+    """
+
+    slot_BS: Tensor
+    used: int
+    mask_B1SU: Tensor | None
+    is_causal: bool
+    has_padding: bool
+
+
+class SlotCounts:
+    """Number of slots that each of B sequences has filled."""
+
+    def __init__(self, sequences: int, device: torch.device):
+        self.length_B = torch.zeros(sequences, dtype=torch.int64, device=device)
+        # Upper bound of all lengths that is known without waiting for a GPU.
+        self._bound = 0
+        self._taken: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def take(self, position_BS: Tensor, filled_BS: Tensor, dtype: torch.dtype) -> NewSlots:
+        """Give new tokens the next slots.
+
+        Args:
+            position_BS: position of each token in this forward pass, from 0.
+            filled_BS: false for padding, which follows all tokens of its sequence.
+            dtype: dtype of the mask.
+        """
+        before_B, size = self.length_B, filled_BS.shape[1]
+        self._taken = before_B, position_BS, filled_BS
+        slot_BS = before_B[:, None] + torch.arange(size, device=filled_BS.device)
+        self.length_B = before_B + filled_BS.sum(1)
+        if filled_BS.device.type == "cuda":
+            self._bound += size
+            return NewSlots(
+                slot_BS.where(filled_BS, -1), self._bound, self._mask(slot_BS, dtype), False, True
+            )
+        self._bound = used = int(self.length_B.max())
+        if size and bool((slot_BS[:, -1] + 1 == used).all() and filled_BS.all()):
+            # All sequences are equally long; without earlier tokens, attention is causal.
+            if size in (1, used):
+                return NewSlots(slot_BS, used, None, size > 1, False)
+            return NewSlots(slot_BS, used, self._mask(slot_BS, dtype), False, False)
+        return NewSlots(slot_BS.where(filled_BS, -1), used, self._mask(slot_BS, dtype), False, True)
+
+    def _mask(self, slot_BS: Tensor, dtype: torch.dtype) -> Tensor:
+        attends_BSU = torch.arange(self._bound, device=slot_BS.device) <= slot_BS[..., None]
+        zeros_BSU = torch.zeros_like(attends_BSU, dtype=dtype)
+        return zeros_BSU.masked_fill_(~attends_BSU, -torch.inf)[:, None]
+
+    def keep(self, tokens_B: Tensor) -> None:
+        """Free the slots of all but the first `tokens_B` tokens of the last forward pass."""
+        assert self._taken is not None
+        before_B, position_BS, filled_BS = self._taken
+        self.length_B = before_B + (filled_BS & (position_BS < tokens_B[:, None])).sum(1)
+
+    def tighten(self) -> int:
+        """Return the largest length, waiting for the device."""
+        self._bound = int(self.length_B.max()) if len(self.length_B) else 0
+        return self._bound
+
+    def select(self, index_B: Tensor) -> None:
+        """Keep only the sequences with the given indices, in their order."""
+        self.length_B, self._taken = self.length_B[index_B], None
+
+
+class LayerCache:
+    """Keys and values of one layer, [B, T, G, C] each, with T growing as needed."""
+
+    def __init__(self, counts: SlotCounts, kv_heads: int, width: int, dtype: torch.dtype):
+        self.counts = counts
+        shape = (len(counts.length_B), _FIRST_CAPACITY, kv_heads, width)
+        # Zeros, since masked slots still take part in products.
+        self.key_BTGC, self.value_BTGC = (
+            torch.zeros(shape, dtype=dtype, device=counts.length_B.device) for _ in range(2)
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, slots: NewSlots) -> Tensor:
+        """Store new keys and values and attend to all slots that `slots` allows.
+
+        Args:
+            query: [B, S, H, C].
+            key, value: [B, S, G, C].
+            slots: from `SlotCounts.take`.
+        """
+        self._store(key, value, slots)
+        keys, values = (
+            cache[:, : slots.used].transpose(1, 2) for cache in (self.key_BTGC, self.value_BTGC)
+        )
+        sequences, size, heads, width = query.shape
+        kv_heads = key.shape[2]
+        if size == 1:
+            # The queries that share a key head are like several tokens.
+            query_BGRC = query.view(sequences, kv_heads, heads // kv_heads, width)
+            y_BGRC = functional.scaled_dot_product_attention(
+                query_BGRC, keys, values, slots.mask_B1SU
+            )
+            return y_BGRC.reshape(query.shape)
+        if kv_heads < heads:
+            # With a mask, enable_gqa would fall back to a slower kernel.
+            keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
+        return functional.scaled_dot_product_attention(
+            query.transpose(1, 2), keys, values, slots.mask_B1SU, is_causal=slots.is_causal
+        ).transpose(1, 2)
+
+    def _store(self, key: Tensor, value: Tensor, slots: NewSlots) -> None:
+        # The last slot takes what padding leaves.
+        if slots.used >= self.key_BTGC.shape[1]:
+            self._grow(2 * slots.used)
+        slot_BS = slots.slot_BS
+        if slots.has_padding:
+            slot_BS = slot_BS.where(slot_BS >= 0, self.key_BTGC.shape[1] - 1)
+        sequence_B1 = torch.arange(len(slot_BS), device=slot_BS.device)[:, None]
+        for cache, new in ((self.key_BTGC, key), (self.value_BTGC, value)):
+            cache.index_put_((sequence_B1, slot_BS), new)
+
+    def _grow(self, capacity: int) -> None:
+        extra = capacity - self.key_BTGC.shape[1]
+        self.key_BTGC, self.value_BTGC = (
+            functional.pad(cache, (0, 0, 0, 0, 0, extra))
+            for cache in (self.key_BTGC, self.value_BTGC)
+        )
+
+    def select(self, index_B: Tensor) -> None:
+        """Keep only the sequences with the given indices, in their order."""
+        self.key_BTGC, self.value_BTGC = self.key_BTGC[index_B], self.value_BTGC[index_B]
+
+
+class Caches:
+    """The caches of all layers for B sequences.
+
+    Args:
+        config: the model's configuration.
+        sequences: number of sequences B.
+        dtype: dtype of keys and values.
+        device: where the model is.
+    """
+
+    def __init__(
+        self, config: ModelConfig, sequences: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.tokens = SlotCounts(sequences, device)
+        width = config.dim // config.heads
+        self.layers = [
+            LayerCache(
+                SlotCounts(sequences, device) if number in config.depth_layers else self.tokens,
+                config.key_heads,
+                width,
+                dtype,
+            )
+            for number in range(config.layers)
+        ]
+
+    def keep(self, tokens_B: Tensor) -> None:
+        """Forget all but the first `tokens_B` tokens of the last forward pass."""
+        for counts in self._counts():
+            counts.keep(tokens_B)
+
+    def select(self, index: Sequence[int]) -> None:
+        """Keep only the sequences with the given indices, in their order."""
+        index_B = torch.tensor(index, dtype=torch.int64, device=self.tokens.length_B.device)
+        for counts in self._counts():
+            counts.select(index_B)
+        for layer in self.layers:
+            layer.select(index_B)
+
+    def _counts(self) -> list[SlotCounts]:
+        own = [layer.counts for layer in self.layers if layer.counts is not self.tokens]
+        return [self.tokens, *own]
+
+
+class CachedContext(NamedTuple):
+    """Properties of new tokens that attend to cached ones as well; see `TokenContext`.
+
+    Attributes:
+        modality_BS: index of the modality; −1 for padding.
+        rotary: rotary cosine and sine, each [B, S, 1, C/2].
+        dtype: dtype of queries, keys and values.
+        slots: slots of the new tokens in the layer's cache.
+        cache: the layer's cache.
+    """
+
+    modality_BS: Tensor
+    rotary: tuple[Tensor, Tensor]
+    dtype: torch.dtype
+    slots: NewSlots
+    cache: LayerCache
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `LayerCache.attend`."""
+        return self.cache.attend(query, key, value, self.slots)
+
+    def select(self, index_RK: Tensor, filled_RK: Tensor) -> "CachedContext":
+        """Return the context of tokens that mixture-of-depths selected, sequence by sequence."""
+        sequences, size = self.modality_BS.shape
+        assert len(index_RK) == sequences, "cached tokens are selected by sequence"
+        cosine, sine = (
+            angle.expand(sequences, size, -1, -1).flatten(0, 1)[index_RK] for angle in self.rotary
+        )
+        position_RK = index_RK % size
+        return self._replace(
+            modality_BS=self.modality_BS.flatten()[index_RK].where(filled_RK, -1),
+            rotary=(cosine, sine),
+            slots=self.cache.counts.take(position_RK, filled_RK, self.dtype),
+        )

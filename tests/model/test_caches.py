@@ -1,0 +1,162 @@
+"""Forward passes with caches against one forward pass over the whole sequence."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from moma.model.caches import Caches
+from moma.model.depth import DepthConfig, DepthRouter
+from moma.model.routing import Routing
+from moma.model.transformer import ModelConfig, Transformer
+from tests.factories import make_vocabulary
+
+VOCABULARY = make_vocabulary(codes=range(30, 40))
+PADDING = VOCABULARY.padding
+CAUSAL = Routing(mode="causal")
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "dense": {"groups": "dense"},
+    "moe_1t1i": {"groups": "moe_1t1i"},
+    "moe_3t1i": {"groups": "moe_3t1i", "norm": "pre"},
+    "moe_4x": {"groups": "moe_4x", "tied_embeddings": True},
+    "moe_2t2i": {"groups": "moe_2t2i", "kv_heads": 2, "experts_implementation": "batched"},
+    "mod": {"groups": "mod", "kv_heads": 1},
+    "mod_moe_1t1i": {"groups": "mod_moe_1t1i", "query_key_norm": False},
+    "mod_moe_2t2i": {"groups": "mod_moe_2t2i", "attention_mask": "causal"},
+    "all_gated": {"groups": "moe_2t1i", "depth": DepthConfig(layers=(0, 1, 2), scope="sequence")},
+}
+
+
+def build(name: str, seed: int = 0) -> Transformer:
+    config = ModelConfig(dim=32, layers=3, heads=4, **ARCHITECTURES[name])
+    model = Transformer(config, VOCABULARY, (0.5, 0.5))
+    model.initialize(seed)
+    return model.eval()
+
+
+def some_tokens(random: torch.Generator, length: int) -> Tensor:
+    """Text and image ids in any order, without padding."""
+    ids = torch.tensor([id_ for id_ in range(40) if id_ != PADDING])
+    return ids[torch.randint(len(ids), (length,), generator=random)]
+
+
+def append(model: Transformer, caches: Caches, parts: list[Tensor]) -> list[Tensor]:
+    """Append tokens to each sequence, as one padded batch, and return their logits."""
+    padded_BS = pad_sequence(parts, True, PADDING)
+    logits_BSV = model(padded_BS, routing=CAUSAL, caches=caches).head
+    return [logits_SV[: len(part)] for logits_SV, part in zip(logits_BSV, parts, strict=True)]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@settings(max_examples=8, deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=1, max_size=3),
+    st.integers(0, 999),
+)
+@torch.no_grad()
+def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, sizes, seed):
+    model, random = build(name, seed), torch.Generator().manual_seed(seed)
+    sizes = [[first + 1, *others] for first, *others in sizes]
+    sequences = [some_tokens(random, sum(parts)) for parts in sizes]
+    caches = model.new_caches(len(sequences))
+    parts = [list(each.split(part)) for each, part in zip(sequences, sizes, strict=True)]
+    passes = [
+        append(model, caches, list(part))
+        for part in zip(*parts, strict=True)
+        if max(map(len, part))
+    ]
+    for number, sequence in enumerate(sequences):
+        expected_SV = model(sequence[None], routing=CAUSAL).head[0]
+        found_SV = torch.cat([each[number] for each in passes])
+        torch.testing.assert_close(found_SV, expected_SV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["moe_2t2i", "mod_moe_2t2i"])
+@torch.no_grad()
+def test_a_cache_grows(name):
+    model, random = build(name), torch.Generator().manual_seed(1)
+    sequences = [some_tokens(random, 150), some_tokens(random, 90)]
+    caches = model.new_caches(2)
+    append(model, caches, [sequence[:-10] for sequence in sequences])
+    for number in range(10, 0, -1):
+        parts = [sequence[len(sequence) - number :][:1] for sequence in sequences]
+        found = append(model, caches, parts)
+    for sequence, logits_1V in zip(sequences, found, strict=True):
+        expected_SV = model(sequence[None], routing=CAUSAL).head[0]
+        torch.testing.assert_close(logits_1V[0], expected_SV[-1], rtol=1e-4, atol=1e-4)
+
+
+def set_gates(model: Transformer, value: float) -> None:
+    """Let gates select no token if the value is 0, else those whose features have its sign."""
+    for module in model.modules():
+        if isinstance(module, DepthRouter):
+            module.auxiliary.hidden.weight.fill_(1.0)
+            module.auxiliary.output.weight.fill_(value)
+
+
+@torch.no_grad()
+def test_gates_that_select_nothing_or_many_tokens():
+    for value in (-100.0, 0.0, 100.0):
+        model, random = build("mod_moe_2t2i"), torch.Generator().manual_seed(2)
+        set_gates(model, value)
+        sequence = some_tokens(random, 9)
+        caches = model.new_caches(1)
+        found = [append(model, caches, [token])[0] for token in sequence.split(1)]
+        expected_SV = model(sequence[None], routing=CAUSAL).head[0]
+        torch.testing.assert_close(torch.cat(found), expected_SV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dense", "moe_2t2i", "mod", "mod_moe_2t2i", "all_gated"])
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.integers(0, 999), st.data())
+@torch.no_grad()
+def test_tokens_can_be_taken_back(name, count, seed, data):
+    model, random = build(name, seed), torch.Generator().manual_seed(seed)
+    firsts = [some_tokens(random, data.draw(st.integers(1, 5))) for _ in range(count)]
+    drafts = [some_tokens(random, 4) for _ in range(count)]
+    kept = [data.draw(st.integers(0, 4)) for _ in range(count)]
+    lasts = [some_tokens(random, 2) for _ in range(count)]
+    caches = model.new_caches(count)
+    append(model, caches, firsts)
+    append(model, caches, drafts)
+    caches.keep(torch.tensor(kept))
+    found = append(model, caches, lasts)
+    for first, draft, number, last, logits_SV in zip(
+        firsts, drafts, kept, lasts, found, strict=True
+    ):
+        whole = torch.cat((first, draft[:number], last))
+        expected_SV = model(whole[None], routing=CAUSAL).head[0, -2:]
+        torch.testing.assert_close(logits_SV, expected_SV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["moe_2t2i", "mod_moe_2t2i"])
+@torch.no_grad()
+def test_sequences_can_be_dropped_and_reordered(name):
+    model, random = build(name), torch.Generator().manual_seed(3)
+    sequences = [some_tokens(random, length) for length in (4, 6, 2)]
+    caches = model.new_caches(3)
+    append(model, caches, sequences)
+    caches.select([2, 0])
+    new = [some_tokens(random, 1), some_tokens(random, 1)]
+    found = append(model, caches, new)
+    for before, token, logits_1V in zip((sequences[2], sequences[0]), new, found, strict=True):
+        expected_SV = model(torch.cat((before, token))[None], routing=CAUSAL).head[0]
+        torch.testing.assert_close(logits_1V[0], expected_SV[-1], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_skipped_tokens_leave_nothing_in_a_layer():
+    model, random = build("mod"), torch.Generator().manual_seed(4)
+    kept: list[int] = []
+    gate = next(module for module in model.modules() if isinstance(module, DepthRouter))
+    gate.register_forward_hook(lambda *args: kept.append(int(args[2][0].filled_EK.sum())))
+    caches = model.new_caches(1)
+    for length in (9, 1, 1):
+        append(model, caches, [some_tokens(random, length)])
+    assert 0 < sum(kept) < 11
+    lengths = [layer.counts.length_B.tolist() for layer in caches.layers]
+    assert lengths[:2] == [[sum(kept)], [11]]
