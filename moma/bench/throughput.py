@@ -25,7 +25,7 @@ from moma.errors import UserError
 from moma.model.routing import Routing
 from moma.progress import show_progress
 from moma.recipe import read_recipe, shipped_recipe
-from moma.runtime.peak import allocated_peak, matmul_peak
+from moma.runtime.peak import allocated_peak, peak_flops
 from moma.runtime.world import World, can_compile, local_device
 from moma.train.metrics import MetricsWindow
 from moma.train.monitor import LossMonitor
@@ -124,7 +124,7 @@ def bench_throughput(
 
     def measure_peak(done: int) -> None:
         for dtype, best in peak_of.items():
-            peak_of[dtype] = max(best, matmul_peak(device, dtype))
+            peak_of[dtype] = max(best, peak_flops(device, dtype))
         report(done)
 
     timed = [partial(runner.time_job, runner.train, sizes.cpu_time) for runner in runners]

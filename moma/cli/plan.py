@@ -36,7 +36,9 @@ def plan(
         Option(min=1, max=COUNT_LIMIT, help="plan memory, time, cost and communication on N GPUs"),
     ] = None,
     mfu: Annotated[float, Option(help="share of the peak that training reaches")] = 0.4,
-    peak: Annotated[float, Option(help="peak of one GPU, TFLOP/s")] = 989,
+    peak: Annotated[
+        float | None, Option(help="peak of one GPU, TFLOP/s (default: an H100's data sheet)")
+    ] = None,
     link: Annotated[float, Option(help="bandwidth of a GPU each way, GB/s")] = 50,
     memory: Annotated[float, Option(help="memory of one GPU, GiB")] = 80,
     price: Annotated[float, Option(help="price of a GPU-hour, in any currency")] = 2.5,
@@ -45,7 +47,7 @@ def plan(
     """Count a recipe's parameters and FLOPs by part; nothing is allocated."""
     if gpus is None:
         refuse_unused(ctx, "without --gpus", "mfu", "peak", "link", "memory", "price")
-    amounts = (peak, link, memory)
+    amounts = (1 if peak is None else peak, link, memory)
     if not (1e-6 <= mfu <= 1 and all(1e-6 <= value <= 1e12 for value in amounts)):
         raise UserError("--mfu must be 1e-6 to 1, and --peak, --link and --memory 1e-6 to 1e12")
     if not 0 <= price <= 1e12:
@@ -58,7 +60,9 @@ def plan(
     if gpus is not None:
         from moma.plan.job import Machine, plan_job
 
-        sizes = {"peak": peak * 1e12, "link": link * 1e9, "memory": memory * 2**30}
+        sizes = {"link": link * 1e9, "memory": memory * 2**30}
+        if peak is not None:
+            sizes["peak"] = peak * 1e12
         result |= plan_job(read, Machine(gpus=gpus, mfu=mfu, price=price, **sizes))
         tables += [_memory(result), _job(result)]
     print_result(result, as_json, tables)

@@ -21,6 +21,7 @@ from moma.plan.memory import (
     unit_elements,
 )
 from moma.recipe import Config
+from moma.runtime.peak import datasheet_peak
 from moma.runtime.sharding import DTYPES
 from moma.train.recipe import Recipe
 
@@ -33,7 +34,8 @@ class Machine(Config):
     Attributes:
         gpus: number of GPUs.
         mfu: model FLOPs utilization, including the time spent waiting for communication.
-        peak: peak operations per second of one GPU in the recipe's precision.
+        peak: peak operations per second of one GPU in the recipe's precision; by default that of
+            the data sheet.
         link: bytes per second that a GPU can send while receiving at the same rate.
         memory: memory of one GPU in bytes.
         price: price of one GPU per hour.
@@ -41,7 +43,7 @@ class Machine(Config):
 
     gpus: int = Field(ge=1)
     mfu: float = Field(0.4, gt=0, le=1)
-    peak: float = Field(989e12, gt=0)
+    peak: float | None = Field(None, gt=0)
     link: float = Field(50e9, gt=0)
     memory: float = Field(80 * 2**30, gt=0)
     price: float = Field(2.5, ge=0)
@@ -62,8 +64,13 @@ def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
             f"engine.replicate: {machine.gpus} GPUs cannot be divided among {copies} copies; "
             "choose a divisor of the number of GPUs"
         )
+    if machine.peak is None:
+        dtype = recipe.engine.compute_dtype(_GPU)
+        machine = machine.model_copy(update={"peak": datasheet_peak("H100", dtype)})
+    assert machine.peak is not None
     model, ranks = meta_model(recipe), machine.gpus // copies
-    memory, time = _memory(model, recipe, ranks, machine), _time(recipe, machine)
+    memory = _memory(model, recipe, ranks, machine)
+    time = _time(recipe, machine, machine.peak)
     sent = _communication(model, recipe, ranks)
     seconds = sum(sent.values()) / machine.link
     part = {"seconds": seconds, "part_of_step": seconds / time["step_seconds"]}
@@ -97,11 +104,11 @@ def _memory(model: Transformer, recipe: Recipe, ranks: int, machine: Machine) ->
     }
 
 
-def _time(recipe: Recipe, machine: Machine) -> dict[str, float]:
+def _time(recipe: Recipe, machine: Machine, peak: float) -> dict[str, float]:
     counts, settings = plan(recipe), recipe.pretrain
     step_tokens = counts["tokens_per_step"] * machine.gpus
     flops = counts["flops_per_token"] * step_tokens
-    step_seconds = flops / (machine.gpus * machine.peak * machine.mfu)
+    step_seconds = flops / (machine.gpus * peak * machine.mfu)
     hours = settings.steps * step_seconds / 3600
     return {
         "tokens_per_step": step_tokens,

@@ -1,4 +1,8 @@
-"""Peak throughput of matrix products and peak memory of a device."""
+"""Peak throughput of matrix products and peak memory of a device.
+
+The peak that MFU refers to, in logs, benchmarks and plans alike, is that of the data sheet for GPUs
+in `_DATA_SHEETS`, and the fastest of a few measured matrix products on any other device.
+"""
 
 import json
 import time
@@ -9,6 +13,32 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+# FLOP/s without sparsity in bf16 (accumulated in fp32) and in fp32 (without TF32), by a part of the
+# device's name; the first part that is found counts.
+_DATA_SHEETS = {
+    "A100": (312e12, 19.5e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "H200 NVL": (835e12, 60e12),
+    "H200": (989e12, 67e12),
+    "B200": (2250e12, 75e12),
+}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The peak FLOP/s of a device that MFU refers to; see the module's docstring."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return datasheet_peak(name, dtype) or matmul_peak(device, dtype)
+
+
+def datasheet_peak(name: str, dtype: torch.dtype) -> float | None:
+    """The peak FLOP/s of a GPU in its data sheet, by its name; None if that is not known here."""
+    for part, (bf16, fp32) in _DATA_SHEETS.items():
+        if part in name:
+            return {torch.bfloat16: bf16, torch.float32: fp32}.get(dtype)
+    return None
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

@@ -97,6 +97,8 @@ class CheckpointWriter:
         saving = dcp.async_save(
             tensors,
             storage_writer=dcp.HuggingFaceStorageWriter(str(tensor_folder), save_distributed=True),
+            # Ranks whose shards have not changed do not exchange plans again.
+            planner=dcp.DefaultSavePlanner(enable_plan_caching=True),
             process_group=self._world.writers,
             no_dist=self._world.mesh is None,
         )

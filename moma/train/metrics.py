@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moma.model.transformer import Transformer
-from moma.runtime.peak import matmul_peak, peak_memory
+from moma.runtime.peak import peak_flops, peak_memory
 from moma.runtime.tracking import Record
 from moma.runtime.world import World
 from moma.train.recipe import Recipe
@@ -53,7 +53,7 @@ class MetricsWindow:
         self._flops_per_token = flops_per_token
         self._sums = torch.zeros(3, len(model.vocabulary.modalities), device=world.device)
         dtype = recipe.engine.compute_dtype(world.device)
-        self._peak_flops = matmul_peak(world.device, dtype) * world.size
+        self._peak_flops = peak_flops(world.device, dtype) * world.size
         self._pending: tuple[HostCopy, Record, int, int, float] | None = None
         self.restart_clock()
 

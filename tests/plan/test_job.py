@@ -44,6 +44,11 @@ def test_time_and_cost():
     assert found["step_seconds"] * 120_000 == pytest.approx(3600 * hours)
 
 
+def test_the_peak_is_by_default_that_of_an_h100_in_the_recipes_precision():
+    assert job_of(gpus=8)["machine"]["peak"] == 989e12
+    assert job_of(overrides=("engine.compute=fp32",), gpus=8)["machine"]["peak"] == 67e12
+
+
 def test_memory_is_of_the_largest_rank():
     found = job_of(gpus=256)["memory"]
     assert found["total"] == sum(found[part] for part in PARTS)

@@ -1,5 +1,6 @@
 """Checkpoints: complete or not used, written in the background, kept as configured."""
 
+import logging
 import resource
 import shutil
 from contextlib import closing, contextmanager
@@ -77,6 +78,33 @@ def test_a_checkpoint_restores_everything(tmp_path):
     restore_random_state(rank_state)
     assert torch.equal(torch.rand(3), drawn)
     assert (tmp_path / "latest").read_text() == f"{path.name}\n"
+
+
+def test_a_plan_is_made_again_only_for_other_tensors(tmp_path):
+    def saved(step: int, model: nn.Module) -> bool:
+        """Save and read the weights back; returns whether the plan was reused."""
+        messages.clear()
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        with closing(CheckpointWriter(tmp_path, WORLD)) as writer:
+            writer.save(step, tensors, {"step": step}, {})
+            writer.wait()
+        stored = stored_weights(checkpoints_in(tmp_path)[-1])
+        assert stored.meta_tensors.keys() == model.state_dict().keys()
+        for name, value in stored.read(stored.meta_tensors).items():
+            assert torch.equal(value, model.state_dict()[name])
+        return any("No change in the local plan" in message for message in messages)
+
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch.distributed.checkpoint")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    reused = [saved(step, nn.Linear(3, 1 + step // 3)) for step in range(1, 5)]
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    assert reused == [False, True, False, True]
 
 
 def test_the_newest_and_every_nth_checkpoint_are_kept(tmp_path):

@@ -1,8 +1,9 @@
 """Peak memory of a job and peak speed of a device."""
 
+import pytest
 import torch
 
-from moma.runtime.peak import allocated_peak, matmul_peak
+from moma.runtime.peak import allocated_peak, datasheet_peak, matmul_peak, peak_flops
 
 CPU = torch.device("cpu")
 
@@ -19,3 +20,25 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 def test_the_peak_is_the_fastest_product():
     assert matmul_peak(CPU, torch.float32) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 989e12),
+        ("NVIDIA H100 80GB HBM3", torch.float32, 67e12),
+        ("NVIDIA H100 PCIe", torch.bfloat16, 756e12),
+        ("NVIDIA H200", torch.bfloat16, 989e12),
+        ("NVIDIA A100-SXM4-80GB", torch.bfloat16, 312e12),
+        ("NVIDIA GeForce RTX 3060", torch.bfloat16, None),
+        ("NVIDIA H100 PCIe", torch.float64, None),
+    ],
+)
+def test_peaks_of_data_sheets(name, dtype, peak):
+    assert datasheet_peak(name, dtype) == peak
+
+
+def test_mfu_refers_to_the_data_sheet_of_a_known_gpu_and_else_to_a_measured_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == 989e12
+    assert 1e6 < peak_flops(CPU, torch.float32) < 1e14
