@@ -39,9 +39,9 @@ _LAYER_NAMES = {
     "attention.query_norm.bias": "self_attn.q_norm.bias",
     "attention.key_norm.weight": "self_attn.k_norm.weight",
     "attention.key_norm.bias": "self_attn.k_norm.bias",
-    "experts.groups.0.gate.weight": "mlp.gate_proj.weight",
-    "experts.groups.0.up.weight": "mlp.up_proj.weight",
-    "experts.groups.0.down.weight": "mlp.down_proj.weight",
+    "experts.groups.0.feed_forward.gate.weight": "mlp.gate_proj.weight",
+    "experts.groups.0.feed_forward.up.weight": "mlp.up_proj.weight",
+    "experts.groups.0.feed_forward.down.weight": "mlp.down_proj.weight",
 }
 
 

@@ -44,7 +44,7 @@ class ExpertInputs(NamedTuple):
     """Experts and the tokens that they selected.
 
     Attributes:
-        gate_EDF, up_EDF, down_EFD: SwiGLU weights of the experts.
+        gate_EDF, up_EDF, down_EFD: SwiGLU weights of the experts, views of their parameters.
         selection: K tokens of each expert, with their scores.
     """
 
@@ -104,6 +104,9 @@ def zero_total(x_ND: Tensor) -> Tensor:
 class ExpertGroup(nn.Module):
     """A group of experts for the same modalities, with a router if it has more than one expert.
 
+    The weights of its experts are stacked in parameters `gate` and `up` [E·D, F] and `down`
+    [E·F, D], which any number of ranks can divide by rows.
+
     Args:
         dim, hidden: widths D and F of each expert, a SwiGLU.
         modalities: indices of the modalities whose tokens the group processes.
@@ -125,9 +128,9 @@ class ExpertGroup(nn.Module):
         super().__init__()
         self.modalities, self.num_experts = tuple(modalities), num_experts
         self.capacity_share, self.noise = capacity_share, noise
-        self.gate_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.up_EDF = nn.Parameter(torch.empty(num_experts, dim, hidden))
-        self.down_EFD = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.gate = nn.Parameter(torch.empty(num_experts * dim, hidden))
+        self.up = nn.Parameter(torch.empty(num_experts * dim, hidden))
+        self.down = nn.Parameter(torch.empty(num_experts * hidden, dim))
         if num_experts > 1:
             self.router = nn.Linear(dim, num_experts, bias=False)
             self.auxiliary = AuxiliaryRouter(dim, num_experts)
@@ -146,8 +149,7 @@ class ExpertGroup(nn.Module):
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
         if routing.mode == "causal":
             tokens, diagnostics = self._select_causally(x_ND, self._eligible(modality_N), routing)
-            weights = (self.gate_EDF, self.up_EDF, self.down_EFD)
-            return add_listed_outputs(total_ND, x_ND, weights, tokens), diagnostics
+            return add_listed_outputs(total_ND, x_ND, self.matrices(), tokens), diagnostics
         inputs, diagnostics = self.route(x_ND, modality_N, routing)
         return add_expert_outputs(total_ND, x_ND, inputs), diagnostics
 
@@ -156,13 +158,21 @@ class ExpertGroup(nn.Module):
     ) -> tuple[ExpertInputs, list[Diagnostics]]:
         """Select tokens for each expert by expert choice, without computing the experts."""
         selection, diagnostics = self._select(x_ND, self._eligible(modality_N), routing)
-        return ExpertInputs(self.gate_EDF, self.up_EDF, self.down_EFD, selection), diagnostics
+        return ExpertInputs(*self.matrices(), selection), diagnostics
 
     def _eligible(self, modality_N: Tensor) -> Tensor:
         eligible_N = modality_N == self.modalities[0]
         for modality in self.modalities[1:]:
             eligible_N = eligible_N | (modality_N == modality)
         return eligible_N
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights by expert: gate and up [E, D, F], down [E, F, D]."""
+        gate_EDF, up_EDF, down_EFD = (
+            weight.unflatten(0, (self.num_experts, -1))
+            for weight in (self.gate, self.up, self.down)
+        )
+        return gate_EDF, up_EDF, down_EFD
 
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
@@ -194,14 +204,18 @@ class ExpertGroup(nn.Module):
         return math.ceil(int(eligible_N.sum()) / self.num_experts)
 
 
-class DenseGroup(SwiGLU):
+class DenseGroup(nn.Module):
     """One expert for all modalities: an ordinary feed-forward without routing."""
 
-    def forward(  # type: ignore[override]
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.feed_forward = SwiGLU(dim, hidden)
+
+    def forward(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing, total_ND: Tensor | None = None
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Apply the feed-forward to every token and add it to the total, [N, D]."""
-        y_ND = super().forward(x_ND)
+        y_ND = self.feed_forward(x_ND)
         return y_ND if total_ND is None else total_ND + y_ND, []
 
 

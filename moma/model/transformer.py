@@ -20,6 +20,7 @@ from moma.model.attention_kernels import (
 )
 from moma.model.caches import CachedContext, Caches
 from moma.model.decoder_layer import LayerContext, TokenContext, build_layer
+from moma.model.experts import ExpertGroup
 from moma.model.layers import rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter, RouterRecord
 from moma.model.routing import Routing
@@ -212,20 +213,32 @@ class Transformer(nn.Module):
             fill: copies a whole tensor into a parameter, which may be sharded; parameters are
                 filled one at a time.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator, stacked = torch.Generator().manual_seed(seed), self.stacked_matrices()
         for name, parameter in self.named_parameters():
-            fill(parameter, self._sample(name, parameter.shape, generator))
+            experts = stacked.get(name)
+            fill(parameter, self._sample(name, parameter.shape, experts, generator))
 
-    def _sample(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    def _sample(
+        self, name: str, shape: torch.Size, experts: int | None, generator: torch.Generator
+    ) -> Tensor:
         if len(shape) < 2 or "_norm." in name:
             return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
-        # Experts are stored [E, in, out], linear maps [out, in].
+        # Experts are stored [E·in, out], linear maps [out, in].
         is_lookup = name == "embedding.weight" and not self.config.tied_embeddings
-        fan_in = 1 if is_lookup else shape[1]
+        fan_in = 1 if is_lookup else shape[0] // experts if experts else shape[1]
         values = torch.randn(shape, generator=generator).mul_(fan_in**-0.5)
         if name.endswith("router.weight") and len(values) > 1:
             values -= values.mean(dim=0)
         return values
+
+    def stacked_matrices(self) -> dict[str, int]:
+        """Names of the parameters that stack one matrix [in, out] per expert, and how many."""
+        return {
+            f"{path}.{name}": group.num_experts
+            for path, group in self.named_modules()
+            if isinstance(group, ExpertGroup)
+            for name, _ in group.named_parameters(recurse=False)
+        }
 
     def units(self) -> Iterator[nn.Module]:
         """Yield the modules to compile and shard one by one: the layers."""

@@ -24,7 +24,8 @@ from moma.runtime.weights import Weights
 # Keys that may differ between the seed and the upcycled model; all others determine the copied
 # weights or what they compute.
 _MAY_DIFFER = {"groups", "depth", "dropout", "router_noise", "experts_implementation"}
-_PARTS = ("gate", "up", "down")
+_PARTS = ("gate", "up", "down")  # stacks of matrices in `ExpertGroup`
+_IN_DENSE_GROUP = {f"feed_forward.{part}.weight": part for part in _PARTS}
 _IN_GROUP = re.compile(r"(layers\.\d+\.experts\.groups)\.(\d+)\.(.+)")
 
 
@@ -153,7 +154,8 @@ def _copy_of(
         experts = upcycled.group_list[int(number)].experts
         if part == "router.weight" and seed.group_list[source].experts != experts:
             return None
-        copy = _in_group(f"{prefix}.{source}", part, experts, meta_tensors)
+        copies = experts // seed.group_list[source].experts
+        copy = _in_group(f"{prefix}.{source}", part, copies, meta_tensors)
     else:
         copy = _Copy(name)
     if copy.name not in meta_tensors:
@@ -167,22 +169,18 @@ def _copy_of(
     return copy
 
 
-def _in_group(prefix: str, part: str, experts: int, meta_tensors: Mapping[str, Tensor]) -> _Copy:
+def _in_group(prefix: str, part: str, copies: int, meta_tensors: Mapping[str, Tensor]) -> _Copy:
     """Return the copy of a weight from the seed's group `prefix`.
 
-    `DenseGroup` has linear layers [out, in], other groups stacks [E, in, out].
+    `DenseGroup` has linear layers [out, in], other groups stacks [E·in, out].
     """
-    kind, stacked = part.split("_")[0].split(".")[0], "_" in part
+    kind = _IN_DENSE_GROUP.get(part, part)
     if kind not in _PARTS:
         return _Copy(f"{prefix}.{part}")
-    linear = f"{prefix}.{kind}.weight"
-    is_linear = linear in meta_tensors
+    linear = f"{prefix}.feed_forward.{kind}.weight"
+    is_linear, becomes_linear = linear in meta_tensors, part != kind
 
     def reshape(weight: Tensor) -> Tensor:
-        weight_EIO = weight.T[None] if is_linear else weight
-        if not stacked:
-            return weight_EIO[0].T
-        return weight_EIO.expand(experts, -1, -1) if len(weight_EIO) == 1 else weight_EIO
+        return (weight if is_linear == becomes_linear else weight.T).repeat(copies, 1)
 
-    name = linear if is_linear else f"{prefix}.{kind}_{'EFD' if kind == 'down' else 'EDF'}"
-    return _Copy(name, reshape)
+    return _Copy(linear if is_linear else f"{prefix}.{kind}", reshape)

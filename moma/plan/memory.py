@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moma.bench.synthetic import synthetic_vocabulary
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, uses_muon
-from moma.runtime.sharding import DTYPES, shard_dimension
+from moma.runtime.sharding import DTYPES
 from moma.train.recipe import Recipe
 from moma.train.stages import freeze_for_stage, fsdp_units
 
@@ -32,7 +32,7 @@ def meta_model(recipe: Recipe) -> Transformer:
 def held_bytes(model: nn.Module, ranks: int, optimizer: OptimizerConfig) -> list[dict[str, int]]:
     """Return the bytes that each rank holds after backward, when all gradients exist.
 
-    FSDP2 splits a dimension into shards of equal size; the last ones may be smaller or empty.
+    FSDP2 splits the rows into shards of equal size; the last ones may be smaller or empty.
     Parameters and gradients are padded to the full size, but the optimizer state is not. So the
     first rank holds the most.
 
@@ -46,23 +46,22 @@ def held_bytes(model: nn.Module, ranks: int, optimizer: OptimizerConfig) -> list
     """
     sizes: Counter[tuple[int, int, int]] = Counter()
     for name, parameter in model.named_parameters():
-        length = parameter.shape[shard_dimension(parameter, ranks)]
         moments = 1 if uses_muon(name, parameter, optimizer) else 2
         moments = moments if parameter.requires_grad else 0
-        sizes[length, parameter.numel() // length, moments] += 1
+        sizes[len(parameter), parameter.numel() // len(parameter), moments] += 1
     return [_held_by(rank, ranks, sizes) for rank in range(ranks)]
 
 
 def _held_by(rank: int, ranks: int, sizes: Mapping[tuple[int, int, int], int]) -> dict[str, int]:
-    """Bytes of a rank, from the number of parameters of each sharded and remaining size."""
+    """Bytes of a rank, from the number of parameters by rows, width and moments."""
     parameters = gradients = state = 0
-    for (length, others, moments), count in sizes.items():
-        padded = -(-length // ranks)
-        own = min(padded, max(0, length - rank * padded))
-        size = _WEIGHT * count * padded * others
+    for (rows, width, moments), count in sizes.items():
+        padded = -(-rows // ranks)
+        own = min(padded, max(0, rows - rank * padded))
+        size = _WEIGHT * count * padded * width
         parameters += size
         gradients += size if moments else 0
-        state += _WEIGHT * count * moments * own * others
+        state += _WEIGHT * count * moments * own * width
         state += _WEIGHT * count if moments == 2 else 0  # AdamW counts steps
     return {"parameters": parameters, "gradients": gradients, "optimizer": state}
 

@@ -1,4 +1,4 @@
-"""Muon (Jordan et al. 2024) for matrices and stacks of matrices that may be sharded."""
+"""Muon (Jordan et al. 2024) for matrices, and stacks of them, that may be sharded by rows."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -6,9 +6,12 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch import Tensor, distributed
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from moma.runtime.sharding import local_part
 
 # The quintic iteration has a steep slope at zero; singular values end up between 0.7 and 1.2.
 _COEFFICIENTS, _ITERATIONS = (3.4445, -4.7750, 2.0315), 5
@@ -18,10 +21,11 @@ _MIN_NORM = 1e-7
 class Muon(Optimizer):
     """Momentum whose update of each matrix is orthogonalized, as `torch.optim.Muon` does it.
 
-    Beyond that optimizer it accepts stacks of matrices [E, D, F], and sharded parameters. To be
-    orthogonalized a matrix has to be whole: matrices of the same shape are stacked, an all-to-all
-    in bf16 gives each rank some of them whole, and another one returns its shards to each rank.
-    So the work is divided among the ranks, and the momentum stays sharded like the parameter.
+    Beyond that optimizer it accepts parameters [E·rows, columns] that stack several matrices, and
+    ones that are sharded by rows. To be orthogonalized a matrix has to be whole: an all-to-all in
+    bf16 gives each rank some of the matrices of the same shape, and another one returns the shards
+    of their updates. So the ranks share the work, and the momentum stays sharded like the
+    parameter.
 
     Updates are scaled by 0.2·sqrt(max(rows, columns)), which gives them the root mean square of
     AdamW's, so that both use the same learning rate and weight decay (Liu et al. 2025, §2.2).
@@ -37,23 +41,30 @@ class Muon(Optimizer):
         """Create the optimizer.
 
         Args:
-            params: parameters [rows, columns] or [E, rows, columns], or groups of them.
+            params: parameters, or groups of them; `matrices` of a group is the number of matrices
+                that each of its parameters stacks, by default 1.
             lr: learning rate.
             momentum: decay of the mean of the gradient; Nesterov's form is used.
             weight_decay: decoupled weight decay.
         """
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1}
+        super().__init__(params, defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have gradients."""
         for group in self.param_groups:
-            for parameters in _batches(p for p in group["params"] if p.grad is not None):
+            matrices = group["matrices"]
+            for parameters in _batches(
+                [p for p in group["params"] if p.grad is not None], matrices
+            ):
                 updates = [self._momentum(p, group["momentum"]) for p in parameters]
-                for parameter, update in zip(parameters, orthogonalize(updates), strict=True):
-                    scale = 0.2 * math.sqrt(max(parameter.shape[-2:]))
+                orthogonal = orthogonalize(updates, matrices)
+                rows, columns = len(parameters[0]) // matrices, parameters[0].shape[1]
+                scale = 0.2 * math.sqrt(max(rows, columns))
+                for parameter, update in zip(parameters, orthogonal, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * scale)
+                    local_part(parameter).add_(update, alpha=-group["lr"] * scale)
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
         state = self.state[parameter]
@@ -64,34 +75,68 @@ class Muon(Optimizer):
         return parameter.grad.lerp(mean, momentum).bfloat16()
 
 
-def orthogonalize(updates: list[Tensor]) -> list[Tensor]:
+def orthogonalize(updates: list[Tensor], matrices: int = 1) -> list[Tensor]:
     """Set the singular values of every matrix to about 1.
 
     Args:
-        updates: matrices [rows, columns] or stacks [E, rows, columns] of the same shape, bf16,
-            sharded alike or not at all.
+        updates: tensors [matrices · rows, columns] of the same shape, bf16; either all or none
+            sharded by rows.
+        matrices: number of matrices that each update stacks.
 
     Returns:
-        Tensors of the same shapes and placements.
+        This rank's rows of each result.
     """
-    stacks = [update if update.ndim == 3 else update[None] for update in updates]
-    sizes = [stack.shape[0] for stack in stacks]
-    stack = torch.cat(stacks)
-    if isinstance(stack, DTensor):
-        whole = [Shard(0) if each.is_shard() else Replicate() for each in stack.placements]
-        own = stack.redistribute(placements=whole)
-        result: Tensor = DTensor.from_local(
-            _newton_schulz(own.to_local()),
-            own.device_mesh,
-            whole,
-            run_check=False,
-            shape=own.shape,
-            stride=own.stride(),
-        ).redistribute(placements=stack.placements)
+    own = torch.stack([local_part(update) for update in updates])
+    rows, columns = len(updates[0]) // matrices, updates[0].shape[1]
+    group = _shard_group(updates[0])
+    if group is None:
+        result = _newton_schulz(own.view(-1, rows, columns))
     else:
-        result = _newton_schulz(stack)
-    parts = zip(result.split(sizes), updates, strict=True)
-    return [part if update.ndim == 3 else part[0] for part, update in parts]
+        held = _held_rows(len(updates), len(updates[0]), group.size())
+        result = _orthogonalize_shards(own.flatten(0, 1), held, rows, group)
+    return list(result.view_as(own))
+
+
+def _shard_group(tensor: Tensor) -> ProcessGroup | None:
+    """The ranks among which the rows of a tensor are divided."""
+    if not isinstance(tensor, DTensor):
+        return None
+    (dimension,) = (n for n, placement in enumerate(tensor.placements) if placement.is_shard())
+    return tensor.device_mesh.get_group(dimension)
+
+
+def _held_rows(updates: int, length: int, ranks: int) -> list[Tensor]:
+    """Numbers of the rows that each rank holds, if those of all updates are numbered in order."""
+    row_of = torch.arange(updates * length).view(updates, length)
+    size = -(-length // ranks)
+    return [row_of[:, rank * size : (rank + 1) * size].flatten() for rank in range(ranks)]
+
+
+def _orthogonalize_shards(
+    own: Tensor, held: list[Tensor], rows: int, group: ProcessGroup
+) -> Tensor:
+    """Orthogonalize matrices of which each rank holds some rows; each rank computes some of them.
+
+    Args:
+        own: this rank's rows, [T, columns].
+        held: numbers of the rows of each rank.
+        rows: rows of a matrix.
+        group: the ranks.
+    """
+    rank, ranks = group.rank(), group.size()
+    matrices = sum(map(len, held)) // rows
+    computed = -(-matrices // ranks) * rows  # rows that a rank computes
+    counts = [torch.bincount(row_T // computed, minlength=ranks).tolist() for row_T in held]
+    sent, received = counts[rank], [count[rank] for count in counts]
+    row_T = torch.cat(held)
+    place_T = (row_T[row_T // computed == rank] - rank * computed).to(own.device)
+    arrived = own.new_empty(len(place_T), own.shape[1])
+    distributed.all_to_all_single(arrived, own, received, sent, group)
+    whole = torch.empty_like(arrived).index_copy_(0, place_T, arrived)
+    whole = _newton_schulz(whole.view(-1, rows, own.shape[1])).flatten(0, 1)
+    returned = torch.empty_like(own)
+    distributed.all_to_all_single(returned, whole[place_T], sent, received, group)
+    return returned
 
 
 def _newton_schulz(matrices: Tensor) -> Tensor:
@@ -106,19 +151,14 @@ def _newton_schulz(matrices: Tensor) -> Tensor:
     return (x.mT if is_tall else x).contiguous()
 
 
-def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def _batches(parameters: Iterable[Tensor], matrices: int) -> Iterator[list[Tensor]]:
     """Group parameters of the same shape, as few as give each rank a matrix."""
 
     def shape(parameter: Tensor) -> tuple[int, ...]:
         return tuple(parameter.shape)
 
-    for _, same in groupby(sorted(parameters, key=shape), shape):
-        batch: list[Tensor] = []
-        for parameter in same:
-            batch.append(parameter)
-            ranks = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
-            if sum(each.shape[:-2].numel() for each in batch) >= ranks:
-                yield batch
-                batch = []
-        if batch:
-            yield batch
+    for _, group in groupby(sorted(parameters, key=shape), shape):
+        same = list(group)
+        ranks = _shard_group(same[0])
+        size = -(-(ranks.size() if ranks else 1) // matrices)
+        yield from (same[start : start + size] for start in range(0, len(same), size))

@@ -1,6 +1,8 @@
 """Optimizers with the paper's hyperparameters, and the learning-rate schedule."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -55,22 +57,25 @@ class OptimizerConfig(Config):
         return self
 
 
-def make_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Optimizer, ...]:
+def make_optimizers(
+    model: nn.Module, config: OptimizerConfig, stacked: Mapping[str, int] = MappingProxyType({})
+) -> tuple[Optimizer, ...]:
     """Optimizers of the trainable parameters; groups have an `lr_scale`.
 
     Args:
         model: the model, sharded or not.
         config: the algorithm and its hyperparameters.
+        stacked: names of the parameters that stack several matrices, and how many.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     routers: list[nn.Parameter] = []
-    orthogonalized: list[nn.Parameter] = []
+    orthogonalized: dict[int, list[nn.Parameter]] = {}  # by number of stacked matrices
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         if uses_muon(name, parameter, config):
-            orthogonalized.append(parameter)
+            orthogonalized.setdefault(stacked.get(name, 1), []).append(parameter)
         elif name.endswith(".router.weight"):
             routers.append(parameter)
         else:
@@ -89,8 +94,11 @@ def make_optimizers(model: nn.Module, config: OptimizerConfig) -> tuple[Optimize
     )
     if not orthogonalized:
         return (adamw,)
-    group = {"params": orthogonalized, "lr_scale": 1.0}
-    return adamw, Muon([group], config.learning_rate, config.momentum, config.weight_decay)
+    groups = [
+        {"params": parameters, "matrices": matrices, "lr_scale": 1.0}
+        for matrices, parameters in orthogonalized.items()
+    ]
+    return adamw, Muon(groups, config.learning_rate, config.momentum, config.weight_decay)
 
 
 def uses_muon(name: str, parameter: Tensor, config: OptimizerConfig) -> bool:

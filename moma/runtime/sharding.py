@@ -100,15 +100,11 @@ def shard(
         # Activations have that dtype already; rotary angles must stay fp32.
         cast_forward_inputs=False,
     )
-    mesh, ranks = world.mesh, world.size // config.replicate
+    mesh = world.mesh
     if config.replicate > 1:
-        names, shape = ("replicate", "shard"), (config.replicate, ranks)
+        names, shape = ("replicate", "shard"), (config.replicate, world.size // config.replicate)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
-
-    def placement(parameter: nn.Parameter) -> Shard:
-        return Shard(shard_dimension(parameter, ranks))
-
-    shard_weights = partial(fully_shard, mesh=mesh, shard_placement_fn=placement)
+    shard_weights = partial(fully_shard, mesh=mesh)
     if exact:
         fp32 = replace(policy, param_dtype=torch.float32)
         shard_weights(list(exact), mp_policy=fp32, reshard_after_forward=False)
@@ -131,31 +127,23 @@ def _unshard(module: FSDPModule, *_: object) -> None:
 
 
 def fill(parameter: Tensor, values: Tensor) -> None:
-    """Copy this rank's shard of a parameter's full values into it; all of them if not sharded."""
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(values)
-        return
-    mesh = parameter.device_mesh
-    for number, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            parts = values.chunk(mesh.size(number), placement.dim)
-            own = mesh.get_local_rank(number)
-            # Ranks beyond the last shard hold nothing.
-            values = parts[own] if own < len(parts) else values.narrow(placement.dim, 0, 0)
-    parameter.to_local().copy_(values)
+    """Copy this rank's rows of a parameter's full values into it; all of them if not sharded."""
+    rows, first = local_rows(parameter)
+    rows.copy_(values[first : first + len(rows)])
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """This rank's rows of a parameter, and the number of the first one; all if not sharded."""
+    first = 0
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        for number, placement in enumerate(parameter.placements):
+            if isinstance(placement, Shard):
+                # The last shards may be smaller or empty.
+                first = mesh.get_local_rank(number) * -(-len(parameter) // mesh.size(number))
+    return local_part(parameter), min(first, len(parameter))
 
 
 def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor; all of it if not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_dimension(parameter: Tensor, ranks: int) -> int:
-    """The dimension that is sharded.
-
-    Stacked experts [E, D, F] are sharded along a width that is a multiple of the number of ranks,
-    as FSDP2 requires of any dimension but the first: E may be smaller than the number of ranks.
-    """
-    if parameter.ndim < 3:
-        return 0
-    return next((width for width in (1, 2) if parameter.shape[width] % ranks == 0), 0)

@@ -159,7 +159,7 @@ def make_step(
     config, engine = recipe.stage_config.optimizer, recipe.engine
     return Step(
         model,
-        make_optimizers(model, config),
+        make_optimizers(model, config, model.stacked_matrices()),
         loss_function_of(recipe, world.device),
         config.clip,
         world,

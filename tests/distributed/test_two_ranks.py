@@ -60,7 +60,8 @@ HYBRID = EngineConfig(replicate=2)
 
 
 def recipe_of(tiny: Recipe, groups: str, engine: EngineConfig, stage: str = "pretrain") -> Recipe:
-    model = tiny.model.model_copy(update={"groups": groups})
+    # Neither two nor four ranks divide the rows of `down`, E · 43.
+    model = tiny.model.model_copy(update={"groups": groups, "hidden": 43})
     return tiny.model_copy(update={"model": model, "engine": engine, "stage": stage})
 
 

@@ -93,12 +93,12 @@ def auxiliary(router, x):
 
 def expert(group, number, x):
     """SwiGLU of one expert."""
-    if hasattr(group, "gate"):
-        gate, up, down = (numpy(part.weight).T for part in (group.gate, group.up, group.down))
+    if hasattr(group, "feed_forward"):
+        linear = group.feed_forward
+        gate, up, down = (numpy(part.weight).T for part in (linear.gate, linear.up, linear.down))
     else:
-        gate, up, down = (
-            numpy(part)[number] for part in (group.gate_EDF, group.up_EDF, group.down_EFD)
-        )
+        stacks = (group.gate, group.up, group.down)
+        gate, up, down = (np.split(numpy(stack), group.num_experts)[number] for stack in stacks)
     return (silu(x @ gate) * (x @ up)) @ down
 
 

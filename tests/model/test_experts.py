@@ -60,7 +60,7 @@ def test_absent_modality_leaves_zeros_and_finite_gradients(modalities):
     y_ND.square().sum().backward()
     others = torch.tensor(modalities) != IMAGE
     assert not y_ND[others].any()
-    for parameter in (group.gate_EDF, group.router.weight):
+    for parameter in (group.gate, group.router.weight):
         assert parameter.grad is not None and parameter.grad.isfinite().all()
     if IMAGE not in modalities:
         assert group.router.weight.grad is not None and not group.router.weight.grad.any()
@@ -80,9 +80,9 @@ def swiglu_of(group: ExpertGroup) -> SwiGLU:
     """Return the first expert of a group as an ordinary feed-forward."""
     swiglu = SwiGLU(DIM, HIDDEN).double()
     with torch.no_grad():
-        swiglu.gate.weight.copy_(group.gate_EDF[0].T)
-        swiglu.up.weight.copy_(group.up_EDF[0].T)
-        swiglu.down.weight.copy_(group.down_EFD[0].T)
+        linear = (swiglu.gate, swiglu.up, swiglu.down)
+        for layer, stack in zip(linear, group.matrices(), strict=True):
+            layer.weight.copy_(stack[0].T)
     return swiglu
 
 
@@ -117,7 +117,7 @@ def test_a_single_expert_for_all_modalities_equals_a_feed_forward(routing):
     (config,) = named_groups("dense")
     dense = build_group(DIM, HIDDEN, config, (0.5, 0.5)).double()
     assert isinstance(dense, DenseGroup)
-    dense.load_state_dict(swiglu.state_dict())
+    dense.feed_forward.load_state_dict(swiglu.state_dict())
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
     modality_N = torch.tensor([IMAGE, TEXT, TEXT] * 3 + [TEXT])
     for group in (dense, stack):

@@ -123,8 +123,8 @@ def test_initialization_depends_only_on_the_seed():
     assert router.sum(0).abs().max().item() < 1e-5 < router.abs().max().item()
     depth = build("mod").get_submodule("layers.0.depth.router").get_parameter("weight")
     assert depth.std().item() == pytest.approx(16**-0.5, rel=0.5)
-    assert experts.gate_EDF.std().item() == pytest.approx(16**-0.5, rel=0.2)
-    assert experts.down_EFD.std().item() == pytest.approx(first.config.hidden_width**-0.5, rel=0.2)
+    assert experts.gate.std().item() == pytest.approx(16**-0.5, rel=0.2)
+    assert experts.down.std().item() == pytest.approx(first.config.hidden_width**-0.5, rel=0.2)
 
 
 def test_shares_must_add_up():
@@ -162,7 +162,7 @@ def test_dropout_is_active_only_in_training():
 
 @pytest.mark.parametrize("norm", ["swin", "pre"])
 @pytest.mark.parametrize("groups", ["dense", "mod"])
-@pytest.mark.parametrize("zeroed", ["attention.output", "experts.groups.0.down"])
+@pytest.mark.parametrize("zeroed", ["attention.output", "experts.groups.0.feed_forward.down"])
 def test_dropout_acts_on_the_outputs_of_attention_and_experts(groups, norm, zeroed):
     """With one of them zeroed, each number of the other's output is dropped or doubled."""
     model = build(groups, dropout=0.5, norm=norm)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
-from moma.model.experts import ExpertGroup
+from moma.model.experts import DenseGroup, ExpertGroup
 from moma.model.groups import GroupConfig
 from moma.model.routing import Routing, logistic_noise
 from moma.model.transformer import Transformer
@@ -153,14 +153,13 @@ def expert_of(seed: Transformer, name: str, value: torch.Tensor) -> torch.Tensor
     _, layer, _, _, number, part = name.split(".")[:6]
     groups = seed.get_submodule(f"layers.{layer}.experts.groups")
     group = groups[min(int(number), len(groups) - 1)]  # type: ignore[index,arg-type]
-    kind = part.split("_")[0]
-    if hasattr(group, kind):
-        stack = getattr(group, kind).weight.T[None]
+    if part == "feed_forward":
+        return getattr(group, part).get_parameter(".".join(name.split(".")[6:]))
+    if isinstance(group, DenseGroup):
+        stack = getattr(group.feed_forward, part).weight.T
     else:
-        stack = getattr(group, f"{kind}_{'EFD' if kind == 'down' else 'EDF'}")
-    if value.ndim == 2:
-        return stack[0].T
-    return stack if len(stack) == len(value) else stack.repeat(len(value), 1, 1)
+        stack = getattr(group, part)
+    return stack.repeat(len(value) // len(stack), 1)
 
 
 def group(names: str, experts: int) -> GroupConfig:

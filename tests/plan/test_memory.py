@@ -13,7 +13,7 @@ from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.model.depth import DepthConfig
 from moma.plan.memory import gathered_bytes, held_bytes, meta_model, unit_elements
 from moma.recipe import read_recipe
-from moma.runtime.sharding import EngineConfig, shard, shard_dimension
+from moma.runtime.sharding import EngineConfig, shard
 from moma.runtime.world import World
 from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe
@@ -134,11 +134,16 @@ def test_256_ranks_hold_the_planned_shards_of_the_largest_sparse_layers(fake_wor
 
 
 @pytest.mark.parametrize(
-    ("shape", "ranks", "dimension"),
-    [((6, 8, 24), 4, 1), ((6, 9, 8), 4, 2), ((6, 9, 9), 4, 0), ((9, 8), 4, 0), ((7,), 4, 0)],
+    ("name", "ranks", "gigabytes"), [("435m_moe_4t4i", 24, 1.24), ("1b4_moe_4t4i", 384, 0.31)]
 )
-def test_expert_weights_are_sharded_on_a_dimension_that_the_ranks_divide(shape, ranks, dimension):
-    assert shard_dimension(torch.empty(shape, device="meta"), ranks) == dimension
+def test_ranks_hold_equal_parts_of_any_experts(name, ranks, gigabytes):
+    """Of weights, gradients and optimizer state; 24 and 384 divide neither width of the experts."""
+    recipe = read_recipe(Recipe, PAPER / f"{name}.toml")
+    model, optimizer = meta_model(recipe), recipe.pretrain.optimizer
+    (whole,) = (sum(each.values()) for each in held_bytes(model, 1, optimizer))
+    largest = max(sum(each.values()) for each in held_bytes(model, ranks, optimizer))
+    assert largest == pytest.approx(gigabytes * 1e9, rel=0.01)
+    assert largest < 1.05 * whole / ranks
 
 
 def test_every_parameter_is_in_one_unit(tiny):

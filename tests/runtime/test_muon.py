@@ -19,14 +19,17 @@ WORLD = World(torch.device("cpu"))
 LR, MOMENTUM, DECAY, STEPS = 0.1, 0.9, 0.5, 3
 
 
+SHAPES = ((6, 4), (6, 4), (5, 7), (1, 8), (12, 6), (12, 6), (10, 4), (15, 7), (3, 5))
+MATRICES = (1, 1, 1, 1, 3, 3, 2, 3, 3)  # stacked in each
+
+
 class Stacks(nn.Module):
-    """Matrices and stacks of sizes that two ranks do and do not divide."""
+    """Matrices and stacks of sizes that the ranks do and do not divide."""
 
     def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        shapes = ((6, 4), (6, 4), (5, 7), (1, 8), (3, 4, 6), (3, 4, 6), (2, 5, 4), (3, 5, 7))
-        self.weights = nn.ParameterList(torch.randn(*s, generator=generator) for s in shapes)
+        self.weights = nn.ParameterList(torch.randn(*s, generator=generator) for s in SHAPES)
 
 
 def gradients(step: int) -> list[Tensor]:
@@ -34,8 +37,16 @@ def gradients(step: int) -> list[Tensor]:
     return [torch.randn(p.shape, generator=generator) for p in Stacks().weights]
 
 
-def muon(parameters) -> Muon:
-    return Muon(parameters, LR, MOMENTUM, DECAY)
+def muon(model: Stacks) -> Muon:
+    groups: dict[int, list[nn.Parameter]] = {}
+    for parameter, matrices in zip(model.weights, MATRICES, strict=True):
+        groups.setdefault(matrices, []).append(parameter)
+    return Muon(
+        [{"params": parameters, "matrices": count} for count, parameters in groups.items()],
+        LR,
+        MOMENTUM,
+        DECAY,
+    )
 
 
 def take_step(model: Stacks, optimizer: Muon, step: int) -> None:
@@ -48,7 +59,7 @@ def take_step(model: Stacks, optimizer: Muon, step: int) -> None:
 
 def trained(steps: int = STEPS) -> list[Tensor]:
     model = Stacks()
-    optimizer = muon(model.parameters())
+    optimizer = muon(model)
     for step in range(steps):
         take_step(model, optimizer, step)
     return [parameter.detach() for parameter in model.weights]
@@ -57,30 +68,30 @@ def trained(steps: int = STEPS) -> list[Tensor]:
 def test_matrices_of_a_stack_are_updated_like_pytorchs():
     expected = []
     for number, parameter in enumerate(Stacks().weights):
-        stack = parameter.detach() if parameter.ndim == 3 else parameter.detach()[None]
-        matrices = [nn.Parameter(matrix.clone()) for matrix in stack]
+        parts = parameter.detach().chunk(MATRICES[number])
+        matrices = [nn.Parameter(matrix.clone()) for matrix in parts]
         reference = torch.optim.Muon(matrices, LR, DECAY, MOMENTUM, adjust_lr_fn="match_rms_adamw")
         for step in range(STEPS):
             for matrix, gradient in zip(
-                matrices, gradients(step)[number].view(stack.shape), strict=True
+                matrices, gradients(step)[number].chunk(len(matrices)), strict=True
             ):
                 matrix.grad = gradient
             reference.step()
-        expected.append(torch.stack([m.detach() for m in matrices]).view(parameter.shape))
+        expected.append(torch.cat([matrix.detach() for matrix in matrices]))
     # Products of bf16 matrices may round differently in a batch.
     torch.testing.assert_close(trained(), expected, rtol=2e-2, atol=2e-2)
 
 
 def test_singular_values_become_one():
-    for update in orthogonalize([torch.randn(3, 6, 20).bfloat16()]):
-        values = torch.linalg.svdvals(update.float())
+    for update in orthogonalize([torch.randn(18, 20).bfloat16()], matrices=3):
+        values = torch.linalg.svdvals(update.float().view(3, 6, 20))
         assert values.min() > 0.5 and values.max() < 1.5
 
 
 def job(world: World, out: Path) -> None:
     model = Stacks()
     shard(model, [], world)
-    optimizer = muon(model.parameters())
+    optimizer = muon(model)
     for step in range(STEPS):
         take_step(model, optimizer, step)
         if step == 0:
@@ -109,14 +120,14 @@ def test_two_ranks_equal_one(two):
 
 def test_a_checkpoint_of_two_ranks_is_resumed_on_one(two):
     model = Stacks()
-    optimizer = muon(model.parameters())
+    optimizer = muon(model)
     load_checkpoint(two / "step-00000001", model, (optimizer,), WORLD)
     for step in range(1, STEPS):
         take_step(model, optimizer, step)
     torch.testing.assert_close([*model.weights], trained(), rtol=2e-2, atol=2e-2)
     # The momentum matters.
     fresh = Stacks()
-    other = muon(fresh.parameters())
+    other = muon(fresh)
     for step in range(1, STEPS):
         take_step(fresh, other, step)
     assert not torch.allclose(fresh.weights[0], model.weights[0], atol=5e-2)

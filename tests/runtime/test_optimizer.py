@@ -62,12 +62,19 @@ def test_decay_steps_are_of_wsd_only():
 def test_muon_updates_the_matrices_of_attention_and_experts_only():
     model = Transformer(ModelConfig(groups="mod_moe_2t2i", dim=16, heads=2), VOCABULARY, (0.5, 0.5))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    adamw, muon = make_optimizers(model, OptimizerConfig(algorithm="muon", weight_decay=0.3))
+    config = OptimizerConfig(algorithm="muon", weight_decay=0.3)
+    adamw, muon = make_optimizers(model, config, model.stacked_matrices())
     updated = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     others = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
     assert updated | others == set(names.values()) and not updated & others
-    kinds = ("query.", "key.", "value.", "output.", "gate_EDF", "up_EDF", "down_EFD")
+    kinds = ("query.", "key.", "value.", "output.", ".gate", ".up", ".down")
     for name in names.values():
         is_inner = any(kind in name for kind in kinds) and "auxiliary" not in name
         assert (name in updated) == is_inner, name
     assert all(group["weight_decay"] == 0.3 for group in muon.param_groups)
+    matrices = {
+        names[id(p)]: each["matrices"] for each in muon.param_groups for p in each["params"]
+    }
+    assert {name for name in updated if matrices[name] == 2} == {
+        name for name in updated if ".experts." in name
+    }

@@ -71,7 +71,7 @@ def of_groups(tiny: Recipe, groups: str, path, **changes) -> Recipe:
     ("groups", "broken", "named"),
     [
         ("dense", "layers.1.attention.output.weight", "the output of layer 1, or"),
-        ("moe_1t1i", "layers.1.experts.groups.0.gate_EDF", "the output of layer 1, or"),
+        ("moe_1t1i", "layers.1.experts.groups.0.gate", "the output of layer 1, or"),
         ("moe_2t2i", "layers.0.experts_norm.weight", "the output of layer 0, or"),
         ("moe_2t2i", "head.weight", "the loss is not finite, though the outputs"),
     ],
