@@ -12,8 +12,9 @@ TEST_PROCESSES ?= 2
 demo: $(READY)
 	$(BIN)/moma demo $(DEMO)
 
+# Without bytecode each of the processes would compile all modules again.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ pytest.register_assert_rewrite("tests.command_line", "tests.factories")
 from moma.progress import show_log_messages  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
     from xdist.scheduler import LoadScopeScheduling
 
     from moma.runs import Run
@@ -36,6 +39,17 @@ LONG = (
     "tests/distributed/test_start.py",
     "tests/train/test_fault.py",
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What the modules import is never garbage: searching it would take a third of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,20 +14,7 @@ from torch import multiprocessing
 from moma.cli import main
 from moma.runtime.world import join_world
 
-# Imported once, by the process from which all others are forked: also what is imported lazily.
-multiprocessing.set_forkserver_preload(
-    [
-        "moma.bench.synthetic",
-        "moma.data.encode.prepare",
-        "moma.evaluate.perplexity",
-        "moma.plan.memory",
-        "moma.train.chain",
-        "pytest",
-        "torch._dynamo",
-        "torch.utils.tensorboard",
-        "vector_quantize_pytorch",
-    ]
-)
+multiprocessing.set_forkserver_preload(["tests.preloaded"])
 FORKSERVER = multiprocessing.get_context("forkserver")
 
 
