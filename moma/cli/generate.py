@@ -48,7 +48,7 @@ def generate(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name another")
     import moma
-    from moma.generate.decode import Sampling
+    from moma.generate.sampling import Sampling
     from moma.images import read_image
 
     sampling = Sampling(temperature, top_p, seed)

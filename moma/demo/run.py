@@ -28,7 +28,7 @@ from moma.demo.scoring import (
 )
 from moma.demo.sketches import SketchesConfig
 from moma.errors import UserError
-from moma.generate.decode import Sampling
+from moma.generate.sampling import Sampling
 from moma.images import png_bytes
 from moma.progress import show_progress
 from moma.recipe import read_recipe, shipped_recipe

@@ -24,8 +24,8 @@ from moma.demo.sketches import (
     is_held_out_style,
     object_names,
 )
-from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
+from moma.generate.sampling import Sampling
 from moma.progress import ProgressCallback
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 

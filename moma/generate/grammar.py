@@ -4,7 +4,7 @@ An image is `begin_image`, exactly `codes_per_image` image codes, and `end_image
 allowed nowhere else, and nothing else is allowed inside an image (Chameleon's decoding).
 """
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -13,22 +13,42 @@ from moma.vocabulary import IMAGE, Vocabulary
 Mode = Literal["text", "image", "mixed"]
 
 
+class Legal(NamedTuple):
+    """Which ids may come next.
+
+    Attributes:
+        codes: only image codes; otherwise only text.
+        begin_image: whether an image may begin, if `codes` is false.
+        forced: the only legal id; None: there are several.
+    """
+
+    codes: bool = False
+    begin_image: bool = False
+    forced: int | None = None
+
+
 class Grammar:
     """Tracks one sequence and determines which ids may come next.
 
     Args:
         vocabulary: the ids.
-        mode: `text` generates only text, `image` exactly one image, `mixed` text and images.
+        mode: `text` generates only text, `image` only images, `mixed` text and images.
+        images: number of images that `image` generates.
     """
 
-    def __init__(self, vocabulary: Vocabulary, mode: Mode):
-        self.vocabulary, self.mode = vocabulary, mode
+    def __init__(self, vocabulary: Vocabulary, mode: Mode, images: int = 1):
+        self.vocabulary, self.mode, self._images_left = vocabulary, mode, images
         self._codes_left: int | None = None
         is_code = vocabulary.modality_of_id == IMAGE
         outside = ~is_code
         outside[[vocabulary.beginning, vocabulary.padding, vocabulary.end_image]] = False
         outside[vocabulary.begin_image] = mode == "mixed"
         self._inside, self._outside = is_code, outside
+
+    @property
+    def codes_left(self) -> int:
+        """Number of codes that the current image still needs; 0 outside of images."""
+        return self._codes_left or 0
 
     def advance(self, token: int) -> None:
         """Process the next token of the prompt or of its continuation."""
@@ -39,27 +59,39 @@ class Grammar:
         elif self._codes_left:
             self._codes_left -= 1
 
-    def allowed(self, remaining: int | None = None) -> np.ndarray:
-        """Return a boolean mask [V] of the ids that may come next.
+    def legal(self, remaining: int | None = None) -> Legal:
+        """Return which ids may come next.
 
         Args:
             remaining: number of tokens that may still be generated; an image begins only if it
                 fits; None: unlimited.
         """
         if self._codes_left:
-            return self._inside
+            return Legal(codes=True)
         if self._codes_left == 0:
-            return self._only(self.vocabulary.end_image)
+            return Legal(forced=self.vocabulary.end_image)
         if self.mode == "image":
-            return self._only(self.vocabulary.begin_image)
-        if remaining is not None and remaining < self.vocabulary.image_span:
-            return self._outside & ~self._only(self.vocabulary.begin_image)
-        return self._outside
+            return Legal(forced=self.vocabulary.begin_image)
+        fits = remaining is None or remaining >= self.vocabulary.image_span
+        return Legal(begin_image=self.mode == "mixed" and fits)
+
+    def allowed(self, remaining: int | None = None) -> np.ndarray:
+        """Return `legal` as a boolean mask [V] of the ids."""
+        legal = self.legal(remaining)
+        if legal.codes:
+            return self._inside
+        if legal.forced is not None:
+            return self._only(legal.forced)
+        return self._outside & (legal.begin_image | ~self._only(self.vocabulary.begin_image))
 
     def ends_with(self, token: int) -> bool:
-        """Whether the continuation is complete after `token`."""
-        last = self.vocabulary.end_image if self.mode == "image" else self.vocabulary.end
-        return token == last
+        """Whether the continuation is complete after `token`, to be called once for each token."""
+        if self.mode != "image":
+            return token == self.vocabulary.end
+        if token != self.vocabulary.end_image:
+            return False
+        self._images_left -= 1
+        return self._images_left <= 0
 
     def _only(self, token: int) -> np.ndarray:
         return np.arange(self.vocabulary.size) == token

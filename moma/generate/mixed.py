@@ -9,8 +9,9 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from moma.errors import UserError
-from moma.generate.decode import Sampling, generate
+from moma.generate.decode import generate
 from moma.generate.grammar import Mode
+from moma.generate.sampling import Sampling
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil

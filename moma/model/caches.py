@@ -46,7 +46,7 @@ class SlotCounts:
         self.length_B = torch.zeros(sequences, dtype=torch.int64, device=device)
         # Upper bound of all lengths that is known without waiting for a GPU.
         self._bound = 0
-        self._taken: tuple[Tensor, Tensor, Tensor] | None = None
+        self._taken: tuple[Tensor, Tensor, Tensor, int] | None = None
 
     def take(self, position_BS: Tensor, filled_BS: Tensor, dtype: torch.dtype) -> NewSlots:
         """Give new tokens the next slots.
@@ -57,7 +57,7 @@ class SlotCounts:
             dtype: dtype of the mask.
         """
         before_B, size = self.length_B, filled_BS.shape[1]
-        self._taken = before_B, position_BS, filled_BS
+        self._taken = before_B, position_BS, filled_BS, self._bound
         slot_BS = before_B[:, None] + torch.arange(size, device=filled_BS.device)
         self.length_B = before_B + filled_BS.sum(1)
         if filled_BS.device.type == "cuda":
@@ -78,16 +78,13 @@ class SlotCounts:
         zeros_BSU = torch.zeros_like(attends_BSU, dtype=dtype)
         return zeros_BSU.masked_fill_(~attends_BSU, -torch.inf)[:, None]
 
-    def keep(self, tokens_B: Tensor) -> None:
-        """Free the slots of all but the first `tokens_B` tokens of the last forward pass."""
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Free the slots of all but the first tokens of each sequence of the last forward pass."""
         assert self._taken is not None
-        before_B, position_BS, filled_BS = self._taken
-        self.length_B = before_B + (filled_BS & (position_BS < tokens_B[:, None])).sum(1)
-
-    def tighten(self) -> int:
-        """Return the largest length, waiting for the device."""
-        self._bound = int(self.length_B.max()) if len(self.length_B) else 0
-        return self._bound
+        before_B, position_BS, filled_BS, bound = self._taken
+        tokens_B1 = torch.tensor(tokens, device=before_B.device)[:, None]
+        self.length_B = before_B + (filled_BS & (position_BS < tokens_B1)).sum(1)
+        self._bound = bound + max(tokens)
 
     def select(self, index_B: Tensor) -> None:
         """Keep only the sequences with the given indices, in their order."""
@@ -97,13 +94,9 @@ class SlotCounts:
 class LayerCache:
     """Keys and values of one layer, [B, T, G, C] each, with T growing as needed."""
 
-    def __init__(self, counts: SlotCounts, kv_heads: int, width: int, dtype: torch.dtype):
+    def __init__(self, counts: SlotCounts):
         self.counts = counts
-        shape = (len(counts.length_B), _FIRST_CAPACITY, kv_heads, width)
-        # Zeros, since masked slots still take part in products.
-        self.key_BTGC, self.value_BTGC = (
-            torch.zeros(shape, dtype=dtype, device=counts.length_B.device) for _ in range(2)
-        )
+        self.key_BTGC = self.value_BTGC = torch.empty(len(counts.length_B), 0, 0, 0)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, slots: NewSlots) -> Tensor:
         """Store new keys and values and attend to all slots that `slots` allows.
@@ -136,7 +129,7 @@ class LayerCache:
     def _store(self, key: Tensor, value: Tensor, slots: NewSlots) -> None:
         # The last slot takes what padding leaves.
         if slots.used >= self.key_BTGC.shape[1]:
-            self._grow(2 * slots.used)
+            self._grow(key, max(_FIRST_CAPACITY, 2 * slots.used))
         slot_BS = slots.slot_BS
         if slots.has_padding:
             slot_BS = slot_BS.where(slot_BS >= 0, self.key_BTGC.shape[1] - 1)
@@ -144,12 +137,14 @@ class LayerCache:
         for cache, new in ((self.key_BTGC, key), (self.value_BTGC, value)):
             cache.index_put_((sequence_B1, slot_BS), new)
 
-    def _grow(self, capacity: int) -> None:
-        extra = capacity - self.key_BTGC.shape[1]
+    def _grow(self, key: Tensor, capacity: int) -> None:
+        old = self.key_BTGC, self.value_BTGC
+        # Zeros, since masked slots still take part in products.
         self.key_BTGC, self.value_BTGC = (
-            functional.pad(cache, (0, 0, 0, 0, 0, extra))
-            for cache in (self.key_BTGC, self.value_BTGC)
+            key.new_zeros(len(key), capacity, *key.shape[2:]) for _ in range(2)
         )
+        if filled := old[0].shape[1]:
+            self.key_BTGC[:, :filled], self.value_BTGC[:, :filled] = old
 
     def select(self, index_B: Tensor) -> None:
         """Keep only the sequences with the given indices, in their order."""
@@ -162,29 +157,22 @@ class Caches:
     Args:
         config: the model's configuration.
         sequences: number of sequences B.
-        dtype: dtype of keys and values.
         device: where the model is.
     """
 
-    def __init__(
-        self, config: ModelConfig, sequences: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, config: ModelConfig, sequences: int, device: torch.device):
         self.tokens = SlotCounts(sequences, device)
-        width = config.dim // config.heads
         self.layers = [
             LayerCache(
-                SlotCounts(sequences, device) if number in config.depth_layers else self.tokens,
-                config.key_heads,
-                width,
-                dtype,
+                SlotCounts(sequences, device) if number in config.depth_layers else self.tokens
             )
             for number in range(config.layers)
         ]
 
-    def keep(self, tokens_B: Tensor) -> None:
-        """Forget all but the first `tokens_B` tokens of the last forward pass."""
+    def keep(self, tokens: Sequence[int]) -> None:
+        """Forget all but the first tokens of each sequence of the last forward pass."""
         for counts in self._counts():
-            counts.keep(tokens_B)
+            counts.keep(tokens)
 
     def select(self, index: Sequence[int]) -> None:
         """Keep only the sequences with the given indices, in their order."""

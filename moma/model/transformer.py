@@ -172,8 +172,7 @@ class Transformer(nn.Module):
 
     def new_caches(self, sequences: int) -> Caches:
         """Return empty caches for a number of sequences."""
-        device = self.embedding.weight.device
-        return Caches(self.config, sequences, self._product_dtype(device), device)
+        return Caches(self.config, sequences, self.embedding.weight.device)
 
     def _rotary(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config

@@ -194,7 +194,7 @@ class Validation:
 
     def _write_sheet(self, path: Path) -> None:
         """Generate an image for each prompt; all ranks hold a part of the weights."""
-        from moma.generate.decode import Sampling
+        from moma.generate.sampling import Sampling
         from moma.tokenizers.image.metrics import image_grid
 
         sampling = Sampling(seed=self._seed % 2**32)

@@ -1,15 +1,16 @@
 """Decoding against a slow reference: one prompt at a time, a full forward pass per token."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moma.errors import UserError
-from moma.generate.decode import Sampling, generate, sample
+from moma.generate.decode import decode, generate
 from moma.generate.grammar import Grammar
+from moma.generate.sampling import Sampling, gumbel_noise
+from moma.generate.sequence import Branch, Options, Request
 from moma.model.routing import Routing
 from moma.model.transformer import ModelConfig, Transformer
 from tests.factories import make_vocabulary
@@ -18,6 +19,8 @@ VOCABULARY = make_vocabulary(codes=range(30, 40))
 IMAGE = [3, 30, 35, 31, 39, 4]
 PROMPTS = [[0], [0, 10, 11, 12, 13, 14, 15], [0, *IMAGE, 20], [0, 9, *IMAGE, 8, *IMAGE[:3]]]
 GREEDY = Sampling(temperature=0)
+CAUSAL = Routing(mode="causal")
+ONE = Request([Branch([0, 10, 11])], 0)
 
 
 def make_model(groups="moe_2t2i", seed=0):
@@ -48,7 +51,7 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mixed"])
-@pytest.mark.parametrize("groups", ["moe_2t2i", "dense", "moe_1t1i"])
+@pytest.mark.parametrize("groups", ["moe_2t2i", "dense", "mod_moe_2t1i"])
 def test_batched_greedy_decoding_equals_decoding_one_prompt_at_a_time(groups, mode):
     model = make_model(groups)
     # The slow reference does not limit images to the remaining tokens, so leave space for one.
@@ -137,95 +140,116 @@ def test_sampling_does_not_use_the_global_generator():
     assert torch.equal(torch.rand(3), expected)
 
 
-def nucleus(probabilities, top_p):
-    """The most likely tokens that together have probability `top_p`."""
-    order = sorted(range(len(probabilities)), key=lambda token: -probabilities[token])
-    tokens, total = set(), 0.0
-    for token in order:
-        tokens.add(token)
-        total += probabilities[token]
-        if total >= top_p:
-            return tokens
-    return tokens
-
-
-@settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.integers(1, 1000), min_size=2, max_size=12, unique=True),
-    st.floats(0.05, 1.0),
-    st.sampled_from([0.5, 1.0, 2.0]),
-)
-def test_samples_are_in_the_nucleus(counts, top_p, temperature):
-    logits_V = torch.tensor(counts, dtype=torch.float64).log()
-    probabilities = (logits_V / temperature).softmax(-1).tolist()
-    sampled = sample(
-        logits_V.repeat(300, 1),
-        Sampling(temperature, top_p),
-        torch.Generator().manual_seed(0),
-    )
-    # A sum that meets top_p exactly may be rounded either way.
-    allowed = nucleus(probabilities, top_p) | nucleus(probabilities, top_p + 1e-9)
-    assert set(sampled.tolist()) <= allowed
-
-
-def test_the_nucleus_is_sampled_in_proportion():
-    probabilities = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
-    sampling = Sampling(temperature=1, top_p=0.85)
-    sampled = sample(
-        probabilities.log().repeat(20_000, 1), sampling, torch.Generator().manual_seed(0)
-    )
-    found = sampled.bincount(minlength=5) / 20_000
-    # 0.4 + 0.3 + 0.2 are the first to reach 0.85.
-    expected = torch.tensor([0, 0.4, 0, 0.3, 0.2]) / 0.9
-    assert torch.allclose(found, expected, atol=0.02)
-    assert found[0] == found[2] == 0
-
-
-def test_a_small_nucleus_is_the_most_likely_token():
-    logits_BV = torch.randn(50, 9, generator=torch.Generator().manual_seed(1))
-    sampled = sample(logits_BV, Sampling(1.0, 1e-6), torch.Generator().manual_seed(0))
-    assert torch.equal(sampled, logits_BV.argmax(-1))
-    assert torch.equal(sampled, sample(logits_BV, GREEDY, torch.Generator()))
-
-
-def test_masked_tokens_are_never_sampled():
-    logits_BV = torch.zeros(500, 6)
-    logits_BV[:, [0, 4]] = -torch.inf
-    sampled = sample(logits_BV, Sampling(1.0, 1.0), torch.Generator().manual_seed(0))
-    assert set(sampled.tolist()) == {1, 2, 3, 5}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"temperature": 1e-40}, "temperature 1e-40: must be 0"),
-        ({"temperature": -0.5}, "temperature -0.5: must be 0"),
-        ({"temperature": math.nan}, "temperature nan: must be 0"),
-        ({"temperature": math.inf}, "temperature inf: must be 0"),
-        ({"temperature": 1e39}, r"temperature 1e\+39: must be 0"),
-        ({"temperature": 10**400}, "must be 0 .* or finite"),
-        ({"temperature": "1"}, "temperature '1': must be a number"),
-        ({"top_p": 0}, "top_p 0: must be above 0 and at most 1"),
-        ({"top_p": 1.01}, "top_p 1.01: must be above 0"),
-        ({"top_p": math.nan}, "top_p nan: must be above 0"),
-        ({"top_p": -math.inf}, "top_p -inf: must be above 0"),
-        ({"seed": -1}, "seed -1: must be a whole number from 0 to 4294967295"),
-        ({"seed": 99999999999999999999}, "seed 99999999999999999999: must be a whole number"),
-        ({"seed": 1.5}, "seed 1.5: must be a whole number"),
-    ],
-)
-def test_sampling_numbers_out_of_range_are_refused(changes, message):
-    with pytest.raises(UserError, match=message):
-        Sampling(**changes)
-
-
-@pytest.mark.parametrize("temperature", [1e-6, 1e30])
-def test_extreme_temperatures_sample_allowed_tokens(temperature):
-    logits_BV = torch.tensor([[1e4, -1e4, -torch.inf, 9e3]]).repeat(20, 1)
-    sampled = sample(logits_BV, Sampling(temperature, 1.0, 2**32 - 1), torch.Generator())
-    assert set(sampled.tolist()) <= ({0} if temperature < 1 else {0, 1, 3})
-
-
 def test_a_limit_below_one_new_token_is_refused():
     with pytest.raises(UserError, match="new_tokens 0: must be at least 1"):
         generate(make_model(), PROMPTS, "text", 40, 0, GREEDY)
+
+
+def run(model, options, requests=None):
+    """Return the continuations, and the number of passes."""
+    passes: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    requests = requests or [Request([Branch(p)], seed) for seed, p in enumerate(PROMPTS)]
+    answers: list[list[int]] = [[] for _ in requests]
+    for number, tokens in decode(model, requests, options):
+        answers[number] += tokens
+    hook.remove()
+    return answers, len(passes)
+
+
+@pytest.mark.parametrize("mode", ["image", "mixed"])
+@pytest.mark.parametrize("groups", ["moe_2t2i", "dense", "mod_moe_2t1i"])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_drafts_change_nothing_but_the_number_of_passes(groups, mode, temperature):
+    model, seeds = make_model(groups), range(3)
+    sampling = Sampling(temperature, top_p=0.9)
+    plain = Options(mode, 60, 30, sampling, images=2)
+    requests = [Request([Branch(p)], seed) for seed in seeds for p in PROMPTS[:3]]
+    expected, passes = run(model, plain, requests)
+    for drafts in (1, 2, 7):
+        found, fewer = run(model, replace(plain, drafts=drafts), requests)
+        assert found == expected
+        assert fewer <= passes
+
+
+def test_correct_drafts_save_passes():
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight[35] *= 100  # one code is always the most likely, or never
+        model.head.weight[[code for code in range(30, 40) if code != 35]] = 0
+    options = Options("image", 60, 30, GREEDY, images=3)
+    (_, passes), (_, fewer) = run(model, options), run(model, replace(options, drafts=3))
+    assert fewer < passes
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("groups", ["moe_2t2i", "mod_moe_2t1i"])
+@torch.no_grad()
+def test_guidance_equals_separate_passes_over_each_prompt(groups, drafts):
+    model = make_model(groups)
+    branches = [Branch([0, 9, *IMAGE, 20, 21], 3.0), Branch([0, *IMAGE], -1.8), Branch([0], -0.2)]
+    request = Request(branches, 5)
+    options = Options("image", 60, 30, Sampling(1.0, 1.0), drafts=drafts)
+    (answer, other), _ = run(model, options, [request, Request([Branch([0, 8])], 1)])
+    assert other == run(model, options, [Request([Branch([0, 8])], 1)])[0][0]
+    codes: list[int] = []
+    for number in range(VOCABULARY.codes_per_image):
+        logits_V = sum(
+            weight * model(torch.tensor([[*prompt, 3, *codes]]), routing=CAUSAL).head[0, -1]
+            for prompt, weight in branches
+        )
+        noise = gumbel_noise(5, len(branches[0].prompt) + 1 + number, 10)
+        codes.append(30 + int((logits_V[30:40] + noise).argmax()))
+    assert answer == [3, *codes, 4]
+
+
+def test_several_images_are_generated():
+    (answer,), _ = run(make_model(), Options("image", 40, 40, GREEDY, images=3), [ONE])
+    assert answer.count(3) == answer.count(4) == 3
+    assert len(answer) == 3 * VOCABULARY.image_span
+    with pytest.raises(UserError, match="besides 9 images"):
+        run(make_model(), Options("image", 40, 40, GREEDY, images=9), [ONE])
+
+
+def test_tokens_are_returned_as_they_come():
+    model = make_model()
+    options = Options("mixed", 40, 24, Sampling(1.0))
+    parts = list(decode(model, [ONE, Request([Branch(PROMPTS[1])], 1)], options))
+    assert {number for number, _ in parts} == {0, 1}
+    assert all(1 <= len(tokens) <= 2 for _, tokens in parts)
+
+
+def test_a_stop_condition_ends_a_continuation():
+    model = make_model()
+    options = Options("text", 40, 30, GREEDY)
+    (whole,), _ = run(model, options, [ONE])
+    stop = replace(options, stop=lambda tokens: len(tokens) >= 2 and tokens[-1] == whole[3])
+    (answer,), _ = run(model, stop, [ONE])
+    assert answer == whole[: whole.index(whole[3], 1) + 1]
+
+
+def test_text_and_images_can_be_sampled_differently():
+    model = make_model()
+    hot = Sampling(temperature=50, top_p=1)
+    options = Options("image", 40, 40, hot, image_sampling=GREEDY)
+    assert run(model, options)[0] == run(model, replace(options, sampling=GREEDY))[0]
+    assert run(model, options)[0] != run(model, replace(options, image_sampling=hot))[0]
+
+
+@pytest.mark.parametrize("groups", ["dense", "mod_moe_2t1i"])
+def test_a_repetition_penalty_counts_the_tokens_of_its_modality(groups):
+    model = make_model(groups)
+    penalty = Sampling(0, repetition_penalty=100)
+    text, _ = run(model, Options("text", 40, 12, penalty))
+    assert all(len(set(answer)) == len(answer) for answer in text)
+    options = Options("image", 40, 12, GREEDY, image_sampling=penalty, drafts=2)
+    (codes, *_), _ = run(model, options, [ONE])
+    assert len(set(codes)) == len(codes)
+
+
+def test_logits_that_are_nan_are_refused():
+    model = make_model()
+    with torch.no_grad():
+        model.head.weight[35] = math.nan
+    with pytest.raises(UserError, match="logits are NaN"):
+        run(model, Options("image", 40, 40, GREEDY))

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moma.errors import UserError
-from moma.generate.decode import Sampling
 from moma.generate.mixed import MixedModel
+from moma.generate.sampling import Sampling
 from moma.model.transformer import ModelConfig, Transformer
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess

@@ -123,7 +123,7 @@ def test_tokens_can_be_taken_back(name, count, seed, data):
     caches = model.new_caches(count)
     append(model, caches, firsts)
     append(model, caches, drafts)
-    caches.keep(torch.tensor(kept))
+    caches.keep(kept)
     found = append(model, caches, lasts)
     for first, draft, number, last, logits_SV in zip(
         firsts, drafts, kept, lasts, found, strict=True

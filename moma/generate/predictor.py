@@ -1,0 +1,124 @@
+"""Prediction of the next tokens from the hidden vectors of a pass.
+
+Shapes: see `model/layers.py`; P predicted positions of a pass, Q of all branches, C of a sequence,
+R legal ids.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moma.errors import UserError
+from moma.generate.heads import LegalHead, LegalRows
+from moma.generate.sampling import Sampler
+from moma.generate.sequence import GeneratedSequence, Options
+from moma.model.transformer import Transformer
+
+# A sequence, and the row of its first branch in the batch.
+_Rated = tuple[GeneratedSequence, int]
+
+
+class Predictor:
+    """Samples the next tokens of sequences from the hidden vectors of a pass."""
+
+    def __init__(self, model: Transformer, options: Options):
+        self._head = LegalHead(model.head.weight, model.vocabulary)
+        self._drafts = options.drafts
+        image = options.image_sampling or options.sampling
+        self._text, self._codes = Sampler(options.sampling), Sampler(image)
+        if image.repetition_penalty != 1:
+            self._drafts = 0
+
+    def append_samples(self, sequences: Sequence[GeneratedSequence], hidden_BSD: Tensor) -> None:
+        """Sample the next token of each sequence, and those after its drafts."""
+        rows = [0]
+        for each in sequences:
+            rows.append(rows[-1] + len(each.feeds))
+        rated = list(zip(sequences, rows, strict=False))
+        groups = {
+            codes: [each for each in rated if each[0].wants_codes == codes]
+            for codes in (False, True)
+        }
+        for codes, group in groups.items():
+            if group:
+                self._sample(group, hidden_BSD, codes)
+
+    def _sample(self, group: Sequence[_Rated], hidden_BSD: Tensor, codes: bool) -> None:
+        legal, sampler = (self._head.codes, self._codes) if codes else (self._head.text, self._text)
+        counts = [each.draft_count + 1 for each, _ in group]
+        logits_PR = _combine_branches(legal.logits(_gather(group, hidden_BSD)), group)
+        legal.forbid(logits_PR)
+        if not codes:
+            refused = [number for number, (each, _) in enumerate(group) if not each.may_begin_image]
+            logits_PR[refused, self._head.begin_image] = -torch.inf
+        logits_PR = logits_PR.cpu()
+        _require_finite(logits_PR)
+        noise_PR = history = None
+        is_random = sampler.sampling.temperature != 0
+        if is_random:
+            noise_PR = torch.stack(
+                [
+                    each.noise(offset, logits_PR.shape[1])
+                    for (each, _), count in zip(group, counts, strict=True)
+                    for offset in range(count)
+                ]
+            )
+        if sampler.sampling.repetition_penalty != 1:
+            history = [_history(each.tokens, legal) for each, _ in group]
+        index_P = sampler(logits_PR, noise_PR, history)
+        ids = legal.ids_R.cpu()[index_P].split(counts)
+        for (each, _), own, logits_CR in zip(group, ids, logits_PR.split(counts), strict=True):
+            each.append(own.tolist(), self._guesses(each, sampler, legal, logits_CR))
+
+    def _guesses(
+        self, sequence: GeneratedSequence, sampler: Sampler, legal: LegalRows, logits_CR: Tensor
+    ) -> list[int]:
+        """Guess the tokens after the last prediction, as if it held for them too."""
+        count = min(self._drafts, len(logits_CR)) if sequence.wants_codes else 0
+        if not count:
+            return []
+        logits_GR, noise_GR = logits_CR[-1:].expand(count, -1), None
+        if sampler.sampling.temperature != 0:
+            first, size = len(logits_CR), logits_CR.shape[1]
+            noise_GR = torch.stack([sequence.noise(first + n, size) for n in range(count)])
+        return legal.ids_R.cpu()[sampler(logits_GR, noise_GR)].tolist()
+
+
+def _gather(group: Sequence[_Rated], hidden_BSD: Tensor) -> Tensor:
+    """The hidden vectors to predict from, sequence by sequence and branch by branch, [Q, D]."""
+    rows: list[int] = []
+    columns: list[int] = []
+    for each, first in group:
+        for branch, feed in enumerate(each.feeds):
+            last = range(len(feed) - 1 - each.draft_count, len(feed))
+            columns += last
+            rows += [first + branch] * len(last)
+    index = torch.tensor([rows, columns], device=hidden_BSD.device)
+    return hidden_BSD[index[0], index[1]]
+
+
+def _combine_branches(logits_QR: Tensor, group: Sequence[_Rated]) -> Tensor:
+    """Sum the logits of each sequence's branches by their weights, [P, R]."""
+    if all(len(each.feeds) == 1 for each, _ in group):
+        return logits_QR
+    parts, start = [], 0
+    for each, _ in group:
+        count = each.draft_count + 1
+        branches = logits_QR[start : start + count * len(each.feeds)].unflatten(0, (-1, count))
+        weights = torch.tensor(each.weights, device=logits_QR.device)
+        parts.append((weights[:, None, None] * branches).sum(0))
+        start += count * len(each.feeds)
+    return torch.cat(parts)
+
+
+def _history(tokens: Sequence[int], legal: LegalRows) -> Tensor:
+    index = legal.index_of_id_V[torch.tensor(tokens, device=legal.ids_R.device)]
+    return index[index >= 0].cpu()
+
+
+def _require_finite(logits_PR: Tensor) -> None:
+    if bool(logits_PR.isnan().any()):
+        raise UserError(
+            "the model's logits are NaN; its weights are damaged or its training failed"
+        )

@@ -1,0 +1,138 @@
+"""Sampling of the next token.
+
+Logits are changed by the processors of `transformers` (temperature, top-k, top-p, min-p, repetition
+penalty). A token is then sampled as the argmax of logits plus Gumbel noise, which samples from
+their softmax (Gumbel 1954). The noise depends only on a sequence's seed and the position, so a
+sequence does not depend on its neighbors, nor on how many positions are computed at once.
+
+Shapes: V legal ids, T positions.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moma.errors import UserError
+
+# Logits divided by numbers outside this range may overflow fp32.
+_MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-6, 1e30
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is sampled (defaults: Chameleon's).
+
+    Attributes:
+        temperature: divisor of the logits; 0 selects the most likely token (greedy decoding).
+        top_p: nucleus sampling: sample among the most likely tokens that together have at least
+            this probability, in (0, 1] (arXiv 1904.09751).
+        seed: seed of the noise, 0 to 2³² − 1.
+        top_k: sample among this many most likely tokens; 0: all.
+        min_p: sample among tokens with at least this fraction of the highest probability, in
+            [0, 1] (arXiv 2407.01082).
+        repetition_penalty: divisor of the positive logits of tokens that occurred in the sequence;
+            negative ones are multiplied (arXiv 1909.05858); 1: none.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int = 0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"{name} {value!r}: must be a number")
+        if self.temperature != 0 and not _MIN_TEMPERATURE <= self.temperature <= _MAX_TEMPERATURE:
+            raise UserError(
+                f"temperature {self.temperature}: must be 0 (greedy decoding), or finite, from "
+                f"{_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
+            raise UserError(f"seed {self.seed}: must be a whole number from 0 to {MAX_SEED}")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
+            raise UserError(f"top_k {self.top_k}: must be a whole number, at least 0")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p {self.min_p}: must be from 0 to 1")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(
+                f"repetition_penalty {self.repetition_penalty}: must be from 0.01 to 100"
+            )
+
+
+Processor = Callable[[Any, Any], Any]
+
+
+class Sampler:
+    """Samples tokens as `sampling` says."""
+
+    def __init__(self, sampling: Sampling):
+        self.sampling = sampling
+        self._processors = _processors(sampling)
+
+    def __call__(
+        self, logits_TV: Tensor, noise_TV: Tensor | None, history_T: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """Sample one token per position, int64 [T], as an index into the legal ids.
+
+        Args:
+            logits_TV: fp32; −∞ where an id is not legal.
+            noise_TV: see `gumbel_noise`; not needed if the temperature is 0.
+            history_T: indices of ids that occurred before each position; needed only for a
+                repetition penalty.
+        """
+        if self.sampling.repetition_penalty != 1:
+            assert history_T is not None
+            parts = zip(history_T, logits_TV.split(1), strict=True)
+            logits_TV = torch.cat([self._processors[0](index[None], row) for index, row in parts])
+        if self.sampling.temperature == 0:
+            return logits_TV.argmax(-1)
+        for processor in self._processors[self.sampling.repetition_penalty != 1 :]:
+            logits_TV = processor(logits_TV, logits_TV)  # the first argument is not used
+        assert noise_TV is not None
+        return (logits_TV + noise_TV).argmax(-1)
+
+
+def _processors(sampling: Sampling) -> list[Processor]:
+    # Imported only here: it takes a second.
+    from transformers.generation import logits_process
+
+    processors: list[Processor] = []
+    if sampling.repetition_penalty != 1:
+        penalty = float(sampling.repetition_penalty)
+        processors.append(logits_process.RepetitionPenaltyLogitsProcessor(penalty))
+    if sampling.temperature not in (0, 1):
+        processors.append(logits_process.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k:
+        processors.append(logits_process.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(logits_process.TopPLogitsWarper(float(sampling.top_p)))
+    if sampling.min_p:
+        processors.append(logits_process.MinPLogitsWarper(float(sampling.min_p)))
+    return processors
+
+
+def gumbel_noise(seed: int, position: int, size: int) -> Tensor:
+    """Gumbel noise of one position of a sequence, fp32 [V] on the CPU.
+
+    Args:
+        seed: the sequence's seed.
+        position: position of the token in its sequence.
+        size: number of legal ids V.
+    """
+    key = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=4).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key))
+    return torch.empty(size).exponential_(generator=generator).log_().neg_()
