@@ -21,13 +21,21 @@ from moma.model.attention_kernels import (
 from moma.model.caches import CachedContext, Caches
 from moma.model.decoder_layer import LayerContext, TokenContext, build_layer
 from moma.model.experts import ExpertGroup
+from moma.model.initialization import draw_normal
 from moma.model.layers import rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter, RouterRecord
 from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
 
+# Returns the rows of a parameter that this rank holds, and the number of the first one.
+LocalRows = Callable[[Tensor], tuple[Tensor, int]]
 # Maps normalized hidden vectors [B, S, D] and the head's weight [V, D] to a result.
 Head = Callable[[Tensor, Tensor], Any]
+
+
+def all_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """The rows of a parameter that is not sharded."""
+    return parameter, 0
 
 
 def no_head(hidden_BSD: Tensor, weight_VD: Tensor) -> None:
@@ -196,9 +204,7 @@ class Transformer(nn.Module):
         return self
 
     @torch.no_grad()
-    def initialize(
-        self, seed: int, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_
-    ) -> None:
+    def initialize(self, seed: int, local_rows: LocalRows = all_rows) -> None:
         """Initialize all parameters from normal distributions, deterministically for a seed.
 
         Matrices have standard deviation 1/√fan-in, which preserves the scale of their input (LeCun
@@ -208,27 +214,27 @@ class Transformer(nn.Module):
         Norms are ones, biases zeros. Neither paper describes its initialization.
 
         Args:
-            seed: seed of the generator.
-            fill: copies a whole tensor into a parameter, which may be sharded; parameters are
-                filled one at a time.
+            seed: seed of the generators, see `draw_normal`.
+            local_rows: returns the rows of a parameter that this rank holds, and the number of the
+                first one; their values do not depend on the number of ranks.
         """
-        generator, stacked = torch.Generator().manual_seed(seed), self.stacked_matrices()
+        stacked = self.stacked_matrices()
         for name, parameter in self.named_parameters():
-            experts = stacked.get(name)
-            fill(parameter, self._sample(name, parameter.shape, experts, generator))
-
-    def _sample(
-        self, name: str, shape: torch.Size, experts: int | None, generator: torch.Generator
-    ) -> Tensor:
-        if len(shape) < 2 or "_norm." in name:
-            return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
-        # Experts are stored [E·in, out], linear maps [out, in].
-        is_lookup = name == "embedding.weight" and not self.config.tied_embeddings
-        fan_in = 1 if is_lookup else shape[0] // experts if experts else shape[1]
-        values = torch.randn(shape, generator=generator).mul_(fan_in**-0.5)
-        if name.endswith("router.weight") and len(values) > 1:
+            (rows, first), shape = local_rows(parameter), parameter.shape
+            if parameter.ndim < 2 or "_norm." in name:
+                rows.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            # Experts are stored [E·in, out], linear maps [out, in].
+            fan_in = shape[0] // stacked[name] if name in stacked else shape[1]
+            if name == "embedding.weight" and not self.config.tied_embeddings:
+                fan_in = 1
+            if not name.endswith("router.weight") or len(parameter) == 1:
+                draw_normal(rows, first, shape, fan_in**-0.5, seed, name)
+                continue
+            values = torch.empty(shape)  # a router is small: each rank draws all of it
+            draw_normal(values, 0, shape, fan_in**-0.5, seed, name)
             values -= values.mean(dim=0)
-        return values
+            rows.copy_(values[first : first + len(rows)])
 
     def stacked_matrices(self) -> dict[str, int]:
         """Names of the parameters that stack one matrix [in, out] per expert, and how many."""

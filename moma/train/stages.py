@@ -22,7 +22,7 @@ from moma.runtime.checkpoint import (
 )
 from moma.runtime.optimizer import make_optimizers
 from moma.runtime.recompute import recompute
-from moma.runtime.sharding import fill, shard
+from moma.runtime.sharding import fill, local_rows, shard
 from moma.runtime.world import World, can_compile, raise_on_all_ranks
 from moma.train.changes import differences
 from moma.train.monitor import LossMonitor
@@ -209,7 +209,7 @@ def _check_source(recipe: Recipe, source: Recipe) -> None:
 def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) -> None:
     """Random weights, or those of the run `from`, upcycled if that is the stage."""
     if source is None or recipe.stage == "upcycle":
-        model.initialize(recipe.seed, fill)
+        model.initialize(recipe.seed, local_rows)
     if source is None:
         return
     if recipe.stage != "upcycle":
