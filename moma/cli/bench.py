@@ -27,6 +27,18 @@ def count(text: str, low: int = 1) -> Any:
     return Option(min=low, max=COUNT_LIMIT, help=text)
 
 
+Row = Literal["256", "90m", "435m", "1b4"]
+Device = Annotated[Literal["cpu", "cuda"] | None, Option(help="[the GPU if there is one]")]
+Dtype = Annotated[Literal["fp32", "bf16"], Option(help="type of weights and activations")]
+
+
+def _require_gpu(device: str | None) -> None:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch sees no GPU here; leave it out, or use cpu")
+
+
 @app.command()
 def data(
     recipe: Annotated[
@@ -63,26 +75,59 @@ def layer(
     ] = None,
     tokens: Annotated[int, count("a multiple of 32; half are image tokens", 32)] = 4096,
     repeats: Annotated[int, count("repeats of everything, interleaved")] = 31,
-    dtype: Annotated[Literal["fp32", "bf16"], Option(help="type of weights and tokens")] = "fp32",
-    device: Annotated[
-        Literal["cpu", "cuda"] | None, Option(help="[the GPU if there is one]")
-    ] = None,
+    dtype: Dtype = "fp32",
+    device: Device = None,
     eager: Annotated[bool, Option("--eager", help="without torch.compile")] = False,
     cpu_time: CpuTime = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare expert-choice layers with a dense feed-forward layer of equal FLOPs."""
-    import torch
-
     from moma.bench.layer import Sizes, bench_layer
 
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch sees no GPU here; leave it out, or use cpu")
+    _require_gpu(device)
     if tokens % 32:
         raise UserError(f"--tokens {tokens}: must be a multiple of 32")
     sizes = Sizes(tuple(dim or (256, 512)), tokens, repeats, dtype, device, not eager, cpu_time)
     rows = bench_layer(sizes, quiet=as_json)
     print_result(rows, as_json, [records(f"feed-forward of {tokens:,} tokens", rows)])
+
+
+@app.command()
+def generate(
+    overrides: Annotated[
+        list[str] | None, Argument(help="changes to all models, such as codec.image_size=256")
+    ] = None,
+    row: Annotated[Row, Option(help="model size of Table 1, or 256")] = "90m",
+    only: Annotated[
+        list[str] | None,
+        Option(help="architecture besides dense; may be repeated [moe_4t4i, mod_moe_4t4i]"),
+    ] = None,
+    batch: Annotated[
+        list[int] | None,
+        Option(min=1, max=COUNT_LIMIT, help="sequences at once; may be repeated [1, 8]"),
+    ] = None,
+    mode: Annotated[
+        Literal["text", "image"] | None, Option(help="what to generate [both, in turn]")
+    ] = None,
+    tokens: Annotated[int, count("tokens of a text; an image has those of its codec")] = 64,
+    repeats: Annotated[int, count("repeats of everything, interleaved")] = 3,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    cpu_time: CpuTime = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare generation with `transformers` and with the limit of memory bandwidth."""
+    from moma.bench.generate import Sizes, bench_generate
+    from moma.bench.throughput import table2
+
+    _require_gpu(device)
+    recipes = table2(row, overrides or (), only or ("moe_4t4i", "mod_moe_4t4i"))
+    batches = tuple(batch or (1, 8))
+    sizes = Sizes(
+        batches, (mode,) if mode else ("text", "image"), tokens, repeats, dtype, device, cpu_time
+    )
+    rows = bench_generate(recipes, sizes, quiet=as_json)
+    print_result(rows, as_json, [records(f"generation, row {row}", rows)])
 
 
 @app.command()
@@ -93,9 +138,7 @@ def throughput(
         Argument(help="recipes, the first is the baseline; and changes to all of them"),
     ] = None,
     table2: Annotated[bool, Option("--table2", help="instead: architectures of Table 2")] = False,
-    row: Annotated[
-        Literal["256", "90m", "435m", "1b4"], Option(help="model size of --table2")
-    ] = "256",
+    row: Annotated[Row, Option(help="model size of --table2")] = "256",
     only: Annotated[
         list[str] | None, Option(help="architecture of --table2 besides dense; may be repeated")
     ] = None,

@@ -149,7 +149,7 @@ def require_expressible(config: ModelConfig, where: str) -> None:
         "tied_embeddings (here they are scaled)": config.tied_embeddings,
     }
     if lacks := [name for name, is_used in used.items() if is_used]:
-        raise UserError(f"{where}: Chameleon has no {', no '.join(lacks)}; export a dense run")
+        raise UserError(f"{where}: Chameleon has no {', no '.join(lacks)}; use a model without")
 
 
 def port_names(layers: int) -> dict[str, str]:

@@ -91,23 +91,35 @@ class ModelCounts:
         experts = sum(half * (config.dim + group.experts) for group in self._routed_groups)
         return config.layers * experts + len(config.depth_layers) * half * (config.dim + 1)
 
-    def active_parameters(self) -> CountsByKind:
-        """Count the parameters that a token uses on average, by kind of layer and part.
+    def active_parameters(self, tokens: int = 1) -> CountsByKind:
+        """Count the parameters that `tokens` tokens use on average, by kind of layer and part.
 
-        That is one expert of each group of the token's modality and, with mixture-of-depths, the
-        capacity factor times a layer's. The embedding table and the head count in full.
+        A token uses an expert of a group of its modality with probability 1/E and, with
+        mixture-of-depths, a layer with the capacity factor as probability. The embedding table and
+        the head count in full.
         """
-        config, routed = self.config, self._routed_groups
-        layer = self._layer_parameters() | {
-            "experts": sum(map(self._share, config.group_list)) * self._expert_parameters,
-            "routers": sum(self._share(group) * config.dim * group.experts for group in routed),
-        }
-        depth, gated = config.depth_config, len(config.depth_layers)
-        used = depth.capacity_factor * gated if depth else 0
+        config, depth, gated = self.config, self.config.depth_config, len(self.config.depth_layers)
+        fraction = depth.capacity_factor if depth else 0.0
+        full = _times(config.layers - gated, self._active_layer_parameters(1.0, tokens))
+        layer = _times(gated, self._active_layer_parameters(fraction, tokens))
         return {
-            "full": _times(config.layers - gated, layer),
-            "gated": _times(used, layer) | {"depth": gated * config.dim},
+            "full": full,
+            "gated": layer | {"depth": gated * config.dim},
             "outside": self.parameters()["outside"],
+        }
+
+    def _active_layer_parameters(self, fraction: float, tokens: int) -> Counts:
+        """Count for a layer that processes a fraction of the tokens."""
+
+        def used(share: float) -> float:
+            return 1 - (1 - fraction * share) ** tokens
+
+        groups = [(self._share(group), group.experts) for group in self.config.group_list]
+        experts = sum(count * used(share / count) for share, count in groups)
+        routers = sum(count * used(share) for share, count in groups if count > 1)
+        return _times(used(1.0), self._layer_parameters()) | {
+            "experts": experts * self._expert_parameters,
+            "routers": routers * self.config.dim,
         }
 
     def forward_flops(self) -> CountsByKind:

@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from moma.bench import data as bench_data
+from moma.bench import generate as bench_generate
 from moma.bench import layer as bench_layer
 from moma.bench import throughput as bench_throughput
 from moma.cli import bench as cli_bench
@@ -14,6 +15,7 @@ from moma.cli import bench as cli_bench
     ("command", "sizes"),
     [
         (cli_bench.data, bench_data.Sizes()),
+        (cli_bench.generate, bench_generate.Sizes()),
         (cli_bench.layer, bench_layer.Sizes()),
         (cli_bench.throughput, bench_throughput.Sizes()),
     ],

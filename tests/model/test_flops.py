@@ -1,5 +1,7 @@
 """Counts from the configuration against built modules and the flop counter."""
 
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -221,6 +223,30 @@ def test_active_parameters():
     assert mod["attention"] == pytest.approx(dense["attention"] * (1 + 2 / 4) / 3)
     assert mod["depth"] == 2 * 16
     assert active("overlapping")["experts"] == 3 * total("dense")["experts"]
+
+
+def test_parameters_that_some_of_three_tokens_use():
+    """Every combination of which tokens choose a layer or expert, weighted by its probability."""
+    model = build("mod_moe_2t2i").config
+    shares, tokens = (0.75, 0.25), 3
+    counts = ModelCounts(model, VOCABULARY.size, shares, 4, 16)
+    found, whole = counts.active_parameters(tokens), counts.parameters()
+
+    def used(probability):
+        return sum(
+            math.prod(probability if chosen else 1 - probability for chosen in combination)
+            for combination in itertools.product((True, False), repeat=tokens)
+            if any(combination)
+        )
+
+    for kind, fraction in (("full", 1), ("gated", 0.25)):
+        experts = sum(used(fraction * share / 2) for share in shares) / 2
+        assert found[kind]["experts"] == pytest.approx(whole[kind]["experts"] * experts)
+        routers = sum(used(fraction * share) for share in shares) / 2
+        assert found[kind]["routers"] == pytest.approx(whole[kind]["routers"] * routers)
+        layer = used(fraction)
+        assert found[kind]["attention"] == pytest.approx(whole[kind]["attention"] * layer)
+    assert found["gated"]["depth"] == whole["gated"]["depth"]
 
 
 def test_experts_have_the_flops_of_dense():

@@ -1,0 +1,317 @@
+"""Speed of generation, beside `transformers` and beside the limit that memory bandwidth sets.
+
+| variant | what generates |
+|---|---|
+| `transformers` | its `generate`, on a Chameleon of the shape of `dense` |
+| `dense`, `moe_4t4i`, … | `moma.generate.decode.generate` |
+
+Models have random weights, prompts random ids and equal lengths; sampling is Chameleon's. The port
+of Chameleon in `transformers` masks image codes, so it generates as many other tokens in place of
+an image, at the same cost. Random auxiliary routers are adjusted to select as many tokens as
+trained ones.
+
+The limit is the time to read from memory what a pass over one token per sequence has to read: the
+weights that these tokens use, and the cached keys and values.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moma.bench.synthetic import synthetic_vocabulary
+from moma.bench.timing import interleaved, median_ratio, seconds
+from moma.generate.decode import Sampling, generate
+from moma.hub.chameleon_format import (
+    chameleon_names,
+    port_config,
+    require_expressible,
+    small_vq_config,
+)
+from moma.model.architecture import ModelConfig
+from moma.model.flops import ModelCounts, sum_over_kinds
+from moma.model.routers import AuxiliaryRouter
+from moma.model.routing import Routing
+from moma.model.transformer import Transformer, no_head
+from moma.progress import show_progress
+from moma.runtime.world import local_device
+from moma.train.recipe import Recipe
+from moma.vocabulary import Vocabulary
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_PROMPT = 16
+_WARM_UP = 4
+# Longer than all that is generated.
+_CONTEXT = 2**20
+# Tokens to which auxiliary routers are adjusted: sequences, and tokens of each.
+_ADJUSTED = (8, 256)
+# A read is timed this often in a row, since one may take only milliseconds.
+_READS = 5
+
+GenerationMode = Literal["text", "image"]
+HeadRows = Mapping[GenerationMode, int]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        batches: numbers of sequences that are generated together.
+        modes: `text`, `image` or both.
+        tokens: number of new tokens of a text; an image has its own number.
+        repeats: rounds, in each of which everything runs once.
+        dtype: of weights and caches, `fp32` or `bf16`.
+        device: `cpu` or `cuda`; if omitted, the GPU if there is one.
+        cpu_time: whether to measure CPU time, summed over threads, instead of wall-clock time.
+    """
+
+    batches: tuple[int, ...] = (1, 8)
+    modes: tuple[GenerationMode, ...] = ("text", "image")
+    tokens: int = 64
+    repeats: int = 3
+    dtype: str = "fp32"
+    device: str | None = None
+    cpu_time: bool = False
+
+
+class Variant(NamedTuple):
+    """A model that generates.
+
+    Attributes:
+        name: what the records call it.
+        config: the configuration of the model.
+        vocabulary: its ids.
+        model: it is called once for each pass.
+        run: continues prompts, [B, S], in a mode by a number of tokens; returns how many new tokens
+            there are in all sequences.
+        head_rows: number of ids whose logits a mode needs.
+    """
+
+    name: str
+    config: ModelConfig
+    vocabulary: Vocabulary
+    model: nn.Module
+    run: Callable[[Tensor, GenerationMode, int], int]
+    head_rows: HeadRows
+
+
+def bench_generate(
+    recipes: Mapping[str, Recipe], sizes: Sizes, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Measure models in interleaved rounds.
+
+    Args:
+        recipes: by name; `transformers` gets the shape of the first, a dense model.
+
+    Returns:
+        A record for each variant, batch and mode, with the keys that `docs/bench.md` lists.
+
+    Raises:
+        UserError: `transformers` has no model of that shape.
+    """
+    torch.manual_seed(0)
+    device = torch.device(sizes.device) if sizes.device else local_device()
+    dtype, dense = DTYPES[sizes.dtype], next(iter(recipes.values()))
+    vocabulary = synthetic_vocabulary(dense)
+    variants = [transformers_variant(dense.model, vocabulary, device, dtype)]
+    for name, recipe in recipes.items():
+        variants.append(moma_variant(name, random_model(recipe.model, vocabulary, device, dtype)))
+    cases = [
+        _Case(variant, batch, mode, sizes, device)
+        for batch in sizes.batches
+        for mode in sizes.modes
+        for variant in variants
+    ]
+    timed = [job for case in cases for job in (case.time_generation, case.time_reads)]
+    with show_progress("rounds", sizes.repeats, quiet) as report:
+        times = iter(interleaved(timed, sizes.repeats, report))
+    found = [
+        (case, [case.tokens / each for each in own], [_READS * case.batch / each for each in reads])
+        for case, own, reads in zip(cases, times, times, strict=True)
+    ]
+    baseline = {
+        (case.batch, case.mode): speeds for case, speeds, _ in found if case.variant is variants[0]
+    }
+    return [
+        {
+            "variant": case.variant.name,
+            "batch": case.batch,
+            "mode": case.mode,
+            "tokens_per_second": statistics.median(speeds),
+            "ratio_to_transformers": median_ratio(speeds, baseline[case.batch, case.mode]),
+            "ratio_to_limit": median_ratio(speeds, limits),
+            "passes_per_image": case.passes if case.mode == "image" else None,
+        }
+        for case, speeds, limits in found
+    ]
+
+
+class _Case:
+    """A variant that continues a batch of prompts in one mode.
+
+    Attributes:
+        tokens, passes: number of new tokens and of passes of the last generation.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        batch: int,
+        mode: GenerationMode,
+        sizes: Sizes,
+        device: torch.device,
+    ):
+        self.variant, self.batch, self.mode, self._device = variant, batch, mode, device
+        self._cpu_time = sizes.cpu_time
+        vocabulary, dim = variant.vocabulary, variant.config.dim
+        self._new = vocabulary.image_span if mode == "image" else sizes.tokens
+        shape, first = (batch, _PROMPT), max(vocabulary.image_codes) + 1
+        self._prompts_BS = torch.randint(first, vocabulary.size, shape, device=device)
+        self._prompts_BS[:, 0] = vocabulary.beginning
+        self.tokens = self.passes = 0
+        read = bytes_per_pass(variant, mode, batch, _PROMPT + self._new // 2, sizes.dtype)
+        self._read_rows = -(-read // (4 * dim))
+        variant.run(self._prompts_BS, mode, _WARM_UP)
+
+    def time_generation(self) -> float:
+        """Measure a generation, in seconds."""
+        passes: list[None] = []
+        hook = self.variant.model.register_forward_pre_hook(lambda *_: passes.append(None))
+
+        def job() -> None:
+            self.tokens = self.variant.run(self._prompts_BS, self.mode, self._new)
+
+        found = seconds(job, self._cpu_time, self._device)
+        hook.remove()
+        self.passes = len(passes)
+        return found
+
+    def time_reads(self) -> float:
+        """Measure reading as many bytes as a pass has to read, `_READS` times, in seconds."""
+        read_RD = torch.ones(self._read_rows, self.variant.config.dim, device=self._device)
+        x_D = torch.ones_like(read_RD[0])
+
+        def job() -> None:
+            for _ in range(_READS):
+                torch.mv(read_RD, x_D)
+
+        return seconds(job, self._cpu_time, self._device)
+
+
+def bytes_per_pass(
+    variant: Variant, mode: GenerationMode, batch: int, length: int, dtype: str
+) -> int:
+    """Return how many bytes a pass over one token of each sequence has to read, on average.
+
+    That is the weights that at least one of the tokens uses, without auxiliary routers, and the
+    cached keys and values.
+
+    Args:
+        variant: the model.
+        mode: determines the modality of the tokens and the rows of the head.
+        batch: number of sequences.
+        length: number of cached tokens of each.
+        dtype: of weights and caches.
+    """
+    config = variant.config
+    shares = [float(name == mode) for name in variant.vocabulary.modalities]
+    counts = ModelCounts(config, variant.vocabulary.size, shares, batch, 1)
+    weights = counts.active_parameters(tokens=batch)
+    weights["outside"] = {"norms": config.dim, "head": variant.head_rows[mode] * config.dim}
+    depth, gated = config.depth_config, len(config.depth_layers)
+    layers = config.layers - gated + (depth.capacity_factor * gated if depth else 0)
+    cached = 2 * batch * length * layers * counts.key_width
+    return round(DTYPES[dtype].itemsize * (sum(sum_over_kinds(weights).values()) + cached))
+
+
+def moma_variant(name: str, model: Transformer) -> Variant:
+    """Return a variant that generates with moma."""
+    vocabulary = model.vocabulary
+
+    def run(prompts_BS: Tensor, mode: GenerationMode, tokens: int) -> int:
+        answers = generate(model, prompts_BS.tolist(), mode, _CONTEXT, tokens, Sampling())
+        return sum(map(len, answers))
+
+    codes = len(vocabulary.image_codes)
+    head_rows: HeadRows = {"text": vocabulary.size - codes, "image": codes}
+    return Variant(name, model.config, vocabulary, model, run, head_rows)
+
+
+def transformers_variant(
+    config: ModelConfig, vocabulary: Vocabulary, device: torch.device, dtype: torch.dtype
+) -> Variant:
+    """Return a variant that generates with `transformers`, of the shape of a dense model.
+
+    Raises:
+        UserError: Chameleon has no such model.
+    """
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
+
+    require_expressible(config, "transformers")
+    names = {name: id_ for id_, name in chameleon_names({}, vocabulary).items()}
+    images, sampling = small_vq_config(vocabulary), Sampling()
+    values = port_config(config, vocabulary, names, _CONTEXT, "float32", images)
+    model = ChameleonForConditionalGeneration(ChameleonConfig(**values)).eval().to(device, dtype)
+
+    def run(prompts_BS: Tensor, mode: GenerationMode, tokens: int) -> int:
+        output_BS = model.generate(
+            prompts_BS,
+            attention_mask=torch.ones_like(prompts_BS),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=True,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=0,
+        )
+        return output_BS[:, prompts_BS.shape[1] :].numel()
+
+    head_rows: HeadRows = {"text": vocabulary.size, "image": vocabulary.size}
+    return Variant("transformers", config, vocabulary, model, run, head_rows)
+
+
+def random_model(
+    config: ModelConfig, vocabulary: Vocabulary, device: torch.device, dtype: torch.dtype
+) -> Transformer:
+    """Build a model with random weights whose auxiliary routers select the usual shares."""
+    shares = [1 / len(vocabulary.modalities)] * len(vocabulary.modalities)
+    with device:
+        model = Transformer(config, vocabulary, shares)
+    model.initialize(seed=0)
+    model.eval().requires_grad_(False)
+    for number in range(config.layers):
+        # The tokens of a sequence would choose alike if they had much context in common.
+        model.get_parameter(f"layers.{number}.attention.output.weight").zero_()
+    adjust_auxiliary_routers(model)
+    return model.to(dtype)
+
+
+def adjust_auxiliary_routers(model: Transformer) -> None:
+    """Let auxiliary routers select as many of some random tokens as the trained ones would.
+
+    Those of a group select 1/E of the tokens for each of its E experts, those of a depth router its
+    capacity factor.
+    """
+    depth = model.config.depth_config
+
+    def adjust(router: nn.Module, inputs: tuple[Tensor], logits_NE: Tensor) -> Tensor:
+        assert isinstance(router, AuxiliaryRouter)
+        experts = logits_NE.shape[1]
+        share = depth.capacity_factor if depth and experts == 1 else 1 / experts
+        # Adding c to all weights of an output adds c · sum to its logits; sums are positive, since
+        # the mean of SiLU is.
+        sum_N1 = functional.silu(router.hidden(inputs[0])).sum(1, keepdim=True)
+        router.output.weight -= (logits_NE / sum_N1).quantile(1 - share, dim=0)[:, None]
+        return router.output(functional.silu(router.hidden(inputs[0])))
+
+    routers = list(model.auxiliary_routers())
+    hooks = [router.register_forward_hook(adjust) for router in routers]
+    tokens_BS = torch.randint(model.vocabulary.size, _ADJUSTED)
+    model(tokens_BS.to(model.embedding.weight.device), routing=Routing(mode="causal"), head=no_head)
+    for hook in hooks:
+        hook.remove()
