@@ -18,13 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from moma.model.attention_kernels import (
     AttentionKernel,
-    FlexAttention,
     MaskedAttention,
     Segments,
-    VarlenAttention,
     attention_kernel,
     number_segments,
 )
+from moma.model.gpu_attention import FlexAttention, VarlenAttention
 from moma.runtime.recompute import Recompute, recompute
 from tests.factories import OperationCounter
 

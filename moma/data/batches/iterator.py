@@ -25,6 +25,8 @@ from moma.vocabulary import Vocabulary
 
 # Part of a saved state's fingerprint: increased when the same seed leads to other documents.
 _ORDER_VERSION = 3
+# What meets its image budget; the stages of a chain and their evaluation read the same data.
+_CHECKED: set[tuple[Any, ...]] = set()
 
 
 class Batches(grain.DatasetIterator[Batch]):
@@ -174,10 +176,12 @@ class Batches(grain.DatasetIterator[Batch]):
         ]
         has_text, names = bool(self._pools[False]), list_names(self._weights)
         text = check_documents(self._budget, with_images, has_text, names, self._world_size)
-        if self._budget.images:
+        checked = self._config.path, self._fingerprint, self._budget, self._config.max_padding
+        if self._budget.images and (*checked, self._world_size) not in _CHECKED:
             # Rank 0's micro-batches, on every rank: either all ranks refuse or none does.
             packer = self._make_packer(self._stream(True, 0), self._stream(False, 0))
             check_packing(self._budget, text, self._config.max_padding, packer)
+            _CHECKED.add((*checked, self._world_size))
 
 
 def prefetch(batches: Batches, config: DataConfig) -> grain.DatasetIterator[Batch]:
