@@ -36,6 +36,27 @@ def generate(
     top_p: Annotated[
         float, Option(help="probability of the tokens to sample from, unless the temperature is 0")
     ] = 0.9,
+    top_k: Annotated[int, Option(min=0, help="number of tokens to sample from; 0: all")] = 0,
+    min_p: Annotated[
+        float, Option(min=0, max=1, help="least probability of a token, relative to the highest")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, Option(help="divisor of the logits of text that occurred before; 1: none")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, Option(help="text that ends the answer; may be repeated")
+    ] = None,
+    images: Annotated[int, Option(min=1, help="number of images, with --mode image")] = 1,
+    samples: Annotated[int, Option(min=1, max=1024, help="number of different answers")] = 1,
+    text_guidance: Annotated[
+        float | None, Option(help="how strongly text guides images (for example 3)")
+    ] = None,
+    image_guidance: Annotated[
+        float | None, Option(help="how strongly the prompt's images guide (for example 1.2)")
+    ] = None,
+    drafts: Annotated[
+        int, Option(min=0, max=1024, help="image codes to guess per pass; changes only the speed")
+    ] = 0,
 ) -> None:
     """Continue a prompt: text is printed, images are written as new PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
@@ -44,24 +65,44 @@ def generate(
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
     if mode == "text":
-        refuse_unused(ctx, "with --mode text, which writes no images", "out")
+        refuse_unused(ctx, "with --mode text, which writes no images", "out", "drafts")
+    if mode != "image":
+        names = ("images", "text_guidance", "image_guidance")
+        refuse_unused(ctx, f"with --mode {mode}; it needs --mode image", *names)
+    else:
+        refuse_unused(ctx, "with --mode image, which writes no text", "stop", "repetition_penalty")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: is not a folder; name another")
     import moma
+    from moma.generate.guidance import Guidance
     from moma.generate.sampling import Sampling
     from moma.images import read_image
 
-    sampling = Sampling(temperature, top_p, seed)
+    sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty)
+    guidance = None
+    if text_guidance is not None or image_guidance is not None:
+        one = (1.0 if scale is None else scale for scale in (text_guidance, image_guidance))
+        guidance = Guidance(*one)
     content: list[Any] = [
         part if isinstance(part, str) else read_image(part, "--image", "choose another")
         for part in parts
     ]
-    (answer,) = moma.load(run).generate([content], mode, sampling)
-    if not answer:
-        notice("the model ended the document at once")
+    answers = moma.load(run).generate(
+        [content] * samples,
+        mode,
+        sampling,
+        image_sampling=Sampling(temperature, top_p, seed, top_k, min_p),
+        images=images,
+        guidance=guidance,
+        stop=stop or (),
+        drafts=drafts,
+    )
     numbers = count(1)
-    for part in answer:
-        print(part if isinstance(part, str) else _save(part, out, numbers))
+    for answer in answers:
+        if not answer:
+            notice("the model ended the document at once")
+        for part in answer:
+            print(part if isinstance(part, str) else _save(part, out, numbers))
 
 
 def _save(image: "Image.Image", folder: Path, numbers: Iterator[int]) -> Path:

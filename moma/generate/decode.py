@@ -57,10 +57,8 @@ def decode(
         The number of a request, and its next tokens.
 
     Raises:
-        UserError: a prompt leaves no space for a continuation, or `new_tokens` is below 1.
+        UserError: a prompt leaves no space for a continuation.
     """
-    if options.new_tokens < 1:
-        raise UserError(f"new_tokens {options.new_tokens}: must be at least 1")
     _check_lengths(model, requests, options)
     predictor = Predictor(model, options)
     sequences = [

@@ -1,7 +1,8 @@
 """A trained model with its tokenizers: text and images in, text and images out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -9,15 +10,35 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from moma.errors import UserError
-from moma.generate.decode import generate
+from moma.generate.decode import decode
 from moma.generate.grammar import Mode
-from moma.generate.sampling import Sampling
+from moma.generate.guidance import Guidance
+from moma.generate.sampling import MAX_SEED, Sampling
+from moma.generate.sequence import Branch, Options, Request
+from moma.generate.stream import Content, ContentStream, Event, StopStrings, collect
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 from moma.tokenizers.text import encode_texts, load_text_tokenizer
 
-Content = str | Image.Image
+
+class MoreOptions(TypedDict, total=False):
+    """Further options of `MixedModel.generate`.
+
+    Attributes:
+        image_sampling: how image codes are sampled; if omitted, like text.
+        images: number of images that the mode `image` generates.
+        guidance: guidance of images by the prompt, for the mode `image`; if omitted, none.
+        stop: strings that end a text; they are left out.
+        drafts: number of image codes that a pass checks besides sampling one. The result does not
+            depend on it.
+    """
+
+    image_sampling: Sampling | None
+    images: int
+    guidance: Guidance | None
+    stop: Sequence[str]
+    drafts: int
 
 
 @dataclass(frozen=True)
@@ -74,25 +95,8 @@ class MixedModel:
 
     def decode(self, ids: Sequence[int]) -> list[Content]:
         """Return the text and images of a sequence, without incomplete images."""
-        content: list[Content] = []
-        vocabulary = self.model.vocabulary
-        text: list[int] = []
-        codes: list[int] = []
-        for token in [*ids, vocabulary.end]:
-            code = vocabulary.code_of_id[token]
-            if code >= 0:
-                codes.append(code)
-                continue
-            if token in (vocabulary.begin_image, vocabulary.end) and text:
-                content.append(self.tokenizer.decode(text))
-                text = []
-            if token == vocabulary.end_image and len(codes) == vocabulary.codes_per_image:
-                content.append(self.image(np.array(codes)))
-            if token in (vocabulary.begin_image, vocabulary.end_image):
-                codes = []
-            elif token not in (vocabulary.beginning, vocabulary.end, vocabulary.padding):
-                text.append(token)
-        return content
+        stream = self._content_stream()
+        return collect([*stream.add(ids), *stream.finish()])
 
     def codes(self, image: Image.Image) -> np.ndarray:
         """Return the codes of an image of any size, int64 [codes_per_image]."""
@@ -109,22 +113,40 @@ class MixedModel:
         mode: Mode = "mixed",
         sampling: Sampling | None = None,
         new_tokens: int | None = None,
+        **options: Unpack[MoreOptions],
     ) -> list[list[Content]]:
-        """Continue each prompt.
+        """Continue each prompt, and return the text and images that follow it; see `stream`."""
+        events: list[list[Event]] = [[] for _ in prompts]
+        for number, event in self.stream(prompts, mode, sampling, new_tokens, **options):
+            events[number].append(event)
+        return [collect(each) for each in events]
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[Content]],
+        mode: Mode = "mixed",
+        sampling: Sampling | None = None,
+        new_tokens: int | None = None,
+        has_rows: bool = False,
+        **options: Unpack[MoreOptions],
+    ) -> Iterator[tuple[int, Event]]:
+        """Continue prompts together, and yield text and images as they come.
 
         Args:
             prompts: text and any number of images, in order.
             mode: `text`, `image` or `mixed`; without a codec, `mixed` means `text`.
-            sampling: if omitted, Chameleon's defaults.
+            sampling: if omitted, Chameleon's defaults. Prompt number i has the seed + i.
             new_tokens: maximum number of tokens of a continuation; if omitted, what the context
                 allows.
+            has_rows: whether to yield the upper rows of unfinished images as well.
+            options: see `MoreOptions`.
 
-        Returns:
-            The text and images that follow each prompt.
+        Yields:
+            The number of a prompt, and what follows it next.
 
         Raises:
-            UserError: there is no prompt, one is longer than the context allows, `new_tokens` is
-                below 1, or images are needed and there is no codec.
+            UserError: there is no prompt, one is longer than the context allows, an option is out
+                of range, or images are needed and there is no codec.
         """
         if not prompts:
             raise UserError("no prompt given; pass at least one")
@@ -132,11 +154,44 @@ class MixedModel:
             mode = "text"
         if mode != "text":
             _ = self.codec  # raises if there is none
-        ids = [self.encode(prompt) for prompt in prompts]
-        limit = self.context if new_tokens is None else new_tokens
+        stops = options.get("stop", ())
         sampling = sampling or Sampling()
-        continuations = generate(self.model, ids, mode, self.context, limit, sampling)
-        return [self.decode(tokens) for tokens in continuations]
+        requests = [
+            self._request(prompt, mode, (sampling.seed + number) % (MAX_SEED + 1), options)
+            for number, prompt in enumerate(prompts)
+        ]
+        limit = self.context if new_tokens is None else new_tokens
+        settings = Options(
+            mode,
+            self.context,
+            limit,
+            sampling,
+            image_sampling=options.get("image_sampling"),
+            images=options.get("images", 1),
+            drafts=options.get("drafts", 0),
+            stop=StopStrings(self.tokenizer, self.model.vocabulary, stops) if stops else None,
+        )
+        streams = [self._content_stream(stops, has_rows) for _ in prompts]
+        for number, tokens in decode(self.model, requests, settings):
+            yield from ((number, event) for event in streams[number].add(tokens))
+        for number, stream in enumerate(streams):
+            yield from ((number, event) for event in stream.finish())
+
+    def _request(
+        self, prompt: Sequence[Content], mode: Mode, seed: int, options: MoreOptions
+    ) -> Request:
+        guidance = options.get("guidance")
+        if guidance is None:
+            return Request([Branch(self.encode(prompt))], seed)
+        if mode != "image":
+            raise UserError(
+                f"guidance applies to images only; use it with mode 'image', not '{mode}'"
+            )
+        branches = guidance.branches(prompt)
+        return Request([Branch(self.encode(part), weight) for part, weight in branches], seed)
+
+    def _content_stream(self, stops: Sequence[str] = (), has_rows: bool = False) -> ContentStream:
+        return ContentStream(self.tokenizer, self.model.vocabulary, self.image, stops, has_rows)
 
     @property
     def _device(self) -> torch.device:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from moma.errors import UserError
 from moma.generate.grammar import Grammar, Mode
 from moma.generate.sampling import Sampling, gumbel_noise
 from moma.vocabulary import Vocabulary
@@ -47,6 +48,9 @@ class Options:
         images: number of images that the mode `image` generates.
         drafts: number of image codes that a pass checks besides sampling one.
         stop: whether a continuation ends, given its tokens so far.
+
+    Raises:
+        UserError: a number is too small.
     """
 
     mode: Mode
@@ -57,6 +61,11 @@ class Options:
     images: int = 1
     drafts: int = 0
     stop: Callable[[Sequence[int]], bool] | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("new_tokens", 1), ("images", 1), ("drafts", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
 
 
 class GeneratedSequence:

@@ -181,7 +181,7 @@ def test_a_flag_may_be_repeated(trained):
 def test_prompts_and_images_keep_their_order(trained, monkeypatch):
     contents = []
 
-    def generate(self, prompts, *rest):
+    def generate(self, prompts, *rest, **options):
         contents.append(prompts[0])
         return [[]]
 

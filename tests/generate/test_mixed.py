@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moma.errors import UserError
+from moma.generate.guidance import Guidance
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
+from moma.generate.stream import ContentStream, ImagePart, TextPiece, collect
 from moma.model.transformer import ModelConfig, Transformer
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess
@@ -191,3 +193,96 @@ def test_several_images_in_a_prompt_are_used_in_order(mixed):
 def test_a_limit_of_zero_new_tokens_is_refused(mixed):
     with pytest.raises(UserError, match="new_tokens 0"):
         mixed.generate([["the"]], "text", new_tokens=0)
+
+
+def test_stop_strings_end_a_text_and_are_left_out(mixed):
+    (whole,) = mixed.generate([["the"]], "text", Sampling(seed=3))
+    stop = whole[0][len(whole[0]) // 2 :][:3]
+    (answer,) = mixed.generate([["the"]], "text", Sampling(seed=3), stop=["never", stop])
+    assert answer == [whole[0][: whole[0].index(stop)]]
+    with pytest.raises(UserError, match="an empty string would end every answer"):
+        mixed.generate([["the"]], stop=[""])
+
+
+def test_streamed_pieces_add_up_to_the_answer(mixed):
+    prompts = [["the"], [noise(4), "red"]]
+    sampling = Sampling(temperature=5, top_p=1, seed=2)
+    expected = mixed.generate(prompts, "mixed", sampling)
+    events: list[list] = [[], []]
+    for number, event in mixed.stream(prompts, "mixed", sampling, has_rows=True):
+        events[number].append(event)
+    for parts, answer in zip(events, expected, strict=True):
+        assert comparable(collect(parts)) == comparable(answer)
+    assert len(events[0]) > len(expected[0])
+    rows = [e for e in events[0] + events[1] if isinstance(e, ImagePart) and not e.is_complete]
+    assert {part.image.size for part in rows} == {(16, 8)}
+
+
+def test_the_upper_rows_of_an_image_are_those_of_the_whole_image(mixed):
+    vocabulary = mixed.model.vocabulary
+    stream = ContentStream(mixed.tokenizer, vocabulary, mixed.image, has_rows=True)
+    tokens = vocabulary.wrap_image(np.array([1, 2, 3, 4]))
+    assert stream.add(tokens[:2]) == []
+    (part,) = stream.add(tokens[2:3])
+    assert isinstance(part, ImagePart) and not part.is_complete
+    assert part.image.size == (16, 8)
+    assert comparable(collect(stream.add(tokens[3:]))) == comparable([mixed.image(np.arange(1, 5))])
+
+
+def texts(events):
+    return [event.text for event in events if isinstance(event, TextPiece)]
+
+
+def test_no_character_is_divided(mixed):
+    text = "a é 漢字 😀 b"
+    stream = ContentStream(mixed.tokenizer, mixed.model.vocabulary, mixed.image)
+    pieces = [
+        piece for id_ in mixed.tokenizer.encode(text).ids for piece in texts(stream.add([id_]))
+    ]
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join([*pieces, *texts(stream.finish())]) == text
+
+
+def test_what_may_begin_a_stop_string_is_kept_back(mixed):
+    stream = ContentStream(mixed.tokenizer, mixed.model.vocabulary, mixed.image, ["abc"])
+    encode = mixed.tokenizer.encode
+    pieces = [
+        piece for part in ("xa", "b", "d ab") for piece in texts(stream.add(encode(part).ids))
+    ]
+    assert "".join(pieces) == "xabd "
+    assert texts(stream.finish()) == ["ab"]
+
+
+def test_guidance_adds_the_logits_of_partial_prompts(mixed):
+    image = noise(1)
+    assert Guidance(3, 1.2).branches(["a", image]) == [
+        (["a", image], 3), ([image], pytest.approx(-1.8)), ([], pytest.approx(-0.2)),
+    ]  # fmt: skip
+    assert Guidance(3, 1.2).branches(["a"]) == [(["a"], 3), ([], -2)]
+    assert Guidance(3, 1.5).branches([image]) == [([image], 1.5), ([], -0.5)]
+    sampling = Sampling(temperature=0)
+    plain = mixed.generate([["the"]], "image", sampling)
+    ones = mixed.generate([["the"]], "image", sampling, guidance=Guidance(1, 1))
+    strong = mixed.generate([["the"]], "image", sampling, guidance=Guidance(30, 1))
+    assert comparable(plain[0]) == comparable(ones[0]) != comparable(strong[0])
+    with pytest.raises(UserError, match="guidance applies to images only"):
+        mixed.generate([["the"]], "text", guidance=Guidance())
+    with pytest.raises(UserError, match="the scale of text must be finite"):
+        Guidance(text=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"images": 0}, "images 0: must be at least 1"), ({"drafts": -1}, "drafts -1: must be")],
+)
+def test_numbers_that_are_too_small_are_refused(mixed, options, message):
+    with pytest.raises(UserError, match=message):
+        mixed.generate([["the"]], "image", **options)
+
+
+def test_several_images_and_drafts(mixed):
+    sampling = Sampling(temperature=1, seed=3)
+    (answer,) = mixed.generate([["the"]], "image", sampling, images=3)
+    assert [part.size for part in answer] == [(16, 16)] * 3
+    (drafted,) = mixed.generate([["the"]], "image", sampling, images=3, drafts=3)
+    assert comparable(drafted) == comparable(answer)
