@@ -26,7 +26,10 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 def replay(run: RunFolder, as_json: AsJson = False) -> None:
     """Repeat the steps that led to a run's loss fault, and examine the last one."""
     from moma.runs import Run
+    from moma.runtime.world import join_world
     from moma.train.replay import replay as repeat_steps
 
-    result = repeat_steps(Run(run), quiet=as_json)
-    print_result(result, as_json, [key_values(f"{run}, its fault", result)])
+    with join_world() as world:
+        result = repeat_steps(Run(run), world, quiet=as_json)
+    if world.rank == 0:
+        print_result(result, as_json, [key_values(f"{run}, its fault", result)])

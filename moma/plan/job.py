@@ -22,10 +22,10 @@ from moma.plan.memory import (
 )
 from moma.recipe import Config
 from moma.runtime.peak import datasheet_peak
-from moma.runtime.sharding import DTYPES
 from moma.train.recipe import Recipe
 
 _GPU = torch.device("cuda")
+_GPUS_PER_NODE = 8
 
 
 class Machine(Config):
@@ -47,6 +47,11 @@ class Machine(Config):
     link: float = Field(50e9, gt=0)
     memory: float = Field(80 * 2**30, gt=0)
     price: float = Field(2.5, ge=0)
+
+    @property
+    def nodes(self) -> int:
+        """Number of machines, of eight GPUs each."""
+        return -(-self.gpus // _GPUS_PER_NODE)
 
 
 def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
@@ -71,7 +76,7 @@ def plan_job(recipe: Recipe, machine: Machine) -> dict[str, Any]:
     model, ranks = meta_model(recipe), machine.gpus // copies
     memory = _memory(model, recipe, ranks, machine)
     time = _time(recipe, machine, machine.peak)
-    sent = _communication(model, recipe, ranks)
+    sent = _communication(model, recipe, ranks, machine.nodes)
     seconds = sum(sent.values()) / machine.link
     part = {"seconds": seconds, "part_of_step": seconds / time["step_seconds"]}
     return {
@@ -88,8 +93,8 @@ def _memory(model: Transformer, recipe: Recipe, ranks: int, machine: Machine) ->
     totals = [sum(parts.values()) for parts in held]
     largest = totals.index(max(totals))
     parts = held[largest] | {
-        "accumulated_gradients": accumulated_bytes(model, recipe, ranks),
-        "gathered_units": gathered_bytes(model, recipe, ranks, _GPU),
+        "accumulated_gradients": accumulated_bytes(model, recipe, ranks, machine.nodes),
+        "gathered_units": gathered_bytes(model, recipe, ranks, _GPU, machine.nodes),
         "activations": activation_bytes(recipe, _GPU),
     }
     total = sum(parts.values())
@@ -122,7 +127,7 @@ def _time(recipe: Recipe, machine: Machine, peak: float) -> dict[str, float]:
     }
 
 
-def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, float]:
+def _communication(model: Transformer, recipe: Recipe, ranks: int, nodes: int) -> dict[str, float]:
     """Bytes that a GPU sends per step.
 
     Units are all-gathered for the forward and again for the backward pass, the root unit once;
@@ -130,8 +135,8 @@ def _communication(model: Transformer, recipe: Recipe, ranks: int) -> dict[str, 
     the data. Between replicas, gradients are all-reduced, which sends twice as much.
     """
     engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
-    reductions = 1 if engine.accumulates_unsharded else times
-    size, sent = engine.compute_dtype(_GPU).itemsize, DTYPES[engine.reduce].itemsize
+    reductions = 1 if engine.accumulates_unsharded(nodes) else times
+    size, sent = engine.compute_dtype(_GPU).itemsize, engine.reduce_dtype(nodes).itemsize
     root, units = unit_elements(model)
     trained = held_bytes(model, 1, recipe.pretrain.optimizer)[0]["gradients"] / 4
     ring = (ranks - 1) / ranks

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from moma.bench.synthetic import synthetic_vocabulary
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, uses_muon
-from moma.runtime.sharding import DTYPES
 from moma.train.recipe import Recipe
 from moma.train.stages import freeze_for_stage, fsdp_units
 
@@ -66,7 +65,9 @@ def _held_by(rank: int, ranks: int, sizes: Mapping[tuple[int, int, int], int]) -
     return {"parameters": parameters, "gradients": gradients, "optimizer": state}
 
 
-def gathered_bytes(model: Transformer, recipe: Recipe, ranks: int, device: torch.device) -> int:
+def gathered_bytes(
+    model: Transformer, recipe: Recipe, ranks: int, device: torch.device, nodes: int = 1
+) -> int:
     """Return the bytes of the unsharded weights and gradients that exist at once on a rank.
 
     The root unit (embedding, head) and its gradients stay unsharded during a step. Of the others,
@@ -77,17 +78,17 @@ def gathered_bytes(model: Transformer, recipe: Recipe, ranks: int, device: torch
     size = recipe.engine.compute_dtype(device).itemsize
     if ranks == 1:
         return 0 if size == _WEIGHT else size * _elements(model.parameters())
-    sent = DTYPES[recipe.engine.reduce].itemsize
+    sent = recipe.engine.reduce_dtype(nodes).itemsize
     root, units = unit_elements(model)
     two = max((a + b for a, b in pairwise(units)), default=sum(units))
     return 2 * root * size + two * size + max(units, default=0) * (size + sent)
 
 
-def accumulated_bytes(model: nn.Module, recipe: Recipe, ranks: int) -> int:
+def accumulated_bytes(model: nn.Module, recipe: Recipe, ranks: int, nodes: int = 1) -> int:
     """Return the bytes of the unsharded gradients that a rank holds between micro-batches."""
     engine = recipe.engine
     times = recipe.pretrain.gradient_accumulation_steps
-    if ranks == 1 or times == 1 or not engine.accumulates_unsharded:
+    if ranks == 1 or times == 1 or not engine.accumulates_unsharded(nodes):
         return 0
     return _WEIGHT * _elements(p for p in model.parameters() if p.requires_grad)
 

@@ -27,7 +27,8 @@ class EngineConfig(Config):
     Attributes:
         compute: dtype of matrix products; by default bf16 on a GPU and fp32 on a CPU. Weights,
             optimizer state and router scores are always fp32.
-        reduce: dtype in which gradients are summed over ranks.
+        reduce: dtype in which gradients are summed over ranks; by default bf16 in a job on several
+            machines, whose network is slow, and fp32 on one.
         reduce_once: whether gradients are summed over ranks once per step, instead of after each
             micro-batch of `gradient_accumulation_steps`; a rank then holds all of them unsharded.
             Only with `reduce` fp32: they are accumulated in that dtype.
@@ -44,7 +45,7 @@ class EngineConfig(Config):
     """
 
     compute: DTypeName | None = None
-    reduce: DTypeName = "fp32"
+    reduce: DTypeName | None = None
     replicate: int = Field(1, ge=1)
     reduce_once: bool = True
     recompute: Recompute = "none"
@@ -52,10 +53,14 @@ class EngineConfig(Config):
     timeout: float = Field(600, gt=0)
     trace: int = Field(0, ge=0)
 
-    @property
-    def accumulates_unsharded(self) -> bool:
+    def reduce_dtype(self, nodes: int) -> torch.dtype:
+        """The dtype in which gradients are summed over the ranks of a number of machines."""
+        default: DTypeName = "bf16" if nodes > 1 else "fp32"
+        return DTYPES[self.reduce or default]
+
+    def accumulates_unsharded(self, nodes: int) -> bool:
         """Whether gradients are summed over ranks once per step; see `reduce_once`."""
-        return self.reduce_once and self.reduce == "fp32"
+        return self.reduce_once and self.reduce_dtype(nodes) == torch.float32
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of matrix products on a device."""
@@ -96,7 +101,7 @@ def shard(
         return
     policy = MixedPrecisionPolicy(
         param_dtype=config.compute_dtype(world.device),
-        reduce_dtype=DTYPES[config.reduce],
+        reduce_dtype=config.reduce_dtype(world.nodes),
         # Activations have that dtype already; rotary angles must stay fp32.
         cast_forward_inputs=False,
     )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moma.errors import (
@@ -38,6 +39,7 @@ class World:
         mesh: one-dimensional mesh of all ranks; None for a single process.
         writers: all ranks in a second group, on gloo, for the thread that writes checkpoints.
         signals: all ranks in a third group, for `Interruption`.
+        nodes: number of machines.
     """
 
     device: torch.device
@@ -46,6 +48,7 @@ class World:
     mesh: DeviceMesh | None = None
     writers: ProcessGroup | None = None
     signals: ProcessGroup | None = None
+    nodes: int = 1
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum a tensor over all ranks in place, without synchronizing with the host."""
@@ -122,9 +125,10 @@ def reporting_lost_ranks(world: World) -> Iterator[None]:
         if world.mesh is None or not is_communication:
             raise
         cause = message.splitlines()[0] if message else type(error).__name__
+        lost = f"rank {1 - world.rank}" if world.size == 2 else "another rank"
         raise LostRankError(
-            f"rank {world.rank} of {world.size}: lost another rank ({cause}); restart the job, "
-            "which resumes from its last checkpoint"
+            f"rank {world.rank} of {world.size}: lost {lost} ({cause}); restart the job, which "
+            "resumes from its last checkpoint"
         ) from error
 
 
@@ -162,6 +166,11 @@ def join_world(timeout: float = 600) -> Iterator[World]:
     try:
         rank, size = distributed.get_rank(), distributed.get_world_size()
         writers, signals = (distributed.new_group(backend="gloo", timeout=wait) for _ in range(2))
-        yield World(device, rank, size, init_device_mesh(device.type, (size,)), writers, signals)
-    finally:
-        distributed.destroy_process_group()
+        nodes = len(set(gather(socket.gethostname(), writers)))
+        mesh = init_device_mesh(device.type, (size,))
+        yield World(device, rank, size, mesh, writers, signals, nodes)
+    except BaseException:
+        # Leaving in order would wait for operations on the device that a lost rank never joins.
+        distributed_c10d._abort_process_group()
+        raise
+    distributed.destroy_process_group()

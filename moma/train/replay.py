@@ -1,14 +1,16 @@
 """Replay of a fault: the steps from the checkpoint before it, then the faulty step in detail.
 
-One process plays all ranks. Random numbers (dropout, noise) are the same if the run had one rank.
+Each rank of the replay plays as many ranks of the run; one process plays all of them. Random
+numbers (dropout, noise) are those of the run if both have the same number of ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from moma.data.batches.iterator import Batches, reshard
 from moma.data.batches.packing import Batch
@@ -24,7 +26,7 @@ from moma.runtime.checkpoint import (
     restore_random_state,
 )
 from moma.runtime.optimizer import learning_rate
-from moma.runtime.world import World, local_device
+from moma.runtime.world import World, gather, raise_on_all_ranks, reporting_lost_ranks
 from moma.train.fault import Fault, read_fault, read_fault_batches
 from moma.train.recipe import Recipe
 from moma.train.restore import read_run_recipe
@@ -36,8 +38,13 @@ from moma.vocabulary import Vocabulary
 _SHOWN_GRADIENTS = 5
 
 
-def replay(run: Run, quiet: bool = False) -> dict[str, Any]:
-    """Repeat the steps that led to a run's fault, and inspect the faulty step.
+def replay(run: Run, world: World, quiet: bool = False) -> dict[str, Any]:
+    """Repeat the steps that led to a run's fault, and inspect the faulty step; all ranks together.
+
+    Args:
+        run: the run.
+        world: the ranks, whose number divides that of the run.
+        quiet: whether to hide the progress.
 
     Returns:
         `step`; `checkpoint`, where the replay started; `same_batches`, whether the batches are
@@ -46,36 +53,55 @@ def replay(run: Run, quiet: bool = False) -> dict[str, Any]:
         is not finite, and `documents` by source; `gradients`, the largest norms by parameter.
 
     Raises:
-        UserError: the run has no saved fault, or cannot be loaded.
+        UserError: the run has no saved fault, cannot be loaded, or had a number of ranks that those
+            of the replay cannot share equally.
     """
-    fault = read_fault(run.require())
-    recipe = _without_compilation(read_run_recipe(run))
-    saved = [read_fault_batches(run, rank) for rank in range(fault.world_size)]
-    vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
     with ExitStack() as stack:
-        data = [
-            stack.enter_context(
-                closing(Batches(recipe.data, vocabulary, recipe.seed, rank, fault.world_size))
-            )
-            for rank in range(fault.world_size)
+        stack.enter_context(reporting_lost_ranks(world))
+        with raise_on_all_ranks(world):
+            fault = read_fault(run.require())
+            played = _played_ranks(fault, world)
+            recipe = _without_compilation(read_run_recipe(run))
+            saved = [read_fault_batches(run, rank) for rank in played]
+            vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
+            data = [
+                stack.enter_context(
+                    closing(Batches(recipe.data, vocabulary, recipe.seed, rank, fault.world_size))
+                )
+                for rank in played
+            ]
+        step, steps_done = _restore(run, recipe, vocabulary, data, fault, world)
+        before = _take_steps(step, recipe, data, fault, steps_done, quiet or world.rank > 0)
+        batches = dict(zip(played, _next_step(data, fault), strict=True))
+        micro_batches, gradients = _inspect(step, batches)
+        documents = [sequences for _, own in saved for sequences in own]
+        for result, sequences in zip(micro_batches, documents, strict=False):
+            result["documents"] = _by_source(sequences)
+        same = [
+            _is_same(own, tensors)
+            for own, (tensors, _) in zip(batches.values(), saved, strict=True)
         ]
-        step, steps_done = _restore(run, recipe, vocabulary, data, fault.checkpoint)
-        before = _take_steps(step, recipe, data, fault, steps_done, quiet)
-        batches = _next_step(data, fault)
-    micro_batches, gradients = _inspect(step, batches)
-    documents = [sequences for _, own in saved for sequences in own]
-    for result, sequences in zip(micro_batches, documents, strict=False):
-        result["documents"] = _by_source(sequences)
-    return {
-        "step": fault.step,
-        "checkpoint": fault.checkpoint,
-        "same_batches": all(
-            _is_same(own, tensors) for own, (tensors, _) in zip(batches, saved, strict=True)
-        ),
-        **before,
-        "micro_batches": micro_batches,
-        "gradients": gradients,
-    }
+        return {
+            "step": fault.step,
+            "checkpoint": fault.checkpoint,
+            "same_batches": all(gather(all(same), world.writers)),
+            **before,
+            "micro_batches": [
+                result for own in gather(micro_batches, world.writers) for result in own
+            ],
+            "gradients": gradients,
+        }
+
+
+def _played_ranks(fault: Fault, world: World) -> range:
+    """The ranks of the run that this rank plays."""
+    each, left = divmod(fault.world_size, world.size)
+    if left:
+        raise UserError(
+            f"{world.size} ranks cannot replay the steps of {fault.world_size}; use a divisor of "
+            f"{fault.world_size} as the number of ranks"
+        )
+    return range(world.rank * each, (world.rank + 1) * each)
 
 
 def _without_compilation(recipe: Recipe) -> Recipe:
@@ -85,30 +111,40 @@ def _without_compilation(recipe: Recipe) -> Recipe:
 
 
 def _restore(
-    run: Run, recipe: Recipe, vocabulary: Vocabulary, data: Sequence[Batches], name: str | None
+    run: Run,
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    data: Sequence[Batches],
+    fault: Fault,
+    world: World,
 ) -> tuple[Step, int]:
     """Restore model, optimizer and data; returns the step and the number of steps done."""
-    world = World(local_device())
-    source = find_source_run(recipe, world) if name is None else None
-    step = make_step(recipe, prepare_model(recipe, vocabulary, world, source), world)
-    if name is None:
-        _restore_data(data, initial_state(recipe, source).data)
-        torch.manual_seed(recipe.seed)
+    if fault.checkpoint is None:
+        source = find_source_run(recipe, world)
+        step = make_step(recipe, prepare_model(recipe, vocabulary, world, source), world)
+        _restore_data(data, initial_state(recipe, source).data, fault, world)
+        torch.manual_seed(recipe.seed + world.rank)
         return step, 0
-    path = run.checkpoints / name
-    if not path.is_dir():
-        raise UserError(f"{path}: no longer exists; the fault cannot be replayed without it")
-    require_intact(path)
+    path = run.checkpoints / fault.checkpoint
+    with raise_on_all_ranks(world):
+        if not path.is_dir():
+            raise UserError(f"{path}: no longer exists; the fault cannot be replayed without it")
+        require_intact(path)
+    step = make_step(recipe, prepare_model(recipe, vocabulary, world, resumes=True), world)
     load_checkpoint(path, step.model, step.optimizers, world)
     rank_states = read_rank_states(path)
-    _restore_data(data, [state["data"] for state in rank_states])
-    restore_random_state(rank_states[0])
+    _restore_data(data, [state["data"] for state in rank_states], fault, world)
+    restore_random_state(rank_states[world.rank % len(rank_states)])
     return step, read_state(path)["step"]
 
 
-def _restore_data(data: Sequence[Batches], states: Sequence[dict[str, Any]]) -> None:
-    for iterator, state in zip(data, reshard(states, len(data)) if states else (), strict=False):
-        iterator.set_state(state)
+def _restore_data(
+    data: Sequence[Batches], states: Sequence[dict[str, Any]], fault: Fault, world: World
+) -> None:
+    if states:
+        resharded = reshard(states, fault.world_size)
+        for iterator, rank in zip(data, _played_ranks(fault, world), strict=True):
+            iterator.set_state(resharded[rank])
 
 
 def _next_step(data: Sequence[Batches], fault: Fault) -> list[list[Batch]]:
@@ -133,12 +169,17 @@ def _take_steps(
 
 
 def _inspect(
-    step: Step, batches: Sequence[Sequence[Batch]]
+    step: Step, batches: Mapping[int, Sequence[Batch]]
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Run forward and backward of each micro-batch, with a hook on every module.
 
+    Args:
+        step: the step.
+        batches: the micro-batches of each rank of the run that this rank plays.
+
     Returns:
-        A result for each micro-batch, and the largest gradient norms by parameter, NaN first.
+        A result for each of them, and the largest gradient norms of all ranks by parameter, NaN
+        first.
     """
     names = {module: name for name, module in step.model.named_modules()}
     results: list[dict[str, Any]] = []
@@ -150,7 +191,7 @@ def _inspect(
             nonfinite.append(names[module])
 
     handles = [module.register_forward_hook(hook) for module, name in names.items() if name]
-    for rank, own in enumerate(batches):
+    for rank, own in batches.items():
         for batch in own:
             nonfinite.clear()
             with step.autocast():
@@ -164,9 +205,15 @@ def _inspect(
     for handle in handles:
         handle.remove()
     parameters = step.model.named_parameters()
-    norms = {name: float(p.grad.norm()) for name, p in parameters if p.grad is not None}
+    norms = {name: _norm(p.grad, step.world) for name, p in parameters if p.grad is not None}
     order = sorted(norms, key=lambda name: (norms[name] == norms[name], -norms[name]))
     return results, {name: norms[name] for name in order[:_SHOWN_GRADIENTS]}
+
+
+def _norm(gradient: Tensor, world: World) -> float:
+    """Norm of a gradient of the sum over all micro-batches; FSDP's is a mean over ranks."""
+    norm = gradient.norm()
+    return world.size * float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def _by_source(sequences: Sequence[Sequence[tuple[str, int]]]) -> dict[str, list[int]]:

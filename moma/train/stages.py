@@ -165,7 +165,7 @@ def make_step(
         world,
         monitor,
         engine.compute_dtype(world.device),
-        engine.accumulates_unsharded,
+        engine.accumulates_unsharded(world.nodes),
     )
 
 

@@ -1,13 +1,18 @@
-"""Errors of one of two ranks: both ranks stop with the same message."""
+"""Errors of one of two ranks: both stop with the same message, or one reports the other's end."""
 
 import errno
+import json
+import os
+import shutil
+import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from moma.errors import SharedError, SharedStorageError
+from moma.errors import LostRankError, SharedError, SharedStorageError
 from moma.files import atomic_write
 from moma.runs import Run
 from moma.runtime import writer
@@ -17,8 +22,10 @@ from moma.runtime.world import World
 from moma.train import stages
 from moma.train.loop import train
 from moma.train.recipe import Recipe
+from moma.train.replay import replay
 from moma.train.step import LossFunction
-from tests.processes import on_ranks
+from tests.processes import FORKSERVER, on_ranks, run_rank
+from tests.train.test_fault import exploding
 
 
 def full_disk(self: MetricsLog, record: dict) -> None:
@@ -40,9 +47,44 @@ def with_nonfinite_score(real: LossFunction) -> LossFunction:
     return loss_function
 
 
+def with_kill(real: LossFunction) -> LossFunction:
+    """The process is killed in its third step."""
+    taken = 0
+
+    def loss_function(*arguments):
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments)
+
+    return loss_function
+
+
+def job_of_killed(world: World, recipe: Recipe) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            real = stages.loss_function_of
+            patch.setattr(stages, "loss_function_of", lambda *each: with_kill(real(*each)))
+        train(recipe, world, quiet=True)
+
+
+def run_and_report(rank: int, port: int, recipe: Recipe, out: Path) -> None:
+    try:
+        run_rank(rank, 2, port, job_of_killed, recipe)
+    except LostRankError as error:  # it has left the job
+        (out / f"lost-{rank}").write_text(str(error))
+
+
 def slow_write(path: Path, text: str) -> None:
     time.sleep(0.3)
     atomic_write(path, text)
+
+
+def write_fault_of_three_ranks(out: Path) -> None:
+    shutil.copytree(out / "exploding", out / "three")
+    path = out / "three/fault/fault.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"world_size": 3}))
 
 
 def job(world: World, tiny: Recipe, out: Path) -> None:
@@ -62,6 +104,15 @@ def job(world: World, tiny: Recipe, out: Path) -> None:
             changes = {"run": out / "fault", "pretrain": stage}
             train(tiny.model_copy(update=changes), world, quiet=True)
     (out / f"fault-{world.rank}").write_text(str(fault.value))
+    with pytest.raises(SharedError, match="explodes"):
+        train(exploding(tiny, out / "exploding"), world, quiet=True)
+    found = replay(Run(out / "exploding"), world, quiet=True)
+    (out / f"replay-{world.rank}.json").write_text(json.dumps(found))
+    if world.rank == 0:
+        write_fault_of_three_ranks(out)
+    world.barrier()
+    with pytest.raises(SharedError, match="2 ranks cannot replay the steps of 3; use a divisor"):
+        replay(Run(out / "three"), world, quiet=True)
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 0:
             patch.setattr(writer, "atomic_write", slow_write)
@@ -92,7 +143,39 @@ def test_a_nonfinite_score_stops_all_ranks(outcome):
     assert files == {"fault.json"} | ranks
 
 
+def test_two_ranks_and_one_process_replay_the_same(outcome):
+    found, same = (json.loads((outcome / f"replay-{rank}.json").read_text()) for rank in range(2))
+    assert found == same and found["same_batches"]
+    assert [batch["rank"] for batch in found["micro_batches"]] == [0, 1]
+    alone = replay(Run(outcome / "exploding"), World(torch.device("cpu")), quiet=True)
+    for key in ("loss_before", "gradient_norm", "gradients"):
+        assert found.pop(key) == pytest.approx(alone.pop(key), rel=1e-3)
+    for own, other in zip(found.pop("micro_batches"), alone.pop("micro_batches"), strict=True):
+        assert own.pop("loss_text") == pytest.approx(other.pop("loss_text"), rel=1e-3)
+        assert own.pop("loss_image") == pytest.approx(other.pop("loss_image"), rel=1e-3)
+        assert own == other
+    assert found == alone
+
+
 def test_a_checkpoint_may_be_late_on_one_rank(outcome):
     run = Run(outcome / "slow")
     assert [record["step"] for record in run.read_metrics()] == [1, 2, 3]
     assert checkpoints_in(run.checkpoints)[-1].name == "step-00000003"
+
+
+def test_the_end_of_a_killed_rank_is_reported_and_not_waited_for(tiny, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
+    ranks = [
+        FORKSERVER.Process(target=run_and_report, args=(rank, port, recipe, tmp_path))
+        for rank in range(2)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)  # less than the default timeout of ranks
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
+    message = (tmp_path / "lost-0").read_text()
+    assert message.startswith("rank 0 of 2: lost rank 1 (") and "restart the job" in message

@@ -8,6 +8,7 @@ import operator
 import shutil
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import cache, reduce
 from itertools import cycle
 from pathlib import Path
@@ -223,6 +224,8 @@ def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
 def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     for name, (groups, engine, _) in CASES.items():
         take_steps(world, recipe_of(tiny, groups, engine, stage_of(name)), out / name)
+    several = replace(world, nodes=2)
+    take_steps(several, recipe_of(tiny, "moe_2t2i", EngineConfig()), out / "several")
     run = tiny.model_copy(update={"run": out / "run"})
     train(run, world, quiet=True)
     train(run, world, quiet=True)  # is finished already
@@ -351,6 +354,11 @@ def test_two_ranks_equal_one_on_the_same_token_groups(tiny, two, one, name):
         assert not torch.equal(found["1 sums"], expected["1 sums"])
     else:
         assert_equals_one_process(recipe, one(recipe), two / name, 2, near)
+
+
+def test_gradients_are_summed_in_bf16_if_there_are_several_machines(two):
+    forced, several = (load(two / name / "found-2.pt") for name in ("reduce", "several"))
+    assert all(torch.equal(value, several[key]) for key, value in forced.items())
 
 
 def test_hybrid_sharding_equals_one_process(tiny, four, one):

@@ -103,6 +103,12 @@ def test_communication():
     half = job_of(overrides=(*overrides, "engine.reduce=bf16"), gpus=2)
     assert half["communication"]["reduced"] == 3 * sent["reduced"] / 2
     assert half["memory"]["accumulated_gradients"] == 0
+    # So is the default on several machines of eight GPUs.
+    several, forced = (
+        job_of(overrides=(*overrides, *more), gpus=16) for more in ((), ("engine.reduce=bf16",))
+    )
+    assert several["communication"] == forced["communication"]
+    assert several["memory"] == forced["memory"]
     assert sent["seconds"] == pytest.approx((sent["gathered"] + sent["reduced"]) / 1e9)
     step = found["time"]["step_seconds"]
     assert sent["part_of_step"] == pytest.approx(sent["seconds"] / step)

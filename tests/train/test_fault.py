@@ -150,7 +150,7 @@ def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
     *_, expected = (next(data) for _ in range(fault["step"]))
     saved = json.loads((run.path / "fault" / "rank-0.json").read_text())["documents"]
     assert saved == [[[list(piece) for piece in sequence] for sequence in expected.origins]]
-    found = replay(run, quiet=True)
+    found = replay(run, WORLD, quiet=True)
     assert found["step"] == fault["step"] and found["same_batches"]
     (batch,) = found["micro_batches"]
     worst = max(batch["loss_text"], batch["loss_image"])
@@ -182,9 +182,9 @@ def test_a_replay_needs_an_intact_checkpoint(tiny, tmp_path, monkeypatch):
     (shard,) = (checkpoint / "tensors").iterdir()
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"step-00000002/tensors/.* has changed .*restore it"):
-        replay(run)
+        replay(run, WORLD)
 
 
 def test_a_run_without_a_fault_cannot_be_replayed(tiny_run):
     with pytest.raises(UserError, match="has no saved fault"):
-        replay(tiny_run)
+        replay(tiny_run, WORLD)
