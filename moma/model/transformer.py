@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         routing: Routing | None = None,
         head: Head = functional.linear,
         max_documents: int | None = None,
+        max_length: int | None = None,
         caches: Caches | None = None,
     ) -> ModelOutput:
         """Predict the token after each position.
@@ -116,6 +117,7 @@ class Transformer(nn.Module):
             routing: if omitted, expert choice with static capacity, as in training.
             max_documents: upper bound of the number of documents in the micro-batch, padding
                 included; if omitted, the number of tokens.
+            max_length: upper bound of the length of a document's part in a sequence; if omitted, S.
             head: what to compute from the last layer's normalized output; by default all logits.
             caches: keys and values of earlier tokens, to which these tokens are appended; requires
                 causal routing, and neither documents nor positions.
@@ -127,7 +129,9 @@ class Transformer(nn.Module):
         routing = routing or Routing()
         context: LayerContext
         if caches is None:
-            context = self._context(tokens_BS, document_ids_BS, positions_BS, max_documents)
+            context = self._context(
+                tokens_BS, document_ids_BS, positions_BS, max_documents, max_length
+            )
         else:
             context = self._cached_context(tokens_BS, caches)
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
@@ -151,6 +155,7 @@ class Transformer(nn.Module):
         document_ids_BS: Tensor | None,
         positions_BS: Tensor | None,
         max_documents: int | None,
+        max_length: int | None,
     ) -> TokenContext:
         is_padding_BS = tokens_BS == self._padding
         modality_BS = self.modality_of_id[tokens_BS].masked_fill(is_padding_BS, -1)
@@ -164,7 +169,8 @@ class Transformer(nn.Module):
             segments = Segments(id_BS.expand_as(tokens_BS), len(tokens_BS), length, True)
         else:
             id_BS = number_segments(document_ids_BS, is_padding_BS)
-            segments = Segments(id_BS, max_documents or tokens_BS.numel(), length, False)
+            longest = min(max_length or length, length)
+            segments = Segments(id_BS, max_documents or tokens_BS.numel(), longest, False)
         dtype = self._product_dtype(tokens_BS.device)
         layout = self.kernel.layout(segments, dtype)
         return TokenContext(modality_BS, rotary, segments, layout, dtype, self.kernel)
@@ -248,6 +254,10 @@ class Transformer(nn.Module):
     def units(self) -> Iterator[nn.Module]:
         """Yield the modules to compile and shard one by one: the layers."""
         yield from self.layers
+
+    def routers(self) -> Iterator[nn.Module]:
+        """Yield the main routers of experts and depth, whose weights are fp32 in any precision."""
+        return (module for name, module in self.named_modules() if name.endswith(".router"))
 
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:
         """Yield the auxiliary routers, in the order of the records."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from moma.model.attention_kernels import MaskedAttention, VarlenAttention
 from moma.model.flops import LayerKind, ModelCounts
 from moma.train.cross_entropy import chunk_tokens
 from moma.train.recipe import Recipe
@@ -22,7 +23,7 @@ class _Saved(NamedTuple):
 
     Attributes:
         width: of width D, apart from those below.
-        keys: of the width of all key heads.
+        keys: of the width of all key heads, or of width D if the kernel repeats them.
         normed: of width D and as many of the keys' width, if queries and keys are normalized.
         gated: of width D, with mixture-of-depths.
         hidden: of width F, per slot of an expert.
@@ -60,13 +61,19 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
     tokens = data.micro_batch_size * data.sequence_length
     size = recipe.engine.compute_dtype(device).itemsize
     compiled = recipe.pretrain.compile
-    is_masked = device.type != "cuda"  # see `attention_kernels.py`
+    is_document = config.attention_mask == "document"
+    kernel = recipe.attention_kernel(device)
+    is_masked, is_varlen = (isinstance(kernel, each) for each in (MaskedAttention, VarlenAttention))
     saved = peak = 0.0
     for kind in counts.layer_kinds().values():
-        everything = size * _saved_numbers(counts, kind, tokens, _ALL[compiled])
-        if kind.token_fraction < 1 and is_masked:
+        is_gated = kind.token_fraction < 1
+        # Keys and values that are repeated for grouped queries, as flash attention and masks need.
+        repeats = is_varlen or (is_masked and (is_gated or is_document))
+        keys = config.dim if repeats else counts.key_width
+        everything = size * _saved_numbers(counts, kind, tokens, _ALL[compiled], keys)
+        if is_gated and is_masked:
             everything += size * _mask_numbers(counts, kind)
-        selective = size * _saved_numbers(counts, kind, tokens, _SELECTIVE[compiled])
+        selective = size * _saved_numbers(counts, kind, tokens, _SELECTIVE[compiled], keys)
         layer_input = size * tokens * config.dim
         by_recompute = {"none": everything, "layer": layer_input, "selective": selective}
         of_layer = by_recompute[recipe.engine.recompute]
@@ -75,7 +82,6 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
         backward = size * kind.tokens * (2 * config.dim + config.hidden_width)
         if kind.layers:
             peak = max(peak, everything - of_layer + backward)
-    is_document = config.attention_mask == "document"
     mask = tokens * data.sequence_length * size if is_masked and is_document else 0
     rotary = 4 * tokens * config.dim // config.heads
     # One chunk's logits (in fp32, and targets, unless compiled), and gradients of the head.
@@ -85,12 +91,18 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
     return round(saved + mask + rotary + max(peak, loss))
 
 
-def _saved_numbers(counts: ModelCounts, kind: LayerKind, tokens: int, saved: _Saved) -> float:
-    """Return how many numbers one layer saves for a micro-batch of `tokens` tokens."""
-    config, keys = counts.config, counts.key_width
+def _saved_numbers(
+    counts: ModelCounts, kind: LayerKind, tokens: int, saved: _Saved, keys: int
+) -> float:
+    """Return how many numbers one layer saves for a micro-batch of `tokens` tokens.
+
+    `keys` is the total width of the keys, or of the values, that attention saves.
+    """
+    config = counts.config
     gated = kind.token_fraction < 1
     normed = saved.normed * config.query_key_norm
-    token = (saved.width + normed + saved.gated * gated) * config.dim + (saved.keys + normed) * keys
+    token = (saved.width + normed + saved.gated * gated) * config.dim
+    token += saved.keys * keys + normed * counts.key_width
     numbers = kind.tokens * token + tokens * config.dim * gated  # a depth router reads all tokens
     routed, single, dense = counts.expert_slots(kind)
     numbers += (routed + single + dense) * saved.hidden * config.hidden_width

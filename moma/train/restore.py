@@ -8,6 +8,7 @@ import torch
 from moma.data.batches.iterator import training_fingerprint
 from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
+from moma.model.attention_kernels import kernel_without_compilation
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.checkpoint import (
@@ -58,7 +59,8 @@ def with_routers(run: Run) -> Run:
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
     """Load a run's model onto this machine's device, in evaluation mode, and its recipe.
 
-    It computes in the run's `engine.compute`: rounding decides close calls of routers.
+    It computes in the run's `engine.compute`, as a sharded model in training does: weights have
+    that dtype, except for those of routers, whose close calls rounding would decide.
     Trained auxiliary routers in the run's folder are loaded too.
 
     Raises:
@@ -69,10 +71,14 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     recipe = read_run_recipe(run)
     vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
     require_vocabulary(checkpoint, vocabulary, run.path)
-    model = Transformer(recipe.model, vocabulary, recipe.shares)
-    load_model(checkpoint, model, World(torch.device("cpu")))
     device = local_device()
-    model.forward = recipe.engine.autocast(device)(model.forward)  # type: ignore[method-assign]
+    kernel = kernel_without_compilation(recipe.attention_kernel(device))
+    model = Transformer(recipe.model, vocabulary, recipe.shares, kernel)
+    load_model(checkpoint, model, World(torch.device("cpu")))
+    exact = {parameter for router in model.routers() for parameter in router.parameters()}
+    for parameter in model.parameters():
+        if parameter not in exact:
+            parameter.data = parameter.data.to(recipe.engine.compute_dtype(device))
     return model.to(device).eval(), recipe
 
 

@@ -114,8 +114,7 @@ def prepare_model(
         for part in _parts(model, whole_layers):
             # Groups differ in sizes and constants, which dynamic shapes cannot express.
             part.compile(fullgraph=True, dynamic=False)
-    routers = [module for name, module in model.named_modules() if name.endswith(".router")]
-    shard(model, units, world, recipe.engine, exact=routers)
+    shard(model, units, world, recipe.engine, exact=list(model.routers()))
     model.to_empty(device=world.device)
     if not resumes:
         _initialize(recipe, model, source)

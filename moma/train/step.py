@@ -29,7 +29,8 @@ from moma.train.statistics import Statistics
 class DeviceBatch(NamedTuple):
     """A micro-batch on the device; see `data.batches.packing.Batch`.
 
-    `max_documents` is an upper bound of the number of documents, padding included.
+    `max_documents` and `max_length` are upper bounds of the number of documents, padding included,
+    and of the length of one.
     """
 
     tokens_BS: Tensor
@@ -37,6 +38,7 @@ class DeviceBatch(NamedTuple):
     document_ids_BS: Tensor
     positions_BS: Tensor
     max_documents: int | None = None
+    max_length: int | None = None
 
 
 class LossOutput(NamedTuple):
@@ -68,11 +70,16 @@ def to_device(batch: Batch, device: torch.device) -> DeviceBatch:
     if device.type == "cuda":
         host_4BS = host_4BS.pin_memory()
     tokens_BS, labels_BS, document_ids_BS, positions_BS = host_4BS.to(device, non_blocking=True)
-    changes = np.count_nonzero(batch.document_ids_BS[:, 1:] != batch.document_ids_BS[:, :-1])
-    found = len(batch.document_ids_BS) + changes
-    # A power of two, so that compiled layers see few different bounds.
-    max_documents = 1 << max(4, int(found - 1).bit_length())
-    return DeviceBatch(tokens_BS, labels_BS, document_ids_BS, positions_BS, max_documents)
+    starts_BS = np.ones_like(batch.document_ids_BS, dtype=bool)
+    starts_BS[:, 1:] = batch.document_ids_BS[:, 1:] != batch.document_ids_BS[:, :-1]
+    lengths = np.diff(np.flatnonzero(starts_BS), append=starts_BS.size)
+    bounds = _power_of_two(len(lengths), 16), _power_of_two(int(lengths.max()), 128)
+    return DeviceBatch(tokens_BS, labels_BS, document_ids_BS, positions_BS, *bounds)
+
+
+def _power_of_two(number: int, least: int) -> int:
+    """A power of two of at least both numbers, so that compiled layers see few different bounds."""
+    return 1 << (max(number, least) - 1).bit_length()
 
 
 def run_model(
@@ -86,6 +93,7 @@ def run_model(
         routing,
         head,
         batch.max_documents,
+        batch.max_length,
     )
 
 
@@ -199,7 +207,7 @@ class Step:
         self.optimizers = tuple(optimizers)
         self.max_norm, self.world, self.monitor = max_norm, world, monitor
         self._accumulating = model if reduces_once and isinstance(model, FSDPModule) else None
-        self._max_documents = 0
+        self._max_documents = self._max_length = 0
         on_gpu = world.device.type == "cuda"
         self._is_bf16 = compute_dtype == torch.bfloat16 if compute_dtype else on_gpu
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -265,14 +273,17 @@ class Step:
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
         on_device = [to_device(batch, self.world.device) for batch in batches]
-        bounds = (batch.max_documents or 0 for batch in on_device)
-        # One bound that only grows: with another one, layers are compiled again.
-        self._max_documents = max(self._max_documents, *bounds)
+        for batch in on_device:
+            # Bounds that only grow: with others, layers are compiled again.
+            self._max_documents = max(self._max_documents, batch.max_documents or 0)
+            self._max_length = max(self._max_length, batch.max_length or 0)
         for number, batch in enumerate(on_device, 1):
             if self._accumulating is not None:
                 self._accumulating.set_requires_gradient_sync(number == len(batches))
             with self.autocast():
-                bounded = batch._replace(max_documents=self._max_documents)
+                bounded = batch._replace(
+                    max_documents=self._max_documents, max_length=self._max_length
+                )
                 losses = self.loss_function(self.model, bounded)
             losses.objective.backward()
             nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)

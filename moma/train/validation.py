@@ -23,6 +23,7 @@ from moma.data.batches.packing import NO_LABEL, Batch
 from moma.data.config import DataConfig
 from moma.errors import SharedError, UserError, shorten
 from moma.files import add_path_to_errors
+from moma.model.attention_kernels import kernel_without_compilation
 from moma.model.routing import Routing, RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
@@ -216,13 +217,15 @@ def _evaluating(model: Transformer) -> Iterator[None]:
 
     Shapes vary in evaluation, and each would be compiled.
     """
-    was_training = model.training
+    was_training, kernel = model.training, model.kernel
     model.eval()
+    model.kernel = kernel_without_compilation(kernel)
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(was_training)
+        model.kernel = kernel
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # FSDP keeps some weights gathered for a backward pass

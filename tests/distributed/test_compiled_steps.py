@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
+from moma.model.groups import named_groups
 from moma.runtime.world import World, can_compile
 from moma.train.recipe import Recipe
 from moma.train.stages import make_step, prepare_model
@@ -19,9 +20,10 @@ from tests.processes import on_ranks
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(not can_compile(CPU), reason="torch.compile does not work here")
+SHARED = (*named_groups("moe_2t2i"), *named_groups("dense"))  # a group for all modalities, too
 ARCHITECTURES = (
-    "dense", "moe_8x", "moe_1t1i", "moe_3t1i", "moe_4t4i",
-    "mod", "mod_moe_8x", "mod_moe_1t1i", "mod_moe_3t1i", "mod_moe_4t4i",
+    "dense", "moe_8x", "moe_1t1i", "moe_3t1i", "moe_6t2i", "moe_4t4i",
+    "mod", "mod_moe_8x", "mod_moe_1t1i", "mod_moe_3t1i", "mod_moe_4t4i", SHARED,
 )  # fmt: skip
 
 
@@ -73,6 +75,8 @@ def test_two_ranks_compile_the_parts_of_layers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("groups", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "groups", ARCHITECTURES, ids=lambda groups: "shared" if groups == SHARED else groups
+)
 def test_generated_code_of_two_ranks_equals_eager(groups):
     on_ranks(2, assert_compiled_steps_equal_eager_ones, [{"groups": groups}], "inductor")

@@ -8,6 +8,7 @@ import torch
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.plan.activations import activation_bytes
 from moma.runtime.peak import allocated_peak
+from moma.runtime.sharding import EngineConfig
 from moma.runtime.world import World
 from moma.train.recipe import Recipe
 from moma.train.stages import loss_function_of, prepare_model
@@ -29,6 +30,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mod_moe_4t4i, layer": ("mod_moe_4t4i", "layer", {}),
     "mod_moe_4t4i, selective": ("mod_moe_4t4i", "selective", {}),
     "few key heads": ("moe_4t4i", "none", {"kv_heads": 2, "query_key_norm": False}),
+    "one key head": ("dense", "none", {"kv_heads": 1, "query_key_norm": False}),
     "pre-norm, causal mask": ("dense", "none", {"norm": "pre", "attention_mask": "causal"}),
     "batched": ("moe_4t4i", "none", {"experts_implementation": "batched"}),
     "grouped": ("moe_8x", "none", {"experts_implementation": "grouped"}),
@@ -87,3 +89,25 @@ def test_recomputing_and_compiling_save_memory():
         none, selective, layer = (planned(a, compiled) for a in ("none", "selective", "layer"))
         assert none > selective > layer
     assert planned("none", False) > planned("none", True)
+
+
+@pytest.mark.parametrize(
+    ("device", "compute", "mask", "repeats"),
+    [
+        ("cuda", "bf16", "document", True),  # flash attention
+        ("cuda", "fp32", "document", False),  # flex_attention
+        ("cpu", "fp32", "document", True),  # a mask
+        ("cpu", "fp32", "causal", False),
+    ],
+)
+def test_keys_and_values_are_counted_as_the_kernel_repeats_them(device, compute, mask, repeats):
+    few, all_heads = (
+        activation_bytes(
+            recipe_of(
+                "dense", "none", True, kv_heads=kv_heads, query_key_norm=False, attention_mask=mask
+            ).model_copy(update={"engine": EngineConfig(compute=compute)}),
+            torch.device(device),
+        )
+        for kv_heads in (1, 4)
+    )
+    assert few == all_heads if repeats else few < all_heads

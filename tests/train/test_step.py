@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.optim import SGD
 
 from moma.data.batches.iterator import Batches
-from moma.data.batches.packing import NO_LABEL
+from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.routing import Routing
 from moma.runtime.world import World
 from moma.train.cross_entropy import TokenLosses
@@ -130,23 +130,46 @@ def test_router_loss_is_the_binary_cross_entropy(tiny):
         assert touched == ("auxiliary" in name)
 
 
-def test_the_bound_of_documents_only_grows(tiny):
-    """With another bound, layers are compiled again."""
+def test_the_bounds_of_documents_only_grow(tiny):
+    """With other bounds, layers are compiled again."""
     recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": "dense"})})
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
-    batch = next(Batches(recipe.data, vocabulary, seed=0))
+    short = next(Batches(recipe.data, vocabulary, seed=0))
+    batch = replace(
+        short,
+        tokens_BS=np.tile(short.tokens_BS, 4),
+        labels_BS=np.tile(short.labels_BS, 4),
+        document_ids_BS=np.tile(short.document_ids_BS, 4),
+        positions_BS=np.tile(short.positions_BS, 4),
+    )
     ids_BS = batch.document_ids_BS
     many = replace(batch, document_ids_BS=np.broadcast_to(np.arange(ids_BS.shape[1]), ids_BS.shape))
+    one = replace(batch, document_ids_BS=np.zeros_like(ids_BS))
     model, bounds = recipe.build_model(vocabulary), []
     loss_function = next_token_loss()
 
     def recording(model, batch):
-        bounds.append(batch.max_documents)
+        bounds.append((batch.max_documents, batch.max_length))
         return loss_function(model, batch)
 
     freeze_for_stage(model, trains_routers=False)
     optimizers = with_lr_scale(SGD(model.parameters(), lr=0.1))
     step = Step(model, optimizers, recording, 1.0, WORLD)
-    for batches in ([batch], [many], [batch]):
+    for batches in ([many], [one], [batch]):
         step(batches, learning_rate=0.1)
-    assert bounds[0] < bounds[1] == bounds[2] and bounds[1] >= ids_BS.size
+    documents, lengths = zip(*bounds, strict=True)
+    assert documents == (documents[0],) * 3 and documents[0] >= ids_BS.size
+    assert lengths[0] < lengths[1] == lengths[2] and lengths[1] >= ids_BS.shape[1]
+
+
+def test_bounds_of_documents_are_those_of_attention(tiny):
+    """Powers of two of at least 16 documents and 128 tokens."""
+    starts = np.array([[0, 130], [0, 300], [0, 300]])
+    ids_BS = (np.arange(300) >= starts[..., None]).sum(1) - 1
+    blank = np.zeros_like(ids_BS)
+    found = to_device(Batch(blank, blank, ids_BS, blank, images=0, padding=0), WORLD.device)
+    assert (found.max_documents, found.max_length) == (16, 512)
+    short_BS = blank[:1, :256]
+    one = Batch(short_BS, short_BS, short_BS, short_BS, images=0, padding=0)
+    found = to_device(one, WORLD.device)
+    assert (found.max_documents, found.max_length) == (16, 256)
