@@ -19,6 +19,7 @@ _SAVED_OPERATIONS = {
     "aten.bmm.default",
     "aten.addmm.default",
     "aten._grouped_mm.default",
+    "aten._scaled_mm.default",
     "moma.grouped_product.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",

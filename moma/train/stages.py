@@ -20,6 +20,7 @@ from moma.runtime.checkpoint import (
     read_state,
     stored_weights,
 )
+from moma.runtime.float8 import use_float8
 from moma.runtime.optimizer import make_optimizers
 from moma.runtime.recompute import recompute
 from moma.runtime.sharding import fill, local_rows, shard
@@ -101,6 +102,7 @@ def prepare_model(
     with torch.device("meta"):
         kernel = recipe.attention_kernel(world.device)
         model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel)
+    use_float8(model, recipe.engine, world.device)
     freeze_for_stage(model, trains_routers=recipe.stage == "aux_router")
     units = list(fsdp_units(model))
     # Selective checkpointing records operations, among which there must be none of FSDP's.

@@ -42,6 +42,7 @@ STAGE_TESTS = {
 }
 ENGINE_TESTS = {
     "compute": "train/test_keys.py::test_compute_changes_the_dtype_of_products",
+    "float8": "runtime/test_float8.py::test_linear_layers_are_converted_and_no_others",
     "reduce": "distributed/test_two_ranks.py::test_two_ranks_equal_one_on_the_same_token_groups",
     "reduce_once": "distributed/test_two_ranks.py::test_reductions_per_step",
     "replicate": "distributed/test_two_ranks.py::test_impossible_replicas_are_refused",

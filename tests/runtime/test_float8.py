@@ -1,0 +1,99 @@
+"""Products in float8, emulated on a CPU."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
+from moma.errors import UserError
+from moma.model.transformer import Transformer
+from moma.runtime.world import World
+from moma.train.recipe import Recipe
+from moma.train.stages import make_step, prepare_model
+from tests.factories import synthetic_recipe
+
+WORLD = World(torch.device("cpu"))
+PROJECTIONS = ("query", "key", "value", "output")
+
+
+def recipe_of(float8: str, **engine) -> Recipe:
+    """A layer with mixture-of-depths, routed groups and a feed-forward for all modalities."""
+    groups = [
+        {"modalities": ["text"], "experts": 2},
+        {"modalities": ["image"], "experts": 1},
+        {"modalities": ["text", "image"], "experts": 1},
+    ]
+    return synthetic_recipe(
+        codes=16,
+        image_share=4 * 16 / 288,
+        sequence_length=72,  # 72 of 288 tokens are selected, not a multiple of 16
+        model={"groups": groups, "dim": 32, "layers": 2, "heads": 2, "depth": {"layers": [1]}},
+        engine={"float8": float8, **engine},
+        pretrain={"compile": False},
+    )
+
+
+def build(recipe: Recipe) -> Transformer:
+    return prepare_model(recipe, synthetic_vocabulary(recipe), WORLD)
+
+
+def test_linear_layers_are_converted_and_no_others():
+    model = build(recipe_of("emulate"))
+    found = {
+        name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"
+    }
+    attention = {f"layers.{n}.attention.{name}" for n in range(2) for name in PROJECTIONS}
+    parts = ("gate", "up", "down")
+    dense = {f"layers.{n}.experts.groups.2.feed_forward.{name}" for n in range(2) for name in parts}
+    assert found == attention | dense
+    plain = build(recipe_of("off"))
+    assert not any(type(module).__name__ == "Float8Linear" for module in plain.modules())
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Round to float8 (e4m3), scaled by the largest magnitude."""
+    scale = torch.finfo(torch.float8_e4m3fn).max / x.abs().max()
+    return (x * scale).to(torch.float8_e4m3fn).float() / scale
+
+
+def test_a_product_is_that_of_rounded_factors():
+    torch.manual_seed(0)
+    query = build(recipe_of("emulate")).get_submodule("layers.0.attention.query")
+    x_ND = torch.randn(6, 32)
+    expected = rounded(x_ND) @ rounded(query.get_parameter("weight").detach()).T
+    torch.testing.assert_close(query(x_ND).detach(), expected)
+
+
+def test_training_in_float8_stays_near_fp32():
+    losses: dict[str, list[float]] = {}
+    for float8 in ("off", "emulate"):
+        recipe = recipe_of(float8)
+        step = make_step(recipe, build(recipe), WORLD)
+        batch = synthetic_batches(recipe, synthetic_vocabulary(recipe)).pack()
+        sums = [step([batch], learning_rate=1e-2)[0] for _ in range(6)]
+        losses[float8] = [float(each[0].sum() / each[2].sum()) for each in sums]
+    assert losses["emulate"] != losses["off"]
+    assert losses["emulate"] == pytest.approx(losses["off"], rel=0.02)
+    assert losses["emulate"][-1] < 0.8 * losses["emulate"][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"float8": "on"}, "has no matrix products in float8; use a GPU of compute capability 8.9"),
+        ({"float8": "emulate", "compute": "bf16"}, "on a CPU use engine.compute=fp32"),
+    ],
+)
+def test_a_device_without_float8_is_refused(changes, message):
+    with pytest.raises(UserError, match=f"engine.float8: .*{message}"):
+        build(recipe_of(**changes))
+
+
+def test_a_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.float8", None)
+    with pytest.raises(UserError, match=r"needs torchao .*pip install 'moma\[float8\]'"):
+        build(recipe_of("emulate"))
