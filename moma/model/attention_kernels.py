@@ -8,11 +8,13 @@ Tokens that mixture-of-depths selects are packed sequences as well, only shorter
 Shapes: see `layers.py`; R sequences of S tokens, G heads of keys and values.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+KernelName = Literal["masked", "varlen", "flex"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -48,7 +50,13 @@ def number_segments(document_ids_BS: Tensor, is_padding_BS: Tensor) -> Tensor:
 
 
 class AttentionKernel(Protocol):
-    """Computes attention; `layout` is computed once for all layers that process the same tokens."""
+    """Computes attention; `layout` is computed once for all layers that process the same tokens.
+
+    Attributes:
+        is_compiled: whether torch.compile generates it for each shape.
+    """
+
+    is_compiled: bool
 
     def layout(self, segments: Segments, dtype: torch.dtype) -> Any:
         """Convert segments to the kernel's own form, without waiting for the device.
@@ -68,6 +76,8 @@ class MaskedAttention:
     Converted to an additive mask once; with a boolean one, each layer would convert and keep its
     own.
     """
+
+    is_compiled = False
 
     def layout(self, segments: Segments, dtype: torch.dtype) -> Tensor | None:
         """0 where a query attends to a key and −∞ elsewhere, [R, 1, S, S]; None: causal."""
@@ -98,90 +108,22 @@ class MaskedAttention:
         ).transpose(1, 2)
 
 
-<<<<<<< HEAD
-=======
-class VarlenLayout(NamedTuple):
-    """Segments as flash attention takes them.
-
-    Attributes:
-        ends_M1: end of each segment among the flattened tokens, after a 0, int32 [M + 1]; segments
-            beyond the last one are empty, so that the shape is static.
-        max_length: see `Segments`.
-    """
-
-    ends_M1: Tensor
-    max_length: int
-
-
-class VarlenAttention:
-    """Flash attention over segments (`torch.nn.attention.varlen`)."""
-
-    def layout(self, segments: Segments, dtype: torch.dtype) -> VarlenLayout:
-        """Return the ends of the segments."""
-        id_N = segments.id_RS.flatten()
-        ends_M1 = id_N.new_zeros(segments.max_segments + 1, dtype=torch.int32)
-        ends_M1 = ends_M1.scatter_add(0, id_N + 1, torch.ones_like(id_N, dtype=torch.int32))
-        return VarlenLayout(ends_M1.cumsum(0, dtype=torch.int32), segments.max_length)
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: VarlenLayout) -> Tensor:
-        """See `AttentionKernel`."""
-        # Expanded, since enable_gqa is missing in torch 2.11.
-        repeats = query.shape[2] // key.shape[2]
-        if repeats > 1:
-            key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
-        ends_M1, length = layout
-        y_NHC = varlen_attn(
-            query.flatten(0, 1),
-            key.flatten(0, 1),
-            value.flatten(0, 1),
-            ends_M1,
-            ends_M1,
-            length,
-            length,
-            window_size=(-1, 0),
-        )
-        assert isinstance(y_NHC, Tensor)
-        return y_NHC.view_as(query)
-
-
-class FlexAttention:
-    """`flex_attention`, which skips blocks without a pair in the same segment."""
-
-    def layout(self, segments: Segments, dtype: torch.dtype) -> Any:
-        """Return the block mask."""
-        id_RS = segments.id_RS
-        sequences, size = id_RS.shape
-
-        def attends(sequence: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (id_RS[sequence, query] == id_RS[sequence, key]) & (query >= key)
-
-        return create_block_mask(attends, sequences, None, size, size, device=id_RS.device.type)
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Any) -> Tensor:
-        """See `AttentionKernel`."""
-        y_RHSC = _flex_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            block_mask=layout,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return y_RHSC.transpose(1, 2)
-
-
-_flex_attention = torch.compile(flex_attention, dynamic=False)
-
-
 def kernel_without_compilation(kernel: AttentionKernel) -> AttentionKernel:
-    """The kernel for passes of many shapes, for each of which `flex_attention` would be compiled.
-
-    Not compiled, it would store all S² products.
-    """
-    return MaskedAttention() if isinstance(kernel, FlexAttention) else kernel
+    """The kernel for passes of many shapes, for each of which `kernel` may have to be compiled."""
+    return MaskedAttention() if kernel.is_compiled else kernel
 
 
->>>>>>> 0bb0cc7 (Load runs in bf16 with the device's kernel; bound documents' lengths)
 def attention_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> AttentionKernel:
+    """The fastest kernel; see `kernel_name`."""
+    name = kernel_name(device, dtype, head_width)
+    if name == "masked":
+        return MaskedAttention()
+    from moma.model.gpu_attention import FlexAttention, VarlenAttention  # takes seconds
+
+    return VarlenAttention() if name == "varlen" else FlexAttention()
+
+
+def kernel_name(device: torch.device, dtype: torch.dtype, head_width: int) -> KernelName:
     """Choose the fastest kernel.
 
     Args:
@@ -191,11 +133,9 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, head_width: int) 
             `flex_attention` at least 16.
     """
     if device.type != "cuda":
-        return MaskedAttention()
-    from moma.model.gpu_attention import FlexAttention, VarlenAttention  # takes seconds
-
+        return "masked"
     # Flash attention needs an Ampere GPU; without a GPU this is a plan for one.
     is_recent = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
     if is_recent and dtype in HALF and head_width % 8 == 0 and head_width <= 256:
-        return VarlenAttention()
-    return FlexAttention() if head_width >= 16 else MaskedAttention()
+        return "varlen"
+    return "flex" if head_width >= 16 else "masked"

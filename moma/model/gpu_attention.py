@@ -33,6 +33,8 @@ class VarlenLayout(NamedTuple):
 class VarlenAttention:
     """Flash attention over segments (`torch.nn.attention.varlen`)."""
 
+    is_compiled = False
+
     def layout(self, segments: Segments, dtype: torch.dtype) -> VarlenLayout:
         """Return the ends of the segments."""
         id_N = segments.id_RS.flatten()
@@ -63,6 +65,8 @@ class VarlenAttention:
 
 class FlexAttention:
     """`flex_attention`, which skips blocks without a pair in the same segment."""
+
+    is_compiled = True
 
     def layout(self, segments: Segments, dtype: torch.dtype) -> Any:
         """Return the block mask."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from moma.model.attention_kernels import MaskedAttention, VarlenAttention
+from moma.model.attention_kernels import kernel_name
 from moma.model.flops import LayerKind, ModelCounts
 from moma.train.cross_entropy import chunk_tokens
 from moma.train.recipe import Recipe
@@ -62,14 +62,15 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
     size = recipe.engine.compute_dtype(device).itemsize
     compiled = recipe.pretrain.compile
     is_document = config.attention_mask == "document"
-    kernel = recipe.attention_kernel(device)
-    is_masked, is_varlen = (isinstance(kernel, each) for each in (MaskedAttention, VarlenAttention))
+    head_width = config.dim // config.heads
+    kernel = kernel_name(device, recipe.engine.compute_dtype(device), head_width)
+    is_masked = kernel == "masked"
     saved = peak = 0.0
     for kind in counts.layer_kinds().values():
         is_gated = kind.token_fraction < 1
-        # Keys and values that are repeated for grouped queries, as flash attention and masks need.
-        repeats = is_varlen or (is_masked and (is_gated or is_document))
-        keys = config.dim if repeats else counts.key_width
+        # For grouped queries, flash attention and a mask need repeated keys and values.
+        repeats_keys = kernel == "varlen" or (is_masked and (is_gated or is_document))
+        keys = config.dim if repeats_keys else counts.key_width
         everything = size * _saved_numbers(counts, kind, tokens, _ALL[compiled], keys)
         if is_gated and is_masked:
             everything += size * _mask_numbers(counts, kind)
