@@ -25,9 +25,9 @@ from torch.nn import functional
 from moma.bench.timing import Job, interleaved, seconds
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthRouter
+from moma.model.dispatch import Dispatch, ScatterSlots, dispatch_for
 from moma.model.experts import MixtureOfExperts, build_group
 from moma.model.implementations import ImplementationName, build_experts
-from moma.model.layers import gather, scatter_add
 from moma.model.routing import Routing
 from moma.progress import ProgressCallback, show_progress
 from moma.runtime.peak import allocated_peak
@@ -84,7 +84,7 @@ def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
 
 def _measure(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str, Any]]:
     device = torch.device(sizes.device) if sizes.device else local_device()
-    modules, timed, peaks = variants(dim, sizes.tokens), [], {}
+    modules, timed, peaks = variants(dim, sizes.tokens, dispatch_for(device)), [], {}
     for name, module in modules.items():
         module.to(device, DTYPES[sizes.dtype])
         if sizes.compiled and can_compile(device):
@@ -112,25 +112,30 @@ def _measure(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str,
     return list(map(record, modules))
 
 
-def variants(dim: int, tokens: int) -> dict[str, nn.Module]:
+def variants(dim: int, tokens: int, dispatch: Dispatch = ScatterSlots) -> dict[str, nn.Module]:
     """Build the modules that are compared; they have the interface of `MixtureOfExperts`.
 
     Args:
         dim: width D.
         tokens: N, a multiple of 32, so that all experts process the same number.
+        dispatch: moves tokens to experts and back.
     """
     hidden = ModelConfig(dim=dim, heads=1).hidden_width
     modules: dict[str, nn.Module] = {
-        "dense": _experts("dense", dim),
+        "dense": _experts("dense", dim, dispatch),
         "floor": ContiguousExperts(8, dim, hidden),
     }
     for implementation in IMPLEMENTATIONS:
-        modules[implementation] = _experts("moe_4t4i", dim, implementation)
+        modules[implementation] = _experts("moe_4t4i", dim, dispatch, implementation)
     for name, experts in _WITH_DEPTH.items():
         router = DepthRouter(dim, DepthConfig())
-        floor = _experts("dense", dim) if experts == 1 else ContiguousExperts(experts, dim, hidden)
+        floor = (
+            _experts("dense", dim, dispatch)
+            if experts == 1
+            else ContiguousExperts(experts, dim, hidden)
+        )
         modules[f"{name}_floor"] = FirstTokens(floor, int(router.capacity_factor * tokens))
-        modules[name] = DepthRouted(_experts(name, dim), router)
+        modules[name] = DepthRouted(_experts(name, dim, dispatch), router, dispatch)
     torch.manual_seed(0)
     for parameter in chain.from_iterable(module.parameters() for module in modules.values()):
         nn.init.normal_(parameter, std=dim**-0.5)
@@ -138,13 +143,15 @@ def variants(dim: int, tokens: int) -> dict[str, nn.Module]:
 
 
 def _experts(
-    name: str, dim: int, implementation: ImplementationName | None = None
+    name: str, dim: int, dispatch: Dispatch, implementation: ImplementationName | None = None
 ) -> MixtureOfExperts:
     """Build the feed-forward of an architecture, by default with its own implementation."""
     config = ModelConfig(groups=name, dim=dim, heads=1)
     fraction = config.depth_config.capacity_factor if config.depth_config else 1.0
     groups = [
-        build_group(dim, config.hidden_width, group, _SHARES, token_fraction=fraction)
+        build_group(
+            dim, config.hidden_width, group, _SHARES, token_fraction=fraction, dispatch=dispatch
+        )
         for group in config.group_list
     ]
     return build_experts(groups, implementation or config.implementation)
@@ -183,18 +190,19 @@ class FirstTokens(nn.Module):
 class DepthRouted(nn.Module):
     """Experts with mixture-of-depths: `DepthLayer` without its attention and norms."""
 
-    def __init__(self, experts: MixtureOfExperts, router: DepthRouter):
+    def __init__(self, experts: MixtureOfExperts, router: DepthRouter, dispatch: Dispatch):
         super().__init__()
-        self.experts, self.router = experts, router
+        self.experts, self.router, self.dispatch = experts, router, dispatch
 
     def forward(self, x_1ND: Tensor, modality_1N: Tensor, routing: Routing) -> tuple[Tensor, None]:
         """Map [1, N, D] to [1, N, D]."""
         (index_1K, filled_1K, score_1K), _ = self.router(x_1ND, modality_1N >= 0, routing)
         x_ND, index_K = x_1ND[0], index_1K[0]
         modality_1K = modality_1N[:, index_K].masked_fill(~filled_1K, -1)
-        y_1KD, _ = self.experts(gather(x_ND, index_K)[None], modality_1K, routing)
+        slots = self.dispatch(index_K, filled_1K[0], torch.zeros_like(index_K), len(x_ND), 1)
+        y_1KD, _ = self.experts(slots.gather(x_ND)[None], modality_1K, routing)
         update_KD = (y_1KD * score_1K[..., None])[0]
-        return scatter_add(x_ND, index_K, update_KD.to(x_ND.dtype))[None], None
+        return slots.scatter_add(x_ND, update_KD.to(x_ND.dtype))[None], None
 
 
 def training_job(module: nn.Module, dim: int, sizes: Sizes, device: torch.device) -> Job:

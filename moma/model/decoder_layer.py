@@ -14,9 +14,9 @@ from moma.model.attention import Attention
 from moma.model.attention_kernels import AttentionKernel, Segments
 from moma.model.caches import CachedContext
 from moma.model.depth import DepthConfig, DepthRouter
+from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import build_group
 from moma.model.implementations import build_experts
-from moma.model.layers import gather, scatter_add
 from moma.model.routers import Diagnostics
 from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
@@ -74,7 +74,7 @@ class DecoderLayer(nn.Module):
     experts(norm(h)).
 
     Args:
-        config, vocabulary, shares: as for `Transformer`.
+        config, vocabulary, shares, dispatch: as for `Transformer`.
         token_fraction: fraction of all tokens that attention and experts process.
     """
 
@@ -83,6 +83,7 @@ class DecoderLayer(nn.Module):
         config: ModelConfig,
         vocabulary: Vocabulary,
         shares: Sequence[float],
+        dispatch: Dispatch,
         token_fraction: float = 1.0,
     ):
         super().__init__()
@@ -92,7 +93,7 @@ class DecoderLayer(nn.Module):
         )
         width, names, noise = config.hidden_width, vocabulary.modalities, bool(config.router_noise)
         groups = [
-            build_group(config.dim, width, group, shares, names, token_fraction, noise)
+            build_group(config.dim, width, group, shares, names, token_fraction, noise, dispatch)
             for group in config.group_list
         ]
         self.experts = build_experts(groups, config.implementation)
@@ -131,9 +132,11 @@ class DepthLayer(DecoderLayer):
         config: ModelConfig,
         vocabulary: Vocabulary,
         shares: Sequence[float],
+        dispatch: Dispatch,
         depth: DepthConfig,
     ):
-        super().__init__(config, vocabulary, shares, depth.capacity_factor)
+        super().__init__(config, vocabulary, shares, dispatch, depth.capacity_factor)
+        self.dispatch = dispatch
         self.depth = DepthRouter(config.dim, depth)
 
     def forward(
@@ -145,11 +148,12 @@ class DepthLayer(DecoderLayer):
         selected = context.select(index_RK, selection.filled_EK)
         if not index_RK.shape[1]:  # possible under causal routing only
             return x_BSD, [_nonfinite(x_BSD), depth_diagnostics]
-        index_T = index_RK.flatten()
-        x_RKD = gather(x_ND, index_T).unflatten(0, index_RK.shape)
+        index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
+        slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
+        x_RKD = slots.gather(x_ND).unflatten(0, index_RK.shape)
         attention_RKD, experts_RKD, diagnostics = self._residuals(x_RKD, selected, routing)
         update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
-        y_ND = scatter_add(x_ND, index_T, update_RKD.flatten(0, 1).to(x_ND.dtype))
+        y_ND = slots.scatter_add(x_ND, update_RKD.flatten(0, 1).to(x_ND.dtype))
         expert_diagnostics = [
             Diagnostics(each.nonfinite, each.record and each.record.scatter(index_T, len(x_ND)))
             for each in diagnostics
@@ -167,9 +171,10 @@ def build_layer(
     config: ModelConfig,
     vocabulary: Vocabulary,
     shares: Sequence[float],
+    dispatch: Dispatch = ScatterSlots,
 ) -> DecoderLayer:
     """Build layer `number` of a model, counted from 0."""
     depth = config.depth_config
     if depth is not None and number in config.depth_layers:
-        return DepthLayer(config, vocabulary, shares, depth)
-    return DecoderLayer(config, vocabulary, shares)
+        return DepthLayer(config, vocabulary, shares, dispatch, depth)
+    return DecoderLayer(config, vocabulary, shares, dispatch)

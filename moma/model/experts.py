@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.grouped import grouped_product
 from moma.model.groups import GroupConfig, group_share
 from moma.model.layers import SwiGLU, gather, scatter_add
@@ -54,19 +55,24 @@ class ExpertInputs(NamedTuple):
     selection: Selection
 
 
-def add_expert_outputs(total_ND: Tensor, x_ND: Tensor, inputs: ExpertInputs) -> Tensor:
+def add_expert_outputs(
+    total_ND: Tensor, x_ND: Tensor, inputs: ExpertInputs, dispatch: Dispatch
+) -> Tensor:
     """Equation 1: add s_j(x) · FFN_j(x) to the total of every token x that expert j selected.
 
     Args:
         total_ND: sum of other experts' outputs; the result has its dtype.
         x_ND: tokens.
         inputs: the experts and their tokens.
+        dispatch: builds the slots.
     """
-    gate_EDF, up_EDF, down_EFD, (index_EK, _, score_EK) = inputs
-    index_T = index_EK.flatten()  # T = E · K
-    x_EKD = gather(x_ND, index_T).unflatten(0, index_EK.shape)
+    gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, score_EK) = inputs
+    experts, capacity = index_EK.shape
+    column_T = torch.arange(experts, device=x_ND.device).repeat_interleave(capacity)
+    slots = dispatch(index_EK.flatten(), filled_EK.flatten(), column_T, len(x_ND), experts)
+    x_EKD = slots.gather(x_ND).unflatten(0, index_EK.shape)
     ffn_EKD = (functional.silu(x_EKD @ gate_EDF) * (x_EKD @ up_EDF)) @ down_EFD
-    return scatter_add(total_ND, index_T, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
+    return slots.scatter_add(total_ND, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
 
 
 def add_listed_outputs(
@@ -114,6 +120,7 @@ class ExpertGroup(nn.Module):
         capacity_share: slots of all experts together, as a fraction of the N tokens, under static
             capacity; see `group_share`.
         noise: whether router logits get Gumbel-Sigmoid noise in training; see `logistic_noise`.
+        dispatch: moves tokens to experts and back.
     """
 
     def __init__(
@@ -124,10 +131,11 @@ class ExpertGroup(nn.Module):
         num_experts: int,
         capacity_share: float,
         noise: bool = False,
+        dispatch: Dispatch = ScatterSlots,
     ):
         super().__init__()
         self.modalities, self.num_experts = tuple(modalities), num_experts
-        self.capacity_share, self.noise = capacity_share, noise
+        self.capacity_share, self.noise, self.dispatch = capacity_share, noise, dispatch
         self.gate = nn.Parameter(torch.empty(num_experts * dim, hidden))
         self.up = nn.Parameter(torch.empty(num_experts * dim, hidden))
         self.down = nn.Parameter(torch.empty(num_experts * hidden, dim))
@@ -151,7 +159,7 @@ class ExpertGroup(nn.Module):
             tokens, diagnostics = self._select_causally(x_ND, self._eligible(modality_N), routing)
             return add_listed_outputs(total_ND, x_ND, self.matrices(), tokens), diagnostics
         inputs, diagnostics = self.route(x_ND, modality_N, routing)
-        return add_expert_outputs(total_ND, x_ND, inputs), diagnostics
+        return add_expert_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics
 
     def route(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
@@ -227,18 +235,19 @@ def build_group(
     modalities: Sequence[str] = MODALITIES,
     token_fraction: float = 1.0,
     noise: bool = False,
+    dispatch: Dispatch = ScatterSlots,
 ) -> ExpertGroup | DenseGroup:
     """Build the simplest module that computes a group.
 
     Args:
-        dim, hidden, noise: as for `ExpertGroup`.
+        dim, hidden, noise, dispatch: as for `ExpertGroup`.
         config, shares, modalities, token_fraction: as for `group_share`.
     """
     share = group_share(config, shares, modalities, token_fraction)
     if config.experts == 1 and set(config.modalities) == set(modalities):
         return DenseGroup(dim, hidden)
     indices = [modalities.index(name) for name in config.modalities]
-    return ExpertGroup(dim, hidden, indices, config.experts, share, noise)
+    return ExpertGroup(dim, hidden, indices, config.experts, share, noise, dispatch)
 
 
 class MixtureOfExperts(nn.Module):

@@ -42,6 +42,15 @@ def uses_kernel(x_TD: Tensor, weight_EDF: Tensor) -> bool:
     return on_gpu and len(x_TD) > 0 and not any(width % 8 for width in widths)
 
 
+def row_alignment(device: torch.device) -> int:
+    """Number of which the rows of each expert have to be a multiple on a device.
+
+    The kernel's gradient of the weights is a product over the rows of an expert, which in bf16
+    have to begin at multiples of 16 bytes.
+    """
+    return 8 if device.type == "cuda" else 1
+
+
 @torch.library.custom_op("moma::grouped_product", mutates_args=())
 def _product(x_TD: Tensor, weights: list[Tensor], end_E: Tensor) -> Tensor:
     y_TF = x_TD.new_empty(len(x_TD), weights[0].shape[2])

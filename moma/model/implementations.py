@@ -3,8 +3,8 @@
 - `sequential`: one group after another (`MixtureOfExperts`). Each group can be sharded on its own:
   the next one's weights are gathered while one computes. The paper's choice.
 - `batched`: groups of equal capacity in one batched product; their weights are concatenated.
-- `grouped`: all experts in one grouped product, with one gather and one scatter-add. Slots that
-  must be empty are skipped.
+- `grouped`: single-expert groups in one grouped product, which skips slots that must be empty;
+  other groups one after another.
 
 Shapes: see `layers.py`; T is the number of flattened slots of all experts.
 """
@@ -24,9 +24,8 @@ from moma.model.experts import (
     add_expert_outputs,
     zero_total,
 )
-from moma.model.grouped import grouped_product
+from moma.model.grouped import grouped_product, row_alignment
 from moma.model.groups import max_groups_per_modality
-from moma.model.layers import gather, scatter_add
 from moma.model.routers import Diagnostics
 from moma.model.routing import Routing, Selection
 
@@ -35,6 +34,10 @@ ImplementationName = Literal["sequential", "batched", "grouped"]
 
 class JointMixtureOfExperts(MixtureOfExperts):
     """A feed-forward that computes its groups together; parameters stay in the groups."""
+
+    def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
+        super().__init__(groups)
+        self.dispatch = next(group.dispatch for group in groups if isinstance(group, ExpertGroup))
 
     def sum_groups(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
@@ -73,30 +76,54 @@ class BatchedExperts(JointMixtureOfExperts):
         for group in inputs:
             by_capacity.setdefault(group.selection.index_EK.shape[1], []).append(group)
         for groups in by_capacity.values():
-            total_ND = add_expert_outputs(total_ND, x_ND, _concatenate(groups))
+            total_ND = add_expert_outputs(total_ND, x_ND, _concatenate(groups), self.dispatch)
         return total_ND
 
 
 class GroupedExperts(JointMixtureOfExperts):
-    """All experts in one grouped product; groups may differ in number of experts and capacity."""
+    """Single-expert groups in one grouped product, other groups one by one.
+
+    With mixture-of-depths each single-expert group has a slot for every token that reaches the
+    layer, but most remain empty: the groups share as many slots as they can fill together.
+    """
 
     def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
         super().__init__(groups)
-        routed = [group for group in groups if isinstance(group, ExpertGroup)]
         # Single-expert groups together hold at most this many times N tokens.
         self.single_expert_overlap = max_groups_per_modality(
-            group.modalities for group in routed if group.num_experts == 1
+            group.modalities
+            for group in groups
+            if isinstance(group, ExpertGroup) and group.num_experts == 1
         )
 
     def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
         """See `JointMixtureOfExperts`."""
-        gate, up, down, _ = zip(*inputs, strict=True)
-        max_single_tokens = self.single_expert_overlap * len(x_ND)
-        (index_T, _, score_T), end_E = _flatten_slots(inputs, max_single_tokens)
-        x_TD = gather(x_ND, index_T)
+        single = [each for each in inputs if len(each.selection.index_EK) == 1]
+        alignment = row_alignment(x_ND.device)
+        filled = self.single_expert_overlap * len(x_ND) + (alignment - 1) * len(single)
+        shared = -(-filled // alignment) * alignment
+        if shared < sum(each.selection.index_EK.numel() for each in single):
+            total_ND = self._add_shared_outputs(total_ND, x_ND, single, shared, alignment)
+            inputs = [each for each in inputs if len(each.selection.index_EK) > 1]
+        for each in inputs:
+            total_ND = add_expert_outputs(total_ND, x_ND, each, self.dispatch)
+        return total_ND
+
+    def _add_shared_outputs(
+        self,
+        total_ND: Tensor,
+        x_ND: Tensor,
+        inputs: Sequence[ExpertInputs],
+        shared: int,
+        alignment: int,
+    ) -> Tensor:
+        gate, up, down, selections = zip(*inputs, strict=True)
+        (index_T, filled_T, score_T), expert_T, end_E = share_slots(selections, shared, alignment)
+        slots = self.dispatch(index_T, filled_T, expert_T, len(x_ND), len(inputs))
+        x_TD = slots.gather(x_ND)
         gate_TF, up_TF = (grouped_product(x_TD, weights, end_E) for weights in (gate, up))
         ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E)
-        return scatter_add(total_ND, index_T, score_T[:, None] * ffn_TD)
+        return slots.scatter_add(total_ND, score_T[:, None] * ffn_TD)
 
 
 def build_experts(
@@ -121,29 +148,31 @@ def _concatenate(inputs: Sequence[ExpertInputs]) -> ExpertInputs:
     return ExpertInputs(torch.cat(gate), torch.cat(up), torch.cat(down), selection)
 
 
-def _flatten_slots(
-    inputs: Sequence[ExpertInputs], max_single_tokens: int
-) -> tuple[Selection, Tensor]:
-    """Flatten the slots of all experts, expert after expert.
+def share_slots(
+    selections: Sequence[Selection], shared: int, alignment: int
+) -> tuple[Selection, Tensor, Tensor]:
+    """Arrange the filled slots of single experts one after another; the remaining ones come last.
 
-    If single-expert groups have more slots than `max_single_tokens`, the surplus of empty slots
-    is dropped. Empty slots that remain, to keep the shape static, come last.
+    Args:
+        selections: of each expert, [1, K], filled slots first.
+        shared: number of slots T, enough for all that are filled.
+        alignment: each expert gets a multiple of it, which divides `shared`.
 
     Returns:
-        The flattened selection, each part [T], and the end of each expert's slots, int32 [E].
+        The selection and the expert of each slot, [T], and the end of each expert's slots, int32
+        [E].
     """
-    selections = [group.selection for group in inputs]
-    flat_T = Selection(
-        *(torch.cat([part.flatten() for part in parts]) for parts in zip(*selections, strict=True))
+    count_E = torch.stack([selection.filled_EK.sum() for selection in selections])
+    end_E = ((count_E + alignment - 1) // alignment * alignment).cumsum(0)
+    start_E = functional.pad(end_E[:-1], (1, 0))
+    end_E = torch.cat((end_E[:-1], end_E.new_full((1,), shared)))
+    slot_T = torch.arange(shared, device=end_E.device)
+    expert_T = (slot_T[:, None] >= end_E).sum(1)
+    place_T = slot_T - start_E[expert_T]
+    filled_T = place_T < count_E[expert_T]
+    capacity = max(selection.index_EK.shape[1] for selection in selections)
+    index_EK = torch.cat(
+        [functional.pad(s.index_EK, (0, capacity - s.index_EK.shape[1])) for s in selections]
     )
-    slots = len(flat_T.index_EK)
-    single_expert_slots = sum(s.index_EK.numel() for s in selections if len(s.index_EK) == 1)
-    kept = slots - max(0, single_expert_slots - max_single_tokens)
-    if kept == slots:
-        counted_EK = [torch.ones_like(s.index_EK) for s in selections]
-    else:
-        order_T = (~flat_T.filled_EK).byte().sort(stable=True).indices[:kept]
-        flat_T = Selection(*(part[order_T] for part in flat_T))
-        counted_EK = [s.filled_EK for s in selections]
-    end_E = torch.cat([each.sum(1) for each in counted_EK]).cumsum(0)
-    return flat_T, torch.cat((end_E[:-1], end_E.new_full((1,), kept))).int()
+    index_T = index_EK[expert_T, place_T.clamp(max=capacity - 1)]
+    return Selection(index_T, filled_T, filled_T.float()), expert_T, end_E.int()

@@ -20,6 +20,7 @@ from moma.model.attention_kernels import (
 )
 from moma.model.caches import CachedContext, Caches
 from moma.model.decoder_layer import LayerContext, TokenContext, build_layer
+from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import ExpertGroup
 from moma.model.initialization import draw_normal
 from moma.model.layers import rotary_cos_sin
@@ -66,6 +67,7 @@ class Transformer(nn.Module):
         shares: fraction of each modality among the tokens of a training batch; static capacity
             assumes that every batch has these.
         kernel: computes attention; by default one that runs on any device.
+        dispatch: moves tokens to experts and back; see `dispatch_for`.
     """
 
     modality_of_id: Tensor
@@ -76,6 +78,7 @@ class Transformer(nn.Module):
         vocabulary: Vocabulary,
         shares: Sequence[float],
         kernel: AttentionKernel | None = None,
+        dispatch: Dispatch = ScatterSlots,
     ):
         super().__init__()
         self.kernel = kernel or MaskedAttention()
@@ -85,7 +88,8 @@ class Transformer(nn.Module):
         self.config, self.vocabulary, self.shares = config, vocabulary, tuple(shares)
         self.embedding = nn.Embedding(vocabulary.size, config.dim)
         self.layers = nn.ModuleList(
-            build_layer(number, config, vocabulary, shares) for number in range(config.layers)
+            build_layer(number, config, vocabulary, shares, dispatch)
+            for number in range(config.layers)
         )
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.head = nn.Linear(config.dim, vocabulary.size, bias=False)

@@ -9,6 +9,7 @@ from moma.data.batches.iterator import training_fingerprint
 from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.attention_kernels import kernel_without_compilation
+from moma.model.dispatch import dispatch_for
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.checkpoint import (
@@ -73,7 +74,7 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     require_vocabulary(checkpoint, vocabulary, run.path)
     device = local_device()
     kernel = kernel_without_compilation(recipe.attention_kernel(device))
-    model = Transformer(recipe.model, vocabulary, recipe.shares, kernel)
+    model = Transformer(recipe.model, vocabulary, recipe.shares, kernel, dispatch_for(device))
     load_model(checkpoint, model, World(torch.device("cpu")))
     exact = {parameter for router in model.routers() for parameter in router.parameters()}
     for parameter in model.parameters():

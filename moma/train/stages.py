@@ -9,6 +9,7 @@ from torch import nn
 
 from moma.errors import UserError, shell_command
 from moma.model.decoder_layer import DecoderLayer
+from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts
 from moma.model.transformer import Transformer
 from moma.runs import Run
@@ -101,7 +102,8 @@ def prepare_model(
         require_vocabulary(source.checkpoint, vocabulary, recipe.data.path)
     with torch.device("meta"):
         kernel = recipe.attention_kernel(world.device)
-        model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel)
+        dispatch = dispatch_for(world.device)
+        model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel, dispatch)
     use_float8(model, recipe.engine, world.device)
     freeze_for_stage(model, trains_routers=recipe.stage == "aux_router")
     units = list(fsdp_units(model))

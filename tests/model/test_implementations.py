@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.model import grouped
+from moma.model import grouped, implementations
 from moma.model.architecture import ModelConfig
+from moma.model.dispatch import Dispatch, ScatterSlots, TableSlots
 from moma.model.experts import MixtureOfExperts, build_group
 from moma.model.grouped import grouped_product
 from moma.model.groups import GroupConfig
@@ -17,8 +18,9 @@ from moma.model.implementations import (
     GroupedExperts,
     ImplementationName,
     build_experts,
+    share_slots,
 )
-from moma.model.routing import Routing
+from moma.model.routing import Routing, Selection
 from moma.model.transformer import Transformer
 from moma.runtime.world import can_compile
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
@@ -45,10 +47,15 @@ LAYERS = {
 
 
 def build(
-    layer: str, implementation: ImplementationName, token_fraction: float = 1.0, dtype=torch.float32
+    layer: str,
+    implementation: ImplementationName,
+    token_fraction: float = 1.0,
+    dtype=torch.float32,
+    dispatch: Dispatch = ScatterSlots,
 ) -> MixtureOfExperts:
     groups = [
-        build_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction) for each in LAYERS[layer]
+        build_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction, dispatch=dispatch)
+        for each in LAYERS[layer]
     ]
     experts = build_experts(groups, implementation)
     torch.manual_seed(0)
@@ -62,6 +69,8 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
     experts.zero_grad()
     x = x.clone().requires_grad_()
     y, diagnostics = experts(x, modality, routing)
+    if not y.requires_grad:  # causal routing without any token
+        return [y]
     y.sum().backward()
     y2, _ = experts(x, modality, routing)
     y2.square().sum().backward()
@@ -81,8 +90,14 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
 def test_implementations_have_equal_results(layer, modality, routing, token_fraction, seed):
     x = torch.randn(1, len(modality), DIM, generator=torch.Generator().manual_seed(seed))
     results = [
-        outcome(build(layer, implementation, token_fraction), x, torch.tensor([modality]), routing)
+        outcome(
+            build(layer, implementation, token_fraction, dispatch=dispatch),
+            x,
+            torch.tensor([modality]),
+            routing,
+        )
         for implementation in IMPLEMENTATIONS
+        for dispatch in (ScatterSlots, TableSlots)
     ]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
@@ -104,8 +119,6 @@ def test_parameter_names_do_not_depend_on_the_implementation():
 
 def test_single_expert_groups_with_mixture_of_depths_share_their_slots(monkeypatch):
     """Each group has a slot for every token, but one grouped product computes only N of them."""
-    from moma.model import implementations
-
     rows: list[int] = []
 
     def counted(x_TD, *rest):
@@ -117,7 +130,33 @@ def test_single_expert_groups_with_mixture_of_depths_share_their_slots(monkeypat
     build("1t1i", "grouped", token_fraction=0.25)(x, modality, Routing())
     build("single twice", "grouped", token_fraction=0.25)(x, modality, Routing())
     build("1t1i", "grouped")(x, modality, Routing())
-    assert rows == [10] * 3 + [20] * 3 + [10] * 3
+    assert rows == [10] * 3 + [20] * 3  # without mixture-of-depths, batched products serve
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=4), st.sampled_from([1, 8]), st.integers(1, 9)
+)
+def test_shared_slots_hold_the_tokens_of_every_expert(counts, alignment, spare):
+    """Each expert's slots begin at a multiple, as the kernel's gradients require on a GPU."""
+    selections = []
+    for expert, count in enumerate(counts):
+        index = torch.arange(count) + 100 * expert
+        filled = (torch.arange(count + spare) < count)[None]
+        index_1K = torch.nn.functional.pad(index, (0, spare))[None]
+        selections.append(Selection(index_1K, filled, filled.float()))
+    shared = sum(-(-count // alignment) * alignment for count in counts) + alignment
+    flat, expert_T, end_E = share_slots(selections, shared, alignment)
+    assert end_E.dtype == torch.int32 and int(end_E[-1]) == shared
+    assert not any(end % alignment for end in end_E.tolist())
+    start = 0
+    for expert, (count, end) in enumerate(zip(counts, end_E.tolist(), strict=True)):
+        own = slice(start, end)
+        assert expert_T[own].tolist() == [expert] * (end - start)
+        filled_T = flat.filled_EK[own]
+        assert flat.index_EK[own][filled_T].tolist() == [100 * expert + n for n in range(count)]
+        assert torch.equal(flat.score_EK[own], filled_T.float())
+        start = end
 
 
 @settings(max_examples=30, deadline=None)
@@ -194,9 +233,11 @@ def test_the_kernel_equals_one_product_per_expert(counts, monkeypatch):
 @pytest.mark.parametrize("layer", sorted(LAYERS))
 @pytest.mark.parametrize("token_fraction", [1.0, 0.25])
 def test_grouped_with_the_kernel_equals_sequential(layer, token_fraction, monkeypatch):
-    x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1, 1, -1] * 4])
+    """With rows aligned as on a GPU."""
+    x, modality = torch.randn(1, 32, DIM), torch.tensor([[0, 1, 1, -1] * 8])
     expected = outcome(build(layer, "sequential", token_fraction), x, modality, Routing())
     monkeypatch.setattr(grouped, "uses_kernel", lambda *_: True)
+    monkeypatch.setattr(implementations, "row_alignment", lambda _: 8)
     found = outcome(build(layer, "grouped", token_fraction), x, modality, Routing())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -259,28 +300,34 @@ def test_outputs_computed_in_bf16_are_summed_in_fp32(implementation, autocast):
         assert (found == exact.bfloat16().double()).float().mean() > 0.9
 
 
-def assert_one_graph(implementation: ImplementationName, backend: str) -> None:
+def assert_one_graph(
+    implementation: ImplementationName, backend: str, dispatch: Dispatch = ScatterSlots
+) -> None:
     """Layers without empty slots are captured whole in `test_compile.py`."""
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
     torch.compiler.reset()
-    experts = build("overlapping", implementation, token_fraction=0.25)
+    experts = build("overlapping", implementation, token_fraction=0.25, dispatch=dispatch)
     compiled = torch.compile(experts, fullgraph=True, backend=backend)
     expected = outcome(experts, x, modality, Routing())
     found = outcome(compiled, x, modality, Routing())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_every_implementation_is_one_graph(implementation):
+@pytest.mark.parametrize(
+    ("implementation", "dispatch"),
+    [*((each, ScatterSlots) for each in IMPLEMENTATIONS), ("grouped", TableSlots)],
+)
+def test_every_implementation_is_one_graph(implementation, dispatch):
     """Captured and differentiated without graph breaks; no code is generated."""
-    assert_one_graph(implementation, "aot_eager")
+    assert_one_graph(implementation, "aot_eager", dispatch)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_compile(torch.device("cpu")), reason="no C++ compiler")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_every_compiled_implementation_equals_eager(implementation):
-    assert_one_graph(implementation, "inductor")
+@pytest.mark.parametrize("dispatch", [ScatterSlots, TableSlots])
+def test_every_compiled_implementation_equals_eager(implementation, dispatch):
+    assert_one_graph(implementation, "inductor", dispatch)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
