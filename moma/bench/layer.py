@@ -78,7 +78,9 @@ def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
         return [
             record
             for index, dim in enumerate(sizes.dims)
-            for record in _measure(dim, sizes, lambda n, i=index: report(i * sizes.repeats + n))
+            for record in _measure(
+                dim, sizes, lambda n, note="", i=index: report(i * sizes.repeats + n, note)
+            )
         ]
 
 
@@ -88,6 +90,7 @@ def _measure(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str,
     for name, module in modules.items():
         module.to(device, DTYPES[sizes.dtype])
         if sizes.compiled and can_compile(device):
+            report(0, f"compiling {name}, width {dim}")
             module.compile(fullgraph=True)
         job = training_job(module, dim, sizes, device)
         job()  # compiles; the weights have gradients from now on

@@ -19,7 +19,7 @@ from moma.generate.stream import Content, ContentStream, Event, StopStrings, col
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
-from moma.tokenizers.text import encode_texts, load_text_tokenizer
+from moma.tokenizers.text import encode_text, load_text_tokenizer
 
 
 class MoreOptions(TypedDict, total=False):
@@ -88,7 +88,7 @@ class MixedModel:
         ids = [self.model.vocabulary.beginning]
         for part in content:
             if isinstance(part, str):
-                ids += next(encode_texts(self.tokenizer, [part]))
+                ids += encode_text(self.tokenizer, part)
             else:
                 ids += self.model.vocabulary.wrap_image(self.codes(part))
         return ids

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from moma.data.outputs import mark_output
 from moma.errors import UserError, list_names
+from moma.files import UNFINISHED
 from moma.hub.chameleon_codec import load_chameleon_codec, original_layout
 from moma.hub.chameleon_format import (
     CONFIG_FILE,
@@ -148,9 +149,14 @@ def _new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that is renamed to `path` when it is complete."""
     if path.exists():
         raise UserError(f"{path}: exists already; choose another --out or delete it")
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = path.with_name(path.name + UNFINISHED)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{partial}: exists already; another process is writing {path.name}, or was killed; "
+            "delete it, or choose another --out"
+        ) from error
     try:
         yield partial
         partial.rename(path)

@@ -31,7 +31,8 @@ _WORDS = (
 ).replace("$", str(_MAX_WORD_LENGTH))
 # A space that begins a word, in any script.
 _BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
-_SEARCHED_CHARACTERS = 4096
+# Characters before and after a cut that are compared, and searched for a space.
+_CONTEXT = 4096
 _TEXTS_IN_QUEUE = 256
 _SECONDS_BETWEEN_CHECKS = 0.2
 _UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
@@ -195,31 +196,58 @@ def encode_texts(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
     return map(attrgetter("ids"), encodings)
 
 
-def split_text(tokenizer: Tokenizer, text: str, max_characters: int = 2**19) -> list[str]:
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of a text, tokenized in pieces, between which Ctrl-C ends it; see `split_text`."""
+    pieces = split_text(tokenizer, text)
+    return [id_ for piece in pieces for id_ in next(encode_texts(tokenizer, [piece]))]
+
+
+def split_text(tokenizer: Tokenizer, text: str, max_characters: int = 2**16) -> list[str]:
     """Cut a long text between words: the ids of the pieces are together those of the text.
 
-    Tokenizing a piece takes about a second, during which Ctrl-C waits. A text is not cut if the
-    tokenizer's words are not those of `train_text_tokenizer`.
+    Tokenizing a piece takes less than a second, during which Ctrl-C waits. A text is not cut where
+    the tokenizer's words depend on more than the words around them. A word of `max_characters`,
+    which only tokenizers from elsewhere have, is cut into several, since the time to tokenize it
+    would grow with the square of its length.
     """
-    if len(text) <= max_characters or not _has_own_words(tokenizer):
-        return [text]
     pieces, start = [], 0
-    while len(text) - start > max_characters:
-        window = text[start : start + max_characters]
-        spaces = _BETWEEN_WORDS.finditer(window, max(0, max_characters - _SEARCHED_CHARACTERS))
-        cuts = [space.start() for space in spaces]
-        # The window's last word may go on after it, and so may a run of spaces.
-        words = pre_tokenizers.Split(Regex(_WORDS), "isolated")
-        cut = cuts[-1] if cuts else words.pre_tokenize_str(window)[-1][1][0]
-        pieces.append(window[:cut])
+    while len(text) - start > max_characters and tokenizer.pre_tokenizer is not None:
+        end = start + max_characters
+        cut = _find_cut(tokenizer, text[start:end], text[end : end + _CONTEXT])
+        if cut is None:
+            break
+        pieces.append(text[start : start + cut])
         start += cut
     return [*pieces, text[start:]]
 
 
-def _has_own_words(tokenizer: Tokenizer) -> bool:
-    words = tokenizer.pre_tokenizer
-    is_own = words is not None and words.__getstate__() == _pre_tokenizer().__getstate__()
-    return is_own and tokenizer.normalizer is None
+def _find_cut(tokenizer: Tokenizer, window: str, following: str) -> int | None:
+    """Where a word begins, near the end of the window; None if no word can be separated."""
+
+    def separates(cut: int, context: int) -> bool:
+        left, right = window[max(0, cut - context) : cut], (window[cut:] + following)[:context]
+        words, left_words, right_words = (
+            [word for word, _ in _words(tokenizer, part)] for part in (left + right, left, right)
+        )
+        return words == left_words + right_words
+
+    spaces = _BETWEEN_WORDS.finditer(window, max(0, len(window) - _CONTEXT))
+    for cut in [space.start() for space in spaces][:-4:-1]:
+        if separates(cut, _CONTEXT):
+            return cut
+    # The last word may continue after the window, and so may a run of spaces.
+    starts = [begin for _, (begin, _) in _words(tokenizer, window) if begin]
+    for cut in starts[:-4:-1]:
+        if separates(cut, len(window)):
+            return cut
+    return None if starts else len(window)
+
+
+def _words(tokenizer: Tokenizer, text: str) -> list[tuple[str, tuple[int, int]]]:
+    """The words that merges do not cross, and where each begins and ends."""
+    normalizer = tokenizer.normalizer
+    normalized = text if normalizer is None else normalizer.normalize_str(text)
+    return tokenizer.pre_tokenizer.pre_tokenize_str(normalized)
 
 
 def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
@@ -233,7 +261,7 @@ def encode_bytes(tokenizer: Tokenizer, data: bytes) -> list[int]:
     ids: list[int] = []
     for part in re.split(f"({_UNDECODED_BYTE.pattern})", text):
         if not _UNDECODED_BYTE.fullmatch(part):
-            ids += next(encode_texts(tokenizer, [part]))
+            ids += encode_text(tokenizer, part)
             continue
         id_ = tokenizer.token_to_id(_byte_letters()[ord(part) - 0xDC00])
         if id_ is None:

@@ -12,6 +12,7 @@ from moma.bench.layer import (
     ContiguousExperts,
     FirstTokens,
     Sizes,
+    bench_layer,
     training_job,
     variants,
 )
@@ -110,6 +111,14 @@ def test_json_has_a_record_per_width_and_variant():
         ratio = of["dense"]["milliseconds"] / of["batched"]["milliseconds"]
         assert of["batched"]["ratio_to_dense"] == pytest.approx(ratio)
         assert of["dense"]["ratio_to_dense"] == of["floor"]["ratio_to_floor"] == 1
+
+
+def test_compilation_is_announced(monkeypatch, capsys):
+    monkeypatch.setattr("moma.progress.SECONDS_BETWEEN_LINES", 0)
+    for compiled in (True, False):
+        with torch.compiler.set_stance("force_eager"):  # nothing is compiled
+            bench_layer(Sizes((32,), tokens=32, repeats=1, device="cpu", compiled=compiled))
+        assert ("compiling mod_moe_4t4i, width 32" in capsys.readouterr().err) == compiled
 
 
 @pytest.mark.parametrize(

@@ -232,3 +232,12 @@ def test_nothing_is_overwritten(saved, tmp_path):
         import_chameleon(saved, Run(tmp_path / "there"))
     with pytest.raises(UserError, match="exists already"):
         export_chameleon(run, tmp_path / "there")
+    (tmp_path / "new.writing").mkdir()
+    (tmp_path / "new.writing" / "mine.txt").write_text("mine")
+    for write in (
+        lambda: import_chameleon(saved, Run(tmp_path / "new")),
+        lambda: export_chameleon(run, tmp_path / "new"),
+    ):
+        with pytest.raises(UserError, match=r"new\.writing: exists already"):
+            write()
+    assert (tmp_path / "new.writing" / "mine.txt").read_text() == "mine"

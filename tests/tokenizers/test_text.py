@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer, normalizers, pre_tokenizers
 
 from moma.errors import UserError
 from moma.tokenizers.names import OURS
@@ -252,7 +252,9 @@ def test_long_words_are_split_and_round_trip(tokenizer, letter):
 @example(" it's  we'll \t\n 12 a1! \u00a0 \u3000x y" + " " * 100, 9)
 @example("a" * 3000 + "  " + "b" * 3000, 1100)
 @example("don't d'on'll 's" * 10, 13)
-def test_the_pieces_of_a_text_have_its_ids(tokenizer, text, size):
+@pytest.mark.parametrize("words_of", ["trained", "from elsewhere"])
+def test_the_pieces_of_a_text_have_its_ids(tokenizer, unbounded, words_of, text, size):
+    tokenizer = tokenizer if words_of == "trained" else unbounded
     text = text.encode("utf-8", "ignore").decode()
     words = tokenizer.pre_tokenizer.pre_tokenize_str(text)
     size = max([size, *(end - start + 2 for _, (start, end) in words)])  # longer than any word
@@ -262,10 +264,20 @@ def test_the_pieces_of_a_text_have_its_ids(tokenizer, text, size):
     assert list(chain.from_iterable(encode_texts(tokenizer, pieces))) == whole
 
 
-def test_only_words_of_a_trained_tokenizer_are_known(tokenizer, unbounded):
-    loaded = Tokenizer.from_str(tokenizer.to_str())
-    assert len(split_text(loaded, "a b " * 100, 20)) > 10
-    assert split_text(unbounded, "a b " * 100, 20) == ["a b " * 100]
+def test_texts_are_cut_only_where_words_are_known_to_end(tokenizer, unbounded):
+    text = "a b " * 100
+    assert len(split_text(Tokenizer.from_str(tokenizer.to_str()), text, 20)) > 10
+    assert len(split_text(unbounded, text, 20)) > 10
+    spaced = Tokenizer.from_str(unbounded.to_str())
+    spaced.normalizer = normalizers.Prepend("_")  # each piece would get its own
+    without_words = Tokenizer(unbounded.model)
+    for other in (spaced, without_words):
+        assert split_text(other, text, 20) == [text]
+
+
+def test_a_long_word_of_a_tokenizer_from_elsewhere_is_cut(unbounded):
+    pieces = split_text(unbounded, "x " + "y" * 1000 + " z z", 100)
+    assert [len(piece) for piece in pieces] == [1, *[100] * 10, 5]
 
 
 def test_a_word_of_200_000_letters_trains():

@@ -6,7 +6,6 @@ row whose fields do not fit the header is rejected. Compression is recognized by
 
 import csv
 import io
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -123,10 +122,12 @@ def _csv_rows(
     path: str, file: io.BufferedReader, columns: list[str], separator: str
 ) -> Iterator[FileRow]:
     csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.reader(_bounded_lines(path, _text(file)), delimiter=separator, strict=True)
+    lines = _BoundedLines(path, _text(file))
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
+        lines.begin_row(line)
         try:
             fields = next(reader)
         except StopIteration:
@@ -149,17 +150,27 @@ def _csv_rows(
         raise UserError(f"{path}: is empty; its first line must name the columns")
 
 
-def _bounded_lines(path: str, text: io.TextIOWrapper) -> Iterator[str]:
-    """The lines of a text; one without line breaks must not fill the memory."""
-    for number in itertools.count(1):
-        line = text.readline(MAX_ROW_BYTES)
-        if len(line) == MAX_ROW_BYTES:
+class _BoundedLines(Iterator[str]):
+    """The lines of a text; a row without an end, of one line or many, must not fill the memory."""
+
+    def __init__(self, path: str, text: io.TextIOWrapper):
+        self._path, self._text = path, text
+
+    def begin_row(self, line: int) -> None:
+        """Count the characters of the row that begins in a line."""
+        self._row, self._left = line, MAX_ROW_BYTES
+
+    def __next__(self) -> str:
+        line = self._text.readline(self._left)
+        self._left -= len(line)
+        if not self._left:
             raise UserError(
-                f"{path}, line {number}: longer than {MAX_ROW_BYTES >> 20} MiB; split it"
+                f"{self._path}, line {self._row}: longer than {MAX_ROW_BYTES >> 20} MiB; split the "
+                "row, or close its quotation"
             )
         if not line:
-            return
-        yield line
+            raise StopIteration
+        return line
 
 
 def _csv_values(header: list[str], fields: list[str]) -> dict[str, Any]:

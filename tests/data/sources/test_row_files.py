@@ -8,6 +8,7 @@ import lzma
 import pyarrow as pa
 import pytest
 
+from moma.data.sources import row_files
 from moma.data.sources.dataset import DatasetConfig
 from moma.errors import UserError
 from tests.data.sources.rows import segments
@@ -85,6 +86,15 @@ def test_rows_of_csv_that_do_not_fit_are_rejected(tmp_path, rows, rejected):
 def test_csv_that_cannot_be_read_is_an_error(tmp_path, data, message):
     with pytest.raises(UserError, match=message):
         list(write_csv(tmp_path / "a.csv", data).documents())
+
+
+def test_a_row_of_many_quoted_lines_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 100)
+    short = "text\n" + '"a\nb"\n' * 50
+    assert len(list(write_csv(tmp_path / "short.csv", short).documents())) == 50
+    endless = "text,id\na,1\n" + '"b\n",' * 30
+    with pytest.raises(UserError, match=r"line 3: longer than .* split the row, or close"):
+        list(write_csv(tmp_path / "endless.csv", endless).documents())
 
 
 @pytest.mark.parametrize(
