@@ -56,7 +56,7 @@ def generate(
     ] = None,
     drafts: Annotated[
         int, Option(min=0, max=1024, help="image codes to guess per pass; changes only the speed")
-    ] = 0,
+    ] = 8,
 ) -> None:
     """Continue a prompt: text is printed, images are written as new PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]

@@ -21,6 +21,9 @@ from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 from moma.tokenizers.text import encode_text, load_text_tokenizer
 
+# The fastest number for most models and settings of docs/results/generate.md.
+DRAFTS = 8
+
 
 class MoreOptions(TypedDict, total=False):
     """Further options of `MixedModel.generate`.
@@ -30,8 +33,8 @@ class MoreOptions(TypedDict, total=False):
         images: number of images that the mode `image` generates.
         guidance: guidance of images by the prompt, for the mode `image`; if omitted, none.
         stop: strings that end a text; they are left out.
-        drafts: number of image codes that a pass checks besides sampling one. The result does not
-            depend on it.
+        drafts: number of image codes that a pass checks besides sampling one; 8 if omitted. The
+            result does not depend on it.
     """
 
     image_sampling: Sampling | None
@@ -168,7 +171,7 @@ class MixedModel:
             sampling,
             image_sampling=options.get("image_sampling"),
             images=options.get("images", 1),
-            drafts=options.get("drafts", 0),
+            drafts=options.get("drafts", DRAFTS),
             stop=StopStrings(self.tokenizer, self.model.vocabulary, stops) if stops else None,
         )
         streams = [self._content_stream(stops, has_rows) for _ in prompts]

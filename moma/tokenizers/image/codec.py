@@ -7,6 +7,9 @@ Shape suffixes: B images, H × W pixels, h × w codes, L = h·w, N = B·L, C cod
 width.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
@@ -117,7 +120,8 @@ class ImageCodec(nn.Module):
     def __init__(self, config: CodecConfig):
         super().__init__()
         # Both take seconds to import, and most commands use no codec.
-        from diffusers.models.autoencoders.vae import Decoder
+        with _quiet_import():
+            from diffusers.models.autoencoders.vae import Decoder
         from vector_quantize_pytorch import VectorQuantize
 
         self.config = config
@@ -345,9 +349,21 @@ def _chunk_sizes(config: CodecConfig, images_B3HW: Tensor) -> tuple[int, int]:
     )
 
 
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Hide warnings of what `diffusers` imports: torchao warns of kernels for other machines."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 def _encoder(pixels: int, config: CodecConfig, shared: dict[str, Any]) -> nn.Module:
     """The encoder; `pixels` is the number of channels of a folded image."""
-    from diffusers.models.autoencoders.vae import Encoder
+    with _quiet_import():
+        from diffusers.models.autoencoders.vae import Encoder
 
     if not config.encoder_context:  # 1 × 1 convolutions see only the pixels of one square
         channels = config.block_channels[0]
