@@ -12,14 +12,14 @@ def load(run: str | PathLike[str]) -> "MixedModel":
     """Load a trained run as a model that reads and generates text and images.
 
     Raises:
-        moma.errors.UserError: the folder is not a run, has no checkpoint, or its model's
-            auxiliary routers are not trained.
+        moma.errors.UserError: the folder is not a run, has no checkpoint, or its model
+            cannot be used causally.
     """
     from moma.generate.mixed import MixedModel
     from moma.runs import Run
-    from moma.train.restore import load_run, require_causal_routing
+    from moma.train.restore import load_run, require_routing
 
     folder = Run(Path(run))
     model, recipe = load_run(folder)
-    require_causal_routing(folder, model)
+    require_routing(folder, model)
     return MixedModel.assemble(model, folder.tokenizers, recipe.data.sequence_length)

@@ -35,7 +35,7 @@ from moma.hub.chameleon_format import (
 from moma.model.architecture import ModelConfig
 from moma.model.flops import ModelCounts, sum_over_kinds
 from moma.model.routers import AuxiliaryRouter
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, uniform_routing
 from moma.model.transformer import Transformer, no_head
 from moma.progress import show_progress
 from moma.runtime.world import local_device
@@ -283,6 +283,7 @@ def random_model(
     with device:
         model = Transformer(config, vocabulary, shares)
     model.initialize(seed=0)
+    model.causal_policy = Auxiliary()
     model.eval().requires_grad_(False)
     for number in range(config.layers):
         # The tokens of a sequence would choose alike if they had much context in common.
@@ -312,6 +313,10 @@ def adjust_auxiliary_routers(model: Transformer) -> None:
     routers = list(model.auxiliary_routers())
     hooks = [router.register_forward_hook(adjust) for router in routers]
     tokens_BS = torch.randint(model.vocabulary.size, _ADJUSTED)
-    model(tokens_BS.to(model.embedding.weight.device), routing=Routing(mode="causal"), head=no_head)
+    model(
+        tokens_BS.to(model.embedding.weight.device),
+        routing=uniform_routing(Auxiliary()),
+        head=no_head,
+    )
     for hook in hooks:
         hook.remove()

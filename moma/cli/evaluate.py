@@ -15,7 +15,8 @@ app = App()
 def evaluate(
     run: RunFolder,
     routing: Annotated[
-        Literal["choice", "causal"], Option(help="as in training, or by auxiliary routers")
+        Literal["choice", "causal", "auxiliary", "threshold"],
+        Option(help="as in training; as in generation; by auxiliary routers; by thresholds"),
     ] = "choice",
     data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
     as_json: AsJson = False,
@@ -23,11 +24,10 @@ def evaluate(
     """Measure loss and perplexity on the held-out documents, by modality."""
     from moma.evaluate.perplexity import evaluate as measure
     from moma.runs import Run
-    from moma.train.restore import load_run, require_causal_routing, require_training_data
+    from moma.train.restore import load_run, require_routing, require_training_data
 
     model, recipe = load_run(Run(run))
-    if routing == "causal":
-        require_causal_routing(Run(run), model)
+    require_routing(Run(run), model, routing)
     if data is not None:
         moved = recipe.data.model_copy(update={"path": data})
         recipe = recipe.model_copy(update={"data": moved})

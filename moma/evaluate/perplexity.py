@@ -6,7 +6,7 @@ import torch
 
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
-from moma.model.routing import Routing, RoutingName
+from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.progress import show_progress
 from moma.train.recipe import Recipe
@@ -24,8 +24,8 @@ def evaluate(
     Args:
         model: the model, in evaluation mode.
         recipe: the run's recipe: its data, and its batch shape, on which expert choice depends.
-        routing: `choice` over the batch, as in training but with actual capacity, or `causal` by
-            the auxiliary routers.
+        routing: `choice` over the batch, as in training but with actual capacity; causally by the
+            `auxiliary` routers or by a `threshold`; `causal`: as `moma generate`.
         quiet: whether to hide the progress bar.
 
     Returns:
@@ -37,7 +37,7 @@ def evaluate(
     """
     device = model.embedding.weight.device
     batches = Batches(recipe.data, model.vocabulary, seed=recipe.seed, split="held_out")
-    loss_function = next_token_loss(routing=Routing(routing, capacity="actual"))
+    loss_function = next_token_loss(routing=model.named_routing(routing))
     loss_M, targets_M = torch.zeros(2, len(MODALITIES), dtype=torch.float64)
     with show_progress(f"evaluate ({routing})", None, quiet) as report:
         for number, batch in enumerate(batches, 1):

@@ -19,7 +19,6 @@ from moma.generate.predictor import Predictor
 from moma.generate.sampling import Sampling
 from moma.generate.sequence import Branch, GeneratedSequence, Options, Request
 from moma.model.caches import Caches
-from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 
 
@@ -86,7 +85,7 @@ def _run(model: Transformer, feeds: Sequence[Sequence[int]], caches: Caches) -> 
     tokens_BS = pad_sequence([torch.tensor(each) for each in feeds], True, model.vocabulary.padding)
     output = model(
         tokens_BS.to(model.embedding.weight.device),
-        routing=Routing(mode="causal"),
+        routing=model.named_routing("causal"),
         head=_in_product_dtype,
         caches=caches,
     )

@@ -146,7 +146,7 @@ class DepthLayer(DecoderLayer):
         selection, depth_diagnostics = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
         selected = context.select(index_RK, selection.filled_EK)
-        if not index_RK.shape[1]:  # possible under causal routing only
+        if not index_RK.shape[1]:  # possible without slots only
             return x_BSD, [_nonfinite(x_BSD), depth_diagnostics]
         index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
@@ -155,7 +155,7 @@ class DepthLayer(DecoderLayer):
         update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
         y_ND = slots.scatter_add(x_ND, update_RKD.flatten(0, 1).to(x_ND.dtype))
         expert_diagnostics = [
-            Diagnostics(each.nonfinite, each.record and each.record.scatter(index_T, len(x_ND)))
+            each._replace(record=each.record and each.record.scatter(index_T, len(x_ND)))
             for each in diagnostics
         ]
         return y_ND.view_as(x_BSD), [_nonfinite(y_ND), *expert_diagnostics, depth_diagnostics]

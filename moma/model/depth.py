@@ -10,20 +10,28 @@ Shapes: see `layers.py`; R sequences of K selected tokens each: one for the whol
 one per sequence of it.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from moma.model.routers import AuxiliaryRouter, Diagnostics, auxiliary_logits, diagnose
+from moma.model.routers import (
+    AuxiliaryRouter,
+    Diagnostics,
+    Router,
+    auxiliary_logits,
+    diagnose,
+    select_slots,
+)
 from moma.model.routing import (
+    CapacityName,
     Routing,
+    Scores,
     Selection,
-    causal_choice,
     router_logits,
     select_by_sequence,
-    select_top_k,
     static_capacity,
 )
 from moma.recipe import Config
@@ -45,12 +53,12 @@ class DepthConfig(Config):
 
 
 class DepthRouter(nn.Module):
-    """Selects the tokens that a layer processes: main and auxiliary router (Equations 2 and 4)."""
+    """Selects the tokens that a layer processes (Equations 2 and 4)."""
 
     def __init__(self, dim: int, config: DepthConfig):
         super().__init__()
         self.capacity_factor, self.scope = config.capacity_factor, config.scope
-        self.router = nn.Linear(dim, 1, bias=False)
+        self.router = Router(dim, 1)
         self.auxiliary = AuxiliaryRouter(dim, 1)
 
     def forward(
@@ -61,40 +69,54 @@ class DepthRouter(nn.Module):
         Args:
             x_BSD: tokens.
             eligible_BS: false for padding, which is never selected.
-            routing: under expert choice there are c_d · N slots, or c_d times the non-padding
-                tokens under actual capacity (by sequence, always c_d · S slots per sequence).
+            routing: static capacity is c_d · N slots, actual capacity c_d times the non-padding
+                tokens (by sequence, always c_d · S slots per sequence).
 
         Returns:
             The selection [R, K], its tokens in batch order, and diagnostics.
         """
-        x_ND, eligible_N = x_BSD.flatten(0, 1), eligible_BS.flatten()
+        policy = routing.depth
+        x_ND = x_BSD.flatten(0, 1)
         logits_N1 = router_logits(self.router.weight, x_ND)
-        auxiliary_N1 = auxiliary_logits(self.auxiliary, x_ND, routing)
-        if routing.mode == "causal":
-            assert auxiliary_N1 is not None
-            selected_N1 = causal_choice(auxiliary_N1, eligible_N)
-            selection = select_by_sequence(
-                *(x.view_as(eligible_BS) for x in (selected_N1, logits_N1))
-            )
+        auxiliary_N1 = auxiliary_logits(self.auxiliary, x_ND, policy, routing)
+        rows = len(x_BSD) if self.scope == "sequence" else 1
+        logits_RN, eligible_RN = (x.reshape(rows, -1) for x in (logits_N1, eligible_BS))
+        auxiliary_RN = None if auxiliary_N1 is None else auxiliary_N1.reshape(rows, -1)
+        threshold_11 = self.router.threshold_E[:, None]
+        slots = partial(self._slots, eligible_RN)
+        scores = Scores(logits_RN, eligible_RN, auxiliary_RN, threshold_11, slots)
+        if policy.capacity is None:
+            selected_BS = policy.candidates(scores).view_as(eligible_BS)
+            selection = select_by_sequence(selected_BS, logits_N1.view_as(eligible_BS))
+            recorded, cut_1, excess = None, None, None
         else:
-            selection = self._choose(logits_N1.view(eligible_BS.shape), eligible_BS, routing)
-        as_one_expert = Selection(*(part_RK.flatten()[None] for part_RK in selection))
+            selection, cut_R, excess = select_slots(policy, scores)
+            selection, cut_1 = _in_batch_order(selection, logits_RN.shape[1]), cut_R.mean(0, True)
+            recorded = Selection(*(part_RK.flatten()[None] for part_RK in selection))
         return selection, diagnose(
-            as_one_expert, logits_N1, auxiliary_N1, eligible_N, routing, "depth"
+            recorded,
+            logits_N1,
+            auxiliary_N1,
+            eligible_BS.flatten(),
+            routing,
+            "depth",
+            cut_1,
+            excess,
         )
 
-    def _choose(self, logits_BS: Tensor, eligible_BS: Tensor, routing: Routing) -> Selection:
-        sequences = len(logits_BS) if self.scope == "sequence" else 1
-        logits_RN, eligible_RN = (x.reshape(sequences, -1) for x in (logits_BS, eligible_BS))
-        tokens = logits_RN.shape[1]
-        if routing.capacity == "actual" and self.scope == "batch":
+    def _slots(self, eligible_RN: Tensor, capacity: CapacityName) -> int:
+        tokens = eligible_RN.shape[1]
+        if capacity == "actual" and self.scope == "batch":
             tokens = int(eligible_RN.sum())
-        capacity = static_capacity(self.capacity_factor, tokens)
-        selection = select_top_k(logits_RN, eligible_RN, capacity)
-        index_RK, order_RK = selection.index_EK.sort(dim=1)
-        first_R1 = torch.arange(sequences, device=index_RK.device)[:, None] * logits_RN.shape[1]
-        return Selection(
-            index_RK + first_R1,
-            selection.filled_EK.gather(1, order_RK),
-            selection.score_EK.gather(1, order_RK),
-        )
+        return static_capacity(self.capacity_factor, tokens)
+
+
+def _in_batch_order(selection: Selection, length: int) -> Selection:
+    """Sort the tokens of rows of a given length, and number them over all rows."""
+    index_RK, order_RK = selection.index_EK.sort(dim=1)
+    first_R1 = torch.arange(len(index_RK), device=index_RK.device)[:, None] * length
+    return Selection(
+        index_RK + first_R1,
+        selection.filled_EK.gather(1, order_RK),
+        selection.score_EK.gather(1, order_RK),
+    )

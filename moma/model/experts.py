@@ -3,7 +3,7 @@
     y(x) = Σ_j s_j(x) · FFN_j(x)  over the experts j with x in TopK(s_j),    s(x) = sigmoid(x · W)
 
 A group of experts, with a router W of its own, processes the tokens of one or more modalities; in
-MoMa each modality has its group. `router_logits` computes x · W, `expert_choice` lets each expert
+MoMa each modality has its group. `router_logits` computes x · W, `select_top_k` lets each expert
 select the K tokens of the micro-batch with its highest scores, and `add_expert_outputs` gathers
 them, applies the experts, and scatter-adds the outputs weighted by the scores. A group of one
 expert has no router: it takes the tokens of its modalities with score 1, up to its capacity, which
@@ -15,6 +15,7 @@ F, each with K slots for tokens.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,13 +26,21 @@ from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.grouped import grouped_product
 from moma.model.groups import GroupConfig, group_share
 from moma.model.layers import SwiGLU, gather, scatter_add
-from moma.model.routers import AuxiliaryRouter, Diagnostics, auxiliary_logits, diagnose
+from moma.model.routers import (
+    AuxiliaryRouter,
+    Diagnostics,
+    Router,
+    auxiliary_logits,
+    diagnose,
+    select_slots,
+)
 from moma.model.routing import (
+    BatchChoice,
+    CapacityName,
     Routing,
+    Scores,
     SelectedTokens,
     Selection,
-    causal_choice,
-    expert_choice,
     list_selected,
     logistic_noise,
     router_logits,
@@ -140,7 +149,7 @@ class ExpertGroup(nn.Module):
         self.up = nn.Parameter(torch.empty(num_experts * dim, hidden))
         self.down = nn.Parameter(torch.empty(num_experts * hidden, dim))
         if num_experts > 1:
-            self.router = nn.Linear(dim, num_experts, bias=False)
+            self.router = Router(dim, num_experts)
             self.auxiliary = AuxiliaryRouter(dim, num_experts)
 
     def forward(
@@ -155,8 +164,8 @@ class ExpertGroup(nn.Module):
             total_ND: outputs of other groups, to add to; if omitted, zeros.
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
-        if routing.mode == "causal":
-            tokens, diagnostics = self._select_causally(x_ND, self._eligible(modality_N), routing)
+        if routing.experts.capacity is None:
+            tokens, diagnostics = self._list_tokens(x_ND, self._eligible(modality_N), routing)
             return add_listed_outputs(total_ND, x_ND, self.matrices(), tokens), diagnostics
         inputs, diagnostics = self.route(x_ND, modality_N, routing)
         return add_expert_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics
@@ -164,7 +173,7 @@ class ExpertGroup(nn.Module):
     def route(
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
     ) -> tuple[ExpertInputs, list[Diagnostics]]:
-        """Select tokens for each expert by expert choice, without computing the experts."""
+        """Fill the experts' slots by a policy that has slots, without computing the experts."""
         selection, diagnostics = self._select(x_ND, self._eligible(modality_N), routing)
         return ExpertInputs(*self.matrices(), selection), diagnostics
 
@@ -185,29 +194,51 @@ class ExpertGroup(nn.Module):
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, list[Diagnostics]]:
+        policy = routing.experts
+        assert policy.capacity is not None
         if self.num_experts == 1:
-            return select_all(eligible_N, self._capacity(eligible_N, routing)), []
-        logits_NE = router_logits(self.router.weight, x_ND)
-        auxiliary_NE = auxiliary_logits(self.auxiliary, x_ND, routing)
-        if self.noise and self.training:
-            logits_NE = logits_NE + logistic_noise(logits_NE)
-        selection = expert_choice(logits_NE, eligible_N, self._capacity(eligible_N, routing))
-        return selection, [diagnose(selection, logits_NE, auxiliary_NE, eligible_N, routing)]
+            return select_all(eligible_N, self._slots(eligible_N, policy.capacity)), []
+        scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
+        clean_EN = None
+        if self.noise and self.training and isinstance(policy, BatchChoice):
+            clean_EN = scores.logits_RN
+            scores = scores._replace(logits_RN=clean_EN + logistic_noise(clean_EN.T).T)
+        selection, cut_E, excess = select_slots(policy, scores, clean_EN)
+        logits_NE = scores.logits_RN.T
+        return selection, [
+            diagnose(
+                selection, logits_NE, auxiliary_NE, eligible_N, routing, cut_E=cut_E, excess=excess
+            )
+        ]
 
-    def _select_causally(
+    def _list_tokens(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[SelectedTokens, list[Diagnostics]]:
         if self.num_experts == 1:
-            return list_selected(eligible_N[:, None], torch.full_like(x_ND[:, :1], torch.inf)), []
-        logits_NE = router_logits(self.router.weight, x_ND)
-        auxiliary_NE = auxiliary_logits(self.auxiliary, x_ND, routing)
-        assert auxiliary_NE is not None
-        tokens = list_selected(causal_choice(auxiliary_NE, eligible_N), logits_NE)
+            return list_selected(eligible_N[None], torch.full_like(x_ND[:, 0], torch.inf)[None]), []
+        scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
+        tokens = list_selected(routing.experts.candidates(scores), scores.logits_RN)
+        logits_NE = scores.logits_RN.T
         return tokens, [diagnose(None, logits_NE, auxiliary_NE, eligible_N, routing)]
 
-    def _capacity(self, eligible_N: Tensor, routing: Routing) -> int:
+    def _scores(
+        self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
+    ) -> tuple[Scores, Tensor | None]:
+        """Scores of the experts' rows, and the auxiliary logits [N, E], if they are needed."""
+        logits_NE = router_logits(self.router.weight, x_ND)
+        auxiliary_NE = auxiliary_logits(self.auxiliary, x_ND, routing.experts, routing)
+        scores = Scores(
+            logits_NE.T,
+            eligible_N.expand(self.num_experts, -1),
+            None if auxiliary_NE is None else auxiliary_NE.T,
+            self.router.threshold_E[:, None],
+            partial(self._slots, eligible_N),
+        )
+        return scores, auxiliary_NE
+
+    def _slots(self, eligible_N: Tensor, capacity: CapacityName) -> int:
         """K = capacity_share · N / E if static; otherwise from the number of eligible tokens."""
-        if routing.capacity == "static":
+        if capacity == "static":
             return static_capacity(self.capacity_share, len(eligible_N), self.num_experts)
         return math.ceil(int(eligible_N.sum()) / self.num_experts)
 

@@ -43,7 +43,7 @@ class JointMixtureOfExperts(MixtureOfExperts):
         self, x_ND: Tensor, modality_N: Tensor, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """See `MixtureOfExperts`."""
-        if routing.mode == "causal":  # the list of an expert's tokens is computed group by group
+        if routing.experts.capacity is None:  # lists of tokens are computed group by group
             return super().sum_groups(x_ND, modality_N, routing)
         inputs: list[ExpertInputs] = []
         diagnostics: list[Diagnostics] = []

@@ -1,17 +1,28 @@
-"""Main and auxiliary routers, and what they return besides a selection (MoMa §2.2, §2.4).
+"""Routers, and what they return besides a selection (MoMa §2.2, §2.4).
 
-Shapes: see `layers.py`.
+Shapes: see `layers.py`; R rows of tokens as in `routing.py`.
 """
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.model.layers import upcast
-from moma.model.routing import Routing, Selection, any_nonfinite
+from moma.model.routing import (
+    Policy,
+    Routing,
+    Scores,
+    Selection,
+    any_nonfinite,
+    cuts_of,
+    select_top_k,
+)
 
 RouterKind = Literal["experts", "depth"]
+# Weight of earlier steps in the running mean of the cuts: about 100 steps count.
+CUT_DECAY = 0.99
 
 
 class AuxiliaryRouter(nn.Module):
@@ -28,19 +39,91 @@ class AuxiliaryRouter(nn.Module):
         self.output = nn.Linear(dim // 2, outputs, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map [N, D] to the logits of a(x), [N, E]."""
-        return self.output(functional.silu(self.hidden(x_ND)))
+        """Map [N, D] to the logits of a(x), [N, E], computed in fp32 like those of main routers."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            hidden_NH = functional.linear(upcast(x_ND), upcast(self.hidden.weight))
+            return functional.linear(functional.silu(hidden_NH), upcast(self.output.weight))
+
+
+class Router(nn.Linear):
+    """The main router of a group of experts, or of a layer with mixture-of-depths.
+
+    It keeps running means of the cuts of batch choice, which are thresholds for causal routing
+    (arXiv 2603.11535).
+
+    Args:
+        dim: width D.
+        outputs: number of experts E; 1 for mixture-of-depths.
+    """
+
+    cuts_3E: Tensor
+
+    def __init__(self, dim: int, outputs: int):
+        super().__init__(dim, outputs, bias=False)
+        # Decayed sums over steps: of finite cuts, of their number, and of that of all cuts.
+        self.register_buffer("cuts_3E", torch.zeros(3, outputs, dtype=torch.float32))
+
+    @property
+    def threshold_E(self) -> Tensor:
+        """The mean cut of each expert, in fp32; −∞ if most micro-batches had none."""
+        sum_E, finite_E, all_E = self.cuts_3E
+        return torch.where(2 * finite_E > all_E, sum_E / finite_E, -torch.inf)
+
+    def update_cuts(self, mean_2E: Tensor) -> None:
+        """Add a step to the running means.
+
+        Args:
+            mean_2E: sum of the finite cuts of the step's micro-batches, and number of these, both
+                divided by the number of micro-batches.
+        """
+        step_3E = torch.cat((mean_2E, torch.ones_like(mean_2E[:1])))
+        self.cuts_3E.lerp_(step_3E, 1 - CUT_DECAY)
+
+
+def auxiliary_logits(
+    auxiliary: AuxiliaryRouter, x_ND: Tensor, policy: Policy, routing: Routing
+) -> Tensor | None:
+    """Return the logits of an auxiliary router, if `policy` or `routing` needs them."""
+    is_needed = policy.uses_auxiliary or routing.record_auxiliary
+    return auxiliary(x_ND) if is_needed else None
+
+
+def select_slots(
+    policy: Policy, scores: Scores, clean_logits_RN: Tensor | None = None
+) -> tuple[Selection, Tensor, Tensor | None]:
+    """Select the tokens of a policy that has slots.
+
+    Args:
+        policy, scores: as for `Policy.candidates`; its capacity is not None.
+        clean_logits_RN: the logits without noise, if noise was added to `scores`.
+
+    Returns:
+        The selection; the cuts of batch choice by clean logits, [R]; and the number of candidates
+        that found no slot, None under batch choice.
+    """
+    assert policy.capacity is not None
+    slots = scores.slots(policy.capacity)
+    candidate_RN = policy.candidates(scores)
+    selection = chosen = select_top_k(scores.logits_RN, candidate_RN, slots)
+    is_choice = candidate_RN is scores.eligible_RN
+    clean_RN = scores.logits_RN if clean_logits_RN is None else clean_logits_RN
+    if not is_choice or clean_logits_RN is not None:
+        chosen = select_top_k(clean_RN, scores.eligible_RN, slots)
+    cut_R = cuts_of(clean_RN, scores.eligible_RN, chosen.index_EK)
+    excess = None if is_choice else candidate_RN.sum() - selection.filled_EK.sum()
+    return selection, cut_R, excess
 
 
 class RouterRecord(NamedTuple):
     """What one router computed in a forward pass, returned as an output to train on.
 
     Attributes:
-        selected_NE: 1 where expert e selected token n by expert choice, else 0.
+        selected_NE: 1 where expert e selected token n, else 0.
         auxiliary_logits_NE: the auxiliary router's logits, if requested.
         eligible_N: the tokens that the router selected from.
         logits_NE: the main router's logits, detached.
         kind: a router of `experts`, or of mixture-of-depths (`depth`, with E = 1).
+        excess: number of tokens above a threshold that found no slot; None under batch choice.
     """
 
     selected_NE: Tensor
@@ -48,6 +131,7 @@ class RouterRecord(NamedTuple):
     eligible_N: Tensor
     logits_NE: Tensor
     kind: RouterKind = "experts"
+    excess: Tensor | None = None
 
     def scatter(self, index_K: Tensor, tokens: int) -> "RouterRecord":
         """Expand a record of only the tokens `index_K` to all N tokens, with zeros elsewhere."""
@@ -70,16 +154,12 @@ class Diagnostics(NamedTuple):
     Attributes:
         nonfinite: boolean on the device: whether a router's score or the output is NaN or infinite.
         record: the router's record, if requested.
+        cut_E: the cuts of batch choice by the router's logits, under a policy with slots.
     """
 
     nonfinite: Tensor
     record: RouterRecord | None = None
-
-
-def auxiliary_logits(auxiliary: AuxiliaryRouter, x_ND: Tensor, routing: Routing) -> Tensor | None:
-    """Return the logits of an auxiliary router in at least fp32, if `routing` needs them."""
-    is_needed = routing.mode == "causal" or routing.record_auxiliary
-    return upcast(auxiliary(x_ND)) if is_needed else None
+    cut_E: Tensor | None = None
 
 
 def diagnose(
@@ -89,20 +169,28 @@ def diagnose(
     eligible_N: Tensor,
     routing: Routing,
     kind: RouterKind = "experts",
+    cut_E: Tensor | None = None,
+    excess: Tensor | None = None,
 ) -> Diagnostics:
     """Check a router's scores, and record its selection if `routing` requests it.
 
     Args:
-        selection: what the router selected; None under causal routing, which is never recorded.
-        logits_NE, auxiliary_logits_NE, eligible_N, kind: as in `RouterRecord`.
+        selection: what the router selected; None without slots, which is never recorded.
+        logits_NE, auxiliary_logits_NE, eligible_N, kind, excess: as in `RouterRecord`.
         routing: see `Routing`.
+        cut_E: as in `Diagnostics`.
     """
     nonfinite = any_nonfinite(logits_NE, eligible_N)
     if auxiliary_logits_NE is not None:
         nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
-    is_recorded = routing.record_auxiliary or routing.record_selection
-    if selection is None or routing.mode == "causal" or not is_recorded:
-        return Diagnostics(nonfinite)
-    selected_NE = selection.selected_NE(len(eligible_N))
-    record = RouterRecord(selected_NE, auxiliary_logits_NE, eligible_N, logits_NE.detach(), kind)
-    return Diagnostics(nonfinite, record)
+    if selection is None or not (routing.record_auxiliary or routing.record_selection):
+        return Diagnostics(nonfinite, None, cut_E)
+    record = RouterRecord(
+        selection.selected_NE(len(eligible_N)),
+        auxiliary_logits_NE,
+        eligible_N,
+        logits_NE.detach(),
+        kind,
+        excess,
+    )
+    return Diagnostics(nonfinite, record, cut_E)

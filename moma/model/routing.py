@@ -1,19 +1,23 @@
 """Token selection: which expert processes which token.
 
 Training uses expert choice (MoMa §2.2; arXiv 2202.09368): each expert selects the tokens that it
-scores highest in the micro-batch. Because that depends on later tokens, generation uses causal
-choice (§2.4): each token is decided on its own by the auxiliary router.
+scores highest in the micro-batch. Because that depends on later tokens, generation decides each
+token on its own: by the auxiliary router (§2.4), or by whether its score exceeds a threshold that
+was recorded while training (arXiv 2603.11535).
 
-Expert choice returns a `Selection` with the same number of slots for each expert; causally, experts
-process different numbers of tokens, which `SelectedTokens` lists. Both kinds of choice also serve
-mixture-of-depths (`depth.py`).
+A policy names the tokens that an expert may process and the number of slots for them. With slots,
+the result is a `Selection` with the same number of them for each expert; without, experts process
+different numbers of tokens, which `SelectedTokens` lists. The policies also serve
+mixture-of-depths (`depth.py`), where `Routing` may name another one.
 
-Shapes: see `layers.py`. E is the number of experts in a group, K the slots of each expert.
+Shapes: see `layers.py`. E is the number of experts in a group, K the slots of each expert. R rows
+of tokens that compete with each other: those of one expert, or of one depth router.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +25,7 @@ from torch.nn import functional
 
 from moma.model.layers import upcast
 
-RoutingName = Literal["choice", "causal"]
+RoutingName = Literal["choice", "causal", "auxiliary", "threshold"]
 CapacityName = Literal["static", "actual"]
 
 # With at most this many experts, router logits are computed expert by expert.
@@ -30,25 +34,139 @@ FEW_EXPERTS = 16
 FEW_TOKENS = 64
 
 
+class Scores(NamedTuple):
+    """What a policy decides by; each of R rows holds N tokens that compete with each other.
+
+    Attributes:
+        logits_RN: the main router's logits.
+        eligible_RN: whether a token belongs to the row's modalities and is not padding.
+        auxiliary_RN: the auxiliary router's logits, if the policy uses them.
+        threshold_R1: thresholds of the main router's logits; −∞: all tokens exceed it.
+        slots: number of slots of a row, given the capacity.
+    """
+
+    logits_RN: Tensor
+    eligible_RN: Tensor
+    auxiliary_RN: Tensor | None
+    threshold_R1: Tensor
+    slots: Callable[[CapacityName], int]
+
+
+@dataclass(frozen=True)
+class BatchChoice:
+    """Expert choice: each row takes its highest-scored eligible tokens (Equation 1).
+
+    Attributes:
+        capacity: slots of a row. `static` follows the recipe's modality shares, so that all shapes
+            are known in advance; `actual` counts the tokens of the micro-batch.
+    """
+
+    capacity: CapacityName = "static"
+    uses_auxiliary: ClassVar[bool] = False
+
+    def candidates(self, scores: Scores) -> Tensor:
+        """The tokens that compete for slots, boolean [R, N]."""
+        return scores.eligible_RN
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """A token is taken if its logit exceeds the row's threshold; without slots this is causal.
+
+    Attributes:
+        capacity: slots of a row, as for `BatchChoice`; the lowest-scored tokens beyond them are
+            dropped. None: unlimited.
+    """
+
+    capacity: CapacityName | None = None
+    uses_auxiliary: ClassVar[bool] = False
+
+    def candidates(self, scores: Scores) -> Tensor:
+        """The tokens whose logit exceeds the threshold, boolean [R, N]."""
+        return (scores.logits_RN > scores.threshold_R1) & scores.eligible_RN
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """A token is taken if the auxiliary router's a(x) > 0.5 (§2.4); this is causal."""
+
+    capacity: ClassVar[None] = None
+    uses_auxiliary: ClassVar[bool] = True
+
+    def candidates(self, scores: Scores) -> Tensor:
+        """The tokens with a(x) > 0.5, boolean [R, N]."""
+        assert scores.auxiliary_RN is not None
+        return (scores.auxiliary_RN > 0) & scores.eligible_RN
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Another policy whose decisions are each inverted at random (the ablation of §4.6).
+
+    Uses PyTorch's global generator.
+
+    Attributes:
+        policy: the other policy.
+        rate: probability that a decision on an eligible token is inverted.
+    """
+
+    policy: "Policy"
+    rate: float
+    capacity: ClassVar[None] = None
+
+    @property
+    def uses_auxiliary(self) -> bool:
+        """Whether the other policy uses auxiliary logits."""
+        return self.policy.uses_auxiliary
+
+    def candidates(self, scores: Scores) -> Tensor:
+        """The other policy's tokens, with inverted decisions, boolean [R, N]."""
+        selected_RN = selected_by(self.policy, scores)
+        inverted_RN = torch.rand_like(scores.logits_RN) < self.rate
+        return (selected_RN ^ inverted_RN) & scores.eligible_RN
+
+
+Policy = BatchChoice | Threshold | Auxiliary | Noisy
+
+
+def selected_by(policy: Policy, scores: Scores) -> Tensor:
+    """Whether a policy selects each token, boolean [R, N]."""
+    candidate_RN = policy.candidates(scores)
+    if policy.capacity is None:
+        return candidate_RN
+    slots = scores.slots(policy.capacity)
+    selection = select_top_k(scores.logits_RN, candidate_RN, slots)
+    return selection.selected_NE(candidate_RN.shape[1]).T.bool()
+
+
 @dataclass(frozen=True)
 class Routing:
     """How a forward pass routes its tokens.
 
     Attributes:
-        mode: `choice` is expert choice over the micro-batch; `causal` uses the auxiliary routers.
-        capacity: slots of an expert under `choice`. `static` follows the recipe's modality shares,
-            so that all shapes are known in advance; `actual` counts the tokens of the micro-batch.
-        raises: whether non-finite values raise an error under causal routing or actual capacity,
-            which synchronize with the device anyway. Ranks that share weights must not be left.
+        experts: the policy of groups of experts.
+        depth: the policy of mixture-of-depths.
+        raises: whether non-finite values raise an error if the policies synchronize with the
+            device anyway. Ranks that share weights must not be left.
         record_auxiliary: whether to return a `RouterRecord` with auxiliary logits, to train on.
         record_selection: whether to return at least a `RouterRecord` without auxiliary logits.
     """
 
-    mode: RoutingName = "choice"
-    capacity: CapacityName = "static"
+    experts: Policy = field(default_factory=BatchChoice)
+    depth: Policy = field(default_factory=BatchChoice)
     raises: bool = True
     record_auxiliary: bool = False
     record_selection: bool = False
+
+    @property
+    def synchronizes(self) -> bool:
+        """Whether shapes depend on the data, so that the device is waited for."""
+        return any(policy.capacity != "static" for policy in (self.experts, self.depth))
+
+
+def uniform_routing(policy: Policy, **flags: bool) -> Routing:
+    """Routing by the same policy for experts and depth, with flags of `Routing`."""
+    return Routing(policy, policy, **flags)
 
 
 class Selection(NamedTuple):
@@ -146,21 +264,11 @@ def any_nonfinite(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
     return (~logits_NE.detach().isfinite().all(1) & eligible_N).any()
 
 
-def expert_choice(logits_NE: Tensor, eligible_N: Tensor, capacity: int) -> Selection:
-    """Let each expert select its `capacity` highest-scored eligible tokens (Equation 1).
-
-    Args:
-        logits_NE: router logits z; the score of a token is sigmoid(z).
-        eligible_N: whether a token belongs to the group's modalities and is not padding.
-        capacity: slots K of each expert; slots beyond the eligible tokens stay empty.
-    """
-    return select_top_k(logits_NE.T, eligible_N.expand(logits_NE.shape[1], -1), capacity)
-
-
 def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selection:
     """Select the `capacity` highest of the N eligible logits in each row.
 
-    Rows are experts that rate the same tokens, or, in `DepthRouter`, sequences of tokens.
+    Rows are experts that rate the same tokens, or, in `DepthRouter`, sequences of tokens. Slots
+    beyond the eligible tokens stay empty.
     """
     masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
     index_EK = masked_EN.topk(min(capacity, logits_EN.shape[1]), dim=1).indices
@@ -168,41 +276,48 @@ def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selec
     return Selection(index_EK, filled_EK, logits_EN.gather(1, index_EK).sigmoid() * filled_EK)
 
 
+def cuts_of(logits_EN: Tensor, eligible_EN: Tensor, index_EK: Tensor) -> Tensor:
+    """The midpoint of each row's lowest selected and highest other eligible logit, [E].
+
+    A token was selected if its logit exceeds the cut. −∞ in a row that selected all its
+    tokens, ∞ without slots.
+
+    Args:
+        logits_EN, eligible_EN: as for `select_top_k`.
+        index_EK: what it selected.
+    """
+    if not index_EK.shape[1]:
+        return logits_EN.new_full((len(logits_EN),), torch.inf)
+    masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
+    lowest_E = masked_EN.gather(1, index_EK).amin(1)
+    others_EN = masked_EN.scatter(1, index_EK, -torch.inf)
+    return (lowest_E + others_EN.amax(1)) / 2
+
+
 def may_synchronize(x_N: Tensor) -> bool:
     """Whether shapes may depend on the data of N tokens: not while few are decoded on a GPU."""
     return x_N.device.type != "cuda" or len(x_N) > FEW_TOKENS
 
 
-def causal_choice(auxiliary_logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
-    """Let expert e process token n if and only if a_e(n) > 0.5 (§2.4), boolean [N, E].
-
-    Args:
-        auxiliary_logits_NE: logits of a; positive means a > 0.5.
-        eligible_N: as for `expert_choice`.
-    """
-    return (auxiliary_logits_NE > 0) & eligible_N[:, None]
-
-
-def list_selected(selected_NE: Tensor, logits_NE: Tensor) -> SelectedTokens:
+def list_selected(selected_EN: Tensor, logits_EN: Tensor) -> SelectedTokens:
     """List the tokens that each expert selected.
 
     The length depends on the data, unless the device must not be waited for (`may_synchronize`):
     then every pair of expert and token has a slot, the selected ones first.
 
     Args:
-        selected_NE: whether expert e selected token n.
-        logits_NE: main router logits; they determine only the score.
+        selected_EN: whether expert e selected token n.
+        logits_EN: main router logits; they determine only the score.
     """
-    end_E = selected_NE.sum(0).cumsum(0, dtype=torch.int32)
-    if not may_synchronize(selected_NE):
-        flat_T = selected_NE.T.flatten()
+    end_E = selected_EN.sum(1).cumsum(0, dtype=torch.int32)
+    if not may_synchronize(selected_EN[0]):
+        flat_T = selected_EN.flatten()
         order_T = (~flat_T).byte().sort(stable=True).indices
-        expert_T, index_T = order_T // len(selected_NE), order_T % len(selected_NE)
         end_E = torch.cat((end_E[:-1], end_E.new_full((1,), len(order_T))))
-        score_T = logits_NE[index_T, expert_T].sigmoid() * flat_T[order_T]
-        return SelectedTokens(index_T, score_T, end_E)
-    expert_T, index_T = selected_NE.T.nonzero(as_tuple=True)
-    return SelectedTokens(index_T, logits_NE[index_T, expert_T].sigmoid(), end_E)
+        score_T = logits_EN.flatten()[order_T].sigmoid() * flat_T[order_T]
+        return SelectedTokens(order_T % selected_EN.shape[1], score_T, end_E)
+    expert_T, index_T = selected_EN.nonzero(as_tuple=True)
+    return SelectedTokens(index_T, logits_EN[expert_T, index_T].sigmoid(), end_E)
 
 
 def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:

@@ -24,8 +24,16 @@ from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import ExpertGroup
 from moma.model.initialization import draw_normal
 from moma.model.layers import rotary_cos_sin
-from moma.model.routers import AuxiliaryRouter, RouterRecord
-from moma.model.routing import Routing
+from moma.model.routers import AuxiliaryRouter, Router, RouterRecord
+from moma.model.routing import (
+    Auxiliary,
+    BatchChoice,
+    Policy,
+    Routing,
+    RoutingName,
+    Threshold,
+    uniform_routing,
+)
 from moma.vocabulary import Vocabulary
 
 # Returns the rows of a parameter that this rank holds, and the number of the first one.
@@ -51,11 +59,13 @@ class ModelOutput(NamedTuple):
         routers: records of the routers, layer by layer, if `Routing` requests them.
         nonfinite_L: booleans on the device: layers whose output or router scores are NaN or
             infinite. The first one is the cause; later ones follow from it.
+        cuts: for each router of a policy with slots, layer by layer, the cuts of batch choice [E].
     """
 
     head: Any
     routers: list[RouterRecord]
     nonfinite_L: Tensor
+    cuts: list[Tensor]
 
 
 class Transformer(nn.Module):
@@ -94,6 +104,8 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.head = nn.Linear(config.dim, vocabulary.size, bias=False)
         self._embedding_scale = 1.0
+        # How the model is used causally; `Auxiliary` once auxiliary routers are trained.
+        self.causal_policy: Policy = Threshold()
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
             self._embedding_scale = config.dim**0.5
@@ -141,17 +153,19 @@ class Transformer(nn.Module):
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
         records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
+        cuts: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             if caches is not None:
                 assert isinstance(context, CachedContext)
                 context = context._replace(cache=caches.layers[number])
             x_BSD, diagnostics = layer(x_BSD, context, routing)
             records += [each.record for each in diagnostics if each.record is not None]
+            cuts += [each.cut_E for each in diagnostics if each.cut_E is not None]
             nonfinite.append(torch.stack([each.nonfinite for each in diagnostics]).any())
         nonfinite_L = torch.stack(nonfinite)
-        if routing.raises and (routing.mode == "causal" or routing.capacity == "actual"):
+        if routing.raises and routing.synchronizes:
             require_finite(nonfinite_L)
-        return ModelOutput(head(self.norm(x_BSD), self.head.weight), records, nonfinite_L)
+        return ModelOutput(head(self.norm(x_BSD), self.head.weight), records, nonfinite_L, cuts)
 
     def _context(
         self,
@@ -206,9 +220,11 @@ class Transformer(nn.Module):
         return torch.from_numpy(self.vocabulary.modality_of_id)
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
-        """Like `Module.to_empty`, but restores the modality table and keeps embeddings tied."""
+        """Like `Module.to_empty`, but restores buffers and keeps embeddings tied."""
         super().to_empty(device=device, recurse=recurse)
         self.modality_of_id.copy_(self._modality_table())
+        for router in self.routers():
+            router.cuts_3E.zero_()
         if self.config.tied_embeddings:
             self.head.weight = self.embedding.weight
         return self
@@ -255,13 +271,44 @@ class Transformer(nn.Module):
             for name, _ in group.named_parameters(recurse=False)
         }
 
+    def named_routing(self, name: RoutingName, **flags: bool) -> Routing:
+        """Routing by its name: batch choice has actual capacity, `causal` is `causal_policy`.
+
+        Args:
+            name: the name.
+            flags: of `Routing`.
+        """
+        policies: dict[RoutingName, Policy] = {
+            "choice": BatchChoice("actual"),
+            "causal": self.causal_policy,
+            "auxiliary": Auxiliary(),
+            "threshold": Threshold(),
+        }
+        return uniform_routing(policies[name], **flags)
+
     def units(self) -> Iterator[nn.Module]:
         """Yield the modules to compile and shard one by one: the layers."""
         yield from self.layers
 
-    def routers(self) -> Iterator[nn.Module]:
-        """Yield the main routers of experts and depth, whose weights are fp32 in any precision."""
-        return (module for name, module in self.named_modules() if name.endswith(".router"))
+    def routers(self) -> Iterator[Router]:
+        """Yield the routers, in the order of the records."""
+        return (module for module in self.modules() if isinstance(module, Router))
+
+    def update_cuts(self, mean_2T: Tensor) -> None:
+        """Add a step's cuts to the thresholds of all routers; see `Router.update_cuts`.
+
+        Args:
+            mean_2T: as for a router, for the experts of all routers in their order.
+        """
+        routers = list(self.routers())
+        sizes = [router.cuts_3E.shape[1] for router in routers]
+        for router, mean_2E in zip(routers, mean_2T.split(sizes, 1), strict=True):
+            router.update_cuts(mean_2E)
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether all routers have thresholds, by which the model can be used causally."""
+        return all(bool(router.cuts_3E[2].all()) for router in self.routers())
 
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:
         """Yield the auxiliary routers, in the order of the records."""

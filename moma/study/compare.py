@@ -16,7 +16,6 @@ from moma.data.outputs import require_replaceable
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.generate.mixed import MixedModel
-from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
@@ -25,7 +24,7 @@ from moma.study.speedup import speedups
 from moma.study.tables import Table
 from moma.train.recipe import Recipe
 from moma.train.restore import (
-    has_causal_routing,
+    has_routing,
     load_run,
     read_run_recipe,
     require_training_data,
@@ -72,7 +71,7 @@ def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
     """Load a run and evaluate it with every routing that it supports."""
     model, recipe = load_run(run)
     require_training_data(run, recipe)
-    routings = ("choice", "causal") if has_causal_routing(run, model) else ("choice",)
+    routings = ("choice", "causal") if has_routing(model, "causal") else ("choice",)
     results = {by: evaluate(model, recipe, by, quiet) for by in routings}  # type: ignore[arg-type]
     own = read_run_recipe(run)
     # The curves are those of pre-training, also for a run that trained only routers.
@@ -174,7 +173,7 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
     mixed, model = measured.mixed, measured.model
     batch = next(iter(Batches(measured.recipe.data, model.vocabulary, seed=1, split="held_out")))
     on_device = to_device(batch, model.embedding.weight.device)
-    routing = Routing(capacity="actual", record_auxiliary=True)
+    routing = model.named_routing("choice", record_auxiliary=True)
     with torch.no_grad():
         routers = run_model(model, on_device, routing).routers
     modality_N = model.modality_of_id[on_device.tokens_BS].flatten()

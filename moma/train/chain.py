@@ -37,7 +37,7 @@ from moma.train.recipe import Recipe
 from moma.train.restore import (
     ROUTER_RUN,
     load_run,
-    require_causal_routing,
+    require_routing,
     require_training_data,
     router_command,
 )
@@ -152,8 +152,7 @@ def run_chain(
         elif world.rank == 0 and not step.is_done:
             run = Run(step.run)
             model, recipe = load_run(run)
-            if step.routing == "causal":
-                require_causal_routing(run, model)
+            require_routing(run, model, step.routing)
             require_training_data(run, recipe)
             result = evaluate(model, recipe, step.routing, quiet)
             values = {**result, "fingerprint": step.fingerprint}

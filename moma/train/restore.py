@@ -10,6 +10,7 @@ from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.attention_kernels import kernel_without_compilation
 from moma.model.dispatch import dispatch_for
+from moma.model.routing import Auxiliary, BatchChoice, RoutingName, Threshold
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.checkpoint import (
@@ -67,8 +68,8 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     Raises:
         UserError: the folder is not a run, has no checkpoint or lacks its vocabulary.
     """
-    routers = _trained_routers(Run(run.path / ROUTER_RUN))
-    run, checkpoint = routers or (run, newest_checkpoint(run))
+    trained = _trained_routers(Run(run.path / ROUTER_RUN)) or _trained_routers(run)
+    run, checkpoint = trained or (run, newest_checkpoint(run))
     recipe = read_run_recipe(run)
     vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
     require_vocabulary(checkpoint, vocabulary, run.path)
@@ -76,7 +77,10 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     kernel = kernel_without_compilation(recipe.attention_kernel(device))
     model = Transformer(recipe.model, vocabulary, recipe.shares, kernel, dispatch_for(device))
     load_model(checkpoint, model, World(torch.device("cpu")))
-    exact = {parameter for router in model.routers() for parameter in router.parameters()}
+    if trained is not None:
+        model.causal_policy = Auxiliary()
+    routers = *model.routers(), *model.auxiliary_routers()
+    exact = {parameter for router in routers for parameter in router.parameters()}
     for parameter in model.parameters():
         if parameter not in exact:
             parameter.data = parameter.data.to(recipe.engine.compute_dtype(device))
@@ -121,19 +125,32 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
         )
 
 
-def has_causal_routing(run: Run, model: Transformer) -> bool:
-    """Whether a run's model can be used causally: it has no routers, or they are trained."""
-    runs = Run(run.path / ROUTER_RUN), run
-    return not model.config.has_routers or any(map(_trained_routers, runs))
+def has_routing(model: Transformer, routing: RoutingName) -> bool:
+    """Whether a loaded model can use a routing: its thresholds are known, or its routers trained.
+
+    Without routers it can use any.
+    """
+    policy = model.named_routing(routing).experts
+    if isinstance(policy, BatchChoice) or not model.config.has_routers:
+        return True
+    if isinstance(policy, Threshold):
+        return model.has_thresholds
+    return isinstance(model.causal_policy, Auxiliary)
 
 
-def require_causal_routing(run: Run, model: Transformer) -> None:
-    """Raise `UserError` if a model cannot be used causally; the message has the command."""
-    if not has_causal_routing(run, model):
+def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal") -> None:
+    """Raise `UserError` if a run's model cannot use a routing; the message has the command."""
+    if has_routing(model, routing):
+        return
+    if routing == "auxiliary":
         raise UserError(
-            f"{run.path}: its auxiliary routers are not trained, so it cannot run causally; train "
-            f"them with `{router_command(run)}`"
+            f"{run.path}: its auxiliary routers are not trained; train them with "
+            f"`{router_command(run)}`, or route by thresholds"
         )
+    raise UserError(
+        f"{run.path}: the thresholds of its routers are not known, so it cannot run causally; "
+        f"compute them with `{shell_command('calibrate', run.path)}`"
+    )
 
 
 def router_command(run: Run) -> str:

@@ -11,6 +11,7 @@ from moma.errors import UserError, shell_command
 from moma.model.decoder_layer import DecoderLayer
 from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts
+from moma.model.routing import Auxiliary
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.allocator import keep_freed_memory
@@ -105,6 +106,8 @@ def prepare_model(
         dispatch = dispatch_for(world.device)
         model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel, dispatch)
     use_float8(model, recipe.engine, world.device)
+    if recipe.stage == "aux_router":
+        model.causal_policy = Auxiliary()
     freeze_for_stage(model, trains_routers=recipe.stage == "aux_router")
     units = list(fsdp_units(model))
     # Selective checkpointing records operations, among which there must be none of FSDP's.
@@ -118,7 +121,10 @@ def prepare_model(
         for part in _parts(model, whole_layers):
             # Groups differ in sizes and constants, which dynamic shapes cannot express.
             part.compile(fullgraph=True, dynamic=False)
-    shard(model, units, world, recipe.engine, exact=list(model.routers()))
+    exact: list[nn.Module] = list(model.routers())
+    if recipe.stage == "aux_router":
+        exact += model.auxiliary_routers()
+    shard(model, units, world, recipe.engine, exact)
     model.to_empty(device=world.device)
     if not resumes:
         _initialize(recipe, model, source)

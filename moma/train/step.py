@@ -49,7 +49,7 @@ class LossOutput(NamedTuple):
         loss_M: sum of the losses by modality.
         correct_M: number of correct predictions by modality.
         targets_M: number of targets by modality.
-        nonfinite_L, routers: as in `ModelOutput`.
+        nonfinite_L, routers, cuts: as in `ModelOutput`.
     """
 
     objective: Tensor
@@ -58,6 +58,7 @@ class LossOutput(NamedTuple):
     targets_M: Tensor
     nonfinite_L: Tensor
     routers: Sequence[RouterRecord]
+    cuts: Sequence[Tensor]
 
 
 LossFunction = Callable[[Transformer, DeviceBatch], LossOutput]
@@ -145,7 +146,7 @@ def next_token_loss(
         objective, losses = output.head
         modalities = len(model.vocabulary.modalities)
         sums = sum_by_modality(losses, labels_N, model.modality_of_id, modalities)
-        return LossOutput(objective, *sums, output.nonfinite_L, output.routers)
+        return LossOutput(objective, *sums, output.nonfinite_L, output.routers, output.cuts)
 
     return loss_function
 
@@ -172,7 +173,13 @@ def router_loss(model: Transformer, batch: DeviceBatch) -> LossOutput:
         correct_M = correct_M + (correct_NE.to(dtype).sum(1)[:, None] * eligible_NM).sum(0)
         targets_M = targets_M + selected_NE.shape[1] * eligible_NM.sum(0)
     return LossOutput(
-        loss_M.sum(), loss_M.detach(), correct_M, targets_M, output.nonfinite_L, output.routers
+        loss_M.sum(),
+        loss_M.detach(),
+        correct_M,
+        targets_M,
+        output.nonfinite_L,
+        output.routers,
+        output.cuts,
     )
 
 
@@ -229,7 +236,7 @@ class Step:
             Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of
             the gradient before clipping; both stay on the device. Zeros if the step is skipped.
         """
-        sums, nonfinite_L = self._accumulate_gradients(batches, statistics)
+        sums, nonfinite_L, cuts_2T = self._accumulate_gradients(batches, statistics)
         targets = sums[2].sum().clamp(min=1)
         # FSDP averages gradients over ranks; the loss is a mean over the targets of all ranks.
         scale = self.world.size / targets
@@ -249,6 +256,8 @@ class Step:
                     statistics.sums.clear()
                 self.model.zero_grad()
                 return torch.zeros_like(sums), torch.zeros_like(norm)
+        if self.model.training:  # not while the model is frozen
+            self.model.update_cuts(cuts_2T / (len(batches) * self.world.size))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_scale"]
@@ -263,15 +272,17 @@ class Step:
 
     def _accumulate_gradients(
         self, batches: Sequence[Batch], statistics: Statistics | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Run forward and backward of all micro-batches.
 
         Returns:
-            Sums [3, M] over all ranks; and booleans [L]: a layer was non-finite on some rank, in
-            that rank's first micro-batch with a non-finite layer.
+            Sums [3, M] over all ranks; booleans [L]: a layer was non-finite on some rank, in that
+            rank's first micro-batch with a non-finite layer; and sums over all ranks of the finite
+            cuts of all routers, and their numbers, [2, T].
         """
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
+        cuts: list[Tensor] = []
         on_device = [to_device(batch, self.world.device) for batch in batches]
         for batch in on_device:
             # Bounds that only grow: with others, layers are compiled again.
@@ -288,10 +299,18 @@ class Step:
             losses.objective.backward()
             nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
+            cut_T = torch.cat([sums.new_zeros(0), *losses.cuts])
+            is_finite_T = cut_T.isfinite()
+            cuts.append(torch.stack((cut_T.where(is_finite_T, 0), is_finite_T)))
         if statistics is not None:
             statistics.add_routers(losses.routers, batch.tokens_BS)
-        both = self.world.sum(torch.cat((sums.flatten(), nonfinite_L.to(sums.dtype))))
-        return both[: sums.numel()].view_as(sums), both[sums.numel() :] > 0
+        parts = sums, nonfinite_L.to(sums.dtype), torch.stack(cuts).sum(0)
+        total = self.world.sum(torch.cat([part.flatten() for part in parts]))
+        sums, nonfinite_L, cuts_2T = (
+            found.view_as(part)
+            for found, part in zip(total.split([p.numel() for p in parts]), parts, strict=True)
+        )
+        return sums, nonfinite_L > 0, cuts_2T
 
     def _clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_norm`; returns its norm before."""

@@ -24,7 +24,7 @@ from moma.data.config import DataConfig
 from moma.errors import SharedError, UserError, shorten
 from moma.files import add_path_to_errors
 from moma.model.attention_kernels import kernel_without_compilation
-from moma.model.routing import Routing, RoutingName
+from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
 from moma.runtime.world import World, on_rank_0, raise_on_all_ranks
@@ -84,8 +84,7 @@ class Validation:
         if is_causal and model.config.has_routers:
             names.append("causal")
         self._loss_functions = {
-            name: next_token_loss(routing=Routing(name, capacity="actual", raises=False))
-            for name in names
+            name: next_token_loss(routing=model.named_routing(name, raises=False)) for name in names
         }
         self._batches = self._own_batches() if config.every else []
         self._prompts = config.prompts if is_causal else ()

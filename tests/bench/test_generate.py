@@ -16,7 +16,7 @@ from moma.bench.generate import (
 from moma.cli import app
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, uniform_routing
 from moma.model.transformer import no_head
 from tests.factories import make_vocabulary
 
@@ -62,7 +62,7 @@ def test_random_auxiliary_routers_select_the_usual_shares(groups):
     for router in model.auxiliary_routers():
         router.register_forward_hook(record)
     tokens_BS = torch.randint(300, (4, 200), generator=torch.Generator().manual_seed(1))
-    model(tokens_BS, routing=Routing(mode="causal"), head=no_head)
+    model(tokens_BS, routing=uniform_routing(Auxiliary()), head=no_head)
     # Few of these tokens reach the experts of layers with mixture-of-depths.
     assert shares == pytest.approx([1] * len(shares), abs=0.6)
     assert sum(shares) / len(shares) == pytest.approx(1, abs=0.1)

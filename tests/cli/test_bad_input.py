@@ -318,15 +318,11 @@ def test_a_damaged_tokenizer_is_named(trained, tmp_path):
     assert "tokenizer.json" in refuses("generate", run, "--prompt", "box")
 
 
-def test_untrained_routers_cannot_run_causally(without_routers, tmp_path):
-    for call in (
-        ("evaluate", without_routers, "--routing", "causal"),
-        ("generate", without_routers, "--prompt", "box", "--out", tmp_path / "out"),
-    ):
-        message = refuses(*call)
-        assert "stage=aux_router" in message and str(without_routers) in message
-    assert not (tmp_path / "out").exists()
-    succeeds("evaluate", without_routers)
+def test_untrained_auxiliary_routers_are_refused(without_routers):
+    message = refuses("evaluate", without_routers, "--routing", "auxiliary")
+    assert "stage=aux_router" in message and str(without_routers) in message
+    for routing in ("choice", "causal", "threshold"):
+        succeeds("evaluate", without_routers, "--routing", routing)
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mixed"])
@@ -370,9 +366,8 @@ def test_the_message_for_a_missing_image_does_not_mention_rows(trained, tmp_path
 
 
 def test_an_unknown_routing_is_named(trained):
-    assert "'--routing': 'best' is not one of 'choice', 'causal'" in refuses(
-        "evaluate", trained / "run", "--routing", "best"
-    )
+    message = refuses("evaluate", trained / "run", "--routing", "best")
+    assert "'best' is not one of 'choice', 'causal', 'auxiliary', 'threshold'" in message
 
 
 def test_a_report_that_cannot_be_written_is_named(trained, tmp_path):

@@ -215,5 +215,5 @@ def test_printed_commands_are_quoted_and_can_be_run(trained, tmp_path):
     message = succeeds("train", trained / "recipe.toml", f"run={run}", "pretrain.steps=2")
     command = shlex.split(message.split("next: ")[1])
     assert f"from={run}" in command and f"run={run}/aux_router" in command
-    refused = refuses("evaluate", run, "--routing", "causal")
+    refused = refuses("evaluate", run, "--routing", "auxiliary")
     assert shlex.split(refused.split("`")[1]) == command

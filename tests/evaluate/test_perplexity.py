@@ -10,7 +10,7 @@ from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL
 from moma.data.shards import open_shards
 from moma.evaluate.perplexity import evaluate
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, BatchChoice, uniform_routing
 from moma.train.step import run_model, to_device
 from moma.vocabulary import IMAGE, Vocabulary
 
@@ -24,7 +24,7 @@ def slow_losses(model, recipe) -> tuple[list[float], list[float]]:
         for index in range(len(shard)):
             ids = torch.from_numpy(shard.ids(index).astype(np.int64))
             with torch.no_grad():
-                logits = model(ids[None], routing=Routing(mode="causal")).head[0]
+                logits = model(ids[None], routing=uniform_routing(Auxiliary())).head[0]
             log_probabilities = logits.double().log_softmax(-1)
             for at, target in enumerate(ids[1:].tolist()):
                 is_image = model.vocabulary.modality_of_id[target] == IMAGE
@@ -40,7 +40,7 @@ def test_causal_evaluation_equals_documents_one_by_one(tiny, groups):
     recipe = recipe.model_copy(update={"data": data})
     model = recipe.build_model(Vocabulary.load(data.path / "vocabulary.json")).eval()
     text, image = slow_losses(model, recipe)
-    result = evaluate(model, recipe, "causal", quiet=True)
+    result = evaluate(model, recipe, "auxiliary", quiet=True)
     assert result["tokens"] == len(text) + len(image)
     assert result["loss_text"] == pytest.approx(np.mean(text), rel=1e-5)
     assert result["loss_image"] == pytest.approx(np.mean(image), rel=1e-5)
@@ -50,7 +50,7 @@ def test_causal_evaluation_equals_documents_one_by_one(tiny, groups):
 
 def test_batch_choice_and_causal_routing_differ(tiny):
     model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
-    choice, causal = (evaluate(model, tiny, by, quiet=True) for by in ("choice", "causal"))
+    choice, causal = (evaluate(model, tiny, by, quiet=True) for by in ("choice", "auxiliary"))
     assert choice["tokens"] == causal["tokens"]
     assert choice["loss"] != causal["loss"]
 
@@ -64,7 +64,7 @@ def test_batch_choice_uses_actual_capacity(tiny):
         for batch in Batches(tiny.data, model.vocabulary, seed=tiny.seed, split="held_out"):
             on_device = to_device(batch, torch.device("cpu"))
             with torch.no_grad():
-                routing = Routing(capacity=capacity)
+                routing = uniform_routing(BatchChoice(capacity))
                 output = run_model(model, on_device, routing)
             loss_BS = torch.nn.functional.cross_entropy(
                 output.head.transpose(1, 2),

@@ -11,7 +11,7 @@ from moma.generate.decode import decode, generate
 from moma.generate.grammar import Grammar
 from moma.generate.sampling import Sampling, gumbel_noise
 from moma.generate.sequence import Branch, Options, Request
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
 from tests.factories import make_vocabulary
 
@@ -19,7 +19,7 @@ VOCABULARY = make_vocabulary(codes=range(30, 40))
 IMAGE = [3, 30, 35, 31, 39, 4]
 PROMPTS = [[0], [0, 10, 11, 12, 13, 14, 15], [0, *IMAGE, 20], [0, 9, *IMAGE, 8, *IMAGE[:3]]]
 GREEDY = Sampling(temperature=0)
-CAUSAL = Routing(mode="causal")
+CAUSAL = uniform_routing(Auxiliary())
 ONE = Request([Branch([0, 10, 11])], 0)
 
 
@@ -27,6 +27,7 @@ def make_model(groups="moe_2t2i", seed=0):
     config = ModelConfig(dim=32, layers=2, heads=2, groups=groups)
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialize(seed)
+    model.causal_policy = Auxiliary()
     return model.eval()
 
 
@@ -39,7 +40,7 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
     tokens = list(prompt)
     new: list[int] = []
     while len(tokens) < context and len(new) < new_tokens:
-        logits_V = model(torch.tensor([tokens]), routing=Routing(mode="causal")).head[0, -1]
+        logits_V = model(torch.tensor([tokens]), routing=CAUSAL).head[0, -1]
         allowed = grammar.allowed().nonzero()[0].tolist()
         token = max(allowed, key=lambda id_: float(logits_V[id_]))
         tokens.append(token)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, uniform_routing
 from moma.runs import Run
 from moma.train.restore import load_run
 
@@ -135,7 +135,7 @@ def port_logits(model, tokens_BS: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def our_logits(run: Run, tokens_BS: torch.Tensor) -> torch.Tensor:
     model, _ = load_run(run)
-    return model.cpu()(tokens_BS, routing=Routing(mode="causal")).head
+    return model.cpu()(tokens_BS, routing=uniform_routing(Auxiliary())).head
 
 
 def edit(folder: Path, **changes) -> None:

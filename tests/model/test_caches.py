@@ -11,13 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from moma.model.caches import Caches
 from moma.model.depth import DepthConfig, DepthRouter
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
 from tests.factories import make_vocabulary
 
 VOCABULARY = make_vocabulary(codes=range(30, 40))
 PADDING = VOCABULARY.padding
-CAUSAL = Routing(mode="causal")
+CAUSAL = uniform_routing(Auxiliary())
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "dense": {"groups": "dense"},
     "moe_1t1i": {"groups": "moe_1t1i"},

@@ -15,14 +15,15 @@ from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import ExpertGroup
 from moma.model.groups import named_groups
 from moma.model.layers import rotary_cos_sin
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, BatchChoice, Routing, uniform_routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
 from tests.factories import make_context, make_vocabulary
 from tests.model.model_reference import Tokens, depth_choice, depth_layer, groups_of, numpy, slots
 
 VOCABULARY = make_vocabulary()
 DIM = 8
-BATCH, CAUSAL = Routing(), Routing(mode="causal")
+BATCH, CAUSAL = Routing(), uniform_routing(Auxiliary())
+ACTUAL = uniform_routing(BatchChoice("actual"))
 
 
 def build_depth_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **changes) -> DepthLayer:
@@ -154,7 +155,7 @@ def test_padding_does_not_affect_other_tokens():
     context = context_of(modality, documents, torch.arange(6).expand(2, 6))
     x = torch.randn(2, 6, DIM, dtype=torch.float64)
     changed = torch.where((modality < 0)[..., None], 1000 * torch.randn_like(x), x)
-    for routing in (BATCH, Routing(capacity="actual"), CAUSAL):
+    for routing in (BATCH, ACTUAL, CAUSAL):
         before, after = layer(x, context, routing)[0], layer(changed, context, routing)[0]
         assert torch.equal(before[modality >= 0], after[modality >= 0])
         assert torch.equal(after[modality < 0], changed[modality < 0])
@@ -170,7 +171,7 @@ def test_without_selected_tokens_nothing_changes(groups):
     assert torch.equal(layer(x, context, CAUSAL)[0], x)
     all_padding = context_of(modality * 0 - 1, modality * 0 - 1, torch.arange(4).expand(2, 4))
     assert torch.equal(layer(x, all_padding, BATCH)[0], x)
-    assert torch.equal(layer(x, all_padding, Routing(capacity="actual"))[0], x)
+    assert torch.equal(layer(x, all_padding, ACTUAL)[0], x)
 
 
 def test_actual_capacity_counts_only_tokens_that_are_not_padding():
@@ -178,7 +179,10 @@ def test_actual_capacity_counts_only_tokens_that_are_not_padding():
     x, real = torch.randn(2, 8, DIM, dtype=torch.float64), torch.ones(2, 8, dtype=torch.bool)
     real[:, 4:] = False
     for eligible, static, actual in ((torch.ones_like(real), 8, 8), (real, 8, 4)):
-        for routing, expected in ((BATCH, static), (Routing(capacity="actual"), actual)):
+        for routing, expected in (
+            (BATCH, static),
+            (ACTUAL, actual),
+        ):
             selection, _ = router(x, eligible, routing)
             assert int(selection.filled_EK.sum()) == expected
 

@@ -12,12 +12,12 @@ from moma.errors import UserError
 from moma.model.experts import DenseGroup, ExpertGroup, MixtureOfExperts, build_group
 from moma.model.groups import GroupConfig, named_groups
 from moma.model.layers import SwiGLU
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, BatchChoice, Routing, router_logits, uniform_routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, ModalityName
 from tests.model.model_reference import Group, feed_forward
 
 DIM, HIDDEN = 6, 10
-ACTUAL = Routing(capacity="actual")
+ACTUAL = uniform_routing(BatchChoice("actual"))
 
 
 def routed(modality: ModalityName, experts: int, share: float = 0.5, seed: int = 0) -> ExpertGroup:
@@ -86,7 +86,7 @@ def swiglu_of(group: ExpertGroup) -> SwiGLU:
     return swiglu
 
 
-ROUTINGS = [Routing(), ACTUAL, Routing(mode="causal")]
+ROUTINGS = [Routing(), ACTUAL, uniform_routing(Auxiliary())]
 
 
 @pytest.mark.parametrize("modality", [TEXT, IMAGE])
@@ -128,7 +128,7 @@ def test_causal_routing_follows_only_the_auxiliary_router():
     group = routed("text", 3)
     x_ND = torch.randn(12, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 9 + [IMAGE] * 3)
-    y_ND, _ = group(x_ND, modality_N, Routing(mode="causal"))
+    y_ND, _ = group(x_ND, modality_N, uniform_routing(Auxiliary()))
     expected = feed_forward([Group(group, {TEXT})], x_ND.numpy(), modality_N.tolist())
     assert expected[:9].any(axis=1).any()
     np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-9)
@@ -138,9 +138,11 @@ def test_a_record_has_the_actual_selection():
     group = routed("text", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
-    _, (diagnostics,) = group(x_ND, modality_N, Routing(capacity="actual", record_auxiliary=True))
+    _, (diagnostics,) = group(
+        x_ND, modality_N, uniform_routing(BatchChoice("actual"), record_auxiliary=True)
+    )
     record = diagnostics.record
-    scores = group.router(x_ND).detach()
+    scores = router_logits(group.router.weight, x_ND).detach()
     for expert in range(2):
         best = scores[:6, expert].topk(3).indices.tolist()
         assert record.selected_NE[:, expert].nonzero().flatten().tolist() == sorted(best)

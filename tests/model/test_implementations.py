@@ -20,7 +20,14 @@ from moma.model.implementations import (
     build_experts,
     share_slots,
 )
-from moma.model.routing import Routing, Selection
+from moma.model.routing import (
+    Auxiliary,
+    BatchChoice,
+    Routing,
+    Selection,
+    Threshold,
+    uniform_routing,
+)
 from moma.model.transformer import Transformer
 from moma.runtime.world import can_compile
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
@@ -83,11 +90,12 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
 @given(
     st.sampled_from(sorted(LAYERS)),
     st.lists(st.sampled_from([0, 1, -1]), min_size=1, max_size=24),
-    st.sampled_from([Routing(), Routing(capacity="actual"), Routing(mode="causal")]),
+    st.sampled_from([BatchChoice(), BatchChoice("actual"), Auxiliary(), Threshold()]),
     st.sampled_from([1.0, 0.25]),
     st.integers(0, 99),
 )
-def test_implementations_have_equal_results(layer, modality, routing, token_fraction, seed):
+def test_implementations_have_equal_results(layer, modality, policy, token_fraction, seed):
+    routing = uniform_routing(policy)
     x = torch.randn(1, len(modality), DIM, generator=torch.Generator().manual_seed(seed))
     results = [
         outcome(

@@ -11,7 +11,7 @@ from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
 from moma.model.experts import MixtureOfExperts, build_group
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, BatchChoice, Routing, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
 from moma.runtime.world import World
@@ -20,7 +20,7 @@ from moma.train.step import DeviceBatch, Step, next_token_loss, router_loss
 from tests.model.model_reference import feed_forward, groups_of, numpy
 from tests.model.three_modalities import GROUPS, NAMES, SHARES, VOCABULARY, group
 
-ACTUAL = Routing(capacity="actual")
+ACTUAL = uniform_routing(BatchChoice("actual"))
 
 
 @settings(max_examples=40, deadline=None)
@@ -36,7 +36,7 @@ def test_groups_equal_a_slow_reference(groups, modality, how, seed):
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(1, len(modality), 6, dtype=torch.float64)
-    routing = Routing(mode="causal") if how == "causal" else ACTUAL
+    routing = uniform_routing(Auxiliary()) if how == "causal" else ACTUAL
     y, _ = experts(x, torch.tensor([modality]), routing)
     parts = groups_of(experts.groups, groups, SHARES, NAMES, how, len(modality))
     expected = feed_forward(parts, numpy(x[0]), modality)

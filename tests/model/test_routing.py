@@ -8,14 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moma.model import routing
+from moma.model.routers import select_slots
 from moma.model.routing import (
+    Auxiliary,
+    BatchChoice,
+    Noisy,
+    Scores,
+    Threshold,
     any_nonfinite,
-    causal_choice,
-    expert_choice,
+    cuts_of,
     list_selected,
     router_logits,
     select_all,
     select_by_sequence,
+    select_top_k,
+    selected_by,
 )
 
 
@@ -30,11 +37,20 @@ def logits_and_eligible(draw):
     return torch.tensor(values).float().view(tokens, experts), torch.tensor(eligible)
 
 
+def scores_of(logits_NE, eligible_N, slots: int = 1) -> Scores:
+    """Scores of which main and auxiliary logits are equal, with threshold 0."""
+    experts = logits_NE.shape[1]
+    eligible_EN = eligible_N.expand(experts, -1)
+    threshold_E1 = torch.zeros(experts, 1)
+    return Scores(logits_NE.T, eligible_EN, logits_NE.T, threshold_E1, lambda capacity: slots)
+
+
 @settings(max_examples=200, deadline=None)
 @given(logits_and_eligible(), st.integers(1, 25))
 def test_expert_choice_selects_the_highest_scored_eligible_tokens(case, capacity):
     logits_NE, eligible_N = case
-    selection = expert_choice(logits_NE, eligible_N, capacity)
+    eligible_EN = eligible_N.expand(logits_NE.shape[1], -1)
+    selection = select_top_k(logits_NE.T, eligible_EN, capacity)
     selected_NE = selection.selected_NE(len(logits_NE)).bool()
     count = min(capacity, int(eligible_N.sum()))
     for expert in range(logits_NE.shape[1]):
@@ -51,13 +67,13 @@ def test_expert_choice_selects_the_highest_scored_eligible_tokens(case, capacity
 
 @settings(max_examples=200, deadline=None)
 @given(logits_and_eligible(), st.booleans())
-def test_causal_choice_decides_each_token_by_itself(case, synchronize):
+def test_auxiliary_routers_decide_each_token_by_itself(case, synchronize):
     auxiliary_logits_NE, eligible_N = case
-    selected_NE = causal_choice(auxiliary_logits_NE, eligible_N)
+    selected_NE = Auxiliary().candidates(scores_of(auxiliary_logits_NE, eligible_N)).T
     assert torch.equal(selected_NE, (auxiliary_logits_NE > 0) & eligible_N[:, None])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "may_synchronize", lambda _: synchronize)
-        tokens = list_selected(selected_NE, auxiliary_logits_NE)
+        tokens = list_selected(selected_NE.T, auxiliary_logits_NE.T)
     total_NE, start = torch.zeros(selected_NE.shape), 0
     for expert, end in enumerate(tokens.end_E.tolist()):
         total_NE[:, expert].index_add_(0, tokens.index_T[start:end], tokens.score_T[start:end])
@@ -66,6 +82,51 @@ def test_causal_choice_decides_each_token_by_itself(case, synchronize):
         start == len(tokens.index_T) == (len(selected_NE.flatten()), selected_NE.sum())[synchronize]
     )
     torch.testing.assert_close(total_NE, auxiliary_logits_NE.sigmoid() * selected_NE)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 12), st.integers(1, 3), st.integers(1, 14), st.data())
+def test_a_threshold_between_the_cuts_selects_what_batch_choice_selected(
+    seed, tokens, experts, capacity, data
+):
+    logits_NE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
+    eligible = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
+    scores = scores_of(logits_NE, torch.tensor(eligible), capacity)
+    selection = select_top_k(scores.logits_RN, scores.eligible_RN, capacity)
+    cut_E = cuts_of(scores.logits_RN, scores.eligible_RN, selection.index_EK)
+    for row, cut in enumerate(cut_E.tolist()):
+        own = sorted(logits_NE[scores.eligible_RN[0], row].tolist(), reverse=True)
+        expected = (own[capacity - 1] + own[capacity]) / 2 if len(own) > capacity else -math.inf
+        assert cut == pytest.approx(expected)
+    exceeding = scores._replace(threshold_R1=cut_E[:, None])
+    selected_RN = selected_by(BatchChoice(), scores)
+    assert torch.equal(selected_by(Threshold(), exceeding), selected_RN)
+    assert torch.equal(selected_by(Threshold("static"), exceeding), selected_RN)
+
+
+def test_thresholds_with_slots_drop_the_lowest_scores():
+    logits_NE = torch.tensor([[3.0], [1.0], [5.0], [2.0], [-1.0]])
+    scores = scores_of(logits_NE, torch.ones(5, dtype=torch.bool), 2)
+    scores = scores._replace(threshold_R1=torch.zeros(1, 1))
+    selection, cut_1, excess = select_slots(Threshold("static"), scores)
+    assert set(selection.index_EK[0].tolist()) == {0, 2} and int(excess or 0) == 2
+    assert cut_1.tolist() == [2.5]
+    few = scores._replace(threshold_R1=torch.full((1, 1), 4.0))
+    selection, cut_1, excess = select_slots(Threshold("static"), few)
+    assert selection.filled_EK.sum() == 1 and excess is not None and int(excess) == 0
+    assert cut_1.tolist() == [2.5]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05, 1.0])
+def test_noisy_decisions_are_inverted_at_their_rate(rate):
+    torch.manual_seed(0)
+    scores = scores_of(torch.randn(20_000, 2), torch.arange(20_000) % 4 > 0, 3000)
+    for policy in (BatchChoice(), Threshold()):
+        selected_RN = selected_by(policy, scores)
+        inverted_RN = selected_RN ^ selected_by(Noisy(policy, rate), scores)
+        assert not inverted_RN[~scores.eligible_RN].any()
+        found = inverted_RN[scores.eligible_RN].float().mean()
+        assert float(found) == pytest.approx(rate, abs=0.005)
 
 
 @settings(max_examples=200, deadline=None)

@@ -9,13 +9,17 @@ from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import MaskedAttention
 from moma.model.experts import ExpertGroup
-from moma.model.routing import Routing
+from moma.model.routing import Auxiliary, BatchChoice, Routing, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from tests.factories import make_vocabulary
 
 VOCABULARY = make_vocabulary()
 ARCHITECTURES = ("dense", "moe_4x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "mod", "mod_moe_2t2i")
-CHOICE, ACTUAL, CAUSAL = Routing(), Routing(capacity="actual"), Routing(mode="causal")
+CHOICE, ACTUAL, CAUSAL = (
+    Routing(),
+    uniform_routing(BatchChoice("actual")),
+    uniform_routing(Auxiliary()),
+)
 RECORD = Routing(record_auxiliary=True)
 
 
@@ -24,6 +28,12 @@ def build(groups: str, **changes) -> Transformer:
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialize(0)
     return model.eval()
+
+
+def set_thresholds(model: Transformer, seed: int) -> None:
+    """Thresholds of batch choice on some micro-batch."""
+    cut_T = torch.cat([torch.zeros(0), *model(mixed_tokens(2, 15, seed)).cuts])
+    model.update_cuts(torch.stack((cut_T, torch.ones_like(cut_T))))
 
 
 def mixed_tokens(sequences: int, length: int, seed: int) -> torch.Tensor:
@@ -37,13 +47,15 @@ def mixed_tokens(sequences: int, length: int, seed: int) -> torch.Tensor:
     st.sampled_from([{}, {"norm": "pre"}, {"kv_heads": 1}, {"tied_embeddings": True}]),
     st.integers(1, 14),
     st.integers(0, 99),
+    st.sampled_from([Auxiliary(), Threshold()]),
 )
-def test_causal_logits_do_not_depend_on_later_tokens(groups, changes, cut, seed):
+def test_causal_logits_do_not_depend_on_later_tokens(groups, changes, cut, seed, policy):
     model = build(groups, **changes)
+    set_thresholds(model, seed)
     tokens = mixed_tokens(2, 15, seed)
     changed = tokens.clone()
     changed[:, cut:] = mixed_tokens(2, 15, seed + 1)[:, cut:]
-    causal = Routing(mode="causal")
+    causal = uniform_routing(policy)
     before, after = (model(t, routing=causal).head[:, :cut] for t in (tokens, changed))
     torch.testing.assert_close(before, after, atol=1e-5, rtol=1e-5)
 
@@ -64,7 +76,7 @@ def test_documents_do_not_attend_to_each_other(groups):
     tokens = mixed_tokens(1, 12, 0)
     documents = torch.tensor([[0] * 5 + [1] * 7])
     positions = torch.tensor([[*range(5), *range(7)]])
-    causal = Routing(mode="causal")
+    causal = uniform_routing(Auxiliary())
     together = model(tokens, documents, positions, causal).head
     separate = [model(part, routing=causal).head for part in (tokens[:, :5], tokens[:, 5:])]
     torch.testing.assert_close(together, torch.cat(separate, dim=1), atol=1e-5, rtol=1e-5)
@@ -193,7 +205,11 @@ def test_the_embedding_of_padding_has_no_effect(groups):
     for value in (0.0, 100.0):
         with torch.no_grad():
             model.embedding.weight[VOCABULARY.padding] = value
-        for routing in (Routing(), Routing(capacity="actual"), Routing(mode="causal")):
+        for routing in (
+            Routing(),
+            uniform_routing(BatchChoice("actual")),
+            uniform_routing(Auxiliary()),
+        ):
             outputs.append(model(tokens, documents, routing=routing).head[documents >= 0])
     for before, after in zip(outputs[:3], outputs[3:], strict=True):
         assert torch.equal(before, after)

@@ -23,7 +23,7 @@ from moma.train.recipe import Recipe
 from moma.train.restore import (
     ROUTER_RUN,
     load_run,
-    require_causal_routing,
+    require_routing,
     require_training_data,
     with_routers,
 )
@@ -170,11 +170,13 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, gro
     assert records[-1]["loss"] < records[0]["loss"]
     model, recipe = load_run(run)  # finds the routers in the run's folder
     assert recipe.stage == "aux_router"
-    require_causal_routing(run, model)
+    require_routing(run, model)
     for path in checkpoints_in(routers.checkpoints)[1:]:
         shutil.rmtree(path)
+    model, _ = load_run(run)
+    require_routing(run, model)  # by thresholds
     with pytest.raises(UserError, match="stage=aux_router"):  # they are not completely trained
-        require_causal_routing(run, model)
+        require_routing(run, model, "auxiliary")
 
 
 def test_routers_count_as_trained_by_their_newest_checkpoint(tiny, tiny_run, tmp_path, monkeypatch):
@@ -189,7 +191,7 @@ def test_routers_count_as_trained_by_their_newest_checkpoint(tiny, tiny_run, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "find_damage", find_damage)
-        model, _ = load_run(run)
+        load_run(run)
     newest = checkpoints_in(routers.checkpoints)[-1]
     assert checked == [newest]  # once, and no other checkpoint
     assert with_routers(run).path == routers.path
@@ -197,7 +199,7 @@ def test_routers_count_as_trained_by_their_newest_checkpoint(tiny, tiny_run, tmp
     shard.write_bytes(shard.read_bytes()[:-1])  # of the last checkpoint; the others are intact
     assert load_run(run)[1].stage == "pretrain" and with_routers(run).path == run.path
     with pytest.raises(UserError, match="stage=aux_router"):
-        require_causal_routing(run, model)
+        require_routing(run, load_run(run)[0], "auxiliary")
 
 
 def test_interrupted_router_stage_equals_uninterrupted(tiny, tiny_run, tmp_path, monkeypatch):
@@ -213,7 +215,7 @@ def test_interrupted_router_stage_equals_uninterrupted(tiny, tiny_run, tmp_path,
 
 def test_untrained_routers_are_refused(tiny_run):
     with pytest.raises(UserError, match="stage=aux_router"):
-        require_causal_routing(tiny_run, load_run(tiny_run)[0])
+        require_routing(tiny_run, load_run(tiny_run)[0], "auxiliary")
 
 
 def test_a_run_of_another_recipe_is_refused(tiny, tiny_run):
