@@ -3,18 +3,23 @@
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Context, Option
 
-from moma.cli.arguments import App, RunFolder, in_order, refuse_unused
+from moma.cli.arguments import COUNT_LIMIT, App, RunFolder, in_order, refuse_unused
 from moma.cli.output import notice
 from moma.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from moma.generate.grammar import Mode
+    from moma.generate.mixed import MixedModel, MoreOptions
+    from moma.generate.sampling import Sampling
 
 app = App()
 
@@ -28,7 +33,13 @@ def generate(
         list[Path] | None, Option(help="image to continue; may be repeated, mixed with --prompt")
     ] = None,
     mode: Annotated[Literal["text", "image", "mixed"], Option(help="what to generate")] = "mixed",
-    out: Annotated[Path, Option(help="folder for images")] = Path("."),
+    from_: Annotated[
+        Path | None,
+        Option("--from", help="instead of --prompt and --image: a .jsonl file of prompts"),
+    ] = None,
+    out: Annotated[
+        Path, Option(help="folder for images; with --from, a new one for all answers")
+    ] = Path("."),
     seed: Annotated[
         int, Option(min=0, max=2**32 - 1, help="seed of the sampling, unless the temperature is 0")
     ] = 0,
@@ -57,15 +68,25 @@ def generate(
     drafts: Annotated[
         int, Option(min=0, max=1024, help="image codes to guess per pass; changes only the speed")
     ] = 8,
+    batch: Annotated[
+        int, Option(min=1, max=COUNT_LIMIT, help="prompts of --from to continue at a time")
+    ] = 8,
 ) -> None:
     """Continue a prompt: text is printed, images are written as new PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
-    if not parts:
-        raise UserError("nothing to continue: give --prompt, --image or both")
+    if from_ is not None:
+        refuse_unused(ctx, "with --from", "prompt", "image", "samples")
+        if out == Path("."):
+            raise UserError("--from needs --out: a new folder for results.jsonl and images")
+    elif not parts:
+        raise UserError("nothing to continue: give --prompt, --image or both, or --from")
+    else:
+        refuse_unused(ctx, "without --from", "batch")
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
     if mode == "text":
-        refuse_unused(ctx, "with --mode text, which writes no images", "out", "drafts")
+        unused = ["drafts"] if from_ else ["out", "drafts"]
+        refuse_unused(ctx, "with --mode text, which writes no images", *unused)
     if mode != "image":
         names = ("images", "text_guidance", "image_guidance")
         refuse_unused(ctx, f"with --mode {mode}; it needs --mode image", *names)
@@ -83,26 +104,67 @@ def generate(
     if text_guidance is not None or image_guidance is not None:
         one = (1.0 if scale is None else scale for scale in (text_guidance, image_guidance))
         guidance = Guidance(*one)
+    model = moma.load(run)
+    options: MoreOptions = {
+        "image_sampling": Sampling(temperature, top_p, seed, top_k, min_p),
+        "images": images,
+        "guidance": guidance,
+        "stop": stop or (),
+        "drafts": drafts,
+    }
+    if from_ is not None:
+        _answer_file(run, model, from_, out, mode, sampling, options, batch)
+        return
     content: list[Any] = [
         part if isinstance(part, str) else read_image(part, "--image", "choose another")
         for part in parts
     ]
-    answers = moma.load(run).generate(
-        [content] * samples,
-        mode,
-        sampling,
-        image_sampling=Sampling(temperature, top_p, seed, top_k, min_p),
-        images=images,
-        guidance=guidance,
-        stop=stop or (),
-        drafts=drafts,
-    )
     numbers = count(1)
-    for answer in answers:
+    for answer in model.generate([content] * samples, mode, sampling, **options):
         if not answer:
             notice("the model ended the document at once")
         for part in answer:
             print(part if isinstance(part, str) else _save(part, out, numbers))
+
+
+def _answer_file(
+    run: Path,
+    model: "MixedModel",
+    prompts: Path,
+    out: Path,
+    mode: "Mode",
+    sampling: "Sampling",
+    options: "MoreOptions",
+    batch: int,
+) -> None:
+    """Answer the prompts of a file, those of this rank under `torchrun`."""
+    from moma.generate.queue import answer_prompts, read_prompts
+    from moma.runs import Run
+    from moma.train.restore import newest_checkpoint
+
+    guidance, stop = options["guidance"], list(options["stop"])
+    settings = {
+        "run": str(run.resolve()),
+        "checkpoint": newest_checkpoint(Run(run)).name,
+        "mode": mode,
+        "sampling": asdict(sampling),
+        "images": options["images"],
+        "guidance": guidance and asdict(guidance),
+        "stop": stop,
+    }
+    found = read_prompts(
+        prompts, lambda prompt: model.require_space(prompt, mode, options["images"])
+    )
+    rank, ranks = (int(os.environ.get(name) or n) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if answer_prompts(
+        found,
+        out,
+        settings,
+        lambda queue: model.answer(queue, batch, mode, sampling, **options),
+        rank,
+        ranks,
+    ):
+        print(out / "results.jsonl")
 
 
 def _save(image: "Image.Image", folder: Path, numbers: Iterator[int]) -> Path:

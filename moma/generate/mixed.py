@@ -1,6 +1,7 @@
 """A trained model with its tokenizers: text and images in, text and images out."""
 
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -10,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from moma.errors import UserError
-from moma.generate.decode import decode
+from moma.generate.decode import NewTokens, decode, require_space
 from moma.generate.grammar import Mode
 from moma.generate.guidance import Guidance
 from moma.generate.sampling import MAX_SEED, Sampling
@@ -96,6 +97,21 @@ class MixedModel:
                 ids += self.model.vocabulary.wrap_image(self.codes(part))
         return ids
 
+    def require_space(self, prompt: Sequence[object], mode: Mode, images: int = 1) -> None:
+        """Check that a prompt of texts and images leaves space, without encoding its images.
+
+        Raises:
+            UserError: it does not, or there is no codec for its images.
+        """
+        tokens = 1
+        for part in prompt:
+            if isinstance(part, str):
+                tokens += len(encode_text(self.tokenizer, part))
+            else:
+                _ = self.codec  # raises if there is none
+                tokens += self.model.vocabulary.image_span
+        require_space(tokens, self.model.vocabulary, mode, self.context, images)
+
     def decode(self, ids: Sequence[int]) -> list[Content]:
         """Return the text and images of a sequence, without incomplete images."""
         stream = self._content_stream()
@@ -153,32 +169,80 @@ class MixedModel:
         """
         if not prompts:
             raise UserError("no prompt given; pass at least one")
+        streams = [self._content_stream(options.get("stop", ()), has_rows) for _ in prompts]
+        numbered = enumerate(prompts)
+        for number, tokens, is_last in self._decode(numbered, mode, sampling, new_tokens, options):
+            yield from ((number, event) for event in streams[number].add(tokens))
+            if is_last:
+                yield from ((number, event) for event in streams[number].finish())
+
+    def answer(
+        self,
+        prompts: Iterable[tuple[int, Sequence[Content]]],
+        batch: int,
+        mode: Mode = "mixed",
+        sampling: Sampling | None = None,
+        new_tokens: int | None = None,
+        **options: Unpack[MoreOptions],
+    ) -> Iterator[tuple[int, list[Content]]]:
+        """Continue any number of prompts, `batch` at a time, and yield each complete answer.
+
+        The next prompt is taken when an answer is complete (continuous batching).
+
+        Args:
+            prompts: pairs of a number and a prompt. Prompt number i has the seed + i.
+            mode, sampling, new_tokens, options: as for `stream`.
+
+        Yields:
+            The number of a prompt, and the text and images that follow it.
+
+        Raises:
+            UserError: as for `stream`.
+        """
+        parts: dict[int, list[int]] = defaultdict(list)
+        found = self._decode(prompts, mode, sampling, new_tokens, options, batch)
+        for number, tokens, is_last in found:
+            parts[number] += tokens
+            if is_last:
+                stream = self._content_stream(options.get("stop", ()))
+                yield number, collect([*stream.add(parts.pop(number)), *stream.finish()])
+
+    def _decode(
+        self,
+        prompts: Iterable[tuple[int, Sequence[Content]]],
+        mode: Mode,
+        sampling: Sampling | None,
+        new_tokens: int | None,
+        options: MoreOptions,
+        batch: int | None = None,
+    ) -> Iterator[NewTokens]:
+        """Continue numbered prompts and yield their tokens by these numbers."""
         if self.image_codec is None and mode == "mixed":
             mode = "text"
         if mode != "text":
             _ = self.codec  # raises if there is none
-        stops = options.get("stop", ())
         sampling = sampling or Sampling()
-        requests = [
-            self._request(prompt, mode, (sampling.seed + number) % (MAX_SEED + 1), options)
-            for number, prompt in enumerate(prompts)
-        ]
-        limit = self.context if new_tokens is None else new_tokens
+        stops, numbers = options.get("stop", ()), list[int]()
         settings = Options(
             mode,
             self.context,
-            limit,
+            self.context if new_tokens is None else new_tokens,
             sampling,
             image_sampling=options.get("image_sampling"),
             images=options.get("images", 1),
             drafts=options.get("drafts", DRAFTS),
             stop=StopStrings(self.tokenizer, self.model.vocabulary, stops) if stops else None,
         )
-        streams = [self._content_stream(stops, has_rows) for _ in prompts]
-        for number, tokens in decode(self.model, requests, settings):
-            yield from ((number, event) for event in streams[number].add(tokens))
-        for number, stream in enumerate(streams):
-            yield from ((number, event) for event in stream.finish())
+
+        def requests() -> Iterator[Request]:
+            for number, prompt in prompts:
+                numbers.append(number)
+                yield self._request(
+                    prompt, mode, (sampling.seed + number) % (MAX_SEED + 1), options
+                )
+
+        for index, tokens, is_last in decode(self.model, requests(), settings, batch):
+            yield NewTokens(numbers[index], tokens, is_last)
 
     def _request(
         self, prompt: Sequence[Content], mode: Mode, seed: int, options: MoreOptions

@@ -90,6 +90,11 @@ class SlotCounts:
         """Keep only the sequences with the given indices, in their order."""
         self.length_B, self._taken = self.length_B[index_B], None
 
+    def extend(self, other: "SlotCounts") -> None:
+        """Append the sequences of another object."""
+        self.length_B, self._taken = torch.cat((self.length_B, other.length_B)), None
+        self._bound = max(self._bound, other._bound)
+
 
 class LayerCache:
     """Keys and values of one layer, [B, T, G, C] each, with T growing as needed."""
@@ -129,7 +134,7 @@ class LayerCache:
     def _store(self, key: Tensor, value: Tensor, slots: NewSlots) -> None:
         # The last slot takes what padding leaves.
         if slots.used >= self.key_BTGC.shape[1]:
-            self._grow(key, max(_FIRST_CAPACITY, 2 * slots.used))
+            self._grow(max(_FIRST_CAPACITY, 2 * slots.used), key)
         slot_BS = slots.slot_BS
         if slots.has_padding:
             slot_BS = slot_BS.where(slot_BS >= 0, self.key_BTGC.shape[1] - 1)
@@ -137,11 +142,12 @@ class LayerCache:
         for cache, new in ((self.key_BTGC, key), (self.value_BTGC, value)):
             cache.index_put_((sequence_B1, slot_BS), new)
 
-    def _grow(self, key: Tensor, capacity: int) -> None:
+    def _grow(self, capacity: int, like: Tensor) -> None:
+        """Grow to T = `capacity`; a cache without slots becomes like [·, ·, G, C]."""
         old = self.key_BTGC, self.value_BTGC
         # Zeros, since masked slots still take part in products.
         self.key_BTGC, self.value_BTGC = (
-            key.new_zeros(len(key), capacity, *key.shape[2:]) for _ in range(2)
+            like.new_zeros(len(each), capacity, *like.shape[2:]) for each in old
         )
         if filled := old[0].shape[1]:
             self.key_BTGC[:, :filled], self.value_BTGC[:, :filled] = old
@@ -149,6 +155,15 @@ class LayerCache:
     def select(self, index_B: Tensor) -> None:
         """Keep only the sequences with the given indices, in their order."""
         self.key_BTGC, self.value_BTGC = self.key_BTGC[index_B], self.value_BTGC[index_B]
+
+    def extend(self, other: "LayerCache") -> None:
+        """Append the sequences of another cache of the same layer."""
+        capacity = max(self.key_BTGC.shape[1], other.key_BTGC.shape[1])
+        for cache in (self, other):
+            if cache.key_BTGC.shape[1] < capacity:
+                cache._grow(capacity, max(self.key_BTGC, other.key_BTGC, key=Tensor.numel))
+        self.key_BTGC = torch.cat((self.key_BTGC, other.key_BTGC))
+        self.value_BTGC = torch.cat((self.value_BTGC, other.value_BTGC))
 
 
 class Caches:
@@ -181,6 +196,13 @@ class Caches:
             counts.select(index_B)
         for layer in self.layers:
             layer.select(index_B)
+
+    def extend(self, other: "Caches") -> None:
+        """Append the sequences of other caches of the same model."""
+        for own, others in zip(self._counts(), other._counts(), strict=True):
+            own.extend(others)
+        for layer, other_layer in zip(self.layers, other.layers, strict=True):
+            layer.extend(other_layer)
 
     def _counts(self) -> list[SlotCounts]:
         own = [layer.counts for layer in self.layers if layer.counts is not self.tokens]

@@ -1,5 +1,7 @@
 """Options of `moma generate`; its other tests are in `test_root.py`."""
 
+import json
+
 import pytest
 
 from tests.command_line import refuses, succeeds
@@ -56,3 +58,38 @@ def test_images_are_guided_and_drafted(trained, tmp_path):
 )
 def test_options_without_effect_or_out_of_range_are_refused(trained, options, message):
     assert message in refuses("generate", trained / "run", "--prompt", "box", *options)
+
+
+def test_a_file_of_prompts_is_answered(trained, tmp_path):
+    image = {"type": "image", "image": "1.png"}
+    rows = [[{"type": "text", "text": "box 3"}], [image, {"type": "text", "text": "box"}]]
+    (tmp_path / "1.png").write_bytes((trained / "images" / "1.png").read_bytes())
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text("".join(json.dumps({"segments": row}) + "\n" for row in rows))
+    arguments = ("generate", trained / "run", "--from", prompts, "--out", out, "--mode", "image")
+    assert succeeds(*arguments, "--batch", "1") == f"{out / 'results.jsonl'}\n"
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [1, 2]
+    alone = tmp_path / "alone"
+    one = ("generate", trained / "run", "--prompt", "box 3", "--mode", "image", "--out", alone)
+    succeeds(*one)
+    (segment,) = lines[0]["segments"]
+    assert (out / segment["image"]).read_bytes() == (alone / "image_1.png").read_bytes()
+    before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    succeeds(*arguments, "--batch", "2", "--drafts", "2")
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
+    assert "holds answers with other sampling" in refuses(*arguments, "--seed", "1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--from", "p.jsonl"), "--from needs --out"),
+        (("--from", "p.jsonl", "--out", "o", "--prompt", "a"), "--prompt: no effect with --from"),
+        (("--from", "p.jsonl", "--out", "o", "--samples", "2"), "--samples: no effect with --from"),
+        (("--prompt", "a", "--batch", "2"), "--batch: no effect without --from"),
+        (("--from", "missing.jsonl", "--out", "o"), "missing.jsonl"),
+    ],
+)
+def test_options_that_do_not_fit_a_file_of_prompts_are_refused(trained, options, message):
+    assert message in refuses("generate", trained / "run", *options)

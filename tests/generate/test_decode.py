@@ -152,7 +152,7 @@ def run(model, options, requests=None):
     hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
     requests = requests or [Request([Branch(p)], seed) for seed, p in enumerate(PROMPTS)]
     answers: list[list[int]] = [[] for _ in requests]
-    for number, tokens in decode(model, requests, options):
+    for number, tokens, _ in decode(model, requests, options):
         answers[number] += tokens
     hook.remove()
     return answers, len(passes)
@@ -216,12 +216,41 @@ def test_tokens_are_returned_as_they_come():
     model = make_model()
     options = Options("mixed", 40, 24, Sampling(1.0))
     parts = list(decode(model, [ONE, Request([Branch(PROMPTS[1])], 1)], options))
-    assert {number for number, _ in parts} == {0, 1}
-    assert all(1 <= len(tokens) <= 2 for _, tokens in parts)
+    assert {part.number for part in parts} == {0, 1}
+    assert all(1 <= len(part.tokens) <= 2 for part in parts)
+    assert [part.number for part in parts if part.is_last] == list(
+        dict.fromkeys(part.number for part in reversed(parts))
+    )[::-1]
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("groups", ["moe_2t2i", "mod_moe_2t1i"])
+def test_requests_take_the_places_of_complete_ones(groups, drafts):
+    model = make_model(groups)
+    options = Options("mixed", 18, 18, Sampling(1.0, top_p=1), drafts=drafts)
+    requests = [Request([Branch(p)], seed) for seed in range(3) for p in PROMPTS[:3]]
+    requests[4] = Request([Branch(PROMPTS[0], 2.0), Branch([0], -1.0)], 7)
+    running: set[int] = set()
+    sizes: list[int] = []
+
+    def take():
+        for number, request in enumerate(requests):
+            running.add(number)
+            sizes.append(len(running))
+            yield request
+
+    answers: list[list[int]] = [[] for _ in requests]
+    for number, tokens, is_last in decode(model, take(), options, batch=2):
+        answers[number] += tokens
+        if is_last:
+            running.remove(number)
+    assert answers == run(model, options, requests)[0]
+    assert not running and max(sizes) == 2
+    assert sizes.count(2) > sizes.count(1)  # most did not wait until both had ended
 
 
 def test_a_stop_condition_ends_a_continuation():
-    model = make_model()
+    model = make_model(seed=2)
     options = Options("text", 40, 30, GREEDY)
     (whole,), _ = run(model, options, [ONE])
     stop = replace(options, stop=lambda tokens: len(tokens) >= 2 and tokens[-1] == whole[3])

@@ -148,6 +148,27 @@ def test_sequences_can_be_dropped_and_reordered(name):
         torch.testing.assert_close(logits_1V[0], expected_SV[-1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("gate", [None, 0.0])
+@pytest.mark.parametrize("lengths", [(4, 70), (70, 4), (1, 2)])
+@pytest.mark.parametrize("name", ["moe_2t2i", "mod_moe_2t2i"])
+@torch.no_grad()
+def test_sequences_can_be_added(name, lengths, gate):
+    model, random = build(name), torch.Generator().manual_seed(3)
+    if gate is not None:
+        set_gates(model, gate)
+    sequences = [some_tokens(random, length) for length in lengths]
+    caches = model.new_caches(0)
+    for sequence in sequences:
+        added = model.new_caches(1)
+        append(model, added, [sequence])
+        caches.extend(added)
+    new = [some_tokens(random, 1), some_tokens(random, 1)]
+    found = append(model, caches, new)
+    for before, token, logits_1V in zip(sequences, new, found, strict=True):
+        expected_SV = model(torch.cat((before, token))[None], routing=CAUSAL).head[0]
+        torch.testing.assert_close(logits_1V[0], expected_SV[-1], rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_skipped_tokens_leave_nothing_in_a_layer():
     model, random = build("mod"), torch.Generator().manual_seed(4)
