@@ -30,14 +30,19 @@ LONG = (
     "tests/distributed/test_two_ranks.py",
     "tests/tokenizers/image/test_train.py",
     "tests/model/test_compile.py",
+    "tests/demo/test_run.py",
+    "tests/distributed/test_compiled_steps.py",
     "tests/train/test_kills.py",
-    "tests/train/test_loop.py",
+    "tests/cli/test_bad_input.py",
     "tests/model/test_implementations.py",
+    "tests/model/test_flops.py",
+    "tests/data/encode/test_prepare.py",
+    "tests/cli/test_root.py",
+    "tests/train/test_loop.py",
+    "tests/train/test_validation.py",
     "tests/data/encode/test_prepare_kills.py",
     "tests/train/test_stages.py",
-    "tests/demo/test_run.py",
     "tests/distributed/test_start.py",
-    "tests/train/test_fault.py",
 )
 
 
