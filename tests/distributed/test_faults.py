@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import multiprocessing
 
 from moma.errors import LostRankError, SharedError, SharedStorageError
 from moma.files import atomic_write
@@ -161,6 +162,17 @@ def test_a_checkpoint_may_be_late_on_one_rank(outcome):
     run = Run(outcome / "slow")
     assert [record["step"] for record in run.read_metrics()] == [1, 2, 3]
     assert checkpoints_in(run.checkpoints)[-1].name == "step-00000003"
+
+
+def stop_after_a_sum(world: World) -> None:
+    world.sum(torch.ones(1, device=world.device))
+    raise SharedError("stopped")
+
+
+@pytest.mark.gpu
+def test_an_error_ends_a_job_with_groups_of_nccl_and_gloo():
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="SharedError: stopped"):
+        on_ranks(1, stop_after_a_sum)
 
 
 def test_the_end_of_a_killed_rank_is_reported_and_not_waited_for(tiny, tmp_path):

@@ -44,6 +44,8 @@ from tests.factories import OperationCounter
 from tests.processes import on_ranks
 
 GROUPS, STEPS = 4, 3
+# Small: AdamW enlarges differences of rounding, which decide close calls of routers.
+RATE = 1e-3
 ONE_PROCESS = World(torch.device("cpu"))
 # Architecture, engine, and tolerance compared with one fp32 process.
 CASES = {
@@ -84,7 +86,7 @@ def build(recipe: Recipe, world: World):
 def statistics_of(recipe: Recipe, model, world: World, step, groups) -> dict[str, Tensor]:
     """Take a step; returns its sums and norms over all ranks."""
     statistics = Statistics(model, recipe.engine.replicate)
-    sums, norm = step([next(group) for group in groups], 1e-2, statistics)
+    sums, norm = step([next(group) for group in groups], RATE, statistics)
     found = {"sums": sums, "norm": norm}
     for name, value in statistics.sums.items():
         if name.startswith("gradient"):
@@ -97,7 +99,7 @@ def take_steps(world: World, recipe: Recipe, out: Path) -> None:
     model, optimizers, step, groups = build(recipe, world)
     found = {}
     for number in range(STEPS):
-        sums, norm = step([next(group) for group in groups], 1e-2)
+        sums, norm = step([next(group) for group in groups], RATE)
         found[f"{number} sums"], found[f"{number} norm"] = sums, norm
     state = {"data": [group.get_state() for group in groups]}
     with closing(CheckpointWriter(out, world)) as writer:
@@ -195,7 +197,7 @@ def reductions(tiny: Recipe, once: bool, world: World) -> tuple[int, float]:
     recipe = recipe_of(tiny, "moe_2t2i", EngineConfig(reduce_once=once))
     _, _, step, groups = build(recipe, world)
     with OperationCounter() as counting:
-        _, norm = step([next(group) for group in groups], 1e-2)
+        _, norm = step([next(group) for group in groups], RATE)
     found = [count for name, count in counting.counts.items() if "reduce_scatter" in name]
     return sum(found), float(norm)
 
@@ -217,7 +219,7 @@ def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
         found.update({name: str(weight.dtype) for name, weight in weights.items()})
 
     model.layers[0].attention.register_forward_pre_hook(read)
-    step([next(group) for group in groups], 1e-2)
+    step([next(group) for group in groups], RATE)
     return found
 
 

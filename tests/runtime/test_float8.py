@@ -81,6 +81,18 @@ def test_training_in_float8_stays_near_fp32():
     assert losses["emulate"][-1] < 0.8 * losses["emulate"][0]
 
 
+@pytest.mark.gpu
+def test_a_gpu_trains_in_float8_near_bf16():
+    losses = []
+    for float8 in ("off", "on"):
+        recipe, world = recipe_of(float8), World(torch.device("cuda"))
+        vocabulary = synthetic_vocabulary(recipe)
+        step = make_step(recipe, prepare_model(recipe, vocabulary, world), world)
+        batch = synthetic_batches(recipe, vocabulary).pack()
+        losses.append([float(step([batch], learning_rate=1e-2)[0][0].sum()) for _ in range(4)])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

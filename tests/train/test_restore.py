@@ -3,12 +3,27 @@
 import pytest
 import torch
 
+from moma.model.attention_kernels import MaskedAttention
 from moma.runs import Run
 from moma.runtime.world import World
 from moma.train.loop import train
+from moma.train.recipe import Recipe
 from moma.train.restore import load_run
 
 WORLD = World(torch.device("cpu"))
+
+
+class CompiledAttention(MaskedAttention):
+    is_compiled = True
+
+
+@pytest.mark.parametrize("trained_with", [MaskedAttention(), CompiledAttention()])
+def test_a_loaded_model_attends_as_in_training_without_compilation(
+    tiny_run, monkeypatch, trained_with
+):
+    monkeypatch.setattr(Recipe, "attention_kernel", lambda self, device: trained_with)
+    kernel = load_run(tiny_run)[0].kernel
+    assert (kernel is trained_with) != trained_with.is_compiled and not kernel.is_compiled
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])

@@ -11,6 +11,7 @@ from moma.data.batches.iterator import Batches
 from moma.data.encode.prepare import prepare
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
+from moma.model.attention_kernels import MaskedAttention
 from moma.recipe import read_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
@@ -78,6 +79,23 @@ def test_routers_in_training_are_validated_causally_too(tiny, tmp_path):
         expected = evaluate(model, routers, routing, quiet=True)
         assert found[routing]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["choice"] != found["causal"]
+
+
+class TrainingAttention(MaskedAttention):
+    """Would be compiled for every shape."""
+
+    is_compiled = True
+
+    def layout(self, segments, dtype):
+        assert torch.is_grad_enabled(), "used in validation"
+        return super().layout(segments, dtype)
+
+
+def test_no_kernel_is_compiled_for_validation(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "attention_kernel", lambda self, device: TrainingAttention())
+    recipe = with_validation(tiny, tmp_path / "run")
+    train(recipe, WORLD, quiet=True)
+    assert "validation" in records_of(recipe.run)[-1]
 
 
 def test_validation_and_interruption_change_nothing_else(tiny, tmp_path):
