@@ -18,6 +18,8 @@ if [ -n "${TOY:-}" ]; then
   tables=("256 --only moe_4t4i")
   steps=(--repeats 1 --warm-up 1 pretrain.compile=false model.layers=2
     model.dim=32 model.heads=2 data.micro_batch_size=1)
+  generation=(--row 256 --tokens 4 --repeats 1 --batch 1 model.layers=2 model.dim=32 model.heads=2
+    codec.image_size=32 text_tokenizer.vocabulary_size=8192)
   small=(codec.image_size=32 data.sequence_length=512 text_tokenizer.vocabulary_size=8192
     text_tokenizer.max_documents=200 data.sources.0.count=20 data.sources.1.count=10
     data.sources.2.entries=300 pretrain.steps=4 pretrain.log_every=1)
@@ -25,6 +27,7 @@ else
   layer_sizes=(--dim 1024 --dim 2048 --tokens 24576 --dtype bf16)
   # Models that take turns on the GPU are moved to host memory and back: few at a time.
   tables=("90m" "435m --only moe_8x" "435m --only moe_4t4i" "435m --only mod_moe_4t4i")
+  generation=(--row 435m --dtype bf16 --repeats 1 codec.image_size=256)  # 256 codes
   steps=(--repeats 3 data.sequence_length=4096 data.micro_batch_size=2)
   small=(model.dim=1024 model.heads=16 model.layers=12 pretrain.compile=true pretrain.steps=30
     pretrain.log_every=1)
@@ -87,8 +90,10 @@ train_small() { # run, and further changes to the recipe
 
 stage_decode() {
   train_small "$OUT/run" model.groups=moe_1t1i # without routers, it can generate at once
-  python - "$OUT/run" << 'END'
+  moma bench generate "${generation[@]}" --json > "$OUT/generation.json"
+  python - "$OUT/run" "$OUT/generation.json" << 'END'
 import json, sys, time, moma
+from pathlib import Path
 loaded = moma.load(sys.argv[1])
 loaded.generate([["a red square"]], "text", new_tokens=8)
 rows = []
@@ -97,7 +102,7 @@ for batch in (1, 8):
     loaded.generate([["a red square"]] * batch, "image")
     seconds, tokens = time.perf_counter() - start, batch * loaded.model.vocabulary.codes_per_image
     rows.append({"mode": "image", "batch": batch, "seconds": seconds, "tokens_per_second": tokens / seconds})
-print(json.dumps(rows))
+print(json.dumps({"run": rows, "bench": json.loads(Path(sys.argv[2]).read_text())}))
 END
 }
 

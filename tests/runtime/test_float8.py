@@ -1,6 +1,7 @@
-"""Products in float8, emulated on a CPU."""
+"""Products in float8, emulated on a CPU; most tests need `pip install 'moma[float8]'`."""
 
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from moma.train.stages import make_step, prepare_model
 from tests.factories import synthetic_recipe
 
 WORLD = World(torch.device("cpu"))
+with_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 PROJECTIONS = ("query", "key", "value", "output")
 
 
@@ -39,6 +41,7 @@ def build(recipe: Recipe) -> Transformer:
     return prepare_model(recipe, synthetic_vocabulary(recipe), WORLD)
 
 
+@with_torchao
 def test_linear_layers_are_converted_and_no_others():
     model = build(recipe_of("emulate"))
     found = {
@@ -60,6 +63,7 @@ def rounded(x: Tensor) -> Tensor:
     return (x * scale).to(torch.float8_e4m3fn).float() / scale
 
 
+@with_torchao
 def test_a_product_is_that_of_rounded_factors():
     torch.manual_seed(0)
     query = build(recipe_of("emulate")).get_submodule("layers.0.attention.query")
@@ -68,6 +72,7 @@ def test_a_product_is_that_of_rounded_factors():
     torch.testing.assert_close(query(x_ND).detach(), expected)
 
 
+@with_torchao
 def test_training_in_float8_stays_near_fp32():
     losses: dict[str, list[float]] = {}
     for float8 in ("off", "emulate"):
@@ -81,6 +86,7 @@ def test_training_in_float8_stays_near_fp32():
     assert losses["emulate"][-1] < 0.8 * losses["emulate"][0]
 
 
+@with_torchao
 @pytest.mark.gpu
 def test_a_gpu_trains_in_float8_near_bf16():
     losses = []
