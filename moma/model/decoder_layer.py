@@ -107,7 +107,7 @@ class DecoderLayer(nn.Module):
         """Map [B, S, D] to [B, S, D]; return diagnostics of the output, then of the routers."""
         attention_BSD, experts_BSD, diagnostics = self._residuals(x_BSD, context, routing)
         y_BSD = x_BSD + attention_BSD + experts_BSD
-        return y_BSD, [_nonfinite(y_BSD), *diagnostics]
+        return y_BSD, [_check(y_BSD, routing), *diagnostics]
 
     def _residuals(
         self, x_BSD: Tensor, context: LayerContext, routing: Routing
@@ -147,7 +147,7 @@ class DepthLayer(DecoderLayer):
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
         selected = context.select(index_RK, selection.filled_EK)
         if not index_RK.shape[1]:  # possible without slots only
-            return x_BSD, [_nonfinite(x_BSD), depth_diagnostics]
+            return x_BSD, [_check(x_BSD, routing), depth_diagnostics]
         index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
         x_RKD = slots.gather(x_ND).unflatten(0, index_RK.shape)
@@ -158,12 +158,12 @@ class DepthLayer(DecoderLayer):
             each._replace(record=each.record and each.record.scatter(index_T, len(x_ND)))
             for each in diagnostics
         ]
-        return y_ND.view_as(x_BSD), [_nonfinite(y_ND), *expert_diagnostics, depth_diagnostics]
+        return y_ND.view_as(x_BSD), [_check(y_ND, routing), *expert_diagnostics, depth_diagnostics]
 
 
-def _nonfinite(y_BSD: Tensor) -> Diagnostics:
+def _check(y_BSD: Tensor, routing: Routing) -> Diagnostics:
     """Flag a non-finite output: one such value makes the sum non-finite, in a single pass."""
-    return Diagnostics(~y_BSD.detach().sum().isfinite())
+    return Diagnostics(~y_BSD.detach().sum().isfinite() if routing.checks else None)
 
 
 def build_layer(

@@ -43,6 +43,7 @@ from moma.model.routing import (
     Selection,
     list_selected,
     logistic_noise,
+    may_synchronize,
     router_logits,
     select_all,
     static_capacity,
@@ -165,7 +166,10 @@ class ExpertGroup(nn.Module):
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
         if routing.experts.capacity is None:
-            tokens, diagnostics = self._list_tokens(x_ND, self._eligible(modality_N), routing)
+            eligible_N = self._eligible(modality_N)
+            if may_synchronize(eligible_N) and not eligible_N.any():
+                return total_ND, []
+            tokens, diagnostics = self._list_tokens(x_ND, eligible_N, routing)
             return add_listed_outputs(total_ND, x_ND, self.matrices(), tokens), diagnostics
         inputs, diagnostics = self.route(x_ND, modality_N, routing)
         return add_expert_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics

@@ -32,7 +32,9 @@ def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> T
         x_TD, weights = x_TD.to(dtype), [weight.to(dtype) for weight in weights]
     if uses_kernel(x_TD, weights[0]):
         return functional.grouped_mm(x_TD, torch.cat(tuple(weights)), offs=end_E)
-    return _product(x_TD, list(weights), end_E)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _product(x_TD, list(weights), end_E)
+    return _multiply(x_TD, weights, end_E)
 
 
 def uses_kernel(x_TD: Tensor, weight_EDF: Tensor) -> bool:
@@ -51,12 +53,17 @@ def row_alignment(device: torch.device) -> int:
     return 8 if device.type == "cuda" else 1
 
 
-@torch.library.custom_op("moma::grouped_product", mutates_args=())
-def _product(x_TD: Tensor, weights: list[Tensor], end_E: Tensor) -> Tensor:
+def _multiply(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> Tensor:
     y_TF = x_TD.new_empty(len(x_TD), weights[0].shape[2])
     for (start, end), weight_DF in zip(_row_ranges(end_E), _matrices(weights), strict=True):
-        torch.mm(x_TD[start:end], weight_DF, out=y_TF[start:end])
+        if end > start:
+            torch.mm(x_TD[start:end], weight_DF, out=y_TF[start:end])
     return y_TF
+
+
+@torch.library.custom_op("moma::grouped_product", mutates_args=())
+def _product(x_TD: Tensor, weights: list[Tensor], end_E: Tensor) -> Tensor:
+    return _multiply(x_TD, weights, end_E)
 
 
 @torch.library.custom_op("moma::grouped_outer", mutates_args=())

@@ -152,12 +152,13 @@ class Diagnostics(NamedTuple):
     """What a router, or a layer's output, reports besides its result.
 
     Attributes:
-        nonfinite: boolean on the device: whether a router's score or the output is NaN or infinite.
+        nonfinite: boolean on the device: whether a router's score or the output is NaN or infinite;
+            None if it was not checked.
         record: the router's record, if requested.
         cut_E: the cuts of batch choice by the router's logits, under a policy with slots.
     """
 
-    nonfinite: Tensor
+    nonfinite: Tensor | None
     record: RouterRecord | None = None
     cut_E: Tensor | None = None
 
@@ -180,6 +181,8 @@ def diagnose(
         routing: see `Routing`.
         cut_E: as in `Diagnostics`.
     """
+    if not routing.checks:
+        return Diagnostics(None)
     nonfinite = any_nonfinite(logits_NE, eligible_N)
     if auxiliary_logits_NE is not None:
         nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)

@@ -150,6 +150,7 @@ class Routing:
             device anyway. Ranks that share weights must not be left.
         record_auxiliary: whether to return a `RouterRecord` with auxiliary logits, to train on.
         record_selection: whether to return at least a `RouterRecord` without auxiliary logits.
+        checks: whether non-finite values are looked for; decoding one token costs less without.
     """
 
     experts: Policy = field(default_factory=BatchChoice)
@@ -157,6 +158,7 @@ class Routing:
     raises: bool = True
     record_auxiliary: bool = False
     record_selection: bool = False
+    checks: bool = True
 
     @property
     def synchronizes(self) -> bool:
@@ -214,7 +216,7 @@ def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
         Logits [N, E]; for few experts stored expert by expert, which is the order of top-k.
     """
     with torch.autocast(x_ND.device.type, enabled=False):
-        if len(weight_ED) > FEW_EXPERTS:
+        if len(weight_ED) > FEW_EXPERTS or not torch.is_grad_enabled():
             return functional.linear(upcast(x_ND), upcast(weight_ED))
         return _LogitsOfFewExperts.apply(upcast(x_ND), upcast(weight_ED)).T
 

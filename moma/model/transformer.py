@@ -58,7 +58,8 @@ class ModelOutput(NamedTuple):
         head: what the head returned; by default the logits of the next token, [B, S, V].
         routers: records of the routers, layer by layer, if `Routing` requests them.
         nonfinite_L: booleans on the device: layers whose output or router scores are NaN or
-            infinite. The first one is the cause; later ones follow from it.
+            infinite. The first one is the cause; later ones follow from it. Empty without
+            `Routing.checks`.
         cuts: for each router of a policy with slots, layer by layer, the cuts of batch choice [E].
     """
 
@@ -161,8 +162,10 @@ class Transformer(nn.Module):
             x_BSD, diagnostics = layer(x_BSD, context, routing)
             records += [each.record for each in diagnostics if each.record is not None]
             cuts += [each.cut_E for each in diagnostics if each.cut_E is not None]
-            nonfinite.append(torch.stack([each.nonfinite for each in diagnostics]).any())
-        nonfinite_L = torch.stack(nonfinite)
+            flags = [each.nonfinite for each in diagnostics if each.nonfinite is not None]
+            if flags:
+                nonfinite.append(torch.stack(flags).any())
+        nonfinite_L = torch.stack(nonfinite) if nonfinite else x_BSD.new_zeros(0, dtype=torch.bool)
         if routing.raises and routing.synchronizes:
             require_finite(nonfinite_L)
         return ModelOutput(head(self.norm(x_BSD), self.head.weight), records, nonfinite_L, cuts)
