@@ -4,6 +4,7 @@ A configuration class derives from `Config` and is defined next to what it confi
 """
 
 import difflib
+import errno
 import inspect
 import os
 import re
@@ -114,7 +115,8 @@ def parse_path(value: Any) -> Any:
     """Return a path as written in a recipe or on the command line; `~` is the home directory.
 
     Raises:
-        ValueError: it is empty, too long, not UTF-8, or starts with the `~` of an unknown user.
+        ValueError: it is empty, too long, not UTF-8, leads through a loop of symbolic links, or
+            starts with the `~` of an unknown user.
     """
     if isinstance(value, Path):
         return value
@@ -125,9 +127,15 @@ def parse_path(value: Any) -> Any:
     if len(os.fsencode(require_unicode(value))) >= _PATH_LIMIT:
         raise ValueError(f"is too long: a path has fewer than {_PATH_LIMIT:,} bytes")
     try:
-        return Path(value).expanduser()
+        path = Path(value).expanduser()
     except RuntimeError as error:
         raise ValueError("no such user; write ./~… for a name that starts with ~") from error
+    try:
+        os.stat(path)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError("leads through a loop of symbolic links; remove the link") from error
+    return path
 
 
 RequiredPath = Annotated[Path, BeforeValidator(parse_path)]
@@ -164,7 +172,7 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in extended_by:
         raise UserError(f"{path}: extends itself, through {extended_by[-1]}; remove an 'extends'")
     try:
-        values = tomllib.loads(read_bounded(path, _MAX_BYTES).decode())
+        values = tomllib.loads(read_bounded(path, _MAX_BYTES).decode("utf-8-sig"))
     except OSError as error:
         origin = f", which {extended_by[-1]} extends" if extended_by else ""
         inside = path / "recipe.toml"

@@ -108,6 +108,13 @@ def test_an_override_without_a_matching_key_is_refused(recipe, text):
         read_recipe(Recipe, recipe, [text])
 
 
+def test_a_byte_order_mark_is_skipped(recipe):
+    """Editors on Windows write one."""
+    plain = read_recipe(Recipe, recipe)
+    recipe.write_bytes(b"\xef\xbb\xbf" + recipe.read_bytes())
+    assert read_recipe(Recipe, recipe) == plain
+
+
 @settings(deadline=None)
 @given(
     st.one_of(

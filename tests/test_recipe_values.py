@@ -65,6 +65,13 @@ def test_unusable_paths_are_refused(recipe, key, value, message):
         read_recipe(Recipe, recipe, [f"{key}={value}"])
 
 
+@pytest.mark.parametrize("key", PATH_KEYS)
+def test_a_loop_of_links_is_refused(recipe, tmp_path, key):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match=rf"'{key}': .*loop of symbolic links"):
+        read_recipe(Recipe, recipe, [f"{key}={tmp_path}/loop/x"])
+
+
 def test_every_path_of_the_recipe_is_checked():
     """A new key of a path has to join `PATH_KEYS` or to be below a source's `path`."""
     found = {key for key, annotation in leaves(Recipe) if Path in types_of(annotation)}

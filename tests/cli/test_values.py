@@ -45,6 +45,13 @@ def test_an_empty_or_unusable_name_is_refused(trained, call, message):
     assert message in refuses(*(word.format(**fill) for word in call))
 
 
+def test_a_loop_of_links_is_refused(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for call in (["train", loop], ["evaluate", loop], ["data", "inspect", loop], ["report", loop]):
+        assert "loop of symbolic links" in refuses(*call)
+
+
 def test_messages_are_short_single_lines(trained, tmp_path):
     name = tmp_path / "a\nb\x1b[2Jc"
     for call in (["evaluate", name], ["train", name], ["plan", trained / "recipe.toml", name]):
