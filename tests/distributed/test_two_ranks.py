@@ -65,7 +65,9 @@ HYBRID = EngineConfig(replicate=2)
 def recipe_of(tiny: Recipe, groups: str, engine: EngineConfig, stage: str = "pretrain") -> Recipe:
     # Neither two nor four ranks divide the rows of `down`, E · 43.
     model = tiny.model.model_copy(update={"groups": groups, "hidden": 43})
-    return tiny.model_copy(update={"model": model, "engine": engine, "stage": stage})
+    # Equal tokens have equal scores in the first layer: with most seeds its last slot falls among
+    # them, where rounding decides.
+    return tiny.model_copy(update={"model": model, "engine": engine, "stage": stage, "seed": 3})
 
 
 def stage_of(case: str) -> str:

@@ -1,5 +1,7 @@
 """Moving tokens to experts and back: both implementations against loops, forward and backward."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,12 @@ from hypothesis import strategies as st
 
 from moma.model.architecture import ModelConfig
 from moma.model.dispatch import ScatterSlots, TableSlots, dispatch_for
+from moma.model.experts import build_group
+from moma.model.groups import named_groups
+from moma.model.implementations import ImplementationName, build_experts
+from moma.model.routing import Routing
 from moma.model.transformer import Transformer
+from moma.vocabulary import MODALITIES
 from tests.factories import make_vocabulary
 
 TOKENS, WIDTH, COLUMNS = 7, 3, 4
@@ -101,6 +108,34 @@ def test_models_on_a_gpu_equal_those_on_a_cpu(groups):
         kinds = {type(module.dispatch) for module in model.modules() if hasattr(module, "dispatch")}
         assert len(kinds) == 1
     torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("implementation", get_args(ImplementationName))
+def test_experts_on_a_gpu_are_deterministic(implementation):
+    """Also single-expert groups with empty slots, whose rows the grouped product aligns."""
+    device = torch.device("cuda")
+    for name, fraction in (("moe_4t4i", 1.0), ("moe_1t1i", 0.25)):
+        groups = [
+            build_group(64, 96, group, (0.5, 0.5), MODALITIES, fraction, dispatch=TableSlots)
+            for group in named_groups(name)
+        ]
+        experts = build_experts(groups, implementation)
+        for parameter in experts.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        experts.to(device, torch.bfloat16)
+        x_BSD = torch.randn(1, 1000, 64, device=device, dtype=torch.bfloat16)
+        modality_BS = torch.arange(1000, device=device)[None] % 3 % 2
+        outcomes = []
+        for _ in range(3):
+            experts.zero_grad()
+            read_BSD = x_BSD.clone().requires_grad_()
+            y_BSD, _ = experts(read_BSD, modality_BS, Routing())
+            y_BSD.float().square().sum().backward()
+            trained = [p.grad for p in experts.parameters() if p.grad is not None]
+            outcomes.append([y_BSD, read_BSD.grad, *trained])
+        for other in outcomes[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(outcomes[0], other, strict=True))
 
 
 def test_the_table_serves_gpus():
