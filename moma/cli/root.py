@@ -5,7 +5,19 @@ import os
 import sys
 from typing import Any
 
-from moma.cli import bench, data, demo, evaluate, generate, hub, plan, schema, study, tokenizer
+from moma.cli import (
+    bench,
+    calibrate,
+    data,
+    demo,
+    evaluate,
+    generate,
+    hub,
+    plan,
+    schema,
+    study,
+    tokenizer,
+)
 from moma.cli import train as training
 from moma.cli.arguments import App, ClosedOutputError, Group, Version
 from moma.errors import (
@@ -28,7 +40,7 @@ app = App(
     help="Pre-train, run and study mixed-modal language models with modality-aware sparsity.",
     no_args_is_help=True,
 )
-for family in (data, training, evaluate, generate, study, plan, demo, schema):
+for family in (data, training, calibrate, evaluate, generate, study, plan, demo, schema):
     app.add_typer(family.app)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(bench.app, name="bench")

@@ -3,6 +3,7 @@
 Shapes: see `layers.py`; R rows of tokens as in `routing.py`.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -146,6 +147,17 @@ class RouterRecord(NamedTuple):
             eligible_N=expand(self.eligible_N),
             logits_NE=expand(self.logits_NE),
         )
+
+
+def finite_cuts(cuts: Sequence[Tensor]) -> Tensor:
+    """The finite cuts of a micro-batch, else 0, and whether each is finite, fp32 [2, T].
+
+    Args:
+        cuts: of each router, together T; see `ModelOutput`.
+    """
+    cut_T = torch.cat([*cuts])
+    is_finite_T = cut_T.isfinite()
+    return torch.stack((cut_T.where(is_finite_T, 0), is_finite_T.to(cut_T.dtype)))
 
 
 class Diagnostics(NamedTuple):

@@ -127,9 +127,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizers, world: 
 
 
 def load_model(path: Path, model: nn.Module, world: World) -> None:
-    """Restore a model, sharded or not; raises `UserError` if it has other weights."""
+    """Restore a model, sharded or not; raises `UserError` if it has other weights.
+
+    Buffers that the checkpoint lacks keep their values.
+    """
     tensors = _model_tensors(model)
-    _load_tensors(path, tensors, world)
+    buffers = {f"model.{name}" for name, _ in model.named_buffers()}
+    absent = buffers - {f"model.{name}" for name in stored_weights(path).meta_tensors}
+    stored = {name: tensor for name, tensor in tensors.items() if name not in absent}
+    _load_tensors(path, stored, world)
     weights = {key.removeprefix("model."): value for key, value in tensors.items()}
     dcp_state.set_model_state_dict(model, weights)
 

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,7 @@ from moma.runtime.checkpoint import (
 )
 from moma.runtime.world import World, local_device
 from moma.train.recipe import Recipe
+from moma.train.thresholds import load_thresholds
 from moma.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,26 @@ def with_routers(run: Run) -> Run:
     return run if found is None else found[0]
 
 
+class LoadedRun(NamedTuple):
+    """The run and checkpoint that a model is loaded from.
+
+    Attributes:
+        run: the run of the stage `aux_router` in a run's folder, if it is finished, or that run.
+        checkpoint: its newest intact checkpoint.
+        has_auxiliary: whether its auxiliary routers are trained.
+    """
+
+    run: Run
+    checkpoint: Path
+    has_auxiliary: bool
+
+
+def run_to_load(run: Run) -> LoadedRun:
+    """Find what a run's model is loaded from; raises `UserError` if it has no checkpoint."""
+    trained = _trained_routers(Run(run.path / ROUTER_RUN)) or _trained_routers(run)
+    return LoadedRun(*(trained or (run, newest_checkpoint(run))), trained is not None)
+
+
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
     """Load a run's model onto this machine's device, in evaluation mode, and its recipe.
 
@@ -68,8 +90,7 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     Raises:
         UserError: the folder is not a run, has no checkpoint or lacks its vocabulary.
     """
-    trained = _trained_routers(Run(run.path / ROUTER_RUN)) or _trained_routers(run)
-    run, checkpoint = trained or (run, newest_checkpoint(run))
+    folder, (run, checkpoint, has_auxiliary) = run, run_to_load(run)
     recipe = read_run_recipe(run)
     vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
     require_vocabulary(checkpoint, vocabulary, run.path)
@@ -77,7 +98,8 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     kernel = kernel_without_compilation(recipe.attention_kernel(device))
     model = Transformer(recipe.model, vocabulary, recipe.shares, kernel, dispatch_for(device))
     load_model(checkpoint, model, World(torch.device("cpu")))
-    if trained is not None:
+    load_thresholds(folder, checkpoint, model)
+    if has_auxiliary:
         model.causal_policy = Auxiliary()
     routers = *model.routers(), *model.auxiliary_routers()
     exact = {parameter for router in routers for parameter in router.parameters()}

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.layers import upcast
-from moma.model.routers import RouterRecord
+from moma.model.routers import RouterRecord, finite_cuts
 from moma.model.routing import Routing
 from moma.model.transformer import Head, ModelOutput, Transformer, no_head
 from moma.runtime.sharding import local_part
@@ -299,9 +299,7 @@ class Step:
             losses.objective.backward()
             nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
-            cut_T = torch.cat([sums.new_zeros(0), *losses.cuts])
-            is_finite_T = cut_T.isfinite()
-            cuts.append(torch.stack((cut_T.where(is_finite_T, 0), is_finite_T)))
+            cuts.append(finite_cuts([sums.new_zeros(0), *losses.cuts]))
         if statistics is not None:
             statistics.add_routers(losses.routers, batch.tokens_BS)
         parts = sums, nonfinite_L.to(sums.dtype), torch.stack(cuts).sum(0)

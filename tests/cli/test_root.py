@@ -205,3 +205,17 @@ def test_training_resumes_after_a_truncated_log_record(text_run, trained):
     changes = ["data.image_share=0", "model.groups=dense", f"run={text_run}"]
     succeeds("train", trained / "recipe.toml", *changes)
     assert len(metrics_of(text_run)) == len(before)
+
+
+def test_calibrate_computes_thresholds_without_training(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    evaluate = ("evaluate", run, "--routing", "threshold", "--json")
+    before = json.loads(succeeds(*evaluate))["loss"]
+    losses = []
+    for steps in (1, 3):
+        assert (
+            succeeds("calibrate", run, "--steps", steps).strip() == f"{run}/thresholds.safetensors"
+        )
+        losses.append(json.loads(succeeds(*evaluate))["loss"])
+    assert len({before, *losses}) == 3

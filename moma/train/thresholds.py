@@ -1,0 +1,57 @@
+"""The file of thresholds that `moma calibrate` computes for a checkpoint of a run."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from moma.errors import UserError
+from moma.files import atomic_open
+from moma.model.transformer import Transformer
+from moma.runs import Run
+from moma.runtime.manifest import MANIFEST
+
+
+def thresholds_file(run: Run) -> Path:
+    """The file in a run's folder."""
+    return run.path / "thresholds.safetensors"
+
+
+@torch.no_grad()
+def write_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
+    """Write the thresholds of a model that was loaded from a checkpoint."""
+    cuts = {name: cuts_3E.cpu() for name, cuts_3E in _cuts(model).items()}
+    with atomic_open(thresholds_file(run)) as file:
+        file.write(save(cuts, {"checkpoint": _fingerprint(checkpoint)}))
+
+
+@torch.no_grad()
+def load_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
+    """Load a run's file of thresholds, if there is one for the checkpoint.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = thresholds_file(run)
+    if not path.is_file():
+        return
+    try:
+        with safe_open(path, "pt") as file:
+            if file.metadata()["checkpoint"] == _fingerprint(checkpoint):
+                for name, cuts_3E in _cuts(model).items():
+                    cuts_3E.copy_(file.get_tensor(name))
+    except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); delete it, and compute it again with "
+            "`moma calibrate`"
+        ) from error
+
+
+def _cuts(model: Transformer) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.named_buffers() if name.endswith(".cuts_3E")}
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    return hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()[:16]
