@@ -3,12 +3,13 @@
 | variant | what generates |
 |---|---|
 | `transformers` | its `generate`, on a Chameleon of the shape of `dense` |
-| `dense`, `moe_4t4i`, … | `moma.generate.decode.generate` |
+| `dense`, `moe_4t4i`, … | `moma.generate.decode.decode` |
+| `dense+drafts`, … | the same with drafts of image codes |
 
 Models have random weights, prompts random ids and equal lengths; sampling is Chameleon's. The port
 of Chameleon in `transformers` masks image codes, so it generates as many other tokens in place of
-an image, at the same cost. Random auxiliary routers are adjusted to select as many tokens as
-trained ones.
+an image, at the same cost. Routing is by thresholds that select as many tokens as in training.
+Codes of random models cannot be guessed, so drafts show what a pass costs, not how many are saved.
 
 The limit is the time to read from memory what a pass over one token per sequence has to read: the
 weights that these tokens use, and the cached keys and values.
@@ -21,11 +22,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moma.bench.synthetic import synthetic_vocabulary
 from moma.bench.timing import interleaved, median_ratio, seconds
-from moma.generate.decode import Sampling, generate
+from moma.generate.decode import decode
+from moma.generate.sampling import Sampling
+from moma.generate.sequence import Branch, Options, Request
 from moma.hub.chameleon_format import (
     chameleon_names,
     port_config,
@@ -34,8 +36,6 @@ from moma.hub.chameleon_format import (
 )
 from moma.model.architecture import ModelConfig
 from moma.model.flops import ModelCounts, sum_over_kinds
-from moma.model.routers import AuxiliaryRouter
-from moma.model.routing import Auxiliary, uniform_routing
 from moma.model.transformer import Transformer, no_head
 from moma.progress import show_progress
 from moma.runtime.world import local_device
@@ -47,8 +47,8 @@ _PROMPT = 16
 _WARM_UP = 4
 # Longer than all that is generated.
 _CONTEXT = 2**20
-# Tokens to which auxiliary routers are adjusted: sequences, and tokens of each.
-_ADJUSTED = (8, 256)
+# Tokens of each modality that determine thresholds: sequences, and tokens of each.
+_CALIBRATION = (8, 128)
 # A read is timed this often in a row, since one may take only milliseconds.
 _READS = 5
 
@@ -64,6 +64,7 @@ class Sizes:
         batches: numbers of sequences that are generated together.
         modes: `text`, `image` or both.
         tokens: number of new tokens of a text; an image has its own number.
+        drafts: image codes to guess per pass, measured in addition to none; 0: not measured.
         repeats: rounds, in each of which everything runs once.
         dtype: of weights and caches, `fp32` or `bf16`.
         device: `cpu` or `cuda`; if omitted, the GPU if there is one.
@@ -73,6 +74,7 @@ class Sizes:
     batches: tuple[int, ...] = (1, 8)
     modes: tuple[GenerationMode, ...] = ("text", "image")
     tokens: int = 64
+    drafts: int = 0
     repeats: int = 3
     dtype: str = "fp32"
     device: str | None = None
@@ -89,7 +91,7 @@ class Variant(NamedTuple):
         model: it is called once for each pass.
         run: continues prompts, [B, S], in a mode by a number of tokens; returns how many new tokens
             there are in all sequences.
-        head_rows: number of ids whose logits a mode needs.
+        head_rows: number of ids whose logits a mode needs, for the modes that it is measured in.
     """
 
     name: str
@@ -120,12 +122,16 @@ def bench_generate(
     vocabulary = synthetic_vocabulary(dense)
     variants = [transformers_variant(dense.model, vocabulary, device, dtype)]
     for name, recipe in recipes.items():
-        variants.append(moma_variant(name, random_model(recipe.model, vocabulary, device, dtype)))
+        model = random_model(recipe.model, vocabulary, device, dtype)
+        variants.append(moma_variant(name, model))
+        if sizes.drafts:
+            variants.append(moma_variant(f"{name}+drafts", model, sizes.drafts))
     cases = [
         _Case(variant, batch, mode, sizes, device)
         for batch in sizes.batches
         for mode in sizes.modes
         for variant in variants
+        if mode in variant.head_rows
     ]
     timed = [job for case in cases for job in (case.time_generation, case.time_reads)]
     with show_progress("rounds", sizes.repeats, quiet) as report:
@@ -229,16 +235,19 @@ def bytes_per_pass(
     return round(DTYPES[dtype].itemsize * (sum(sum_over_kinds(weights).values()) + cached))
 
 
-def moma_variant(name: str, model: Transformer) -> Variant:
-    """Return a variant that generates with moma."""
+def moma_variant(name: str, model: Transformer, drafts: int = 0) -> Variant:
+    """Return a variant that generates with moma; with drafts, only images."""
     vocabulary = model.vocabulary
 
     def run(prompts_BS: Tensor, mode: GenerationMode, tokens: int) -> int:
-        answers = generate(model, prompts_BS.tolist(), mode, _CONTEXT, tokens, Sampling())
-        return sum(map(len, answers))
+        requests = [Request([Branch(ids)], seed) for seed, ids in enumerate(prompts_BS.tolist())]
+        options = Options(mode, _CONTEXT, tokens, Sampling(), drafts=drafts)
+        return sum(len(each.tokens) for each in decode(model, requests, options))
 
     codes = len(vocabulary.image_codes)
-    head_rows: HeadRows = {"text": vocabulary.size - codes, "image": codes}
+    head_rows: dict[GenerationMode, int] = {"image": codes}
+    if not drafts:
+        head_rows["text"] = vocabulary.size - codes
     return Variant(name, model.config, vocabulary, model, run, head_rows)
 
 
@@ -278,45 +287,31 @@ def transformers_variant(
 def random_model(
     config: ModelConfig, vocabulary: Vocabulary, device: torch.device, dtype: torch.dtype
 ) -> Transformer:
-    """Build a model with random weights whose auxiliary routers select the usual shares."""
+    """Build a model with random weights, and thresholds by which it selects the usual shares.
+
+    That is 1/E of the tokens for each of the E experts of a group, and the capacity factor of a
+    depth router.
+    """
     shares = [1 / len(vocabulary.modalities)] * len(vocabulary.modalities)
     with device:
         model = Transformer(config, vocabulary, shares)
     model.initialize(seed=0)
-    model.causal_policy = Auxiliary()
     model.eval().requires_grad_(False)
     for number in range(config.layers):
         # The tokens of a sequence would choose alike if they had much context in common.
         model.get_parameter(f"layers.{number}.attention.output.weight").zero_()
-    adjust_auxiliary_routers(model)
+    if config.has_routers:
+        codes = torch.tensor(vocabulary.image_codes)
+        first = int(codes.max()) + 1
+        tokens_2BS = torch.stack(
+            (
+                torch.randint(first, vocabulary.size, _CALIBRATION),
+                codes[torch.randint(len(codes), _CALIBRATION)],
+            )
+        )
+        routing = model.named_routing("choice")
+        cut_T = torch.cat(
+            model(tokens_2BS.flatten(0, 1).to(device), None, None, routing, no_head).cuts
+        )
+        model.update_cuts(torch.stack((cut_T, torch.ones_like(cut_T))))
     return model.to(dtype)
-
-
-def adjust_auxiliary_routers(model: Transformer) -> None:
-    """Let auxiliary routers select as many of some random tokens as the trained ones would.
-
-    Those of a group select 1/E of the tokens for each of its E experts, those of a depth router its
-    capacity factor.
-    """
-    depth = model.config.depth_config
-
-    def adjust(router: nn.Module, inputs: tuple[Tensor], logits_NE: Tensor) -> Tensor:
-        assert isinstance(router, AuxiliaryRouter)
-        experts = logits_NE.shape[1]
-        share = depth.capacity_factor if depth and experts == 1 else 1 / experts
-        # Adding c to all weights of an output adds c · sum to its logits; sums are positive, since
-        # the mean of SiLU is.
-        sum_N1 = functional.silu(router.hidden(inputs[0])).sum(1, keepdim=True)
-        router.output.weight -= (logits_NE / sum_N1).quantile(1 - share, dim=0)[:, None]
-        return router.output(functional.silu(router.hidden(inputs[0])))
-
-    routers = list(model.auxiliary_routers())
-    hooks = [router.register_forward_hook(adjust) for router in routers]
-    tokens_BS = torch.randint(model.vocabulary.size, _ADJUSTED)
-    model(
-        tokens_BS.to(model.embedding.weight.device),
-        routing=uniform_routing(Auxiliary()),
-        head=no_head,
-    )
-    for hook in hooks:
-        hook.remove()

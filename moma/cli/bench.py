@@ -110,6 +110,9 @@ def generate(
         Literal["text", "image"] | None, Option(help="what to generate [both, in turn]")
     ] = None,
     tokens: Annotated[int, count("tokens of a text; an image has those of its codec")] = 64,
+    drafts: Annotated[
+        int, Option(min=0, max=1024, help="image codes to guess per pass, besides 0")
+    ] = 0,
     repeats: Annotated[int, count("repeats of everything, interleaved")] = 3,
     dtype: Dtype = "fp32",
     device: Device = None,
@@ -122,10 +125,8 @@ def generate(
 
     _require_gpu(device)
     recipes = table2(row, overrides or (), only or ("moe_4t4i", "mod_moe_4t4i"))
-    batches = tuple(batch or (1, 8))
-    sizes = Sizes(
-        batches, (mode,) if mode else ("text", "image"), tokens, repeats, dtype, device, cpu_time
-    )
+    batches, modes = tuple(batch or Sizes.batches), (mode,) if mode else Sizes.modes
+    sizes = Sizes(batches, modes, tokens, drafts, repeats, dtype, device, cpu_time)
     rows = bench_generate(recipes, sizes, quiet=as_json)
     print_result(rows, as_json, [records(f"generation, row {row}", rows)])
 

@@ -16,7 +16,6 @@ from moma.bench.generate import (
 from moma.cli import app
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
-from moma.model.routing import Auxiliary, uniform_routing
 from moma.model.transformer import no_head
 from tests.factories import make_vocabulary
 
@@ -51,18 +50,23 @@ def test_transformers_gets_the_shape_of_dense_and_generates_as_many_tokens():
 
 @pytest.mark.parametrize("groups", ["moe_4t2i", "mod_moe_4t4i"])
 @torch.no_grad()
-def test_random_auxiliary_routers_select_the_usual_shares(groups):
+def test_random_models_select_the_usual_shares(groups):
     model = build(groups)
-    shares = []
-
-    def record(router, inputs, logits_NE):
-        expected = 0.25 if logits_NE.shape[1] == 1 else 1 / logits_NE.shape[1]
-        shares.extend(((logits_NE > 0).float().mean(0) / expected).tolist())
-
-    for router in model.auxiliary_routers():
-        router.register_forward_hook(record)
-    tokens_BS = torch.randint(300, (4, 200), generator=torch.Generator().manual_seed(1))
-    model(tokens_BS, routing=uniform_routing(Auxiliary()), head=no_head)
+    random = torch.Generator().manual_seed(1)
+    tokens_BS = torch.cat(
+        (
+            torch.randint(69, 300, (4, 200), generator=random),
+            torch.randint(5, 69, (4, 200), generator=random),
+        )
+    )
+    routing = model.named_routing("choice", record_selection=True)
+    records = model(tokens_BS, routing=routing, head=no_head).routers
+    shares: list[float] = []
+    for record, router in zip(records, model.routers(), strict=True):
+        selected_NE = record.logits_NE[record.eligible_N] > router.threshold_E
+        selected_E = selected_NE.float().mean(0)
+        expected = 0.25 if record.kind == "depth" else 1 / len(selected_E)
+        shares += (selected_E / expected).tolist()
     # Few of these tokens reach the experts of layers with mixture-of-depths.
     assert shares == pytest.approx([1] * len(shares), abs=0.6)
     assert sum(shares) / len(shares) == pytest.approx(1, abs=0.1)
@@ -92,6 +96,7 @@ def test_sequences_share_weights_but_not_caches():
 
 def test_json_has_a_record_per_variant_batch_and_mode():
     options = ["--row", "256", "--batch", "1", "--batch", "3", "--tokens", "3", "--repeats", "2"]
+    options += ["--drafts", "2"]
     arguments = ["bench", "generate", *options, "--only", "moe_2t2i", "--device", "cpu", "--json"]
     result = CliRunner().invoke(app, [*arguments, *SMALL])
     assert result.exit_code != 0 and "--only moe_2t2i" in str(result.exception)
@@ -99,18 +104,23 @@ def test_json_has_a_record_per_variant_batch_and_mode():
     result = CliRunner().invoke(app, [*arguments, *SMALL])
     assert result.exit_code == 0, result.output
     rows = json.loads(result.stdout)
+    with_drafts = {
+        "text": ("dense", "mod_moe_4t4i"),
+        "image": ("dense", "dense+drafts", "mod_moe_4t4i", "mod_moe_4t4i+drafts"),
+    }
     assert [(row["batch"], row["mode"], row["variant"]) for row in rows] == [
         (batch, mode, variant)
         for batch in (1, 3)
         for mode in ("text", "image")
-        for variant in ("transformers", "dense", "mod_moe_4t4i")
+        for variant in ("transformers", *with_drafts[mode])
     ]
     for row in rows:
         assert row.keys() == KEYS
         assert row["tokens_per_second"] > 0 and row["ratio_to_limit"] > 0
         assert row["variant"] != "transformers" or row["ratio_to_transformers"] == 1
         passes = row["passes_per_image"]
-        assert passes is None if row["mode"] == "text" else 16 <= passes <= 18
+        fewest = 16 // 3 if row["variant"].endswith("drafts") else 16
+        assert passes is None if row["mode"] == "text" else fewest <= passes <= 18
     table = CliRunner().invoke(app, [*arguments[:-1], "--mode", "text", "--dtype", "bf16", *SMALL])
     assert table.exit_code == 0 and "mod_moe_4t4i" in table.stdout
     assert "text" in table.stdout and " image " not in table.stdout
