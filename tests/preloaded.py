@@ -4,6 +4,7 @@ import gc
 
 gc.disable()
 
+import diffusers.models.autoencoders.vae  # noqa: E402, F401
 import pytest  # noqa: E402, F401
 import torch._dynamo  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
