@@ -58,6 +58,8 @@ class SlotCounts:
         """
         before_B, size = self.length_B, filled_BS.shape[1]
         self._taken = before_B, position_BS, filled_BS, self._bound
+        if not size:
+            return NewSlots(position_BS, 0, None, False, False)
         slot_BS = before_B[:, None] + torch.arange(size, device=filled_BS.device)
         self.length_B = before_B + filled_BS.sum(1)
         if filled_BS.device.type == "cuda":
@@ -66,7 +68,7 @@ class SlotCounts:
                 slot_BS.where(filled_BS, -1), self._bound, self._mask(slot_BS, dtype), False, True
             )
         self._bound = used = int(self.length_B.max())
-        if size and bool((slot_BS[:, -1] + 1 == used).all() and filled_BS.all()):
+        if bool((slot_BS[:, -1] + 1 == used).all() and filled_BS.all()):
             # All sequences are equally long; without earlier tokens, attention is causal.
             if size in (1, used):
                 return NewSlots(slot_BS, used, None, size > 1, False)

@@ -334,12 +334,15 @@ def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
     """
     sequences, length = selected_BS.shape
     slots = int(selected_BS.sum(1).max()) if may_synchronize(selected_BS.flatten()) else length
+    first_B1 = torch.arange(sequences, device=selected_BS.device)[:, None] * length
+    if slots == length == 1 or not slots:  # while decoding, nothing has to be sorted
+        score_B1 = logits_BS.sigmoid() * selected_BS
+        return Selection(first_B1[:, :slots], selected_BS[:, :slots], score_B1[:, :slots])
     # Selected tokens first, in order; empty slots have the last index, so that indices increase.
     index_BK = selected_BS.byte().sort(dim=1, descending=True, stable=True).indices[:, :slots]
     filled_BK = selected_BS.gather(1, index_BK)
     index_BK = index_BK.where(filled_BK, length - 1)
     score_BK = logits_BS.gather(1, index_BK).sigmoid() * filled_BK
-    first_B1 = torch.arange(sequences, device=index_BK.device)[:, None] * length
     return Selection(index_BK + first_B1, filled_BK, score_BK)
 
 
