@@ -71,7 +71,9 @@ def to_user_error(error: OSError) -> UserError | None:
         return described
     if error.filename is None:
         return None
-    return UserError(f"{error.filename}: {error.strerror}; choose another path")
+    # Raised where a folder should be made.
+    reason = "is not a folder" if isinstance(error, FileExistsError) else error.strerror
+    return UserError(f"{error.filename}: {reason}; choose another path")
 
 
 def storage_error(error: BaseException, what: object) -> StorageError | None:

@@ -30,6 +30,7 @@ def system(number: int) -> OSError:
         (SharedError("wrong"), 2, "moma: wrong"),
         (system(errno.EACCES), 2, "moma: a/file: Permission denied; choose another path"),
         (system(errno.ENOENT), 2, "moma: a/file: No such file or directory; choose another path"),
+        (system(errno.EEXIST), 2, "moma: a/file: is not a folder; choose another path"),
         (system(errno.ENOSPC), 74, "moma: a/file: No space left on device; check the disk"),
         (system(errno.EIO), 74, "moma: a/file: Input/output error"),
         (shutil.Error([("a", "b", "[Errno 28] No space left")]), 74, "moma: cannot copy a: [Errno"),
