@@ -9,7 +9,8 @@
 Models have random weights, prompts random ids and equal lengths; sampling is Chameleon's. The port
 of Chameleon in `transformers` masks image codes, so it generates as many other tokens in place of
 an image, at the same cost. Routing is by thresholds that select as many tokens as in training.
-Codes of random models cannot be guessed, so drafts show what a pass costs, not how many are saved.
+Codes of random models depend little on each other, so that many drafts are right: drafts show what
+a pass costs, not how many a trained model saves.
 
 The limit is the time to read from memory what a pass over one token per sequence has to read: the
 weights that these tokens use, and the cached keys and values.
