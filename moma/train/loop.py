@@ -140,7 +140,6 @@ class Trainer:
             recipe.validation,
             recipe.data,
             recipe.seed,
-            recipe.stage == "aux_router" or not recipe.model.has_routers,
             model,
             world,
             run.path / "validation",

@@ -86,9 +86,9 @@ class ValidationConfig(Config):
     Attributes:
         every: steps between measurements, a multiple of the stage's `log_every`; 0: none.
         batches: number of held-out micro-batches; fewer if there are not as many.
-        keep_best: held-out loss whose best checkpoint is kept, and named in `checkpoints/best`.
-        prompts: texts; an image is generated for each, if the stage is `aux_router` or the model
-            has no routers, so that it can be used causally.
+        keep_best: held-out loss, under causal routing, whose best checkpoint is kept, and named in
+            `checkpoints/best`.
+        prompts: texts; an image is generated for each.
     """
 
     every: int = Field(0, ge=0)

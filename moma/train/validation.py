@@ -4,7 +4,6 @@ every N steps:  held-out micro-batches → losses by modality under each routing
                 prompts → `RUN/validation/step-00001000.png`
 """
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -35,8 +34,6 @@ from moma.vocabulary import IMAGE, MODALITIES, TEXT
 if TYPE_CHECKING:
     from moma.generate.mixed import MixedModel
 
-logger = logging.getLogger(__name__)
-
 
 def mean_losses(loss_M: Tensor, targets_M: Tensor) -> dict[str, float | None]:
     """Mean losses in nats per target, overall and by modality; None without a target."""
@@ -59,7 +56,6 @@ class Validation:
         config: ValidationConfig,
         data: DataConfig,
         seed: int,
-        is_causal: bool,
         model: Transformer,
         world: World,
         folder: Path,
@@ -70,7 +66,6 @@ class Validation:
             config: what to measure, and when.
             data: the prepared data.
             seed: determines the order of the documents, and the sampling of images.
-            is_causal: whether the model can be used causally.
             model: the model in training, sharded or not.
             world: the ranks.
             folder: where sheets of images are written.
@@ -81,21 +76,16 @@ class Validation:
         self._config, self._data, self._seed = config, data, seed
         self._model, self._world, self._folder = model, world, folder
         names: list[RoutingName] = ["choice"]
-        if is_causal and model.config.has_routers:
+        if model.config.has_routers:
             names.append("causal")
         self._loss_functions = {
             name: next_token_loss(routing=model.named_routing(name, raises=False)) for name in names
         }
         self._batches = self._own_batches() if config.every else []
-        self._prompts = config.prompts if is_causal else ()
+        self._prompts = config.prompts
         if self._prompts:
             with raise_on_all_ranks(world):
                 self._check_prompts()
-        elif config.prompts:
-            logger.warning(
-                "validation.prompts: no images are generated in this stage, since the auxiliary "
-                "routers, by which this model generates, are not trained yet"
-            )
         self._latest: tuple[float, int] | None = None  # a loss to minimize, and its step
         self._best: tuple[float, int] | None = None
 
@@ -110,8 +100,7 @@ class Validation:
             step: names the sheet.
 
         Returns:
-            For `choice`, and for `causal` if that is another routing and possible, the values of
-            `mean_losses`.
+            For `choice`, and for `causal` if the model has routers, the values of `mean_losses`.
         """
         with _evaluating(self._model):
             losses = {
@@ -121,7 +110,7 @@ class Validation:
             if self._prompts and all(each["loss"] is not None for each in losses.values()):
                 self._write_sheet(self._folder / f"step-{step:08d}.png")
         if self._config.keep_best is not None:
-            value = list(losses.values())[-1][self._config.keep_best]  # causal, if that is known
+            value = list(losses.values())[-1][self._config.keep_best]  # causal, with routers
             self._latest = None if value is None else (value, step)
         return losses
 

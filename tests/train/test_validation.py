@@ -60,11 +60,13 @@ def test_losses_are_those_of_evaluate(tiny, tmp_path):
     records = records_of(recipe.run)
     assert all("validation" in record for record in records)
     model, _ = load_run(Run(recipe.run))
-    expected = evaluate(model, recipe, "choice", quiet=True)
     found = records[-1]["validation"]
-    assert found.keys() == {"choice"}
-    for name in ("loss", "loss_text", "loss_image"):
-        assert found["choice"][name] == pytest.approx(expected[name], rel=1e-5)
+    assert found.keys() == {"choice", "causal"}
+    for routing in ("choice", "causal"):
+        expected = evaluate(model, recipe, routing, quiet=True)
+        for name in ("loss", "loss_text", "loss_image"):
+            assert found[routing][name] == pytest.approx(expected[name], rel=1e-5)
+    assert found["choice"] != found["causal"]
 
 
 def test_routers_in_training_are_validated_causally_too(tiny, tmp_path):
@@ -176,7 +178,7 @@ def test_the_best_checkpoint_is_kept(tiny, tmp_path):
     recipe = with_validation(recipe, tmp_path / "run", keep_best="loss_text")
     train(recipe, WORLD, quiet=True)
     losses = {
-        each["step"]: each["validation"]["choice"]["loss_text"] for each in records_of(recipe.run)
+        each["step"]: each["validation"]["causal"]["loss_text"] for each in records_of(recipe.run)
     }
     best = min(losses, key=lambda step: losses[step])
     assert best < recipe.pretrain.steps
@@ -203,8 +205,7 @@ def test_an_image_is_generated_for_each_prompt(tiny, tmp_path):
 def measure(world: World, recipe: Recipe, out: Path) -> None:
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
-    is_causal = not recipe.model.has_routers
-    validation = Validation(recipe.validation, recipe.data, 0, is_causal, model, world, out)
+    validation = Validation(recipe.validation, recipe.data, 0, model, world, out)
     losses = validation.measure(1)
     assert model.training
     # The model can be trained afterwards.
@@ -230,14 +231,16 @@ def test_two_ranks_measure_what_one_does(tiny, tmp_path, groups, batches):
     )
     assert two["choice"] == pytest.approx(one["choice"], rel=1e-5)
     assert broken["choice"]["loss"] is None
-    assert (tmp_path / "step-00000001.png").is_file() == (groups == "moe_1t1i")
+    assert ("causal" in one) == (groups == "mod_moe_2t2i") and one.keys() == two.keys()
+    assert list(two.values())[-1] == pytest.approx(list(one.values())[-1], rel=1e-5)
+    assert (tmp_path / "step-00000001.png").is_file()
 
 
 def best_of(tiny: Recipe, folder: Path, **changes) -> Validation:
     recipe = with_validation(tiny, folder / "run", **{"keep_best": "loss"} | changes)
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, WORLD)
-    return Validation(recipe.validation, recipe.data, 0, False, model, WORLD, folder)
+    return Validation(recipe.validation, recipe.data, 0, model, WORLD, folder)
 
 
 def test_the_best_loss_is_forgotten_when_another_is_measured(tiny, tmp_path):
