@@ -78,8 +78,8 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
         own = model.get_parameter(name)
         value = own.full_tensor() if hasattr(own, "full_tensor") else own
         assert torch.equal(value, expected.get_parameter(name)), name
-    (buffer,), (other,) = model.buffers(), expected.buffers()
-    assert torch.equal(buffer, other)
+    for (name, buffer), other in zip(model.named_buffers(), expected.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
 
 
 def job_of_two(world: World, tiny: Recipe, seeds: Path) -> None:
