@@ -4,6 +4,7 @@ The peak that MFU refers to, in logs, benchmarks and plans alike, is that of the
 in `_DATA_SHEETS`, and the fastest of a few measured matrix products on any other device.
 """
 
+import gc
 import json
 import time
 from collections.abc import Callable
@@ -66,6 +67,7 @@ def peak_memory(device: torch.device) -> int:
 
 def allocated_peak(job: Callable[[], object], device: torch.device) -> int:
     """Peak bytes that a job allocates, in addition to what was allocated before."""
+    gc.collect()  # what would be freed during the job hides what it allocates
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
