@@ -220,6 +220,7 @@ class CachedContext(NamedTuple):
         dtype: dtype of queries, keys and values.
         slots: slots of the new tokens in the layer's cache.
         cache: the layer's cache.
+        group_tokens: not known.
     """
 
     modality_BS: Tensor
@@ -227,6 +228,7 @@ class CachedContext(NamedTuple):
     dtype: torch.dtype
     slots: NewSlots
     cache: LayerCache
+    group_tokens: None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `LayerCache.attend`."""

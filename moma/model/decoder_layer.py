@@ -15,7 +15,7 @@ from moma.model.attention_kernels import AttentionKernel, Segments
 from moma.model.caches import CachedContext
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.dispatch import Dispatch, ScatterSlots
-from moma.model.experts import build_group
+from moma.model.experts import GroupTokens, build_group
 from moma.model.implementations import build_experts
 from moma.model.routers import Diagnostics
 from moma.model.routing import Routing
@@ -32,6 +32,7 @@ class TokenContext(NamedTuple):
         layout: the attention kernel's form of the segments.
         dtype: dtype of queries, keys and values.
         kernel: computes attention.
+        group_tokens: the tokens of each group of experts, in layers that all tokens reach.
     """
 
     modality_BS: Tensor
@@ -40,6 +41,7 @@ class TokenContext(NamedTuple):
     layout: Any
     dtype: torch.dtype
     kernel: AttentionKernel
+    group_tokens: list[GroupTokens | None] | None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attend within segments; see `AttentionKernel`."""
@@ -60,6 +62,7 @@ class TokenContext(NamedTuple):
             rotary=(cosine, sine),
             segments=segments,
             layout=self.kernel.layout(segments, self.dtype),
+            group_tokens=None,
         )
 
 
@@ -119,7 +122,9 @@ class DecoderLayer(nn.Module):
         attention_BSD = self.dropout(attention_BSD)
         h_BSD = x_BSD + attention_BSD
         experts_in_BSD = h_BSD if self.swin else self.experts_norm(h_BSD)
-        experts_BSD, diagnostics = self.experts(experts_in_BSD, context.modality_BS, routing)
+        experts_BSD, diagnostics = self.experts(
+            experts_in_BSD, context.modality_BS, routing, context.group_tokens
+        )
         experts_BSD = self.experts_norm(experts_BSD) if self.swin else experts_BSD
         return attention_BSD, self.dropout(experts_BSD), diagnostics
 

@@ -65,6 +65,18 @@ class ExpertInputs(NamedTuple):
     selection: Selection
 
 
+class GroupTokens(NamedTuple):
+    """The tokens of a group's modalities, the same in every layer that all tokens reach (§3.3).
+
+    Attributes:
+        eligible_N: whether a token has one of the modalities and is not padding.
+        selection: the slots of a group of one expert, if the policy has slots.
+    """
+
+    eligible_N: Tensor
+    selection: Selection | None
+
+
 def add_expert_outputs(
     total_ND: Tensor, x_ND: Tensor, inputs: ExpertInputs, dispatch: Dispatch
 ) -> Tensor:
@@ -154,38 +166,43 @@ class ExpertGroup(nn.Module):
             self.auxiliary = AuxiliaryRouter(dim, num_experts)
 
     def forward(
-        self, x_ND: Tensor, modality_N: Tensor, routing: Routing, total_ND: Tensor | None = None
+        self, x_ND: Tensor, tokens: GroupTokens, routing: Routing, total_ND: Tensor | None = None
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Route the tokens of the group's modalities and add the experts' outputs.
 
         Args:
             x_ND: tokens of all modalities.
-            modality_N: modality of each token; −1 for padding, which is never selected.
+            tokens: from `tokens`, with the same routing.
             routing: see `Routing`.
             total_ND: outputs of other groups, to add to; if omitted, zeros.
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
         if routing.experts.capacity is None:
-            eligible_N = self._eligible(modality_N)
-            if may_synchronize(eligible_N) and not eligible_N.any():
+            if may_synchronize(tokens.eligible_N) and not tokens.eligible_N.any():
                 return total_ND, []
-            tokens, diagnostics = self._list_tokens(x_ND, eligible_N, routing)
-            return add_listed_outputs(total_ND, x_ND, self.matrices(), tokens), diagnostics
-        inputs, diagnostics = self.route(x_ND, modality_N, routing)
+            listed, diagnostics = self._list_tokens(x_ND, tokens.eligible_N, routing)
+            return add_listed_outputs(total_ND, x_ND, self.matrices(), listed), diagnostics
+        inputs, diagnostics = self.route(x_ND, tokens, routing)
         return add_expert_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics
 
     def route(
-        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+        self, x_ND: Tensor, tokens: GroupTokens, routing: Routing
     ) -> tuple[ExpertInputs, list[Diagnostics]]:
         """Fill the experts' slots by a policy that has slots, without computing the experts."""
-        selection, diagnostics = self._select(x_ND, self._eligible(modality_N), routing)
+        if tokens.selection is not None:
+            return ExpertInputs(*self.matrices(), tokens.selection), []
+        selection, diagnostics = self._select(x_ND, tokens.eligible_N, routing)
         return ExpertInputs(*self.matrices(), selection), diagnostics
 
-    def _eligible(self, modality_N: Tensor) -> Tensor:
+    def tokens(self, modality_N: Tensor, routing: Routing) -> GroupTokens:
+        """Find the tokens of the group's modalities; those of padding are −1."""
         eligible_N = modality_N == self.modalities[0]
         for modality in self.modalities[1:]:
             eligible_N = eligible_N | (modality_N == modality)
-        return eligible_N
+        capacity = routing.experts.capacity
+        if self.num_experts > 1 or capacity is None:
+            return GroupTokens(eligible_N, None)
+        return GroupTokens(eligible_N, select_all(eligible_N, self._slots(eligible_N, capacity)))
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weights by expert: gate and up [E, D, F], down [E, F, D]."""
@@ -199,9 +216,6 @@ class ExpertGroup(nn.Module):
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, list[Diagnostics]]:
         policy = routing.experts
-        assert policy.capacity is not None
-        if self.num_experts == 1:
-            return select_all(eligible_N, self._slots(eligible_N, policy.capacity)), []
         scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
         clean_EN = None
         if self.noise and self.training and isinstance(policy, BatchChoice):
@@ -255,11 +269,14 @@ class DenseGroup(nn.Module):
         self.feed_forward = SwiGLU(dim, hidden)
 
     def forward(
-        self, x_ND: Tensor, modality_N: Tensor, routing: Routing, total_ND: Tensor | None = None
+        self, x_ND: Tensor, tokens: None, routing: Routing, total_ND: Tensor | None = None
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Apply the feed-forward to every token and add it to the total, [N, D]."""
         y_ND = self.feed_forward(x_ND)
         return y_ND if total_ND is None else total_ND + y_ND, []
+
+    def tokens(self, modality_N: Tensor, routing: Routing) -> None:
+        """Nothing: all tokens are processed."""
 
 
 def build_group(
@@ -293,20 +310,37 @@ class MixtureOfExperts(nn.Module):
         self.groups = nn.ModuleList(groups)
 
     def forward(
-        self, x_BSD: Tensor, modality_BS: Tensor, routing: Routing
+        self,
+        x_BSD: Tensor,
+        modality_BS: Tensor,
+        routing: Routing,
+        tokens: Sequence[GroupTokens | None] | None = None,
     ) -> tuple[Tensor, list[Diagnostics]]:
-        """Map [B, S, D] to [B, S, D]; also return the diagnostics of the routers."""
-        total_ND, diagnostics = self.sum_groups(x_BSD.flatten(0, 1), modality_BS.flatten(), routing)
+        """Map [B, S, D] to [B, S, D]; also return the diagnostics of the routers.
+
+        Args:
+            x_BSD: tokens.
+            modality_BS: modality of each token; −1 for padding, which is never selected.
+            routing: see `Routing`.
+            tokens: from `tokens`, if known from another layer.
+        """
+        tokens = self.tokens(modality_BS, routing) if tokens is None else tokens
+        total_ND, diagnostics = self.sum_groups(x_BSD.flatten(0, 1), tokens, routing)
         return total_ND.to(x_BSD.dtype).view_as(x_BSD), diagnostics
 
+    def tokens(self, modality_BS: Tensor, routing: Routing) -> list[GroupTokens | None]:
+        """Find the tokens of each group's modalities."""
+        modality_N = modality_BS.flatten()
+        return [group.tokens(modality_N, routing) for group in self.groups]  # type: ignore[operator]
+
     def sum_groups(
-        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+        self, x_ND: Tensor, tokens: Sequence[GroupTokens | None], routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Sum the outputs of all groups, [N, D]; also return the diagnostics of the routers."""
         total_ND = zero_total(x_ND) if len(self.groups) > 1 else None
         diagnostics: list[Diagnostics] = []
-        for group in self.groups:
-            total_ND, group_diagnostics = group(x_ND, modality_N, routing, total_ND)
+        for group, of_group in zip(self.groups, tokens, strict=True):
+            total_ND, group_diagnostics = group(x_ND, of_group, routing, total_ND)
             diagnostics += group_diagnostics
         assert total_ND is not None
         return total_ND, diagnostics

@@ -20,6 +20,7 @@ from moma.model.experts import (
     DenseGroup,
     ExpertGroup,
     ExpertInputs,
+    GroupTokens,
     MixtureOfExperts,
     add_expert_outputs,
     zero_total,
@@ -40,22 +41,23 @@ class JointMixtureOfExperts(MixtureOfExperts):
         self.dispatch = next(group.dispatch for group in groups if isinstance(group, ExpertGroup))
 
     def sum_groups(
-        self, x_ND: Tensor, modality_N: Tensor, routing: Routing
+        self, x_ND: Tensor, tokens: Sequence[GroupTokens | None], routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """See `MixtureOfExperts`."""
         if routing.experts.capacity is None:  # lists of tokens are computed group by group
-            return super().sum_groups(x_ND, modality_N, routing)
+            return super().sum_groups(x_ND, tokens, routing)
         inputs: list[ExpertInputs] = []
         diagnostics: list[Diagnostics] = []
-        for group in self.groups:
+        for group, of_group in zip(self.groups, tokens, strict=True):
             if isinstance(group, ExpertGroup):
-                of_group, found = group.route(x_ND, modality_N, routing)
-                inputs.append(of_group)
+                assert of_group is not None
+                routed, found = group.route(x_ND, of_group, routing)
+                inputs.append(routed)
                 diagnostics += found
         total_ND = self.add_outputs(zero_total(x_ND), x_ND, inputs)
         for group in self.groups:
             if isinstance(group, DenseGroup):
-                total_ND, _ = group(x_ND, modality_N, routing, total_ND)
+                total_ND, _ = group(x_ND, None, routing, total_ND)
         return total_ND, diagnostics
 
     def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:

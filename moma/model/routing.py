@@ -270,10 +270,11 @@ def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selec
     """Select the `capacity` highest of the N eligible logits in each row.
 
     Rows are experts that rate the same tokens, or, in `DepthRouter`, sequences of tokens. Slots
-    beyond the eligible tokens stay empty.
+    beyond the eligible tokens stay empty. The order of the slots is undefined.
     """
     masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
-    index_EK = masked_EN.topk(min(capacity, logits_EN.shape[1]), dim=1).indices
+    slots = min(capacity, logits_EN.shape[1])
+    index_EK = masked_EN.topk(slots, dim=1, sorted=False).indices
     filled_EK = eligible_EN.gather(1, index_EK)
     return Selection(index_EK, filled_EK, logits_EN.gather(1, index_EK).sigmoid() * filled_EK)
 

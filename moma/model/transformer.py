@@ -19,7 +19,13 @@ from moma.model.attention_kernels import (
     number_segments,
 )
 from moma.model.caches import CachedContext, Caches
-from moma.model.decoder_layer import LayerContext, TokenContext, build_layer
+from moma.model.decoder_layer import (
+    DecoderLayer,
+    DepthLayer,
+    LayerContext,
+    TokenContext,
+    build_layer,
+)
 from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import ExpertGroup
 from moma.model.initialization import draw_normal
@@ -155,6 +161,11 @@ class Transformer(nn.Module):
         records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
         cuts: list[Tensor] = []
+        first = next((layer for layer in self.layers if not isinstance(layer, DepthLayer)), None)
+        if isinstance(context, TokenContext) and first is not None:
+            assert isinstance(first, DecoderLayer)
+            tokens = first.experts.tokens(context.modality_BS, routing)
+            context = context._replace(group_tokens=tokens)
         for number, layer in enumerate(self.layers):
             if caches is not None:
                 assert isinstance(context, CachedContext)

@@ -37,7 +37,7 @@ def routed(modality: ModalityName, experts: int, share: float = 0.5, seed: int =
 def test_routed_group_equals_the_equation(modalities, experts, seed):
     group = routed("text", experts, seed=seed)
     x_ND = torch.randn(len(modalities), DIM, dtype=torch.float64)
-    y_ND, _ = group(x_ND, torch.tensor(modalities), ACTUAL)
+    y_ND, _ = group(x_ND, group.tokens(torch.tensor(modalities), ACTUAL), ACTUAL)
     reference = Group(group, {TEXT}, lambda members: math.ceil(members / experts))
     expected = feed_forward([reference], x_ND.numpy(), modalities)
     np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-10)
@@ -47,8 +47,8 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares():
     group = routed("image", 4, share=0.5)
     x_ND = torch.randn(32, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT, IMAGE] * 16)
-    static, _ = group(x_ND, modality_N, Routing())
-    actual, _ = group(x_ND, modality_N, ACTUAL)
+    static, _ = group(x_ND, group.tokens(modality_N, Routing()), Routing())
+    actual, _ = group(x_ND, group.tokens(modality_N, ACTUAL), ACTUAL)
     torch.testing.assert_close(static, actual, rtol=0, atol=0)
 
 
@@ -56,7 +56,7 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares():
 def test_absent_modality_leaves_zeros_and_finite_gradients(modalities):
     group = routed("image", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64, requires_grad=True)
-    y_ND, _ = group(x_ND, torch.tensor(modalities), Routing())
+    y_ND, _ = group(x_ND, group.tokens(torch.tensor(modalities), Routing()), Routing())
     y_ND.square().sum().backward()
     others = torch.tensor(modalities) != IMAGE
     assert not y_ND[others].any()
@@ -70,8 +70,8 @@ def test_padding_is_never_selected():
     group = routed("text", 2, share=1.0)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     x_ND[4:] *= 100
-    without_padding, _ = group(x_ND[:4], torch.full((4,), TEXT), ACTUAL)
-    padded, _ = group(x_ND, torch.tensor([TEXT] * 4 + [-1] * 4), ACTUAL)
+    without_padding, _ = group(x_ND[:4], group.tokens(torch.full((4,), TEXT), ACTUAL), ACTUAL)
+    padded, _ = group(x_ND, group.tokens(torch.tensor([TEXT] * 4 + [-1] * 4), ACTUAL), ACTUAL)
     torch.testing.assert_close(padded[:4], without_padding)
     assert not padded[4:].any()
 
@@ -100,7 +100,7 @@ def test_a_single_expert_per_modality_equals_a_feed_forward(modality, routing):
         torch.nn.init.normal_(parameter)
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
     modality_N = torch.tensor([IMAGE, TEXT] * 5)
-    y_ND, _ = group(x_ND, modality_N, routing)
+    y_ND, _ = group(x_ND, group.tokens(modality_N, routing), routing)
     own_N = modality_N == modality
     torch.testing.assert_close(y_ND[own_N], swiglu_of(group)(x_ND[own_N]))
     assert not y_ND[~own_N].any()
@@ -121,14 +121,16 @@ def test_a_single_expert_for_all_modalities_equals_a_feed_forward(routing):
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
     modality_N = torch.tensor([IMAGE, TEXT, TEXT] * 3 + [TEXT])
     for group in (dense, stack):
-        torch.testing.assert_close(group(x_ND, modality_N, routing)[0], swiglu(x_ND))
+        y_ND, _ = group(x_ND, group.tokens(modality_N, routing), routing)
+        torch.testing.assert_close(y_ND, swiglu(x_ND))
 
 
 def test_causal_routing_follows_only_the_auxiliary_router():
     group = routed("text", 3)
     x_ND = torch.randn(12, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 9 + [IMAGE] * 3)
-    y_ND, _ = group(x_ND, modality_N, uniform_routing(Auxiliary()))
+    routing = uniform_routing(Auxiliary())
+    y_ND, _ = group(x_ND, group.tokens(modality_N, routing), routing)
     expected = feed_forward([Group(group, {TEXT})], x_ND.numpy(), modality_N.tolist())
     assert expected[:9].any(axis=1).any()
     np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-9)
@@ -138,9 +140,8 @@ def test_a_record_has_the_actual_selection():
     group = routed("text", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
-    _, (diagnostics,) = group(
-        x_ND, modality_N, uniform_routing(BatchChoice("actual"), record_auxiliary=True)
-    )
+    routing = uniform_routing(BatchChoice("actual"), record_auxiliary=True)
+    _, (diagnostics,) = group(x_ND, group.tokens(modality_N, routing), routing)
     record = diagnostics.record
     scores = router_logits(group.router.weight, x_ND).detach()
     for expert in range(2):

@@ -275,7 +275,9 @@ def bf16_contributions(experts: Any, x_ND, modality_N) -> torch.Tensor:
     """The exact sum, in fp64, of the outputs that each expert computes in bf16."""
     total_ND = torch.zeros(x_ND.shape, dtype=torch.float64)
     for group in experts.groups:
-        (gate, up, down, selection), _ = group.route(x_ND, modality_N, Routing())
+        (gate, up, down, selection), _ = group.route(
+            x_ND, group.tokens(modality_N, Routing()), Routing()
+        )
         for e, index_K in enumerate(selection.index_EK):
             x_KD = x_ND[index_K].bfloat16()
             hidden = torch.nn.functional.silu(x_KD @ gate[e].bfloat16()) * (x_KD @ up[e].bfloat16())

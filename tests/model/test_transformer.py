@@ -95,6 +95,21 @@ def test_all_layers_share_one_mask_in_the_precision_of_their_products(dtype):
     assert masks[0].dtype == dtype
 
 
+@pytest.mark.parametrize("groups", ["moe_1t1i", "mod_moe_2t2i"])
+def test_modalities_are_found_once_for_all_layers_that_all_tokens_reach(groups):
+    """Layers with mixture-of-depths find those of the tokens that they select."""
+    config = ModelConfig(groups=groups, dim=16, layers=4, heads=2)
+    model, found = Transformer(config, VOCABULARY, (0.5, 0.5)), []
+    model.initialize(0)
+    for number in range(4):
+        experts = model.get_submodule(f"layers.{number}.experts")
+        experts.register_forward_pre_hook(lambda _, given: found.append(given[3]))
+    model(mixed_tokens(2, 15, 0))
+    shared = [tokens for tokens in found if tokens is not None]
+    assert [tokens is None for tokens in found] == [n in config.depth_layers for n in range(4)]
+    assert all(tokens is shared[0] for tokens in shared)
+
+
 def test_a_causal_mask_ignores_documents():
     model = build("dense", attention_mask="causal")
     tokens = mixed_tokens(1, 8, 0)
