@@ -18,6 +18,8 @@ from moma.model.architecture import ModelConfig
 
 # Slots that a new cache has for each sequence; it grows by doubling.
 _FIRST_CAPACITY = 64
+# Passes after which a GPU is waited for once, so that bounds of lengths stay close to them.
+_EXACT_EVERY = 64
 
 
 class NewSlots(NamedTuple):
@@ -42,11 +44,12 @@ class NewSlots(NamedTuple):
 class SlotCounts:
     """Number of slots that each of B sequences has filled."""
 
-    def __init__(self, sequences: int, device: torch.device):
+    def __init__(self, sequences: int, device: torch.device, waits: bool):
         self.length_B = torch.zeros(sequences, dtype=torch.int64, device=device)
-        # Upper bound of all lengths that is known without waiting for a GPU.
-        self._bound = 0
-        self._taken: tuple[Tensor, Tensor, Tensor, int] | None = None
+        self._waits, self._passes = waits, 0
+        # Upper bounds of the lengths, known without waiting for the device.
+        self._bounds = [0] * sequences
+        self._taken: tuple[Tensor, Tensor, Tensor, list[int]] | None = None
 
     def take(self, position_BS: Tensor, filled_BS: Tensor, dtype: torch.dtype) -> NewSlots:
         """Give new tokens the next slots.
@@ -57,45 +60,49 @@ class SlotCounts:
             dtype: dtype of the mask.
         """
         before_B, size = self.length_B, filled_BS.shape[1]
-        self._taken = before_B, position_BS, filled_BS, self._bound
+        self._taken = before_B, position_BS, filled_BS, self._bounds
         if not size:
             return NewSlots(position_BS, 0, None, False, False)
         slot_BS = before_B[:, None] + torch.arange(size, device=filled_BS.device)
         self.length_B = before_B + filled_BS.sum(1)
-        if filled_BS.device.type == "cuda":
-            self._bound += size
-            return NewSlots(
-                slot_BS.where(filled_BS, -1), self._bound, self._mask(slot_BS, dtype), False, True
-            )
-        self._bound = used = int(self.length_B.max())
-        if bool((slot_BS[:, -1] + 1 == used).all() and filled_BS.all()):
+        self._passes += 1
+        if self._waits or self._passes % _EXACT_EVERY == 0:
+            self._bounds = self.length_B.tolist()
+        else:
+            self._bounds = [bound + size for bound in self._bounds]
+        used = max(self._bounds)
+        if self._waits and bool((slot_BS[:, -1] + 1 == used).all() and filled_BS.all()):
             # All sequences are equally long; without earlier tokens, attention is causal.
-            if size in (1, used):
-                return NewSlots(slot_BS, used, None, size > 1, False)
-            return NewSlots(slot_BS, used, self._mask(slot_BS, dtype), False, False)
-        return NewSlots(slot_BS.where(filled_BS, -1), used, self._mask(slot_BS, dtype), False, True)
-
-    def _mask(self, slot_BS: Tensor, dtype: torch.dtype) -> Tensor:
-        attends_BSU = torch.arange(self._bound, device=slot_BS.device) <= slot_BS[..., None]
-        zeros_BSU = torch.zeros_like(attends_BSU, dtype=dtype)
-        return zeros_BSU.masked_fill_(~attends_BSU, -torch.inf)[:, None]
+            mask_B1SU = None if size in (1, used) else _mask(slot_BS, used, dtype)
+            return NewSlots(slot_BS, used, mask_B1SU, size == used > 1, False)
+        return NewSlots(
+            slot_BS.where(filled_BS, -1), used, _mask(slot_BS, used, dtype), False, True
+        )
 
     def keep(self, tokens: Sequence[int]) -> None:
         """Free the slots of all but the first tokens of each sequence of the last forward pass."""
         assert self._taken is not None
-        before_B, position_BS, filled_BS, bound = self._taken
+        before_B, position_BS, filled_BS, bounds = self._taken
         tokens_B1 = torch.tensor(tokens, device=before_B.device)[:, None]
         self.length_B = before_B + (filled_BS & (position_BS < tokens_B1)).sum(1)
-        self._bound = bound + max(tokens)
+        pairs = zip(bounds, tokens, self._bounds, strict=True)
+        self._bounds = [min(before + kept, after) for before, kept, after in pairs]
 
-    def select(self, index_B: Tensor) -> None:
+    def select(self, index: Sequence[int], index_B: Tensor) -> None:
         """Keep only the sequences with the given indices, in their order."""
         self.length_B, self._taken = self.length_B[index_B], None
+        self._bounds = [self._bounds[number] for number in index]
 
     def extend(self, other: "SlotCounts") -> None:
         """Append the sequences of another object."""
         self.length_B, self._taken = torch.cat((self.length_B, other.length_B)), None
-        self._bound = max(self._bound, other._bound)
+        self._bounds = self._bounds + other._bounds
+
+
+def _mask(slot_BS: Tensor, used: int, dtype: torch.dtype) -> Tensor:
+    attends_BSU = torch.arange(used, device=slot_BS.device) <= slot_BS[..., None]
+    zeros_BSU = torch.zeros_like(attends_BSU, dtype=dtype)
+    return zeros_BSU.masked_fill_(~attends_BSU, -torch.inf)[:, None]
 
 
 class LayerCache:
@@ -175,14 +182,21 @@ class Caches:
         config: the model's configuration.
         sequences: number of sequences B.
         device: where the model is.
+        waits: whether the device may be waited for in every pass; by default only a CPU.
     """
 
-    def __init__(self, config: ModelConfig, sequences: int, device: torch.device):
-        self.tokens = SlotCounts(sequences, device)
+    def __init__(
+        self,
+        config: ModelConfig,
+        sequences: int,
+        device: torch.device,
+        waits: bool | None = None,
+    ):
+        waits = device.type != "cuda" if waits is None else waits
+        self.tokens = SlotCounts(sequences, device, waits)
+        gated = config.depth_layers
         self.layers = [
-            LayerCache(
-                SlotCounts(sequences, device) if number in config.depth_layers else self.tokens
-            )
+            LayerCache(SlotCounts(sequences, device, waits) if number in gated else self.tokens)
             for number in range(config.layers)
         ]
 
@@ -195,7 +209,7 @@ class Caches:
         """Keep only the sequences with the given indices, in their order."""
         index_B = torch.tensor(index, dtype=torch.int64, device=self.tokens.length_B.device)
         for counts in self._counts():
-            counts.select(index_B)
+            counts.select(index, index_B)
         for layer in self.layers:
             layer.select(index_B)
 

@@ -152,6 +152,8 @@ class DepthLayer(DecoderLayer):
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
         selected = context.select(index_RK, selection.filled_EK)
         if not index_RK.shape[1]:  # possible without slots only
+            # Ranks that select tokens wait for the others to gather the experts' weights with them.
+            self.experts(x_BSD[:, :0], context.modality_BS[:, :0], routing)
             return x_BSD, [_check(x_BSD, routing), depth_diagnostics]
         index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)

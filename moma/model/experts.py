@@ -25,7 +25,7 @@ from torch.nn import functional
 from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.grouped import grouped_product
 from moma.model.groups import GroupConfig, group_share
-from moma.model.layers import SwiGLU, gather, scatter_add
+from moma.model.layers import SwiGLU
 from moma.model.routers import (
     AuxiliaryRouter,
     Diagnostics,
@@ -98,7 +98,11 @@ def add_expert_outputs(
 
 
 def add_listed_outputs(
-    total_ND: Tensor, x_ND: Tensor, weights: Sequence[Tensor], tokens: SelectedTokens
+    total_ND: Tensor,
+    x_ND: Tensor,
+    weights: Sequence[Tensor],
+    tokens: SelectedTokens,
+    dispatch: Dispatch,
 ) -> Tensor:
     """Equation 1 for experts that process different numbers of tokens.
 
@@ -108,15 +112,17 @@ def add_listed_outputs(
         total_ND, x_ND: as for `add_expert_outputs`.
         weights: SwiGLU weights of the experts, [E, D, F] twice and [E, F, D].
         tokens: the tokens of each expert.
+        dispatch: builds the slots.
     """
-    index_T, score_T, end_E = tokens
+    index_T, expert_T, filled_T, score_T, end_E = tokens
     if not len(index_T):
         return total_ND
     gate_EDF, up_EDF, down_EFD = weights
-    x_TD = gather(x_ND, index_T)
+    slots = dispatch(index_T, filled_T, expert_T, len(x_ND), len(end_E))
+    x_TD = slots.gather(x_ND)
     gate_TF, up_TF = (grouped_product(x_TD, [weight], end_E) for weight in (gate_EDF, up_EDF))
     ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, [down_EFD], end_E)
-    return scatter_add(total_ND, index_T, score_T[:, None] * ffn_TD)
+    return slots.scatter_add(total_ND, score_T[:, None] * ffn_TD)
 
 
 def zero_total(x_ND: Tensor) -> Tensor:
@@ -181,7 +187,8 @@ class ExpertGroup(nn.Module):
             if may_synchronize(tokens.eligible_N) and not tokens.eligible_N.any():
                 return total_ND, []
             listed, diagnostics = self._list_tokens(x_ND, tokens.eligible_N, routing)
-            return add_listed_outputs(total_ND, x_ND, self.matrices(), listed), diagnostics
+            total_ND = add_listed_outputs(total_ND, x_ND, self.matrices(), listed, self.dispatch)
+            return total_ND, diagnostics
         inputs, diagnostics = self.route(x_ND, tokens, routing)
         return add_expert_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics
 
@@ -233,7 +240,8 @@ class ExpertGroup(nn.Module):
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[SelectedTokens, list[Diagnostics]]:
         if self.num_experts == 1:
-            return list_selected(eligible_N[None], torch.full_like(x_ND[:, 0], torch.inf)[None]), []
+            certain_1N = torch.full_like(eligible_N[None], torch.inf, dtype=torch.float32)
+            return list_selected(eligible_N[None], certain_1N), []
         scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
         tokens = list_selected(routing.experts.candidates(scores), scores.logits_RN)
         logits_NE = scores.logits_RN.T

@@ -196,11 +196,15 @@ class SelectedTokens(NamedTuple):
 
     Attributes:
         index_T: int64 index of the token, into the N tokens.
+        expert_T: int64 index of the expert.
+        filled_T: whether the slot holds a token.
         score_T: factor of the expert's output; 0 in an empty slot.
         end_E: int32 index one past each expert's last slot; T for the last expert.
     """
 
     index_T: Tensor
+    expert_T: Tensor
+    filled_T: Tensor
     score_T: Tensor
     end_E: Tensor
 
@@ -314,13 +318,14 @@ def list_selected(selected_EN: Tensor, logits_EN: Tensor) -> SelectedTokens:
     """
     end_E = selected_EN.sum(1).cumsum(0, dtype=torch.int32)
     if not may_synchronize(selected_EN[0]):
-        flat_T = selected_EN.flatten()
-        order_T = (~flat_T).byte().sort(stable=True).indices
+        order_T = (~selected_EN.flatten()).byte().sort(stable=True).indices
+        expert_T, index_T = order_T // selected_EN.shape[1], order_T % selected_EN.shape[1]
         end_E = torch.cat((end_E[:-1], end_E.new_full((1,), len(order_T))))
-        score_T = logits_EN.flatten()[order_T].sigmoid() * flat_T[order_T]
-        return SelectedTokens(order_T % selected_EN.shape[1], score_T, end_E)
-    expert_T, index_T = selected_EN.nonzero(as_tuple=True)
-    return SelectedTokens(index_T, logits_EN[expert_T, index_T].sigmoid(), end_E)
+    else:
+        expert_T, index_T = selected_EN.nonzero(as_tuple=True)
+    filled_T = selected_EN[expert_T, index_T]
+    score_T = logits_EN[expert_T, index_T].sigmoid() * filled_T
+    return SelectedTokens(index_T, expert_T, filled_T, score_T, end_E)
 
 
 def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:

@@ -188,7 +188,8 @@ class Validation:
 
         sampling = Sampling(seed=self._seed % 2**32)
         prompts = [[prompt] for prompt in self._prompts]
-        answers = self._assemble().generate(prompts, "image", sampling)
+        # Without drafts, all ranks take the same number of passes, in which they share weights.
+        answers = self._assemble().generate(prompts, "image", sampling, drafts=0)
         images: list[Any] = [part for answer in answers for part in answer]
 
         def write() -> None:

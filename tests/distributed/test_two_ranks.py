@@ -225,7 +225,19 @@ def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
     return found
 
 
+@torch.no_grad()
+def select_on_one_rank(tiny: Recipe, world: World) -> None:
+    """A forward pass in which no gate of rank 0 selects a token, and all of rank 1 select all."""
+    model, *_, groups = build(recipe_of(tiny, "mod_moe_3t1i", EngineConfig()), world)
+    for router in model.routers():
+        threshold = 1e9 if world.rank == 0 and router.out_features == 1 else -1e9
+        router.cuts_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]))
+    tokens_BS = torch.from_numpy(next(groups[0]).tokens_BS)
+    model.eval()(tokens_BS, routing=model.named_routing("threshold"))
+
+
 def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
+    select_on_one_rank(tiny, world)
     for name, (groups, engine, _) in CASES.items():
         take_steps(world, recipe_of(tiny, groups, engine, stage_of(name)), out / name)
     several = replace(world, nodes=2)

@@ -285,3 +285,10 @@ def test_logits_that_are_nan_are_refused():
         model.head.weight[35] = math.nan
     with pytest.raises(UserError, match="logits are NaN"):
         run(model, Options("image", 40, 40, GREEDY))
+
+
+@pytest.mark.parametrize("groups", ["dense", "moe_1t1i", "moe_2t1i", "mod_moe_2t2i"])
+def test_a_model_in_bf16_generates(groups):
+    model = make_model(groups).to(torch.bfloat16)
+    (answer, *_), _ = run(model, Options("mixed", 40, 12, Sampling(1.0), drafts=2))
+    assert answer

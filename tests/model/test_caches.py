@@ -75,12 +75,13 @@ def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, sizes, seed)
         torch.testing.assert_close(found_SV, expected_SV, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("name", ["moe_2t2i", "mod_moe_2t2i"])
 @torch.no_grad()
-def test_a_cache_grows(name):
+def test_a_cache_grows(name, waits):
     model, random = build(name), torch.Generator().manual_seed(1)
     sequences = [some_tokens(random, 150), some_tokens(random, 90)]
-    caches = model.new_caches(2)
+    caches = Caches(model.config, 2, torch.device("cpu"), waits)
     append(model, caches, [sequence[:-10] for sequence in sequences])
     for number in range(10, 0, -1):
         parts = [sequence[len(sequence) - number :][:1] for sequence in sequences]
@@ -110,17 +111,30 @@ def test_gates_that_select_nothing_or_many_tokens():
         torch.testing.assert_close(torch.cat(found), expected_SV, rtol=1e-4, atol=1e-4)
 
 
+@torch.no_grad()
+def test_a_cache_is_as_long_as_its_sequences_though_the_device_is_not_waited_for():
+    model, random = build("moe_2t2i"), torch.Generator().manual_seed(5)
+    caches = Caches(model.config, 1, torch.device("cpu"), waits=False)
+    for _ in range(20):
+        append(model, caches, [some_tokens(random, 10)])
+        other = Caches(model.config, 1, torch.device("cpu"), waits=False)
+        append(model, other, [some_tokens(random, 10)])
+        caches.select([])
+        caches.extend(other)
+    assert caches.layers[0].key_BTGC.shape[1] <= 64
+
+
 @pytest.mark.parametrize("name", ["dense", "moe_2t2i", "mod", "mod_moe_2t2i", "all_gated"])
 @settings(max_examples=8, deadline=None)
-@given(st.integers(1, 3), st.integers(0, 999), st.data())
+@given(st.integers(1, 3), st.integers(0, 999), st.booleans(), st.data())
 @torch.no_grad()
-def test_tokens_can_be_taken_back(name, count, seed, data):
+def test_tokens_can_be_taken_back(name, count, seed, waits, data):
     model, random = build(name, seed), torch.Generator().manual_seed(seed)
     firsts = [some_tokens(random, data.draw(st.integers(1, 5))) for _ in range(count)]
     drafts = [some_tokens(random, 4) for _ in range(count)]
     kept = [data.draw(st.integers(0, 4)) for _ in range(count)]
     lasts = [some_tokens(random, 2) for _ in range(count)]
-    caches = model.new_caches(count)
+    caches = Caches(model.config, count, torch.device("cpu"), waits)
     append(model, caches, firsts)
     append(model, caches, drafts)
     caches.keep(kept)
