@@ -24,14 +24,15 @@ class LegalRows:
 
     def __init__(self, weight_VD: Tensor, ids: np.ndarray, forbidden: Sequence[int] = ()):
         device = weight_VD.device
-        self.ids_R = torch.from_numpy(ids).to(device)
+        self.ids_R = torch.from_numpy(ids)  # on the CPU
+        on_device_R = self.ids_R.to(device)
         self.index_of_id_V = torch.full((len(weight_VD),), -1, device=device)
-        self.index_of_id_V[self.ids_R] = torch.arange(len(ids), device=device)
+        self.index_of_id_V[on_device_R] = torch.arange(len(ids), device=device)
         self._forbidden = self.index_of_id_V[torch.tensor(forbidden, dtype=torch.int64)]
         breaks = (np.flatnonzero(np.diff(ids) != 1) + 1).tolist()
         starts, ends = [0, *breaks], [*breaks, len(ids)]
         if len(starts) > _MAX_RANGES:
-            self._parts = [weight_VD[self.ids_R]]
+            self._parts = [weight_VD[on_device_R]]
         else:
             self._parts = [
                 weight_VD[int(ids[start]) : int(ids[end - 1]) + 1]

@@ -52,22 +52,19 @@ class Predictor:
         if not codes:
             refused = [number for number, (each, _) in enumerate(group) if not each.may_begin_image]
             logits_PR[refused, self._head.begin_image] = -torch.inf
-        logits_PR = logits_PR.cpu()
         _require_finite(logits_PR)
         noise_PR = history = None
-        is_random = sampler.sampling.temperature != 0
-        if is_random:
-            noise_PR = torch.stack(
-                [
-                    each.noise(offset, logits_PR.shape[1])
-                    for (each, _), count in zip(group, counts, strict=True)
-                    for offset in range(count)
-                ]
-            )
+        if sampler.sampling.temperature != 0:
+            noise = [
+                each.noise(offset, logits_PR.shape[1])
+                for (each, _), count in zip(group, counts, strict=True)
+                for offset in range(count)
+            ]
+            noise_PR = torch.stack(noise).to(logits_PR.device)
         if sampler.sampling.repetition_penalty != 1:
             history = [_history(each.tokens, legal) for each, _ in group]
         index_P = sampler(logits_PR, noise_PR, history)
-        ids = legal.ids_R.cpu()[index_P].split(counts)
+        ids = legal.ids_R[index_P.cpu()].split(counts)
         for (each, _), own, logits_CR in zip(group, ids, logits_PR.split(counts), strict=True):
             each.append(own.tolist(), self._guesses(each, sampler, legal, logits_CR))
 
@@ -81,8 +78,9 @@ class Predictor:
         logits_GR, noise_GR = logits_CR[-1:].expand(count, -1), None
         if sampler.sampling.temperature != 0:
             first, size = len(logits_CR), logits_CR.shape[1]
-            noise_GR = torch.stack([sequence.noise(first + n, size) for n in range(count)])
-        return legal.ids_R.cpu()[sampler(logits_GR, noise_GR)].tolist()
+            noise = [sequence.noise(first + number, size) for number in range(count)]
+            noise_GR = torch.stack(noise).to(logits_GR.device)
+        return legal.ids_R[sampler(logits_GR, noise_GR).cpu()].tolist()
 
 
 def _gather(group: Sequence[_Rated], hidden_BSD: Tensor) -> Tensor:
@@ -113,8 +111,8 @@ def _combine_branches(logits_QR: Tensor, group: Sequence[_Rated]) -> Tensor:
 
 
 def _history(tokens: Sequence[int], legal: LegalRows) -> Tensor:
-    index = legal.index_of_id_V[torch.tensor(tokens, device=legal.ids_R.device)]
-    return index[index >= 0].cpu()
+    index = legal.index_of_id_V[torch.tensor(tokens, device=legal.index_of_id_V.device)]
+    return index[index >= 0]
 
 
 def _require_finite(logits_PR: Tensor) -> None:

@@ -11,6 +11,8 @@ from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
 Content = str | Image.Image
+# Tokens before the newest ones that affect how these are decoded.
+_CONTEXT = 8
 
 
 class TextPiece(NamedTuple):
@@ -113,6 +115,10 @@ class ContentStream:
             end = len(text.rstrip("\ufffd"))
             end -= max((_overlap(text[:end], stop) for stop in self._stops), default=0)
         piece, self._shown = text[self._shown : end], max(self._shown, end)
+        if end == len(text) and len(self._ids) > 8 * _CONTEXT:
+            # Decoding all of a long text for every token would take quadratic time.
+            self._ids = self._ids[-_CONTEXT:]
+            self._shown = len(self._tokenizer.decode(self._ids))
         return [TextPiece(piece)] if piece else []
 
     def _new_rows(self, before: int) -> list[Event]:

@@ -110,7 +110,7 @@ class LayerCache:
 
     def __init__(self, counts: SlotCounts):
         self.counts = counts
-        self.key_BTGC = self.value_BTGC = torch.empty(len(counts.length_B), 0, 0, 0)
+        self.key_BTGC = self.value_BTGC = counts.length_B.new_empty(len(counts.length_B), 0, 0, 0)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, slots: NewSlots) -> Tensor:
         """Store new keys and values and attend to all slots that `slots` allows.

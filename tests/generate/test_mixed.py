@@ -245,6 +245,15 @@ def test_no_character_is_divided(mixed):
     assert "".join([*pieces, *texts(stream.finish())]) == text
 
 
+@pytest.mark.parametrize("size", [1, 3, 200])
+def test_a_long_text_is_streamed_whole(mixed, size):
+    text = "some words, é 漢字 😀 and more " * 30
+    stream = ContentStream(mixed.tokenizer, mixed.model.vocabulary, mixed.image, ["never"])
+    ids = mixed.tokenizer.encode(text).ids
+    pieces = [p for at in range(0, len(ids), size) for p in texts(stream.add(ids[at : at + size]))]
+    assert "".join([*pieces, *texts(stream.finish())]) == text
+
+
 def test_what_may_begin_a_stop_string_is_kept_back(mixed):
     stream = ContentStream(mixed.tokenizer, mixed.model.vocabulary, mixed.image, ["abc"])
     encode = mixed.tokenizer.encode
