@@ -140,12 +140,14 @@ def _answer_file(
     """Answer the prompts of a file, those of this rank under `torchrun`."""
     from moma.generate.queue import answer_prompts, read_prompts
     from moma.runs import Run
-    from moma.train.restore import newest_checkpoint
+    from moma.train.restore import run_to_load
 
+    loaded = run_to_load(Run(run))
     guidance, stop = options["guidance"], list(options["stop"])
     settings = {
         "run": str(run.resolve()),
-        "checkpoint": newest_checkpoint(Run(run)).name,
+        "checkpoint": str(loaded.checkpoint.resolve().relative_to(run.resolve())),
+        "routing": model.model.routing_fingerprint(),
         "mode": mode,
         "sampling": asdict(sampling),
         "images": options["images"],
@@ -163,6 +165,7 @@ def _answer_file(
         lambda queue: model.answer(queue, batch, mode, sampling, **options),
         rank,
         ranks,
+        quiet=rank > 0,
     ):
         print(out / "results.jsonl")
 

@@ -125,7 +125,7 @@ def _advance(
     """Append the next tokens of sequences."""
     hidden_BSD = _run(model, [feed for each in sequences for feed in each.feeds], caches)
     predictor.append_samples(sequences, hidden_BSD)
-    if options.drafts:
+    if any(each.drafted for each in sequences):
         caches.keep([count for each in sequences for count in each.kept])
 
 

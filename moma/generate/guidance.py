@@ -37,11 +37,13 @@ class Guidance:
         """Return prompts whose logits are summed, each with its weight; the whole one is first."""
         images: list[Content] = [part for part in prompt if not isinstance(part, str)]
         if not images:
-            return [(list(prompt), self.text), ([], 1 - self.text)]
-        if len(images) == len(prompt):
-            return [(images, self.image), ([], 1 - self.image)]
-        return [
-            (list(prompt), self.text),
-            (images, self.image - self.text),
-            ([], 1 - self.image),
-        ]
+            parts = [(list(prompt), self.text), ([], 1 - self.text)]
+        elif len(images) == len(prompt):
+            parts = [(images, self.image), ([], 1 - self.image)]
+        else:
+            parts = [
+                (list(prompt), self.text),
+                (images, self.image - self.text),
+                ([], 1 - self.image),
+            ]
+        return [parts[0], *((part, weight) for part, weight in parts[1:] if weight)]

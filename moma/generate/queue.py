@@ -90,7 +90,8 @@ def answer_prompts(
     """
     _open_folder(out, {**settings, "prompts": _fingerprint(prompts)})
     own = range(rank, len(prompts), ranks)
-    done = _read_results(out)
+    with lock_folder(out, _LOCK_SECONDS):  # another rank may be joining the parts
+        done = _read_results(out)
     missing = [number for number in own if number not in done]
     part = out / _PART.format(rank)
     _cut_unfinished_line(part)

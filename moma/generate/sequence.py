@@ -75,6 +75,7 @@ class GeneratedSequence:
         number: of its request.
         weights: of its branches.
         feeds: for each branch, the tokens of the next pass; drafts come last.
+        drafted: number of drafts in the last pass.
         kept: for each branch, the number of tokens of the last pass that stay in the caches.
         is_complete: whether it has ended.
     """
@@ -90,7 +91,7 @@ class GeneratedSequence:
             self.grammar.advance(token)
         self._noise: dict[tuple[int, int], Tensor] = {}
         self._drafts: list[int] = []
-        self.is_complete = False
+        self.drafted, self.is_complete = 0, False
         self._append_forced()
         self._fed = len(self.tokens)
         forced = self.tokens[self._first :]
@@ -147,6 +148,7 @@ class GeneratedSequence:
         drafts, count = self._drafts, 0
         while count < len(drafts) and drafts[count] == samples[count]:
             count += 1
+        self.drafted = len(drafts)
         self.kept = [len(feed) - len(drafts) + count for feed in self.feeds]
         self._fed = len(self.tokens) + count
         for token in samples[: count + 1]:

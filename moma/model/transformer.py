@@ -3,6 +3,7 @@
 Shapes: see `layers.py`.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
@@ -323,6 +324,12 @@ class Transformer(nn.Module):
     def has_thresholds(self) -> bool:
         """Whether all routers have thresholds, by which the model can be used causally."""
         return all(bool(router.cuts_3E[2].all()) for router in self.routers())
+
+    def routing_fingerprint(self) -> str:
+        """Short hash of how the model routes causally: its policy and thresholds."""
+        thresholds = (router.threshold_E.cpu().numpy().tobytes() for router in self.routers())
+        content = b"".join([repr(self.causal_policy).encode(), *thresholds])
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:
         """Yield the auxiliary routers, in the order of the records."""

@@ -5,7 +5,7 @@ import shutil
 import socket
 import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -171,6 +171,7 @@ def join_world(timeout: float = 600) -> Iterator[World]:
         yield World(device, rank, size, mesh, writers, signals, nodes)
     except BaseException:
         # Leaving in order would wait for operations on the device that a lost rank never joins.
-        distributed_c10d._abort_process_group()
+        with suppress(RuntimeError, ValueError):  # the first error is the one to report
+            distributed_c10d._abort_process_group()
         raise
     distributed.destroy_process_group()

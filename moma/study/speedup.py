@@ -28,6 +28,7 @@ def smoothed(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
     flops = np.array([record["flops"] for record in known], dtype=float)
     loss = np.array([record[key] for record in known], dtype=float)
     x = np.log(flops)
+    x -= x.mean() if len(x) else 0.0  # differences of squares below would lose digits
     start, end = np.searchsorted(x, x - HALF_WIDTH), np.searchsorted(x, x + HALF_WIDTH, "right")
 
     def window_mean(values: np.ndarray) -> np.ndarray:
@@ -37,8 +38,8 @@ def smoothed(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
     mean_x, mean_loss = window_mean(x), window_mean(loss)
     variance = window_mean(x * x) - mean_x**2
     covariance = window_mean(x * loss) - mean_x * mean_loss
-    # A window of one record has no slope.
-    slope = np.divide(covariance, variance, out=np.zeros_like(x), where=end - start > 1)
+    # Records of equal FLOPs, or a single one, have no slope.
+    slope = np.divide(covariance, variance, out=np.zeros_like(x), where=variance > 1e-12)
     return flops, mean_loss + slope * (x - mean_x)
 
 

@@ -94,7 +94,8 @@ def test_sequences_share_weights_but_not_caches():
     assert five - one == 4 * 4 * (10 * 3 * 2 * 64)
 
 
-def test_json_has_a_record_per_variant_batch_and_mode():
+def test_json_has_a_record_per_variant_batch_and_mode(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     options = ["--row", "256", "--batch", "1", "--batch", "3", "--tokens", "3", "--repeats", "2"]
     options += ["--drafts", "2"]
     arguments = ["bench", "generate", *options, "--only", "moe_2t2i", "--device", "cpu", "--json"]

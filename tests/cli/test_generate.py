@@ -1,6 +1,7 @@
 """Options of `moma generate`; its other tests are in `test_root.py`."""
 
 import json
+import shutil
 
 import pytest
 
@@ -42,6 +43,18 @@ def test_images_are_guided_and_drafted(trained, tmp_path):
     assert drawn("guided", "--text-guidance", "40") != [plain]
     assert drawn("one", "--text-guidance", "1", "--image-guidance", "1") == [plain]
     assert len(drawn("several", "--images", "2", "--samples", "2")) == 4
+
+
+def test_answers_by_other_thresholds_are_not_mixed(trained, tmp_path):
+    run, prompts, out = tmp_path / "run", tmp_path / "prompts.jsonl", tmp_path / "out"
+    shutil.copytree(trained / "run", run)
+    shutil.rmtree(run / "aux_router", ignore_errors=True)
+    prompts.write_text('{"segments": [{"type": "text", "text": "box 3"}]}\n')
+    arguments = ("generate", run, "--from", prompts, "--out", out, "--mode", "text")
+    succeeds(*arguments)
+    succeeds(*arguments)
+    succeeds("calibrate", run, "--steps", "1")
+    assert "holds answers with other routing" in refuses(*arguments)
 
 
 @pytest.mark.parametrize(
