@@ -18,31 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from moma.errors import UserError
 from moma.generate.grammar import Mode
 from moma.generate.predictor import Predictor
-from moma.generate.sampling import Sampling
-from moma.generate.sequence import Branch, GeneratedSequence, Options, Request
+from moma.generate.sequence import GeneratedSequence, Options, Request
 from moma.model.caches import Caches
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
-
-
-def generate(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    mode: Mode,
-    context: int,
-    new_tokens: int,
-    sampling: Sampling,
-) -> list[list[int]]:
-    """Continue prompts, each until its grammar ends it, and return the new tokens of each.
-
-    See `Options`; prompt number i is sampled with the seed `sampling.seed` + i.
-    """
-    requests = [Request([Branch(p)], sampling.seed + number) for number, p in enumerate(prompts)]
-    answers: list[list[int]] = [[] for _ in prompts]
-    options = Options(mode, context, new_tokens, sampling)
-    for number, tokens, _ in decode(model, requests, options):
-        answers[number] += tokens
-    return answers
 
 
 class NewTokens(NamedTuple):

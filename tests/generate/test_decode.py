@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moma.errors import UserError
-from moma.generate.decode import decode, generate
+from moma.generate.decode import decode
 from moma.generate.grammar import Grammar
 from moma.generate.sampling import Sampling, gumbel_noise
 from moma.generate.sequence import Branch, Options, Request
@@ -29,6 +29,12 @@ def make_model(groups="moe_2t2i", seed=0):
     model.initialize(seed)
     model.causal_policy = Auxiliary()
     return model.eval()
+
+
+def generate(model, prompts, mode, context, new_tokens, sampling):
+    """Continue prompts, each with a seed of its own, and return the new tokens of each."""
+    requests = [Request([Branch(p)], sampling.seed + number) for number, p in enumerate(prompts)]
+    return run(model, Options(mode, context, new_tokens, sampling), requests)[0]
 
 
 @torch.no_grad()
