@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -74,26 +74,9 @@ def generate(
 ) -> None:
     """Continue a prompt: text is printed, images are written as new PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
-    if from_ is not None:
-        refuse_unused(ctx, "with --from", "prompt", "image", "samples")
-        if out == Path("."):
-            raise UserError("--from needs --out: a new folder for results.jsonl and images")
-    elif not parts:
-        raise UserError("nothing to continue: give --prompt, --image or both, or --from")
-    else:
-        refuse_unused(ctx, "without --from", "batch")
+    _check_options(ctx, mode, from_, out, parts)
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
-    if mode == "text":
-        unused = ["drafts"] if from_ else ["out", "drafts"]
-        refuse_unused(ctx, "with --mode text, which writes no images", *unused)
-    if mode != "image":
-        names = ("images", "text_guidance", "image_guidance")
-        refuse_unused(ctx, f"with --mode {mode}; it needs --mode image", *names)
-    else:
-        refuse_unused(ctx, "with --mode image, which writes no text", "stop", "repetition_penalty")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is not a folder; name another")
     import moma
     from moma.generate.guidance import Guidance
     from moma.generate.sampling import Sampling
@@ -127,6 +110,34 @@ def generate(
             print(part if isinstance(part, str) else _save(part, out, numbers))
 
 
+def _check_options(
+    ctx: Context, mode: "Mode", from_: Path | None, out: Path, parts: Sequence[object]
+) -> None:
+    """Refuse options that have no effect beside the others, and an output that is no folder."""
+    if from_ is not None:
+        refuse_unused(ctx, "with --from", "prompt", "image", "samples")
+        if out == Path("."):
+            raise UserError("--from needs --out: a new folder for results.jsonl and images")
+    elif not parts:
+        raise UserError("nothing to continue: give --prompt, --image or both, or --from")
+    else:
+        refuse_unused(ctx, "without --from", "batch")
+    if mode == "text":
+        unused = ["drafts"] if from_ else ["out", "drafts"]
+        refuse_unused(ctx, "with --mode text, which writes no images", *unused)
+    if mode != "image":
+        names = ("images", "text_guidance", "image_guidance")
+        refuse_unused(ctx, f"with --mode {mode}; it needs --mode image", *names)
+    else:
+        refuse_unused(ctx, "with --mode image, which writes no text", "stop", "repetition_penalty")
+    if from_ is None and all(isinstance(part, str) for part in parts):
+        refuse_unused(ctx, "without an image in the prompt", "image_guidance")
+    if from_ is None and not any(isinstance(part, str) for part in parts):
+        refuse_unused(ctx, "without text in the prompt", "text_guidance")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: is not a folder; name another")
+
+
 def _answer_file(
     run: Path,
     model: "MixedModel",
@@ -146,7 +157,7 @@ def _answer_file(
     guidance, stop = options["guidance"], list(options["stop"])
     settings = {
         "run": str(run.resolve()),
-        "checkpoint": str(loaded.checkpoint.resolve().relative_to(run.resolve())),
+        "checkpoint": f"{loaded.run.path.name}/{loaded.checkpoint.name}",
         "routing": model.model.routing_fingerprint(),
         "mode": mode,
         "sampling": asdict(sampling),

@@ -22,7 +22,7 @@ from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 from moma.tokenizers.text import encode_text, load_text_tokenizer
 
-# The fastest number for most models and settings of docs/results/generate.md.
+# Near the fastest number in most cells of docs/results/generate.md.
 DRAFTS = 8
 
 
