@@ -6,9 +6,7 @@ allowed nowhere else, and nothing else is allowed inside an image (Chameleon's d
 
 from typing import Literal, NamedTuple
 
-import numpy as np
-
-from moma.vocabulary import IMAGE, Vocabulary
+from moma.vocabulary import Vocabulary
 
 Mode = Literal["text", "image", "mixed"]
 
@@ -39,11 +37,6 @@ class Grammar:
     def __init__(self, vocabulary: Vocabulary, mode: Mode, images: int = 1):
         self.vocabulary, self.mode, self._images_left = vocabulary, mode, images
         self._codes_left: int | None = None
-        is_code = vocabulary.modality_of_id == IMAGE
-        outside = ~is_code
-        outside[[vocabulary.beginning, vocabulary.padding, vocabulary.end_image]] = False
-        outside[vocabulary.begin_image] = mode == "mixed"
-        self._inside, self._outside = is_code, outside
 
     @property
     def codes_left(self) -> int:
@@ -75,15 +68,6 @@ class Grammar:
         fits = remaining is None or remaining >= self.vocabulary.image_span
         return Legal(begin_image=self.mode == "mixed" and fits)
 
-    def allowed(self, remaining: int | None = None) -> np.ndarray:
-        """Return `legal` as a boolean mask [V] of the ids."""
-        legal = self.legal(remaining)
-        if legal.codes:
-            return self._inside
-        if legal.forced is not None:
-            return self._only(legal.forced)
-        return self._outside & (legal.begin_image | ~self._only(self.vocabulary.begin_image))
-
     def ends_with(self, token: int) -> bool:
         """Whether the continuation is complete after `token`, to be called once for each token."""
         if self.mode != "image":
@@ -92,6 +76,3 @@ class Grammar:
             return False
         self._images_left -= 1
         return self._images_left <= 0
-
-    def _only(self, token: int) -> np.ndarray:
-        return np.arange(self.vocabulary.size) == token

@@ -14,6 +14,7 @@ from moma.generate.sequence import Branch, Options, Request
 from moma.model.routing import Auxiliary, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
 from tests.factories import make_vocabulary
+from tests.generate.allowed import allowed_ids
 
 VOCABULARY = make_vocabulary(codes=range(30, 40))
 IMAGE = [3, 30, 35, 31, 39, 4]
@@ -47,7 +48,7 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
     new: list[int] = []
     while len(tokens) < context and len(new) < new_tokens:
         logits_V = model(torch.tensor([tokens]), routing=CAUSAL).head[0, -1]
-        allowed = grammar.allowed().nonzero()[0].tolist()
+        allowed = allowed_ids(grammar)
         token = max(allowed, key=lambda id_: float(logits_V[id_]))
         tokens.append(token)
         new.append(token)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from moma.generate.grammar import Grammar
 from tests.factories import make_vocabulary
+from tests.generate.allowed import allowed_ids
 
 CODES = 4
 VOCABULARY = make_vocabulary(30, (29, 12, 13, 5, 20), CODES, beginning=7)
@@ -14,15 +15,11 @@ WORDS = set(range(30)) - {7, 1, 2, 3, 4, *VOCABULARY.image_codes}
 IMAGE = VOCABULARY.wrap_image(np.array([0, 1, 2, 3]))
 
 
-def allowed(grammar):
-    return set(grammar.allowed().nonzero()[0].tolist())
-
-
 def generate(grammar, choices):
     """Return a continuation; each choice is a number that selects one of the allowed ids."""
     continuation: list[int] = []
     for choice in choices:
-        ids = sorted(allowed(grammar))
+        ids = sorted(allowed_ids(grammar))
         assert ids, "some id must always be allowed"
         continuation.append(ids[choice % len(ids)])
         grammar.advance(continuation[-1])
@@ -92,17 +89,17 @@ def test_image_mode_generates_one_image_and_ends(choices, prompt):
 
 def test_mixed_mode_allows_words_the_end_and_an_image():
     grammar = Grammar(VOCABULARY, "mixed")
-    assert allowed(grammar) == WORDS | {VOCABULARY.end, VOCABULARY.begin_image}
+    assert allowed_ids(grammar) == WORDS | {VOCABULARY.end, VOCABULARY.begin_image}
     grammar.advance(10)
-    assert allowed(grammar) == WORDS | {VOCABULARY.end, VOCABULARY.begin_image}
+    assert allowed_ids(grammar) == WORDS | {VOCABULARY.end, VOCABULARY.begin_image}
 
 
 def test_text_mode_allows_words_and_the_end():
-    assert allowed(Grammar(VOCABULARY, "text")) == WORDS | {VOCABULARY.end}
+    assert allowed_ids(Grammar(VOCABULARY, "text")) == WORDS | {VOCABULARY.end}
 
 
 def test_image_mode_allows_only_an_image():
-    assert allowed(Grammar(VOCABULARY, "image")) == {VOCABULARY.begin_image}
+    assert allowed_ids(Grammar(VOCABULARY, "image")) == {VOCABULARY.begin_image}
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mixed"])
@@ -110,11 +107,11 @@ def test_inside_an_image_codes_are_allowed_and_then_its_end(mode):
     grammar = Grammar(VOCABULARY, mode)
     grammar.advance(VOCABULARY.begin_image)
     for _ in range(CODES):
-        assert allowed(grammar) == set(VOCABULARY.image_codes)
+        assert allowed_ids(grammar) == set(VOCABULARY.image_codes)
         grammar.advance(5)
-    assert allowed(grammar) == {VOCABULARY.end_image}
+    assert allowed_ids(grammar) == {VOCABULARY.end_image}
     grammar.advance(VOCABULARY.end_image)
-    assert allowed(grammar) == allowed(Grammar(VOCABULARY, mode))
+    assert allowed_ids(grammar) == allowed_ids(Grammar(VOCABULARY, mode))
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mixed"])
