@@ -88,13 +88,16 @@ class DepthRouter(nn.Module):
         if policy.capacity is None:
             selected_BS = policy.candidates(scores).view_as(eligible_BS)
             selection = select_by_sequence(selected_BS, logits_N1.view_as(eligible_BS))
-            recorded, cut_1, excess = None, None, None
+            cut_1, excess = None, None
         else:
             selection, cut_R, excess = select_slots(policy, scores)
             selection, cut_1 = _in_batch_order(selection, logits_RN.shape[1]), cut_R.mean(0, True)
-            recorded = Selection(*(part_RK.flatten()[None] for part_RK in selection))
+        selected_N1 = None
+        if routing.records:
+            flat = Selection(*(part_RK.flatten()[None] for part_RK in selection))
+            selected_N1 = flat.selected_NE(len(x_ND))
         return selection, diagnose(
-            recorded,
+            selected_N1,
             logits_N1,
             auxiliary_N1,
             eligible_BS.flatten(),

@@ -230,9 +230,16 @@ class ExpertGroup(nn.Module):
             scores = scores._replace(logits_RN=clean_EN + logistic_noise(clean_EN.T).T)
         selection, cut_E, excess = select_slots(policy, scores, clean_EN)
         logits_NE = scores.logits_RN.T
+        selected_NE = selection.selected_NE(len(x_ND)) if routing.records else None
         return selection, [
             diagnose(
-                selection, logits_NE, auxiliary_NE, eligible_N, routing, cut_E=cut_E, excess=excess
+                selected_NE,
+                logits_NE,
+                auxiliary_NE,
+                eligible_N,
+                routing,
+                cut_E=cut_E,
+                excess=excess,
             )
         ]
 
@@ -243,9 +250,11 @@ class ExpertGroup(nn.Module):
             certain_1N = torch.full_like(eligible_N[None], torch.inf, dtype=torch.float32)
             return list_selected(eligible_N[None], certain_1N), []
         scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
-        tokens = list_selected(routing.experts.candidates(scores), scores.logits_RN)
+        selected_EN = routing.experts.candidates(scores)
+        tokens = list_selected(selected_EN, scores.logits_RN)
         logits_NE = scores.logits_RN.T
-        return tokens, [diagnose(None, logits_NE, auxiliary_NE, eligible_N, routing)]
+        selected_NE = selected_EN.T.to(logits_NE.dtype) if routing.records else None
+        return tokens, [diagnose(selected_NE, logits_NE, auxiliary_NE, eligible_N, routing)]
 
     def _scores(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing

@@ -176,7 +176,7 @@ class Diagnostics(NamedTuple):
 
 
 def diagnose(
-    selection: Selection | None,
+    selected_NE: Tensor | None,
     logits_NE: Tensor,
     auxiliary_logits_NE: Tensor | None,
     eligible_N: Tensor,
@@ -188,7 +188,7 @@ def diagnose(
     """Check a router's scores, and record its selection if `routing` requests it.
 
     Args:
-        selection: what the router selected; None without slots, which is never recorded.
+        selected_NE: as in `RouterRecord`; needed only if `routing.records`.
         logits_NE, auxiliary_logits_NE, eligible_N, kind, excess: as in `RouterRecord`.
         routing: see `Routing`.
         cut_E: as in `Diagnostics`.
@@ -198,10 +198,11 @@ def diagnose(
     nonfinite = any_nonfinite(logits_NE, eligible_N)
     if auxiliary_logits_NE is not None:
         nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
-    if selection is None or not (routing.record_auxiliary or routing.record_selection):
+    if not routing.records:
         return Diagnostics(nonfinite, None, cut_E)
+    assert selected_NE is not None
     record = RouterRecord(
-        selection.selected_NE(len(eligible_N)),
+        selected_NE,
         auxiliary_logits_NE,
         eligible_N,
         logits_NE.detach(),

@@ -161,6 +161,11 @@ class Routing:
     checks: bool = True
 
     @property
+    def records(self) -> bool:
+        """Whether a `RouterRecord` is returned of each router."""
+        return self.record_auxiliary or self.record_selection
+
+    @property
     def synchronizes(self) -> bool:
         """Whether shapes depend on the data, so that the device is waited for."""
         return any(policy.capacity != "static" for policy in (self.experts, self.depth))

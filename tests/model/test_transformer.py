@@ -70,6 +70,21 @@ def test_batch_choice_is_not_causal(groups):
     assert not torch.allclose(before, after, atol=1e-3)
 
 
+@pytest.mark.parametrize("policy", [Auxiliary(), Threshold()])
+def test_causal_routing_records_what_it_selects(policy):
+    model, tokens = build("mod_moe_2t2i"), mixed_tokens(2, 15, 0)
+    for router in model.routers():  # thresholds of about zero
+        router.cuts_3E.copy_(torch.tensor([[0.01], [1.0], [1.0]]).expand_as(router.cuts_3E))
+    flags = {"record_auxiliary": True} if isinstance(policy, Auxiliary) else {}
+    records = model(tokens, routing=uniform_routing(policy, record_selection=True, **flags)).routers
+    assert {record.kind for record in records} == {"experts", "depth"}
+    for record, router in zip(records, model.routers(), strict=True):
+        decided = record.logits_NE > router.threshold_E
+        if isinstance(policy, Auxiliary):
+            decided = record.auxiliary_logits_NE > 0
+        assert torch.equal(record.selected_NE.bool(), decided & record.eligible_N[:, None])
+
+
 @pytest.mark.parametrize("groups", ARCHITECTURES)
 def test_documents_do_not_attend_to_each_other(groups):
     model = build(groups)
