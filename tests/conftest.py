@@ -79,6 +79,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log) -> LoadScopeScheduli
     return LoadScopeScheduling(config, log)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_what_a_module_leaves() -> Generator[None]:
+    """Later collections of garbage need not search it: they took a third of the time."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The tiny recipe, its data prepared once for the whole session."""
