@@ -26,8 +26,8 @@ from moma.bench.timing import Job, interleaved, seconds
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.dispatch import Dispatch, ScatterSlots, dispatch_for
-from moma.model.experts import MixtureOfExperts, build_group
-from moma.model.implementations import ImplementationName, build_experts
+from moma.model.experts import MixtureOfExperts
+from moma.model.implementations import ImplementationName, build_experts, build_group
 from moma.model.routing import Routing
 from moma.progress import ProgressCallback, show_progress
 from moma.runtime.peak import allocated_peak

@@ -138,7 +138,7 @@ def _prepare_and_train(
                 train(each, world, quiet)
     with clock("routers"):
         for each in recipes:
-            if each.model.has_routers:
+            if each.model.has_batch_choice:
                 routers = {"stage": "aux_router", "from_": each.run, "run": each.run / ROUTER_RUN}
                 train(each.model_copy(update=routers), world, quiet)
 

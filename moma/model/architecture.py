@@ -5,7 +5,12 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from moma.model.depth import DepthConfig
-from moma.model.groups import GroupConfig, named_groups
+from moma.model.groups import (
+    GroupConfig,
+    TokenChoiceConfig,
+    named_groups,
+    named_token_choice,
+)
 from moma.model.implementations import ImplementationName
 from moma.recipe import Config
 
@@ -15,9 +20,11 @@ class ModelConfig(Config):
 
     Attributes:
         groups: expert groups of the feed-forward: an architecture's name (`dense`, `moe_8x`,
-            `moe_4t4i`, …; `mod` and `mod_moe_4t4i` add mixture-of-depths) or a list of
-            `{modalities, experts}`.
+            `moe_4t4i`, …; `token_4t4i` and `null_4t4i` route by token choice; `mod` and
+            `mod_moe_4t4i` add mixture-of-depths) or a list of `{modalities, experts}`.
         depth: mixture-of-depths; if omitted, used only when `groups` begins with `mod`.
+        token_choice: token choice instead of expert choice, in all groups of several experts; if
+            omitted, used only when `groups` names `token` or `null`.
         dim: width D, a multiple of 2 · `heads`.
         layers: number of layers.
         heads: number of attention heads H.
@@ -43,6 +50,7 @@ class ModelConfig(Config):
 
     groups: str | tuple[GroupConfig, ...] = "moe_4t4i"
     depth: DepthConfig | None = None
+    token_choice: TokenChoiceConfig | None = None
     dim: int = Field(512, ge=2)
     layers: int = Field(8, ge=1)
     heads: int = Field(8, ge=1)
@@ -72,6 +80,26 @@ class ModelConfig(Config):
             raise ValueError(f"depth.layers: there is no layer {wrong[0]} among {self.layers}")
         return self
 
+    @model_validator(mode="after")
+    def _check_token_choice(self) -> "ModelConfig":
+        choice = self.token_choice_config
+        if choice is None:
+            return self
+        experts = [group.experts for group in self.group_list if group.experts > 1]
+        if not experts:
+            raise ValueError("token choice needs a group of several experts; raise groups.experts")
+        if choice.top_k > min(experts):
+            raise ValueError(
+                f"token_choice.top_k {choice.top_k} exceeds the {min(experts)} experts of a group"
+            )
+        named = named_token_choice(self.groups) if isinstance(self.groups, str) else None
+        if named and (named.data_sparsity < 1) != (choice.data_sparsity < 1):
+            raise ValueError(
+                f"groups = '{self.groups}' contradicts token_choice.data_sparsity = "
+                f"{choice.data_sparsity}: below 1 there are null experts"
+            )
+        return self
+
     @property
     def hidden_width(self) -> int:
         """Hidden width F of one expert."""
@@ -96,6 +124,13 @@ class ModelConfig(Config):
         return DepthConfig() if named and self.depth is None else self.depth
 
     @property
+    def token_choice_config(self) -> TokenChoiceConfig | None:
+        """Token choice, from `token_choice` or by the name in `groups`; None if not used."""
+        if self.token_choice is None and isinstance(self.groups, str):
+            return named_token_choice(self.groups)
+        return self.token_choice
+
+    @property
     def depth_layers(self) -> frozenset[int]:
         """Numbers of the layers with mixture-of-depths."""
         depth = self.depth_config
@@ -113,6 +148,7 @@ class ModelConfig(Config):
         return "grouped" if self.depth_layers and single > 1 else "sequential"
 
     @property
-    def has_routers(self) -> bool:
-        """Whether any layer has a router, so that causal routing needs auxiliary routers."""
-        return bool(self.depth_layers) or any(group.experts > 1 for group in self.group_list)
+    def has_batch_choice(self) -> bool:
+        """Whether any layer selects tokens over the batch, so that causal routing differs."""
+        routed = any(group.experts > 1 for group in self.group_list)
+        return bool(self.depth_layers) or (routed and self.token_choice_config is None)

@@ -15,8 +15,8 @@ from moma.model.attention_kernels import AttentionKernel, Segments
 from moma.model.caches import CachedContext
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.dispatch import Dispatch, ScatterSlots
-from moma.model.experts import GroupTokens, build_group
-from moma.model.implementations import build_experts
+from moma.model.experts import GroupTokens
+from moma.model.implementations import build_experts, build_group
 from moma.model.routers import Diagnostics
 from moma.model.routing import Routing
 from moma.vocabulary import Vocabulary
@@ -96,7 +96,17 @@ class DecoderLayer(nn.Module):
         )
         width, names, noise = config.hidden_width, vocabulary.modalities, bool(config.router_noise)
         groups = [
-            build_group(config.dim, width, group, shares, names, token_fraction, noise, dispatch)
+            build_group(
+                config.dim,
+                width,
+                group,
+                shares,
+                names,
+                token_fraction,
+                noise,
+                dispatch,
+                config.token_choice_config,
+            )
             for group in config.group_list
         ]
         self.experts = build_experts(groups, config.implementation)

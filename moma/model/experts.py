@@ -24,7 +24,6 @@ from torch.nn import functional
 
 from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.grouped import grouped_product
-from moma.model.groups import GroupConfig, group_share
 from moma.model.layers import SwiGLU
 from moma.model.routers import (
     AuxiliaryRouter,
@@ -48,7 +47,6 @@ from moma.model.routing import (
     select_all,
     static_capacity,
 )
-from moma.vocabulary import MODALITIES
 
 
 class ExpertInputs(NamedTuple):
@@ -168,8 +166,16 @@ class ExpertGroup(nn.Module):
         self.up = nn.Parameter(torch.empty(num_experts * dim, hidden))
         self.down = nn.Parameter(torch.empty(num_experts * hidden, dim))
         if num_experts > 1:
-            self.router = Router(dim, num_experts)
-            self.auxiliary = AuxiliaryRouter(dim, num_experts)
+            self.add_routers(dim)
+
+    def add_routers(self, dim: int) -> None:
+        """Create the routers of a group of several experts."""
+        self.router = Router(dim, self.num_experts)
+        self.auxiliary = AuxiliaryRouter(dim, self.num_experts)
+
+    def lists_tokens(self, routing: Routing) -> bool:
+        """Whether experts process different numbers of tokens, instead of having slots."""
+        return routing.experts.capacity is None
 
     def forward(
         self, x_ND: Tensor, tokens: GroupTokens, routing: Routing, total_ND: Tensor | None = None
@@ -183,7 +189,7 @@ class ExpertGroup(nn.Module):
             total_ND: outputs of other groups, to add to; if omitted, zeros.
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
-        if routing.experts.capacity is None:
+        if self.lists_tokens(routing):
             if may_synchronize(tokens.eligible_N) and not tokens.eligible_N.any():
                 return total_ND, []
             listed, diagnostics = self._list_tokens(x_ND, tokens.eligible_N, routing)
@@ -294,29 +300,6 @@ class DenseGroup(nn.Module):
 
     def tokens(self, modality_N: Tensor, routing: Routing) -> None:
         """Nothing: all tokens are processed."""
-
-
-def build_group(
-    dim: int,
-    hidden: int,
-    config: GroupConfig,
-    shares: Sequence[float],
-    modalities: Sequence[str] = MODALITIES,
-    token_fraction: float = 1.0,
-    noise: bool = False,
-    dispatch: Dispatch = ScatterSlots,
-) -> ExpertGroup | DenseGroup:
-    """Build the simplest module that computes a group.
-
-    Args:
-        dim, hidden, noise, dispatch: as for `ExpertGroup`.
-        config, shares, modalities, token_fraction: as for `group_share`.
-    """
-    share = group_share(config, shares, modalities, token_fraction)
-    if config.experts == 1 and set(config.modalities) == set(modalities):
-        return DenseGroup(dim, hidden)
-    indices = [modalities.index(name) for name in config.modalities]
-    return ExpertGroup(dim, hidden, indices, config.experts, share, noise, dispatch)
 
 
 class MixtureOfExperts(nn.Module):

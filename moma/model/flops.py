@@ -88,15 +88,15 @@ class ModelCounts:
     def auxiliary_parameters(self) -> int:
         """Count the parameters of the auxiliary routers."""
         config, half = self.config, self.config.dim // 2
-        experts = sum(half * (config.dim + group.experts) for group in self._routed_groups)
+        experts = sum(half * (config.dim + group.experts) for group in self._predicted_groups)
         return config.layers * experts + len(config.depth_layers) * half * (config.dim + 1)
 
     def active_parameters(self, tokens: int = 1) -> CountsByKind:
         """Count the parameters that `tokens` tokens use on average, by kind of layer and part.
 
-        A token uses an expert of a group of its modality with probability 1/E and, with
-        mixture-of-depths, a layer with the capacity factor as probability. The embedding table and
-        the head count in full.
+        A token uses an expert of a group of its modality with probability 1/E, under token choice
+        with that of a balanced load, and, with mixture-of-depths, a layer with the capacity factor
+        as probability. The embedding table and the head count in full.
         """
         config, depth, gated = self.config, self.config.depth_config, len(self.config.depth_layers)
         fraction = depth.capacity_factor if depth else 0.0
@@ -114,9 +114,12 @@ class ModelCounts:
         def used(share: float) -> float:
             return 1 - (1 - fraction * share) ** tokens
 
-        groups = [(self._share(group), group.experts) for group in self.config.group_list]
-        experts = sum(count * used(share / count) for share, count in groups)
-        routers = sum(count * used(share) for share, count in groups if count > 1)
+        groups = self.config.group_list
+        experts = sum(
+            group.experts * used(self._share(group) * self._per_token(group) / group.experts)
+            for group in groups
+        )
+        routers = sum(self._outputs(group) * used(self._share(group)) for group in groups)
         return _times(used(1.0), self._layer_parameters()) | {
             "experts": experts * self._expert_parameters,
             "routers": routers * self.config.dim,
@@ -137,12 +140,14 @@ class ModelCounts:
         """Count the operations of a forward pass on empty slots, under static capacity.
 
         With mixture-of-depths, a single-expert group has a slot for every token that could be of
-        its modality. The `grouped` implementation shares these slots among such groups.
+        its modality. The `grouped` implementation shares these slots among such groups. Under token
+        choice there are more slots than a balanced load fills; see `TokenChoiceConfig`.
         """
         empty = 0.0
         for kind in self.layer_kinds().values():
-            filled = sum(self._filled_slots(group, kind) for group in self._single_expert_groups)
-            slots = self.expert_slots(kind).single - filled
+            groups = *self._routed_groups, *self._single_expert_groups
+            routed, single, _ = self.expert_slots(kind)
+            slots = routed + single - sum(self._filled_slots(group, kind) for group in groups)
             empty += kind.layers * 2 * slots * self._expert_parameters
         return empty
 
@@ -162,7 +167,7 @@ class ModelCounts:
             # Forward and backward of two linear layers, without the gradient of the first's input.
             return 2 * half * (2 * self.config.dim + 3 * outputs)
 
-        experts = sum(auxiliary(group.experts) for group in self._routed_groups)
+        experts = sum(auxiliary(group.experts) for group in self._predicted_groups)
         total += sum(kind.layers * kind.tokens for kind in self.layer_kinds().values()) * experts
         return total / self._tokens + len(self.config.depth_layers) * auxiliary(1)
 
@@ -185,7 +190,12 @@ class ModelCounts:
         """Return the slots that one layer allocates; `grouped` limits those of single experts."""
         routed = single = dense = 0
         for group in self.config.group_list:
-            share = group_share(group, self.shares, token_fraction=kind.token_fraction)
+            share = group_share(
+                group,
+                self.shares,
+                token_fraction=kind.token_fraction,
+                token_choice=self.config.token_choice_config,
+            )
             slots = group.experts * static_capacity(share, kind.tokens, group.experts)
             if group.experts > 1:
                 routed += slots
@@ -218,6 +228,11 @@ class ModelCounts:
         return [group for group in self.config.group_list if group.experts > 1]
 
     @property
+    def _predicted_groups(self) -> list[GroupConfig]:
+        """Groups with an auxiliary router."""
+        return [] if self.config.token_choice_config else self._routed_groups
+
+    @property
     def _single_expert_groups(self) -> list[GroupConfig]:
         """Groups of one expert for some of the modalities."""
         single = [group for group in self.config.group_list if group.experts == 1]
@@ -231,16 +246,29 @@ class ModelCounts:
         share = self._share(group)
         if group.experts == 1 and kind.token_fraction < 1:
             return share * kind.tokens
+        if group.experts > 1 and self.config.token_choice_config:
+            return share * kind.tokens * self._per_token(group)
         return group.experts * static_capacity(share, kind.tokens, group.experts)
+
+    def _per_token(self, group: GroupConfig) -> float:
+        """Mean number of the group's experts that process a token of its modalities."""
+        choice = self.config.token_choice_config
+        return choice.experts_per_token(group.experts) if choice and group.experts > 1 else 1.0
+
+    def _outputs(self, group: GroupConfig) -> int:
+        """Outputs of the group's router; 0 without one."""
+        if group.experts == 1:
+            return 0
+        choice = self.config.token_choice_config
+        return choice.router_outputs(group.experts) if choice else group.experts
 
     def _layer_parameters(self) -> Counts:
         config = self.config
         norms = 2 * (config.dim + self.key_width) if config.query_key_norm else 0
-        routed_experts = sum(group.experts for group in self._routed_groups)
         return {
             "attention": 2 * config.dim * (config.dim + self.key_width) + norms,
             "experts": sum(g.experts for g in config.group_list) * self._expert_parameters,
-            "routers": routed_experts * config.dim,
+            "routers": sum(map(self._outputs, config.group_list)) * config.dim,
             "norms": 2 * config.dim,
         }
 
@@ -248,11 +276,10 @@ class ModelCounts:
         """Operations of all layers of a kind."""
         dim = self.config.dim
         projections = 4 * kind.tokens * dim * (dim + self.key_width)
-        routed_experts = sum(group.experts for group in self._routed_groups)
         filled = sum(self._filled_slots(group, kind) for group in self.config.group_list)
         layer = {
             "attention": projections + 4 * kind.pairs * dim,
-            "routers": 2 * kind.tokens * dim * routed_experts,
+            "routers": 2 * kind.tokens * dim * sum(map(self._outputs, self.config.group_list)),
             "experts": 2 * filled * self._expert_parameters,
         }
         return _times(kind.layers, layer)

@@ -31,8 +31,55 @@ class GroupConfig(Config):
         return modalities
 
 
+class TokenChoiceConfig(Config):
+    """Routing by token choice: each token takes the experts of its group with its highest scores.
+
+    A decision depends on one token only, so such a model is causal by construction. Without null
+    experts, scores are sigmoids, as in loss-free balancing (arXiv 2408.15664), and weight the
+    outputs. With null experts, whose output is zero, they are a softmax over real and null experts,
+    and the weights of a token's real experts are normalized to add up to 1 (arXiv 2601.15370).
+
+    Attributes:
+        top_k: number k of experts that a token takes, null experts included.
+        data_sparsity: fraction ρ of the experts that are real: a group of E experts has
+            E · (1 − ρ) / ρ null experts, which share one row of the router. In balance, a token
+            takes k · ρ real experts: with `top_k` = 1 / ρ, FLOPs equal those of a dense model. 1:
+            no null experts.
+        capacity_factor: slots of the experts in training, as a multiple of those that a balanced
+            load fills; an expert drops the tokens with its lowest scores beyond them. Inference
+            drops none.
+        bias_rate: loss-free balancing: what a step adds to the bias, for selection only, of an
+            expert with less than the mean load, and subtracts for one with more; 0: no bias.
+        balance_loss: weight of the load balancing loss, Q · Σ f · P over the Q real and null
+            experts of a group, f their fractions of the selections and P their mean normalized
+            scores (arXiv 2101.03961 §2.2); added up over groups and layers.
+    """
+
+    top_k: int = Field(1, ge=1)
+    data_sparsity: float = Field(1.0, gt=0, le=1)
+    capacity_factor: float = Field(1.25, gt=0)
+    bias_rate: float = Field(0.001, ge=0)
+    balance_loss: float = Field(0.0, ge=0)
+
+    def null_experts(self, experts: int) -> int:
+        """Number of null experts of a group with a number of real ones."""
+        if self.data_sparsity == 1:
+            return 0
+        return max(1, round(experts * (1 - self.data_sparsity) / self.data_sparsity))
+
+    def router_outputs(self, experts: int) -> int:
+        """Number of rows of the router: one for each real expert, and one for all null experts."""
+        return experts + (self.data_sparsity < 1)
+
+    def experts_per_token(self, experts: int) -> float:
+        """Mean number of real experts that a token takes, in balance."""
+        return self.top_k * experts / (experts + self.null_experts(experts))
+
+
 def named_groups(name: str) -> tuple[GroupConfig, ...]:
-    """Return the groups of an architecture by the paper's name, such as `moe_4t4i`.
+    """Return the groups of an architecture by its name, such as the paper's `moe_4t4i`.
+
+    `token_4t4i` and `null_4t4i` have the same groups; see `named_token_choice`.
 
     `mod`, alone or as a prefix (`mod_moe_4t4i`), adds mixture-of-depths (`depth.py`) and does not
     change the groups.
@@ -43,17 +90,29 @@ def named_groups(name: str) -> tuple[GroupConfig, ...]:
     if name in ("dense", "mod"):
         return (GroupConfig(modalities=MODALITIES, experts=1),)
     experts = name.removeprefix("mod_")
-    if match := re.fullmatch(r"moe_([1-9]\d*)x", experts):
+    if match := re.fullmatch(r"(?:moe|token|null)_([1-9]\d*)x", experts):
         return (GroupConfig(modalities=MODALITIES, experts=int(match[1])),)
-    if match := re.fullmatch(r"moe_(\d+)t(\d+)i", experts):
+    if match := re.fullmatch(r"(?:moe|token|null)_(\d+)t(\d+)i", experts):
         counts = dict(zip(MODALITIES, map(int, match.groups()), strict=True))
         if 0 in counts.values():
             raise UserError(f"'{name}': every modality needs an expert; write at least 1")
         return tuple(GroupConfig(modalities=(key,), experts=n) for key, n in counts.items())
     raise UserError(
-        f"'{name}': no such architecture; write dense, moe_8x, moe_4t4i (any counts), mod, "
-        "mod_moe_4t4i, or a list of groups such as [{modalities = ['text'], experts = 4}, …]"
+        f"'{name}': no such architecture; write dense, moe_8x, moe_4t4i (any counts), "
+        "token_4t4i, null_4t4i, mod, mod_moe_4t4i, or a list of groups such as "
+        "[{modalities = ['text'], experts = 4}, …]"
     )
+
+
+def named_token_choice(name: str) -> TokenChoiceConfig | None:
+    """Return the token choice of an architecture by its name; None for expert choice.
+
+    `token_…` takes one expert and is balanced by biases; `null_…` takes two of as many null as real
+    experts and is balanced by a loss, as in arXiv 2601.15370.
+    """
+    kind = name.removeprefix("mod_").split("_")[0]
+    null = TokenChoiceConfig(top_k=2, data_sparsity=0.5, bias_rate=0, balance_loss=0.02)
+    return {"token": TokenChoiceConfig(), "null": null}.get(kind)
 
 
 def group_share(
@@ -61,17 +120,21 @@ def group_share(
     shares: Sequence[float],
     modalities: Sequence[str] = MODALITIES,
     token_fraction: float = 1.0,
+    token_choice: TokenChoiceConfig | None = None,
 ) -> float:
     """Return a group's static capacity as a fraction of the tokens that reach the layer.
 
-    With a router it is the share of the group's modalities. Without, all tokens of its modalities
-    must fit, even if mixture-of-depths passes on only these: share / token_fraction, at most 1.
+    With a router it is the share of the group's modalities; under token choice, times the experts
+    per token and the capacity factor, but at most a slot for each token and expert. Without, all
+    tokens of its modalities must fit, even if mixture-of-depths passes on only these:
+    share / token_fraction, at most 1.
 
     Args:
         group: the group.
         shares: fraction of each modality among all tokens.
         modalities: names of the modalities, in the order of `shares`.
         token_fraction: fraction of all tokens that reach the layer; below 1 with mixture-of-depths.
+        token_choice: token choice; None: expert choice.
 
     Raises:
         UserError: the group names a modality that is not among `modalities`.
@@ -81,7 +144,12 @@ def group_share(
         known = ", ".join(modalities)
         raise UserError(f"groups: unknown modality '{unknown[0]}'; the modalities are {known}")
     share = sum(shares[modalities.index(name)] for name in group.modalities)
-    return min(1.0, share / token_fraction) if group.experts == 1 else share
+    if group.experts == 1:
+        return min(1.0, share / token_fraction)
+    if token_choice is None:
+        return share
+    per_token = token_choice.capacity_factor * token_choice.experts_per_token(group.experts)
+    return min(float(group.experts), share * per_token)
 
 
 def max_groups_per_modality(modalities: Iterable[Iterable[int | str]]) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import (
     DenseGroup,
     ExpertGroup,
@@ -26,9 +27,11 @@ from moma.model.experts import (
     zero_total,
 )
 from moma.model.grouped import grouped_product, row_alignment
-from moma.model.groups import max_groups_per_modality
+from moma.model.groups import GroupConfig, TokenChoiceConfig, group_share, max_groups_per_modality
 from moma.model.routers import Diagnostics
 from moma.model.routing import Routing, Selection
+from moma.model.token_choice import TokenChoiceGroup
+from moma.vocabulary import MODALITIES
 
 ImplementationName = Literal["sequential", "batched", "grouped"]
 
@@ -44,7 +47,8 @@ class JointMixtureOfExperts(MixtureOfExperts):
         self, x_ND: Tensor, tokens: Sequence[GroupTokens | None], routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """See `MixtureOfExperts`."""
-        if routing.experts.capacity is None:  # lists of tokens are computed group by group
+        stacks = [group for group in self.groups if isinstance(group, ExpertGroup)]
+        if any(group.lists_tokens(routing) for group in stacks):  # computed group by group
             return super().sum_groups(x_ND, tokens, routing)
         inputs: list[ExpertInputs] = []
         diagnostics: list[Diagnostics] = []
@@ -126,6 +130,33 @@ class GroupedExperts(JointMixtureOfExperts):
         gate_TF, up_TF = (grouped_product(x_TD, weights, end_E) for weights in (gate, up))
         ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E)
         return slots.scatter_add(total_ND, score_T[:, None] * ffn_TD)
+
+
+def build_group(
+    dim: int,
+    hidden: int,
+    config: GroupConfig,
+    shares: Sequence[float],
+    modalities: Sequence[str] = MODALITIES,
+    token_fraction: float = 1.0,
+    noise: bool = False,
+    dispatch: Dispatch = ScatterSlots,
+    token_choice: TokenChoiceConfig | None = None,
+) -> ExpertGroup | DenseGroup:
+    """Build the simplest module that computes a group.
+
+    Args:
+        dim, hidden, noise, dispatch: as for `ExpertGroup`.
+        config, shares, modalities, token_fraction, token_choice: as for `group_share`.
+    """
+    share = group_share(config, shares, modalities, token_fraction, token_choice)
+    if config.experts == 1 and set(config.modalities) == set(modalities):
+        return DenseGroup(dim, hidden)
+    indices = [modalities.index(name) for name in config.modalities]
+    stack = (dim, hidden, indices, config.experts, share, noise, dispatch)
+    if token_choice is None or config.experts == 1:
+        return ExpertGroup(*stack)
+    return TokenChoiceGroup(token_choice, *stack)
 
 
 def build_experts(

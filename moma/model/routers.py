@@ -168,11 +168,15 @@ class Diagnostics(NamedTuple):
             None if it was not checked.
         record: the router's record, if requested.
         cut_E: the cuts of batch choice by the router's logits, under a policy with slots.
+        load_O: the load of a router under token choice; see `TokenChoices`.
+        loss: a loss of the router itself, with its weight, to add to the mean loss of the targets.
     """
 
     nonfinite: Tensor | None
     record: RouterRecord | None = None
     cut_E: Tensor | None = None
+    load_O: Tensor | None = None
+    loss: Tensor | None = None
 
 
 def diagnose(

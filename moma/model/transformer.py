@@ -41,6 +41,7 @@ from moma.model.routing import (
     Threshold,
     uniform_routing,
 )
+from moma.model.token_choice import TokenRouter
 from moma.vocabulary import Vocabulary
 
 # Returns the rows of a parameter that this rank holds, and the number of the first one.
@@ -68,12 +69,18 @@ class ModelOutput(NamedTuple):
             infinite. The first one is the cause; later ones follow from it. Empty without
             `Routing.checks`.
         cuts: for each router of a policy with slots, layer by layer, the cuts of batch choice [E].
+        loads: for each router under token choice with slots, layer by layer, its load [O]; see
+            `TokenChoices`.
+        router_loss: sum of the routers' own losses, to add to the mean loss of the targets; None
+            if they have none.
     """
 
     head: Any
     routers: list[RouterRecord]
     nonfinite_L: Tensor
     cuts: list[Tensor]
+    loads: list[Tensor]
+    router_loss: Tensor | None
 
 
 class Transformer(nn.Module):
@@ -162,6 +169,8 @@ class Transformer(nn.Module):
         records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
         cuts: list[Tensor] = []
+        loads: list[Tensor] = []
+        losses: list[Tensor] = []
         first = next((layer for layer in self.layers if not isinstance(layer, DepthLayer)), None)
         if isinstance(context, TokenContext) and first is not None:
             assert isinstance(first, DecoderLayer)
@@ -174,13 +183,17 @@ class Transformer(nn.Module):
             x_BSD, diagnostics = layer(x_BSD, context, routing)
             records += [each.record for each in diagnostics if each.record is not None]
             cuts += [each.cut_E for each in diagnostics if each.cut_E is not None]
+            loads += [each.load_O for each in diagnostics if each.load_O is not None]
+            losses += [each.loss for each in diagnostics if each.loss is not None]
             flags = [each.nonfinite for each in diagnostics if each.nonfinite is not None]
             if flags:
                 nonfinite.append(torch.stack(flags).any())
         nonfinite_L = torch.stack(nonfinite) if nonfinite else x_BSD.new_zeros(0, dtype=torch.bool)
         if routing.raises and routing.synchronizes:
             require_finite(nonfinite_L)
-        return ModelOutput(head(self.norm(x_BSD), self.head.weight), records, nonfinite_L, cuts)
+        router_loss = torch.stack(losses).sum() if losses else None
+        output = head(self.norm(x_BSD), self.head.weight)
+        return ModelOutput(output, records, nonfinite_L, cuts, loads, router_loss)
 
     def _context(
         self,
@@ -240,6 +253,8 @@ class Transformer(nn.Module):
         self.modality_of_id.copy_(self._modality_table())
         for router in self.routers():
             router.cuts_3E.zero_()
+        for token_router in self.token_routers():
+            token_router.bias_O.zero_()
         if self.config.tied_embeddings:
             self.head.weight = self.embedding.weight
         return self
@@ -306,7 +321,7 @@ class Transformer(nn.Module):
         yield from self.layers
 
     def routers(self) -> Iterator[Router]:
-        """Yield the routers, in the order of the records."""
+        """Yield the routers that select over the batch, in the order of the records."""
         return (module for module in self.modules() if isinstance(module, Router))
 
     def update_cuts(self, mean_2T: Tensor) -> None:
@@ -319,6 +334,21 @@ class Transformer(nn.Module):
         sizes = [router.cuts_3E.shape[1] for router in routers]
         for router, mean_2E in zip(routers, mean_2T.split(sizes, 1), strict=True):
             router.update_cuts(mean_2E)
+
+    def token_routers(self) -> Iterator[TokenRouter]:
+        """Yield the routers of token choice, in the order of `ModelOutput.loads`."""
+        return (module for module in self.modules() if isinstance(module, TokenRouter))
+
+    def update_biases(self, load_T: Tensor) -> None:
+        """Move the biases of all routers of token choice toward balance.
+
+        Args:
+            load_T: the loads of a step, router after router.
+        """
+        routers = list(self.token_routers())
+        sizes = [router.out_features for router in routers]
+        for router, load_O in zip(routers, load_T.split(sizes), strict=True):
+            router.update_bias(load_O)
 
     @property
     def has_thresholds(self) -> bool:

@@ -164,7 +164,7 @@ def next_command(done: Recipe | Evaluation) -> str:
     """A command to run after the last step of a chain."""
     if isinstance(done, Evaluation):
         return shell_command("generate", done.run, "--prompt", "a prompt")
-    if done.stage != "aux_router" and done.model.has_routers:
+    if done.stage != "aux_router" and done.model.has_batch_choice:
         return router_command(Run(done.run))
     run = done.from_ if done.stage == "aux_router" else done.run
     return shell_command("evaluate", run, "--routing", "causal")

@@ -101,7 +101,7 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     load_thresholds(folder, checkpoint, model)
     if has_auxiliary:
         model.causal_policy = Auxiliary()
-    routers = *model.routers(), *model.auxiliary_routers()
+    routers = *model.routers(), *model.token_routers(), *model.auxiliary_routers()
     exact = {parameter for router in routers for parameter in router.parameters()}
     for parameter in model.parameters():
         if parameter not in exact:
@@ -153,7 +153,7 @@ def has_routing(model: Transformer, routing: RoutingName) -> bool:
     Without routers it can use any.
     """
     policy = model.named_routing(routing).experts
-    if isinstance(policy, BatchChoice) or not model.config.has_routers:
+    if isinstance(policy, BatchChoice) or not model.config.has_batch_choice:
         return True
     if isinstance(policy, Threshold):
         return model.has_thresholds

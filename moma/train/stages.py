@@ -121,7 +121,7 @@ def prepare_model(
         for part in _parts(model, whole_layers):
             # Groups differ in sizes and constants, which dynamic shapes cannot express.
             part.compile(fullgraph=True, dynamic=False)
-    exact: list[nn.Module] = list(model.routers())
+    exact: list[nn.Module] = [*model.routers(), *model.token_routers()]
     if recipe.stage == "aux_router":
         exact += model.auxiliary_routers()
     shard(model, units, world, recipe.engine, exact)
@@ -211,7 +211,7 @@ def _check_source(recipe: Recipe, source: Recipe) -> None:
         raise UserError(
             f"{recipe.from_}: was trained with another [model] ({changes}); use its recipe"
         )
-    if recipe.stage == "aux_router" and not recipe.model.has_routers:
+    if recipe.stage == "aux_router" and not recipe.model.has_batch_choice:
         raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
 
 

@@ -49,7 +49,7 @@ class LossOutput(NamedTuple):
         loss_M: sum of the losses by modality.
         correct_M: number of correct predictions by modality.
         targets_M: number of targets by modality.
-        nonfinite_L, routers, cuts: as in `ModelOutput`.
+        nonfinite_L, routers, cuts, loads: as in `ModelOutput`.
     """
 
     objective: Tensor
@@ -59,6 +59,7 @@ class LossOutput(NamedTuple):
     nonfinite_L: Tensor
     routers: Sequence[RouterRecord]
     cuts: Sequence[Tensor]
+    loads: Sequence[Tensor]
 
 
 LossFunction = Callable[[Transformer, DeviceBatch], LossOutput]
@@ -146,7 +147,11 @@ def next_token_loss(
         objective, losses = output.head
         modalities = len(model.vocabulary.modalities)
         sums = sum_by_modality(losses, labels_N, model.modality_of_id, modalities)
-        return LossOutput(objective, *sums, output.nonfinite_L, output.routers, output.cuts)
+        if output.router_loss is not None:
+            objective = objective + output.router_loss * sums[2].sum()
+        return LossOutput(
+            objective, *sums, output.nonfinite_L, output.routers, output.cuts, output.loads
+        )
 
     return loss_function
 
@@ -163,7 +168,8 @@ def router_loss(model: Transformer, batch: DeviceBatch) -> LossOutput:
     loss_M, correct_M, targets_M = modality_NM.new_zeros(3, modalities)
     for record in output.routers:
         selected_NE, auxiliary_logits_NE = record.selected_NE, record.auxiliary_logits_NE
-        assert auxiliary_logits_NE is not None
+        if auxiliary_logits_NE is None:  # token choice has none
+            continue
         eligible_NM = modality_NM * record.eligible_N[:, None]
         loss_NE = functional.binary_cross_entropy_with_logits(
             auxiliary_logits_NE, selected_NE, reduction="none"
@@ -180,6 +186,7 @@ def router_loss(model: Transformer, batch: DeviceBatch) -> LossOutput:
         output.nonfinite_L,
         output.routers,
         output.cuts,
+        output.loads,
     )
 
 
@@ -236,7 +243,7 @@ class Step:
             Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of
             the gradient before clipping; both stay on the device. Zeros if the step is skipped.
         """
-        sums, nonfinite_L, cuts_2T = self._accumulate_gradients(batches, statistics)
+        sums, nonfinite_L, cuts_2T, load_T = self._accumulate_gradients(batches, statistics)
         targets = sums[2].sum().clamp(min=1)
         # FSDP averages gradients over ranks; the loss is a mean over the targets of all ranks.
         scale = self.world.size / targets
@@ -258,6 +265,7 @@ class Step:
                 return torch.zeros_like(sums), torch.zeros_like(norm)
         if self.model.training:  # not while the model is frozen
             self.model.update_cuts(cuts_2T / (len(batches) * self.world.size))
+            self.model.update_biases(load_T)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_scale"]
@@ -272,17 +280,18 @@ class Step:
 
     def _accumulate_gradients(
         self, batches: Sequence[Batch], statistics: Statistics | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run forward and backward of all micro-batches.
 
         Returns:
             Sums [3, M] over all ranks; booleans [L]: a layer was non-finite on some rank, in that
             rank's first micro-batch with a non-finite layer; and sums over all ranks of the finite
-            cuts of all routers, and their numbers, [2, T].
+            cuts of all routers, and their numbers, [2, T], and of the loads of token choice, [T].
         """
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
         cuts: list[Tensor] = []
+        loads: list[Tensor] = []
         on_device = [to_device(batch, self.world.device) for batch in batches]
         for batch in on_device:
             # Bounds that only grow: with others, layers are compiled again.
@@ -300,15 +309,17 @@ class Step:
             nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
             cuts.append(finite_cuts([sums.new_zeros(0), *losses.cuts]))
+            loads.append(torch.cat([sums.new_zeros(0), *losses.loads]))
         if statistics is not None:
             statistics.add_routers(losses.routers, batch.tokens_BS)
-        parts = sums, nonfinite_L.to(sums.dtype), torch.stack(cuts).sum(0)
+        counts = torch.stack(cuts).sum(0), torch.stack(loads).sum(0)
+        parts = sums, nonfinite_L.to(sums.dtype), *counts
         total = self.world.sum(torch.cat([part.flatten() for part in parts]))
-        sums, nonfinite_L, cuts_2T = (
+        sums, nonfinite_L, cuts_2T, load_T = (
             found.view_as(part)
             for found, part in zip(total.split([p.numel() for p in parts]), parts, strict=True)
         )
-        return sums, nonfinite_L > 0, cuts_2T
+        return sums, nonfinite_L > 0, cuts_2T, load_T
 
     def _clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_norm`; returns its norm before."""

@@ -76,7 +76,7 @@ class Validation:
         self._config, self._data, self._seed = config, data, seed
         self._model, self._world, self._folder = model, world, folder
         names: list[RoutingName] = ["choice"]
-        if model.config.has_routers:
+        if model.config.has_batch_choice:
             names.append("causal")
         self._loss_functions = {
             name: next_token_loss(routing=model.named_routing(name, raises=False)) for name in names

@@ -27,6 +27,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mod": {"groups": "mod", "kv_heads": 1},
     "mod_moe_1t1i": {"groups": "mod_moe_1t1i", "query_key_norm": False},
     "mod_moe_2t2i": {"groups": "mod_moe_2t2i", "attention_mask": "causal"},
+    "token_4x": {"groups": "token_4x"},
+    "mod_null_2t2i": {"groups": "mod_null_2t2i", "experts_implementation": "batched"},
     "all_gated": {"groups": "moe_2t1i", "depth": DepthConfig(layers=(0, 1, 2), scope="sequence")},
 }
 

@@ -27,7 +27,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         name: {"groups": name}
         for name in (
             "dense", "moe_8x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "moe_7t1i",
-            "mod", "mod_moe_1t1i", "mod_moe_8x",
+            "mod", "mod_moe_1t1i", "mod_moe_8x", "token_8x",
         )
     },
     "mod_moe_2t2i": {"groups": "mod_moe_2t2i", "kv_heads": 1, "norm": "pre"},
@@ -45,12 +45,17 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "grouped_unequal": {"groups": "moe_3t1i", "experts_implementation": "grouped"},
     "overlapping": {"groups": OVERLAPPING},
     "overlapping_mod": {"groups": OVERLAPPING, "depth": DepthConfig()},
+    "null": {
+        "groups": "mod_null_3t1i",
+        "experts_implementation": "batched",
+        "router_noise": True,
+    },
     "noise": {"groups": "mod_moe_2t2i", "router_noise": True},
 }  # fmt: skip
 # Their layers are made of parts of the other architectures.
 COMBINED = {
     "experts_by_sequence", "moe_1t1i", "moe_2t2i", "moe_7t1i", "moe_8x", "mod_moe_8x", "noise",
-    "overlapping",
+    "overlapping", "token_8x",
 }  # fmt: skip
 SEQUENCES, LENGTH = 10, 8
 CPU = torch.device("cpu")

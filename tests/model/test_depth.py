@@ -196,7 +196,10 @@ def test_names_stand_for_keys():
     assert named.depth_layers == explicit.depth_layers == {0, 2, 4}
     assert named.depth_config is not None and named.depth_config.capacity_factor == 0.25
     assert ModelConfig(groups="mod").group_list == ModelConfig(groups="dense").group_list
-    assert ModelConfig(groups="mod").has_routers and not ModelConfig(groups="dense").has_routers
+    assert (
+        ModelConfig(groups="mod").has_batch_choice
+        and not ModelConfig(groups="dense").has_batch_choice
+    )
     assert ModelConfig(groups="moe_4t4i").depth_config is None
 
 

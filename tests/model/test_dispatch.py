@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from moma.model.architecture import ModelConfig
 from moma.model.dispatch import ScatterSlots, TableSlots, dispatch_for
-from moma.model.experts import build_group
 from moma.model.groups import named_groups
-from moma.model.implementations import ImplementationName, build_experts
+from moma.model.implementations import ImplementationName, build_experts, build_group
 from moma.model.routing import Routing
 from moma.model.transformer import Transformer
 from moma.vocabulary import MODALITIES

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moma.errors import UserError
-from moma.model.experts import DenseGroup, ExpertGroup, MixtureOfExperts, build_group
+from moma.model.experts import DenseGroup, ExpertGroup, MixtureOfExperts
 from moma.model.groups import GroupConfig, named_groups
+from moma.model.implementations import build_group
 from moma.model.layers import SwiGLU
 from moma.model.routing import Auxiliary, BatchChoice, Routing, router_logits, uniform_routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, ModalityName

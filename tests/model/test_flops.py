@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
         for name in (
             "dense", "moe_4x", "moe_1t1i", "moe_2t2i", "moe_3t1i",
             "mod", "mod_moe_4x", "mod_moe_1t1i", "mod_moe_2t2i",
+            "token_2t2i", "null_4x", "mod_token_3t1i",
         )
     },
     "overlapping": {"groups": OVERLAPPING},
@@ -222,6 +223,9 @@ def test_active_parameters():
     )  # layers 0, 2: a quarter of the tokens
     assert mod["attention"] == pytest.approx(dense["attention"] * (1 + 2 / 4) / 3)
     assert mod["depth"] == 2 * 16
+    for case in ("token_2t2i", "null_4x"):  # null: two of four real and four null experts
+        assert active(case)["experts"] == pytest.approx(total("dense")["experts"])
+    assert total("null_4x")["routers"] == total("moe_4x")["routers"] * 5 / 4
     assert active("overlapping")["experts"] == 3 * total("dense")["experts"]
 
 
@@ -249,12 +253,13 @@ def test_parameters_that_some_of_three_tokens_use():
     assert found["gated"]["depth"] == whole["gated"]["depth"]
 
 
-def test_experts_have_the_flops_of_dense():
+@pytest.mark.parametrize("sparse_groups", ["moe_4t4i", "token_4t4i", "null_8x", "null_4t4i"])
+def test_experts_have_the_flops_of_dense(sparse_groups):
     dense, sparse = (
         sum_over_kinds(
             ModelCounts(ModelConfig(groups=groups), 65_536, SHARES, 6, 4096).forward_flops()
         )
-        for groups in ("dense", "moe_4t4i")
+        for groups in ("dense", sparse_groups)
     )
     assert sparse["experts"] == dense["experts"]
     assert sum(sparse.values()) == pytest.approx(sum(dense.values()), rel=0.01)

@@ -11,8 +11,8 @@ from moma.model.architecture import ModelConfig
 from moma.model.attention import Attention
 from moma.model.decoder_layer import build_layer
 from moma.model.depth import DepthConfig
-from moma.model.experts import MixtureOfExperts, build_group
-from moma.model.implementations import ImplementationName, build_experts
+from moma.model.experts import MixtureOfExperts
+from moma.model.implementations import ImplementationName, build_experts, build_group
 from moma.model.layers import SwiGLU, rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter
 from moma.model.routing import Auxiliary, BatchChoice, Routing, Threshold

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moma.model import grouped, implementations
 from moma.model.architecture import ModelConfig
 from moma.model.dispatch import Dispatch, ScatterSlots, TableSlots
-from moma.model.experts import MixtureOfExperts, build_group
+from moma.model.experts import MixtureOfExperts
 from moma.model.grouped import grouped_product
 from moma.model.groups import GroupConfig
 from moma.model.implementations import (
@@ -18,6 +18,7 @@ from moma.model.implementations import (
     GroupedExperts,
     ImplementationName,
     build_experts,
+    build_group,
     share_slots,
 )
 from moma.model.routing import (

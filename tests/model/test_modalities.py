@@ -10,7 +10,8 @@ from moma.data.batches.packing import Batch
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
-from moma.model.experts import MixtureOfExperts, build_group
+from moma.model.experts import MixtureOfExperts
+from moma.model.implementations import build_group
 from moma.model.routing import Auxiliary, BatchChoice, Routing, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers

@@ -7,7 +7,7 @@ import torch
 
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
-from moma.model.groups import GroupConfig
+from moma.model.groups import GroupConfig, TokenChoiceConfig
 from moma.model.transformer import Transformer
 from tests.factories import make_vocabulary
 
@@ -34,6 +34,12 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "depth.capacity_factor": ({"depth": BASE["depth"] | {"capacity_factor": 0.75}}, "logits"),
     "depth.layers": ({"depth": BASE["depth"] | {"layers": [1]}}, "parameters"),
     "depth.scope": ({"depth": BASE["depth"] | {"scope": "sequence"}}, "logits"),
+    "token_choice": ({"token_choice": {}}, "parameters"),
+    "token_choice.top_k": ({"token_choice": {"top_k": 2}}, "logits"),
+    "token_choice.data_sparsity": ({"token_choice": {"data_sparsity": 0.6}}, "parameters"),
+    "token_choice.capacity_factor": ({"token_choice": {"capacity_factor": 0.5}}, "logits"),
+    "token_choice.bias_rate": ({"token_choice": {"bias_rate": 0.1}}, "biases"),
+    "token_choice.balance_loss": ({"token_choice": {"balance_loss": 0.1}}, "router_loss"),
     "dim": ({"dim": 32}, "parameters"),
     "layers": ({"layers": 3}, "parameters"),
     "heads": ({"heads": 2}, "logits"),
@@ -65,7 +71,11 @@ def observe(changes: dict[str, Any]) -> dict[str, Any]:
     }
     for key, training in (("logits", False), ("training", True)):
         torch.manual_seed(0)
-        found[key] = model.train(training)(tokens, documents).head.detach()
+        output = model.train(training)(tokens, documents)
+        found[key] = output.head.detach()
+    found["router_loss"] = output.router_loss is not None
+    model.update_biases(torch.cat([torch.zeros(0), *output.loads]))
+    found["biases"] = torch.cat([torch.zeros(1), *(each.bias_O for each in model.token_routers())])
     return found
 
 
@@ -78,7 +88,12 @@ def differs(one: Any, other: Any) -> bool:
 def test_every_key_has_an_entry():
     keys = {
         prefix + key
-        for prefix, schema in (("", ModelConfig), ("depth.", DepthConfig), ("groups.", GroupConfig))
+        for prefix, schema in (
+            ("", ModelConfig),
+            ("depth.", DepthConfig),
+            ("groups.", GroupConfig),
+            ("token_choice.", TokenChoiceConfig),
+        )
         for key in schema.model_fields
     }
     assert set(CHANGES) == keys
@@ -87,7 +102,8 @@ def test_every_key_has_an_entry():
 @pytest.mark.parametrize("key", CHANGES)
 def test_a_key_changes_the_model(key):
     changes, what = CHANGES[key]
-    before, after = observe({}), observe(changes)
+    base: dict[str, Any] = {"token_choice": {}} if key.startswith("token_choice.") else {}
+    before, after = observe(base), observe(changes)
     assert differs(before[what], after[what])
     if what == "training":  # and nothing in evaluation
         assert not differs(before["logits"], after["logits"])

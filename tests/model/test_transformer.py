@@ -276,4 +276,4 @@ def test_a_nonfinite_score_is_reported_with_its_layer(router, detected_by, value
 @pytest.mark.parametrize("groups", ARCHITECTURES)
 def test_models_with_routers_have_auxiliary_routers(groups):
     model = build(groups)
-    assert model.config.has_routers == bool(list(model.auxiliary_routers()))
+    assert model.config.has_batch_choice == bool(list(model.auxiliary_routers()))
