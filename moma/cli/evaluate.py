@@ -1,12 +1,14 @@
-"""`moma evaluate`: held-out losses of a run."""
+"""`moma evaluate`: held-out losses of a run, and suites of measures."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Option
 
 from moma.cli.arguments import App, AsJson, RunFolder
-from moma.cli.output import key_values, print_result
+from moma.cli.output import as_markdown, key_values, print_result
+from moma.errors import UserError
+from moma.study.tables import Table, number
 
 app = App()
 
@@ -14,23 +16,76 @@ app = App()
 @app.command()
 def evaluate(
     run: RunFolder,
+    suite: Annotated[
+        Literal["perplexity", "captions", "retrieval", "visual_questions", "multiple_choice"]
+        | None,
+        Option(help="what to measure; by default the loss on packed held-out documents"),
+    ] = None,
+    from_: Annotated[
+        Path | None,
+        Option("--from", help="documents or questions of the suite; by default what is held out"),
+    ] = None,
     routing: Annotated[
-        Literal["choice", "causal", "auxiliary", "threshold"],
-        Option(help="as in training; as in generation; by auxiliary routers; by thresholds"),
-    ] = "choice",
+        Literal["choice", "causal", "auxiliary", "threshold"] | None,
+        Option(
+            help="as in training (default); as in generation (default with --suite); by auxiliary "
+            "routers; by thresholds"
+        ),
+    ] = None,
     data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
     as_json: AsJson = False,
+    markdown: Annotated[
+        bool, Option("--markdown", help="with --suite: print a Markdown table and nothing else")
+    ] = False,
 ) -> None:
-    """Measure loss and perplexity on the held-out documents, by modality."""
+    """Measure loss and perplexity on the held-out documents, by modality, or run a suite."""
+    if suite is None and (from_ is not None or markdown):
+        given = "--markdown" if from_ is None else "--from"
+        raise UserError(f"{given}: no effect without --suite; leave it out")
+    if as_json and markdown:
+        raise UserError("--json and --markdown: choose one")
     from moma.evaluate.perplexity import evaluate as measure
+    from moma.evaluate.suite import run_suite
+    from moma.generate.mixed import MixedModel
     from moma.runs import Run
+    from moma.runtime.world import join_world
     from moma.train.restore import load_run, require_routing, require_training_data
 
+    routing = routing or ("choice" if suite is None else "causal")
     model, recipe = load_run(Run(run))
     require_routing(Run(run), model, routing)
     if data is not None:
         moved = recipe.data.model_copy(update={"path": data})
         recipe = recipe.model_copy(update={"data": moved})
-    require_training_data(Run(run), recipe)
-    result = measure(model, recipe, routing, quiet=as_json)
-    print_result(result, as_json, [key_values(f"{run}, {routing} routing", result)])
+    if from_ is None:
+        require_training_data(Run(run), recipe)
+    quiet = as_json or markdown
+    if suite is None:
+        losses = measure(model, recipe, routing, quiet)
+        print_result(losses, as_json, [key_values(f"{run}, {routing} routing", losses)])
+        return
+    mixed = MixedModel.assemble(model, Run(run).tokenizers, recipe.data.sequence_length)
+    with join_world() as world:
+        result = run_suite(suite, mixed, recipe.data, world, from_, routing, quiet)
+        if world.rank == 0:
+            table = suite_table(f"{run}, {suite}, {routing} routing", result["sources"])
+            if markdown:
+                print(as_markdown(table))
+            else:
+                print_result(result, as_json, [table])
+
+
+def suite_table(title: str, sources: dict[str, dict[str, Any]]) -> Table:
+    """A row for each source: the measures, each with its interval."""
+    head = ("source", *next(iter(sources.values())))
+    rows = [
+        (name, documents, *map(_with_interval, measures))
+        for name, (documents, *measures) in ((name, row.values()) for name, row in sources.items())
+    ]
+    return Table(title, "With 95% intervals by a bootstrap over documents.", head, rows)
+
+
+def _with_interval(measure: dict[str, float] | None) -> str:
+    if measure is None:
+        return number(None)
+    return f"{number(measure['value'])} ({number(measure['low'])} – {number(measure['high'])})"
