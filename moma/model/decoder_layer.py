@@ -160,22 +160,30 @@ class DepthLayer(DecoderLayer):
         """Map [B, S, D] to [B, S, D]; the depth router's diagnostics come last."""
         selection, depth_diagnostics = self.depth(x_BSD, context.modality_BS >= 0, routing)
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
+        index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         selected = context.select(index_RK, selection.filled_EK)
         if not index_RK.shape[1]:  # possible without slots only
             # Ranks that select tokens wait for the others to gather the experts' weights with them.
-            self.experts(x_BSD[:, :0], context.modality_BS[:, :0], routing)
-            return x_BSD, [_check(x_BSD, routing), depth_diagnostics]
-        index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
+            _, diagnostics = self.experts(x_BSD[:, :0], context.modality_BS[:, :0], routing)
+            of_experts = _scattered(diagnostics, index_T, len(x_ND))
+            return x_BSD, [_check(x_BSD, routing), *of_experts, depth_diagnostics]
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
         x_RKD = slots.gather(x_ND).unflatten(0, index_RK.shape)
         attention_RKD, experts_RKD, diagnostics = self._residuals(x_RKD, selected, routing)
         update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
         y_ND = slots.scatter_add(x_ND, update_RKD.flatten(0, 1).to(x_ND.dtype))
-        expert_diagnostics = [
-            each._replace(record=each.record and each.record.scatter(index_T, len(x_ND)))
-            for each in diagnostics
-        ]
-        return y_ND.view_as(x_BSD), [_check(y_ND, routing), *expert_diagnostics, depth_diagnostics]
+        of_experts = _scattered(diagnostics, index_T, len(x_ND))
+        return y_ND.view_as(x_BSD), [_check(y_ND, routing), *of_experts, depth_diagnostics]
+
+
+def _scattered(
+    diagnostics: Sequence[Diagnostics], index_T: Tensor, tokens: int
+) -> list[Diagnostics]:
+    """The diagnostics of the experts, with records of all tokens instead of the selected ones."""
+    return [
+        each._replace(record=each.record and each.record.scatter(index_T, tokens))
+        for each in diagnostics
+    ]
 
 
 def _check(y_BSD: Tensor, routing: Routing) -> Diagnostics:

@@ -190,7 +190,8 @@ class ExpertGroup(nn.Module):
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
         if self.lists_tokens(routing):
-            if may_synchronize(tokens.eligible_N) and not tokens.eligible_N.any():
+            may_skip = may_synchronize(tokens.eligible_N) and not routing.records
+            if may_skip and not tokens.eligible_N.any():
                 return total_ND, []
             listed, diagnostics = self._list_tokens(x_ND, tokens.eligible_N, routing)
             total_ND = add_listed_outputs(total_ND, x_ND, self.matrices(), listed, self.dispatch)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moma.study.speedup import LOSSES, smoothed
+from moma.study.speedup import LOSSES, Axis, smoothed
 
 EXPERT_COLORS = (
     *("#f4a259", "#5b8e7d", "#8cb9ff", "#d68fb7"),
@@ -26,6 +26,32 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
             axes.plot(flops, loss, label=name, linewidth=1.6)
         axes.set_title(title)
         axes.set_xlabel("training FLOPs")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.25, which="both")
+    plot.axes[0].set_ylabel("loss (nats a token)")
+    plot.axes[0].legend(frameon=False)
+    return plot
+
+
+def loss_bands(
+    variants: Mapping[str, Sequence[Sequence[dict[str, Any]]]], axis: Axis = "flops"
+) -> Figure:
+    """Smoothed training loss over FLOPs or seconds: the mean over seeds, and a band of all seeds.
+
+    Args:
+        variants: the log records of the run of each seed, by variant.
+        axis: the records' key.
+    """
+    plot = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, (title, key) in zip(plot.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
+        for name, runs in variants.items():
+            curves = [smoothed(records, key, axis) for records in runs]
+            x = np.geomspace(max(at[0] for at, _ in curves), min(at[-1] for at, _ in curves), 300)
+            losses = np.stack([np.interp(x, at, loss) for at, loss in curves])
+            (line,) = axes.plot(x, losses.mean(0), label=name, linewidth=1.6)
+            axes.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)
+        axes.set_title(title)
+        axes.set_xlabel("training FLOPs" if axis == "flops" else "seconds of training")
         axes.set_yscale("log")
         axes.grid(alpha=0.25, which="both")
     plot.axes[0].set_ylabel("loss (nats a token)")

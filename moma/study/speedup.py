@@ -1,11 +1,12 @@
 """The speed-up factor η: how much less compute a sparse model needs for a dense model's loss.
 
 η = FLOPs of the dense run / FLOPs at which the sparse run first reaches the dense run's final loss
-(MoMa §4.2, footnote 6; on the training loss, as there).
+(MoMa §4.2, footnote 6; on the training loss, as there). The same over wall-clock seconds tells
+whether fewer FLOPs are also less time.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -14,10 +15,21 @@ LOSSES = {"all": "loss", "text": "loss_text", "image": "loss_image"}
 HALF_WIDTH = 0.25
 
 Records = Sequence[dict[str, Any]]
+Axis = Literal["flops", "seconds"]
 
 
-def smoothed(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """FLOPs and smoothed loss of each log record that has this loss.
+def with_seconds(records: Records) -> list[dict[str, Any]]:
+    """Log records with `seconds`, the training time up to each; pauses do not count."""
+    found, seconds, tokens = [], 0.0, 0
+    for record in records:
+        seconds += (record["tokens"] - tokens) / record["tokens_per_second"]
+        tokens = record["tokens"]
+        found.append(record | {"seconds": seconds})
+    return found
+
+
+def smoothed(records: Records, key: str, axis: Axis = "flops") -> tuple[np.ndarray, np.ndarray]:
+    """FLOPs, or seconds, and smoothed loss of each log record that has this loss.
 
     The loss is a local linear regression over ln FLOPs: a line is fitted to the records within
     about 25% of each one's FLOPs. Unlike a trailing mean, it does not lag behind a falling loss,
@@ -25,7 +37,7 @@ def smoothed(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
     Gijbels 1992, "Variable bandwidth and local linear regression smoothers").
     """
     known = [record for record in records if record[key] is not None]
-    flops = np.array([record["flops"] for record in known], dtype=float)
+    flops = np.array([record[axis] for record in known], dtype=float)
     loss = np.array([record[key] for record in known], dtype=float)
     x = np.log(flops)
     x -= x.mean() if len(x) else 0.0  # differences of squares below would lose digits
@@ -43,10 +55,10 @@ def smoothed(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
     return flops, mean_loss + slope * (x - mean_x)
 
 
-def speedup(dense: Records, sparse: Records, key: str) -> float | None:
+def speedup(dense: Records, sparse: Records, key: str, axis: Axis = "flops") -> float | None:
     """η for one loss, interpolated between log records; None if the loss is never reached."""
-    dense_flops, dense_loss = smoothed(dense, key)
-    flops, loss = smoothed(sparse, key)
+    dense_flops, dense_loss = smoothed(dense, key, axis)
+    flops, loss = smoothed(sparse, key, axis)
     if not len(dense_loss) or not (loss <= dense_loss[-1]).any():
         return None
     at = int(np.argmax(loss <= dense_loss[-1]))
@@ -57,6 +69,6 @@ def speedup(dense: Records, sparse: Records, key: str) -> float | None:
     return float(dense_flops[-1] / crossing)
 
 
-def speedups(dense: Records, sparse: Records) -> dict[str, float | None]:
+def speedups(dense: Records, sparse: Records, axis: Axis = "flops") -> dict[str, float | None]:
     """η overall, for text targets and for image targets."""
-    return {name: speedup(dense, sparse, key) for name, key in LOSSES.items()}
+    return {name: speedup(dense, sparse, key, axis) for name, key in LOSSES.items()}

@@ -30,3 +30,13 @@ def number(value: object) -> str:
 def percent(share: float) -> str:
     """Format a share as a percentage."""
     return f"{100 * share:.0f}%"
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, below its title and explanation."""
+
+    def line(cells: Sequence[object]) -> str:
+        return "| " + " | ".join(number(cell).replace("|", "\\|") for cell in cells) + " |"
+
+    rows = [line(table.head), "|" + "---|" * len(table.head), *map(line, table.rows)]
+    return "\n\n".join([f"## {table.title}", table.explanation, "\n".join(rows)]) + "\n"

@@ -19,7 +19,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
@@ -108,15 +108,32 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
     links = values.pop("chain", None)
     if links is None:
         return [check(Recipe, values, str(path))]
-    if not isinstance(links, list) or not links or not all(isinstance(n, dict) for n in links):
-        raise UserError(f"{path}: 'chain': write one [[chain]] table for each step")
-    base = check(_Folder, {"run": values.get("run", "runs/run")}, str(path)).run
     # Overrides take precedence over the values of steps.
     last = [text for text in overrides if not text.lstrip().startswith("chain.")]
+    return chain_of(values, links, str(path), last)
+
+
+def chain_of(
+    values: dict[str, Any], links: object, file: str, overrides: Sequence[str] = ()
+) -> list[Recipe | Evaluation]:
+    """The steps of a chain.
+
+    Args:
+        values: of the recipe without its chain.
+        links: the tables of the chain.
+        file: where they are written, for messages.
+        overrides: apply to every step.
+
+    Raises:
+        UserError: as for `read_chain`.
+    """
+    if not isinstance(links, list) or not links or not all(isinstance(n, dict) for n in links):
+        raise UserError(f"{file}: 'chain': write one [[chain]] table for each step")
+    base = check(_Folder, {"run": values.get("run", "runs/run")}, file).run
     steps: list[Recipe | Evaluation] = []
     before: Path | None = None
     for number, link in enumerate(links, 1):
-        stage, origin = link.pop("stage", "pretrain"), f"{path}, step {number} of the chain"
+        stage, origin = link.pop("stage", "pretrain"), f"{file}, step {number} of the chain"
         if stage == "evaluate":
             if before is None:
                 raise UserError(f"{origin}: there is no step before it to evaluate")
@@ -127,7 +144,7 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
             raise UserError(
                 f"{origin}: write 'run' above the chain; a step's folder in it is its 'name'"
             )
-        values = override(deepcopy(merge_tables(values, link)), last, Recipe)
+        values = override(deepcopy(merge_tables(values, link)), overrides, Recipe)
         source = link.get("from", None if stage == "pretrain" else before)
         run = Path(source) / ROUTER_RUN if stage == "aux_router" and source else base / name
         own = values | {"stage": stage, "run": str(run), "from": str(source)}
@@ -137,7 +154,7 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
         before = before if stage == "aux_router" else run
     runs = [step.run for step in steps if isinstance(step, Recipe)]
     if twice := sorted({str(run) for run in runs if runs.count(run) > 1}):
-        raise UserError(f"{path}: two steps write {twice[0]}; give each a 'name'")
+        raise UserError(f"{file}: two steps write {twice[0]}; give each a 'name'")
     return steps
 
 

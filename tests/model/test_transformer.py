@@ -70,11 +70,14 @@ def test_batch_choice_is_not_causal(groups):
     assert not torch.allclose(before, after, atol=1e-3)
 
 
-@pytest.mark.parametrize("policy", [Auxiliary(), Threshold()])
-def test_causal_routing_records_what_it_selects(policy):
+@pytest.mark.parametrize(
+    ("policy", "threshold"), [(Auxiliary(), 0.0), (Threshold(), 0.01), (Threshold(), 1e9)]
+)
+def test_causal_routing_records_what_it_selects(policy, threshold):
+    """Also of a layer with mixture-of-depths that no token passes."""
     model, tokens = build("mod_moe_2t2i"), mixed_tokens(2, 15, 0)
-    for router in model.routers():  # thresholds of about zero
-        router.cuts_3E.copy_(torch.tensor([[0.01], [1.0], [1.0]]).expand_as(router.cuts_3E))
+    for router in model.routers():
+        router.cuts_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]).expand_as(router.cuts_3E))
     flags = {"record_auxiliary": True} if isinstance(policy, Auxiliary) else {}
     records = model(tokens, routing=uniform_routing(policy, record_selection=True, **flags)).routers
     assert {record.kind for record in records} == {"experts", "depth"}

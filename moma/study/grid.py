@@ -1,0 +1,233 @@
+"""A study: a grid of variants and seeds in one file, run by any number of processes.
+
+    extends = "../demo.toml"
+    run = "runs/study/routing"       # contains a folder for each run: VARIANT-SEED
+
+    [study]
+    seeds = [0, 1, 2]
+    measures = ["held_out", "routing"]
+
+    [[study.variants]]               # the first is the baseline
+    name = "moe_4t4i"
+
+    [[study.variants]]
+    name = "mod_moe_4t4i"
+    model = { groups = "mod_moe_4t4i", layers = 7 }
+
+A variant contains keys of a recipe, or a `chain` (`train/chain.py`). Runs of the same seed see the
+same batches in the same order. A run is trained and measured by the process that locks it first;
+its result is `results/VARIANT-SEED/result.json`. Finished runs are not repeated.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from moma.errors import UserError
+from moma.files import atomic_write, lock_folder, read_json
+from moma.recipe import Config, RequiredPath, Seed, check, merge_tables, override, read_values
+from moma.runs import Run
+from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.manifest import MANIFEST
+from moma.runtime.world import World
+from moma.study.measures import MEASURES
+from moma.study.speedup import with_seconds
+from moma.train.chain import Evaluate, Evaluation, chain_of, run_chain
+from moma.train.recipe import Recipe
+
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class StudyConfig(Config):
+    """What a study measures.
+
+    Attributes:
+        seeds: the recipe's `seed` of each run of a variant.
+        measures: what is measured of each finished run: `held_out` (losses under each routing) and
+            `routing` (what causal routing changes; docs/study.md).
+        batches: number of held-out micro-batches that are measured; 0: all.
+    """
+
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)
+    measures: tuple[str, ...] = ("held_out",)
+    batches: int = Field(64, ge=0)
+
+    @field_validator("seeds", "measures")
+    @classmethod
+    def _check_different(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise ValueError(f"{twice[0]} is given twice; give it once")
+        return values
+
+    @field_validator("measures")
+    @classmethod
+    def _check_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if unknown := [name for name in names if name not in MEASURES]:
+            raise ValueError(f"there is no measure '{unknown[0]}'; use {', '.join(MEASURES)}")
+        return names
+
+
+class _Variant(Config):
+    """The name of a variant, of which its runs' folders are named."""
+
+    name: str = Field(pattern=_NAME)
+
+
+class _Folder(Config):
+    """The folder of a study."""
+
+    run: RequiredPath
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study.
+
+    Attributes:
+        variant, seed: of which it is the run.
+        steps: what is trained; the last stage that trains a model is measured.
+        result: the file of its result.
+        config: of the study.
+    """
+
+    variant: str
+    seed: int
+    steps: tuple[Recipe | Evaluation, ...]
+    result: Path
+    config: StudyConfig
+
+    @property
+    def name(self) -> str:
+        """`VARIANT-SEED`."""
+        return f"{self.variant}-{self.seed}"
+
+    @property
+    def run(self) -> Run:
+        """The folder of the run that is measured."""
+        recipes = [step for step in self.steps if isinstance(step, Recipe)]
+        return Run([each for each in recipes if each.stage != "aux_router"][-1].run)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The log records of the model's training, those of a seed run first."""
+        recipes = [step for step in self.steps if isinstance(step, Recipe)]
+        logs = [Run(each.run).read_metrics() for each in recipes if each.stage != "aux_router"]
+        return with_seconds([record for log in logs for record in log])
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprint of what is measured: the newest checkpoints, on how many micro-batches."""
+        recipes = [step for step in self.steps if isinstance(step, Recipe)]
+        newest = [checkpoints_in(Run(each.run).checkpoints)[-1:] for each in recipes]
+        manifests = b"".join((path / MANIFEST).read_bytes() for paths in newest for path in paths)
+        return hashlib.sha256(manifests + str(self.config.batches).encode()).hexdigest()[:16]
+
+    def read_result(self) -> dict[str, Any] | None:
+        """The run's result; None if it is not measured, or was trained again since."""
+        if not self.result.is_file():
+            return None
+        result = read_json(self.result)
+        is_current = result["fingerprint"] == self.fingerprint
+        is_complete = set(self.config.measures) <= result["measures"].keys()
+        return result if is_current and is_complete else None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as `read_study` reads it."""
+
+    path: Path
+    config: StudyConfig
+    runs: tuple[StudyRun, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        """The first recipe, which has the data that all runs read."""
+        return next(step for step in self.runs[0].steps if isinstance(step, Recipe))
+
+    def results(self) -> list[dict[str, Any]]:
+        """The results of all finished runs."""
+        return [result for run in self.runs if (result := run.read_result()) is not None]
+
+
+def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study; overrides apply to every run, `study.…` to the study itself.
+
+    Raises:
+        UserError: a key or value is wrong; the message names it and its variant.
+    """
+    values = read_values(path, overrides, Recipe)
+    table = values.pop("study", None)
+    if not isinstance(table, dict):
+        raise UserError(f"{path}: is no study; write a [study] table with [[study.variants]]")
+    variants = table.pop("variants", None)
+    if not isinstance(variants, list) or not variants:
+        raise UserError(f"{path}: 'study.variants': write one [[study.variants]] for each")
+    config = check(StudyConfig, table, f"{path}, [study]")
+    base = check(_Folder, {"run": values.get("run", "runs/study")}, str(path)).run
+    last = [text for text in overrides if not text.lstrip().startswith(("study.", "run="))]
+    runs = []
+    for seed in config.seeds:
+        for number, changes in enumerate(deepcopy(variants), 1):
+            origin = f"{path}, variant {number}"
+            name = check(_Variant, {"name": changes.pop("name", None)}, origin).name
+            own = merge_tables(deepcopy(values), changes) | {"seed": seed}
+            own["run"] = str(base / f"{name}-{seed}")
+            chain = own.pop("chain", None)
+            steps: Sequence[Recipe | Evaluation]
+            if chain is None:
+                steps = [check(Recipe, override(own, last, Recipe), origin)]
+            else:
+                steps = chain_of(own, chain, origin, last)
+            file = base / "results" / f"{name}-{seed}" / "result.json"
+            runs.append(StudyRun(name, seed, tuple(steps), file, config))
+    names = [run.name for run in runs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{path}: two variants have runs named {twice[0]}; give each its own name")
+    return Study(base, config, tuple(runs))
+
+
+def run_unfinished(
+    runs: Iterable[StudyRun],
+    evaluate: Evaluate,
+    world: World,
+    report: Callable[[StudyRun], object] = lambda run: None,
+) -> None:
+    """Train and measure, one after another, the runs that no other process does.
+
+    Args:
+        runs: in this order.
+        evaluate: see `run_chain`.
+        world: this process.
+        report: called with each run that this process begins.
+    """
+    for run in runs:
+        run.result.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(lock_folder(run.result.parent, timeout=-1))
+            except UserError:
+                continue  # another process runs it
+            if run.read_result() is None:
+                report(run)
+                _run(run, evaluate, world)
+
+
+def _run(run: StudyRun, evaluate: Evaluate, world: World) -> None:
+    run_chain(run.steps, world, evaluate, quiet=True)
+    result = {
+        "variant": run.variant,
+        "seed": run.seed,
+        "run": run.run.path.name,
+        "fingerprint": run.fingerprint,
+        "measures": {
+            name: MEASURES[name](run.run, run.config.batches) for name in run.config.measures
+        },
+    }
+    atomic_write(run.result, json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,197 @@
+"""What a study measures of a finished run, on the same held-out micro-batches for all its runs.
+
+`held_out`: losses under each routing that the run can use. `routing`: what causal routing changes;
+see `measure_routing`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moma.data.batches.iterator import Batches
+from moma.data.batches.packing import NO_LABEL, Batch
+from moma.model.routers import RouterRecord
+from moma.model.routing import BatchChoice, Noisy, Routing, RoutingName, Threshold
+from moma.model.transformer import Transformer, no_head
+from moma.runs import Run
+from moma.train.recipe import Recipe
+from moma.train.restore import has_routing, load_run, require_training_data
+from moma.train.statistics import router_names
+from moma.train.step import DeviceBatch, next_token_loss, run_model, to_device
+from moma.train.validation import mean_losses
+from moma.vocabulary import IMAGE, TEXT
+
+Losses = dict[str, float | None]
+# Of a run, on so many held-out micro-batches (0: all): figures by name, at any depth.
+Measure = Callable[[Run, int], dict[str, Any]]
+
+ROUTINGS: tuple[RoutingName, ...] = ("choice", "threshold", "auxiliary")
+FLIP_RATES = (0.0025, 0.01, 0.05)
+# Seed of the order of held-out documents, on which batch choice depends.
+_ORDER = 0
+
+
+def measure_held_out(run: Run, batches: int = 0) -> dict[str, Any]:
+    """Losses by modality under each routing that the run can use; without routers one: `all`."""
+    model, recipe = _load(run)
+    return {name: losses(model, recipe, by, batches) for name, by in _routings(model).items()}
+
+
+def measure_routing(run: Run, batches: int = 0) -> dict[str, Any]:
+    """What causal routing changes, compared with expert choice over the micro-batch.
+
+    Returns:
+        `losses`: with thresholds of the experts and true choice of the depth routers, and the
+        reverse (`choice depth`, `choice experts`); and with decisions of the depth routers (without
+        these, of the experts) inverted at random with some rates (§4.6; `flips RATE`).
+        `agreement`: of each router and modality, the share of decisions on eligible tokens that
+        thresholds (and trained auxiliary routers) make as batch choice does, for the same logits.
+        `taken`: of each kind of router, the experts per eligible token under thresholds, for
+        documents as they are (`mixed`), those without images (`text`), and images without their
+        text (`image`).
+    """
+    model, recipe = _load(run)
+    if not model.config.has_routers or not model.has_thresholds:
+        return {}
+    choice, threshold = BatchChoice("actual"), Threshold()
+    routings: dict[str, Routing] = {}
+    if model.config.depth_layers:
+        routings["choice depth"] = Routing(threshold, choice)
+        routings["choice experts"] = Routing(choice, threshold)
+    for rate in FLIP_RATES:
+        flipped = Noisy(threshold, rate)
+        by = Routing(threshold, flipped) if model.config.depth_layers else Routing(flipped)
+        routings[f"flips {rate:.2%}"] = by
+    torch.manual_seed(0)  # of the flips
+    return {
+        "losses": {name: losses(model, recipe, by, batches) for name, by in routings.items()},
+        "agreement": _agreement(model, recipe, batches),
+        "taken": _taken(model, recipe, batches),
+    }
+
+
+MEASURES: Mapping[str, Measure] = {"held_out": measure_held_out, "routing": measure_routing}
+
+
+@torch.no_grad()
+def losses(model: Transformer, recipe: Recipe, routing: Routing, batches: int) -> Losses:
+    """Mean held-out losses in nats per target, overall and by modality."""
+    loss_function = next_token_loss(routing=routing)
+    total_2M: Tensor | float = 0.0
+    for batch in _held_out(model, recipe, batches):
+        output = loss_function(model, _on_device(model, batch))
+        total_2M += torch.stack((output.loss_M, output.targets_M)).double().cpu()
+    assert isinstance(total_2M, Tensor)
+    return mean_losses(*total_2M)
+
+
+def _routings(model: Transformer) -> dict[str, Routing]:
+    if not model.config.has_routers:
+        return {"all": model.named_routing("choice")}
+    return {name: model.named_routing(name) for name in ROUTINGS if has_routing(model, name)}
+
+
+def _load(run: Run) -> tuple[Transformer, Recipe]:
+    model, recipe = load_run(run)
+    require_training_data(run, recipe)
+    return model, recipe
+
+
+def _held_out(model: Transformer, recipe: Recipe, batches: int) -> Iterator[Batch]:
+    found = Batches(recipe.data, model.vocabulary, _ORDER, split="held_out")
+    return islice(found, batches or None)
+
+
+def _on_device(model: Transformer, batch: Batch) -> DeviceBatch:
+    return to_device(batch, model.embedding.weight.device)
+
+
+def _records(model: Transformer, batch: DeviceBatch, routing: Routing) -> list[RouterRecord]:
+    return run_model(model, batch, routing, no_head).routers
+
+
+@torch.no_grad()
+def _agreement(model: Transformer, recipe: Recipe, batches: int) -> dict[str, dict[str, Any]]:
+    has_auxiliary = has_routing(model, "auxiliary")
+    flag = "record_auxiliary" if has_auxiliary else "record_selection"
+    routing = model.named_routing("choice", **{flag: True})
+    thresholds = [router.threshold_E for router in model.routers()]
+    # [agreeing by thresholds, agreeing by auxiliary routers, all], by router and modality
+    counts: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    for batch in _held_out(model, recipe, batches):
+        on_device = _on_device(model, batch)
+        modality_N = model.modality_of_id[on_device.tokens_BS].flatten()
+        records = _records(model, on_device, routing)
+        for name, threshold_E, record in zip(router_names(model), thresholds, records, strict=True):
+            chosen_NE = record.selected_NE.bool()
+            by_threshold_NE = (record.logits_NE > threshold_E) == chosen_NE
+            by_auxiliary_NE = torch.zeros_like(chosen_NE)
+            if record.auxiliary_logits_NE is not None:
+                by_auxiliary_NE = (record.auxiliary_logits_NE > 0) == chosen_NE
+            for modality in (TEXT, IMAGE):
+                here_N = record.eligible_N & (modality_N == modality)
+                parts = (by_threshold_NE, by_auxiliary_NE, torch.ones_like(chosen_NE))
+                sums = [part_NE[here_N].sum() for part_NE in parts]
+                counts[name, modality] += torch.stack(sums).double().cpu()
+    names = model.vocabulary.modalities
+    return {
+        f"{router} {names[modality]}": {
+            "threshold": float(by_threshold / total),
+            "auxiliary": float(by_auxiliary / total) if has_auxiliary else None,
+        }
+        for (router, modality), (by_threshold, by_auxiliary, total) in counts.items()
+        if total
+    }
+
+
+@torch.no_grad()
+def _taken(model: Transformer, recipe: Recipe, batches: int) -> dict[str, dict[str, float]]:
+    parts: dict[str, Callable[[Transformer, Batch], Batch]] = {
+        "mixed": lambda model, batch: batch,
+        "text": _without_image_documents,
+        "image": _only_images,
+    }
+    routing = model.named_routing("threshold", record_selection=True)
+    found: dict[str, dict[str, float]] = {}
+    for part, select in parts.items():
+        counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
+        for batch in _held_out(model, recipe, batches):
+            records = _records(model, _on_device(model, select(model, batch)), routing)
+            for name, record in zip(router_names(model), records, strict=True):
+                kind = name.partition(".")[2]
+                pair = torch.stack((record.selected_NE.sum(), record.eligible_N.sum()))
+                counts[kind] += pair.double().cpu()
+        found[part] = {
+            kind: float(taken / eligible) for kind, (taken, eligible) in counts.items() if eligible
+        }
+    return found
+
+
+def _without_image_documents(model: Transformer, batch: Batch) -> Batch:
+    """The micro-batch with padding instead of every document part that has an image."""
+    is_image_BS = batch.tokens_BS == model.vocabulary.begin_image
+    keep_BS = np.ones_like(is_image_BS)
+    for ids_S, is_image_S, keep_S in zip(batch.document_ids_BS, is_image_BS, keep_BS, strict=True):
+        keep_S &= ~np.isin(ids_S, ids_S[is_image_S])
+    return _keep(model, batch, keep_BS)
+
+
+def _only_images(model: Transformer, batch: Batch) -> Batch:
+    """The micro-batch with padding instead of every token that is not an image's."""
+    modality_BS = model.modality_of_id.cpu().numpy()[batch.tokens_BS]
+    return _keep(model, batch, modality_BS == IMAGE)
+
+
+def _keep(model: Transformer, batch: Batch, keep_BS: np.ndarray) -> Batch:
+    return replace(
+        batch,
+        tokens_BS=np.where(keep_BS, batch.tokens_BS, model.vocabulary.padding),
+        labels_BS=np.where(keep_BS, batch.labels_BS, NO_LABEL),
+        document_ids_BS=np.where(keep_BS, batch.document_ids_BS, -1),
+    )

@@ -1,0 +1,96 @@
+"""Runs a study in several processes of this machine; more machines may run the same study."""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+
+import torch
+
+from moma.data.encode.prepare import prepare
+from moma.data.encode.read_ahead import exit_with_parent
+from moma.data.outputs import mark_output
+from moma.errors import UserError
+from moma.evaluate.perplexity import evaluate
+from moma.progress import show_progress
+from moma.runs import Run
+from moma.runtime.world import World, local_device
+from moma.study.grid import Study, run_unfinished
+from moma.study.results import FILES
+from moma.train.recipe import Recipe
+
+
+def run_study(study: Study, processes: int | None = None, quiet: bool = False) -> bool:
+    """Prepare the data, then train and measure every run that no other process does.
+
+    Args:
+        study: the study.
+        processes: number of processes; by default one for each GPU, or for each core.
+        quiet: whether to hide the progress bar.
+
+    Returns:
+        Whether all runs are finished; else other processes are at work on the rest.
+
+    Raises:
+        UserError: a recipe cannot be trained, or a process was killed.
+    """
+    device = local_device()
+    folders = [run.name for run in study.runs]
+    mark_output(study.path, "results", *folders, *FILES)
+    prepare(study.recipe, device, quiet)
+    gpus = torch.cuda.device_count()
+    wanted = processes or gpus or os.cpu_count() or 1
+    count = max(1, min(wanted, len(study.runs) - len(study.results())))
+    threads = max(1, (os.cpu_count() or 1) // count)
+    with _terminating_children(
+        ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
+    ) as pool:
+        jobs = [
+            pool.submit(_work, study, threads, n % gpus if gpus else None) for n in range(count)
+        ]
+        with show_progress(f"study {study.path.name}", _steps(study), quiet) as report:
+            running = set(jobs)
+            while running:
+                done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
+                for job in done:
+                    job.result()
+                report(_steps(study, done=True), f"{len(study.results())} of {len(folders)} runs")
+    return len(study.results()) == len(study.runs)
+
+
+@contextmanager
+def _terminating_children(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """End all processes if one fails; their runs keep their last checkpoints."""
+    with pool:
+        try:
+            yield pool
+        except BaseException as error:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError(
+                    "a process of the study was killed, perhaps because memory ran out; the same "
+                    "command continues from its last checkpoint (--processes takes fewer)"
+                ) from error
+            raise
+
+
+def _work(study: Study, threads: int, gpu: int | None) -> None:
+    exit_with_parent()  # it must not write into a run that is started again
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    torch.set_num_threads(threads)
+    run_unfinished(study.runs, evaluate, World(local_device()))
+
+
+def _steps(study: Study, done: bool = False) -> int:
+    """Optimizer steps of all runs, or those done."""
+    found = 0
+    for run in study.runs:
+        for step in run.steps:
+            if isinstance(step, Recipe):
+                record = Run(step.run).last_metric() if done else {"step": step.stage_config.steps}
+                found += record["step"] if record else 0
+    return found

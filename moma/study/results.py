@@ -1,0 +1,225 @@
+"""The results of a study: means and intervals over seeds, as tables, a page and Markdown."""
+
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student_t
+
+from moma.data.outputs import write_output
+from moma.study import figures
+from moma.study.grid import Study, StudyRun
+from moma.study.page import Page, figure, paragraph, table
+from moma.study.speedup import Axis, speedups
+from moma.study.tables import Table, markdown
+
+CONFIDENCE = 0.95
+FILES = ("result.json", "report.html", "report.md")
+_AXES: dict[Axis, str] = {"flops": "compute", "seconds": "time"}
+_LOSSES = ("loss", "loss_text", "loss_image")
+
+
+class Estimate(NamedTuple):
+    """A figure over seeds.
+
+    Attributes:
+        mean: the mean; None if a seed has no value.
+        half_width: of the 95% interval of the mean by Student's t; None with one seed.
+        values: of each seed.
+    """
+
+    mean: float | None
+    half_width: float | None
+    values: Sequence[float | None]
+
+    def __str__(self) -> str:
+        """Such as `0.7342 ± 0.0011`."""
+        if self.mean is None:
+            reached = sum(value is not None for value in self.values)
+            return f"– ({reached} of {len(self.values)})" if reached else "–"
+        margin = "" if self.half_width is None else f" ± {self.half_width:.2g}"
+        return f"{self.mean:.4g}{margin}"
+
+
+def estimate(values: Sequence[float | None]) -> Estimate:
+    """Mean and interval of a figure; values over seeds are taken as normally distributed."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return Estimate(None, None, values)
+    if len(known) == 1:
+        return Estimate(known[0], None, values)
+    quantile = student_t.ppf((1 + CONFIDENCE) / 2, len(known) - 1)
+    half_width = float(quantile) * statistics.stdev(known) / len(known) ** 0.5
+    return Estimate(statistics.mean(known), half_width, values)
+
+
+def summarize(study: Study) -> dict[str, Any]:
+    """Estimates of every figure by variant; η is against the baseline's run of the same seed.
+
+    Returns:
+        variant → `runs` (folders), `seeds`, `measures` (figures by their names, joined by a slash)
+        and, except for the first, `speedup` over `flops` and over `seconds`.
+    """
+    by_variant: dict[str, list[StudyRun]] = {}
+    for run in study.runs:
+        by_variant.setdefault(run.variant, []).append(run)
+    baseline, *_ = by_variant
+    metrics = {run.name: run.read_metrics() for run in study.runs}
+    found: dict[str, Any] = {}
+    for variant, runs in by_variant.items():
+        results = [run.read_result() for run in runs]
+        flat = [dict(_flattened(result["measures"])) for result in results if result]
+        found[variant] = {
+            "runs": [str(run.run.path) for run in runs],
+            "seeds": [run.seed for run in runs],
+            "measures": _estimates(flat),
+        }
+        if variant == baseline:
+            continue
+        pairs = [(metrics[f"{baseline}-{run.seed}"], metrics[run.name]) for run in runs]
+        found[variant]["speedup"] = {
+            axis: {name: estimate([each[name] for each in ratios])._asdict() for name in ratios[0]}
+            for axis in ("flops", "seconds")
+            for ratios in [[speedups(*pair, axis) for pair in pairs]]  # type: ignore[arg-type]
+        }
+    return found
+
+
+def _estimates(of_seeds: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: estimate([values.get(name) for values in of_seeds])._asdict() for name in of_seeds[0]
+    }
+
+
+def study_tables(result: Mapping[str, Any]) -> list[Table]:
+    """The tables of a summary that have content."""
+    baseline = next(iter(result))
+    seeds = len(result[baseline]["seeds"])
+    interval = f"Means over {seeds} seeds with 95% intervals." if seeds > 1 else "One seed."
+    speedup_rows = [
+        (name, over, *(_shown(value) for value in by_loss.values()))
+        for name, values in result.items()
+        for over, by_loss in values.get("speedup", {}).items()
+    ]
+    made = [
+        _loss_table(
+            result,
+            "held_out/",
+            "Held-out loss",
+            f"Nats per target, on the same documents for all runs, by routing. {interval}",
+        ),
+        Table(
+            "Speed-up η",
+            f"How many times less than {baseline} a run needs for {baseline}'s final training "
+            "loss; a dash: some runs do not reach it (in brackets: how many do).",
+            ("variant", "over", "all tokens", "text", "images"),
+            speedup_rows,
+        ),
+        _loss_table(
+            result,
+            "routing/losses/",
+            "Held-out loss when part of the routing changes",
+            "`choice depth`: true choice of the depth routers, thresholds of the experts; `choice "
+            "experts`: the reverse; `flips`: thresholds, with a share of decisions inverted.",
+        ),
+        _agreement_table(result),
+        _taken_table(result),
+        Table(
+            "Runs",
+            "Each contains its recipe, log and checkpoints.",
+            ("variant", "folders"),
+            [(name, ", ".join(values["runs"])) for name, values in result.items()],
+        ),
+    ]
+    return [each for each in made if each.rows]
+
+
+def write_report(study: Study, result: Mapping[str, Any]) -> Path:
+    """Write `result.json`, `report.md` and `report.html` into the study's folder."""
+    tables = study_tables(result)
+    by_variant: dict[str, list[list[dict[str, Any]]]] = {}
+    for run in study.runs:
+        by_variant.setdefault(run.variant, []).append(run.read_metrics())
+    page = Page(f"Study: {study.path.name}", f"{next(iter(result))} is the baseline.")
+    for axis, title in _AXES.items():
+        page.section(
+            f"Training loss over {title}",
+            paragraph(
+                "Means over seeds of smoothed losses; bands: from the lowest to the highest."
+            ),
+            figure(figures.loss_bands(by_variant, axis)),
+        )
+    for each in tables:
+        page.section(each.title, paragraph(each.explanation), table(each))
+    page.write(study.path / "report.html")
+    text = f"# Study: {study.path.name}\n\n" + "\n".join(markdown(each) for each in tables)
+    write_output(study.path / "report.md", text.encode())
+    content = json.dumps(result, indent=2) + "\n"
+    write_output(study.path / "result.json", content.encode())
+    return study.path / "report.html"
+
+
+def _shown(value: Mapping[str, Any]) -> str:
+    return str(Estimate(**value))
+
+
+def _figures(result: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Variant, the rest of the name, and estimate of all figures whose name begins so."""
+    for variant, values in result.items():
+        for name, value in values["measures"].items():
+            if name.startswith(prefix):
+                yield variant, name.removeprefix(prefix), value
+
+
+def _loss_table(result: Mapping[str, Any], prefix: str, title: str, explanation: str) -> Table:
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for variant, name, value in _figures(result, prefix):
+        by, _, key = name.rpartition("/")
+        rows.setdefault((variant, by), {})[key] = _shown(value)
+    cells = [(*names, *(row[key] for key in _LOSSES)) for names, row in rows.items()]
+    return Table(title, explanation, ("variant", "routing", "loss", "text", "images"), cells)
+
+
+def _agreement_table(result: Mapping[str, Any]) -> Table:
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for variant, name, value in _figures(result, "routing/agreement/"):
+        router, _, by = name.rpartition("/")
+        rows.setdefault((variant, router), {})[by] = _percent(value)
+    cells = [(*names, row["threshold"], row["auxiliary"]) for names, row in rows.items()]
+    return Table(
+        "Agreement with batch choice",
+        "Share of decisions on eligible tokens that are those of batch choice, for the same "
+        "logits, by layer, router and modality of the tokens.",
+        ("variant", "router", "thresholds", "auxiliary routers"),
+        cells,
+    )
+
+
+def _taken_table(result: Mapping[str, Any]) -> Table:
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for variant, name, value in _figures(result, "routing/taken/"):
+        data, _, kind = name.partition("/")
+        rows.setdefault((variant, kind), {})[data] = _percent(value)
+    parts = ("mixed", "text", "image")
+    return Table(
+        "Experts per token under thresholds",
+        "In percent; of a depth router, the tokens that it takes. On held-out documents as they "
+        "are, on those without images, and on images without their text.",
+        ("variant", "router", *parts),
+        [(*names, *(row.get(part, "–") for part in parts)) for names, row in rows.items()],
+    )
+
+
+def _percent(value: Mapping[str, Any]) -> str:
+    mean = value["mean"]
+    return "–" if mean is None else f"{100 * mean:.1f}%"
+
+
+def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{key}/")
+        else:
+            yield prefix + key, value
