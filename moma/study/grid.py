@@ -198,6 +198,7 @@ def run_unfinished(
     evaluate: Evaluate,
     world: World,
     report: Callable[[StudyRun], object] = lambda run: None,
+    quiet: bool = True,
 ) -> None:
     """Train and measure, one after another, the runs that no other process does.
 
@@ -206,6 +207,7 @@ def run_unfinished(
         evaluate: see `run_chain`.
         world: this process.
         report: called with each run that this process begins.
+        quiet: whether to hide the progress of the runs.
     """
     for run in runs:
         run.result.parent.mkdir(parents=True, exist_ok=True)
@@ -216,11 +218,11 @@ def run_unfinished(
                 continue  # another process runs it
             if run.read_result() is None:
                 report(run)
-                _run(run, evaluate, world)
+                _run(run, evaluate, world, quiet)
 
 
-def _run(run: StudyRun, evaluate: Evaluate, world: World) -> None:
-    run_chain(run.steps, world, evaluate, quiet=True)
+def _run(run: StudyRun, evaluate: Evaluate, world: World, quiet: bool) -> None:
+    run_chain(run.steps, world, evaluate, quiet)
     result = {
         "variant": run.variant,
         "seed": run.seed,

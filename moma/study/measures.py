@@ -57,7 +57,7 @@ def measure_routing(run: Run, batches: int = 0) -> dict[str, Any]:
         text (`image`).
     """
     model, recipe = _load(run)
-    if not model.config.has_routers or not model.has_thresholds:
+    if not model.config.has_batch_choice or not model.has_thresholds:
         return {}
     choice, threshold = BatchChoice("actual"), Threshold()
     routings: dict[str, Routing] = {}
@@ -92,7 +92,7 @@ def losses(model: Transformer, recipe: Recipe, routing: Routing, batches: int) -
 
 
 def _routings(model: Transformer) -> dict[str, Routing]:
-    if not model.config.has_routers:
+    if not model.config.has_batch_choice:
         return {"all": model.named_routing("choice")}
     return {name: model.named_routing(name) for name in ROUTINGS if has_routing(model, name)}
 

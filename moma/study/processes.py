@@ -40,10 +40,17 @@ def run_study(study: Study, processes: int | None = None, quiet: bool = False) -
     folders = [run.name for run in study.runs]
     mark_output(study.path, "results", *folders, *FILES)
     prepare(study.recipe, device, quiet)
-    gpus = torch.cuda.device_count()
-    wanted = processes or gpus or os.cpu_count() or 1
+    wanted = processes or torch.cuda.device_count() or os.cpu_count() or 1
     count = max(1, min(wanted, len(study.runs) - len(study.results())))
-    threads = max(1, (os.cpu_count() or 1) // count)
+    if count == 1:
+        run_unfinished(study.runs, evaluate, World(device), quiet=quiet)
+    else:
+        _run_in_pool(study, count, quiet)
+    return len(study.results()) == len(study.runs)
+
+
+def _run_in_pool(study: Study, count: int, quiet: bool) -> None:
+    threads, gpus = max(1, (os.cpu_count() or 1) // count), torch.cuda.device_count()
     with _terminating_children(
         ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     ) as pool:
@@ -56,8 +63,9 @@ def run_study(study: Study, processes: int | None = None, quiet: bool = False) -
                 done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
                 for job in done:
                     job.result()
-                report(_steps(study, done=True), f"{len(study.results())} of {len(folders)} runs")
-    return len(study.results()) == len(study.runs)
+                report(
+                    _steps(study, done=True), f"{len(study.results())} of {len(study.runs)} runs"
+                )
 
 
 @contextmanager

@@ -1,0 +1,239 @@
+"""Studies: which runs a file describes, who runs them, what is measured and reported."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tomli_w
+import torch
+
+from moma.data.batches.iterator import Batches
+from moma.data.batches.packing import Batch
+from moma.errors import UserError
+from moma.evaluate.perplexity import evaluate
+from moma.files import lock_folder
+from moma.model.transformer import no_head
+from moma.runtime.world import World
+from moma.study.grid import Study, StudyRun, read_study, run_unfinished
+from moma.study.measures import ROUTINGS, measure_held_out, measure_routing
+from moma.study.results import summarize, write_report
+from moma.study.speedup import speedup
+from moma.train.recipe import Recipe
+from moma.train.restore import load_run
+from moma.train.step import run_model, to_device
+from moma.vocabulary import IMAGE, TEXT
+from tests.command_line import moma, refuses
+
+WORLD = World(torch.device("cpu"))
+VARIANTS = [
+    {"name": "plain", "model": {"groups": "dense"}},
+    {
+        "name": "deep",
+        "chain": [
+            {"name": "model", "model": {"groups": "mod_moe_2t2i"}},
+            {"stage": "aux_router"},
+        ],
+    },
+]
+
+
+def write_study(tiny, folder: Path, **changes) -> Path:
+    values = tiny.model_dump(mode="json", by_alias=True, exclude_none=True) | {
+        "run": str(folder / "study"),
+        "study": {"seeds": [0, 1], "measures": ["held_out", "routing"], "variants": VARIANTS}
+        | changes,
+    }
+    file = folder / "study.toml"
+    file.write_text(tomli_w.dumps(values))
+    return file
+
+
+@pytest.fixture(scope="module")
+def study(tiny, tmp_path_factory) -> Study:
+    """A finished study of two variants and two seeds; do not modify it."""
+    study = read_study(write_study(tiny, tmp_path_factory.mktemp("study")))
+    run_unfinished(study.runs, evaluate, WORLD)
+    return study
+
+
+def test_every_variant_has_a_run_for_each_seed(tiny, tmp_path):
+    study = read_study(write_study(tiny, tmp_path), ["pretrain.steps=2", "study.batches=1"])
+    assert [run.name for run in study.runs] == ["plain-0", "deep-0", "plain-1", "deep-1"]
+    assert study.config.batches == 1
+    for run in study.runs:
+        first = run.steps[0]
+        assert isinstance(first, Recipe)
+        assert (first.seed, first.pretrain.steps) == (run.seed, 2)
+        folder = tmp_path / "study" / run.name
+        assert run.run.path == (folder if run.variant == "plain" else folder / "model")
+    recipes = [step for step in study.runs[1].steps if isinstance(step, Recipe)]
+    assert [each.stage for each in recipes] == ["pretrain", "aux_router"]
+    assert recipes[1].model.groups == "mod_moe_2t2i"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": []}, "write one [[study.variants]] for each"),
+        ({"variants": [{"model": {}}]}, "variant 1: 'name'"),
+        ({"variants": [{"name": "a", "modle": {}}]}, "variant 1: unknown key 'modle'"),
+        ({"variants": [{"name": "a"}, {"name": "a"}]}, "two variants have runs named a-0"),
+        ({"variants": [{"name": "a/b"}]}, "variant 1: 'name'"),
+        ({"seeds": []}, "study.seeds"),
+        ({"seeds": [1, 1]}, "1 is given twice"),
+        ({"measures": ["speed"]}, "there is no measure 'speed'; use held_out, routing"),
+        ({"batches": -1}, "batches"),
+        ({"steps": 3}, "unknown key 'steps'"),
+    ],
+)
+def test_wrong_studies_are_refused(tiny, tmp_path, changes, message):
+    with pytest.raises(UserError) as refused:
+        read_study(write_study(tiny, tmp_path, **changes))
+    assert "study.toml" in str(refused.value)
+    key = message.removeprefix("study.")
+    assert key in str(refused.value)
+
+
+def test_a_recipe_is_no_study(tiny, tmp_path):
+    (tmp_path / "recipe.toml").write_text(
+        tomli_w.dumps(tiny.model_dump(mode="json", by_alias=True, exclude_none=True))
+    )
+    assert "is no study; write a [study] table" in refuses("study", tmp_path / "recipe.toml")
+
+
+def test_a_run_that_another_process_holds_is_left_to_it(tiny, tmp_path):
+    study = read_study(
+        write_study(tiny, tmp_path), ["pretrain.steps=2", "pretrain.checkpoint_every=2"]
+    )
+    held, other = study.runs[0], study.runs[2]
+    held.result.parent.mkdir(parents=True)
+    begun: list[StudyRun] = []
+    with lock_folder(held.result.parent, 0):
+        run_unfinished([held, other], evaluate, WORLD, begun.append)
+    assert begun == [other] and held.read_result() is None and other.read_result() is not None
+
+
+def test_finished_runs_are_not_repeated_and_others_are_measured_again(study, tmp_path):
+    begun: list[StudyRun] = []
+    run_unfinished(study.runs, evaluate, WORLD, begun.append)
+    assert not begun
+    folder = tmp_path / "study"
+    shutil.copytree(study.path, folder)
+    copied = [
+        run for run in study.runs if (folder / "results" / run.name / "result.json").is_file()
+    ]
+    assert len(copied) == 4
+    more = read_study(study.path.parent / "study.toml", ["study.batches=1"])
+    assert [run.read_result() for run in more.runs] == [None] * 4
+
+
+def test_held_out_losses_are_those_of_evaluate_on_the_same_micro_batches(study):
+    for run in study.runs[:2]:
+        model, recipe = load_run(run.run)
+        found = measure_held_out(run.run)
+        assert found == run.read_result()["measures"]["held_out"]
+        assert [*found] == (["all"] if run.variant == "plain" else [*ROUTINGS])
+        for name in found:
+            routing = "choice" if name == "all" else name
+            expected = evaluate(model, recipe.model_copy(update={"seed": 0}), routing, True)  # type: ignore[arg-type]
+            assert found[name] == pytest.approx({key: expected[key] for key in found[name]})
+    assert measure_held_out(study.runs[0].run, 1) != measure_held_out(study.runs[0].run)
+
+
+def held_out(model, recipe) -> list[Batch]:
+    return list(Batches(recipe.data, model.vocabulary, 0, split="held_out"))
+
+
+def test_agreement_and_experts_per_token_equal_slow_counts(study):
+    run = study.runs[1].run
+    model, recipe = load_run(run)
+    found = measure_routing(run)
+    assert found.keys() == {"losses", "agreement", "taken"}
+    rates = {"flips 0.25%", "flips 1.00%", "flips 5.00%"}
+    assert found["losses"].keys() == {"choice depth", "choice experts", *rates}
+    agreed: dict[tuple[int, int], list[bool]] = {}
+    taken: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for batch in held_out(model, recipe):
+            on_device = to_device(batch, torch.device("cpu"))
+            modality = model.modality_of_id[on_device.tokens_BS].flatten().tolist()
+            choice = model.named_routing("choice", record_auxiliary=True)
+            records = run_model(model, on_device, choice, no_head).routers
+            for index, (record, router) in enumerate(zip(records, model.routers(), strict=True)):
+                for n, is_eligible in enumerate(record.eligible_N.tolist()):
+                    for e in range(record.logits_NE.shape[1] if is_eligible else 0):
+                        above = record.logits_NE[n, e] > router.threshold_E[e]
+                        same = bool(above) == bool(record.selected_NE[n, e])
+                        agreed.setdefault((index, modality[n]), []).append(same)
+            causal = model.named_routing("threshold", record_selection=True)
+            for record in run_model(model, on_device, causal, no_head).routers:
+                if record.kind == "depth":
+                    taken.setdefault("depth", []).extend(
+                        record.selected_NE[record.eligible_N].flatten().tolist()
+                    )
+    shares = {key: sum(same) / len(same) for key, same in agreed.items()}
+    names = {0: "0.text text", 1: "0.image image"}
+    for number, name in names.items():
+        modality_of = TEXT if number == 0 else IMAGE
+        assert found["agreement"][name]["threshold"] == pytest.approx(shares[number, modality_of])
+    depth = [index for index, r in enumerate(model.routers()) if r.out_features == 1]
+    for modality_of, name in ((TEXT, "0.depth text"), (IMAGE, "0.depth image")):
+        expected = shares[depth[0], modality_of]
+        assert found["agreement"][name]["threshold"] == pytest.approx(expected)
+    assert found["taken"]["mixed"]["depth"] == pytest.approx(
+        sum(taken["depth"]) / len(taken["depth"])
+    )
+    assert "image" not in found["taken"]["text"] and "text" not in found["taken"]["image"]
+
+
+def test_without_routers_there_is_no_causal_routing_to_measure(study):
+    assert measure_routing(study.runs[0].run) == {}
+
+
+def test_the_summary_has_means_intervals_and_speedups_of_the_same_seed(study):
+    found = summarize(study)
+    results = {run.name: run.read_result() for run in study.runs}
+    for variant in ("plain", "deep"):
+        by = "all" if variant == "plain" else "threshold"
+        figure = found[variant]["measures"][f"held_out/{by}/loss"]
+        values = [
+            results[f"{variant}-{seed}"]["measures"]["held_out"][by]["loss"] for seed in (0, 1)
+        ]
+        assert figure["values"] == values and figure["mean"] == pytest.approx(sum(values) / 2)
+        # With two seeds the quantile of Student's t is 12.706.
+        assert figure["half_width"] == pytest.approx(12.7062 * abs(values[0] - values[1]) / 2, 1e-4)
+    assert "speedup" not in found["plain"]
+    metrics = {run.name: run.read_metrics() for run in study.runs}
+    expected = [
+        speedup(metrics[f"plain-{seed}"], metrics[f"deep-{seed}"], "loss") for seed in (0, 1)
+    ]
+    assert found["deep"]["speedup"]["flops"]["all"]["values"] == expected
+
+
+def test_the_report_names_every_run(study, tmp_path):
+    page = write_report(study, summarize(study)).read_text()
+    text = (study.path / "report.md").read_text()
+    for run in study.runs:
+        assert str(run.run.path) in page and str(run.run.path) in text
+    assert page.count("data:image/png") == 2  # loss over FLOPs, and over time
+    assert json.loads((study.path / "result.json").read_text()).keys() == {"plain", "deep"}
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_command_runs_a_study_in_processes(tiny, tmp_path, processes):
+    variants = [{"name": "plain", "model": {"groups": "dense"}}]
+    file = write_study(tiny, tmp_path, variants=variants, measures=["held_out"])
+    outcome = moma("study", file, "pretrain.steps=4", "--processes", processes, "--json")
+    assert outcome.code == 0, outcome.err
+    figure = json.loads(outcome.out)["plain"]["measures"]["held_out/all/loss"]
+    assert len(figure["values"]) == 2
+    assert (tmp_path / "study" / "report.html").is_file()
+
+
+def test_shipped_studies_are_valid_and_have_names():
+    folder = Path(__file__).parents[2] / "configs" / "study"
+    assert (folder / "routing.toml").is_file()
+    for file in folder.glob("*.toml"):
+        assert len(read_study(file).runs) >= 3
+    assert "configs/study/nothing.toml is missing" in refuses("study", "nothing")
