@@ -99,6 +99,9 @@ def _rows(section: Node, definitions: Node, prefix: str = "") -> Iterator[Row]:
         default = "–" if key in section.get("required", []) else _value(node.get("default"))
         meaning = node.get("description", "").replace("|", "\\|")
         yield f"`{prefix}{key}`", _type(node, definitions), default, meaning
+        for member in node.get("anyOf", []):  # a table that may be omitted
+            if "properties" in (below := _resolved(member, definitions)):
+                yield from _rows(below, definitions, f"{prefix}{key}.")
 
 
 def _table(rows: Iterable[Row]) -> str:

@@ -3,8 +3,8 @@
     seed: one expert per modality, or dense  →  every feed-forward becomes a group of copies
 
 Also copied are attention, norms, embeddings, head, and the routers of mixture-of-depths and of
-groups that do not change. All other routers are newly initialized. For the effect on the first
-step, see docs/upcycling.md.
+groups that do not change, with the biases of token choice. All other routers are newly initialized.
+For the effect on the first step, see docs/upcycling.md.
 """
 
 import re
@@ -23,7 +23,8 @@ from moma.runtime.weights import Weights
 
 # Keys that may differ between the seed and the upcycled model; all others determine the copied
 # weights or what they compute.
-_MAY_DIFFER = {"groups", "depth", "dropout", "router_noise", "experts_implementation"}
+_MAY_DIFFER = {"groups", "depth", "token_choice"}
+_MAY_DIFFER |= {"dropout", "router_noise", "experts_implementation"}
 _PARTS = ("gate", "up", "down")  # stacks of matrices in `ExpertGroup`
 _IN_DENSE_GROUP = {f"feed_forward.{part}.weight": part for part in _PARTS}
 _IN_GROUP = re.compile(r"(layers\.\d+\.experts\.groups)\.(\d+)\.(.+)")
@@ -56,11 +57,13 @@ def upcycle(
     """
     _check_seed(seed, model.config)
     sources = match_groups(seed.group_list, model.config.group_list)
+    biases = [item for item in model.named_buffers() if item[0].endswith("router.bias_O")]
+    tensors = sorted([*model.named_parameters(), *biases], key=lambda item: item[0])
     copies = {
         name: _copy_of(name, parameter, weights.meta_tensors, seed, model.config, sources)
-        for name, parameter in model.named_parameters()
+        for name, parameter in tensors
     }
-    for _, layer in groupby(model.named_parameters(), lambda item: item[0].split(".")[:2]):
+    for _, layer in groupby(tensors, lambda item: item[0].split(".")[:2]):
         pairs = [(parameter, copy) for name, parameter in layer if (copy := copies[name])]
         found = weights.read({copy.name for _, copy in pairs})
         for parameter, copy in pairs:
@@ -122,6 +125,13 @@ def _check_seed(seed: ModelConfig, upcycled: ModelConfig) -> None:
                 f"model.{key}: the seed has {before[key]}, the recipe {value}; "
                 "upcycling can change only groups and depth"
             )
+    if any(group.experts > 1 for group in seed.group_list):
+        one, other = seed.token_choice_config, upcycled.token_choice_config
+        if (one and one.data_sparsity) != (other and other.data_sparsity):
+            raise UserError(
+                "model.token_choice: the routers of the seed's experts were trained for another "
+                "way to choose; keep it, or use a seed with one expert per modality"
+            )
     if lost := sorted(seed.depth_layers - upcycled.depth_layers):
         raise UserError(
             f"model.depth: the seed has mixture-of-depths in layer {lost[0]}, the recipe does not; "
@@ -152,7 +162,7 @@ def _copy_of(
         prefix, number, part = match.groups()
         source = sources[int(number)]
         experts = upcycled.group_list[int(number)].experts
-        if part == "router.weight" and seed.group_list[source].experts != experts:
+        if part.startswith("router.") and seed.group_list[source].experts != experts:
             return None
         copies = experts // seed.group_list[source].experts
         copy = _in_group(f"{prefix}.{source}", part, copies, meta_tensors)

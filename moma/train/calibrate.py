@@ -35,7 +35,7 @@ def calibrate(run: Run, steps: int, quiet: bool = False) -> Path:
     """
     model, recipe = load_run(run)
     if not model.config.has_batch_choice:
-        raise UserError(f"{run.path}: has no routers, so it needs no thresholds")
+        raise UserError(f"{run.path}: is causal by construction, so it needs no thresholds")
     require_training_data(run, recipe)
     for router in model.routers():
         router.cuts_3E.zero_()

@@ -150,10 +150,12 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
 def has_routing(model: Transformer, routing: RoutingName) -> bool:
     """Whether a loaded model can use a routing: its thresholds are known, or its routers trained.
 
-    Without routers it can use any.
+    Without a choice over the batch, a model is causal by construction, and has neither.
     """
+    if not model.config.has_batch_choice:
+        return routing in ("choice", "causal")
     policy = model.named_routing(routing).experts
-    if isinstance(policy, BatchChoice) or not model.config.has_batch_choice:
+    if isinstance(policy, BatchChoice):
         return True
     if isinstance(policy, Threshold):
         return model.has_thresholds
@@ -164,6 +166,11 @@ def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal
     """Raise `UserError` if a run's model cannot use a routing; the message has the command."""
     if has_routing(model, routing):
         return
+    if not model.config.has_batch_choice:
+        raise UserError(
+            f"{run.path}: is causal by construction, without thresholds and auxiliary routers; use "
+            "causal routing"
+        )
     if routing == "auxiliary":
         raise UserError(
             f"{run.path}: its auxiliary routers are not trained; train them with "

@@ -212,7 +212,9 @@ def _check_source(recipe: Recipe, source: Recipe) -> None:
             f"{recipe.from_}: was trained with another [model] ({changes}); use its recipe"
         )
     if recipe.stage == "aux_router" and not recipe.model.has_batch_choice:
-        raise UserError(f"{recipe.from_}: '{recipe.model.groups}' has no routers to train")
+        raise UserError(
+            f"{recipe.from_}: '{recipe.model.groups}' has no auxiliary routers to train"
+        )
 
 
 def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) -> None:

@@ -63,9 +63,11 @@ def describe(
     for index, name in enumerate(router_names(model)):
         if (router_sums := sums.get(f"router {index}")) is not None:
             is_depth = name.endswith("depth")
-            routers[name] = _describe_router(router_sums, is_depth, model.vocabulary.modalities)
-            if not trains_routers:
-                del routers[name]["agreement"]  # auxiliary routers are untrained
+            takes = not is_depth and model.config.token_choice_config is not None
+            names = model.vocabulary.modalities
+            routers[name] = _describe_router(router_sums, is_depth, takes, names)
+            if not trains_routers or takes:  # auxiliary routers are untrained, or there is none
+                del routers[name]["agreement"]
     norms = {
         key.removeprefix("gradient "): float(value.sqrt())
         for key, value in sums.items()
@@ -88,7 +90,7 @@ def router_names(model: Transformer) -> list[str]:
 
 
 def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
-    """Sums over tokens in the order that `_describe_router` reads, [7 + 2·M]."""
+    """Sums over tokens in the order that `_describe_router` reads, [8 + 2·M]."""
     selected_NE, eligible_N = record.selected_NE, record.eligible_N.float()
     eligible_NM = modality_NM * eligible_N[:, None]
     experts_N = selected_NE.sum(1)
@@ -107,23 +109,29 @@ def _router_sums(record: RouterRecord, modality_NM: Tensor) -> Tensor:
         eligible_N.new_ones(()),  # becomes the number of ranks
         (entropy_N * eligible_N).sum(),
         (agrees_NE.mean(1) * eligible_N).sum(),
+        eligible_N.new_zeros(()) if record.excess is None else record.excess,
     )
     by_modality = (experts_N[:, None] * eligible_NM).sum(0), eligible_NM.sum(0)
     return torch.cat((torch.stack(sums), *by_modality)).detach()
 
 
-def _describe_router(sums: Tensor, is_depth: bool, names: Sequence[str]) -> dict[str, Any]:
-    tokens, dropped, multi_expert, min_score, ranks, entropy, agrees = sums[:7].tolist()
+def _describe_router(
+    sums: Tensor, is_depth: bool, is_token_choice: bool, names: Sequence[str]
+) -> dict[str, Any]:
+    tokens, dropped, multi_expert, min_score, ranks, entropy, agrees, excess = sums[:8].tolist()
     tokens = max(1, tokens)
-    selected_M, eligible_M = sums[7:].view(2, -1).tolist()
+    selected_M, eligible_M = sums[8:].view(2, -1).tolist()
     by_modality = zip(names, selected_M, eligible_M, strict=True)
+    of_modality = {name: selected / count for name, selected, count in by_modality if count}
     fractions: dict[str, Any] = {
         "dropped_fraction": dropped / tokens,
         "multi_expert_fraction": multi_expert / tokens,
     }
     if is_depth:
-        parts = {name: selected / count for name, selected, count in by_modality if count}
-        fractions = {"token_fraction": parts}
+        fractions = {"token_fraction": of_modality}
+    if is_token_choice:
+        fractions["dropped_fraction"] = excess / max(1, sum(selected_M) + excess)
+        fractions["experts_per_token"] = of_modality
     return fractions | {
         "min_score": min_score / ranks,
         "entropy": entropy / tokens,

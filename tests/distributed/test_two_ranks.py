@@ -52,6 +52,8 @@ CASES = {
     "dense": ("dense", EngineConfig(), 1e-5),
     "moe_2t2i": ("moe_2t2i", EngineConfig(), 1e-5),
     "mod_moe_3t1i": ("mod_moe_3t1i", EngineConfig(), 1e-5),
+    "token_2t2i": ("token_2t2i", EngineConfig(), 1e-5),
+    "null_3t1i": ("null_3t1i", EngineConfig(), 1e-5),
     "layer": ("moe_2t2i", EngineConfig(recompute="layer"), 1e-5),
     "selective": ("mod_moe_3t1i", EngineConfig(recompute="selective"), 1e-5),
     "reduce": ("moe_2t2i", EngineConfig(reduce="bf16"), 2e-2),
@@ -103,6 +105,8 @@ def take_steps(world: World, recipe: Recipe, out: Path) -> None:
     for number in range(STEPS):
         sums, norm = step([next(group) for group in groups], RATE)
         found[f"{number} sums"], found[f"{number} norm"] = sums, norm
+    for router in model.token_routers():  # biases are the same on all ranks
+        assert torch.equal(world.sum(router.bias_O.clone()), world.size * router.bias_O)
     state = {"data": [group.get_state() for group in groups]}
     with closing(CheckpointWriter(out, world)) as writer:
         writer.save(STEPS, training_tensors(model, optimizers), {"step": STEPS}, state)
@@ -350,6 +354,9 @@ def assert_equals_one_process(
         models[0].named_parameters(), models[1].parameters(), strict=True
     ):
         torch.testing.assert_close(value, other, atol=near, rtol=10 * near, msg=name)
+    for router, other_router in zip(*(model.token_routers() for model in models), strict=True):
+        assert torch.equal(router.bias_O, other_router.bias_O)
+        assert bool(router.bias_O.any()) == (router.config.bias_rate > 0)
     # The shards of all ranks can be read without a model, too.
     stored = stored_weights(out / f"step-{STEPS:08d}")
     assert stored.meta_tensors.keys() == models[0].state_dict().keys()

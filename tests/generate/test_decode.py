@@ -59,7 +59,7 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mixed"])
-@pytest.mark.parametrize("groups", ["moe_2t2i", "dense", "mod_moe_2t1i"])
+@pytest.mark.parametrize("groups", ["moe_2t2i", "dense", "mod_moe_2t1i", "mod_null_2t2i"])
 def test_batched_greedy_decoding_equals_decoding_one_prompt_at_a_time(groups, mode):
     model = make_model(groups)
     # The slow reference does not limit images to the remaining tokens, so leave space for one.

@@ -183,6 +183,31 @@ def test_upcycling_in_steps_gives_the_weights_of_upcycling_at_once():
             assert torch.equal(weight, before[name]), name  # trained before, so kept
 
 
+@pytest.mark.parametrize("groups", ["token_3x", "null_4t2i"])
+def test_token_choice_starts_from_copies_with_new_routers(groups):
+    seed = build("dense" if groups == "token_3x" else "moe_1t1i")
+    upcycled, fresh = upcycled_from(seed, groups), build(groups, seed=1)
+    for name, weight in upcycled.state_dict().items():
+        if ".router." in name:
+            assert torch.equal(weight, fresh.state_dict()[name])
+    group = "layers.0.experts.groups.0"
+    experts = len(upcycled.state_dict()[f"{group}.gate"]) // 16
+    source = seed.state_dict()[
+        f"{group}.feed_forward.gate.weight" if groups == "token_3x" else f"{group}.gate"
+    ]
+    source = source.T if groups == "token_3x" else source
+    assert torch.equal(upcycled.state_dict()[f"{group}.gate"], source.repeat(experts, 1))
+
+
+def test_routers_of_token_choice_keep_their_biases():
+    seed = build("token_2t2i")
+    for router in seed.token_routers():
+        router.bias_O.normal_()
+    upcycled = upcycled_from(seed, "mod_token_2t2i")
+    for name, weight in seed.state_dict().items():
+        assert torch.equal(weight, upcycled.state_dict()[name]) or ".cuts_3E" in name
+
+
 def test_groups_are_copied_from_the_closest_group():
     shared = (group("text", 1), group("image", 1), group("text image", 1))
     wide = (group("image", 4), group("text image", 2), group("text", 3))
@@ -200,6 +225,8 @@ def test_groups_are_copied_from_the_closest_group():
         ("moe_2t2i", "moe_4t4i", "only a group of one expert can"),
         ("moe_4x", "moe_2t2i", "only a group of one expert can"),
         ("mod_moe_1t1i", "moe_4t4i", "layer 0"),
+        ("moe_2t2i", "token_2t2i", "another way to choose"),
+        ("null_2t2i", "token_2t2i", "another way to choose"),
         ([group("text", 1), group("image", 1), group("text image", 1)], "moe_2t2i", "same experts"),
         ([group("text image", 1), group("text image", 1)], "moe_2t2i", "more than one group"),
     ],

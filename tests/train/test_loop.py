@@ -100,8 +100,9 @@ def test_interrupted_run_equals_uninterrupted(tiny, tiny_run, tmp_path, monkeypa
     assert set(resumed.read_metrics()[0]) >= KEYS
 
 
-def test_dropout_after_an_interruption_equals_uninterrupted(tiny, tmp_path, monkeypatch):
-    changes = {"groups": "mod_moe_2t2i", "dropout": 0.2}
+@pytest.mark.parametrize("groups", ["mod_moe_2t2i", "mod_token_2t2i"])
+def test_dropout_after_an_interruption_equals_uninterrupted(tiny, tmp_path, monkeypatch, groups):
+    changes = {"groups": groups, "dropout": 0.2, "router_noise": "token" in groups}
     recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update=changes)})
     expected = train(with_run(recipe, tmp_path / "uninterrupted"), WORLD, quiet=True)
     with monkeypatch.context() as patch:
@@ -151,7 +152,7 @@ def test_golden_losses(tiny_run):
         assert image == pytest.approx(golden_image, abs=0.02)
 
 
-@pytest.mark.parametrize("groups", ["moe_2t2i", "mod", "mod_moe_2t2i"])
+@pytest.mark.parametrize("groups", ["moe_2t2i", "mod", "mod_moe_2t2i", "mod_token_2t2i"])
 def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, groups):
     changes = {"model": tiny.model.model_copy(update={"groups": groups})}
     run = train(with_run(tiny, tmp_path / "run", **changes), WORLD, quiet=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moma.data.batches.iterator import Batches
-from moma.model.routing import Routing
+from moma.model.routing import BatchChoice, Routing, Threshold, uniform_routing
 from moma.train.recipe import Recipe
 from moma.train.statistics import Statistics, describe, router_names
 from moma.train.step import run_model, to_device
@@ -20,6 +20,35 @@ def model_of(tiny: Recipe, groups: str):
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": groups})})
     return vocabulary, recipe.build_model(vocabulary)
+
+
+@pytest.mark.parametrize("groups", ["token_4x", "null_2t2i"])
+def test_token_choice_against_counting(tiny, groups):
+    vocabulary, model = model_of(tiny, groups)
+    batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), CPU)
+    kept, taken = (
+        run_model(model, batch, uniform_routing(policy, record_selection=True)).routers
+        for policy in (BatchChoice(), Threshold())
+    )
+    statistics = Statistics(model)
+    statistics.add_routers(kept, batch.tokens_BS)
+    described = describe(statistics.sums, model, trains_routers=True)["routers"]
+    modality_N = model.modality_of_id[batch.tokens_BS.flatten()]
+    dropped = 0.0
+    # Only in the first layer do both passes have the same input.
+    for (name, found), record, all_taken in zip(described.items(), kept, taken, strict=False):
+        if not name.startswith("0."):
+            break
+        before, after = all_taken.selected_NE.sum(), record.selected_NE.sum()
+        assert found["dropped_fraction"] == pytest.approx(float(1 - after / before), abs=1e-6)
+        dropped += found["dropped_fraction"]
+        assert "agreement" not in found
+        for key, modality in (("text", TEXT), ("image", IMAGE)):
+            if key in name:
+                its_NE = record.selected_NE[(modality_N == modality) & record.eligible_N]
+                expected = float(its_NE.sum(1).mean())
+                assert found["experts_per_token"][key] == pytest.approx(expected, rel=1e-5)
+    assert dropped > 0 or "null" in groups
 
 
 @pytest.mark.parametrize("groups", ["moe_4x", "mod_moe_2t2i"])
