@@ -16,10 +16,12 @@ def load(run: str | PathLike[str]) -> "MixedModel":
             cannot be used causally.
     """
     from moma.generate.mixed import MixedModel
+    from moma.model.cpu_decoding import prepare_decoding
     from moma.runs import Run
     from moma.train.restore import load_run, require_routing
 
     folder = Run(Path(run))
     model, recipe = load_run(folder)
     require_routing(folder, model)
+    prepare_decoding(model)
     return MixedModel.assemble(model, folder.tokenizers, recipe.data.sequence_length)

@@ -36,6 +36,7 @@ from moma.hub.chameleon_format import (
     small_vq_config,
 )
 from moma.model.architecture import ModelConfig
+from moma.model.cpu_decoding import prepare_decoding
 from moma.model.flops import ModelCounts, sum_over_kinds
 from moma.model.transformer import Transformer, no_head
 from moma.progress import show_progress
@@ -315,4 +316,5 @@ def random_model(
             model(tokens_2BS.flatten(0, 1).to(device), None, None, routing, no_head).cuts
         )
         model.update_cuts(torch.stack((cut_T, torch.ones_like(cut_T))))
-    return model.to(dtype)
+    prepare_decoding(model.to(dtype))
+    return model

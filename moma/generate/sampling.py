@@ -1,11 +1,12 @@
 """Sampling of the next token.
 
-Logits are changed by the processors of `transformers` (temperature, top-k, top-p, min-p, repetition
+Logits are changed by the processors of `transformers` (temperature, top-k, min-p, repetition
 penalty). A token is then sampled as the argmax of logits plus Gumbel noise, which samples from
 their softmax (Gumbel 1954). The noise depends only on a sequence's seed and the position, so a
-sequence does not depend on its neighbors, nor on how many positions are computed at once.
+sequence does not depend on its neighbors, nor on how many positions are computed at once. Nucleus
+sampling checks the argmax instead of sorting all tokens, and takes the next one if it is outside.
 
-Shapes: V legal ids, T positions.
+Shapes: V allowed ids, T positions.
 """
 
 import hashlib
@@ -81,48 +82,71 @@ class Sampler:
 
     def __init__(self, sampling: Sampling):
         self.sampling = sampling
-        self._processors = _processors(sampling)
+        self._penalty, self._processors, self._min_p = _processors(sampling)
 
     def __call__(
         self, logits_TV: Tensor, noise_TV: Tensor | None, history_T: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """Sample one token per position, int64 [T], as an index into the legal ids.
+        """Sample one token per position, int64 [T], as an index into the allowed ids.
 
         Args:
-            logits_TV: fp32; −∞ where an id is not legal.
+            logits_TV: fp32; −∞ where an id is not allowed.
             noise_TV: see `gumbel_noise`; not needed if the temperature is 0.
             history_T: indices of ids that occurred before each position; needed only for a
                 repetition penalty.
         """
-        if self.sampling.repetition_penalty != 1:
+        if self._penalty is not None:
             assert history_T is not None
             parts = zip(history_T, logits_TV.split(1), strict=True)
-            logits_TV = torch.cat([self._processors[0](index[None], row) for index, row in parts])
+            logits_TV = torch.cat([self._penalty(index[None], row) for index, row in parts])
         if self.sampling.temperature == 0:
             return logits_TV.argmax(-1)
-        for processor in self._processors[self.sampling.repetition_penalty != 1 :]:
-            logits_TV = processor(logits_TV, logits_TV)  # the first argument is not used
+        for processor in self._processors:
+            logits_TV = processor(None, logits_TV)
         assert noise_TV is not None
-        return (logits_TV + noise_TV).argmax(-1)
+        kept_TV = logits_TV if self._min_p is None else self._min_p(None, logits_TV)
+        noisy_TV = kept_TV + noise_TV
+        if self.sampling.top_p == 1:
+            return noisy_TV.argmax(-1)
+        return _argmax_in_nucleus(noisy_TV, logits_TV, self.sampling.top_p)
 
 
-def _processors(sampling: Sampling) -> list[Processor]:
+def _argmax_in_nucleus(noisy_TV: Tensor, logits_TV: Tensor, top_p: float) -> Tensor:
+    """The argmax of `noisy_TV` over each row's nucleus, [T].
+
+    A token is in the nucleus if all more likely ones together have a probability below `top_p`.
+    """
+    probability_TV = logits_TV.softmax(-1)
+    while True:
+        index_T1 = noisy_TV.argmax(-1, keepdim=True)
+        is_likelier_TV = logits_TV > logits_TV.gather(1, index_T1)
+        is_outside_T1 = (probability_TV * is_likelier_TV).sum(-1, keepdim=True) >= top_p
+        if not bool(is_outside_T1.any()):
+            return index_T1[:, 0]
+        # Less likely tokens are outside, too.
+        noisy_TV = noisy_TV.masked_fill(is_outside_T1 & ~is_likelier_TV, -torch.inf)
+
+
+def _processors(
+    sampling: Sampling,
+) -> tuple[Processor | None, list[Processor], Processor | None]:
+    """The processors for repetition penalty, for temperature and top-k, and for min-p."""
     # Imported only here: it takes a second.
     from transformers.generation import logits_process
 
     processors: list[Processor] = []
-    if sampling.repetition_penalty != 1:
-        penalty = float(sampling.repetition_penalty)
-        processors.append(logits_process.RepetitionPenaltyLogitsProcessor(penalty))
     if sampling.temperature not in (0, 1):
         processors.append(logits_process.TemperatureLogitsWarper(float(sampling.temperature)))
     if sampling.top_k:
         processors.append(logits_process.TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        processors.append(logits_process.TopPLogitsWarper(float(sampling.top_p)))
+    penalty = min_p = None
+    if sampling.repetition_penalty != 1:
+        penalty = logits_process.RepetitionPenaltyLogitsProcessor(
+            float(sampling.repetition_penalty)
+        )
     if sampling.min_p:
-        processors.append(logits_process.MinPLogitsWarper(float(sampling.min_p)))
-    return processors
+        min_p = logits_process.MinPLogitsWarper(float(sampling.min_p))
+    return penalty, processors, min_p
 
 
 def gumbel_noise(seed: int, position: int, size: int) -> Tensor:
@@ -131,7 +155,7 @@ def gumbel_noise(seed: int, position: int, size: int) -> Tensor:
     Args:
         seed: the sequence's seed.
         position: position of the token in its sequence.
-        size: number of legal ids V.
+        size: number of allowed ids V.
     """
     key = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=4).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key))

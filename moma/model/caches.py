@@ -31,7 +31,7 @@ class NewSlots(NamedTuple):
         mask_B1SU: 0 where a token attends to a slot and −∞ elsewhere; None: it attends to all, or
             to those before it if `is_causal`.
         is_causal: see `mask_B1SU`.
-        has_padding: whether a slot may be −1.
+        has_padding: whether a slot may be −1; otherwise all sequences are equally long.
     """
 
     slot_BS: Tensor
@@ -145,8 +145,12 @@ class LayerCache:
         if slots.used >= self.key_BTGC.shape[1]:
             self._grow(max(_FIRST_CAPACITY, 2 * slots.used), key)
         slot_BS = slots.slot_BS
-        if slots.has_padding:
-            slot_BS = slot_BS.where(slot_BS >= 0, self.key_BTGC.shape[1] - 1)
+        if not slots.has_padding:  # all sequences are equally long
+            first = slots.used - slot_BS.shape[1]
+            self.key_BTGC[:, first : slots.used] = key
+            self.value_BTGC[:, first : slots.used] = value
+            return
+        slot_BS = slot_BS.where(slot_BS >= 0, self.key_BTGC.shape[1] - 1)
         sequence_B1 = torch.arange(len(slot_BS), device=slot_BS.device)[:, None]
         for cache, new in ((self.key_BTGC, key), (self.value_BTGC, value)):
             cache.index_put_((sequence_B1, slot_BS), new)
@@ -252,6 +256,11 @@ class CachedContext(NamedTuple):
         """Return the context of tokens that mixture-of-depths selected, sequence by sequence."""
         sequences, size = self.modality_BS.shape
         assert len(index_RK) == sequences, "cached tokens are selected by sequence"
+        if index_RK.shape[1] == size == 1:  # all stay in their places
+            return self._replace(
+                modality_BS=self.modality_BS.where(filled_RK, -1),
+                slots=self.cache.counts.take(torch.zeros_like(index_RK), filled_RK, self.dtype),
+            )
         cosine, sine = (
             angle.expand(sequences, size, -1, -1).flatten(0, 1)[index_RK] for angle in self.rotary
         )

@@ -19,7 +19,7 @@ from moma.model.attention_kernels import (
     Segments,
     number_segments,
 )
-from moma.model.caches import CachedContext, Caches
+from moma.model.caches import CachedContext, Caches, LayerCache
 from moma.model.decoder_layer import (
     DecoderLayer,
     DepthLayer,
@@ -48,6 +48,10 @@ from moma.vocabulary import Vocabulary
 LocalRows = Callable[[Tensor], tuple[Tensor, int]]
 # Maps normalized hidden vectors [B, S, D] and the head's weight [V, D] to a result.
 Head = Callable[[Tensor, Tensor], Any]
+
+# Maps embedded tokens [B, S, D], their context, the caches of the layers and the routing to the
+# normalized output of the last layer.
+CachedDecoder = Callable[[Tensor, CachedContext, Sequence[LayerCache], Routing], Tensor]
 
 
 def all_rows(parameter: Tensor) -> tuple[Tensor, int]:
@@ -121,6 +125,8 @@ class Transformer(nn.Module):
         self._embedding_scale = 1.0
         # How the model is used causally; `Auxiliary` once auxiliary routers are trained.
         self.causal_policy: Policy = Threshold()
+        # Computes passes with caches and without checks; see `cpu_decoding.py`.
+        self.cpu_decoder: CachedDecoder | None = None
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
             self._embedding_scale = config.dim**0.5
@@ -166,6 +172,11 @@ class Transformer(nn.Module):
         else:
             context = self._cached_context(tokens_BS, caches)
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
+        if caches is not None and self.cpu_decoder is not None and not routing.checks:
+            assert isinstance(context, CachedContext)
+            hidden_BSD = self.cpu_decoder(x_BSD, context, caches.layers, routing)
+            none_L = hidden_BSD.new_zeros(0, dtype=torch.bool)
+            return ModelOutput(head(hidden_BSD, self.head.weight), [], none_L, [], [], None)
         records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
         cuts: list[Tensor] = []

@@ -16,6 +16,7 @@ from moma.data.outputs import require_replaceable
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.generate.mixed import MixedModel
+from moma.model.cpu_decoding import prepare_decoding
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
@@ -62,6 +63,7 @@ class Measured:
     @cached_property
     def mixed(self) -> MixedModel:
         """The model with its tokenizers."""
+        prepare_decoding(self.model)
         return MixedModel.assemble(
             self.model, self.run.tokenizers, self.recipe.data.sequence_length
         )

@@ -6,6 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from moma.errors import UserError
 from moma.generate.sampling import Sampler, Sampling, gumbel_noise
@@ -47,6 +53,24 @@ def test_samples_are_in_the_nucleus(counts, top_p, temperature):
     # A sum that meets top_p exactly may be rounded either way.
     allowed = nucleus(probabilities, top_p) | nucleus(probabilities, top_p + 1e-9)
     assert set(sampled.tolist()) <= allowed
+
+
+@pytest.mark.parametrize("changes", [{}, {"top_k": 7}, {"min_p": 0.2}, {"top_k": 9, "min_p": 0.1}])
+@pytest.mark.parametrize("top_p", [0.2, 0.7, 0.95])
+def test_samples_are_those_of_the_processors_of_transformers(changes, top_p):
+    sampling = Sampling(0.7, top_p, **changes)
+    logits_TV = 2 * torch.randn(300, 20, generator=torch.Generator().manual_seed(1))
+    noise_TV = torch.stack([gumbel_noise(2, position, 20) for position in range(300)])
+    expected_TV = logits_TV
+    for warper in (
+        TemperatureLogitsWarper(0.7),
+        TopKLogitsWarper(changes.get("top_k", 20)),
+        TopPLogitsWarper(top_p),
+        MinPLogitsWarper(changes.get("min_p", 0.0)),
+    ):
+        expected_TV = warper(torch.LongTensor(), expected_TV)
+    expected_T = (expected_TV + noise_TV).argmax(-1)
+    assert torch.equal(Sampler(sampling)(logits_TV, noise_TV), expected_T)
 
 
 def test_the_nucleus_is_sampled_in_proportion():

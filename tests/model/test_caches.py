@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moma.model.caches import Caches
+from moma.model.cpu_decoding import prepare_decoding
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.routing import Auxiliary, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
@@ -18,6 +19,7 @@ from tests.factories import make_vocabulary
 VOCABULARY = make_vocabulary(codes=range(30, 40))
 PADDING = VOCABULARY.padding
 CAUSAL = uniform_routing(Auxiliary())
+UNCHECKED = uniform_routing(Auxiliary(), checks=False)
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "dense": {"groups": "dense"},
     "moe_1t1i": {"groups": "moe_1t1i"},
@@ -33,10 +35,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, seed: int = 0) -> Transformer:
+def build(name: str, seed: int = 0, for_cpu: bool = False) -> Transformer:
     config = ModelConfig(dim=32, layers=3, heads=4, **ARCHITECTURES[name])
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialize(seed)
+    if for_cpu:
+        prepare_decoding(model)
     return model.eval()
 
 
@@ -49,10 +53,11 @@ def some_tokens(random: torch.Generator, length: int) -> Tensor:
 def append(model: Transformer, caches: Caches, parts: list[Tensor]) -> list[Tensor]:
     """Append tokens to each sequence, as one padded batch, and return their logits."""
     padded_BS = pad_sequence(parts, True, PADDING)
-    logits_BSV = model(padded_BS, routing=CAUSAL, caches=caches).head
+    logits_BSV = model(padded_BS, routing=UNCHECKED, caches=caches).head
     return [logits_SV[: len(part)] for logits_SV, part in zip(logits_BSV, parts, strict=True)]
 
 
+@pytest.mark.parametrize("for_cpu", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @settings(max_examples=8, deadline=None)
 @given(
@@ -60,8 +65,8 @@ def append(model: Transformer, caches: Caches, parts: list[Tensor]) -> list[Tens
     st.integers(0, 999),
 )
 @torch.no_grad()
-def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, sizes, seed):
-    model, random = build(name, seed), torch.Generator().manual_seed(seed)
+def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, for_cpu, sizes, seed):
+    model, random = build(name, seed, for_cpu), torch.Generator().manual_seed(seed)
     sizes = [[first + 1, *others] for first, *others in sizes]
     sequences = [some_tokens(random, sum(parts)) for parts in sizes]
     caches = model.new_caches(len(sequences))
@@ -101,10 +106,11 @@ def set_gates(model: Transformer, value: float) -> None:
             module.auxiliary.output.weight.fill_(value)
 
 
+@pytest.mark.parametrize("for_cpu", [False, True])
 @torch.no_grad()
-def test_gates_that_select_nothing_or_many_tokens():
+def test_gates_that_select_nothing_or_many_tokens(for_cpu):
     for value in (-100.0, 0.0, 100.0):
-        model, random = build("mod_moe_2t2i"), torch.Generator().manual_seed(2)
+        model, random = build("mod_moe_2t2i", for_cpu=for_cpu), torch.Generator().manual_seed(2)
         set_gates(model, value)
         sequence = some_tokens(random, 9)
         caches = model.new_caches(1)
@@ -128,10 +134,10 @@ def test_a_cache_is_as_long_as_its_sequences_though_the_device_is_not_waited_for
 
 @pytest.mark.parametrize("name", ["dense", "moe_2t2i", "mod", "mod_moe_2t2i", "all_gated"])
 @settings(max_examples=8, deadline=None)
-@given(st.integers(1, 3), st.integers(0, 999), st.booleans(), st.data())
+@given(st.integers(1, 3), st.integers(0, 999), st.booleans(), st.booleans(), st.data())
 @torch.no_grad()
-def test_tokens_can_be_taken_back(name, count, seed, waits, data):
-    model, random = build(name, seed), torch.Generator().manual_seed(seed)
+def test_tokens_can_be_taken_back(name, count, seed, for_cpu, waits, data):
+    model, random = build(name, seed, for_cpu), torch.Generator().manual_seed(seed)
     firsts = [some_tokens(random, data.draw(st.integers(1, 5))) for _ in range(count)]
     drafts = [some_tokens(random, 4) for _ in range(count)]
     kept = [data.draw(st.integers(0, 4)) for _ in range(count)]

@@ -1,0 +1,271 @@
+"""Cached passes on a CPU: the computation of `Transformer.forward`, arranged for few tokens.
+
+A pass over one token of each sequence has to read every weight that it uses once, which takes
+longer than all arithmetic. So weights are stored in the order in which products with few rows read
+them fastest ([in, out]; docs/results/generate.md), those of queries, keys and values in one matrix,
+and those of a SwiGLU's gate and up projection as well. Which experts and layers a token uses is
+decided on the host: unused weights are not read, and what remains are few, plain operations.
+
+Shapes: see `layers.py`; G heads of keys and values, J width of joint queries, keys and values.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moma.model.attention import HeadNorm
+from moma.model.caches import CachedContext, LayerCache
+from moma.model.decoder_layer import DecoderLayer, DepthLayer
+from moma.model.experts import DenseGroup, ExpertGroup
+from moma.model.routers import AuxiliaryRouter, Router
+from moma.model.routing import Policy, Routing, Scores, select_by_sequence
+from moma.model.token_choice import TokenChoiceGroup, TokenRouter
+from moma.model.transformer import Transformer
+
+# Returns factors of the experts' outputs, [N, E], 0 where an expert does not take a token.
+Score = Callable[[Tensor, Policy], Tensor]
+
+
+class _Router(NamedTuple):
+    weight_DE: Tensor
+    threshold_E1: Tensor
+    auxiliary: AuxiliaryRouter
+
+
+class _Experts(NamedTuple):
+    """A group of experts for some modalities; `score` is None if it has only one."""
+
+    modalities: Sequence[int]
+    score: Score | None
+    gate_up: Sequence[Tensor]  # [D, 2F] each
+    down: Sequence[Tensor]  # [F, D] each
+
+
+class CpuDecoder:
+    """Computes the hidden vectors of new tokens.
+
+    The model's parameters keep their shapes, but become views of the rearranged weights, which are
+    stored only once. Thresholds of routers stay as they are now.
+
+    Args:
+        model: a model in fp32 on a CPU; it must not be trained any more.
+    """
+
+    def __init__(self, model: Transformer):
+        _store_jointly([model.head.weight])
+        modalities = range(len(model.vocabulary.modalities))
+        self._layers = [
+            _Layer(layer, modalities) for layer in model.layers if isinstance(layer, DecoderLayer)
+        ]
+        self._norm = model.norm
+
+    def __call__(
+        self,
+        x_BSD: Tensor,
+        context: CachedContext,
+        caches: Sequence[LayerCache],
+        routing: Routing,
+    ) -> Tensor:
+        """Return the last layer's normalized output, [B, S, D].
+
+        Args:
+            x_BSD: embedded tokens.
+            context: their context.
+            caches: the cache of each layer.
+            routing: policies without slots.
+        """
+        cosine, sine = context.rotary
+        # Factors of a head, and of the head with its halves exchanged.
+        rotary = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
+        modality_N = context.modality_BS.flatten().tolist()
+        for layer, cache in zip(self._layers, caches, strict=True):
+            layer_context = context._replace(rotary=rotary, cache=cache)
+            x_BSD = layer(x_BSD, layer_context, modality_N, routing)
+        return _normalize(x_BSD, self._norm)
+
+
+def prepare_decoding(model: Transformer) -> None:
+    """Let a model that is not trained any more use `CpuDecoder`, if it runs in fp32 on a CPU."""
+    weight = model.embedding.weight
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        model.cpu_decoder = CpuDecoder(model)
+
+
+class _Layer:
+    """See `DecoderLayer` and `DepthLayer`."""
+
+    def __init__(self, layer: DecoderLayer, modalities: Sequence[int]):
+        attention = layer.attention
+        self._swin, self._width = layer.swin, attention.width
+        self._attention_norm, self._experts_norm = layer.attention_norm, layer.experts_norm
+        joint = [each.weight for each in (attention.query, attention.key, attention.value)]
+        self._heads = [len(weight) // attention.width for weight in joint]
+        self._joint_DJ = _store_jointly(joint)
+        self._output_DD = _store_jointly([attention.output.weight])
+        self._head_norm: tuple[Tensor, Tensor] | None = None
+        norms = attention.query_norm, attention.key_norm
+        if isinstance(norms[0], HeadNorm) and isinstance(norms[1], HeadNorm):
+            weight_HC = torch.cat([norms[0].weight.data, norms[1].weight.data])
+            self._head_norm = weight_HC, torch.cat([norms[0].bias.data, norms[1].bias.data])
+        self._groups = [_experts(group, modalities) for group in layer.experts.groups]
+        self._depth: _Router | None = None
+        if isinstance(layer, DepthLayer):
+            self._depth = _router(layer.depth.router, layer.depth.auxiliary)
+
+    def __call__(
+        self, x_BSD: Tensor, context: CachedContext, modality_N: Sequence[int], routing: Routing
+    ) -> Tensor:
+        """Map [B, S, D] to [B, S, D]."""
+        if self._depth is None:
+            h_BSD, experts_BSD = self._residuals(x_BSD, context, modality_N, routing.experts)
+            return h_BSD if experts_BSD is None else h_BSD + experts_BSD
+        logits_N1, selected_N1 = _select(self._depth, x_BSD.flatten(0, 1), routing.depth)
+        selected_BS = selected_N1.view(x_BSD.shape[:2]) & (context.modality_BS >= 0)
+        selection = select_by_sequence(selected_BS, logits_N1.view(x_BSD.shape[:2]))
+        index_BK, filled_BK, score_BK = selection
+        context = context.select(index_BK, filled_BK)
+        if not index_BK.shape[1]:
+            return x_BSD
+        x_ND, index_N = x_BSD.flatten(0, 1), index_BK.flatten()
+        modality_K = context.modality_BS.flatten().tolist()
+        x_BKD = x_BSD if x_BSD.shape[1] == 1 else x_ND[index_BK]
+        h_BKD, experts_BKD = self._residuals(x_BKD, context, modality_K, routing.experts)
+        update_BKD = h_BKD - x_BKD if experts_BKD is None else h_BKD - x_BKD + experts_BKD
+        update_ND = (update_BKD * score_BK[..., None]).flatten(0, 1)
+        return x_ND.index_add(0, index_N, update_ND).view_as(x_BSD)
+
+    def _residuals(
+        self, x_BSD: Tensor, context: CachedContext, modality_N: Sequence[int], policy: Policy
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return x plus the output of attention, and the output of the experts, if there is one."""
+        attention_BSD = self._attend(
+            x_BSD if self._swin else _normalize(x_BSD, self._attention_norm), context
+        )
+        if self._swin:
+            attention_BSD = _normalize(attention_BSD, self._attention_norm)
+        h_BSD = x_BSD + attention_BSD
+        experts_in_BSD = h_BSD if self._swin else _normalize(h_BSD, self._experts_norm)
+        y_ND = self._sum_experts(experts_in_BSD.flatten(0, 1), modality_N, policy)
+        if y_ND is None:  # its norm would be zero, too
+            return h_BSD, None
+        y_ND = _normalize(y_ND, self._experts_norm) if self._swin else y_ND
+        return h_BSD, y_ND.view_as(x_BSD)
+
+    def _attend(self, x_BSD: Tensor, context: CachedContext) -> Tensor:
+        query_heads, kv_heads, _ = self._heads
+        joint_BSHC = (x_BSD @ self._joint_DJ).unflatten(-1, (-1, self._width))
+        turned_BSHC, value = joint_BSHC.split((query_heads + kv_heads, kv_heads), dim=2)
+        if self._head_norm is not None:
+            weight_HC, bias_HC = self._head_norm
+            normed = functional.layer_norm(turned_BSHC, (self._width,), eps=1e-5)
+            turned_BSHC = torch.addcmul(bias_HC, normed, weight_HC)
+        first, second = context.rotary
+        exchanged = turned_BSHC.roll(self._width // 2, dims=-1)
+        turned_BSHC = torch.addcmul(turned_BSHC * first, exchanged, second)
+        query, key = turned_BSHC.split((query_heads, kv_heads), dim=2)
+        return context.attend(query, key, value).flatten(-2) @ self._output_DD
+
+    def _sum_experts(
+        self, x_ND: Tensor, modality_N: Sequence[int], policy: Policy
+    ) -> Tensor | None:
+        """Equation 1 (`experts.py`); None if no expert takes a token."""
+        total_ND: Tensor | None = None
+        for group in self._groups:
+            eligible = [row for row, each in enumerate(modality_N) if each in group.modalities]
+            if not eligible:
+                continue
+            for rows, weights, gate_up_DF, down_FD in _chosen(group, x_ND, eligible, policy):
+                if len(rows) == len(x_ND):
+                    y_ND = _feed_forward(x_ND, gate_up_DF, down_FD, weights)
+                    total_ND = y_ND if total_ND is None else total_ND.add_(y_ND)
+                    continue
+                total_ND = torch.zeros_like(x_ND) if total_ND is None else total_ND
+                index_T = torch.tensor(rows)
+                total_ND.index_add_(
+                    0, index_T, _feed_forward(x_ND[index_T], gate_up_DF, down_FD, weights)
+                )
+        return total_ND
+
+
+def _chosen(
+    group: _Experts, x_ND: Tensor, eligible: Sequence[int], policy: Policy
+) -> Iterator[tuple[Sequence[int], Sequence[float] | None, Tensor, Tensor]]:
+    """Yield the experts that take tokens: which ones, their weights and those of the expert."""
+    if group.score is None:
+        yield eligible, None, group.gate_up[0], group.down[0]
+        return
+    x_TD = x_ND if len(eligible) == len(x_ND) else x_ND[torch.tensor(eligible)]
+    score_ET = group.score(x_TD, policy).T.tolist()
+    for scores, gate_up_DF, down_FD in zip(score_ET, group.gate_up, group.down, strict=True):
+        taken = [(row, score) for row, score in zip(eligible, scores, strict=True) if score]
+        if taken:
+            rows, weights = zip(*taken, strict=True)
+            yield rows, weights, gate_up_DF, down_FD
+
+
+def _feed_forward(
+    x_TD: Tensor, gate_up_DF: Tensor, down_FD: Tensor, weights: Sequence[float] | None
+) -> Tensor:
+    """SwiGLU, times a weight of each token."""
+    gate_TF, up_TF = (x_TD @ gate_up_DF).chunk(2, dim=-1)
+    y_TD = functional.silu(gate_TF).mul_(up_TF) @ down_FD
+    if weights is None:
+        return y_TD
+    return y_TD.mul_(weights[0] if len(weights) == 1 else torch.tensor(weights)[:, None])
+
+
+def _select(router: _Router, x_ND: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
+    """The logits of a router, and whether a policy without slots selects each token, [N, E]."""
+    logits_NE = x_ND @ router.weight_DE
+    auxiliary_EN = router.auxiliary(x_ND).T if policy.uses_auxiliary else None
+    eligible_EN = torch.ones_like(logits_NE, dtype=torch.bool).T
+    scores = Scores(logits_NE.T, eligible_EN, auxiliary_EN, router.threshold_E1, lambda _: 0)
+    return logits_NE, policy.candidates(scores).T
+
+
+def _score(router: _Router, x_ND: Tensor, policy: Policy) -> Tensor:
+    logits_NE, selected_NE = _select(router, x_ND, policy)
+    return logits_NE.sigmoid().where(selected_NE, 0)
+
+
+def _score_by_token(router: TokenRouter, x_ND: Tensor, policy: Policy) -> Tensor:
+    choices = router.choose(x_ND, torch.ones(len(x_ND), dtype=torch.bool), noise=False)
+    return choices.weight_NE.where(choices.taken_NE, 0)
+
+
+def _normalize(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    return functional.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
+
+
+def _router(router: Router, auxiliary: AuxiliaryRouter) -> _Router:
+    return _Router(router.weight.data.T, router.threshold_E[:, None], auxiliary)
+
+
+def _experts(group: nn.Module, modalities: Sequence[int]) -> _Experts:
+    if isinstance(group, DenseGroup):
+        swiglu = group.feed_forward
+        gate_up_DF = _store_jointly([swiglu.gate.weight, swiglu.up.weight])
+        return _Experts(modalities, None, [gate_up_DF], [_store_jointly([swiglu.down.weight])])
+    assert isinstance(group, ExpertGroup)
+    gate_EDF, up_EDF, down_EFD = (matrices.data for matrices in group.matrices())
+    gate_up_EDF = torch.cat((gate_EDF, up_EDF), dim=-1)
+    for parameter, part_EDF in zip((group.gate, group.up), gate_up_EDF.chunk(2, -1), strict=True):
+        parameter.data = part_EDF.view(parameter.shape)
+    score: Score | None = None
+    if isinstance(group, TokenChoiceGroup):
+        score = partial(_score_by_token, group.router)
+    elif group.num_experts > 1:
+        score = partial(_score, _router(group.router, group.auxiliary))
+    return _Experts(group.modalities, score, gate_up_EDF.unbind(), down_EFD.unbind())
+
+
+def _store_jointly(weights: Sequence[Tensor]) -> Tensor:
+    """Store matrices [out, in] in one matrix [in, sum of out], and return it."""
+    joint = torch.cat([weight.data for weight in weights]).T.contiguous()
+    for weight, part in zip(weights, joint.split([len(each) for each in weights], 1), strict=True):
+        weight.data = part.T
+    return joint
