@@ -15,11 +15,14 @@ app = App()
 def demo(
     overrides: Overrides = None,
     out: Annotated[Path, Option(help="folder for everything it writes")] = Path("runs/demo"),
+    routers: Annotated[
+        bool, Option("--routers", help="train auxiliary routers too, and compare their losses")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prepare real images, train two models and routers, evaluate, generate, and report."""
+    """Prepare real images, train two models, evaluate, generate, and report."""
     from moma.demo.run import demo_tables, run_demo
 
-    result = run_demo(out, overrides or (), quiet=as_json)
+    result = run_demo(out, overrides or (), routers, quiet=as_json)
     lines = [f"report: {out / 'report.html'}"]
     print_result(result, as_json, demo_tables(result), lines)

@@ -17,12 +17,14 @@ from PIL import Image
 
 from moma.demo.drawings import STYLES, render
 from moma.demo.sketches import (
+    OPPOSITES,
     RELATIONS,
     Box,
     Sketch,
     is_held_out_pair,
     is_held_out_style,
     object_names,
+    with_article,
 )
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
@@ -48,7 +50,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A held-out image and the caption that the model generated for it."""
+    """A held-out composition and the caption that the model generated for it."""
 
     sketch: Sketch
     image: Image.Image
@@ -56,9 +58,16 @@ class Captioned:
 
     @property
     def correct(self) -> bool:
-        """Whether the caption names every object of the image."""
-        names = (re.escape(name) for name in self.sketch.names)
-        return all(re.search(rf"\b{name}\b", self.caption) for name in names)
+        """Whether the caption names both objects and their relation, in either order.
+
+        `a cat left of a dog` and `a dog right of a cat` describe the same image.
+        """
+        (first, second), relation = self.sketch.names, str(self.sketch.relation)
+        descriptions = ((first, relation, second), (second, OPPOSITES[relation], first))
+        return any(
+            re.search(rf"\b{re.escape(f'{a} {by} {with_article(b)}')}\b", self.caption)
+            for a, by, b in descriptions
+        )
 
 
 def single_sketches(objects: int, count: int, seed: int, held_out: bool) -> list[Sketch]:

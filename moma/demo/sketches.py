@@ -31,6 +31,13 @@ POSITIONS: dict[str, tuple[str, Corner, Corner]] = {
     "below": ("at the bottom", (0, 1), (0, 0)),
 }
 RELATIONS = tuple(POSITIONS)
+# The relation of the second object to the first.
+OPPOSITES = {
+    relation: other
+    for relation, (_, first, second) in POSITIONS.items()
+    for other, (_, *swapped) in POSITIONS.items()
+    if swapped == [second, first]
+}
 
 _UNCOUNTED = frozenset({"bread", "broccoli", "fire"})
 _CONSONANT_SOUNDS = ("uni", "eu", "one", "ut", "u-")

@@ -17,6 +17,7 @@ from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.generate.mixed import MixedModel
 from moma.model.cpu_decoding import prepare_decoding
+from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
@@ -29,7 +30,6 @@ from moma.train.restore import (
     load_run,
     read_run_recipe,
     require_training_data,
-    with_routers,
 )
 from moma.train.step import run_model, to_device
 from moma.vocabulary import IMAGE, TEXT, Vocabulary
@@ -50,7 +50,8 @@ class Measured:
     Attributes:
         name: name of the run.
         metrics: its log records.
-        results: held-out measures by routing: `choice`, and `causal` if the run supports it.
+        results: held-out measures by routing: `choice`, and those of `causal` and `auxiliary`
+            that the run supports.
     """
 
     name: str
@@ -73,12 +74,18 @@ def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
     """Load a run and evaluate it with every routing that it supports."""
     model, recipe = load_run(run)
     require_training_data(run, recipe)
-    routings = ("choice", "causal") if has_routing(model, "causal") else ("choice",)
-    results = {by: evaluate(model, recipe, by, quiet) for by in routings}  # type: ignore[arg-type]
+    routings = [by for by in _routings(model) if has_routing(model, by)]
+    results: dict[str, dict[str, float | None]] = {
+        by: evaluate(model, recipe, by, quiet) for by in routings
+    }
     own = read_run_recipe(run)
     # The curves are those of pre-training, also for a run that trained only routers.
     log = Run(own.from_) if own.stage == "aux_router" and own.from_ else run
     return Measured(name or run.path.name, run, model, recipe, log.read_metrics(), results)
+
+
+def _routings(model: Transformer) -> Sequence[RoutingName]:
+    return ("choice", "causal", "auxiliary") if model.config.has_batch_choice else ("choice",)
 
 
 def summary(measured: Sequence[Measured]) -> dict[str, Any]:
@@ -94,8 +101,9 @@ def comparison_tables(result: dict[str, Any]) -> list[Table]:
     """Tables of a `summary`: held-out measures, and the speed-up of several runs."""
     held_out = Table(
         "Held-out documents",
-        "choice: experts choose the best tokens of the batch, as in training; causal: auxiliary "
-        "routers decide each token by itself, as in generation. Losses in nats a token.",
+        "choice: experts choose the best tokens of the batch, as in training; causal: each token "
+        "by itself, as in generation; auxiliary: each by auxiliary routers, if they are trained. "
+        "Losses in nats a token.",
         ("run", "routing", *MEASURES.values()),
         [
             (name, routing, *(values[key] for key in MEASURES))
@@ -148,7 +156,7 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
         page.section(each.title, paragraph(each.explanation), table(each))
     _add_reconstructions(page, measured[0])
     for run in measured:
-        if with_routers(run.run) != run.run or run.recipe.stage == "aux_router":
+        if run.model.config.has_batch_choice:
             _add_routing(page, run)
 
 
@@ -175,7 +183,7 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
     mixed, model = measured.mixed, measured.model
     batch = next(iter(Batches(measured.recipe.data, model.vocabulary, seed=1, split="held_out")))
     on_device = to_device(batch, model.embedding.weight.device)
-    routing = model.named_routing("choice", record_auxiliary=True)
+    routing = model.named_routing("choice", record_selection=True)
     with torch.no_grad():
         routers = run_model(model, on_device, routing).routers
     modality_N = model.modality_of_id[on_device.tokens_BS].flatten()

@@ -54,12 +54,6 @@ def newest_checkpoint(run: Run, world: World | None = None) -> Path:
     return newest
 
 
-def with_routers(run: Run) -> Run:
-    """The finished run of the stage `aux_router` in this run's folder; without one, this run."""
-    found = _trained_routers(Run(run.path / ROUTER_RUN))
-    return run if found is None else found[0]
-
-
 class LoadedRun(NamedTuple):
     """The run and checkpoint that a model is loaded from.
 

@@ -51,14 +51,14 @@ def demo(tmp_path_factory):
             patch.setattr(f"moma.demo.run.{name}", number)
         # Forked instead of spawned: they import nothing again.
         patch.setattr("multiprocessing.get_context", lambda method: FORKSERVER)
-        yield out, run_demo(out, SMALL, quiet=True)
+        yield out, run_demo(out, SMALL, routers=True, quiet=True)
 
 
 def test_the_result_has_every_figure(demo):
     out, result = demo
     assert set(result["runs"]) == {"dense", "moe_4t4i"}
-    for results in result["runs"].values():
-        assert set(results) == {"choice", "causal"}
+    assert set(result["runs"]["dense"]) == {"choice"}
+    assert set(result["runs"]["moe_4t4i"]) == {"choice", "causal", "auxiliary"}
     assert set(result["speedup"]["moe_4t4i"]) == {"all", "text", "image"}
     assert set(result["sketches"]["dense"]) == {
         "singles_right",
@@ -90,7 +90,7 @@ def test_the_page_has_every_section(demo):
 def test_a_finished_demo_gives_the_same_result_again(demo):
     out, result = demo
     before = {path: path.read_bytes() for path in out.glob("*/checkpoints/*/*") if path.is_file()}
-    again = run_demo(out, SMALL, quiet=True)
+    again = run_demo(out, SMALL, routers=True, quiet=True)
     for key in ("runs", "speedup", "codec", "sketches", "seed"):
         assert again[key] == result[key]
     assert before and before == {path: path.read_bytes() for path in before}

@@ -1,7 +1,9 @@
 """Scores of generated sketches and captions."""
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
 from moma.demo import sketches
 from moma.demo.drawings import render
@@ -58,10 +60,33 @@ def test_an_object_in_the_wrong_position_is_wrong():
     assert Drawn(sketch, image, ("axe", "apple")).correct == (False, False)
 
 
-def test_a_caption_must_name_whole_words():
-    image = Sketch(("apple",), "flat").draw(16)
-    assert Captioned(Sketch(("apple",), "flat"), image, "an apple, flat style").correct
-    assert not Captioned(Sketch(("apple",), "flat"), image, "a pineapple, flat style").correct
+@pytest.mark.parametrize(
+    ("caption", "is_correct"),
+    [
+        ("an apple left of a cat, flat style", True),
+        ("a cat right of an apple, flat style", True),
+        ("a cat left of an apple, flat style", False),
+        ("an apple right of a cat, flat style", False),
+        ("an apple above a cat, flat style", False),
+        ("an apple left of an apple, flat style", False),
+        ("a pineapple left of a cat, flat style", False),
+        ("an apple left of a caterpillar, flat style", False),
+        ("an apple and a cat, flat style", False),
+        ("an apple, flat style", False),
+    ],
+)
+def test_a_caption_must_name_both_objects_and_their_relation(caption, is_correct):
+    sketch = Sketch(("apple", "cat"), "flat", "left of")
+    assert Captioned(sketch, Image.new("RGB", (4, 4)), caption).correct == is_correct
+
+
+def test_every_relation_has_the_opposite_that_swaps_the_objects():
+    assert sketches.OPPOSITES == {
+        "left of": "right of",
+        "right of": "left of",
+        "above": "below",
+        "below": "above",
+    }
 
 
 def test_prompts_are_held_out_or_not_as_requested():

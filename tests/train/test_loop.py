@@ -25,7 +25,7 @@ from moma.train.restore import (
     load_run,
     require_routing,
     require_training_data,
-    with_routers,
+    run_to_load,
 )
 
 WORLD = World(torch.device("cpu"))
@@ -195,10 +195,10 @@ def test_routers_count_as_trained_by_their_newest_checkpoint(tiny, tiny_run, tmp
         load_run(run)
     newest = checkpoints_in(routers.checkpoints)[-1]
     assert checked == [newest]  # once, and no other checkpoint
-    assert with_routers(run).path == routers.path
+    assert run_to_load(run).run.path == routers.path
     (shard,) = (newest / "tensors").iterdir()
     shard.write_bytes(shard.read_bytes()[:-1])  # of the last checkpoint; the others are intact
-    assert load_run(run)[1].stage == "pretrain" and with_routers(run).path == run.path
+    assert load_run(run)[1].stage == "pretrain" and run_to_load(run).run.path == run.path
     with pytest.raises(UserError, match="stage=aux_router"):
         require_routing(run, load_run(run)[0], "auxiliary")
 
@@ -228,7 +228,7 @@ def test_dense_has_no_routers_to_train(tiny, tmp_path):
     dense = {"model": tiny.model.model_copy(update={"groups": "dense"})}
     run = train(with_run(tiny, tmp_path / "run", **dense), WORLD, quiet=True)
     stage = {"stage": "aux_router", "from_": run.path}
-    with pytest.raises(UserError, match="no routers to train"):
+    with pytest.raises(UserError, match="no auxiliary routers to train"):
         train(with_run(tiny, tmp_path / "routers", **dense, **stage), WORLD, quiet=True)
     assert not (tmp_path / "routers").exists()
 
