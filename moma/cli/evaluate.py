@@ -17,7 +17,16 @@ app = App()
 def evaluate(
     run: RunFolder,
     suite: Annotated[
-        Literal["perplexity", "captions", "retrieval", "visual_questions", "multiple_choice"]
+        Literal[
+            "perplexity",
+            "captions",
+            "retrieval",
+            "visual_questions",
+            "multiple_choice",
+            "reconstruction",
+            "clip_score",
+            "fid",
+        ]
         | None,
         Option(help="what to measure; by default the loss on packed held-out documents"),
     ] = None,
@@ -32,6 +41,9 @@ def evaluate(
             "routers; by thresholds"
         ),
     ] = None,
+    weights: Annotated[
+        str | None, Option(help="CLIP model of clip_score, or Inception weights of fid")
+    ] = None,
     data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
     as_json: AsJson = False,
     markdown: Annotated[
@@ -42,6 +54,10 @@ def evaluate(
     if suite is None and (from_ is not None or markdown):
         given = "--markdown" if from_ is None else "--from"
         raise UserError(f"{given}: no effect without --suite; leave it out")
+    if weights is not None and suite not in ("clip_score", "fid"):
+        raise UserError("--weights: no effect without --suite clip_score or fid; leave it out")
+    if suite in ("reconstruction", "clip_score", "fid") and routing not in (None, "causal"):
+        raise UserError(f"--routing: no effect on {suite}; leave it out")
     if as_json and markdown:
         raise UserError("--json and --markdown: choose one")
     from moma.evaluate.perplexity import evaluate as measure
@@ -66,7 +82,7 @@ def evaluate(
         return
     mixed = MixedModel.assemble(model, Run(run).tokenizers, recipe.data.sequence_length)
     with join_world() as world:
-        result = run_suite(suite, mixed, recipe.data, world, from_, routing, quiet)
+        result = run_suite(suite, mixed, recipe.data, world, from_, routing, weights, quiet)
         if world.rank == 0:
             table = suite_table(f"{run}, {suite}, {routing} routing", result["sources"])
             if markdown:
@@ -86,6 +102,6 @@ def suite_table(title: str, sources: dict[str, dict[str, Any]]) -> Table:
 
 
 def _with_interval(measure: dict[str, float] | None) -> str:
-    if measure is None:
-        return number(None)
+    if measure is None or measure["low"] is None:
+        return number(measure and measure["value"])
     return f"{number(measure['value'])} ({number(measure['low'])} – {number(measure['high'])})"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moma.data.config import DataConfig
+from moma.evaluate.images import clip_score, fid, reconstruction
 from moma.evaluate.questions import multiple_choice, visual_questions
 from moma.evaluate.score import score
 from moma.evaluate.suites import Subject, Suite, captions, perplexity, retrieval
@@ -21,6 +22,9 @@ SUITES: dict[str, Callable[[Subject], Suite]] = {
     "retrieval": retrieval,
     "visual_questions": visual_questions,
     "multiple_choice": multiple_choice,
+    "reconstruction": reconstruction,
+    "clip_score": clip_score,
+    "fid": fid,
 }
 # Documents whose sequences are batched by length together, and held in memory.
 _UNITS_AT_ONCE = 128
@@ -33,6 +37,7 @@ def run_suite(
     world: World,
     path: Path | None = None,
     routing: RoutingName = "causal",
+    weights: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model on a suite.
@@ -45,6 +50,7 @@ def run_suite(
         world: the ranks, each with the whole model; the result is the same on all.
         path: the suite's file or folder; None for the documents that the run holds out.
         routing: under `choice`, a score depends on the other sequences of its batch.
+        weights: see `Subject`.
         quiet: whether to hide the progress bar.
 
     Returns:
@@ -57,7 +63,7 @@ def run_suite(
     scorer = partial(score, mixed.model, max_tokens=max_tokens, routing=routing)
     records: dict[int, Record] = {}
     with raise_on_all_ranks(world):
-        suite = SUITES[name](Subject(mixed, scorer, data, path))
+        suite = SUITES[name](Subject(mixed, scorer, data, path, weights))
         own = range(world.rank, len(suite.units), world.size)
         with show_progress(f"{name} ({routing})", len(own), quiet or world.rank > 0) as report:
             for start in range(0, len(own), _UNITS_AT_ONCE):
@@ -68,8 +74,8 @@ def run_suite(
     for others in gather(records, world.writers):
         records.update(others)
     ordered = [records[index] for index in range(len(suite.units))]
-    return {
-        "suite": name,
-        "routing": routing,
-        "sources": summarize(ordered, suite.formulas),
-    }
+    rows = summarize(ordered, suite.formulas)
+    totals = suite.totals()
+    for source, row in rows.items():
+        row.update(totals if source == "all" else dict.fromkeys(totals))
+    return {"suite": name, "routing": routing, "sources": rows}

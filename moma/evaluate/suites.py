@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from moma.data.config import DataConfig
 from moma.errors import UserError
@@ -32,17 +33,24 @@ class Subject:
         score: scores sequences with the model.
         data: the prepared data of the run.
         path: the suite's file or folder; None for the documents that the run holds out.
+        weights: file, folder or name of the weights that a suite's measure needs besides.
     """
 
     mixed: MixedModel
     score: Score
     data: DataConfig
     path: Path | None = None
+    weights: str | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The ids of the model."""
         return self.mixed.model.vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.mixed.model.embedding.weight.device
 
 
 class Suite(NamedTuple):
@@ -53,11 +61,13 @@ class Suite(NamedTuple):
             question.
         measure: returns the record of each of some units.
         formulas: the measures.
+        totals: returns further measures, of all documents of all ranks, which call it together.
     """
 
     units: Sequence[Any]
     measure: Callable[[Any], list[Record]]
     formulas: Mapping[str, Formula]
+    totals: Callable[[], dict[str, Any]] = dict
 
 
 def perplexity(subject: Subject) -> Suite:
@@ -226,20 +236,21 @@ def _by_image(subject: Subject) -> list[list[TokenizedDocument]]:
         for document in documents
         if document.is_captioned_image and document.tokens <= subject.mixed.context + 1
     ]
-    if left_out := len(documents) - len(pairs):
-        logger.warning(
-            "left out %d of %d documents, which are not one image with one text, or are longer "
-            "than the context of %d tokens",
-            left_out,
-            len(documents),
-            subject.mixed.context,
-        )
-    if not pairs:
-        raise UserError("no document is one image with one text; name such ones with --from")
+    longer = f", or are longer than the context of {subject.mixed.context} tokens"
+    report_left_out(len(documents) - len(pairs), len(documents), longer)
     images: dict[tuple[str, str], list[TokenizedDocument]] = {}
     for pair in pairs:
         images.setdefault((pair.source, pair.name), []).append(pair)
     return list(images.values())
+
+
+def report_left_out(left_out: int, documents: int, reason: str) -> None:
+    """Warn about documents without an image and its caption; raise `UserError` if all are such."""
+    what = f"not one image with one text{reason}"
+    if left_out == documents:
+        raise UserError(f"all {documents} documents are {what}; name captioned images with --from")
+    if left_out:
+        logger.warning("left out %d of %d documents, which are %s", left_out, documents, what)
 
 
 def _split(ids: np.ndarray, vocabulary: Vocabulary) -> CaptionedImage:

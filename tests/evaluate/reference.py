@@ -33,9 +33,14 @@ def slow_score(model, sequence):
 
 
 @torch.no_grad()
+def slow_tokens(model, ids):
+    """Log-likelihoods of all tokens but the first, and which are most likely: arrays [S − 1]."""
+    ids = torch.tensor(ids)
+    logits = model(ids[None, :-1], routing=model.named_routing("causal")).head[0].double()
+    log_likelihood = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    return log_likelihood.numpy(), (logits.argmax(-1) == ids[1:]).numpy()
+
+
 def slow_nats(model, prompt, target):
     """Nats of a target, in all, by a pass over one sequence."""
-    ids = torch.tensor([[*prompt, *target]])
-    logits = model(ids[:, :-1], routing=model.named_routing("causal")).head[0].double()
-    log_likelihood = logits.log_softmax(-1).gather(1, ids[0, 1:, None])
-    return -float(log_likelihood[len(prompt) - 1 :].sum())
+    return -slow_tokens(model, [*prompt, *target])[0][len(prompt) - 1 :].sum()

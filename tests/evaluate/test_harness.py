@@ -22,6 +22,7 @@ from moma.runtime.world import World
 from moma.tokenizers.text import encode_text
 from moma.train.restore import load_run
 from tests.evaluate.reference import slow_nats
+from tests.processes import on_ranks
 
 TASK = """
 task: {name}
@@ -138,6 +139,27 @@ def test_run_must_exist():
 def test_continuation_longer_than_the_context(lm):
     with pytest.raises(UserError, match="a continuation has"):
         lm.loglikelihood(requests("loglikelihood", ("red", " left" * 99)))
+
+
+def evaluate_on_rank(world, run, tasks, out):
+    MomaLM.world = world
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    result = simple_evaluate(
+        MomaLM(run), tasks=["pick", "write"], task_manager=manager, bootstrap_iters=0
+    )
+    assert (result is None) == (world.rank > 0)
+    if result is not None:
+        (out / f"{world.size}.json").write_text(json.dumps(result["results"]))
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_requests(trained, tasks):
+    run = str(trained / "run")
+    evaluate_on_rank(World(torch.device("cpu")), run, tasks, tasks)
+    on_ranks(2, evaluate_on_rank, run, tasks, tasks)
+    one, two = (json.loads((tasks / f"{ranks}.json").read_text()) for ranks in (1, 2))
+    assert two["pick"]["acc,none"] == one["pick"]["acc,none"]
+    assert two["write"]["exact_match,none"] == one["write"]["exact_match,none"]
 
 
 @pytest.mark.slow

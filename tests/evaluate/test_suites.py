@@ -12,13 +12,13 @@ from PIL import Image
 from moma.data.shards import open_shards
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
-from moma.evaluate.score import score, with_target
+from moma.evaluate.score import score
 from moma.evaluate.suite import run_suite
 from moma.evaluate.suites import Subject, credit, retrieval
 from moma.runtime.world import World
 from moma.tokenizers.text import encode_text
 from moma.vocabulary import IMAGE
-from tests.evaluate.reference import mixed_of, slow_nats, slow_score
+from tests.evaluate.reference import mixed_of, slow_nats, slow_tokens
 from tests.factories import write_captions
 
 HERE = World(torch.device("cpu"))
@@ -57,27 +57,27 @@ def test_perplexity_of_each_source(tiny):
     text_bytes = {"captions": 0, "text": 0}
     for source in ("captions", "text"):
         shard = open_shards(tiny.data.folder(source), vocabulary).splits["held_out"]
-        scores, targets = [], []
+        log_likelihoods, are_top, targets = [], [], []
         for row in range(len(shard)):
             ids = shard.ids(row).astype(np.int64)
-            scores += slow_score(model, with_target(ids[:1], ids[1:]))
+            log_likelihood, is_top = slow_tokens(model, ids.tolist())
+            log_likelihoods.append(log_likelihood)
+            are_top.append(is_top)
             targets += ids[1:].tolist()
             text = [id_ for id_ in ids if vocabulary.code_of_id[id_] < 0]
             plain = [id_ for id_ in text if id_ not in vocabulary.special]
             text_bytes[source] += len(mixed.tokenizer.decode(plain).encode())
         assert rows[source]["documents"] == len(shard)
-        nats, is_top = (np.array(each) for each in zip(*scores, strict=True))
+        nats, is_top = -np.concatenate(log_likelihoods), np.concatenate(are_top)
         is_image = vocabulary.modality_of_id[targets] == IMAGE
         is_plain = ~is_image & ~np.isin(targets, vocabulary.special)
         found = values(rows[source])
-        assert found["perplexity"] == pytest.approx(math.exp(-nats.mean()), rel=1e-5)
-        assert found["perplexity_text"] == pytest.approx(
-            math.exp(-nats[~is_image].mean()), rel=1e-5
-        )
-        bits = -nats[is_plain].sum() / math.log(2)
+        assert found["perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+        assert found["perplexity_text"] == pytest.approx(math.exp(nats[~is_image].mean()), rel=1e-5)
+        bits = nats[is_plain].sum() / math.log(2)
         assert found["bits_per_byte"] == pytest.approx(bits / text_bytes[source], rel=1e-5)
         if source == "captions":
-            expected = math.exp(-nats[is_image].mean())
+            expected = math.exp(nats[is_image].mean())
             assert found["perplexity_image"] == pytest.approx(expected, rel=1e-5)
             assert found["code_accuracy"] == pytest.approx(is_top[is_image].mean())
         else:
@@ -204,5 +204,5 @@ def test_documents_of_a_path_must_be_usable(mixed, tiny, tmp_path):
         run(mixed, tiny, "perplexity", file)
     file.write_text(file.read_text().splitlines()[0])
     assert run(mixed, tiny, "perplexity", file)["interleaved"]["documents"] == 1
-    with pytest.raises(UserError, match="no document is one image with one text"):
+    with pytest.raises(UserError, match="all 1 documents are not one image with one text"):
         run(mixed, tiny, "captions", file)
