@@ -193,8 +193,8 @@ def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
     ]
     parts = [
         paragraph(
-            "Expert choice. Above, the image once for each layer and image expert: codes that the "
-            "expert did not take are dimmed. Below, the text in the last layer: each color is a "
+            "Above, the image once for each layer and image expert: codes that the expert did not "
+            "take are dimmed. Below, the text in the last layer: each color is a "
             "text expert that took the token; a token without color was dropped."
         )
     ]

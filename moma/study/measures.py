@@ -50,8 +50,9 @@ def measure_routing(run: Run, batches: int = 0) -> dict[str, Any]:
         `losses`: with thresholds of the experts and true choice of the depth routers, and the
         reverse (`choice depth`, `choice experts`); and with decisions of the depth routers (without
         these, of the experts) inverted at random with some rates (§4.6; `flips RATE`).
-        `agreement`: of each router and modality, the share of decisions on eligible tokens that
-        thresholds (and trained auxiliary routers) make as batch choice does, for the same logits.
+        `agreement`: of each router with thresholds and each modality, the share of decisions on
+        eligible tokens that thresholds (and trained auxiliary routers) make as batch choice does,
+        for the same logits.
         `taken`: of each kind of router, the experts per eligible token under thresholds, for
         documents as they are (`mixed`), those without images (`text`), and images without their
         text (`image`).
@@ -128,7 +129,10 @@ def _agreement(model: Transformer, recipe: Recipe, batches: int) -> dict[str, di
         on_device = _on_device(model, batch)
         modality_N = model.modality_of_id[on_device.tokens_BS].flatten()
         records = _records(model, on_device, routing)
-        for name, threshold_E, record in zip(router_names(model), thresholds, records, strict=True):
+        found = list(zip(router_names(model), records, strict=True))
+        if model.config.token_choice_config is not None:  # only depth routers have thresholds
+            found = [(name, record) for name, record in found if record.kind == "depth"]
+        for (name, record), threshold_E in zip(found, thresholds, strict=True):
             chosen_NE = record.selected_NE.bool()
             by_threshold_NE = (record.logits_NE > threshold_E) == chosen_NE
             by_auxiliary_NE = torch.zeros_like(chosen_NE)

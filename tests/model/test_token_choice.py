@@ -151,6 +151,15 @@ def test_null_experts_take_tokens_and_the_loads_add_up():
     assert not y_ND.any()
 
 
+def test_router_noise_changes_what_tokens_take_only_in_training():
+    group = group_of(CONFIGS["top1"], 4)
+    group.noise = True
+    x_ND, modality_N = torch.randn(40, DIM, dtype=torch.float64), torch.full((40,), IMAGE)
+    (clean, _), (again, _) = (run(group.eval(), x_ND, modality_N) for _ in range(2))
+    noisy, _ = run(group.train(), x_ND, modality_N)
+    assert torch.equal(clean, again) and not torch.equal(clean, noisy)
+
+
 def test_biases_move_by_the_sign_of_the_load_error():
     router = TokenRouter(DIM, 3, TokenChoiceConfig(bias_rate=0.25))
     router.update_bias(torch.tensor([5.0, 3.0, 1.0]))
