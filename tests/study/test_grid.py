@@ -234,6 +234,6 @@ def test_the_command_runs_a_study_in_processes(tiny, tmp_path, processes):
 def test_shipped_studies_are_valid_and_have_names():
     folder = Path(__file__).parents[2] / "configs" / "study"
     assert (folder / "routing.toml").is_file()
-    for file in folder.glob("*.toml"):
+    for file in folder.rglob("*.toml"):
         assert len(read_study(file).runs) >= 3
     assert "configs/study/nothing.toml is missing" in refuses("study", "nothing")
