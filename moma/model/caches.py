@@ -256,11 +256,10 @@ class CachedContext(NamedTuple):
         """Return the context of tokens that mixture-of-depths selected, sequence by sequence."""
         sequences, size = self.modality_BS.shape
         assert len(index_RK) == sequences, "cached tokens are selected by sequence"
-        if index_RK.shape[1] == size == 1:  # all stay in their places
-            return self._replace(
-                modality_BS=self.modality_BS.where(filled_RK, -1),
-                slots=self.cache.counts.take(torch.zeros_like(index_RK), filled_RK, self.dtype),
-            )
+        if index_RK.shape[1] in (0, size) and size == 1:  # all selected tokens stay in their places
+            slots = self.cache.counts.take(torch.zeros_like(index_RK), filled_RK, self.dtype)
+            modality_RK = self.modality_BS[:, : index_RK.shape[1]].where(filled_RK, -1)
+            return self._replace(modality_BS=modality_RK, slots=slots)
         cosine, sine = (
             angle.expand(sequences, size, -1, -1).flatten(0, 1)[index_RK] for angle in self.rotary
         )

@@ -29,6 +29,8 @@ from moma.model.transformer import Transformer
 # Returns factors of the experts' outputs, [N, E], 0 where an expert does not take a token.
 Score = Callable[[Tensor, Policy], Tensor]
 
+_ALL_11 = torch.ones(1, 1, dtype=torch.bool)
+
 
 class _Router(NamedTuple):
     weight_DE: Tensor
@@ -222,8 +224,7 @@ def _select(router: _Router, x_ND: Tensor, policy: Policy) -> tuple[Tensor, Tens
     """The logits of a router, and whether a policy without slots selects each token, [N, E]."""
     logits_NE = x_ND @ router.weight_DE
     auxiliary_EN = router.auxiliary(x_ND).T if policy.uses_auxiliary else None
-    eligible_EN = torch.ones_like(logits_NE, dtype=torch.bool).T
-    scores = Scores(logits_NE.T, eligible_EN, auxiliary_EN, router.threshold_E1, lambda _: 0)
+    scores = Scores(logits_NE.T, _ALL_11, auxiliary_EN, router.threshold_E1, lambda _: 0)
     return logits_NE, policy.candidates(scores).T
 
 

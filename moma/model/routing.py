@@ -345,10 +345,12 @@ def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
     """
     sequences, length = selected_BS.shape
     slots = int(selected_BS.sum(1).max()) if may_synchronize(selected_BS.flatten()) else length
+    if not slots:
+        index_B0 = torch.zeros_like(logits_BS[:, :0], dtype=torch.int64)
+        return Selection(index_B0, selected_BS[:, :0], logits_BS[:, :0])
     first_B1 = torch.arange(sequences, device=selected_BS.device)[:, None] * length
-    if slots == length == 1 or not slots:  # while decoding, nothing has to be sorted
-        score_B1 = logits_BS.sigmoid() * selected_BS
-        return Selection(first_B1[:, :slots], selected_BS[:, :slots], score_B1[:, :slots])
+    if slots == length == 1:  # while decoding, nothing has to be sorted
+        return Selection(first_B1, selected_BS, logits_BS.sigmoid() * selected_BS)
     # Selected tokens first, in order; empty slots have the last index, so that indices increase.
     index_BK = selected_BS.byte().sort(dim=1, descending=True, stable=True).indices[:, :slots]
     filled_BK = selected_BS.gather(1, index_BK)
