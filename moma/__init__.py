@@ -2,18 +2,25 @@
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from moma.generate.mixed import MixedModel
 
 
-def load(run: str | PathLike[str]) -> "MixedModel":
+def load(
+    run: str | PathLike[str], routing: Literal["causal", "auxiliary", "threshold"] = "causal"
+) -> "MixedModel":
     """Load a trained run as a model that reads and generates text and images.
+
+    Args:
+        run: its folder.
+        routing: by the thresholds that were kept while training, or by trained auxiliary routers;
+            `causal`: by thresholds, if there are any.
 
     Raises:
         moma.errors.UserError: the folder is not a run, has no checkpoint, or its model
-            cannot be used causally.
+            cannot use the routing.
     """
     from moma.generate.mixed import MixedModel
     from moma.model.cpu_decoding import prepare_decoding
@@ -22,6 +29,7 @@ def load(run: str | PathLike[str]) -> "MixedModel":
 
     folder = Run(Path(run))
     model, recipe = load_run(folder)
-    require_routing(folder, model)
+    require_routing(folder, model, routing)
+    model.causal_policy = model.named_routing(routing).experts
     prepare_decoding(model)
     return MixedModel.assemble(model, folder.tokenizers, recipe.data.sequence_length)

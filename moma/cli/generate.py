@@ -68,6 +68,10 @@ def generate(
     drafts: Annotated[
         int, Option(min=0, max=1024, help="image codes to guess per pass; changes only the speed")
     ] = 8,
+    routing: Annotated[
+        Literal["causal", "auxiliary", "threshold"],
+        Option(help="by thresholds, if there are any; by auxiliary routers; by thresholds"),
+    ] = "causal",
     batch: Annotated[
         int, Option(min=1, max=COUNT_LIMIT, help="prompts of --from to continue at a time")
     ] = 8,
@@ -87,7 +91,7 @@ def generate(
     if text_guidance is not None or image_guidance is not None:
         one = (1.0 if scale is None else scale for scale in (text_guidance, image_guidance))
         guidance = Guidance(*one)
-    model = moma.load(run)
+    model = moma.load(run, routing)
     options: MoreOptions = {
         "image_sampling": Sampling(temperature, top_p, seed, top_k, min_p),
         "images": images,

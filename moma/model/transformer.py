@@ -123,8 +123,10 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=config.norm_epsilon)
         self.head = nn.Linear(config.dim, vocabulary.size, bias=False)
         self._embedding_scale = 1.0
-        # How the model is used causally; `Auxiliary` once auxiliary routers are trained.
+        # How the model is used causally, and whether it could be by auxiliary routers: whether
+        # these are trained, or being trained.
         self.causal_policy: Policy = Threshold()
+        self.has_auxiliary = False
         # Computes passes with caches and without checks; see `cpu_decoding.py`.
         self.cpu_decoder: CachedDecoder | None = None
         if config.tied_embeddings:

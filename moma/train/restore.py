@@ -79,7 +79,8 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
 
     It computes in the run's `engine.compute`, as a sharded model in training does: weights have
     that dtype, except for those of routers, whose close calls rounding would decide.
-    Trained auxiliary routers in the run's folder are loaded too.
+    Trained auxiliary routers in the run's folder are loaded too; causal routing uses them only if
+    there are no thresholds.
 
     Raises:
         UserError: the folder is not a run, has no checkpoint or lacks its vocabulary.
@@ -93,7 +94,8 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     model = Transformer(recipe.model, vocabulary, recipe.shares, kernel, dispatch_for(device))
     load_model(checkpoint, model, World(torch.device("cpu")))
     load_thresholds(folder, checkpoint, model)
-    if has_auxiliary:
+    model.has_auxiliary = has_auxiliary
+    if has_auxiliary and not model.has_thresholds:
         model.causal_policy = Auxiliary()
     routers = *model.routers(), *model.token_routers(), *model.auxiliary_routers()
     exact = {parameter for router in routers for parameter in router.parameters()}
@@ -153,7 +155,7 @@ def has_routing(model: Transformer, routing: RoutingName) -> bool:
         return True
     if isinstance(policy, Threshold):
         return model.has_thresholds
-    return isinstance(model.causal_policy, Auxiliary)
+    return model.has_auxiliary
 
 
 def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal") -> None:

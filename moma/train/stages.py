@@ -107,7 +107,7 @@ def prepare_model(
         model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel, dispatch)
     use_float8(model, recipe.engine, world.device)
     if recipe.stage == "aux_router":
-        model.causal_policy = Auxiliary()
+        model.has_auxiliary, model.causal_policy = True, Auxiliary()
     freeze_for_stage(model, trains_routers=recipe.stage == "aux_router")
     units = list(fsdp_units(model))
     # Selective checkpointing records operations, among which there must be none of FSDP's.

@@ -319,8 +319,12 @@ def test_a_damaged_tokenizer_is_named(trained, tmp_path):
 
 
 def test_untrained_auxiliary_routers_are_refused(without_routers):
-    message = refuses("evaluate", without_routers, "--routing", "auxiliary")
-    assert "stage=aux_router" in message and str(without_routers) in message
+    for arguments in (
+        ("evaluate", without_routers),
+        ("generate", without_routers, "--prompt", "a"),
+    ):
+        message = refuses(*arguments, "--routing", "auxiliary")
+        assert "stage=aux_router" in message and str(without_routers) in message
     for routing in ("choice", "causal", "threshold"):
         succeeds("evaluate", without_routers, "--routing", routing)
 

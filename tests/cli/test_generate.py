@@ -22,6 +22,14 @@ def test_every_option_changes_the_answer(trained):
     assert both.startswith(plain.rstrip("\n")) and len(both) > len(plain)
 
 
+def test_answers_are_routed_by_thresholds_unless_auxiliary_routers_are_requested(trained):
+    def answer(routing):
+        options = ("--mode", "text", "--temperature", "2", "--routing", routing)
+        return succeeds("generate", trained / "run", "--prompt", "box 3", *options)
+
+    assert answer("causal") == answer("threshold") != answer("auxiliary")
+
+
 def test_images_are_guided_and_drafted(trained, tmp_path):
     def drawn(name, *options):
         out = tmp_path / name

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import moma
 from moma.data.encode.prepare import prepare
 from moma.errors import StorageError, UserError
+from moma.model.routing import Auxiliary, Threshold
 from moma.runs import Run, Tokenizers
 from moma.runtime import checkpoint
 from moma.runtime.checkpoint import checkpoints_in
@@ -171,7 +173,9 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, gro
     assert records[-1]["loss"] < records[0]["loss"]
     model, recipe = load_run(run)  # finds the routers in the run's folder
     assert recipe.stage == "aux_router"
-    require_routing(run, model)
+    require_routing(run, model, "auxiliary")
+    assert model.causal_policy == Threshold()  # unless auxiliary routing is requested
+    assert moma.load(run.path, "auxiliary").model.causal_policy == Auxiliary()
     for path in checkpoints_in(routers.checkpoints)[1:]:
         shutil.rmtree(path)
     model, _ = load_run(run)

@@ -69,7 +69,7 @@ def test_losses_are_those_of_evaluate(tiny, tmp_path):
     assert found["choice"] != found["causal"]
 
 
-def test_routers_in_training_are_validated_causally_too(tiny, tmp_path):
+def test_routers_in_training_are_validated_too(tiny, tmp_path):
     train(tiny.model_copy(update={"run": tmp_path / "run"}), WORLD, quiet=True)
     routers = with_validation(tiny, tmp_path / "run" / "aux_router").model_copy(
         update={"stage": "aux_router", "from_": tmp_path / "run"}
@@ -77,10 +77,11 @@ def test_routers_in_training_are_validated_causally_too(tiny, tmp_path):
     train(routers, WORLD, quiet=True)
     found = records_of(routers.run)[-1]["validation"]
     model, _ = load_run(Run(tmp_path / "run"))
-    for routing in ("choice", "causal"):
+    assert found.keys() == {"choice", "auxiliary"}
+    for routing in ("choice", "auxiliary"):
         expected = evaluate(model, routers, routing, quiet=True)
         assert found[routing]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
-    assert found["choice"] != found["causal"]
+    assert found["choice"] != found["auxiliary"]
 
 
 class TrainingAttention(MaskedAttention):
