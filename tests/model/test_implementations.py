@@ -12,7 +12,7 @@ from moma.model.architecture import ModelConfig
 from moma.model.dispatch import Dispatch, ScatterSlots, TableSlots
 from moma.model.experts import MixtureOfExperts
 from moma.model.grouped import grouped_product
-from moma.model.groups import GroupConfig
+from moma.model.groups import GroupConfig, TokenChoiceConfig, named_token_choice
 from moma.model.implementations import (
     BatchedExperts,
     GroupedExperts,
@@ -60,9 +60,14 @@ def build(
     token_fraction: float = 1.0,
     dtype=torch.float32,
     dispatch: Dispatch = ScatterSlots,
+    token_choice: TokenChoiceConfig | None = None,
 ) -> MixtureOfExperts:
     groups = [
-        build_group(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction, dispatch=dispatch)
+        build_group(
+            *(DIM, HIDDEN, each, SHARES, MODALITIES, token_fraction),
+            dispatch=dispatch,
+            token_choice=token_choice,
+        )
         for each in LAYERS[layer]
     ]
     experts = build_experts(groups, implementation)
@@ -93,14 +98,21 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
     st.lists(st.sampled_from([0, 1, -1]), min_size=1, max_size=24),
     st.sampled_from([BatchChoice(), BatchChoice("actual"), Auxiliary(), Threshold()]),
     st.sampled_from([1.0, 0.25]),
+    st.sampled_from([None, named_token_choice("token_4x"), named_token_choice("null_4x")]),
     st.integers(0, 99),
 )
-def test_implementations_have_equal_results(layer, modality, policy, token_fraction, seed):
+def test_implementations_have_equal_results(
+    layer, modality, policy, token_fraction, token_choice, seed
+):
     routing = uniform_routing(policy)
     x = torch.randn(1, len(modality), DIM, generator=torch.Generator().manual_seed(seed))
     results = [
         outcome(
-            build(layer, implementation, token_fraction, dispatch=dispatch),
+            build(
+                *(layer, implementation, token_fraction),
+                dispatch=dispatch,
+                token_choice=token_choice,
+            ),
             x,
             torch.tensor([modality]),
             routing,

@@ -32,7 +32,7 @@ def calls(groups: str, run: str, how) -> Counter[str]:
 
 
 @pytest.mark.parametrize("run", ["sequential", "batched", "grouped"])
-@pytest.mark.parametrize("groups", ["moe_2t2i", "mod_moe_1t1i"])
+@pytest.mark.parametrize("groups", ["moe_2t2i", "mod_moe_1t1i", "null_2t2i"])
 def test_selective_computes_no_product_and_no_choice_again(groups, run):
     none, selective, layer = (calls(groups, run, how) for how in ("none", "selective", "layer"))
     for name in (*PRODUCTS, "aten.topk.default"):

@@ -87,6 +87,20 @@ def test_micro_batches_add_up_to_the_gradient_of_the_mean(tiny):
     assert float(sums[2].sum()) == targets
 
 
+def test_the_routers_own_loss_is_added_to_the_mean_loss(tiny):
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    model = tiny.model_copy(
+        update={"model": tiny.model.model_copy(update={"groups": "null_2t2i"})}
+    ).build_model(vocabulary)
+    batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), WORLD.device)
+    with torch.no_grad():
+        losses = next_token_loss()(model, batch)
+        router_loss = run_model(model, batch, Routing()).router_loss
+    mean = losses.loss_M.sum() / losses.targets_M.sum()  # without it
+    assert router_loss is not None and router_loss > 0.01
+    torch.testing.assert_close(losses.objective / losses.targets_M.sum(), mean + router_loss)
+
+
 def test_a_parameter_without_gradient_is_an_error(tiny):
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     model = tiny.build_model(vocabulary)  # the auxiliary routers stay trainable
