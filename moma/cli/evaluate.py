@@ -11,23 +11,23 @@ from moma.errors import UserError
 from moma.study.tables import Table, number
 
 app = App()
+SuiteName = Literal[
+    "perplexity",
+    "captions",
+    "retrieval",
+    "visual_questions",
+    "multiple_choice",
+    "reconstruction",
+    "clip_score",
+    "fid",
+]
 
 
 @app.command()
 def evaluate(
     run: RunFolder,
     suite: Annotated[
-        Literal[
-            "perplexity",
-            "captions",
-            "retrieval",
-            "visual_questions",
-            "multiple_choice",
-            "reconstruction",
-            "clip_score",
-            "fid",
-        ]
-        | None,
+        SuiteName | None,
         Option(help="what to measure; by default the loss on packed held-out documents"),
     ] = None,
     from_: Annotated[

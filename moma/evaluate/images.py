@@ -125,18 +125,18 @@ def fid(subject: Subject, features: int | nn.Module = 2048) -> Suite:
 
 
 def _fid_metric(subject: Subject, features: int | nn.Module) -> Any:
-    install = "install the extra with `pip install 'moma[fid]'`"
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         metric = FrechetInceptionDistance(features, feature_extractor_weights_path=subject.weights)
-    except ImportError as error:  # also of torch-fidelity, which has the network
-        raise UserError(f"fid: {error_reason(error)}; {install}") from error
+    except ImportError as error:
+        raise UserError(
+            "fid: needs torchmetrics and torch-fidelity; run `pip install 'moma[fid]'`"
+        ) from error
     except Exception as error:
         raise UserError(
-            "fid: cannot load the weights of Inception v3 "
-            f"({shorten(error_reason(error), 200)}); download pt_inception-2015-12-05-6726825d.pth "
-            "of torch-fidelity and name it with --weights"
+            f"fid: cannot load Inception v3 ({shorten(error_reason(error), 200)}); download "
+            "pt_inception-2015-12-05-6726825d.pth of torch-fidelity and name it with --weights"
         ) from error
     return metric.to(subject.device)
 
@@ -152,7 +152,7 @@ def _prompts(subject: Subject) -> list[Prompt]:
         left_out += pair is None
         if pair is not None:
             found.setdefault((source, document.name), pair)
-    report_left_out(left_out, len(documents), "")
+    report_left_out(subject, left_out, len(documents))
     return [
         Prompt(number, source, *pair) for number, ((source, _), pair) in enumerate(found.items())
     ]

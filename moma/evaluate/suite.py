@@ -63,7 +63,8 @@ def run_suite(
     scorer = partial(score, mixed.model, max_tokens=max_tokens, routing=routing)
     records: dict[int, Record] = {}
     with raise_on_all_ranks(world):
-        suite = SUITES[name](Subject(mixed, scorer, data, path, weights))
+        warns = world.rank == 0
+        suite = SUITES[name](Subject(mixed, scorer, data, path, weights, warns))
         own = range(world.rank, len(suite.units), world.size)
         with show_progress(f"{name} ({routing})", len(own), quiet or world.rank > 0) as report:
             for start in range(0, len(own), _UNITS_AT_ONCE):

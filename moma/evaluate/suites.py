@@ -34,6 +34,7 @@ class Subject:
         data: the prepared data of the run.
         path: the suite's file or folder; None for the documents that the run holds out.
         weights: file, folder or name of the weights that a suite's measure needs besides.
+        warns: whether to log warnings: on one rank of many.
     """
 
     mixed: MixedModel
@@ -41,6 +42,7 @@ class Subject:
     data: DataConfig
     path: Path | None = None
     weights: str | None = None
+    warns: bool = True
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -177,7 +179,16 @@ def retrieval(subject: Subject) -> Suite:
     vocabulary = subject.vocabulary
 
     def measure(queries: Sequence[Query]) -> list[Record]:
-        sequences = [each for query in queries for each in _retrieval_sequences(query, vocabulary)]
+        # Queries share candidates, whose images may have to be encoded.
+        candidates = {id(each): each for query in queries for each in query.candidates}
+        split = {key: _split(each.ids(), vocabulary) for key, each in candidates.items()}
+        sequences = [
+            sequence
+            for query in queries
+            for sequence in _retrieval_sequences(
+                query.position, [split[id(each)] for each in query.candidates], vocabulary
+            )
+        ]
         found = [each.log_likelihood_T.sum() for each in subject.score(sequences)]
         records = []
         for query, scores in zip(queries, np.reshape(found, (-1, 4, CANDIDATES)), strict=True):
@@ -218,10 +229,11 @@ def credit(scores: np.ndarray, right: int) -> float:
     return float(best[right] / best.sum())
 
 
-def _retrieval_sequences(query: Query, vocabulary: Vocabulary) -> Iterator[ScoredSequence]:
+def _retrieval_sequences(
+    position: int, pairs: Sequence[CaptionedImage], vocabulary: Vocabulary
+) -> Iterator[ScoredSequence]:
     """Captions given the image, captions, images given the caption, images: of all candidates."""
-    pairs = [_split(each.ids(), vocabulary) for each in query.candidates]
-    own, nothing = pairs[query.position], CaptionedImage([], [])
+    own, nothing = pairs[position], CaptionedImage([], [])
     for given in (own, nothing):
         yield from (given.image_to_text(pair.caption, vocabulary) for pair in pairs)
     for given in (own, nothing):
@@ -237,19 +249,19 @@ def _by_image(subject: Subject) -> list[list[TokenizedDocument]]:
         if document.is_captioned_image and document.tokens <= subject.mixed.context + 1
     ]
     longer = f", or are longer than the context of {subject.mixed.context} tokens"
-    report_left_out(len(documents) - len(pairs), len(documents), longer)
+    report_left_out(subject, len(documents) - len(pairs), len(documents), longer)
     images: dict[tuple[str, str], list[TokenizedDocument]] = {}
     for pair in pairs:
         images.setdefault((pair.source, pair.name), []).append(pair)
     return list(images.values())
 
 
-def report_left_out(left_out: int, documents: int, reason: str) -> None:
+def report_left_out(subject: Subject, left_out: int, documents: int, reason: str = "") -> None:
     """Warn about documents without an image and its caption; raise `UserError` if all are such."""
     what = f"not one image with one text{reason}"
     if left_out == documents:
         raise UserError(f"all {documents} documents are {what}; name captioned images with --from")
-    if left_out:
+    if left_out and subject.warns:
         logger.warning("left out %d of %d documents, which are %s", left_out, documents, what)
 
 

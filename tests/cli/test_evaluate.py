@@ -1,9 +1,12 @@
 """`moma evaluate --suite`: what is printed, and what is refused."""
 
 import json
+from typing import get_args
 
 import pytest
 
+from moma.cli.evaluate import SuiteName
+from moma.evaluate.suite import SUITES
 from tests.command_line import refuses, succeeds
 
 
@@ -22,6 +25,10 @@ def test_suite_as_table_markdown_and_json(trained, tmp_path):
     assert rows[1].startswith(f"| interleaved | 1 | {value} ({value} – {value}) |")
     table = succeeds(*call)
     assert value in table and "95% intervals" in table and "perplexity, causal" in table
+
+
+def test_every_suite_can_be_named():
+    assert [*SUITES] == [*get_args(SuiteName)]
 
 
 def test_suite_evaluates_what_is_held_out(trained):
