@@ -75,9 +75,15 @@ class StudyConfig(Config):
 
 
 class _Variant(Config):
-    """The name of a variant, of which its runs' folders are named."""
+    """Keys of a variant beside those of a recipe.
+
+    Attributes:
+        name: of which its runs' folders are named.
+        curve: the scaling curve of which it is one size; see `scaling.py`.
+    """
 
     name: str = Field(pattern=_NAME)
+    curve: str | None = Field(None, pattern=_NAME)
 
 
 class _Folder(Config):
@@ -92,6 +98,7 @@ class StudyRun:
 
     Attributes:
         variant, seed: of which it is the run.
+        curve: the scaling curve of the variant.
         steps: what is trained; the last stage that trains a model is measured.
         result: the file of its result.
         config: of the study.
@@ -99,6 +106,7 @@ class StudyRun:
 
     variant: str
     seed: int
+    curve: str | None
     steps: tuple[Recipe | Evaluation, ...]
     result: Path
     config: StudyConfig
@@ -176,7 +184,9 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     for seed in config.seeds:
         for number, changes in enumerate(deepcopy(variants), 1):
             origin = f"{path}, variant {number}"
-            name = check(_Variant, {"name": changes.pop("name", None)}, origin).name
+            named = {key: changes.pop(key) for key in ("name", "curve") if key in changes}
+            variant = check(_Variant, named, origin)
+            name = variant.name
             own = merge_tables(deepcopy(values), changes) | {"seed": seed}
             own["run"] = str(base / f"{name}-{seed}")
             chain = own.pop("chain", None)
@@ -186,7 +196,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
             else:
                 steps = chain_of(own, chain, origin, last)
             file = base / "results" / f"{name}-{seed}" / "result.json"
-            runs.append(StudyRun(name, seed, tuple(steps), file, config))
+            runs.append(StudyRun(name, seed, variant.curve, tuple(steps), file, config))
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: two variants have runs named {twice[0]}; give each its own name")
@@ -227,6 +237,7 @@ def _run(run: StudyRun, evaluate: Evaluate, world: World, quiet: bool) -> None:
         "variant": run.variant,
         "seed": run.seed,
         "run": run.run.path.name,
+        "flops": run.read_metrics()[-1]["flops"],
         "fingerprint": run.fingerprint,
         "measures": {
             name: MEASURES[name](run.run, run.config.batches) for name in run.config.measures

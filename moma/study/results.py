@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from scipy.stats import t as student_t
 
 from moma.data.outputs import write_output
 from moma.study import figures
 from moma.study.grid import Study, StudyRun
 from moma.study.page import Page, figure, paragraph, table
+from moma.study.scaling import Curve, crossings, fit_curve
 from moma.study.speedup import Axis, speedups
 from moma.study.tables import Table, markdown
 
@@ -59,8 +61,12 @@ def summarize(study: Study) -> dict[str, Any]:
     """Estimates of every figure by variant; η is against the baseline's run of the same seed.
 
     Returns:
-        variant → `runs` (folders), `seeds`, `measures` (figures by their names, joined by a slash)
-        and, except for the first, `speedup` over `flops` and over `seconds`.
+        `variants`: variant → `runs` (folders), `seeds`, `measures` (figures by their names, joined
+        by a slash) and, except for the first, `speedup` over `flops` and over `seconds`.
+        `scaling`: curve → loss → `exponent` and `offset` of the fitted law with the ends of their
+        95% intervals, and the `prediction` of the largest size, or null.
+        `crossings`: loss → pair of curves → FLOPs at which they cross: `median`, ends of the
+        interval, and the share of samples that do.
     """
     by_variant: dict[str, list[StudyRun]] = {}
     for run in study.runs:
@@ -80,11 +86,55 @@ def summarize(study: Study) -> dict[str, Any]:
             continue
         pairs = [(metrics[f"{baseline}-{run.seed}"], metrics[run.name]) for run in runs]
         found[variant]["speedup"] = {
-            axis: {name: estimate([each[name] for each in ratios])._asdict() for name in ratios[0]}
-            for axis in ("flops", "seconds")
-            for ratios in [[speedups(*pair, axis) for pair in pairs]]  # type: ignore[arg-type]
+            axis: _estimates([speedups(*pair, axis) for pair in pairs]) for axis in _AXES
         }
-    return found
+    curves = {key: _curves(study, key) for key in _LOSSES}
+    return {
+        "variants": found,
+        "scaling": {
+            name: {key: _describe_curve(curves[key][name]) for key in _LOSSES}
+            for name in curves[_LOSSES[0]]
+        },
+        "crossings": {key: _describe_crossings(each) for key, each in curves.items()},
+    }
+
+
+def _curves(study: Study, key: str) -> dict[str, Curve]:
+    """The scaling curves of a held-out loss, causally where there are routers."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for run in study.runs:
+        result = run.read_result()
+        if run.curve is not None and result is not None:
+            held_out = result["measures"]["held_out"]
+            by = "threshold" if "threshold" in held_out else next(iter(held_out))
+            points.setdefault(run.curve, []).append((result["flops"], held_out[by][key]))
+    found = {name: tuple(map(np.array, zip(*each, strict=True))) for name, each in points.items()}
+    return {name: fit_curve(flops, loss) for name, (flops, loss) in found.items()}
+
+
+def _describe_curve(curve: Curve) -> dict[str, Any]:
+    first, *others = curve.laws
+    prediction = curve.prediction
+    return {
+        "exponent": [first.exponent, *_interval([law.exponent for law in others])],
+        "offset": [first.offset, *_interval([law.offset for law in others])],
+        "prediction": prediction and prediction._asdict() | {"is_inside": prediction.is_inside},
+    }
+
+
+def _describe_crossings(curves: Mapping[str, Curve]) -> dict[str, Any]:
+    return {
+        " and ".join(pair): {
+            "median": float(np.median(at)) if at else None,
+            "interval": _interval(at) if at else None,
+            "share": len(at) / len(curves[pair[0]].laws),
+        }
+        for pair, at in (crossings(curves) if len(curves) > 1 else {}).items()
+    }
+
+
+def _interval(samples: Sequence[float]) -> list[float]:
+    return [float(end) for end in np.quantile(samples, [0.025, 0.975])]
 
 
 def _estimates(of_seeds: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
@@ -93,8 +143,9 @@ def _estimates(of_seeds: Sequence[Mapping[str, float | None]]) -> dict[str, dict
     }
 
 
-def study_tables(result: Mapping[str, Any]) -> list[Table]:
+def study_tables(summary: Mapping[str, Any]) -> list[Table]:
     """The tables of a summary that have content."""
+    result = summary["variants"]
     baseline = next(iter(result))
     seeds = len(result[baseline]["seeds"])
     interval = f"Means over {seeds} seeds with 95% intervals." if seeds > 1 else "One seed."
@@ -126,6 +177,7 @@ def study_tables(result: Mapping[str, Any]) -> list[Table]:
         ),
         _agreement_table(result),
         _taken_table(result),
+        *_scaling_tables(summary),
         Table(
             "Runs",
             "Each contains its recipe, log and checkpoints.",
@@ -142,7 +194,7 @@ def write_report(study: Study, result: Mapping[str, Any]) -> Path:
     by_variant: dict[str, list[list[dict[str, Any]]]] = {}
     for run in study.runs:
         by_variant.setdefault(run.variant, []).append(run.read_metrics())
-    page = Page(f"Study: {study.path.name}", f"{next(iter(result))} is the baseline.")
+    page = Page(f"Study: {study.path.name}", f"{study.runs[0].variant} is the baseline.")
     for axis, title in _AXES.items():
         page.section(
             f"Training loss over {title}",
@@ -210,6 +262,47 @@ def _taken_table(result: Mapping[str, Any]) -> Table:
         ("variant", "router", *parts),
         [(*names, *(row.get(part, "–") for part in parts)) for names, row in rows.items()],
     )
+
+
+def _scaling_tables(summary: Mapping[str, Any]) -> list[Table]:
+    def span(value: Sequence[float]) -> str:
+        return f"{value[0]:.3g} ({value[1]:.3g} to {value[2]:.3g})"
+
+    def predicted(value: Mapping[str, Any] | None) -> tuple[str, ...]:
+        if value is None:
+            return ("–",) * 3
+        between = f"{value['low']:.4g} to {value['high']:.4g}"
+        return between, f"{value['measured']:.4g}", "yes" if value["is_inside"] else "no"
+
+    fits = Table(
+        "Scaling of the held-out loss",
+        "offset + scale · FLOPs^(−exponent), with 95% intervals by bootstrap; the largest size as "
+        "predicted from the smaller ones.",
+        ("curve", "loss", "exponent", "offset", "predicted", "measured", "inside"),
+        [
+            (curve, key, span(fit["exponent"]), span(fit["offset"]), *predicted(fit["prediction"]))
+            for curve, by_loss in summary["scaling"].items()
+            for key, fit in by_loss.items()
+        ],
+    )
+    crossing = Table(
+        "Where scaling curves cross",
+        "FLOPs of training, extrapolated up to 1,000 times the largest; the share of bootstrap "
+        "samples in which the curves cross at all.",
+        ("curves", "loss", "median FLOPs", "95% interval", "share"),
+        [
+            (
+                pair,
+                key,
+                value["median"],
+                "–" if value["interval"] is None else "{:.3g} to {:.3g}".format(*value["interval"]),
+                f"{value['share']:.0%}",
+            )
+            for key, by_pair in summary["crossings"].items()
+            for pair, value in by_pair.items()
+        ],
+    )
+    return [fits, crossing]
 
 
 def _percent(value: Mapping[str, Any]) -> str:

@@ -17,7 +17,8 @@ from moma.model.transformer import no_head
 from moma.runtime.world import World
 from moma.study.grid import Study, StudyRun, read_study, run_unfinished
 from moma.study.measures import ROUTINGS, measure_held_out, measure_routing
-from moma.study.results import summarize, write_report
+from moma.study.results import study_tables, summarize, write_report
+from moma.study.scaling import PowerLaw
 from moma.study.speedup import speedup
 from moma.train.recipe import Recipe
 from moma.train.restore import load_run
@@ -192,7 +193,9 @@ def test_without_routers_there_is_no_causal_routing_to_measure(study):
 
 
 def test_the_summary_has_means_intervals_and_speedups_of_the_same_seed(study):
-    found = summarize(study)
+    summary = summarize(study)
+    found = summary["variants"]
+    assert summary["scaling"] == {}
     results = {run.name: run.read_result() for run in study.runs}
     for variant in ("plain", "deep"):
         by = "all" if variant == "plain" else "threshold"
@@ -211,13 +214,47 @@ def test_the_summary_has_means_intervals_and_speedups_of_the_same_seed(study):
     assert found["deep"]["speedup"]["flops"]["all"]["values"] == expected
 
 
+def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_path, tiny):
+    """With results as a law would give them."""
+    law = PowerLaw(offset=2.0, scale=1.0, exponent=0.3, unit=1e6)
+    variants = [
+        {"name": f"{curve}-{size}", "curve": curve, "pretrain": {"steps": 4}}
+        for curve in ("a", "b")
+        for size in (1, 2, 3, 4)
+    ]
+    file = write_study(tiny, tmp_path, variants=variants, measures=["held_out"])
+    scaled = read_study(file)
+    measured, metrics = study.runs[0].read_result(), study.runs[0].read_metrics()
+    assert measured is not None
+    for run in scaled.runs:
+        size, lower = float(run.variant[-1]), 0.2 * (run.variant[0] == "b")
+        loss = float(law(1e6 * 4**size)) - lower
+        losses = dict.fromkeys(("loss", "loss_text", "loss_image"), loss)
+        result = measured | {"flops": 1e6 * 4**size, "fingerprint": run.fingerprint}
+        run.result.parent.mkdir(parents=True)
+        run.result.write_text(json.dumps(result | {"measures": {"held_out": {"all": losses}}}))
+        run.run.path.mkdir(parents=True)
+        lines = [json.dumps(record) + "\n" for record in metrics]
+        (run.run.path / "metrics.jsonl").write_text("".join(lines))
+    summary = summarize(scaled)
+    fit = summary["scaling"]["a"]["loss_text"]
+    assert fit["exponent"] == pytest.approx([0.3] * 3, rel=1e-2)
+    assert fit["prediction"]["measured"] == pytest.approx(float(law(1e6 * 4**4)))
+    assert summary["crossings"]["loss"]["a and b"]["share"] == 0
+    titles = [table.title for table in study_tables(summary)]
+    assert {"Scaling of the held-out loss", "Where scaling curves cross"} <= set(titles)
+
+
 def test_the_report_names_every_run(study, tmp_path):
     page = write_report(study, summarize(study)).read_text()
     text = (study.path / "report.md").read_text()
     for run in study.runs:
         assert str(run.run.path) in page and str(run.run.path) in text
     assert page.count("data:image/png") == 2  # loss over FLOPs, and over time
-    assert json.loads((study.path / "result.json").read_text()).keys() == {"plain", "deep"}
+    assert json.loads((study.path / "result.json").read_text())["variants"].keys() == {
+        "plain",
+        "deep",
+    }
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -226,7 +263,7 @@ def test_the_command_runs_a_study_in_processes(tiny, tmp_path, processes):
     file = write_study(tiny, tmp_path, variants=variants, measures=["held_out"])
     outcome = moma("study", file, "pretrain.steps=4", "--processes", processes, "--json")
     assert outcome.code == 0, outcome.err
-    figure = json.loads(outcome.out)["plain"]["measures"]["held_out/all/loss"]
+    figure = json.loads(outcome.out)["variants"]["plain"]["measures"]["held_out/all/loss"]
     assert len(figure["values"]) == 2
     assert (tmp_path / "study" / "report.html").is_file()
 

@@ -1,0 +1,164 @@
+"""Scaling: loss over training FLOPs as a power law with an offset, fitted to several sizes.
+
+    L(C) = offset + scale · C^(−exponent)
+
+(arXiv 2203.15556 §3.3, at a fixed ratio of tokens to parameters or steps.) Each architecture is a
+curve of variants of growing size. The largest size of a curve is left out of the fit and predicted.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+# Bootstrap samples, and their seed.
+SAMPLES, SEED = 200, 0
+_MIN_SIZES = 3
+_MAX_EXPONENT = 2
+
+
+class PowerLaw(NamedTuple):
+    """L(C) = offset + (C / unit)^(−exponent) · scale; `unit` keeps the numbers near 1."""
+
+    offset: float
+    scale: float
+    exponent: float
+    unit: float
+
+    def __call__(self, flops: np.ndarray | float) -> np.ndarray:
+        """The loss after training FLOPs C."""
+        return self.offset + self.scale * (np.asarray(flops) / self.unit) ** -self.exponent
+
+
+class Prediction(NamedTuple):
+    """The loss of a size that was not fitted.
+
+    Attributes:
+        low, high: the 95% interval of the prediction.
+        measured: the mean over seeds.
+    """
+
+    flops: float
+    low: float
+    high: float
+    measured: float
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the measured loss is inside the interval."""
+        return self.low <= self.measured <= self.high
+
+
+class Curve(NamedTuple):
+    """The points of an architecture and the laws fitted to resampled points.
+
+    Attributes:
+        flops, loss: of every run, [runs].
+        laws: fitted to all sizes; the first to the points as they are, the others by bootstrap.
+        prediction: of the largest size by laws fitted to the smaller ones; None if these are fewer
+            than three.
+    """
+
+    flops: np.ndarray
+    loss: np.ndarray
+    laws: Sequence[PowerLaw]
+    prediction: Prediction | None
+
+
+def fit_power_law(flops: np.ndarray, loss: np.ndarray) -> PowerLaw:
+    """Least squares of the relative error, with 0 ≤ offset ≤ the lowest loss, 0 ≤ exponent ≤ 2.
+
+    Raises:
+        ValueError: there are fewer than three different FLOPs.
+    """
+    if len(np.unique(flops)) < _MIN_SIZES:
+        raise ValueError("a power law with an offset needs three sizes")
+    unit = float(np.exp(np.log(flops).mean()))
+    exponents = np.linspace(0.01, _MAX_EXPONENT, 200)
+    for _ in range(4):  # on a grid, then between the neighbors of its best point
+        errors, offsets, scales = _linear_fits(flops / unit, loss, exponents)
+        best = int(errors.argmin())
+        found = PowerLaw(float(offsets[best]), float(scales[best]), float(exponents[best]), unit)
+        step = exponents[1] - exponents[0]
+        exponents = np.linspace(max(1e-4, found.exponent - step), found.exponent + step, 200)
+    return found
+
+
+def _linear_fits(
+    x: np.ndarray, loss: np.ndarray, exponents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Error, offset and scale for each exponent, given which a law is linear in the other two."""
+    # Rows: exponents; columns: points, weighted for relative errors.
+    power = x ** -exponents[:, None] / loss
+    ones, target = np.broadcast_to(1 / loss, power.shape), np.ones_like(power)
+
+    def dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return (first * second).sum(1)
+
+    determinant = dot(ones, ones) * dot(power, power) - dot(ones, power) ** 2
+    offset = dot(target, ones) * dot(power, power) - dot(target, power) * dot(ones, power)
+    offset = np.clip(offset / determinant, 0, loss.min())
+    scale = dot(target - offset[:, None] * ones, power) / dot(power, power)
+    scale = np.maximum(scale, 0)
+    errors = dot(*[target - offset[:, None] * ones - scale[:, None] * power] * 2)
+    return errors, offset, scale
+
+
+def fit_curve(flops: np.ndarray, loss: np.ndarray) -> Curve:
+    """Fit an architecture's runs; `flops` and `loss` [runs], runs of one size have equal FLOPs."""
+    largest = flops.max()
+    is_smaller = flops < largest
+    prediction = None
+    if len(np.unique(flops[is_smaller])) >= _MIN_SIZES:
+        smaller = flops[is_smaller], loss[is_smaller]
+        laws = _bootstrap(*smaller)
+        # A measured loss deviates from the law as the fitted ones do.
+        residual = np.random.default_rng(SEED).choice(_residuals(laws[0], *smaller), len(laws))
+        predicted = np.array([law(largest) for law in laws]) + residual
+        low, high = np.quantile(predicted, [0.025, 0.975])
+        measured = float(loss[~is_smaller].mean())
+        prediction = Prediction(float(largest), float(low), float(high), measured)
+    return Curve(flops, loss, _bootstrap(flops, loss), prediction)
+
+
+def crossing(first: PowerLaw, second: PowerLaw, start: float, end: float) -> float | None:
+    """The lowest FLOPs between `start` and `end` at which the order of two laws changes."""
+    flops = np.geomspace(start, end, 4000)
+    sign = np.sign(first(flops) - second(flops))
+    changes = np.flatnonzero(sign[1:] != sign[:-1])
+    return float(flops[changes[0] + 1]) if len(changes) else None
+
+
+def crossings(
+    curves: Mapping[str, Curve], factor: float = 1000
+) -> dict[tuple[str, str], list[float]]:
+    """FLOPs at which pairs of curves cross, up to `factor` times the largest, in each sample.
+
+    A sample in which two curves do not cross contributes nothing.
+    """
+    start = min(curve.flops.min() for curve in curves.values())
+    end = factor * max(curve.flops.max() for curve in curves.values())
+    names = list(curves)
+    pairs = [(a, b) for index, a in enumerate(names) for b in names[index + 1 :]]
+    return {
+        (a, b): [
+            found
+            for first, second in zip(curves[a].laws, curves[b].laws, strict=True)
+            if (found := crossing(first, second, start, end)) is not None
+        ]
+        for a, b in pairs
+    }
+
+
+def _bootstrap(flops: np.ndarray, loss: np.ndarray) -> list[PowerLaw]:
+    """The law of the points, then laws of the same FLOPs with resampled residuals."""
+    law = fit_power_law(flops, loss)
+    residual, generator = _residuals(law, flops, loss), np.random.default_rng(SEED)
+    samples = [law(flops) + generator.choice(residual, len(loss)) for _ in range(SAMPLES)]
+    return [law, *(fit_power_law(flops, sample) for sample in samples)]
+
+
+def _residuals(law: PowerLaw, flops: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    """Deviations of points from a law, enlarged for its three fitted parameters."""
+    freedom = max(1, len(loss) - 3)
+    return (loss - law(flops)) * (len(loss) / freedom) ** 0.5

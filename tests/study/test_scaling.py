@@ -1,0 +1,67 @@
+"""Scaling curves: known laws are recovered, predicted and found to cross."""
+
+import numpy as np
+import pytest
+
+from moma.study.scaling import PowerLaw, crossing, crossings, fit_curve, fit_power_law
+
+SIZES = np.array([1e15, 4e15, 1.6e16, 6.4e16])
+LAW = PowerLaw(offset=1.5, scale=0.9, exponent=0.25, unit=1e16)
+
+
+def runs_of(law: PowerLaw, noise: float, seed: int, sizes=SIZES, seeds=3):
+    flops = np.repeat(sizes, seeds)
+    return flops, law(flops) + np.random.default_rng(seed).normal(0, noise, len(flops))
+
+
+def test_a_law_without_noise_is_recovered():
+    found = fit_power_law(*runs_of(LAW, 0.0, 0))
+    assert found(SIZES) == pytest.approx(LAW(SIZES), rel=1e-6)
+    assert found.offset == pytest.approx(1.5, rel=1e-3)
+    assert found.exponent == pytest.approx(0.25, rel=1e-3)
+
+
+def test_a_law_with_the_wrong_exponent_fits_worse():
+    flops, loss = runs_of(LAW, 0.01, 1)
+    best = fit_power_law(flops, loss)
+
+    def error(law: PowerLaw) -> float:
+        return float(np.sum((law(flops) / loss - 1) ** 2))
+
+    for factor in (0.9, 1.1):
+        assert error(best) < error(best._replace(exponent=best.exponent * factor))
+        assert error(best) < error(best._replace(offset=best.offset * factor))
+
+
+def test_most_predictions_of_the_largest_size_contain_its_true_loss():
+    inside = []
+    for seed in range(8):
+        curve = fit_curve(*runs_of(LAW, 0.01, seed))
+        assert curve.prediction is not None and curve.prediction.flops == SIZES[-1]
+        inside.append(curve.prediction.is_inside)
+    assert np.mean(inside) >= 0.75
+    # A loss that no such law predicts is outside.
+    flops, loss = runs_of(LAW, 0.001, 0)
+    loss[flops == SIZES[-1]] += 0.5
+    prediction = fit_curve(flops, loss).prediction
+    assert prediction is not None and not prediction.is_inside
+
+
+def test_two_sizes_are_no_curve_and_three_predict_nothing():
+    with pytest.raises(ValueError, match="three sizes"):
+        fit_curve(*runs_of(LAW, 0.0, 0, SIZES[:2]))
+    assert fit_curve(*runs_of(LAW, 0.001, 0, SIZES[:3])).prediction is None
+
+
+def test_the_crossing_of_two_laws_is_found():
+    steeper = PowerLaw(offset=1.4, scale=1.1, exponent=0.3, unit=1e16)
+    found = crossing(LAW, steeper, 1e14, 1e20)
+    assert found is not None
+    assert LAW(found) == pytest.approx(steeper(found), rel=1e-3)
+    assert crossing(LAW, LAW._replace(offset=1.6), 1e14, 1e20) is None
+    curves = {
+        name: fit_curve(*runs_of(law, 0.001, seed))
+        for seed, (name, law) in enumerate({"a": LAW, "b": steeper}.items())
+    }
+    at = crossings(curves)["a", "b"]
+    assert np.median(at) == pytest.approx(found, rel=0.3)
