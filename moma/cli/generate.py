@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from moma.generate.grammar import Mode
-    from moma.generate.mixed import MixedModel, MoreOptions
+    from moma.generate.mixed import GenerateOptions, MixedModel
     from moma.generate.sampling import Sampling
 
 app = App()
@@ -92,7 +92,7 @@ def generate(
         one = (1.0 if scale is None else scale for scale in (text_guidance, image_guidance))
         guidance = Guidance(*one)
     model = moma.load(run, routing)
-    options: MoreOptions = {
+    options: GenerateOptions = {
         "image_sampling": Sampling(temperature, top_p, seed, top_k, min_p),
         "images": images,
         "guidance": guidance,
@@ -149,7 +149,7 @@ def _answer_file(
     out: Path,
     mode: "Mode",
     sampling: "Sampling",
-    options: "MoreOptions",
+    options: "GenerateOptions",
     batch: int,
 ) -> None:
     """Answer the prompts of a file, those of this rank under `torchrun`."""

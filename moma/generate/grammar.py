@@ -11,13 +11,13 @@ from moma.vocabulary import Vocabulary
 Mode = Literal["text", "image", "mixed"]
 
 
-class Legal(NamedTuple):
+class AllowedIds(NamedTuple):
     """Which ids may come next.
 
     Attributes:
         codes: only image codes; otherwise only text.
         begin_image: whether an image may begin, if `codes` is false.
-        forced: the only legal id; None: there are several.
+        forced: the only allowed id; None: there are several.
     """
 
     codes: bool = False
@@ -52,7 +52,7 @@ class Grammar:
         elif self._codes_left:
             self._codes_left -= 1
 
-    def legal(self, remaining: int | None = None) -> Legal:
+    def allowed(self, remaining: int | None = None) -> AllowedIds:
         """Return which ids may come next.
 
         Args:
@@ -60,13 +60,13 @@ class Grammar:
                 fits; None: unlimited.
         """
         if self._codes_left:
-            return Legal(codes=True)
+            return AllowedIds(codes=True)
         if self._codes_left == 0:
-            return Legal(forced=self.vocabulary.end_image)
+            return AllowedIds(forced=self.vocabulary.end_image)
         if self.mode == "image":
-            return Legal(forced=self.vocabulary.begin_image)
+            return AllowedIds(forced=self.vocabulary.begin_image)
         fits = remaining is None or remaining >= self.vocabulary.image_span
-        return Legal(begin_image=self.mode == "mixed" and fits)
+        return AllowedIds(begin_image=self.mode == "mixed" and fits)
 
     def ends_with(self, token: int) -> bool:
         """Whether the continuation is complete after `token`, to be called once for each token."""

@@ -13,13 +13,13 @@ from moma.vocabulary import Vocabulary
 _MAX_RANGES = 4
 
 
-class LegalRows:
+class HeadRows:
     """The rows of a head's weight that belong to some ids.
 
     Args:
         weight_VD: the head's weight.
         ids: the ids, in the order of the logits.
-        forbidden: those among them that are never legal.
+        forbidden: those among them that are never allowed.
     """
 
     def __init__(self, weight_VD: Tensor, ids: np.ndarray, forbidden: Sequence[int] = ()):
@@ -47,17 +47,17 @@ class LegalRows:
         return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).float()
 
     def forbid(self, logits_TR: Tensor) -> None:
-        """Set the logits of ids that are never legal to −∞, in place."""
+        """Set the logits of ids that are never allowed to −∞, in place."""
         if len(self._forbidden):
             logits_TR[:, self._forbidden] = -torch.inf
 
 
-class LegalHead:
+class DividedHead:
     """A model's head, divided into image codes and text."""
 
     def __init__(self, weight_VD: Tensor, vocabulary: Vocabulary):
         is_code = vocabulary.code_of_id >= 0
         never = (vocabulary.beginning, vocabulary.padding, vocabulary.end_image)
-        self.codes = LegalRows(weight_VD, np.flatnonzero(is_code))
-        self.text = LegalRows(weight_VD, np.flatnonzero(~is_code), never)
+        self.codes = HeadRows(weight_VD, np.flatnonzero(is_code))
+        self.text = HeadRows(weight_VD, np.flatnonzero(~is_code), never)
         self.begin_image = int(self.text.index_of_id_V[vocabulary.begin_image])

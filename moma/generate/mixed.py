@@ -26,8 +26,8 @@ from moma.tokenizers.text import encode_text, load_text_tokenizer
 DRAFTS = 8
 
 
-class MoreOptions(TypedDict, total=False):
-    """Further options of `MixedModel.generate`.
+class GenerateOptions(TypedDict, total=False):
+    """Options of `MixedModel.generate` besides its parameters.
 
     Attributes:
         image_sampling: how image codes are sampled; if omitted, like text.
@@ -132,7 +132,7 @@ class MixedModel:
         mode: Mode = "mixed",
         sampling: Sampling | None = None,
         new_tokens: int | None = None,
-        **options: Unpack[MoreOptions],
+        **options: Unpack[GenerateOptions],
     ) -> list[list[Content]]:
         """Continue each prompt, and return the text and images that follow it; see `stream`."""
         events: list[list[Event]] = [[] for _ in prompts]
@@ -147,7 +147,7 @@ class MixedModel:
         sampling: Sampling | None = None,
         new_tokens: int | None = None,
         has_rows: bool = False,
-        **options: Unpack[MoreOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[tuple[int, Event]]:
         """Continue prompts together, and yield text and images as they come.
 
@@ -158,7 +158,7 @@ class MixedModel:
             new_tokens: maximum number of tokens of a continuation; if omitted, what the context
                 allows.
             has_rows: whether to yield the upper rows of unfinished images as well.
-            options: see `MoreOptions`.
+            options: see `GenerateOptions`.
 
         Yields:
             The number of a prompt, and what follows it next.
@@ -183,7 +183,7 @@ class MixedModel:
         mode: Mode = "mixed",
         sampling: Sampling | None = None,
         new_tokens: int | None = None,
-        **options: Unpack[MoreOptions],
+        **options: Unpack[GenerateOptions],
     ) -> Iterator[tuple[int, list[Content]]]:
         """Continue any number of prompts, `batch` at a time, and yield each complete answer.
 
@@ -213,7 +213,7 @@ class MixedModel:
         mode: Mode,
         sampling: Sampling | None,
         new_tokens: int | None,
-        options: MoreOptions,
+        options: GenerateOptions,
         batch: int | None = None,
     ) -> Iterator[NewTokens]:
         """Continue numbered prompts and yield their tokens by these numbers."""
@@ -245,7 +245,7 @@ class MixedModel:
             yield NewTokens(numbers[index], tokens, is_last)
 
     def _request(
-        self, prompt: Sequence[Content], mode: Mode, seed: int, options: MoreOptions
+        self, prompt: Sequence[Content], mode: Mode, seed: int, options: GenerateOptions
     ) -> Request:
         guidance = options.get("guidance")
         if guidance is None:

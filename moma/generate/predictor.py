@@ -1,7 +1,7 @@
 """Prediction of the next tokens from the hidden vectors of a pass.
 
 Shapes: see `model/layers.py`; P predicted positions of a pass, Q of all branches, C of a sequence,
-R legal ids.
+R allowed ids.
 """
 
 from collections.abc import Sequence
@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 
 from moma.errors import UserError
-from moma.generate.heads import LegalHead, LegalRows
+from moma.generate.heads import DividedHead, HeadRows
 from moma.generate.sampling import Sampler
 from moma.generate.sequence import GeneratedSequence, Options
 from moma.model.transformer import Transformer
 
 # A sequence, and the row of its first branch in the batch.
-_Rated = tuple[GeneratedSequence, int]
+_SequenceAndRow = tuple[GeneratedSequence, int]
 
 
 class Predictor:
     """Samples the next tokens of sequences from the hidden vectors of a pass."""
 
     def __init__(self, model: Transformer, options: Options):
-        self._head = LegalHead(model.head.weight, model.vocabulary)
+        self._head = DividedHead(model.head.weight, model.vocabulary)
         self._drafts = options.drafts
         image = options.image_sampling or options.sampling
         self._text, self._codes = Sampler(options.sampling), Sampler(image)
@@ -35,20 +35,20 @@ class Predictor:
         rows = [0]
         for each in sequences:
             rows.append(rows[-1] + len(each.feeds))
-        rated = list(zip(sequences, rows, strict=False))
+        placed = list(zip(sequences, rows, strict=False))
         groups = {
-            codes: [each for each in rated if each[0].wants_codes == codes]
+            codes: [each for each in placed if each[0].wants_codes == codes]
             for codes in (False, True)
         }
         for codes, group in groups.items():
             if group:
                 self._sample(group, hidden_BSD, codes)
 
-    def _sample(self, group: Sequence[_Rated], hidden_BSD: Tensor, codes: bool) -> None:
-        legal, sampler = (self._head.codes, self._codes) if codes else (self._head.text, self._text)
+    def _sample(self, group: Sequence[_SequenceAndRow], hidden_BSD: Tensor, codes: bool) -> None:
+        head, sampler = (self._head.codes, self._codes) if codes else (self._head.text, self._text)
         counts = [each.draft_count + 1 for each, _ in group]
-        logits_PR = _combine_branches(legal.logits(_gather(group, hidden_BSD)), group)
-        legal.forbid(logits_PR)
+        logits_PR = _combine_branches(head.logits(_gather(group, hidden_BSD)), group)
+        head.forbid(logits_PR)
         if not codes:
             refused = [number for number, (each, _) in enumerate(group) if not each.may_begin_image]
             logits_PR[refused, self._head.begin_image] = -torch.inf
@@ -62,14 +62,14 @@ class Predictor:
             ]
             noise_PR = torch.stack(noise).to(logits_PR.device)
         if sampler.sampling.repetition_penalty != 1:
-            history = [_history(each.tokens, legal) for each, _ in group]
+            history = [_history(each.tokens, head) for each, _ in group]
         index_P = sampler(logits_PR, noise_PR, history)
-        ids = legal.ids_R[index_P.cpu()].split(counts)
+        ids = head.ids_R[index_P.cpu()].split(counts)
         for (each, _), own, logits_CR in zip(group, ids, logits_PR.split(counts), strict=True):
-            each.append(own.tolist(), self._guesses(each, sampler, legal, logits_CR))
+            each.append(own.tolist(), self._guesses(each, sampler, head, logits_CR))
 
     def _guesses(
-        self, sequence: GeneratedSequence, sampler: Sampler, legal: LegalRows, logits_CR: Tensor
+        self, sequence: GeneratedSequence, sampler: Sampler, head: HeadRows, logits_CR: Tensor
     ) -> list[int]:
         """Guess the tokens after the last prediction, as if it held for them too."""
         count = min(self._drafts, len(logits_CR)) if sequence.wants_codes else 0
@@ -80,10 +80,10 @@ class Predictor:
             first, size = len(logits_CR), logits_CR.shape[1]
             noise = [sequence.noise(first + number, size) for number in range(count)]
             noise_GR = torch.stack(noise).to(logits_GR.device)
-        return legal.ids_R[sampler(logits_GR, noise_GR).cpu()].tolist()
+        return head.ids_R[sampler(logits_GR, noise_GR).cpu()].tolist()
 
 
-def _gather(group: Sequence[_Rated], hidden_BSD: Tensor) -> Tensor:
+def _gather(group: Sequence[_SequenceAndRow], hidden_BSD: Tensor) -> Tensor:
     """The hidden vectors to predict from, sequence by sequence and branch by branch, [Q, D]."""
     rows: list[int] = []
     columns: list[int] = []
@@ -96,7 +96,7 @@ def _gather(group: Sequence[_Rated], hidden_BSD: Tensor) -> Tensor:
     return hidden_BSD[index[0], index[1]]
 
 
-def _combine_branches(logits_QR: Tensor, group: Sequence[_Rated]) -> Tensor:
+def _combine_branches(logits_QR: Tensor, group: Sequence[_SequenceAndRow]) -> Tensor:
     """Sum the logits of each sequence's branches by their weights, [P, R]."""
     if all(len(each.feeds) == 1 for each, _ in group):
         return logits_QR
@@ -110,8 +110,8 @@ def _combine_branches(logits_QR: Tensor, group: Sequence[_Rated]) -> Tensor:
     return torch.cat(parts)
 
 
-def _history(tokens: Sequence[int], legal: LegalRows) -> Tensor:
-    index = legal.index_of_id_V[torch.tensor(tokens, device=legal.index_of_id_V.device)]
+def _history(tokens: Sequence[int], head: HeadRows) -> Tensor:
+    index = head.index_of_id_V[torch.tensor(tokens, device=head.index_of_id_V.device)]
     return index[index >= 0]
 
 

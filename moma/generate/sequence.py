@@ -1,6 +1,6 @@
 """Sequences that are being generated, and what is asked for.
 
-Shapes: R legal ids.
+Shapes: R allowed ids.
 """
 
 from collections.abc import Callable, Sequence
@@ -111,12 +111,12 @@ class GeneratedSequence:
     @property
     def wants_codes(self) -> bool:
         """Whether the next token is an image code."""
-        return self.grammar.legal().codes
+        return self.grammar.allowed().codes
 
     @property
     def may_begin_image(self) -> bool:
         """Whether the next token may begin an image."""
-        return self.grammar.legal(self._limit - len(self.tokens)).begin_image
+        return self.grammar.allowed(self._limit - len(self.tokens)).begin_image
 
     @property
     def max_drafts(self) -> int:
@@ -173,5 +173,5 @@ class GeneratedSequence:
 
     def _append_forced(self) -> None:
         """Append tokens for which there is no choice."""
-        while not self.is_complete and (forced := self.grammar.legal().forced) is not None:
+        while not self.is_complete and (forced := self.grammar.allowed().forced) is not None:
             self._append(forced)

@@ -1,10 +1,10 @@
 """Keys and values of earlier tokens, kept for decoding.
 
 A layer keeps those of the tokens that it processed: with mixture-of-depths, a skipped token leaves
-nothing. So each layer with mixture-of-depths counts its own slots; all others share one count.
+nothing. So each layer with mixture-of-depths counts its own positions; all others share one count.
 
-Shapes: see `layers.py`; B sequences, S new tokens of each, T slots, U slots in use, G heads of keys
-and values, R = B sequences of K selected tokens.
+Shapes: see `layers.py`; B sequences, S new tokens of each, T positions, U positions in use, G heads
+of keys and values, R = B sequences of K selected tokens.
 """
 
 from collections.abc import Sequence
@@ -16,33 +16,33 @@ from torch.nn import functional
 
 from moma.model.architecture import ModelConfig
 
-# Slots that a new cache has for each sequence; it grows by doubling.
+# Positions that a new cache has for each sequence; it grows by doubling.
 _FIRST_CAPACITY = 64
 # Passes after which a GPU is waited for once, so that bounds of lengths stay close to them.
 _EXACT_EVERY = 64
 
 
-class NewSlots(NamedTuple):
-    """Slots that new tokens take, and which slots they attend to.
+class NewPositions(NamedTuple):
+    """Positions that new tokens take, and which positions they attend to.
 
     Attributes:
-        slot_BS: number of each token's slot; −1 for padding, which takes none.
-        used: number of slots U that any token attends to.
-        mask_B1SU: 0 where a token attends to a slot and −∞ elsewhere; None: it attends to all, or
-            to those before it if `is_causal`.
+        position_BS: each token's position in the cache; −1 for padding, which takes none.
+        used: number of positions U that any token attends to.
+        mask_B1SU: 0 where a token attends to a position and −∞ elsewhere; None: it attends to all,
+            or to those before it if `is_causal`.
         is_causal: see `mask_B1SU`.
-        has_padding: whether a slot may be −1; otherwise all sequences are equally long.
+        has_padding: whether a position may be −1; otherwise all sequences are equally long.
     """
 
-    slot_BS: Tensor
+    position_BS: Tensor
     used: int
     mask_B1SU: Tensor | None
     is_causal: bool
     has_padding: bool
 
 
-class SlotCounts:
-    """Number of slots that each of B sequences has filled."""
+class CacheLengths:
+    """Number of positions that each of B sequences has filled."""
 
     def __init__(self, sequences: int, device: torch.device, waits: bool):
         self.length_B = torch.zeros(sequences, dtype=torch.int64, device=device)
@@ -51,19 +51,19 @@ class SlotCounts:
         self._bounds = [0] * sequences
         self._taken: tuple[Tensor, Tensor, Tensor, list[int]] | None = None
 
-    def take(self, position_BS: Tensor, filled_BS: Tensor, dtype: torch.dtype) -> NewSlots:
-        """Give new tokens the next slots.
+    def take(self, offset_BS: Tensor, filled_BS: Tensor, dtype: torch.dtype) -> NewPositions:
+        """Give new tokens the next positions.
 
         Args:
-            position_BS: position of each token in this forward pass, from 0.
+            offset_BS: index of each token among the sequence's new ones, from 0.
             filled_BS: false for padding, which follows all tokens of its sequence.
             dtype: dtype of the mask.
         """
         before_B, size = self.length_B, filled_BS.shape[1]
-        self._taken = before_B, position_BS, filled_BS, self._bounds
+        self._taken = before_B, offset_BS, filled_BS, self._bounds
         if not size:
-            return NewSlots(position_BS, 0, None, False, False)
-        slot_BS = before_B[:, None] + torch.arange(size, device=filled_BS.device)
+            return NewPositions(offset_BS, 0, None, False, False)
+        position_BS = before_B[:, None] + torch.arange(size, device=filled_BS.device)
         self.length_B = before_B + filled_BS.sum(1)
         self._passes += 1
         if self._waits or self._passes % _EXACT_EVERY == 0:
@@ -71,20 +71,20 @@ class SlotCounts:
         else:
             self._bounds = [bound + size for bound in self._bounds]
         used = max(self._bounds)
-        if self._waits and bool((slot_BS[:, -1] + 1 == used).all() and filled_BS.all()):
+        if self._waits and bool((position_BS[:, -1] + 1 == used).all() and filled_BS.all()):
             # All sequences are equally long; without earlier tokens, attention is causal.
-            mask_B1SU = None if size in (1, used) else _mask(slot_BS, used, dtype)
-            return NewSlots(slot_BS, used, mask_B1SU, size == used > 1, False)
-        return NewSlots(
-            slot_BS.where(filled_BS, -1), used, _mask(slot_BS, used, dtype), False, True
+            mask_B1SU = None if size in (1, used) else _mask(position_BS, used, dtype)
+            return NewPositions(position_BS, used, mask_B1SU, size == used > 1, False)
+        return NewPositions(
+            position_BS.where(filled_BS, -1), used, _mask(position_BS, used, dtype), False, True
         )
 
     def keep(self, tokens: Sequence[int]) -> None:
-        """Free the slots of all but the first tokens of each sequence of the last forward pass."""
+        """Forget all but the first tokens of each sequence of the last forward pass."""
         assert self._taken is not None
-        before_B, position_BS, filled_BS, bounds = self._taken
+        before_B, offset_BS, filled_BS, bounds = self._taken
         tokens_B1 = torch.tensor(tokens, device=before_B.device)[:, None]
-        self.length_B = before_B + (filled_BS & (position_BS < tokens_B1)).sum(1)
+        self.length_B = before_B + (filled_BS & (offset_BS < tokens_B1)).sum(1)
         pairs = zip(bounds, tokens, self._bounds, strict=True)
         self._bounds = [min(before + kept, after) for before, kept, after in pairs]
 
@@ -93,14 +93,14 @@ class SlotCounts:
         self.length_B, self._taken = self.length_B[index_B], None
         self._bounds = [self._bounds[number] for number in index]
 
-    def extend(self, other: "SlotCounts") -> None:
+    def extend(self, other: "CacheLengths") -> None:
         """Append the sequences of another object."""
         self.length_B, self._taken = torch.cat((self.length_B, other.length_B)), None
         self._bounds = self._bounds + other._bounds
 
 
-def _mask(slot_BS: Tensor, used: int, dtype: torch.dtype) -> Tensor:
-    attends_BSU = torch.arange(used, device=slot_BS.device) <= slot_BS[..., None]
+def _mask(position_BS: Tensor, used: int, dtype: torch.dtype) -> Tensor:
+    attends_BSU = torch.arange(used, device=position_BS.device) <= position_BS[..., None]
     zeros_BSU = torch.zeros_like(attends_BSU, dtype=dtype)
     return zeros_BSU.masked_fill_(~attends_BSU, -torch.inf)[:, None]
 
@@ -108,21 +108,21 @@ def _mask(slot_BS: Tensor, used: int, dtype: torch.dtype) -> Tensor:
 class LayerCache:
     """Keys and values of one layer, [B, T, G, C] each, with T growing as needed."""
 
-    def __init__(self, counts: SlotCounts):
-        self.counts = counts
-        self.key_BTGC = self.value_BTGC = counts.length_B.new_empty(len(counts.length_B), 0, 0, 0)
+    def __init__(self, lengths: CacheLengths):
+        self.lengths = lengths
+        self.key_BTGC = self.value_BTGC = lengths.length_B.new_empty(len(lengths.length_B), 0, 0, 0)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, slots: NewSlots) -> Tensor:
-        """Store new keys and values and attend to all slots that `slots` allows.
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, positions: NewPositions) -> Tensor:
+        """Store new keys and values and attend to all positions that `positions` allows.
 
         Args:
             query: [B, S, H, C].
             key, value: [B, S, G, C].
-            slots: from `SlotCounts.take`.
+            positions: from `CacheLengths.take`.
         """
-        self._store(key, value, slots)
+        self._store(key, value, positions)
         keys, values = (
-            cache[:, : slots.used].transpose(1, 2) for cache in (self.key_BTGC, self.value_BTGC)
+            cache[:, : positions.used].transpose(1, 2) for cache in (self.key_BTGC, self.value_BTGC)
         )
         sequences, size, heads, width = query.shape
         kv_heads = key.shape[2]
@@ -130,35 +130,35 @@ class LayerCache:
             # The queries that share a key head are like several tokens.
             query_BGRC = query.view(sequences, kv_heads, heads // kv_heads, width)
             y_BGRC = functional.scaled_dot_product_attention(
-                query_BGRC, keys, values, slots.mask_B1SU
+                query_BGRC, keys, values, positions.mask_B1SU
             )
             return y_BGRC.reshape(query.shape)
         if kv_heads < heads:
             # With a mask, enable_gqa would fall back to a slower kernel.
             keys, values = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (keys, values))
         return functional.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, slots.mask_B1SU, is_causal=slots.is_causal
+            query.transpose(1, 2), keys, values, positions.mask_B1SU, is_causal=positions.is_causal
         ).transpose(1, 2)
 
-    def _store(self, key: Tensor, value: Tensor, slots: NewSlots) -> None:
-        # The last slot takes what padding leaves.
-        if slots.used >= self.key_BTGC.shape[1]:
-            self._grow(max(_FIRST_CAPACITY, 2 * slots.used), key)
-        slot_BS = slots.slot_BS
-        if not slots.has_padding:  # all sequences are equally long
-            first = slots.used - slot_BS.shape[1]
-            self.key_BTGC[:, first : slots.used] = key
-            self.value_BTGC[:, first : slots.used] = value
+    def _store(self, key: Tensor, value: Tensor, positions: NewPositions) -> None:
+        # The last position takes what padding leaves.
+        if positions.used >= self.key_BTGC.shape[1]:
+            self._grow(max(_FIRST_CAPACITY, 2 * positions.used), key)
+        position_BS = positions.position_BS
+        if not positions.has_padding:  # all sequences are equally long
+            first = positions.used - position_BS.shape[1]
+            self.key_BTGC[:, first : positions.used] = key
+            self.value_BTGC[:, first : positions.used] = value
             return
-        slot_BS = slot_BS.where(slot_BS >= 0, self.key_BTGC.shape[1] - 1)
-        sequence_B1 = torch.arange(len(slot_BS), device=slot_BS.device)[:, None]
+        position_BS = position_BS.where(position_BS >= 0, self.key_BTGC.shape[1] - 1)
+        sequence_B1 = torch.arange(len(position_BS), device=position_BS.device)[:, None]
         for cache, new in ((self.key_BTGC, key), (self.value_BTGC, value)):
-            cache.index_put_((sequence_B1, slot_BS), new)
+            cache.index_put_((sequence_B1, position_BS), new)
 
     def _grow(self, capacity: int, like: Tensor) -> None:
-        """Grow to T = `capacity`; a cache without slots becomes like [·, ·, G, C]."""
+        """Grow to T = `capacity`; a cache without positions becomes like [·, ·, G, C]."""
         old = self.key_BTGC, self.value_BTGC
-        # Zeros, since masked slots still take part in products.
+        # Zeros, since masked positions still take part in products.
         self.key_BTGC, self.value_BTGC = (
             like.new_zeros(len(each), capacity, *like.shape[2:]) for each in old
         )
@@ -197,35 +197,35 @@ class Caches:
         waits: bool | None = None,
     ):
         waits = device.type != "cuda" if waits is None else waits
-        self.tokens = SlotCounts(sequences, device, waits)
+        self.tokens = CacheLengths(sequences, device, waits)
         gated = config.depth_layers
         self.layers = [
-            LayerCache(SlotCounts(sequences, device, waits) if number in gated else self.tokens)
+            LayerCache(CacheLengths(sequences, device, waits) if number in gated else self.tokens)
             for number in range(config.layers)
         ]
 
     def keep(self, tokens: Sequence[int]) -> None:
         """Forget all but the first tokens of each sequence of the last forward pass."""
-        for counts in self._counts():
-            counts.keep(tokens)
+        for lengths in self._lengths():
+            lengths.keep(tokens)
 
     def select(self, index: Sequence[int]) -> None:
         """Keep only the sequences with the given indices, in their order."""
         index_B = torch.tensor(index, dtype=torch.int64, device=self.tokens.length_B.device)
-        for counts in self._counts():
-            counts.select(index, index_B)
+        for lengths in self._lengths():
+            lengths.select(index, index_B)
         for layer in self.layers:
             layer.select(index_B)
 
     def extend(self, other: "Caches") -> None:
         """Append the sequences of other caches of the same model."""
-        for own, others in zip(self._counts(), other._counts(), strict=True):
+        for own, others in zip(self._lengths(), other._lengths(), strict=True):
             own.extend(others)
         for layer, other_layer in zip(self.layers, other.layers, strict=True):
             layer.extend(other_layer)
 
-    def _counts(self) -> list[SlotCounts]:
-        own = [layer.counts for layer in self.layers if layer.counts is not self.tokens]
+    def _lengths(self) -> list[CacheLengths]:
+        own = [layer.lengths for layer in self.layers if layer.lengths is not self.tokens]
         return [self.tokens, *own]
 
 
@@ -236,7 +236,7 @@ class CachedContext(NamedTuple):
         modality_BS: index of the modality; −1 for padding.
         rotary: rotary cosine and sine, each [B, S, 1, C/2].
         dtype: dtype of queries, keys and values.
-        slots: slots of the new tokens in the layer's cache.
+        positions: positions of the new tokens in the layer's cache.
         cache: the layer's cache.
         group_tokens: not known.
     """
@@ -244,28 +244,28 @@ class CachedContext(NamedTuple):
     modality_BS: Tensor
     rotary: tuple[Tensor, Tensor]
     dtype: torch.dtype
-    slots: NewSlots
+    positions: NewPositions
     cache: LayerCache
     group_tokens: None = None
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `LayerCache.attend`."""
-        return self.cache.attend(query, key, value, self.slots)
+        return self.cache.attend(query, key, value, self.positions)
 
     def select(self, index_RK: Tensor, filled_RK: Tensor) -> "CachedContext":
         """Return the context of tokens that mixture-of-depths selected, sequence by sequence."""
         sequences, size = self.modality_BS.shape
         assert len(index_RK) == sequences, "cached tokens are selected by sequence"
         if index_RK.shape[1] in (0, size) and size == 1:  # all selected tokens stay in their places
-            slots = self.cache.counts.take(torch.zeros_like(index_RK), filled_RK, self.dtype)
+            positions = self.cache.lengths.take(torch.zeros_like(index_RK), filled_RK, self.dtype)
             modality_RK = self.modality_BS[:, : index_RK.shape[1]].where(filled_RK, -1)
-            return self._replace(modality_BS=modality_RK, slots=slots)
+            return self._replace(modality_BS=modality_RK, positions=positions)
         cosine, sine = (
             angle.expand(sequences, size, -1, -1).flatten(0, 1)[index_RK] for angle in self.rotary
         )
-        position_RK = index_RK % size
+        offset_RK = index_RK % size
         return self._replace(
             modality_BS=self.modality_BS.flatten()[index_RK].where(filled_RK, -1),
             rotary=(cosine, sine),
-            slots=self.cache.counts.take(position_RK, filled_RK, self.dtype),
+            positions=self.cache.lengths.take(offset_RK, filled_RK, self.dtype),
         )

@@ -31,7 +31,7 @@ CapacityName = Literal["static", "actual"]
 # With at most this many experts, router logits are computed expert by expert.
 FEW_EXPERTS = 16
 # At most this many tokens on a GPU are routed causally without waiting for it.
-FEW_TOKENS = 64
+MAX_UNSYNCHRONIZED_TOKENS = 64
 
 
 class Scores(NamedTuple):
@@ -308,7 +308,7 @@ def cuts_of(logits_EN: Tensor, eligible_EN: Tensor, index_EK: Tensor) -> Tensor:
 
 def may_synchronize(x_N: Tensor) -> bool:
     """Whether shapes may depend on the data of N tokens: not while few are decoded on a GPU."""
-    return x_N.device.type != "cuda" or len(x_N) > FEW_TOKENS
+    return x_N.device.type != "cuda" or len(x_N) > MAX_UNSYNCHRONIZED_TOKENS
 
 
 def list_selected(selected_EN: Tensor, logits_EN: Tensor) -> SelectedTokens:

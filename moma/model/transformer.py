@@ -239,9 +239,9 @@ class Transformer(nn.Module):
         position_1S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         rotary = self._rotary(caches.tokens.length_B[:, None] + position_1S)
         dtype = self._product_dtype(tokens_BS.device)
-        slots = caches.tokens.take(position_1S, filled_BS, dtype)
+        positions = caches.tokens.take(position_1S, filled_BS, dtype)
         modality_BS = self.modality_of_id[tokens_BS].where(filled_BS, -1)
-        return CachedContext(modality_BS, rotary, dtype, slots, caches.layers[0])
+        return CachedContext(modality_BS, rotary, dtype, positions, caches.layers[0])
 
     def new_caches(self, sequences: int) -> Caches:
         """Return empty caches for a number of sequences."""

@@ -201,5 +201,5 @@ def test_skipped_tokens_leave_nothing_in_a_layer():
     for length in (9, 1, 1):
         append(model, caches, [some_tokens(random, length)])
     assert 0 < sum(kept) < 11
-    lengths = [layer.counts.length_B.tolist() for layer in caches.layers]
+    lengths = [layer.lengths.length_B.tolist() for layer in caches.layers]
     assert lengths[:2] == [[sum(kept)], [11]]
