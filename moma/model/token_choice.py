@@ -21,6 +21,7 @@ from moma.model.experts import ExpertGroup
 from moma.model.groups import TokenChoiceConfig
 from moma.model.routers import Diagnostics, diagnose
 from moma.model.routing import (
+    Noisy,
     Routing,
     SelectedTokens,
     Selection,
@@ -98,6 +99,8 @@ class TokenRouter(nn.Linear):
 
     def _expand(self, x_NO: Tensor) -> Tensor:
         """Repeat the last of [..., O] for each null expert, to [..., Q]."""
+        if self.null_experts < 2:
+            return x_NO
         return torch.cat((x_NO, *[x_NO[..., -1:]] * (self.null_experts - 1)), -1)
 
     def _balance_loss(
@@ -161,6 +164,10 @@ class TokenChoiceGroup(ExpertGroup):
     def _list_tokens(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[SelectedTokens, list[Diagnostics]]:
+        if isinstance(routing.experts, Noisy):
+            raise ValueError(
+                "token choice has no decisions of experts to invert; use Noisy for depth"
+            )
         choices = self.router.choose(x_ND, eligible_N, False)
         tokens = list_selected(choices.taken_NE.T, choices.logits_NE.T)
         weight_T = choices.weight_NE[tokens.index_T, tokens.expert_T] * tokens.filled_T

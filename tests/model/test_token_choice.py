@@ -11,7 +11,7 @@ from torch.nn import functional
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.groups import TokenChoiceConfig, named_token_choice
-from moma.model.routing import BatchChoice, Routing, Threshold, uniform_routing
+from moma.model.routing import BatchChoice, Noisy, Routing, Threshold, uniform_routing
 from moma.model.token_choice import TokenChoiceGroup, TokenRouter
 from moma.model.transformer import Transformer
 from moma.vocabulary import IMAGE, TEXT
@@ -158,6 +158,12 @@ def test_router_noise_changes_what_tokens_take_only_in_training():
     (clean, _), (again, _) = (run(group.eval(), x_ND, modality_N) for _ in range(2))
     noisy, _ = run(group.train(), x_ND, modality_N)
     assert torch.equal(clean, again) and not torch.equal(clean, noisy)
+
+
+def test_decisions_of_tokens_cannot_be_inverted():
+    group, x_ND = group_of(CONFIGS["top1"], 4), torch.randn(4, DIM, dtype=torch.float64)
+    with pytest.raises(ValueError, match="Noisy for depth"):
+        run(group, x_ND, torch.full((4,), IMAGE), Routing(Noisy(Threshold(), 0.1)))
 
 
 def test_biases_move_by_the_sign_of_the_load_error():
