@@ -158,7 +158,9 @@ class DepthLayer(DecoderLayer):
         self, x_BSD: Tensor, context: LayerContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; the depth router's diagnostics come last."""
-        selection, depth_diagnostics = self.depth(x_BSD, context.modality_BS >= 0, routing)
+        segments = context.segments.id_RS if isinstance(context, TokenContext) else None
+        is_token_BS = context.modality_BS >= 0
+        selection, depth_diagnostics = self.depth(x_BSD, is_token_BS, routing, segments)
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
         index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         selected = context.select(index_RK, selection.filled_EK)

@@ -62,7 +62,11 @@ class DepthRouter(nn.Module):
         self.auxiliary = AuxiliaryRouter(dim, 1)
 
     def forward(
-        self, x_BSD: Tensor, eligible_BS: Tensor, routing: Routing
+        self,
+        x_BSD: Tensor,
+        eligible_BS: Tensor,
+        routing: Routing,
+        segment_BS: Tensor | None = None,
     ) -> tuple[Selection, Diagnostics]:
         """Select tokens of [B, S, D].
 
@@ -71,6 +75,7 @@ class DepthRouter(nn.Module):
             eligible_BS: false for padding, which is never selected.
             routing: static capacity is c_d · N slots, actual capacity c_d times the non-padding
                 tokens (by sequence, always c_d · S slots per sequence).
+            segment_BS: segments of attention, needed by thresholds with slots; see `Segments`.
 
         Returns:
             The selection [R, K], its tokens in batch order, and diagnostics.
@@ -91,7 +96,8 @@ class DepthRouter(nn.Module):
             cut_1, excess = None, None
         else:
             selection, cut_R, excess = select_slots(policy, scores)
-            selection, cut_1 = _in_batch_order(selection, logits_RN.shape[1]), cut_R.mean(0, True)
+            length, order_BS = logits_RN.shape[1], None if excess is None else segment_BS
+            selection, cut_1 = _in_batch_order(selection, length, order_BS), cut_R.mean(0, True)
         selected_N1 = None
         if routing.records:
             flat = Selection(*(part_RK.flatten()[None] for part_RK in selection))
@@ -114,12 +120,20 @@ class DepthRouter(nn.Module):
         return static_capacity(self.capacity_factor, tokens)
 
 
-def _in_batch_order(selection: Selection, length: int) -> Selection:
-    """Sort the tokens of rows of a given length, and number them over all rows."""
-    index_RK, order_RK = selection.index_EK.sort(dim=1)
+def _in_batch_order(selection: Selection, length: int, segment_BS: Tensor | None) -> Selection:
+    """Sort the tokens of rows of a given length, and number them over all rows.
+
+    Given segments, empty slots follow the tokens of their segment, which do not attend to them.
+    """
+    index_RK = selection.index_EK
     first_R1 = torch.arange(len(index_RK), device=index_RK.device)[:, None] * length
+    key_RK = index_RK + first_R1
+    if segment_BS is not None:
+        part_RK = 2 * segment_BS.flatten()[key_RK] + ~selection.filled_EK
+        key_RK = part_RK * segment_BS.numel() + key_RK
+    order_RK = key_RK.argsort(dim=1)
     return Selection(
-        index_RK + first_R1,
+        index_RK.gather(1, order_RK) + first_R1,
         selection.filled_EK.gather(1, order_RK),
         selection.score_EK.gather(1, order_RK),
     )

@@ -34,6 +34,8 @@ class StageConfig(Config):
             save what `moma replay` needs, or `skip` the step and count it.
         explosion: a loss above this multiple of its recent mean counts as exploded; 0: never.
         z_loss: weight of (log Z)², which keeps logits from drifting (Chameleon §2.3.2).
+        finish: share of the steps, the last ones, that route by thresholds, as generation does, but
+            with the slots of training: beyond these, the lowest scores are dropped.
         compile: whether to compile the layers.
         optimizer: the optimizer and its schedule.
     """
@@ -47,6 +49,7 @@ class StageConfig(Config):
     on_fault: Literal["stop", "skip"] = "stop"
     explosion: float = Field(5.0, ge=0)
     z_loss: float = 1e-5
+    finish: float = Field(0.0, ge=0, lt=1)
     compile: bool = True
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -64,6 +67,10 @@ class StageConfig(Config):
             )
         return self
 
+    def finishes(self, step: int) -> bool:
+        """Whether a step, from 1, routes by thresholds."""
+        return step > self.steps - round(self.finish * self.steps)
+
 
 class RouterOptimizerConfig(OptimizerConfig):
     """AdamW for auxiliary routers (MoMa Table 6)."""
@@ -78,6 +85,12 @@ class RouterStageConfig(StageConfig):
 
     steps: int = Field(5000, ge=1)
     optimizer: RouterOptimizerConfig = RouterOptimizerConfig()
+
+    @model_validator(mode="after")
+    def _check_finish(self) -> "RouterStageConfig":
+        if self.finish:
+            raise ValueError("auxiliary routers learn expert choice to the end; leave finish out")
+        return self
 
 
 class ValidationConfig(Config):

@@ -73,7 +73,7 @@ def replay(run: Run, world: World, quiet: bool = False) -> dict[str, Any]:
         step, steps_done = _restore(run, recipe, vocabulary, data, fault, world)
         before = _take_steps(step, recipe, data, fault, steps_done, quiet or world.rank > 0)
         batches = dict(zip(played, _next_step(data, fault), strict=True))
-        micro_batches, gradients = _inspect(step, batches)
+        micro_batches, gradients = _inspect(step, batches, recipe.stage_config.finishes(fault.step))
         documents = [sequences for _, own in saved for sequences in own]
         for result, sequences in zip(micro_batches, documents, strict=False):
             result["documents"] = _by_source(sequences)
@@ -161,7 +161,8 @@ def _take_steps(
     with show_progress(f"replay {recipe.run.name}", fault.step, quiet) as progress:
         for number in range(done, fault.step - 1):
             batches = [batch for own in _next_step(data, fault) for batch in own]
-            sums, norm = step(batches, learning_rate(config.optimizer, number, config.steps))
+            lr = learning_rate(config.optimizer, number, config.steps)
+            sums, norm = step(batches, lr, finishes=config.finishes(number + 1))
             loss = float(sums[0].sum() / sums[2].sum())
             last = {"loss_before": loss, "gradient_norm": float(norm)}
             progress(number + 1, f"loss {loss:.3f}")
@@ -169,19 +170,21 @@ def _take_steps(
 
 
 def _inspect(
-    step: Step, batches: Mapping[int, Sequence[Batch]]
+    step: Step, batches: Mapping[int, Sequence[Batch]], finishes: bool
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Run forward and backward of each micro-batch, with a hook on every module.
 
     Args:
         step: the step.
         batches: the micro-batches of each rank of the run that this rank plays.
+        finishes: as for `Step`.
 
     Returns:
         A result for each of them, and the largest gradient norms of all ranks by parameter, NaN
         first.
     """
     names = {module: name for name, module in step.model.named_modules()}
+    loss_function = step.finish_loss if finishes else step.loss_function
     results: list[dict[str, Any]] = []
     nonfinite: list[str] = []
 
@@ -195,7 +198,7 @@ def _inspect(
         for batch in own:
             nonfinite.clear()
             with step.autocast():
-                losses = step.loss_function(step.model, to_device(batch, step.world.device))
+                losses = loss_function(step.model, to_device(batch, step.world.device))
             losses.objective.backward()
             mean_M = (losses.loss_M / losses.targets_M.clamp(min=1)).tolist()
             by_name = zip(step.model.vocabulary.modalities, mean_M, strict=True)

@@ -11,7 +11,7 @@ from moma.errors import UserError, shell_command
 from moma.model.decoder_layer import DecoderLayer
 from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts
-from moma.model.routing import Auxiliary
+from moma.model.routing import Auxiliary, BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.allocator import keep_freed_memory
@@ -152,12 +152,14 @@ def initial_state(recipe: Recipe, source: SourceRun | None) -> InitialState:
     return InitialState(source.state["tokens"], source.state["flops"], data)
 
 
-def loss_function_of(recipe: Recipe, device: torch.device) -> LossFunction:
-    """What the stage minimizes."""
+def loss_function_of(recipe: Recipe, device: torch.device, finishes: bool = False) -> LossFunction:
+    """What the stage minimizes, or its last steps; see `StageConfig.finish`."""
     if recipe.stage == "aux_router":
         return router_loss
     compiled = recipe.stage_config.compile and can_compile(device)
-    return next_token_loss(recipe.stage_config.z_loss, compiled)
+    policy = Threshold("static") if finishes else BatchChoice()
+    routing = uniform_routing(policy, record_selection=True)
+    return next_token_loss(recipe.stage_config.z_loss, compiled, routing)
 
 
 def make_step(
@@ -175,6 +177,7 @@ def make_step(
         monitor,
         engine.compute_dtype(world.device),
         engine.accumulates_unsharded(world.nodes),
+        loss_function_of(recipe, world.device, finishes=True),
     )
 
 

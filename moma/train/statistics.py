@@ -43,6 +43,8 @@ class Statistics:
         modality_NM = functional.one_hot(modality_N, len(self._model.vocabulary.modalities)).float()
         for index, record in enumerate(records):
             self.sums[f"router {index}"] = _router_sums(record, modality_NM)
+            if record.excess is not None:
+                self.sums[f"excess {index}"] = record.excess
 
     def add_gradients(self) -> None:
         """Add the gradients of all parameters; call it before they are clipped."""
@@ -68,6 +70,8 @@ def describe(
             routers[name] = _describe_router(router_sums, is_depth, takes, names)
             if not trains_routers or takes:  # auxiliary routers are untrained, or there is none
                 del routers[name]["agreement"]
+            if not takes and (excess := sums.get(f"excess {index}")) is not None:
+                routers[name]["excess"] = int(excess)
     norms = {
         key.removeprefix("gradient "): float(value.sqrt())
         for key, value in sums.items()

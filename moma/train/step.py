@@ -203,6 +203,7 @@ class Step:
         monitor: LossMonitor | None = None,
         compute_dtype: torch.dtype | None = None,
         reduces_once: bool = True,
+        finish_loss: LossFunction | None = None,
     ):
         """Create the step.
 
@@ -216,8 +217,10 @@ class Step:
             compute_dtype: of an unsharded model's matrix products; by default bf16 on a GPU.
             reduces_once: whether the gradients of a sharded model are summed over ranks after the
                 last micro-batch only.
+            finish_loss: computes what the last steps minimize; see `StageConfig.finish`.
         """
         self.model, self.loss_function = model, loss_function
+        self.finish_loss = finish_loss or loss_function
         self.optimizers = tuple(optimizers)
         self.max_norm, self.world, self.monitor = max_norm, world, monitor
         self._accumulating = model if reduces_once and isinstance(model, FSDPModule) else None
@@ -231,6 +234,7 @@ class Step:
         batches: Sequence[Batch],
         learning_rate: float,
         statistics: Statistics | None = None,
+        finishes: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Take one step.
 
@@ -238,12 +242,15 @@ class Step:
             batches: the step's micro-batches on this rank.
             learning_rate: of parameter groups whose `lr_scale` is 1.
             statistics: gets the routers of the last micro-batch, and the gradients.
+            finishes: whether to minimize `finish_loss`.
 
         Returns:
             Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of
             the gradient before clipping; both stay on the device. Zeros if the step is skipped.
         """
-        sums, nonfinite_L, cuts_2T, load_T = self._accumulate_gradients(batches, statistics)
+        sums, nonfinite_L, cuts_2T, load_T = self._accumulate_gradients(
+            batches, statistics, self.finish_loss if finishes else self.loss_function
+        )
         targets = sums[2].sum().clamp(min=1)
         # FSDP averages gradients over ranks; the loss is a mean over the targets of all ranks.
         scale = self.world.size / targets
@@ -279,7 +286,10 @@ class Step:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=enabled)
 
     def _accumulate_gradients(
-        self, batches: Sequence[Batch], statistics: Statistics | None
+        self,
+        batches: Sequence[Batch],
+        statistics: Statistics | None,
+        loss_function: LossFunction,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Run forward and backward of all micro-batches.
 
@@ -304,7 +314,7 @@ class Step:
                 bounded = batch._replace(
                     max_documents=self._max_documents, max_length=self._max_length
                 )
-                losses = self.loss_function(self.model, bounded)
+                losses = loss_function(self.model, bounded)
             losses.objective.backward()
             nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))

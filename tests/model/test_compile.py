@@ -12,6 +12,7 @@ from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import attention_kernel
 from moma.model.depth import DepthConfig
+from moma.model.routing import BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
 from moma.runtime.world import World, can_compile
@@ -59,6 +60,10 @@ COMBINED = {
 }  # fmt: skip
 SEQUENCES, LENGTH = 10, 8
 CPU = torch.device("cpu")
+CHOICE, FINISH = (
+    uniform_routing(policy, record_selection=True)
+    for policy in (BatchChoice(), Threshold("static"))
+)
 
 
 def batch_of(step: int) -> Batch:
@@ -160,6 +165,32 @@ def test_no_shape_and_no_branch_of_a_step_depends_on_the_data(case, monkeypatch)
     trainer = Trainer(case, device=torch.device("meta"))
     results = trainer.train(batch_of(0), next_token_loss(z_loss=1e-5, compiled=False))
     assert all(each.is_meta for each in results)
+
+
+def test_no_shape_of_the_last_steps_depends_on_the_data(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
+    trainer = Trainer("mod_moe_2t2i", device=torch.device("meta"))
+    results = trainer.train(batch_of(0), next_token_loss(routing=FINISH))
+    assert all(each.is_meta for each in results)
+
+
+def test_the_change_to_thresholds_compiles_a_layer_once_more():
+    torch.compiler.reset()
+    trainer, eager, graphs = Trainer("mod_moe_2t2i", 1), Trainer("mod_moe_2t2i", 1), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for unit in trainer.model.units():
+        unit.compile(fullgraph=True, dynamic=False, backend=backend)
+    for number in range(4):
+        eager.model.load_state_dict(trainer.model.state_dict())
+        loss_function = next_token_loss(routing=FINISH if number > 1 else CHOICE)
+        results = [each.train(batch_of(number), loss_function) for each in (trainer, eager)]
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+        assert len(graphs) == (1 if number < 2 else 2)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import ExpertGroup
 from moma.model.groups import named_groups
 from moma.model.layers import rotary_cos_sin
-from moma.model.routing import Auxiliary, BatchChoice, Routing, uniform_routing
+from moma.model.routing import Auxiliary, BatchChoice, Routing, Threshold, uniform_routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
 from tests.factories import make_context, make_vocabulary
 from tests.model.model_reference import Tokens, depth_choice, depth_layer, groups_of, numpy, slots
@@ -172,6 +172,24 @@ def test_without_selected_tokens_nothing_changes(groups):
     all_padding = context_of(modality * 0 - 1, modality * 0 - 1, torch.arange(4).expand(2, 4))
     assert torch.equal(layer(x, all_padding, BATCH)[0], x)
     assert torch.equal(layer(x, all_padding, ACTUAL)[0], x)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+@pytest.mark.parametrize("threshold", [-0.5, 0.5, 100.0])
+def test_tokens_do_not_attend_to_slots_that_a_threshold_leaves_empty(scope, threshold):
+    """With enough slots the result is that of thresholds without slots."""
+    layer = build_depth_layer("mod_moe_1t1i", depth=DepthConfig(capacity_factor=1, scope=scope))
+    layer.depth.router.cuts_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]))
+    x = torch.randn(2, 12, DIM, dtype=torch.float64) / 3
+    modality = torch.tensor([[TEXT, IMAGE] * 5 + [-1] * 2, [IMAGE] * 12])
+    documents = torch.tensor([[0] * 5 + [1] * 5 + [-1] * 2, [0] * 3 + [1] * 9])
+    context = context_of(modality, documents, torch.arange(12).expand(2, 12))
+    with_slots, without = (
+        layer(x, context, uniform_routing(policy))[0]
+        for policy in (Threshold("static"), Threshold())
+    )
+    torch.testing.assert_close(with_slots, without)
+    assert torch.equal(with_slots, x) == (threshold == 100.0)
 
 
 def test_actual_capacity_counts_only_tokens_that_are_not_padding():

@@ -37,6 +37,7 @@ STAGE_TESTS = {
     "on_fault": "train/test_fault.py::test_nonfinite_scores_follow_on_fault",
     "explosion": "train/test_monitor.py::test_check_equals_a_slow_reference",
     "z_loss": "train/test_keys.py::test_z_loss_takes_part_in_training",
+    "finish": "train/test_finish.py::test_the_last_steps_route_by_thresholds",
     "compile": "train/test_keys.py::test_layers_and_loss_are_compiled",
     "optimizer": "train/test_keys.py::test_every_key_of_the_optimizer_changes_the_weights",
 }

@@ -33,14 +33,14 @@ def cuts_of(model) -> list[list[float]]:
 
 
 def take_steps(world: World, recipe: Recipe, micro_batches: int, out: Path) -> None:
-    """Take two steps on the same micro-batches, whatever the number of ranks."""
+    """Take two steps on the same micro-batches, whatever the number of ranks; one finishes."""
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
     data = Batches(recipe.data, vocabulary, recipe.seed)
     step = make_step(recipe, model, world)
-    for _ in range(2):
+    for finishes in (False, True):
         batches = list(itertools.islice(data, micro_batches * world.size))
-        step(batches[world.rank :: world.size], 1e-2)
+        step(batches[world.rank :: world.size], 1e-2, finishes=finishes)
     if world.rank == 0:
         (out / f"{world.size}.json").write_text(json.dumps(cuts_of(model)))
 
