@@ -39,7 +39,6 @@ from moma.train.restore import (
     load_run,
     require_routing,
     require_training_data,
-    router_command,
 )
 
 # Evaluates a model on the held-out documents: see `moma.evaluate.perplexity.evaluate`.
@@ -181,7 +180,5 @@ def next_command(done: Recipe | Evaluation) -> str:
     """A command to run after the last step of a chain."""
     if isinstance(done, Evaluation):
         return shell_command("generate", done.run, "--prompt", "a prompt")
-    if done.stage != "aux_router" and done.model.has_batch_choice:
-        return router_command(Run(done.run))
     run = done.from_ if done.stage == "aux_router" else done.run
     return shell_command("evaluate", run, "--routing", "causal")
