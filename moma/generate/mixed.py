@@ -22,7 +22,7 @@ from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 from moma.tokenizers.text import encode_text, load_text_tokenizer
 
-# Near the fastest number in most cells of docs/results/generate.md.
+# Near the fastest number at batch 1 in docs/results/generate.md.
 DRAFTS = 8
 
 
