@@ -45,6 +45,7 @@ from moma.train.changes import check_run_folder, write_run_folder
 from moma.train.fault import raise_fault
 from moma.train.metrics import MetricsWindow
 from moma.train.monitor import LossMonitor
+from moma.train.pools import warn_of_small_pools
 from moma.train.recipe import Recipe
 from moma.train.restore import require_vocabulary
 from moma.train.stages import (
@@ -104,6 +105,8 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         on_rank_0(world, write_run_folder, run, recipe)
         if checkpoint is None:
             trainer.open_outputs()
+            if not world.rank:
+                warn_of_small_pools(recipe)
         else:
             trainer.resume(checkpoint, damaged)
         title = f"{recipe.stage} {recipe.run.name}"

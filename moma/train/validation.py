@@ -101,7 +101,8 @@ class Validation:
 
         Returns:
             For `choice`, and if that is not causal, for `causal`, or `auxiliary` where auxiliary
-            routers are trained, the values of `mean_losses`.
+            routers are trained, the values of `mean_losses`; `gap`: by how much the latter exceed
+            those for `choice`.
         """
         with _evaluating(self._model):
             losses = {
@@ -113,6 +114,12 @@ class Validation:
         if self._config.keep_best is not None:
             value = list(losses.values())[-1][self._config.keep_best]  # causal, with routers
             self._latest = None if value is None else (value, step)
+        if len(losses) > 1:
+            choice, causal = losses.values()
+            losses["gap"] = {
+                name: None if loss is None or before is None else loss - before
+                for (name, loss), before in zip(causal.items(), choice.values(), strict=True)
+            }
         return losses
 
     def best_step(self, step: int) -> int | None:

@@ -61,7 +61,9 @@ def test_losses_are_those_of_evaluate(tiny, tmp_path):
     assert all("validation" in record for record in records)
     model, _ = load_run(Run(recipe.run))
     found = records[-1]["validation"]
-    assert found.keys() == {"choice", "causal"}
+    assert found.keys() == {"choice", "causal", "gap"}
+    for name, gap in found["gap"].items():
+        assert gap == found["causal"][name] - found["choice"][name] != 0
     for routing in ("choice", "causal"):
         expected = evaluate(model, recipe, routing, quiet=True)
         for name in ("loss", "loss_text", "loss_image"):
@@ -77,7 +79,7 @@ def test_routers_in_training_are_validated_too(tiny, tmp_path):
     train(routers, WORLD, quiet=True)
     found = records_of(routers.run)[-1]["validation"]
     model, _ = load_run(Run(tmp_path / "run"))
-    assert found.keys() == {"choice", "auxiliary"}
+    assert found.keys() == {"choice", "auxiliary", "gap"}
     for routing in ("choice", "auxiliary"):
         expected = evaluate(model, routers, routing, quiet=True)
         assert found[routing]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
