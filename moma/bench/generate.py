@@ -314,9 +314,9 @@ def random_model(
             )
         )
         routing = model.named_routing("choice")
-        cut_T = torch.cat(
-            model(tokens_2BS.flatten(0, 1).to(device), None, None, routing, no_head).cuts
+        cutoff_T = torch.cat(
+            model(tokens_2BS.flatten(0, 1).to(device), None, None, routing, no_head).cutoffs
         )
-        model.update_cuts(torch.stack((cut_T, torch.ones_like(cut_T))))
+        model.update_cutoffs(torch.stack((cutoff_T, torch.ones_like(cutoff_T))))
     prepare_decoding(model.to(dtype))
     return model

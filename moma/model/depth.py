@@ -93,11 +93,14 @@ class DepthRouter(nn.Module):
         if policy.capacity is None:
             selected_BS = policy.candidates(scores).view_as(eligible_BS)
             selection = select_by_sequence(selected_BS, logits_N1.view_as(eligible_BS))
-            cut_1, excess = None, None
+            cutoff_1, excess = None, None
         else:
-            selection, cut_R, excess = select_slots(policy, scores)
+            selection, cutoff_R, excess = select_slots(policy, scores)
             length, order_BS = logits_RN.shape[1], None if excess is None else segment_BS
-            selection, cut_1 = _in_batch_order(selection, length, order_BS), cut_R.mean(0, True)
+            selection, cutoff_1 = (
+                _in_batch_order(selection, length, order_BS),
+                cutoff_R.mean(0, True),
+            )
         selected_N1 = None
         if routing.records:
             flat = Selection(*(part_RK.flatten()[None] for part_RK in selection))
@@ -109,7 +112,7 @@ class DepthRouter(nn.Module):
             eligible_BS.flatten(),
             routing,
             "depth",
-            cut_1,
+            cutoff_1,
             excess,
         )
 

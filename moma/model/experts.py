@@ -235,7 +235,7 @@ class ExpertGroup(nn.Module):
         if self.noise and self.training and isinstance(policy, BatchChoice):
             clean_EN = scores.logits_RN
             scores = scores._replace(logits_RN=clean_EN + logistic_noise(clean_EN.T).T)
-        selection, cut_E, excess = select_slots(policy, scores, clean_EN)
+        selection, cutoff_E, excess = select_slots(policy, scores, clean_EN)
         logits_NE = scores.logits_RN.T
         selected_NE = selection.selected_NE(len(x_ND)) if routing.records else None
         return selection, [
@@ -245,7 +245,7 @@ class ExpertGroup(nn.Module):
                 auxiliary_NE,
                 eligible_N,
                 routing,
-                cut_E=cut_E,
+                cutoff_E=cutoff_E,
                 excess=excess,
             )
         ]

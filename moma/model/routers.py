@@ -17,13 +17,13 @@ from moma.model.routing import (
     Scores,
     Selection,
     any_nonfinite,
-    cuts_of,
+    cutoffs_of,
     select_top_k,
 )
 
 RouterKind = Literal["experts", "depth"]
-# Weight of earlier steps in the running mean of the cuts: about 100 steps count.
-CUT_DECAY = 0.99
+# Weight of earlier steps in the running mean of the cutoffs: about 100 steps count.
+CUTOFF_DECAY = 0.99
 
 
 class AuxiliaryRouter(nn.Module):
@@ -49,7 +49,7 @@ class AuxiliaryRouter(nn.Module):
 class Router(nn.Linear):
     """The main router of a group of experts, or of a layer with mixture-of-depths.
 
-    It keeps running means of the cuts of batch choice, which are thresholds for causal routing
+    It keeps running means of the cutoffs of batch choice, which are thresholds for causal routing
     (arXiv 2603.11535).
 
     Args:
@@ -57,28 +57,28 @@ class Router(nn.Linear):
         outputs: number of experts E; 1 for mixture-of-depths.
     """
 
-    cuts_3E: Tensor
+    cutoffs_3E: Tensor
 
     def __init__(self, dim: int, outputs: int):
         super().__init__(dim, outputs, bias=False)
-        # Decayed sums over steps: of finite cuts, of their number, and of that of all cuts.
-        self.register_buffer("cuts_3E", torch.zeros(3, outputs, dtype=torch.float32))
+        # Decayed sums over steps: of finite cutoffs, of their number, and of that of all cutoffs.
+        self.register_buffer("cutoffs_3E", torch.zeros(3, outputs, dtype=torch.float32))
 
     @property
     def threshold_E(self) -> Tensor:
-        """The mean cut of each expert, in fp32; −∞ if most micro-batches had none."""
-        sum_E, finite_E, all_E = self.cuts_3E
+        """The mean cutoff of each expert, in fp32; −∞ if most micro-batches had none."""
+        sum_E, finite_E, all_E = self.cutoffs_3E
         return torch.where(2 * finite_E > all_E, sum_E / finite_E, -torch.inf)
 
-    def update_cuts(self, mean_2E: Tensor) -> None:
+    def update_cutoffs(self, mean_2E: Tensor) -> None:
         """Add a step to the running means.
 
         Args:
-            mean_2E: sum of the finite cuts of the step's micro-batches, and number of these, both
-                divided by the number of micro-batches.
+            mean_2E: sum of the finite cutoffs of the step's micro-batches, and number of these,
+                both divided by the number of micro-batches.
         """
         step_3E = torch.cat((mean_2E, torch.ones_like(mean_2E[:1])))
-        self.cuts_3E.lerp_(step_3E, 1 - CUT_DECAY)
+        self.cutoffs_3E.lerp_(step_3E, 1 - CUTOFF_DECAY)
 
 
 def auxiliary_logits(
@@ -99,8 +99,8 @@ def select_slots(
         clean_logits_RN: the logits without noise, if noise was added to `scores`.
 
     Returns:
-        The selection; the cuts of batch choice by clean logits, [R]; and the number of candidates
-        that found no slot, None under batch choice.
+        The selection; the cutoffs of batch choice by clean logits, [R]; and the number of
+        candidates that found no slot, None under batch choice.
     """
     assert policy.capacity is not None
     slots = scores.slots(policy.capacity)
@@ -110,9 +110,9 @@ def select_slots(
     clean_RN = scores.logits_RN if clean_logits_RN is None else clean_logits_RN
     if not is_choice or clean_logits_RN is not None:
         chosen = select_top_k(clean_RN, scores.eligible_RN, slots)
-    cut_R = cuts_of(clean_RN, scores.eligible_RN, chosen.index_EK)
+    cutoff_R = cutoffs_of(clean_RN, scores.eligible_RN, chosen.index_EK)
     excess = None if is_choice else candidate_RN.sum() - selection.filled_EK.sum()
-    return selection, cut_R, excess
+    return selection, cutoff_R, excess
 
 
 class RouterRecord(NamedTuple):
@@ -149,15 +149,15 @@ class RouterRecord(NamedTuple):
         )
 
 
-def finite_cuts(cuts: Sequence[Tensor]) -> Tensor:
-    """The finite cuts of a micro-batch, else 0, and whether each is finite, fp32 [2, T].
+def finite_cutoffs(cutoffs: Sequence[Tensor]) -> Tensor:
+    """The finite cutoffs of a micro-batch, else 0, and whether each is finite, fp32 [2, T].
 
     Args:
-        cuts: of each router, together T; see `ModelOutput`.
+        cutoffs: of each router, together T; see `ModelOutput`.
     """
-    cut_T = torch.cat([*cuts])
-    is_finite_T = cut_T.isfinite()
-    return torch.stack((cut_T.where(is_finite_T, 0), is_finite_T.to(cut_T.dtype)))
+    cutoff_T = torch.cat([*cutoffs])
+    is_finite_T = cutoff_T.isfinite()
+    return torch.stack((cutoff_T.where(is_finite_T, 0), is_finite_T.to(cutoff_T.dtype)))
 
 
 class Diagnostics(NamedTuple):
@@ -167,14 +167,14 @@ class Diagnostics(NamedTuple):
         nonfinite: boolean on the device: whether a router's score or the output is NaN or infinite;
             None if it was not checked.
         record: the router's record, if requested.
-        cut_E: the cuts of batch choice by the router's logits, under a policy with slots.
+        cutoff_E: the cutoffs of batch choice by the router's logits, under a policy with slots.
         load_O: the load of a router under token choice; see `TokenChoices`.
         loss: a loss of the router itself, with its weight, to add to the mean loss of the targets.
     """
 
     nonfinite: Tensor | None
     record: RouterRecord | None = None
-    cut_E: Tensor | None = None
+    cutoff_E: Tensor | None = None
     load_O: Tensor | None = None
     loss: Tensor | None = None
 
@@ -186,7 +186,7 @@ def diagnose(
     eligible_N: Tensor,
     routing: Routing,
     kind: RouterKind = "experts",
-    cut_E: Tensor | None = None,
+    cutoff_E: Tensor | None = None,
     excess: Tensor | None = None,
 ) -> Diagnostics:
     """Check a router's scores, and record its selection if `routing` requests it.
@@ -195,7 +195,7 @@ def diagnose(
         selected_NE: as in `RouterRecord`; needed only if `routing.records`.
         logits_NE, auxiliary_logits_NE, eligible_N, kind, excess: as in `RouterRecord`.
         routing: see `Routing`.
-        cut_E: as in `Diagnostics`.
+        cutoff_E: as in `Diagnostics`.
     """
     if not routing.checks:
         return Diagnostics(None)
@@ -203,7 +203,7 @@ def diagnose(
     if auxiliary_logits_NE is not None:
         nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
     if not routing.records:
-        return Diagnostics(nonfinite, None, cut_E)
+        return Diagnostics(nonfinite, None, cutoff_E)
     assert selected_NE is not None
     record = RouterRecord(
         selected_NE,
@@ -213,4 +213,4 @@ def diagnose(
         kind,
         excess,
     )
-    return Diagnostics(nonfinite, record, cut_E)
+    return Diagnostics(nonfinite, record, cutoff_E)

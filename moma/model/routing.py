@@ -288,10 +288,10 @@ def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selec
     return Selection(index_EK, filled_EK, logits_EN.gather(1, index_EK).sigmoid() * filled_EK)
 
 
-def cuts_of(logits_EN: Tensor, eligible_EN: Tensor, index_EK: Tensor) -> Tensor:
+def cutoffs_of(logits_EN: Tensor, eligible_EN: Tensor, index_EK: Tensor) -> Tensor:
     """The midpoint of each row's lowest selected and highest other eligible logit, [E].
 
-    A token was selected if its logit exceeds the cut. −∞ in a row that selected all its
+    A token was selected if its logit exceeds the cutoff. −∞ in a row that selected all its
     tokens, ∞ without slots.
 
     Args:

@@ -72,7 +72,8 @@ class ModelOutput(NamedTuple):
         nonfinite_L: booleans on the device: layers whose output or router scores are NaN or
             infinite. The first one is the cause; later ones follow from it. Empty without
             `Routing.checks`.
-        cuts: for each router of a policy with slots, layer by layer, the cuts of batch choice [E].
+        cutoffs: for each router of a policy with slots, layer by layer, the cutoffs of batch choice
+            [E].
         loads: for each router under token choice with slots, layer by layer, its load [O]; see
             `TokenChoices`.
         router_loss: sum of the routers' own losses, to add to the mean loss of the targets; None
@@ -82,7 +83,7 @@ class ModelOutput(NamedTuple):
     head: Any
     routers: list[RouterRecord]
     nonfinite_L: Tensor
-    cuts: list[Tensor]
+    cutoffs: list[Tensor]
     loads: list[Tensor]
     router_loss: Tensor | None
 
@@ -181,7 +182,7 @@ class Transformer(nn.Module):
             return ModelOutput(head(hidden_BSD, self.head.weight), [], none_L, [], [], None)
         records: list[RouterRecord] = []
         nonfinite: list[Tensor] = []
-        cuts: list[Tensor] = []
+        cutoffs: list[Tensor] = []
         loads: list[Tensor] = []
         losses: list[Tensor] = []
         first = next((layer for layer in self.layers if not isinstance(layer, DepthLayer)), None)
@@ -195,7 +196,7 @@ class Transformer(nn.Module):
                 context = context._replace(cache=caches.layers[number])
             x_BSD, diagnostics = layer(x_BSD, context, routing)
             records += [each.record for each in diagnostics if each.record is not None]
-            cuts += [each.cut_E for each in diagnostics if each.cut_E is not None]
+            cutoffs += [each.cutoff_E for each in diagnostics if each.cutoff_E is not None]
             loads += [each.load_O for each in diagnostics if each.load_O is not None]
             losses += [each.loss for each in diagnostics if each.loss is not None]
             flags = [each.nonfinite for each in diagnostics if each.nonfinite is not None]
@@ -206,7 +207,7 @@ class Transformer(nn.Module):
             require_finite(nonfinite_L)
         router_loss = torch.stack(losses).sum() if losses else None
         output = head(self.norm(x_BSD), self.head.weight)
-        return ModelOutput(output, records, nonfinite_L, cuts, loads, router_loss)
+        return ModelOutput(output, records, nonfinite_L, cutoffs, loads, router_loss)
 
     def _context(
         self,
@@ -265,7 +266,7 @@ class Transformer(nn.Module):
         super().to_empty(device=device, recurse=recurse)
         self.modality_of_id.copy_(self._modality_table())
         for router in self.routers():
-            router.cuts_3E.zero_()
+            router.cutoffs_3E.zero_()
         for token_router in self.token_routers():
             token_router.bias_O.zero_()
         if self.config.tied_embeddings:
@@ -337,16 +338,16 @@ class Transformer(nn.Module):
         """Yield the routers that select over the batch, in the order of the records."""
         return (module for module in self.modules() if isinstance(module, Router))
 
-    def update_cuts(self, mean_2T: Tensor) -> None:
-        """Add a step's cuts to the thresholds of all routers; see `Router.update_cuts`.
+    def update_cutoffs(self, mean_2T: Tensor) -> None:
+        """Add a step's cutoffs to the thresholds of all routers; see `Router.update_cutoffs`.
 
         Args:
             mean_2T: as for a router, for the experts of all routers in their order.
         """
         routers = list(self.routers())
-        sizes = [router.cuts_3E.shape[1] for router in routers]
+        sizes = [router.cutoffs_3E.shape[1] for router in routers]
         for router, mean_2E in zip(routers, mean_2T.split(sizes, 1), strict=True):
-            router.update_cuts(mean_2E)
+            router.update_cutoffs(mean_2E)
 
     def token_routers(self) -> Iterator[TokenRouter]:
         """Yield the routers of token choice, in the order of `ModelOutput.loads`."""
@@ -366,7 +367,7 @@ class Transformer(nn.Module):
     @property
     def has_thresholds(self) -> bool:
         """Whether all routers have thresholds, by which the model can be used causally."""
-        return all(bool(router.cuts_3E[2].all()) for router in self.routers())
+        return all(bool(router.cutoffs_3E[2].all()) for router in self.routers())
 
     def routing_fingerprint(self) -> str:
         """Short hash of how the model routes causally: its policy and thresholds."""

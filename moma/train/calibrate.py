@@ -8,7 +8,7 @@ import torch
 
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
-from moma.model.routers import finite_cuts
+from moma.model.routers import finite_cutoffs
 from moma.model.routing import Routing
 from moma.model.transformer import no_head, require_finite
 from moma.progress import show_progress
@@ -38,7 +38,7 @@ def calibrate(run: Run, steps: int, quiet: bool = False) -> Path:
         raise UserError(f"{run.path}: is causal by construction, so it needs no thresholds")
     require_training_data(run, recipe)
     for router in model.routers():
-        router.cuts_3E.zero_()
+        router.cutoffs_3E.zero_()
     device = model.embedding.weight.device
     with (
         closing(Batches(recipe.data, model.vocabulary, recipe.seed)) as batches,
@@ -47,7 +47,7 @@ def calibrate(run: Run, steps: int, quiet: bool = False) -> Path:
         for number, batch in enumerate(islice(batches, steps), 1):
             output = run_model(model, to_device(batch, device), Routing(), no_head)
             require_finite(output.nonfinite_L, f"{run.path}: ")
-            model.update_cuts(finite_cuts(output.cuts))
+            model.update_cutoffs(finite_cutoffs(output.cutoffs))
             report(number)
     write_thresholds(run, run_to_load(run).checkpoint, model)
     return thresholds_file(run)

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.layers import upcast
-from moma.model.routers import RouterRecord, finite_cuts
+from moma.model.routers import RouterRecord, finite_cutoffs
 from moma.model.routing import Routing
 from moma.model.transformer import Head, ModelOutput, Transformer, no_head
 from moma.runtime.sharding import local_part
@@ -49,7 +49,7 @@ class LossOutput(NamedTuple):
         loss_M: sum of the losses by modality.
         correct_M: number of correct predictions by modality.
         targets_M: number of targets by modality.
-        nonfinite_L, routers, cuts, loads: as in `ModelOutput`.
+        nonfinite_L, routers, cutoffs, loads: as in `ModelOutput`.
     """
 
     objective: Tensor
@@ -58,7 +58,7 @@ class LossOutput(NamedTuple):
     targets_M: Tensor
     nonfinite_L: Tensor
     routers: Sequence[RouterRecord]
-    cuts: Sequence[Tensor]
+    cutoffs: Sequence[Tensor]
     loads: Sequence[Tensor]
 
 
@@ -150,7 +150,7 @@ def next_token_loss(
         if output.router_loss is not None:
             objective = objective + output.router_loss * sums[2].sum()
         return LossOutput(
-            objective, *sums, output.nonfinite_L, output.routers, output.cuts, output.loads
+            objective, *sums, output.nonfinite_L, output.routers, output.cutoffs, output.loads
         )
 
     return loss_function
@@ -185,7 +185,7 @@ def router_loss(model: Transformer, batch: DeviceBatch) -> LossOutput:
         targets_M,
         output.nonfinite_L,
         output.routers,
-        output.cuts,
+        output.cutoffs,
         output.loads,
     )
 
@@ -248,7 +248,7 @@ class Step:
             Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of
             the gradient before clipping; both stay on the device. Zeros if the step is skipped.
         """
-        sums, nonfinite_L, cuts_2T, load_T = self._accumulate_gradients(
+        sums, nonfinite_L, cutoffs_2T, load_T = self._accumulate_gradients(
             batches, statistics, self.finish_loss if finishes else self.loss_function
         )
         targets = sums[2].sum().clamp(min=1)
@@ -271,7 +271,7 @@ class Step:
                 self.model.zero_grad()
                 return torch.zeros_like(sums), torch.zeros_like(norm)
         if self.model.training:  # not while the model is frozen
-            self.model.update_cuts(cuts_2T / (len(batches) * self.world.size))
+            self.model.update_cutoffs(cutoffs_2T / (len(batches) * self.world.size))
             self.model.update_biases(load_T)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -296,11 +296,12 @@ class Step:
         Returns:
             Sums [3, M] over all ranks; booleans [L]: a layer was non-finite on some rank, in that
             rank's first micro-batch with a non-finite layer; and sums over all ranks of the finite
-            cuts of all routers, and their numbers, [2, T], and of the loads of token choice, [T].
+            cutoffs of all routers, and their numbers, [2, T], and of the loads of token choice,
+            [T].
         """
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
-        cuts: list[Tensor] = []
+        cutoffs: list[Tensor] = []
         loads: list[Tensor] = []
         on_device = [to_device(batch, self.world.device) for batch in batches]
         for batch in on_device:
@@ -318,18 +319,18 @@ class Step:
             losses.objective.backward()
             nonfinite_L = torch.where(nonfinite_L.any(), nonfinite_L, losses.nonfinite_L)
             sums += torch.stack((losses.loss_M, losses.correct_M, losses.targets_M))
-            cuts.append(finite_cuts([sums.new_zeros(0), *losses.cuts]))
+            cutoffs.append(finite_cutoffs([sums.new_zeros(0), *losses.cutoffs]))
             loads.append(torch.cat([sums.new_zeros(0), *losses.loads]))
         if statistics is not None:
             statistics.add_routers(losses.routers, batch.tokens_BS)
-        counts = torch.stack(cuts).sum(0), torch.stack(loads).sum(0)
+        counts = torch.stack(cutoffs).sum(0), torch.stack(loads).sum(0)
         parts = sums, nonfinite_L.to(sums.dtype), *counts
         total = self.world.sum(torch.cat([part.flatten() for part in parts]))
-        sums, nonfinite_L, cuts_2T, load_T = (
+        sums, nonfinite_L, cutoffs_2T, load_T = (
             found.view_as(part)
             for found, part in zip(total.split([p.numel() for p in parts]), parts, strict=True)
         )
-        return sums, nonfinite_L > 0, cuts_2T, load_T
+        return sums, nonfinite_L > 0, cutoffs_2T, load_T
 
     def _clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_norm`; returns its norm before."""

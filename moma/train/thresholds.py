@@ -22,9 +22,9 @@ def thresholds_file(run: Run) -> Path:
 @torch.no_grad()
 def write_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
     """Write the thresholds of a model that was loaded from a checkpoint."""
-    cuts = {name: cuts_3E.cpu() for name, cuts_3E in _cuts(model).items()}
+    cutoffs = {name: cutoffs_3E.cpu() for name, cutoffs_3E in _cutoffs(model).items()}
     with atomic_open(thresholds_file(run)) as file:
-        file.write(save(cuts, {"checkpoint": _fingerprint(checkpoint)}))
+        file.write(save(cutoffs, {"checkpoint": _fingerprint(checkpoint)}))
 
 
 @torch.no_grad()
@@ -40,8 +40,8 @@ def load_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
     try:
         with safe_open(path, "pt") as file:
             if file.metadata()["checkpoint"] == _fingerprint(checkpoint):
-                for name, cuts_3E in _cuts(model).items():
-                    cuts_3E.copy_(file.get_tensor(name))
+                for name, cutoffs_3E in _cutoffs(model).items():
+                    cutoffs_3E.copy_(file.get_tensor(name))
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); delete it, and compute it again with "
@@ -49,8 +49,8 @@ def load_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
         ) from error
 
 
-def _cuts(model: Transformer) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in model.named_buffers() if name.endswith(".cuts_3E")}
+def _cutoffs(model: Transformer) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in model.named_buffers() if name.endswith(".cutoffs_3E")}
 
 
 def _fingerprint(checkpoint: Path) -> str:

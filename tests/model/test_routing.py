@@ -16,7 +16,7 @@ from moma.model.routing import (
     Scores,
     Threshold,
     any_nonfinite,
-    cuts_of,
+    cutoffs_of,
     list_selected,
     router_logits,
     select_all,
@@ -93,12 +93,12 @@ def test_a_threshold_between_the_cuts_selects_what_batch_choice_selected(
     eligible = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
     scores = scores_of(logits_NE, torch.tensor(eligible), capacity)
     selection = select_top_k(scores.logits_RN, scores.eligible_RN, capacity)
-    cut_E = cuts_of(scores.logits_RN, scores.eligible_RN, selection.index_EK)
-    for row, cut in enumerate(cut_E.tolist()):
+    cutoff_E = cutoffs_of(scores.logits_RN, scores.eligible_RN, selection.index_EK)
+    for row, cut in enumerate(cutoff_E.tolist()):
         own = sorted(logits_NE[scores.eligible_RN[0], row].tolist(), reverse=True)
         expected = (own[capacity - 1] + own[capacity]) / 2 if len(own) > capacity else -math.inf
         assert cut == pytest.approx(expected)
-    exceeding = scores._replace(threshold_R1=cut_E[:, None])
+    exceeding = scores._replace(threshold_R1=cutoff_E[:, None])
     selected_RN = selected_by(BatchChoice(), scores)
     assert torch.equal(selected_by(Threshold(), exceeding), selected_RN)
     assert torch.equal(selected_by(Threshold("static"), exceeding), selected_RN)
@@ -108,13 +108,13 @@ def test_thresholds_with_slots_drop_the_lowest_scores():
     logits_NE = torch.tensor([[3.0], [1.0], [5.0], [2.0], [-1.0]])
     scores = scores_of(logits_NE, torch.ones(5, dtype=torch.bool), 2)
     scores = scores._replace(threshold_R1=torch.zeros(1, 1))
-    selection, cut_1, excess = select_slots(Threshold("static"), scores)
+    selection, cutoff_1, excess = select_slots(Threshold("static"), scores)
     assert set(selection.index_EK[0].tolist()) == {0, 2} and int(excess or 0) == 2
-    assert cut_1.tolist() == [2.5]
+    assert cutoff_1.tolist() == [2.5]
     few = scores._replace(threshold_R1=torch.full((1, 1), 4.0))
-    selection, cut_1, excess = select_slots(Threshold("static"), few)
+    selection, cutoff_1, excess = select_slots(Threshold("static"), few)
     assert selection.filled_EK.sum() == 1 and excess is not None and int(excess) == 0
-    assert cut_1.tolist() == [2.5]
+    assert cutoff_1.tolist() == [2.5]
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.05, 1.0])

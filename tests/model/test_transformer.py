@@ -32,8 +32,8 @@ def build(groups: str, **changes) -> Transformer:
 
 def set_thresholds(model: Transformer, seed: int) -> None:
     """Thresholds of batch choice on some micro-batch."""
-    cut_T = torch.cat([torch.zeros(0), *model(mixed_tokens(2, 15, seed)).cuts])
-    model.update_cuts(torch.stack((cut_T, torch.ones_like(cut_T))))
+    cutoff_T = torch.cat([torch.zeros(0), *model(mixed_tokens(2, 15, seed)).cutoffs])
+    model.update_cutoffs(torch.stack((cutoff_T, torch.ones_like(cutoff_T))))
 
 
 def mixed_tokens(sequences: int, length: int, seed: int) -> torch.Tensor:
@@ -77,7 +77,9 @@ def test_causal_routing_records_what_it_selects(policy, threshold):
     """Also of a layer with mixture-of-depths that no token passes."""
     model, tokens = build("mod_moe_2t2i"), mixed_tokens(2, 15, 0)
     for router in model.routers():
-        router.cuts_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]).expand_as(router.cuts_3E))
+        router.cutoffs_3E.copy_(
+            torch.tensor([[threshold], [1.0], [1.0]]).expand_as(router.cutoffs_3E)
+        )
     flags = {"record_auxiliary": True} if isinstance(policy, Auxiliary) else {}
     records = model(tokens, routing=uniform_routing(policy, record_selection=True, **flags)).routers
     assert {record.kind for record in records} == {"experts", "depth"}

@@ -11,7 +11,7 @@ import torch
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
 from moma.model.depth import DepthConfig
-from moma.model.routers import CUT_DECAY, AuxiliaryRouter
+from moma.model.routers import CUTOFF_DECAY, AuxiliaryRouter
 from moma.model.routing import Routing
 from moma.model.transformer import no_head
 from moma.runtime.world import World
@@ -28,8 +28,8 @@ from tests.processes import on_ranks
 WORLD = World(torch.device("cpu"))
 
 
-def cuts_of(model) -> list[list[float]]:
-    return [router.cuts_3E.flatten().tolist() for router in model.routers()]
+def cutoffs_of(model) -> list[list[float]]:
+    return [router.cutoffs_3E.flatten().tolist() for router in model.routers()]
 
 
 def take_steps(world: World, recipe: Recipe, micro_batches: int, out: Path) -> None:
@@ -42,7 +42,7 @@ def take_steps(world: World, recipe: Recipe, micro_batches: int, out: Path) -> N
         batches = list(itertools.islice(data, micro_batches * world.size))
         step(batches[world.rank :: world.size], 1e-2, finishes=finishes)
     if world.rank == 0:
-        (out / f"{world.size}.json").write_text(json.dumps(cuts_of(model)))
+        (out / f"{world.size}.json").write_text(json.dumps(cutoffs_of(model)))
 
 
 def with_depth(tiny: Recipe) -> Recipe:
@@ -56,7 +56,7 @@ def test_two_ranks_have_the_thresholds_of_one(tiny, tmp_path):
     take_steps(WORLD, recipe, 2, tmp_path)
     on_ranks(2, take_steps, recipe, 1, tmp_path)
     one, two = (json.loads((tmp_path / f"{ranks}.json").read_text()) for ranks in (1, 2))
-    assert len(one) == 5 and one == [pytest.approx(cuts, rel=1e-4, abs=1e-6) for cuts in two]
+    assert len(one) == 5 and one == [pytest.approx(cutoffs, rel=1e-4, abs=1e-6) for cutoffs in two]
 
 
 def test_thresholds_are_the_mean_cuts_of_all_micro_batches(tiny):
@@ -65,18 +65,18 @@ def test_thresholds_are_the_mean_cuts_of_all_micro_batches(tiny):
     model = prepare_model(recipe, vocabulary, WORLD)
     step, data = make_step(recipe, model, WORLD), Batches(recipe.data, vocabulary, recipe.seed)
     steps = 3
-    found: list[tuple[float, list[float]]] = []  # weight and cuts of each micro-batch
+    found: list[tuple[float, list[float]]] = []  # weight and cutoffs of each micro-batch
     for number in range(steps):
         batches = list(itertools.islice(data, 2))
         for batch in batches:
             on_device = to_device(batch, WORLD.device)
             with torch.no_grad():
-                cuts = run_model(model, on_device, Routing(), no_head).cuts
-            found.append((CUT_DECAY ** (steps - number), torch.cat(cuts).tolist()))
+                cutoffs = run_model(model, on_device, Routing(), no_head).cutoffs
+            found.append((CUTOFF_DECAY ** (steps - number), torch.cat(cutoffs).tolist()))
         step(batches, 1e-2)
     thresholds = torch.cat([router.threshold_E for router in model.routers()]).tolist()
     for expert, threshold in enumerate(thresholds):
-        finite = [(w, cuts[expert]) for w, cuts in found if math.isfinite(cuts[expert])]
+        finite = [(w, cutoffs[expert]) for w, cutoffs in found if math.isfinite(cutoffs[expert])]
         weight = sum(w for w, _ in finite)
         expected = -math.inf
         if weight > sum(w for w, _ in found) / 2:
@@ -92,7 +92,7 @@ def test_calibration_replaces_thresholds_without_training(tiny, tmp_path):
     require_routing(run, kept)
     calibrate(run, 5, quiet=True)
     calibrated, _ = load_run(run)
-    assert cuts_of(calibrated) != cuts_of(kept)
+    assert cutoffs_of(calibrated) != cutoffs_of(kept)
     for name, parameter in kept.named_parameters():
         assert torch.equal(parameter, calibrated.get_parameter(name))
     thresholds_file(run).write_bytes(b"damaged")
@@ -104,7 +104,7 @@ def test_most_micro_batches_without_a_cut_let_all_tokens_pass(tiny):
     model = with_depth(tiny).build_model(Vocabulary.load(tiny.data.path / "vocabulary.json"))
     router = next(model.routers())
     for cut, finite in ((1.0, 1.0), (0.0, 0.0), (0.0, 0.0)):
-        router.update_cuts(torch.tensor([[cut] * 2, [finite] * 2]))
+        router.update_cutoffs(torch.tensor([[cut] * 2, [finite] * 2]))
     assert router.threshold_E.tolist() == [-torch.inf] * 2
     assert not model.has_thresholds
 
