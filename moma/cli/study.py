@@ -6,7 +6,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from moma.cli.arguments import App, AsJson, Overrides, readable_recipe
-from moma.cli.output import print_result
+from moma.cli.output import notice, print_result
 
 app = App()
 
@@ -33,21 +33,23 @@ def study(
     as_json: AsJson = False,
 ) -> None:
     """Train and measure a grid of recipes and seeds, and report means and intervals."""
+    from moma.errors import UserError
     from moma.study.grid import read_study
     from moma.study.processes import run_study
     from moma.study.results import study_tables, summarize, write_report
 
     read = read_study(file, overrides or ())
-    if not run_study(read, processes, quiet=as_json):
-        counts = {"finished": len(read.results()), "runs": len(read.runs)}
-        lines = [
-            "{finished} of {runs} runs are finished; other processes run the rest".format(**counts)
-        ]
-        print_result(counts, as_json, (), lines)
-        return
-    result = summarize(read)
-    lines = [f"report: {write_report(read, result)}"]
-    print_result(result, as_json, study_tables(result), lines)
+    failures = run_study(read, processes, quiet=as_json)
+    finished = read.finished()
+    if finished.runs:
+        result = summarize(finished)
+        lines = [f"report: {write_report(finished, result)}"]
+        print_result(result, as_json, study_tables(result), lines)
+    if failures:
+        name, message = next(iter(failures.items()))
+        raise UserError(f"{len(failures)} of {len(read.runs)} runs failed; {name}: {message}")
+    if running := len(read.runs) - len(finished.runs):
+        notice(f"{running} of {len(read.runs)} runs are not finished; other processes run them")
 
 
 @app.command()

@@ -46,6 +46,8 @@ def loss_bands(
     for axes, (title, key) in zip(plot.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
         for name, runs in variants.items():
             curves = [smoothed(records, key, axis) for records in runs]
+            if not all(len(loss) for _, loss in curves):
+                continue  # data of one modality has no loss of the other
             x = np.geomspace(max(at[0] for at, _ in curves), min(at[-1] for at, _ in curves), 300)
             losses = np.stack([np.interp(x, at, loss) for at, loss in curves])
             (line,) = axes.plot(x, losses.mean(0), label=name, linewidth=1.6)

@@ -21,10 +21,11 @@ its result is `results/VARIANT-SEED/result.json`. Finished runs are not repeated
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,11 @@ from moma.runtime.world import World
 from moma.study.measures import MEASURES
 from moma.study.speedup import with_seconds
 from moma.train.chain import Evaluate, Evaluation, chain_of, run_chain
+from moma.train.changes import refuse_other_recipe
 from moma.train.recipe import Recipe
+from moma.train.thresholds import thresholds_file
+
+logger = logging.getLogger(__name__)
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -117,31 +122,61 @@ class StudyRun:
         return f"{self.variant}-{self.seed}"
 
     @property
+    def recipes(self) -> list[Recipe]:
+        """The steps that train."""
+        return [step for step in self.steps if isinstance(step, Recipe)]
+
+    @property
+    def model_runs(self) -> list[Run]:
+        """The folders of the steps that train the model, a seed run first."""
+        return [Run(each.run) for each in self.recipes if each.stage != "aux_router"]
+
+    @property
     def run(self) -> Run:
         """The folder of the run that is measured."""
-        recipes = [step for step in self.steps if isinstance(step, Recipe)]
-        return Run([each for each in recipes if each.stage != "aux_router"][-1].run)
+        return self.model_runs[-1]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The log records of the model's training, those of a seed run first."""
-        recipes = [step for step in self.steps if isinstance(step, Recipe)]
-        logs = [Run(each.run).read_metrics() for each in recipes if each.stage != "aux_router"]
+        logs = [run.read_metrics() for run in self.model_runs]
         return with_seconds([record for log in logs for record in log])
+
+    def require_same_recipes(self) -> None:
+        """Raise `UserError` if a folder has a run of another recipe."""
+        for recipe in self.recipes:
+            refuse_other_recipe(Run(recipe.run), recipe)
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of what is measured: the newest checkpoints, on how many micro-batches."""
-        recipes = [step for step in self.steps if isinstance(step, Recipe)]
-        newest = [checkpoints_in(Run(each.run).checkpoints)[-1:] for each in recipes]
-        manifests = b"".join((path / MANIFEST).read_bytes() for paths in newest for path in paths)
-        return hashlib.sha256(manifests + str(self.config.batches).encode()).hexdigest()[:16]
+        """Fingerprint of what is measured: recipes, checkpoints, thresholds, and how much data.
+
+        Raises:
+            FileNotFoundError: a checkpoint was removed while it was read.
+        """
+        newest = [checkpoints_in(Run(each.run).checkpoints)[-1:] for each in self.recipes]
+        files = [path / MANIFEST for paths in newest for path in paths]
+        if (thresholds := thresholds_file(self.run)).is_file():
+            files.append(thresholds)
+        recipes = [recipe.model_dump_json() for recipe in self.recipes]
+        content = b"".join(file.read_bytes() for file in files)
+        content += json.dumps([*recipes, self.config.batches]).encode()
+        return hashlib.sha256(content).hexdigest()[:16]
 
     def read_result(self) -> dict[str, Any] | None:
-        """The run's result; None if it is not measured, or was trained again since."""
+        """The run's result; None if it is not measured, or was trained again since.
+
+        Raises:
+            UserError: the file was not written by a study.
+        """
         if not self.result.is_file():
             return None
         result = read_json(self.result)
-        is_current = result["fingerprint"] == self.fingerprint
+        if not isinstance(result, dict) or not isinstance(result.get("measures"), dict):
+            raise UserError(f"{self.result}: not written by moma, and is not replaced; rename it")
+        try:
+            is_current = result.get("fingerprint") == self.fingerprint
+        except FileNotFoundError:  # another process trains it
+            return None
         is_complete = set(self.config.measures) <= result["measures"].keys()
         return result if is_current and is_complete else None
 
@@ -157,11 +192,11 @@ class Study:
     @property
     def recipe(self) -> Recipe:
         """The first recipe, which has the data that all runs read."""
-        return next(step for step in self.runs[0].steps if isinstance(step, Recipe))
+        return self.runs[0].recipes[0]
 
-    def results(self) -> list[dict[str, Any]]:
-        """The results of all finished runs."""
-        return [result for run in self.runs if (result := run.read_result()) is not None]
+    def finished(self) -> "Study":
+        """The study of the runs that have a result."""
+        return replace(self, runs=tuple(run for run in self.runs if run.read_result() is not None))
 
 
 def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
@@ -179,13 +214,22 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
         raise UserError(f"{path}: 'study.variants': write one [[study.variants]] for each")
     config = check(StudyConfig, table, f"{path}, [study]")
     base = check(_Folder, {"run": values.get("run", "runs/study")}, str(path)).run
-    last = [text for text in overrides if not text.lstrip().startswith(("study.", "run="))]
-    runs = []
+    names = [text.partition("=")[0].strip() for text in overrides]
+    if own_keys := [name for name in names if name == "seed" or name.startswith("chain.")]:
+        raise UserError(
+            f"override '{own_keys[0]}': a study has study.seeds, and chains of variants"
+        )
+    last = [text for text, name in zip(overrides, names, strict=True) if _is_of_recipe(name)]
+    runs: list[StudyRun] = []
     for seed in config.seeds:
         for number, changes in enumerate(deepcopy(variants), 1):
             origin = f"{path}, variant {number}"
             named = {key: changes.pop(key) for key in ("name", "curve") if key in changes}
             variant = check(_Variant, named, origin)
+            if fixed := [key for key in ("seed", "run") if key in changes]:
+                raise UserError(f"{origin}: '{fixed[0]}' is set by the study; leave it out")
+            if variant.curve is not None and "held_out" not in config.measures:
+                raise UserError(f"{origin}: a curve needs 'held_out' in study.measures")
             name = variant.name
             own = merge_tables(deepcopy(values), changes) | {"seed": seed}
             own["run"] = str(base / f"{name}-{seed}")
@@ -197,10 +241,30 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
                 steps = chain_of(own, chain, origin, last)
             file = base / "results" / f"{name}-{seed}" / "result.json"
             runs.append(StudyRun(name, seed, variant.curve, tuple(steps), file, config))
+    _check_runs(path, runs)
+    return Study(base, config, tuple(runs))
+
+
+def _is_of_recipe(key: str) -> bool:
+    return key != "run" and not key.startswith("study.")
+
+
+def _check_runs(path: Path, runs: Sequence[StudyRun]) -> None:
     names = [run.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: two variants have runs named {twice[0]}; give each its own name")
-    return Study(base, config, tuple(runs))
+    folders = [recipe.run.absolute() for run in runs for recipe in run.recipes]
+    for run in runs:
+        origin = f"{path}, variant '{run.variant}'"
+        if not run.model_runs:
+            raise UserError(f"{origin}: trains no model; begin its chain with one")
+        if shared := [each.run for each in run.recipes if folders.count(each.run.absolute()) > 1]:
+            raise UserError(f"{origin}: {shared[0]} is the folder of several runs")
+        if any(each.seed != run.seed for each in run.recipes):
+            raise UserError(f"{origin}: 'seed' is set by the study; leave it out")
+        # Otherwise losses are of other documents, and batch choice is among other tokens.
+        if any(each.data != runs[0].recipes[0].data for each in run.recipes):
+            raise UserError(f"{origin}: has another [data]; all runs of a study have the same")
 
 
 def run_unfinished(
@@ -209,7 +273,7 @@ def run_unfinished(
     world: World,
     report: Callable[[StudyRun], object] = lambda run: None,
     quiet: bool = True,
-) -> None:
+) -> dict[str, str]:
     """Train and measure, one after another, the runs that no other process does.
 
     Args:
@@ -218,7 +282,14 @@ def run_unfinished(
         world: this process.
         report: called with each run that this process begins.
         quiet: whether to hide the progress of the runs.
+
+    Returns:
+        The messages of the runs that cannot be trained, such as diverging ones, by their names.
+
+    Raises:
+        StoppedError: a signal arrived; progress is saved.
     """
+    failures = {}
     for run in runs:
         run.result.parent.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
@@ -228,7 +299,12 @@ def run_unfinished(
                 continue  # another process runs it
             if run.read_result() is None:
                 report(run)
-                _run(run, evaluate, world, quiet)
+                try:
+                    _run(run, evaluate, world, quiet)
+                except UserError as error:
+                    logger.warning("%s: %s", run.name, error)
+                    failures[run.name] = str(error)
+    return failures
 
 
 def _run(run: StudyRun, evaluate: Evaluate, world: World, quiet: bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
+from moma.errors import UserError
 from moma.model.routers import RouterRecord
 from moma.model.routing import BatchChoice, Noisy, Routing, RoutingName, Threshold
 from moma.model.transformer import Transformer, no_head
@@ -38,7 +39,7 @@ _ORDER = 0
 
 
 def measure_held_out(run: Run, batches: int = 0) -> dict[str, Any]:
-    """Losses by modality under each routing that the run can use; without routers one: `all`."""
+    """Losses by modality under each routing that the run can use; `all` if there is one only."""
     model, recipe = _load(run)
     return {name: losses(model, recipe, by, batches) for name, by in _routings(model).items()}
 
@@ -82,13 +83,20 @@ MEASURES: Mapping[str, Measure] = {"held_out": measure_held_out, "routing": meas
 
 @torch.no_grad()
 def losses(model: Transformer, recipe: Recipe, routing: Routing, batches: int) -> Losses:
-    """Mean held-out losses in nats per target, overall and by modality."""
+    """Mean held-out losses in nats per target, overall and by modality.
+
+    Raises:
+        UserError: there are no held-out documents.
+    """
     loss_function = next_token_loss(routing=routing)
     total_2M: Tensor | float = 0.0
     for batch in _held_out(model, recipe, batches):
         output = loss_function(model, _on_device(model, batch))
         total_2M += torch.stack((output.loss_M, output.targets_M)).double().cpu()
-    assert isinstance(total_2M, Tensor)
+    if not isinstance(total_2M, Tensor):
+        raise UserError(
+            f"{recipe.data.path}: no held-out documents; increase data.held_out and train anew"
+        )
     return mean_losses(*total_2M)
 
 

@@ -22,7 +22,7 @@ from moma.study.results import FILES
 from moma.train.recipe import Recipe
 
 
-def run_study(study: Study, processes: int | None = None, quiet: bool = False) -> bool:
+def run_study(study: Study, processes: int | None = None, quiet: bool = False) -> dict[str, str]:
     """Prepare the data, then train and measure every run that no other process does.
 
     Args:
@@ -31,41 +31,50 @@ def run_study(study: Study, processes: int | None = None, quiet: bool = False) -
         quiet: whether to hide the progress bar.
 
     Returns:
-        Whether all runs are finished; else other processes are at work on the rest.
+        The messages of runs that cannot be trained, by their names. Other processes may still be
+        at work on runs that are neither finished nor among these.
 
     Raises:
-        UserError: a recipe cannot be trained, or a process was killed.
+        UserError: a folder has a run of another recipe, or a process was killed.
     """
+    for run in study.runs:
+        run.require_same_recipes()
     device = local_device()
-    folders = [run.name for run in study.runs]
-    mark_output(study.path, "results", *folders, *FILES)
+    mark_output(study.path, "results", *(run.name for run in study.runs), *FILES)
     prepare(study.recipe, device, quiet)
     wanted = processes or torch.cuda.device_count() or os.cpu_count() or 1
-    count = max(1, min(wanted, len(study.runs) - len(study.results())))
+    count = max(1, min(wanted, len(study.runs) - len(study.finished().runs)))
     if count == 1:
-        run_unfinished(study.runs, evaluate, World(device), quiet=quiet)
-    else:
-        _run_in_pool(study, count, quiet)
-    return len(study.results()) == len(study.runs)
+        return run_unfinished(study.runs, evaluate, World(device), quiet=quiet)
+    return _run_in_pool(study, count, quiet)
 
 
-def _run_in_pool(study: Study, count: int, quiet: bool) -> None:
-    threads, gpus = max(1, (os.cpu_count() or 1) // count), torch.cuda.device_count()
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def _run_in_pool(study: Study, count: int, quiet: bool) -> dict[str, str]:
+    threads, gpus = max(1, (os.cpu_count() or 1) // count), visible_gpus()
+    failures: dict[str, str] = {}
     with _terminating_children(
         ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     ) as pool:
         jobs = [
-            pool.submit(_work, study, threads, n % gpus if gpus else None) for n in range(count)
+            pool.submit(_work, study, threads, gpus[number % len(gpus)] if gpus else None)
+            for number in range(count)
         ]
         with show_progress(f"study {study.path.name}", _steps(study), quiet) as report:
             running = set(jobs)
             while running:
                 done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
                 for job in done:
-                    job.result()
-                report(
-                    _steps(study, done=True), f"{len(study.results())} of {len(study.runs)} runs"
-                )
+                    failures |= job.result()
+                finished = len(study.finished().runs)
+                report(_steps(study, done=True), f"{finished} of {len(study.runs)} runs")
+    return failures
 
 
 @contextmanager
@@ -85,12 +94,12 @@ def _terminating_children(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExec
             raise
 
 
-def _work(study: Study, threads: int, gpu: int | None) -> None:
+def _work(study: Study, threads: int, gpu: str | None) -> dict[str, str]:
     exit_with_parent()  # it must not write into a run that is started again
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
-    run_unfinished(study.runs, evaluate, World(local_device()))
+    return run_unfinished(study.runs, evaluate, World(local_device()))
 
 
 def _steps(study: Study, done: bool = False) -> int:

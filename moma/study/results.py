@@ -1,6 +1,7 @@
 """The results of a study: means and intervals over seeds, as tables, a page and Markdown."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from moma.data.outputs import write_output
 from moma.study import figures
 from moma.study.grid import Study, StudyRun
 from moma.study.page import Page, figure, paragraph, table
-from moma.study.scaling import Curve, crossings, fit_curve
+from moma.study.scaling import MIN_SIZES, Curve, crossings, fit_curve
 from moma.study.speedup import Axis, speedups
 from moma.study.tables import Table, markdown
 
@@ -41,8 +42,10 @@ class Estimate(NamedTuple):
         if self.mean is None:
             reached = sum(value is not None for value in self.values)
             return f"– ({reached} of {len(self.values)})" if reached else "–"
-        margin = "" if self.half_width is None else f" ± {self.half_width:.2g}"
-        return f"{self.mean:.4g}{margin}"
+        if not self.half_width:
+            return f"{self.mean:.4g}"
+        digits = max(0, 1 - math.floor(math.log10(self.half_width)))
+        return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 
 def estimate(values: Sequence[float | None]) -> Estimate:
@@ -71,7 +74,7 @@ def summarize(study: Study) -> dict[str, Any]:
     by_variant: dict[str, list[StudyRun]] = {}
     for run in study.runs:
         by_variant.setdefault(run.variant, []).append(run)
-    baseline, *_ = by_variant
+    baseline = study.runs[0].variant
     metrics = {run.name: run.read_metrics() for run in study.runs}
     found: dict[str, Any] = {}
     for variant, runs in by_variant.items():
@@ -84,15 +87,17 @@ def summarize(study: Study) -> dict[str, Any]:
         }
         if variant == baseline:
             continue
-        pairs = [(metrics[f"{baseline}-{run.seed}"], metrics[run.name]) for run in runs]
-        found[variant]["speedup"] = {
-            axis: _estimates([speedups(*pair, axis) for pair in pairs]) for axis in _AXES
-        }
+        same = [(metrics.get(f"{baseline}-{run.seed}"), metrics[run.name]) for run in runs]
+        pairs = [(of_baseline, own) for of_baseline, own in same if of_baseline is not None]
+        if pairs:
+            found[variant]["speedup"] = {
+                axis: _estimates([speedups(*pair, axis) for pair in pairs]) for axis in _AXES
+            }
     curves = {key: _curves(study, key) for key in _LOSSES}
     return {
         "variants": found,
         "scaling": {
-            name: {key: _describe_curve(curves[key][name]) for key in _LOSSES}
+            name: {key: _describe_curve(each[name]) for key, each in curves.items() if name in each}
             for name in curves[_LOSSES[0]]
         },
         "crossings": {key: _describe_crossings(each) for key, each in curves.items()},
@@ -107,9 +112,14 @@ def _curves(study: Study, key: str) -> dict[str, Curve]:
         if run.curve is not None and result is not None:
             held_out = result["measures"]["held_out"]
             by = "threshold" if "threshold" in held_out else next(iter(held_out))
-            points.setdefault(run.curve, []).append((result["flops"], held_out[by][key]))
+            if held_out[by][key] is not None:
+                points.setdefault(run.curve, []).append((result["flops"], held_out[by][key]))
     found = {name: tuple(map(np.array, zip(*each, strict=True))) for name, each in points.items()}
-    return {name: fit_curve(flops, loss) for name, (flops, loss) in found.items()}
+    return {
+        name: fit_curve(flops, loss, seed)
+        for seed, (name, (flops, loss)) in enumerate(found.items())
+        if len(np.unique(flops)) >= MIN_SIZES
+    }
 
 
 def _describe_curve(curve: Curve) -> dict[str, Any]:
@@ -127,20 +137,19 @@ def _describe_crossings(curves: Mapping[str, Curve]) -> dict[str, Any]:
         " and ".join(pair): {
             "median": float(np.median(at)) if at else None,
             "interval": _interval(at) if at else None,
-            "share": len(at) / len(curves[pair[0]].laws),
+            "share": len(at) / min(len(curves[name].laws) for name in pair),
         }
         for pair, at in (crossings(curves) if len(curves) > 1 else {}).items()
     }
 
 
 def _interval(samples: Sequence[float]) -> list[float]:
-    return [float(end) for end in np.quantile(samples, [0.025, 0.975])]
+    return [float(end) for end in np.quantile(samples, [0.025, 0.975])] if samples else []
 
 
 def _estimates(of_seeds: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
-    return {
-        name: estimate([values.get(name) for values in of_seeds])._asdict() for name in of_seeds[0]
-    }
+    names = dict.fromkeys(name for values in of_seeds for name in values)
+    return {name: estimate([values.get(name) for values in of_seeds])._asdict() for name in names}
 
 
 def study_tables(summary: Mapping[str, Any]) -> list[Table]:
@@ -266,7 +275,7 @@ def _taken_table(result: Mapping[str, Any]) -> Table:
 
 def _scaling_tables(summary: Mapping[str, Any]) -> list[Table]:
     def span(value: Sequence[float]) -> str:
-        return f"{value[0]:.3g} ({value[1]:.3g} to {value[2]:.3g})"
+        return f"{value[0]:.3g}" + (f" ({value[1]:.3g} to {value[2]:.3g})" if value[1:] else "")
 
     def predicted(value: Mapping[str, Any] | None) -> tuple[str, ...]:
         if value is None:
@@ -276,8 +285,8 @@ def _scaling_tables(summary: Mapping[str, Any]) -> list[Table]:
 
     fits = Table(
         "Scaling of the held-out loss",
-        "offset + scale · FLOPs^(−exponent), with 95% intervals by bootstrap; the largest size as "
-        "predicted from the smaller ones.",
+        "offset + scale · FLOPs^(−exponent), with 95% intervals by bootstrap, if there are at "
+        "least nine runs; the largest size as predicted from the smaller ones.",
         ("curve", "loss", "exponent", "offset", "predicted", "measured", "inside"),
         [
             (curve, key, span(fit["exponent"]), span(fit["offset"]), *predicted(fit["prediction"]))

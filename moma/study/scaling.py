@@ -13,7 +13,9 @@ import numpy as np
 
 # Bootstrap samples, and their seed.
 SAMPLES, SEED = 200, 0
-_MIN_SIZES = 3
+MIN_SIZES = 3
+# With fewer runs beyond the three parameters of a law, intervals would be too narrow.
+_MIN_FREEDOM = 6
 _MAX_EXPONENT = 2
 
 
@@ -54,9 +56,10 @@ class Curve(NamedTuple):
 
     Attributes:
         flops, loss: of every run, [runs].
-        laws: fitted to all sizes; the first to the points as they are, the others by bootstrap.
+        laws: fitted to all sizes; the first to the points as they are, the others by bootstrap,
+            if there are at least nine runs.
         prediction: of the largest size by laws fitted to the smaller ones; None if these are fewer
-            than three.
+            than three sizes or nine runs.
     """
 
     flops: np.ndarray
@@ -71,7 +74,7 @@ def fit_power_law(flops: np.ndarray, loss: np.ndarray) -> PowerLaw:
     Raises:
         ValueError: there are fewer than three different FLOPs.
     """
-    if len(np.unique(flops)) < _MIN_SIZES:
+    if len(np.unique(flops)) < MIN_SIZES:
         raise ValueError("a power law with an offset needs three sizes")
     unit = float(np.exp(np.log(flops).mean()))
     exponents = np.linspace(0.01, _MAX_EXPONENT, 200)
@@ -80,7 +83,8 @@ def fit_power_law(flops: np.ndarray, loss: np.ndarray) -> PowerLaw:
         best = int(errors.argmin())
         found = PowerLaw(float(offsets[best]), float(scales[best]), float(exponents[best]), unit)
         step = exponents[1] - exponents[0]
-        exponents = np.linspace(max(1e-4, found.exponent - step), found.exponent + step, 200)
+        low, high = max(1e-4, found.exponent - step), min(_MAX_EXPONENT, found.exponent + step)
+        exponents = np.linspace(low, high, 200)
     return found
 
 
@@ -104,21 +108,28 @@ def _linear_fits(
     return errors, offset, scale
 
 
-def fit_curve(flops: np.ndarray, loss: np.ndarray) -> Curve:
-    """Fit an architecture's runs; `flops` and `loss` [runs], runs of one size have equal FLOPs."""
+def fit_curve(flops: np.ndarray, loss: np.ndarray, seed: int = SEED) -> Curve:
+    """Fit an architecture's runs.
+
+    Args:
+        flops, loss: of every run, [runs]; runs of one size have equal FLOPs.
+        seed: of the bootstrap.
+    """
+    generator = np.random.default_rng(seed)
     largest = flops.max()
     is_smaller = flops < largest
+    smaller = flops[is_smaller], loss[is_smaller]
     prediction = None
-    if len(np.unique(flops[is_smaller])) >= _MIN_SIZES:
-        smaller = flops[is_smaller], loss[is_smaller]
-        laws = _bootstrap(*smaller)
-        # A measured loss deviates from the law as the fitted ones do.
-        residual = np.random.default_rng(SEED).choice(_residuals(laws[0], *smaller), len(laws))
-        predicted = np.array([law(largest) for law in laws]) + residual
+    if len(np.unique(smaller[0])) >= MIN_SIZES and len(smaller[1]) >= 3 + _MIN_FREEDOM:
+        laws = _bootstrap(*smaller, generator)
+        # A measured mean over seeds deviates from the law as the fitted losses do.
+        residual = _residuals(laws[0], *smaller)
+        deviation = generator.choice(residual, (len(laws), int((~is_smaller).sum()))).mean(1)
+        predicted = np.array([law(largest) for law in laws]) * (1 + deviation)
         low, high = np.quantile(predicted, [0.025, 0.975])
         measured = float(loss[~is_smaller].mean())
         prediction = Prediction(float(largest), float(low), float(high), measured)
-    return Curve(flops, loss, _bootstrap(flops, loss), prediction)
+    return Curve(flops, loss, _bootstrap(flops, loss, generator), prediction)
 
 
 def crossing(first: PowerLaw, second: PowerLaw, start: float, end: float) -> float | None:
@@ -134,7 +145,8 @@ def crossings(
 ) -> dict[tuple[str, str], list[float]]:
     """FLOPs at which pairs of curves cross, up to `factor` times the largest, in each sample.
 
-    A sample in which two curves do not cross contributes nothing.
+    A sample in which two curves do not cross contributes nothing. Samples of two curves are drawn
+    independently and paired by their number.
     """
     start = min(curve.flops.min() for curve in curves.values())
     end = factor * max(curve.flops.max() for curve in curves.values())
@@ -143,22 +155,25 @@ def crossings(
     return {
         (a, b): [
             found
-            for first, second in zip(curves[a].laws, curves[b].laws, strict=True)
+            for first, second in zip(curves[a].laws, curves[b].laws, strict=False)
             if (found := crossing(first, second, start, end)) is not None
         ]
         for a, b in pairs
     }
 
 
-def _bootstrap(flops: np.ndarray, loss: np.ndarray) -> list[PowerLaw]:
+def _bootstrap(
+    flops: np.ndarray, loss: np.ndarray, generator: np.random.Generator
+) -> list[PowerLaw]:
     """The law of the points, then laws of the same FLOPs with resampled residuals."""
     law = fit_power_law(flops, loss)
-    residual, generator = _residuals(law, flops, loss), np.random.default_rng(SEED)
-    samples = [law(flops) + generator.choice(residual, len(loss)) for _ in range(SAMPLES)]
+    if len(loss) < 3 + _MIN_FREEDOM:
+        return [law]
+    residual = _residuals(law, flops, loss)
+    samples = [law(flops) * (1 + generator.choice(residual, len(loss))) for _ in range(SAMPLES)]
     return [law, *(fit_power_law(flops, sample) for sample in samples)]
 
 
 def _residuals(law: PowerLaw, flops: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Deviations of points from a law, enlarged for its three fitted parameters."""
-    freedom = max(1, len(loss) - 3)
-    return (loss - law(flops)) * (len(loss) / freedom) ** 0.5
+    """Relative deviations of points from a law, enlarged for its three fitted parameters."""
+    return (loss / law(flops) - 1) * (len(loss) / (len(loss) - 3)) ** 0.5

@@ -28,6 +28,18 @@ def test_every_run_has_a_curve_for_each_loss():
             assert (np.asarray(line.get_ydata()) == loss).all()
 
 
+def test_bands_span_the_seeds_and_leave_out_losses_that_do_not_exist():
+    runs = [records_of([5.0, 3.0, 2.0]), records_of([5.5, 3.5, 2.5])]
+    for records in runs:
+        for record in records:
+            record["loss_image"] = None
+    plot = figures.loss_bands({"dense": runs})
+    assert [len(axes.lines) for axes in plot.axes] == [1, 1, 0]
+    curves = [smoothed(records, "loss")[1] for records in runs]
+    mean = np.asarray(plot.axes[0].lines[0].get_ydata())
+    assert mean[[0, -1]] == pytest.approx([(a + b) / 2 for a, b in zip(*curves, strict=True)][::2])
+
+
 @pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 3)])
 def test_codes_not_taken_by_an_expert_are_dimmed(layers, experts):
     side, cell = 2, 4

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from moma.model.transformer import no_head
 from moma.runtime.world import World
 from moma.study.grid import Study, StudyRun, read_study, run_unfinished
 from moma.study.measures import ROUTINGS, measure_held_out, measure_routing
-from moma.study.results import study_tables, summarize, write_report
+from moma.study.processes import run_study, visible_gpus
+from moma.study.results import estimate, study_tables, summarize, write_report
 from moma.study.scaling import PowerLaw
 from moma.study.speedup import speedup
 from moma.train.recipe import Recipe
@@ -37,6 +39,9 @@ VARIANTS = [
         ],
     },
 ]
+
+
+ROUTERS = {"stage": "aux_router", "from": "elsewhere"}
 
 
 def write_study(tiny, folder: Path, **changes) -> Path:
@@ -86,6 +91,13 @@ def test_every_variant_has_a_run_for_each_seed(tiny, tmp_path):
         ({"measures": ["speed"]}, "there is no measure 'speed'; use held_out, routing"),
         ({"batches": -1}, "batches"),
         ({"steps": 3}, "unknown key 'steps'"),
+        ({"variants": [{"name": "a", "seed": 7}]}, "'seed' is set by the study"),
+        ({"variants": [{"name": "a", "run": "b"}]}, "'run' is set by the study"),
+        ({"variants": [{"name": "a", "chain": [{"seed": 7}]}]}, "'seed' is set by the study"),
+        ({"variants": [{"name": "a", "chain": [ROUTERS]}]}, "trains no model"),
+        ({"variants": [{"name": "a", "chain": [{}, ROUTERS]}]}, "the folder of several runs"),
+        ({"variants": [{"name": "a"}, {"name": "b", "data": {"workers": 2}}]}, "another [data]"),
+        ({"measures": ["routing"], "variants": [{"name": "a", "curve": "c"}]}, "needs 'held_out'"),
     ],
 )
 def test_wrong_studies_are_refused(tiny, tmp_path, changes, message):
@@ -94,6 +106,12 @@ def test_wrong_studies_are_refused(tiny, tmp_path, changes, message):
     assert "study.toml" in str(refused.value)
     key = message.removeprefix("study.")
     assert key in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["seed=5", "chain.0.pretrain.steps=2"])
+def test_overrides_that_a_study_cannot_apply_are_refused(tiny, tmp_path, key):
+    with pytest.raises(UserError, match=r"a study has study\.seeds, and chains of variants"):
+        read_study(write_study(tiny, tmp_path), [key])
 
 
 def test_a_recipe_is_no_study(tiny, tmp_path):
@@ -125,8 +143,40 @@ def test_finished_runs_are_not_repeated_and_others_are_measured_again(study, tmp
         run for run in study.runs if (folder / "results" / run.name / "result.json").is_file()
     ]
     assert len(copied) == 4
-    more = read_study(study.path.parent / "study.toml", ["study.batches=1"])
-    assert [run.read_result() for run in more.runs] == [None] * 4
+    for change in ("study.batches=1", "pretrain.steps=10"):
+        more = read_study(study.path.parent / "study.toml", [change])
+        assert [run.read_result() for run in more.runs] == [None] * 4
+
+
+def test_a_run_of_another_recipe_is_refused_before_anything_is_trained(study):
+    other = read_study(study.path.parent / "study.toml", ["model.dim=32"])
+    with pytest.raises(UserError, match="plain-0: holds a run of another recipe"):
+        run_study(other, 1, quiet=True)
+
+
+def test_a_foreign_result_is_refused(study, tmp_path):
+    (tmp_path / "result.json").write_text("[]")
+    with pytest.raises(UserError, match="not written by moma"):
+        replace(study.runs[0], result=tmp_path / "result.json").read_result()
+
+
+def test_a_run_that_cannot_be_trained_does_not_stop_the_others(tiny, tmp_path):
+    variants = [
+        {"name": "missing", "stage": "upcycle", "from": str(tmp_path / "nothing")},
+        {"name": "plain", "model": {"groups": "dense"}},
+    ]
+    file = write_study(tiny, tmp_path, variants=variants, measures=["held_out"], seeds=[0])
+    outcome = moma("study", file, "pretrain.steps=4", "--processes", "1", "--json")
+    assert outcome.code == 2 and "1 of 2 runs failed; missing-0: " in outcome.err
+    assert json.loads(outcome.out)["variants"].keys() == {"plain"}
+
+
+def test_processes_take_the_gpus_that_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-5,7")
+    assert visible_gpus() == ["GPU-5", "7"]
 
 
 def test_held_out_losses_are_those_of_evaluate_on_the_same_micro_batches(study):
@@ -222,8 +272,8 @@ def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_pat
         for curve in ("a", "b")
         for size in (1, 2, 3, 4)
     ]
-    file = write_study(tiny, tmp_path, variants=variants, measures=["held_out"])
-    scaled = read_study(file)
+    changes = {"variants": variants, "measures": ["held_out"], "seeds": [0, 1, 2]}
+    scaled = read_study(write_study(tiny, tmp_path, **changes))
     measured, metrics = study.runs[0].read_result(), study.runs[0].read_metrics()
     assert measured is not None
     for run in scaled.runs:
@@ -243,6 +293,12 @@ def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_pat
     assert summary["crossings"]["loss"]["a and b"]["share"] == 0
     titles = [table.title for table in study_tables(summary)]
     assert {"Scaling of the held-out loss", "Where scaling curves cross"} <= set(titles)
+
+
+def test_the_mean_has_the_digits_of_its_interval():
+    found = estimate([4.73700, 4.73712, 4.73724])
+    assert str(found) == "4.73712 ± 0.00030"
+    assert str(estimate([2.0])) == "2" and str(estimate([1.0, None])) == "– (1 of 2)"
 
 
 def test_the_report_names_every_run(study, tmp_path):

@@ -34,17 +34,26 @@ def test_a_law_with_the_wrong_exponent_fits_worse():
 
 
 def test_most_predictions_of_the_largest_size_contain_its_true_loss():
-    inside = []
+    inside, widths = [], []
     for seed in range(8):
         curve = fit_curve(*runs_of(LAW, 0.01, seed))
         assert curve.prediction is not None and curve.prediction.flops == SIZES[-1]
         inside.append(curve.prediction.is_inside)
+        widths.append(curve.prediction.high - curve.prediction.low)
     assert np.mean(inside) >= 0.75
+    assert 0.01 < np.median(widths) < 0.3  # the noise has a deviation of 0.01
     # A loss that no such law predicts is outside.
     flops, loss = runs_of(LAW, 0.001, 0)
     loss[flops == SIZES[-1]] += 0.5
     prediction = fit_curve(flops, loss).prediction
     assert prediction is not None and not prediction.is_inside
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_runs_have_no_intervals(seeds):
+    """Three parameters fit three points exactly."""
+    curve = fit_curve(*runs_of(LAW, 0.01, 0, seeds=seeds))
+    assert len(curve.laws) == 1 and curve.prediction is None
 
 
 def test_two_sizes_are_no_curve_and_three_predict_nothing():
