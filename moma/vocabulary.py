@@ -92,7 +92,7 @@ class Vocabulary:
     @cached_property
     def fingerprint(self) -> str:
         """Short hash that identifies the vocabulary in shards and checkpoints."""
-        return hashlib.sha256(json.dumps(self._values()).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()[:16]
 
     def wrap_image(self, codes: np.ndarray) -> list[int]:
         """Return the ids of an image in a sequence from its codebook indices [codes_per_image]."""
@@ -101,7 +101,7 @@ class Vocabulary:
 
     def differences(self, other: "Vocabulary") -> str:
         """Describe the fields in which two vocabularies differ; empty if they are equal."""
-        pairs = {key: (mine, other._values()[key]) for key, mine in self._values().items()}
+        pairs = {key: (mine, other.to_dict()[key]) for key, mine in self.to_dict().items()}
         return ", ".join(
             f"{key} ({len(a)} and {len(b)} ids)" if key == "image_codes" else f"{key} ({a} and {b})"
             for key, (a, b) in pairs.items()
@@ -110,9 +110,10 @@ class Vocabulary:
 
     def save(self, path: Path) -> None:
         """Write the vocabulary as JSON."""
-        atomic_write(path, json.dumps(self._values()) + "\n")
+        atomic_write(path, json.dumps(self.to_dict()) + "\n")
 
-    def _values(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name."""
         # `asdict` would copy each of the image codes.
         return {field.name: getattr(self, field.name) for field in fields(self)}
 

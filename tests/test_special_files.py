@@ -49,7 +49,7 @@ def endless(request, tmp_path):
         ["tokenizer", "show", "{path}", "--text", "a"],
         ["tokenizer", "show", "{path}", "--image", "a.png"],
         ["tokenizer", "import-chameleon", "{path}", "{path}"],
-        ["import", "chameleon", "{path}", "--out", "{path}-run"],
+        ["import", "{path}", "{path}-run"],
         ["generate", "{run}", "--image", "{path}"],
         ["report", "{path}"],
         ["report", "{run}", "--out", "{path}"],

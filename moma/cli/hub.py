@@ -1,52 +1,82 @@
-"""Weights of other libraries: `moma import <format>` and `moma export <format>`."""
+"""`moma import` and `moma export`: models of moma and of other libraries, as folders."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from typer import Argument, Option
+from typer import Argument, Context, Option
 
-from moma.cli.arguments import App, load_recipe
+from moma.cli.arguments import App, RunFolder, load_recipe, refuse_unused
 from moma.cli.output import notice
+from moma.errors import UserError, quote
 
-importing = App(
-    name="import", help="Make a run from another library's weights.", no_args_is_help=True
-)
-exporting = App(
-    name="export", help="Write a run's weights for another library.", no_args_is_help=True
-)
+app = App()
+Format = Literal["moma", "chameleon"]
 
 
-@importing.command("chameleon")
-def import_chameleon(
-    folder: Annotated[Path, Argument(help="what `transformers` saved: config.json, weights")],
-    out: Annotated[Path, Option(help="the run folder to make")],
+@app.command("import")
+def import_(
+    ctx: Context,
+    folder: Annotated[Path, Argument(help="a folder with config.json and safetensors weights")],
+    run: Annotated[Path, Argument(help="the run folder to make")],
+    format_: Annotated[
+        Format | None, Option("--format", help="by default what config.json says")
+    ] = None,
     tokenizers: Annotated[
-        Path | None, Option(help="tokenizers or a run to use instead of the folder's own")
+        Path | None,
+        Option(help="with chameleon: tokenizers or a run to use instead of the folder's own"),
     ] = None,
     recipe: Annotated[
         Path | None, Option(help="a recipe whose [data] the run is evaluated on")
     ] = None,
 ) -> None:
-    """Make a dense run from the `transformers` port of Chameleon."""
-    from moma.hub.chameleon import import_chameleon as run
+    """Make a run from a model of moma, or of the `transformers` port of Chameleon."""
     from moma.runs import Run, Tokenizers
 
-    given = None if tokenizers is None else Tokenizers(tokenizers).require()
+    format_ = format_ or _format_of(folder)
     base = None if recipe is None else load_recipe(recipe)
-    for message in run(folder, Run(out), given, base):
-        notice(message)
-    print(f"imported {out}")
+    if format_ == "moma":
+        refuse_unused(ctx, "with --format moma", "tokenizers")
+        from moma.hub.moma_format import import_moma
+
+        notes = import_moma(folder, Run(run), base)
+    else:
+        from moma.hub.chameleon import import_chameleon
+
+        given = None if tokenizers is None else Tokenizers(tokenizers).require()
+        notes = import_chameleon(folder, Run(run), given, base)
+    for note in notes:
+        notice(note)
+    print(f"imported {run}")
 
 
-@exporting.command("chameleon")
-def export_chameleon(
-    run: Annotated[Path, Argument(help="the folder of a dense run")],
-    out: Annotated[Path, Option(help="the folder to make")],
+@app.command("export")
+def export(
+    run: RunFolder,
+    folder: Annotated[Path, Argument(help="the folder to make")],
+    format_: Annotated[
+        Format, Option("--format", help="whose: moma's, or of a dense run Chameleon's")
+    ] = "moma",
 ) -> None:
-    """Write a dense run as the `transformers` port of Chameleon."""
-    from moma.hub.chameleon import export_chameleon as export
+    """Write a run as a folder to publish, or for the `transformers` port of Chameleon."""
     from moma.runs import Run
 
-    for message in export(Run(run), out):
-        notice(message)
-    print(f"exported {out}")
+    if format_ == "moma":
+        from moma.hub.moma_format import export_moma as write
+    else:
+        from moma.hub.chameleon import export_chameleon as write
+    for note in write(Run(run), folder):
+        notice(note)
+    print(f"exported {folder}")
+
+
+def _format_of(folder: Path) -> Format:
+    from moma.hub.folder import CONFIG_FILE
+    from moma.runtime.weights import read_json_object
+
+    found = read_json_object(folder / CONFIG_FILE).get("model_type")
+    if found not in ("moma", "chameleon"):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: model_type is {quote(str(found))}; moma imports models of "
+            "type moma and chameleon"
+        )
+    return "moma" if found == "moma" else "chameleon"

@@ -40,12 +40,10 @@ app = App(
     help="Pre-train, run and study mixed-modal language models with modality-aware sparsity.",
     no_args_is_help=True,
 )
-for family in (data, training, calibrate, evaluate, generate, study, plan, demo, schema):
+for family in (data, training, calibrate, evaluate, generate, hub, study, plan, demo, schema):
     app.add_typer(family.app)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(bench.app, name="bench")
-app.add_typer(hub.importing, name="import")
-app.add_typer(hub.exporting, name="export")
 
 
 @app.callback()

@@ -6,10 +6,6 @@
 Weights are copied file by file; no model is built and nothing is unpickled.
 """
 
-import json
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +15,9 @@ from torch import Tensor
 
 from moma.data.outputs import mark_output
 from moma.errors import UserError, list_names
-from moma.files import UNFINISHED
 from moma.hub.chameleon_codec import load_chameleon_codec, original_layout
 from moma.hub.chameleon_format import (
-    CONFIG_FILE,
     IMAGE_PREFIX,
-    TOKENIZER_FILE,
     PortConfig,
     chameleon_names,
     different_text_id,
@@ -37,11 +30,18 @@ from moma.hub.chameleon_format import (
     small_vq_config,
     vq_config,
 )
+from moma.hub.folder import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    create_run,
+    imported_recipe,
+    new_folder,
+    write_json,
+)
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
-from moma.recipe import check
 from moma.runs import Run, Tokenizers
-from moma.runtime.checkpoint import save_weights, stored_weights
+from moma.runtime.checkpoint import stored_weights
 from moma.runtime.weights import (
     FILE_BYTES,
     Weights,
@@ -54,11 +54,9 @@ from moma.tokenizers.folder import import_tokenizers
 from moma.tokenizers.image.codec import ImageCodec, read_codec_config
 from moma.tokenizers.names import read_vocabulary
 from moma.tokenizers.text import load_text_tokenizer
-from moma.train.recipe import Recipe, StageConfig
+from moma.train.recipe import Recipe
 from moma.train.restore import newest_checkpoint, read_run_recipe
 from moma.vocabulary import MODALITIES, Vocabulary
-
-_STEP = 1  # an imported run counts as finished after one step
 
 
 def import_chameleon(
@@ -88,13 +86,12 @@ def import_chameleon(
     vocabulary = _vocabulary(port, folder)
     config = model_config(port, str(folder / CONFIG_FILE))
     weights = _model_weights(folder, config, vocabulary)
-    with _new_folder(run.path) as partial:
+    with new_folder(run.path) as partial:
         target = Tokenizers(partial)
         notes = _add_tokenizers(folder, tokenizers, port, vocabulary, target)
-        resolved = _recipe(recipe, run, port, config, target)
-        Run(partial).create(resolved, target)
-        state = {"step": _STEP, "vocabulary": vocabulary.fingerprint}
-        save_weights(Run(partial).checkpoints, _STEP, weights, state, file_bytes)
+        context, size = port.max_position_embeddings, port.vocab_size
+        resolved = imported_recipe(recipe, run, config, context, size, target)
+        create_run(partial, resolved, weights, vocabulary, file_bytes)
     if unnamed := vocabulary.size - 1 - max(port.vocabulary_map.values()):
         notes.append(
             f"the embeddings end with {unnamed} ids without a name: data that `moma prepare` "
@@ -134,34 +131,14 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
     weights = stored.renamed(names)
     dtype = weights.meta_tensors["lm_head.weight"].dtype
     images, image_config, notes = _images(run.tokenizers, vocabulary, dtype)
-    with _new_folder(folder) as partial:
+    with new_folder(folder) as partial:
         mark_output(folder.parent, folder.name)
         ids = _export_tokenizer(run.tokenizers, vocabulary, bool(images), partial, notes)
         context, dtype_name = recipe.data.sequence_length, str(dtype).removeprefix("torch.")
         values = port_config(recipe.model, vocabulary, ids, context, dtype_name, image_config)
-        _write_json(partial / CONFIG_FILE, values)
+        write_json(partial / CONFIG_FILE, values)
         write_weights(weights | Weights.from_tensors(images), partial, file_bytes)
     return notes
-
-
-@contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `path` when it is complete."""
-    if path.exists():
-        raise UserError(f"{path}: exists already; choose another --out or delete it")
-    partial = path.with_name(path.name + UNFINISHED)
-    try:
-        partial.mkdir(parents=True)
-    except FileExistsError as error:
-        raise UserError(
-            f"{partial}: exists already; another process is writing {path.name}, or was killed; "
-            "delete it, or choose another --out"
-        ) from error
-    try:
-        yield partial
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _vocabulary(port: PortConfig, folder: Path) -> Vocabulary:
@@ -228,32 +205,6 @@ def _add_tokenizers(
     ]
 
 
-def _recipe(
-    base: Recipe | None, run: Run, port: PortConfig, config: ModelConfig, tokenizers: Tokenizers
-) -> Recipe:
-    """The recipe of an imported run."""
-    data = {
-        "path": run.path / "data",
-        "tokenizers": run.path,
-        "micro_batch_size": 1,
-        "sequence_length": port.max_position_embeddings,
-        "image_share": 0.0,
-        "sources": [{"kind": "text", "path": run.path / "texts.txt"}],
-    }
-    values = base.model_dump(by_alias=True) if base else {"data": data}
-    values |= {
-        "run": run.path,
-        "stage": "pretrain",
-        "from": None,
-        "model": config.model_dump(),
-        "pretrain": StageConfig(steps=_STEP, log_every=1, checkpoint_every=1).model_dump(),
-        "text_tokenizer": {"vocabulary_size": port.vocab_size},
-    }
-    if tokenizers.codec.exists():
-        values["codec"] = read_codec_config(tokenizers.codec).model_dump()
-    return check(Recipe, values, str(run.recipe))
-
-
 def _images(
     tokenizers: Tokenizers, vocabulary: Vocabulary, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
@@ -293,13 +244,9 @@ def _export_tokenizer(
         (folder / TOKENIZER_FILE).write_text(text, encoding="utf-8")
         special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
         values = {"tokenizer_class": "PreTrainedTokenizerFast"} | special
-        _write_json(folder / "tokenizer_config.json", values)
+        write_json(folder / "tokenizer_config.json", values)
     renamed = {name: id_ for id_, name in names.items()}
     renamed |= {names.get(id_, name): id_ for name, id_ in ids.items()}
     if not images:
         renamed.pop("<image>", None)  # the port then refuses a prompt with an image
     return renamed
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

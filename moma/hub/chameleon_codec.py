@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from moma.errors import UserError
-from moma.hub.chameleon_format import CONFIG_FILE, VqConfig, vq_config
+from moma.hub.chameleon_format import VqConfig, vq_config
+from moma.hub.folder import CONFIG_FILE
 from moma.recipe import check
 from moma.runtime.weights import open_weights, read_json_object, read_tensors, require_match
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec

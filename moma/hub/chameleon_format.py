@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from moma.errors import UserError
+from moma.hub.folder import CONFIG_FILE
 from moma.model.architecture import ModelConfig
 from moma.recipe import Config, check
 from moma.runtime.weights import read_json_object
@@ -17,7 +18,6 @@ from moma.tokenizers.image.codec import CodecConfig
 from moma.tokenizers.names import CHAMELEON
 from moma.vocabulary import Vocabulary
 
-CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 IMAGE_PREFIX = "model.vqmodel."
 _LETTERS = str.maketrans("0123456789", "ABCDEFGHIJ")
 # The port's placeholder for an image in a prompt, and the reserved id that it gets.

@@ -29,19 +29,31 @@ def write_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
 
 @torch.no_grad()
 def load_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
-    """Load a run's file of thresholds, if there is one for the checkpoint.
+    """Load a run's file of thresholds, if it is of the checkpoint; see `read_thresholds`."""
+    for name, cutoffs_3E in read_thresholds(run, checkpoint, model).items():
+        model.get_buffer(name).copy_(cutoffs_3E)
+
+
+def read_thresholds(run: Run, checkpoint: Path, model: Transformer) -> dict[str, torch.Tensor]:
+    """A run's thresholds for a checkpoint, by the model's names; none without such a file.
+
+    Args:
+        model: of the checkpoint, on any device.
 
     Raises:
         UserError: the file is damaged.
     """
     path = thresholds_file(run)
     if not path.is_file():
-        return
+        return {}
     try:
         with safe_open(path, "pt") as file:
-            if file.metadata()["checkpoint"] == _fingerprint(checkpoint):
-                for name, cutoffs_3E in _cutoffs(model).items():
-                    cutoffs_3E.copy_(file.get_tensor(name))
+            if file.metadata()["checkpoint"] != _fingerprint(checkpoint):
+                return {}
+            return {
+                name: torch.empty(cutoffs_3E.shape).copy_(file.get_tensor(name))
+                for name, cutoffs_3E in _cutoffs(model).items()
+            }
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); delete it, and compute it again with "

@@ -11,7 +11,7 @@ RUN_VERBS = [
     ["generate", "{folder}", "--prompt", "a"],
     ["report", "{folder}"],
     ["replay", "{folder}"],
-    ["export", "chameleon", "{folder}", "--out", "{out}"],
+    ["export", "{folder}", "{out}"],
     ["train", "{recipe}", "stage=aux_router", "from={folder}", "run={out}"],
 ]
 DATA_VERBS = [

@@ -17,7 +17,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folder):
     out = folder.parent / "run"
-    outcome = moma("import", "chameleon", folder, "--out", out)
+    outcome = moma("import", folder, out)
     assert outcome.code == 0 and outcome.out == f"imported {out}\n"
     assert "no decoder" in outcome.err
     return out
@@ -32,7 +32,7 @@ def test_an_imported_run_reads_an_image_and_writes_text(run, tmp_path):
 
 def test_an_imported_run_can_be_exported(folder, run, tmp_path):
     out = tmp_path / "again"
-    assert succeeds("export", "chameleon", run, "--out", out) == f"exported {out}\n"
+    assert succeeds("export", run, out, "--format", "chameleon") == f"exported {out}\n"
     assert_same_weights(folder, out)
 
 
@@ -40,8 +40,23 @@ def test_an_imported_run_has_no_data_for_evaluation(run):
     assert "moma prepare" in refuses("evaluate", run)
 
 
-def test_wrong_folders_are_refused_with_one_message(run, tmp_path):
+def test_wrong_folders_are_refused_with_one_message(run, folder, tmp_path):
     new = tmp_path / "new"
-    assert "config.json" in refuses("import", "chameleon", tmp_path, "--out", new)
-    assert "not a run" in refuses("export", "chameleon", tmp_path, "--out", new)
-    assert "exists already" in refuses("export", "chameleon", run, "--out", tmp_path)
+    assert "config.json" in refuses("import", tmp_path, new)
+    assert "not a run" in refuses("export", tmp_path, new)
+    assert "exists already" in refuses("export", run, tmp_path)
+    assert "model_type" in refuses("import", folder, new, "--format", "moma")
+    assert "--tokenizers: no effect" in refuses(
+        "import", folder, new, "--format", "moma", "--tokenizers", run
+    )
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "model_type is 'llama'" in refuses("import", tmp_path, new)
+    assert not new.exists()
+
+
+def test_a_run_is_exported_and_imported_in_momas_format(trained, tmp_path):
+    run, out, back = trained / "run", tmp_path / "out", tmp_path / "back"
+    assert succeeds("export", run, out) == f"exported {out}\n"
+    assert succeeds("import", out, back, "--recipe", trained / "recipe.toml")
+    prompt = ("--prompt", "box", "--mode", "text", "--temperature", 0)
+    assert succeeds("generate", back, *prompt) == succeeds("generate", run, *prompt)

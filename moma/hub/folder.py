@@ -1,0 +1,101 @@
+"""What all formats share: a new folder that appears when it is complete, and the run of weights."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moma.errors import UserError
+from moma.files import UNFINISHED
+from moma.model.architecture import ModelConfig
+from moma.recipe import check
+from moma.runs import Run, Tokenizers
+from moma.runtime.checkpoint import save_weights
+from moma.runtime.weights import Weights
+from moma.tokenizers.image.codec import read_codec_config
+from moma.train.recipe import Recipe, RouterStageConfig, StageConfig
+from moma.vocabulary import Vocabulary
+
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+_STEP = 1  # an imported run counts as finished after one step
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to `path` when it is complete."""
+    if path.exists():
+        raise UserError(f"{path}: exists already; choose another folder or delete it")
+    partial = path.with_name(path.name + UNFINISHED)
+    try:
+        partial.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(
+            f"{partial}: exists already; another process is writing {path.name}, or was killed; "
+            "delete it, or choose another folder"
+        ) from error
+    try:
+        yield partial
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write an object as indented JSON."""
+    path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def create_run(
+    partial: Path, recipe: Recipe, weights: Weights, vocabulary: Vocabulary, file_bytes: int
+) -> None:
+    """Make a folder with tokenizers a run that has only weights; see `save_weights`."""
+    run = Run(partial)
+    run.create(recipe, run.tokenizers)
+    state = {"step": _STEP, "vocabulary": vocabulary.fingerprint}
+    save_weights(run.checkpoints, _STEP, weights, state, file_bytes)
+
+
+def imported_recipe(
+    base: Recipe | None,
+    run: Run,
+    model: ModelConfig,
+    context: int,
+    vocabulary_size: int,
+    tokenizers: Tokenizers,
+    auxiliary: bool = False,
+) -> Recipe:
+    """The recipe of a run that has only weights.
+
+    Args:
+        base: the recipe whose data it has; if omitted, its data is a text file in the run folder.
+        run: the run.
+        model: the model.
+        context: maximum number of tokens of a sequence, unless there is a `base`.
+        vocabulary_size: number of ids.
+        tokenizers: those of the run.
+        auxiliary: whether its auxiliary routers are trained.
+    """
+    data = {
+        "path": run.path / "data",
+        "tokenizers": run.path,
+        "micro_batch_size": 1,
+        "sequence_length": context,
+        "image_share": 0.0,
+        "sources": [{"kind": "text", "path": run.path / "texts.txt"}],
+    }
+    values = base.model_dump(by_alias=True) if base else {"data": data}
+    steps: dict[str, Any] = {"steps": _STEP, "log_every": 1, "checkpoint_every": 1}
+    values |= {
+        "run": run.path,
+        "stage": "aux_router" if auxiliary else "pretrain",
+        "from": run.path if auxiliary else None,
+        "model": model.model_dump(),
+        "pretrain": StageConfig(**steps).model_dump(),
+        "aux_router": RouterStageConfig(**steps).model_dump(),
+        "text_tokenizer": {"vocabulary_size": vocabulary_size},
+    }
+    if tokenizers.codec.exists():
+        values["codec"] = read_codec_config(tokenizers.codec).model_dump()
+    return check(Recipe, values, str(run.recipe))
