@@ -12,7 +12,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict, field_validator
@@ -58,6 +58,7 @@ from moma.vocabulary import Vocabulary
 
 MODEL_TYPE = "moma"
 PREFIX = "model."  # of the weights' names, as in checkpoints
+_EMBEDDING, _HEAD = "embedding.weight", "head.weight"
 _MAX_LAYERS, _MAX_WIDTH = 2**10, 2**20
 
 
@@ -92,31 +93,19 @@ class HubConfig(Config):
         return recipe
 
 
-class FolderModel(NamedTuple):
-    """The content of a `config.json`, and its model on the meta device."""
-
-    config: HubConfig
-    vocabulary: Vocabulary
-    model: Transformer
-
-
-def read_config(folder: Path) -> FolderModel:
-    """Read a folder's `config.json`.
+def parse_config(values: dict[str, Any], where: str) -> tuple[HubConfig, Vocabulary]:
+    """The content of a `config.json`, and its vocabulary.
 
     Raises:
-        UserError: it is missing or damaged, or does not describe a model of moma.
+        UserError: it does not describe a model of moma; the message begins with `where`.
     """
-    path = folder / CONFIG_FILE
-    config = check(HubConfig, read_json_object(path), str(path))
+    config = check(HubConfig, values, where)
     try:
-        values = config.vocabulary
-        vocabulary = Vocabulary(**{**values, "image_codes": tuple(values["image_codes"])})
-        with torch.device("meta"):
-            model = Transformer(config.recipe.model, vocabulary, config.recipe.shares)
-        return FolderModel(config, vocabulary, model)
-    except (ValueError, TypeError, KeyError, RuntimeError, MemoryError) as error:
+        fields = {**config.vocabulary, "image_codes": tuple(config.vocabulary["image_codes"])}
+        return config, Vocabulary(**fields)
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{path}: not a model ({error_reason(error)}); get a complete copy"
+            f"{where}: not a vocabulary ({error_reason(error)}); get a complete copy"
         ) from error
 
 
@@ -143,7 +132,7 @@ def export_moma(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> list[st
         mark_output(folder.parent, folder.name)
         named = {name: PREFIX + name for name in weights.meta_tensors}
         write_weights(weights.renamed(named), partial, file_bytes)
-        dtype = weights.meta_tensors["embedding.weight"].dtype
+        dtype = weights.meta_tensors[_EMBEDDING].dtype
         write_json(partial / CONFIG_FILE, _config(recipe, model, dtype))
         write_json(partial / "generation_config.json", _generation_config(recipe, vocabulary))
         for name in (TOKENIZER_FILE, *(f"codec/{name}" for name in _codec_files(tokenizers))):
@@ -174,12 +163,9 @@ def import_moma(
     Raises:
         UserError: the folder does not contain such a model, or the run exists already.
     """
-    config, vocabulary, model = read_config(folder)
-    stored = open_weights(folder)
-    expected = {PREFIX + name: tensor for name, tensor in model.state_dict().items()}
-    message = f"{folder}: the weights do not match {CONFIG_FILE}"
-    require_match(stored.meta_tensors, expected, message)
-    weights = stored.renamed({name: name.removeprefix(PREFIX) for name in expected})
+    path = folder / CONFIG_FILE
+    config, vocabulary = parse_config(read_json_object(path), str(path))
+    weights = _folder_weights(folder, config, vocabulary)
     with new_folder(run.path) as partial:
         target = Tokenizers(partial)
         notes = _add_tokenizers(Tokenizers(folder), vocabulary, target)
@@ -190,6 +176,25 @@ def import_moma(
         )
         create_run(partial, resolved, weights, vocabulary, file_bytes)
     return notes
+
+
+def _folder_weights(folder: Path, config: HubConfig, vocabulary: Vocabulary) -> Weights:
+    """The weights of a folder under their names in the model, checked against its shape."""
+    stored, recipe = open_weights(folder), config.recipe
+    try:
+        with torch.device("meta"):
+            model = Transformer(recipe.model, vocabulary, recipe.shares).state_dict()
+    except (RuntimeError, MemoryError) as error:
+        message = f"{folder / CONFIG_FILE}: the model is too large ({error_reason(error)})"
+        raise UserError(f"{message}; get a complete copy") from error
+    embedding, head = PREFIX + _EMBEDDING, PREFIX + _HEAD
+    if recipe.model.tied_embeddings and {embedding, head} - stored.meta_tensors.keys() == {head}:
+        # As `transformers` saves it.
+        stored |= Weights.from_tensors({head: stored.read([embedding])[embedding]})
+    expected = {PREFIX + name: tensor for name, tensor in model.items()}
+    message = f"{folder}: the weights do not match {CONFIG_FILE}"
+    require_match(stored.meta_tensors, expected, message)
+    return stored.renamed({name: name.removeprefix(PREFIX) for name in expected})
 
 
 def _checkpoint_weights(
