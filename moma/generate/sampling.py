@@ -114,12 +114,15 @@ class Sampler:
 def _argmax_in_nucleus(noisy_TV: Tensor, logits_TV: Tensor, top_p: float) -> Tensor:
     """The argmax of `noisy_TV` over each row's nucleus, [T].
 
-    A token is in the nucleus if all more likely ones together have a probability below `top_p`.
+    A token is in the nucleus if all more likely ones together have a probability below `top_p`; of
+    equally likely ones the lower index counts as more likely, as in greedy decoding.
     """
     probability_TV = logits_TV.softmax(-1)
+    ids_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
     while True:
         index_T1 = noisy_TV.argmax(-1, keepdim=True)
-        is_likelier_TV = logits_TV > logits_TV.gather(1, index_T1)
+        logit_T1 = logits_TV.gather(1, index_T1)
+        is_likelier_TV = (logits_TV > logit_T1) | ((logits_TV == logit_T1) & (ids_V < index_T1))
         is_outside_T1 = (probability_TV * is_likelier_TV).sum(-1, keepdim=True) >= top_p
         if not bool(is_outside_T1.any()):
             return index_T1[:, 0]

@@ -73,6 +73,19 @@ def test_samples_are_those_of_the_processors_of_transformers(changes, top_p):
     assert torch.equal(Sampler(sampling)(logits_TV, noise_TV), expected_T)
 
 
+@pytest.mark.parametrize("top_p", [0.12, 0.33, 0.62])
+def test_ties_at_the_edge_of_the_nucleus_are_broken_by_index(top_p):
+    """The processor's order of equal logits is undefined: slightly lower ones come last."""
+    logits_TV = torch.randint(3, (300, 20), generator=torch.Generator().manual_seed(1)).double()
+    noise_TV = torch.stack([gumbel_noise(2, position, 20) for position in range(300)])
+    kept_TV = TopPLogitsWarper(top_p)(torch.LongTensor(), logits_TV - 1e-9 * torch.arange(20))
+    expected_T = (logits_TV + noise_TV).masked_fill(kept_TV == -torch.inf, -torch.inf).argmax(-1)
+    assert torch.equal(Sampler(Sampling(1, top_p))(logits_TV, noise_TV), expected_T)
+    equal_TV = torch.zeros(400, 20)
+    kept = TopPLogitsWarper(top_p)(torch.LongTensor(), equal_TV[:1]).isfinite().sum()
+    assert set(sample(equal_TV, Sampling(1, top_p)).tolist()) == set(range(int(kept)))
+
+
 def test_the_nucleus_is_sampled_in_proportion():
     probabilities = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
     sampling = Sampling(temperature=1, top_p=0.85)
