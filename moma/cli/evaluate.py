@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 from typer import Option
 
 from moma.cli.arguments import App, AsJson, RunFolder
-from moma.cli.output import as_markdown, key_values, print_result
+from moma.cli.output import key_values, print_result
 from moma.errors import UserError
-from moma.study.tables import Table, number
+from moma.study.tables import Table, markdown, number
 
 app = App()
 SuiteName = Literal[
@@ -46,19 +46,19 @@ def evaluate(
     ] = None,
     data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
     as_json: AsJson = False,
-    markdown: Annotated[
+    as_markdown: Annotated[
         bool, Option("--markdown", help="with --suite: print a Markdown table and nothing else")
     ] = False,
 ) -> None:
     """Measure loss and perplexity on the held-out documents, by modality, or run a suite."""
-    if suite is None and (from_ is not None or markdown):
+    if suite is None and (from_ is not None or as_markdown):
         given = "--markdown" if from_ is None else "--from"
         raise UserError(f"{given}: no effect without --suite; leave it out")
     if weights is not None and suite not in ("clip_score", "fid"):
         raise UserError("--weights: no effect without --suite clip_score or fid; leave it out")
     if suite in ("reconstruction", "clip_score", "fid") and routing not in (None, "causal"):
         raise UserError(f"--routing: no effect on {suite}; leave it out")
-    if as_json and markdown:
+    if as_json and as_markdown:
         raise UserError("--json and --markdown: choose one")
     from moma.evaluate.perplexity import evaluate as measure
     from moma.evaluate.suite import run_suite
@@ -75,7 +75,7 @@ def evaluate(
         recipe = recipe.model_copy(update={"data": moved})
     if from_ is None:
         require_training_data(Run(run), recipe)
-    quiet = as_json or markdown
+    quiet = as_json or as_markdown
     if suite is None:
         losses = measure(model, recipe, routing, quiet)
         print_result(losses, as_json, [key_values(f"{run}, {routing} routing", losses)])
@@ -85,8 +85,8 @@ def evaluate(
         result = run_suite(suite, mixed, recipe.data, world, from_, routing, weights, quiet)
         if world.rank == 0:
             table = suite_table(f"{run}, {suite}, {routing} routing", result["sources"])
-            if markdown:
-                print(as_markdown(table))
+            if as_markdown:
+                print(markdown(table))
             else:
                 print_result(result, as_json, [table])
 

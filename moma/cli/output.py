@@ -59,12 +59,6 @@ def print_table(content: Table) -> None:
     console.print(table)
 
 
-def as_markdown(content: Table) -> str:
-    """A table with a head in Markdown."""
-    head, *rows = [f"| {' | '.join(map(number, row))} |" for row in (content.head, *content.rows)]
-    return "\n".join([head, "|---" * len(content.head) + "|", *rows])
-
-
 def key_values(title: object, result: Mapping[str, Any]) -> Table:
     """A table with a row for each key of a result; nested keys are joined by dots."""
     return Table(str(title), "", (), list(_flattened(result)))

@@ -215,8 +215,10 @@ def write_report(study: Study, result: Mapping[str, Any]) -> Path:
     for each in tables:
         page.section(each.title, paragraph(each.explanation), table(each))
     page.write(study.path / "report.html")
-    text = f"# Study: {study.path.name}\n\n" + "\n".join(markdown(each) for each in tables)
-    write_output(study.path / "report.md", text.encode())
+    parts = [f"# Study: {study.path.name}"]
+    for each in tables:
+        parts += [f"## {each.title}", each.explanation, markdown(each)]
+    write_output(study.path / "report.md", ("\n\n".join(parts) + "\n").encode())
     content = json.dumps(result, indent=2) + "\n"
     write_output(study.path / "result.json", content.encode())
     return study.path / "report.html"

@@ -33,10 +33,9 @@ def percent(share: float) -> str:
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown, below its title and explanation."""
+    """A table with a head as Markdown, without its title and explanation."""
 
     def line(cells: Sequence[object]) -> str:
         return "| " + " | ".join(number(cell).replace("|", "\\|") for cell in cells) + " |"
 
-    rows = [line(table.head), "|" + "---|" * len(table.head), *map(line, table.rows)]
-    return "\n\n".join([f"## {table.title}", table.explanation, "\n".join(rows)]) + "\n"
+    return "\n".join([line(table.head), "|" + "---|" * len(table.head), *map(line, table.rows)])

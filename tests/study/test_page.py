@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from moma.study.page import Page, captioned, colored, figure, grid, paragraph, table, tile
-from moma.study.tables import Table, number
+from moma.study.tables import Table, markdown, number
 
 NASTY = "<script src='http://x/y.js'></script> & \"'<img onerror=1>"
 VOID = {"meta", "img"}
@@ -156,3 +156,8 @@ def test_a_failed_write_keeps_the_old_page(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         broken.write(path)
     assert "<title>new</title>" in path.read_text(encoding="utf-8")
+
+
+def test_markdown_escapes_bars():
+    table = Table("title", "explanation", ("name", "loss"), [("a|b", 0.5)])
+    assert markdown(table) == "| name | loss |\n|---|---|\n| a\\|b | 0.5 |"
