@@ -60,14 +60,15 @@ class Captioned:
     def correct(self) -> bool:
         """Whether the caption names both objects and their relation, in either order.
 
-        `a cat left of a dog` and `a dog right of a cat` describe the same image.
+        `a cat left of a dog` and `a dog right of a cat` describe the same image. A name is a whole
+        noun phrase: it begins the caption or follows an article, and ends it or precedes a
+        punctuation mark.
         """
         (first, second), relation = self.sketch.names, str(self.sketch.relation)
         descriptions = ((first, relation, second), (second, OPPOSITES[relation], first))
-        return any(
-            re.search(rf"\b{re.escape(f'{a} {by} {with_article(b)}')}\b", self.caption)
-            for a, by, b in descriptions
-        )
+        phrases = (re.escape(f"{a} {by} {with_article(b)}") for a, by, b in descriptions)
+        caption = self.caption.strip()
+        return any(re.search(rf"(^|\ban? ){phrase}([,.]|$)", caption) for phrase in phrases)
 
 
 def single_sketches(objects: int, count: int, seed: int, held_out: bool) -> list[Sketch]:
