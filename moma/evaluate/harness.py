@@ -5,6 +5,7 @@
 This is the harness's own command line, which knows only its own models, with `moma` added.
 """
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import warning_once
 
 from moma.errors import UserError
 from moma.evaluate.score import ScoredSequence, score, windows, with_target
@@ -24,11 +26,17 @@ from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
 from moma.generate.sequence import Branch, Options, Request
 from moma.generate.stream import ContentStream, StopStrings, TextPiece
+from moma.model.cpu_decoding import prepare_decoding
 from moma.model.routing import RoutingName
 from moma.runs import Run
 from moma.runtime.world import World, gather, join_world, local_device
 from moma.tokenizers.text import encode_text
 from moma.train.restore import load_run, require_routing
+
+logger = logging.getLogger(__name__)
+
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SETTINGS = ("until", "max_gen_toks", "do_sample", *_SAMPLING)
 
 
 @register_model("moma")
@@ -68,6 +76,7 @@ class MomaLM(TemplateLM):
         folder = Run(Path(run))
         model, recipe = load_run(folder)
         require_routing(folder, model, routing)
+        prepare_decoding(model)
         data = recipe.data
         self._mixed = MixedModel.assemble(model, folder.tokenizers, data.sequence_length)
         self._routing, self._max_tokens = routing, data.micro_batch_size * data.sequence_length
@@ -118,7 +127,13 @@ class MomaLM(TemplateLM):
         ]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each text until one of its stop strings, or the end of the document."""
+        """Continue each text until one of its stop strings, or the end of the document.
+
+        At most half of the context is generated.
+
+        Raises:
+            UserError: a task has a generation setting that is not supported.
+        """
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
@@ -156,21 +171,33 @@ class MomaLM(TemplateLM):
         excess = max(0, len(prompt) + len(target) - self._mixed.context - 1)
         return with_target(prompt[excess:], target)
 
+    def _new_tokens(self, wanted: int) -> int:
+        most = self._mixed.context // 2
+        if wanted > most and self.world.rank == 0:
+            warning_once(
+                logger,
+                f"max_gen_toks {wanted}: generating at most {most} tokens, half of the context; "
+                "longer answers are cut off",
+            )
+        return min(wanted, most)
+
     def _generate(self, prompts: Sequence[str], settings: dict[str, Any]) -> list[str]:
         mixed, vocabulary = self._mixed, self._mixed.model.vocabulary
         values: Any = normalize_gen_kwargs(settings)
-        new_tokens = min(values["max_gen_toks"], mixed.context // 2)
+        if unknown := [name for name in values if name not in _SETTINGS]:
+            raise UserError(
+                f"generation_kwargs: {', '.join(unknown)}: not supported; use "
+                f"{', '.join(_SETTINGS)}, or leave the task out"
+            )
+        new_tokens = self._new_tokens(values["max_gen_toks"])
         stops = [each for each in values["until"] if each]
-        sampling = Sampling(
-            temperature=values.get("temperature", 0.0),
-            top_p=values.get("top_p", 1.0),
-            top_k=values.get("top_k", 0),
-        )
+        sampling: dict[str, Any] = {"temperature": 0.0, "top_p": 1.0}
+        sampling |= {name: values[name] for name in _SAMPLING if name in values}
         options = Options(
             "text",
             mixed.context,
             new_tokens,
-            sampling,
+            Sampling(**sampling),
             stop=StopStrings(mixed.tokenizer, vocabulary, stops) if stops else None,
         )
 

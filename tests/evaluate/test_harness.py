@@ -17,6 +17,7 @@ from moma.evaluate.harness import MomaLM
 from moma.evaluate.suite import run_suite
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
+from moma.model.cpu_decoding import prepare_decoding
 from moma.runs import Run
 from moma.runtime.world import World
 from moma.tokenizers.text import encode_text
@@ -72,6 +73,18 @@ def tasks(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_generation_uses_the_decoder_of_cpus(trained, monkeypatch):
+    prepared = []
+
+    def prepare(model):
+        prepare_decoding(model)
+        prepared.append(model)
+
+    monkeypatch.setattr("moma.evaluate.harness.prepare_decoding", prepare)
+    MomaLM(str(trained / "run"))
+    assert [model.cpu_decoder is not None for model in prepared] == [True]
+
+
 def requests(kind, *arguments):
     return [Instance(kind, {}, each, index) for index, each in enumerate(arguments)]
 
@@ -115,6 +128,34 @@ def test_generation_stops_and_is_greedy(lm, mixed):
     assert found[1] == text[: text.index(text[2:4])]
     sampled = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 6}
     assert lm.generate_until(requests("generate_until", ("red green", sampled))) != [text]
+
+
+def test_generation_samples_as_the_task_says(lm, mixed):
+    """A repetition penalty, and min-p of 1, which leaves the most likely token."""
+    settings = {"max_gen_toks": 8, "repetition_penalty": 5.0}
+    sampling = Sampling(temperature=0, top_p=1, repetition_penalty=5.0)
+    (expected,) = mixed.generate([["red green"]], "text", sampling, new_tokens=8)
+    assert lm.generate_until(requests("generate_until", ("red green", settings))) == expected
+    settings |= {"do_sample": True, "temperature": 2.0, "min_p": 1.0}
+    sampling = Sampling(temperature=2.0, top_p=1, min_p=1, repetition_penalty=5.0)
+    (expected,) = mixed.generate([["red green"]], "text", sampling, new_tokens=8)
+    assert lm.generate_until(requests("generate_until", ("red green", settings))) == expected
+
+
+def test_settings_that_sampling_does_not_have(lm):
+    settings = {"num_beams": 4, "typical_p": 0.5, "top_k": 3}
+    message = "generation_kwargs: num_beams, typical_p: not supported; use until, max_gen_toks"
+    with pytest.raises(UserError, match=message):
+        lm.generate_until(requests("generate_until", ("red", settings)))
+
+
+def test_generation_of_more_than_half_of_the_context(lm, capsys):
+    calls = [("red", {"max_gen_toks": 33}), ("red", {"max_gen_toks": 33, "until": ["\n"]})]
+    lm.generate_until(requests("generate_until", *calls))
+    error = capsys.readouterr().err
+    assert error.count("max_gen_toks 33: generating at most 32 tokens, half of the context") == 1
+    lm.generate_until(requests("generate_until", ("red", {"max_gen_toks": 32})))
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow
