@@ -149,13 +149,24 @@ def _prompts(subject: Subject) -> list[Prompt]:
     left_out = 0
     for source, document in documents:
         pair = _caption_and_image(document)
-        left_out += pair is None
-        if pair is not None:
+        if pair is not None and _leaves_space(subject, pair[0]):
             found.setdefault((source, document.name), pair)
-    report_left_out(subject, left_out, len(documents))
+        else:
+            left_out += 1
+    context = f"the context of {subject.mixed.context} tokens"
+    without_space = f", or have a caption that leaves no space for an image in {context}"
+    report_left_out(subject, left_out, len(documents), without_space)
     return [
         Prompt(number, source, *pair) for number, ((source, _), pair) in enumerate(found.items())
     ]
+
+
+def _leaves_space(subject: Subject, caption: str) -> bool:
+    try:
+        subject.mixed.require_space([caption], "image")
+    except UserError:
+        return False
+    return True
 
 
 def _caption_and_image(document: Document) -> tuple[str, ImageRef] | None:

@@ -1,11 +1,10 @@
 """Loss and perplexity of held-out documents, by modality, with expert choice or causal routing."""
 
-import math
-
 import torch
 
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
+from moma.evaluate.summary import exponential, finite
 from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.progress import show_progress
@@ -30,7 +29,8 @@ def evaluate(
 
     Returns:
         `loss`, `loss_text`, `loss_image` in nats per target, `perplexity_text`,
-        `perplexity_image`, and `tokens`, the number of targets; None where there is no target.
+        `perplexity_image`, and `tokens`, the number of targets; None where there is no target, or a
+        perplexity is infinite.
 
     Raises:
         UserError: there are no held-out documents.
@@ -52,7 +52,7 @@ def evaluate(
     means = mean_losses(loss_M, targets_M)
     text, image = means["loss_text"], means["loss_image"]
     return means | {
-        "perplexity_text": None if text is None else math.exp(text),
-        "perplexity_image": None if image is None else math.exp(image),
+        "perplexity_text": None if text is None else finite(exponential(text)),
+        "perplexity_image": None if image is None else finite(exponential(image)),
         "tokens": int(targets_M.sum()),
     }

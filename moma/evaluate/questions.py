@@ -4,7 +4,6 @@
 {"question": "The sky is", "choices": ["blue", "green"], "answer": 0}
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from moma.data.sources.reading import check_text
 from moma.errors import UserError
 from moma.evaluate.score import ScoredSequence, with_target
 from moma.evaluate.suites import Subject, Suite, credit
-from moma.evaluate.summary import Record, identity
+from moma.evaluate.summary import Record, exponential, identity
 from moma.generate.stream import Content
 from moma.images import read_image
 from moma.tokenizers.text import encode_text
@@ -55,7 +54,7 @@ def visual_questions(subject: Subject) -> Suite:
             for question, nats_T in zip(part, found, strict=True)
         ]
 
-    return Suite(questions, measure, {"perplexity": math.exp})
+    return Suite(questions, measure, {"perplexity": exponential})
 
 
 def multiple_choice(subject: Subject) -> Suite:

@@ -124,10 +124,11 @@ def windows(ids: np.ndarray, context: int, vocabulary: Vocabulary) -> list[Score
     """
     ids = ids.astype(np.int64)
     images = np.flatnonzero(ids == vocabulary.begin_image)
+    last = vocabulary.image_span - 1  # offset of an image's last token
     found, start = [], 0
     while start < len(ids) - 1:
         stop = min(start + context, len(ids) - 1)
-        cut = images[(images > start) & (images < stop) & (stop < images + vocabulary.image_span)]
+        cut = images[(images > start) & (images < stop) & (stop < images + last)]
         if len(cut) and stop < len(ids) - 1:
             stop = int(cut[-1])
         found.append(with_target(ids[start : start + 1], ids[start + 1 : stop + 1]))

@@ -14,7 +14,7 @@ from moma.data.config import DataConfig
 from moma.errors import UserError
 from moma.evaluate.documents import TokenizedDocument, tokenized_documents
 from moma.evaluate.score import Score, ScoredSequence, windows, with_target
-from moma.evaluate.summary import Formula, Record, identity
+from moma.evaluate.summary import Formula, Record, exponential, identity
 from moma.generate.mixed import MixedModel
 from moma.tokenizers.text import decode_bytes
 from moma.vocabulary import IMAGE, TEXT, Vocabulary
@@ -103,9 +103,9 @@ def perplexity(subject: Subject) -> Suite:
         return records
 
     formulas = {
-        "perplexity": math.exp,
-        "perplexity_text": math.exp,
-        "perplexity_image": math.exp,
+        "perplexity": exponential,
+        "perplexity_text": exponential,
+        "perplexity_image": exponential,
         "bits_per_byte": identity,
         "code_accuracy": identity,
     }
@@ -159,7 +159,7 @@ def captions(subject: Subject) -> Suite:
             records.append(Record(image[0].source, sums))
         return records
 
-    formulas = {"image_to_text_perplexity": math.exp, "text_to_image_perplexity": math.exp}
+    formulas = {"image_to_text_perplexity": exponential, "text_to_image_perplexity": exponential}
     return Suite(_by_image(subject), measure, formulas)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# A measure from its ratio, such as `math.exp` for a perplexity.
+# A measure from its ratio, such as `exponential` for a perplexity.
 Formula = Callable[[float], float]
 _SAMPLES = 1000
 _PERCENTILES = 2.5, 97.5
@@ -32,6 +32,19 @@ def identity(ratio: float) -> float:
     return ratio
 
 
+def exponential(ratio: float) -> float:
+    """The formula of a perplexity, from nats a token; infinity where it overflows."""
+    try:
+        return math.exp(ratio)
+    except OverflowError:
+        return math.inf
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for infinity and NaN, which JSON does not have."""
+    return value if math.isfinite(value) else None
+
+
 def summarize(
     records: Sequence[Record], formulas: Mapping[str, Formula]
 ) -> dict[str, dict[str, Any]]:
@@ -39,7 +52,8 @@ def summarize(
 
     Returns:
         For `all` and each source, `documents` and for each measure `value`, `low` and `high`: a 95%
-        interval by a bootstrap over documents. A measure without anything to count is None.
+        interval by a bootstrap over documents. A measure without anything to count is None, as is
+        a number that is infinite.
     """
     table_RM2 = np.array([[record.sums[name] for name in formulas] for record in records], float)
     sources = np.array([record.source for record in records])
@@ -61,8 +75,10 @@ def _row(table_RM2: np.ndarray, formulas: Mapping[str, Formula]) -> dict[str, An
     row: dict[str, Any] = {"documents": documents}
     for name, (value, *resampled) in zip(formulas, zip(*samples, strict=True), strict=True):
         known = [each for each in resampled if not math.isnan(each)]
-        low, high = np.percentile(known, _PERCENTILES).tolist() if known else (None, None)
-        interval = {"value": value, "low": low, "high": high}
+        # Interpolation next to an infinite value is NaN.
+        with np.errstate(invalid="ignore"):
+            low, high = np.percentile(known, _PERCENTILES).tolist() if known else [math.nan] * 2
+        interval = {"value": finite(value), "low": finite(low), "high": finite(high)}
         row[name] = None if math.isnan(value) else interval
     return row
 

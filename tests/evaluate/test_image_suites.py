@@ -155,6 +155,22 @@ def test_fid_is_the_frechet_distance_of_features(mixed, tiny, folder):
     assert suite.totals()["fid"]["value"] == pytest.approx(expected, rel=0.02)
 
 
+def test_captions_that_leave_no_space_for_an_image(mixed, tiny, folder, tmp_path, capsys):
+    """The second caption of the first image is taken, and the third image is left out."""
+    pytest.importorskip("torchmetrics")
+    long = " ".join(["red"] * 80)
+    captions = [("0.png", long), ("0.png", "another"), ("1.png", "a paper"), ("2.png", long)]
+    for image in ("0.png", "1.png", "2.png"):
+        (tmp_path / image).write_bytes((folder / image).read_bytes())
+    rows = [{"image": image, "caption": text} for image, text in captions]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    suite = fid(Subject(mixed, lambda sequences: [], tiny.data, tmp_path), Means())
+    assert [prompt.caption for prompt in suite.units] == ["another", "a paper"]
+    error = " ".join(capsys.readouterr().err.split())
+    assert "left out 2 of 4 documents" in error
+    assert "a caption that leaves no space for an image in the context of 64 tokens" in error
+
+
 def test_weights_that_cannot_be_had(mixed, tiny, folder, tmp_path):
     with pytest.raises(UserError, match=r"fid: .*(moma\[fid\]|--weights)"):
         run(mixed, tiny, "fid", folder, weights=str(tmp_path / "missing.pth"))

@@ -48,6 +48,15 @@ def test_causal_evaluation_equals_documents_one_by_one(tiny, groups):
     assert result["perplexity_image"] == pytest.approx(math.exp(np.mean(image)))
 
 
+def test_an_infinite_perplexity_is_none(tiny):
+    model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(1e6)
+    result = evaluate(model, tiny, "auxiliary", quiet=True)
+    assert (result["loss_text"] or 0) > 710
+    assert result["perplexity_text"] is None
+
+
 def test_batch_choice_and_causal_routing_differ(tiny):
     model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
     choice, causal = (evaluate(model, tiny, by, quiet=True) for by in ("choice", "auxiliary"))

@@ -81,6 +81,13 @@ def test_windows_score_each_token_once_and_do_not_begin_in_an_image():
     assert [part.ids[0] for part in parts] == [0, 3, 33]
 
 
+def test_an_image_that_ends_with_a_window_stays_in_it():
+    vocabulary = make_vocabulary()
+    ids = np.array([0, 30, 31, 32, 33, *vocabulary.wrap_image(np.arange(4)), 34, 1])
+    parts = windows(ids, 10, vocabulary)
+    assert [part.ids.tolist() for part in parts] == [ids[:11].tolist(), ids[10:].tolist()]
+
+
 def test_an_image_longer_than_the_context_is_cut():
     vocabulary = make_vocabulary()
     ids = np.array([0, *vocabulary.wrap_image(np.arange(4)), 1])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from moma.evaluate.summary import Record, identity, summarize
+from moma.evaluate.summary import Record, exponential, identity, summarize
 
 
 def test_measures_are_ratios_of_sums_by_source():
@@ -24,6 +24,14 @@ def test_measures_are_ratios_of_sums_by_source():
 
 def test_measure_without_anything_to_count_is_none():
     assert summarize([Record("a", {"x": (0, 0)})], {"x": identity})["all"]["x"] is None
+
+
+def test_an_infinite_perplexity_is_none():
+    """800 nats a token overflow; resampled perplexities may be finite."""
+    records = [Record("a", {"x": (0, 1)}), Record("a", {"x": (1600, 1)})]
+    rows = summarize([*records, Record("b", {"x": (1600, 1)})], {"x": exponential})
+    assert rows["a"]["x"] == {"value": None, "low": 1, "high": None}
+    assert rows["b"]["x"] == {"value": None, "low": None, "high": None}
 
 
 def test_interval_is_that_of_the_mean():
