@@ -26,10 +26,12 @@ from moma.model.routers import (
     select_slots,
 )
 from moma.model.routing import (
+    BatchChoice,
     CapacityName,
     Routing,
     Scores,
     Selection,
+    logistic_noise,
     router_logits,
     select_by_sequence,
     static_capacity,
@@ -45,11 +47,14 @@ class DepthConfig(Config):
         layers: layer numbers, from 0; if omitted, every second layer from the first (§4.1).
         scope: tokens compete within the whole micro-batch (`batch`, §2.3) or within their
             `sequence` (Raposo et al. 2024, arXiv 2404.02258).
+        noise: whether the depth routers' logits get Gumbel-Sigmoid noise in training (Equation 5),
+            so that the model meets other decisions than those of the batch.
     """
 
     capacity_factor: float = Field(0.25, gt=0, le=1)
     layers: tuple[int, ...] | None = None
     scope: Literal["batch", "sequence"] = "batch"
+    noise: bool = False
 
 
 class DepthRouter(nn.Module):
@@ -58,6 +63,7 @@ class DepthRouter(nn.Module):
     def __init__(self, dim: int, config: DepthConfig):
         super().__init__()
         self.capacity_factor, self.scope = config.capacity_factor, config.scope
+        self.noise = config.noise
         self.router = Router(dim, 1)
         self.auxiliary = AuxiliaryRouter(dim, 1)
 
@@ -89,13 +95,16 @@ class DepthRouter(nn.Module):
         auxiliary_RN = None if auxiliary_N1 is None else auxiliary_N1.reshape(rows, -1)
         threshold_11 = self.router.threshold_E[:, None]
         slots = partial(self._slots, eligible_RN)
-        scores = Scores(logits_RN, eligible_RN, auxiliary_RN, threshold_11, slots)
+        scores, clean_RN = Scores(logits_RN, eligible_RN, auxiliary_RN, threshold_11, slots), None
+        if self.noise and self.training and isinstance(policy, BatchChoice):
+            clean_RN = logits_RN
+            scores = scores._replace(logits_RN=logits_RN + logistic_noise(logits_RN))
         if policy.capacity is None:
             selected_BS = policy.candidates(scores).view_as(eligible_BS)
             selection = select_by_sequence(selected_BS, logits_N1.view_as(eligible_BS))
             cutoff_1, excess = None, None
         else:
-            selection, cutoff_R, excess = select_slots(policy, scores)
+            selection, cutoff_R, excess = select_slots(policy, scores, clean_RN)
             length, order_BS = logits_RN.shape[1], None if excess is None else segment_BS
             selection, cutoff_1 = (
                 _in_batch_order(selection, length, order_BS),

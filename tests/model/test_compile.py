@@ -51,7 +51,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "experts_implementation": "batched",
         "router_noise": True,
     },
-    "noise": {"groups": "mod_moe_2t2i", "router_noise": True},
+    "noise": {"groups": "mod_moe_2t2i", "router_noise": True, "depth": {"noise": True}},
 }  # fmt: skip
 # Their layers are made of parts of the other architectures.
 COMBINED = {

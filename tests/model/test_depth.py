@@ -118,6 +118,23 @@ def test_the_depth_router_selects_the_highest_scores_even_with_ties(batch, share
             assert score[selected].min() >= score[real & ~selected].max() - 1e-12
 
 
+def test_noise_changes_the_selection_in_training_only_and_no_cutoff():
+    config = DepthConfig(capacity_factor=0.5, noise=True)
+    router, x_BSD = DepthRouter(DIM, config).double(), torch.randn(2, 8, DIM, dtype=torch.float64)
+    torch.nn.init.normal_(router.router.weight, std=0.1)
+    eligible = torch.ones(2, 8, dtype=torch.bool)
+    plain = DepthRouter(DIM, DepthConfig(capacity_factor=0.5)).double()
+    plain.load_state_dict(router.state_dict())
+    expected, diagnostics = plain(x_BSD, eligible, Routing())
+    torch.manual_seed(0)
+    found, noisy = router.train()(x_BSD, eligible, Routing())
+    assert found.index_EK.shape == expected.index_EK.shape
+    assert not torch.equal(found.index_EK, expected.index_EK)
+    assert torch.equal(noisy.cutoff_E, diagnostics.cutoff_E)
+    for routing in (Routing(), uniform_routing(BatchChoice("actual"))):
+        assert torch.equal(router.eval()(x_BSD, eligible, routing)[0].index_EK, expected.index_EK)
+
+
 def test_both_modalities_compete_for_the_same_slots():
     layer = build_depth_layer("mod_moe_1t1i")
     x = torch.randn(2, 8, DIM, dtype=torch.float64)

@@ -33,6 +33,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "depth": ({"depth": None}, "parameters"),
     "depth.capacity_factor": ({"depth": BASE["depth"] | {"capacity_factor": 0.75}}, "logits"),
     "depth.layers": ({"depth": BASE["depth"] | {"layers": [1]}}, "parameters"),
+    "depth.noise": ({"depth": BASE["depth"] | {"noise": True}}, "training"),
     "depth.scope": ({"depth": BASE["depth"] | {"scope": "sequence"}}, "logits"),
     "token_choice": ({"token_choice": {}}, "parameters"),
     "token_choice.top_k": ({"token_choice": {"top_k": 2}}, "logits"),
