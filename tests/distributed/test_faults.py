@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def job_of_killed(world: World, recipe: Recipe) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 1:
             real = stages.loss_function_of
-            patch.setattr(stages, "loss_function_of", lambda *each: with_kill(real(*each)))
+            patch.setattr(
+                stages, "loss_function_of", lambda *each, **keys: with_kill(real(*each, **keys))
+            )
         train(recipe, world, quiet=True)
 
 
@@ -99,7 +102,10 @@ def job(world: World, tiny: Recipe, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == 1:
             real = stages.loss_function_of
-            faulty = lambda *arguments: with_nonfinite_score(real(*arguments))  # noqa: E731
+
+            def faulty(*arguments: Any, **keys: Any) -> LossFunction:
+                return with_nonfinite_score(real(*arguments, **keys))
+
             patch.setattr(stages, "loss_function_of", faulty)
         with pytest.raises(SharedError) as fault:
             changes = {"run": out / "fault", "pretrain": stage}
