@@ -13,11 +13,16 @@ app = App()
 
 def _study_file(name: Path) -> Path:
     """A study of `configs/study/` by its name, or a file."""
+    from moma.errors import UserError, list_names
     from moma.recipe import shipped_recipe
 
     if name.suffix or name.exists() or len(name.parts) > 1:
         return readable_recipe(name)
-    return shipped_recipe(f"study/{name}.toml")
+    shipped = shipped_recipe("study/routing.toml").parent
+    known = sorted(file.stem for file in shipped.glob("*.toml"))
+    if name.name not in known:
+        raise UserError(f"{name}: there is no such file or study; there are {list_names(known)}")
+    return shipped / f"{name}.toml"
 
 
 @app.command()
