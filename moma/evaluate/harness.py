@@ -61,7 +61,7 @@ class MomaLM(TemplateLM):
 
         Args:
             run: the run folder.
-            routing: see `Transformer.named_routing`.
+            routing: see `Transformer.named_routing`; generation under `choice` is that of `causal`.
             batch_size: number of texts to generate at once; scoring batches by number of tokens,
                 at most those of a micro-batch of the run.
             max_batch_size, device: what the harness passes, by default `cuda:0`; not used: the
@@ -76,6 +76,8 @@ class MomaLM(TemplateLM):
         folder = Run(Path(run))
         model, recipe = load_run(folder)
         require_routing(folder, model, routing)
+        if routing != "choice":  # which cannot generate
+            model.causal_policy = model.named_routing(routing).experts
         prepare_decoding(model)
         data = recipe.data
         self._mixed = MixedModel.assemble(model, folder.tokenizers, data.sequence_length)

@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+import moma
+
 pytest.importorskip("lm_eval")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -128,6 +130,18 @@ def test_generation_stops_and_is_greedy(lm, mixed):
     assert found[1] == text[: text.index(text[2:4])]
     sampled = {"do_sample": True, "temperature": 2.0, "max_gen_toks": 6}
     assert lm.generate_until(requests("generate_until", ("red green", sampled))) != [text]
+
+
+def test_generation_is_routed_as_the_scores(trained):
+    calls = [(prompt, {"max_gen_toks": 12}) for prompt in ("the red", "a green apple", "left of")]
+    greedy, found = Sampling(temperature=0, top_p=1), []
+    for routing in ("auxiliary", "threshold"):
+        own = MomaLM(str(trained / "run"), routing=routing)
+        found.append(own.generate_until(requests("generate_until", *calls)))
+        loaded = moma.load(trained / "run", routing)
+        answers = loaded.generate([[prompt] for prompt, _ in calls], "text", greedy, new_tokens=12)
+        assert found[-1] == ["".join(map(str, answer)) for answer in answers]
+    assert found[0] != found[1]
 
 
 def test_generation_samples_as_the_task_says(lm, mixed):
