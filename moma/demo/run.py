@@ -4,11 +4,9 @@ Every stage stores its result and is not repeated, so that the demo resumes afte
 """
 
 import json
-import multiprocessing
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +35,7 @@ from moma.runtime.world import World, local_device
 from moma.study import figures
 from moma.study.compare import Measured, add_comparison, comparison_tables, measure, summary
 from moma.study.page import Page, captioned, grid, paragraph, table, tile
+from moma.study.processes import training_processes
 from moma.study.tables import Table, percent
 from moma.train.changes import refuse_other_recipe
 from moma.train.loop import train
@@ -174,20 +173,9 @@ def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
     one after the other with both.
     """
     threads = max(1, torch.get_num_threads() // len(recipes))
-    with ProcessPoolExecutor(len(recipes), multiprocessing.get_context("spawn")) as pool:
+    with training_processes(len(recipes)) as pool:
         jobs = [pool.submit(_train_in_child, recipe, threads) for recipe in recipes]
-        try:
-            _wait(jobs, recipes, quiet)
-        except BaseException as error:
-            # The other runs keep their last checkpoints.
-            for child in multiprocessing.active_children():
-                child.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    "a training process was killed, perhaps because memory ran out; "
-                    "the same command continues from its last checkpoint"
-                ) from error
-            raise
+        _wait(jobs, recipes, quiet)
 
 
 def _wait(jobs: Sequence[Future[None]], recipes: Sequence[Recipe], quiet: bool) -> None:

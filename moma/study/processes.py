@@ -59,9 +59,7 @@ def visible_gpus() -> list[str]:
 def _run_in_pool(study: Study, count: int, quiet: bool) -> dict[str, str]:
     threads, gpus = max(1, (os.cpu_count() or 1) // count), visible_gpus()
     failures: dict[str, str] = {}
-    with _terminating_children(
-        ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
-    ) as pool:
+    with training_processes(count) as pool:
         jobs = [
             pool.submit(_work, study, threads, gpus[number % len(gpus)] if gpus else None)
             for number in range(count)
@@ -78,9 +76,13 @@ def _run_in_pool(study: Study, count: int, quiet: bool) -> dict[str, str]:
 
 
 @contextmanager
-def _terminating_children(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """End all processes if one fails; their runs keep their last checkpoints."""
-    with pool:
+def training_processes(count: int) -> Iterator[ProcessPoolExecutor]:
+    """New processes, which all end if one fails; their runs keep their last checkpoints.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
         try:
             yield pool
         except BaseException as error:
@@ -88,8 +90,8 @@ def _terminating_children(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExec
                 child.terminate()
             if isinstance(error, BrokenProcessPool):
                 raise UserError(
-                    "a process of the study was killed, perhaps because memory ran out; the same "
-                    "command continues from its last checkpoint (--processes takes fewer)"
+                    "a training process was killed, perhaps because memory ran out; the same "
+                    "command continues from its last checkpoint"
                 ) from error
             raise
 

@@ -5,12 +5,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli_w
 import torch
 
 from moma.data.batches.iterator import Batches
-from moma.data.batches.packing import Batch
+from moma.data.batches.packing import NO_LABEL, Batch
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.files import lock_folder
@@ -196,6 +197,25 @@ def held_out(model, recipe) -> list[Batch]:
     return list(Batches(recipe.data, model.vocabulary, 0, split="held_out"))
 
 
+def parts_of(model, batch: Batch) -> dict[str, Batch]:
+    """The micro-batch with padding instead of documents with images, and of text, by a loop."""
+    vocabulary = model.vocabulary
+    names = ("tokens_BS", "labels_BS", "document_ids_BS")
+    padding = (vocabulary.padding, NO_LABEL, -1)
+    parts = {}
+    for part in ("text", "image"):
+        arrays = [getattr(batch, name).copy() for name in names]
+        for row, column in np.ndindex(*batch.tokens_BS.shape):
+            own = batch.document_ids_BS[row] == batch.document_ids_BS[row, column]
+            is_pure_text = vocabulary.begin_image not in batch.tokens_BS[row][own]
+            is_code = vocabulary.code_of_id[batch.tokens_BS[row, column]] >= 0
+            if not (is_pure_text if part == "text" else is_code):
+                for array, value in zip(arrays, padding, strict=True):
+                    array[row, column] = value
+        parts[part] = replace(batch, **dict(zip(names, arrays, strict=True)))
+    return parts
+
+
 def test_agreement_and_experts_per_token_equal_slow_counts(study):
     run = study.runs[1].run
     model, recipe = load_run(run)
@@ -218,11 +238,13 @@ def test_agreement_and_experts_per_token_equal_slow_counts(study):
                         same = bool(above) == bool(record.selected_NE[n, e])
                         agreed.setdefault((index, modality[n]), []).append(same)
             causal = model.named_routing("threshold", record_selection=True)
-            for record in run_model(model, on_device, causal, no_head).routers:
-                if record.kind == "depth":
-                    taken.setdefault("depth", []).extend(
-                        record.selected_NE[record.eligible_N].flatten().tolist()
-                    )
+            for part, kept in (("mixed", batch), *parts_of(model, batch).items()):
+                kept_on_device = to_device(kept, torch.device("cpu"))
+                for record in run_model(model, kept_on_device, causal, no_head).routers:
+                    if record.kind == "depth":
+                        taken.setdefault(part, []).extend(
+                            record.selected_NE[record.eligible_N].flatten().tolist()
+                        )
     shares = {key: sum(same) / len(same) for key, same in agreed.items()}
     names = {0: "0.text text", 1: "0.image image"}
     for number, name in names.items():
@@ -232,9 +254,10 @@ def test_agreement_and_experts_per_token_equal_slow_counts(study):
     for modality_of, name in ((TEXT, "0.depth text"), (IMAGE, "0.depth image")):
         expected = shares[depth[0], modality_of]
         assert found["agreement"][name]["threshold"] == pytest.approx(expected)
-    assert found["taken"]["mixed"]["depth"] == pytest.approx(
-        sum(taken["depth"]) / len(taken["depth"])
-    )
+    assert taken.keys() == found["taken"].keys() == {"mixed", "text", "image"}
+    for part, values in taken.items():
+        assert found["taken"][part]["depth"] == pytest.approx(sum(values) / len(values))
+    assert len({*map(len, taken.values())}) == 3
     assert "image" not in found["taken"]["text"] and "text" not in found["taken"]["image"]
 
 
