@@ -34,7 +34,7 @@ docs-keys: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@echo 'installing into $(VENV): about 2 GB, some minutes'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs,lm-eval,ray,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs,lm-eval,ray,s3,serve]'
 	touch $(READY)
 
 clean:
