@@ -7,7 +7,7 @@ READY := $(VENV)/installed
 # Processes share the cores, so each has one thread.
 TEST_PROCESSES ?= 2
 
-.PHONY: demo test check format docs-keys clean
+.PHONY: demo test check docs dist format docs-keys clean
 
 demo: $(READY)
 	$(BIN)/moma demo $(DEMO)
@@ -26,6 +26,14 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation as a site in site/; no broken link and no page outside the navigation.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Wheel and source distribution in dist/.
+dist: $(READY)
+	$(BIN)/python -m build
+
 # The tables of recipe keys in the docs, from the docstrings of the configurations.
 docs-keys: $(READY)
 	$(BIN)/moma schema --markdown > $(VENV)/keys.md
@@ -38,4 +46,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site dist
