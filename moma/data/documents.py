@@ -89,6 +89,28 @@ class Rejected:
         return self.reason if self.row in self.reason else f"{self.row}: {self.reason}"
 
 
+class SourcePart(Config):
+    """Consecutive documents of a source, which can be read independently of the others.
+
+    Attributes:
+        first, stop: range of the source's files, in its order, that it reads; `stop` is None where
+            the part is the whole source.
+        begin, end: where it begins in the first file, and ends in the last one, None for its end;
+            bytes, row groups or rows, as the source counts.
+        row: number of rows of the first file before `begin`.
+        file: the first file's name, which shows that the source's files are still the same.
+        size: bytes to read, approximately; 0 if unknown.
+    """
+
+    first: int = 0
+    stop: int | None = None
+    begin: int = 0
+    end: int | None = None
+    row: int = 0
+    file: str = ""
+    size: int = 0
+
+
 # A source's name is also the name of its shards' folder.
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -114,6 +136,17 @@ class SourceConfig(Config):
     def documents(self) -> "Iterator[Document | Rejected]":
         """See `Source.documents`."""
         raise NotImplementedError
+
+    def parts(self, part_bytes: int) -> list[SourcePart]:
+        """Cut the source into parts of about `part_bytes` bytes, in the order of the documents.
+
+        A source that can only be read from its beginning is one part.
+        """
+        return [SourcePart()]
+
+    def read_part(self, part: SourcePart) -> "Iterator[Document | Rejected]":
+        """Yield the documents of one of the `parts`."""
+        return self.documents()
 
     def fingerprint(self) -> str:
         """Return a value that changes when the files that the source reads do."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moma.data.sources.jsonl import Line, read_jsonl, require_text
-from moma.data.sources.paths import expand_pattern, resolve_inside
+from moma.data.sources.paths import FileRange, expand_pattern, resolve_inside
 from moma.data.sources.reading import check_text
 from moma.errors import UserError
 from moma.evaluate.score import ScoredSequence, with_target
@@ -102,7 +102,7 @@ def _read(path: Path | None, suite: str, has_choices: bool) -> list[Question]:
     if path is None:
         raise UserError(f"--suite {suite}: needs --from: a JSON Lines file of questions")
     found = []
-    for line in read_jsonl(expand_pattern(path)):
+    for line in read_jsonl(map(FileRange, expand_pattern(path))):
         try:
             found.append(_parse(line, has_choices))
         except UserError as error:

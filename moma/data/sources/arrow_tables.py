@@ -8,13 +8,16 @@ are memory-mapped where they are.
 import errno
 import glob
 import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
-from moma.data.sources.paths import read_error
+from moma.data.sources.parts import Cut, Cuts
+from moma.data.sources.paths import FileRange, read_error, read_errors
 from moma.data.sources.row_files import check_columns
 from moma.errors import StorageError, UserError, shorten, storage_error
 
@@ -55,6 +58,47 @@ def open_files(
         split=split,
         streaming=streaming,
     )
+
+
+def parquet_features(paths: list[str], columns: list[str]) -> datasets.Features:
+    """Return the types of the columns of Parquet files; raises `UserError` as `open_files`."""
+    return datasets.Features.from_arrow_schema(_common_schema("parquet", {"": paths}, columns)[1])
+
+
+def row_group_cuts(columns: list[str]) -> Cuts:
+    """Return what yields where a Parquet file can be cut: between row groups.
+
+    A cut counts the rows of the files before, too, since rows are numbered over all files.
+    """
+    rows = 0
+
+    def cuts_of(path: Path) -> Iterator[Cut]:
+        nonlocal rows
+        with read_errors(path, _REMEDY), pa.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+        for number, group in enumerate(groups, 1):
+            rows += group.num_rows
+            yield Cut(number, rows, _group_bytes(group, columns))
+        if not groups:
+            yield Cut(0, rows, 0)
+
+    return cuts_of
+
+
+def _group_bytes(group: pa.parquet.RowGroupMetaData, columns: list[str]) -> int:
+    chunks = [group.column(index) for index in range(group.num_columns)]
+    used = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+    return sum(chunk.total_uncompressed_size for chunk in used)
+
+
+def read_row_groups(
+    ranges: Iterable[FileRange], columns: list[str], rows: int
+) -> Iterator[pa.RecordBatch]:
+    """Yield at most `rows` rows at a time of ranges of row groups of Parquet files."""
+    for path, begin, end, _ in ranges:
+        with read_errors(path, _REMEDY), pa.parquet.ParquetFile(path) as file:
+            groups = range(begin, file.metadata.num_row_groups if end is None else end)
+            yield from file.iter_batches(rows, [*groups], columns)
 
 
 def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:

@@ -1,15 +1,23 @@
 """A folder of images whose captions are listed in a JSON Lines or CSV file."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from moma.data.documents import Document, SourceName
+from moma.data.documents import Document, SourceName, SourcePart
 from moma.data.sources.jsonl import require_text
-from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
+from moma.data.sources.parts import IMAGE_BYTES, cut_files, ranges_of
+from moma.data.sources.paths import FileRange, files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, Row
-from moma.data.sources.row_files import FILE_NAME, METADATA_FILES, FileRow, named_images, read_rows
+from moma.data.sources.row_files import (
+    FILE_NAME,
+    METADATA_FILES,
+    FileRow,
+    named_images,
+    read_rows,
+    row_cuts,
+)
 from moma.errors import UserError
 from moma.recipe import RequiredPath
 
@@ -34,15 +42,20 @@ class CaptionsConfig(CaptionReaderConfig):
     name: SourceName = "captions"
     path: RequiredPath
 
-    def read_rows(self) -> Iterator[Row]:
+    def parts(self, part_bytes: int) -> list[SourcePart]:
+        """Cut the lists between rows, other than CSV."""
+        cuts_of = partial(row_cuts, part_bytes=part_bytes, row_bytes=IMAGE_BYTES)
+        return cut_files(self._lists(), part_bytes, cuts_of)
+
+    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the rows of the lists."""
-        rows = _read(self._lists())
+        rows = _read(ranges_of(self._lists(), part))
         return ((row.location, partial(self._document, row)) for row in rows)
 
     def fingerprint(self) -> str:
         """Return what changes with the lists, or with the size or time of an image in them."""
         lists = self._lists()
-        return fingerprint_of(lists, named_images(_read(lists), _image_files))
+        return fingerprint_of(lists, named_images(_read(map(FileRange, lists)), _image_files))
 
     def _lists(self) -> list[Path]:
         captions = self.path / _LIST
@@ -66,9 +79,9 @@ class CaptionsConfig(CaptionReaderConfig):
         return Document(name, self.with_caption(name, caption, self.image_ref(path, row.location)))
 
 
-def _read(lists: list[Path]) -> Iterator[FileRow]:
-    for path in lists:
-        yield from read_rows(str(path), [FILE_NAME])
+def _read(lists: Iterable[FileRange]) -> Iterator[FileRow]:
+    for rows in lists:
+        yield from read_rows(str(rows.path), [FILE_NAME], lines=rows)
 
 
 def _image_keys(row: FileRow) -> tuple[str, str]:

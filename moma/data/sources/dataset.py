@@ -14,13 +14,15 @@ from typing import Any, Literal, Self
 import datasets
 from pydantic import Field, model_validator
 
-from moma.data.documents import Document, ImageRef, SourceName
+from moma.data.documents import Document, ImageRef, SourceName, SourcePart
+from moma.data.sources import arrow_tables
 from moma.data.sources.dataset_files import find_files, local_files, open_errors
 from moma.data.sources.interleaved import Part, content_name, make_document, parse_parts
 from moma.data.sources.jsonl import require_text
+from moma.data.sources.parts import IMAGE_BYTES, cut_files, ranges_of
 from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, Row, content_hash
-from moma.data.sources.row_files import FileRow, check_columns
+from moma.data.sources.row_files import FileRow, check_columns, row_cuts
 from moma.errors import UserError, list_names, quote
 
 _CHUNK_ROWS = 16
@@ -76,15 +78,40 @@ class DatasetConfig(CaptionReaderConfig):
             return [self.segments_column]
         return [column for column in (self.text_column, self.image_column) if column is not None]
 
-    def read_rows(self) -> Iterator[Row]:
-        """Yield every row."""
+    def parts(self, part_bytes: int) -> list[SourcePart]:
+        """Cut files of lines between rows, and other data into ranges of rows; no stream."""
+        with open_errors(self.path):
+            files = find_files(self.path, self.subset, self.revision, self.streaming)
+            local = files.local(self.split)
+            if files.kind == "rows" and local:
+                has_images = self.image_column is not None or self.segments_column is not None
+                row_bytes = IMAGE_BYTES if has_images else 0
+                cuts_of = partial(row_cuts, part_bytes=part_bytes, row_bytes=row_bytes)
+                return cut_files(local, part_bytes, cuts_of)
+            if files.kind == "parquet" and local:
+                self._check_text(arrow_tables.parquet_features([*map(str, local)], self.columns))
+                return cut_files(local, part_bytes, arrow_tables.row_group_cuts(self.columns))
+            if files.kind == "rows" or self.streaming:
+                return [SourcePart()]
+            table = _open(self, self.fingerprint())
+            rows, size = len(table), table.data.nbytes
+            step = max(_CHUNK_ROWS, rows * part_bytes // max(size, 1))
+            return [
+                SourcePart(
+                    stop=1, begin=row, end=min(row + step, rows), size=size * step // max(rows, 1)
+                )
+                for row in range(0, rows, step)
+            ]
+
+    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
+        """Yield the rows of a part."""
         fingerprint, files, folder = self.fingerprint(), local_files(self.path), Path(self.path)
         # Paths of images are relative to this folder and do not lead out of it.
         if files:
             folder = Path(commonpath([file.absolute().parent for file in files]))
         elif not folder.is_dir():  # on the hub: the library copies its images into its cache
             folder = Path(datasets.config.HF_CACHE_HOME)
-        for number, row in enumerate(self._file_rows(fingerprint)):
+        for number, row in self._file_rows(fingerprint, part):
             yield row.location, partial(self._document, row, number, fingerprint, folder)
 
     def fingerprint(self) -> str:
@@ -94,21 +121,45 @@ class DatasetConfig(CaptionReaderConfig):
             files = files_below(Path(self.path))
         return fingerprint_of(files)
 
-    def _file_rows(self, fingerprint: str) -> Iterator[FileRow]:
-        """The rows with their columns, images undecoded."""
+    def _file_rows(
+        self, fingerprint: str, part: SourcePart
+    ) -> Iterator[tuple[int | None, FileRow]]:
+        """The rows of a part, images undecoded, and their numbers if they can be read again."""
         with open_errors(self.path):
             files = find_files(self.path, self.subset, self.revision, self.streaming)
             if files.kind == "rows":
-                yield from files.rows(self.columns, self.split)
+                yield from ((None, row) for row in files.rows(self.columns, self.split, part))
                 return
-            number = 0
-            for table in _open(self, fingerprint).iter(batch_size=_CHUNK_ROWS):
+            local = files.local(self.split)
+            is_direct = files.kind == "parquet" and bool(local) and part.stop is not None
+            if is_direct:
+                groups = ranges_of(local, part)
+                tables = arrow_tables.read_row_groups(groups, self.columns, _CHUNK_ROWS)
+                number = part.row
+            else:
+                opened = _open(self, fingerprint)
+                if part.end is not None:
+                    opened = opened.select(range(part.begin, part.end))
+                tables, number = opened.iter(batch_size=_CHUNK_ROWS), part.begin
+            for table in tables:
                 for values in table.to_pylist():
                     number += 1
-                    location = f"{self.path}, row {number}"
-                    yield FileRow(self.path, location, partial(dict, values))
+                    row = FileRow(self.path, f"{self.path}, row {number}", partial(dict, values))
+                    yield None if is_direct or self.streaming else number - 1, row
 
-    def _document(self, row: FileRow, number: int, fingerprint: str, folder: Path) -> Document:
+    def _check_text(self, features: datasets.Features) -> None:
+        """Refuse a column of numbers or the like at once, instead of row by row."""
+        feature = features.get(self.text_column)
+        feature = getattr(feature, "feature", feature)  # of a list
+        if isinstance(feature, datasets.Value) and feature.dtype not in _TEXT_TYPES:
+            raise UserError(
+                f"{self.path}: the column {quote(self.text_column)} holds {feature.dtype} values, "
+                "not text; set text_column to a column of texts"
+            )
+
+    def _document(
+        self, row: FileRow, number: int | None, fingerprint: str, folder: Path
+    ) -> Document:
         values = row.values()
         for column in self.columns:
             if column not in values:
@@ -121,7 +172,7 @@ class DatasetConfig(CaptionReaderConfig):
             name = f"{row.location}, image {which}"
             if isinstance(stored, str):
                 return self.image_ref(resolve_inside(folder, stored), name)
-            if self.streaming:
+            if number is None:
                 return self.stored_image(partial(bytes, stored), name)
             return self.stored_image(partial(_read_cell, self, fingerprint, number, which), name)
 
@@ -184,12 +235,5 @@ def _open(config: DatasetConfig, fingerprint: str) -> Any:
     check_columns(config.path, opened.column_names or columns, columns)
     # Arrow's own values: `datasets` would decode images, wherever their paths lead.
     opened = opened.select_columns(columns).with_format("arrow")
-    feature = (opened.features or {}).get(config.text_column)
-    feature = getattr(feature, "feature", feature)  # of a list
-    # A column of numbers or the like is refused at once, instead of row by row.
-    if isinstance(feature, datasets.Value) and feature.dtype not in _TEXT_TYPES:
-        raise UserError(
-            f"{config.path}: the column {quote(config.text_column)} holds {feature.dtype} values, "
-            "not text; set text_column to a column of texts"
-        )
+    config._check_text(opened.features or {})
     return opened

@@ -15,10 +15,12 @@ import datasets
 from datasets.data_files import ALL_DEFAULT_PATTERNS, resolve_pattern
 from datasets.download import DownloadManager
 
+from moma.data.documents import SourcePart
 from moma.data.sources import arrow_tables, row_files
 from moma.data.sources.arrow_tables import cause_on_disk
 from moma.data.sources.jsonl import require_text
-from moma.data.sources.paths import expand_pattern, outputs_below
+from moma.data.sources.parts import ranges_of
+from moma.data.sources.paths import FileRange, expand_pattern, outputs_below
 from moma.errors import UserError, list_names, quote, shorten
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -27,6 +29,7 @@ _ENDINGS = (*row_files.ENDINGS, *arrow_tables.ENDINGS)
 # or that a column is an index.
 _TEXT_BUILDERS = ("csv", "json", "text")
 _BUILDERS_PACKAGE = "datasets.packaged_modules."
+_WHOLE = SourcePart()
 
 
 @dataclass(frozen=True)
@@ -47,22 +50,31 @@ class DatasetFiles:
     builder: Any = None
     image_folder: Path | None = None
 
-    def rows(self, columns: list[str], split: str) -> Iterator[row_files.FileRow]:
+    def local(self, split: str) -> list[Path]:
+        """Return the files of a split; none if it is a range, or is not on this machine."""
+        files = self.splits.get(split, ())
+        return [] if any("://" in file for file in files) else [*map(Path, files)]
+
+    def rows(self, columns: list[str], split: str, part: SourcePart) -> Iterator[row_files.FileRow]:
         """Yield the rows of text files; raises `ValueError` if there is no such split."""
         if split in self.splits:
-            yield from self._split_rows(split, columns)
+            yield from self._split_rows(split, columns, part)
             return
         counts = {name: sum(1 for _ in self._split_rows(name, columns)) for name in self.splits}
         for name, start, end in arrow_tables.ranges(split, counts):
             yield from islice(self._split_rows(name, columns), start, end)
 
-    def _split_rows(self, split: str, columns: list[str]) -> Iterator[row_files.FileRow]:
-        if self.image_folder is None:
-            for path in self.splits[split]:
-                yield from row_files.read_rows(path, columns, self.separator)
-            return
-        for path in self.splits[split]:
-            for row in row_files.read_rows(path, [row_files.FILE_NAME]):
+    def _split_rows(
+        self, split: str, columns: list[str], part: SourcePart = _WHOLE
+    ) -> Iterator[row_files.FileRow]:
+        chosen: list[tuple[str, FileRange | None]] = [(path, None) for path in self.splits[split]]
+        if part.stop is not None:
+            chosen = [(str(lines.path), lines) for lines in ranges_of(self.local(split), part)]
+        for path, lines in chosen:
+            if self.image_folder is None:
+                yield from row_files.read_rows(path, columns, self.separator, lines)
+                continue
+            for row in row_files.read_rows(path, [row_files.FILE_NAME], lines=lines):
                 yield replace(row, values=partial(_with_images, row, self.image_folder))
 
     def table(self, columns: list[str], split: str, streaming: bool) -> Any:

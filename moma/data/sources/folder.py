@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
-from moma.data.documents import Document, SourceName
+from moma.data.documents import Document, SourceName, SourcePart
 from moma.data.sources.jsonl import decode
+from moma.data.sources.parts import Cut, cut_files, ranges_of, whole_file
 from moma.data.sources.paths import files_below, fingerprint_of, read_errors, resolve_inside
 from moma.data.sources.reading import MAX_ROW_BYTES, CaptionReaderConfig, Row, check_text
 from moma.errors import UserError
@@ -35,12 +37,23 @@ class FolderConfig(CaptionReaderConfig):
     caption: Literal["first_line", "whole"] = "first_line"
     without_text: Literal["reject", "leave_out"] = "reject"
 
-    def read_rows(self) -> Iterator[Row]:
+    def parts(self, part_bytes: int) -> list[SourcePart]:
+        """Cut the folder between texts, in the order of their names."""
+        groups = self._sorted_groups()
+
+        def cuts_of(stem: Path) -> Iterator[Cut]:
+            files = chain(*groups[str(stem)])
+            sizes = [cut.size for file in files for cut in whole_file(file)]
+            yield Cut(0, 0, sum(sizes))
+
+        return cut_files([*map(Path, groups)], part_bytes, cuts_of)
+
+    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield a row for every text file, and for every image without one."""
-        groups = self._groups()
-        if not groups:
-            raise UserError(f"{self.path}: holds no images and texts; check the source's 'path'")
-        for stem, (images, texts) in sorted(groups.items()):
+        groups = self._sorted_groups()
+        for chosen in ranges_of([*map(Path, groups)], part):
+            stem = str(chosen.path)
+            images, texts = groups[stem]
             if texts:
                 yield str(texts[0]), partial(self._document, stem, images, texts)
             elif self.without_text == "reject":
@@ -51,6 +64,12 @@ class FolderConfig(CaptionReaderConfig):
         """Return what changes with the names, sizes and times of images and texts."""
         groups = self._groups().values()
         return fingerprint_of(file for group in groups for file in sorted([*group[0], *group[1]]))
+
+    def _sorted_groups(self) -> dict[str, tuple[list[Path], list[Path]]]:
+        groups = self._groups()
+        if not groups:
+            raise UserError(f"{self.path}: holds no images and texts; check the source's 'path'")
+        return dict(sorted(groups.items()))
 
     def _groups(self) -> dict[str, tuple[list[Path], list[Path]]]:
         """Images, best format first, and texts of each path without its suffix."""

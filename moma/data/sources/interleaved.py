@@ -11,9 +11,16 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
 
-from moma.data.documents import Document, ImageRef, Segment, SourceName
+from moma.data.documents import Document, ImageRef, Segment, SourceName, SourcePart
 from moma.data.sources.jsonl import Line, parse_json_object, read_jsonl
-from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors, resolve_inside
+from moma.data.sources.parts import IMAGE_BYTES, cut_files, line_cuts, ranges_of
+from moma.data.sources.paths import (
+    FileRange,
+    expand_pattern,
+    fingerprint_of,
+    read_errors,
+    resolve_inside,
+)
 from moma.data.sources.reading import (
     MAX_ROW_BYTES,
     ImageReaderConfig,
@@ -46,15 +53,20 @@ class InterleavedConfig(ImageReaderConfig):
     name: SourceName = "interleaved"
     path: RequiredPath
 
-    def read_rows(self) -> Iterator[Row]:
+    def parts(self, part_bytes: int) -> list[SourcePart]:
+        """Cut the files between rows."""
+        cuts_of = partial(line_cuts, part_bytes=part_bytes, row_bytes=IMAGE_BYTES)
+        return cut_files(expand_pattern(self.path), part_bytes, cuts_of)
+
+    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the rows of the files."""
-        lines = read_jsonl(expand_pattern(self.path))
+        lines = read_jsonl(ranges_of(expand_pattern(self.path), part))
         return ((line.location, partial(self._document, line)) for line in lines)
 
     def fingerprint(self) -> str:
         """Return what changes with the size or the time of a file, or of an image named in it."""
         files = expand_pattern(self.path)
-        return fingerprint_of(files, named_images(read_jsonl(files), _image_files))
+        return fingerprint_of(files, named_images(read_jsonl(map(FileRange, files)), _image_files))
 
     def _document(self, line: Line) -> Document:
         return make_document(parse_parts(line.values()), partial(self._image_of, line))

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from moma.data.sources.paths import read_errors
+from moma.data.sources.paths import FileRange, read_errors
 from moma.data.sources.reading import MAX_ROW_BYTES, check_text
 from moma.errors import UserError, json_error_message, list_names, quote
 from moma.files import open_regular
@@ -89,18 +89,23 @@ class Line:
         return parse_json_object(self.content())
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """Yield the lines of a file; raises `UserError` if it cannot be read or is compressed."""
+def read_lines(lines: FileRange) -> Iterator[Line]:
+    """Yield lines of a file; raises `UserError` if it cannot be read or is compressed."""
+    path = lines.path
     with read_errors(path), open_regular(path) as file:
         if decompress(file) is not file:
             raise UserError(f"{path}: cannot read it (it is compressed); decompress it first")
-        yield from iterate_lines(file, path)
+        yield from iterate_lines(file, path, lines)
 
 
-def iterate_lines(file: BinaryIO, path: Path | str) -> Iterator[Line]:
-    """Yield the lines of an open file; `path` is its name in messages."""
-    number, offset = 0, 0
-    while data := file.readline(MAX_ROW_BYTES + 1):
+def iterate_lines(
+    file: BinaryIO, path: Path | str, lines: FileRange | None = None
+) -> Iterator[Line]:
+    """Yield the lines of an open file, or those in a range; `path` is its name in messages."""
+    number, offset, end = (lines.row, lines.begin, lines.end) if lines else (0, 0, None)
+    if offset:
+        file.seek(offset)
+    while (end is None or offset < end) and (data := file.readline(MAX_ROW_BYTES + 1)):
         number += 1
         yield Line(path, number, offset, data if len(data) <= MAX_ROW_BYTES else None)
         offset += len(data)
@@ -109,9 +114,9 @@ def iterate_lines(file: BinaryIO, path: Path | str) -> Iterator[Line]:
             offset += len(data)
 
 
-def read_jsonl(files: Iterable[Path]) -> Iterator[Line]:
+def read_jsonl(files: Iterable[FileRange]) -> Iterator[Line]:
     """Yield the lines of JSON Lines files that are not blank."""
-    return (line for path in files for line in read_lines(path) if not line.is_blank)
+    return (line for lines in files for line in read_lines(lines) if not line.is_blank)
 
 
 class _RepeatedKey:

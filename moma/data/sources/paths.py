@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -18,6 +19,27 @@ from moma.errors import StorageError, UserError, error_reason, quote, shorten, s
 
 _MAX_PATH_CHARACTERS = 4096
 _BASE64 = re.compile(r"[\w+/=\s-]{200,}")
+
+
+class FileRange(NamedTuple):
+    """A range of a file.
+
+    Attributes:
+        path: the file.
+        begin, end: offsets of rows, as the kind of file counts them; `end` is None for the end of
+            the file.
+        row: number of rows before `begin`.
+    """
+
+    path: Path
+    begin: int = 0
+    end: int | None = None
+    row: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the whole file."""
+        return not self.begin and self.end is None
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

@@ -17,6 +17,7 @@ from moma.data.documents import (
     Segment,
     SourceConfig,
     SourceName,
+    SourcePart,
     unit_hash,
 )
 from moma.errors import StorageError, UserError
@@ -33,6 +34,8 @@ Row = tuple[str, Callable[[], Document]]
 class ReaderConfig(SourceConfig):
     """Base class of sources that read files; a subclass implements `read_rows`.
 
+    One that can be cut implements `parts` and `read_part_rows` instead.
+
     Attributes:
         name: name of the source's shards and of the source in messages.
     """
@@ -41,7 +44,22 @@ class ReaderConfig(SourceConfig):
 
     def documents(self) -> Iterator[Document | Rejected]:
         """Yield the document of every row, split if it has more than `max_images` images."""
-        for location, make in self.read_rows():
+        return self._make_documents(self.read_rows())
+
+    def read_part(self, part: SourcePart) -> Iterator[Document | Rejected]:
+        """Yield the documents of a part."""
+        return self._make_documents(self.read_part_rows(part))
+
+    def read_rows(self) -> Iterator[Row]:
+        """Yield every row in a fixed order; raises `UserError` if the source cannot be read."""
+        return self.read_part_rows(SourcePart())
+
+    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
+        """Yield the rows of a part."""
+        return self.read_rows()
+
+    def _make_documents(self, rows: Iterator[Row]) -> Iterator[Document | Rejected]:
+        for location, make in rows:
             try:
                 document = replace(make(), row=location)
             except StorageError:
@@ -53,10 +71,6 @@ class ReaderConfig(SourceConfig):
                 yield document
             else:
                 yield from split_document(document, self.max_images)
-
-    def read_rows(self) -> Iterator[Row]:
-        """Yield every row in a fixed order; raises `UserError` if the source cannot be read."""
-        raise NotImplementedError
 
 
 class ImageReaderConfig(ReaderConfig):

@@ -24,12 +24,14 @@ from moma.data.sources.jsonl import (
     object_of,
     parse_json_object,
 )
-from moma.data.sources.paths import read_errors
+from moma.data.sources.parts import Cut, line_cuts, whole_file
+from moma.data.sources.paths import FileRange, read_errors
 from moma.data.sources.reading import MAX_ROW_BYTES
 from moma.errors import UserError, list_names, quote, shorten
 from moma.files import open_regular
 
 ENDINGS = ("jsonl", "ndjson", "json", "csv", "tsv", "txt")
+_LINE_ENDINGS = ("jsonl", "ndjson", "txt")
 # Lists of images, and their column of paths, in image folders of the library `datasets`.
 METADATA_FILES, FILE_NAME = ("metadata.jsonl", "metadata.csv"), "file_name"
 _COMPRESSED = re.compile(r"\.(gz|zst|xz|bz2)$", re.IGNORECASE)
@@ -55,13 +57,26 @@ def ending_of(path: str) -> str:
     return Path(_COMPRESSED.sub("", path)).suffix[1:].lower()
 
 
-def read_rows(path: str, columns: list[str], separator: str | None = None) -> Iterator[FileRow]:
+def row_cuts(path: Path, part_bytes: int, row_bytes: int) -> Iterator[Cut]:
+    """Yield where `read_rows` can begin in a file of lines: CSV and JSON are read whole."""
+    if ending_of(str(path)) in _LINE_ENDINGS:
+        return line_cuts(path, part_bytes, row_bytes)
+    return whole_file(path)
+
+
+def read_rows(
+    path: str,
+    columns: list[str],
+    separator: str | None = None,
+    lines: FileRange | None = None,
+) -> Iterator[FileRow]:
     """Yield the rows of a file whose ending is one of `ENDINGS`; blank lines are no rows.
 
     Args:
         path: the file, or a URL that fsspec opens.
         columns: columns that a CSV file must have; other columns may hold anything.
         separator: what separates the columns of a CSV file, if not a comma.
+        lines: the range that is read of a file that `row_cuts` cuts.
 
     Raises:
         UserError: the file cannot be read, or lacks a column.
@@ -76,7 +91,7 @@ def read_rows(path: str, columns: list[str], separator: str | None = None) -> It
         elif ending == "json":
             yield from _json_rows(path, file)
         else:
-            yield from _line_rows(path, file, is_json=ending != "txt")
+            yield from _line_rows(path, file, ending != "txt", lines)
 
 
 def check_columns(path: str, found: list[str], columns: list[str], note: str = "") -> None:
@@ -98,8 +113,10 @@ def named_images(rows: Iterable[_T], images_of: Callable[[_T], Iterable[Path]]) 
             continue  # The file's own size and time cover rows that are rejected.
 
 
-def _line_rows(path: str, file: io.BufferedReader, is_json: bool) -> Iterator[FileRow]:
-    for line in iterate_lines(file, path):
+def _line_rows(
+    path: str, file: io.BufferedReader, is_json: bool, lines: FileRange | None = None
+) -> Iterator[FileRow]:
+    for line in iterate_lines(file, path, lines):
         if not line.is_blank:
             yield FileRow(path, line.location, line.values if is_json else partial(_text_of, line))
 

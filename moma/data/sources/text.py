@@ -6,9 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from moma.data.documents import Document, SourceName
+from moma.data.documents import Document, SourceName, SourcePart
 from moma.data.sources.jsonl import Line, read_jsonl, read_lines, require_text
-from moma.data.sources.paths import expand_pattern, fingerprint_of
+from moma.data.sources.parts import Cut, cut_files, line_cuts, ranges_of
+from moma.data.sources.paths import FileRange, expand_pattern, fingerprint_of
 from moma.data.sources.reading import ReaderConfig, Row, content_hash
 from moma.errors import UserError
 from moma.recipe import RequiredPath
@@ -35,14 +36,22 @@ class TextConfig(ReaderConfig):
     path: RequiredPath
     text_key: str = "text"
 
-    def read_rows(self) -> Iterator[Row]:
+    def parts(self, part_bytes: int) -> list[SourcePart]:
+        """Cut the files between rows, or between paragraphs."""
+
+        def cuts_of(path: Path) -> Iterator[Cut]:
+            return line_cuts(path, part_bytes, between_paragraphs=not _is_json(path))
+
+        return cut_files(expand_pattern(self.path), part_bytes, cuts_of)
+
+    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield every paragraph, or every row of JSON Lines."""
-        for path in expand_pattern(self.path):
-            if path.suffix.lower() in _JSON_LINES:
-                for line in read_jsonl([path]):
+        for lines in ranges_of(expand_pattern(self.path), part):
+            if _is_json(lines.path):
+                for line in read_jsonl([lines]):
                     yield line.location, partial(self._json_document, line)
             else:
-                yield from _paragraphs(path)
+                yield from _paragraphs(lines)
 
     def fingerprint(self) -> str:
         """Return what changes with the size or the time of a file."""
@@ -53,8 +62,12 @@ class TextConfig(ReaderConfig):
         return Document(content_hash(text), (text,))
 
 
-def _paragraphs(path: Path) -> Iterator[Row]:
-    for is_blank, lines in groupby(read_lines(path), key=lambda line: line.is_blank):
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() in _JSON_LINES
+
+
+def _paragraphs(file: FileRange) -> Iterator[Row]:
+    for is_blank, lines in groupby(read_lines(file), key=lambda line: line.is_blank):
         if not is_blank:
             pieces = _split(lines)
             first = next(pieces)

@@ -16,8 +16,9 @@ from typing import IO, Literal
 
 from pydantic import Field
 
-from moma.data.documents import Document, SourceName
+from moma.data.documents import Document, SourceName, SourcePart
 from moma.data.sources.jsonl import decode, decompress, parse_json_object, require_text
+from moma.data.sources.parts import cut_files, ranges_of, whole_file
 from moma.data.sources.paths import expand_pattern, fingerprint_of, read_errors
 from moma.data.sources.reading import CaptionReaderConfig, Row, check_text
 from moma.errors import UserError, list_names, shorten
@@ -99,9 +100,13 @@ class WebDatasetConfig(CaptionReaderConfig):
     caption_key: str = "caption"
     max_member_bytes: int = Field(default=64 * 2**20, ge=1)
 
-    def read_rows(self) -> Iterator[Row]:
+    def parts(self, part_bytes: int) -> list[SourcePart]:
+        """Cut the source between archives."""
+        return cut_files(expand_pattern(self.path), part_bytes, whole_file)
+
+    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the samples in the order of the archives."""
-        for path in expand_pattern(self.path):
+        for path, *_ in ranges_of(expand_pattern(self.path), part):
             for name, samples in groupby(self._samples(path), key=lambda sample: sample.group):
                 for sample in _merge(name, samples):
                     location = shorten(f"{path}, {sample.name}")

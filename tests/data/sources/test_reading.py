@@ -12,7 +12,13 @@ from PIL import Image
 
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources.jsonl import decompress, parse_json_object, read_lines, require_text
-from moma.data.sources.paths import expand_pattern, files_below, fingerprint_of, resolve_inside
+from moma.data.sources.paths import (
+    FileRange,
+    expand_pattern,
+    files_below,
+    fingerprint_of,
+    resolve_inside,
+)
 from moma.data.sources.reading import ReaderConfig, content_hash, split_document
 from moma.errors import StorageError, UserError
 
@@ -45,7 +51,7 @@ def test_lines_have_numbers_and_offsets(tmp_path_factory, rows):
     path.write_bytes(data := b"\n".join(rows))
     with path.open("rb") as file:
         assume(decompress(file) is file)  # some first bytes mean a compressed file
-    found = list(read_lines(path))
+    found = list(read_lines(FileRange(path)))
     assert b"".join(line.content() for line in found) == data
     assert all(data[line.offset :].startswith(line.content()) for line in found)
     assert [line.number for line in found] == list(range(1, len(found) + 1))
