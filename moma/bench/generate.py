@@ -244,9 +244,11 @@ def moma_variant(name: str, model: Transformer, drafts: int = 0) -> Variant:
     vocabulary = model.vocabulary
 
     def run(prompts_BS: Tensor, mode: GenerationMode, tokens: int) -> int:
-        requests = [Request([Branch(ids)], seed) for seed, ids in enumerate(prompts_BS.tolist())]
         options = Options(mode, _CONTEXT, tokens, Sampling(), drafts=drafts)
-        return sum(len(each.tokens) for each in decode(model, requests, options))
+        requests = [
+            Request([Branch(ids)], options, seed) for seed, ids in enumerate(prompts_BS.tolist())
+        ]
+        return sum(len(each.tokens) for each in decode(model, enumerate(requests)))
 
     codes = len(vocabulary.image_codes)
     head_rows: dict[GenerationMode, int] = {"image": codes}

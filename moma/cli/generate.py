@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from moma.generate.grammar import Mode
-    from moma.generate.mixed import GenerateOptions, MixedModel
-    from moma.generate.sampling import Sampling
+    from moma.generate.mixed import MixedModel
+    from moma.generate.settings import Settings
 
 app = App()
 
@@ -84,6 +84,7 @@ def generate(
     import moma
     from moma.generate.guidance import Guidance
     from moma.generate.sampling import Sampling
+    from moma.generate.settings import Settings
     from moma.images import read_image
 
     sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty)
@@ -91,23 +92,19 @@ def generate(
     if text_guidance is not None or image_guidance is not None:
         one = (1.0 if scale is None else scale for scale in (text_guidance, image_guidance))
         guidance = Guidance(*one)
+    settings = Settings(
+        mode, sampling, images=images, guidance=guidance, stop=stop or (), drafts=drafts
+    )
     model = moma.load(run, routing)
-    options: GenerateOptions = {
-        "image_sampling": Sampling(temperature, top_p, seed, top_k, min_p),
-        "images": images,
-        "guidance": guidance,
-        "stop": stop or (),
-        "drafts": drafts,
-    }
     if from_ is not None:
-        _answer_file(run, model, from_, out, mode, sampling, options, batch)
+        _answer_file(run, model, from_, out, settings, batch)
         return
     content: list[Any] = [
         part if isinstance(part, str) else read_image(part, "--image", "choose another")
         for part in parts
     ]
     numbers = count(1)
-    for answer in model.generate([content] * samples, mode, sampling, **options):
+    for answer in model.generate([content] * samples, settings):
         if not answer:
             notice("the model ended the document at once")
         for part in answer:
@@ -147,9 +144,7 @@ def _answer_file(
     model: "MixedModel",
     prompts: Path,
     out: Path,
-    mode: "Mode",
-    sampling: "Sampling",
-    options: "GenerateOptions",
+    settings: "Settings",
     batch: int,
 ) -> None:
     """Answer the prompts of a file, those of this rank under `torchrun`."""
@@ -158,26 +153,26 @@ def _answer_file(
     from moma.train.restore import run_to_load
 
     loaded = run_to_load(Run(run))
-    guidance, stop = options["guidance"], list(options["stop"])
-    settings = {
+    guidance = settings.guidance
+    recorded = {
         "run": str(run.resolve()),
         "checkpoint": f"{loaded.run.path.name}/{loaded.checkpoint.name}",
         "routing": model.model.routing_fingerprint(),
-        "mode": mode,
-        "sampling": asdict(sampling),
-        "images": options["images"],
+        "mode": settings.mode,
+        "sampling": asdict(settings.sampling),
+        "images": settings.images,
         "guidance": guidance and asdict(guidance),
-        "stop": stop,
+        "stop": list(settings.stop),
     }
     found = read_prompts(
-        prompts, lambda prompt: model.require_space(prompt, mode, options["images"])
+        prompts, lambda prompt: model.require_space(prompt, settings.mode, settings.images)
     )
     rank, ranks = (int(os.environ.get(name) or n) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
     if answer_prompts(
         found,
         out,
-        settings,
-        lambda queue: model.answer(queue, batch, mode, sampling, **options),
+        recorded,
+        lambda queue: model.answer(queue, batch, settings),
         rank,
         ranks,
         quiet=rank > 0,

@@ -28,6 +28,7 @@ from moma.demo.sketches import (
 )
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
+from moma.generate.settings import Settings
 from moma.progress import ProgressCallback
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 
@@ -107,7 +108,7 @@ def draw_sketches(
     drawn = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        answers = model.generate([[sketch.caption] for sketch in part], "image", sampling)
+        answers = model.generate([[sketch.caption] for sketch in part], Settings("image", sampling))
         for sketch, (image,) in zip(part, answers, strict=True):
             assert isinstance(image, Image.Image)
             shows = tuple(nearest(image, box) for box in sketch.boxes(size))
@@ -121,7 +122,9 @@ def caption_sketches(
 ) -> list[Captioned]:
     """Generate a caption for each true image."""
     images = [sketch.draw(model.codec.config.image_size) for sketch in shown]
-    answers = model.generate([[image] for image in images], "text", sampling, new_tokens=32)
+    answers = model.generate(
+        [[image] for image in images], Settings("text", sampling, new_tokens=32)
+    )
     return [
         Captioned(sketch, image, "".join(part for part in answer if isinstance(part, str)))
         for sketch, image, answer in zip(shown, images, answers, strict=True)

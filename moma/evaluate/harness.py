@@ -203,18 +203,18 @@ class MomaLM(TemplateLM):
             stop=StopStrings(mixed.tokenizer, vocabulary, stops) if stops else None,
         )
 
-        def requests() -> Iterator[Request]:
+        def requests() -> Iterator[tuple[int, Request]]:
             kept = mixed.context - new_tokens - 1
             for number, prompt in enumerate(prompts):
                 ids = self.tok_encode(prompt, add_special_tokens=False)
                 ids = ids[max(0, len(ids) - kept) :]
-                yield Request([Branch([vocabulary.beginning, *ids])], seed=number)
+                yield number, Request([Branch([vocabulary.beginning, *ids])], options, number)
 
         streams = [ContentStream(mixed.tokenizer, vocabulary, mixed.image, stops) for _ in prompts]
         texts = [""] * len(prompts)
-        for number, tokens, is_last in decode(mixed.model, requests(), options, self._batch):
+        for number, tokens, end in decode(mixed.model, requests(), self._batch):
             events = streams[number].add(tokens)
-            events += streams[number].finish() if is_last else []
+            events += streams[number].finish() if end else []
             for event in events:
                 assert isinstance(event, TextPiece)
                 texts[number] += event.text

@@ -16,6 +16,7 @@ from moma.errors import UserError, error_reason, shorten
 from moma.evaluate.documents import raw_documents
 from moma.evaluate.suites import Subject, Suite, report_left_out
 from moma.evaluate.summary import Record, identity
+from moma.generate.settings import Settings
 from moma.images import square_pixels
 from moma.tokenizers.image.codec import to_float
 from moma.tokenizers.image.metrics import signal_to_noise
@@ -179,7 +180,7 @@ def _caption_and_image(document: Document) -> tuple[str, ImageRef] | None:
 def _generated(subject: Subject, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Image.Image]]:
     """Each prompt and the image that the model generates for its caption."""
     numbered = ((prompt.number, [prompt.caption]) for prompt in prompts)
-    answers = dict(subject.mixed.answer(numbered, subject.data.micro_batch_size, "image"))
+    answers = dict(subject.mixed.answer(numbered, subject.data.micro_batch_size, Settings("image")))
     for prompt in prompts:
         (image,) = answers[prompt.number]
         assert isinstance(image, Image.Image)

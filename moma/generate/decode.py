@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from moma.errors import UserError
 from moma.generate.grammar import Mode
 from moma.generate.predictor import Predictor
-from moma.generate.sequence import GeneratedSequence, Options, Request
+from moma.generate.sequence import End, GeneratedSequence, Request
 from moma.model.caches import Caches
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
@@ -28,84 +28,109 @@ class NewTokens(NamedTuple):
     """The next tokens of a request.
 
     Attributes:
-        number: number of the request, from 0.
+        number: number of the request.
         tokens: ids; there may be none.
-        is_last: whether the request is complete.
+        end: why the request is complete, or what made it fail; None: it goes on.
     """
 
     number: int
     tokens: list[int]
-    is_last: bool
+    end: End | UserError | None
 
 
-@torch.no_grad()
+class Decoder:
+    """Generates several sequences together; each may begin and end at any time.
+
+    Args:
+        model: a model that can route causally.
+    """
+
+    def __init__(self, model: Transformer):
+        self._model, self._predictor = model, Predictor(model)
+        self._added: list[GeneratedSequence] = []
+        self._active: list[GeneratedSequence] = []
+        self._caches = model.new_caches(0)
+
+    def __len__(self) -> int:
+        """Number of requests that are not complete."""
+        return len(self._added) + len(self._active)
+
+    def add(self, number: int, request: Request) -> None:
+        """Generate a request from the next step on, under a number that no other one has.
+
+        Raises:
+            UserError: its prompt leaves no space for a continuation.
+        """
+        longest, options = max(len(branch.prompt) for branch in request.branches), request.options
+        vocabulary = self._model.vocabulary
+        require_space(longest, vocabulary, options.mode, options.context, options.images)
+        self._added.append(GeneratedSequence(number, request, vocabulary))
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; without effect if there is none of this number."""
+        self._added = [each for each in self._added if each.number != number]
+        self._keep([each for each in self._active if each.number != number])
+
+    @torch.no_grad()
+    def step(self) -> list[NewTokens]:
+        """Append at least one token to every sequence, and return the new tokens of each."""
+        # A sequence may consist of tokens for which there is no choice.
+        begun = [each for each in self._added if each.end is None]
+        changed, self._added = [*self._active, *self._added], []
+        # Prompts are not padded to each other's length together with single tokens.
+        if self._active:
+            self._advance(self._active, self._caches)
+        if begun:
+            caches = self._model.new_caches(sum(len(each.feeds) for each in begun))
+            self._advance(begun, caches)
+            self._caches.extend(caches)
+            self._active = self._active + begun
+        self._keep([each for each in self._active if each.end is None])
+        return [NewTokens(each.number, each.take_new(), each.end) for each in changed]
+
+    def _advance(self, sequences: Sequence[GeneratedSequence], caches: Caches) -> None:
+        """Append the next tokens of sequences."""
+        hidden_BSD = _run(self._model, [feed for each in sequences for feed in each.feeds], caches)
+        self._predictor.append_samples(sequences, hidden_BSD)
+        if any(each.drafted for each in sequences):
+            caches.keep([count for each in sequences for count in each.kept])
+
+    def _keep(self, kept: list[GeneratedSequence]) -> None:
+        """Forget all other sequences and their keys and values."""
+        if len(kept) == len(self._active):
+            return
+        if kept:
+            keeps = [each in kept for each in self._active for _ in each.feeds]
+            self._caches.select([row for row, keep in enumerate(keeps) if keep])
+        else:
+            self._caches = self._model.new_caches(0)
+        self._active = kept
+
+
 def decode(
-    model: Transformer,
-    requests: Iterable[Request],
-    options: Options,
-    batch: int | None = None,
+    model: Transformer, requests: Iterable[tuple[int, Request]], batch: int | None = None
 ) -> Iterator[NewTokens]:
     """Generate sequences together, and yield each one's new tokens as they come.
 
     Args:
         model: a model that can route causally.
-        requests: what to generate; the next one is taken when a sequence is complete (continuous
-            batching).
-        options: how.
+        requests: what to generate, by numbers; the next one is taken when a sequence is complete
+            (continuous batching).
         batch: maximum number of requests at a time; None: all.
 
     Raises:
-        UserError: a prompt leaves no space for a continuation.
+        UserError: a prompt leaves no space for a continuation, or the model's logits are NaN.
     """
-    predictor = Predictor(model, options)
-    numbered = enumerate(requests)
-    active: list[GeneratedSequence] = []
-    caches = model.new_caches(0)
+    decoder, queue = Decoder(model), iter(requests)
     while True:
-        free = None if batch is None else batch - len(active)
-        taken = list(islice(numbered, free))
-        for _, request in taken:
-            longest = max(len(branch.prompt) for branch in request.branches)
-            require_space(longest, model.vocabulary, options.mode, options.context, options.images)
-        added = [
-            GeneratedSequence(number, request, model.vocabulary, options)
-            for number, request in taken
-        ]
-        yield from _new_tokens(each for each in added if each.has_new)
-        added = [each for each in added if not each.is_complete]
-        if not (active or added):
+        for number, request in islice(queue, None if batch is None else batch - len(decoder)):
+            decoder.add(number, request)
+        if not len(decoder):
             return
-        # Prompts are not padded to each other's length together with single tokens.
-        added_caches = model.new_caches(sum(len(each.feeds) for each in added))
-        for sequences, own in ((active, caches), (added, added_caches)):
-            if sequences:
-                _advance(model, predictor, sequences, own, options)
-                yield from _new_tokens(sequences)
-        if added:
-            caches.extend(added_caches)
-            active += added
-        if any(each.is_complete for each in active):
-            unfinished = [not each.is_complete for each in active for _ in each.feeds]
-            caches.select([row for row, keeps in enumerate(unfinished) if keeps])
-            active = [each for each in active if not each.is_complete]
-
-
-def _new_tokens(sequences: Iterable[GeneratedSequence]) -> Iterator[NewTokens]:
-    return (NewTokens(each.number, each.take_new(), each.is_complete) for each in sequences)
-
-
-def _advance(
-    model: Transformer,
-    predictor: Predictor,
-    sequences: Sequence[GeneratedSequence],
-    caches: Caches,
-    options: Options,
-) -> None:
-    """Append the next tokens of sequences."""
-    hidden_BSD = _run(model, [feed for each in sequences for feed in each.feeds], caches)
-    predictor.append_samples(sequences, hidden_BSD)
-    if any(each.drafted for each in sequences):
-        caches.keep([count for each in sequences for count in each.kept])
+        for new in decoder.step():
+            if isinstance(new.end, UserError):
+                raise new.end
+            yield new
 
 
 def _run(model: Transformer, feeds: Sequence[Sequence[int]], caches: Caches) -> Tensor:

@@ -12,26 +12,26 @@ from torch import Tensor
 from moma.errors import UserError
 from moma.generate.heads import DividedHead, HeadRows
 from moma.generate.sampling import Sampler
-from moma.generate.sequence import GeneratedSequence, Options
+from moma.generate.sequence import GeneratedSequence
 from moma.model.transformer import Transformer
 
 # A sequence, and the row of its first branch in the batch.
 _SequenceAndRow = tuple[GeneratedSequence, int]
+# A sequence, and the logits of its next token and of those after its drafts, [C, R].
+_SequenceAndLogits = tuple[GeneratedSequence, Tensor]
 
 
 class Predictor:
     """Samples the next tokens of sequences from the hidden vectors of a pass."""
 
-    def __init__(self, model: Transformer, options: Options):
+    def __init__(self, model: Transformer):
         self._head = DividedHead(model.head.weight, model.vocabulary)
-        self._drafts = options.drafts
-        image = options.image_sampling or options.sampling
-        self._text, self._codes = Sampler(options.sampling), Sampler(image)
-        if image.repetition_penalty != 1:
-            self._drafts = 0
 
     def append_samples(self, sequences: Sequence[GeneratedSequence], hidden_BSD: Tensor) -> None:
-        """Sample the next token of each sequence, and those after its drafts."""
+        """Sample the next token of each sequence, and those after its drafts.
+
+        A sequence whose logits are NaN ends with an error.
+        """
         rows = [0]
         for each in sequences:
             rows.append(rows[-1] + len(each.feeds))
@@ -45,42 +45,72 @@ class Predictor:
                 self._sample(group, hidden_BSD, codes)
 
     def _sample(self, group: Sequence[_SequenceAndRow], hidden_BSD: Tensor, codes: bool) -> None:
-        head, sampler = (self._head.codes, self._codes) if codes else (self._head.text, self._text)
-        counts = [each.draft_count + 1 for each, _ in group]
+        head = self._head.codes if codes else self._head.text
         logits_PR = _combine_branches(head.logits(_gather(group, hidden_BSD)), group)
         head.forbid(logits_PR)
         if not codes:
             refused = [number for number, (each, _) in enumerate(group) if not each.may_begin_image]
             logits_PR[refused, self._head.begin_image] = -torch.inf
-        _require_finite(logits_PR)
-        noise_PR = history = None
-        if sampler.sampling.temperature != 0:
-            noise = [
-                each.noise(offset, logits_PR.shape[1])
-                for (each, _), count in zip(group, counts, strict=True)
-                for offset in range(count)
-            ]
-            noise_PR = torch.stack(noise).to(logits_PR.device)
-        if sampler.sampling.repetition_penalty != 1:
-            history = [_history(each.tokens, head) for each, _ in group]
-        index_P = sampler(logits_PR, noise_PR, history)
-        ids = head.ids_R[index_P.cpu()].split(counts)
-        for (each, _), own, logits_CR in zip(group, ids, logits_PR.split(counts), strict=True):
-            each.append(own.tolist(), self._guesses(each, sampler, head, logits_CR))
+        sequences = [each for each, _ in group]
+        counts = [each.draft_count + 1 for each in sequences]
+        logits_PR = _end_without_numbers(sequences, counts, logits_PR)
+        alike: dict[Sampler, list[_SequenceAndLogits]] = {}
+        for each, logits_CR in zip(sequences, logits_PR.split(counts), strict=True):
+            alike.setdefault(each.sampler, []).append((each, logits_CR))
+        for sampler, own in alike.items():
+            own_PR = logits_PR if len(alike) == 1 else torch.cat([logits for _, logits in own])
+            _append(own, own_PR, sampler, head)
 
-    def _guesses(
-        self, sequence: GeneratedSequence, sampler: Sampler, head: HeadRows, logits_CR: Tensor
-    ) -> list[int]:
-        """Guess the tokens after the last prediction, as if it held for them too."""
-        count = min(self._drafts, len(logits_CR)) if sequence.wants_codes else 0
-        if not count:
-            return []
-        logits_GR, noise_GR = logits_CR[-1:].expand(count, -1), None
-        if sampler.sampling.temperature != 0:
-            first, size = len(logits_CR), logits_CR.shape[1]
-            noise = [sequence.noise(first + number, size) for number in range(count)]
-            noise_GR = torch.stack(noise).to(logits_GR.device)
-        return head.ids_R[sampler(logits_GR, noise_GR).cpu()].tolist()
+
+def _end_without_numbers(
+    sequences: Sequence[GeneratedSequence], counts: Sequence[int], logits_PR: Tensor
+) -> Tensor:
+    """End sequences whose logits are NaN, and return the logits with 0 in their place."""
+    is_nan_P = logits_PR.isnan().any(-1)
+    if not bool(is_nan_P.any()):
+        return logits_PR
+    for each, is_nan_C in zip(sequences, is_nan_P.split(counts), strict=True):
+        if bool(is_nan_C.any()):
+            each.end = UserError(
+                "the model's logits are NaN; its weights are damaged, its training failed or the "
+                "guidance is too strong"
+            )
+    return logits_PR.masked_fill(is_nan_P[:, None], 0)
+
+
+def _append(
+    group: Sequence[_SequenceAndLogits], logits_PR: Tensor, sampler: Sampler, head: HeadRows
+) -> None:
+    """Append samples to sequences that are sampled alike."""
+    noise_PR = history = None
+    if sampler.sampling.temperature != 0:
+        noise = [
+            each.noise(offset, logits_PR.shape[1])
+            for each, logits_CR in group
+            for offset in range(len(logits_CR))
+        ]
+        noise_PR = torch.stack(noise).to(logits_PR.device)
+    if sampler.sampling.repetition_penalty != 1:
+        history = [_history(each.tokens, head) for each, _ in group]
+    index_P = sampler(logits_PR, noise_PR, history)
+    ids = head.ids_R[index_P.cpu()].split([len(logits_CR) for _, logits_CR in group])
+    for (each, logits_CR), own in zip(group, ids, strict=True):
+        each.append(own.tolist(), _guesses(each, sampler, head, logits_CR))
+
+
+def _guesses(
+    sequence: GeneratedSequence, sampler: Sampler, head: HeadRows, logits_CR: Tensor
+) -> list[int]:
+    """Guess the tokens after the last prediction, as if it held for them too."""
+    count = min(sequence.max_drafts, len(logits_CR))
+    if count <= 0:
+        return []
+    logits_GR, noise_GR = logits_CR[-1:].expand(count, -1), None
+    if sampler.sampling.temperature != 0:
+        first, size = len(logits_CR), logits_CR.shape[1]
+        noise = [sequence.noise(first + number, size) for number in range(count)]
+        noise_GR = torch.stack(noise).to(logits_GR.device)
+    return head.ids_R[sampler(logits_GR, noise_GR).cpu()].tolist()
 
 
 def _gather(group: Sequence[_SequenceAndRow], hidden_BSD: Tensor) -> Tensor:
@@ -113,10 +143,3 @@ def _combine_branches(logits_QR: Tensor, group: Sequence[_SequenceAndRow]) -> Te
 def _history(tokens: Sequence[int], head: HeadRows) -> Tensor:
     index = head.index_of_id_V[torch.tensor(tokens, device=head.index_of_id_V.device)]
     return index[index >= 0]
-
-
-def _require_finite(logits_PR: Tensor) -> None:
-    if bool(logits_PR.isnan().any()):
-        raise UserError(
-            "the model's logits are NaN; its weights are damaged or its training failed"
-        )

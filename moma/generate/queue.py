@@ -37,7 +37,7 @@ Numbered = tuple[int, list[Content]]
 Answer = Callable[[Iterator[Numbered]], Iterable[Numbered]]
 
 
-def read_prompts(path: Path, check: Callable[[Sequence[Segment]], None]) -> list[Document]:
+def read_prompts(path: Path, check: Callable[[Sequence[Segment]], object]) -> list[Document]:
     """Read a file of prompts, in the layout of `interleaved` sources; images are not decoded yet.
 
     Args:

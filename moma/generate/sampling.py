@@ -11,7 +11,8 @@ Shapes: V allowed ids, T positions.
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -109,6 +110,16 @@ class Sampler:
         if self.sampling.top_p == 1:
             return noisy_TV.argmax(-1)
         return _argmax_in_nucleus(noisy_TV, logits_TV, self.sampling.top_p)
+
+
+def sampler_of(sampling: Sampling) -> Sampler:
+    """Return the sampler of `sampling`: the same one for all that differ only in their seeds."""
+    return _sampler(replace(sampling, seed=0))
+
+
+@lru_cache(256)
+def _sampler(sampling: Sampling) -> Sampler:
+    return Sampler(sampling)
 
 
 def _argmax_in_nucleus(noisy_TV: Tensor, logits_TV: Tensor, top_p: float) -> Tensor:

@@ -4,14 +4,14 @@ Shapes: R allowed ids.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from moma.errors import UserError
 from moma.generate.grammar import Grammar, Mode
-from moma.generate.sampling import Sampling, gumbel_noise
+from moma.generate.sampling import Sampler, Sampling, gumbel_noise, sampler_of
 from moma.vocabulary import Vocabulary
 
 
@@ -22,22 +22,9 @@ class Branch(NamedTuple):
     weight: float = 1.0
 
 
-class Request(NamedTuple):
-    """A sequence to generate.
-
-    Attributes:
-        branches: the prompt, and further ones for guidance; the new tokens are appended to each.
-            Every prompt starts with the vocabulary's `beginning`.
-        seed: seed of the sequence's noise.
-    """
-
-    branches: Sequence[Branch]
-    seed: int = 0
-
-
 @dataclass(frozen=True)
 class Options:
-    """How sequences are generated.
+    """How a sequence is generated.
 
     Attributes:
         mode: see `Grammar`.
@@ -68,6 +55,26 @@ class Options:
                 raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
 
 
+class Request(NamedTuple):
+    """A sequence to generate.
+
+    Attributes:
+        branches: the prompt, and further ones for guidance; the new tokens are appended to each.
+            Every prompt starts with the vocabulary's `beginning`.
+        options: how it is generated.
+        seed: seed of the sequence's noise.
+    """
+
+    branches: Sequence[Branch]
+    options: Options
+    seed: int = 0
+
+
+# Why a sequence is complete: the model, a stop condition or the last image ended it; it is as long
+# as allowed.
+End = Literal["stop", "length"]
+
+
 class GeneratedSequence:
     """A sequence being generated.
 
@@ -77,11 +84,17 @@ class GeneratedSequence:
         feeds: for each branch, the tokens of the next pass; drafts come last.
         drafted: number of drafts in the last pass.
         kept: for each branch, the number of tokens of the last pass that stay in the caches.
-        is_complete: whether it has ended.
+        end: why it is complete, or what made it fail; None: it goes on.
     """
 
-    def __init__(self, number: int, request: Request, vocabulary: Vocabulary, options: Options):
-        self.number, self._seed, self._options = number, request.seed, options
+    def __init__(self, number: int, request: Request, vocabulary: Vocabulary):
+        options = request.options
+        self.number, self._seed = number, request.seed
+        image_sampling = options.image_sampling or options.sampling
+        self._samplers = sampler_of(options.sampling), sampler_of(image_sampling)
+        if image_sampling.repetition_penalty != 1:
+            options = replace(options, drafts=0)
+        self._options = options
         self.weights = [branch.weight for branch in request.branches]
         self.tokens = list(request.branches[0].prompt)
         self._first = self._yielded = len(self.tokens)
@@ -91,17 +104,13 @@ class GeneratedSequence:
             self.grammar.advance(token)
         self._noise: dict[tuple[int, int], Tensor] = {}
         self._drafts: list[int] = []
-        self.drafted, self.is_complete = 0, False
+        self.drafted = 0
+        self.end: End | UserError | None = None
         self._append_forced()
         self._fed = len(self.tokens)
         forced = self.tokens[self._first :]
         self.feeds = [[*branch.prompt, *forced] for branch in request.branches]
         self.kept = [0] * len(self.feeds)
-
-    @property
-    def has_new(self) -> bool:
-        """Whether there are tokens that `take_new` has not returned yet."""
-        return len(self.tokens) > self._yielded
 
     def take_new(self) -> list[int]:
         """Return the new tokens since the last call."""
@@ -112,6 +121,11 @@ class GeneratedSequence:
     def wants_codes(self) -> bool:
         """Whether the next token is an image code."""
         return self.grammar.allowed().codes
+
+    @property
+    def sampler(self) -> Sampler:
+        """Samples the next token."""
+        return self._samplers[self.wants_codes]
 
     @property
     def may_begin_image(self) -> bool:
@@ -155,23 +169,22 @@ class GeneratedSequence:
             self._append(token)
         self._append_forced()
         guesses = [*samples[count + 1 :], *next_drafts]
-        self._drafts = guesses[: max(0, self.max_drafts)] if not self.is_complete else []
+        self._drafts = guesses[: max(0, self.max_drafts)] if self.end is None else []
         self._noise = {key: n for key, n in self._noise.items() if key[0] >= len(self.tokens)}
         self.feeds = [[*self.tokens[self._fed :], *self._drafts] for _ in self.feeds]
 
     def _append(self, token: int) -> None:
-        if self.is_complete:
+        if self.end is not None:
             return
         self.tokens.append(token)
         self.grammar.advance(token)
         stop = self._options.stop
-        self.is_complete = (
-            self.grammar.ends_with(token)
-            or len(self.tokens) >= self._limit
-            or (stop is not None and stop(self.tokens[self._first :]))
-        )
+        if self.grammar.ends_with(token) or (stop and stop(self.tokens[self._first :])):
+            self.end = "stop"
+        elif len(self.tokens) >= self._limit:
+            self.end = "length"
 
     def _append_forced(self) -> None:
         """Append tokens for which there is no choice."""
-        while not self.is_complete and (forced := self.grammar.allowed().forced) is not None:
+        while self.end is None and (forced := self.grammar.allowed().forced) is not None:
             self._append(forced)

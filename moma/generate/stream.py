@@ -7,7 +7,6 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
-from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
 Content = str | Image.Image
@@ -36,15 +35,10 @@ class StopStrings:
 
     Args:
         tokenizer, vocabulary: those of the model.
-        strings: what ends a text.
-
-    Raises:
-        UserError: a string is empty.
+        strings: what ends a text, each not empty.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary, strings: Sequence[str]):
-        if not all(strings):
-            raise UserError("stop: an empty string would end every answer; leave it out")
         self._tokenizer, self._vocabulary, self._strings = tokenizer, vocabulary, strings
         # A character has at most four bytes, and a token at least one.
         self._tail = 4 * max(map(len, strings), default=0) + 4
@@ -63,7 +57,6 @@ class ContentStream:
         tokenizer, vocabulary: those of the model.
         draw: returns the image of [codes_per_image] codes.
         stops: strings that end a text; they and what follows are left out.
-        has_rows: whether the upper rows of an unfinished image are returned as well.
     """
 
     def __init__(
@@ -72,16 +65,20 @@ class ContentStream:
         vocabulary: Vocabulary,
         draw: Callable[[np.ndarray], Image.Image],
         stops: Sequence[str] = (),
-        has_rows: bool = False,
     ):
         self._tokenizer, self._vocabulary, self._draw = tokenizer, vocabulary, draw
-        self._stops, self._has_rows = stops, has_rows
+        self._stops = stops
         self._ids: list[int] = []
         self._codes: list[int] = []
         self._shown = 0
 
-    def add(self, tokens: Iterable[int]) -> list[Event]:
-        """Process the next tokens."""
+    def add(self, tokens: Iterable[int], has_rows: bool = False) -> list[Event]:
+        """Return what the next tokens complete.
+
+        Args:
+            tokens: ids.
+            has_rows: whether the upper rows of an unfinished image are returned as well.
+        """
         vocabulary, events, before = self._vocabulary, [], len(self._codes)
         for token in tokens:
             code = vocabulary.code_of_id[token]
@@ -96,7 +93,7 @@ class ContentStream:
                 self._ids.append(token)
             if token in (vocabulary.begin_image, vocabulary.end_image):
                 self._codes, before = [], 0
-        return [*events, *self._new_text(), *self._new_rows(before)]
+        return [*events, *self._new_text(), *(self._new_rows(before) if has_rows else [])]
 
     def finish(self) -> list[Event]:
         """Return the rest of a text that has ended."""
@@ -124,7 +121,7 @@ class ContentStream:
     def _new_rows(self, before: int) -> list[Event]:
         side = round(self._vocabulary.codes_per_image**0.5)
         rows = len(self._codes) // side
-        if not self._has_rows or rows in (0, before // side):
+        if rows in (0, before // side):
             return []
         codes = np.full(self._vocabulary.codes_per_image, self._codes[-1])
         codes[: len(self._codes)] = self._codes

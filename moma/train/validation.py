@@ -192,12 +192,13 @@ class Validation:
     def _write_sheet(self, path: Path) -> None:
         """Generate an image for each prompt; all ranks hold a part of the weights."""
         from moma.generate.sampling import Sampling
+        from moma.generate.settings import Settings
         from moma.tokenizers.image.metrics import image_grid
 
         sampling = Sampling(seed=self._seed % 2**32)
         prompts = [[prompt] for prompt in self._prompts]
         # Without drafts, all ranks take the same number of passes, in which they share weights.
-        answers = self._assemble().generate(prompts, "image", sampling, drafts=0)
+        answers = self._assemble().generate(prompts, Settings("image", sampling, drafts=0))
         images: list[Any] = [part for answer in answers for part in answer]
 
         def write() -> None:

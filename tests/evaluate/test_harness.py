@@ -19,6 +19,7 @@ from moma.evaluate.harness import MomaLM
 from moma.evaluate.suite import run_suite
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
+from moma.generate.settings import Settings
 from moma.model.cpu_decoding import prepare_decoding
 from moma.runs import Run
 from moma.runtime.world import World
@@ -121,7 +122,7 @@ def test_rolling_log_likelihood_is_that_of_all_tokens(lm, mixed):
 def test_generation_stops_and_is_greedy(lm, mixed):
     settings = {"until": ["\n"], "max_gen_toks": 6}
     greedy = Sampling(temperature=0, top_p=1)
-    (expected,) = mixed.generate([["red green"]], "text", greedy, new_tokens=6)
+    (expected,) = mixed.generate([["red green"]], Settings("text", greedy, new_tokens=6))
     text = "".join(expected)
     calls = [("red green", settings), ("red green", settings | {"until": [text[2:4]]})]
     calls.append(("left " * 200, settings))
@@ -139,7 +140,9 @@ def test_generation_is_routed_as_the_scores(trained):
         own = MomaLM(str(trained / "run"), routing=routing)
         found.append(own.generate_until(requests("generate_until", *calls)))
         loaded = moma.load(trained / "run", routing)
-        answers = loaded.generate([[prompt] for prompt, _ in calls], "text", greedy, new_tokens=12)
+        answers = loaded.generate(
+            [[prompt] for prompt, _ in calls], Settings("text", greedy, new_tokens=12)
+        )
         assert found[-1] == ["".join(map(str, answer)) for answer in answers]
     assert found[0] != found[1]
 
@@ -148,11 +151,11 @@ def test_generation_samples_as_the_task_says(lm, mixed):
     """A repetition penalty, and min-p of 1, which leaves the most likely token."""
     settings = {"max_gen_toks": 8, "repetition_penalty": 5.0}
     sampling = Sampling(temperature=0, top_p=1, repetition_penalty=5.0)
-    (expected,) = mixed.generate([["red green"]], "text", sampling, new_tokens=8)
+    (expected,) = mixed.generate([["red green"]], Settings("text", sampling, new_tokens=8))
     assert lm.generate_until(requests("generate_until", ("red green", settings))) == expected
     settings |= {"do_sample": True, "temperature": 2.0, "min_p": 1.0}
     sampling = Sampling(temperature=2.0, top_p=1, min_p=1, repetition_penalty=5.0)
-    (expected,) = mixed.generate([["red green"]], "text", sampling, new_tokens=8)
+    (expected,) = mixed.generate([["red green"]], Settings("text", sampling, new_tokens=8))
     assert lm.generate_until(requests("generate_until", ("red green", settings))) == expected
 
 

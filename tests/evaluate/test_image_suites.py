@@ -15,6 +15,7 @@ from moma.evaluate.images import fid
 from moma.evaluate.suite import run_suite
 from moma.evaluate.suites import Subject
 from moma.evaluate.summary import Record
+from moma.generate.settings import Settings
 from moma.runtime.world import World
 from moma.tokenizers.image.codec import preprocess
 from tests.evaluate.reference import mixed_of
@@ -53,7 +54,7 @@ def run(mixed, tiny, name, path=None, **options):
 
 
 def drawn(mixed):
-    answers = mixed.generate([[caption] for caption in CAPTIONS], "image")
+    answers = mixed.generate([[caption] for caption in CAPTIONS], Settings("image"))
     return [image for (image,) in answers]
 
 

@@ -21,7 +21,7 @@ IMAGE = [3, 30, 35, 31, 39, 4]
 PROMPTS = [[0], [0, 10, 11, 12, 13, 14, 15], [0, *IMAGE, 20], [0, 9, *IMAGE, 8, *IMAGE[:3]]]
 GREEDY = Sampling(temperature=0)
 CAUSAL = uniform_routing(Auxiliary())
-ONE = Request([Branch([0, 10, 11])], 0)
+ONE = [Branch([0, 10, 11])]
 
 
 def make_model(groups="moe_2t2i", seed=0):
@@ -34,8 +34,8 @@ def make_model(groups="moe_2t2i", seed=0):
 
 def generate(model, prompts, mode, context, new_tokens, sampling):
     """Continue prompts, each with a seed of its own, and return the new tokens of each."""
-    requests = [Request([Branch(p)], sampling.seed + number) for number, p in enumerate(prompts)]
-    return run(model, Options(mode, context, new_tokens, sampling), requests)[0]
+    options = Options(mode, context, new_tokens, sampling)
+    return run(model, options, [[Branch(prompt)] for prompt in prompts], sampling.seed)[0]
 
 
 @torch.no_grad()
@@ -153,13 +153,23 @@ def test_a_limit_below_one_new_token_is_refused():
         generate(make_model(), PROMPTS, "text", 40, 0, GREEDY)
 
 
-def run(model, options, requests=None):
+def run(model, options, prompts=None, seed=0):
+    """Return the continuations of prompts, each with a seed of its own, and the number of passes.
+
+    Prompts are lists of branches.
+    """
+    prompts = prompts or [[Branch(prompt)] for prompt in PROMPTS]
+    return run_requests(
+        model, [Request(branches, options, seed + n) for n, branches in enumerate(prompts)]
+    )
+
+
+def run_requests(model, requests):
     """Return the continuations, and the number of passes."""
     passes: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
-    requests = requests or [Request([Branch(p)], seed) for seed, p in enumerate(PROMPTS)]
     answers: list[list[int]] = [[] for _ in requests]
-    for number, tokens, _ in decode(model, requests, options):
+    for number, tokens, _ in decode(model, enumerate(requests)):
         answers[number] += tokens
     hook.remove()
     return answers, len(passes)
@@ -172,10 +182,11 @@ def test_drafts_change_nothing_but_the_number_of_passes(groups, mode, temperatur
     model, seeds = make_model(groups), range(3)
     sampling = Sampling(temperature, top_p=0.9)
     plain = Options(mode, 60, 30, sampling, images=2)
-    requests = [Request([Branch(p)], seed) for seed in seeds for p in PROMPTS[:3]]
-    expected, passes = run(model, plain, requests)
+    requests = [Request([Branch(p)], plain, seed) for seed in seeds for p in PROMPTS[:3]]
+    expected, passes = run_requests(model, requests)
     for drafts in (1, 2, 7):
-        found, fewer = run(model, replace(plain, drafts=drafts), requests)
+        options = replace(plain, drafts=drafts)
+        found, fewer = run_requests(model, [each._replace(options=options) for each in requests])
         assert found == expected
         assert fewer <= passes
 
@@ -196,10 +207,10 @@ def test_correct_drafts_save_passes():
 def test_guidance_equals_separate_passes_over_each_prompt(groups, drafts):
     model = make_model(groups)
     branches = [Branch([0, 9, *IMAGE, 20, 21], 3.0), Branch([0, *IMAGE], -1.8), Branch([0], -0.2)]
-    request = Request(branches, 5)
     options = Options("image", 60, 30, Sampling(1.0, 1.0), drafts=drafts)
-    (answer, other), _ = run(model, options, [request, Request([Branch([0, 8])], 1)])
-    assert other == run(model, options, [Request([Branch([0, 8])], 1)])[0][0]
+    plain = Request([Branch([0, 8])], options, 1)
+    (answer, other), _ = run_requests(model, [Request(branches, options, 5), plain])
+    assert other == run_requests(model, [plain])[0][0]
     codes: list[int] = []
     for number in range(VOCABULARY.codes_per_image):
         logits_V = sum(
@@ -222,10 +233,12 @@ def test_several_images_are_generated():
 def test_tokens_are_returned_as_they_come():
     model = make_model()
     options = Options("mixed", 40, 24, Sampling(1.0))
-    parts = list(decode(model, [ONE, Request([Branch(PROMPTS[1])], 1)], options))
-    assert {part.number for part in parts} == {0, 1}
+    prompts = [ONE, [Branch(PROMPTS[1])]]
+    requests = [(5 + seed, Request(each, options, seed)) for seed, each in enumerate(prompts)]
+    parts = list(decode(model, requests))
+    assert {part.number for part in parts} == {5, 6}
     assert all(1 <= len(part.tokens) <= 2 for part in parts)
-    assert [part.number for part in parts if part.is_last] == list(
+    assert [part.number for part in parts if part.end] == list(
         dict.fromkeys(part.number for part in reversed(parts))
     )[::-1]
 
@@ -235,8 +248,8 @@ def test_tokens_are_returned_as_they_come():
 def test_requests_take_the_places_of_complete_ones(groups, drafts):
     model = make_model(groups)
     options = Options("mixed", 18, 18, Sampling(1.0, top_p=1), drafts=drafts)
-    requests = [Request([Branch(p)], seed) for seed in range(3) for p in PROMPTS[:3]]
-    requests[4] = Request([Branch(PROMPTS[0], 2.0), Branch([0], -1.0)], 7)
+    requests = [Request([Branch(p)], options, seed) for seed in range(3) for p in PROMPTS[:3]]
+    requests[4] = Request([Branch(PROMPTS[0], 2.0), Branch([0], -1.0)], options, 7)
     running: set[int] = set()
     sizes: list[int] = []
 
@@ -244,14 +257,14 @@ def test_requests_take_the_places_of_complete_ones(groups, drafts):
         for number, request in enumerate(requests):
             running.add(number)
             sizes.append(len(running))
-            yield request
+            yield number, request
 
     answers: list[list[int]] = [[] for _ in requests]
-    for number, tokens, is_last in decode(model, take(), options, batch=2):
+    for number, tokens, end in decode(model, take(), batch=2):
         answers[number] += tokens
-        if is_last:
+        if end:
             running.remove(number)
-    assert answers == run(model, options, requests)[0]
+    assert answers == run_requests(model, requests)[0]
     assert not running and max(sizes) == 2
     assert sizes.count(2) > sizes.count(1)  # most did not wait until both had ended
 

@@ -38,8 +38,8 @@ def test_drafted_images_follow_the_distribution_of_plain_sampling():
     drafted = 0
     options = Options("image", 40, 40, Sampling(1.0, 1.0), drafts=3)
     answers: list[list[int]] = [[] for _ in range(DRAWS)]
-    requests = [Request([Branch(prompt)], seed) for seed in range(DRAWS)]
-    for number, new, _ in decode(model, requests, options):
+    requests = [Request([Branch(prompt)], options, seed) for seed in range(DRAWS)]
+    for number, new, _ in decode(model, enumerate(requests)):
         answers[number] += new
         drafted += len(set(new) & set(CODES)) > 1
     assert drafted > DRAWS / 10

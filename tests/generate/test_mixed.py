@@ -10,6 +10,7 @@ from moma.errors import UserError
 from moma.generate.guidance import Guidance
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
+from moma.generate.settings import Settings
 from moma.generate.stream import ContentStream, ImagePart, TextPiece, collect
 from moma.model.routing import Auxiliary
 from moma.model.transformer import ModelConfig, Transformer
@@ -110,26 +111,26 @@ def test_texts_before_and_after_an_image_are_separate(mixed):
 def test_every_mode_generates_its_kind_of_content(mixed, seed):
     prompts = [["the"], [noise(1), "red"], [noise(2)]]
     sampling = Sampling(temperature=1.5, top_p=1, seed=seed)
-    for answer in mixed.generate(prompts, "image", sampling):
+    for answer in mixed.generate(prompts, Settings("image", sampling)):
         (image,) = answer
         assert isinstance(image, Image.Image) and image.size == (16, 16)
-    for answer in mixed.generate(prompts, "text", sampling):
+    for answer in mixed.generate(prompts, Settings("text", sampling)):
         assert all(isinstance(part, str) for part in answer)
-    for answer in mixed.generate(prompts, "mixed", sampling):
+    for answer in mixed.generate(prompts, Settings("mixed", sampling)):
         assert answer
         assert all(isinstance(part, str) or part.size == (16, 16) for part in answer)
 
 
 def test_mixed_mode_generates_both_text_and_images(mixed):
     sampling = Sampling(temperature=50, top_p=1)
-    answers = mixed.generate([["the"]] * 40, "mixed", sampling)
+    answers = mixed.generate([["the"]] * 40, Settings("mixed", sampling))
     kinds = {type(part) is str for answer in answers for part in answer}
     assert kinds == {True, False}
 
 
 def test_the_seed_determines_the_content(mixed):
     def content(seed):
-        answers = mixed.generate([["the"], [noise(4)]], "mixed", Sampling(seed=seed))
+        answers = mixed.generate([["the"], [noise(4)]], Settings("mixed", Sampling(seed=seed)))
         return [comparable(answer) for answer in answers]
 
     assert content(1) == content(1)
@@ -139,8 +140,8 @@ def test_the_seed_determines_the_content(mixed):
 def test_new_tokens_limits_a_continuation(mixed):
     tokenizer = mixed.tokenizer
     longest = max(len(tokenizer.decode([id_])) for id_ in range(tokenizer.get_vocab_size()))
-    (short,) = mixed.generate([["the"]], "text", Sampling(seed=3), new_tokens=2)
-    (full,) = mixed.generate([["the"]], "text", Sampling(seed=3))
+    (short,) = mixed.generate([["the"]], Settings("text", Sampling(seed=3), new_tokens=2))
+    (full,) = mixed.generate([["the"]], Settings("text", Sampling(seed=3)))
     assert len("".join(short)) <= 2 * longest < len("".join(full))
 
 
@@ -150,7 +151,7 @@ def test_missing_and_too_long_prompts_are_refused(mixed):
     with pytest.raises(UserError, match=f"context of {CONTEXT} tokens leaves only .*; shorten"):
         mixed.generate([["the"], ["zzz " * CONTEXT]])
     with pytest.raises(UserError, match="context"):
-        mixed.generate([[noise(index) for index in range(8)]], "image")
+        mixed.generate([[noise(index) for index in range(8)]], Settings("image"))
 
 
 @pytest.mark.parametrize("missing", ["tokenizer.json", "codec/config.json"])
@@ -168,12 +169,12 @@ def test_a_model_without_a_codec_generates_only_text(mixed, folder, tmp_path):
     tokenizers.codec.rename(tmp_path / "away")
     text_only = MixedModel.assemble(mixed.model, tokenizers, CONTEXT)
     sampling = Sampling(temperature=0)
-    assert text_only.generate([["the"]], "mixed", sampling) == mixed.generate(
-        [["the"]], "text", sampling
+    assert text_only.generate([["the"]], Settings("mixed", sampling)) == mixed.generate(
+        [["the"]], Settings("text", sampling)
     )
     for call in (
-        lambda: text_only.generate([["the"]], "image"),
-        lambda: text_only.generate([[noise(0)]], "text"),
+        lambda: text_only.generate([["the"]], Settings("image")),
+        lambda: text_only.generate([[noise(0)]], Settings("text")),
     ):
         with pytest.raises(UserError, match="no folder 'codec'"):
             call()
@@ -187,31 +188,31 @@ def test_several_images_in_a_prompt_are_used_in_order(mixed):
     assert ids[1:7] == wrapped[0] and ids[-6:] == wrapped[1]
     sampling = Sampling(temperature=0)
     together = mixed.generate(
-        [[one, two, "red"], [two, one, "red"], [two, "red"]], "text", sampling
+        [[one, two, "red"], [two, one, "red"], [two, "red"]], Settings("text", sampling)
     )
     assert len({str(each) for each in together}) > 1
 
 
 def test_a_limit_of_zero_new_tokens_is_refused(mixed):
     with pytest.raises(UserError, match="new_tokens 0"):
-        mixed.generate([["the"]], "text", new_tokens=0)
+        mixed.generate([["the"]], Settings("text", new_tokens=0))
 
 
 def test_stop_strings_end_a_text_and_are_left_out(mixed):
-    (whole,) = mixed.generate([["the"]], "text", Sampling(seed=3))
+    (whole,) = mixed.generate([["the"]], Settings("text", Sampling(seed=3)))
     stop = whole[0][len(whole[0]) // 2 :][:3]
-    (answer,) = mixed.generate([["the"]], "text", Sampling(seed=3), stop=["never", stop])
+    (answer,) = mixed.generate([["the"]], Settings("text", Sampling(seed=3), stop=["never", stop]))
     assert answer == [whole[0][: whole[0].index(stop)]]
     with pytest.raises(UserError, match="an empty string would end every answer"):
-        mixed.generate([["the"]], stop=[""])
+        mixed.generate([["the"]], Settings(stop=[""]))
 
 
 def test_streamed_pieces_add_up_to_the_answer(mixed):
     prompts = [["the"], [noise(4), "red"]]
     sampling = Sampling(temperature=5, top_p=1, seed=2)
-    expected = mixed.generate(prompts, "mixed", sampling)
+    expected = mixed.generate(prompts, Settings("mixed", sampling))
     events: list[list] = [[], []]
-    for number, event in mixed.stream(prompts, "mixed", sampling, has_rows=True):
+    for number, event in mixed.stream(prompts, Settings("mixed", sampling), has_rows=True):
         events[number].append(event)
     for parts, answer in zip(events, expected, strict=True):
         assert comparable(collect(parts)) == comparable(answer)
@@ -222,10 +223,10 @@ def test_streamed_pieces_add_up_to_the_answer(mixed):
 
 def test_the_upper_rows_of_an_image_are_those_of_the_whole_image(mixed):
     vocabulary = mixed.model.vocabulary
-    stream = ContentStream(mixed.tokenizer, vocabulary, mixed.image, has_rows=True)
+    stream = ContentStream(mixed.tokenizer, vocabulary, mixed.image)
     tokens = vocabulary.wrap_image(np.array([1, 2, 3, 4]))
-    assert stream.add(tokens[:2]) == []
-    (part,) = stream.add(tokens[2:3])
+    assert stream.add(tokens[:2], True) == []
+    (part,) = stream.add(tokens[2:3], True)
     assert isinstance(part, ImagePart) and not part.is_complete
     assert part.image.size == (16, 8)
     assert comparable(collect(stream.add(tokens[3:]))) == comparable([mixed.image(np.arange(1, 5))])
@@ -272,12 +273,12 @@ def test_guidance_adds_the_logits_of_partial_prompts(mixed):
     assert Guidance(3, 1.2).branches(["a"]) == [(["a"], 3), ([], -2)]
     assert Guidance(3, 1.5).branches([image]) == [([image], 1.5), ([], -0.5)]
     sampling = Sampling(temperature=0)
-    plain = mixed.generate([["the"]], "image", sampling)
-    ones = mixed.generate([["the"]], "image", sampling, guidance=Guidance(1, 1))
-    strong = mixed.generate([["the"]], "image", sampling, guidance=Guidance(30, 1))
+    plain = mixed.generate([["the"]], Settings("image", sampling))
+    ones = mixed.generate([["the"]], Settings("image", sampling, guidance=Guidance(1, 1)))
+    strong = mixed.generate([["the"]], Settings("image", sampling, guidance=Guidance(30, 1)))
     assert comparable(plain[0]) == comparable(ones[0]) != comparable(strong[0])
     with pytest.raises(UserError, match="guidance applies to images only"):
-        mixed.generate([["the"]], "text", guidance=Guidance())
+        mixed.generate([["the"]], Settings("text", guidance=Guidance()))
     with pytest.raises(UserError, match="the scale of text must be finite"):
         Guidance(text=float("nan"))
 
@@ -288,12 +289,12 @@ def test_guidance_adds_the_logits_of_partial_prompts(mixed):
 )
 def test_numbers_that_are_too_small_are_refused(mixed, options, message):
     with pytest.raises(UserError, match=message):
-        mixed.generate([["the"]], "image", **options)
+        mixed.generate([["the"]], Settings("image", **options))
 
 
 def test_several_images_and_drafts(mixed):
     sampling = Sampling(temperature=1, seed=3)
-    (answer,) = mixed.generate([["the"]], "image", sampling, images=3)
+    (answer,) = mixed.generate([["the"]], Settings("image", sampling, images=3))
     assert [part.size for part in answer] == [(16, 16)] * 3
-    (drafted,) = mixed.generate([["the"]], "image", sampling, images=3, drafts=3)
+    (drafted,) = mixed.generate([["the"]], Settings("image", sampling, images=3, drafts=3))
     assert comparable(drafted) == comparable(answer)

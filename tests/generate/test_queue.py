@@ -13,6 +13,7 @@ from moma.errors import UserError
 from moma.generate.mixed import MixedModel
 from moma.generate.queue import answer_prompts, read_prompts
 from moma.generate.sampling import Sampling
+from moma.generate.settings import Settings
 from moma.model.transformer import ModelConfig, Transformer
 from moma.vocabulary import Vocabulary
 from tests.factories import make_tokenizers, solid_image
@@ -50,7 +51,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def answer(mixed):
-    return lambda queue: mixed.answer(queue, 2, "mixed", SAMPLING)
+    return lambda queue: mixed.answer(queue, 2, Settings("mixed", SAMPLING))
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def expected(mixed, prompts):
     return [
         content
         for number, prompt in enumerate(contents)
-        for _, content in mixed.answer([(number, prompt)], 1, "mixed", SAMPLING)
+        for _, content in mixed.answer([(number, prompt)], 1, Settings("mixed", SAMPLING))
     ]
 
 
@@ -189,7 +190,7 @@ def test_a_prompt_without_space_for_an_answer_is_refused_with_its_row(mixed, tmp
         except UserError as error:
             found = str(error)
         try:
-            mixed.generate([[image, text]], mode, new_tokens=1)
+            mixed.generate([[image, text]], Settings(mode, new_tokens=1))
         except UserError as error:
             expected = f"{tmp_path / 'p.jsonl'}, row 1: {error}"
         assert found == expected

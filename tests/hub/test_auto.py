@@ -62,7 +62,8 @@ def test_greedy_generation_is_our_own(tiny_run, model, inputs, mode):
     options = Options(mode, ours.context, 24, Sampling(temperature=0))
     prompts = [ids[mask.bool()].tolist() for ids, mask in zip(*inputs.values(), strict=True)]
     expected: list[list[int]] = [[], []]
-    for new in decode(ours.model, [Request([Branch(each)]) for each in prompts], options):
+    requests = [Request([Branch(each)], options) for each in prompts]
+    for new in decode(ours.model, enumerate(requests)):
         expected[new.number] += new.tokens
     answer_BS = model.generate(**inputs, mode=mode, do_sample=False, max_new_tokens=24)
     padding = model.model.vocabulary.padding

@@ -1,0 +1,228 @@
+"""One thread that continues the prompts of many clients together (continuous batching).
+
+    submit → queue → decoder: a place for each request → answer, read by its client
+
+The thread alone uses the model. A request that ends or is cancelled leaves its place to the next
+one in the queue, between two passes.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from moma.errors import UserError
+from moma.generate.decode import Decoder, NewTokens
+from moma.generate.mixed import MixedModel
+from moma.generate.settings import Settings
+from moma.generate.stream import Content, ContentStream
+from moma.images import square_pixels
+from moma.serve.answer import Answer, AnswerEnd
+
+logger = logging.getLogger(__name__)
+
+
+class BusyError(Exception):
+    """All places of an engine and of its queue are taken."""
+
+
+class EngineStoppedError(Exception):
+    """The engine takes no more requests: it was closed, or its thread failed."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request, and what is known of its answer."""
+
+    number: int
+    answer: Answer
+    prompt: Sequence[Content]
+    settings: Settings
+    stream: ContentStream
+    has_rows: bool
+
+
+class Engine:
+    """Continues prompts of many clients; a context manager that owns the thread.
+
+    Args:
+        model: the model, which nothing else may use meanwhile.
+        max_active: maximum number of requests that are generated together.
+        max_queued: maximum number of requests that wait for a place.
+
+    Attributes:
+        model, max_active, max_queued: see above.
+        error: what made the thread fail; None: nothing.
+        total_tokens: number of tokens generated so far.
+
+    Raises:
+        UserError: a number is too small.
+    """
+
+    def __init__(self, model: MixedModel, max_active: int = 8, max_queued: int = 64):
+        if max_active < 1 or max_queued < 0:
+            raise UserError(
+                f"max_active {max_active}, max_queued {max_queued}: must be at least 1 and 0"
+            )
+        self.model, self.max_active, self.max_queued = model, max_active, max_queued
+        self.error: BaseException | None = None
+        self.total_tokens = 0
+        self._changed = threading.Condition()
+        self._queue: deque[_Job] = deque()
+        self._active: dict[int, _Job] = {}
+        self._cancelled: list[int] = []
+        self._count, self._accepts, self._closes = 0, True, False
+        self._thread = threading.Thread(target=self._run, name="moma engine", daemon=True)
+
+    def __enter__(self) -> "Engine":
+        """Start the thread."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Cancel all requests and end the thread."""
+        with self._changed:
+            self._accepts, self._closes = False, True
+            self._changed.notify_all()
+        self._thread.join()
+
+    @property
+    def active(self) -> int:
+        """Number of requests that are being generated."""
+        return len(self._active)
+
+    @property
+    def queued(self) -> int:
+        """Number of requests that wait for a place."""
+        return len(self._queue)
+
+    def drain(self) -> None:
+        """Take no more requests, and wait until those taken are complete."""
+        with self._changed:
+            self._accepts = False
+            self._changed.wait_for(lambda: not (self._queue or self._active))
+
+    def submit(
+        self, prompt: Sequence[Content], settings: Settings, has_rows: bool = False
+    ) -> Answer:
+        """Continue a prompt as soon as there is a place.
+
+        Args:
+            prompt: text and images, in order.
+            settings: how.
+            has_rows: whether the answer has the upper rows of unfinished images as well; rows are
+                left out while earlier ones have not been read.
+
+        Raises:
+            UserError: the prompt is longer than the context allows, or images are needed and there
+                is no codec.
+            BusyError: the queue is full.
+            EngineStoppedError: the engine is closed or has failed.
+        """
+        model, mode = self.model, self.model.mode(settings)
+        tokens = model.require_space(prompt, mode, settings.images)
+        # Large images would wait in the queue otherwise.
+        prompt = [part if isinstance(part, str) else self._shrink(part) for part in prompt]
+        answer = Answer(tokens, self._cancel)
+        with self._changed:
+            if not self._accepts:
+                raise EngineStoppedError(self._stop_message)
+            if len(self._queue) + len(self._active) >= self.max_active + self.max_queued:
+                raise BusyError(
+                    f"all {self.max_active} places and the queue of {self.max_queued} are taken; "
+                    "try again later"
+                )
+            stream = model.content_stream(settings.stop)
+            self._count += 1
+            self._queue.append(_Job(self._count, answer, prompt, settings, stream, has_rows))
+            self._changed.notify_all()
+        return answer
+
+    @property
+    def _stop_message(self) -> str:
+        if self.error is None:
+            return "the server is shutting down; try another one"
+        return f"the engine has failed: {type(self.error).__name__}: {self.error}"
+
+    def _shrink(self, image: Image.Image) -> Image.Image:
+        return Image.fromarray(square_pixels(image, self.model.codec.config.image_size))
+
+    def _cancel(self, answer: Answer) -> None:
+        with self._changed:
+            for job in [*self._queue, *self._active.values()]:
+                if job.answer is answer:
+                    self._leave(job, "cancelled")
+                    self._cancelled.append(job.number)
+
+    def _leave(self, job: _Job, end: AnswerEnd, error: Exception | None = None) -> None:
+        """End a request and free its place."""
+        with self._changed:
+            if self._active.pop(job.number, None) is None and job in self._queue:
+                self._queue.remove(job)
+            job.answer.finish(end, error)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            decoder = Decoder(self.model.model)
+            while self._wait():
+                self._update(decoder)
+                for new in decoder.step():
+                    self._deliver(new, decoder)
+        except Exception as error:
+            logger.exception("the engine failed")
+            self.error = error
+        with self._changed:
+            self._accepts = False
+            stopped = None if self.error is None else EngineStoppedError(self._stop_message)
+            for job in [*self._queue, *self._active.values()]:
+                self._leave(job, "error" if stopped else "cancelled", stopped)
+
+    def _wait(self) -> bool:
+        """Wait for work; return whether the engine goes on."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closes or self._queue or self._active)
+            return not self._closes
+
+    def _update(self, decoder: Decoder) -> None:
+        """Let cancelled requests leave the decoder, and queued ones enter it."""
+        with self._changed:
+            cancelled, self._cancelled = self._cancelled, []
+            taken: list[_Job] = []
+            while self._queue and len(self._active) < self.max_active:
+                taken.append(self._queue.popleft())
+                self._active[taken[-1].number] = taken[-1]
+        for number in cancelled:
+            decoder.cancel(number)
+        for job in taken:
+            try:
+                decoder.add(job.number, self.model.request(job.prompt, job.settings))
+            except Exception as error:
+                self._fail(job, error)
+
+    def _deliver(self, new: NewTokens, decoder: Decoder) -> None:
+        job = self._active.get(new.number)
+        if job is None:  # cancelled during the pass
+            return
+        if isinstance(new.end, UserError):
+            self._fail(job, new.end)
+            return
+        self.total_tokens += len(new.tokens)
+        try:
+            events = job.stream.add(new.tokens, job.has_rows and not job.answer.has_unread)
+            events += job.stream.finish() if new.end else []
+        except Exception as error:
+            decoder.cancel(job.number)
+            self._fail(job, error)
+            return
+        job.answer.add(len(new.tokens), events)
+        if new.end:
+            self._leave(job, new.end)
+
+    def _fail(self, job: _Job, error: Exception) -> None:
+        if not isinstance(error, UserError):
+            logger.error("a request failed", exc_info=error)
+        self._leave(job, "error", error)
