@@ -126,3 +126,17 @@ def test_wrong_commands_are_found(line, message):
     (words,) = shell_commands(line)
     with pytest.raises(Exception, match=message):
         require_valid(words)
+
+
+def test_the_map_of_the_code_names_every_folder_and_only_files_that_exist():
+    page = (DOCS / "code.md").read_text()
+    rows = [row.split("|")[2] for row in page.splitlines() if row.startswith("|")]
+    rows += [
+        row.split("|")[1]
+        for row in page.partition("The method is in")[2].splitlines()
+        if "|" in row
+    ]
+    named = {path for row in rows for path in re.findall(r"`([\w/]+(?:\.py|/))`", row)}
+    files = {each.name for each in (ROOT / "moma").rglob("*.py")}
+    assert not [path for path in named if not (ROOT / "moma" / path).exists() and path not in files]
+    assert {f"{each.parent.name}/" for each in (ROOT / "moma").glob("*/__init__.py")} <= named

@@ -34,7 +34,7 @@ def test_documented_sources_are_valid_and_show_every_kind_of_reader():
 
 def test_the_documented_example_of_a_source_works_and_refuses_a_missing_folder(tmp_path):
     page = (DOCS / "extend.md").read_text(encoding="utf-8")
-    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    code = next(iter(re.findall(r"```python\n(.*?)```", page, re.DOTALL)))
     names: dict[str, Any] = {"__name__": "moma_srt"}
     exec(code, names)
     config = names["SubtitlesConfig"]
