@@ -185,9 +185,12 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
     if "extends" not in values:
         return values
     try:
-        base = path.parent / parse_path(values.pop("extends"))
+        given = parse_path(values.pop("extends"))
     except ValueError as error:
         raise UserError(f"{path}: 'extends': {error}; name one file, as base.toml") from error
+    base = path.parent / given
+    if not base.exists() and (shipped := find_recipe(given)).exists():
+        base = shipped
     return merge_tables(_read_toml(base, (*extended_by, path.resolve())), values)
 
 
@@ -226,6 +229,16 @@ def shipped_recipe(name: str) -> Path:
         if (folder / "configs" / name).is_file():
             return folder / "configs" / name
     raise UserError(f"configs/{name} is missing; install moma again")
+
+
+def find_recipe(path: Path) -> Path:
+    """Return `path`, or, where there is no such file, the shipped recipe that it names."""
+    if path.parts[:1] != ("configs",) or path.exists():
+        return path
+    try:
+        return shipped_recipe(str(Path(*path.parts[1:])))
+    except UserError:
+        return path
 
 
 def override(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from moma.errors import UserError
-from moma.recipe import Config, check, override, read_recipe
+from moma.recipe import Config, check, find_recipe, override, read_recipe
 from moma.train.recipe import Recipe
 from tests.factories import write_minimal_recipe, write_recipe
 
@@ -300,3 +300,15 @@ def test_an_unknown_key_of_a_source_is_named_as_written(recipe):
     message = str(caught.value)
     assert "unknown key 'data.sources.0.color'" in message
     assert "at least 1 item" not in message and ";" not in message.partition("valid keys here")[2]
+
+
+def test_shipped_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped, own = Path("configs/demo.toml"), Path("demo.toml")
+    assert find_recipe(shipped).read_text() == (Path(__file__).parents[1] / shipped).read_text()
+    assert find_recipe(own) == own and find_recipe(Path("configs/x.toml")) == Path("configs/x.toml")
+    own.write_text('extends = "configs/demo.toml"\nseed = 7')
+    assert read_recipe(Recipe, own).seed == 7
+    shipped.parent.mkdir()
+    shipped.write_text("")
+    assert find_recipe(shipped) == shipped

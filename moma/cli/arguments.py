@@ -101,9 +101,9 @@ def refuse_unused(ctx: typer.Context, reason: str, *names: str) -> None:
 
 def readable_recipe(recipe: Path) -> Path:
     """Refuse a file that is not TOML at once; the verb validates its keys and values."""
-    from moma.recipe import read_values
+    from moma.recipe import find_recipe, read_values
 
-    read_values(recipe)
+    read_values(recipe := find_recipe(recipe))
     return recipe
 
 
@@ -117,11 +117,12 @@ def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> "Recipe":
 
 def files_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Divide arguments into files and `key=value` overrides; a file may have `=` in its name."""
-    from moma.recipe import parse_path
+    from moma.recipe import find_recipe, parse_path
 
     overrides = [word for word in words if "=" in word and not os.path.isfile(word)]
     try:
-        return [parse_path(word) for word in words if word not in overrides], overrides
+        files = [find_recipe(parse_path(word)) for word in words if word not in overrides]
+        return files, overrides
     except ValueError as error:
         raise UserError(f"{quote(' '.join(words))}: a file {error}") from error
 
