@@ -1,7 +1,9 @@
 """Imports that the import-linter contract in `pyproject.toml` cannot check."""
 
 import ast
+import re
 import sys
+import tomllib
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -9,6 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moma"
 PACKAGES = ("data", "model")
+# Modules of a distribution with another name, and what a user chooses by a key of a recipe.
+DISTRIBUTIONS = {"PIL": "pillow", "pydantic-core": "pydantic"}
+OPTIONAL = {"wandb"}
 
 
 def uses_distributed(source):
@@ -49,3 +54,23 @@ def test_no_folder_of_tests_shadows_a_library():
     tests = Path(__file__).parent
     found = PathFinder.find_spec("tokenizers", [str(tests), *sys.path])
     assert found is not None and found.origin and not Path(found.origin).is_relative_to(tests)
+
+
+def imported_packages(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield str(node.module)
+
+
+def test_imported_packages_are_dependencies():
+    """They may be installed here because of another package only."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    required = [each for group in (project["dependencies"], *extras) for each in group]
+    declared = {re.split(r"[^\w-]", each)[0].lower() for each in required}
+    files = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    names = {name.split(".")[0] for tree in files for name in imported_packages(tree)}
+    others = {name.replace("_", "-") for name in names - {"moma", *sys.stdlib_module_names}}
+    assert {DISTRIBUTIONS.get(name, name) for name in others} - OPTIONAL <= declared
