@@ -170,7 +170,7 @@ def test_valid_keys_depend_on_the_kind_of_source(recipe):
     message = str(caught.value)
     assert "did you mean 'path'" in message
     assert message.endswith(
-        "valid keys here: held_out, kind, max_images, name, path, text_key, weight"
+        "valid keys here: clean, held_out, kind, max_images, name, path, text_key, weight"
     )
 
 

@@ -75,7 +75,14 @@ def test_a_loop_of_links_is_refused(recipe, tmp_path, key):
 def test_every_path_of_the_recipe_is_checked():
     """A new key of a path has to join `PATH_KEYS` or to be below a source's `path`."""
     found = {key for key, annotation in leaves(Recipe) if Path in types_of(annotation)}
-    assert found == {key.replace("1.path", "path") for key in PATH_KEYS}
+    lists = {"data.sources.clean.evaluation_files"}
+    assert found == {key.replace("1.path", "path") for key in PATH_KEYS} | lists
+
+
+def test_an_empty_path_in_a_list_is_refused(recipe):
+    key = "data.sources.1.clean.evaluation_files"
+    with pytest.raises(UserError, match=rf"'{key}\.0': is empty"):
+        read_recipe(Recipe, recipe, [f'{key}=[""]'])
 
 
 @pytest.mark.parametrize("kind", sorted(source_kinds()))

@@ -36,6 +36,7 @@ def prepare(
             f"rejected documents: {read.data.path / 'rejected.jsonl'}; of a source's documents "
             f"data.max_rejected = {read.data.max_rejected:g} may be"
         )
+    lines += _dropped(summary)
     keys = ("documents", "held_out", "tokens", "images", "rejected")
     print_result(summary, as_json, [_counts(summary, keys)], lines)
 
@@ -66,8 +67,18 @@ def inspect(
         return
     result = data.inspect(folder, source, out)
     keys = ("documents", "tokens", "text_tokens", "image_tokens", "images", "rejected")
-    lines = (data.lengths_as_text(result), result["figure"])
+    lines = (*_dropped(result), data.lengths_as_text(result), result["figure"])
     print_result(result, as_json, [_counts(result, keys)], lines)
+
+
+def _dropped(summary: dict[str, Any]) -> list[str]:
+    """What `clean` drops, a line for each key of each source."""
+    return [
+        f"{name}: clean.{key} dropped {count:,} {kind}"
+        for name, counts in summary["sources"].items()
+        for kind, found in (("documents", "dropped"), ("images", "dropped_images"))
+        for key, count in counts[found].items()
+    ]
 
 
 def _counts(summary: dict[str, Any], keys: tuple[str, ...]) -> Table:

@@ -11,7 +11,7 @@ from moma.cli.arguments import App
 app = App()
 Node = dict[str, Any]
 Row = tuple[str, str, str, str]
-_SOURCE_KEYS = ("kind", "name", "weight", "max_images", "held_out")
+_SOURCE_KEYS = ("kind", "name", "weight", "max_images", "held_out", "clean")
 _SOURCE_DEFAULTS = {"`kind`": "–", "`name`": "the kind", "`held_out`": "`data.held_out`"}
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 

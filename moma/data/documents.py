@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from moma.data.cleaning.config import CleaningConfig
 from moma.errors import StorageError, UserError, shorten
 from moma.recipe import Config
 
@@ -49,6 +50,17 @@ class ImageRef:
         return None
 
 
+class DroppedImageError(UserError):
+    """An image that a key of `clean` drops, raised when it is read."""
+
+    def __init__(self, image: str, reason: str, dropped_by: str) -> None:
+        super().__init__(image, reason, dropped_by)
+        self.rejected = Rejected(image, f"clean.{dropped_by}: {reason}", dropped_by)
+
+    def __str__(self) -> str:
+        return self.rejected.message
+
+
 Segment = str | ImageRef
 
 
@@ -74,10 +86,17 @@ class Document:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A document that cannot be used: its location, what is wrong and what to do, shortened."""
+    """A document that is not used: its location, and why, shortened.
+
+    Attributes:
+        row: location in the source.
+        reason: what is wrong and what to do.
+        dropped_by: key of `clean` that drops it; empty for a document that cannot be used.
+    """
 
     row: str
     reason: str
+    dropped_by: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "row", shorten(self.row, _MAX_LOCATION))
@@ -111,6 +130,14 @@ class SourcePart(Config):
     size: int = 0
 
 
+def drops_document(single: bool, images: int, dropped: int) -> bool:
+    """Return whether a document is dropped with its images.
+
+    It is if none of them is left, beside one text or none: a caption without its image.
+    """
+    return single and dropped == images > 0
+
+
 # A source's name is also the name of its shards' folder.
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -125,6 +152,7 @@ class SourceConfig(Config):
         max_images: maximum images of a document; one with more is split into several documents,
             so that nothing is lost. Unlimited by default.
         held_out: fraction of the documents held out from training; the recipe's by default.
+        clean: which documents and images are dropped.
     """
 
     kind: str = ""
@@ -132,6 +160,7 @@ class SourceConfig(Config):
     weight: float = Field(default=1.0, gt=0)
     max_images: int | None = Field(default=None, ge=1)
     held_out: float | None = Field(default=None, ge=0, lt=1)
+    clean: CleaningConfig = CleaningConfig()
 
     def documents(self) -> "Iterator[Document | Rejected]":
         """See `Source.documents`."""
@@ -170,12 +199,21 @@ class Source(Protocol):
         ...
 
 
-def source_fingerprint(source: Source, held_out: float) -> str:
-    """Return a value that changes with a source, its files, and its `held_out_share`."""
+def cleaning_of(source: Source) -> CleaningConfig:
+    """Return how a source is cleaned."""
+    return source.clean if isinstance(source, SourceConfig) else CleaningConfig()
+
+
+def source_fingerprint(source: Source, held_out: float, cleaning: str = "") -> str:
+    """Return a value that changes with a source, its files, and its `held_out_share`.
+
+    `cleaning` is a fingerprint of what `clean` changes.
+    """
     # The sampling weight does not change the documents.
-    config = source.model_dump_json(exclude={"weight"}) if isinstance(source, Config) else ""
+    exclude = {"weight", "clean"}
+    config = source.model_dump_json(exclude=exclude) if isinstance(source, Config) else ""
     files = source.fingerprint() if isinstance(source, SourceConfig) else ""
-    parts = (source.name, config, files, str(held_out))
+    parts = (source.name, config, files, str(held_out), *filter(None, [cleaning]))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

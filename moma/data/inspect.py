@@ -1,6 +1,7 @@
 """What a data folder contains: counts, lengths, and documents decoded to text and images."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
     Returns:
         `path`, `figure`, and of all sources together as of each in `sources`: `documents`,
         `tokens`, `text_tokens`, `image_tokens` (codes; the boundaries of an image are text),
-        `images`, `rejected`, `lengths`: a histogram, `from` has the shortest length of each bin
-        and `documents` their number. Each source also has `splits`: the counts by split.
+        `images`, `rejected`, `dropped` and `dropped_images` (by key of `clean`), `lengths`: a
+        histogram, `from` has the shortest length of each bin and `documents` their number. Each
+        source also has `splits`: the counts by split.
 
     Raises:
         UserError: the folder is not a data folder, or has no such source.
@@ -47,10 +49,18 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
     return {
         "path": str(folder),
         **{key: sum(counts[key] for counts in sources.values()) for key in keys},
+        **{
+            key: _sum(counts[key] for counts in sources.values())
+            for key in ("dropped", "dropped_images")
+        },
         "lengths": _histogram(np.concatenate([_lengths(shards) for shards in opened.values()])),
         "sources": sources,
         "figure": str(figure),
     }
+
+
+def _sum(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    return sum(map(Counter, counts), Counter())
 
 
 def lengths_as_text(result: dict[str, Any]) -> str:
@@ -163,6 +173,8 @@ def _describe(shards: Shards, vocabulary: Vocabulary) -> dict[str, Any]:
         "text_tokens": total.tokens - image_tokens,
         "image_tokens": image_tokens,
         "rejected": shards.info.rejected,
+        "dropped": shards.info.dropped,
+        "dropped_images": shards.info.dropped_images,
         "lengths": _histogram(_lengths(shards)),
         "splits": {name: counts.model_dump() for name, counts in shards.info.counts.items()},
     }

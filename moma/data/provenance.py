@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from moma.data.cleaning.filters import filters_fingerprint
 from moma.data.config import DataConfig
-from moma.data.documents import Source, held_out_share, source_fingerprint
+from moma.data.documents import Source, cleaning_of, held_out_share, source_fingerprint
 from moma.data.outputs import (
     DATA_ENTRIES,
     DATA_KIND,
@@ -231,7 +232,8 @@ class DataFolder:
         # Computed once: it may look at every file of the source.
         if source.name not in self._fingerprints:
             held_out = held_out_share(source, self.data.held_out)
-            self._fingerprints[source.name] = source_fingerprint(source, held_out)
+            filters = filters_fingerprint(cleaning_of(source))
+            self._fingerprints[source.name] = source_fingerprint(source, held_out, filters)
         return self._fingerprints[source.name]
 
     def _update(self, **changes: Any) -> None:

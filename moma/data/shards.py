@@ -10,6 +10,7 @@ A row of an Arrow file is a document: `ids`, `images`, `name`. The files are mem
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 import datasets
 import numpy as np
 import pyarrow as pa
+from pydantic import Field
 
 from moma.data.provenance import Encoders, read_provenance
 from moma.errors import UserError, error_reason
@@ -62,12 +64,16 @@ class Part(Config):
         first, stop: the range `first` … `stop` − 1 of documents, rejected ones included, from 0.
         counts: counts of each split.
         rejected: number of rejected documents.
+        dropped: number of dropped documents, by key of `clean`.
+        dropped_images: number of images that were dropped of other documents, by key.
     """
 
     first: int = 0
     stop: int = 0
     counts: dict[str, Counts] = dict.fromkeys(SPLITS, Counts())
     rejected: int = 0
+    dropped: dict[str, int] = Field(default={})
+    dropped_images: dict[str, int] = Field(default={})
 
     def __add__(self, following: "Part") -> "Part":
         return Part(
@@ -75,6 +81,8 @@ class Part(Config):
             stop=following.stop,
             counts={split: self.counts[split] + following.counts[split] for split in SPLITS},
             rejected=self.rejected + following.rejected,
+            dropped=Counter(self.dropped) + Counter(following.dropped),
+            dropped_images=Counter(self.dropped_images) + Counter(following.dropped_images),
         )
 
     @property
@@ -98,6 +106,7 @@ class ShardInfo(Config):
         encoders: fingerprints of the tokenizer and the codec.
         counts: counts of each split.
         rejected: number of rejected documents.
+        dropped, dropped_images: as in `Part`.
         parts: ranges of the source's documents, in order; each has a file for every split of
             which it has documents.
     """
@@ -108,19 +117,27 @@ class ShardInfo(Config):
     encoders: Encoders = Encoders()
     counts: dict[str, Counts] = dict.fromkeys(SPLITS, Counts())
     rejected: int = 0
+    dropped: dict[str, int] = Field(default={})
+    dropped_images: dict[str, int] = Field(default={})
     parts: tuple[Part, ...] = ()
 
     @property
     def whole(self) -> Part:
         """All parts as one."""
         stop = self.parts[-1].stop if self.parts else 0
-        return Part(stop=stop, counts=self.counts, rejected=self.rejected)
+        return Part(
+            stop=stop,
+            counts=self.counts,
+            rejected=self.rejected,
+            dropped=self.dropped,
+            dropped_images=self.dropped_images,
+        )
 
     def with_parts(self, parts: Sequence[Part]) -> "ShardInfo":
         """Return the same origin with these parts."""
         whole = sum(parts, Part())
-        changes = {"counts": whole.counts, "rejected": whole.rejected, "parts": tuple(parts)}
-        return self.model_copy(update=changes)
+        counts = whole.model_dump(exclude={"first", "stop", "counts"})
+        return self.model_copy(update={**counts, "counts": whole.counts, "parts": tuple(parts)})
 
     def same_origin(self, other: "ShardInfo") -> bool:
         """Return whether both were made from the same documents with the same encoders."""

@@ -10,29 +10,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from pydantic import Field
 
+from moma.data.cleaning.evaluation import evaluation_sources
 from moma.data.config import DataConfig
-from moma.data.documents import Document, SourceConfig, held_out_share, which_held_out
+from moma.data.documents import Document, held_out_share, which_held_out
 from moma.data.shards import open_sources
-from moma.data.sources.captions import CaptionsConfig
-from moma.data.sources.interleaved import InterleavedConfig
-from moma.data.sources.registry import AnySource
 from moma.errors import UserError
 from moma.generate.mixed import MixedModel
-from moma.recipe import Config, read_recipe
 from moma.tokenizers.text import encode_text
 from moma.vocabulary import Vocabulary
-
-
-class SourceList(Config):
-    """A TOML file of sources to evaluate on.
-
-    Attributes:
-        sources: as in `[data]` of a recipe.
-    """
-
-    sources: tuple[AnySource, ...] = Field(min_length=1)
 
 
 class TokenizedDocument(NamedTuple):
@@ -85,7 +71,7 @@ def raw_documents(data: DataConfig, path: Path | None) -> list[tuple[str, Docume
         UserError: a source cannot be read, or a document of a path cannot be used.
     """
     found: list[tuple[str, Document]] = []
-    for source in data.sources if path is None else _sources_in(path):
+    for source in data.sources if path is None else evaluation_sources(path):
         documents = []
         for row in source.documents():
             if isinstance(row, Document):
@@ -97,14 +83,6 @@ def raw_documents(data: DataConfig, path: Path | None) -> list[tuple[str, Docume
             documents = [each for each, is_held in zip(documents, held_out, strict=True) if is_held]
         found += [(source.name, document) for document in documents]
     return found
-
-
-def _sources_in(path: Path) -> tuple[SourceConfig, ...]:
-    if path.suffix == ".toml":
-        return read_recipe(SourceList, path).sources
-    if path.is_dir():
-        return (CaptionsConfig(path=path),)
-    return (InterleavedConfig(path=path),)
 
 
 def _held_out(data: DataConfig, vocabulary: Vocabulary) -> Iterator[TokenizedDocument]:

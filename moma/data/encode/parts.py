@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import takewhile
@@ -148,8 +149,18 @@ class PartWriter:
         """Close the files; what was not committed is lost."""
         self._open.close()
 
-    def add(self, tables: dict[str, pa.Table], rejected: Sequence[Rejected]) -> None:
-        """Write the next documents: tables of encoded ones by split, and rejected ones.
+    def add(
+        self,
+        tables: dict[str, pa.Table],
+        rejected: Sequence[Rejected],
+        dropped_images: Sequence[Rejected] = (),
+    ) -> None:
+        """Write the next documents.
+
+        Args:
+            tables: those that are encoded, by split.
+            rejected: the others, also those that were dropped.
+            dropped_images: images that were dropped of encoded documents.
 
         Raises:
             OSError: they cannot be written; the error has the folder's path.
@@ -159,14 +170,22 @@ class PartWriter:
                 if table.num_rows:
                     metadata = self._schema.metadata
                     self._writer(split).write_table(table.replace_schema_metadata(metadata))
-            if rejected:
+            if listed := [*rejected, *dropped_images]:
                 file = self._file(f"rejected-{self._number:05}.jsonl")
-                file.writelines(rejected_line(self._source, row) for row in rejected)
+                file.writelines(rejected_line(self._source, row) for row in listed)
                 file.flush()  # they may be read before the part ends
         counts = dict.fromkeys(SPLITS, Counts())
         counts |= {split: _count(table) for split, table in tables.items()}
         read = sum(count.documents for count in counts.values()) + len(rejected)
-        self.part += Part(stop=self.part.stop + read, counts=counts, rejected=len(rejected))
+        dropped = Counter(row.dropped_by for row in rejected)
+        unusable = dropped.pop("", 0)
+        self.part += Part(
+            stop=self.part.stop + read,
+            counts=counts,
+            rejected=unusable,
+            dropped=dropped,
+            dropped_images=Counter(image.dropped_by for image in dropped_images),
+        )
 
     def commit(self) -> Part:
         """Sync the files, rename them, and write the part's record."""
@@ -245,10 +264,11 @@ def copy_rejected(folder: Path, out: BinaryIO) -> None:
 
 
 def read_rejected(folder: Path) -> Iterator[Rejected]:
-    """Yield the rejected documents of a source, an unfinished part's included."""
+    """Yield the documents of a source that cannot be used, an unfinished part's included."""
     for path in _rejected_files(folder):
         with path.open("rb") as file:
-            yield from map(parse_rejected_line, file)
+            rows = map(parse_rejected_line, file)
+            yield from (row for row in rows if not row.dropped_by)
 
 
 def partial_folder(folder: Path) -> Path:

@@ -7,7 +7,7 @@ where it was. Documents that cannot be used are listed in `rejected.jsonl`.
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ import torch
 
 from moma.data.batches.budget import Budget
 from moma.data.batches.iterator import Batches
+from moma.data.cleaning.clean import Cleaning
+from moma.data.cleaning.passes import provide_cleaning
 from moma.data.config import PrepareConfig
 from moma.data.documents import Source, held_out_share
 from moma.data.encode.parts import copy_rejected
@@ -24,6 +26,7 @@ from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.rejected import all_held_out
 from moma.data.encode.source import Limits, encode_source
 from moma.data.encode.tokenizers import provide_tokenizers
+from moma.data.outputs import CLEANING_FOLDER
 from moma.data.provenance import DataFolder
 from moma.data.shards import REJECTED_FILE, Part, ShardInfo
 from moma.errors import UserError, list_names
@@ -55,7 +58,7 @@ class Prepared:
     sources: dict[str, ShardInfo]
 
     def summary(self) -> dict[str, Any]:
-        """Count documents, tokens, images and rejected documents, in total and by source."""
+        """Count documents, tokens, images, rejected and dropped ones, in total and by source."""
         sources = {name: _summary(info.whole) for name, info in self.sources.items()}
         return {**_summary(_together(self.sources)), "sources": sources}
 
@@ -66,7 +69,13 @@ def _together(infos: dict[str, ShardInfo]) -> Part:
 
 def _summary(part: Part) -> dict[str, Any]:
     held_out = part.counts["held_out"].model_dump()
-    return {**part.total.model_dump(), "rejected": part.rejected, "held_out": held_out}
+    return {
+        **part.total.model_dump(),
+        "rejected": part.rejected,
+        "held_out": held_out,
+        "dropped": part.dropped,
+        "dropped_images": part.dropped_images,
+    }
 
 
 def prepare(
@@ -95,9 +104,10 @@ def prepare(
     data.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(data.path, LOCK_TIMEOUT):
         folder = DataFolder(data)
+        cleaning = provide_cleaning(data.sources, data.path / CLEANING_FOLDER, quiet)
         vocabulary = provide_tokenizers(config, folder, device, quiet)
         _warn_changed_sources(folder)
-        infos = _encode_all(folder, vocabulary, device, quiet, workers)
+        infos = _encode_all(folder, cleaning, vocabulary, device, quiet, workers)
     counts = _together(infos).counts
     if not counts["train"].documents:
         raise all_held_out(counts["held_out"].documents)
@@ -151,6 +161,7 @@ def _check_packing(config: PrepareConfig, vocabulary: Vocabulary) -> None:
 
 def _encode_all(
     folder: DataFolder,
+    cleaning: Mapping[str, Cleaning],
     vocabulary: Vocabulary,
     device: torch.device,
     quiet: bool,
@@ -175,6 +186,7 @@ def _encode_all(
                         vocabulary,
                         held_out_share(source, data.held_out),
                         data.folder(source.name),
+                        cleaning=cleaning[source.name],
                         encoders=encoders,
                         limits=Limits(data.shard_tokens, data.max_rejected),
                         reader=reader,

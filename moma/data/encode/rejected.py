@@ -1,9 +1,9 @@
-"""Rejected documents: lines of `rejected.jsonl`, and errors if too few documents are left."""
+"""Rejected and dropped documents: lines of `rejected.jsonl`, errors if too few are left."""
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import islice
 
 from moma.data.documents import Rejected, Source
@@ -18,13 +18,15 @@ _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[/\d]\S*")
 def rejected_line(source: str, rejected: Rejected) -> bytes:
     """Return a line of `rejected.jsonl`."""
     values = {"source": source, "row": rejected.row, "reason": rejected.reason}
+    if rejected.dropped_by:
+        values["dropped_by"] = rejected.dropped_by
     return json.dumps(values).encode() + b"\n"
 
 
 def parse_rejected_line(line: bytes) -> Rejected:
     """Return the rejected document of a line of `rejected.jsonl`."""
     values = json.loads(line)
-    return Rejected(values["row"], values["reason"])
+    return Rejected(values["row"], values["reason"], values.get("dropped_by", ""))
 
 
 def too_many_rejected(
@@ -65,8 +67,16 @@ def all_held_out(documents: int) -> UserError:
     )
 
 
-def no_documents(source: Source) -> UserError:
-    """Return the error about a source that yields nothing."""
+def no_documents(source: Source, dropped: Mapping[str, int] | None = None) -> UserError:
+    """Return the error about a source of which no document is left.
+
+    `dropped` counts those that `clean` drops, by key.
+    """
+    if dropped:
+        counts = ", ".join(f"{count:,} by clean.{key}" for key, count in dropped.items())
+        return UserError(
+            f"source '{source.name}': no documents are left; dropped: {counts}; change these keys"
+        )
     path = getattr(source, "path", None)
     where = "" if path is None else f" in {path}"
     return UserError(f"source '{source.name}': there are no documents{where}; check its keys")

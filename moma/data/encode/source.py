@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from moma.data.cleaning.clean import Cleaning
+from moma.data.cleaning.config import CleaningConfig
 from moma.data.documents import Source, source_fingerprint, which_held_out
 from moma.data.encode.parts import PartialShards, complete_shards, read_rejected
 from moma.data.encode.read_ahead import ImageReader
@@ -55,6 +57,7 @@ def encode_source(
     held_out_share: float,
     folder: Path,
     *,
+    cleaning: Cleaning | None = None,
     encoders: Encoders | None = None,
     limits: Limits | None = None,
     reader: ImageReader | None = None,
@@ -71,6 +74,7 @@ def encode_source(
             None without a codec.
         held_out_share: fraction of the documents held out, unless the source itself decides.
         folder: the source's own folder; replaced if it was made from something else.
+        cleaning: drops documents and images; nothing by default.
         encoders: fingerprints of tokenizer and codec: shards of others are replaced.
         reader: reads the images; by default in this process, as RGB arrays.
         split_text: cuts a long text into pieces whose ids are those of the text.
@@ -80,10 +84,10 @@ def encode_source(
         UserError: there are no documents, too many rejected ones, or images without a codec, or
             the folder has files that moma did not write.
     """
-    limits = limits or Limits()
+    limits, cleaning = limits or Limits(), cleaning or Cleaning(CleaningConfig())
     origin = ShardInfo(
         source=source.name,
-        source_fingerprint=source_fingerprint(source, held_out_share),
+        source_fingerprint=source_fingerprint(source, held_out_share, cleaning.fingerprint),
         vocabulary_fingerprint=vocabulary.fingerprint,
         encoders=encoders or Encoders(),
     )
@@ -97,10 +101,10 @@ def encode_source(
         shards = PartialShards(folder, origin, vocabulary)
         if limits.exceeded(shards.done):
             shards.drop_rejected()  # they may have been fixed
-        _write(source, encoder, reader, shards, held_out_share, limits, progress)
+        _write(source, cleaning, encoder, reader, shards, held_out_share, limits, progress)
     _check_rejected(source, shards.done, limits, folder)
     if not shards.done.total.documents:
-        raise no_documents(source)
+        raise no_documents(source, shards.done.dropped)
     return shards.finish()
 
 
@@ -111,6 +115,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
 
 def _write(
     source: Source,
+    cleaning: Cleaning,
     encoder: Encoder,
     reader: ImageReader,
     shards: PartialShards,
@@ -120,11 +125,12 @@ def _write(
 ) -> None:
     """Encode and write the documents that are not on disk yet, in parts."""
     progress(shards.done)
-    rest = islice(source.documents(), shards.done.documents_read, None)
+    rest = islice(cleaning.rows(source.documents()), shards.done.documents_read, None)
     writer = shards.begin_part()
     try:
         for chunk in encoder.encode(rest, reader, limits.shard_tokens):
-            writer.add(_tables(chunk, shards.vocabulary, held_out_share), chunk.rejected)
+            tables = _tables(chunk, shards.vocabulary, held_out_share)
+            writer.add(tables, chunk.rejected, chunk.dropped_images)
             part = writer.part
             so_far = shards.done + part
             progress(so_far)

@@ -17,7 +17,7 @@ from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from moma.data.documents import Document, ImageRef, Rejected
+from moma.data.documents import Document, DroppedImageError, ImageRef, Rejected, drops_document
 from moma.data.encode.chunks import Chunk, batch_chunks, chunk_documents
 from moma.data.encode.read_ahead import ImageReader, Pixels
 from moma.errors import UserError, quote
@@ -45,7 +45,8 @@ class EncodedChunk:
             boundary ids and documents in beginning and end.
         lengths: number of tokens of each document, int64 of shape [documents].
         images: number of images of each document, int64 of shape [documents].
-        rejected: those that could not be encoded.
+        rejected: those that could not be encoded, or were dropped.
+        dropped_images: images that were dropped of the documents.
     """
 
     documents: list[Document]
@@ -53,6 +54,7 @@ class EncodedChunk:
     lengths: np.ndarray
     images: np.ndarray
     rejected: list[Rejected]
+    dropped_images: list[Rejected]
 
 
 class _Texts(NamedTuple):
@@ -215,25 +217,28 @@ class Encoder:
         images = [codes[found] for found in read if isinstance(found, bytes)]
         flat[~in_text] = np.concatenate([flat[:0], *images])
         tokens = np.diff(_offsets(lengths)[first_segments])
-        reasons: dict[int, str] = {}
         document_of_image = np.searchsorted(first_segments, np.flatnonzero(~is_text), "right") - 1
-        for index, found in zip(document_of_image.tolist(), read, strict=True):
-            if isinstance(found, UserError):
-                reasons.setdefault(index, str(found))
+        reasons, dropped = _unusable(chunk.documents, zip(document_of_image, read, strict=True))
         for index in np.flatnonzero(tokens == 0).tolist():
-            reasons.setdefault(index, "it is empty: neither text nor an image")
+            reasons.setdefault(index, ("it is empty: neither text nor an image", ""))
         kept = np.ones(len(segments), bool)
         kept[list(reasons)] = False
         if reasons:
             flat = flat[np.repeat(kept, tokens)]
         documents, rejected = _separate(chunk, reasons)
-        image_counts = np.diff(_offsets(~is_text)[first_segments])
+        image_counts = np.bincount(document_of_image[readable], minlength=len(segments))
         return EncodedChunk(
             documents,
             self._wrap(flat, tokens[kept]),
             tokens[kept] + 2,
             image_counts[kept],
             rejected,
+            [
+                image.rejected
+                for index, images in dropped.items()
+                if kept[index]
+                for image in images
+            ],
         )
 
     def _wrap(self, flat: np.ndarray, tokens: np.ndarray) -> np.ndarray:
@@ -267,7 +272,36 @@ def _offsets(counts: np.ndarray | list[int]) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
 
 
-def _separate(chunk: Chunk, reasons: dict[int, str]) -> tuple[list[Document], list[Rejected]]:
+def _unusable(
+    documents: list[Document], read: Iterable[tuple[int, bytes | UserError]]
+) -> tuple[dict[int, tuple[str, str]], dict[int, list[DroppedImageError]]]:
+    """Find what cannot be used because of images.
+
+    Args:
+        read: index of an image's document, and its fingerprint or why there is none.
+
+    Returns:
+        By index of a document, why it is not used and what drops it, as in `Rejected`; and the
+        images that are dropped.
+    """
+    reasons: dict[int, tuple[str, str]] = {}
+    dropped: dict[int, list[DroppedImageError]] = {}
+    for index, found in read:
+        if isinstance(found, DroppedImageError):
+            dropped.setdefault(int(index), []).append(found)
+        elif isinstance(found, UserError):
+            reasons.setdefault(int(index), (str(found), ""))
+    for index, images in dropped.items():
+        segments = documents[index].segments
+        texts = sum(isinstance(part, str) for part in segments)
+        if drops_document(texts <= 1, len(segments) - texts, len(images)):
+            reasons.setdefault(index, (str(images[0]), images[0].rejected.dropped_by))
+    return reasons, dropped
+
+
+def _separate(
+    chunk: Chunk, reasons: dict[int, tuple[str, str]]
+) -> tuple[list[Document], list[Rejected]]:
     """Separate documents from rejected ones; `reasons` rejects documents by their index."""
     if len(chunk.documents) == len(chunk.rows) and not reasons:
         return chunk.documents, []
@@ -279,7 +313,7 @@ def _separate(chunk: Chunk, reasons: dict[int, str]) -> tuple[list[Document], li
             rejected.append(row)
             continue
         if reason := reasons.get(index):
-            rejected.append(Rejected(row.row or row.name, reason))
+            rejected.append(Rejected(row.row or row.name, *reason))
         else:
             documents.append(row)
         index += 1

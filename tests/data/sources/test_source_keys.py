@@ -22,6 +22,7 @@ COMMON = {
     "weight": "data/batches/test_iterator.py::test_weights_hold_within_a_percent_over_1000_batches",
     "held_out": "data/encode/test_corpus.py::test_a_source_may_have_its_own_held_out_share",
     "max_images": "data/sources/test_source_keys.py::test_documents_are_split_at_max_images",
+    "clean": "data/cleaning/test_keys.py::test_every_key_has_a_test",
 }
 # A source of each kind in the folder `write_files` fills, and other values of its keys.
 SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

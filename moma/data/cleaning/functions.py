@@ -1,0 +1,78 @@
+"""Functions of other packages that clean documents, found by entry points.
+
+    [project.entry-points."moma.cleaning"]
+    boilerplate = "my_package:remove_boilerplate"
+
+`clean.function = "boilerplate"` calls it with every document of a source. It returns the document,
+changed or not, or a text: the reason for which the document is dropped.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from moma.data.documents import Document
+from moma.errors import StorageError, UserError, list_names, quote, shorten
+
+_GROUP = "moma.cleaning"
+
+CleaningFunction = Callable[[Document], Document | str]
+
+
+def load_function(name: str) -> CleaningFunction:
+    """Return a registered function, which raises `UserError` if it fails on a document.
+
+    Raises:
+        UserError: there is none of this name, or it cannot be imported.
+    """
+    entry = _find(name)
+    try:
+        function = entry.load()
+    except Exception as error:  # A package may raise anything when it is imported.
+        raise UserError(
+            f"clean.function: {entry.value} cannot be imported ({type(error).__name__}: "
+            f"{shorten(str(error), 300)}); repair its package"
+        ) from error
+
+    def checked(document: Document) -> Document | str:
+        where = f"clean.function {quote(name)} on {document.row or document.name}"
+        try:
+            result = function(document)
+        except StorageError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {shorten(str(error), 300)}"
+            raise UserError(f"{where} failed ({reason}); repair {entry.value}") from error
+        if not isinstance(result, (Document, str)):
+            kind = type(result).__name__
+            raise UserError(f"{where} returned {kind}, not a Document or a reason to drop it")
+        return result
+
+    return checked
+
+
+def function_fingerprint(name: str) -> str:
+    """Return what changes with a function's package or the file that it is in."""
+    entry = _find(name)
+    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
+    code = ""
+    if file := inspect.getsourcefile(inspect.unwrap(entry.load())):
+        code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return f"{entry.value} {package} {code}"
+
+
+def _find(name: str) -> EntryPoint:
+    found = [*entry_points(group=_GROUP, name=name)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise UserError(
+            f"clean.function: several packages register {quote(name)}; uninstall all but one"
+        )
+    known = list_names(sorted(entry.name for entry in entry_points(group=_GROUP))) or "none"
+    raise UserError(
+        f"clean.function: no installed package registers {quote(name)} in the entry-point group "
+        f"{_GROUP}; registered: {known}"
+    )

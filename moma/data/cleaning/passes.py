@@ -1,0 +1,146 @@
+"""The pass over the sources whose documents are compared, before any is encoded.
+
+    cleaning/signatures/SOURCE/FINGERPRINT/part-00000/   kept for other thresholds
+    cleaning/duplicates/SOURCE.npy                       what is dropped, made from these
+
+A change of a key makes only those signatures, and encodes only those sources, that it affects.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moma.data.cleaning.clean import DROPPED, Cleaning
+from moma.data.cleaning.comparisons import Piece, make_comparisons
+from moma.data.cleaning.config import COMPARED_KEYS, CleaningConfig
+from moma.data.cleaning.duplicates import find_duplicates
+from moma.data.cleaning.filters import filters_fingerprint
+from moma.data.cleaning.signatures import Signatures, open_signatures, write_signatures
+from moma.data.documents import Source, cleaning_of, source_fingerprint
+from moma.files import atomic_replace, atomic_write
+from moma.progress import show_progress
+
+_DUPLICATES = "duplicates"
+_ORIGIN_FILE = "origin.txt"
+
+
+class _Pass(NamedTuple):
+    """The signatures of a source, part by part, and a fingerprint of what they were made from."""
+
+    name: str
+    config: CleaningConfig
+    fingerprint: str
+    parts: list[Signatures]
+
+    @property
+    def starts(self) -> list[int]:
+        """Number of documents before each part, and in the end their total."""
+        return [0, *np.cumsum([part.documents for part in self.parts]).tolist()]
+
+
+def provide_cleaning(
+    sources: Sequence[Source], folder: Path, quiet: bool = True
+) -> dict[str, Cleaning]:
+    """Return how each source is cleaned, after a pass over those that are compared.
+
+    Args:
+        folder: where signatures and duplicates are kept.
+
+    Raises:
+        UserError: a filter cannot be used, or a source cannot be read.
+    """
+    configs = {source.name: cleaning_of(source) for source in sources}
+    filters = {name: filters_fingerprint(config) for name, config in configs.items()}
+    found = {name: Cleaning(config, filters[name]) for name, config in configs.items()}
+    passes = [
+        _read(source, configs[source.name], filters[source.name], folder, quiet)
+        for source in sources
+        if configs[source.name].compares_texts or configs[source.name].compares_images
+    ]
+    if not passes:
+        return found
+    results = folder / _DUPLICATES
+    _write_duplicates(passes, results)
+    names = tuple(each.name for each in passes)
+    for each in passes:
+        file = results / f"{each.name}.npy"
+        fingerprint = f"{filters[each.name]} {_fingerprint(np.load(file), names)}"
+        starts = tuple(each.starts[:-1])
+        found[each.name] = Cleaning(each.config, fingerprint, file, names, starts)
+    return found
+
+
+def _read(source: Source, config: CleaningConfig, filters: str, folder: Path, quiet: bool) -> _Pass:
+    """Compute the signatures of a source that do not exist yet."""
+    near = config.near_duplicate_ngram if config.near_duplicate_texts else None
+    perceptual = config.near_duplicate_images is not None
+    needed = near, config.compares_texts, config.compares_images, perceptual
+    made_from = source_fingerprint(source, 0), filters, repr(needed)
+    fingerprint = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
+    own = folder / "signatures" / source.name
+    parts = []
+    with show_progress(f"compare {source.name}", None, quiet) as report:
+        for number, rows in enumerate([source.documents()]):
+            path = own / fingerprint / f"part-{number:05}"
+            if open_signatures(path) is None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_signatures(rows, config, path, report)
+            found = open_signatures(path)
+            assert found is not None
+            parts.append(found)
+    for other in own.iterdir():  # of earlier documents or keys
+        if other.name != fingerprint:
+            shutil.rmtree(other)
+    return _Pass(source.name, config, fingerprint, parts)
+
+
+def _write_duplicates(passes: Sequence[_Pass], results: Path) -> None:
+    """Find what is dropped, unless that was done with the same signatures and keys."""
+    keys = {*COMPARED_KEYS}
+    origin = "\n".join(
+        f"{each.name} {each.fingerprint} {each.config.model_dump_json(include=keys)}"
+        for each in passes
+    )
+    file = results / _ORIGIN_FILE
+    if not file.exists() or file.read_text() != origin:
+        shutil.rmtree(results, ignore_errors=True)
+        atomic_replace(results, partial(_fill, passes, origin))
+
+
+def _fingerprint(dropped: np.ndarray, names: Sequence[str]) -> str:
+    """Return what changes with what is dropped of a source, but not with other sources."""
+    originals, dropped["source"] = np.unique(dropped["source"], return_inverse=True)
+    named = ",".join(names[source] for source in originals)
+    return hashlib.sha256(dropped.tobytes() + named.encode()).hexdigest()[:16]
+
+
+def _fill(passes: Sequence[_Pass], origin: str, folder: Path) -> None:
+    """Write a file for each source of what is dropped."""
+    folder.mkdir(parents=True)
+    ends = np.cumsum([each.starts[-1] for each in passes])
+    begins = (ends - [each.starts[-1] for each in passes]).tolist()
+    pieces = [
+        Piece(each.config, begin + start, part)
+        for each, begin in zip(passes, begins, strict=True)
+        for start, part in zip(each.starts[:-1], each.parts, strict=True)
+    ]
+    found = find_duplicates(*make_comparisons(pieces))
+    pending = next(found, None)
+
+    def rows(begin: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+        nonlocal pending
+        while pending is not None and pending.document < end:
+            document, image, key, original = pending
+            source = int(np.searchsorted(ends, original, "right"))
+            number = original - begins[source]
+            yield document - begin, image, COMPARED_KEYS.index(key), source, number
+            pending = next(found, None)
+
+    for each, begin, end in zip(passes, begins, ends.tolist(), strict=True):
+        np.save(folder / f"{each.name}.npy", np.fromiter(rows(begin, end), DROPPED))
+    atomic_write(folder / _ORIGIN_FILE, origin)
