@@ -9,7 +9,8 @@ if TYPE_CHECKING:
 
 
 def load(
-    run: str | PathLike[str], routing: Literal["causal", "auxiliary", "threshold"] = "causal"
+    run: str | PathLike[str],
+    routing: Literal["causal", "threshold", "auxiliary", "half"] = "causal",
 ) -> "MixedModel":
     """Load a trained run as a model that reads and generates text and images.
 
@@ -30,6 +31,7 @@ def load(
     folder = Run(Path(run))
     model, recipe = load_run(folder)
     require_routing(folder, model, routing)
-    model.causal_policy = model.named_routing(routing).experts
+    if routing != "causal":
+        model.causal_routing = routing
     prepare_decoding(model)
     return MixedModel.assemble(model, folder.tokenizers, recipe.data.sequence_length)

@@ -234,7 +234,7 @@ def bytes_per_pass(
     weights = counts.active_parameters(tokens=batch)
     weights["outside"] = {"norms": config.dim, "head": variant.head_rows[mode] * config.dim}
     depth, gated = config.depth_config, len(config.depth_layers)
-    layers = config.layers - gated + (depth.capacity_factor * gated if depth else 0)
+    layers = config.layers - gated + (depth.token_fraction(shares) * gated if depth else 0)
     cached = 2 * batch * length * layers * counts.key_width
     return round(DTYPES[dtype].itemsize * (sum(sum_over_kinds(weights).values()) + cached))
 

@@ -137,7 +137,7 @@ def variants(dim: int, tokens: int, dispatch: Dispatch = ScatterSlots) -> dict[s
             if experts == 1
             else ContiguousExperts(experts, dim, hidden)
         )
-        modules[f"{name}_floor"] = FirstTokens(floor, int(router.capacity_factor * tokens))
+        modules[f"{name}_floor"] = FirstTokens(floor, int(router.factors[0] * tokens))
         modules[name] = DepthRouted(_experts(name, dim, dispatch), router, dispatch)
     torch.manual_seed(0)
     for parameter in chain.from_iterable(module.parameters() for module in modules.values()):

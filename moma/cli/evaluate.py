@@ -35,10 +35,10 @@ def evaluate(
         Option("--from", help="documents or questions of the suite; by default what is held out"),
     ] = None,
     routing: Annotated[
-        Literal["choice", "causal", "auxiliary", "threshold"] | None,
+        Literal["choice", "causal", "threshold", "auxiliary", "half"] | None,
         Option(
-            help="as in training (default); as in generation (default with --suite); by auxiliary "
-            "routers; by thresholds"
+            help="as in training (default); as in generation (default with --suite); by "
+            "thresholds; by auxiliary routers; depth routers by a score of one half"
         ),
     ] = None,
     weights: Annotated[

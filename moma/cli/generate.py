@@ -69,8 +69,11 @@ def generate(
         int, Option(min=0, max=1024, help="image codes to guess per pass; changes only the speed")
     ] = 8,
     routing: Annotated[
-        Literal["causal", "auxiliary", "threshold"],
-        Option(help="by thresholds, if there are any; by auxiliary routers; by thresholds"),
+        Literal["causal", "threshold", "auxiliary", "half"],
+        Option(
+            help="by thresholds, if there are any; by thresholds; by auxiliary routers; depth "
+            "routers by a score of one half"
+        ),
     ] = "causal",
     batch: Annotated[
         int, Option(min=1, max=COUNT_LIMIT, help="prompts of --from to continue at a time")

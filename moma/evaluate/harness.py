@@ -76,8 +76,8 @@ class MomaLM(TemplateLM):
         folder = Run(Path(run))
         model, recipe = load_run(folder)
         require_routing(folder, model, routing)
-        if routing != "choice":  # which cannot generate
-            model.causal_policy = model.named_routing(routing).experts
+        if routing != "choice" and routing != "causal":  # choice cannot generate
+            model.causal_routing = routing
         prepare_decoding(model)
         data = recipe.data
         self._mixed = MixedModel.assemble(model, folder.tokenizers, data.sequence_length)

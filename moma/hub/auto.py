@@ -6,7 +6,7 @@
 The folder is one that `moma export` wrote. Shapes: see `model/layers.py`.
 """
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from moma.generate.grammar import Grammar, Mode
 from moma.hub.moma_format import MODEL_TYPE, parse_config
 from moma.hub.processor import MomaProcessor
 from moma.model.caches import Caches
-from moma.model.routing import Auxiliary
+from moma.model.routing import CausalName
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
 
@@ -39,7 +39,7 @@ class MomaConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
     recipe: dict[str, Any] | None = None
     vocabulary: dict[str, Any] | None = None
-    causal_routing: Literal["threshold", "auxiliary"] = "threshold"
+    causal_routing: CausalName = "threshold"
     auxiliary_routers: bool = False
     max_position_embeddings: int = 4096
     vocab_size: int = 65_536
@@ -67,8 +67,7 @@ class MomaForCausalLM(PreTrainedModel, GenerationMixin):
         hub, vocabulary = parse_config(config.to_dict(), config.name_or_path or "config.json")
         self.model = Transformer(hub.recipe.model, vocabulary, hub.recipe.shares)
         self.model.has_auxiliary = hub.auxiliary_routers
-        if hub.causal_routing == "auxiliary":
-            self.model.causal_policy = Auxiliary()
+        self.model.causal_routing = hub.causal_routing
         self.post_init()
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ from moma.hub.folder import (
     new_folder,
     write_json,
 )
-from moma.model.routing import Auxiliary
+from moma.model.routing import CausalName
 from moma.model.transformer import Transformer
 from moma.recipe import Config, check
 from moma.runs import Run, Tokenizers
@@ -77,7 +77,7 @@ class HubConfig(Config):
     model_type: Literal["moma"]
     recipe: Recipe
     vocabulary: dict[str, Any]
-    causal_routing: Literal["threshold", "auxiliary"] = "threshold"
+    causal_routing: CausalName = "threshold"
     auxiliary_routers: bool = False
 
     @field_validator("recipe", mode="before")
@@ -213,14 +213,13 @@ def _checkpoint_weights(
     model.load_state_dict(cutoffs, strict=False, assign=True)
     model.has_auxiliary = loaded.has_auxiliary
     if loaded.has_auxiliary and not model.has_thresholds:
-        model.causal_policy = Auxiliary()
+        model.causal_routing = "auxiliary"
     require_routing(run, model)
     return model, weights
 
 
 def _config(recipe: Recipe, model: Transformer, dtype: torch.dtype) -> dict[str, Any]:
     vocabulary, config = model.vocabulary, recipe.model
-    is_auxiliary = isinstance(model.causal_policy, Auxiliary)
     return {
         "architectures": ["MomaForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -231,7 +230,7 @@ def _config(recipe: Recipe, model: Transformer, dtype: torch.dtype) -> dict[str,
         "num_attention_heads": config.heads,
         "max_position_embeddings": recipe.data.sequence_length,
         "tie_word_embeddings": config.tied_embeddings,
-        "causal_routing": "auxiliary" if is_auxiliary else "threshold",
+        "causal_routing": model.causal_routing,
         "auxiliary_routers": model.has_auxiliary,
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
         "vocabulary": vocabulary.to_dict(),

@@ -115,8 +115,10 @@ class _Layer:
             self._head_norm = weight_HC, torch.cat([norms[0].bias.data, norms[1].bias.data])
         self._groups = [_experts(group, modalities) for group in layer.experts.groups]
         self._depth: _Router | None = None
+        self._is_by_modality = False
         if isinstance(layer, DepthLayer):
             self._depth = _router(layer.depth.router, layer.depth.auxiliary)
+            self._is_by_modality = layer.depth.by_modality
 
     def __call__(
         self, x_BSD: Tensor, context: CachedContext, modality_N: Sequence[int], routing: Routing
@@ -125,7 +127,12 @@ class _Layer:
         if self._depth is None:
             h_BSD, experts_BSD = self._residuals(x_BSD, context, modality_N, routing.experts)
             return h_BSD if experts_BSD is None else h_BSD + experts_BSD
-        logits_N1, selected_N1 = _select(self._depth, x_BSD.flatten(0, 1), routing.depth)
+        threshold_RN = self._depth.threshold_E1
+        if self._is_by_modality:
+            threshold_RN = threshold_RN[context.modality_BS.flatten().clamp(min=0)].T
+        logits_N1, selected_N1 = _select(
+            self._depth._replace(threshold_E1=threshold_RN), x_BSD.flatten(0, 1), routing.depth
+        )
         selected_BS = selected_N1.view(x_BSD.shape[:2]) & (context.modality_BS >= 0)
         selection = select_by_sequence(selected_BS, logits_N1.view(x_BSD.shape[:2]))
         index_BK, filled_BK, score_BK = selection

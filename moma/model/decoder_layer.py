@@ -150,17 +150,17 @@ class DepthLayer(DecoderLayer):
         dispatch: Dispatch,
         depth: DepthConfig,
     ):
-        super().__init__(config, vocabulary, shares, dispatch, depth.capacity_factor)
+        own = depth.layer_shares(shares, vocabulary.modalities)
+        super().__init__(config, vocabulary, own[0], dispatch, own[1])
         self.dispatch = dispatch
-        self.depth = DepthRouter(config.dim, depth)
+        self.depth = DepthRouter(config.dim, depth, shares, vocabulary.modalities)
 
     def forward(
         self, x_BSD: Tensor, context: LayerContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; the depth router's diagnostics come last."""
         segments = context.segments.id_RS if isinstance(context, TokenContext) else None
-        is_token_BS = context.modality_BS >= 0
-        selection, depth_diagnostics = self.depth(x_BSD, is_token_BS, routing, segments)
+        selection, depth_diagnostics = self.depth(x_BSD, context.modality_BS, routing, segments)
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
         index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         selected = context.select(index_RK, selection.filled_EK)

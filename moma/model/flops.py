@@ -31,12 +31,16 @@ class LayerKind(NamedTuple):
             capacity factor of mixture-of-depths.
         tokens: number of those tokens.
         pairs: number of query-key pairs in attention.
+        shares: fraction of each modality among these tokens.
+        share_fraction: `token_fraction` of `group_share`.
     """
 
     layers: int
     token_fraction: float
     tokens: int
     pairs: int
+    shares: Sequence[float]
+    share_fraction: float = 1.0
 
 
 class ExpertSlots(NamedTuple):
@@ -99,27 +103,32 @@ class ModelCounts:
         as probability. The embedding table and the head count in full.
         """
         config, depth, gated = self.config, self.config.depth_config, len(self.config.depth_layers)
-        fraction = depth.capacity_factor if depth else 0.0
-        full = _times(config.layers - gated, self._active_layer_parameters(1.0, tokens))
-        layer = _times(gated, self._active_layer_parameters(fraction, tokens))
+        fraction = depth.token_fraction(self.shares) if depth else 0.0
+        shares = depth.layer_shares(self.shares)[0] if depth else self.shares
+        full = self._active_layer_parameters(1.0, self.shares, tokens)
+        full = _times(config.layers - gated, full)
+        layer = _times(gated, self._active_layer_parameters(fraction, shares, tokens))
         return {
             "full": full,
             "gated": layer | {"depth": gated * config.dim},
             "outside": self.parameters()["outside"],
         }
 
-    def _active_layer_parameters(self, fraction: float, tokens: int) -> Counts:
-        """Count for a layer that processes a fraction of the tokens."""
+    def _active_layer_parameters(
+        self, fraction: float, shares: Sequence[float], tokens: int
+    ) -> Counts:
+        """Count for a layer that processes a fraction of the tokens, of these modalities."""
 
         def used(share: float) -> float:
             return 1 - (1 - fraction * share) ** tokens
 
         groups = self.config.group_list
         experts = sum(
-            group.experts * used(self._share(group) * self._per_token(group) / group.experts)
+            group.experts
+            * used(group_share(group, shares) * self._per_token(group) / group.experts)
             for group in groups
         )
-        routers = sum(self._outputs(group) * used(self._share(group)) for group in groups)
+        routers = sum(self._outputs(group) * used(group_share(group, shares)) for group in groups)
         return _times(used(1.0), self._layer_parameters()) | {
             "experts": experts * self._expert_parameters,
             "routers": routers * self.config.dim,
@@ -161,30 +170,39 @@ class ModelCounts:
         The frozen model only runs forward, without its head.
         """
         forward = sum_over_kinds({**self.forward_flops(), "outside": {}})
-        half, total = self.config.dim // 2, sum(forward.values())
+        return sum(forward.values()) / self._tokens + self.auxiliary_flops_per_token()
+
+    def auxiliary_flops_per_token(self) -> float:
+        """Count forward and backward of the auxiliary routers per token of the micro-batch."""
+        half = self.config.dim // 2
 
         def auxiliary(outputs: int) -> int:
             # Forward and backward of two linear layers, without the gradient of the first's input.
             return 2 * half * (2 * self.config.dim + 3 * outputs)
 
         experts = sum(auxiliary(group.experts) for group in self._predicted_groups)
-        total += sum(kind.layers * kind.tokens for kind in self.layer_kinds().values()) * experts
-        return total / self._tokens + len(self.config.depth_layers) * auxiliary(1)
+        tokens = sum(kind.layers * kind.tokens for kind in self.layer_kinds().values())
+        return tokens * experts / self._tokens + len(self.config.depth_layers) * auxiliary(1)
 
     def layer_kinds(self) -> dict[str, LayerKind]:
         """Return the layers without (`full`) and with (`gated`) mixture-of-depths."""
         sequences, length, tokens = self.micro_batch_size, self.sequence_length, self._tokens
         depth, gated = self.config.depth_config, len(self.config.depth_layers)
-        full = LayerKind(self.config.layers - gated, 1.0, tokens, tokens * length)
+        full = LayerKind(self.config.layers - gated, 1.0, tokens, tokens * length, self.shares)
         if depth is None:
-            return {"full": full, "gated": LayerKind(0, 1.0, 0, 0)}
+            return {"full": full, "gated": full._replace(layers=0, tokens=0, pairs=0)}
         if depth.scope == "sequence":
             selected = sequences * static_capacity(depth.capacity_factor, length)
-        else:
+        elif depth.modality_factors is None:
             selected = static_capacity(depth.capacity_factor, tokens)
+        else:
+            parts = zip(depth.factors(), self.shares, strict=True)
+            selected = sum(static_capacity(factor * share, tokens) for factor, share in parts)
         # Selected tokens attend within their own sequence, of which there is an equal part each.
         pairs = round(selected**2 / sequences)
-        return {"full": full, "gated": LayerKind(gated, depth.capacity_factor, selected, pairs)}
+        fraction = depth.token_fraction(self.shares)
+        own = depth.layer_shares(self.shares)
+        return {"full": full, "gated": LayerKind(gated, fraction, selected, pairs, *own)}
 
     def expert_slots(self, kind: LayerKind) -> ExpertSlots:
         """Return the slots that one layer allocates; `grouped` limits those of single experts."""
@@ -192,8 +210,8 @@ class ModelCounts:
         for group in self.config.group_list:
             share = group_share(
                 group,
-                self.shares,
-                token_fraction=kind.token_fraction,
+                kind.shares,
+                token_fraction=kind.share_fraction,
                 token_choice=self.config.token_choice_config,
             )
             slots = group.experts * static_capacity(share, kind.tokens, group.experts)
@@ -238,12 +256,9 @@ class ModelCounts:
         single = [group for group in self.config.group_list if group.experts == 1]
         return [group for group in single if len(group.modalities) < len(MODALITIES)]
 
-    def _share(self, group: GroupConfig) -> float:
-        return group_share(group, self.shares)
-
     def _filled_slots(self, group: GroupConfig, kind: LayerKind) -> float:
         """Expected number of a group's slots that hold a token."""
-        share = self._share(group)
+        share = group_share(group, kind.shares)
         if group.experts == 1 and kind.token_fraction < 1:
             return share * kind.tokens
         if group.experts > 1 and self.config.token_choice_config:

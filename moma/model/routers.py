@@ -55,14 +55,16 @@ class Router(nn.Linear):
     Args:
         dim: width D.
         outputs: number of experts E; 1 for mixture-of-depths.
+        pools: number of pools of tokens with cutoffs of their own, if it is not E.
     """
 
     cutoffs_3E: Tensor
 
-    def __init__(self, dim: int, outputs: int):
+    def __init__(self, dim: int, outputs: int, pools: int | None = None):
         super().__init__(dim, outputs, bias=False)
         # Decayed sums over steps: of finite cutoffs, of their number, and of that of all cutoffs.
-        self.register_buffer("cutoffs_3E", torch.zeros(3, outputs, dtype=torch.float32))
+        zeros_3E = torch.zeros(3, pools or outputs, dtype=torch.float32)
+        self.register_buffer("cutoffs_3E", zeros_3E)
 
     @property
     def threshold_E(self) -> Tensor:
@@ -86,7 +88,8 @@ def auxiliary_logits(
 ) -> Tensor | None:
     """Return the logits of an auxiliary router, if `policy` or `routing` needs them."""
     is_needed = policy.uses_auxiliary or routing.record_auxiliary
-    return auxiliary(x_ND) if is_needed else None
+    # Auxiliary routers that are trained together with the model do not change it.
+    return auxiliary(x_ND.detach()) if is_needed else None
 
 
 def select_slots(

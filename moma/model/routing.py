@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from moma.model.layers import upcast
 
-RoutingName = Literal["choice", "causal", "auxiliary", "threshold"]
+CausalName = Literal["threshold", "auxiliary", "half"]
+RoutingName = Literal["choice", "causal", "threshold", "auxiliary", "half"]
 CapacityName = Literal["static", "actual"]
 
 # With at most this many experts, router logits are computed expert by expert.
@@ -100,6 +101,18 @@ class Auxiliary:
 
 
 @dataclass(frozen=True)
+class Half:
+    """A token is taken if its score exceeds one half (arXiv 2404.02258 §3.5); this is causal."""
+
+    capacity: ClassVar[None] = None
+    uses_auxiliary: ClassVar[bool] = False
+
+    def candidates(self, scores: Scores) -> Tensor:
+        """The tokens with a score above one half, boolean [R, N]."""
+        return (scores.logits_RN > 0) & scores.eligible_RN
+
+
+@dataclass(frozen=True)
 class Noisy:
     """Another policy whose decisions are each inverted at random (the ablation of §4.6).
 
@@ -126,7 +139,7 @@ class Noisy:
         return (selected_RN ^ inverted_RN) & scores.eligible_RN
 
 
-Policy = BatchChoice | Threshold | Auxiliary | Noisy
+Policy = BatchChoice | Threshold | Auxiliary | Half | Noisy
 
 
 def selected_by(policy: Policy, scores: Scores) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: see `layers.py`.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -35,11 +36,12 @@ from moma.model.routers import AuxiliaryRouter, Router, RouterRecord
 from moma.model.routing import (
     Auxiliary,
     BatchChoice,
+    CausalName,
+    Half,
     Policy,
     Routing,
     RoutingName,
     Threshold,
-    uniform_routing,
 )
 from moma.model.token_choice import TokenRouter
 from moma.vocabulary import Vocabulary
@@ -126,7 +128,7 @@ class Transformer(nn.Module):
         self._embedding_scale = 1.0
         # How the model is used causally, and whether it could be by auxiliary routers: whether
         # these are trained, or being trained.
-        self.causal_policy: Policy = Threshold()
+        self.causal_routing: CausalName = "threshold"
         self.has_auxiliary = False
         # Computes passes with caches and without checks; see `cpu_decoding.py`.
         self.cpu_decoder: CachedDecoder | None = None
@@ -316,19 +318,20 @@ class Transformer(nn.Module):
         }
 
     def named_routing(self, name: RoutingName, **flags: bool) -> Routing:
-        """Routing by its name: batch choice has actual capacity, `causal` is `causal_policy`.
+        """Routing by its name: batch choice has actual capacity, `causal` is `causal_routing`.
 
         Args:
             name: the name.
             flags: of `Routing`.
         """
-        policies: dict[RoutingName, Policy] = {
-            "choice": BatchChoice("actual"),
-            "causal": self.causal_policy,
-            "auxiliary": Auxiliary(),
-            "threshold": Threshold(),
+        policies: dict[str, tuple[Policy, Policy]] = {  # of experts, and of depth routers
+            "choice": (BatchChoice("actual"), BatchChoice("actual")),
+            "threshold": (Threshold(), Threshold()),
+            "auxiliary": (Auxiliary(), Auxiliary()),
+            "half": (Threshold(), Half()),
         }
-        return uniform_routing(policies[name], **flags)
+        experts, depth = policies[self.causal_routing if name == "causal" else name]
+        return replace(Routing(experts, depth), **flags)
 
     def units(self) -> Iterator[nn.Module]:
         """Yield the modules to compile and shard one by one: the layers."""
@@ -370,9 +373,9 @@ class Transformer(nn.Module):
         return all(bool(router.cutoffs_3E[2].all()) for router in self.routers())
 
     def routing_fingerprint(self) -> str:
-        """Short hash of how the model routes causally: its policy and thresholds."""
+        """Short hash of how the model routes causally: in which way, and by which thresholds."""
         thresholds = (router.threshold_E.cpu().numpy().tobytes() for router in self.routers())
-        content = b"".join([repr(self.causal_policy).encode(), *thresholds])
+        content = b"".join([self.causal_routing.encode(), *thresholds])
         return hashlib.sha256(content).hexdigest()[:16]
 
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:

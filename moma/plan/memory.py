@@ -24,7 +24,7 @@ def meta_model(recipe: Recipe) -> Transformer:
     """Return the recipe's model on the meta device, as `pretrain` would train it."""
     with torch.device("meta"):
         model = Transformer(recipe.model, synthetic_vocabulary(recipe), recipe.shares)
-    freeze_for_stage(model, trains_routers=False)
+    freeze_for_stage(model, recipe.pretrain.auxiliary_routers)
     return model
 
 

@@ -32,7 +32,7 @@ Losses = dict[str, float | None]
 # Of a run, on so many held-out micro-batches (0: all): figures by name, at any depth.
 Measure = Callable[[Run, int], dict[str, Any]]
 
-ROUTINGS: tuple[RoutingName, ...] = ("choice", "threshold", "auxiliary")
+ROUTINGS: tuple[RoutingName, ...] = ("choice", "threshold", "auxiliary", "half")
 FLIP_RATES = (0.0025, 0.01, 0.05)
 # Seed of the order of held-out documents, on which batch choice depends.
 _ORDER = 0

@@ -103,7 +103,7 @@ class MetricsWindow:
             "loss_image": _ratio(loss_M[IMAGE], targets_M[IMAGE]),
             "accuracy": _ratio(correct_M.sum(), targets_M.sum()),
             "gradient_norm": float(tensors["norm"]),
-            **describe(tensors, self._model, self._recipe.stage == "aux_router"),
+            **describe(tensors, self._model, self._recipe.trains_auxiliary_routers),
             "tokens_per_second": speed,
             "mfu": speed * self._flops_per_token / self._peak_flops,
             "data_wait_fraction": data_wait / seconds,

@@ -18,19 +18,23 @@ def pool_sizes(recipe: Recipe) -> dict[str, int]:
     """Number of tokens of each pool, by the recipe's shares; the smallest of all layers."""
     model, depth = recipe.model, recipe.model.depth_config
     tokens = recipe.data.micro_batch_size * recipe.data.sequence_length
-    pools = {}
+    shares, fraction, pools = recipe.shares, 1.0, {}
+    if depth is not None and model.depth_layers:
+        fraction = depth.token_fraction(recipe.shares)
+        shares = tuple(depth.layer_shares(recipe.shares)[0])
     if model.token_choice_config is None:
-        fraction = depth.capacity_factor if depth is not None and model.depth_layers else 1.0
         pools = {
             f"experts of {' and '.join(group.modalities)}": round(
-                group_share(group, recipe.shares) * fraction * tokens
+                group_share(group, shares) * fraction * tokens
             )
             for group in model.group_list
             if group.experts > 1
         }
     if depth is not None and model.depth_layers:
         by_sequence = depth.scope == "sequence"
-        pools["depth gates"] = recipe.data.sequence_length if by_sequence else tokens
+        own = recipe.data.sequence_length if by_sequence else tokens
+        smallest = 1.0 if depth.modality_factors is None else min(recipe.shares)
+        pools["depth gates"] = round(smallest * own)
     return pools
 
 

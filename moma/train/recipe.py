@@ -36,6 +36,8 @@ class StageConfig(Config):
         z_loss: weight of (log Z)², which keeps logits from drifting (Chameleon §2.3.2).
         finish: share of the steps, the last ones, that route by thresholds, as generation does, but
             with the slots of training: beyond these, the lowest scores are dropped.
+        auxiliary_routers: whether to train the auxiliary routers at the same time. Their gradients
+            do not reach the model, but count in the norm that `optimizer.clip` limits.
         compile: whether to compile the layers.
         optimizer: the optimizer and its schedule.
     """
@@ -50,6 +52,7 @@ class StageConfig(Config):
     explosion: float = Field(5.0, ge=0)
     z_loss: float = 1e-5
     finish: float = Field(0.0, ge=0, lt=1)
+    auxiliary_routers: bool = False
     compile: bool = True
     optimizer: OptimizerConfig = OptimizerConfig()
 
@@ -90,6 +93,8 @@ class RouterStageConfig(StageConfig):
     def _check_finish(self) -> "RouterStageConfig":
         if self.finish:
             raise ValueError("auxiliary routers learn expert choice to the end; leave finish out")
+        if self.auxiliary_routers:
+            raise ValueError("auxiliary_routers: this stage trains nothing else; leave it out")
         return self
 
 
@@ -147,6 +152,12 @@ class Recipe(PrepareConfig):
             raise ValueError(f"model.groups: unknown modality '{unknown[0]}'; use {known}")
         if missing := [name for name in MODALITIES if name not in named]:
             raise ValueError(f"model.groups: no group takes '{missing[0]}' tokens; add one")
+        depth = self.model.depth_config
+        factors = depth.modality_factors if depth is not None else None
+        if factors is not None and factors.keys() != set(MODALITIES):
+            raise ValueError(
+                f"model.depth.modality_factors: give one factor for each of {', '.join(MODALITIES)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -154,6 +165,14 @@ class Recipe(PrepareConfig):
         meaning = {"aux_router": "the run whose routers it trains", "upcycle": "the seed run"}
         if self.stage in meaning and self.from_ is None:
             raise ValueError(f"stage '{self.stage}' needs from=RUN, {meaning[self.stage]}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_auxiliary_routers(self) -> "Recipe":
+        if self.stage_config.auxiliary_routers and not self.model.has_batch_choice:
+            raise ValueError(
+                f"{self.stage}.auxiliary_routers: '{self.model.groups}' has none; leave it out"
+            )
         return self
 
     @model_validator(mode="after")
@@ -179,6 +198,11 @@ class Recipe(PrepareConfig):
         """The configuration of the recipe's stage."""
         stages = {"pretrain": self.pretrain, "upcycle": self.upcycle, "aux_router": self.aux_router}
         return stages[self.stage]
+
+    @property
+    def trains_auxiliary_routers(self) -> bool:
+        """Whether the stage trains auxiliary routers."""
+        return self.stage == "aux_router" or self.stage_config.auxiliary_routers
 
     @property
     def shares(self) -> tuple[float, ...]:

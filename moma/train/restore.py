@@ -11,7 +11,7 @@ from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.attention_kernels import kernel_without_compilation
 from moma.model.dispatch import dispatch_for
-from moma.model.routing import Auxiliary, BatchChoice, RoutingName, Threshold
+from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.checkpoint import (
@@ -70,8 +70,11 @@ class LoadedRun(NamedTuple):
 
 def run_to_load(run: Run) -> LoadedRun:
     """Find what a run's model is loaded from; raises `UserError` if it has no checkpoint."""
-    trained = _trained_routers(Run(run.path / ROUTER_RUN)) or _trained_routers(run)
-    return LoadedRun(*(trained or (run, newest_checkpoint(run))), trained is not None)
+    if trained := _trained_routers(Run(run.path / ROUTER_RUN)) or _trained_routers(run):
+        return LoadedRun(*trained, True)
+    return LoadedRun(
+        run, newest_checkpoint(run), read_run_recipe(run).stage_config.auxiliary_routers
+    )
 
 
 def load_run(run: Run) -> tuple[Transformer, Recipe]:
@@ -96,7 +99,7 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     load_thresholds(folder, checkpoint, model)
     model.has_auxiliary = has_auxiliary
     if has_auxiliary and not model.has_thresholds:
-        model.causal_policy = Auxiliary()
+        model.causal_routing = "auxiliary"
     routers = *model.routers(), *model.token_routers(), *model.auxiliary_routers()
     exact = {parameter for router in routers for parameter in router.parameters()}
     for parameter in model.parameters():
@@ -150,12 +153,14 @@ def has_routing(model: Transformer, routing: RoutingName) -> bool:
     """
     if not model.config.has_batch_choice:
         return routing in ("choice", "causal")
-    policy = model.named_routing(routing).experts
-    if isinstance(policy, BatchChoice):
-        return True
-    if isinstance(policy, Threshold):
-        return model.has_thresholds
-    return model.has_auxiliary
+    routing = model.causal_routing if routing == "causal" else routing
+    depth = model.config.depth_config
+    return {
+        "choice": True,
+        "threshold": model.has_thresholds,
+        "auxiliary": model.has_auxiliary,
+        "half": model.has_thresholds and depth is not None and depth.gate_loss > 0,
+    }[routing]
 
 
 def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal") -> None:
@@ -171,6 +176,11 @@ def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal
         raise UserError(
             f"{run.path}: its auxiliary routers are not trained; train them with "
             f"`{router_command(run)}`, or route by thresholds"
+        )
+    if routing == "half" and model.has_thresholds:
+        raise UserError(
+            f"{run.path}: its depth routers were not trained to decide by a score of one half "
+            "(model.depth.gate_loss); route by thresholds"
         )
     raise UserError(
         f"{run.path}: the thresholds of its routers are not known, so it cannot run causally; "

@@ -11,7 +11,7 @@ from moma.errors import UserError, shell_command
 from moma.model.decoder_layer import DecoderLayer
 from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts
-from moma.model.routing import Auxiliary, BatchChoice, Threshold, uniform_routing
+from moma.model.routing import BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.allocator import keep_freed_memory
@@ -106,9 +106,10 @@ def prepare_model(
         dispatch = dispatch_for(world.device)
         model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel, dispatch)
     use_float8(model, recipe.engine, world.device)
+    model.has_auxiliary = recipe.trains_auxiliary_routers
     if recipe.stage == "aux_router":
-        model.has_auxiliary, model.causal_policy = True, Auxiliary()
-    freeze_for_stage(model, trains_routers=recipe.stage == "aux_router")
+        model.causal_routing = "auxiliary"
+    freeze_for_stage(model, recipe.trains_auxiliary_routers, recipe.stage != "aux_router")
     units = list(fsdp_units(model))
     # Selective checkpointing records operations, among which there must be none of FSDP's.
     for part in _parts(model, whole_layers=recipe.engine.recompute != "selective"):
@@ -122,7 +123,7 @@ def prepare_model(
             # Groups differ in sizes and constants, which dynamic shapes cannot express.
             part.compile(fullgraph=True, dynamic=False)
     exact: list[nn.Module] = [*model.routers(), *model.token_routers()]
-    if recipe.stage == "aux_router":
+    if recipe.trains_auxiliary_routers:
         exact += model.auxiliary_routers()
     shard(model, units, world, recipe.engine, exact)
     model.to_empty(device=world.device)
@@ -131,16 +132,15 @@ def prepare_model(
     return model
 
 
-def freeze_for_stage(model: Transformer, trains_routers: bool) -> None:
-    """Freeze the auxiliary routers, or, if these are trained, all other parameters.
+def freeze_for_stage(model: Transformer, trains_routers: bool, trains_model: bool = True) -> None:
+    """Freeze the auxiliary routers, or all other parameters, if they are not trained.
 
-    While auxiliary routers are trained, the model is in evaluation mode: without dropout and
-    router noise.
+    A frozen model is in evaluation mode: without dropout and router noise.
     """
     auxiliary = {p for router in model.auxiliary_routers() for p in router.parameters()}
     for parameter in model.parameters():
-        parameter.requires_grad_((parameter in auxiliary) == trains_routers)
-    if trains_routers:
+        parameter.requires_grad_(trains_routers if parameter in auxiliary else trains_model)
+    if not trains_model:
         model.eval()
 
 
@@ -158,7 +158,8 @@ def loss_function_of(recipe: Recipe, device: torch.device, finishes: bool = Fals
         return router_loss
     compiled = recipe.stage_config.compile and can_compile(device)
     policy = Threshold("static") if finishes else BatchChoice()
-    routing = uniform_routing(policy, record_selection=True)
+    has_auxiliary = recipe.trains_auxiliary_routers
+    routing = uniform_routing(policy, record_selection=True, record_auxiliary=has_auxiliary)
     return next_token_loss(recipe.stage_config.z_loss, compiled, routing)
 
 
@@ -194,7 +195,8 @@ def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
     counts = model_counts(recipe, vocabulary.size)
     if recipe.stage == "aux_router":
         return counts.router_stage_flops_per_token()
-    return counts.training_flops_per_token()
+    auxiliary = counts.auxiliary_flops_per_token() if recipe.trains_auxiliary_routers else 0
+    return counts.training_flops_per_token() + auxiliary
 
 
 def fsdp_units(model: Transformer) -> Iterator[nn.Module]:

@@ -130,7 +130,8 @@ def next_token_loss(
     Args:
         z_loss: weight of the z-loss.
         compiled: whether to compile the loss.
-        routing: how tokens are routed; log records need the routers' selections.
+        routing: how tokens are routed; log records need the routers' selections. With
+            `record_auxiliary`, the mean loss of the auxiliary routers is added; see `router_loss`.
     """
     chunk = cross_entropy_chunk
     if compiled:
@@ -149,6 +150,9 @@ def next_token_loss(
         sums = sum_by_modality(losses, labels_N, model.modality_of_id, modalities)
         if output.router_loss is not None:
             objective = objective + output.router_loss * sums[2].sum()
+        if routing.record_auxiliary:
+            loss_M, _, decisions_M = _auxiliary_losses(model, batch, output.routers)
+            objective = objective + loss_M.sum() / decisions_M.sum() * sums[2].sum()
         return LossOutput(
             objective, *sums, output.nonfinite_L, output.routers, output.cutoffs, output.loads
         )
@@ -162,11 +166,28 @@ def router_loss(model: Transformer, batch: DeviceBatch) -> LossOutput:
     A target is one decision of one router: whether expert e, or the layer, processes token n.
     """
     output = run_model(model, batch, Routing(record_auxiliary=True), no_head)
+    loss_M, correct_M, targets_M = _auxiliary_losses(model, batch, output.routers)
+    return LossOutput(
+        loss_M.sum(),
+        loss_M.detach(),
+        correct_M,
+        targets_M,
+        output.nonfinite_L,
+        output.routers,
+        output.cutoffs,
+        output.loads,
+    )
+
+
+def _auxiliary_losses(
+    model: Transformer, batch: DeviceBatch, records: Sequence[RouterRecord]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of losses, correct decisions and decisions of auxiliary routers, each [M]."""
     dtype = upcast(model.embedding.weight).dtype
     modalities = len(model.vocabulary.modalities)
     modality_NM = _one_hot(model.modality_of_id[batch.tokens_BS.flatten()], modalities, dtype)
     loss_M, correct_M, targets_M = modality_NM.new_zeros(3, modalities)
-    for record in output.routers:
+    for record in records:
         selected_NE, auxiliary_logits_NE = record.selected_NE, record.auxiliary_logits_NE
         if auxiliary_logits_NE is None:  # token choice has none
             continue
@@ -178,16 +199,7 @@ def router_loss(model: Transformer, batch: DeviceBatch) -> LossOutput:
         correct_NE = (auxiliary_logits_NE > 0) == (selected_NE > 0)
         correct_M = correct_M + (correct_NE.to(dtype).sum(1)[:, None] * eligible_NM).sum(0)
         targets_M = targets_M + selected_NE.shape[1] * eligible_NM.sum(0)
-    return LossOutput(
-        loss_M.sum(),
-        loss_M.detach(),
-        correct_M,
-        targets_M,
-        output.nonfinite_L,
-        output.routers,
-        output.cutoffs,
-        output.loads,
-    )
+    return loss_M, correct_M, targets_M
 
 
 class Step:

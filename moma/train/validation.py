@@ -77,7 +77,7 @@ class Validation:
         self._model, self._world, self._folder = model, world, folder
         names: list[RoutingName] = ["choice"]
         if model.config.has_batch_choice:
-            names.append("auxiliary" if model.has_auxiliary else "causal")
+            names.append("auxiliary" if model.causal_routing == "auxiliary" else "causal")
         self._loss_functions = {
             name: next_token_loss(routing=model.named_routing(name, raises=False)) for name in names
         }
@@ -100,8 +100,8 @@ class Validation:
             step: names the sheet.
 
         Returns:
-            For `choice`, and if that is not causal, for `causal`, or `auxiliary` where auxiliary
-            routers are trained, the values of `mean_losses`; `gap`: by how much the latter exceed
+            For `choice`, and if that is not causal, for `causal`, or `auxiliary` in the stage of
+            auxiliary routers, the values of `mean_losses`; `gap`: by how much the latter exceed
             those for `choice`.
         """
         with _evaluating(self._model):

@@ -34,7 +34,7 @@ def recipe_of(compiled: bool, **model: Any) -> Recipe:
         sequence_length=64,
         model={"dim": 16, "layers": 2, "heads": 2, **model},
         engine={"recompute": "selective"},
-        pretrain={"compile": compiled},
+        pretrain={"compile": compiled, "auxiliary_routers": "mod_" in str(model["groups"])},
     )
 
 
@@ -70,7 +70,11 @@ def test_one_process_compiles_several_capacity_factors():
 
 
 def test_two_ranks_compile_the_parts_of_layers():
-    models = [{"groups": "mod_moe_3t1i", "layers": 1}]
+    depth = {"modality_factors": {"text": 0.25, "image": 0.5}, "gate_loss": 0.1}
+    models = [
+        {"groups": "mod_moe_3t1i", "layers": 1},
+        {"groups": "mod_moe_3t1i", "layers": 1, "depth": depth},
+    ]
     on_ranks(2, assert_compiled_steps_equal_eager_ones, models, "eager")
 
 

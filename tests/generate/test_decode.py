@@ -28,7 +28,7 @@ def make_model(groups="moe_2t2i", seed=0):
     config = ModelConfig(dim=32, layers=2, heads=2, groups=groups)
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialize(seed)
-    model.causal_policy = Auxiliary()
+    model.causal_routing = "auxiliary"
     return model.eval()
 
 

@@ -198,12 +198,19 @@ def depth_layer(layer, groups, x_ND, selected, score_N, tokens, theta=10_000.0, 
     return output
 
 
-def depth_choice(router, config, x_ND, tokens, how, preferred=frozenset()):
+def depth_choice(router, config, x_ND, tokens, how, preferred=frozenset(), shares=()):
     """The tokens that a depth router selects, and every token's score."""
     score_N = sigmoid(x_ND @ numpy(router.router.weight)[0])
     real = [n for n in range(len(x_ND)) if tokens.modality_N[n] >= 0]
     if how == "causal":
         return [n for n in real if auxiliary(router.auxiliary, x_ND[n])[0] > 0.5], score_N
+    if config.modality_factors is not None:
+        selected = []
+        for number, factor in enumerate(config.modality_factors.values()):
+            own = {n: score_N[n] for n in real if tokens.modality_N[n] == number}
+            count = len(own) if how == "actual" else shares[number] * len(x_ND)
+            selected += best(own, slots(factor, count), preferred)
+        return selected, score_N
     if config.scope == "batch":
         count = slots(config.capacity_factor, len(real) if how == "actual" else len(x_ND))
         return best({n: score_N[n] for n in real}, count, preferred), score_N
@@ -246,10 +253,20 @@ def model(transformer, ids_BS, document_ids_BS, positions_BS, how, choices=()):
             continue
         depth = config.depth_config
         (first,) = left.pop(0) if left else (frozenset(),)
-        selected, score_N = depth_choice(layer.depth, depth, x_ND, tokens, how, first)
+        selected, score_N = depth_choice(
+            layer.depth, depth, x_ND, tokens, how, first, transformer.shares
+        )
         pools = sequences if depth.scope == "sequence" else 1
-        reached = pools * slots(depth.capacity_factor, len(x_ND) // pools)
-        groups = groups_of(layer.experts.groups, *rule, reached, depth.capacity_factor)
+        reached, fraction = (
+            pools * slots(depth.capacity_factor, len(x_ND) // pools),
+            depth.capacity_factor,
+        )
+        if depth.modality_factors is not None:
+            factors = [depth.modality_factors[name] for name in vocabulary.modalities]
+            parts = [share * each for share, each in zip(transformer.shares, factors, strict=True)]
+            reached, fraction = sum(slots(part, len(x_ND)) for part in parts), 1.0
+            rule = (config.group_list, np.array(parts) / sum(parts), vocabulary.modalities, how)
+        groups = groups_of(layer.experts.groups, *rule, reached, fraction)
         x_ND = depth_layer(
             layer, groups, x_ND, selected, score_N, tokens, config.rope_theta, preferred
         )

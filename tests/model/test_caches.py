@@ -1,5 +1,6 @@
 """Forward passes with caches against one forward pass over the whole sequence."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from moma.model.caches import Caches
 from moma.model.cpu_decoding import prepare_decoding
 from moma.model.depth import DepthConfig, DepthRouter
-from moma.model.routing import Auxiliary, uniform_routing
+from moma.model.routing import Auxiliary, Half, Routing, Threshold, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
 from tests.factories import make_vocabulary
 
@@ -31,6 +32,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mod_moe_2t2i": {"groups": "mod_moe_2t2i", "attention_mask": "causal"},
     "token_4x": {"groups": "token_4x"},
     "mod_null_2t2i": {"groups": "mod_null_2t2i", "experts_implementation": "batched"},
+    "by_modality": {
+        "groups": "moe_2t1i",
+        "depth": DepthConfig(modality_factors={"text": 0.75, "image": 0.5}),
+    },
     "all_gated": {"groups": "moe_2t1i", "depth": DepthConfig(layers=(0, 1, 2), scope="sequence")},
 }
 
@@ -80,6 +85,26 @@ def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, for_cpu, siz
         expected_SV = model(sequence[None], routing=CAUSAL).head[0]
         found_SV = torch.cat([each[number] for each in passes])
         torch.testing.assert_close(found_SV, expected_SV, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("for_cpu", [False, True])
+@pytest.mark.parametrize("depth", [Threshold(), Half()])
+@torch.no_grad()
+def test_depth_routers_with_a_threshold_for_each_modality(for_cpu, depth):
+    model, random = build("by_modality", 3, for_cpu=False), torch.Generator().manual_seed(3)
+    sequence = some_tokens(random, 24)
+    for router in model.routers():
+        size = router.cutoffs_3E.shape[1]
+        router.cutoffs_3E.copy_(torch.stack((torch.linspace(-2, 2, size), *torch.ones(2, size))))
+    routing = Routing(Threshold(), depth)
+    expected_SV = model(sequence[None], routing=routing).head[0]
+    if for_cpu:
+        prepare_decoding(model)
+    caches, unchecked = model.new_caches(1), replace(routing, checks=False)
+    found = [
+        model(token[None], routing=unchecked, caches=caches).head[0] for token in sequence.split(5)
+    ]
+    torch.testing.assert_close(torch.cat(found), expected_SV, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -9,13 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.decoder_layer import DepthLayer, TokenContext, build_layer
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.experts import ExpertGroup
 from moma.model.groups import named_groups
 from moma.model.layers import rotary_cos_sin
-from moma.model.routing import Auxiliary, BatchChoice, Routing, Threshold, uniform_routing
+from moma.model.routing import (
+    Auxiliary,
+    BatchChoice,
+    Half,
+    Routing,
+    Threshold,
+    uniform_routing,
+)
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
 from tests.factories import make_context, make_vocabulary
 from tests.model.model_reference import Tokens, depth_choice, depth_layer, groups_of, numpy, slots
@@ -102,7 +110,7 @@ def test_the_depth_router_selects_the_highest_scores_even_with_ties(batch, share
     x_BSD = x_BSD.sign() * (x_BSD.abs() > 0.8)  # few values: ties are common
     torch.nn.init.ones_(router.router.weight)
     eligible = modality >= 0
-    selection, diagnostics = router(x_BSD, eligible, Routing(record_auxiliary=True))
+    selection, diagnostics = router(x_BSD, modality, Routing(record_auxiliary=True))
     assert not diagnostics.nonfinite
     scores_BS = x_BSD.sum(-1)
     selected_BS = diagnostics.record.selected_NE.view(eligible.shape).bool()
@@ -122,17 +130,17 @@ def test_noise_changes_the_selection_in_training_only_and_no_cutoff():
     config = DepthConfig(capacity_factor=0.5, noise=True)
     router, x_BSD = DepthRouter(DIM, config).double(), torch.randn(2, 8, DIM, dtype=torch.float64)
     torch.nn.init.normal_(router.router.weight, std=0.1)
-    eligible = torch.ones(2, 8, dtype=torch.bool)
+    modality = torch.zeros(2, 8, dtype=torch.long)
     plain = DepthRouter(DIM, DepthConfig(capacity_factor=0.5)).double()
     plain.load_state_dict(router.state_dict())
-    expected, diagnostics = plain(x_BSD, eligible, Routing())
+    expected, diagnostics = plain(x_BSD, modality, Routing())
     torch.manual_seed(0)
-    found, noisy = router.train()(x_BSD, eligible, Routing())
+    found, noisy = router.train()(x_BSD, modality, Routing())
     assert found.index_EK.shape == expected.index_EK.shape
     assert not torch.equal(found.index_EK, expected.index_EK)
     assert torch.equal(noisy.cutoff_E, diagnostics.cutoff_E)
     for routing in (Routing(), uniform_routing(BatchChoice("actual"))):
-        assert torch.equal(router.eval()(x_BSD, eligible, routing)[0].index_EK, expected.index_EK)
+        assert torch.equal(router.eval()(x_BSD, modality, routing)[0].index_EK, expected.index_EK)
 
 
 def test_both_modalities_compete_for_the_same_slots():
@@ -150,12 +158,100 @@ def test_both_modalities_compete_for_the_same_slots():
     assert int(selected.sum()) == 4 and (modality[selected] == IMAGE).all()
 
 
+def test_modalities_with_factors_of_their_own_compete_among_themselves():
+    """Each has its own slots and cutoff, and causally a token meets its modality's threshold."""
+    config = DepthConfig(modality_factors={"text": 0.25, "image": 0.5})
+    router = DepthRouter(DIM, config, (0.5, 0.5)).double()
+    torch.nn.init.normal_(router.router.weight)
+    x = torch.randn(2, 8, DIM, dtype=torch.float64)
+    modality = torch.tensor([[TEXT, IMAGE] * 4] * 2)
+    x[modality == IMAGE] += 10 * router.router.weight[0].detach()  # the router prefers images
+    _, diagnostics = router(x, modality, Routing(record_selection=True))
+    selected = diagnostics.record.selected_NE.view(2, 8).bool()
+    logits = (x @ router.router.weight[0]).detach()
+    for number, slots_ in ((TEXT, 2), (IMAGE, 4)):
+        own = logits[modality == number].sort(descending=True).values
+        assert torch.equal(
+            selected & (modality == number), (modality == number) & (logits >= own[slots_ - 1])
+        )
+        cutoff = diagnostics.cutoff_E[number].item()
+        assert cutoff == pytest.approx(float(own[slots_ - 1] + own[slots_]) / 2)
+    router.router.cutoffs_3E.copy_(
+        torch.stack((diagnostics.cutoff_E, torch.ones(2), torch.ones(2)))
+    )
+    for policy in (Threshold(), Threshold("static")):
+        _, causal = router(x, modality, uniform_routing(policy, record_selection=True))
+        assert torch.equal(causal.record.selected_NE.view(2, 8).bool(), selected)
+
+
+def test_slots_without_a_token_of_their_modality_select_nothing():
+    config = DepthConfig(modality_factors={"text": 0.75, "image": 1.0})
+    layer = build_depth_layer("mod_moe_1t1i", depth=config)
+    modality = torch.tensor([[TEXT] * 7 + [IMAGE], [TEXT] * 6 + [-1] * 2])
+    documents = torch.where(modality < 0, -1, torch.tensor([0, 0, 0, 1, 1, 1, 1, 1]))
+    x = torch.randn(2, 8, DIM, dtype=torch.float64)
+    context = context_of(modality, documents, torch.arange(8).expand(2, 8))
+    y, diagnostics = layer(x, context, Routing(record_selection=True))
+    selected = diagnostics[-1].record.selected_NE.view(2, 8).bool()
+    assert int(selected[modality == TEXT].sum()) == 6 and selected[0, 7]
+    assert torch.equal(y[~selected], x[~selected]) and not (y[selected] == x[selected]).any()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"capacity_factor": 0.5}, "replaces capacity_factor"),
+        ({"scope": "sequence"}, "scope"),
+        ({"modality_factors": {"text": 0.5, "image": 2}}, "less than or equal to 1"),
+    ],
+)
+def test_factors_of_modalities_are_checked(values, message):
+    factors = {"modality_factors": {"text": 0.5, "image": 0.5}}
+    with pytest.raises(ValidationError, match=message):
+        DepthConfig.model_validate(factors | values)
+
+
+def test_a_modality_without_a_factor_is_refused():
+    with pytest.raises(UserError, match="text, image"):
+        build_depth_layer("mod_moe_1t1i", depth=DepthConfig(modality_factors={"text": 0.5}))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence"])
+def test_gate_loss_is_the_cross_entropy_of_decisions_at_one_half(scope):
+    config = DepthConfig(capacity_factor=0.25, scope=scope, gate_loss=0.3)
+    router = DepthRouter(DIM, config).double()
+    torch.nn.init.normal_(router.router.weight, std=0.3)
+    x = torch.randn(2, 8, DIM, dtype=torch.float64)
+    modality = torch.tensor([[TEXT, IMAGE] * 4, [TEXT] * 5 + [-1] * 3])
+    selection, diagnostics = router(x, modality, BATCH)
+    taken = set(selection.index_EK[selection.filled_EK].tolist())
+    losses = []
+    for n, (x_D, kind) in enumerate(zip(x.flatten(0, 1), modality.flatten(), strict=True)):
+        if kind >= 0:
+            score = torch.sigmoid(x_D @ router.router.weight[0])
+            losses.append(-torch.log(score if n in taken else 1 - score))
+    torch.testing.assert_close(diagnostics.loss, 0.3 * torch.stack(losses).mean())
+    assert router.eval()(x, modality, BATCH)[1].loss is None
+    assert router.train()(x, modality, ACTUAL)[1].loss is not None
+    assert router(x, modality, CAUSAL)[1].loss is None
+
+
+def test_half_takes_scores_above_one_half():
+    router = DepthRouter(DIM, DepthConfig()).double()
+    x, modality = torch.randn(2, 8, DIM, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.long)
+    modality[1, 5:] = -1
+    routing = Routing(depth=Half(), record_selection=True)
+    _, diagnostics = router(x, modality, routing)
+    expected = (torch.sigmoid(x @ router.router.weight[0].double()) > 0.5) & (modality >= 0)
+    assert torch.equal(diagnostics.record.selected_NE.view(2, 8).bool(), expected)
+
+
 @pytest.mark.parametrize("only", [TEXT, IMAGE])
 def test_a_single_expert_has_a_slot_for_every_selected_token_of_its_modality(only):
     """All selected tokens, or the modality's share of the whole batch if that is fewer."""
     layer = build_depth_layer("mod_moe_1t1i", shares=(0.9, 0.1))
     modality = torch.full((2, 8), only)
-    selection, _ = layer.depth(torch.randn(2, 8, DIM, dtype=torch.float64), modality >= 0, BATCH)
+    selection, _ = layer.depth(torch.randn(2, 8, DIM, dtype=torch.float64), modality, BATCH)
     group = layer.experts.groups[only]
     assert isinstance(group, ExpertGroup)
     tokens = selection.index_EK.numel()
@@ -211,14 +307,15 @@ def test_tokens_do_not_attend_to_slots_that_a_threshold_leaves_empty(scope, thre
 
 def test_actual_capacity_counts_only_tokens_that_are_not_padding():
     router = DepthRouter(DIM, DepthConfig(capacity_factor=0.5)).double()
-    x, real = torch.randn(2, 8, DIM, dtype=torch.float64), torch.ones(2, 8, dtype=torch.bool)
-    real[:, 4:] = False
-    for eligible, static, actual in ((torch.ones_like(real), 8, 8), (real, 8, 4)):
+    x, real = torch.randn(2, 8, DIM, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.long)
+    half = real.clone()
+    half[:, 4:] = -1
+    for modality, static, actual in ((real, 8, 8), (half, 8, 4)):
         for routing, expected in (
             (BATCH, static),
             (ACTUAL, actual),
         ):
-            selection, _ = router(x, eligible, routing)
+            selection, _ = router(x, modality, routing)
             assert int(selection.filled_EK.sum()) == expected
 
 

@@ -14,7 +14,7 @@ def loss_of(seed: int, **changes) -> torch.Tensor:
     config = ModelConfig.model_validate(sizes | changes)
     model = Transformer(config, make_vocabulary(), (0.5, 0.5)).train()
     model.initialize(0)
-    freeze_for_stage(model, trains_routers=True)
+    freeze_for_stage(model, trains_routers=True, trains_model=False)
     tokens = torch.randint(5, 40, (4, 16), generator=torch.Generator().manual_seed(1))
     positions = torch.arange(16).expand(4, 16)
     torch.manual_seed(seed)

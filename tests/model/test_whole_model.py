@@ -91,10 +91,15 @@ def cases(draw):
     of_three = ((0.5, 0.25, 0.25), (0.2, 0.7, 0.1))
     of_two = ((0.5, 0.5), (0.75, 0.25), (0.4, 0.6), (1.0, 0.0))
     shares = one_of(*(of_three if three else of_two))
-    depth = one_of(None, "batch", "sequence")
+    depth: DepthConfig | None = None
+    if scope := one_of(None, "batch", "sequence", "modality"):
+        factors = {name: one_of(0.2, 0.5, 1.0) for name in vocabulary.modalities}
+        depth = DepthConfig(modality_factors=factors)
+        if scope != "modality":
+            depth = DepthConfig(capacity_factor=one_of(0.2, 0.25, 0.5, 0.7), scope=scope)
     config = ModelConfig(
         groups=one_of(*(three_modalities.GROUPS if three else GROUPS)),
-        depth=depth and DepthConfig(capacity_factor=one_of(0.2, 0.25, 0.5, 0.7), scope=depth),
+        depth=depth,
         dim=16,
         hidden=11,
         layers=one_of(1, 3),

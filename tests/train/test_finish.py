@@ -63,6 +63,15 @@ def test_the_number_of_last_steps_is_rounded():
     assert found == {0.0: [], 0.1: [10], 0.25: [9, 10], 0.99: list(range(1, 11))}
 
 
-def test_auxiliary_routers_have_no_finish():
-    with pytest.raises(ValidationError, match="leave finish out"):
-        RouterStageConfig(finish=0.1)
+@pytest.mark.parametrize("values", [{"finish": 0.1}, {"auxiliary_routers": True}])
+def test_the_stage_of_auxiliary_routers_has_some_keys_less(values):
+    with pytest.raises(ValidationError, match=r"leave (finish|it) out"):
+        RouterStageConfig.model_validate(values)
+
+
+def test_dense_models_have_no_auxiliary_routers(tiny):
+    values = tiny.model_dump() | {"from": None}
+    values["model"] = {"groups": "dense"}
+    values["pretrain"]["auxiliary_routers"] = True
+    with pytest.raises(ValidationError, match="'dense' has none"):
+        Recipe.model_validate(values)

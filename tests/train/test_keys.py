@@ -38,6 +38,7 @@ STAGE_TESTS = {
     "explosion": "train/test_monitor.py::test_check_equals_a_slow_reference",
     "z_loss": "train/test_keys.py::test_z_loss_takes_part_in_training",
     "finish": "train/test_finish.py::test_the_last_steps_route_by_thresholds",
+    "auxiliary_routers": "train/test_loop.py::test_auxiliary_routers_are_trained_beside_the_model",
     "compile": "train/test_keys.py::test_layers_and_loss_are_compiled",
     "optimizer": "train/test_keys.py::test_every_key_of_the_optimizer_changes_the_weights",
 }

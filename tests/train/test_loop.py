@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -12,7 +13,8 @@ from safetensors import safe_open
 import moma
 from moma.data.encode.prepare import prepare
 from moma.errors import StorageError, UserError
-from moma.model.routing import Auxiliary, Threshold
+from moma.model.depth import DepthConfig
+from moma.model.routing import Half
 from moma.runs import Run, Tokenizers
 from moma.runtime import checkpoint
 from moma.runtime.checkpoint import checkpoints_in
@@ -154,6 +156,46 @@ def test_golden_losses(tiny_run):
         assert image == pytest.approx(golden_image, abs=0.02)
 
 
+def test_auxiliary_routers_are_trained_beside_the_model(tiny, tmp_path):
+    """They do not change it, unless the norm of all gradients is limited."""
+    model = tiny.model.model_copy(update={"groups": "mod_moe_2t2i"})
+    optimizer = tiny.pretrain.optimizer.model_copy(update={"clip": 1e9})
+    runs = []
+    for joint in (False, True):
+        changes = {"auxiliary_routers": joint, "optimizer": optimizer}
+        stage = tiny.pretrain.model_copy(update=changes)
+        recipe = with_run(tiny, tmp_path / f"{joint}", model=model, pretrain=stage)
+        runs.append(train(recipe, WORLD, quiet=True))
+    before, after = (tensors_of(checkpoints_in(run.checkpoints)[-1]) for run in runs)
+    for key in before:
+        if key.startswith("model."):
+            assert torch.equal(before[key], after[key]) == ("auxiliary" not in key), key
+    records = [run.read_metrics() for run in runs]
+    assert [each["loss"] for each in records[0]] == [each["loss"] for each in records[1]]
+    assert records[1][-1]["flops"] > records[0][-1]["flops"]
+    agreement = [
+        [router["agreement"] for router in record["routers"].values()] for record in records[1]
+    ]
+    assert np.mean(agreement[-1]) > np.mean(agreement[0])
+    plain, joint_model = (load_run(run)[0] for run in runs)
+    with pytest.raises(UserError, match="not trained"):
+        require_routing(runs[0], plain, "auxiliary")
+    require_routing(runs[1], joint_model, "auxiliary")
+    assert joint_model.causal_routing == "threshold"
+
+
+def test_only_a_model_whose_depth_routers_were_trained_for_it_decides_by_one_half(tiny, tmp_path):
+    for gate_loss in (0.0, 0.1):
+        depth = DepthConfig(gate_loss=gate_loss)
+        model = tiny.model.model_copy(update={"groups": "mod_moe_2t2i", "depth": depth})
+        run = train(with_run(tiny, tmp_path / f"{gate_loss}", model=model), WORLD, quiet=True)
+        if gate_loss:
+            assert moma.load(run.path, "half").model.named_routing("causal").depth == Half()
+            continue
+        with pytest.raises(UserError, match="gate_loss"):
+            moma.load(run.path, "half")
+
+
 @pytest.mark.parametrize("groups", ["moe_2t2i", "mod", "mod_moe_2t2i", "mod_token_2t2i"])
 def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, groups):
     changes = {"model": tiny.model.model_copy(update={"groups": groups})}
@@ -174,8 +216,8 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, gro
     model, recipe = load_run(run)  # finds the routers in the run's folder
     assert recipe.stage == "aux_router"
     require_routing(run, model, "auxiliary")
-    assert model.causal_policy == Threshold()  # unless auxiliary routing is requested
-    assert moma.load(run.path, "auxiliary").model.causal_policy == Auxiliary()
+    assert model.causal_routing == "threshold"  # unless auxiliary routing is requested
+    assert moma.load(run.path, "auxiliary").model.causal_routing == "auxiliary"
     for path in checkpoints_in(routers.checkpoints)[1:]:
         shutil.rmtree(path)
     model, _ = load_run(run)

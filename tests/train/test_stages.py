@@ -282,7 +282,7 @@ stage = "evaluate"
         ('[[chain]]\nname = "a"\n[[chain]]\nname = "a"', "two steps write"),
         (
             '[[chain]]\n[[chain]]\nstage = "evaluate"\nrouting = "best"',
-            "should be 'choice', 'causal', 'auxiliary' or 'threshold'",
+            "should be 'choice', 'causal', 'threshold', 'auxiliary' or 'half'",
         ),
         ('[[chain]]\nrun = "x"', "write 'run' above the chain"),
         ("chain = 3", "one \\[\\[chain\\]\\] table"),
