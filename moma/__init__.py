@@ -32,6 +32,6 @@ def load(
     model, recipe = load_run(folder)
     require_routing(folder, model, routing)
     if routing != "causal":
-        model.causal_routing = routing
+        model.causal_routing = model.named_routing(routing)
     prepare_decoding(model)
     return MixedModel.assemble(model, folder.tokenizers, recipe.data.sequence_length)

@@ -77,7 +77,7 @@ class MomaLM(TemplateLM):
         model, recipe = load_run(folder)
         require_routing(folder, model, routing)
         if routing != "choice" and routing != "causal":  # choice cannot generate
-            model.causal_routing = routing
+            model.causal_routing = model.named_routing(routing)
         prepare_decoding(model)
         data = recipe.data
         self._mixed = MixedModel.assemble(model, folder.tokenizers, data.sequence_length)

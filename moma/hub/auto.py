@@ -28,7 +28,7 @@ from moma.generate.grammar import Grammar, Mode
 from moma.hub.moma_format import MODEL_TYPE, parse_config
 from moma.hub.processor import MomaProcessor
 from moma.model.caches import Caches
-from moma.model.routing import CausalName
+from moma.model.routing import ROUTINGS, CausalName
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
 
@@ -67,7 +67,7 @@ class MomaForCausalLM(PreTrainedModel, GenerationMixin):
         hub, vocabulary = parse_config(config.to_dict(), config.name_or_path or "config.json")
         self.model = Transformer(hub.recipe.model, vocabulary, hub.recipe.shares)
         self.model.has_auxiliary = hub.auxiliary_routers
-        self.model.causal_routing = hub.causal_routing
+        self.model.causal_routing = ROUTINGS[hub.causal_routing]
         self.post_init()
 
     @torch.no_grad()

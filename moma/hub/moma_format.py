@@ -12,7 +12,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import ConfigDict, field_validator
@@ -29,7 +29,7 @@ from moma.hub.folder import (
     new_folder,
     write_json,
 )
-from moma.model.routing import CausalName
+from moma.model.routing import ROUTINGS, CausalName
 from moma.model.transformer import Transformer
 from moma.recipe import Config, check
 from moma.runs import Run, Tokenizers
@@ -213,7 +213,7 @@ def _checkpoint_weights(
     model.load_state_dict(cutoffs, strict=False, assign=True)
     model.has_auxiliary = loaded.has_auxiliary
     if loaded.has_auxiliary and not model.has_thresholds:
-        model.causal_routing = "auxiliary"
+        model.causal_routing = ROUTINGS["auxiliary"]
     require_routing(run, model)
     return model, weights
 
@@ -230,7 +230,9 @@ def _config(recipe: Recipe, model: Transformer, dtype: torch.dtype) -> dict[str,
         "num_attention_heads": config.heads,
         "max_position_embeddings": recipe.data.sequence_length,
         "tie_word_embeddings": config.tied_embeddings,
-        "causal_routing": model.causal_routing,
+        "causal_routing": next(
+            name for name in get_args(CausalName) if ROUTINGS[name] == model.causal_routing
+        ),
         "auxiliary_routers": model.has_auxiliary,
         "recipe": recipe.model_dump(mode="json", by_alias=True, exclude_none=True),
         "vocabulary": vocabulary.to_dict(),

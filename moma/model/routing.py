@@ -189,6 +189,15 @@ def uniform_routing(policy: Policy, **flags: bool) -> Routing:
     return Routing(policy, policy, **flags)
 
 
+# A model's own causal routing is `Transformer.causal_routing`.
+ROUTINGS: dict[str, Routing] = {
+    "choice": uniform_routing(BatchChoice("actual")),
+    "threshold": uniform_routing(Threshold()),
+    "auxiliary": uniform_routing(Auxiliary()),
+    "half": Routing(Threshold(), Half()),
+}
+
+
 class Selection(NamedTuple):
     """The tokens that each expert processes.
 

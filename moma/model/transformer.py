@@ -5,7 +5,6 @@ Shapes: see `layers.py`.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -33,16 +32,7 @@ from moma.model.experts import ExpertGroup
 from moma.model.initialization import draw_normal
 from moma.model.layers import rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter, Router, RouterRecord
-from moma.model.routing import (
-    Auxiliary,
-    BatchChoice,
-    CausalName,
-    Half,
-    Policy,
-    Routing,
-    RoutingName,
-    Threshold,
-)
+from moma.model.routing import ROUTINGS, Routing, RoutingName
 from moma.model.token_choice import TokenRouter
 from moma.vocabulary import Vocabulary
 
@@ -128,7 +118,7 @@ class Transformer(nn.Module):
         self._embedding_scale = 1.0
         # How the model is used causally, and whether it could be by auxiliary routers: whether
         # these are trained, or being trained.
-        self.causal_routing: CausalName = "threshold"
+        self.causal_routing = ROUTINGS["threshold"]
         self.has_auxiliary = False
         # Computes passes with caches and without checks; see `cpu_decoding.py`.
         self.cpu_decoder: CachedDecoder | None = None
@@ -324,14 +314,8 @@ class Transformer(nn.Module):
             name: the name.
             flags: of `Routing`.
         """
-        policies: dict[str, tuple[Policy, Policy]] = {  # of experts, and of depth routers
-            "choice": (BatchChoice("actual"), BatchChoice("actual")),
-            "threshold": (Threshold(), Threshold()),
-            "auxiliary": (Auxiliary(), Auxiliary()),
-            "half": (Threshold(), Half()),
-        }
-        experts, depth = policies[self.causal_routing if name == "causal" else name]
-        return replace(Routing(experts, depth), **flags)
+        routing = self.causal_routing if name == "causal" else ROUTINGS[name]
+        return Routing(routing.experts, routing.depth, **flags)
 
     def units(self) -> Iterator[nn.Module]:
         """Yield the modules to compile and shard one by one: the layers."""
@@ -375,7 +359,7 @@ class Transformer(nn.Module):
     def routing_fingerprint(self) -> str:
         """Short hash of how the model routes causally: in which way, and by which thresholds."""
         thresholds = (router.threshold_E.cpu().numpy().tobytes() for router in self.routers())
-        content = b"".join([self.causal_routing.encode(), *thresholds])
+        content = b"".join([repr(self.causal_routing).encode(), *thresholds])
         return hashlib.sha256(content).hexdigest()[:16]
 
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:

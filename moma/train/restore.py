@@ -11,7 +11,7 @@ from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.attention_kernels import kernel_without_compilation
 from moma.model.dispatch import dispatch_for
-from moma.model.routing import RoutingName
+from moma.model.routing import ROUTINGS, BatchChoice, Half, RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.checkpoint import (
@@ -99,7 +99,7 @@ def load_run(run: Run) -> tuple[Transformer, Recipe]:
     load_thresholds(folder, checkpoint, model)
     model.has_auxiliary = has_auxiliary
     if has_auxiliary and not model.has_thresholds:
-        model.causal_routing = "auxiliary"
+        model.causal_routing = ROUTINGS["auxiliary"]
     routers = *model.routers(), *model.token_routers(), *model.auxiliary_routers()
     exact = {parameter for router in routers for parameter in router.parameters()}
     for parameter in model.parameters():
@@ -153,14 +153,13 @@ def has_routing(model: Transformer, routing: RoutingName) -> bool:
     """
     if not model.config.has_batch_choice:
         return routing in ("choice", "causal")
-    routing = model.causal_routing if routing == "causal" else routing
-    depth = model.config.depth_config
-    return {
-        "choice": True,
-        "threshold": model.has_thresholds,
-        "auxiliary": model.has_auxiliary,
-        "half": model.has_thresholds and depth is not None and depth.gate_loss > 0,
-    }[routing]
+    depth, policy = model.config.depth_config, model.named_routing(routing).depth
+    if isinstance(policy, BatchChoice):
+        return True
+    if policy.uses_auxiliary:
+        return model.has_auxiliary
+    for_half = depth is not None and depth.gate_loss > 0
+    return model.has_thresholds and (for_half or not isinstance(policy, Half))
 
 
 def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal") -> None:

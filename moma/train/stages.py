@@ -11,7 +11,7 @@ from moma.errors import UserError, shell_command
 from moma.model.decoder_layer import DecoderLayer
 from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts
-from moma.model.routing import BatchChoice, Threshold, uniform_routing
+from moma.model.routing import ROUTINGS, BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.allocator import keep_freed_memory
@@ -108,7 +108,7 @@ def prepare_model(
     use_float8(model, recipe.engine, world.device)
     model.has_auxiliary = recipe.trains_auxiliary_routers
     if recipe.stage == "aux_router":
-        model.causal_routing = "auxiliary"
+        model.causal_routing = ROUTINGS["auxiliary"]
     freeze_for_stage(model, recipe.trains_auxiliary_routers, recipe.stage != "aux_router")
     units = list(fsdp_units(model))
     # Selective checkpointing records operations, among which there must be none of FSDP's.

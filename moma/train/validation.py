@@ -23,7 +23,7 @@ from moma.data.config import DataConfig
 from moma.errors import SharedError, UserError, shorten
 from moma.files import add_path_to_errors
 from moma.model.attention_kernels import kernel_without_compilation
-from moma.model.routing import RoutingName
+from moma.model.routing import ROUTINGS, RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
 from moma.runtime.world import World, on_rank_0, raise_on_all_ranks
@@ -77,7 +77,7 @@ class Validation:
         self._model, self._world, self._folder = model, world, folder
         names: list[RoutingName] = ["choice"]
         if model.config.has_batch_choice:
-            names.append("auxiliary" if model.causal_routing == "auxiliary" else "causal")
+            names.append("auxiliary" if model.causal_routing == ROUTINGS["auxiliary"] else "causal")
         self._loss_functions = {
             name: next_token_loss(routing=model.named_routing(name, raises=False)) for name in names
         }

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from moma.generate.mixed import MixedModel
+from moma.model.routing import ROUTINGS
 from moma.runs import Tokenizers
 from moma.vocabulary import Vocabulary
 
@@ -11,7 +12,7 @@ from moma.vocabulary import Vocabulary
 def model_of(tiny, groups="moe_2t2i"):
     recipe = tiny.model_copy(update={"model": tiny.model.model_copy(update={"groups": groups})})
     model = recipe.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
-    model.causal_routing = "auxiliary"
+    model.causal_routing = ROUTINGS["auxiliary"]
     return model
 
 

@@ -11,7 +11,7 @@ from moma.generate.decode import decode
 from moma.generate.grammar import Grammar
 from moma.generate.sampling import Sampling, gumbel_noise
 from moma.generate.sequence import Branch, Options, Request
-from moma.model.routing import Auxiliary, uniform_routing
+from moma.model.routing import ROUTINGS, Auxiliary, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
 from tests.factories import make_vocabulary
 from tests.generate.allowed import allowed_ids
@@ -28,7 +28,7 @@ def make_model(groups="moe_2t2i", seed=0):
     config = ModelConfig(dim=32, layers=2, heads=2, groups=groups)
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialize(seed)
-    model.causal_routing = "auxiliary"
+    model.causal_routing = ROUTINGS["auxiliary"]
     return model.eval()
 
 

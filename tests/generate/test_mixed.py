@@ -12,6 +12,7 @@ from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
 from moma.generate.settings import Settings
 from moma.generate.stream import ContentStream, ImagePart, TextPiece, collect
+from moma.model.routing import ROUTINGS
 from moma.model.transformer import ModelConfig, Transformer
 from moma.runs import Tokenizers
 from moma.tokenizers.image.codec import ImageCodec, preprocess
@@ -33,7 +34,7 @@ def mixed(folder):
     config = ModelConfig(dim=32, layers=2, heads=2, groups="moe_2t2i")
     model = Transformer(config, vocabulary, (0.5, 0.5))
     model.initialize(0)
-    model.causal_routing = "auxiliary"
+    model.causal_routing = ROUTINGS["auxiliary"]
     return MixedModel.assemble(model.eval(), folder, CONTEXT)
 
 

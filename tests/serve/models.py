@@ -8,7 +8,7 @@ from PIL import Image
 
 from moma.generate.mixed import MixedModel
 from moma.generate.stream import Content
-from moma.model.routing import Auxiliary
+from moma.model.routing import ROUTINGS
 from moma.model.transformer import ModelConfig, Transformer
 from moma.vocabulary import Vocabulary
 from tests.factories import make_tokenizers
@@ -22,7 +22,7 @@ def make_mixed(folder: Path, context: int = CONTEXT) -> MixedModel:
     config = ModelConfig(dim=32, layers=2, heads=2, groups="moe_2t2i")
     model = Transformer(config, Vocabulary.load(tokenizers.vocabulary), (0.5, 0.5))
     model.initialize(0)
-    model.causal_policy = Auxiliary()
+    model.causal_routing = ROUTINGS["auxiliary"]
     return MixedModel.assemble(model.eval(), tokenizers, context)
 
 

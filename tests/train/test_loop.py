@@ -14,7 +14,7 @@ import moma
 from moma.data.encode.prepare import prepare
 from moma.errors import StorageError, UserError
 from moma.model.depth import DepthConfig
-from moma.model.routing import Half
+from moma.model.routing import ROUTINGS, Half
 from moma.runs import Run, Tokenizers
 from moma.runtime import checkpoint
 from moma.runtime.checkpoint import checkpoints_in
@@ -181,7 +181,7 @@ def test_auxiliary_routers_are_trained_beside_the_model(tiny, tmp_path):
     with pytest.raises(UserError, match="not trained"):
         require_routing(runs[0], plain, "auxiliary")
     require_routing(runs[1], joint_model, "auxiliary")
-    assert joint_model.causal_routing == "threshold"
+    assert joint_model.causal_routing == ROUTINGS["threshold"]
 
 
 def test_only_a_model_whose_depth_routers_were_trained_for_it_decides_by_one_half(tiny, tmp_path):
@@ -216,8 +216,8 @@ def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, gro
     model, recipe = load_run(run)  # finds the routers in the run's folder
     assert recipe.stage == "aux_router"
     require_routing(run, model, "auxiliary")
-    assert model.causal_routing == "threshold"  # unless auxiliary routing is requested
-    assert moma.load(run.path, "auxiliary").model.causal_routing == "auxiliary"
+    assert model.causal_routing == ROUTINGS["threshold"]  # unless auxiliary routing is requested
+    assert moma.load(run.path, "auxiliary").model.causal_routing == ROUTINGS["auxiliary"]
     for path in checkpoints_in(routers.checkpoints)[1:]:
         shutil.rmtree(path)
     model, _ = load_run(run)
