@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The demo and the page need less than tests, lint and docs.
 READY := $(VENV)/installed
+DEVELOPMENT := $(VENV)/installed-for-development
 # Processes share the cores, so each has one thread.
 TEST_PROCESSES ?= 2
 
@@ -16,22 +18,22 @@ demo: $(READY)
 test: check
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n $(TEST_PROCESSES)
 
-check: $(READY)
+check: $(DEVELOPMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY)
+format: $(DEVELOPMENT)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The documentation as a site in site/; no broken link and no page outside the navigation.
-docs: $(READY)
+docs: $(DEVELOPMENT)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Wheel and source distribution in dist/.
-dist: $(READY)
+dist: $(DEVELOPMENT)
 	$(BIN)/python -m build
 
 # The tables of recipe keys in the docs, from the docstrings of the configurations.
@@ -42,8 +44,14 @@ docs-keys: $(READY)
 $(READY): pyproject.toml constraints.txt
 	@echo 'installing into $(VENV): about 2 GB, some minutes'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs,lm-eval,ray,s3,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,serve]'
 	touch $(READY)
 
+$(DEVELOPMENT): $(READY)
+	@echo 'installing what tests, lint and docs need: about 1 GB'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs,lm-eval,ray,s3,serve]'
+	touch $(DEVELOPMENT)
+
+# Not runs/: trained models stay.
 clean:
-	rm -rf $(VENV) runs site dist
+	rm -rf $(VENV) site dist
