@@ -15,6 +15,7 @@ from moma.cli import (
     hub,
     plan,
     schema,
+    serve,
     study,
     tokenizer,
 )
@@ -40,7 +41,8 @@ app = App(
     help="Pre-train, run and study mixed-modal language models with modality-aware sparsity.",
     no_args_is_help=True,
 )
-for family in (data, training, calibrate, evaluate, generate, hub, study, plan, demo, schema):
+families = (data, training, calibrate, evaluate, generate, serve, hub, study, plan, demo, schema)
+for family in families:
     app.add_typer(family.app)
 app.add_typer(tokenizer.app, name="tokenizer")
 app.add_typer(bench.app, name="bench")

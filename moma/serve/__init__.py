@@ -1,1 +1,1 @@
-"""The model for many clients at once: the engine, the HTTP endpoint."""
+"""A model for many clients at once: the engine, the HTTP endpoint."""

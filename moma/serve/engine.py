@@ -74,7 +74,7 @@ class Engine:
         self._queue: deque[_Job] = deque()
         self._active: dict[int, _Job] = {}
         self._cancelled: list[int] = []
-        self._count, self._accepts, self._closes = 0, True, False
+        self._count, self._is_open = 0, True
         self._thread = threading.Thread(target=self._run, name="moma engine", daemon=True)
 
     def __enter__(self) -> "Engine":
@@ -84,10 +84,14 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         """Cancel all requests and end the thread."""
-        with self._changed:
-            self._accepts, self._closes = False, True
-            self._changed.notify_all()
+        self.stop()
         self._thread.join()
+
+    def stop(self) -> None:
+        """Cancel all requests and take no more."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
 
     @property
     def active(self) -> int:
@@ -99,11 +103,12 @@ class Engine:
         """Number of requests that wait for a place."""
         return len(self._queue)
 
-    def drain(self) -> None:
-        """Take no more requests, and wait until those taken are complete."""
-        with self._changed:
-            self._accepts = False
-            self._changed.wait_for(lambda: not (self._queue or self._active))
+    @property
+    def stopped(self) -> str | None:
+        """Why the engine takes no requests; None: it does."""
+        if self.error is not None:
+            return f"the engine has failed: {type(self.error).__name__}: {self.error}"
+        return None if self._is_open else "the server is shutting down; try another one"
 
     def submit(
         self, prompt: Sequence[Content], settings: Settings, has_rows: bool = False
@@ -128,8 +133,8 @@ class Engine:
         prompt = [part if isinstance(part, str) else self._shrink(part) for part in prompt]
         answer = Answer(tokens, self._cancel)
         with self._changed:
-            if not self._accepts:
-                raise EngineStoppedError(self._stop_message)
+            if self.stopped:
+                raise EngineStoppedError(self.stopped)
             if len(self._queue) + len(self._active) >= self.max_active + self.max_queued:
                 raise BusyError(
                     f"all {self.max_active} places and the queue of {self.max_queued} are taken; "
@@ -140,12 +145,6 @@ class Engine:
             self._queue.append(_Job(self._count, answer, prompt, settings, stream, has_rows))
             self._changed.notify_all()
         return answer
-
-    @property
-    def _stop_message(self) -> str:
-        if self.error is None:
-            return "the server is shutting down; try another one"
-        return f"the engine has failed: {type(self.error).__name__}: {self.error}"
 
     def _shrink(self, image: Image.Image) -> Image.Image:
         return Image.fromarray(square_pixels(image, self.model.codec.config.image_size))
@@ -176,16 +175,15 @@ class Engine:
             logger.exception("the engine failed")
             self.error = error
         with self._changed:
-            self._accepts = False
-            stopped = None if self.error is None else EngineStoppedError(self._stop_message)
+            stopped = None if self.error is None else EngineStoppedError(self.stopped)
             for job in [*self._queue, *self._active.values()]:
                 self._leave(job, "error" if stopped else "cancelled", stopped)
 
     def _wait(self) -> bool:
         """Wait for work; return whether the engine goes on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closes or self._queue or self._active)
-            return not self._closes
+            self._changed.wait_for(lambda: self._queue or self._active or not self._is_open)
+            return self._is_open
 
     def _update(self, decoder: Decoder) -> None:
         """Let cancelled requests leave the decoder, and queued ones enter it."""

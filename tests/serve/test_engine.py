@@ -4,7 +4,6 @@ import asyncio
 import threading
 
 import pytest
-import torch
 
 from moma.errors import UserError
 from moma.generate.guidance import Guidance
@@ -23,20 +22,6 @@ REQUESTS: list[tuple[list[Content], Settings]] = [
     (["apple"], Settings("text", Sampling(2.0, seed=2), new_tokens=7)),
     (["the red"], Settings("text", Sampling(3.0, seed=3), stop=["e", "a"])),
 ]
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory):
-    return make_mixed(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def never_ending(tmp_path_factory):
-    """A model with a long context that never ends a document."""
-    mixed = make_mixed(tmp_path_factory.mktemp("long"), context=20_000)
-    with torch.no_grad():
-        mixed.model.head.weight[mixed.model.vocabulary.end] = 0  # another logit is positive
-    return mixed
 
 
 def test_answers_are_those_of_lone_requests(mixed):
@@ -167,15 +152,6 @@ def test_a_closed_engine_cancels_its_requests(never_ending):
     assert [answer.end for answer in answers] == ["cancelled", "cancelled"]
     with pytest.raises(EngineStoppedError, match="shutting down"):
         engine.submit(["the"], LONG)
-
-
-def test_a_drained_engine_completes_what_it_has_taken(mixed):
-    with Engine(mixed, max_active=1) as engine:
-        answers = [engine.submit(["the"], LONG) for _ in range(3)]
-        engine.drain()
-        with pytest.raises(EngineStoppedError, match="shutting down"):
-            engine.submit(["the"], LONG)
-    assert {answer.end for answer in answers} <= {"stop", "length"}
 
 
 def test_many_threads_submit_read_and_cancel(mixed):

@@ -1,0 +1,88 @@
+"""`moma serve`: a run behind an HTTP endpoint."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from typer import Option
+
+from moma.cli.arguments import COUNT_LIMIT, App, RunFolder
+from moma.errors import UserError
+
+app = App()
+_TOKEN = "MOMA_TOKEN"
+_MIN_TOKEN = 16
+
+
+@app.command()
+def serve(
+    run: RunFolder,
+    host: Annotated[
+        str, Option(help="address to listen on; any but a loopback one needs a token")
+    ] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free")] = 8000,
+    token_file: Annotated[
+        Path | None,
+        Option(help=f"file with the token that clients send; otherwise from {_TOKEN}"),
+    ] = None,
+    name: Annotated[str | None, Option(help="name of the model; the run's, if omitted")] = None,
+    max_active: Annotated[int, Option(min=1, max=4096, help="requests to generate together")] = 8,
+    max_queued: Annotated[
+        int, Option(min=0, max=COUNT_LIMIT, help="requests that may wait for a place")
+    ] = 64,
+    max_tokens: Annotated[
+        int | None,
+        Option(min=1, max=COUNT_LIMIT, help="new tokens of an answer; what the context allows"),
+    ] = None,
+    max_body: Annotated[int, Option(min=1, max=COUNT_LIMIT, help="bytes of a request")] = 16
+    * 2**20,
+    max_pixels: Annotated[
+        int, Option(min=1, max=COUNT_LIMIT, help="pixels of an image in a request")
+    ] = 16_000_000,
+    routing: Annotated[
+        Literal["causal", "auxiliary", "threshold"],
+        Option(help="by thresholds, if there are any; by auxiliary routers; by thresholds"),
+    ] = "causal",
+) -> None:
+    """Serve a run over HTTP in the shapes of OpenAI's API, until Ctrl-C or SIGTERM."""
+    try:
+        from moma.serve.app import Limits, create_app
+        from moma.serve.guard import is_loopback
+        from moma.serve.server import listen, run_server
+    except ModuleNotFoundError as error:
+        raise UserError(f"moma serve: {error}; run pip install 'moma[serve]'") from error
+    import moma
+    from moma.serve.engine import Engine
+
+    token = read_token(token_file)
+    if token is None and not is_loopback(host):
+        raise UserError(
+            f"--host {host}: others may reach this address; give --token-file or set {_TOKEN}"
+        )
+    limits = Limits(body_bytes=max_body, pixels=max_pixels, tokens=max_tokens)
+    with listen(host, port) as listener:
+        model = moma.load(run, routing)
+        with Engine(model, max_active, max_queued) as engine:
+            served = create_app(engine, name or run.resolve().name, limits, token)
+            address = f"[{host}]" if ":" in host else host
+            print(f"http://{address}:{listener.getsockname()[1]}/v1", flush=True)
+            run_server(served, engine, listener)
+
+
+def read_token(file: Path | None) -> str | None:
+    """Return the token of a file, or of the environment; None: there is none."""
+    if file is None:
+        token, where = os.environ.get(_TOKEN), _TOKEN
+    else:
+        try:
+            token, where = file.read_text(encoding="utf-8").strip(), f"--token-file {file}"
+        except UnicodeDecodeError as error:
+            raise UserError(f"--token-file {file}: is not text; write a token into it") from error
+    if token is not None and (
+        len(token) < _MIN_TOKEN or not (token.isascii() and token.isprintable())
+    ):
+        raise UserError(
+            f"{where}: a token has at least {_MIN_TOKEN} ASCII characters, on one line, for "
+            "example from: openssl rand -hex 16"
+        )
+    return token

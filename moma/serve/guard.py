@@ -1,0 +1,99 @@
+"""Who may use the server, and how much it reads."""
+
+import asyncio
+import base64
+import binascii
+import hmac
+import ipaddress
+from typing import TypeVar
+
+from fastapi import Request
+from pydantic import BaseModel
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from moma.serve.errors import ApiError, error_response
+
+_T = TypeVar("_T", bound=BaseModel)
+_OPEN_PATHS = ("/health",)
+
+
+class Guard:
+    """Lets requests pass that have the token, or, without one, that name a loopback address.
+
+    The token is expected as `Authorization: Bearer TOKEN`, or as the password of a browser.
+    Without a token, a web page elsewhere could otherwise reach the server through a name of its own
+    that resolves to this machine.
+
+    Args:
+        app: what is guarded.
+        token: the token; None: none.
+    """
+
+    def __init__(self, app: ASGIApp, token: str | None):
+        self._app, self._token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer or refuse a request."""
+        if scope["type"] in ("http", "websocket") and scope["path"] not in _OPEN_PATHS:
+            headers = Headers(scope=scope)
+            if refused := self._refusal(headers):
+                await error_response(refused)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _refusal(self, headers: Headers) -> ApiError | None:
+        if self._token is None:
+            if is_loopback(headers.get("host", "").rsplit(":", 1)[0].strip("[]")):
+                return None
+            return ApiError(403, "without a token, the server answers to a loopback address only")
+        given = _given_token(headers.get("authorization", ""))
+        if given is not None and hmac.compare_digest(given.encode(), self._token.encode()):
+            return None
+        return ApiError(401, "the token is missing or wrong", code="invalid_api_key")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address means only this machine."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+async def read_body(request: Request, kind: type[_T], max_bytes: int, seconds: float) -> _T:
+    """Read and check the JSON body of a request, without reading more than `max_bytes`.
+
+    Raises:
+        ApiError: it is too large, too slow or of another type.
+        pydantic.ValidationError: it is not a valid `kind`.
+    """
+    # Pages of other servers cannot send this type without being asked first.
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "send the body as Content-Type: application/json")
+    too_large = ApiError(413, f"the body is larger than {max_bytes} bytes", code="too_large")
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > max_bytes:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > max_bytes:
+                    raise too_large
+    except TimeoutError as error:
+        raise ApiError(408, f"the body did not arrive within {seconds:g} s") from error
+    return kind.model_validate_json(bytes(body))
+
+
+def _given_token(authorization: str) -> str | None:
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() == "bearer":
+        return value.strip()
+    if scheme.lower() != "basic":
+        return None
+    try:
+        return base64.b64decode(value, validate=True).decode().partition(":")[2]
+    except (binascii.Error, UnicodeDecodeError):
+        return None
