@@ -24,6 +24,7 @@ from moma.study.tables import Table
 if TYPE_CHECKING:
     from moma.data.encode.corpus import Corpus
     from moma.runs import Tokenizers
+    from moma.runtime.world import World
     from moma.train.recipe import Recipe
 
 app = App(help="Make, import and try text tokenizers and image codecs.", no_args_is_help=True)
@@ -74,13 +75,17 @@ def train_image(
     out: OutFolder = Path("runs/tokenizers"),
     as_json: AsJson = False,
 ) -> None:
-    """Train the image codec; an interrupted training continues."""
+    """Train the image codec, on one or more GPUs; an interrupted training continues."""
     from moma.runs import Tokenizers
+    from moma.runtime.world import from_rank_0, join_world
     from moma.tokenizers.folder import is_made, read_metrics
 
     read, folder = load_recipe(recipe, overrides), Tokenizers(out)
-    if not is_made(folder.codec, folder, read.codec):
-        _train_codec(read, folder, quiet=as_json)
+    with join_world(read.engine.timeout) as world:
+        if not from_rank_0(world, is_made, folder.codec, folder, read.codec):
+            _train_codec(read, folder, world, quiet=as_json)
+        if world.rank:
+            return
     metrics = read_metrics(folder).model_dump()
     line = (
         f"{folder.codec}: PSNR {metrics['psnr']:.2f} dB, {metrics['codes_used']:.1%} of the codes "
@@ -89,23 +94,25 @@ def train_image(
     print_result(metrics, as_json, (), [line])
 
 
-def _train_codec(recipe: "Recipe", folder: "Tokenizers", quiet: bool) -> None:
+def _train_codec(recipe: "Recipe", folder: "Tokenizers", world: "World", quiet: bool) -> None:
     """Train the codec on the images of a recipe, and report the images that were left out."""
     from moma.data.encode.corpus import Corpus, ReadableImages, require_training_images
-    from moma.runtime.world import local_device
+    from moma.runtime.world import raise_on_all_ranks
     from moma.tokenizers.folder import make_codec
 
     data, training, size = recipe.data, recipe.codec_training, recipe.codec.image_size
-    if training.perceptual.weights is None:
+    if training.perceptual.weights is None and world.rank == 0:
         notice("no perceptual loss; codec_training.perceptual.weights names VGG-16's weights")
-    corpus = Corpus(data.sources, data.held_out, training.max_documents, data.max_rejected)
-    seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
-    # The error is measured on these, or on training images if none of these can be read.
-    unseen = ReadableImages(corpus.images(held_out=True), size, max_unreadable=1)
-    require_training_images(seen.images, unseen.images, "add a source of images")
-    _report_rejected(corpus)
-    measured = unseen if unseen.has_readable else ()
-    make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, local_device(), quiet)
+    with raise_on_all_ranks(world):
+        corpus = Corpus(data.sources, data.held_out, training.max_documents, data.max_rejected)
+        seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
+        # The error is measured on these, or on training images if none of these can be read.
+        unseen = ReadableImages(corpus.images(held_out=True), size, max_unreadable=1)
+        require_training_images(seen.images, unseen.images, "add a source of images")
+        measured = unseen if unseen.has_readable else ()
+    if world.rank == 0:
+        _report_rejected(corpus)
+    make_codec(recipe.codec, training, seen, measured, folder, recipe.seed, world, quiet)
     for reason in (*seen.unreadable.values(), *unseen.unreadable.values()):
         notice(f"an image was left out: {reason}")
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -56,6 +56,28 @@ class World:
             distributed.all_reduce(values, group=self.mesh.get_group())
         return values
 
+    def join(self, values: Tensor) -> Tensor:
+        """Concatenate a tensor of all ranks, of equal shapes, along the first dimension.
+
+        A gradient reaches this rank's part only.
+        """
+        if self.mesh is None:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        distributed.all_gather(parts, values.detach().contiguous(), group=self.mesh.get_group())
+        parts[self.rank] = values
+        return torch.cat(parts)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients of replicated parameters over all ranks."""
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        if self.mesh is None or not gradients:
+            return
+        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
     def barrier(self) -> None:
         """Wait until every rank calls this."""
         if self.mesh is not None:
@@ -87,8 +109,13 @@ def gather(value: T, group: ProcessGroup | None) -> list[T]:
 
 
 @contextmanager
-def raise_on_all_ranks(world: World) -> Iterator[None]:
-    """Raise a `UserError` of any rank on all ranks, as `SharedError`; every rank has to enter."""
+def raise_on_all_ranks(world: World, while_writing: bool = False) -> Iterator[None]:
+    """Raise a `UserError` of any rank on all ranks, as `SharedError`; every rank has to enter.
+
+    Args:
+        while_writing: whether a checkpoint may be being written in the background, which uses
+            the group of writers.
+    """
     problem: UserError | None = None
     try:
         yield
@@ -99,7 +126,8 @@ def raise_on_all_ranks(world: World) -> Iterator[None]:
         if problem is None:
             raise
     own = problem and (isinstance(problem, StorageError), str(problem))
-    problems = [each for each in gather(own, world.writers) if each]
+    group = world.mesh.get_group() if while_writing and world.mesh else world.writers
+    problems = [each for each in gather(own, group) if each]
     if problems:
         is_storage, message = problems[0]
         raise (SharedStorageError if is_storage else SharedError)(message) from problem
@@ -110,6 +138,14 @@ def on_rank_0(world: World, function: Callable[..., object], *arguments: object)
     with raise_on_all_ranks(world):
         if world.rank == 0:
             function(*arguments)
+
+
+def from_rank_0(world: World, function: Callable[..., T], *arguments: object) -> T:
+    """Return what a function returns on rank 0, where alone it is called, on all ranks."""
+    with raise_on_all_ranks(world):
+        own = function(*arguments) if world.rank == 0 else None
+    value: Any = gather(own, world.writers)[0]
+    return value
 
 
 @contextmanager

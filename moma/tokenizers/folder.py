@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from moma.progress import show_progress
 from moma.recipe import check
 from moma.runs import Run, Tokenizers
 from moma.runtime.weights import read_json_object
+from moma.runtime.world import World, on_rank_0
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec, read_codec_config
 from moma.tokenizers.image.metrics import CodecMetrics, measure_codec
 from moma.tokenizers.image.train import CodecTrainingConfig, train_codec
@@ -71,19 +71,36 @@ def make_codec(
     held_out: Sequence[Tensor],
     folder: Tokenizers,
     seed: int,
-    device: torch.device,
+    world: World,
     quiet: bool = False,
 ) -> None:
     """Train the image codec of a folder, or resume its training in `codec_training/`.
 
     Args:
-        config, training, images, held_out, seed, device: as for `train_codec`.
+        config, training, images, held_out, seed, world: as for `train_codec`.
         folder: where to write; `metrics.json` in the codec's folder holds its `CodecMetrics`.
 
     Raises:
         UserError: there is a codec already, there are no images, or the interrupted training in
             the folder has another configuration.
     """
+    on_rank_0(world, _begin_codec, config, folder)
+    with show_progress("image codec", training.steps, quiet or world.rank > 0) as report:
+        codec = train_codec(
+            config,
+            training,
+            images,
+            held_out,
+            seed=seed,
+            world=world,
+            folder=folder.path / _TRAINING,
+            progress=lambda record: report(record["step"], f"L1 {record['absolute_error']:.3f}"),
+        )
+    on_rank_0(world, lambda: _finish_codec(codec, images, held_out, folder, config))
+
+
+def _begin_codec(config: CodecConfig, folder: Tokenizers) -> None:
+    """Check that a codec may be trained in a folder, and mark the folder as moma's."""
     _require_absent(folder.codec)
     if not is_output(folder.path / _TRAINING):
         _require_absent(folder.path / _TRAINING)
@@ -91,17 +108,15 @@ def make_codec(
         vocabulary = _vocabulary_in(folder.text, config.codes_per_image)
         _require_fit(len(vocabulary.image_codes), config.codebook_size, folder)
     mark_output(folder.path, *TOKENIZER_ENTRIES)
-    with show_progress("image codec", training.steps, quiet) as report:
-        codec = train_codec(
-            config,
-            training,
-            images,
-            held_out,
-            seed=seed,
-            device=device,
-            folder=folder.path / _TRAINING,
-            progress=lambda record: report(record["step"], f"L1 {record['absolute_error']:.3f}"),
-        )
+
+
+def _finish_codec(
+    codec: ImageCodec,
+    images: Sequence[Tensor],
+    held_out: Sequence[Tensor],
+    folder: Tokenizers,
+    config: CodecConfig,
+) -> None:
     _write_codec(codec, folder, measure_codec(codec, images, held_out))
     complete(folder, config)
 

@@ -16,6 +16,7 @@ from moma.errors import UserError
 from moma.files import UNFINISHED
 from moma.hub.chameleon_codec import load_chameleon_codec, original_layout
 from moma.runs import Tokenizers
+from moma.runtime.world import World
 from moma.tokenizers.folder import (
     import_tokenizers,
     is_made,
@@ -44,7 +45,7 @@ CPU = torch.device("cpu")
 
 def codec_in(folder, **changes):
     config = SHAPE.model_copy(update=changes)
-    make_codec(config, TRAINING, IMAGES[2:], IMAGES[:2], folder, 0, CPU, quiet=True)
+    make_codec(config, TRAINING, IMAGES[2:], IMAGES[:2], folder, 0, World(CPU), quiet=True)
 
 
 def text_in(folder, **changes):

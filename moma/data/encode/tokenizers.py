@@ -19,6 +19,7 @@ from moma.data.shards import REJECTED_FILE
 from moma.errors import UserError, shell_command
 from moma.files import atomic_open
 from moma.runs import Tokenizers
+from moma.runtime.world import World
 from moma.tokenizers.folder import complete, make_codec, make_text_tokenizer
 from moma.vocabulary import Vocabulary
 
@@ -88,7 +89,7 @@ def _train_codec(
         measured if measured.has_readable else (),
         folder.tokenizers,
         config.seed,
-        device,
+        World(device),
         quiet,
     )
 

@@ -144,6 +144,7 @@ class ImageCodec(nn.Module):
             kmeans_init=True,
             rotation_trick=False,
             accept_image_fmap=True,
+            sync_codebook=False,  # training gathers the latents of all ranks
         )
         # Replaced by k-means at the first training step; until then they only have to differ.
         self.quantizer.codebook = torch.randn(config.codebook_size, config.code_channels)
@@ -235,15 +236,12 @@ class ImageCodec(nn.Module):
         return self.images(vectors_BhwD.permute(0, 3, 1, 2)).clamp(-1, 1)
 
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct images through the codebook, for training.
-
-        In training mode this also updates the codebook, with random numbers at its first update
-        and where unused vectors are replaced.
+        """Reconstruct images through the codebook, for training; see `quantize`.
 
         Returns:
             reconstructions_B3HW (not clamped) and the weighted commitment loss, a scalar.
         """
-        vectors_BDhw, commitment = self._quantize(self.latents(images_B3HW))
+        vectors_BDhw, commitment = self.quantize(self.latents(images_B3HW))
         return self.images(vectors_BDhw), commitment
 
     @torch.no_grad()
@@ -259,7 +257,7 @@ class ImageCodec(nn.Module):
         parts = images_B3HW[: max(1, max_images)].split(self.images_at_once)
         latents_BDhw = torch.cat([self.latents(part_B3HW) for part_B3HW in parts])
         for _ in range(_CODEBOOK_UPDATES_AT_START):
-            self._quantize(latents_BDhw)
+            self.quantize(latents_BDhw)
 
     def autoencode(self, images_B3HW: Tensor) -> Tensor:
         """Reconstruct images without the codebook, for the first steps of training."""
@@ -269,6 +267,16 @@ class ImageCodec(nn.Module):
         """The encoder's output before the codebook, latents_BDhw."""
         folded = functional.pixel_unshuffle(images_B3HW, self.config.patch)
         return cast(Tensor, self.quant_conv(self.encoder(folded)))
+
+    def quantize(self, latents_BDhw: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest codebook vectors, and the weighted commitment loss, always in float32.
+
+        In training mode this also updates the codebook, with random numbers at its first update
+        and where unused vectors are replaced.
+        """
+        with torch.autocast(latents_BDhw.device.type, enabled=False):
+            vectors_BDhw, _, commitment = self.quantizer(latents_BDhw.float())
+        return vectors_BDhw, commitment
 
     def images(self, vectors_BDhw: Tensor) -> Tensor:
         """Decode codebook vectors to images_B3HW, not clamped.
@@ -283,12 +291,6 @@ class ImageCodec(nn.Module):
             )
         folded = self.decoder(self.post_quant_conv(vectors_BDhw))
         return functional.pixel_shuffle(folded, self.config.patch)
-
-    def _quantize(self, latents_BDhw: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest codebook vectors and the commitment loss, always in float32."""
-        with torch.autocast(latents_BDhw.device.type, enabled=False):
-            vectors_BDhw, _, commitment = self.quantizer(latents_BDhw.float())
-        return vectors_BDhw, commitment
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder, which is created if needed.

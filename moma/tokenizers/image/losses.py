@@ -16,6 +16,7 @@ from torch.nn import functional
 from moma.errors import UserError
 from moma.recipe import Config, RequiredPath
 from moma.runtime.weights import first_line, read_tensors
+from moma.runtime.world import World
 
 # Mean and standard deviation of the images that VGG-16 was trained on, for colors in [0, 1].
 _VGG_MEAN, _VGG_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -124,20 +125,20 @@ class PerceptualLoss(nn.Module):
 
 
 class Adversary:
-    """The discriminator and its training.
+    """The discriminator and its training, on the images of all ranks.
 
     Raises:
         UserError: the images are too small for the number of layers.
     """
 
-    def __init__(self, config: AdversarialConfig, image_size: int, device: torch.device | str):
+    def __init__(self, config: AdversarialConfig, image_size: int, world: World):
         if image_size // 2**config.layers < 4:
             raise UserError(
                 f"codec_training.adversarial.layers = {config.layers} is too many for images of "
                 f"{image_size} pixels; lower it"
             )
-        self.config = config
-        self.discriminator = _discriminator(config).to(device)
+        self.config, self._world = config, world
+        self.discriminator = _discriminator(config).to(world.device)
         self.optimizer = torch.optim.Adam(
             self.discriminator.parameters(), lr=config.learning_rate, betas=(0.5, 0.9)
         )
@@ -156,10 +157,11 @@ class Adversary:
         self.discriminator.requires_grad_(True)
         weight: Tensor | float = self.config.weight
         if self.config.adaptive:
-            norms = [
-                torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+            gradients = [
+                torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
                 for loss in (reconstruction, generator_loss)
             ]
+            norms = [self._world.sum(each).norm() / self._world.size for each in gradients]
             balance = norms[0] / (norms[1] + 1e-4)
             weight = weight * balance.clamp(max=_MAX_ADAPTIVE_WEIGHT)
         return weight * generator_loss
@@ -170,7 +172,8 @@ class Adversary:
         fake = self.discriminator(reconstructions_B3HW.detach()).float()
         loss = (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean()) / 2
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss / self._world.size).backward()
+        self._world.sum_gradients(self.discriminator.parameters())
         self.optimizer.step()
         return loss.detach()
 

@@ -26,7 +26,7 @@ from moma.runtime.checkpoint import (
     training_tensors,
 )
 from moma.runtime.tracking import MetricsLog, Record, Trackers
-from moma.runtime.world import World
+from moma.runtime.world import World, on_rank_0
 from moma.runtime.writer import CheckpointWriter
 
 logger = logging.getLogger(__name__)
@@ -59,14 +59,14 @@ class TrainingFolder:
         """
         self.path, self._run, self._config, self._world = path, Run(path), config, world
         self._modules, self._optimizers = modules, optimizers
-        path.mkdir(parents=True, exist_ok=True)
         self._writer = CheckpointWriter(self._run.checkpoints, world)
-        self._writer.remove_partial()
+        on_rank_0(world, self._create)
         self.steps_done = self._restore()
-        self._log = Trackers(MetricsLog(self._run, self.steps_done))
+        self._log = Trackers(MetricsLog(self._run, self.steps_done)) if world.rank == 0 else None
 
     def write(self, record: Record, samples: Image.Image | None = None) -> None:
-        """Add a log record, and write the samples of its step."""
+        """Add a log record, and write the samples of its step; rank 0 only."""
+        assert self._log is not None
         self._log.write(record)
         if samples is not None:
             file = self.path / "samples" / f"step-{record['step']:08d}.png"
@@ -79,7 +79,8 @@ class TrainingFolder:
         Raises:
             StorageError: the disk is full, or a record or the previous checkpoint was not written.
         """
-        self._log.sync()
+        if self._log is not None:
+            self._log.sync()
         tensors = training_tensors(self._modules, self._optimizers(step))
         self._writer.save(step, tensors, {"step": step, "config": self._config}, {})
 
@@ -94,14 +95,20 @@ class TrainingFolder:
     def close(self) -> None:
         """End the background thread and close the log."""
         self._writer.close()
-        self._log.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _create(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._writer.remove_partial()
 
     def _restore(self) -> int:
         folder = self._run.checkpoints
         newest, damaged = newest_intact(folder, self._world)
         for path, message in damaged.items():
-            logger.warning("%s; resuming from %s", message, newest)
-            set_aside(path)
+            if self._world.rank == 0:
+                logger.warning("%s; resuming from %s", message, newest)
+            on_rank_0(self._world, set_aside, path)
         if newest is None:
             return 0
         state = read_state(newest)

@@ -3,7 +3,9 @@
     images → shuffled batches → encoder → codebook → decoder → L1 + L2 + commitment → Adam
                                                                (+ perceptual + adversarial)
 
-All randomness follows from the seed and the step, so interrupted training continues exactly.
+All randomness follows from the seed and the step, so interrupted training continues exactly. The
+ranks of a job divide each batch; every rank holds the whole codec, which is small. The codebook
+sees the latents of all ranks, so that it learns as with one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +27,7 @@ from moma.recipe import Config
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import scheduled_rate
 from moma.runtime.tracking import Record
-from moma.runtime.world import World
+from moma.runtime.world import World, raise_on_all_ranks
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
 from moma.tokenizers.image.losses import (
     AdversarialConfig,
@@ -100,7 +102,7 @@ def train_codec(
     held_out: Sequence[Tensor] = (),
     *,
     seed: int = 0,
-    device: torch.device | str = "cpu",
+    world: World = World(torch.device("cpu")),  # noqa: B008  frozen
     folder: Path | None = None,
     progress: Callable[[Record], None] | None = None,
 ) -> ImageCodec:
@@ -110,27 +112,33 @@ def train_codec(
         images: tensors [3, H, W] of the codec's size, float in [−1, 1] or uint8; read when a
             batch needs them, so that a lazy sequence can have any length.
         held_out: further images to measure the codec on; without them, `images` are used.
+        world: the ranks, which call this together; they divide each batch.
         seed: determines the initial weights, the order of images and replaced codebook vectors.
         folder: of checkpoints, log and samples (see `state.py`); by default nothing is written.
 
     Returns:
-        The codec on `device`, in evaluation mode.
+        The codec on the rank's device, in evaluation mode.
 
     Raises:
-        UserError: there are no images or no decoder, or the folder is from another training.
+        UserError: there are no images or no decoder, the folder is from another training, or the
+            batch size is no multiple of the number of ranks.
         StoppedError: SIGINT or SIGTERM arrived, and a checkpoint was written.
     """
     if not len(images):
         raise UserError("codec training: there are no images; add a source of images")
     if not codec_config.decoder:
         raise UserError("codec.decoder = false: training needs the decoder; set it to true")
-    world = World(torch.device(device))
+    if config.batch_size % world.size:
+        raise UserError(
+            f"codec_training.batch_size = {config.batch_size}: must be a multiple of the "
+            f"{world.size} ranks"
+        )
     cuda_devices = [world.device] if world.device.type == "cuda" else []
     with ExitStack() as stack:
         stop_request = stack.enter_context(interruption(world))
         stack.enter_context(torch.random.fork_rng(cuda_devices))
         torch.manual_seed(seed)
-        trainer = CodecTrainer(codec_config, config, images, held_out, seed, world.device)
+        trainer = CodecTrainer(codec_config, config, images, held_out, seed, world)
         output = stack.enter_context(closing(trainer.open(folder))) if folder else None
         if output:
             stop_request.install_handlers()
@@ -152,10 +160,11 @@ class CodecTrainer:
         images: Sequence[Tensor],
         held_out: Sequence[Tensor],
         seed: int,
-        device: torch.device,
+        world: World,
     ):
         """Build it; the arguments are those of `train_codec`."""
-        self.config, self.device, self._seed = config, device, seed
+        device = world.device
+        self.config, self.device, self._seed, self._world = config, device, seed, world
         self._images, self._held_out = images, held_out
         codec: Any = ImageCodec(codec_config).to(device)
         # The memory format in which convolutions are fastest.
@@ -169,7 +178,7 @@ class CodecTrainer:
         if config.perceptual.weights is not None:
             self.perceptual = PerceptualLoss.load(config.perceptual.weights).to(device)
         if config.adversarial.weight:
-            self.adversary = Adversary(config.adversarial, codec_config.image_size, device)
+            self.adversary = Adversary(config.adversarial, codec_config.image_size, world)
             self.modules["discriminator"] = self.adversary.discriminator
         is_automatic = config.precision == "auto" and device.type == "cuda"
         self._is_reduced = is_automatic or config.precision == "bfloat16"
@@ -191,7 +200,7 @@ class CodecTrainer:
             "seed": self._seed,
             "images": len(self._images),
         }
-        return TrainingFolder(folder, made_with, self.modules, self._optimizers, World(self.device))
+        return TrainingFolder(folder, made_with, self.modules, self._optimizers, self._world)
 
     def run_to_end(
         self,
@@ -222,9 +231,11 @@ class CodecTrainer:
 
     def take_step(self, step: int) -> dict[str, Tensor | float]:
         """Do step 0, 1, …; returns losses and learning rate by their names in log records."""
-        config = self.config
+        config, world = self.config, self._world
         torch.manual_seed(_step_seed(self._seed, step))
         indices = batch_indices(len(self._images), config.batch_size, step, self._seed)
+        own = len(indices) // world.size
+        indices = indices[world.rank * own : (world.rank + 1) * own]
         batch_B3HW = self._stack(indices).to(memory_format=torch.channels_last)
         self.codec.train()
         if step == config.quantizer_start_step:
@@ -245,7 +256,12 @@ class CodecTrainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._is_reduced):
             reconstructions_B3HW, losses = self._losses(batch_B3HW, step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
+        objective = losses["loss"]
+        if world.size > 1:  # the commitment loss is that of all ranks already
+            commitment = losses["commitment"]
+            objective = (objective - commitment) / world.size + commitment
+        objective.backward()
+        world.sum_gradients(self.codec.parameters())
         nn.utils.clip_grad_norm_(self.codec.parameters(), config.gradient_clip)
         self.optimizer.step()
         if self.adversary is not None and "adversarial" in losses:
@@ -267,7 +283,12 @@ class CodecTrainer:
         is_measured = config.is_due(config.measure_every, step)
         if not is_measured and not config.is_due(config.log_every, step):
             return
-        record = {"step": step, **{name: float(value) for name, value in losses.items()}}
+        values = torch.tensor([*map(float, losses.values())], dtype=torch.float64).to(self.device)
+        if self._world.size > 1:
+            values = self._world.sum(values) / self._world.size
+        record = {"step": step, **dict(zip(losses, values.tolist(), strict=True))}
+        if self._world.rank:
+            return
         samples = None
         if output and is_measured and step > config.quantizer_start_step:
             codec, shown = self.result, self._held_out if len(self._held_out) else self._images
@@ -280,7 +301,8 @@ class CodecTrainer:
             progress(record)
 
     def _stack(self, indices: Sequence[int]) -> Tensor:
-        return stack_images(self._images, indices).to(self.device)
+        with raise_on_all_ranks(self._world, while_writing=True):
+            return stack_images(self._images, indices).to(self.device)
 
     def _optimizers(self, steps_done: int) -> tuple[Optimizer, ...]:
         if self.adversary is None or steps_done <= self.config.adversarial.start_step:
@@ -294,7 +316,9 @@ class CodecTrainer:
             reconstructions_B3HW = codec.autoencode(batch_B3HW)
             commitment = batch_B3HW.new_zeros(())
         else:
-            reconstructions_B3HW, commitment = codec(batch_B3HW)
+            vectors_BDhw, commitment = codec.quantize(self._world.join(codec.latents(batch_B3HW)))
+            own_BDhw = vectors_BDhw.chunk(self._world.size)[self._world.rank]
+            reconstructions_B3HW = codec.images(own_BDhw)
         reconstructions_B3HW = reconstructions_B3HW.float()
         absolute = functional.l1_loss(reconstructions_B3HW, batch_B3HW)
         losses = {"absolute_error": absolute, "commitment": commitment}

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from moma.errors import UserError
+from moma.runtime.world import World
 from moma.tokenizers.image.losses import AdversarialConfig, Adversary, PerceptualLoss
 from tests.factories import random_images
 from tests.hub.foreign import random_vgg
@@ -95,11 +96,11 @@ def test_other_files_are_refused(tmp_path, name, content):
 def adversary(**changes) -> Adversary:
     torch.manual_seed(0)
     values = {"weight": 0.5, "width": 8, "layers": 1, "learning_rate": 1e-2} | changes
-    return Adversary(AdversarialConfig(**values), image_size=16, device="cpu")
+    return Adversary(AdversarialConfig(**values), image_size=16, world=World(torch.device("cpu")))
 
 
 def test_the_default_discriminator_has_pix2pixs_size():
-    one = Adversary(AdversarialConfig(weight=1), 256, "meta")
+    one = Adversary(AdversarialConfig(weight=1), 256, World(torch.device("meta")))
     # Isola et al.'s 70 × 70 discriminator has 2,768,705 weights, 3,072 of them for a second input
     # image.
     assert sum(w.numel() for w in one.discriminator.parameters()) == 2_768_705 - 3_072

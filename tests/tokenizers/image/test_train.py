@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from moma.data.encode.prepare import encode_images
 from moma.errors import StoppedError, UserError
+from moma.runtime.world import World
 from moma.tokenizers.image.codec import ImageCodec, to_pil
 from moma.tokenizers.image.metrics import measure_codec
 from moma.tokenizers.image.train import CodecTrainingConfig, batch_indices, train_codec
@@ -393,7 +394,7 @@ def test_a_gpu_trains_in_bfloat16_and_encodes_in_batches(tmp_path):
 
     def train_on_gpu():
         return train_codec(
-            SHAPE, training, IMAGES, device=device, folder=tmp_path, progress=found.append
+            SHAPE, training, IMAGES, world=World(device), folder=tmp_path, progress=found.append
         )
 
     codec = train_on_gpu()
