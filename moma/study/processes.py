@@ -14,7 +14,7 @@ from moma.data.encode.read_ahead import exit_with_parent
 from moma.data.outputs import mark_output
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
-from moma.progress import show_progress
+from moma.progress import show_log_messages, show_progress
 from moma.runs import Run
 from moma.runtime.world import World, local_device
 from moma.study.grid import Study, run_unfinished
@@ -82,7 +82,8 @@ def training_processes(count: int) -> Iterator[ProcessPoolExecutor]:
     Raises:
         UserError: a process was killed.
     """
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=show_log_messages) as pool:
         try:
             yield pool
         except BaseException as error:
