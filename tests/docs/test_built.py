@@ -48,7 +48,7 @@ def test_the_notebook_runs(tmp_path):
 
     notebook = read_notebook()
     for cell in notebook.cells:
-        cell.source = cell.source.replace("STEPS = 300", "STEPS = 20")
+        cell.source = cell.source.replace("STEPS = 150", "STEPS = 10")
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
     (answer,) = notebook.cells[-2].outputs[-1:]
     assert "image/png" in answer.data
