@@ -23,10 +23,12 @@ from PIL import Image
 from moma.bench.timing import Job, interleaved, median_ratio, seconds
 from moma.data.batches.iterator import Batches, prefetch
 from moma.data.documents import Document, ImageRef
-from moma.data.encode.prepare import encode_images, prepare, spare_cores
+from moma.data.encode.executors import spare_cores
+from moma.data.encode.prepare import prepare
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import encode_source
 from moma.data.encode.tokens import BATCH_IMAGES, EncodeImages
+from moma.data.encode.worker import encode_images
 from moma.errors import UserError
 from moma.images import square_pixels
 from moma.progress import show_progress

@@ -18,9 +18,12 @@ app.add_typer(inspecting)
 def prepare(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    workers: Annotated[
-        int | None, Option(min=0, max=1024, help="processes; the output does not depend on them")
+    processes: Annotated[
+        int | None, Option(min=1, max=1024, help="the output does not depend on them [cores]")
     ] = None,
+    verify: Annotated[
+        bool, Option("--verify", help="read all shards, and make damaged ones again")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Encode documents into shards; first train or load the tokenizer and the image codec."""
@@ -28,7 +31,7 @@ def prepare(
     from moma.runtime.world import local_device
 
     read = load_recipe(recipe, overrides)
-    prepared = run(read, local_device(), quiet=as_json, workers=workers)
+    prepared = run(read, local_device(), quiet=as_json, processes=processes, verify=verify)
     summary = {"path": str(read.data.path), **prepared.summary()}
     lines = [f"prepared {read.data.path}"]
     if summary["rejected"]:

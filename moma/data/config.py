@@ -24,6 +24,7 @@ class DataConfig(Config):
         held_out: share of the documents kept from training, where a source does not decide it.
         max_rejected: share of a source's rows that may be unusable before `prepare` stops.
         shard_tokens: tokens after which `prepare` begins another file of shards.
+        part_bytes: approximate size of the parts of a source that are encoded independently.
         max_padding: largest share of positions that may be padding; documents that leave more
             are refused.
         workers: background threads: the first makes micro-batches ahead, further ones read
@@ -42,6 +43,7 @@ class DataConfig(Config):
     held_out: float = Field(default=0.02, ge=0, lt=1)
     max_rejected: float = Field(default=0.01, ge=0, le=1)
     shard_tokens: int = Field(default=2**25, ge=1)
+    part_bytes: int = Field(default=2**28, ge=1)
     max_padding: float = Field(default=0.005, ge=0, le=1)
     workers: int = Field(default=1, ge=0, le=64)
     prefetch: int = Field(default=4, ge=1)

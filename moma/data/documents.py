@@ -204,6 +204,16 @@ def cleaning_of(source: Source) -> CleaningConfig:
     return source.clean if isinstance(source, SourceConfig) else CleaningConfig()
 
 
+def parts_of(source: Source, part_bytes: int) -> list[SourcePart]:
+    """Return the parts of a source, see `SourceConfig.parts`; any other source is one."""
+    return source.parts(part_bytes) if isinstance(source, SourceConfig) else [SourcePart()]
+
+
+def read_part(source: Source, part: SourcePart) -> Iterator[Document | Rejected]:
+    """Yield the documents of one of the `parts_of` a source."""
+    return source.read_part(part) if isinstance(source, SourceConfig) else source.documents()
+
+
 def source_fingerprint(source: Source, held_out: float, cleaning: str = "") -> str:
     """Return a value that changes with a source, its files, and its `held_out_share`.
 

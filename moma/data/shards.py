@@ -3,7 +3,7 @@
     shards/SOURCE/   shard.json       counts, and what the shards were made from
                      vocabulary.json  the ids
                      rejected.jsonl   documents that were rejected, with the reasons
-                     train-00000.arrow, held_out-00000.arrow, …
+                     train-00012-00003.arrow, …  file 3 of part 12 of the source
 
 A row of an Arrow file is a document: `ids`, `images`, `name`. The files are memory-mapped.
 `encode/parts.py` writes them.
@@ -24,7 +24,7 @@ from pydantic import Field
 
 from moma.data.provenance import Encoders, read_provenance
 from moma.errors import UserError, error_reason
-from moma.files import read_bounded
+from moma.files import Checksum, read_bounded
 from moma.recipe import Config
 from moma.runs import wrong_folder
 from moma.vocabulary import Vocabulary
@@ -58,32 +58,46 @@ class Counts(Config):
 
 
 class Part(Config):
-    """A range of a source's documents that is encoded and on disk.
+    """Consecutive documents of a part of a source, encoded, in one file of each split.
 
     Attributes:
-        first, stop: the range `first` … `stop` − 1 of documents, rejected ones included, from 0.
+        part: number of the part; None in older data, whose files are numbered through.
+        file: number of the files among those of the part.
+        is_last: whether they are the last ones of the part, which is then complete.
+        first, stop: the range `first` … `stop` − 1 of the part's documents, rejected ones
+            included, from 0.
         counts: counts of each split.
         rejected: number of rejected documents.
         dropped: number of dropped documents, by key of `clean`.
         dropped_images: number of images that were dropped of other documents, by key.
+        checksums: size and SHA-256 of each file, by its name.
     """
 
+    part: int | None = None
+    file: int = 0
+    is_last: bool = False
     first: int = 0
     stop: int = 0
     counts: dict[str, Counts] = dict.fromkeys(SPLITS, Counts())
     rejected: int = 0
     dropped: dict[str, int] = Field(default={})
     dropped_images: dict[str, int] = Field(default={})
+    checksums: dict[str, Checksum] = Field(default={})
 
     def __add__(self, following: "Part") -> "Part":
         return Part(
             first=self.first,
-            stop=following.stop,
+            stop=self.stop + following.documents_read,
             counts={split: self.counts[split] + following.counts[split] for split in SPLITS},
             rejected=self.rejected + following.rejected,
             dropped=Counter(self.dropped) + Counter(following.dropped),
             dropped_images=Counter(self.dropped_images) + Counter(following.dropped_images),
         )
+
+    @property
+    def name(self) -> str:
+        """What the names of its files end with."""
+        return f"{self.part or 0:05}-{self.file:05}"
 
     @property
     def documents_read(self) -> int:
@@ -107,8 +121,8 @@ class ShardInfo(Config):
         counts: counts of each split.
         rejected: number of rejected documents.
         dropped, dropped_images: as in `Part`.
-        parts: ranges of the source's documents, in order; each has a file for every split of
-            which it has documents.
+        parts: what the files hold, in the order of the documents; each has a file for every split
+            of which it has documents.
     """
 
     source: str
@@ -124,7 +138,7 @@ class ShardInfo(Config):
     @property
     def whole(self) -> Part:
         """All parts as one."""
-        stop = self.parts[-1].stop if self.parts else 0
+        stop = sum(part.documents_read for part in self.parts)
         return Part(
             stop=stop,
             counts=self.counts,
@@ -146,7 +160,7 @@ class ShardInfo(Config):
     def files(self, folder: Path, split: str) -> list[Path]:
         """Return the Arrow files of a split, in the order of the documents."""
         return [
-            folder / file_name(split, number)
+            folder / file_name(split, number if part.part is None else part.name)
             for number, part in enumerate(self.parts)
             if part.counts[split].documents
         ]
@@ -280,9 +294,9 @@ def read_config(schema: type[AnyConfig], path: Path) -> AnyConfig | None:
         return None
 
 
-def file_name(split: str, part: int) -> str:
-    """Return the name of the Arrow file of a split and part."""
-    return f"{split}-{part:05}.arrow"
+def file_name(split: str, name: str | int) -> str:
+    """Return the name of the Arrow file of a split: `name` is a `Part`'s, or an older number."""
+    return f"{split}-{name:05}.arrow" if isinstance(name, int) else f"{split}-{name}.arrow"
 
 
 def file_origin(info: ShardInfo) -> dict[str, str]:

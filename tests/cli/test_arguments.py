@@ -68,7 +68,7 @@ def test_an_override_written_as_an_option_is_corrected(call, message):
     assert message in refuses(*call)
 
 
-@pytest.mark.parametrize("call", [["prepare", "a", "--worker=3"], ["evaluate", "a", "--steps=3"]])
+@pytest.mark.parametrize("call", [["prepare", "a", "--process=3"], ["evaluate", "a", "--steps=3"]])
 def test_unknown_options_get_the_usage_message(call):
     outcome = moma(*call)
     assert outcome.code == 2 and "No such option" in outcome.err

@@ -97,7 +97,7 @@ def test_an_empty_run_is_refused(tmp_path, monkeypatch):
         (["plan", "{recipe}", "--price", "1e308"], "--price"),
         (["data", "inspect", "{data}", "--source", "text", "--document", "9" * 30], "--document"),
         (["data", "inspect", "{data}", "--split", "test"], "--split"),
-        (["prepare", "{recipe}", "--workers", "-1"], "--workers"),
+        (["prepare", "{recipe}", "--processes", "0"], "--processes"),
         (["bench", "data", "--repeats", "0"], "--repeats"),
         (["bench", "layer", "--dtype", "fp8"], "--dtype"),
         (["bench", "layer", "--tokens", "33"], "--tokens"),

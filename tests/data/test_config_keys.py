@@ -81,6 +81,11 @@ def shard_tokens_limits_a_file(tiny, tmp_path, monkeypatch):
     assert len(list((tmp_path / "data/shards/text").glob("train-*.arrow"))) > 2
 
 
+def part_bytes_cuts_the_sources(tiny, tmp_path, monkeypatch):
+    source = prepare_with(tiny, tmp_path / "data", part_bytes=1).sources["text"]
+    assert len({part.part for part in source.parts}) == source.whole.documents_read > 1
+
+
 def max_padding_refuses_padding(tiny, tmp_path, monkeypatch):
     (captions, _) = tiny.data.sources
     assert next(batches_of(tiny, sources=(captions,), max_padding=1)).padding > 0
@@ -131,6 +136,7 @@ TESTS = {
     "held_out": held_out_sets_the_split,
     "max_rejected": max_rejected_stops_prepare,
     "shard_tokens": shard_tokens_limits_a_file,
+    "part_bytes": part_bytes_cuts_the_sources,
     "max_padding": max_padding_refuses_padding,
     "workers": workers_make_batches_in_the_background,
     "prefetch": prefetch_is_the_number_made_ahead,

@@ -71,15 +71,15 @@ def test_other_encoders_are_refused_by_name(folder, encoders, named):
 
 def test_a_file_of_another_vocabulary_is_refused_by_name(folder, tmp_path):
     other = make(tmp_path / "other", replace(VOCABULARY, size=301))
-    (other / "train-00000.arrow").replace(folder / "train-00000.arrow")
-    with pytest.raises(UserError, match=r"train-00000\.arrow: does not belong.*in vocabulary"):
+    (other / "train-00000-00000.arrow").replace(folder / "train-00000-00000.arrow")
+    with pytest.raises(UserError, match=r"00000\.arrow: does not belong.*in vocabulary"):
         open_shards(folder, VOCABULARY)
 
 
 def test_a_file_of_another_codec_is_refused_by_name(folder, tmp_path):
     other = make(tmp_path / "other", encoders=Encoders(tokenizer="t1", codec="c2"))
-    (other / "held_out-00000.arrow").replace(folder / "held_out-00000.arrow")
-    with pytest.raises(UserError, match=r"held_out-00000\.arrow: .*codec \(c2 and c1\)"):
+    (other / "held_out-00000-00000.arrow").replace(folder / "held_out-00000-00000.arrow")
+    with pytest.raises(UserError, match=r"held_out-00000-00000\.arrow: .*codec \(c2 and c1\)"):
         open_shards(folder, VOCABULARY)
 
 
@@ -105,6 +105,6 @@ def cut_by_one_table(path):
     [cut, cut_by_one_table, lambda path: path.write_bytes(b""), lambda path: path.unlink()],
 )
 def test_damaged_shards_are_refused(folder, spoil):
-    spoil(folder / "train-00000.arrow")
+    spoil(folder / "train-00000-00000.arrow")
     with pytest.raises(UserError, match=r"damaged.*run `moma prepare`"):
         open_shards(folder, VOCABULARY)

@@ -21,7 +21,7 @@ from moma.data.cleaning.config import COMPARED_KEYS, CleaningConfig
 from moma.data.cleaning.duplicates import find_duplicates
 from moma.data.cleaning.filters import filters_fingerprint
 from moma.data.cleaning.signatures import Signatures, open_signatures, write_signatures
-from moma.data.documents import Source, cleaning_of, source_fingerprint
+from moma.data.documents import Source, cleaning_of, parts_of, read_part, source_fingerprint
 from moma.files import atomic_replace, atomic_write
 from moma.progress import show_progress
 
@@ -44,12 +44,13 @@ class _Pass(NamedTuple):
 
 
 def provide_cleaning(
-    sources: Sequence[Source], folder: Path, quiet: bool = True
+    sources: Sequence[Source], folder: Path, part_bytes: int = 2**28, quiet: bool = True
 ) -> dict[str, Cleaning]:
     """Return how each source is cleaned, after a pass over those that are compared.
 
     Args:
         folder: where signatures and duplicates are kept.
+        part_bytes: approximate size of the parts of the sources.
 
     Raises:
         UserError: a filter cannot be used, or a source cannot be read.
@@ -58,7 +59,7 @@ def provide_cleaning(
     filters = {name: filters_fingerprint(config) for name, config in configs.items()}
     found = {name: Cleaning(config, filters[name]) for name, config in configs.items()}
     passes = [
-        _read(source, configs[source.name], filters[source.name], folder, quiet)
+        _read(source, part_bytes, configs[source.name], filters[source.name], folder, quiet)
         for source in sources
         if configs[source.name].compares_texts or configs[source.name].compares_images
     ]
@@ -75,21 +76,28 @@ def provide_cleaning(
     return found
 
 
-def _read(source: Source, config: CleaningConfig, filters: str, folder: Path, quiet: bool) -> _Pass:
+def _read(
+    source: Source,
+    part_bytes: int,
+    config: CleaningConfig,
+    filters: str,
+    folder: Path,
+    quiet: bool,
+) -> _Pass:
     """Compute the signatures of a source that do not exist yet."""
     near = config.near_duplicate_ngram if config.near_duplicate_texts else None
     perceptual = config.near_duplicate_images is not None
     needed = near, config.compares_texts, config.compares_images, perceptual
-    made_from = source_fingerprint(source, 0), filters, repr(needed)
+    made_from = source_fingerprint(source, 0), str(part_bytes), filters, repr(needed)
     fingerprint = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
     own = folder / "signatures" / source.name
     parts = []
     with show_progress(f"compare {source.name}", None, quiet) as report:
-        for number, rows in enumerate([source.documents()]):
+        for number, part in enumerate(parts_of(source, part_bytes)):
             path = own / fingerprint / f"part-{number:05}"
             if open_signatures(path) is None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_signatures(rows, config, path, report)
+                write_signatures(read_part(source, part), config, path, report)
             found = open_signatures(path)
             assert found is not None
             parts.append(found)

@@ -1,29 +1,33 @@
-"""Shards while they are written, part after part, so that a kill at any time loses nothing.
+"""Encoded files of a source while they are written: a kill at any time loses nothing.
 
-    SOURCE.partial/  origin.json, then for each part its files and `part-00000.json`
+    SOURCE.partial/  origin.json   what they are made from
+                     plan.json     the parts that the source is cut into
+                     train-00012-00003.arrow, …, and then their record `part-00012-00003.json`
                      → shard.json, rejected.jsonl → renamed to SOURCE/
 
-A part covers a range of the source's documents. Its files are written under temporary names,
-synced to disk and renamed; the part is committed once its `part-….json` exists. The next process
-keeps the committed parts, deletes the rest, and continues with the first document after them.
+The files of a part depend on that part alone, so that processes can encode parts in any order. They
+are written under temporary names, synced to disk and renamed; they are committed once their record
+exists, and the part is complete once its last record exists. The next process keeps what is
+committed, deletes the rest, and continues.
 """
 
 import json
 import os
 import re
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 
-from moma.data.documents import Rejected
+from moma.data.documents import Rejected, SourcePart
 from moma.data.encode.rejected import parse_rejected_line, rejected_line
 from moma.data.shards import (
     INFO_FILE,
@@ -38,7 +42,6 @@ from moma.data.shards import (
     file_origin,
     read_config,
     read_info,
-    shard_features,
 )
 from moma.errors import UserError
 from moma.files import (
@@ -46,101 +49,170 @@ from moma.files import (
     add_path_to_errors,
     atomic_open,
     atomic_write,
+    checksum,
     sync_file,
     sync_folder,
 )
+from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
-_ORIGIN_FILE = "origin.json"
-# Every file that moma writes into the folder of a source.
+_ORIGIN_FILE, _PLAN_FILE = "origin.json", "plan.json"
+_KEPT_FILES = (_ORIGIN_FILE, _PLAN_FILE)
+# Every file that moma writes into the folder of a source; the last alternative is of older data.
 _OWN_FILE = re.compile(
-    rf"({'|'.join(map(re.escape, (_ORIGIN_FILE, INFO_FILE, VOCABULARY_FILE, REJECTED_FILE)))}"
-    rf"|part-\d+\.json|rejected-\d+\.jsonl|({'|'.join(SPLITS)})-\d+\.arrow)"
-    rf"({re.escape(UNFINISHED)})?"
+    rf"({'|'.join(map(re.escape, (*_KEPT_FILES, INFO_FILE, VOCABULARY_FILE, REJECTED_FILE)))}"
+    rf"|(part|rejected|{'|'.join(SPLITS)})-\d+(-\d+)?\.(json|jsonl|arrow))"
+    rf"(\.[0-9a-f]+)?({re.escape(UNFINISHED)})?"
 )
 
 
-class PartialShards:
-    """The shards of one source while they are written; continues what an earlier process left.
+class Plan(Config):
+    """The parts that a source is cut into.
 
     Attributes:
-        parts: the committed parts.
-        done: all of them as one.
+        part_bytes: `data.part_bytes`.
+        parts: the parts, in the order of the documents.
     """
 
-    def __init__(self, folder: Path, origin: ShardInfo, vocabulary: Vocabulary) -> None:
-        """Find the committed parts, and delete everything else.
+    part_bytes: int
+    parts: tuple[SourcePart, ...]
+
+
+class PartialShards:
+    """The files of one source while they are written; continues what an earlier process left.
+
+    Attributes:
+        plan: the parts of the source.
+        parts: what is committed of each part, by its number.
+        complete: the complete parts as one.
+        beginning: what precedes the first part that is not complete, as one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        origin: ShardInfo,
+        part_bytes: int,
+        cut: Callable[[int], list[SourcePart]],
+    ) -> None:
+        """Find what is committed, and delete everything else.
 
         Args:
-            origin: what the shards are made from, without parts; parts of another origin are
+            origin: what the files are made from, without parts; those of another origin are
                 deleted.
+            part_bytes: approximate size of a part; files that were made with another are deleted.
+            cut: cuts the source into parts of that size.
 
         Raises:
             UserError: a folder that would be replaced has files that moma did not write.
         """
-        self.folder, self.path = folder, partial_folder(folder)
-        self.origin, self.vocabulary = origin, vocabulary
+        self.folder, self.path, self.origin = folder, partial_folder(folder), origin
         _require_own(folder, self.path, _old_folder(folder))
-        if read_config(ShardInfo, self.path / _ORIGIN_FILE) != origin:
+        plan = read_config(Plan, self.path / _PLAN_FILE)
+        found = read_config(ShardInfo, self.path / _ORIGIN_FILE)
+        if plan is None or plan.part_bytes != part_bytes or found != origin:
+            plan = Plan(part_bytes=part_bytes, parts=tuple(cut(part_bytes)))
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
+            atomic_write(self.path / _PLAN_FILE, plan.model_dump_json() + "\n")
             atomic_write(self.path / _ORIGIN_FILE, origin.model_dump_json() + "\n")
-        committed: list[Part] = []
-        while part := read_config(Part, self.path / _part_name(len(committed))):
-            committed.append(part)
-        self._keep(committed)
+        self.plan = plan.parts
+        self._keep({number: read_records(self.path, number) for number in range(len(self.plan))})
 
-    def begin_part(self) -> "PartWriter":
-        """Begin the part after the last one."""
-        schema = shard_features(self.vocabulary).arrow_schema
-        return PartWriter(self.path, self.origin, len(self.parts), self.done.stop, schema)
+    @property
+    def pending(self) -> list[int]:
+        """Numbers of the parts that are not complete."""
+        return [number for number in range(len(self.plan)) if not self._is_complete(number)]
 
-    def commit(self, writer: "PartWriter") -> None:
-        """Commit a part: from now on, a kill does not lose it."""
-        part = writer.commit()
-        self.parts.append(part)
-        self.done += part
+    @property
+    def done(self) -> Part:
+        """Everything that is committed, as one."""
+        return sum((sum(records, Part()) for records in self.parts.values()), Part())
+
+    def add(self, number: int, records: Sequence[Part]) -> None:
+        """Note that a part is complete, with these records."""
+        self.parts[number] = [*records]
+        self.complete += sum(records, Part())
+        self._extend_beginning()
 
     def drop_rejected(self) -> None:
-        """Delete the first part with a rejected document and all later ones."""
-        self._keep([*takewhile(lambda part: not part.rejected, self.parts)])
+        """Delete, of each part, the first files with a rejected document and all later ones."""
+        self._keep(
+            {
+                number: [*takewhile(lambda record: not record.rejected, records)]
+                for number, records in self.parts.items()
+            }
+        )
 
-    def finish(self) -> ShardInfo:
-        """Put the shards in place of older ones."""
+    def drop_damaged(self) -> int:
+        """Delete files with a wrong size or checksum, and later ones of their part; count them."""
+        kept = {
+            number: [*takewhile(partial(is_intact, self.path), records)]
+            for number, records in self.parts.items()
+        }
+        damaged = sum(map(len, self.parts.values())) - sum(map(len, kept.values()))
+        self._keep(kept)
+        return damaged
+
+    def finish(self, vocabulary: Vocabulary) -> ShardInfo:
+        """Put the files in place of older ones."""
         with atomic_open(self.path / REJECTED_FILE) as all_rejected:
             copy_rejected(self.folder, all_rejected)
-        self.vocabulary.save(self.path / VOCABULARY_FILE)
-        info = self.origin.with_parts(self.parts)
+        vocabulary.save(self.path / VOCABULARY_FILE)
+        records = (record for number in range(len(self.plan)) for record in self.parts[number])
+        info = self.origin.with_parts([record for record in records if record.documents_read])
         atomic_write(self.path / INFO_FILE, info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)
         return info
 
-    def _keep(self, parts: list[Part]) -> None:
-        """Delete everything that does not belong to these first parts."""
-        self.parts, self.done = parts, sum(parts, Part())
-        files = [path for path in self.path.iterdir() if path.name != _ORIGIN_FILE]
-        # Part records first, the last one before the others: committed parts stay complete.
-        files.sort(key=lambda path: (path.name.startswith("part-"), _number_in(path)), reverse=True)
+    def _extend_beginning(self) -> None:
+        while self._beginning_parts < len(self.plan) and self._is_complete(self._beginning_parts):
+            self.beginning += sum(self.parts[self._beginning_parts], Part())
+            self._beginning_parts += 1
+
+    def _is_complete(self, number: int) -> bool:
+        records = self.parts[number]
+        return bool(records) and records[-1].is_last
+
+    def _keep(self, parts: dict[int, list[Part]]) -> None:
+        """Delete everything that does not belong to these records."""
+        self.parts = parts
+        complete = filter(self._is_complete, parts)
+        self.complete = sum((sum(parts[number], Part()) for number in complete), Part())
+        self.beginning, self._beginning_parts = Part(), 0
+        self._extend_beginning()
+        names = {record.name for records in parts.values() for record in records}
+        files = [path for path in self.path.iterdir() if path.name not in _KEPT_FILES]
+        # Records first, the last one before the others: what they name stays complete.
+        files.sort(key=lambda path: (path.suffix == ".json", _numbers_in(path)), reverse=True)
         for path in files:
-            if path.name.endswith(UNFINISHED) or _number_in(path) >= len(parts):
+            if path.name.endswith(UNFINISHED) or _name_in(path) not in names:
                 path.unlink()
 
 
 class PartWriter:
-    """One part while it is written: a file for each split, and its rejected documents.
+    """Files of a part while they are written: one for each split, and rejected documents.
 
     Attributes:
-        part: what was added so far.
+        record: what was added so far.
     """
 
     def __init__(
-        self, folder: Path, info: ShardInfo, number: int, first: int, schema: pa.Schema
+        self, folder: Path, info: ShardInfo, part: int, file: int, first: int, schema: pa.Schema
     ) -> None:
-        self._folder, self._number, self._source = folder, number, info.source
-        self.part = Part(first=first, stop=first)
-        origin = {**file_origin(info), "part": number}
+        """Write no file yet.
+
+        Args:
+            part, file: number of the part, and of the files among those of the part.
+            first: number of documents of the part before.
+        """
+        self._folder, self._source = folder, info.source
+        self.record = Part(part=part, file=file, first=first, stop=first)
+        origin = {**file_origin(info), "part": part, "file": file}
         metadata = {**(schema.metadata or {}), METADATA_KEY: json.dumps(origin).encode()}
         self._schema = schema.with_metadata(metadata)
+        # A process that is taken for lost may still write the same part.
+        self._unfinished = f".{uuid4().hex[:8]}{UNFINISHED}"
         self._open = ExitStack()
         self._files: dict[str, BinaryIO] = {}
         self._writers: dict[str, pa.RecordBatchStreamWriter] = {}
@@ -171,53 +243,73 @@ class PartWriter:
                     metadata = self._schema.metadata
                     self._writer(split).write_table(table.replace_schema_metadata(metadata))
             if listed := [*rejected, *dropped_images]:
-                file = self._file(f"rejected-{self._number:05}.jsonl")
+                file = self._file(f"rejected-{self.record.name}.jsonl")
                 file.writelines(rejected_line(self._source, row) for row in listed)
-                file.flush()  # they may be read before the part ends
+                file.flush()  # they may be read before the files are committed
         counts = dict.fromkeys(SPLITS, Counts())
         counts |= {split: _count(table) for split, table in tables.items()}
         read = sum(count.documents for count in counts.values()) + len(rejected)
         dropped = Counter(row.dropped_by for row in rejected)
         unusable = dropped.pop("", 0)
-        self.part += Part(
-            stop=self.part.stop + read,
+        own = self.record
+        self.record = own + Part(
+            stop=read,
             counts=counts,
             rejected=unusable,
             dropped=dropped,
             dropped_images=Counter(image.dropped_by for image in dropped_images),
         )
+        self.record = self.record.model_copy(update={"part": own.part, "file": own.file})
 
-    def commit(self) -> Part:
-        """Sync the files, rename them, and write the part's record."""
+    def commit(self, is_last: bool) -> Part:
+        """Sync the files, rename them, and write their record: a kill does not lose them now."""
         with add_path_to_errors(self._folder):
             for writer in self._writers.values():
                 writer.close()
             for file in self._files.values():
                 sync_file(file)
             self._open.close()
+        checksums = {}
         for name in self._files:
-            os.replace(self._folder / (name + UNFINISHED), self._folder / name)
+            unfinished = self._folder / (name + self._unfinished)
+            checksums[name] = checksum(unfinished)
+            os.replace(unfinished, self._folder / name)
         sync_folder(self._folder)
-        atomic_write(self._folder / _part_name(self._number), self.part.model_dump_json() + "\n")
-        return self.part
+        changes = {"is_last": is_last, "checksums": checksums}
+        self.record = self.record.model_copy(update=changes)
+        text = self.record.model_dump_json() + "\n"
+        atomic_write(self._folder / _record_name(self.record.part, self.record.file), text)
+        return self.record
 
     def _writer(self, split: str) -> pa.RecordBatchStreamWriter:
         if split not in self._writers:
-            file = self._file(file_name(split, self._number))
+            file = self._file(file_name(split, self.record.name))
             self._writers[split] = pa.ipc.new_stream(file, self._schema)
         return self._writers[split]
 
     def _file(self, name: str) -> BinaryIO:
         if name not in self._files:
-            path = self._folder / (name + UNFINISHED)
+            path = self._folder / (name + self._unfinished)
             self._files[name] = self._open.enter_context(path.open("wb"))
         return self._files[name]
 
 
-def complete_shards(folder: Path, origin: ShardInfo) -> ShardInfo | None:
-    """Return the shards of a source if they are complete and of this origin, else None."""
-    partial = read_info(partial_folder(folder))
-    if partial is not None and partial.same_origin(origin):
+def read_records(folder: Path, part: int) -> list[Part]:
+    """Return what is committed of a part in a folder of partial files."""
+    records: list[Part] = []
+    while record := read_config(Part, folder / _record_name(part, len(records))):
+        records.append(record)
+    return records
+
+
+def complete_shards(folder: Path, origin: ShardInfo, verify: bool = False) -> ShardInfo | None:
+    """Return the shards of a source if they are complete and of this origin, else None.
+
+    Args:
+        verify: whether to compare checksums; where one is wrong, the shards become partial ones.
+    """
+    finished = read_info(partial_folder(folder))
+    if finished is not None and finished.same_origin(origin):
         _put_in_place(folder)  # a process was killed just before that
     found = read_info(folder)
     if found is None or not found.same_origin(origin):
@@ -226,7 +318,38 @@ def complete_shards(folder: Path, origin: ShardInfo) -> ShardInfo | None:
     _require_own(*leftovers)
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
+    if verify and not all(is_intact(folder, record) for record in found.parts):
+        _make_partial(folder, found)
+        return None
     return found
+
+
+def is_intact(folder: Path, record: Part) -> bool:
+    """Return whether the files of a record have its sizes and checksums."""
+    try:
+        return all(
+            checksum(folder / name) == expected
+            for name, expected in record.checksums.items()
+            if (folder / name).exists() or not name.startswith("rejected-")
+        )
+    except OSError:
+        return False
+
+
+def _make_partial(folder: Path, info: ShardInfo) -> None:
+    """Undo `PartialShards.finish`; if killed before its end, it has not happened."""
+    path = partial_folder(folder)
+    folder.rename(path)
+    with (path / REJECTED_FILE).open("rb") as rejected:
+        for record in info.parts:
+            name = f"rejected-{record.name}.jsonl"
+            if name in record.checksums:
+                (path / name).write_bytes(rejected.read(record.checksums[name][0]))
+            text = record.model_dump_json() + "\n"
+            (path / _record_name(record.part, record.file)).write_text(text)
+    (path / _ORIGIN_FILE).write_text(info.with_parts(()).model_dump_json() + "\n")
+    for name in (REJECTED_FILE, VOCABULARY_FILE, INFO_FILE):
+        (path / name).unlink()
 
 
 def _require_own(*folders: Path) -> None:
@@ -243,15 +366,15 @@ def _require_own(*folders: Path) -> None:
 
 def _put_in_place(folder: Path) -> None:
     """Rename finished shards to their folder; if killed at any step, it is done again."""
-    partial, old = partial_folder(folder), _old_folder(folder)
+    unfinished, old = partial_folder(folder), _old_folder(folder)
     _require_own(folder, old)
-    for pattern in ("part-*.json", "rejected-*.jsonl", _ORIGIN_FILE):
-        for path in partial.glob(pattern):
+    for pattern in ("part-*.json", "rejected-*.jsonl", _ORIGIN_FILE, f"*{UNFINISHED}"):
+        for path in unfinished.glob(pattern):
             path.unlink()
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    partial.rename(folder)
+    unfinished.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
@@ -281,20 +404,24 @@ def _old_folder(folder: Path) -> Path:
 
 
 def _rejected_files(folder: Path) -> list[Path]:
-    partial = partial_folder(folder)
-    if not partial.exists():
+    unfinished = partial_folder(folder)
+    if not unfinished.exists():
         return [*folder.glob(REJECTED_FILE)]
-    return sorted(partial.glob("rejected-*.jsonl*"), key=_number_in)
+    return sorted(unfinished.glob("rejected-*.jsonl*"), key=_numbers_in)
 
 
-def _part_name(number: int) -> str:
-    return f"part-{number:05}.json"
+def _record_name(part: int | None, file: int) -> str:
+    return f"part-{Part(part=part, file=file).name}.json"
 
 
-def _number_in(path: Path) -> int:
-    """Return the part that a file belongs to; a file of the whole source belongs to no kept one."""
-    number = re.search(r"-(\d+)\.", path.name)
-    return int(number[1]) if number else sys.maxsize
+def _name_in(path: Path) -> str:
+    """Return the name of the record that a file belongs to; empty for one of the whole source."""
+    found = re.search(r"-(\d+-\d+)\.", path.name)
+    return found[1] if found else ""
+
+
+def _numbers_in(path: Path) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", _name_in(path))))
 
 
 def _count(table: pa.Table) -> Counts:

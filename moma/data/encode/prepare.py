@@ -4,15 +4,12 @@ Each part is written atomically and is not made again, so that an interrupted pr
 where it was. Documents that cannot be used are listed in `rejected.jsonl`.
 """
 
-import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from moma.data.batches.budget import Budget
@@ -21,28 +18,45 @@ from moma.data.cleaning.clean import Cleaning
 from moma.data.cleaning.passes import provide_cleaning
 from moma.data.config import PrepareConfig
 from moma.data.documents import Source, held_out_share
-from moma.data.encode.parts import copy_rejected
-from moma.data.encode.read_ahead import ImageReader
+from moma.data.encode.executors import (
+    Executor,
+    InProcess,
+    LocalPool,
+    local_devices,
+    spare_cores,
+)
+from moma.data.encode.parts import PartialShards, copy_rejected
+from moma.data.encode.progress import JobProgress
 from moma.data.encode.rejected import all_held_out
-from moma.data.encode.source import Limits, encode_source
+from moma.data.encode.source import Limits, SourceEncoding
 from moma.data.encode.tokenizers import provide_tokenizers
+from moma.data.encode.worker import Encoded, Job, Task
 from moma.data.outputs import CLEANING_FOLDER
 from moma.data.provenance import DataFolder
 from moma.data.shards import REJECTED_FILE, Part, ShardInfo
 from moma.errors import UserError, list_names
 from moma.files import atomic_open, lock_folder
-from moma.images import square_pixels
-from moma.progress import ProgressCallback, show_progress
+from moma.progress import show_progress
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
-from moma.tokenizers.image.codec import ImageCodec, to_float
-from moma.tokenizers.text import encode_texts, load_text_tokenizer, split_text
 from moma.vocabulary import Vocabulary
 
 # Seconds to wait for another process that prepares the same folder.
 LOCK_TIMEOUT = 10.0
 # Seconds to count a source's documents for the progress bar.
 MAX_COUNTING_SECONDS = 30.0
+# Fewer bytes are encoded sooner in this process than other processes start.
+MIN_POOL_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the sources are encoded; see `prepare`."""
+
+    device: torch.device
+    quiet: bool
+    processes: int | None
+    verify: bool
 
 
 @dataclass(frozen=True)
@@ -82,15 +96,17 @@ def prepare(
     config: PrepareConfig,
     device: torch.device,
     quiet: bool = False,
-    workers: int | None = None,
+    processes: int | None = None,
+    verify: bool = False,
 ) -> Prepared:
     """Write tokenizer, codec and shards into `data.path`.
 
     Args:
         config: a recipe, or the part of it that is prepared.
         device: where the codec is trained and run.
-        workers: maximum processes that read images; by default the number of spare cores. It does
-            not change what is written.
+        processes: maximum processes, by default as many as there are cores. It does not change
+            what is written.
+        verify: whether to read all shards and to make damaged ones again.
 
     Raises:
         UserError: the recipe's image share is impossible, too many documents of a source cannot
@@ -104,27 +120,16 @@ def prepare(
     data.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(data.path, LOCK_TIMEOUT):
         folder = DataFolder(data)
-        cleaning = provide_cleaning(data.sources, data.path / CLEANING_FOLDER, quiet)
+        clean_folder = data.path / CLEANING_FOLDER
+        cleaning = provide_cleaning(data.sources, clean_folder, data.part_bytes, quiet)
         vocabulary = provide_tokenizers(config, folder, device, quiet)
         _warn_changed_sources(folder)
-        infos = _encode_all(folder, cleaning, vocabulary, device, quiet, workers)
+        infos = _encode_all(folder, cleaning, vocabulary, Options(device, quiet, processes, verify))
     counts = _together(infos).counts
     if not counts["train"].documents:
         raise all_held_out(counts["held_out"].documents)
     _check_packing(config, vocabulary)
     return Prepared(vocabulary, infos)
-
-
-def encode_images(
-    codec: ImageCodec, device: torch.device, pixels: Sequence[np.ndarray]
-) -> np.ndarray:
-    """Encode images of the codec's size to codes, int64 of shape [images, codes_per_image].
-
-    Args:
-        pixels: pixels of each image, uint8 of shape [H, W, 3].
-    """
-    pixels_BHW3 = torch.from_numpy(np.stack(pixels)).to(device)
-    return codec.encode(to_float(pixels_BHW3)).cpu().numpy()
 
 
 def _check_budget(config: PrepareConfig) -> None:
@@ -163,43 +168,94 @@ def _encode_all(
     folder: DataFolder,
     cleaning: Mapping[str, Cleaning],
     vocabulary: Vocabulary,
-    device: torch.device,
-    quiet: bool,
-    workers: int | None,
+    options: Options,
 ) -> dict[str, ShardInfo]:
     """Encode every source; `rejected.jsonl` lists the rejected documents of all."""
-    data, tokenizers = folder.data, folder.tokenizers
-    tokenizer = load_text_tokenizer(tokenizers.text)
-    codec = ImageCodec.load(tokenizers.codec).to(device) if tokenizers.codec.exists() else None
-    preprocess = partial(square_pixels, size=codec.config.image_size if codec else 1)
-    encoders = folder.record_encoders()
+    job = make_job(folder, cleaning, vocabulary)
     infos: dict[str, ShardInfo] = {}
+    shards: dict[str, PartialShards] = {}
     try:
-        with ImageReader(preprocess, spare_cores() if workers is None else workers) as reader:
-            for source in data.sources:
-                total = None if quiet else count_documents(source, folder)
-                with show_progress(f"encode {source.name}", total, quiet) as report:
-                    infos[source.name] = encode_source(
-                        source,
-                        partial(encode_texts, tokenizer),
-                        partial(encode_images, codec, device) if codec else None,
-                        vocabulary,
-                        held_out_share(source, data.held_out),
-                        data.folder(source.name),
-                        cleaning=cleaning[source.name],
-                        encoders=encoders,
-                        limits=Limits(data.shard_tokens, data.max_rejected),
-                        reader=reader,
-                        codec_in_thread=device.type != "cpu",
-                        split_text=partial(split_text, tokenizer),
-                        progress=report_speed(report),
-                    )
+        for name, encoding in job.sources.items():
+            if (info := encoding.find_complete(options.verify)) is not None:
+                infos[name] = info
+            else:
+                shards[name] = encoding.begin(options.verify)
+        _encode(folder, job, shards, options)
+        for name, partial in shards.items():
+            infos[name] = job.sources[name].finish(partial)
     finally:
         # One file for all sources, from those in the folders of their shards.
-        with atomic_open(data.path / REJECTED_FILE) as file:
-            for source in data.sources:
-                copy_rejected(data.folder(source.name), file)
-    return infos
+        with atomic_open(folder.data.path / REJECTED_FILE) as file:
+            for source in folder.data.sources:
+                copy_rejected(folder.data.folder(source.name), file)
+    return {name: infos[name] for name in job.sources}
+
+
+def make_job(folder: DataFolder, cleaning: Mapping[str, Cleaning], vocabulary: Vocabulary) -> Job:
+    """Return how the sources of a data folder are encoded with its tokenizers."""
+    data, encoders = folder.data, folder.record_encoders()
+    limits = Limits(data.shard_tokens, data.max_rejected)
+    sources = {
+        source.name: SourceEncoding(
+            source,
+            vocabulary,
+            held_out_share(source, data.held_out),
+            data.folder(source.name),
+            encoders,
+            limits,
+            data.part_bytes,
+            cleaning[source.name],
+        )
+        for source in data.sources
+    }
+    return Job(sources, vocabulary, folder.tokenizers.path)
+
+
+def _encode(
+    folder: DataFolder, job: Job, shards: Mapping[str, PartialShards], options: Options
+) -> None:
+    """Encode the parts that are not complete."""
+    tasks = [
+        Task(name, number, partial.plan[number])
+        for name, partial in shards.items()
+        for number in partial.pending
+    ]
+    if not tasks:
+        return
+    quiet = options.quiet
+    counts = [
+        None if quiet else count_documents(source, folder)
+        for source in folder.data.sources
+        if source.name in shards
+    ]
+    known = [count for count in counts if count is not None]
+    total = sum(known) if len(known) == len(counts) else None
+    with show_progress("encode", total, quiet) as report:
+        progress = JobProgress(
+            report,
+            parts=sum(len(partial.plan) for partial in shards.values()),
+            size=sum(task.part.size for task in tasks),
+            complete=sum((partial.complete for partial in shards.values()), Part()),
+            pending=len(tasks),
+        )
+
+        def note(encoded: Encoded) -> None:
+            progress.note(encoded)
+            source, number, _ = encoded.task
+            if encoded.records is not None:
+                job.sources[source].add(shards[source], number, encoded.records)
+
+        _executor(job, tasks, options).run(tasks, note)
+
+
+def _executor(job: Job, tasks: Sequence[Task], options: Options) -> Executor:
+    processes = spare_cores() + 1 if options.processes is None else options.processes
+    size = sum(task.part.size for task in tasks)
+    is_small = options.processes is None and size < MIN_POOL_BYTES
+    if processes == 1 or len(tasks) == 1 or is_small:
+        return InProcess(job, options.device, processes)
+    devices = local_devices(options.device)
+    return LocalPool(job, processes, devices, shares_codec=options.device.type != "cpu")
 
 
 def count_documents(source: Source, folder: DataFolder) -> int | None:
@@ -219,28 +275,3 @@ def count_documents(source: Source, folder: DataFolder) -> int | None:
         if time.monotonic() > end:
             return None
     return number
-
-
-def report_speed(report: ProgressCallback) -> Callable[[Part], None]:
-    """Return a function that reports documents read, and the speed since its first call."""
-    begin = time.monotonic()
-    first: Part | None = None
-
-    def progress(part: Part) -> None:
-        nonlocal first
-        first = first or part
-        seconds = max(time.monotonic() - begin, 1e-9)
-        done, before = part.total.model_dump(), first.total.model_dump()
-        rates = [f"{(done[key] - before[key]) / seconds:,.0f} {key}/s" for key in done]
-        rejected = [f"{part.rejected} rejected"] if part.rejected else []
-        report(part.documents_read, ", ".join([*rates, *rejected]))
-
-    return progress
-
-
-def spare_cores() -> int:
-    """Return the number of cores that this process may use in addition to its own."""
-    try:
-        return len(os.sched_getaffinity(0)) - 1
-    except AttributeError:  # not on every system
-        return (os.cpu_count() or 1) - 1

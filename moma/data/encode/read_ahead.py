@@ -129,25 +129,29 @@ def _explain_lost_worker() -> Iterator[None]:
     except BrokenProcessPool as error:
         raise UserError(
             "a process that reads images died, perhaps because memory ran out; run the same "
-            "command again, with --workers 0 if it happens again"
+            "command again, with --processes 1 if it happens again"
         ) from error
 
 
 def _start_pool(workers: int) -> ProcessPoolExecutor:
-    """Start worker processes, all of them now, without the main module.
-
-    They would import it, and so run a user's script again.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
+    """Start worker processes, all of them now."""
+    with without_main_module():
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(workers, context, initializer=_set_up_worker)
         for _ in range(workers):
             pool.submit(int)
+    return pool
+
+
+@contextmanager
+def without_main_module() -> Iterator[None]:
+    """Start processes without the main module: importing it would run a user's script again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
     finally:
         sys.modules["__main__"] = main
-    return pool
 
 
 def _set_up_worker() -> None:

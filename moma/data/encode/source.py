@@ -1,11 +1,12 @@
-"""Encode one source: documents → chunks → token ids → shards.
+"""Encode one source, part by part: documents → chunks → token ids → shards.
 
-Neither the number of worker processes nor an interruption changes a byte of what is written. A
-document that cannot be encoded is rejected with the reason; the others are not affected.
+Neither the number of processes nor an interruption changes a byte of what is written. A document
+that cannot be encoded is rejected with the reason; the others are not affected.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +16,22 @@ from PIL import Image
 
 from moma.data.cleaning.clean import Cleaning
 from moma.data.cleaning.config import CleaningConfig
-from moma.data.documents import Source, source_fingerprint, which_held_out
-from moma.data.encode.parts import PartialShards, complete_shards, read_rejected
+from moma.data.documents import (
+    Source,
+    SourcePart,
+    parts_of,
+    read_part,
+    source_fingerprint,
+    which_held_out,
+)
+from moma.data.encode.parts import (
+    PartialShards,
+    PartWriter,
+    complete_shards,
+    partial_folder,
+    read_records,
+    read_rejected,
+)
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.rejected import no_documents, too_many_rejected
 from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText, SplitText
@@ -24,10 +39,11 @@ from moma.data.provenance import Encoders
 from moma.data.shards import REJECTED_FILE, SPLITS, Part, ShardInfo, shard_features
 from moma.vocabulary import Vocabulary
 
-# A part ends with the chunk that reaches this or the recipe's `shard_tokens`.
-PART_DOCUMENTS = 1_000_000
+# Files end with the chunk that reaches this or the recipe's `shard_tokens`.
+FILE_DOCUMENTS = 1_000_000
 # With fewer documents, the fraction of rejected ones is checked at the end of the source only.
 MIN_DOCUMENTS_TO_CHECK = 100
+PART_BYTES = 2**28
 
 Progress = Callable[[Part], None]
 
@@ -49,6 +65,144 @@ class Limits:
         return part.rejected > self.max_rejected * part.documents_read
 
 
+@dataclass(frozen=True)
+class SourceEncoding:
+    """How one source is encoded; can be sent to another process.
+
+    Attributes:
+        source: the source.
+        vocabulary: the ids.
+        held_out_share: fraction of the documents held out, unless the source itself decides.
+        folder: the source's own folder; replaced if it was made from something else.
+        encoders: fingerprints of tokenizer and codec: shards of others are replaced.
+        limits: limits of what is written.
+        part_bytes: approximate size of a part of the source.
+        cleaning: drops documents and images; nothing by default.
+    """
+
+    source: Source
+    vocabulary: Vocabulary
+    held_out_share: float
+    folder: Path
+    encoders: Encoders = field(default_factory=Encoders)
+    limits: Limits = field(default_factory=Limits)
+    part_bytes: int = PART_BYTES
+    cleaning: Cleaning = field(default_factory=lambda: Cleaning(CleaningConfig()))
+
+    @cached_property
+    def origin(self) -> ShardInfo:
+        """What the shards are made from."""
+        return ShardInfo(
+            source=self.source.name,
+            source_fingerprint=source_fingerprint(
+                self.source, self.held_out_share, self.cleaning.fingerprint
+            ),
+            vocabulary_fingerprint=self.vocabulary.fingerprint,
+            encoders=self.encoders,
+        )
+
+    def find_complete(self, verify: bool = False) -> ShardInfo | None:
+        """Return the shards if they are complete.
+
+        Args:
+            verify: whether to compare checksums; damaged files are then deleted.
+
+        Raises:
+            UserError: too many documents were rejected, or there are files of the user's.
+        """
+        info = complete_shards(self.folder, self.origin, verify)
+        if info is not None:
+            self.check_rejected(info.whole)
+        return info
+
+    def begin(self, verify: bool = False) -> PartialShards:
+        """Cut the source into parts, or find those that an earlier process left."""
+
+        def cut(part_bytes: int) -> list[SourcePart]:
+            return parts_of(self.source, part_bytes)
+
+        shards = PartialShards(self.folder, self.origin, self.part_bytes, cut)
+        if verify:
+            shards.drop_damaged()
+        if self.limits.exceeded(shards.done):
+            shards.drop_rejected()  # they may have been fixed
+        return shards
+
+    def encode_part(
+        self,
+        number: int,
+        part: SourcePart,
+        encoder: Encoder,
+        reader: ImageReader,
+        progress: Progress = lambda part: None,
+    ) -> list[Part]:
+        """Encode what is not on disk yet of a part; return the records of all of it.
+
+        Args:
+            progress: called with what is encoded of the part, at the start and after each chunk.
+        """
+        folder = partial_folder(self.folder)
+        records = read_records(folder, number)
+        if records and records[-1].is_last:
+            return records
+        done = sum(records, Part())
+        progress(done)
+        schema = shard_features(self.vocabulary).arrow_schema
+
+        def begin() -> PartWriter:
+            return PartWriter(folder, self.origin, number, len(records), done.stop, schema)
+
+        rows = self.cleaning.rows(read_part(self.source, part), number)
+        rest = islice(rows, done.documents_read, None)
+        writer = begin()
+        try:
+            for chunk in encoder.encode(rest, reader, self.limits.shard_tokens):
+                tables = _tables(chunk, self.vocabulary, self.held_out_share)
+                writer.add(tables, chunk.rejected, chunk.dropped_images)
+                so_far = done + writer.record
+                progress(so_far)
+                # Of a later part, it is not known what precedes it.
+                if number == 0 and so_far.documents_read >= MIN_DOCUMENTS_TO_CHECK:
+                    self.check_rejected(so_far)
+                if self._is_full(writer.record):
+                    records.append(writer.commit(is_last=False))
+                    done = so_far
+                    writer = begin()
+            records.append(writer.commit(is_last=True))
+        finally:
+            writer.close()
+        return records
+
+    def add(self, shards: PartialShards, number: int, records: list[Part]) -> None:
+        """Note a part that was encoded; raises `UserError` if too many documents were rejected."""
+        shards.add(number, records)
+        if shards.beginning.documents_read >= MIN_DOCUMENTS_TO_CHECK:
+            self.check_rejected(shards.beginning)
+
+    def finish(self, shards: PartialShards) -> ShardInfo:
+        """Put complete shards in place; raises `UserError` if there are too few documents."""
+        self.check_rejected(shards.done)
+        if not shards.done.total.documents:
+            raise no_documents(self.source, shards.done.dropped)
+        return shards.finish(self.vocabulary)
+
+    def check_rejected(self, part: Part) -> None:
+        """Raise `UserError` if too many documents were rejected."""
+        if self.limits.exceeded(part):
+            raise too_many_rejected(
+                self.source.name,
+                part.rejected,
+                part.documents_read,
+                self.limits.max_rejected,
+                read_rejected(self.folder),
+                f" ({REJECTED_FILE} in the data folder lists all)",
+            )
+
+    def _is_full(self, record: Part) -> bool:
+        full = record.total.tokens >= self.limits.shard_tokens
+        return full or record.documents_read >= FILE_DOCUMENTS
+
+
 def encode_source(
     source: Source,
     encode_text: EncodeText,
@@ -63,19 +217,17 @@ def encode_source(
     reader: ImageReader | None = None,
     codec_in_thread: bool = True,
     split_text: SplitText = lambda text: [text],
+    part_bytes: int = PART_BYTES,
     progress: Progress = lambda part: None,
 ) -> ShardInfo:
-    """Encode the documents of a source that an earlier, interrupted call has not encoded yet.
+    """Encode, in this process, the documents of a source that are not encoded yet.
 
     Args:
         encode_text: texts → their token ids, none of them special or of an image; called in
             threads.
         encode_images: preprocessed images → codes, integers of shape [images, codes_per_image];
             None without a codec.
-        held_out_share: fraction of the documents held out, unless the source itself decides.
-        folder: the source's own folder; replaced if it was made from something else.
-        cleaning: drops documents and images; nothing by default.
-        encoders: fingerprints of tokenizer and codec: shards of others are replaced.
+        held_out_share, folder, cleaning, encoders, limits, part_bytes: see `SourceEncoding`.
         reader: reads the images; by default in this process, as RGB arrays.
         split_text: cuts a long text into pieces whose ids are those of the text.
         progress: called with what has been encoded so far, at the start and after each chunk.
@@ -84,77 +236,36 @@ def encode_source(
         UserError: there are no documents, too many rejected ones, or images without a codec, or
             the folder has files that moma did not write.
     """
-    limits, cleaning = limits or Limits(), cleaning or Cleaning(CleaningConfig())
-    origin = ShardInfo(
-        source=source.name,
-        source_fingerprint=source_fingerprint(source, held_out_share, cleaning.fingerprint),
-        vocabulary_fingerprint=vocabulary.fingerprint,
-        encoders=encoders or Encoders(),
+    encoding = SourceEncoding(
+        source,
+        vocabulary,
+        held_out_share,
+        folder,
+        encoders or Encoders(),
+        limits or Limits(),
+        part_bytes,
+        cleaning or Cleaning(CleaningConfig()),
     )
-    info = complete_shards(folder, origin)
-    if info is not None:
-        _check_rejected(source, info.whole, limits, folder)
+    if (info := encoding.find_complete()) is not None:
         return info
+    shards = encoding.begin()
     reader = reader or ImageReader(to_rgb, workers=0)
-    encoder = Encoder(encode_text, encode_images, vocabulary, codec_in_thread, split_text)
-    with encoder:
-        shards = PartialShards(folder, origin, vocabulary)
-        if limits.exceeded(shards.done):
-            shards.drop_rejected()  # they may have been fixed
-        _write(source, cleaning, encoder, reader, shards, held_out_share, limits, progress)
-    _check_rejected(source, shards.done, limits, folder)
-    if not shards.done.total.documents:
-        raise no_documents(source, shards.done.dropped)
-    return shards.finish()
+    with Encoder(encode_text, encode_images, vocabulary, codec_in_thread, split_text) as encoder:
+        for number in shards.pending:
+            before = shards.complete
+
+            def report(part: Part, before: Part = before) -> None:
+                progress(before + part)
+
+            part = shards.plan[number]
+            records = encoding.encode_part(number, part, encoder, reader, report)
+            encoding.add(shards, number, records)
+    return encoding.finish(shards)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
     """Return the pixels of an image of any size, uint8 of shape [H, W, 3]."""
     return np.asarray(image.convert("RGB"))
-
-
-def _write(
-    source: Source,
-    cleaning: Cleaning,
-    encoder: Encoder,
-    reader: ImageReader,
-    shards: PartialShards,
-    held_out_share: float,
-    limits: Limits,
-    progress: Progress,
-) -> None:
-    """Encode and write the documents that are not on disk yet, in parts."""
-    progress(shards.done)
-    rest = islice(cleaning.rows(source.documents()), shards.done.documents_read, None)
-    writer = shards.begin_part()
-    try:
-        for chunk in encoder.encode(rest, reader, limits.shard_tokens):
-            tables = _tables(chunk, shards.vocabulary, held_out_share)
-            writer.add(tables, chunk.rejected, chunk.dropped_images)
-            part = writer.part
-            so_far = shards.done + part
-            progress(so_far)
-            if so_far.documents_read >= MIN_DOCUMENTS_TO_CHECK:
-                _check_rejected(source, so_far, limits, shards.folder)
-            if part.total.tokens >= limits.shard_tokens or part.documents_read >= PART_DOCUMENTS:
-                shards.commit(writer)
-                writer = shards.begin_part()
-        if writer.part.documents_read:
-            shards.commit(writer)
-    finally:
-        writer.close()
-
-
-def _check_rejected(source: Source, part: Part, limits: Limits, folder: Path) -> None:
-    if limits.exceeded(part):
-        raise too_many_rejected(
-            source.name,
-            part.rejected,
-            part.documents_read,
-            limits.max_rejected,
-            read_rejected(folder),
-            f" ({REJECTED_FILE} in the data folder lists all)",
-        )
 
 
 def _tables(

@@ -61,7 +61,7 @@ def recipe_of(folder, path, **clean):
 
 
 def run(recipe):
-    return prepare(recipe, torch.device("cpu"), quiet=True, workers=0)
+    return prepare(recipe, torch.device("cpu"), quiet=True, processes=1)
 
 
 ALL = {

@@ -5,9 +5,10 @@ import os
 import shutil
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from moma.data.documents import Document, Rejected
+from moma.data.documents import Document, Rejected, SourcePart
 from moma.data.encode import chunks, parts
 from moma.data.encode.source import Limits, encode_source
 from moma.data.shards import ShardInfo, open_shards
@@ -183,15 +184,21 @@ def test_a_truncated_record_is_ignored(tmp_path):
     assert contents(folder) == contents(tmp_path / "undisturbed")
 
 
+def one_part(part_bytes):
+    return [SourcePart()]
+
+
 def test_dropping_rejected_rows_may_be_killed_at_any_step(tmp_path):
     origin = ShardInfo(source="rows", source_fingerprint="", vocabulary_fingerprint="")
     for kill_at in range(40):
         folder = tmp_path / str(kill_at)
-        made = parts.PartialShards(folder, origin, VOCABULARY)
+        made = parts.PartialShards(folder, origin, 1, one_part)
+        records = []
         for number in range(3):
-            writer = made.begin_part()
+            writer = parts.PartWriter(made.path, origin, 0, number, number, pa.schema([]))
             writer.add({}, [Rejected(f"row {number}", "bad")] if number else [])
-            made.commit(writer)
+            records.append(writer.commit(is_last=number == 2))
+        made.add(0, records)
         with pytest.MonkeyPatch.context() as patch:
             Steps(patch, kill_at)
             try:
@@ -200,11 +207,11 @@ def test_dropping_rejected_rows_may_be_killed_at_any_step(tmp_path):
                 killed = True
             else:
                 killed = False
-        again = parts.PartialShards(folder, origin, VOCABULARY)
-        for number, part in enumerate(again.parts):
+        again = parts.PartialShards(folder, origin, 1, one_part)
+        for record in again.parts[0]:
             names = {path.name for path in again.path.iterdir()}
-            assert (f"rejected-{number:05}.jsonl" in names) == (part.rejected > 0)
+            assert (f"rejected-{record.name}.jsonl" in names) == (record.rejected > 0)
         if not killed:
-            assert len(again.parts) == 1
+            assert len(again.parts[0]) == 1
             return
     pytest.fail("dropping never ended")

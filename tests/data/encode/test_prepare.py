@@ -9,9 +9,12 @@ import pytest
 from PIL import Image
 
 from moma.data.batches.iterator import Batches
-from moma.data.documents import Document, is_held_out
+from moma.data.documents import Document, SourcePart, is_held_out
 from moma.data.encode import prepare as prepare_module
-from moma.data.encode.prepare import count_documents, report_speed
+from moma.data.encode import worker as worker_module
+from moma.data.encode.prepare import count_documents
+from moma.data.encode.progress import JobProgress
+from moma.data.encode.worker import Encoded, Task
 from moma.data.provenance import DataFolder, read_provenance
 from moma.data.shards import Counts, Part
 from moma.data.sources.captions import CaptionsConfig
@@ -72,7 +75,7 @@ def test_progress_has_a_total_with_tokenizers_of_another_folder(tmp_path, capsys
     reusing = make_recipe(tmp_path, 50, "other", tokenizers=str(tmp_path / "data"))
     run(reusing, quiet=False)
     message = capsys.readouterr().err
-    assert "encode captions: 50/50 after" in message and "encode text: 50/50 after" in message
+    assert "encode: 100/100 after" in message
     counts = [count_documents(source, DataFolder(reusing.data)) for source in reusing.data.sources]
     assert counts == [None, None]  # they have shards
 
@@ -87,22 +90,44 @@ def test_counting_stops_after_a_time_limit(tmp_path, monkeypatch):
     assert count_documents(recipe.data.sources[1], folder) == 50
 
 
-def test_speed_is_measured_from_the_first_report(monkeypatch):
-    clock = iter([100.0, 100.0, 104.0])
+def test_progress_counts_what_is_encoded_now_by_node(monkeypatch):
+    clock = iter([100.0, 100.0, 104.0, 104.0, 110.0])
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     reports = []
-    speed = report_speed(lambda done, note="": reports.append((done, note)))
     counts = {"train": Counts(documents=10, tokens=3000, images=4), "held_out": Counts()}
-    part = Part(first=0, stop=12, counts=counts, rejected=2)
-    speed(part)  # by an earlier process
+    part = Part(stop=12, counts=counts, rejected=2)
+    progress = JobProgress(
+        lambda done, note="": reports.append((done, note)),
+        parts=5,
+        size=400,
+        complete=Part(stop=100),
+        pending=2,
+    )
+    task = Task("text", 3, SourcePart(size=100))
+    progress.note(Encoded(task, part, node="a"))  # by an earlier process
     more = {
         "train": Counts(documents=6, tokens=4000, images=4),
         "held_out": Counts(documents=2, tokens=400, images=4),
     }
-    speed(part + Part(first=12, stop=21, counts=more, rejected=1))
+    whole = part + Part(stop=9, counts=more, rejected=1)
+    progress.note(Encoded(task, whole, records=[whole], node="a"))
+    progress.note(Encoded(task._replace(number=4), Part(), node="b"))
+    progress.note(Encoded(task._replace(number=4), part, node="b"))
     assert reports == [
-        (12, "0 documents/s, 0 tokens/s, 0 images/s, 2 rejected"),
-        (21, "2 documents/s, 1,100 tokens/s, 2 images/s, 3 rejected"),
+        (112, "3 of 5 parts, 0 documents/s, 0 tokens/s, 0 images/s, 2 rejected"),
+        (
+            121,
+            "4 of 5 parts, 2 documents/s, 1,100 tokens/s, 2 images/s, 12 s left, 3 rejected",
+        ),
+        (
+            121,
+            "4 of 5 parts, 2 documents/s, 1,100 tokens/s, 2 images/s, 12 s left, 3 rejected",
+        ),
+        (
+            133,
+            "4 of 5 parts, 2 documents/s, 740 tokens/s, 1 images/s, 30 s left, 5 rejected, "
+            "a 1 documents/s, b 1 documents/s",
+        ),
     ]
 
 
@@ -142,13 +167,13 @@ def test_an_image_share_without_images_is_refused(tmp_path):
 
 def test_a_cpu_encodes_in_the_calling_thread(tmp_path, monkeypatch):
     """With a second thread that uses PyTorch, operations wait for each other."""
-    threads, real = set(), prepare_module.encode_images
+    threads, real = set(), worker_module.encode_images
 
     def encode(*arguments):
         threads.add(threading.get_ident())
         return real(*arguments)
 
-    monkeypatch.setattr(prepare_module, "encode_images", encode)
+    monkeypatch.setattr(worker_module, "encode_images", encode)
     run(make_recipe(tmp_path, rows=50))
     assert threads == {threading.get_ident()}
 

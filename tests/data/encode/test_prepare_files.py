@@ -2,6 +2,8 @@
 
 import errno
 import json
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 
@@ -56,6 +58,38 @@ def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "sync_file", full)
     with pytest.raises(OSError, match=r"No space left on device.*captions\.partial"):
         run(recipe)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_a_damaged_file_is_made_again(tmp_path, monkeypatch, complete):
+    """A byte differs, which opening the file does not show."""
+    cut = partial(make_recipe, tmp_path, 50, part_bytes=10 * 2**17, shard_tokens=100)
+    run(cut("undisturbed"))
+    recipe = cut("data")
+    with monkeypatch.context() as patch:
+        if not complete:
+            patch.setattr(parts.PartialShards, "finish", stop)
+        with pytest.raises(KeyboardInterrupt) if not complete else nullcontext():
+            run(recipe)
+    files = sorted((tmp_path / "data/shards").glob("captions*/train-*.arrow"))
+    assert len(files) > 8
+    kept = {path.name: path.stat().st_mtime_ns for path in files}
+    (path,) = (path for path in files if path.name == "train-00002-00000.arrow")
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+    run(recipe, verify=True)
+    assert contents(tmp_path / "data/shards") == contents(tmp_path / "undisturbed/shards")
+    made = {
+        path.name
+        for path in (tmp_path / "data/shards/captions").glob("train-*.arrow")
+        if path.stat().st_mtime_ns != kept[path.name]
+    }
+    assert made == {path.name for path in files if path.name.startswith("train-00002-")}
+
+
+def stop(*arguments):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", ["shards/mine.txt", "tokenizer.json", "provenance.json"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moma.data.encode.prepare import encode_images
+from moma.data.encode.worker import encode_images
 from moma.errors import StoppedError, UserError
 from moma.runtime.world import World
 from moma.tokenizers.image.codec import ImageCodec, to_pil
