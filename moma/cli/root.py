@@ -13,6 +13,7 @@ from moma.cli import (
     evaluate,
     generate,
     hub,
+    inspect,
     plan,
     schema,
     serve,
@@ -41,7 +42,10 @@ app = App(
     help="Pre-train, run and study mixed-modal language models with modality-aware sparsity.",
     no_args_is_help=True,
 )
-families = (data, training, calibrate, evaluate, generate, serve, hub, study, plan, demo, schema)
+families = (
+    *(data, training, calibrate, evaluate, generate, inspect, serve),
+    *(hub, study, plan, demo, schema),
+)
 for family in families:
     app.add_typer(family.app)
 app.add_typer(tokenizer.app, name="tokenizer")

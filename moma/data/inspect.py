@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +75,38 @@ def lengths_as_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+class FoundDocument(NamedTuple):
+    """An encoded document: its source, its name there, and its ids, integers [tokens]."""
+
+    source: str
+    name: str
+    ids: np.ndarray
+
+
+def find_document(folder: Path, source: str | None, split: str, document: int) -> FoundDocument:
+    """Find an encoded document; the parameters are those of `decode_document`.
+
+    Raises:
+        UserError: there is no such source, split or document.
+    """
+    opened = _open(folder, source, _vocabulary_of(folder))
+    if len(opened) > 1:
+        names = list_names(opened).replace(", ", " or ")
+        raise UserError(f"--document {document}: name one of the sources: --source {names}")
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: use {' or '.join(SPLITS)}")
+    ((name, shards),) = opened.items()
+    shard = shards.splits[split]
+    if not 1 <= document <= len(shard):
+        raise UserError(
+            f"--document {document}: {name} has the documents 1 to {len(shard)} in {split}"
+            if len(shard)
+            else f"--document {document}: {name} has no documents in {split}"
+        )
+    row = shard.dataset[document - 1]
+    return FoundDocument(name, row["name"], shard.ids(document - 1))
+
+
 def decode_document(
     folder: Path, source: str | None, split: str, document: int, out: Path
 ) -> dict[str, Any]:
@@ -95,28 +127,15 @@ def decode_document(
         UserError: there is no such source, split or document.
     """
     vocabulary = _vocabulary_of(folder)
-    opened = _open(folder, source, vocabulary)
-    if len(opened) > 1:
-        names = list_names(opened).replace(", ", " or ")
-        raise UserError(f"--document {document}: name one of the sources: --source {names}")
-    if split not in SPLITS:
-        raise UserError(f"--split {split}: use {' or '.join(SPLITS)}")
-    ((name, shards),) = opened.items()
-    shard = shards.splits[split]
-    if not 1 <= document <= len(shard):
-        raise UserError(
-            f"--document {document}: {name} has the documents 1 to {len(shard)} in {split}"
-            if len(shard)
-            else f"--document {document}: {name} has no documents in {split}"
-        )
-    ids = shard.ids(document - 1)
+    found = find_document(folder, source, split, document)
+    stem = f"{found.source}-{split}-{document}"
     return {
-        "source": name,
+        "source": found.source,
         "split": split,
         "document": document,
-        "name": shard.dataset[document - 1]["name"],
-        "tokens": len(ids),
-        "segments": _decode(ids, Tokenizers(folder), vocabulary, out, f"{name}-{split}-{document}"),
+        "name": found.name,
+        "tokens": len(found.ids),
+        "segments": _decode(found.ids, Tokenizers(folder), vocabulary, out, stem),
     }
 
 

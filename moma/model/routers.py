@@ -128,6 +128,8 @@ class RouterRecord(NamedTuple):
         logits_NE: the main router's logits, detached.
         kind: a router of `experts`, or of mixture-of-depths (`depth`, with E = 1).
         excess: number of tokens above a threshold that found no slot; None under batch choice.
+        score_NE: factors of the experts' outputs for the tokens that they process, detached; None:
+            sigmoid of the logits.
     """
 
     selected_NE: Tensor
@@ -136,6 +138,13 @@ class RouterRecord(NamedTuple):
     logits_NE: Tensor
     kind: RouterKind = "experts"
     excess: Tensor | None = None
+    score_NE: Tensor | None = None
+
+    @property
+    def weight_NE(self) -> Tensor:
+        """The factor of each expert's output; 0 where it does not process the token."""
+        score_NE = self.logits_NE.sigmoid() if self.score_NE is None else self.score_NE
+        return score_NE * self.selected_NE
 
     def scatter(self, index_K: Tensor, tokens: int) -> "RouterRecord":
         """Expand a record of only the tokens `index_K` to all N tokens, with zeros elsewhere."""
@@ -143,12 +152,13 @@ class RouterRecord(NamedTuple):
         def expand(part: Tensor) -> Tensor:
             return part.new_zeros(tokens, *part.shape[1:]).index_copy(0, index_K, part)
 
-        auxiliary = self.auxiliary_logits_NE
+        auxiliary, score = self.auxiliary_logits_NE, self.score_NE
         return self._replace(
             selected_NE=expand(self.selected_NE),
             auxiliary_logits_NE=None if auxiliary is None else expand(auxiliary),
             eligible_N=expand(self.eligible_N),
             logits_NE=expand(self.logits_NE),
+            score_NE=None if score is None else expand(score),
         )
 
 
@@ -191,12 +201,13 @@ def diagnose(
     kind: RouterKind = "experts",
     cutoff_E: Tensor | None = None,
     excess: Tensor | None = None,
+    score_NE: Tensor | None = None,
 ) -> Diagnostics:
     """Check a router's scores, and record its selection if `routing` requests it.
 
     Args:
         selected_NE: as in `RouterRecord`; needed only if `routing.records`.
-        logits_NE, auxiliary_logits_NE, eligible_N, kind, excess: as in `RouterRecord`.
+        logits_NE, auxiliary_logits_NE, eligible_N, kind, excess, score_NE: as in `RouterRecord`.
         routing: see `Routing`.
         cutoff_E: as in `Diagnostics`.
     """
@@ -215,5 +226,6 @@ def diagnose(
         logits_NE.detach(),
         kind,
         excess,
+        None if score_NE is None else score_NE.detach(),
     )
     return Diagnostics(nonfinite, record, cutoff_E)

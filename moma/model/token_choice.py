@@ -158,7 +158,15 @@ class TokenChoiceGroup(ExpertGroup):
         selection = selection._replace(score_EK=weight_EK)
         selected_NE = selection.selected_NE(len(x_ND)) if routing.records else None
         excess = taken_EN.sum() - selection.filled_EK.sum()
-        found = diagnose(selected_NE, choices.logits_NE, None, eligible_N, routing, excess=excess)
+        found = diagnose(
+            selected_NE,
+            choices.logits_NE,
+            None,
+            eligible_N,
+            routing,
+            excess=excess,
+            score_NE=choices.weight_NE,
+        )
         return selection, [found._replace(load_O=choices.load_O, loss=choices.loss)]
 
     def _list_tokens(
@@ -173,5 +181,12 @@ class TokenChoiceGroup(ExpertGroup):
         weight_T = choices.weight_NE[tokens.index_T, tokens.expert_T] * tokens.filled_T
         selected_NE = choices.taken_NE.to(choices.logits_NE.dtype) if routing.records else None
         return tokens._replace(score_T=weight_T), [
-            diagnose(selected_NE, choices.logits_NE, None, eligible_N, routing)
+            diagnose(
+                selected_NE,
+                choices.logits_NE,
+                None,
+                eligible_N,
+                routing,
+                score_NE=choices.weight_NE,
+            )
         ]

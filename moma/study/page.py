@@ -18,14 +18,18 @@ _STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 class Page:
     """An HTML page that is built section by section."""
 
-    def __init__(self, title: str, introduction: str):
-        self._title = title
+    def __init__(self, title: str, introduction: str, style: str = ""):
+        self._title, self._style = title, _STYLE + style
         self._parts = [f"<h1>{html.escape(title)}</h1>", paragraph(introduction)]
 
     def section(self, title: str, *parts: str) -> None:
         """Add a section of HTML made by the functions of this module."""
         body = "\n".join(parts)
-        self._parts.append(f"<section><h2>{html.escape(title)}</h2>\n{body}\n</section>")
+        self.add(f"<section><h2>{html.escape(title)}</h2>\n{body}\n</section>")
+
+    def add(self, part: str) -> None:
+        """Add HTML without a title."""
+        self._parts.append(part)
 
     def write(self, path: Path) -> None:
         """Write the page; raises `UserError` if a file is there that moma did not write."""
@@ -33,7 +37,7 @@ class Page:
         page = (
             f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
             f"<meta name='viewport' content='width=device-width'>"
-            f"<title>{html.escape(self._title)}</title><style>\n{_STYLE}</style></head>"
+            f"<title>{html.escape(self._title)}</title><style>\n{self._style}</style></head>"
             f"<body><main>\n{body}\n</main></body></html>\n"
         )
         write_output(path, page.encode())
@@ -57,13 +61,13 @@ def table(content: Table) -> str:
 def figure(plot: Figure) -> str:
     """A matplotlib figure as an embedded PNG."""
     png = png_bytes(plot, dpi=110, bbox_inches="tight")
-    return f"<img alt='' src='{_data_url(png)}'>"
+    return f"<img alt='' src='{data_url(png)}'>"
 
 
 def tile(image: Image.Image, title: str, mark: str = "") -> str:
     """A small image, framed by `mark`: `ok`, `half`, `no`, or nothing."""
     text = html.escape(title)
-    source = _data_url(png_bytes(image, optimize=True))
+    source = data_url(png_bytes(image, optimize=True))
     return f"<img class='tile {mark}' alt='{text}' title='{text}' src='{source}'>"
 
 
@@ -93,5 +97,6 @@ def colored(pieces: Iterable[tuple[str, Sequence[str]]]) -> str:
     return f"<div class='tokens'>{''.join(spans)}</div>"
 
 
-def _data_url(png: bytes) -> str:
+def data_url(png: bytes) -> str:
+    """A PNG file as a URL that contains it."""
     return "data:image/png;base64," + base64.b64encode(png).decode()

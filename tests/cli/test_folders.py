@@ -9,6 +9,7 @@ from tests.command_line import refuses, succeeds
 RUN_VERBS = [
     ["evaluate", "{folder}"],
     ["generate", "{folder}", "--prompt", "a"],
+    ["inspect", "{folder}", "--prompt", "a"],
     ["report", "{folder}"],
     ["replay", "{folder}"],
     ["export", "{folder}", "{out}"],

@@ -14,6 +14,7 @@ from tests.command_line import make_input, moma, refuses, succeeds
         (["evaluate", "{run}", "--data", ""], "--data: is empty"),
         (["generate", "{run}", "--prompt", "a", "--out", ""], "--out: is empty"),
         (["generate", "{run}", "--image", " "], "--image: is empty"),
+        (["inspect", "{run}", "--prompt", "a", "--out", ""], "--out: is empty"),
         (["report", ""], "RUNS: is empty"),
         (["report", "{run}", "--out="], "--out: is empty"),
         (["data", "inspect", ""], "FOLDER: is empty"),

@@ -1,0 +1,113 @@
+"""`moma inspect`: how a run routes the tokens of a document."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typer import Context, Option
+
+from moma.cli.arguments import App, AsJson, RunFolder, in_order, refuse_unused
+from moma.cli.output import notice, print_result
+from moma.errors import UserError
+
+if TYPE_CHECKING:
+    from moma.data.batches.packing import Batch
+    from moma.model.routing import RoutingName
+    from moma.model.transformer import Transformer
+    from moma.runs import Run
+    from moma.train.recipe import Recipe
+
+app = App()
+
+
+@app.command()
+def inspect(
+    ctx: Context,
+    run: RunFolder,
+    prompt: Annotated[list[str] | None, Option(help="text; may be repeated")] = None,
+    image: Annotated[
+        list[Path] | None, Option(help="image; may be repeated, mixed with --prompt")
+    ] = None,
+    document: Annotated[
+        int | None,
+        Option(min=1, max=2**62, help="instead: this document of the run's data, from 1 on"),
+    ] = None,
+    source: Annotated[str | None, Option(help="source of --document")] = None,
+    split: Annotated[
+        Literal["train", "held_out"], Option(help="documents that --document counts")
+    ] = "held_out",
+    routing: Annotated[
+        Literal["causal", "choice", "auxiliary", "threshold", "half"] | None,
+        Option(help="only this one [causal, as in generation, and choice, as in training]"),
+    ] = None,
+    data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
+    out: Annotated[Path, Option(help="HTML file to write")] = Path("routing.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Draw which experts process each token of a document, and which layers it goes through."""
+    parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
+    if document is not None:
+        refuse_unused(ctx, "with --document", "prompt", "image")
+    elif parts:
+        refuse_unused(ctx, "without --document", "source", "split")
+    else:
+        raise UserError("nothing to inspect: give --prompt, --image or both, or --document")
+    import numpy as np
+
+    from moma.data.inspect import find_document
+    from moma.data.outputs import require_replaceable
+    from moma.evaluate.token_routing import as_json_value, first_tokens, route_document
+    from moma.generate.mixed import MixedModel
+    from moma.images import read_image
+    from moma.runs import Run
+    from moma.study.page import Page
+    from moma.study.routing_drawing import STYLE, draw_routing
+    from moma.train.restore import load_run, require_training_data
+
+    require_replaceable(out)
+    model, recipe = load_run(Run(run))
+    if data is not None:
+        moved = recipe.data.model_copy(update={"path": data})
+        recipe = recipe.model_copy(update={"data": moved})
+    mixed = MixedModel.assemble(model, Run(run).tokenizers, recipe.data.sequence_length)
+    if document is None:
+        content: list[Any] = [
+            part if isinstance(part, str) else read_image(part, "--image", "choose another")
+            for part in parts
+        ]
+        name, ids = "a given document", np.array(mixed.encode(content))
+    else:
+        require_training_data(Run(run), recipe)
+        found = find_document(recipe.data.path, source, split, document)
+        name, ids = f"{found.source}, {split}, document {document}: {found.name}", found.ids
+    read = first_tokens(ids, mixed.context, model.vocabulary)
+    tokens = f"{len(ids)} tokens"
+    if len(read) < len(ids):
+        tokens = f"the first {len(read)} of {tokens}: a sequence has {mixed.context}"
+    batches = _batches(Run(run), model, recipe, routing)
+    routings = [route_document(model, read, each, batch) for each, batch in batches.items()]
+    page = Page(f"Routing by {run.resolve().name}", f"{name} ({tokens})", STYLE)
+    page.add(draw_routing(mixed, routings))
+    page.write(out)
+    described = {each.routing: as_json_value(mixed, each) for each in routings}
+    result = {"run": str(run), "document": name, "page": str(out), "routings": described}
+    print_result(result, as_json, (), [out])
+
+
+def _batches(
+    run: "Run", model: "Transformer", recipe: "Recipe", only: "RoutingName | None"
+) -> "dict[RoutingName, Batch | None]":
+    """The routings to show, each with the micro-batch to route in."""
+    from moma.evaluate.token_routing import training_batch
+    from moma.train.restore import require_routing
+
+    found: dict[RoutingName, Batch | None] = {}
+    names: list[RoutingName] = ["causal", "choice"] if model.config.has_batch_choice else ["causal"]
+    for name in [only] if only else names:
+        require_routing(run, model, name)
+        try:
+            found[name] = training_batch(recipe, model.vocabulary) if name == "choice" else None
+        except UserError as error:
+            if only:
+                raise
+            notice(f"without choice routing, which needs the run's data: {error}")
+    return found
