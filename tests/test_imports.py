@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from importlib.machinery import PathFinder
@@ -74,3 +75,12 @@ def test_imported_packages_are_dependencies():
     names = {name.split(".")[0] for tree in files for name in imported_packages(tree)}
     others = {name.replace("_", "-") for name in names - {"moma", *sys.stdlib_module_names}}
     assert {DISTRIBUTIONS.get(name, name) for name in others} - OPTIONAL <= declared
+
+
+def test_the_package_is_imported_without_heavy_libraries():
+    code = "import sys, moma; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
+    found = {name.split(".")[0] for name in done.stdout.split()}
+    assert "moma" in found
+    assert not found & {"torch", "numpy", "transformers", "datasets", "pydantic", "PIL"}

@@ -52,6 +52,8 @@ class Verb(TyperCommand):
     def make_parser(self, ctx: Any) -> Any:
         """The parser of the command line, followed by the checks."""
         parser: Any = super().make_parser(ctx)
+        if ctx.resilient_parsing:  # to complete a word
+            return parser
         parse = parser.parse_args
         types = get_type_hints(self.callback)
 

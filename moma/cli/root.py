@@ -10,6 +10,7 @@ from moma.cli import (
     calibrate,
     data,
     demo,
+    doctor,
     evaluate,
     generate,
     hub,
@@ -41,10 +42,11 @@ app = App(
     cls=Group,
     help="Pre-train, run and study mixed-modal language models with modality-aware sparsity.",
     no_args_is_help=True,
+    add_completion=True,
 )
 families = (
     *(data, training, calibrate, evaluate, generate, inspect, serve),
-    *(hub, study, plan, demo, schema),
+    *(hub, study, plan, demo, doctor, schema),
 )
 for family in families:
     app.add_typer(family.app)

@@ -79,3 +79,27 @@ def test_invalid_recipes_and_runs_are_named(tmp_path):
     (tmp_path / "broken.toml").write_text("[data")
     assert "broken.toml: not valid TOML" in refuses("train", tmp_path / "broken.toml")
     assert "not a run folder" in refuses("evaluate", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["gen"], {"generate"}),
+        (["generate", "--rou"], {"--routing"}),
+        (["generate", "runs/x", "--mode", ""], {"text", "image", "mixed"}),
+        (["train", "", "--j"], set()),
+    ],
+)
+def test_words_are_completed_without_heavy_libraries(words, found):
+    environment = {
+        "PATH": "",
+        "PYTHONPATH": str(ROOT),
+        "_MOMA_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(["moma", *words]),
+        "COMP_CWORD": str(len(words)),
+    }
+    command = [sys.executable, "-c", CALL]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert set(done.stdout.split()) == found
+    assert not HEAVY & set(done.stderr.split())
