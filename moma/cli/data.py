@@ -1,13 +1,16 @@
 """`moma prepare` and `moma data inspect`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Context, Option
 
 from moma.cli.arguments import App, AsJson, Overrides, RecipeFile, load_recipe, refuse_unused
 from moma.cli.output import print_result
 from moma.study.tables import Table
+
+if TYPE_CHECKING:
+    from moma.train.recipe import Recipe
 
 app = App()
 inspecting = App(name="data", help="Look at prepared data.", no_args_is_help=True)
@@ -16,6 +19,7 @@ app.add_typer(inspecting)
 
 @app.command()
 def prepare(
+    ctx: Context,
     recipe: RecipeFile,
     overrides: Overrides = None,
     processes: Annotated[
@@ -24,6 +28,16 @@ def prepare(
     verify: Annotated[
         bool, Option("--verify", help="read all shards, and make damaged ones again")
     ] = False,
+    ray: Annotated[
+        str | None,
+        Option(help="encode on the Ray cluster at this address; auto: this machine's cluster"),
+    ] = None,
+    plan: Annotated[
+        bool, Option("--plan", help="only estimate parts, tokens, hours and cost")
+    ] = False,
+    price: Annotated[
+        float | None, Option(min=0, help="of an hour of all processes, for --plan")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Encode documents into shards; first train or load the tokenizer and the image codec."""
@@ -31,7 +45,11 @@ def prepare(
     from moma.runtime.world import local_device
 
     read = load_recipe(recipe, overrides)
-    prepared = run(read, local_device(), quiet=as_json, processes=processes, verify=verify)
+    if plan:
+        _print_plan(read, local_device(), processes, price, as_json)
+        return
+    refuse_unused(ctx, "without --plan", "price")
+    prepared = run(read, local_device(), quiet=as_json, processes=processes, verify=verify, ray=ray)
     summary = {"path": str(read.data.path), **prepared.summary()}
     lines = [f"prepared {read.data.path}"]
     if summary["rejected"]:
@@ -42,6 +60,29 @@ def prepare(
     lines += _dropped(summary)
     keys = ("documents", "held_out", "tokens", "images", "rejected")
     print_result(summary, as_json, [_counts(summary, keys)], lines)
+
+
+def _print_plan(
+    recipe: "Recipe", device: Any, processes: int | None, price: float | None, as_json: bool
+) -> None:
+    from moma.data.encode.estimate import estimate
+    from moma.data.encode.executors import spare_cores
+
+    plan = estimate(recipe, device, processes or spare_cores() + 1, price)
+    formats = {"bytes": "{:,.0f}", "hours": "{:,.2f}", "cost": "{:,.2f}"}
+    keys = ("parts", "bytes", "documents", "tokens", "images", "hours", "cost")
+    rows = [
+        (
+            name,
+            *(
+                "unknown" if counts[key] is None else formats.get(key, "{:,}").format(counts[key])
+                for key in keys
+            ),
+        )
+        for name, counts in [*plan["sources"].items(), ("all", plan)]
+    ]
+    lines = (f"estimated from samples, for {plan['processes']} processes; nothing was written",)
+    print_result(plan, as_json, [Table(plan["path"], "", ("source", *keys), rows)], lines)
 
 
 @inspecting.command()

@@ -9,7 +9,13 @@ import numpy as np
 import torch
 
 from moma.data.outputs import write_output
-from moma.data.shards import SPLITS, Shards, open_sources, require_data_folder
+from moma.data.shards import (
+    SPLITS,
+    Shards,
+    open_sources,
+    open_unfinished,
+    require_data_folder,
+)
 from moma.errors import UserError, list_names
 from moma.images import png_bytes
 from moma.runs import Tokenizers
@@ -175,13 +181,21 @@ def _vocabulary_of(folder: Path) -> Vocabulary:
 
 
 def _open(folder: Path, source: str | None, vocabulary: Vocabulary) -> dict[str, Shards]:
+    """The shards of all sources or of one; of a source that is not complete, what exists."""
     found = sorted(path.parent.name for path in folder.glob("shards/*/shard.json"))
-    names = [name for name in found if not name.endswith((".partial", ".old"))]
+    complete = [name for name in found if not name.endswith((".partial", ".old"))]
+    partial = {path.stem: path for path in sorted(folder.glob("shards/*.partial"))}
+    names = sorted({*complete, *partial})
     if not names:
-        raise UserError(f"{folder}: has no complete shards; run `moma prepare`")
+        raise UserError(f"{folder}: has no shards; run `moma prepare`")
     if source is not None and source not in names:
         raise UserError(f"--source {source}: {folder} has {list_names(names)}; name one of them")
-    return open_sources(folder, names if source is None else [source], vocabulary)
+    chosen = names if source is None else [source]
+    opened = open_sources(folder, [name for name in chosen if name in complete], vocabulary)
+    for name in chosen:
+        if name not in opened:
+            opened[name] = open_unfinished(partial[name], vocabulary)
+    return opened
 
 
 def _describe(shards: Shards, vocabulary: Vocabulary) -> dict[str, Any]:

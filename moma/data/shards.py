@@ -32,6 +32,7 @@ from moma.vocabulary import Vocabulary
 SPLITS = ("train", "held_out")
 
 INFO_FILE = "shard.json"
+ORIGIN_FILE = "origin.json"
 VOCABULARY_FILE = "vocabulary.json"
 REJECTED_FILE = "rejected.jsonl"
 # Key of the Arrow schema's metadata with the origin of a file.
@@ -262,6 +263,24 @@ def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None 
         raise UserError(
             f"{folder}: encoded with another {info.encoders.differences(encoders)}; {again}"
         )
+    return _open_files(folder, info, vocabulary)
+
+
+def open_unfinished(folder: Path, vocabulary: Vocabulary) -> Shards:
+    """Open what is committed in a folder of shards that `moma prepare` has not completed.
+
+    Raises:
+        UserError: there is nothing, or it is damaged.
+    """
+    origin = read_config(ShardInfo, folder / ORIGIN_FILE)
+    found = (read_config(Part, path) for path in sorted(folder.glob("part-*.json")))
+    records = [record for record in found if record is not None and record.documents_read]
+    if origin is None or not records:
+        raise UserError(f"{folder}: nothing is complete yet; inspect it later")
+    return _open_files(folder, origin.with_parts(records), vocabulary)
+
+
+def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary) -> Shards:
     features = shard_features(vocabulary)
     try:
         splits = {split: Shard(info.files(folder, split), features) for split in SPLITS}

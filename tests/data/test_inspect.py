@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from moma.data.encode.prepare import prepare
+from moma.data.encode.source import SourceEncoding
 from moma.data.inspect import (
     decode_document,
     document_as_text,
@@ -20,6 +23,28 @@ from moma.vocabulary import IMAGE, Vocabulary
 def shards(tiny):
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     return {name: open_shards(tiny.data.folder(name), vocabulary) for name in ("captions", "text")}
+
+
+def test_what_exists_of_an_unfinished_source_is_described(tiny, tmp_path, monkeypatch):
+    data = tiny.data.model_copy(update={"path": tmp_path / "data", "part_bytes": 1})
+    recipe = tiny.model_copy(update={"data": data})
+    add = SourceEncoding.add
+
+    def stop(encoding, shards, number, records):
+        add(encoding, shards, number, records)
+        if number == 3:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SourceEncoding, "add", stop)
+        prepare(recipe, torch.device("cpu"), quiet=True)
+    with pytest.raises(UserError, match="nothing is complete yet"):
+        inspect(data.path, "text", tmp_path)
+    found = inspect(data.path, "captions", tmp_path)["sources"]["captions"]
+    assert found["documents"] == 4
+    document = decode_document(data.path, "captions", "train", 1, tmp_path)
+    prepare(recipe, torch.device("cpu"), quiet=True)
+    assert decode_document(data.path, "captions", "train", 1, tmp_path) == document
 
 
 def test_counts_are_those_of_every_token(tiny, shards, tmp_path):

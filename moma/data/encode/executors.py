@@ -109,7 +109,7 @@ class LocalPool:
                         process.end()
                         attempts[process.task] += 1
                         if attempts[process.task] == ATTEMPTS:
-                            raise _lost(process.task) from None
+                            raise lost_part(process.task) from None
                         self._start(process.index, process.task, workers)
                         continue
                     if isinstance(message, BaseException):
@@ -137,7 +137,8 @@ class LocalPool:
         workers[process.connection] = process
 
 
-def _lost(task: Task) -> UserError:
+def lost_part(task: Task) -> UserError:
+    """Return the error about a part whose process died too often."""
     return UserError(
         f"source '{task.source}', part {task.number}: the process that encodes it died "
         f"{ATTEMPTS} times, perhaps because memory ran out; run the same command again with fewer "

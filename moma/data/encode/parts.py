@@ -32,6 +32,7 @@ from moma.data.encode.rejected import parse_rejected_line, rejected_line
 from moma.data.shards import (
     INFO_FILE,
     METADATA_KEY,
+    ORIGIN_FILE,
     REJECTED_FILE,
     SPLITS,
     VOCABULARY_FILE,
@@ -56,8 +57,8 @@ from moma.files import (
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
-_ORIGIN_FILE, _PLAN_FILE = "origin.json", "plan.json"
-_KEPT_FILES = (_ORIGIN_FILE, _PLAN_FILE)
+_PLAN_FILE = "plan.json"
+_KEPT_FILES = (ORIGIN_FILE, _PLAN_FILE)
 # Every file that moma writes into the folder of a source; the last alternative is of older data.
 _OWN_FILE = re.compile(
     rf"({'|'.join(map(re.escape, (*_KEPT_FILES, INFO_FILE, VOCABULARY_FILE, REJECTED_FILE)))}"
@@ -109,13 +110,13 @@ class PartialShards:
         self.folder, self.path, self.origin = folder, partial_folder(folder), origin
         _require_own(folder, self.path, _old_folder(folder))
         plan = read_config(Plan, self.path / _PLAN_FILE)
-        found = read_config(ShardInfo, self.path / _ORIGIN_FILE)
+        found = read_config(ShardInfo, self.path / ORIGIN_FILE)
         if plan is None or plan.part_bytes != part_bytes or found != origin:
             plan = Plan(part_bytes=part_bytes, parts=tuple(cut(part_bytes)))
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
             atomic_write(self.path / _PLAN_FILE, plan.model_dump_json() + "\n")
-            atomic_write(self.path / _ORIGIN_FILE, origin.model_dump_json() + "\n")
+            atomic_write(self.path / ORIGIN_FILE, origin.model_dump_json() + "\n")
         self.plan = plan.parts
         self._keep({number: read_records(self.path, number) for number in range(len(self.plan))})
 
@@ -347,7 +348,7 @@ def _make_partial(folder: Path, info: ShardInfo) -> None:
                 (path / name).write_bytes(rejected.read(record.checksums[name][0]))
             text = record.model_dump_json() + "\n"
             (path / _record_name(record.part, record.file)).write_text(text)
-    (path / _ORIGIN_FILE).write_text(info.with_parts(()).model_dump_json() + "\n")
+    (path / ORIGIN_FILE).write_text(info.with_parts(()).model_dump_json() + "\n")
     for name in (REJECTED_FILE, VOCABULARY_FILE, INFO_FILE):
         (path / name).unlink()
 
@@ -368,7 +369,7 @@ def _put_in_place(folder: Path) -> None:
     """Rename finished shards to their folder; if killed at any step, it is done again."""
     unfinished, old = partial_folder(folder), _old_folder(folder)
     _require_own(folder, old)
-    for pattern in ("part-*.json", "rejected-*.jsonl", _ORIGIN_FILE, f"*{UNFINISHED}"):
+    for pattern in ("part-*.json", "rejected-*.jsonl", ORIGIN_FILE, f"*{UNFINISHED}"):
         for path in unfinished.glob(pattern):
             path.unlink()
     shutil.rmtree(old, ignore_errors=True)

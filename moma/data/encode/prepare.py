@@ -27,6 +27,7 @@ from moma.data.encode.executors import (
 )
 from moma.data.encode.parts import PartialShards, copy_rejected
 from moma.data.encode.progress import JobProgress
+from moma.data.encode.ray_cluster import RayCluster
 from moma.data.encode.rejected import all_held_out
 from moma.data.encode.source import Limits, SourceEncoding
 from moma.data.encode.tokenizers import provide_tokenizers
@@ -57,6 +58,7 @@ class Options:
     quiet: bool
     processes: int | None
     verify: bool
+    ray: str | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def prepare(
     quiet: bool = False,
     processes: int | None = None,
     verify: bool = False,
+    ray: str | None = None,
 ) -> Prepared:
     """Write tokenizer, codec and shards into `data.path`.
 
@@ -107,6 +110,7 @@ def prepare(
         processes: maximum processes, by default as many as there are cores. It does not change
             what is written.
         verify: whether to read all shards and to make damaged ones again.
+        ray: address of a Ray cluster that encodes, "auto" for the one of this machine.
 
     Raises:
         UserError: the recipe's image share is impossible, too many documents of a source cannot
@@ -124,7 +128,9 @@ def prepare(
         cleaning = provide_cleaning(data.sources, clean_folder, data.part_bytes, quiet)
         vocabulary = provide_tokenizers(config, folder, device, quiet)
         _warn_changed_sources(folder)
-        infos = _encode_all(folder, cleaning, vocabulary, Options(device, quiet, processes, verify))
+        infos = _encode_all(
+            folder, cleaning, vocabulary, Options(device, quiet, processes, verify, ray)
+        )
     counts = _together(infos).counts
     if not counts["train"].documents:
         raise all_held_out(counts["held_out"].documents)
@@ -249,6 +255,8 @@ def _encode(
 
 
 def _executor(job: Job, tasks: Sequence[Task], options: Options) -> Executor:
+    if options.ray is not None:
+        return RayCluster(job, options.ray, options.processes)
     processes = spare_cores() + 1 if options.processes is None else options.processes
     size = sum(task.part.size for task in tasks)
     is_small = options.processes is None and size < MIN_POOL_BYTES

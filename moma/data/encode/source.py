@@ -101,6 +101,11 @@ class SourceEncoding:
             encoders=self.encoders,
         )
 
+    @property
+    def unfinished_folder(self) -> Path:
+        """Where the files are until all parts are complete."""
+        return partial_folder(self.folder)
+
     def find_complete(self, verify: bool = False) -> ShardInfo | None:
         """Return the shards if they are complete.
 
@@ -141,7 +146,7 @@ class SourceEncoding:
         Args:
             progress: called with what is encoded of the part, at the start and after each chunk.
         """
-        folder = partial_folder(self.folder)
+        folder = self.unfinished_folder
         records = read_records(folder, number)
         if records and records[-1].is_last:
             return records

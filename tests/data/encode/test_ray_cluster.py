@@ -1,0 +1,181 @@
+"""Encoding on a Ray cluster of two nodes, both on this machine."""
+
+import asyncio
+import os
+import random
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moma.data.encode import prepare, ray_cluster
+from moma.errors import UserError
+from tests.data.encode.preparing import contents, make_recipe, run
+from tests.data.encode.test_prepare_kills import wait_somewhere, writers
+from tests.factories import write_recipe
+
+RAY = Path(sys.executable).with_name("ray")
+
+
+class FakeJob:
+    """Its codec returns the sum of an image's values, and records its calls."""
+
+    def __init__(self):
+        self.calls: list[int] = []
+
+    def load_codec(self, device):
+        def encode(images):
+            self.calls.append(len(images))
+            if any(image.max() == 255 for image in images):
+                raise UserError("bad image")
+            return np.array([[int(image.sum())] for image in images])
+
+        return encode
+
+
+def codec_of(job: Any) -> ray_cluster.BatchingCodec:
+    return ray_cluster.BatchingCodec(ray_cluster.Shared(job, os.getcwd(), "name"))
+
+
+def test_the_images_of_waiting_requests_are_encoded_together():
+    job = FakeJob()
+
+    async def requests():
+        codec = codec_of(job)
+        images = [np.full((count, 1, 1, 3), count, np.uint8) for count in (2, 1, 3)]
+        return await asyncio.gather(*map(codec.encode, images))
+
+    first, second, third = asyncio.run(requests())
+    assert [first.tolist(), second.tolist(), third.tolist()] == [[[6]] * 2, [[3]], [[9]] * 3]
+    assert job.calls == [2, 4]
+
+
+def test_an_error_of_the_codec_reaches_every_request():
+    async def request():
+        codec = codec_of(FakeJob())
+        bad = codec.encode(np.full((1, 1, 1, 3), 255, np.uint8))
+        results = await asyncio.gather(bad, return_exceptions=True)
+        return results, await codec.encode(np.ones((1, 1, 1, 3), np.uint8))
+
+    (error,), codes = asyncio.run(request())
+    assert isinstance(error, UserError) and codes.tolist() == [[3]]
+
+
+def own_environment():
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@contextmanager
+def cluster(folder):
+    """Two nodes of one core; yields the address."""
+    pytest.importorskip("ray")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = own_environment()
+    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
+    own = [f"--temp-dir={folder}", "--include-dashboard=false"]
+    address = f"127.0.0.1:{port}"
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def start(*options):
+        command = [str(RAY), "start", "--num-cpus=1", "--block", *options]
+        command += ["--node-ip-address=127.0.0.1"]
+        memory = ["--object-store-memory=80000000"]
+        with (Path(folder) / f"node-{len(nodes)}.log").open("wb") as log:
+            nodes.append(
+                subprocess.Popen([*command, *memory], env=environment, stdout=log, stderr=log)
+            )
+
+    def wait():
+        for _ in range(1800):
+            if b"Ray runtime started" in (Path(folder) / f"node-{len(nodes) - 1}.log").read_bytes():
+                return
+            assert nodes[-1].poll() is None
+            time.sleep(0.1)
+
+    start("--head", f"--port={port}", *own)
+    wait()
+    start(f"--address={address}")
+    wait()
+    try:
+        yield address
+    finally:
+        for node in nodes[::-1]:
+            node.terminate()
+            node.wait()
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray's nodes and drivers share a secret.
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with cluster(tmp_path_factory.mktemp("ray")) as found:
+            yield found
+
+
+def moma(folder, address):
+    command = [sys.executable, "-m", "moma.cli", "prepare", str(folder / "recipe.toml")]
+    return subprocess.Popen(
+        [*command, "--ray", address, "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=own_environment(),
+        cwd=folder,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("codec_actors", [0, 2])
+def test_a_cluster_writes_the_same_bytes(tmp_path, nodes, monkeypatch, codec_actors):
+    cut = {"shard_tokens": 150, "part_bytes": 15 * 2**17}
+    run(make_recipe(tmp_path, 60, "undisturbed", **cut), processes=1)
+    recipe = make_recipe(tmp_path, 60, "data", **cut)
+    with_actors = partial(ray_cluster.RayCluster, codec_actors=codec_actors)
+    monkeypatch.setattr(prepare, "RayCluster", with_actors)
+    run(recipe, ray=nodes)
+    assert contents(tmp_path / "data") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_no_byte(tmp_path, nodes):
+    """Of the driver, and of processes of both nodes."""
+    cut = {"shard_tokens": 300, "part_bytes": 10 * 2**17}
+    expected = run(make_recipe(tmp_path, 1200, "undisturbed", **cut), processes=1)
+    recipe = make_recipe(tmp_path, 1200, "killed", **cut)
+    write_recipe(recipe, tmp_path / "recipe.toml")
+    draw = random.Random(0)
+    process = moma(tmp_path, nodes)
+    for _ in range(20):
+        wait_somewhere(process, recipe.data.path, draw)
+        workers = [pid for pid in writers(recipe.data.path) if pid != process.pid]
+        if workers and draw.random() < 0.5:
+            os.kill(draw.choice(workers), signal.SIGKILL)
+            continue
+        process.kill()
+        process.communicate()
+        process = moma(tmp_path, nodes)
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    assert expected.summary()["documents"]
+    assert contents(recipe.data.path) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_missing_cluster_is_reported(tmp_path):
+    pytest.importorskip("ray")
+    recipe = make_recipe(tmp_path, 20)
+    with pytest.raises(UserError, match=r"--ray 127\.0\.0\.1:1: no Ray cluster there"):
+        run(recipe, ray="127.0.0.1:1")
