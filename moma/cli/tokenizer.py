@@ -49,12 +49,19 @@ def train_text(
     from moma.runs import Tokenizers
     from moma.tokenizers.folder import is_made, make_text_tokenizer
 
-    sources, held_out, max_rejected, sections = _recipe_or_files(inputs)
+    sources, data, seed, sections = _recipe_or_files(inputs)
     config, folder = sections.text_tokenizer, Tokenizers(out)
     if is_made(folder.text, folder, sections.codec):
         print(f"{folder.text}: exists already; the folder is complete now")
         return
-    corpus = Corpus(sources, held_out, config.max_documents, max_rejected)
+    corpus = Corpus(
+        sources,
+        data.held_out,
+        config.max_documents,
+        data.max_rejected,
+        seed=seed,
+        part_bytes=data.part_bytes,
+    )
 
     def texts() -> Iterator[str]:
         yield from corpus.texts()
@@ -104,7 +111,14 @@ def _train_codec(recipe: "Recipe", folder: "Tokenizers", world: "World", quiet: 
     if training.perceptual.weights is None and world.rank == 0:
         notice("no perceptual loss; codec_training.perceptual.weights names VGG-16's weights")
     with raise_on_all_ranks(world):
-        corpus = Corpus(data.sources, data.held_out, training.max_documents, data.max_rejected)
+        corpus = Corpus(
+            data.sources,
+            data.held_out,
+            training.max_documents,
+            data.max_rejected,
+            seed=recipe.seed,
+            part_bytes=data.part_bytes,
+        )
         seen = ReadableImages(corpus.images(held_out=False), size, data.max_rejected)
         # The error is measured on these, or on training images if none of these can be read.
         unseen = ReadableImages(corpus.images(held_out=True), size, max_unreadable=1)
@@ -199,31 +213,34 @@ def _show_text(folder: Path, data: bytes) -> dict[str, Any]:
     return {"ids": ids, "pieces": pieces, "text": text, "exact": decoded == data}
 
 
-def _recipe_or_files(inputs: list[str]) -> tuple[Sequence[Any], float, float, Any]:
-    """Sources, shares to hold out and to reject, and the sections of tokenizer and codec."""
+def _recipe_or_files(inputs: list[str]) -> tuple[Sequence[Any], Any, int, Any]:
+    """Sources, how they are read, the seed, and the sections of tokenizer and codec."""
     from pydantic import Field
 
+    from moma.data.sources.parts import PART_BYTES
     from moma.data.sources.text import TextConfig
     from moma.recipe import Config, check, override
     from moma.tokenizers.image.codec import CodecConfig
     from moma.tokenizers.text import TextTokenizerConfig
 
-    class Rejected(Config):
+    class Reading(Config):
         max_rejected: float = Field(default=0.01, ge=0, le=1)
+        held_out: float = Field(default=0, ge=0, lt=1)
+        part_bytes: int = Field(default=PART_BYTES, ge=1)
 
     class Sections(Config):
         text_tokenizer: TextTokenizerConfig = TextTokenizerConfig()
         codec: CodecConfig = CodecConfig()
-        data: Rejected = Rejected()
+        data: Reading = Reading()
 
     files, changes = files_and_overrides(inputs)
     if not files:
         raise UserError("name a recipe or text files before the changes")
     if inputs[0].endswith(".toml"):
         recipe = load_recipe(files[0], inputs[1:])
-        return recipe.data.sources, recipe.data.held_out, recipe.data.max_rejected, recipe
+        return recipe.data.sources, recipe.data, recipe.seed, recipe
     sections = check(Sections, override({}, changes), "the command line")
-    return [TextConfig(path=file) for file in files], 0.0, sections.data.max_rejected, sections
+    return [TextConfig(path=file) for file in files], sections.data, 0, sections
 
 
 def _report_rejected(corpus: "Corpus") -> None:

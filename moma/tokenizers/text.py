@@ -44,7 +44,8 @@ class TextTokenizerConfig(Config):
 
     Attributes:
         vocabulary_size: number of ids: text, special ids and image codes together (MoMa §2.1).
-        max_documents: maximum number of documents of each source to train on.
+        max_documents: maximum number of documents of each source to train on; of more, they are
+            drawn at random.
         reserved: number of unused ids `<reserved:N>`, for later modalities; by default 256 in a
             vocabulary of 65,536 or more and none in a smaller one.
     """

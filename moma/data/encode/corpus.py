@@ -1,23 +1,40 @@
-"""The documents that tokenizers are trained on: texts and images of a recipe's sources.
+"""The documents that tokenizers are trained on: a sample of texts and images of the sources.
 
 Documents and images that cannot be read are left out and counted. Only references to images are
 held in memory.
 """
 
+import hashlib
 import os
 import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import IO
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from moma.data.documents import Document, ImageRef, Rejected, Source, held_out_share, is_held_out
+from moma.data.cleaning.filters import make_filter
+from moma.data.documents import (
+    Document,
+    DroppedImageError,
+    ImageRef,
+    Rejected,
+    Source,
+    SourcePart,
+    cleaning_of,
+    held_out_share,
+    is_held_out,
+    parts_of,
+    read_part,
+)
 from moma.data.encode.chunks import CHUNK_DOCUMENTS, reject_unencodable
 from moma.data.encode.rejected import all_held_out, no_documents, too_many_rejected
+from moma.data.sources.parts import PART_BYTES
 from moma.errors import StorageError, UserError, shorten
 from moma.tokenizers.image.codec import preprocess
 
@@ -25,10 +42,18 @@ from moma.tokenizers.image.codec import preprocess
 _MAX_REFERENCE_BYTES = 2048
 # Rejected documents that are kept for each source: all documents of a source may be rejected.
 MAX_REJECTED_KEPT = 1_000
+# Of a source with more parts, as many are drawn at random.
+MAX_PARTS = 64
+# Rows that are read of a part, for each document that is drawn of it.
+OVERSAMPLING = 8
 
 
 class Corpus:
-    """The documents of some sources, read in order; too many rejected ones are an error.
+    """A random sample of the documents of some sources; too many rejected ones are an error.
+
+    Of a source with more documents than are used, parts are drawn at random, and documents at
+    random of the beginning of each; the sample depends on the seed and the source only. Data that
+    is streamed cannot be cut: its first documents are used.
 
     Attributes:
         documents: number of documents that were used.
@@ -47,6 +72,8 @@ class Corpus:
         max_rejected: float = 1.0,
         check_images: bool = False,
         list_rejected: Callable[[str, list[Rejected]], str] = lambda source, rejected: "",
+        seed: int = 0,
+        part_bytes: int = PART_BYTES,
     ):
         """Set up reading; nothing is read yet.
 
@@ -58,11 +85,17 @@ class Corpus:
                 used nevertheless, since the file may exist when it is read.
             list_rejected: called with a source's name and rejected documents if there are too
                 many; writes them somewhere and returns where, for the message.
+            seed: determines which documents are drawn.
+            part_bytes: approximate size of the parts that are drawn.
         """
         self._sources, self._held_out, self._max_documents = sources, held_out, max_documents
         self._max_rejected, self._check_images = max_rejected, check_images
-        self._list_rejected = list_rejected
-        self._read: Counter[str] = Counter()
+        self._list_rejected, self._seed, self._part_bytes = list_rejected, seed, part_bytes
+        self._parts: dict[str, list[SourcePart]] = {}
+        # Documents read of each part, and of all parts of each source.
+        self._read: Counter[tuple[str, int]] = Counter()
+        self._all_read: Counter[str] = Counter()
+        self._ended: set[tuple[str, int]] = set()
         self.documents = self.other_documents = 0
         self.rejected: dict[str, list[Rejected]] = {}
         self.rejected_counts: Counter[str] = Counter()
@@ -112,38 +145,84 @@ class Corpus:
     def _select(self, held_out: bool) -> Iterator[Document]:
         for source in self._sources:
             share = held_out_share(source, self._held_out)
-            selected = 0
-            for document in self._usable(source):
-                if is_held_out(document, share) != held_out:
-                    self.other_documents += 1
-                    continue
-                self.documents += 1
-                selected += 1
-                yield document
-                if selected == self._max_documents:
+            apply = make_filter(cleaning_of(source))
+            left = self._max_documents
+            numbers = self._drawn_parts(source)
+            for position, number in enumerate(numbers):
+                # The first parts share the documents; if they have too few, others follow.
+                quota = -(-left // max(1, min(MAX_PARTS, len(numbers)) - position))
+                for drawn in self._draw(source, number, share, held_out, quota):
+                    document = apply(drawn)
+                    # A user's function may change what decides.
+                    if isinstance(document, Document) and is_held_out(document, share) == held_out:
+                        self.documents += 1
+                        left -= 1
+                        yield document
+                if not left:
                     break
+            if not self._all_read[source.name]:
+                raise no_documents(source)
+            if len(numbers) == sum(name == source.name for name, _ in self._ended):
+                self.totals[source.name] = self._all_read[source.name]
+            self._check_rejected(source.name)
 
-    def _usable(self, source: Source) -> Iterator[Document]:
-        """Yield the documents of a source that tokenizer and codec can encode."""
-        name, number, rejected = source.name, 0, 0
-        for number, row in enumerate(map(reject_unencodable, source.documents()), 1):
-            self._read[name] = max(number, self._read[name])
-            problem = row if isinstance(row, Rejected) else self._missing_image(row)
-            if problem is not None:
-                rejected += 1
-                if rejected > self.rejected_counts[name]:  # not counted before
-                    self.rejected_counts[name] = rejected
-                    if rejected <= MAX_REJECTED_KEPT:
+    def _drawn_parts(self, source: Source) -> list[int]:
+        """Return numbers of parts, in the order in which they are used."""
+        if source.name not in self._parts:
+            self._parts[source.name] = parts_of(source, self._part_bytes)
+        count = len(self._parts[source.name])
+        if count <= MAX_PARTS:
+            return [*range(count)]
+        return [int(number) for number in self._random(source.name).permutation(count)]
+
+    def _draw(
+        self, source: Source, number: int, share: float, held_out: bool, quota: int
+    ) -> Iterator[Document]:
+        """Yield at most `quota` documents of a split of a part, in its order."""
+        if getattr(source, "streaming", False):  # reading twice would download twice
+            limit, drawn = None, np.ones(quota, bool)
+        else:
+            limit = OVERSAMPLING * quota
+            rows = islice(read_part(source, self._parts[source.name][number]), limit)
+            documents = (row for row in rows if isinstance(row, Document))
+            count = sum(is_held_out(document, share) == held_out for document in documents)
+            drawn = np.zeros(count, bool)
+            random = self._random(source.name, number, held_out)
+            drawn[random.choice(count, min(quota, count), replace=False)] = True
+        left, is_drawn = int(drawn.sum()), iter(drawn.tolist())
+        for document in self._usable(source, number, limit):
+            if is_held_out(document, share) != held_out:
+                self.other_documents += 1
+            elif next(is_drawn, False):
+                left -= 1
+                yield document
+                if not left and len(drawn) >= quota:
+                    return
+
+    def _random(self, *of: object) -> np.random.Generator:
+        digest = hashlib.sha256(repr((self._seed, *of)).encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:8]))
+
+    def _usable(self, source: Source, number: int, limit: int | None) -> Iterator[Document]:
+        """Yield the documents among the first rows of a part that can be encoded."""
+        name, part, position = source.name, (source.name, number), 0
+        rows = islice(read_part(source, self._parts[name][number]), limit)
+        for position, row in enumerate(map(reject_unencodable, rows), 1):
+            if position > self._read[part]:  # not read before
+                self._read[part] = position
+                self._all_read[name] += 1
+                problem = row if isinstance(row, Rejected) else self._missing_image(row)
+                if problem is not None:
+                    self.rejected_counts[name] += 1
+                    if self.rejected_counts[name] <= MAX_REJECTED_KEPT:
                         self.rejected.setdefault(name, []).append(problem)
             if isinstance(row, Document):
                 yield row
             # Not sooner: a few rejected documents among the first ones may be few of all.
-            if number % CHUNK_DOCUMENTS == 0:
+            if position % CHUNK_DOCUMENTS == 0:
                 self._check_rejected(name)
-        if not number:
-            raise no_documents(source)
-        self.totals[name] = number
-        self._check_rejected(name)
+        if limit is None or position < limit:
+            self._ended.add(part)
 
     def _missing_image(self, document: Document) -> Rejected | None:
         """Return the document as rejected if a file of an image is missing; reads no image."""
@@ -153,7 +232,7 @@ class Corpus:
         return None if reason is None else Rejected(document.row or document.name, reason)
 
     def _check_rejected(self, name: str) -> None:
-        count, read = self.rejected_counts[name], self._read[name]
+        count, read = self.rejected_counts[name], self._all_read[name]
         if count <= self._max_rejected * read:
             return
         rows = self.rejected[name]
@@ -225,7 +304,7 @@ def _read_stored(file: IO[bytes], begin: int, size: int) -> Image.Image:
 class ReadableImages(Sequence[Tensor]):
     """Images preprocessed for the codec, each read when it is accessed: float [3, H, W].
 
-    An image that cannot be read is replaced by the next one that can.
+    An image that cannot be read, or is dropped, is replaced by the next one that is not.
 
     Attributes:
         unreadable: reason for each index that could not be read so far.
@@ -240,7 +319,7 @@ class ReadableImages(Sequence[Tensor]):
         """
         self.images, self.size, self.max_unreadable = images, size, max_unreadable
         self.unreadable: dict[int, str] = {}
-        # The index to try instead of each unreadable one.
+        # The index to try instead of each one that is unreadable or dropped.
         self._replacements: dict[int, int] = {}
 
     @property
@@ -275,7 +354,8 @@ class ReadableImages(Sequence[Tensor]):
             except StorageError:
                 raise
             except UserError as error:
-                self.unreadable[index] = shorten(str(error))
+                if not isinstance(error, DroppedImageError):
+                    self.unreadable[index] = shorten(str(error))
                 self._replacements[index] = (index + 1) % len(self)
                 continue
             # The next access does not walk through a long run of unreadable images again.
@@ -284,6 +364,8 @@ class ReadableImages(Sequence[Tensor]):
 
     def _check_unreadable(self) -> None:
         count = len(self.unreadable)
+        if count < len(self._replacements) == len(self):
+            raise UserError(f"all {len(self)} images are dropped by 'clean', or cannot be read")
         if count and (count > self.max_unreadable * len(self) or count == len(self)):
             limit = f", more than data.max_rejected = {self.max_unreadable:g} allows"
             raise UserError(

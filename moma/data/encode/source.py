@@ -37,13 +37,13 @@ from moma.data.encode.rejected import no_documents, too_many_rejected
 from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText, SplitText
 from moma.data.provenance import Encoders
 from moma.data.shards import REJECTED_FILE, SPLITS, Part, ShardInfo, shard_features
+from moma.data.sources.parts import PART_BYTES
 from moma.vocabulary import Vocabulary
 
 # Files end with the chunk that reaches this or the recipe's `shard_tokens`.
 FILE_DOCUMENTS = 1_000_000
 # With fewer documents, the fraction of rejected ones is checked at the end of the source only.
 MIN_DOCUMENTS_TO_CHECK = 100
-PART_BYTES = 2**28
 
 Progress = Callable[[Part], None]
 

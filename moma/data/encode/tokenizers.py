@@ -60,7 +60,7 @@ def _train(config: PrepareConfig, folder: DataFolder, device: torch.device, quie
 
 def _texts(config: PrepareConfig, folder: DataFolder, keys: dict[str, Any]) -> Iterator[str]:
     """Yield the texts to train on; at their end, before the tokenizer exists, bind `keys`."""
-    corpus = _corpus(folder, config.text_tokenizer.max_documents)
+    corpus = _corpus(folder, config.seed, config.text_tokenizer.max_documents)
     yield from corpus.texts()
     corpus.require_documents()
     folder.bind(keys)
@@ -71,7 +71,7 @@ def _train_codec(
     config: PrepareConfig, folder: DataFolder, device: torch.device, quiet: bool
 ) -> None:
     """Train the codec; without images there is none, unless the recipe asks for images."""
-    corpus = _corpus(folder, config.codec_training.max_documents)
+    corpus = _corpus(folder, config.seed, config.codec_training.max_documents)
     images, share = corpus.images(held_out=False), config.data.image_share
     if not images and not share:
         return
@@ -94,7 +94,7 @@ def _train_codec(
     )
 
 
-def _corpus(folder: DataFolder, max_documents: int) -> Corpus:
+def _corpus(folder: DataFolder, seed: int, max_documents: int) -> Corpus:
     """Documents to train on; rejected ones that are too many are listed in the data folder."""
     data = folder.data
 
@@ -106,8 +106,16 @@ def _corpus(folder: DataFolder, max_documents: int) -> Corpus:
             file.writelines(rejected_line(source, row) for row in rows)
         return f"{REJECTED_FILE} in the data folder"
 
-    limits = data.held_out, max_documents, data.max_rejected
-    return Corpus(data.sources, *limits, check_images=True, list_rejected=list_rejected)
+    return Corpus(
+        data.sources,
+        data.held_out,
+        max_documents,
+        data.max_rejected,
+        check_images=True,
+        list_rejected=list_rejected,
+        seed=seed,
+        part_bytes=data.part_bytes,
+    )
 
 
 def _copy(source: Tokenizers, folder: DataFolder, image_share: float) -> None:

@@ -178,7 +178,7 @@ class Encoder:
         if self._encode_images is None:
             raise UserError(
                 "there is an image, but no codec: data.tokenizers has none, or none was trained, "
-                "because the first documents have no images; name tokenizers with a codec, or "
+                "because the documents drawn for it have no images; name tokenizers with one, or "
                 "raise codec_training.max_documents and choose another data.path"
             )
         codes = self._encode_images(values)

@@ -20,6 +20,7 @@ from moma.files import open_regular
 # What an image counts where rows only name it: the size of a photograph of 512 × 512 pixels.
 IMAGE_BYTES = 2**17
 BLOCK_BYTES = 2**22
+PART_BYTES = 2**28
 _NEWLINE = ord("\n")
 
 

@@ -48,7 +48,8 @@ class CodecTrainingConfig(Config):
     """How an image codec is trained.
 
     Attributes:
-        max_documents: maximum number of documents of each source whose images are used.
+        max_documents: maximum number of documents of each source whose images are used; of more,
+            they are drawn at random.
         steps: number of optimizer steps.
         batch_size: images per step.
         learning_rate: peak learning rate, reached after `warmup_steps`; a cosine then lowers it to

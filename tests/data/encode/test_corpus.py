@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from moma.data.documents import Document, ImageRef, Rejected, SourceConfig
+from moma.data.cleaning.config import CleaningConfig
+from moma.data.documents import (
+    Document,
+    DroppedImageError,
+    ImageRef,
+    Rejected,
+    SourceConfig,
+    SourcePart,
+)
 from moma.data.encode.corpus import Corpus, ReadableImages, require_training_images
 from moma.errors import UserError
 from moma.images import read_image
@@ -93,10 +101,93 @@ def test_the_first_of_many_rejected_rows_are_kept(monkeypatch):
         ]
 
 
+class Long(SourceConfig):
+    """Texts in parts of ten, of which the last of each is rejected; counts how many are read."""
+
+    name: str = "long"
+    count: int = 1000
+    streaming: bool = False
+
+    def documents(self):
+        for part in self.parts(0):
+            yield from self.read_part(part)
+
+    def parts(self, part_bytes):
+        step = self.count if self.streaming else 10
+        return [SourcePart(begin=n, end=n + step) for n in range(0, self.count, step)]
+
+    def read_part(self, part):
+        for number in range(part.begin, part.end):
+            READ.append(number)
+            if number % 10 == 9:
+                yield Rejected(f"row {number}", "bad")
+            else:
+                yield Document(str(number), (f"{number}",))
+
+
+READ: list[int] = []
+
+
+def drawn(source, count, seed=0, held_out=0.0):
+    READ.clear()
+    return [int(text) for text in Corpus([source], held_out, count, seed=seed).texts()]
+
+
 def test_every_source_gives_at_most_max_documents():
-    corpus = Corpus([Numbers(), Numbers()], held_out=0.5, max_documents=3)
-    assert list(corpus.texts()) == ["text 1", "text 3", "text 5"] * 2
-    assert corpus.documents == 6
+    corpus = Corpus([Numbers(), Numbers(name="others")], held_out=0.5, max_documents=3)
+    found = [int(text.removeprefix("text ")) for text in corpus.texts()]
+    assert len(found) == corpus.documents == 6
+    assert found[:3] == sorted(found[:3]) and all(number % 2 for number in found)
+
+
+def test_documents_are_drawn_of_all_parts_and_by_the_seed():
+    found = drawn(Long(), 96)
+    assert len({*found}) == 96 == len(found)
+    assert len({number // 10 for number in found}) == 64  # parts of 100
+    quarters = np.bincount(np.array(found) // 250)
+    assert quarters.min() > 12
+    assert found == drawn(Long(), 96) != drawn(Long(), 96, seed=1)
+    assert {*drawn(Long(), 800)} < {*range(1000)}  # more parts follow the first 64
+    assert len(drawn(Long(), 800)) == 800
+
+
+def test_documents_are_drawn_of_all_of_a_part():
+    source = Long(count=600).model_copy(update={"streaming": False})
+    object.__setattr__(source, "parts", lambda part_bytes: [SourcePart(begin=0, end=600)])
+    found = drawn(source, 100)
+    assert len(found) == 100 and found == sorted(found)
+    assert 250 < np.mean(found) < 350
+
+
+def test_a_source_with_fewer_documents_is_used_in_its_order():
+    assert drawn(Long(count=200), 1000) == [n for n in range(200) if n % 10 != 9]
+
+
+def test_few_documents_of_a_large_source_are_read():
+    drawn(Long(count=10**6), 8)
+    assert len(READ) <= 2 * 8 * 8
+
+
+def test_of_a_stream_the_first_documents_are_used():
+    assert drawn(Long(streaming=True), 9) == [*range(9)]
+    assert [*range(9)] == READ
+
+
+def test_an_image_that_is_dropped_is_replaced():
+    def small():
+        raise DroppedImageError("image 0", "too small", "min_image_side")
+
+    images = ReadableImages([ImageRef("image 0", small), image(1)], size=4, max_unreadable=0)
+    assert torch.equal(images[0], images[1]) and not images.unreadable
+    with pytest.raises(UserError, match="all 1 images are dropped by 'clean'"):
+        ReadableImages([ImageRef("image 0", small)], size=4)[0]
+
+
+def test_a_corpus_is_cleaned():
+    source = Numbers(clean=CleaningConfig(min_image_side=9))
+    (dropped, *_) = Corpus([source], held_out=0.5, max_documents=100).images(held_out=False)
+    with pytest.raises(DroppedImageError):
+        dropped.read()
 
 
 def test_a_source_may_have_its_own_held_out_share():
@@ -228,8 +319,8 @@ def test_reading_stops_when_too_many_documents_are_rejected():
                 yield Rejected(f"row {number}", "bad")
 
     with pytest.raises(UserError, match="1024 of 1024 documents were rejected"):
-        list(Corpus([Endless()], 0.5, 100, max_rejected=0.5).texts())
-    assert len(read) == 1024
+        list(Corpus([Endless()], 0.5, 200, max_rejected=0.5).texts())
+    assert len(read) == 1024 + 8 * 200  # they are counted before
 
 
 def test_a_corpus_without_training_data_is_refused_with_the_reason():
