@@ -8,7 +8,8 @@ A change of a key makes only those signatures, and encodes only those sources, t
 
 import hashlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import as_completed
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,12 +22,31 @@ from moma.data.cleaning.config import COMPARED_KEYS, CleaningConfig
 from moma.data.cleaning.duplicates import find_duplicates
 from moma.data.cleaning.filters import filters_fingerprint
 from moma.data.cleaning.signatures import Signatures, open_signatures, write_signatures
-from moma.data.documents import Source, cleaning_of, parts_of, read_part, source_fingerprint
+from moma.data.documents import (
+    Source,
+    SourcePart,
+    cleaning_of,
+    parts_of,
+    read_part,
+    source_fingerprint,
+)
+from moma.data.encode.executors import MIN_POOL_BYTES, spare_cores
+from moma.data.encode.read_ahead import explain_lost_worker, start_pool
+from moma.data.sources.parts import PART_BYTES
 from moma.files import atomic_replace, atomic_write
 from moma.progress import show_progress
 
 _DUPLICATES = "duplicates"
 _ORIGIN_FILE = "origin.txt"
+
+
+class _Task(NamedTuple):
+    """The signatures of a part: its source and number, and where they are written."""
+
+    source: Source
+    part: SourcePart
+    config: CleaningConfig
+    folder: Path
 
 
 class _Pass(NamedTuple):
@@ -44,13 +64,18 @@ class _Pass(NamedTuple):
 
 
 def provide_cleaning(
-    sources: Sequence[Source], folder: Path, part_bytes: int = 2**28, quiet: bool = True
+    sources: Sequence[Source],
+    folder: Path,
+    part_bytes: int = PART_BYTES,
+    quiet: bool = True,
+    processes: int | None = 1,
 ) -> dict[str, Cleaning]:
     """Return how each source is cleaned, after a pass over those that are compared.
 
     Args:
         folder: where signatures and duplicates are kept.
         part_bytes: approximate size of the parts of the sources.
+        processes: maximum processes that read parts; None for one on each core, if that pays.
 
     Raises:
         UserError: a filter cannot be used, or a source cannot be read.
@@ -58,13 +83,15 @@ def provide_cleaning(
     configs = {source.name: cleaning_of(source) for source in sources}
     filters = {name: filters_fingerprint(config) for name, config in configs.items()}
     found = {name: Cleaning(config, filters[name]) for name, config in configs.items()}
-    passes = [
-        _read(source, part_bytes, configs[source.name], filters[source.name], folder, quiet)
+    plans = {
+        source.name: _plan(source, part_bytes, configs[source.name], filters[source.name], folder)
         for source in sources
         if configs[source.name].compares_texts or configs[source.name].compares_images
-    ]
-    if not passes:
+    }
+    if not plans:
         return found
+    _compute([task for plan in plans.values() for task in plan], processes, quiet)
+    passes = [_open(configs[name], plan) for name, plan in plans.items()]
     results = folder / _DUPLICATES
     _write_duplicates(passes, results)
     names = tuple(each.name for each in passes)
@@ -76,35 +103,64 @@ def provide_cleaning(
     return found
 
 
-def _read(
-    source: Source,
-    part_bytes: int,
-    config: CleaningConfig,
-    filters: str,
-    folder: Path,
-    quiet: bool,
-) -> _Pass:
-    """Compute the signatures of a source that do not exist yet."""
+def _plan(
+    source: Source, part_bytes: int, config: CleaningConfig, filters: str, folder: Path
+) -> list[_Task]:
+    """Return where the signatures of each part of a source belong."""
     near = config.near_duplicate_ngram if config.near_duplicate_texts else None
     perceptual = config.near_duplicate_images is not None
     needed = near, config.compares_texts, config.compares_images, perceptual
     made_from = source_fingerprint(source, 0), str(part_bytes), filters, repr(needed)
     fingerprint = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
-    own = folder / "signatures" / source.name
-    parts = []
-    with show_progress(f"compare {source.name}", None, quiet) as report:
-        for number, part in enumerate(parts_of(source, part_bytes)):
-            path = own / fingerprint / f"part-{number:05}"
-            if open_signatures(path) is None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_signatures(read_part(source, part), config, path, report)
-            found = open_signatures(path)
-            assert found is not None
-            parts.append(found)
-    for other in own.iterdir():  # of earlier documents or keys
-        if other.name != fingerprint:
+    own = folder / "signatures" / source.name / fingerprint
+    return [
+        _Task(source, part, config, own / f"part-{number:05}")
+        for number, part in enumerate(parts_of(source, part_bytes))
+    ]
+
+
+def _compute(tasks: Sequence[_Task], processes: int | None, quiet: bool) -> None:
+    """Compute the signatures that do not exist yet."""
+    tasks = [task for task in tasks if open_signatures(task.folder) is None]
+    if processes is None:
+        is_small = sum(task.part.size for task in tasks) < MIN_POOL_BYTES
+        processes = 1 if is_small else spare_cores() + 1
+    done = 0
+    with show_progress("compare", None, quiet) as report:
+        if processes == 1 or len(tasks) < 2:
+            for task in tasks:
+                done = _write(task, report, done)
+            return
+        pool = start_pool(min(processes, len(tasks)))
+        try:
+            with explain_lost_worker():
+                for running in as_completed([pool.submit(_write, task) for task in tasks]):
+                    done += running.result()
+                    report(done)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _write(
+    task: _Task, report: Callable[[int], None] = lambda documents: None, before: int = 0
+) -> int:
+    """Write the signatures of a part; return the number of documents, with those before."""
+    task.folder.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_part(task.source, task.part)
+    return before + write_signatures(
+        rows, task.config, task.folder, lambda documents: report(before + documents)
+    )
+
+
+def _open(config: CleaningConfig, tasks: Sequence[_Task]) -> _Pass:
+    """Open the signatures of a source, and delete those of earlier documents or keys."""
+    own = tasks[0].folder.parent
+    for other in own.parent.iterdir():
+        if other != own:
             shutil.rmtree(other)
-    return _Pass(source.name, config, fingerprint, parts)
+    opened = (open_signatures(task.folder) for task in tasks)
+    parts = [signatures for signatures in opened if signatures is not None]
+    return _Pass(tasks[0].source.name, config, own.name, parts)
 
 
 def _write_duplicates(passes: Sequence[_Pass], results: Path) -> None:

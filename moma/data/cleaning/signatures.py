@@ -64,7 +64,7 @@ def write_signatures(
     config: CleaningConfig,
     folder: Path,
     progress: Callable[[int], None] = lambda documents: None,
-) -> None:
+) -> int:
     """Write the signatures of a part's documents into a new folder, which appears at the end.
 
     Args:
@@ -72,8 +72,13 @@ def write_signatures(
         config: of the source: which signatures are needed.
         folder: the part's.
         progress: called with the number of documents so far.
+
+    Returns:
+        The number of documents.
     """
     atomic_replace(folder, partial(_write, rows, config, progress))
+    count: int = read_json(folder / _COUNT_FILE)
+    return count
 
 
 def open_signatures(folder: Path) -> Signatures | None:

@@ -26,6 +26,8 @@ from moma.errors import UserError
 
 # A part whose process died this often is given up.
 ATTEMPTS = 3
+# Fewer bytes are read sooner in this process than other processes start.
+MIN_POOL_BYTES = 2**26
 
 Report = Callable[[Encoded], None]
 

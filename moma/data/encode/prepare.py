@@ -19,6 +19,7 @@ from moma.data.cleaning.passes import provide_cleaning
 from moma.data.config import PrepareConfig
 from moma.data.documents import Source, held_out_share
 from moma.data.encode.executors import (
+    MIN_POOL_BYTES,
     Executor,
     InProcess,
     LocalPool,
@@ -46,8 +47,6 @@ from moma.vocabulary import Vocabulary
 LOCK_TIMEOUT = 10.0
 # Seconds to count a source's documents for the progress bar.
 MAX_COUNTING_SECONDS = 30.0
-# Fewer bytes are encoded sooner in this process than other processes start.
-MIN_POOL_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def prepare(
     with lock_folder(data.path, LOCK_TIMEOUT):
         folder = DataFolder(data)
         clean_folder = data.path / CLEANING_FOLDER
-        cleaning = provide_cleaning(data.sources, clean_folder, data.part_bytes, quiet)
+        cleaning = provide_cleaning(data.sources, clean_folder, data.part_bytes, quiet, processes)
         vocabulary = provide_tokenizers(config, folder, device, quiet)
         _warn_changed_sources(folder)
         infos = _encode_all(

@@ -97,7 +97,7 @@ class ImageReader:
         if not isinstance(task[0], ImageRef):
             return lambda: task
         if self._pool is None and self._workers and self._seconds_read >= self._seconds:
-            self._pool = _start_pool(self._workers)
+            self._pool = start_pool(self._workers)
         here = partial(self._read_here, task)
         if self._pool is None:
             return here
@@ -105,11 +105,11 @@ class ImageReader:
             pickled = pickle.dumps((task, self._preprocess))
         except (pickle.PicklingError, AttributeError, TypeError):
             return here
-        with _explain_lost_worker():
+        with explain_lost_worker():
             future = self._pool.submit(_read_pickled, pickled)
 
         def result() -> list[Any]:
-            with _explain_lost_worker():
+            with explain_lost_worker():
                 found = future.result()
             return here() if found is None else found
 
@@ -123,17 +123,18 @@ class ImageReader:
 
 
 @contextmanager
-def _explain_lost_worker() -> Iterator[None]:
+def explain_lost_worker() -> Iterator[None]:
+    """Raise a `UserError` in place of the error about a process that died."""
     try:
         yield
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that reads images died, perhaps because memory ran out; run the same "
+            "a process that reads documents died, perhaps because memory ran out; run the same "
             "command again, with --processes 1 if it happens again"
         ) from error
 
 
-def _start_pool(workers: int) -> ProcessPoolExecutor:
+def start_pool(workers: int) -> ProcessPoolExecutor:
     """Start worker processes, all of them now."""
     with without_main_module():
         context = multiprocessing.get_context("spawn")

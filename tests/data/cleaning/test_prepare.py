@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 
 from moma.data.cleaning import passes, signatures
+from moma.data.cleaning.passes import provide_cleaning
 from moma.data.config import PrepareConfig
+from moma.data.documents import DroppedImageError, Rejected, parts_of, read_part
 from moma.data.encode.prepare import prepare
 from moma.data.inspect import inspect
 from moma.data.shards import open_sources
@@ -169,3 +171,34 @@ def test_an_interruption_at_any_step_changes_no_byte(folder, tmp_path, monkeypat
 
 def interrupted(*arguments, **keys):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_neither_parts_nor_processes_change_what_is_dropped(folder, tmp_path, processes):
+    sources = recipe_of(folder, tmp_path, **ALL).data.sources
+    found = {}
+    for name, part_bytes in (("one", 2**28), ("many", 1)):
+        cleaning = provide_cleaning(sources, tmp_path / name, part_bytes, True, processes)
+        found[name] = {
+            source.name: [
+                drops(row)
+                for number, part in enumerate(parts_of(source, part_bytes))
+                for row in cleaning[source.name].rows(read_part(source, part), number)
+            ]
+            for source in sources
+        }
+    assert found["many"] == found["one"]
+    assert len([*(tmp_path / "many").rglob("images.bin")]) > len(ALL) + 8
+
+
+def drops(row):
+    """What drops a document, or each of its images."""
+    if isinstance(row, Rejected):
+        return row
+    found = []
+    for image in row.segments:
+        try:
+            found.append(None if isinstance(image, str) else image.read().size)
+        except DroppedImageError as error:
+            found.append(str(error))
+    return found

@@ -103,7 +103,7 @@ def test_a_killed_worker_gives_an_error_with_the_remedy():
         yield from [image(n) for n in range(50)]
 
     with (
-        pytest.raises(UserError, match=r"reads images died.*--processes 1"),
+        pytest.raises(UserError, match=r"reads documents died.*--processes 1"),
         ImageReader(shape, 1, seconds=0) as reader,
     ):
         list(reader.read(items()))
