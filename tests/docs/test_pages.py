@@ -1,6 +1,8 @@
 """Links lead somewhere, every page is in the navigation, and every command exists."""
 
+import ast
 import functools
+import json
 import re
 import tomllib
 from typing import Any
@@ -49,6 +51,14 @@ def test_every_page_is_in_the_navigation_once():
     )
     pages = [str(path.relative_to(DOCS)) for path in PAGES if path.is_relative_to(DOCS)]
     assert sorted(names) == sorted(pages)
+
+
+def test_other_blocks_can_be_parsed():
+    parsers: dict[str, Any] = {"python": ast.parse, "toml": tomllib.loads, "json": json.loads}
+    for block in (block for page in PAGES for block in blocks(page)):
+        texts = block.text.splitlines() if block.language == "json" else [block.text]
+        for text in texts if block.language in parsers else ():
+            parsers[block.language](text)
 
 
 def test_every_extra_is_explained():
