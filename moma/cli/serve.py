@@ -39,19 +39,27 @@ def serve(
     max_pixels: Annotated[
         int, Option(min=1, max=COUNT_LIMIT, help="pixels of an image in a request")
     ] = 16_000_000,
+    page: Annotated[
+        bool, Option("--page/--no-page", help="serve a page for people beside the endpoint")
+    ] = True,
     routing: Annotated[
         Literal["causal", "auxiliary", "threshold"],
         Option(help="by thresholds, if there are any; by auxiliary routers; by thresholds"),
     ] = "causal",
 ) -> None:
-    """Serve a run over HTTP in the shapes of OpenAI's API, until Ctrl-C or SIGTERM."""
+    """Serve a run on a page and in the shapes of OpenAI's API, until Ctrl-C or SIGTERM."""
     try:
         from moma.serve.app import Limits, create_app
         from moma.serve.guard import is_loopback
         from moma.serve.server import listen, run_server
+
+        if page:
+            from moma.serve.page import PATH, mount_page
+            from moma.serve.page_run import RunView
     except ModuleNotFoundError as error:
         raise UserError(f"moma serve: {error}; run pip install 'moma[serve]'") from error
     import moma
+    from moma.runs import Run
     from moma.serve.engine import Engine
 
     token = read_token(token_file)
@@ -64,9 +72,11 @@ def serve(
         model = moma.load(run, routing)
         with Engine(model, max_active, max_queued) as engine:
             served = create_app(engine, name or run.resolve().name, limits, token)
+            end = mount_page(served, engine, RunView(Run(run)), limits) if page else lambda: None
             address = f"[{host}]" if ":" in host else host
-            print(f"http://{address}:{listener.getsockname()[1]}/v1", flush=True)
-            run_server(served, engine, listener)
+            url = f"http://{address}:{listener.getsockname()[1]}"
+            print(f"{url}/v1", *([f"{url}{PATH}"] if page else []), sep="\n", flush=True)
+            run_server(served, engine, listener, end)
 
 
 def read_token(file: Path | None) -> str | None:

@@ -23,6 +23,8 @@ class Answer:
     Attributes:
         prompt_tokens: number of tokens of the prompt.
         new_tokens: number of tokens generated so far.
+        ids: of the prompt and of what follows it so far; the prompt's are known once it has a
+            place.
         end: why it has ended; None: it goes on.
         error: what made it fail, if `end` is `error`.
         submitted, first, ended: times by `time.monotonic`; None: not yet.
@@ -30,6 +32,7 @@ class Answer:
 
     def __init__(self, prompt_tokens: int, cancel: Callable[["Answer"], None]):
         self.prompt_tokens, self.new_tokens = prompt_tokens, 0
+        self.ids: list[int] = []
         self.end: AnswerEnd | None = None
         self.error: Exception | None = None
         self.submitted = time.monotonic()

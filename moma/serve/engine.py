@@ -9,8 +9,10 @@ one in the queue, between two passes.
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -23,6 +25,7 @@ from moma.images import square_pixels
 from moma.serve.answer import Answer, AnswerEnd
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class BusyError(Exception):
@@ -74,6 +77,7 @@ class Engine:
         self._queue: deque[_Job] = deque()
         self._active: dict[int, _Job] = {}
         self._cancelled: list[int] = []
+        self._calls: list[tuple[Future[Any], Callable[[], None]]] = []
         self._count, self._is_open = 0, True
         self._thread = threading.Thread(target=self._run, name="moma engine", daemon=True)
 
@@ -146,6 +150,27 @@ class Engine:
             self._changed.notify_all()
         return answer
 
+    def call(self, function: Callable[[MixedModel], _T]) -> Future[_T]:
+        """Call a function with the model in the engine's thread, between two passes.
+
+        Raises:
+            EngineStoppedError: the engine is closed or has failed.
+        """
+        called: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                called.set_result(function(self.model))
+            except Exception as error:
+                called.set_exception(error)
+
+        with self._changed:
+            if self.stopped:
+                raise EngineStoppedError(self.stopped)
+            self._calls.append((called, run))
+            self._changed.notify_all()
+        return called
+
     def _shrink(self, image: Image.Image) -> Image.Image:
         return Image.fromarray(square_pixels(image, self.model.codec.config.image_size))
 
@@ -176,28 +201,37 @@ class Engine:
             self.error = error
         with self._changed:
             stopped = None if self.error is None else EngineStoppedError(self.stopped)
+            for called, _ in self._calls:
+                called.set_exception(EngineStoppedError(self.stopped))
             for job in [*self._queue, *self._active.values()]:
                 self._leave(job, "error" if stopped else "cancelled", stopped)
 
     def _wait(self) -> bool:
         """Wait for work; return whether the engine goes on."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._active or not self._is_open)
+            self._changed.wait_for(
+                lambda: self._queue or self._active or self._calls or not self._is_open
+            )
             return self._is_open
 
     def _update(self, decoder: Decoder) -> None:
-        """Let cancelled requests leave the decoder, and queued ones enter it."""
+        """Let cancelled requests leave the decoder, queued ones enter it, and calls run."""
         with self._changed:
+            calls, self._calls = self._calls, []
             cancelled, self._cancelled = self._cancelled, []
             taken: list[_Job] = []
             while self._queue and len(self._active) < self.max_active:
                 taken.append(self._queue.popleft())
                 self._active[taken[-1].number] = taken[-1]
+        for _, run in calls:
+            run()
         for number in cancelled:
             decoder.cancel(number)
         for job in taken:
             try:
-                decoder.add(job.number, self.model.request(job.prompt, job.settings))
+                request = self.model.request(job.prompt, job.settings)
+                job.answer.ids += request.branches[0].prompt
+                decoder.add(job.number, request)
             except Exception as error:
                 self._fail(job, error)
 
@@ -216,6 +250,7 @@ class Engine:
             decoder.cancel(job.number)
             self._fail(job, error)
             return
+        job.answer.ids += new.tokens
         job.answer.add(len(new.tokens), events)
         if new.end:
             self._leave(job, new.end)

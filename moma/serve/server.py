@@ -1,8 +1,10 @@
 """The process of a server: its socket and its signals."""
 
+import asyncio
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
@@ -14,16 +16,23 @@ from moma.serve.engine import Engine
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, engine: Engine):
+    def __init__(self, config: uvicorn.Config, engine: Engine, end: Callable[[], None]):
         super().__init__(config)
-        self._engine = engine
+        self._engine, self._end = engine, end
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End the server: after Ctrl-C at once, otherwise when the requests it has are answered."""
         if sig == signal.SIGINT:
             # Not here: what was interrupted may hold the engine's lock.
             threading.Thread(target=self._engine.stop).start()
+        loop = asyncio.get_running_loop()
+        loop.call_soon_threadsafe(lambda: loop.create_task(self._end_when_idle()))
         super().handle_exit(sig, frame)
+
+    async def _end_when_idle(self) -> None:
+        while self._engine.active or self._engine.queued:
+            await asyncio.sleep(0.1)
+        self._end()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -41,12 +50,17 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def run_server(app: ASGIApp, engine: Engine, listener: socket.socket) -> None:
-    """Serve until Ctrl-C, which cancels requests, or SIGTERM, which completes them."""
+def run_server(
+    app: ASGIApp, engine: Engine, listener: socket.socket, end: Callable[[], None] = lambda: None
+) -> None:
+    """Serve until Ctrl-C, which cancels requests, or SIGTERM, which completes them.
+
+    Then `end` is called, which must end the connections that are still open.
+    """
     config = uvicorn.Config(app, log_level="warning", server_header=False)
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at the end
     try:
         with suppress(KeyboardInterrupt):
-            _Server(config, engine).run(sockets=[listener])
+            _Server(config, engine, end).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, before)

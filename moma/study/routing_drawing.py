@@ -48,6 +48,8 @@ def draw_routing(mixed: MixedModel, routings: Sequence[TokenRouting]) -> str:
     )
     drawn = (Drawing(mixed, routed).html() for routed in routings)
     panes = "".join(f"<section class='pane'>{each}</section>" for each in drawn)
+    if len(routings) == 1:
+        tabs = tabs.partition("<label")[0]
     return f"<div class='routing'>{tabs}{panes}</div>"
 
 

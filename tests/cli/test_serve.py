@@ -9,6 +9,7 @@ import threading
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -88,3 +89,13 @@ def test_ctrl_c_ends_a_server_cleanly(trained):
         except openai.APIError as error:
             assert "shutting down" in str(error) or isinstance(error, openai.APIConnectionError)
         assert process.wait(60) == 0
+
+
+@pytest.mark.slow
+def test_an_open_page_does_not_keep_a_server_from_ending(trained):
+    with serving(trained / "run") as (process, url):
+        heartbeat = url.removesuffix("/v1") + "/page/gradio_api/heartbeat/session"
+        with httpx.stream("GET", heartbeat, timeout=60) as stream:
+            next(stream.iter_raw())
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0

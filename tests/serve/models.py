@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
 
 from moma.generate.mixed import MixedModel
@@ -70,10 +71,18 @@ def read_url(url: str) -> Image.Image:
 
 @contextmanager
 def running(
-    engine: Engine, limits: Limits | None = None, token: str | None = None
+    engine: Engine,
+    limits: Limits | None = None,
+    token: str | None = None,
+    mount: Callable[[FastAPI], object] | None = None,
 ) -> Iterator[str]:
-    """The endpoint of an engine on a loopback address, with `model` as the model's name."""
+    """The endpoint of an engine on a loopback address, with `model` as the model's name.
+
+    `mount` may add something to the app.
+    """
     app = create_app(engine, "model", limits or Limits(), token)
+    if mount is not None:
+        mount(app)
     with listen("127.0.0.1", 0) as listener:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
