@@ -12,8 +12,8 @@ from tests.factories import write_recipe
 from tests.processes import Command
 
 CLEAN = {
-    "captions": CleaningConfig(duplicate_images=True, near_duplicate_images=8, min_image_side=5),
-    "text": CleaningConfig(near_duplicate_texts=0.5, near_duplicate_ngram=1, duplicate_texts=True),
+    "captions": CleaningConfig(near_duplicate_texts=1, near_duplicate_ngram=1, min_image_side=5),
+    "text": CleaningConfig(near_duplicate_texts=0.9, near_duplicate_ngram=1, duplicate_texts=True),
 }
 
 
@@ -29,7 +29,7 @@ def cleaned_recipe(folder, data):
 @pytest.mark.slow
 def test_kills_at_random_times_change_no_byte(tmp_path):
     expected = run(cleaned_recipe(tmp_path, "undisturbed")).summary()
-    assert min(expected["dropped"].values()) > 5
+    assert sum(expected["dropped"].values()) > 5
     recipe = cleaned_recipe(tmp_path, "killed")
     write_recipe(recipe, tmp_path / "recipe.toml")
     draw, kills, state = random.Random(0), 0, None
