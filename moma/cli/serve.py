@@ -1,6 +1,5 @@
 """`moma serve`: a run behind an HTTP endpoint."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +9,6 @@ from moma.cli.arguments import COUNT_LIMIT, App, RunFolder
 from moma.errors import UserError
 
 app = App()
-_TOKEN = "MOMA_TOKEN"
-_MIN_TOKEN = 16
 
 
 @app.command()
@@ -23,7 +20,7 @@ def serve(
     port: Annotated[int, Option(min=0, max=65535, help="0: any that is free")] = 8000,
     token_file: Annotated[
         Path | None,
-        Option(help=f"file with the token that clients send; otherwise from {_TOKEN}"),
+        Option(help="file with the token that clients send; otherwise from MOMA_TOKEN"),
     ] = None,
     name: Annotated[str | None, Option(help="name of the model; the run's, if omitted")] = None,
     max_active: Annotated[int, Option(min=1, max=4096, help="requests to generate together")] = 8,
@@ -50,7 +47,7 @@ def serve(
     """Serve a run on a page and in the shapes of OpenAI's API, until Ctrl-C or SIGTERM."""
     try:
         from moma.serve.app import Limits, create_app
-        from moma.serve.guard import is_loopback
+        from moma.serve.guard import read_token
         from moma.serve.server import listen, run_server
 
         if page:
@@ -62,11 +59,7 @@ def serve(
     from moma.runs import Run
     from moma.serve.engine import Engine
 
-    token = read_token(token_file)
-    if token is None and not is_loopback(host):
-        raise UserError(
-            f"--host {host}: others may reach this address; give --token-file or set {_TOKEN}"
-        )
+    token = read_token(token_file, host)
     limits = Limits(body_bytes=max_body, pixels=max_pixels, tokens=max_tokens)
     with listen(host, port) as listener:
         model = moma.load(run, routing)
@@ -77,22 +70,3 @@ def serve(
             url = f"http://{address}:{listener.getsockname()[1]}"
             print(f"{url}/v1", *([f"{url}{PATH}"] if page else []), sep="\n", flush=True)
             run_server(served, engine, listener, end)
-
-
-def read_token(file: Path | None) -> str | None:
-    """Return the token of a file, or of the environment; None: there is none."""
-    if file is None:
-        token, where = os.environ.get(_TOKEN), _TOKEN
-    else:
-        try:
-            token, where = file.read_text(encoding="utf-8").strip(), f"--token-file {file}"
-        except UnicodeDecodeError as error:
-            raise UserError(f"--token-file {file}: is not text; write a token into it") from error
-    if token is not None and (
-        len(token) < _MIN_TOKEN or not (token.isascii() and token.isprintable())
-    ):
-        raise UserError(
-            f"{where}: a token has at least {_MIN_TOKEN} ASCII characters, on one line, for "
-            "example from: openssl rand -hex 16"
-        )
-    return token

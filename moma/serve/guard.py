@@ -5,6 +5,8 @@ import base64
 import binascii
 import hmac
 import ipaddress
+import os
+from pathlib import Path
 from typing import TypeVar
 
 from fastapi import Request
@@ -12,10 +14,13 @@ from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from moma.errors import UserError
 from moma.serve.errors import ApiError, error_response
 
 _T = TypeVar("_T", bound=BaseModel)
 _OPEN_PATHS = ("/health",)
+_TOKEN = "MOMA_TOKEN"
+_MIN_TOKEN = 16
 
 
 class Guard:
@@ -51,6 +56,32 @@ class Guard:
         if given is not None and hmac.compare_digest(given.encode(), self._token.encode()):
             return None
         return ApiError(401, "the token is missing or wrong", code="invalid_api_key")
+
+
+def read_token(file: Path | None, host: str) -> str | None:
+    """Return the token of a file, or of the environment; None: there is none.
+
+    Raises:
+        UserError: it is too short, or there is none and the host is not a loopback address.
+    """
+    if file is None:
+        token, where = os.environ.get(_TOKEN), _TOKEN
+    else:
+        try:
+            token, where = file.read_text(encoding="utf-8").strip(), f"--token-file {file}"
+        except UnicodeDecodeError as error:
+            raise UserError(f"--token-file {file}: is not text; write a token into it") from error
+    if token is None:
+        if not is_loopback(host):
+            raise UserError(
+                f"--host {host}: others may reach this address; give --token-file or set {_TOKEN}"
+            )
+    elif len(token) < _MIN_TOKEN or not (token.isascii() and token.isprintable()):
+        raise UserError(
+            f"{where}: a token has at least {_MIN_TOKEN} ASCII characters, on one line, for "
+            "example from: openssl rand -hex 16"
+        )
+    return token
 
 
 def is_loopback(host: str) -> bool:

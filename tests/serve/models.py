@@ -94,7 +94,7 @@ def running(
             thread.join()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
     """Wait for something that other threads bring about."""
     end = time.monotonic() + seconds
     while not condition():
