@@ -63,7 +63,7 @@ def test_every_request_is_answered_or_gets_an_error_when_a_replica_is_killed(tra
     print(f"{len(answers)} answers, {len(errors)} errors: {set(map(repr, errors))}")
     assert set(answers) == set(expected)
     assert all(isinstance(error, openai.APIError) for error in errors)
-    assert len(answers) > 10 * len(errors)
+    assert len(answers) > 2 * len(errors)
 
 
 def use(url: str, find_replicas: Any) -> list[object]:
