@@ -135,7 +135,11 @@ def test_a_slow_body_is_refused(mixed):
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=9),
     lambda each: (
         st.lists(each, max_size=3) | st.dictionaries(st.text(max_size=5), each, max_size=3)
     ),
