@@ -173,3 +173,39 @@ def test_several_machines_with_one_bucket_are_refused(tmp_path):
     )
     assert call.returncode == 2 and "several machines" in call.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("code", "expected", "requeued"), [(0, 0, False), (2, 2, False), (74, 0, True)]
+)
+def test_data_is_prepared_on_a_ray_cluster_of_the_nodes(tmp_path, code, expected, requeued):
+    found = tmp_path / "found"
+    found.mkdir()
+    write_programs(
+        tmp_path,
+        scontrol=SCONTROL,
+        srun='#!/bin/bash\nshift\nSLURM_PROCID=0 exec "$@"\n',
+        ray='#!/bin/bash\necho "$RAY_AUTH_MODE $@" >> "$FOUND/ray"\n',
+        moma=f'#!/bin/bash\necho "$@" > "$FOUND/moma"\nexit {code}\n',
+    )
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FOUND": str(found),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_CPUS_PER_TASK": "4",
+    }
+    script = [str(LAUNCH / "slurm_prepare.sbatch"), "my.toml", "data.seed=1"]
+    done = subprocess.run(["bash", *script], env=environment, check=False)
+    assert done.returncode == expected
+    assert (found / "moma").read_text().split() == [
+        *("prepare", "my.toml", "data.seed=1", "--ray", "auto")
+    ]
+    started, stopped = (found / "ray").read_text().splitlines()
+    assert started == "token start --head --port=20007 --num-cpus=4" and stopped == "token stop"
+    assert (found / "requeued").exists() == requeued
+
+
+def test_the_ray_cluster_file_names_existing_node_types():
+    cluster = yaml.safe_load((LAUNCH / "ray.yaml").read_text())
+    assert cluster["head_node_type"] in cluster["available_node_types"]

@@ -77,7 +77,9 @@ class RayCluster:
     def _run(self, tasks: Sequence[Task], report: Report) -> None:
         ray = self._ray
         job = ray.put(Shared(self._job, os.getcwd(), uuid4().hex))
-        codec = ray.remote(num_gpus=self._gpus_per_actor, max_restarts=-1, max_task_retries=-1)
+        codec = ray.remote(
+            num_cpus=0, num_gpus=self._gpus_per_actor, max_restarts=-1, max_task_retries=-1
+        )
         codecs = [codec(BatchingCodec).remote(job) for _ in range(self._actors)]
         encode = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_encode)
         waiting, running = deque(tasks), dict[Any, Task]()
