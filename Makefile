@@ -49,7 +49,7 @@ $(READY): pyproject.toml constraints.txt
 
 $(DEVELOPMENT): $(READY)
 	@echo 'installing what tests, lint and docs need: about 1 GB'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,dev,docs,lm-eval,ray,s3,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[clean,demo,dev,docs,lm-eval,ray,s3,serve]'
 	touch $(DEVELOPMENT)
 
 # Not runs/: trained models stay.

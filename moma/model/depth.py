@@ -168,8 +168,8 @@ class DepthRouter(nn.Module):
         x_ND, eligible_BS = x_BSD.flatten(0, 1), modality_BS >= 0
         logits_N1 = router_logits(self.router.weight, x_ND)
         auxiliary_N1 = auxiliary_logits(self.auxiliary, x_ND, policy, routing)
-        is_training = self.training and isinstance(policy, BatchChoice)
-        noise_N1 = logistic_noise(logits_N1) if self.noise and is_training else None
+        is_noisy = self.noise and self.training and isinstance(policy, BatchChoice)
+        noise_N1 = logistic_noise(logits_N1) if is_noisy else None
         pools = list(self._pools(logits_N1, auxiliary_N1, modality_BS))
         cutoff_P, excess = None, None
         if policy.capacity is None:
@@ -189,7 +189,8 @@ class DepthRouter(nn.Module):
             may_be_empty = excess is not None or self.by_modality
             length = pools[0].logits_RN.shape[1]
             selection = _in_batch_order(selection, length, segment_BS if may_be_empty else None)
-        selected_N1, has_loss = None, bool(self.gate_loss) and is_training
+        has_loss = self.gate_loss > 0 and self.training and policy.capacity is not None
+        selected_N1 = None
         if routing.records or has_loss:
             flat = Selection(*(part_RK.flatten()[None] for part_RK in selection))
             selected_N1 = flat.selected_NE(len(x_ND))

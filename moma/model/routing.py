@@ -190,7 +190,7 @@ def uniform_routing(policy: Policy, **flags: bool) -> Routing:
 
 
 # A model's own causal routing is `Transformer.causal_routing`.
-ROUTINGS: dict[str, Routing] = {
+ROUTINGS: dict[RoutingName, Routing] = {
     "choice": uniform_routing(BatchChoice("actual")),
     "threshold": uniform_routing(Threshold()),
     "auxiliary": uniform_routing(Auxiliary()),

@@ -18,7 +18,7 @@ from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
 from moma.errors import UserError
 from moma.model.routers import RouterRecord
-from moma.model.routing import BatchChoice, Noisy, Routing, RoutingName, Threshold
+from moma.model.routing import ROUTINGS, BatchChoice, Noisy, Routing, Threshold
 from moma.model.transformer import Transformer, no_head
 from moma.runs import Run
 from moma.train.recipe import Recipe
@@ -32,7 +32,6 @@ Losses = dict[str, float | None]
 # Of a run, on so many held-out micro-batches (0: all): figures by name, at any depth.
 Measure = Callable[[Run, int], dict[str, Any]]
 
-ROUTINGS: tuple[RoutingName, ...] = ("choice", "threshold", "auxiliary", "half")
 FLIP_RATES = (0.0025, 0.01, 0.05)
 # Seed of the order of held-out documents, on which batch choice depends.
 _ORDER = 0

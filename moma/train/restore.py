@@ -176,6 +176,8 @@ def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal
             f"{run.path}: its auxiliary routers are not trained; train them with "
             f"`{router_command(run)}`, or route by thresholds"
         )
+    if routing == "half" and not model.config.depth_layers:
+        raise UserError(f"{run.path}: has no depth routers, which 'half' is for; use thresholds")
     if routing == "half" and model.has_thresholds:
         raise UserError(
             f"{run.path}: its depth routers were not trained to decide by a score of one half "
