@@ -41,9 +41,11 @@ docs-keys: $(READY)
 	$(BIN)/moma schema --markdown > $(VENV)/keys.md
 	sed -i -e '/<!-- keys: begin/,/<!-- keys: end/{//!d}' -e '/<!-- keys: begin/r $(VENV)/keys.md' docs/recipes.md
 
+# The pip that comes with Python may need minutes to find versions that fit together.
 $(READY): pyproject.toml constraints.txt
 	@echo 'installing into $(VENV): about 2 GB, some minutes'
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,serve]'
 	touch $(READY)
 
