@@ -6,7 +6,7 @@
                      train-00012-00003.arrow, …  file 3 of part 12 of the source
 
 A row of an Arrow file is a document: `ids`, `images`, `name`. The files are memory-mapped.
-`encode/parts.py` writes them.
+`encode/part_writer.py` writes them.
 """
 
 import json

@@ -11,53 +11,44 @@ exists, and the part is complete once its last record exists. The next process k
 committed, deletes the rest, and continues.
 """
 
-import json
 import os
 import re
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from hashlib import sha256
+from io import BytesIO
 from itertools import takewhile
 from pathlib import Path
 from typing import BinaryIO
-from uuid import uuid4
-
-import numpy as np
-import pyarrow as pa
 
 from moma.data.documents import Rejected, SourcePart
-from moma.data.encode.rejected import parse_rejected_line, rejected_line
+from moma.data.encode.part_writer import read_records, record_name, rejected_name
+from moma.data.encode.rejected import parse_rejected_line
 from moma.data.shards import (
     INFO_FILE,
-    METADATA_KEY,
     ORIGIN_FILE,
     REJECTED_FILE,
     SPLITS,
     VOCABULARY_FILE,
-    Counts,
     Part,
     ShardInfo,
-    file_name,
-    file_origin,
     read_config,
     read_info,
 )
 from moma.errors import UserError
 from moma.files import (
     UNFINISHED,
-    add_path_to_errors,
     atomic_open,
     atomic_write,
     checksum,
-    sync_file,
     sync_folder,
 )
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
 _PLAN_FILE = "plan.json"
+_EMPTY = sha256().hexdigest()
 _KEPT_FILES = (ORIGIN_FILE, _PLAN_FILE)
 # Every file that moma writes into the folder of a source; the last alternative is of older data.
 _OWN_FILE = re.compile(
@@ -157,10 +148,12 @@ class PartialShards:
 
     def finish(self, vocabulary: Vocabulary) -> ShardInfo:
         """Put the files in place of older ones."""
+        records = [record for number in range(len(self.plan)) for record in self.parts[number]]
         with atomic_open(self.path / REJECTED_FILE) as all_rejected:
-            copy_rejected(self.folder, all_rejected)
+            # Those alone that are committed: a process that died left others.
+            names = (rejected_name(record) for record in records if _has_rejected(record))
+            _copy((self.path / name for name in names), all_rejected)
         vocabulary.save(self.path / VOCABULARY_FILE)
-        records = (record for number in range(len(self.plan)) for record in self.parts[number])
         info = self.origin.with_parts([record for record in records if record.documents_read])
         atomic_write(self.path / INFO_FILE, info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)
@@ -191,118 +184,6 @@ class PartialShards:
                 path.unlink()
 
 
-class PartWriter:
-    """Files of a part while they are written: one for each split, and rejected documents.
-
-    Attributes:
-        record: what was added so far.
-    """
-
-    def __init__(
-        self, folder: Path, info: ShardInfo, part: int, file: int, first: int, schema: pa.Schema
-    ) -> None:
-        """Write no file yet.
-
-        Args:
-            part, file: number of the part, and of the files among those of the part.
-            first: number of documents of the part before.
-        """
-        self._folder, self._source = folder, info.source
-        self.record = Part(part=part, file=file, first=first, stop=first)
-        origin = {**file_origin(info), "part": part, "file": file}
-        metadata = {**(schema.metadata or {}), METADATA_KEY: json.dumps(origin).encode()}
-        self._schema = schema.with_metadata(metadata)
-        # A process that is taken for lost may still write the same part.
-        self._unfinished = f".{uuid4().hex[:8]}{UNFINISHED}"
-        self._open = ExitStack()
-        self._files: dict[str, BinaryIO] = {}
-        self._writers: dict[str, pa.RecordBatchStreamWriter] = {}
-
-    def close(self) -> None:
-        """Close the files; what was not committed is lost."""
-        self._open.close()
-
-    def add(
-        self,
-        tables: dict[str, pa.Table],
-        rejected: Sequence[Rejected],
-        dropped_images: Sequence[Rejected] = (),
-    ) -> None:
-        """Write the next documents.
-
-        Args:
-            tables: those that are encoded, by split.
-            rejected: the others, also those that were dropped.
-            dropped_images: images that were dropped of encoded documents.
-
-        Raises:
-            OSError: they cannot be written; the error has the folder's path.
-        """
-        with add_path_to_errors(self._folder):
-            for split, table in tables.items():
-                if table.num_rows:
-                    metadata = self._schema.metadata
-                    self._writer(split).write_table(table.replace_schema_metadata(metadata))
-            if listed := [*rejected, *dropped_images]:
-                file = self._file(f"rejected-{self.record.name}.jsonl")
-                file.writelines(rejected_line(self._source, row) for row in listed)
-                file.flush()  # they may be read before the files are committed
-        counts = dict.fromkeys(SPLITS, Counts())
-        counts |= {split: _count(table) for split, table in tables.items()}
-        read = sum(count.documents for count in counts.values()) + len(rejected)
-        dropped = Counter(row.dropped_by for row in rejected)
-        unusable = dropped.pop("", 0)
-        own = self.record
-        self.record = own + Part(
-            stop=read,
-            counts=counts,
-            rejected=unusable,
-            dropped=dropped,
-            dropped_images=Counter(image.dropped_by for image in dropped_images),
-        )
-        self.record = self.record.model_copy(update={"part": own.part, "file": own.file})
-
-    def commit(self, is_last: bool) -> Part:
-        """Sync the files, rename them, and write their record: a kill does not lose them now."""
-        with add_path_to_errors(self._folder):
-            for writer in self._writers.values():
-                writer.close()
-            for file in self._files.values():
-                sync_file(file)
-            self._open.close()
-        checksums = {}
-        for name in self._files:
-            unfinished = self._folder / (name + self._unfinished)
-            checksums[name] = checksum(unfinished)
-            os.replace(unfinished, self._folder / name)
-        sync_folder(self._folder)
-        changes = {"is_last": is_last, "checksums": checksums}
-        self.record = self.record.model_copy(update=changes)
-        text = self.record.model_dump_json() + "\n"
-        atomic_write(self._folder / _record_name(self.record.part, self.record.file), text)
-        return self.record
-
-    def _writer(self, split: str) -> pa.RecordBatchStreamWriter:
-        if split not in self._writers:
-            file = self._file(file_name(split, self.record.name))
-            self._writers[split] = pa.ipc.new_stream(file, self._schema)
-        return self._writers[split]
-
-    def _file(self, name: str) -> BinaryIO:
-        if name not in self._files:
-            path = self._folder / (name + self._unfinished)
-            self._files[name] = self._open.enter_context(path.open("wb"))
-        return self._files[name]
-
-
-def read_records(folder: Path, part: int) -> list[Part]:
-    """Return what is committed of a part in a folder of partial files."""
-    records: list[Part] = []
-    while record := read_config(Part, folder / _record_name(part, len(records))):
-        records.append(record)
-    return records
-
-
 def complete_shards(folder: Path, origin: ShardInfo, verify: bool = False) -> ShardInfo | None:
     """Return the shards of a source if they are complete and of this origin, else None.
 
@@ -319,8 +200,8 @@ def complete_shards(folder: Path, origin: ShardInfo, verify: bool = False) -> Sh
     _require_own(*leftovers)
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
-    if verify and not all(is_intact(folder, record) for record in found.parts):
-        _make_partial(folder, found)
+    if verify and len(intact := _intact_records(folder, found)) < len(found.parts):
+        _make_partial(folder, found, intact)
         return None
     return found
 
@@ -329,28 +210,57 @@ def is_intact(folder: Path, record: Part) -> bool:
     """Return whether the files of a record have its sizes and checksums."""
     try:
         return all(
-            checksum(folder / name) == expected
-            for name, expected in record.checksums.items()
-            if (folder / name).exists() or not name.startswith("rejected-")
+            checksum(folder / name) == expected for name, expected in record.checksums.items()
         )
     except OSError:
         return False
 
 
-def _make_partial(folder: Path, info: ShardInfo) -> None:
-    """Undo `PartialShards.finish`; if killed before its end, it has not happened."""
-    path = partial_folder(folder)
-    folder.rename(path)
-    with (path / REJECTED_FILE).open("rb") as rejected:
+def _intact_records(folder: Path, info: ShardInfo) -> list[Part]:
+    """Return the records of finished shards whose files are intact, of each part the first ones."""
+    intact: list[Part] = []
+    damaged: set[int | None] = set()
+    with _open_rejected(folder) as all_rejected:
         for record in info.parts:
-            name = f"rejected-{record.name}.jsonl"
-            if name in record.checksums:
-                (path / name).write_bytes(rejected.read(record.checksums[name][0]))
+            files = {**record.checksums}
+            size, digest = files.pop(rejected_name(record), (0, _EMPTY))
+            rejected = all_rejected.read(size)
+            own = record.model_copy(update={"checksums": files})
+            if sha256(rejected).hexdigest() != digest or not is_intact(folder, own):
+                damaged.add(record.part)
+            if record.part not in damaged:
+                intact.append(record)
+    return intact
+
+
+def _make_partial(folder: Path, info: ShardInfo, intact: Sequence[Part]) -> None:
+    """Undo `PartialShards.finish`, but for what is damaged.
+
+    If killed before the end, it has not happened.
+    """
+    path = partial_folder(folder)
+    names = {record.name for record in intact}
+    folder.rename(path)
+    with _open_rejected(path) as all_rejected:
+        for record in info.parts:
+            rejected = all_rejected.read(record.checksums.get(rejected_name(record), (0, ""))[0])
+            if record.name not in names:
+                continue
+            if _has_rejected(record):
+                with atomic_open(path / rejected_name(record)) as file:
+                    file.write(rejected)
             text = record.model_dump_json() + "\n"
-            (path / _record_name(record.part, record.file)).write_text(text)
-    (path / ORIGIN_FILE).write_text(info.with_parts(()).model_dump_json() + "\n")
-    for name in (REJECTED_FILE, VOCABULARY_FILE, INFO_FILE):
-        (path / name).unlink()
+            atomic_write(path / record_name(record.part, record.file), text)
+    atomic_write(path / ORIGIN_FILE, info.with_parts(()).model_dump_json() + "\n")
+    # From here on it has happened; the next process deletes what else is left.
+    (path / INFO_FILE).unlink()
+    sync_folder(path)
+
+
+def _open_rejected(folder: Path) -> BinaryIO:
+    """Open the rejected documents of finished shards; empty if the file is missing."""
+    path = folder / REJECTED_FILE
+    return path.open("rb") if path.exists() else BytesIO()
 
 
 def _require_own(*folders: Path) -> None:
@@ -382,9 +292,7 @@ def _put_in_place(folder: Path) -> None:
 
 def copy_rejected(folder: Path, out: BinaryIO) -> None:
     """Append the rejected documents of a source to a file, an unfinished part's included."""
-    for path in _rejected_files(folder):
-        with path.open("rb") as file:
-            shutil.copyfileobj(file, out)
+    _copy(_rejected_files(folder), out)
 
 
 def read_rejected(folder: Path) -> Iterator[Rejected]:
@@ -408,11 +316,19 @@ def _rejected_files(folder: Path) -> list[Path]:
     unfinished = partial_folder(folder)
     if not unfinished.exists():
         return [*folder.glob(REJECTED_FILE)]
-    return sorted(unfinished.glob("rejected-*.jsonl*"), key=_numbers_in)
+    # Of files of one record, left by processes that died, the longest has the rows of the others.
+    found = sorted(unfinished.glob("rejected-*.jsonl*"), key=lambda path: path.stat().st_size)
+    return sorted({_name_in(path): path for path in found}.values(), key=_numbers_in)
 
 
-def _record_name(part: int | None, file: int) -> str:
-    return f"part-{Part(part=part, file=file).name}.json"
+def _has_rejected(record: Part) -> bool:
+    return rejected_name(record) in record.checksums
+
+
+def _copy(files: Iterable[Path], out: BinaryIO) -> None:
+    for path in files:
+        with path.open("rb") as file:
+            shutil.copyfileobj(file, out)
 
 
 def _name_in(path: Path) -> str:
@@ -423,11 +339,3 @@ def _name_in(path: Path) -> str:
 
 def _numbers_in(path: Path) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", _name_in(path))))
-
-
-def _count(table: pa.Table) -> Counts:
-    return Counts(
-        documents=table.num_rows,
-        tokens=len(table.column("ids").combine_chunks().flatten()),
-        images=int(np.sum(table.column("images").to_numpy())),
-    )

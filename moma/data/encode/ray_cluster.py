@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from moma.data.encode.executors import ATTEMPTS, Report, lost_part
-from moma.data.encode.parts import read_records
+from moma.data.encode.part_writer import read_records
 from moma.data.encode.worker import Encoded, Job, Task, Worker, local_worker
 from moma.data.shards import Part
 from moma.errors import UserError

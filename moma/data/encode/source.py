@@ -24,12 +24,11 @@ from moma.data.documents import (
     source_fingerprint,
     which_held_out,
 )
+from moma.data.encode.part_writer import PartWriter, read_records
 from moma.data.encode.parts import (
     PartialShards,
-    PartWriter,
     complete_shards,
     partial_folder,
-    read_records,
     read_rejected,
 )
 from moma.data.encode.read_ahead import ImageReader

@@ -91,9 +91,10 @@ def test_a_process_that_dies_is_replaced(prepared, tmp_path, shares_codec):
     killed: list[multiprocessing.process.BaseProcess] = []
 
     def kill(message):
-        if not killed and message.so_far.documents_read:
+        if not killed and message.so_far.rejected and message.records is None:
             killed.extend(multiprocessing.active_children())
-            killed[0].kill()
+            for process in killed:
+                process.kill()
 
     pool = LocalPool(job, 2, [CPU], shares_codec)
     finish(job, shards, run_all(pool, tasks, kill))

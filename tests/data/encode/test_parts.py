@@ -1,5 +1,6 @@
 """Unfinished shards: encoding that is killed before any step ends with the same bytes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -9,9 +10,10 @@ import pyarrow as pa
 import pytest
 
 from moma.data.documents import Document, Rejected, SourcePart
-from moma.data.encode import chunks, parts
+from moma.data.encode import chunks, part_writer, parts
 from moma.data.encode.source import Limits, encode_source
 from moma.data.shards import ShardInfo, open_shards
+from moma.data.sources.parts import PART_BYTES
 from tests.factories import make_vocabulary
 
 VOCABULARY = make_vocabulary(300)
@@ -77,7 +79,7 @@ class Steps:
             (Path, "rename"),
             (Path, "write_text"),
             (shutil, "rmtree"),
-            (parts.PartWriter, "add"),
+            (part_writer.PartWriter, "add"),
         ]:
             patch.setattr(owner, name, self._counted(getattr(owner, name)))
 
@@ -188,6 +190,78 @@ def one_part(part_bytes):
     return [SourcePart()]
 
 
+def test_rejected_rows_of_a_process_that_died_are_listed_once(tmp_path):
+    """Another process has begun its part again; nothing is deleted in between."""
+    origin = ShardInfo(source="rows", source_fingerprint="", vocabulary_fingerprint="")
+    made = parts.PartialShards(tmp_path / "rows", origin, 1, one_part)
+    rows = [Rejected(f"row {number}", "bad") for number in range(3)]
+    for written in (rows[:2], rows[:1]):
+        died = part_writer.PartWriter(made.path, origin, 0, 0, 0, pa.schema([]))
+        died.add({}, written)
+        died.close()
+        assert [*parts.read_rejected(made.folder)] == rows[:2]
+    writer = part_writer.PartWriter(made.path, origin, 0, 0, 0, pa.schema([]))
+    writer.add({}, rows)
+    made.add(0, [writer.commit(is_last=True)])
+    assert [*parts.read_rejected(made.folder)] == rows
+    made.finish(VOCABULARY)
+    assert [*parts.read_rejected(made.folder)] == rows
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["train-00000-00001.arrow", "rejected.jsonl"])
+def test_verifying_may_be_killed_at_any_step(tmp_path, name):
+    """Either nothing has happened, or all that is damaged is made again."""
+    expected_info = run(tmp_path / "undisturbed" / "shard")
+    expected = contents(tmp_path / "undisturbed")
+    origin, outcomes = expected_info.with_parts(()), set()
+    for kill_at in range(60):
+        folder = tmp_path / str(kill_at) / "shard"
+        shutil.copytree(tmp_path / "undisturbed" / "shard", folder)
+        damage(folder / name)
+        before = contents(folder.parent)
+        with pytest.MonkeyPatch.context() as patch:
+            steps = Steps(patch, kill_at)
+            with contextlib.suppress(Killed):
+                assert parts.complete_shards(folder, origin, verify=True) is None
+        assert run(folder) == expected_info
+        found = contents(folder.parent)
+        assert found in (before, expected)
+        outcomes.add(found == expected)
+        if steps.done < kill_at:
+            assert outcomes == {False, True}
+            return
+    pytest.fail("verifying never ended")
+
+
+def test_a_missing_list_of_rejected_rows_is_made_again(tmp_path):
+    info = run(tmp_path / "undisturbed")
+    run(tmp_path / "shard")
+    (tmp_path / "shard/rejected.jsonl").unlink()
+    assert parts.complete_shards(tmp_path / "shard", info.with_parts(()), verify=True) is None
+    run(tmp_path / "shard")
+    assert contents(tmp_path / "shard") == contents(tmp_path / "undisturbed")
+
+
+def test_unfinished_rejected_rows_that_are_missing_are_read_again(tmp_path):
+    expected = run(tmp_path / "undisturbed")
+    folder = tmp_path / "shard"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        Steps(patch, 45)
+        run(folder)
+    (tmp_path / "shard.partial/rejected-00000-00000.jsonl").unlink()
+    shards = parts.PartialShards(folder, expected.with_parts(()), PART_BYTES, one_part)
+    committed = len(shards.parts[0])
+    assert committed > 0 and shards.drop_damaged() == committed
+    assert run(folder) == expected
+    assert contents(folder) == contents(tmp_path / "undisturbed")
+
+
 def test_dropping_rejected_rows_may_be_killed_at_any_step(tmp_path):
     origin = ShardInfo(source="rows", source_fingerprint="", vocabulary_fingerprint="")
     for kill_at in range(40):
@@ -195,7 +269,7 @@ def test_dropping_rejected_rows_may_be_killed_at_any_step(tmp_path):
         made = parts.PartialShards(folder, origin, 1, one_part)
         records = []
         for number in range(3):
-            writer = parts.PartWriter(made.path, origin, 0, number, number, pa.schema([]))
+            writer = part_writer.PartWriter(made.path, origin, 0, number, number, pa.schema([]))
             writer.add({}, [Rejected(f"row {number}", "bad")] if number else [])
             records.append(writer.commit(is_last=number == 2))
         made.add(0, records)

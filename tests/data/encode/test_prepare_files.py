@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from moma.data.batches.iterator import Batches
-from moma.data.encode import parts
+from moma.data.encode import part_writer, parts
 from moma.data.encode import prepare as prepare_module
 from moma.data.sources.text import TextConfig
 from moma.errors import UserError
@@ -55,7 +55,7 @@ def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(parts, "sync_file", full)
+    monkeypatch.setattr(part_writer, "sync_file", full)
     with pytest.raises(OSError, match=r"No space left on device.*captions\.partial"):
         run(recipe)
 
