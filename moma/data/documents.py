@@ -117,7 +117,8 @@ class SourcePart(Config):
         begin, end: where it begins in the first file, and ends in the last one, None for its end;
             bytes, row groups or rows, as the source counts.
         row: number of rows of the first file before `begin`.
-        file: the first file's name, which shows that the source's files are still the same.
+        file: the first file's name.
+        names: hash of the names of the files, which shows that they are still the same.
         size: bytes to read, approximately; 0 if unknown.
     """
 
@@ -127,6 +128,7 @@ class SourcePart(Config):
     end: int | None = None
     row: int = 0
     file: str = ""
+    names: str = ""
     size: int = 0
 
 

@@ -86,9 +86,14 @@ def row_group_cuts(columns: list[str]) -> Cuts:
 
 
 def _group_bytes(group: pa.parquet.RowGroupMetaData, columns: list[str]) -> int:
-    chunks = [group.column(index) for index in range(group.num_columns)]
-    used = (chunk for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
-    return sum(chunk.total_uncompressed_size for chunk in used)
+    # A path is a column and its fields, joined by dots, which the names may have, too.
+    beginnings = tuple(f"{column}." for column in columns)
+    chunks = (group.column(index) for index in range(group.num_columns))
+    return sum(
+        chunk.total_uncompressed_size
+        for chunk in chunks
+        if f"{chunk.path_in_schema}.".startswith(beginnings)
+    )
 
 
 def read_row_groups(

@@ -14,6 +14,7 @@ import numpy as np
 from moma.data.documents import SourcePart
 from moma.data.sources.jsonl import decompress
 from moma.data.sources.paths import FileRange, read_errors
+from moma.data.sources.reading import content_hash
 from moma.errors import UserError
 from moma.files import open_regular
 
@@ -65,6 +66,7 @@ def cut_files(files: Sequence[Path], part_bytes: int, cuts_of: Cuts) -> list[Sou
                     end=None if is_end else cut.offset,
                     row=row,
                     file=str(files[first]),
+                    names=_hash_of_names(files[first : index + 1]),
                     size=size,
                 )
             )
@@ -82,7 +84,7 @@ def ranges_of(files: Sequence[Path], part: SourcePart) -> list[FileRange]:
     if part.stop is None:
         return [*map(FileRange, files)]
     chosen = files[part.first : part.stop]
-    if len(chosen) < part.stop - part.first or str(chosen[0]) != part.file:
+    if _hash_of_names(chosen) != part.names:
         raise UserError(
             f"{part.file}: files of its source were added or removed while they were being "
             "prepared; run the same command again"
@@ -91,6 +93,10 @@ def ranges_of(files: Sequence[Path], part: SourcePart) -> list[FileRange]:
     ranges[0] = ranges[0]._replace(begin=part.begin, row=part.row)
     ranges[-1] = ranges[-1]._replace(end=part.end)
     return ranges
+
+
+def _hash_of_names(files: Sequence[Path]) -> str:
+    return content_hash(*map(os.fsencode, files))
 
 
 def whole_file(path: Path) -> Iterator[Cut]:

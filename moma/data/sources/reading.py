@@ -48,6 +48,8 @@ class ReaderConfig(SourceConfig):
 
     def read_part(self, part: SourcePart) -> Iterator[Document | Rejected]:
         """Yield the documents of a part."""
+        if part == SourcePart():
+            return self.documents()
         return self._make_documents(self.read_part_rows(part))
 
     def read_rows(self) -> Iterator[Row]:
@@ -56,7 +58,7 @@ class ReaderConfig(SourceConfig):
 
     def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the rows of a part."""
-        return self.read_rows()
+        raise NotImplementedError
 
     def _make_documents(self, rows: Iterator[Row]) -> Iterator[Document | Rejected]:
         for location, make in rows:

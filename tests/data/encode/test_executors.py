@@ -117,7 +117,9 @@ def test_a_part_whose_process_always_dies_is_given_up(prepared, tmp_path):
 
 def test_an_error_in_a_process_stops_all(prepared, tmp_path):
     job, _, tasks = unfinished(prepared, tmp_path / "data")
-    broken = tasks[1]._replace(part=tasks[1].part.model_copy(update={"file": "other"}))
+    broken = tasks[1]._replace(
+        part=tasks[1].part.model_copy(update={"file": "other", "names": "of others"})
+    )
     with pytest.raises(UserError, match="other: files of its source were added or removed"):
         run_all(LocalPool(job, 2, [CPU], False), [tasks[0], broken])
     assert not multiprocessing.active_children()

@@ -8,6 +8,7 @@ import pytest
 
 from moma.data.documents import Document, ImageRef, Rejected, SourceConfig, SourcePart
 from moma.data.sources import parts as parts_module
+from moma.data.sources.arrow_tables import row_group_cuts
 from moma.data.sources.captions import CaptionsConfig
 from moma.data.sources.dataset import DatasetConfig
 from moma.data.sources.folder import FolderConfig
@@ -184,6 +185,45 @@ def test_files_that_were_added_meanwhile_are_noticed(tmp_path):
     (tmp_path / "0.jsonl").write_text('{"text": "new"}\n')
     with pytest.raises(UserError, match=r"added or removed while they were being prepared"):
         [*source.read_part(cut[-1])]
+
+
+@pytest.mark.parametrize(("old", "new"), [("b", "bb"), ("c", "cc")])
+def test_a_change_after_the_first_file_of_a_part_is_noticed(tmp_path, old, new):
+    """As many files as before begin with the same one."""
+    source = texts(tmp_path)
+    (part,) = source.parts(10**12)
+    (tmp_path / f"{old}.jsonl").rename(tmp_path / f"{new}.jsonl")
+    with pytest.raises(UserError, match=r"a\.jsonl: .* added or removed"):
+        [*source.read_part(part)]
+
+
+def test_a_file_between_those_of_a_part_is_noticed(tmp_path):
+    source = texts(tmp_path)
+    moved = (tmp_path / "b.jsonl").rename(tmp_path / "b")
+    (part,) = source.parts(10**12)
+    assert part.stop == 2
+    moved.rename(tmp_path / "b.jsonl")
+    with pytest.raises(UserError, match=r"added or removed"):
+        [*source.read_part(part)]
+
+
+@pytest.mark.parametrize("used", ["a.text", "a"])
+def test_parquet_is_cut_by_columns_with_a_dot_or_fields(tmp_path, used):
+    rows = [{"a.text": f"t{n}", "a": [{"b.c": n}], "ab": "x" * 1000} for n in range(ROWS)]
+    write_parquet(tmp_path / "a.parquet", rows, row_group_size=1)
+    cuts = [*row_group_cuts([used])(tmp_path / "a.parquet")]
+    assert len(cuts) == ROWS and all(0 < cut.size < 1000 for cut in cuts)
+
+
+def test_a_column_with_a_dot_is_read_in_parts(tmp_path):
+    rows = [{"a.text": f"t{n}"} for n in range(ROWS)]
+    write_parquet(tmp_path / "a.parquet", rows, row_group_size=4)
+    source = DatasetConfig(path=str(tmp_path / "a.parquet"), text_column="a.text")
+    cut = source.parts(1)
+    assert len(cut) == 8
+    found = [row for part in cut for row in source.read_part(part)]
+    texts = [row.segments for row in found if isinstance(row, Document)]
+    assert texts == [(f"t{n}",) for n in range(ROWS)]
 
 
 def test_a_column_that_is_no_text_is_refused_when_parquet_is_cut(tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moma.data.documents import Document, ImageRef, Rejected
+from moma.data.documents import Document, ImageRef, Rejected, SourcePart
 from moma.data.sources.jsonl import decompress, parse_json_object, read_lines, require_text
 from moma.data.sources.paths import (
     FileRange,
@@ -168,6 +168,14 @@ class Failing(ReaderConfig):
 
     def fail(self):
         raise self.error("x" * 1_000_000)
+
+
+def test_a_source_that_reads_nothing_says_so():
+    with pytest.raises(NotImplementedError):
+        list(ReaderConfig(name="nothing").documents())
+    with pytest.raises(NotImplementedError):
+        list(ReaderConfig(name="nothing").read_part(SourcePart()))
+    assert len([*Failing().read_part(*Failing().parts(1))]) == 1
 
 
 def test_rejected_reasons_are_bounded():
