@@ -40,8 +40,11 @@ def serve(
         bool, Option("--page/--no-page", help="serve a page for people beside the endpoint")
     ] = True,
     routing: Annotated[
-        Literal["causal", "auxiliary", "threshold"],
-        Option(help="by thresholds, if there are any; by auxiliary routers; by thresholds"),
+        Literal["causal", "threshold", "auxiliary", "half"],
+        Option(
+            help="by thresholds, if there are any; by thresholds; by auxiliary routers; depth "
+            "routers by a score of one half"
+        ),
     ] = "causal",
 ) -> None:
     """Serve a run on a page and in the shapes of OpenAI's API, until Ctrl-C or SIGTERM."""

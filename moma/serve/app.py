@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from PIL import Image
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from moma.errors import UserError
@@ -77,7 +78,7 @@ def create_app(engine: Engine, name: str, limits: Limits, token: str | None = No
     for path, (answer, methods) in routes.items():
         app.add_api_route(path, answer, methods=methods, response_model=None)
     kinds = (ApiError, ValidationError, UserError, BusyError, EngineStoppedError, HTTPException)
-    for kind in (*kinds, Exception):
+    for kind in (*kinds, ClientDisconnect, Exception):
         app.add_exception_handler(kind, _answer_error)
     app.add_middleware(Guard, token=token)
     app.add_middleware(CountRequests, metrics=metrics, paths=routes)
@@ -188,7 +189,8 @@ class _Endpoint:
 
     async def _read(self, request: Request, kind: type[_T]) -> _T:
         limits = self._limits
-        body = await read_body(request, kind, limits.body_bytes, limits.body_seconds)
+        data = await read_body(request, limits.body_bytes, limits.body_seconds)
+        body = await anyio.to_thread.run_sync(kind.model_validate_json, data, limiter=self._threads)
         self._require_model(getattr(body, "model", self._name))
         return body
 
@@ -203,7 +205,9 @@ class _Endpoint:
     def _submit_now(
         self, parts: Sequence[Part], settings: Sequence[Settings], has_rows: bool
     ) -> list[Answer]:
-        model = self._engine.model
+        model, places = self._engine.model, self._engine.max_active + self._engine.max_queued
+        if len(settings) > places:
+            raise ApiError(400, f"n: this server takes at most {places} requests", "n")
         if sum(len(part) for part in parts if isinstance(part, str)) > self._max_characters:
             raise ApiError(400, f"the prompt is longer than the context of {model.context} tokens")
         settings = [self._limited(each) for each in settings]
@@ -215,15 +219,7 @@ class _Endpoint:
             else read_image(part, "messages", "send another", self._limits.pixels)
             for part in parts
         ]
-        answers: list[Answer] = []
-        try:
-            for each in settings:
-                answers.append(self._engine.submit(prompt, each, has_rows))
-        except BaseException:
-            for answer in answers:
-                answer.cancel()
-            raise
-        return answers
+        return self._engine.submit_all(prompt, settings, has_rows)
 
     def _limited(self, settings: Settings) -> Settings:
         """Settings within the limit of new tokens."""
@@ -244,7 +240,9 @@ class _Endpoint:
         async with reading(request, answers, self._metrics.observe):
             contents = [collect([event async for event in answer]) for answer in answers]
         if any(answer.end == "cancelled" for answer in answers):
-            raise EngineStoppedError("the server is shutting down; try another one")
+            if self._engine.stopped:
+                raise EngineStoppedError(self._engine.stopped)
+            raise ClientDisconnect
         return contents
 
     async def _stream(

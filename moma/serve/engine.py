@@ -19,6 +19,7 @@ from PIL import Image
 from moma.errors import UserError
 from moma.generate.decode import Decoder, NewTokens
 from moma.generate.mixed import MixedModel
+from moma.generate.sequence import Request
 from moma.generate.settings import Settings
 from moma.generate.stream import Content, ContentStream
 from moma.images import square_pixels
@@ -37,12 +38,20 @@ class EngineStoppedError(Exception):
 
 
 @dataclass(eq=False)
+class _Prompt:
+    """What requests with the same prompt share, so that its images are encoded once."""
+
+    parts: Sequence[Content]
+    request: Request | None = None
+
+
+@dataclass(eq=False)
 class _Job:
     """A request, and what is known of its answer."""
 
     number: int
     answer: Answer
-    prompt: Sequence[Content]
+    prompt: _Prompt
     settings: Settings
     stream: ContentStream
     has_rows: bool
@@ -111,44 +120,55 @@ class Engine:
     def stopped(self) -> str | None:
         """Why the engine takes no requests; None: it does."""
         if self.error is not None:
-            return f"the engine has failed: {type(self.error).__name__}: {self.error}"
+            return "the engine has failed; the server's log says why"
         return None if self._is_open else "the server is shutting down; try another one"
 
     def submit(
         self, prompt: Sequence[Content], settings: Settings, has_rows: bool = False
     ) -> Answer:
-        """Continue a prompt as soon as there is a place.
+        """Continue a prompt as soon as there is a place; see `submit_all`."""
+        return self.submit_all(prompt, [settings], has_rows)[0]
+
+    def submit_all(
+        self, prompt: Sequence[Content], settings: Sequence[Settings], has_rows: bool = False
+    ) -> list[Answer]:
+        """Continue a prompt several times, each as soon as there is a place.
 
         Args:
             prompt: text and images, in order.
-            settings: how.
+            settings: how; they differ in the seed only.
             has_rows: whether the answer has the upper rows of unfinished images as well; rows are
                 left out while earlier ones have not been read.
 
         Raises:
-            UserError: the prompt is longer than the context allows, or images are needed and there
-                is no codec.
-            BusyError: the queue is full.
+            UserError: the prompt is longer than the context allows, images are needed and there is
+                no codec, or the new tokens are too few for an image.
+            BusyError: the queue has no space for all of them.
             EngineStoppedError: the engine is closed or has failed.
         """
-        model, mode = self.model, self.model.mode(settings)
-        tokens = model.require_space(prompt, mode, settings.images)
+        model, first = self.model, settings[0]
+        mode, span = model.mode(first), model.model.vocabulary.image_span
+        if mode == "image" and first.new_tokens is not None and first.new_tokens < span:
+            raise UserError(f"at most {first.new_tokens} new tokens: an image has {span}")
+        tokens = model.require_space(prompt, mode, first.images)
         # Large images would wait in the queue otherwise.
-        prompt = [part if isinstance(part, str) else self._shrink(part) for part in prompt]
-        answer = Answer(tokens, self._cancel)
+        shared = _Prompt([part if isinstance(part, str) else self._shrink(part) for part in prompt])
+        answers = [Answer(tokens, self._cancel) for _ in settings]
         with self._changed:
             if self.stopped:
                 raise EngineStoppedError(self.stopped)
-            if len(self._queue) + len(self._active) >= self.max_active + self.max_queued:
+            waiting = len(self._queue) + len(self._active) + len(settings)
+            if waiting > self.max_active + self.max_queued:
                 raise BusyError(
-                    f"all {self.max_active} places and the queue of {self.max_queued} are taken; "
+                    f"the {self.max_active} places and the queue of {self.max_queued} are taken; "
                     "try again later"
                 )
-            stream = model.content_stream(settings.stop)
-            self._count += 1
-            self._queue.append(_Job(self._count, answer, prompt, settings, stream, has_rows))
+            for answer, each in zip(answers, settings, strict=True):
+                stream = model.content_stream(each.stop)
+                self._count += 1
+                self._queue.append(_Job(self._count, answer, shared, each, stream, has_rows))
             self._changed.notify_all()
-        return answer
+        return answers
 
     def call(self, function: Callable[[MixedModel], _T]) -> Future[_T]:
         """Call a function with the model in the engine's thread, between two passes.
@@ -229,9 +249,10 @@ class Engine:
             decoder.cancel(number)
         for job in taken:
             try:
-                request = self.model.request(job.prompt, job.settings)
-                job.answer.ids += request.branches[0].prompt
-                decoder.add(job.number, request)
+                prompt = job.prompt
+                prompt.request = prompt.request or self.model.request(prompt.parts, job.settings)
+                job.answer.ids += prompt.request.branches[0].prompt
+                decoder.add(job.number, prompt.request._replace(seed=job.settings.sampling.seed))
             except Exception as error:
                 self._fail(job, error)
 

@@ -6,10 +6,13 @@ from typing import Any
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from moma.errors import UserError, shorten
 from moma.serve.engine import BusyError, EngineStoppedError
 
+# The status that nginx logs for a client that has hung up.
+HUNG_UP = 499
 _RETRY_SECONDS = "1"
 # The body of the request may not have been read.
 _UNREAD = (401, 403, 404, 405, 408, 413, 415, 429)
@@ -44,6 +47,8 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(429, str(error), code="queue_full")
         case EngineStoppedError():
             return ApiError(503, str(error), code="engine_stopped")
+        case ClientDisconnect():
+            return ApiError(HUNG_UP, "the client has hung up")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
     return ApiError(500, "the request failed; the server's log says why")
@@ -76,8 +81,9 @@ def error_response(error: Exception) -> JSONResponse:
 
 def _of_validation(error: ValidationError) -> ApiError:
     # Of the kinds of content that are allowed, the one that fits best says what is wrong.
-    first = max(error.errors(include_url=False), key=lambda each: len(each["loc"]))
-    param = _path(first["loc"])
+    errors = error.errors(include_url=False, include_input=False)
+    first = max(errors, key=lambda each: (len(each["loc"]), each["type"] != "string_type"))
+    param = _path(first["loc"], first["type"])
     message = shorten(first["msg"].removeprefix("Value error, "), 300)
     if first["type"] == "extra_forbidden":
         message = "unknown parameter"
@@ -86,6 +92,14 @@ def _of_validation(error: ValidationError) -> ApiError:
     return ApiError(400, f"{param}: {message}" if param else message, param or None)
 
 
-def _path(location: Sequence[int | str]) -> str:
+def _path(location: Sequence[int | str], kind: str) -> str:
     """A location without the types that `pydantic` names in it."""
-    return shorten(".".join(str(key) for key in location if "[" not in str(key)), 100)
+    keys = list(location)
+    if kind.startswith("string_") and keys[-1:] == ["str"]:  # a text or a list was expected
+        del keys[-1]
+    for number in reversed(range(len(keys))):
+        if "[" in str(keys[number]):
+            # An item's number follows, and then its type.
+            del keys[number + 2 : number + 3]
+            del keys[number]
+    return shorten(".".join(map(str, keys)), 100)

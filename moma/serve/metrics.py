@@ -5,14 +5,14 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
+from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moma.serve.answer import Answer
 from moma.serve.engine import Engine
+from moma.serve.errors import HUNG_UP
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
-# The status that nginx logs for a client that has hung up.
-_HUNG_UP = 499
 
 
 class _EngineCollector(Collector):
@@ -65,17 +65,19 @@ class Metrics:
 
 
 class CountRequests:
-    """Counts the requests to some paths by status."""
+    """Counts the requests to the paths of some routes by status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Iterable[str]):
-        self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
+        self._app, self._metrics = app, metrics
+        self._paths = {path: compile_path(path)[0] for path in paths}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer and count a request."""
-        if scope["type"] != "http" or scope["path"] not in self._paths:
+        matching = [path for path, each in self._paths.items() if each.match(scope.get("path", ""))]
+        if scope["type"] != "http" or not matching:
             await self._app(scope, receive, send)
             return
-        status = _HUNG_UP
+        status: int | None = None
 
         async def observe(message: Message) -> None:
             nonlocal status
@@ -85,5 +87,8 @@ class CountRequests:
 
         try:
             await self._app(scope, receive, observe)
+        except Exception:
+            status = status or 500  # what answers it is outside
+            raise
         finally:
-            self._metrics.count(scope["path"], status)
+            self._metrics.count(matching[0], status or HUNG_UP)

@@ -10,7 +10,7 @@ import secrets
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moma.generate.grammar import Mode
 from moma.generate.guidance import Guidance
@@ -19,6 +19,8 @@ from moma.generate.settings import Settings
 from moma.serve.errors import ApiError
 
 MAX_ANSWERS = 64
+# Messages of a request, and parts of a message.
+MAX_PARTS = 4096
 _DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -28,6 +30,15 @@ Part = str | bytes
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_unknown(cls, data: Any) -> Any:
+        """Leave one unknown key to complain of: millions would take much time and memory."""
+        if not isinstance(data, dict):
+            return data
+        unknown = [key for key in data if key not in cls.model_fields][:1]
+        return {key: data[key] for key in [*cls.model_fields, *unknown] if key in data}
 
 
 class TextPart(_Body):
@@ -55,7 +66,13 @@ class Message(_Body):
     """A part of the document."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
+    content: (
+        str
+        | Annotated[
+            list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+            Field(max_length=MAX_PARTS, fail_fast=True),
+        ]
+    )
 
     def parts(self, param: str) -> list[Part]:
         """Return texts and image files, in order.
@@ -118,10 +135,10 @@ class StreamOptions(_Body):
 class ChatBody(_SampledBody):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     repetition_penalty: float | None = None

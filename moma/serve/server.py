@@ -11,7 +11,7 @@ from types import FrameType
 import uvicorn
 from starlette.types import ASGIApp
 
-from moma.errors import UserError, error_reason
+from moma.errors import UserError, error_reason, quote
 from moma.serve.engine import Engine
 
 
@@ -44,9 +44,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # a host with a NUL, or not a name
         raise UserError(
-            f"--host {host} --port {port}: {error_reason(error)}; choose another"
+            f"--host {quote(host)} --port {port}: {error_reason(error)}; choose another"
         ) from error
 
 

@@ -14,8 +14,10 @@ import openai
 import pytest
 
 import moma
+from moma.errors import UserError
 from moma.generate.sampling import Sampling
 from moma.generate.settings import Settings
+from moma.serve.server import listen
 from tests.command_line import refuses
 
 MESSAGES: Any = [{"role": "user", "content": "box 3"}]
@@ -44,7 +46,10 @@ def test_an_address_that_cannot_be_used_is_refused(trained):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         message = refuses("serve", trained / "run", "--port", port)
-    assert f"--host 127.0.0.1 --port {port}" in message and "choose another" in message
+    assert f"--host '127.0.0.1' --port {port}" in message and "choose another" in message
+    for host in ("a\0b", "a" * 70):
+        with pytest.raises(UserError, match="choose another"):
+            listen(host, 0)
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 
 from moma.errors import UserError
 from moma.generate.guidance import Guidance
+from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
 from moma.generate.settings import Settings
 from moma.generate.stream import Content, ImagePart, TextPiece, collect
@@ -83,7 +85,7 @@ def test_a_full_queue_refuses_and_a_cancelled_request_frees_its_place(mixed):
     engine = Engine(mixed, max_active=1, max_queued=1)
     answers = [engine.submit(["the"], LONG) for _ in range(2)]
     assert engine.queued == 2
-    with pytest.raises(BusyError, match="all 1 places and the queue of 1 are taken"):
+    with pytest.raises(BusyError, match="the 1 places and the queue of 1 are taken"):
         engine.submit(["the"], LONG)
     answers[0].cancel()
     answers[0].cancel()
@@ -114,6 +116,7 @@ def test_a_request_that_is_being_generated_can_be_cancelled(never_ending):
         (["zzz " * 99], Settings("text"), "context of 64 tokens leaves only"),
         ([noise(0)] * 11, Settings("text"), "context of 64 tokens leaves only"),
         (["the"], Settings("image", images=11), "besides 11 images"),
+        (["the"], Settings("image", new_tokens=5), "at most 5 new tokens: an image has 6"),
     ],
 )
 def test_a_prompt_that_does_not_fit_is_refused_at_once(mixed, prompt, settings, message):
@@ -138,9 +141,9 @@ def test_an_error_of_the_thread_reaches_every_request(tmp_path):
     with Engine(mixed, max_active=1) as engine:
         answers = [engine.submit(["the"], LONG) for _ in range(2)]
         for answer in answers:
-            with pytest.raises(EngineStoppedError, match="has failed: ZeroDivisionError"):
+            with pytest.raises(EngineStoppedError, match="has failed; the server's log says why"):
                 list(answer)
-        with pytest.raises(EngineStoppedError, match="ZeroDivisionError"):
+        with pytest.raises(EngineStoppedError, match="has failed; the server's log"):
             engine.submit(["the"], LONG)
     assert isinstance(engine.error, ZeroDivisionError)
 
@@ -175,6 +178,22 @@ def test_many_threads_submit_read_and_cancel(mixed):
     assert all(content == expected for _, _, content, end in found if end != "cancelled")
     assert all(content == expected for number, _, content, _ in found if not number % 2)
     assert (engine.active, engine.queued) == (0, 0)
+
+
+def test_a_prompt_of_several_answers_is_encoded_once(mixed, monkeypatch):
+    encoded, codes = [], MixedModel.codes
+
+    def counted(self, image):
+        encoded.append(image)
+        return codes(self, image)
+
+    seeds = [replace(LONG, sampling=Sampling(5.0, 1.0, seed=seed)) for seed in range(3)]
+    expected = [mixed.generate([["the", noise(1)]], settings)[0] for settings in seeds]
+    with Engine(mixed, max_active=2) as engine:
+        monkeypatch.setattr(MixedModel, "codes", counted)
+        found = [collect(answer) for answer in engine.submit_all(["the", noise(1)], seeds)]
+    assert found == expected and len(set(map(str, found))) == 3
+    assert len(encoded) == 1
 
 
 def test_numbers_that_are_too_small_are_refused(mixed):
