@@ -20,7 +20,6 @@ _EXTRAS = {
     "demo": "drawings and dictionary of `moma demo`, SVG files",
     "serve": "`moma serve`",
     "ray": "data on many machines, replicas of a server",
-    "s3": "data in S3-compatible storage",
     "lm-eval": "the lm-evaluation-harness",
     "fid": "`moma evaluate --suite fid`",
     "float8": "products in float8 on a GPU",

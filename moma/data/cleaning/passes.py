@@ -31,7 +31,9 @@ from moma.data.documents import (
     source_fingerprint,
 )
 from moma.data.encode.executors import MIN_POOL_BYTES, spare_cores
+from moma.data.encode.parts import PLAN_FILE, Plan
 from moma.data.encode.read_ahead import explain_lost_worker, start_pool
+from moma.data.shards import read_config
 from moma.data.sources.parts import PART_BYTES
 from moma.files import atomic_replace, atomic_write
 from moma.progress import show_progress
@@ -113,9 +115,14 @@ def _plan(
     made_from = source_fingerprint(source, 0), str(part_bytes), filters, repr(needed)
     fingerprint = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
     own = folder / "signatures" / source.name / fingerprint
+    plan = read_config(Plan, own / PLAN_FILE)
+    if plan is None:  # to cut a source may take long: large files are read
+        plan = Plan(part_bytes=part_bytes, parts=tuple(parts_of(source, part_bytes)))
+        own.mkdir(parents=True, exist_ok=True)
+        atomic_write(own / PLAN_FILE, plan.model_dump_json() + "\n")
     return [
         _Task(source, part, config, own / f"part-{number:05}")
-        for number, part in enumerate(parts_of(source, part_bytes))
+        for number, part in enumerate(plan.parts)
     ]
 
 
@@ -145,7 +152,6 @@ def _write(
     task: _Task, report: Callable[[int], None] = lambda documents: None, before: int = 0
 ) -> int:
     """Write the signatures of a part; return the number of documents, with those before."""
-    task.folder.parent.mkdir(parents=True, exist_ok=True)
     rows = read_part(task.source, task.part)
     return before + write_signatures(
         rows, task.config, task.folder, lambda documents: report(before + documents)

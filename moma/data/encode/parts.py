@@ -47,9 +47,9 @@ from moma.files import (
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
-_PLAN_FILE = "plan.json"
+PLAN_FILE = "plan.json"
 _EMPTY = sha256().hexdigest()
-_KEPT_FILES = (ORIGIN_FILE, _PLAN_FILE)
+_KEPT_FILES = (ORIGIN_FILE, PLAN_FILE)
 # Every file that moma writes into the folder of a source; the last alternative is of older data.
 _OWN_FILE = re.compile(
     rf"({'|'.join(map(re.escape, (*_KEPT_FILES, INFO_FILE, VOCABULARY_FILE, REJECTED_FILE)))}"
@@ -100,13 +100,13 @@ class PartialShards:
         """
         self.folder, self.path, self.origin = folder, partial_folder(folder), origin
         _require_own(folder, self.path, _old_folder(folder))
-        plan = read_config(Plan, self.path / _PLAN_FILE)
+        plan = read_config(Plan, self.path / PLAN_FILE)
         found = read_config(ShardInfo, self.path / ORIGIN_FILE)
         if plan is None or plan.part_bytes != part_bytes or found != origin:
             plan = Plan(part_bytes=part_bytes, parts=tuple(cut(part_bytes)))
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
-            atomic_write(self.path / _PLAN_FILE, plan.model_dump_json() + "\n")
+            atomic_write(self.path / PLAN_FILE, plan.model_dump_json() + "\n")
             atomic_write(self.path / ORIGIN_FILE, origin.model_dump_json() + "\n")
         self.plan = plan.parts
         self._keep({number: read_records(self.path, number) for number in range(len(self.plan))})

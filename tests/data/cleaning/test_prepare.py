@@ -191,6 +191,16 @@ def test_neither_parts_nor_processes_change_what_is_dropped(folder, tmp_path, pr
     assert len([*(tmp_path / "many").rglob("images.bin")]) > len(ALL) + 8
 
 
+def test_a_source_is_cut_once_for_its_signatures(folder, tmp_path, monkeypatch):
+    sources = recipe_of(folder, tmp_path, **ALL).data.sources
+    first = provide_cleaning(sources, tmp_path / "cleaning", 50)
+    monkeypatch.setattr(passes, "parts_of", interrupted)
+    again = provide_cleaning(sources, tmp_path / "cleaning", 50)
+    assert again == first
+    with pytest.raises(KeyboardInterrupt):
+        provide_cleaning(sources, tmp_path / "cleaning", 60)
+
+
 def drops(row):
     """What drops a document, or each of its images."""
     if isinstance(row, Rejected):

@@ -4,6 +4,7 @@ import errno
 import json
 from contextlib import nullcontext
 from functools import partial
+from itertools import count
 
 import pytest
 
@@ -12,7 +13,7 @@ from moma.data.encode import part_writer, parts
 from moma.data.encode import prepare as prepare_module
 from moma.data.sources.text import TextConfig
 from moma.errors import UserError
-from moma.files import lock_folder
+from moma.files import lock_folder, sync_file
 from tests.data.encode.preparing import contents, make_recipe, run
 
 
@@ -49,15 +50,25 @@ def test_a_damaged_manifest_is_reported(tmp_path):
             run(recipe)
 
 
-def test_a_full_disk_names_the_folder(tmp_path, monkeypatch):
-    recipe = make_recipe(tmp_path, 50)
+def test_a_full_disk_names_the_folder_and_loses_no_part(tmp_path, monkeypatch):
+    cut = partial(make_recipe, tmp_path, 50, part_bytes=20 * 2**17)
+    run(cut("undisturbed"), processes=1)
+    recipe, calls = cut("data"), count()
 
     def full(file):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if next(calls) == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync_file(file)
 
-    monkeypatch.setattr(part_writer, "sync_file", full)
-    with pytest.raises(OSError, match=r"No space left on device.*captions\.partial"):
-        run(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(part_writer, "sync_file", full)
+        with pytest.raises(OSError, match=r"No space left on device.*captions\.partial"):
+            run(recipe, processes=1)
+    kept = "train-00000-00000.arrow"
+    written = (tmp_path / "data/shards/captions.partial" / kept).stat().st_mtime_ns
+    run(recipe, processes=1)
+    assert contents(tmp_path / "data/shards") == contents(tmp_path / "undisturbed/shards")
+    assert (tmp_path / "data/shards/captions" / kept).stat().st_mtime_ns == written
 
 
 @pytest.mark.parametrize("complete", [False, True])
