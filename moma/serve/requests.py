@@ -37,8 +37,9 @@ class _Body(BaseModel):
         """Leave one unknown key to complain of: millions would take much time and memory."""
         if not isinstance(data, dict):
             return data
-        unknown = [key for key in data if key not in cls.model_fields][:1]
-        return {key: data[key] for key in [*cls.model_fields, *unknown] if key in data}
+        known = set(cls.model_fields)
+        unknown = next((key for key in data if key not in known), None)
+        return {key: value for key, value in data.items() if key in known or key == unknown}
 
 
 class TextPart(_Body):
