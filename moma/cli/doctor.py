@@ -20,6 +20,7 @@ _EXTRAS = {
     "demo": "drawings and dictionary of `moma demo`, SVG files",
     "serve": "`moma serve`",
     "ray": "data on many machines, replicas of a server",
+    "clean": "cleaning by languages, near duplicates and perceptual hashes",
     "lm-eval": "the lm-evaluation-harness",
     "fid": "`moma evaluate --suite fid`",
     "float8": "products in float8 on a GPU",
