@@ -371,7 +371,7 @@ def test_the_message_for_a_missing_image_does_not_mention_rows(trained, tmp_path
 
 def test_an_unknown_routing_is_named(trained):
     message = refuses("evaluate", trained / "run", "--routing", "best")
-    assert "'best' is not one of 'choice', 'causal', 'auxiliary', 'threshold'" in message
+    assert "'best' is not one of 'choice', 'causal', 'threshold', 'auxiliary', 'half'" in message
 
 
 def test_a_report_that_cannot_be_written_is_named(trained, tmp_path):

@@ -70,7 +70,7 @@ def test_the_stage_of_auxiliary_routers_has_some_keys_less(values):
 
 
 def test_dense_models_have_no_auxiliary_routers(tiny):
-    values = tiny.model_dump() | {"from": None}
+    values = tiny.model_dump(by_alias=True)
     values["model"] = {"groups": "dense"}
     values["pretrain"]["auxiliary_routers"] = True
     with pytest.raises(ValidationError, match="'dense' has none"):
