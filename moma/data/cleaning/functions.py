@@ -28,13 +28,7 @@ def load_function(name: str) -> CleaningFunction:
         UserError: there is none of this name, or it cannot be imported.
     """
     entry = _find(name)
-    try:
-        function = entry.load()
-    except Exception as error:  # A package may raise anything when it is imported.
-        raise UserError(
-            f"clean.function: {entry.value} cannot be imported ({type(error).__name__}: "
-            f"{shorten(str(error), 300)}); repair its package"
-        ) from error
+    function = _import(entry)
 
     def checked(document: Document) -> Document | str:
         where = f"clean.function {quote(name)} on {document.row or document.name}"
@@ -54,13 +48,31 @@ def load_function(name: str) -> CleaningFunction:
 
 
 def function_fingerprint(name: str) -> str:
-    """Return what changes with a function's package or the file that it is in."""
+    """Return what changes with a function's package or the file that it is in.
+
+    Raises:
+        UserError: there is none of this name, or it cannot be imported.
+    """
     entry = _find(name)
     package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
     code = ""
-    if file := inspect.getsourcefile(inspect.unwrap(entry.load())):
+    function = inspect.unwrap(_import(entry))
+    # An object that is called has no source file, its class has.
+    source = function if inspect.isroutine(function) else type(function)
+    if file := inspect.getsourcefile(source):
         code = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return f"{entry.value} {package} {code}"
+
+
+def _import(entry: EntryPoint) -> Callable[[Document], object]:
+    try:
+        function: Callable[[Document], object] = entry.load()
+    except Exception as error:  # A package may raise anything when it is imported.
+        raise UserError(
+            f"clean.function: {entry.value} cannot be imported ({type(error).__name__}: "
+            f"{shorten(str(error), 300)}); repair its package"
+        ) from error
+    return function
 
 
 def _find(name: str) -> EntryPoint:

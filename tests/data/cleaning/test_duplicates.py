@@ -3,6 +3,7 @@
 import random
 from typing import Any
 
+import imagehash
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,8 +14,6 @@ from moma.data.cleaning.duplicates import image_bands, rows_of_band
 from moma.data.cleaning.ngrams import ngrams
 from moma.data.cleaning.passes import provide_cleaning
 from moma.data.documents import Document, DroppedImageError, ImageRef, Rejected, SourceConfig
-
-imagehash = pytest.importorskip("imagehash")
 
 
 class Listed(SourceConfig):

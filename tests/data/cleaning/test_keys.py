@@ -29,10 +29,19 @@ def shout(document):
     return Document(document.name, (document.segments[0].upper(),))
 
 
+class Shouts:
+    def __call__(self, document):
+        return shout(document)
+
+
+SHOUTS = Shouts()
+
+
 @pytest.fixture(autouse=True)
 def registered(monkeypatch):
     entries = [
         EntryPoint("shout", "tests.data.cleaning.test_keys:shout", "moma.cleaning"),
+        EntryPoint("object", "tests.data.cleaning.test_keys:SHOUTS", "moma.cleaning"),
         EntryPoint("gone", "tests.no_module:shout", "moma.cleaning"),
     ]
 
@@ -108,7 +117,6 @@ def max_aspect_ratio_is_of_long_to_short(tmp_path):
 
 
 def languages_are_those_that_are_kept(tmp_path):
-    pytest.importorskip("py3langid")
     assert dropped_by(ENGLISH, languages=["en"]) is None
     assert dropped_by(GERMAN, languages=["en"]) == "languages"
     assert dropped_by(GERMAN, languages=["en", "de"]) is None
@@ -116,7 +124,6 @@ def languages_are_those_that_are_kept(tmp_path):
 
 
 def min_language_probability_drops_what_is_uncertain(tmp_path):
-    pytest.importorskip("py3langid")
     keys = {"languages": ["en"], "min_language_probability": 0.6}
     assert dropped_by(ENGLISH, **keys) is None
     assert dropped_by("a red apple", **keys) == "languages"
@@ -183,7 +190,6 @@ def duplicate_images_drops_equal_images(tmp_path):
 
 
 def near_duplicate_images_is_the_distance(tmp_path):
-    pytest.importorskip("imagehash")
     colors = ("red", "blue")  # of one color, and so of one hash
     found = [compared(tmp_path, colors=colors, near_duplicate_images=n) for n in (None, 0)]
     assert found == [0, 1]
@@ -240,14 +246,13 @@ def test_functions_that_fail_are_named(tmp_path):
         filtered("text", name="broken", function="shout")
     with pytest.raises(UserError, match="on wrong returned NoneType, not a Document"):
         filtered("text", name="wrong", function="shout")
-    with pytest.raises(UserError, match=r"registers 'other' .*; registered: gone, shout"):
+    with pytest.raises(UserError, match=r"registers 'other' .*; registered: gone, object, shout"):
         filtered("text", function="other")
     with pytest.raises(UserError, match=r"tests\.no_module:shout cannot be imported"):
         filtered("text", function="gone")
 
 
 def test_unknown_languages_are_refused(tmp_path):
-    pytest.importorskip("py3langid")
     with pytest.raises(UserError, match=r"clean.languages: unknown xx; known: ace, af, "):
         filtered("text", languages=["en", "xx"])
 
@@ -275,3 +280,13 @@ def test_the_fingerprint_changes_with_what_filters_do(tmp_path):
     assert filters_fingerprint(CleaningConfig(min_language_probability=0.5)) == ""
     (tmp_path / "questions.jsonl").write_text('{"question": "another"}\n')
     assert filters_fingerprint(CleaningConfig(**keys[4])) != found[4]
+
+
+def test_a_function_that_cannot_be_imported_is_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be imported"):
+        provide_cleaning([Listed(clean=CleaningConfig(function="gone"))], tmp_path)
+
+
+def test_a_function_can_be_an_object_that_is_called():
+    assert filters_fingerprint(CleaningConfig(function="object"))
+    assert filtered("a", function="object").segments == ("A",)
