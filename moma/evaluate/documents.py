@@ -11,9 +11,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moma.data.cleaning.clean import Cleaning
 from moma.data.cleaning.evaluation import evaluation_sources
+from moma.data.cleaning.passes import provide_cleaning
 from moma.data.config import DataConfig
-from moma.data.documents import Document, held_out_share, which_held_out
+from moma.data.documents import (
+    Document,
+    Rejected,
+    Source,
+    held_out_share,
+    parts_of,
+    read_part,
+    which_held_out,
+)
+from moma.data.outputs import CLEANING_FOLDER
 from moma.data.shards import open_sources
 from moma.errors import UserError
 from moma.generate.mixed import MixedModel
@@ -71,9 +82,13 @@ def raw_documents(data: DataConfig, path: Path | None) -> list[tuple[str, Docume
         UserError: a source cannot be read, or a document of a path cannot be used.
     """
     found: list[tuple[str, Document]] = []
+    cleaning: dict[str, Cleaning] = {}
+    if path is None:
+        folder = data.path / CLEANING_FOLDER
+        cleaning = provide_cleaning(data.sources, folder, data.part_bytes)
     for source in data.sources if path is None else evaluation_sources(path):
         documents = []
-        for row in source.documents():
+        for row in _rows(source, cleaning.get(source.name), data.part_bytes):
             if isinstance(row, Document):
                 documents.append(row)
             elif path is not None:  # `moma prepare` lists those of training
@@ -83,6 +98,15 @@ def raw_documents(data: DataConfig, path: Path | None) -> list[tuple[str, Docume
             documents = [each for each, is_held in zip(documents, held_out, strict=True) if is_held]
         found += [(source.name, document) for document in documents]
     return found
+
+
+def _rows(
+    source: Source, cleaning: Cleaning | None, part_bytes: int
+) -> Iterator[Document | Rejected]:
+    """The documents of a source, as `moma prepare` cleans them."""
+    for number, part in enumerate(parts_of(source, part_bytes)):
+        rows = read_part(source, part)
+        yield from rows if cleaning is None else cleaning.rows(rows, number)
 
 
 def _held_out(data: DataConfig, vocabulary: Vocabulary) -> Iterator[TokenizedDocument]:

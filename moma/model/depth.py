@@ -74,7 +74,8 @@ class DepthConfig(Config):
     def _check_modality_factors(self) -> "DepthConfig":
         if self.modality_factors is None:
             return self
-        if "capacity_factor" in self.model_fields_set:
+        # The recipe of a run has all keys, with their defaults.
+        if self.capacity_factor != type(self).model_fields["capacity_factor"].default:
             raise ValueError("modality_factors replaces capacity_factor; leave that out")
         if self.scope == "sequence":
             raise ValueError(

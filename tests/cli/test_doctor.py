@@ -52,6 +52,7 @@ def test_what_is_missing_is_named_with_the_command_that_installs_it(tmp_path, mo
     assert found["extras"]["demo"]["missing"] == ["no-such-drawings"]
     assert found["extras"]["demo"]["install"] == "pip install 'moma[demo]'"
     assert found["extras"]["serve"]["missing"] == []
+    assert [name for name, each in found["extras"].items() if not each["purpose"]] == []
     printed = moma("doctor")
     assert printed.code == 1
     assert "to install an extra: pip install 'moma[demo]'" in printed.out

@@ -211,6 +211,11 @@ def test_factors_of_modalities_are_checked(values, message):
         DepthConfig.model_validate(factors | values)
 
 
+def test_a_config_with_factors_of_modalities_can_be_written_and_read():
+    config = DepthConfig(modality_factors={"text": 0.5, "image": 0.25})
+    assert DepthConfig.model_validate(config.model_dump()) == config
+
+
 def test_a_modality_without_a_factor_is_refused():
     with pytest.raises(UserError, match="text, image"):
         build_depth_layer("mod_moe_1t1i", depth=DepthConfig(modality_factors={"text": 0.5}))

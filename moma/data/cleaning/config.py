@@ -1,6 +1,6 @@
 """The section `clean` of a source."""
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from moma.recipe import Config, RequiredPath
 
@@ -11,6 +11,14 @@ COMPARED_KEYS = (
     "duplicate_images",
     "near_duplicate_images",
 )
+
+# Keys without effect unless another one is set.
+_NEEDS = {
+    "min_language_probability": "languages",
+    "evaluation_ngram": "evaluation_files",
+    "evaluation_overlap": "evaluation_files",
+    "near_duplicate_ngram": "near_duplicate_texts",
+}
 
 
 class CleaningConfig(Config):
@@ -37,7 +45,7 @@ class CleaningConfig(Config):
             dropped image and one of an earlier document differ.
     """
 
-    function: str | None = None
+    function: str | None = Field(default=None, min_length=1)
     min_image_side: int | None = Field(default=None, ge=1)
     max_aspect_ratio: float | None = Field(default=None, ge=1)
     languages: tuple[str, ...] = ()
@@ -50,6 +58,15 @@ class CleaningConfig(Config):
     near_duplicate_ngram: int = Field(default=5, ge=1, le=1000)
     duplicate_images: bool = False
     near_duplicate_images: int | None = Field(default=None, ge=0, le=16)
+
+    @model_validator(mode="after")
+    def _check_effects(self) -> "CleaningConfig":
+        for key, needed in _NEEDS.items():
+            # The recipe of a run has all keys, with their defaults.
+            is_default = getattr(self, key) == type(self).model_fields[key].default
+            if not is_default and not getattr(self, needed):
+                raise ValueError(f"{key} has no effect without {needed}; add that, or leave it out")
+        return self
 
     @property
     def compares_texts(self) -> bool:

@@ -47,9 +47,8 @@ def filters_fingerprint(config: CleaningConfig) -> str:
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=64)
 def make_filter(config: CleaningConfig) -> Check:
-    """Return what filters one document of a source; once in a process, since models are loaded.
+    """Return what filters one document of a source; models are loaded once in a process.
 
     A document that is dropped becomes `Rejected`, with the key that drops it. An image that is too
     small or too long raises `DroppedImageError` when it is read.
@@ -57,6 +56,12 @@ def make_filter(config: CleaningConfig) -> Check:
     Raises:
         UserError: a package is missing, or an evaluation file cannot be read.
     """
+    return _make_filter(config, filters_fingerprint(config))
+
+
+@lru_cache(maxsize=64)
+def _make_filter(config: CleaningConfig, fingerprint: str) -> Check:
+    """See `make_filter`; files of the same names may have changed, which the fingerprint shows."""
     steps: list[Check] = []
     if config.function is not None:
         steps.append(partial(_apply_function, load_function(config.function)))

@@ -12,8 +12,9 @@ import inspect
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
-from moma.data.documents import Document
+from moma.data.documents import Document, ImageRef
 from moma.errors import StorageError, UserError, list_names, quote, shorten
 
 _GROUP = "moma.cleaning"
@@ -33,18 +34,32 @@ def load_function(name: str) -> CleaningFunction:
     def checked(document: Document) -> Document | str:
         where = f"clean.function {quote(name)} on {document.row or document.name}"
         try:
-            result = function(document)
+            result: Any = function(document)
         except StorageError:
             raise
         except Exception as error:
             reason = f"{type(error).__name__}: {shorten(str(error), 300)}"
             raise UserError(f"{where} failed ({reason}); repair {entry.value}") from error
-        if not isinstance(result, (Document, str)):
-            kind = type(result).__name__
-            raise UserError(f"{where} returned {kind}, not a Document or a reason to drop it")
+        if problem := _problem_of(result):
+            raise UserError(f"{where} returned {problem}; repair {entry.value}")
         return result
 
     return checked
+
+
+def _problem_of(result: Any) -> str | None:
+    """What is wrong with the result of a function; None if nothing is."""
+    if isinstance(result, str):
+        return None if result.strip() else "an empty reason"
+    if not isinstance(result, Document):
+        return f"{type(result).__name__}, not a Document or a reason to drop it"
+    if not isinstance(result.name, str):
+        return "a Document whose name is not a text"
+    if not isinstance(result.segments, tuple):
+        return "a Document whose segments are not a tuple"
+    if not all(isinstance(part, (str, ImageRef)) for part in result.segments):
+        return "a Document with a segment that is neither a text nor an image"
+    return None
 
 
 def function_fingerprint(name: str) -> str:

@@ -133,8 +133,6 @@ def _image_records(document: Document, number: int, config: CleaningConfig) -> n
     """
     references = [part for part in document.segments if isinstance(part, ImageRef)]
     single = len(document.segments) - len(references) <= 1
-    if not config.compares_images and not config.checks_images:
-        return None if any(image.missing() for image in references) else np.empty(0, IMAGE)
     records = []
     for position, reference in enumerate(references):
         try:

@@ -14,6 +14,7 @@ from moma.data.cleaning.duplicates import image_bands, rows_of_band
 from moma.data.cleaning.ngrams import ngrams
 from moma.data.cleaning.passes import provide_cleaning
 from moma.data.documents import Document, DroppedImageError, ImageRef, Rejected, SourceConfig
+from moma.errors import UserError
 
 
 class Listed(SourceConfig):
@@ -33,6 +34,8 @@ def image(seed):
     """A smooth random image; those of seeds 100 apart differ in a few pixels only."""
 
     def read():
+        if seed < 0:
+            raise UserError("damaged")
         draw = np.random.default_rng(seed % 100)
         small = Image.fromarray(draw.integers(0, 256, (4, 4, 3), np.uint8))
         pixels = np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)).copy()
@@ -164,6 +167,13 @@ def test_the_reason_names_the_document_that_is_kept(tmp_path):
     dropped = [row for row in rows if isinstance(row, Rejected) and row.dropped_by]
     assert [row.row for row in dropped] == ["row 2"]
     assert dropped[0].reason == "clean.duplicate_texts: the same content as document 2 of a has"
+
+
+def test_a_document_that_is_rejected_has_no_duplicates(tmp_path):
+    """Otherwise both were lost; its image cannot be read."""
+    source = listed("a", ("one", -1), ("one", 1), ("one", 2), duplicate_texts=True)
+    rows = [*provide_cleaning([source], tmp_path)["a"].rows(source.documents())][2:]
+    assert [isinstance(row, Rejected) for row in rows] == [False, True]
 
 
 def test_each_source_has_its_own_threshold(tmp_path):

@@ -5,10 +5,12 @@ from importlib.metadata import EntryPoint
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from moma.data.cleaning import functions
 from moma.data.cleaning.config import CleaningConfig
 from moma.data.cleaning.filters import filters_fingerprint, make_filter
+from moma.data.cleaning.ngrams import ngrams
 from moma.data.cleaning.passes import provide_cleaning
 from moma.data.documents import Document, DroppedImageError, Rejected, SourceConfig
 from moma.errors import UserError
@@ -26,6 +28,11 @@ def shout(document):
         raise ValueError("no idea")
     if document.name == "wrong":
         return None
+    if document.name == "no reason":
+        return " "
+    if document.name in ("no text", "no name"):
+        wrong: dict[str, Any] = {"no text": ("a", (3,)), "no name": (None, ("a",))}
+        return Document(*wrong[document.name])
     return Document(document.name, (document.segments[0].upper(),))
 
 
@@ -252,6 +259,43 @@ def test_functions_that_fail_are_named(tmp_path):
         filtered("text", function="gone")
 
 
+@pytest.mark.parametrize("name", ["no reason", "no text", "no name"])
+def test_what_a_function_returns_is_checked(name):
+    with pytest.raises(UserError, match=rf"'shout' on {name} returned (an empty|a Document)"):
+        filtered("text", name=name, function="shout")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"min_language_probability": 0.5},
+        {"evaluation_ngram": 5},
+        {"evaluation_overlap": 0.1},
+        {"near_duplicate_ngram": 3},
+        {"function": ""},
+    ],
+)
+def test_keys_without_effect_are_refused(keys):
+    with pytest.raises(ValidationError, match=r"has no effect without|at least 1 character"):
+        CleaningConfig(**keys)
+    config = CleaningConfig(languages=("en",))
+    assert CleaningConfig.model_validate(config.model_dump()) == config
+
+
+def test_a_filter_follows_changes_of_evaluation_files(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    keys = {"evaluation_files": [file], "evaluation_ngram": 3}
+    for question in ("one two three four", "five six seven eight"):
+        file.write_text(json.dumps({"question": question}))
+        assert dropped_by(question, **keys) == "evaluation_files"
+        assert dropped_by("something else here entirely", **keys) is None
+
+
+def test_words_keep_their_marks():
+    assert ngrams("दाल दिल", 1) == ["दाल", "दिल"]
+    assert ngrams("Cafe\u0301", 1) == ngrams("café", 1) == ["café"]
+
+
 def test_unknown_languages_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"clean.languages: unknown xx; known: ace, af, "):
         filtered("text", languages=["en", "xx"])
@@ -277,7 +321,6 @@ def test_the_fingerprint_changes_with_what_filters_do(tmp_path):
     ]
     found = [filters_fingerprint(CleaningConfig(**each)) for each in keys]
     assert len({*found}) == len(keys) and found[0] == ""
-    assert filters_fingerprint(CleaningConfig(min_language_probability=0.5)) == ""
     (tmp_path / "questions.jsonl").write_text('{"question": "another"}\n')
     assert filters_fingerprint(CleaningConfig(**keys[4])) != found[4]
 
