@@ -178,18 +178,9 @@ class DepthRouter(nn.Module):
             selected_BS = torch.stack(selected_P).any(0)
             selection = select_by_sequence(selected_BS, logits_N1.view_as(eligible_BS))
         else:
-            found = [_select(policy, scores, noise_N1) for scores in pools]
-            selections, cutoffs, excesses = zip(*found, strict=True)
-            if len(pools) > 1:
-                noisy_N1 = logits_N1 if noise_N1 is None else logits_N1 + noise_N1
-                selection = _join(selections, noisy_N1.T)
-            else:
-                (selection,) = selections
-            cutoff_P = torch.cat([cutoff_R.mean(0, True) for cutoff_R in cutoffs])
-            excess = None if excesses[0] is None else torch.stack(excesses).sum()
-            may_be_empty = excess is not None or self.by_modality
-            length = pools[0].logits_RN.shape[1]
-            selection = _in_batch_order(selection, length, segment_BS if may_be_empty else None)
+            selection, cutoff_P, excess = self._fill_slots(
+                policy, pools, logits_N1, noise_N1, segment_BS
+            )
         has_loss = self.gate_loss > 0 and self.training and policy.capacity is not None
         selected_N1 = None
         if routing.records or has_loss:
@@ -209,6 +200,29 @@ class DepthRouter(nn.Module):
             loss = _gate_loss(logits_N1, selected_N1, eligible_BS)
             diagnostics = diagnostics._replace(loss=self.gate_loss * loss)
         return selection, diagnostics
+
+    def _fill_slots(
+        self,
+        policy: Policy,
+        pools: Sequence[Scores],
+        logits_N1: Tensor,
+        noise_N1: Tensor | None,
+        segment_BS: Tensor | None,
+    ) -> tuple[Selection, Tensor, Tensor | None]:
+        """See `select_slots`; the cutoffs are those of the pools, [P]."""
+        found = [_select(policy, scores, noise_N1) for scores in pools]
+        selections, cutoffs, excesses = zip(*found, strict=True)
+        if len(pools) > 1:
+            noisy_N1 = logits_N1 if noise_N1 is None else logits_N1 + noise_N1
+            selection = _join(selections, noisy_N1.T)
+        else:
+            (selection,) = selections
+        cutoff_P = torch.cat([cutoff_R.mean(0, True) for cutoff_R in cutoffs])
+        excess = None if excesses[0] is None else torch.stack(excesses).sum()
+        may_be_empty = excess is not None or self.by_modality
+        length = pools[0].logits_RN.shape[1]
+        selection = _in_batch_order(selection, length, segment_BS if may_be_empty else None)
+        return selection, cutoff_P, excess
 
     def _pools(
         self, logits_N1: Tensor, auxiliary_N1: Tensor | None, modality_BS: Tensor

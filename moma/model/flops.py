@@ -198,6 +198,7 @@ class ModelCounts:
         else:
             parts = zip(depth.factors(), self.shares, strict=True)
             selected = sum(static_capacity(factor * share, tokens) for factor, share in parts)
+            selected = min(selected, tokens)  # each is rounded up
         # Selected tokens attend within their own sequence, of which there is an equal part each.
         pairs = round(selected**2 / sequences)
         fraction = depth.token_fraction(self.shares)

@@ -264,7 +264,9 @@ def model(transformer, ids_BS, document_ids_BS, positions_BS, how, choices=()):
         if depth.modality_factors is not None:
             factors = [depth.modality_factors[name] for name in vocabulary.modalities]
             parts = [share * each for share, each in zip(transformer.shares, factors, strict=True)]
-            reached, fraction = sum(slots(part, len(x_ND)) for part in parts), 1.0
+            # Rounded up, the slots of all modalities may be more than the tokens.
+            reached = min(sum(slots(part, len(x_ND)) for part in parts), len(x_ND))
+            fraction = 1.0
             rule = (config.group_list, np.array(parts) / sum(parts), vocabulary.modalities, how)
         groups = groups_of(layer.experts.groups, *rule, reached, fraction)
         x_ND = depth_layer(
