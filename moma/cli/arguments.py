@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 from typer import Argument, Option
@@ -22,6 +22,14 @@ _FREE_TEXT = {"prompt", "text"}
 _ORDER = "moma.order"
 COUNT_LIMIT = 1_000_000_000
 """Largest value of an option that counts something."""
+
+CausalRouting = Annotated[
+    Literal["causal", "threshold", "auxiliary", "half"],
+    Option(
+        help="by thresholds, if there are any; by thresholds; by auxiliary routers; depth routers "
+        "by a score of one half"
+    ),
+]
 
 
 class ClosedOutputError(Exception):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Context, Option
 
-from moma.cli.arguments import COUNT_LIMIT, App, RunFolder, in_order, refuse_unused
+from moma.cli.arguments import COUNT_LIMIT, App, CausalRouting, RunFolder, in_order, refuse_unused
 from moma.cli.output import notice
 from moma.errors import UserError
 
@@ -68,13 +68,7 @@ def generate(
     drafts: Annotated[
         int, Option(min=0, max=1024, help="image codes to guess per pass; changes only the speed")
     ] = 8,
-    routing: Annotated[
-        Literal["causal", "threshold", "auxiliary", "half"],
-        Option(
-            help="by thresholds, if there are any; by thresholds; by auxiliary routers; depth "
-            "routers by a score of one half"
-        ),
-    ] = "causal",
+    routing: CausalRouting = "causal",
     batch: Annotated[
         int, Option(min=1, max=COUNT_LIMIT, help="prompts of --from to continue at a time")
     ] = 8,

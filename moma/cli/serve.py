@@ -1,11 +1,11 @@
 """`moma serve`: a run behind an HTTP endpoint."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from typer import Option
 
-from moma.cli.arguments import COUNT_LIMIT, App, RunFolder
+from moma.cli.arguments import COUNT_LIMIT, App, CausalRouting, RunFolder
 from moma.errors import UserError
 
 app = App()
@@ -39,13 +39,7 @@ def serve(
     page: Annotated[
         bool, Option("--page/--no-page", help="serve a page for people beside the endpoint")
     ] = True,
-    routing: Annotated[
-        Literal["causal", "threshold", "auxiliary", "half"],
-        Option(
-            help="by thresholds, if there are any; by thresholds; by auxiliary routers; depth "
-            "routers by a score of one half"
-        ),
-    ] = "causal",
+    routing: CausalRouting = "causal",
 ) -> None:
     """Serve a run on a page and in the shapes of OpenAI's API, until Ctrl-C or SIGTERM."""
     try:
