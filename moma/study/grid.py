@@ -254,6 +254,7 @@ def _check_runs(path: Path, runs: Sequence[StudyRun]) -> None:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{path}: two variants have runs named {twice[0]}; give each its own name")
     folders = [recipe.run.absolute() for run in runs for recipe in run.recipes]
+    first = runs[0].recipes[0]
     for run in runs:
         origin = f"{path}, variant '{run.variant}'"
         if not run.model_runs:
@@ -262,9 +263,20 @@ def _check_runs(path: Path, runs: Sequence[StudyRun]) -> None:
             raise UserError(f"{origin}: {shared[0]} is the folder of several runs")
         if any(each.seed != run.seed for each in run.recipes):
             raise UserError(f"{origin}: 'seed' is set by the study; leave it out")
-        # Otherwise losses are of other documents, and batch choice is among other tokens.
-        if any(each.data != runs[0].recipes[0].data for each in run.recipes):
-            raise UserError(f"{origin}: has another [data]; all runs of a study have the same")
+        if any(_held_out_data(run, each) != _held_out_data(run, first) for each in run.recipes):
+            raise UserError(
+                f"{origin}: has another [data]; all runs of a study have the same, except that "
+                "micro_batch_size may differ with study.batches=0"
+            )
+
+
+def _held_out_data(run: StudyRun, recipe: Recipe) -> dict[str, object]:
+    """What must be equal for losses of the same documents, by batch choice among the same tokens.
+
+    If all held-out documents are measured, batch choice may be among other numbers of tokens.
+    """
+    ignored = {} if run.config.batches else {"micro_batch_size": None}
+    return vars(recipe.data) | ignored
 
 
 def run_unfinished(

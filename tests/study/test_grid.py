@@ -98,6 +98,13 @@ def test_every_variant_has_a_run_for_each_seed(tiny, tmp_path):
         ({"variants": [{"name": "a", "chain": [ROUTERS]}]}, "trains no model"),
         ({"variants": [{"name": "a", "chain": [{}, ROUTERS]}]}, "the folder of several runs"),
         ({"variants": [{"name": "a"}, {"name": "b", "data": {"workers": 2}}]}, "another [data]"),
+        (
+            {
+                "variants": [{"name": "a"}, {"name": "b", "data": {"micro_batch_size": 9}}],
+                "batches": 1,
+            },
+            "may differ with study.batches=0",
+        ),
         ({"measures": ["routing"], "variants": [{"name": "a", "curve": "c"}]}, "needs 'held_out'"),
     ],
 )
