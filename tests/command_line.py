@@ -11,9 +11,13 @@ from typing import NamedTuple
 import pytest
 import tomli_w
 from PIL import Image
+from typer.main import get_command
 
 from moma.cli import root as cli
 from tests.factories import values_of_recipe, write_captions, write_paragraphs
+
+# Made once; for each call it would take longer than most verbs that refuse something.
+COMMAND = get_command(cli.app)
 
 
 class Outcome(NamedTuple):
@@ -33,8 +37,8 @@ def moma(*arguments: object) -> Outcome:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "argv", ["moma", *map(str, arguments)])
+        patch.setattr(cli, "app", COMMAND)
         try:
             cli.main()
         except SystemExit as stop:

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Test processes share the cores. Set before torch is imported.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Set before libraries read them: test processes share the cores, and ask no server for anything.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import pytest
 

@@ -38,11 +38,14 @@ def test_without_a_gpu_only_the_toy_size_runs(tmp_path):
 
 
 def test_a_stage_that_fails_is_reported(tmp_path):
-    (tmp_path / "data").write_text("not a folder")
-    result = check(tmp_path, "decode", TOY="1")
+    moma = tmp_path / "moma"
+    moma.write_text('#!/bin/bash\necho "cannot $*" >&2\nexit 2\n')
+    moma.chmod(0o755)
+    result = check(tmp_path, "decode", TOY="1", PATH=f"{tmp_path}:{os.environ['PATH']}")
     assert result.returncode == 1 and f"see {tmp_path}/decode.log" in result.stderr
     assert json.loads((tmp_path / "decode.json").read_text()) == {"exit_code": 2}
-    assert str(tmp_path / "data") in (tmp_path / "decode.log").read_text()
+    log = (tmp_path / "decode.log").read_text()
+    assert "cannot prepare configs/bench_data.toml" in log and f"data.path={tmp_path}/data" in log
 
 
 @pytest.mark.slow

@@ -21,16 +21,16 @@ from tests.processes import on_ranks
 SHAPE = codec_config(codebook_size=32)
 TRAINING = CodecTrainingConfig.model_validate(
     {
-        "steps": 12,
+        "steps": 8,
         "batch_size": 4,
         "learning_rate": 1e-4,
         "warmup_steps": 2,
-        "quantizer_start_step": 3,
+        "quantizer_start_step": 2,
         "log_every": 1,
-        "measure_every": 6,
-        "save_every": 6,
+        "measure_every": 4,
+        "save_every": 4,
         "ema_decay": 0.9,
-        "adversarial": {"weight": 0.5, "start_step": 5, "width": 4, "layers": 1},
+        "adversarial": {"weight": 0.5, "start_step": 3, "width": 4, "layers": 1},
     }
 )
 IMAGES = two_colored_images()
@@ -116,10 +116,10 @@ def test_two_ranks_train_as_one(one_process, tmp_path):
 
 def test_two_ranks_resume_what_one_began_and_the_reverse(one_process, tmp_path):
     alone = World(torch.device("cpu"))
-    train(alone, tmp_path / "first", stop=8)
+    train(alone, tmp_path / "first", stop=6)
     on_ranks(2, train, tmp_path / "first")
     assert_equal(one_process, tmp_path / "first")
-    on_ranks(2, train_until, tmp_path / "second", 7)
+    on_ranks(2, train_until, tmp_path / "second", 5)
     train(alone, tmp_path / "second")
     assert_equal(one_process, tmp_path / "second")
 
