@@ -1,5 +1,6 @@
 """`moma import` and `moma export`: models of moma and of other libraries, as folders."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -51,29 +52,81 @@ def import_(
 
 @app.command("export")
 def export(
+    ctx: Context,
     run: RunFolder,
     folder: Annotated[Path, Argument(help="the folder to make")],
     format_: Annotated[
         Format, Option("--format", help="whose: moma's, or of a dense run Chameleon's")
     ] = "moma",
+    results: Annotated[
+        list[Path] | None,
+        Option(help="a file of JSON by `moma evaluate`, for the model card; may be repeated"),
+    ] = None,
+    push: Annotated[
+        str | None,
+        Option(help="also upload it to this repository of the Hugging Face Hub, as USER/NAME"),
+    ] = None,
+    public: Annotated[
+        bool, Option("--public", help="with --push: a new repository is not private")
+    ] = False,
 ) -> None:
     """Write a run as a folder to publish, or for the `transformers` port of Chameleon."""
+    if format_ == "chameleon":
+        refuse_unused(ctx, "with --format chameleon", "results")
+    if push is None:
+        refuse_unused(ctx, "without --push", "public")
+    else:
+        from moma.hub.push import require_repository
+
+        require_repository(push)
+    if push is not None and folder.exists():
+        _require_export(folder, run, format_)
+        notice(f"{folder} exists already and is uploaded as it is")
+    else:
+        for note in _export(run, folder, format_, push, results or ()):
+            notice(note)
+        print(f"exported {folder}", flush=True)
+    if push is not None:
+        from moma.hub.push import push_folder
+
+        print(f"uploaded {push_folder(folder, push, public)}")
+
+
+def _export(
+    run: Path, folder: Path, format_: Format, repo: str | None, results: Sequence[Path]
+) -> list[str]:
     from moma.runs import Run
 
     if format_ == "moma":
-        from moma.hub.moma_format import export_moma as write
-    else:
-        from moma.hub.chameleon import export_chameleon as write
-    for note in write(Run(run), folder):
-        notice(note)
-    print(f"exported {folder}")
+        from moma.hub.moma_format import export_moma
+
+        return export_moma(Run(run), folder, repo=repo, results=results)
+    from moma.hub.chameleon import export_chameleon
+
+    return export_chameleon(Run(run), folder)
+
+
+def _require_export(folder: Path, run: Path, format_: Format) -> None:
+    """Check that a folder was written from the newest checkpoint of a run in a format."""
+    from moma.hub.folder import CHECKPOINT_KEY, checkpoint_label, read_config
+    from moma.runs import Run
+    from moma.train.restore import newest_checkpoint, run_to_load
+
+    loaded = run_to_load(Run(run)).checkpoint if format_ == "moma" else newest_checkpoint(Run(run))
+    expected = {"model_type": format_, CHECKPOINT_KEY: checkpoint_label(Run(run), loaded)}
+    found = read_config(folder)
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise UserError(
+                f"{folder}: its {key} is {quote(str(found.get(key)))}, not {quote(value)}; delete "
+                "it, or choose another folder"
+            )
 
 
 def _format_of(folder: Path) -> Format:
-    from moma.hub.folder import CONFIG_FILE
-    from moma.runtime.weights import read_json_object
+    from moma.hub.folder import CONFIG_FILE, read_config
 
-    found = read_json_object(folder / CONFIG_FILE).get("model_type")
+    found = read_config(folder).get("model_type")
     if found not in ("moma", "chameleon"):
         raise UserError(
             f"{folder / CONFIG_FILE}: model_type is {quote(str(found))}; moma imports models of "

@@ -1,10 +1,13 @@
 """The model card of an exported run: what it is, what was measured, how it was trained."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from moma.errors import UserError
 from moma.recipe import to_toml
 from moma.runs import Run
+from moma.runtime.weights import read_json_object
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
@@ -23,13 +26,13 @@ generates text and images.
 import moma.hub.auto  # registers the model with transformers
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
-processor = AutoProcessor.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{address}")
+processor = AutoProcessor.from_pretrained("{address}")
 answer = model.generate(**processor(text="a red"), mode="mixed")
 processor.decode(answer[0])  # text and images
 ```
 
-`moma import {name} runs/{name}` makes it a run.
+{download}`moma import {name} runs/{name}` makes it a run.
 
 ## Model
 
@@ -47,15 +50,25 @@ processor.decode(answer[0])  # text and images
 """
 
 
-def model_card(name: str, run: Run, recipe: Recipe, vocabulary: Vocabulary, parameters: int) -> str:
+def model_card(
+    name: str,
+    repo: str | None,
+    run: Run,
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    parameters: int,
+    results: Mapping[str, Any],
+) -> str:
     """The card as Markdown, with the run's last log record and held-out losses.
 
     Args:
         name: name of the model.
+        repo: its name on the Hub, if it has one.
         run: its log is read, if there is one.
         recipe: its recipe.
         vocabulary: its vocabulary.
         parameters: number of parameters.
+        results: further measures; see `read_results`.
     """
     config = recipe.model
     groups = ", ".join(
@@ -71,22 +84,67 @@ def model_card(name: str, run: Run, recipe: Recipe, vocabulary: Vocabulary, para
         "codes of an image": f"{vocabulary.codes_per_image:,}",
         "context": f"{recipe.data.sequence_length:,}",
     }
-    toml = to_toml(recipe).strip()
-    return _TEXT.format(name=name, model=_table(model), measured=_measured(run), recipe=toml)
+    measured = {**_of_log(run), **results}
+    return _TEXT.format(
+        name=name,
+        address=repo or name,
+        download=f"After `hf download {repo} --local-dir {name}`, " if repo else "",
+        model=_table(model),
+        measured=_table(measured) if measured else "This run has no log.",
+        recipe=to_toml(recipe).strip(),
+    )
 
 
-def _measured(run: Run) -> str:
+def read_results(files: Sequence[Path]) -> dict[str, Any]:
+    """The measures in files of JSON by `moma evaluate`, by names for the card.
+
+    Raises:
+        UserError: a file has something else.
+    """
+    measures: dict[str, Any] = {}
+    for file in files:
+        values = read_json_object(file)
+        try:
+            found = _of_suite(values) if "suite" in values else values
+            measures |= {f"{file.stem}: {name}": _text(value) for name, value in found.items()}
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: has no results; give what `moma evaluate --json` prints"
+            ) from error
+    return measures
+
+
+def _of_suite(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        f"{values['suite']}, {values['routing']} routing, {source}: {name}": value
+        for source, row in values["sources"].items()
+        for name, value in row.items()
+    }
+
+
+def _text(value: Any) -> str | None:
+    """A measure, with its interval if it has one."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+    if value["value"] is None or value["low"] is None:
+        return _text(value["value"])
+    return f"{value['value']:,.4g} ({value['low']:,.4g} – {value['high']:,.4g})"
+
+
+def _of_log(run: Run) -> dict[str, Any]:
     records = run.read_metrics() if run.metrics.is_file() else []
     if not records:
-        return "This run has no log."
+        return {}
     last = records[-1]
-    values = {f"training: {key}": last[key] for key in last if key.startswith("loss")}
+    values = {str(key): last[key] for key in ("step", "tokens", "flops") if key in last}
+    values |= {f"training: {key}": last[key] for key in last if key.startswith("loss")}
     for held_out in [each for each in records if each.get("validation")][-1:]:
         values["step of the held-out losses"] = held_out["step"]
         for routing, losses in held_out["validation"].items():
             values |= {f"held-out, {routing} routing: {key}": losses[key] for key in losses}
-    counters = {str(key): last[key] for key in ("step", "tokens", "flops") if key in last}
-    return _table(counters | values)
+    return values
 
 
 def _table(values: Mapping[str, Any]) -> str:

@@ -10,10 +10,9 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from moma.errors import UserError
-from moma.hub.folder import CONFIG_FILE
+from moma.hub.folder import CONFIG_FILE, read_config
 from moma.model.architecture import ModelConfig
 from moma.recipe import Config, check
-from moma.runtime.weights import read_json_object
 from moma.tokenizers.image.codec import CodecConfig
 from moma.tokenizers.names import CHAMELEON
 from moma.vocabulary import Vocabulary
@@ -109,8 +108,7 @@ def read_port_config(folder: Path) -> PortConfig:
     Raises:
         UserError: it is missing or damaged, or describes a model that moma does not have.
     """
-    path = folder / CONFIG_FILE
-    return check(PortConfig, read_json_object(path), str(path))
+    return check(PortConfig, read_config(folder), str(folder / CONFIG_FILE))
 
 
 def model_config(port: PortConfig, where: str) -> ModelConfig:

@@ -13,12 +13,14 @@ from moma.model.architecture import ModelConfig
 from moma.recipe import check
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import save_weights
-from moma.runtime.weights import Weights
+from moma.runtime.weights import Weights, read_json_object
 from moma.tokenizers.image.codec import read_codec_config
 from moma.train.recipe import Recipe, RouterStageConfig, StageConfig
 from moma.vocabulary import Vocabulary
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
+# In `config.json`: the checkpoint that a folder was written from; see `checkpoint_label`.
+CHECKPOINT_KEY = "moma_checkpoint"
 _STEP = 1  # an imported run counts as finished after one step
 
 
@@ -42,9 +44,31 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The content of `config.json`.
+
+    Raises:
+        UserError: it is missing or damaged, or the folder is a release in Meta's own layout.
+    """
+    path = folder / CONFIG_FILE
+    pickles = [*folder.glob("consolidated*.pth"), *folder.glob("models/*/consolidated*.pth")]
+    if pickles and not path.exists():
+        raise UserError(
+            f"{folder}: is a release in Meta's layout, and {pickles[0].name} is a pickle, which "
+            "may run code; convert it to safetensors with convert_chameleon_weights_to_hf.py of "
+            "transformers 4"
+        )
+    return read_json_object(path)
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write an object as indented JSON."""
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def checkpoint_label(run: Run, checkpoint: Path) -> str:
+    """A name of a checkpoint that does not depend on where the run is."""
+    return f"{run.path.resolve().name}/{checkpoint.relative_to(run.path)}"
 
 
 def create_run(

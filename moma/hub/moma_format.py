@@ -10,6 +10,7 @@
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,13 +21,16 @@ from pydantic import ConfigDict, field_validator
 from moma.data.outputs import mark_output
 from moma.errors import UserError, error_reason
 from moma.generate.sampling import Sampling
-from moma.hub.card import model_card
+from moma.hub.card import model_card, read_results
 from moma.hub.folder import (
+    CHECKPOINT_KEY,
     CONFIG_FILE,
     TOKENIZER_FILE,
+    checkpoint_label,
     create_run,
     imported_recipe,
     new_folder,
+    read_config,
     write_json,
 )
 from moma.model.routing import ROUTINGS, CausalName
@@ -38,7 +42,6 @@ from moma.runtime.weights import (
     FILE_BYTES,
     Weights,
     open_weights,
-    read_json_object,
     require_match,
     write_weights,
 )
@@ -109,21 +112,30 @@ def parse_config(values: dict[str, Any], where: str) -> tuple[HubConfig, Vocabul
         ) from error
 
 
-def export_moma(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> list[str]:
+def export_moma(
+    run: Run,
+    folder: Path,
+    file_bytes: int = FILE_BYTES,
+    repo: str | None = None,
+    results: Sequence[Path] = (),
+) -> list[str]:
     """Write a run as a folder that `transformers` loads after `import moma.hub.auto`.
 
     Args:
         run: its newest checkpoint is written, in the dtypes in which it is stored, with the
             thresholds of `moma calibrate` and trained auxiliary routers, if there are any.
         file_bytes: as for `write_weights`.
+        repo: its name on the Hub, if it has one.
+        results: files of JSON by `moma evaluate`, whose measures the model card has, too.
 
     Returns:
         Notes on what the folder lacks.
 
     Raises:
-        UserError: the run is incomplete or cannot be used causally, or the folder exists.
+        UserError: the run is incomplete or cannot be used causally, the folder exists, or a file
+            has no results.
     """
-    loaded = run_to_load(run)
+    measures, loaded = read_results(results), run_to_load(run)
     recipe, tokenizers = read_run_recipe(loaded.run), loaded.run.require_tokenizers()
     vocabulary = Vocabulary.load(tokenizers.vocabulary)
     require_vocabulary(loaded.checkpoint, vocabulary, run.path)
@@ -133,14 +145,16 @@ def export_moma(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> list[st
         named = {name: PREFIX + name for name in weights.meta_tensors}
         write_weights(weights.renamed(named), partial, file_bytes)
         dtype = weights.meta_tensors[_EMBEDDING].dtype
-        write_json(partial / CONFIG_FILE, _config(recipe, model, dtype))
+        config = _config(recipe, model, dtype)
+        config[CHECKPOINT_KEY] = checkpoint_label(run, loaded.checkpoint)
+        write_json(partial / CONFIG_FILE, config)
         write_json(partial / "generation_config.json", _generation_config(recipe, vocabulary))
         for name in (TOKENIZER_FILE, *(f"codec/{name}" for name in _codec_files(tokenizers))):
             if (tokenizers.path / name).is_file():
                 (partial / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(tokenizers.path / name, partial / name)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        card = model_card(folder.name, run, recipe, vocabulary, parameters)
+        card = model_card(folder.name, repo, run, recipe, vocabulary, parameters, measures)
         (partial / "README.md").write_text(card, encoding="utf-8")
     lacks = [part for part in (tokenizers.text, tokenizers.codec) if not part.exists()]
     return [f"{part} is missing, and so is it in the folder" for part in lacks]
@@ -163,8 +177,7 @@ def import_moma(
     Raises:
         UserError: the folder does not contain such a model, or the run exists already.
     """
-    path = folder / CONFIG_FILE
-    config, vocabulary = parse_config(read_json_object(path), str(path))
+    config, vocabulary = parse_config(read_config(folder), str(folder / CONFIG_FILE))
     weights = _folder_weights(folder, config, vocabulary)
     with new_folder(run.path) as partial:
         target = Tokenizers(partial)

@@ -220,3 +220,21 @@ def test_no_folder_is_overwritten(tiny_run, exported, tmp_path):
     with pytest.raises(UserError, match="exists already"):
         import_moma(exported, Run(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+def test_results_of_evaluations_are_in_the_card(tiny_run, tmp_path):
+    losses, suite = tmp_path / "held out.json", tmp_path / "captions.json"
+    losses.write_text(json.dumps({"loss": 2.25, "loss_text": None, "tokens": 1200}))
+    row = {"documents": 7, "accuracy": {"value": 0.5, "low": 0.25, "high": 0.75}}
+    sources = {"all": row, "text": {"documents": 7, "accuracy": None}}
+    values = {"suite": "captions", "routing": "causal", "sources": sources}
+    suite.write_text(json.dumps(values))
+    export_moma(tiny_run, tmp_path / "out", results=[losses, suite])
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| held out: loss | 2.25 |" in card and "| held out: tokens | 1,200 |" in card
+    assert "| captions: captions, causal routing, all: accuracy | 0.5 (0.25 – 0.75) |" in card
+    assert "text: accuracy" not in card
+    suite.write_text(json.dumps({"suite": "captions"}))
+    with pytest.raises(UserError, match=r"captions\.json: has no results"):
+        export_moma(tiny_run, tmp_path / "other", results=[suite])
+    assert not (tmp_path / "other").exists()
