@@ -40,7 +40,7 @@ def inspect(
         Option(help="only this one [causal, as in generation, and choice, as in training]"),
     ] = None,
     data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
-    out: Annotated[Path, Option(help="HTML file to write")] = Path("routing.html"),
+    out: Annotated[Path, Option(help="file to write: .html, or .png")] = Path("routing.html"),
     as_json: AsJson = False,
 ) -> None:
     """Draw which experts process each token of a document, and which layers it goes through."""
@@ -54,13 +54,11 @@ def inspect(
     import numpy as np
 
     from moma.data.inspect import find_document
-    from moma.data.outputs import require_replaceable
+    from moma.data.outputs import require_replaceable, write_output
     from moma.evaluate.token_routing import as_json_value, first_tokens, route_document
     from moma.generate.mixed import MixedModel
     from moma.images import read_image
     from moma.runs import Run
-    from moma.study.page import Page
-    from moma.study.routing_drawing import STYLE, draw_routing
     from moma.train.restore import load_run, require_training_data
 
     require_replaceable(out)
@@ -85,9 +83,19 @@ def inspect(
         tokens = f"the first {len(read)} of {tokens}: a sequence has {mixed.context}"
     batches = _batches(Run(run), model, recipe, routing)
     routings = [route_document(model, read, each, batch) for each, batch in batches.items()]
-    page = Page(f"Routing by {run.resolve().name}", f"{name} ({tokens})", STYLE)
-    page.add(draw_routing(mixed, routings))
-    page.write(out)
+    title = f"Routing by {run.resolve().name}", f"{name} ({tokens})"
+    if out.suffix.lower() == ".png":
+        from moma.images import png_bytes
+        from moma.study.routing_plot import plot_routing
+
+        write_output(out, png_bytes(plot_routing(mixed, routings, ": ".join(title)), dpi=150))
+    else:
+        from moma.study.page import Page
+        from moma.study.routing_drawing import STYLE, draw_routing
+
+        page = Page(*title, STYLE)
+        page.add(draw_routing(mixed, routings))
+        page.write(out)
     described = {each.routing: as_json_value(mixed, each) for each in routings}
     result = {"run": str(run), "document": name, "page": str(out), "routings": described}
     print_result(result, as_json, (), [out])

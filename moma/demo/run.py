@@ -36,6 +36,7 @@ from moma.study import figures
 from moma.study.compare import Measured, add_comparison, comparison_tables, measure, summary
 from moma.study.page import Page, captioned, grid, paragraph, table, tile
 from moma.study.processes import training_processes
+from moma.study.routing_drawing import STYLE
 from moma.study.tables import Table, percent
 from moma.train.changes import refuse_other_recipe
 from moma.train.loop import train
@@ -240,6 +241,7 @@ def _write_report(
         "Two early-fusion models with equal FLOPs a token, trained on the same batches of emoji "
         "drawings, their names and dictionary definitions: dense, and mixture of modality-aware "
         "experts (4 text and 4 image experts).",
+        STYLE,
     )
     scores, *_, minutes = demo_tables(result)
     page.section(scores.title, paragraph(scores.explanation), table(scores))

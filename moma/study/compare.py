@@ -8,20 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import Batch
 from moma.data.outputs import require_replaceable
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
+from moma.evaluate.token_routing import route_document
 from moma.generate.mixed import MixedModel
 from moma.model.cpu_decoding import prepare_decoding
 from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
-from moma.study.page import Page, captioned, colored, figure, paragraph, table, tile
+from moma.study.page import Page, captioned, figure, paragraph, table, tile
+from moma.study.routing_drawing import STYLE, draw_routing
 from moma.study.speedup import speedups
 from moma.study.tables import Table
 from moma.train.recipe import Recipe
@@ -31,8 +32,7 @@ from moma.train.restore import (
     read_run_recipe,
     require_training_data,
 )
-from moma.train.step import run_model, to_device
-from moma.vocabulary import IMAGE, TEXT, Vocabulary
+from moma.vocabulary import Vocabulary
 
 MEASURES = {
     "loss": "loss",
@@ -139,7 +139,7 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
     measured = [measure(run, quiet, name) for run, name in zip(runs, names, strict=True)]
-    page = Page("Comparison of runs", f"{measured[0].name} is the baseline.")
+    page = Page("Comparison of runs", f"{measured[0].name} is the baseline.", STYLE)
     add_comparison(page, measured)
     page.write(out)
     return summary(measured)
@@ -155,9 +155,9 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
     for each in comparison_tables(summary(measured)):
         page.section(each.title, paragraph(each.explanation), table(each))
     _add_reconstructions(page, measured[0])
-    for run in measured:
+    for number, run in enumerate(measured):
         if run.model.config.has_batch_choice:
-            _add_routing(page, run)
+            _add_routing(page, run, f"routing-{number}")
 
 
 def _add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:
@@ -178,73 +178,24 @@ def _add_reconstructions(page: Page, measured: Measured, count: int = 12) -> Non
     )
 
 
-def _add_routing(page: Page, measured: Measured, documents: int = 3) -> None:
-    """Add, for some held-out documents, the expert of each token."""
+def _add_routing(page: Page, measured: Measured, name: str, documents: int = 3) -> None:
+    """Add, for some held-out documents, the experts of each token."""
     mixed, model = measured.mixed, measured.model
     batch = next(iter(Batches(measured.recipe.data, model.vocabulary, seed=1, split="held_out")))
-    on_device = to_device(batch, model.embedding.weight.device)
-    routing = model.named_routing("choice", record_selection=True)
-    with torch.no_grad():
-        routers = run_model(model, on_device, routing).routers
-    modality_N = model.modality_of_id[on_device.tokens_BS].flatten()
-    records_of = [
-        [r for r in routers if r.kind == "experts" and r.eligible_N[modality_N == modality].any()]
-        for modality in (TEXT, IMAGE)
+    found = _documents_with_image(batch, model.vocabulary, documents)
+    drawn = [
+        draw_routing(mixed, [route_document(model, ids, "choice", batch)], f"{name}-{number}")
+        for number, ids in enumerate(found)
     ]
-    parts = [
-        paragraph(
-            "Above, the image once for each layer and image expert: codes that the expert did not "
-            "take are dimmed. Below, the text in the last layer: each color is a "
-            "text expert that took the token; a token without color was dropped."
-        )
-    ]
-    code_of_id = model.vocabulary.code_of_id
-    for positions in _documents_with_image(batch, model.vocabulary, documents):
-        ids = batch.tokens_BS.reshape(-1)[positions]
-        is_code = code_of_id[ids] >= 0
-        image_LEn = _selected(records_of[IMAGE], positions[is_code])
-        if image_LEn is not None:
-            side = mixed.codec.config.codes_per_side
-            maps = image_LEn[..., : side * side].reshape(*image_LEn.shape[:2], side, side)
-            image = mixed.image(code_of_id[ids[is_code]][: side * side])
-            parts.append(figure(figures.expert_maps(image, maps)))
-        text_LEn = _selected(records_of[TEXT], positions[~is_code])
-        if text_LEn is not None:
-            parts.append(colored(_text_pieces(mixed, ids[~is_code], text_LEn[-1])))
-    page.section(f"Which expert took which token: {measured.name}", *parts)
+    page.section(f"Which expert took which token: {measured.name}", *drawn)
 
 
 def _documents_with_image(batch: Batch, vocabulary: Vocabulary, count: int) -> list[np.ndarray]:
-    """Flattened positions of the first documents of a batch that contain an image."""
+    """The ids of the first documents of a batch that contain an image."""
     sequences, columns = np.nonzero(batch.tokens_BS == vocabulary.begin_image)
     documents = batch.document_ids_BS[sequences, columns]
     found = dict.fromkeys(zip(sequences.tolist(), documents.tolist(), strict=True))
     return [
-        sequence * batch.tokens_BS.shape[1]
-        + np.flatnonzero(batch.document_ids_BS[sequence] == document)
+        batch.tokens_BS[sequence][batch.document_ids_BS[sequence] == document]
         for sequence, document in list(found)[:count]
-    ]
-
-
-def _selected(records: Sequence[Any], positions: np.ndarray) -> np.ndarray | None:
-    """Booleans [L, E, positions] of the routers of a modality; None if it has none.
-
-    Groups may overlap; one of another size than the first is left out.
-    """
-    index = torch.from_numpy(positions)
-    layers = [record.selected_NE.cpu()[index].T.bool().numpy() for record in records]
-    alike = [layer for layer in layers if len(layer) == len(layers[0])]
-    return np.stack(alike) if alike else None
-
-
-def _text_pieces(
-    mixed: MixedModel, ids: np.ndarray, selected_En: np.ndarray
-) -> list[tuple[str, list[str]]]:
-    colors = figures.EXPERT_COLORS
-    return [
-        (
-            mixed.tokenizer.decode([id_], skip_special_tokens=False),
-            [colors[expert % len(colors)] for expert in np.flatnonzero(selected_n)],
-        )
-        for id_, selected_n in zip(ids.tolist(), selected_En.T, strict=True)
     ]

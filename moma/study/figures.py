@@ -9,10 +9,6 @@ from PIL import Image
 
 from moma.study.speedup import LOSSES, Axis, smoothed
 
-EXPERT_COLORS = (
-    *("#f4a259", "#5b8e7d", "#8cb9ff", "#d68fb7"),
-    *("#c9b458", "#9b8ac4", "#7cc6c3", "#c98f7b"),
-)
 # Frames of images: all right, half, none; the same as in the style of a page.
 MARKS = {"ok": "#1a7f4b", "half": "#d29922", "no": "#c2413b"}
 
@@ -58,30 +54,6 @@ def loss_bands(
         axes.grid(alpha=0.25, which="both")
     plot.axes[0].set_ylabel("loss (nats a token)")
     plot.axes[0].legend(frameon=False)
-    return plot
-
-
-def expert_maps(image: Image.Image, selected_LEhw: np.ndarray) -> Figure:
-    """An image for each layer and image expert, with the codes dimmed that it did not take.
-
-    Args:
-        image: the image as reconstructed by the codec.
-        selected_LEhw: booleans for each layer and expert over the grid of codes.
-    """
-    layers, experts, height, width = selected_LEhw.shape
-    plot = Figure(figsize=(1.15 * experts, 1.15 * layers), layout="constrained")
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255
-    cell = np.ones((pixels.shape[0] // height, pixels.shape[1] // width))
-    for layer, axes_of_layer in enumerate(plot.subplots(layers, experts, squeeze=False)):
-        for expert, axes in enumerate(axes_of_layer):
-            selected = np.kron(selected_LEhw[layer, expert], cell)[..., None]
-            axes.imshow(pixels * selected + (0.25 * pixels + 0.15) * (1 - selected))
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if layer == 0:
-                axes.set_title(f"expert {expert + 1}", fontsize=8)
-            if expert == 0:
-                axes.set_ylabel(f"layer {layer + 1}", fontsize=8)
     return plot
 
 

@@ -2,7 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -82,19 +82,6 @@ def captioned(tiles: Iterable[str], caption: str) -> str:
 def grid(figures: Iterable[str]) -> str:
     """Figures in as many columns as fit."""
     return f"<div class='grid'>{''.join(figures)}</div>"
-
-
-def colored(pieces: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Pieces of text, each on a background of its colors, side by side."""
-    spans = []
-    for text, colors in pieces:
-        width = 100 / max(1, len(colors))
-        stops = ", ".join(
-            f"{color} {i * width:.0f}% {(i + 1) * width:.0f}%" for i, color in enumerate(colors)
-        )
-        style = f" style='background: linear-gradient(90deg, {stops})'" if colors else ""
-        spans.append(f"<span{style}>{html.escape(text)}</span>")
-    return f"<div class='tokens'>{''.join(spans)}</div>"
 
 
 def data_url(png: bytes) -> str:

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests.command_line import refuses, succeeds
 
@@ -36,6 +38,18 @@ def test_text_and_images_are_drawn_in_their_order(trained, tmp_path):
     assert page.count("data-info=") == 2 * len(tokens)
     assert page.count("<figcaption>layer ") == 2 * 2
     assert "&lt;" in page and "<script" not in page and "http" not in page
+
+
+def test_an_image_file_shows_the_same(trained, tmp_path):
+    out, image = tmp_path / "routing.PNG", trained / "images" / "1.png"
+    options = ("--prompt", "box $3_ " * 6, "--image", image)
+    assert succeeds("inspect", trained / "run", *options, "--out", out) == f"{out}\n"
+    drawn = np.asarray(Image.open(out).convert("RGB"))
+    assert drawn.shape[1] == 1500 and drawn.shape[0] > 600
+    # The colors of both experts of a group, and the paper around them.
+    colors = {tuple(color) for color in drawn.reshape(-1, 3).tolist()}
+    assert {(0x4E, 0x79, 0xA7), (0xF2, 0x8E, 0x2B), (255, 255, 255)} <= colors
+    assert (drawn[[0, -1]] == 255).all() and (drawn[:, [0, -1]] == 255).all()
 
 
 def test_a_document_of_the_data_is_drawn(trained, tmp_path):

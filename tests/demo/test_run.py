@@ -1,6 +1,7 @@
 """The demo from end to end with a tiny model, and its continuation."""
 
 import json
+import re
 
 import pytest
 
@@ -83,6 +84,9 @@ def test_the_page_has_every_section(demo):
     assert "src='http" not in page and "<script" not in page
     # The true drawing and one of each model for ten captions, and four captioned images.
     assert page.count("alt='true'") == 10 and page.count("alt='moe_4t4i: ") == 10
+    # Drawings of routings do not hide each other.
+    names = re.findall(r"<input type='radio' name='([^']*)'", page)
+    assert len(names) == len(set(names)) == page.count("<div class='routing'>") > 0
     assert (out / "sheet.png").is_file()
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_hex
 from PIL import Image
 
 from moma.study import figures
@@ -40,24 +39,6 @@ def test_bands_span_the_seeds_and_leave_out_losses_that_do_not_exist():
     assert mean[[0, -1]] == pytest.approx([(a + b) / 2 for a, b in zip(*curves, strict=True)][::2])
 
 
-@pytest.mark.parametrize(("layers", "experts"), [(1, 1), (2, 3)])
-def test_codes_not_taken_by_an_expert_are_dimmed(layers, experts):
-    side, cell = 2, 4
-    image = Image.new("RGB", (side * cell, side * cell), (200, 100, 50))
-    chosen = np.random.default_rng(3).random((layers, experts, side, side)) < 0.5
-    chosen[0, 0] = [[True, False], [False, True]]
-    plot = figures.expert_maps(image, chosen)
-    assert len(plot.axes) == layers * experts
-    bright = np.array([200, 100, 50]) / 255
-    for number, axes in enumerate(plot.axes):
-        drawn = np.asarray(axes.images[0].get_array())
-        for row in range(side * cell):
-            for column in range(side * cell):
-                taken = chosen[number // experts, number % experts, row // cell, column // cell]
-                assert np.allclose(drawn[row, column], bright, atol=1e-6) == bool(taken)
-    assert plot.axes[0].get_title() == "expert 1" and plot.axes[0].get_ylabel() == "layer 1"
-
-
 def test_every_image_of_the_sheet_has_its_caption():
     shades = [10, 60, 110, 160, 210]
     marks = ["ok", "half", "no", "ok", "ok"]
@@ -73,8 +54,3 @@ def test_every_image_of_the_sheet_has_its_caption():
     frames = [axes.spines["left"].get_edgecolor() for axes in plot.axes]
     assert frames[0] == frames[3] == frames[4] and len(set(frames[:3])) == 3
     assert not plot.axes[5].images and not plot.axes[5].spines["left"].get_visible()
-
-
-def test_experts_have_distinct_colors():
-    colors = figures.EXPERT_COLORS
-    assert len({to_hex(color) for color in colors}) == len(colors) >= 8

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from moma.study.page import Page, captioned, colored, figure, grid, paragraph, table, tile
+from moma.study.page import Page, captioned, figure, grid, paragraph, table, tile
 from moma.study.tables import Table, markdown, number
 
 NASTY = "<script src='http://x/y.js'></script> & \"'<img onerror=1>"
@@ -74,7 +74,6 @@ def page(tmp_path, image):
         table(Table("", "", (f"head {NASTY}", "b"), [(f"cell {NASTY}", 0.5)])),
         figure(plot),
         grid([captioned([tile(image, f"tile {NASTY}", "ok")], f"caption {NASTY}")]),
-        colored([(f"token {NASTY}", ["#ff0000"]), ("plain", [])]),
     )
     page.write(tmp_path / "deep" / "page.html")
     return (tmp_path / "deep" / "page.html").read_text(encoding="utf-8")
@@ -99,7 +98,6 @@ def test_markup_in_data_is_escaped(page):
     text = "".join(reader.text)
     for part in ("title", "introduction", "section", "paragraph", "head", "cell", "caption"):
         assert f"{part} {NASTY}" in text
-    assert f"token {NASTY}" in text
     (shown,) = (image for image in reader.named("img") if image.get("class") == "tile ok")
     assert shown["alt"] == shown["title"] == f"tile {NASTY}"
 
@@ -136,13 +134,6 @@ def test_a_table_has_a_cell_for_each_value():
     reader = read(table(Table("", "", ("run", "loss"), [("a", 1.0), ("b", None)])))
     assert "".join(reader.text) == "runlossa1b–"
     assert len(reader.named("th")) == 2 and len(reader.named("td")) == 4
-
-
-def test_colors_are_placed_side_by_side():
-    two, none = read(colored([("x", ["#111111", "#222222"]), ("y", [])])).named("span")
-    assert two["style"] is not None
-    assert "#111111 0% 50%, #222222 50% 100%" in two["style"]
-    assert none == {}
 
 
 def test_a_failed_write_keeps_the_old_page(tmp_path):
