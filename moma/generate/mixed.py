@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
@@ -66,13 +67,7 @@ class MixedModel:
 
     def encode(self, content: Sequence[Content]) -> list[int]:
         """Return the token ids of interleaved text and images, as the beginning of a document."""
-        ids = [self.model.vocabulary.beginning]
-        for part in content:
-            if isinstance(part, str):
-                ids += encode_text(self.tokenizer, part)
-            else:
-                ids += self.model.vocabulary.wrap_image(self.codes(part))
-        return ids
+        return [self.model.vocabulary.beginning, *chain.from_iterable(map(self._encode, content))]
 
     def require_space(self, prompt: Sequence[object], mode: Mode, images: int = 1) -> int:
         """Check that a prompt of texts and images leaves space, without encoding its images.
@@ -194,7 +189,12 @@ class MixedModel:
         parts: list[tuple[Sequence[Content], float]] = [(prompt, 1.0)]
         if settings.guidance is not None:
             parts = [*settings.guidance.branches(prompt)]
-        branches = [Branch(self.encode(part), weight) for part, weight in parts]
+        # Branches repeat parts of the prompt, and images take long to encode.
+        ids_of = {id(part): self._encode(part) for part in prompt}
+        branches = [
+            Branch([vocabulary.beginning, *chain(*(ids_of[id(each)] for each in part))], weight)
+            for part, weight in parts
+        ]
         return Request(branches, options, (sampling.seed + number) % (MAX_SEED + 1))
 
     def mode(self, settings: Settings) -> Mode:
@@ -211,6 +211,11 @@ class MixedModel:
     def content_stream(self, stops: Sequence[str] = ()) -> ContentStream:
         """Return what turns the tokens of an answer into text and images; see `ContentStream`."""
         return ContentStream(self.tokenizer, self.model.vocabulary, self.image, stops)
+
+    def _encode(self, part: Content) -> list[int]:
+        if isinstance(part, str):
+            return encode_text(self.tokenizer, part)
+        return self.model.vocabulary.wrap_image(self.codes(part))
 
     def _decode(
         self,

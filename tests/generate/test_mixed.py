@@ -298,3 +298,18 @@ def test_several_images_and_drafts(mixed):
     assert [part.size for part in answer] == [(16, 16)] * 3
     (drafted,) = mixed.generate([["the"]], Settings("image", sampling, images=3, drafts=3))
     assert comparable(drafted) == comparable(answer)
+
+
+def test_guidance_encodes_an_image_once(mixed, monkeypatch):
+    whole, encoded = mixed.codec.encode, list[int]()
+
+    def encode(images_B3HW):
+        encoded.append(len(images_B3HW))
+        return whole(images_B3HW)
+
+    monkeypatch.setattr(mixed.codec, "encode", encode)
+    image = Image.new("RGB", (16, 16), "red")
+    request = mixed.request(["the", image], Settings("image", guidance=Guidance(3, 2)))
+    assert encoded == [1]
+    prompts = [["the", image], [image], []]
+    assert [branch.prompt for branch in request.branches] == [mixed.encode(p) for p in prompts]
