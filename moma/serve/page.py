@@ -259,7 +259,7 @@ class _Page:
 
     def _submit(self, prompt: dict[str, Any], mode: Mode, options: Sequence[Any]) -> Answer:
         temperature, top_p, top_k, min_p, penalty, seed, tokens, count, guide, guide_image = options
-        content = self._content(prompt["text"] or "", [Path(each) for each in prompt["files"]])
+        parts = arrange(prompt["text"] or "", [Path(each) for each in prompt["files"]])
         sampling = Sampling(temperature, top_p, int(seed), int(top_k), min_p)
         settings = Settings(
             mode,
@@ -267,22 +267,21 @@ class _Page:
             int(tokens) or self._limits.tokens,
             sampling,
             int(count) if mode == "image" else 1,
-            _guidance(mode, content, guide, guide_image),
+            _guidance(mode, parts, guide, guide_image),
         )
         if self._limits.tokens is not None:
             tokens = min(settings.new_tokens or self._limits.tokens, self._limits.tokens)
             settings = replace(settings, new_tokens=tokens)
+        # Before images are decoded.
+        model = self._engine.model
+        model.require_space(parts, model.mode(settings), settings.images)
+        content = [
+            part
+            if isinstance(part, str)
+            else read_image(part, quote(part.name), "choose another", self._limits.pixels)
+            for part in parts
+        ]
         return self._engine.submit(content, settings, has_rows=True)
-
-    def _content(self, text: str, files: Sequence[Path]) -> list[Content]:
-        """Text and images in order."""
-        return arrange(
-            text,
-            [
-                read_image(file, quote(file.name), "choose another", self._limits.pixels)
-                for file in files
-            ],
-        )
 
     def _cancel(self, request: gr.Request) -> None:
         """End the answer of a session, if it has one."""
@@ -330,10 +329,10 @@ def _options(context: int) -> list[gr.components.Component]:
     ]
 
 
-def _guidance(mode: Mode, content: Sequence[Content], text: float, image: float) -> Guidance | None:
+def _guidance(mode: Mode, prompt: Sequence[object], text: float, image: float) -> Guidance | None:
     """Guidance with the scales that have an effect; None if there is none."""
-    has_text = any(isinstance(part, str) for part in content)
-    has_image = any(not isinstance(part, str) for part in content)
+    has_text = any(isinstance(part, str) for part in prompt)
+    has_image = any(not isinstance(part, str) for part in prompt)
     scales = text if has_text else 1.0, image if has_image else 1.0
     return None if mode != "image" or scales == (1.0, 1.0) else Guidance(*scales)
 

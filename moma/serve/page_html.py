@@ -3,21 +3,21 @@
 import html
 from collections.abc import Sequence
 from pathlib import Path
-
-from PIL import Image
+from typing import TypeVar
 
 from moma.errors import UserError
-from moma.generate.stream import Content, Event, ImagePart, TextPiece
+from moma.generate.stream import Event, ImagePart, TextPiece
 from moma.images import png_bytes
 from moma.study.page import data_url
 
+_T = TypeVar("_T")
 # Where an image stands in a text.
 MARK = "<image>"
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
-def arrange(text: str, images: Sequence[Image.Image]) -> list[Content]:
-    """Put images where a text has `MARK`; those for which it has none come first.
+def arrange(text: str, images: Sequence[_T]) -> list[str | _T]:
+    """Put images, or their files, where a text has `MARK`; those for which it has none come first.
 
     Raises:
         UserError: there are fewer images than marks, or there is nothing at all.
@@ -28,7 +28,7 @@ def arrange(text: str, images: Sequence[Image.Image]) -> list[Content]:
         raise UserError(
             f"the text has {MARK} {len(texts) - 1} times, but there are {len(images)} images"
         )
-    content: list[Content] = [*images[:first], texts[0]]
+    content: list[str | _T] = [*images[:first], texts[0]]
     for image, following in zip(images[first:], texts[1:], strict=True):
         content += [image, following]
     if not any(content):
