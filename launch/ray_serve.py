@@ -3,22 +3,26 @@
     python launch/ray_serve.py runs/my --replicas 4 --gpus 1
 
 Every replica holds the whole model, on GPUs of its own. Requests go to the replicas that have the
-fewest; one that fails is started anew. Options that are not here are those of `moma serve`.
+fewest; one that fails is started anew. This process stands before them: it sends requests again
+that a lost replica has not begun to answer. Options that are not here are those of `moma serve`.
 """
 
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import ray
+import uvicorn
 from ray import serve
 from typer import Option
 
 import moma
 from moma.cli.arguments import App, RunFolder
 from moma.serve.app import Limits, create_app
+from moma.serve.connection import server_config
 from moma.serve.engine import Engine
+from moma.serve.forward import forwarding_app
 from moma.serve.guard import read_token
+from moma.serve.server import listen
 
 app = App()
 
@@ -62,9 +66,12 @@ def main(
     """Serve a run by several replicas until Ctrl-C."""
     token = read_token(token_file, host)
     path = run.resolve()
+    with listen("127.0.0.1", 0) as free:
+        inner = free.getsockname()[1]
+    listener = listen(host, port)
     ray.init(address=ray_address, include_dashboard=False)
     try:
-        serve.start(http_options={"host": host, "port": port})
+        serve.start(http_options={"host": "127.0.0.1", "port": inner})
         places = {"max_active": max_active, "max_queued": max_queued}
         deployment = serve.deployment(
             Replica,
@@ -75,11 +82,14 @@ def main(
             health_check_period_s=2,
         )
         serve.run(deployment.bind(str(path), path.name, token, places))
+        app = forwarding_app(f"http://127.0.0.1:{inner}", Limits(), token)
+        server = uvicorn.Server(server_config(app, timeout_graceful_shutdown=10))
         print(f"http://{host}:{port}/v1", flush=True)
-        threading.Event().wait()
+        server.run(sockets=[listener])
     except KeyboardInterrupt:
         pass
     finally:
+        listener.close()
         serve.shutdown()
         ray.shutdown()
 

@@ -77,12 +77,17 @@ def create_app(engine: Engine, name: str, limits: Limits, token: str | None = No
     }
     for path, (answer, methods) in routes.items():
         app.add_api_route(path, answer, methods=methods, response_model=None)
-    kinds = (ApiError, ValidationError, UserError, BusyError, EngineStoppedError, HTTPException)
-    for kind in (*kinds, ClientDisconnect, Exception):
-        app.add_exception_handler(kind, _answer_error)
+    add_error_handlers(app)
     app.add_middleware(Guard, token=token)
     app.add_middleware(CountRequests, metrics=metrics, paths=routes)
     return app
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Answer errors in the shape of OpenAI's."""
+    kinds = (ApiError, ValidationError, UserError, BusyError, EngineStoppedError, HTTPException)
+    for kind in (*kinds, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, _answer_error)
 
 
 async def _answer_error(_: Request, error: Exception) -> Response:
@@ -252,7 +257,7 @@ class _Endpoint:
 
         def chunk(number: int, delta: dict[str, Any], end: str | None = None) -> str:
             choice = {"index": number, "delta": delta, "finish_reason": end, "logprobs": None}
-            return _sent(head | {"choices": [choice]})
+            return sent_event(head | {"choices": [choice]})
 
         characters = [0] * len(answers)
         try:
@@ -270,10 +275,10 @@ class _Endpoint:
                 else:
                     yield chunk(number, {}, end)
             if has_usage:
-                yield _sent(head | {"choices": [], "usage": _usage(answers)})
+                yield sent_event(head | {"choices": [], "usage": _usage(answers)})
             yield "data: [DONE]\n\n"
         except Exception as error:
-            yield _sent(error_body(to_api_error(error)))
+            yield sent_event(error_body(to_api_error(error)))
 
 
 class _AnswerStream(StreamingResponse):
@@ -296,7 +301,7 @@ class _AnswerStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-def _sent(data: dict[str, Any]) -> str:
+def sent_event(data: dict[str, Any]) -> str:
     """An event of a stream."""
     return f"data: {json.dumps(data)}\n\n"
 

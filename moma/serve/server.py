@@ -12,6 +12,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from moma.errors import UserError, error_reason, quote
+from moma.serve.connection import server_config
 from moma.serve.engine import Engine
 
 
@@ -57,7 +58,7 @@ def run_server(
 
     Then `end` is called, which must end the connections that are still open.
     """
-    config = uvicorn.Config(app, log_level="warning", server_header=False)
+    config = server_config(app)
     before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at the end
     try:
         with suppress(KeyboardInterrupt):

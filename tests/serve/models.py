@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from moma.images import png_bytes
 from moma.model.routing import ROUTINGS
 from moma.model.transformer import ModelConfig, Transformer
 from moma.serve.app import Limits, create_app
+from moma.serve.connection import server_config
 from moma.serve.engine import Engine
 from moma.serve.server import listen
 from moma.vocabulary import Vocabulary
@@ -83,8 +85,15 @@ def running(
     app = create_app(engine, "model", limits or Limits(), token)
     if mount is not None:
         mount(app)
+    with serving(app) as url:
+        yield url
+
+
+@contextmanager
+def serving(app: Any, **options: Any) -> Iterator[str]:
+    """An app on a loopback address; options as for `server_config`."""
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+        server = uvicorn.Server(server_config(app, **options))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

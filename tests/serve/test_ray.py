@@ -62,8 +62,8 @@ def test_every_request_is_answered_or_gets_an_error_when_a_replica_is_killed(tra
     errors = [each for each in results if not isinstance(each, str)]
     print(f"{len(answers)} answers, {len(errors)} errors: {set(map(repr, errors))}")
     assert set(answers) == set(expected)
-    assert all(isinstance(error, openai.APIError) for error in errors)
-    assert len(answers) > 2 * len(errors)
+    # Requests of the lost replica are sent again.
+    assert not errors
 
 
 def use(url: str, find_replicas: Any) -> list[object]:

@@ -1,0 +1,124 @@
+"""A server before replicas that answers in the shape of OpenAI's API when one of them is lost."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import httpx
+from fastapi import FastAPI, Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from moma.serve.app import Limits, add_error_handlers, sent_event
+from moma.serve.errors import ApiError, error_body
+from moma.serve.guard import Guard, read_body
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+_ATTEMPTS = 5
+# Of a connection, not of a request; nothing is compressed.
+_OWN_HEADERS = (
+    "accept-encoding",
+    "connection",
+    "content-length",
+    "keep-alive",
+    "transfer-encoding",
+)
+_LOST = ApiError(503, "the replica that answered is lost; try again", code="replica_lost")
+
+
+def forwarding_app(
+    url: str, limits: Limits, token: str | None = None, pause: float = 0.2
+) -> FastAPI:
+    """An app that passes requests on, and sends one again that is lost before its answer begins.
+
+    Args:
+        url: of the server behind it, which chooses a replica for each request.
+        limits: of requests.
+        token: what clients have to send; None: the server listens on a loopback address only.
+        pause: seconds before a request is sent again, times the number of attempts so far.
+    """
+    client = httpx.AsyncClient(base_url=url, timeout=None, limits=httpx.Limits())
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with client:
+            yield
+
+    async def forward(request: Request) -> Response:
+        body = b""
+        if request.method == "POST":
+            body = await read_body(request, limits.body_bytes, limits.body_seconds)
+        return await _unless_hung_up(request, _forward(client, request, body, pause))
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.add_api_route("/{path:path}", forward, methods=["GET", "POST"], response_model=None)
+    add_error_handlers(app)
+    app.add_middleware(Guard, token=token)
+    return app
+
+
+async def _forward(
+    client: httpx.AsyncClient, request: Request, body: bytes, pause: float
+) -> Response:
+    """Send a request until it is answered; raises `ApiError` if no replica answers it."""
+    url = httpx.URL(path=request.url.path, query=request.url.query.encode())
+    headers = [(name, value) for name, value in request.headers.items() if _is_passed(name)]
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            await asyncio.sleep(pause * attempt)
+        sent = client.build_request(request.method, url, headers=headers, content=body)
+        try:
+            answer = await client.send(sent, stream=True)
+            kind = answer.headers.get("content-type", "")
+            if kind.startswith("text/event-stream"):
+                return StreamingResponse(_events(answer), answer.status_code, _passed(answer))
+            content = await answer.aread()
+        except httpx.TransportError as error:
+            logger.warning("a request is lost: %r", error)
+            continue
+        # Errors of our own are JSON.
+        if answer.status_code < 500 or kind.startswith("application/json"):
+            return Response(content, answer.status_code, _passed(answer))
+        logger.warning("a request is lost: status %d", answer.status_code)
+    raise _LOST
+
+
+async def _events(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """The events of a stream, the last an error if its replica is lost."""
+    try:
+        async for part in answer.aiter_raw():
+            yield part
+    except httpx.TransportError as error:
+        logger.warning("a stream is lost: %r", error)
+        yield sent_event(error_body(_LOST)).encode()
+    finally:
+        await answer.aclose()
+
+
+async def _unless_hung_up(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Do work for a client, or end it when the client hangs up."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, hung_up = asyncio.create_task(work), asyncio.create_task(hang_up())
+    try:
+        await asyncio.wait([working, hung_up], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        hung_up.cancel()
+
+
+def _is_passed(name: str) -> bool:
+    return name.lower() not in _OWN_HEADERS
+
+
+def _passed(answer: httpx.Response) -> dict[str, str]:
+    return {name: value for name, value in answer.headers.items() if _is_passed(name)}
