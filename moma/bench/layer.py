@@ -5,6 +5,7 @@
 | `dense` | one SwiGLU |
 | `floor` | eight experts, each on a contiguous eighth of the tokens: no routers, no gathers |
 | `sequential`, `batched`, `grouped` | `moe_4t4i`, with these implementations |
+| `triton` | another one, on a GPU only |
 | `mod`, `mod_moe_…` | a depth router selects a quarter of the tokens for the experts (§2.3) |
 | `…_floor` | the same experts on the first quarter, each on a contiguous part of it |
 
@@ -25,7 +26,7 @@ from torch.nn import functional
 from moma.bench.timing import Job, interleaved, seconds
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig, DepthRouter
-from moma.model.dispatch import Dispatch, ScatterSlots, dispatch_for
+from moma.model.dispatch import Dispatch, dispatch_for
 from moma.model.experts import MixtureOfExperts
 from moma.model.implementations import ImplementationName, build_experts, build_group
 from moma.model.routing import Routing
@@ -33,7 +34,6 @@ from moma.progress import ProgressCallback, show_progress
 from moma.runtime.peak import allocated_peak
 from moma.runtime.world import can_compile, local_device
 
-IMPLEMENTATIONS: tuple[ImplementationName, ...] = get_args(ImplementationName)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARES = (0.5, 0.5)
 # Architectures with mixture-of-depths, and the number of experts of their floors.
@@ -86,7 +86,7 @@ def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
 
 def _measure(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str, Any]]:
     device = torch.device(sizes.device) if sizes.device else local_device()
-    modules, timed, peaks = variants(dim, sizes.tokens, dispatch_for(device)), [], {}
+    modules, timed, peaks = variants(dim, sizes.tokens, device), [], {}
     for name, module in modules.items():
         module.to(device, DTYPES[sizes.dtype])
         if sizes.compiled and can_compile(device):
@@ -115,20 +115,27 @@ def _measure(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str,
     return list(map(record, modules))
 
 
-def variants(dim: int, tokens: int, dispatch: Dispatch = ScatterSlots) -> dict[str, nn.Module]:
+def implementations(device: torch.device) -> list[ImplementationName]:
+    """The implementations that differ on a device."""
+    names: tuple[ImplementationName, ...] = get_args(ImplementationName)
+    return [name for name in names if name != "triton" or device.type == "cuda"]
+
+
+def variants(dim: int, tokens: int, device: torch.device) -> dict[str, nn.Module]:
     """Build the modules that are compared; they have the interface of `MixtureOfExperts`.
 
     Args:
         dim: width D.
         tokens: N, a multiple of 32, so that all experts process the same number.
-        dispatch: moves tokens to experts and back.
+        device: where they will run.
     """
+    dispatch = dispatch_for(device)
     hidden = ModelConfig(dim=dim, heads=1).hidden_width
     modules: dict[str, nn.Module] = {
         "dense": _experts("dense", dim, dispatch),
         "floor": ContiguousExperts(8, dim, hidden),
     }
-    for implementation in IMPLEMENTATIONS:
+    for implementation in implementations(device):
         modules[implementation] = _experts("moe_4t4i", dim, dispatch, implementation)
     for name, experts in _WITH_DEPTH.items():
         router = DepthRouter(dim, DepthConfig())

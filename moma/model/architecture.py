@@ -44,8 +44,8 @@ class ModelConfig(Config):
             by √D, so that one scale suits both uses (arXiv 1706.03762 §3.4).
         router_noise: whether the experts' router logits get Gumbel-Sigmoid noise in training; if
             omitted, only in the stage `upcycle` (MoMa §2.5).
-        experts_implementation: `sequential`, `batched` or `grouped`, with equal results; if
-            omitted, the one that measured fastest (`implementations.py`).
+        experts_implementation: `sequential`, `batched`, `grouped` or `triton`, with equal results;
+            if omitted, the one of the first three that measured fastest (`implementations.py`).
     """
 
     groups: str | tuple[GroupConfig, ...] = "moe_4t4i"

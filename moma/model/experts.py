@@ -162,6 +162,7 @@ class ExpertGroup(nn.Module):
         super().__init__()
         self.modalities, self.num_experts = tuple(modalities), num_experts
         self.capacity_share, self.noise, self.dispatch = capacity_share, noise, dispatch
+        self.add_outputs = add_expert_outputs
         self.gate = nn.Parameter(torch.empty(num_experts * dim, hidden))
         self.up = nn.Parameter(torch.empty(num_experts * dim, hidden))
         self.down = nn.Parameter(torch.empty(num_experts * hidden, dim))
@@ -197,7 +198,7 @@ class ExpertGroup(nn.Module):
             total_ND = add_listed_outputs(total_ND, x_ND, self.matrices(), listed, self.dispatch)
             return total_ND, diagnostics
         inputs, diagnostics = self.route(x_ND, tokens, routing)
-        return add_expert_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics
+        return self.add_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics
 
     def route(
         self, x_ND: Tensor, tokens: GroupTokens, routing: Routing

@@ -1,10 +1,11 @@
-"""Three implementations of the experts' computation with equal results (MoMa §3).
+"""Four implementations of the experts' computation with equal results (MoMa §3).
 
 - `sequential`: one group after another (`MixtureOfExperts`). Each group can be sharded on its own:
   the next one's weights are gathered while one computes. The paper's choice.
 - `batched`: groups of equal capacity in one batched product; their weights are concatenated.
 - `grouped`: single-expert groups in one grouped product, which skips slots that must be empty;
   other groups one after another.
+- `triton`: like `sequential`, with kernels of our own on a GPU (`fused_experts.py`).
 
 Shapes: see `layers.py`; T is the number of flattened slots of all experts.
 """
@@ -26,6 +27,7 @@ from moma.model.experts import (
     add_expert_outputs,
     zero_total,
 )
+from moma.model.fused_experts import add_fused_outputs
 from moma.model.grouped import grouped_product, row_alignment
 from moma.model.groups import GroupConfig, TokenChoiceConfig, group_share, max_groups_per_modality
 from moma.model.routers import Diagnostics
@@ -33,7 +35,7 @@ from moma.model.routing import Routing, Selection
 from moma.model.token_choice import TokenChoiceGroup
 from moma.vocabulary import MODALITIES
 
-ImplementationName = Literal["sequential", "batched", "grouped"]
+ImplementationName = Literal["sequential", "batched", "grouped", "triton"]
 
 
 class JointMixtureOfExperts(MixtureOfExperts):
@@ -132,6 +134,16 @@ class GroupedExperts(JointMixtureOfExperts):
         return slots.scatter_add(total_ND, score_T[:, None] * ffn_TD)
 
 
+class TritonExperts(MixtureOfExperts):
+    """Groups one after another, by Triton kernels where these run."""
+
+    def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
+        super().__init__(groups)
+        for group in groups:
+            if isinstance(group, ExpertGroup):
+                group.add_outputs = add_fused_outputs
+
+
 def build_group(
     dim: int,
     hidden: int,
@@ -169,6 +181,7 @@ def build_experts(
         "sequential": MixtureOfExperts,
         "batched": BatchedExperts,
         "grouped": GroupedExperts,
+        "triton": TritonExperts,
     }
     return classes[implementation](groups)
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import (
 Recompute = Literal["none", "layer", "selective"]
 
 # Saved by selective checkpointing: expensive products, and the routers' top-k, whose result has to
-# stay the same. By name, since the model's own operation may not be registered yet.
+# stay the same. By name, since the model's own operations may not be registered yet.
 _SAVED_OPERATIONS = {
     "aten.mm.default",
     "aten.bmm.default",
@@ -21,6 +21,7 @@ _SAVED_OPERATIONS = {
     "aten._grouped_mm.default",
     "aten._scaled_mm.default",
     "moma.grouped_product.default",
+    "moma.fused_experts.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",
     "aten._scaled_dot_product_cudnn_attention.default",

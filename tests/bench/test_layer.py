@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from moma.bench.layer import (
-    IMPLEMENTATIONS,
     ContiguousExperts,
     FirstTokens,
     Sizes,
     bench_layer,
+    implementations,
     training_job,
     variants,
 )
@@ -21,6 +21,7 @@ from moma.errors import UserError
 from moma.model.routing import Routing
 
 CPU = torch.device("cpu")
+IMPLEMENTATIONS = implementations(CPU)
 DIM, TOKENS = 64, 128
 WITH_DEPTH = ("mod", "mod_moe_1t1i", "mod_moe_4t4i")
 KEYS = {
@@ -30,7 +31,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def modules():
-    return variants(DIM, TOKENS)
+    return variants(DIM, TOKENS, CPU)
 
 
 def half_image_tokens() -> tuple[torch.Tensor, torch.Tensor, Routing]:
@@ -54,6 +55,13 @@ def test_every_variant_has_the_operations_of_its_baseline(modules):
         assert 1 <= count[name] / count["floor"] < 1.05
     for architecture in WITH_DEPTH:
         assert 1 <= count[architecture] / count[f"{architecture}_floor"] < 1.05
+
+
+def test_triton_is_measured_where_its_kernels_run():
+    assert IMPLEMENTATIONS == ["sequential", "batched", "grouped"]
+    with torch.device("meta"):
+        on_gpu = variants(32, 32, torch.device("cuda"))
+    assert set(on_gpu) - set(variants(32, 32, CPU)) == {"triton"}
 
 
 def test_the_floor_applies_each_expert_to_a_contiguous_part():
