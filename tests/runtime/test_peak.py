@@ -1,5 +1,7 @@
 """Peak memory of a job and peak speed of a device."""
 
+import time
+
 import pytest
 import torch
 
@@ -20,6 +22,16 @@ def test_peak_memory_counts_what_is_held_at_once():
 
 def test_the_peak_is_the_fastest_product():
     assert matmul_peak(CPU, torch.float32) > 1e6
+
+
+def test_the_peak_of_a_cpu_does_not_depend_on_its_load(monkeypatch):
+    """A product takes 1 ms of two threads each, during 10 ms: the process rarely runs."""
+    products, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: products.append(multiply(a, b)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(time, "process_time", lambda: 2e-3 * len(products))
+    monkeypatch.setattr(time, "perf_counter", lambda: 1e-2 * len(products))
+    assert matmul_peak(CPU, torch.float32) == pytest.approx(2 * 512**3 / 1e-3)
 
 
 @pytest.mark.parametrize(
