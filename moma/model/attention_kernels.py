@@ -113,9 +113,11 @@ def kernel_without_compilation(kernel: AttentionKernel) -> AttentionKernel:
     return MaskedAttention() if kernel.is_compiled else kernel
 
 
-def attention_kernel(device: torch.device, dtype: torch.dtype, head_width: int) -> AttentionKernel:
+def attention_kernel(
+    device: torch.device, dtype: torch.dtype, head_width: int, deterministic: bool = False
+) -> AttentionKernel:
     """The fastest kernel; see `kernel_name`."""
-    name = kernel_name(device, dtype, head_width)
+    name = kernel_name(device, dtype, head_width, deterministic)
     if name == "masked":
         return MaskedAttention()
     from moma.model.gpu_attention import FlexAttention, VarlenAttention  # takes seconds
@@ -123,7 +125,9 @@ def attention_kernel(device: torch.device, dtype: torch.dtype, head_width: int) 
     return VarlenAttention() if name == "varlen" else FlexAttention()
 
 
-def kernel_name(device: torch.device, dtype: torch.dtype, head_width: int) -> KernelName:
+def kernel_name(
+    device: torch.device, dtype: torch.dtype, head_width: int, deterministic: bool = False
+) -> KernelName:
     """Choose the fastest kernel.
 
     Args:
@@ -131,11 +135,14 @@ def kernel_name(device: torch.device, dtype: torch.dtype, head_width: int) -> Ke
         dtype: dtype of its matrix products.
         head_width: width C of a head; flash attention takes multiples of 8 up to 256,
             `flex_attention` at least 16.
+        deterministic: leave out flash attention, whose backward pass adds the gradients of queries
+            in an order that changes from run to run.
     """
     if device.type != "cuda":
         return "masked"
     # Flash attention needs an Ampere GPU; without a GPU this is a plan for one.
     is_recent = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
-    if is_recent and dtype in HALF and head_width % 8 == 0 and head_width <= 256:
+    has_flash = is_recent and dtype in HALF and head_width % 8 == 0 and head_width <= 256
+    if has_flash and not deterministic:
         return "varlen"
     return "flex" if head_width >= 16 else "masked"

@@ -63,7 +63,9 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
     compiled = recipe.pretrain.compile
     is_document = config.attention_mask == "document"
     head_width = config.dim // config.heads
-    kernel = kernel_name(device, recipe.engine.compute_dtype(device), head_width)
+    kernel = kernel_name(
+        device, recipe.engine.compute_dtype(device), head_width, recipe.engine.deterministic
+    )
     is_masked = kernel == "masked"
     saved = peak = 0.0
     for kind in counts.layer_kinds().values():

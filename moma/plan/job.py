@@ -93,7 +93,7 @@ def _memory(model: Transformer, recipe: Recipe, ranks: int, machine: Machine) ->
     totals = [sum(parts.values()) for parts in held]
     largest = totals.index(max(totals))
     parts = held[largest] | {
-        "accumulated_gradients": accumulated_bytes(model, recipe, ranks, machine.nodes),
+        "accumulated_gradients": accumulated_bytes(model, recipe, ranks),
         "gathered_units": gathered_bytes(model, recipe, ranks, _GPU, machine.nodes),
         "activations": activation_bytes(recipe, _GPU),
     }
@@ -135,7 +135,7 @@ def _communication(model: Transformer, recipe: Recipe, ranks: int, nodes: int) -
     the data. Between replicas, gradients are all-reduced, which sends twice as much.
     """
     engine, times = recipe.engine, recipe.pretrain.gradient_accumulation_steps
-    reductions = 1 if engine.accumulates_unsharded(nodes) else times
+    reductions = 1 if engine.reduce_once else times
     size, sent = engine.compute_dtype(_GPU).itemsize, engine.reduce_dtype(nodes).itemsize
     root, units = unit_elements(model)
     trained = held_bytes(model, 1, recipe.pretrain.optimizer)[0]["gradients"] / 4

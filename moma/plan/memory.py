@@ -84,11 +84,10 @@ def gathered_bytes(
     return 2 * root * size + two * size + max(units, default=0) * (size + sent)
 
 
-def accumulated_bytes(model: nn.Module, recipe: Recipe, ranks: int, nodes: int = 1) -> int:
+def accumulated_bytes(model: nn.Module, recipe: Recipe, ranks: int) -> int:
     """Return the bytes of the unsharded gradients that a rank holds between micro-batches."""
-    engine = recipe.engine
     times = recipe.pretrain.gradient_accumulation_steps
-    if ranks == 1 or times == 1 or not engine.accumulates_unsharded(nodes):
+    if ranks == 1 or times == 1 or not recipe.engine.reduce_once:
         return 0
     return _WEIGHT * _elements(p for p in model.parameters() if p.requires_grad)
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,8 +35,10 @@ class EngineConfig(Config):
         reduce: dtype in which gradients are summed over ranks; by default bf16 in a job on several
             machines, whose network is slow, and fp32 on one.
         reduce_once: whether gradients are summed over ranks once per step, instead of after each
-            micro-batch of `gradient_accumulation_steps`; a rank then holds all of them unsharded.
-            Only with `reduce` fp32: they are accumulated in that dtype.
+            micro-batch of `gradient_accumulation_steps`; a rank then holds all of them unsharded,
+            in fp32 whatever `reduce` says.
+        deterministic: whether training on a GPU avoids flash attention, whose backward pass adds in
+            an order that changes from run to run; `flex_attention` takes its place.
         replicate: number of replicas of the sharded model. 1 shards it over all ranks; with more,
             each replica is sharded over a part of the ranks, for example a node, and gradients
             are summed over replicas (hybrid sharding).
@@ -51,6 +54,7 @@ class EngineConfig(Config):
     compute: DTypeName | None = None
     float8: Literal["off", "on", "emulate"] = "off"
     reduce: DTypeName | None = None
+    deterministic: bool = False
     replicate: int = Field(1, ge=1)
     reduce_once: bool = True
     recompute: Recompute = "none"
@@ -62,10 +66,6 @@ class EngineConfig(Config):
         """The dtype in which gradients are summed over the ranks of a number of machines."""
         default: DTypeName = "bf16" if nodes > 1 else "fp32"
         return DTYPES[self.reduce or default]
-
-    def accumulates_unsharded(self, nodes: int) -> bool:
-        """Whether gradients are summed over ranks once per step; see `reduce_once`."""
-        return self.reduce_once and self.reduce_dtype(nodes) == torch.float32
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of matrix products on a device."""
@@ -106,7 +106,7 @@ def shard(
         return
     policy = MixedPrecisionPolicy(
         param_dtype=config.compute_dtype(world.device),
-        reduce_dtype=config.reduce_dtype(world.nodes),
+        reduce_dtype=torch.float32,  # in which gradients of several micro-batches are accumulated
         # Activations have that dtype already; rotary angles must stay fp32.
         cast_forward_inputs=False,
     )
@@ -124,11 +124,35 @@ def shard(
         assert isinstance(first, FSDPModule)
         # Registered last: FSDP's own hook on the model has to come before.
         model.register_forward_pre_hook(partial(_unshard, first))
-    if world.device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            if config.reduce_dtype(world.nodes) == torch.bfloat16:
+                module.set_custom_reduce_scatter(_ReduceInBf16())  # type: ignore[arg-type]
+            if world.device.type == "cpu":
                 # gloo has no reduction that scales (PREMUL_SUM).
                 module.set_force_sum_reduction_for_comms(True)
+
+
+class _ReduceInBf16:
+    """Sums gradients over ranks in bf16 buffers, to which FSDP2 casts them.
+
+    The interface is that of a custom reduce-scatter of FSDP2.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer for the gradients of this rank, or for their sum over ranks."""
+        return torch.empty(size, dtype=torch.bfloat16, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Sum over ranks."""
+        return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
 
 
 def _unshard(module: FSDPModule, *_: object) -> None:

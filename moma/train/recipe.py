@@ -223,7 +223,12 @@ class Recipe(PrepareConfig):
         model.initialize(self.seed)
         return model
 
-    def attention_kernel(self, device: torch.device) -> AttentionKernel:
-        """The attention kernel for a device and the recipe's dtype of matrix products."""
+    def attention_kernel(self, device: torch.device, trains: bool = False) -> AttentionKernel:
+        """The attention kernel for a device and the recipe's dtype of matrix products.
+
+        `engine.deterministic` only matters if the model trains.
+        """
         head_width = self.model.dim // self.model.heads
-        return attention_kernel(device, self.engine.compute_dtype(device), head_width)
+        deterministic = trains and self.engine.deterministic
+        dtype = self.engine.compute_dtype(device)
+        return attention_kernel(device, dtype, head_width, deterministic)

@@ -102,7 +102,7 @@ def prepare_model(
     if source is not None:
         require_vocabulary(source.checkpoint, vocabulary, recipe.data.path)
     with torch.device("meta"):
-        kernel = recipe.attention_kernel(world.device)
+        kernel = recipe.attention_kernel(world.device, trains=True)
         dispatch = dispatch_for(world.device)
         model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel, dispatch)
     use_float8(model, recipe.engine, world.device)
@@ -177,7 +177,7 @@ def make_step(
         world,
         monitor,
         engine.compute_dtype(world.device),
-        engine.accumulates_unsharded(world.nodes),
+        engine.reduce_once,
         loss_function_of(recipe, world.device, finishes=True),
     )
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from moma.data.batches.iterator import Batches, reshard
 from moma.data.batches.packing import Batch
@@ -31,7 +32,7 @@ from moma.runtime.checkpoint import (
     stored_weights,
     training_tensors,
 )
-from moma.runtime.sharding import EngineConfig
+from moma.runtime.sharding import EngineConfig, shard
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 from moma.train import loop
@@ -198,14 +199,27 @@ def fsdp_units(recipe: Recipe, world: World) -> list[str]:
     return [name for name in found if not name.endswith(".router")]
 
 
-def reductions(tiny: Recipe, once: bool, world: World) -> tuple[int, float]:
+def reductions(tiny: Recipe, engine: EngineConfig, world: World) -> tuple[int, float]:
     """Number of reductions of gradients in a step of two micro-batches per rank, and its norm."""
-    recipe = recipe_of(tiny, "moe_2t2i", EngineConfig(reduce_once=once))
+    recipe = recipe_of(tiny, "moe_2t2i", engine)
     _, _, step, groups = build(recipe, world)
     with OperationCounter() as counting:
         _, norm = step([next(group) for group in groups], RATE)
     found = [count for name, count in counting.counts.items() if "reduce_scatter" in name]
     return sum(found), float(norm)
+
+
+def accumulated_gradient(world: World) -> list[float]:
+    """The gradient of 1 and of eight times 2⁻⁹, computed and summed over ranks in bf16."""
+    model = torch.nn.Linear(2, 1, bias=False)
+    shard(model, [], world, EngineConfig(compute="bf16", reduce="bf16"))
+    assert isinstance(model, FSDPModule)
+    for number, value in enumerate([1.0] + [2**-9] * 8, 1):
+        model.set_requires_gradient_sync(number == 9)
+        model(torch.full((1, 2), value, dtype=torch.bfloat16)).sum().backward()
+    gradient = model.weight.grad
+    assert isinstance(gradient, DTensor)
+    return gradient.full_tensor().flatten().tolist()
 
 
 def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
@@ -253,9 +267,14 @@ def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
     dtypes = gathered_dtypes(tiny, world)
     if world.rank == 0:
         (out / "dtypes.json").write_text(json.dumps(dtypes))
-    counts = {str(once): reductions(tiny, once, world) for once in (True, False)}
+    counts = [
+        reductions(tiny, EngineConfig(reduce=dtype, reduce_once=once), world)
+        for dtype in ("fp32", "bf16")
+        for once in (True, False)
+    ]
+    found = [*counts, accumulated_gradient(world)]
     if world.rank == 0:
-        (out / "reductions.json").write_text(json.dumps(counts))
+        (out / "reductions.json").write_text(json.dumps(found))
     units = {run: fsdp_units(recipe_with(tiny, run), world) for run in ("sequential", "batched")}
     if world.rank == 0:
         (out / "units.json").write_text(json.dumps(units))
@@ -310,10 +329,13 @@ def test_routers_compute_in_fp32_when_all_else_is_bf16(two):
 
 
 def test_reductions_per_step(two):
-    (once, norm), (each, other) = (
-        json.loads((two / "reductions.json").read_text())[name] for name in ("True", "False")
-    )
+    *counts, accumulated = json.loads((two / "reductions.json").read_text())
+    (once, norm), (each, other), (once_bf16, norm_bf16), (each_bf16, other_bf16) = counts
     assert 0 < 2 * once == each and norm == pytest.approx(other, rel=1e-5)
+    assert (once_bf16, each_bf16) == (once, each) and norm_bf16 not in (norm, other_bf16)
+    assert norm_bf16 == pytest.approx(norm, rel=1e-2)
+    # In bf16 the sum would stay at 1.
+    assert accumulated == [1 + 2**-6] * 2
 
 
 def load(path: Path) -> dict[str, Tensor]:

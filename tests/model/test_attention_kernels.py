@@ -232,6 +232,12 @@ def test_the_kernel_fits_device_dtype_and_width(device, dtype, width, expected):
     assert type(attention_kernel(torch.device(device), dtype, width)) is expected
 
 
+@pytest.mark.parametrize(("width", "expected"), [(64, FlexAttention), (8, MaskedAttention)])
+def test_a_deterministic_kernel_is_not_flash_attention(width, expected):
+    kernel = attention_kernel(torch.device("cuda"), torch.bfloat16, width, deterministic=True)
+    assert type(kernel) is expected
+
+
 def test_selective_recomputation_keeps_the_outputs_of_flash_attention():
     kernel = VarlenAttention()
     layout = kernel.layout(Segments(torch.zeros(1, 6, dtype=torch.long), 1, 6), torch.float64)

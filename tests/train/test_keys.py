@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
+from moma.model.gpu_attention import FlexAttention, VarlenAttention
 from moma.runtime import world as ranks
 from moma.runtime.checkpoint import checkpoints_in
 from moma.runtime.optimizer import OptimizerConfig, learning_rate
@@ -23,7 +25,7 @@ from moma.train.stages import loss_function_of, make_step, prepare_model
 from moma.train.step import to_device
 from moma.vocabulary import Vocabulary
 from tests.command_line import moma
-from tests.factories import OperationCounter, write_recipe
+from tests.factories import OperationCounter, synthetic_recipe, write_recipe
 
 WORLD = World(torch.device("cpu"))
 # The test of each key, which fails if the key is ignored; the optimizer's are parametrized below.
@@ -47,6 +49,7 @@ ENGINE_TESTS = {
     "float8": "runtime/test_float8.py::test_linear_layers_are_converted_and_no_others",
     "reduce": "distributed/test_two_ranks.py::test_two_ranks_equal_one_on_the_same_token_groups",
     "reduce_once": "distributed/test_two_ranks.py::test_reductions_per_step",
+    "deterministic": "train/test_keys.py::test_deterministic_training_avoids_flash_attention",
     "replicate": "distributed/test_two_ranks.py::test_impossible_replicas_are_refused",
     "recompute": "train/test_keys.py::test_recompute_repeats_operations",
     "step_size": "distributed/test_two_ranks.py::test_a_step_may_grow_with_the_number_of_ranks",
@@ -248,6 +251,33 @@ def count_operations(recipe: Recipe) -> Counter[str]:
 
 def with_engine(tiny: Recipe, **changes) -> Recipe:
     return tiny.model_copy(update={"engine": tiny.engine.model_copy(update=changes)})
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "trains", "expected"),
+    [(False, True, VarlenAttention), (True, True, FlexAttention), (True, False, VarlenAttention)],
+)
+def test_deterministic_training_avoids_flash_attention(tiny, deterministic, trains, expected):
+    engine = EngineConfig(deterministic=deterministic)
+    model = tiny.model.model_copy(update={"dim": 64, "heads": 2})
+    recipe = tiny.model_copy(update={"engine": engine, "model": model})
+    assert type(recipe.attention_kernel(torch.device("cuda"), trains)) is expected
+
+
+@pytest.mark.gpu
+def test_deterministic_training_on_a_gpu_repeats_bit_by_bit():
+    changes = {"dim": 128, "heads": 2, "layers": 2, "groups": "mod_moe_4t4i"}
+    recipe = synthetic_recipe(codes=16, image_share=0.25, sequence_length=512, model=changes)
+    recipe = recipe.model_copy(update={"engine": EngineConfig(deterministic=True)})
+    world, outcomes = World(torch.device("cuda")), []
+    for _ in range(2):
+        vocabulary = synthetic_vocabulary(recipe)
+        model = prepare_model(recipe, vocabulary, world)
+        step, batches = make_step(recipe, model, world), synthetic_batches(recipe, vocabulary)
+        for _ in range(3):
+            step([batches.pack()], 1e-2)
+        outcomes.append([parameter.detach().cpu() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
 def test_recompute_repeats_operations(tiny):
