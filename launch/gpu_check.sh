@@ -4,8 +4,9 @@
 #   launch/gpu_check.sh                 # all: env tests layer throughput decode trace
 #   launch/gpu_check.sh tests layer     # some of them
 #
-# A stage writes STAGE.json and STAGE.log into the folder $OUT (default: gpu_check). With TOY=1 all
-# sizes are small, so that the stages also run on a CPU. The exit code is 1 if a stage failed.
+# A stage writes STAGE.json and STAGE.log into the folder $OUT (default: gpu_check). One that ran
+# out of time goes on after its last part when it is run again. With TOY=1 all sizes are small, so
+# that the stages also run on a CPU. The exit code is 1 if a stage failed.
 set -euo pipefail
 
 OUT=${OUT:-gpu_check}
@@ -14,7 +15,8 @@ STAGES=(env tests layer throughput decode trace)
 recipe=configs/bench_data.toml
 
 if [ -n "${TOY:-}" ]; then
-  layer_sizes=(--dim 32 --tokens 64 --repeats 1 --eager)
+  widths=(32)
+  layer_sizes=(--tokens 64 --repeats 1 --eager)
   tables=("256 --only moe_4t4i")
   steps=(--repeats 1 --warm-up 1 pretrain.compile=false model.layers=2
     model.dim=32 model.heads=2 data.micro_batch_size=1)
@@ -24,9 +26,12 @@ if [ -n "${TOY:-}" ]; then
     text_tokenizer.max_documents=200 data.sources.0.count=20 data.sources.1.count=10
     data.sources.2.entries=300 pretrain.steps=4 pretrain.log_every=1)
 else
-  layer_sizes=(--dim 1024 --dim 2048 --tokens 24576 --dtype bf16)
+  widths=(1024 2048)
+  layer_sizes=(--tokens 24576 --dtype bf16)
   # Models that take turns on the GPU are moved to host memory and back: few at a time.
-  tables=("90m" "435m --only moe_8x" "435m --only moe_4t4i" "435m --only mod_moe_4t4i")
+  tables=("90m --only moe_8x --only moe_4t4i" "90m --only mod_moe_4t4i"
+    "435m --only moe_8x" "435m --only moe_4t4i" "435m --only mod_moe_4t4i"
+    "435m --only moe_4t4i model.experts_implementation=triton")
   generation=(--row 435m --dtype bf16 --repeats 1 codec.image_size=256)  # 256 codes
   steps=(--repeats 3 data.sequence_length=4096 data.micro_batch_size=2)
   small=(model.dim=1024 model.heads=16 model.layers=12 pretrain.compile=true pretrain.steps=30
@@ -39,11 +44,17 @@ small+=("data.path=$OUT/data")
 stage_env() {
   python - << 'END'
 import json, platform, torch
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+def installed(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
 print(json.dumps({
     "moma": version("moma"), "torch": torch.__version__, "python": platform.python_version(),
-    "cuda": torch.version.cuda, "gpu": gpu and gpu.name, "memory": gpu and gpu.total_memory,
+    "cuda": torch.version.cuda, "triton": installed("triton"), "torchao": installed("torchao"),
+    "gpu": gpu and gpu.name, "memory": gpu and gpu.total_memory,
     "capability": gpu and [gpu.major, gpu.minor],
 }))
 END
@@ -64,24 +75,38 @@ END
   return "$code"
 }
 
-stage_layer() {
-  moma bench layer "${layer_sizes[@]}" --json
+part() { # a part of a stage, unless an earlier call has finished it: number, command
+  local file="$OUT/parts/$stage-$1.json"
+  mkdir -p "$OUT/parts"
+  [ -s "$file" ] || { "${@:2}" > "$OUT/parts/unfinished" && mv "$OUT/parts/unfinished" "$file"; }
 }
 
-stage_throughput() { # a file for each table, so that those before a failure are kept
-  local table number=0
-  for table in "${tables[@]}"; do
-    number=$((number + 1))
-    # shellcheck disable=SC2086  # a table is several arguments
-    moma bench throughput --table2 --row $table "${steps[@]}" --json > "$OUT/table.partial"
-    mv "$OUT/table.partial" "$OUT/throughput-$number.json"
-  done
-  python - "$OUT" << 'END'
+joined_parts() { # as a list; the next call of the stage measures all of them anew
+  python - "$OUT/parts" "$stage" << 'END'
 import json, sys
 from pathlib import Path
-files = sorted(Path(sys.argv[1]).glob("throughput-*.json"))
+files = sorted(Path(sys.argv[1]).glob(f"{sys.argv[2]}-*.json"))
 print(json.dumps([json.loads(file.read_text()) for file in files]))
+for file in files:
+    file.unlink()
 END
+}
+
+stage_layer() {
+  local number
+  for number in "${!widths[@]}"; do
+    part "$number" moma bench layer --dim "${widths[$number]}" "${layer_sizes[@]}" --json
+  done
+  joined_parts
+}
+
+stage_throughput() {
+  local number
+  for number in "${!tables[@]}"; do
+    # shellcheck disable=SC2086  # a table is several arguments
+    part "$number" moma bench throughput --table2 --row ${tables[$number]} "${steps[@]}" --json
+  done
+  joined_parts
 }
 
 train_small() { # run, and further changes to the recipe
@@ -121,7 +146,8 @@ END
 }
 
 if [ "${1:-}" = --run ]; then
-  "stage_$2"
+  stage=$2
+  "stage_$stage"
   exit
 fi
 
@@ -146,6 +172,7 @@ for stage in "$@"; do
     echo "$stage: done in $((SECONDS - start)) s"
   else
     echo "$stage: failed with exit code $code; see $OUT/$stage.log" >&2
+    [ "$code" -ne 124 ] || echo "$stage: ran out of time; run it again to go on" >&2
     python -m json.tool "$OUT/$stage.json" > /dev/null 2>&1 ||
       echo "{\"exit_code\": $code}" > "$OUT/$stage.json"
     failed=1

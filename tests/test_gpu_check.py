@@ -26,6 +26,16 @@ def test_a_stage_leaves_json_and_a_log(tmp_path):
     assert (tmp_path / "env.log").is_file()
 
 
+def test_a_stage_goes_on_after_its_last_part(tmp_path):
+    (tmp_path / "parts").mkdir()
+    part = tmp_path / "parts" / "layer-0.json"
+    part.write_text('["measured before"]')
+    result = check(tmp_path, "layer", TOY="1")
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "layer.json").read_text()) == [["measured before"]]
+    assert not part.exists()  # all parts are measured next time
+
+
 def test_unknown_stages_are_refused(tmp_path):
     result = check(tmp_path, "env", "speed", TOY="1")
     assert result.returncode == 2 and "no stage 'speed'; use env tests" in result.stderr
