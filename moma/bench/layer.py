@@ -86,12 +86,13 @@ def bench_layer(sizes: Sizes, quiet: bool = False) -> list[dict[str, Any]]:
 
 def _measure(dim: int, sizes: Sizes, report: ProgressCallback) -> list[dict[str, Any]]:
     device = torch.device(sizes.device) if sizes.device else local_device()
+    torch.compiler.reset()  # graphs of another width count towards Dynamo's limit
     modules, timed, peaks = variants(dim, sizes.tokens, device), [], {}
     for name, module in modules.items():
         module.to(device, DTYPES[sizes.dtype])
         if sizes.compiled and can_compile(device):
             report(0, f"compiling {name}, width {dim}")
-            module.compile(fullgraph=True)
+            module.compile(fullgraph=True, dynamic=False)
         job = training_job(module, dim, sizes, device)
         job()  # compiles; the weights have gradients from now on
         peaks[name] = allocated_peak(job, device)

@@ -44,6 +44,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "experts_implementation": "batched",
     },
     "grouped_unequal": {"groups": "moe_3t1i", "experts_implementation": "grouped"},
+    "triton": {"groups": "moe_2t2i", "experts_implementation": "triton"},
     "overlapping": {"groups": OVERLAPPING},
     "overlapping_mod": {"groups": OVERLAPPING, "depth": DepthConfig()},
     "null": {
@@ -56,7 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 # Their layers are made of parts of the other architectures.
 COMBINED = {
     "experts_by_sequence", "moe_1t1i", "moe_2t2i", "moe_7t1i", "moe_8x", "mod_moe_8x", "noise",
-    "overlapping", "token_8x",
+    "overlapping", "token_8x", "triton",
 }  # fmt: skip
 SEQUENCES, LENGTH = 10, 8
 CPU = torch.device("cpu")
