@@ -138,6 +138,12 @@ def test_a_bad_prompt_is_explained(short, open_page):
     page = open_page(short[1])
     ask(page, "a <image> b", "text")
     page.get_by_text("the text has <image> 1 times, but there are 0 images").wait_for()
+    # Said before images are decoded.
+    page.set_input_files(
+        "#prompt input[type=file]",
+        [{"name": "a.png", "mimeType": "image/png", "buffer": b"not an image"}],
+    )
+    page.locator("#prompt img").wait_for(state="attached")
     ask(page, "the " * 100, "text")
     page.get_by_text("shorten the prompt").wait_for()
 
