@@ -118,25 +118,31 @@ class DecoderLayer(nn.Module):
         self, x_BSD: Tensor, context: LayerContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; return diagnostics of the output, then of the routers."""
-        attention_BSD, experts_BSD, diagnostics = self._residuals(x_BSD, context, routing)
-        y_BSD = x_BSD + attention_BSD + experts_BSD
+        _, h_BSD, experts_in_BSD = self.attend(x_BSD, context)
+        experts_BSD, diagnostics = self.experts(
+            experts_in_BSD, context.modality_BS, routing, context.group_tokens
+        )
+        y_BSD = self.add_experts(h_BSD, experts_BSD)
         return y_BSD, [_check(y_BSD, routing), *diagnostics]
 
-    def _residuals(
-        self, x_BSD: Tensor, context: LayerContext, routing: Routing
-    ) -> tuple[Tensor, Tensor, list[Diagnostics]]:
-        """Compute the outputs of both residual branches: attention, then experts."""
+    def attend(self, x_BSD: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the residual branch of attention, its sum with x, and the experts' input."""
         attention_in_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
         attention_BSD = self.attention(attention_in_BSD, context)
         attention_BSD = self.attention_norm(attention_BSD) if self.swin else attention_BSD
         attention_BSD = self.dropout(attention_BSD)
         h_BSD = x_BSD + attention_BSD
-        experts_in_BSD = h_BSD if self.swin else self.experts_norm(h_BSD)
-        experts_BSD, diagnostics = self.experts(
-            experts_in_BSD, context.modality_BS, routing, context.group_tokens
-        )
+        return attention_BSD, h_BSD, h_BSD if self.swin else self.experts_norm(h_BSD)
+
+    def add_experts(self, total_BSD: Tensor, experts_BSD: Tensor) -> Tensor:
+        """Add the residual branch of the experts, given their output."""
         experts_BSD = self.experts_norm(experts_BSD) if self.swin else experts_BSD
-        return attention_BSD, self.dropout(experts_BSD), diagnostics
+        return total_BSD + self.dropout(experts_BSD)
+
+    def compile_around_experts(self, **options: Any) -> None:
+        """Compile what runs before and after the experts, with options of `torch.compile`."""
+        for name in ("attend", "add_experts"):
+            setattr(self, name, torch.compile(getattr(self, name), **options))
 
 
 class DepthLayer(DecoderLayer):
@@ -171,8 +177,11 @@ class DepthLayer(DecoderLayer):
             return x_BSD, [_check(x_BSD, routing), *of_experts, depth_diagnostics]
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
         x_RKD = slots.gather(x_ND).unflatten(0, index_RK.shape)
-        attention_RKD, experts_RKD, diagnostics = self._residuals(x_RKD, selected, routing)
-        update_RKD = (attention_RKD + experts_RKD) * selection.score_EK[..., None]
+        attention_RKD, _, experts_in_RKD = self.attend(x_RKD, selected)
+        experts_RKD, diagnostics = self.experts(
+            experts_in_RKD, selected.modality_BS, routing, selected.group_tokens
+        )
+        update_RKD = self.add_experts(attention_RKD, experts_RKD) * selection.score_EK[..., None]
         y_ND = slots.scatter_add(x_ND, update_RKD.flatten(0, 1).to(x_ND.dtype))
         of_experts = _scattered(diagnostics, index_T, len(x_ND))
         return y_ND.view_as(x_BSD), [_check(y_ND, routing), *of_experts, depth_diagnostics]

@@ -116,12 +116,7 @@ def prepare_model(
         recompute(part, recipe.engine.recompute)
     if recipe.stage_config.compile and can_compile(world.device):
         # FSDP may gather weights inside a layer, which cannot be compiled.
-        whole_layers = world.mesh is None or len(units) == len(model.layers)
-        # For several architectures in one process, as in benchmarks; Dynamo's default is 8.
-        torch._dynamo.config.recompile_limit = _MAX_COMPILED_VARIANTS
-        for part in _parts(model, whole_layers):
-            # Groups differ in sizes and constants, which dynamic shapes cannot express.
-            part.compile(fullgraph=True, dynamic=False)
+        _compile(model, whole_layers=world.mesh is None or len(units) == len(model.layers))
     exact: list[nn.Module] = [*model.routers(), *model.token_routers()]
     if recipe.trains_auxiliary_routers:
         exact += model.auxiliary_routers()
@@ -235,6 +230,20 @@ def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) ->
     from moma.model.upcycling import upcycle
 
     upcycle(stored_weights(source.checkpoint), source.recipe.model, model, fill)
+
+
+def _compile(model: Transformer, whole_layers: bool) -> None:
+    """Compile layers, or their groups of experts and what runs before and after these."""
+    # For several architectures in one process, as in benchmarks; Dynamo's default is 8.
+    torch._dynamo.config.recompile_limit = _MAX_COMPILED_VARIANTS
+    # Groups differ in sizes and constants, which dynamic shapes cannot express.
+    options = {"fullgraph": True, "dynamic": False}
+    for layer in model.units():
+        assert isinstance(layer, DecoderLayer)
+        for module in [layer] if whole_layers else layer.experts.units() or [layer.experts]:
+            module.compile(**options)
+        if not whole_layers:
+            layer.compile_around_experts(**options)
 
 
 def _parts(model: Transformer, whole_layers: bool) -> Iterator[nn.Module]:

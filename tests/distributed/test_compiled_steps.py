@@ -41,7 +41,12 @@ def recipe_of(compiled: bool, **model: Any) -> Recipe:
 def take_steps(world: World, recipe: Recipe, steps: int) -> list[torch.Tensor]:
     """Return the sums and gradient norms of steps."""
     vocabulary = synthetic_vocabulary(recipe)
-    step = make_step(recipe, prepare_model(recipe, vocabulary, world), world)
+    model = prepare_model(recipe, vocabulary, world)
+    # If groups of experts are sharded, what runs around them is compiled as well.
+    has_groups = len(recipe.model.group_list) > 1 and recipe.model.implementation == "sequential"
+    is_divided = recipe.pretrain.compile and world.mesh is not None and has_groups
+    assert all(("attend" in vars(layer)) == is_divided for layer in model.layers)
+    step = make_step(recipe, model, world)
     batches = synthetic_batches(recipe, vocabulary, world.rank)
     return [tensor for _ in range(steps) for tensor in step([batches.pack()], learning_rate=1e-3)]
 

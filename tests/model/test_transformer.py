@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import MaskedAttention
+from moma.model.decoder_layer import DecoderLayer
 from moma.model.experts import ExpertGroup
 from moma.model.routing import Auxiliary, BatchChoice, Routing, Threshold, uniform_routing
 from moma.model.transformer import Transformer
@@ -128,6 +129,24 @@ def test_modalities_are_found_once_for_all_layers_that_all_tokens_reach(groups):
     shared = [tokens for tokens in found if tokens is not None]
     assert [tokens is None for tokens in found] == [n in config.depth_layers for n in range(4)]
     assert all(tokens is shared[0] for tokens in shared)
+
+
+@pytest.mark.parametrize("norm", ["swin", "pre"])
+def test_what_runs_around_the_experts_is_two_graphs(norm):
+    model, graphs = build("mod_moe_2t2i", norm=norm), []
+
+    def record(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    tokens = mixed_tokens(2, 15, 0)
+    expected = model(tokens).head
+    torch.compiler.reset()
+    layer = next(model.units())
+    assert isinstance(layer, DecoderLayer)
+    layer.compile_around_experts(fullgraph=True, dynamic=False, backend=record)
+    torch.testing.assert_close(model(tokens).head, expected)
+    assert len(graphs) == 2
 
 
 def test_a_causal_mask_ignores_documents():
