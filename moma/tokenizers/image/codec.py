@@ -7,9 +7,6 @@ Shape suffixes: B images, H × W pixels, h × w codes, L = h·w, N = B·L, C cod
 width.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self, cast
 
@@ -23,6 +20,7 @@ from moma.errors import UserError
 from moma.images import square_pixels
 from moma.recipe import Config, check
 from moma.runtime.weights import open_file, read_json_object, require_match, save_tensors
+from moma.tokenizers.image.networks import CHANNELS, build_decoder, build_encoder
 
 # Limits for what is in memory at once: pixels in the encoder, distances to codebook vectors.
 MAX_PIXELS = 2**22
@@ -31,7 +29,6 @@ MAX_DISTANCES = 2**29
 # image may need more.
 MAX_CPU_ACTIVATIONS = 2**21
 MAX_CPU_DISTANCES = 2**22
-_CHANNELS = 3
 _CODEBOOK_UPDATES_AT_START = 20
 _CONFIG_FILE, _WEIGHTS_FILE = "config.json", "model.safetensors"
 # The files that make up a codec; others in its folder are not read.
@@ -119,21 +116,11 @@ class ImageCodec(nn.Module):
 
     def __init__(self, config: CodecConfig):
         super().__init__()
-        # Both take seconds to import, and most commands use no codec.
-        with _quiet_import():
-            from diffusers.models.autoencoders.vae import Decoder
+        # Takes seconds to import, and most commands use no codec.
         from vector_quantize_pytorch import VectorQuantize
 
         self.config = config
-        blocks = len(config.block_channels)
-        pixels = _CHANNELS * config.patch**2
-        shared: dict[str, Any] = {
-            "block_out_channels": config.block_channels,
-            "layers_per_block": config.layers_per_block,
-            "norm_num_groups": config.norm_groups,
-            "mid_block_add_attention": config.middle_attention,
-        }
-        self.encoder = _encoder(pixels, config, shared)
+        self.encoder = build_encoder(config)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_channels, 1)
         self.quantizer = VectorQuantize(
             dim=config.code_channels,
@@ -149,16 +136,7 @@ class ImageCodec(nn.Module):
         # Replaced by k-means at the first training step; until then they only have to differ.
         self.quantizer.codebook = torch.randn(config.codebook_size, config.code_channels)
         self.post_quant_conv = nn.Conv2d(config.code_channels, config.latent_channels, 1)
-        self.decoder = (
-            Decoder(
-                in_channels=config.latent_channels,
-                out_channels=pixels,
-                up_block_types=("UpDecoderBlock2D",) * blocks,
-                **shared,
-            )
-            if config.decoder
-            else None
-        )
+        self.decoder = build_decoder(config) if config.decoder else None
 
     @property
     def codes_per_image(self) -> int:
@@ -194,10 +172,10 @@ class ImageCodec(nn.Module):
             UserError: the images do not have the codec's size.
         """
         side = self.config.image_size
-        if tuple(images_B3HW.shape[1:]) != (_CHANNELS, side, side):
+        if tuple(images_B3HW.shape[1:]) != (CHANNELS, side, side):
             raise UserError(
                 f"images of shape {tuple(images_B3HW.shape[1:])}: this codec takes "
-                f"{(_CHANNELS, side, side)}"
+                f"{(CHANNELS, side, side)}"
             )
         max_images, max_vectors = _chunk_sizes(self.config, images_B3HW)
         parts = images_B3HW.split(max_images)
@@ -349,43 +327,6 @@ def _chunk_sizes(config: CodecConfig, images_B3HW: Tensor) -> tuple[int, int]:
         max(1, MAX_CPU_ACTIVATIONS // activations),
         max(1, MAX_CPU_DISTANCES // config.codebook_size),
     )
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Hide warnings of what `diffusers` imports: torchao warns of kernels for other machines."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _encoder(pixels: int, config: CodecConfig, shared: dict[str, Any]) -> nn.Module:
-    """The encoder; `pixels` is the number of channels of a folded image."""
-    with _quiet_import():
-        from diffusers.models.autoencoders.vae import Encoder
-
-    if not config.encoder_context:  # 1 × 1 convolutions see only the pixels of one square
-        channels = config.block_channels[0]
-        return nn.Sequential(
-            nn.Conv2d(pixels, channels, 1),
-            nn.SiLU(),
-            nn.Conv2d(channels, channels, 1),
-            nn.SiLU(),
-            nn.Conv2d(channels, config.latent_channels, 1),
-        )
-    encoder = Encoder(
-        in_channels=pixels,
-        out_channels=config.latent_channels,
-        down_block_types=("DownEncoderBlock2D",) * len(config.block_channels),
-        double_z=False,
-        **shared,
-    )
-    if not config.encoder_middle:
-        encoder.mid_block = cast(Any, nn.Identity())
-    return cast(nn.Module, encoder)
 
 
 def preprocess(image: Image.Image, size: int) -> Tensor:
