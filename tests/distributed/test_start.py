@@ -28,7 +28,8 @@ from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.stages import find_source_run, prepare_model
 from moma.vocabulary import Vocabulary
-from tests.distributed.test_two_ranks import HYBRID, ONE_PROCESS, on_ranks, recipe_of
+from tests.distributed.jobs import HYBRID, ONE_PROCESS, recipe_of
+from tests.processes import on_ranks
 
 NEW = ("dense", "mod_moe_4t4i", "tied", "uneven", "hybrid", "compiled")
 CASES = (*NEW, "upcycle", "upcycle from dense", "pretrain", "aux_router")
