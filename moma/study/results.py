@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from moma.data.outputs import write_output
 from moma.study import figures
@@ -55,7 +55,7 @@ def estimate(values: Sequence[float | None]) -> Estimate:
         return Estimate(None, None, values)
     if len(known) == 1:
         return Estimate(known[0], None, values)
-    quantile = student_t.ppf((1 + CONFIDENCE) / 2, len(known) - 1)
+    quantile = stdtrit(len(known) - 1, (1 + CONFIDENCE) / 2)  # of Student's t
     half_width = float(quantile) * statistics.stdev(known) / len(known) ** 0.5
     return Estimate(statistics.mean(known), half_width, values)
 
