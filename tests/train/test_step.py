@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
-from moma.model.routing import Routing
+from moma.model.routing import BatchChoice, Routing, uniform_routing
 from moma.runtime.world import World
 from moma.train.cross_entropy import TokenLosses
 from moma.train.stages import freeze_for_stage
@@ -99,6 +99,20 @@ def test_the_routers_own_loss_is_added_to_the_mean_loss(tiny):
     mean = losses.loss_M.sum() / losses.targets_M.sum()  # without it
     assert router_loss is not None and router_loss > 0.01
     torch.testing.assert_close(losses.objective / losses.targets_M.sum(), mean + router_loss)
+
+
+def test_the_loss_of_auxiliary_routers_is_added_as_the_mean_of_their_decisions(tiny):
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    model = tiny.build_model(vocabulary)
+    batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), WORLD.device)
+    routing = uniform_routing(BatchChoice(), record_selection=True, record_auxiliary=True)
+    with torch.no_grad():
+        losses, routers = next_token_loss()(model, batch), router_loss(model, batch)
+        joint = next_token_loss(routing=routing)(model, batch)
+    added = (joint.objective - losses.objective) / losses.targets_M.sum()
+    expected = routers.loss_M.sum() / routers.targets_M.sum()
+    assert expected > 0.01
+    torch.testing.assert_close(added, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_parameter_without_gradient_is_an_error(tiny):
