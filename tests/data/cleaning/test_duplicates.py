@@ -10,7 +10,14 @@ from PIL import Image
 
 from moma.data.cleaning.clean import Cleaning
 from moma.data.cleaning.config import CleaningConfig
-from moma.data.cleaning.duplicates import image_bands, rows_of_band
+from moma.data.cleaning.duplicates import (
+    Comparison,
+    Duplicate,
+    ImageTable,
+    find_duplicates,
+    image_bands,
+    rows_of_band,
+)
 from moma.data.cleaning.ngrams import ngrams
 from moma.data.cleaning.passes import provide_cleaning
 from moma.data.documents import Document, DroppedImageError, ImageRef, Rejected, SourceConfig
@@ -192,6 +199,15 @@ def test_a_dropped_document_drops_no_other(tmp_path):
         ["other", "image 2", "end"],
         "duplicate_texts",
     ]
+
+
+def test_a_dropped_image_drops_no_other():
+    """Three images, each of them near the one before it only."""
+    documents, key = np.arange(3), "near_duplicate_images"
+    bands = iter([np.zeros(3, np.uint64)])
+    near = Comparison(key, documents, documents, bands, lambda item, others: others >= item - 1)
+    images = ImageTable(documents, np.zeros(3, np.int32), np.zeros(3, bool))
+    assert [*find_duplicates([near], images)] == [Duplicate(1, 0, key, 0)]
 
 
 def test_an_image_is_dropped_of_a_later_document_only(tmp_path):
