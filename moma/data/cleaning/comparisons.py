@@ -13,6 +13,9 @@ from moma.data.cleaning.config import CleaningConfig
 from moma.data.cleaning.duplicates import Comparison, ImageTable, image_bands, text_bands
 from moma.data.cleaning.signatures import IMAGE, TEXT, Signatures
 
+# A near duplicate shares several bands, and rarely so common ones alone.
+_MAX_COMPARED = 64
+
 
 class Piece(NamedTuple):
     """The signatures of a part, among those of all sources.
@@ -83,18 +86,18 @@ def _similar_texts(pieces: Sequence[Piece]) -> Comparison:
     begins = ends - [*map(len, minhash)]
     thresholds = [piece.config.near_duplicate_texts or 1.0 for piece in pieces]
 
-    def signature(item: int) -> np.ndarray:
-        piece = int(np.searchsorted(ends, item, "right"))
-        found: np.ndarray = minhash[piece][item - begins[piece]]
-        return found
-
     def matches(item: int, others: np.ndarray) -> np.ndarray:
-        own = signature(item)
-        threshold = thresholds[int(np.searchsorted(ends, item, "right"))]
-        return np.array([(signature(other) == own).mean() >= threshold for other in others])
+        own_piece, *pieces_of_others = np.searchsorted(ends, [item, *others], "right").tolist()
+        own = minhash[own_piece][item - begins[own_piece]]
+        similarity = np.empty(len(others))
+        for piece in {*pieces_of_others}:
+            here = np.equal(pieces_of_others, piece)
+            similarity[here] = (minhash[piece][others[here] - begins[piece]] == own).mean(axis=1)
+        return similarity >= thresholds[own_piece]
 
     bands = text_bands(minhash, min(thresholds))
-    return Comparison("near_duplicate_texts", records["document"].copy(), None, bands, matches)
+    documents = records["document"].copy()
+    return Comparison("near_duplicate_texts", documents, None, bands, matches, _MAX_COMPARED)
 
 
 def _equal_images(records: np.ndarray, rows: np.ndarray) -> Comparison:

@@ -3,11 +3,14 @@
 The result is as if the documents were read one after another, and each compared with those kept
 before it: it depends neither on the order in which signatures were computed nor on processes.
 Comparing all pairs would take too long: only items that share a hash in at least one of several
-bands are compared (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, section 3.4).
+bands are compared (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, section 3.4). Texts that
+share a hash with many others, as pages with the same boilerplate do, are compared with the last of
+those only, so that the time grows in proportion to the texts.
 """
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby, pairwise
 from operator import itemgetter
 from typing import NamedTuple
@@ -32,6 +35,8 @@ class Comparison(NamedTuple):
         images: row of each item among all images, int64 [items]; None for texts.
         bands: hashes of the items, uint64 [items], band after band.
         matches: (item, other items) → which of the others it duplicates, bool [others].
+        max_compared: maximum number of items of a band that an item is compared with, the last
+            ones; None for all.
     """
 
     key: str
@@ -39,6 +44,7 @@ class Comparison(NamedTuple):
     images: np.ndarray | None
     bands: Iterator[np.ndarray]
     matches: Callable[[int, np.ndarray], np.ndarray]
+    max_compared: int | None = None
 
 
 class ImageTable(NamedTuple):
@@ -110,7 +116,10 @@ def find_duplicates(comparisons: Sequence[Comparison], images: ImageTable) -> It
         images: all images that have signatures.
     """
     entries = [_candidates(comparison) for comparison in comparisons]
-    kept: list[dict[int, list[int]]] = [defaultdict(list) for _ in comparisons]
+    kept: list[dict[int, deque[int]]] = [
+        defaultdict(partial(deque[int], maxlen=comparison.max_compared))
+        for comparison in comparisons
+    ]
     for document, found in groupby(_merge(entries), itemgetter(0)):
         groups: dict[tuple[int, int], list[int]] = defaultdict(list)
         for _, which, item, group in found:

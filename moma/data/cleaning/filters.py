@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache, partial
+from importlib.metadata import version
 from typing import Any
 
 from PIL import Image
@@ -43,8 +44,22 @@ def filters_fingerprint(config: CleaningConfig) -> str:
         return ""
     if config.function is not None:
         used["function"] = function_fingerprint(config.function)
+    if config.languages:
+        used["package"] = package_version("languages", "py3langid")
     used["evaluated"] = [evaluation_fingerprint(path) for path in config.evaluation_files]
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def package_version(key: str, package: str) -> str:
+    """Return a package's version, with which what a key of `clean` drops may change.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return version(package)
+    except ImportError as error:
+        raise missing_package(key, error) from error
 
 
 def make_filter(config: CleaningConfig) -> Check:

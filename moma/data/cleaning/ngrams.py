@@ -10,13 +10,18 @@ from itertools import islice
 # Kana, Han.
 _NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
 
+_ASCII_WORD = re.compile(r"\w+", re.ASCII)
+
 
 def ngrams(text: str, words: int) -> list[str]:
     """Return the n-grams of a text, in lower case and without punctuation.
 
     A text of fewer words is one n-gram; one without words has none.
     """
-    found = _word_pattern().findall(unicodedata.normalize("NFC", text).lower())
+    if text.isascii():
+        found = _ASCII_WORD.findall(text.lower())  # the same words, several times as fast
+    else:
+        found = _word_pattern().findall(unicodedata.normalize("NFC", text).lower())
     if len(found) <= words:
         return [" ".join(found)] if found else []
     shifted = (islice(found, first, None) for first in range(words))

@@ -20,7 +20,7 @@ from moma.data.cleaning.clean import DROPPED, Cleaning
 from moma.data.cleaning.comparisons import Piece, make_comparisons
 from moma.data.cleaning.config import COMPARED_KEYS, CleaningConfig
 from moma.data.cleaning.duplicates import find_duplicates
-from moma.data.cleaning.filters import filters_fingerprint
+from moma.data.cleaning.filters import filters_fingerprint, package_version
 from moma.data.cleaning.signatures import Signatures, open_signatures, write_signatures
 from moma.data.documents import (
     Source,
@@ -112,7 +112,15 @@ def _plan(
     near = config.near_duplicate_ngram if config.near_duplicate_texts else None
     perceptual = config.near_duplicate_images is not None
     needed = near, config.compares_texts, config.compares_images, perceptual
-    made_from = source_fingerprint(source, 0), str(part_bytes), filters, repr(needed)
+    packages = [
+        package_version(key, package)
+        for key, package, is_needed in (
+            ("near_duplicate_texts", "rensa", near is not None),
+            ("near_duplicate_images", "ImageHash", perceptual),
+        )
+        if is_needed
+    ]
+    made_from = source_fingerprint(source, 0), str(part_bytes), filters, repr(needed), *packages
     fingerprint = hashlib.sha256("\n".join(made_from).encode()).hexdigest()[:16]
     own = folder / "signatures" / source.name / fingerprint
     plan = read_config(Plan, own / PLAN_FILE)

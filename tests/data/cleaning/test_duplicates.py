@@ -1,6 +1,7 @@
 """Duplicates, against a comparison of every document with all that were kept before it."""
 
 import random
+from functools import partial
 from typing import Any
 
 import imagehash
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moma.data.cleaning import comparisons, filters
 from moma.data.cleaning.clean import Cleaning
 from moma.data.cleaning.config import CleaningConfig
 from moma.data.cleaning.duplicates import (
@@ -239,7 +241,50 @@ def test_thresholds_do_not_read_the_source_again(tmp_path, monkeypatch):
     assert cleaned(tmp_path, source) == few
 
 
+@pytest.mark.parametrize("key", ["near_duplicate_texts", "near_duplicate_images"])
+def test_another_version_of_a_package_makes_signatures_again(tmp_path, monkeypatch, key):
+    source = listed("a", ("one", 1, "end"), ("two", 1, "end"), **{key: 1})
+    found = cleaned(tmp_path, source)
+    before = [*tmp_path.glob("signatures/a/*")]
+    assert cleaned(tmp_path, source) == found and [*tmp_path.glob("signatures/a/*")] == before
+    monkeypatch.setattr(filters, "version", lambda package: f"{package} 0")
+    assert cleaned(tmp_path, source) == found
+    (after,) = tmp_path.glob("signatures/a/*")
+    assert [after] != before
+
+
+def test_many_texts_of_the_same_boilerplate_are_compared_with_a_few(tmp_path, monkeypatch):
+    """All share bands; a near duplicate shares more of them, so that it is found nevertheless."""
+    draw = random.Random(0)
+    same = " ".join(f"s{draw.randrange(5000)}" for _ in range(300))
+    own = [[f"w{draw.randrange(5000)}" for _ in range(50)] for _ in range(60)]
+    texts = [f"{same} {' '.join(words)}" for words in own]
+    texts += [f"{text} and more" for text in texts[::3]]
+    source = listed("a", *texts, near_duplicate_texts=0.9, near_duplicate_ngram=1)
+    pairs: list[int] = []
+    make = comparisons.Comparison.__new__
+
+    def counting(cls, *values):
+        made = make(cls, *values)
+
+        def count(item, others):
+            pairs.append(len(others))
+            return made.matches(item, others)
+
+        return made._replace(matches=count)
+
+    monkeypatch.setattr(comparisons, "Comparison", partial(counting, comparisons.Comparison))
+    everything = cleaned(tmp_path / "all", source)
+    assert everything["a"] == [[text] for text in texts[:60]] + ["near_duplicate_texts"] * 20
+    compared = sum(pairs)
+    pairs.clear()
+    monkeypatch.setattr(comparisons, "_MAX_COMPARED", 2)
+    assert cleaned(tmp_path / "few", source) == everything
+    assert sum(pairs) < compared / 2
+
+
 def test_texts_of_scripts_without_spaces_have_ngrams_of_characters():
     assert ngrams("红苹果 ok", 2) == ["红 苹", "苹 果", "果 ok"]
+    assert ngrams("Äb_1 red", 1) == ["äb_1", "red"] and ngrams("Ab_1 red", 1) == ["ab_1", "red"]
     assert ngrams("A red, RED apple!", 3) == ["a red red", "red red apple"]
     assert ngrams("short", 3) == ["short"] and ngrams("?!", 3) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from moma.data.cleaning import functions
+from moma.data.cleaning import filters, functions
 from moma.data.cleaning.config import CleaningConfig
 from moma.data.cleaning.filters import filters_fingerprint, make_filter
 from moma.data.cleaning.ngrams import ngrams
@@ -323,6 +323,13 @@ def test_the_fingerprint_changes_with_what_filters_do(tmp_path):
     assert len({*found}) == len(keys) and found[0] == ""
     (tmp_path / "questions.jsonl").write_text('{"question": "another"}\n')
     assert filters_fingerprint(CleaningConfig(**keys[4])) != found[4]
+
+
+def test_the_fingerprint_changes_with_the_version_of_a_package(monkeypatch):
+    config = CleaningConfig(languages=("en",))
+    before = filters_fingerprint(config)
+    monkeypatch.setattr(filters, "version", lambda package: f"{package} 0")
+    assert filters_fingerprint(config) != before
 
 
 def test_a_function_that_cannot_be_imported_is_refused(tmp_path):
