@@ -3,9 +3,9 @@
 The result is as if the documents were read one after another, and each compared with those kept
 before it: it depends neither on the order in which signatures were computed nor on processes.
 Comparing all pairs would take too long: only items that share a hash in at least one of several
-bands are compared (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, section 3.4). Texts that
-share a hash with many others, as pages with the same boilerplate do, are compared with the last of
-those only, so that the time grows in proportion to the texts.
+bands are compared (Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, section 3.4). Texts
+that share a hash with many others, as pages with the same boilerplate do, are compared with the
+last of those only, so that the time grows in proportion to the texts.
 """
 
 from collections import defaultdict, deque
