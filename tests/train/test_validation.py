@@ -97,7 +97,7 @@ class TrainingAttention(MaskedAttention):
 
 
 def test_no_kernel_is_compiled_for_validation(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(Recipe, "attention_kernel", lambda self, device: TrainingAttention())
+    monkeypatch.setattr(Recipe, "attention_kernel", lambda *_, **__: TrainingAttention())
     recipe = with_validation(tiny, tmp_path / "run")
     train(recipe, WORLD, quiet=True)
     assert "validation" in records_of(recipe.run)[-1]
