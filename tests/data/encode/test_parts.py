@@ -208,6 +208,17 @@ def test_rejected_rows_of_a_process_that_died_are_listed_once(tmp_path):
     assert [*parts.read_rejected(made.folder)] == rows
 
 
+def test_another_size_of_parts_cuts_the_source_again(tmp_path):
+    origin = ShardInfo(source="rows", source_fingerprint="", vocabulary_fingerprint="")
+
+    def cut(part_bytes):
+        return [SourcePart(begin=0, end=part_bytes)]
+
+    for part_bytes in (1, 2, 2):
+        made = parts.PartialShards(tmp_path / "rows", origin, part_bytes, cut)
+        assert [*made.plan] == cut(part_bytes)
+
+
 def damage(path):
     data = bytearray(path.read_bytes())
     data[-20] ^= 1
