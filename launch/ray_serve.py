@@ -3,8 +3,9 @@
     python launch/ray_serve.py runs/my --replicas 4 --gpus 1
 
 Every replica holds the whole model, on GPUs of its own. Requests go to the replicas that have the
-fewest; one that fails is started anew. This process stands before them: it sends requests again
-that a lost replica has not begun to answer. Options that are not here are those of `moma serve`.
+fewest; one that fails is started anew. This process stands before them: it sends a request again
+that a lost replica has not begun to answer. Start it on the head node of a cluster. Options that
+are not here are those of `moma serve`.
 """
 
 from pathlib import Path
@@ -71,7 +72,7 @@ def main(
     listener = listen(host, port)
     ray.init(address=ray_address, include_dashboard=False)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": inner})
+        serve.start("HeadOnly", http_options={"host": "127.0.0.1", "port": inner})
         places = {"max_active": max_active, "max_queued": max_queued}
         deployment = serve.deployment(
             Replica,

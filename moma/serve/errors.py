@@ -35,7 +35,7 @@ class ApiError(Exception):
 
 
 def to_api_error(error: Exception) -> ApiError:
-    """Return what a client is told about an error; details of internal errors stay in the log."""
+    """Return the error to send to a client; details of internal errors stay in the log."""
     match error:
         case ApiError():
             return error

@@ -110,6 +110,22 @@ def test_a_request_that_is_being_generated_can_be_cancelled(never_ending):
         assert (first.end, second.end, second.new_tokens) == ("cancelled", "length", 3)
 
 
+def test_a_cancelled_request_is_not_computed_any_more(never_ending):
+    batches = []
+    hook = never_ending.model.register_forward_pre_hook(
+        lambda _, inputs: batches.append(len(inputs[0]))
+    )
+    try:
+        with Engine(never_ending, max_active=2) as engine:
+            first = engine.submit(["the"], LONG)
+            assert isinstance(next(iter(first)), TextPiece)
+            first.cancel()
+            list(engine.submit(["red"], Settings("text", new_tokens=3)))
+    finally:
+        hook.remove()
+    assert batches[-3:] == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("prompt", "settings", "message"),
     [
