@@ -79,13 +79,9 @@ def export(
         from moma.hub.push import require_repository
 
         require_repository(push)
-    if push is not None and folder.exists():
-        _require_export(folder, run, format_)
-        notice(f"{folder} exists already and is uploaded as it is")
-    else:
-        for note in _export(run, folder, format_, push, results or ()):
-            notice(note)
-        print(f"exported {folder}", flush=True)
+    for note in _export(run, folder, format_, push, results or ()):
+        notice(note)
+    print(f"exported {folder}", flush=True)
     if push is not None:
         from moma.hub.push import push_folder
 
@@ -104,23 +100,6 @@ def _export(
     from moma.hub.chameleon import export_chameleon
 
     return export_chameleon(Run(run), folder)
-
-
-def _require_export(folder: Path, run: Path, format_: Format) -> None:
-    """Check that a folder was written from the newest checkpoint of a run in a format."""
-    from moma.hub.folder import CHECKPOINT_KEY, checkpoint_label, read_config
-    from moma.runs import Run
-    from moma.train.restore import newest_checkpoint, run_to_load
-
-    loaded = run_to_load(Run(run)).checkpoint if format_ == "moma" else newest_checkpoint(Run(run))
-    expected = {"model_type": format_, CHECKPOINT_KEY: checkpoint_label(Run(run), loaded)}
-    found = read_config(folder)
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise UserError(
-                f"{folder}: its {key} is {quote(str(found.get(key)))}, not {quote(value)}; delete "
-                "it, or choose another folder"
-            )
 
 
 def _format_of(folder: Path) -> Format:

@@ -31,10 +31,8 @@ from moma.hub.chameleon_format import (
     vq_config,
 )
 from moma.hub.folder import (
-    CHECKPOINT_KEY,
     CONFIG_FILE,
     TOKENIZER_FILE,
-    checkpoint_label,
     create_run,
     imported_recipe,
     new_folder,
@@ -138,9 +136,7 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
         ids = _export_tokenizer(run.tokenizers, vocabulary, bool(images), partial, notes)
         context, dtype_name = recipe.data.sequence_length, str(dtype).removeprefix("torch.")
         values = port_config(recipe.model, vocabulary, ids, context, dtype_name, image_config)
-        write_json(
-            partial / CONFIG_FILE, values | {CHECKPOINT_KEY: checkpoint_label(run, checkpoint)}
-        )
+        write_json(partial / CONFIG_FILE, values)
         write_weights(weights | Weights.from_tensors(images), partial, file_bytes)
     return notes
 

@@ -19,8 +19,6 @@ from moma.train.recipe import Recipe, RouterStageConfig, StageConfig
 from moma.vocabulary import Vocabulary
 
 CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
-# In `config.json`: the checkpoint that a folder was written from; see `checkpoint_label`.
-CHECKPOINT_KEY = "moma_checkpoint"
 _STEP = 1  # an imported run counts as finished after one step
 
 
@@ -64,11 +62,6 @@ def read_config(folder: Path) -> dict[str, Any]:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write an object as indented JSON."""
     path.write_text(json.dumps(values, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def checkpoint_label(run: Run, checkpoint: Path) -> str:
-    """A name of a checkpoint that does not depend on where the run is."""
-    return f"{run.path.resolve().name}/{checkpoint.relative_to(run.path)}"
 
 
 def create_run(

@@ -23,10 +23,8 @@ from moma.errors import UserError, error_reason
 from moma.generate.sampling import Sampling
 from moma.hub.card import model_card, read_results
 from moma.hub.folder import (
-    CHECKPOINT_KEY,
     CONFIG_FILE,
     TOKENIZER_FILE,
-    checkpoint_label,
     create_run,
     imported_recipe,
     new_folder,
@@ -145,9 +143,7 @@ def export_moma(
         named = {name: PREFIX + name for name in weights.meta_tensors}
         write_weights(weights.renamed(named), partial, file_bytes)
         dtype = weights.meta_tensors[_EMBEDDING].dtype
-        config = _config(recipe, model, dtype)
-        config[CHECKPOINT_KEY] = checkpoint_label(run, loaded.checkpoint)
-        write_json(partial / CONFIG_FILE, config)
+        write_json(partial / CONFIG_FILE, _config(recipe, model, dtype))
         write_json(partial / "generation_config.json", _generation_config(recipe, vocabulary))
         for name in (TOKENIZER_FILE, *(f"codec/{name}" for name in _codec_files(tokenizers))):
             if (tokenizers.path / name).is_file():

@@ -1,9 +1,9 @@
 """Upload an exported folder to the Hugging Face Hub, as one commit."""
 
-from fnmatch import fnmatch
+import shlex
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
@@ -11,7 +11,7 @@ from moma.errors import UserError, quote, shorten
 from moma.runtime.weights import first_line
 
 # Files of an earlier upload that would be read beside the new ones.
-_REPLACED = ("model*.safetensors", "model.safetensors.index.json", "codec/*")
+_REPLACED = ["model*.safetensors", "model.safetensors.index.json", "codec/*"]
 _HINTS = {
     401: "log in again with `hf auth login`, or set HF_TOKEN",
     403: "choose a repository that your token may write to",
@@ -40,7 +40,6 @@ def require_repository(repo: str) -> None:
 def push_folder(folder: Path, repo: str, public: bool) -> str:
     """Upload a folder and return the address of the repository.
 
-    What the Hub has already, for example of an upload that was interrupted, is not sent again.
     Readers see all files of the commit or none.
 
     Args:
@@ -49,22 +48,17 @@ def push_folder(folder: Path, repo: str, public: bool) -> str:
         public: who may read a new repository: everybody, or its owners.
 
     Raises:
-        UserError: the Hub cannot be reached or refuses it.
+        UserError: the Hub cannot be reached or refuses it; the message has a command to go on.
     """
-    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*"))}
-    files = {name: file for name, file in files.items() if file.is_file()}
     api = HfApi(library_name="moma")
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
-        surplus = [
-            name
-            for name in api.list_repo_files(address.repo_id)
-            if name not in files and any(fnmatch(name, pattern) for pattern in _REPLACED)
-        ]
-        removed = [CommitOperationDelete(name) for name in surplus]
-        added = [CommitOperationAdd(name, file) for name, file in files.items()]
-        message = f"Upload {folder.name} with moma"
-        api.create_commit(address.repo_id, [*removed, *added], commit_message=message)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            commit_message=f"Upload {folder.name} with moma",
+            delete_patterns=_REPLACED,
+        )
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         # The library wraps the failures of its threads.
         inner = error.__cause__ if isinstance(error, RuntimeError) else None
@@ -73,6 +67,13 @@ def push_folder(folder: Path, repo: str, public: bool) -> str:
         reason = getattr(cause, "server_message", None) or first_line(cause)
         raise UserError(
             f"--push {repo}: {shorten(reason, 300)}; {_HINTS.get(status, 'check the connection')}, "
-            f"then run the same command again: {folder} is complete"
+            f"then go on with: {_upload_command(folder, repo, public)}"
         ) from error
     return str(address)
+
+
+def _upload_command(folder: Path, repo: str, public: bool) -> str:
+    """The command of `huggingface_hub` that uploads a folder, or goes on with it."""
+    deleted = [part for pattern in _REPLACED for part in ("--delete", pattern)]
+    visible = "--no-private" if public else "--private"
+    return shlex.join(["hf", "upload", repo, str(folder), ".", visible, *deleted])

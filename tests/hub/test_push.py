@@ -1,8 +1,7 @@
 """`moma export --push`, against a server with the endpoints of the Hugging Face Hub."""
 
-import json
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,20 +22,6 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
-
-
-@pytest.fixture(scope="module")
-def made(trained, tmp_path_factory) -> Path:
-    """An exported folder; not to be changed."""
-    folder = tmp_path_factory.mktemp("made") / "model"
-    succeeds("export", trained / "run", folder)
-    return folder
-
-
-@pytest.fixture
-def folder(made, tmp_path) -> Path:
-    shutil.copytree(made, tmp_path / "model")
-    return tmp_path / "model"
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -60,45 +45,44 @@ def test_without_push_the_network_is_not_used(trained, hub, tmp_path):
     assert not hub.requests
 
 
-def test_an_upload_that_failed_goes_on(trained, hub, folder):
-    command = ("export", trained / "run", folder, "--push", "my-model", "--public")
+def test_an_upload_that_failed_goes_on_with_the_command_of_the_message(trained, hub, tmp_path):
+    out = tmp_path / "my model"
     hub.refused = 1
-    outcome = moma(*command)
+    outcome = moma("export", trained / "run", out, "--push", "my-model", "--public")
     assert outcome.code == 2 and not hub.commits
-    message = outcome.err.splitlines()[-1]
-    assert "the storage is full" in message and f"{folder} is complete" in message
-    succeeds(*command)
+    reason, command = outcome.err.splitlines()[-1].split("then go on with: ")
+    assert "the storage is full" in reason
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+    environment.pop("HF_HUB_OFFLINE", None)
+    program, *arguments = shlex.split(command)
+    path = Path(sys.executable).with_name(program)
+    hub.repos["me/my-model"]["codec/old"] = b""
+    subprocess.run([path, *arguments], env=environment, check=True)
+    assert hub.repos["me/my-model"] == {".gitattributes": b""} | files_of(out)
     assert hub.private == {"me/my-model": False} and hub.commits == {"me/my-model": 1}
-    assert len(hub.sent) == len(list(folder.rglob("*.safetensors")))
-    (folder / "README.md").write_text("---\ntags: [mine]\n---\n")
-    outcome = moma(*command)
-    assert "exists already and is uploaded as it is" in outcome.err
-    assert hub.commits == {"me/my-model": 2} and b"mine" in hub.repos["me/my-model"]["README.md"]
-    assert len(hub.sent) == len(list(folder.rglob("*.safetensors")))  # not once more
 
 
-def test_weights_of_an_earlier_upload_are_replaced(trained, hub, folder):
+def test_weights_of_an_earlier_upload_are_replaced(trained, hub, tmp_path):
     hub.repos["me/my-model"] = dict.fromkeys(
         ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "codec/old", "notes"],
         b"",
     )
-    succeeds("export", trained / "run", folder, "--push", "me/my-model")
-    assert hub.repos["me/my-model"] == {"notes": b""} | files_of(folder)
+    out = tmp_path / "model"
+    succeeds("export", trained / "run", out, "--push", "me/my-model")
+    assert hub.repos["me/my-model"] == {"notes": b""} | files_of(out)
+    assert hub.commits == {"me/my-model": 1}
 
 
-def test_a_folder_of_another_checkpoint_is_not_uploaded(trained, hub, folder):
-    config = folder / "config.json"
-    values = json.loads(config.read_text())
-    for key in ("moma_checkpoint", "model_type"):
-        config.write_text(json.dumps(values | {key: "another"}))
-        message = refuses("export", trained / "run", folder, "--push", "me/my-model")
-        assert f"its {key} is 'another'" in message
-    assert not hub.requests
+def test_a_folder_that_exists_is_not_uploaded(trained, hub, tmp_path):
+    """Its weights may be those of another run."""
+    message = refuses("export", trained / "run", tmp_path, "--push", "me/my-model")
+    assert f"{tmp_path}: exists already" in message and not hub.requests
 
 
-def test_what_the_hub_refuses_is_one_clear_line(trained, hub, folder, monkeypatch):
+def test_what_the_hub_refuses_is_one_clear_line(trained, hub, tmp_path, monkeypatch):
     def refusal(repo):
-        outcome = moma("export", trained / "run", folder, "--push", repo)
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        outcome = moma("export", trained / "run", out, "--push", repo)
         assert outcome.code == 2 and "Traceback" not in outcome.err
         return outcome.err.splitlines()[-1]
 
