@@ -10,7 +10,11 @@ from moma.cli.output import notice, print_result
 from moma.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moma.data.batches.packing import Batch
+    from moma.evaluate.token_routing import TokenRouting
+    from moma.generate.mixed import MixedModel
     from moma.model.routing import RoutingName
     from moma.model.transformer import Transformer
     from moma.runs import Run
@@ -54,7 +58,7 @@ def inspect(
     import numpy as np
 
     from moma.data.inspect import find_document
-    from moma.data.outputs import require_replaceable, write_output
+    from moma.data.outputs import require_replaceable
     from moma.evaluate.token_routing import as_json_value, first_tokens, route_document
     from moma.generate.mixed import MixedModel
     from moma.images import read_image
@@ -83,22 +87,29 @@ def inspect(
         tokens = f"the first {len(read)} of {tokens}: a sequence has {mixed.context}"
     batches = _batches(Run(run), model, recipe, routing)
     routings = [route_document(model, read, each, batch) for each, batch in batches.items()]
-    title = f"Routing by {run.resolve().name}", f"{name} ({tokens})"
-    if out.suffix.lower() == ".png":
-        from moma.images import png_bytes
-        from moma.study.routing_plot import plot_routing
-
-        write_output(out, png_bytes(plot_routing(mixed, routings, ": ".join(title)), dpi=150))
-    else:
-        from moma.study.page import Page
-        from moma.study.routing_drawing import STYLE, draw_routing
-
-        page = Page(*title, STYLE)
-        page.add(draw_routing(mixed, routings))
-        page.write(out)
+    _draw(out, mixed, routings, f"Routing by {run.resolve().name}", f"{name} ({tokens})")
     described = {each.routing: as_json_value(mixed, each) for each in routings}
     result = {"run": str(run), "document": name, "page": str(out), "routings": described}
     print_result(result, as_json, (), [out])
+
+
+def _draw(
+    out: Path, mixed: "MixedModel", routings: "Sequence[TokenRouting]", title: str, what: str
+) -> None:
+    """Write a PNG if the file is named so, and otherwise a page."""
+    if out.suffix.lower() == ".png":
+        from moma.data.outputs import write_output
+        from moma.images import png_bytes
+        from moma.study.routing_plot import plot_routing
+
+        write_output(out, png_bytes(plot_routing(mixed, routings, f"{title}: {what}"), dpi=150))
+        return
+    from moma.study.page import Page
+    from moma.study.routing_drawing import STYLE, draw_routing
+
+    page = Page(title, what, STYLE)
+    page.add(draw_routing(mixed, routings))
+    page.write(out)
 
 
 def _batches(

@@ -62,8 +62,7 @@ class _Plot:
             text = shapes.text(position)
             width = 0.04 + _LETTER * max(2, len(text))
             x = self._advance(width + 0.04, height)
-            # A dollar sign would begin a formula.
-            self._text(x + 0.02, self.y, text.replace("$", r"\$"), 9, family="monospace")
+            self._text(x + 0.02, self.y, text, 9, family="monospace")
             self._boxes(shapes.column(position), x, self.y + _LINE, width, _BAR)
         self._end_line(height)
 
@@ -96,7 +95,17 @@ class _Plot:
         self._x, self.y = _MARGIN, self.y + height
 
     def _text(self, x: float, y: float, text: str, size: float, **look: str) -> None:
-        self._axes.text(x, y, text, fontsize=size, va="top", color="#1d2430", **look)  # type: ignore[arg-type]
+        # Otherwise a dollar sign would begin a formula.
+        self._axes.text(
+            x,
+            y,
+            text,
+            fontsize=size,
+            va="top",
+            color="#1d2430",
+            parse_math=False,
+            **look,  # type: ignore[arg-type]
+        )
 
     def _pixels(self, pixels: np.ndarray, x: float, y: float, size: float) -> None:
         self._axes.imshow(pixels, extent=(x, x + size, y + size, y), interpolation="nearest")

@@ -42,8 +42,9 @@ def test_text_and_images_are_drawn_in_their_order(trained, tmp_path):
 
 def test_an_image_file_shows_the_same(trained, tmp_path):
     out, image = tmp_path / "routing.PNG", trained / "images" / "1.png"
+    run = shutil.copytree(trained / "run", tmp_path / "run $x_{$")  # not a formula
     options = ("--prompt", "box $3_ " * 6, "--image", image)
-    assert succeeds("inspect", trained / "run", *options, "--out", out) == f"{out}\n"
+    assert succeeds("inspect", run, *options, "--out", out) == f"{out}\n"
     drawn = np.asarray(Image.open(out).convert("RGB"))
     assert drawn.shape[1] == 1500 and drawn.shape[0] > 600
     # The colors of both experts of a group, and the paper around them.
