@@ -5,8 +5,8 @@
 #   launch/gpu_check.sh tests layer     # some of them
 #
 # A stage writes STAGE.json and STAGE.log into the folder $OUT (default: gpu_check). One that ran
-# out of time goes on after its last part when it is run again. With TOY=1 all sizes are small, so
-# that the stages also run on a CPU. The exit code is 1 if a stage failed.
+# out of time goes on after its last part when the same code is run again. With TOY=1 all sizes are
+# small, so that the stages also run on a CPU. The exit code is 1 if a stage failed.
 set -euo pipefail
 
 OUT=${OUT:-gpu_check}
@@ -15,7 +15,7 @@ STAGES=(env tests layer throughput decode trace)
 recipe=configs/bench_data.toml
 
 if [ -n "${TOY:-}" ]; then
-  widths=(32)
+  widths=(32 64)
   layer_sizes=(--tokens 64 --repeats 1 --eager)
   tables=("256 --only moe_4t4i")
   steps=(--repeats 1 --warm-up 1 pretrain.compile=false model.layers=2
@@ -75,36 +75,41 @@ END
   return "$code"
 }
 
-part() { # a part of a stage, unless an earlier call has finished it: number, command
-  local file="$OUT/parts/$stage-$1.json"
+# A part is of one state of the code and one command: others are measured anew.
+version=$(find moma configs launch -type f -not -name '*.pyc' | sort | xargs sha256sum | sha256sum)
+parts=()
+
+part() { # a part of a stage, unless an earlier call has finished it: command
+  local key file
+  key=$(echo "$version $*" | sha256sum | head -c 16)
+  file="$OUT/parts/$stage-$key.json"
+  parts+=("$file")
   mkdir -p "$OUT/parts"
-  [ -s "$file" ] || { "${@:2}" > "$OUT/parts/unfinished" && mv "$OUT/parts/unfinished" "$file"; }
+  [ -s "$file" ] || { "$@" > "$OUT/parts/unfinished" && mv "$OUT/parts/unfinished" "$file"; }
 }
 
 joined_parts() { # as a list; the next call of the stage measures all of them anew
-  python - "$OUT/parts" "$stage" << 'END'
+  python - "${parts[@]}" << 'END'
 import json, sys
 from pathlib import Path
-files = sorted(Path(sys.argv[1]).glob(f"{sys.argv[2]}-*.json"))
-print(json.dumps([json.loads(file.read_text()) for file in files]))
-for file in files:
-    file.unlink()
+print(json.dumps([json.loads(Path(file).read_text()) for file in sys.argv[1:]]))
 END
+  rm "$OUT/parts/$stage"-*.json
 }
 
 stage_layer() {
-  local number
-  for number in "${!widths[@]}"; do
-    part "$number" moma bench layer --dim "${widths[$number]}" "${layer_sizes[@]}" --json
+  local width
+  for width in "${widths[@]}"; do
+    part moma bench layer --dim "$width" "${layer_sizes[@]}" --json
   done
   joined_parts
 }
 
 stage_throughput() {
-  local number
-  for number in "${!tables[@]}"; do
+  local table
+  for table in "${tables[@]}"; do
     # shellcheck disable=SC2086  # a table is several arguments
-    part "$number" moma bench throughput --table2 --row ${tables[$number]} "${steps[@]}" --json
+    part moma bench throughput --table2 --row $table "${steps[@]}" --json
   done
   joined_parts
 }
