@@ -202,13 +202,9 @@ def test_compiled_code_of_every_architecture_equals_eager(case):
     assert_one_graph(case, 2, steps=50, backend="inductor", options={"fallback_random": True})
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
 def test_a_compiled_layer_equals_eager():
-    """Layer by layer, as in training; generating its code takes half a minute.
-
-    The graphs above, and the generated code of the loss, are compared with eager by default.
-    """
+    """Layer by layer, as in training."""
     model = Trainer("mod_moe_2t2i", layers=1).model
     batch = batch_of(1)
     parts = [
