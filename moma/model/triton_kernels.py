@@ -1,4 +1,4 @@
-"""Triton kernels of a group of experts; `fused_experts.py` says what they compute together.
+"""Triton kernels of a group of experts; `fused_experts.py` describes what they compute together.
 
 A program computes a tile of ROWS rows and COLUMNS columns of a result, and sums STEP terms at a
 time. Each number of a result is written by one program, so that results are deterministic. Only

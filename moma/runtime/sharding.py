@@ -36,7 +36,7 @@ class EngineConfig(Config):
             machines, whose network is slow, and fp32 on one.
         reduce_once: whether gradients are summed over ranks once per step, instead of after each
             micro-batch of `gradient_accumulation_steps`; a rank then holds all of them unsharded,
-            in fp32 whatever `reduce` says.
+            in fp32 for any `reduce`.
         deterministic: whether training on a GPU avoids flash attention, whose backward pass adds in
             an order that changes from run to run; `flex_attention` takes its place.
         replicate: number of replicas of the sharded model. 1 shards it over all ranks; with more,
