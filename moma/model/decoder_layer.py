@@ -14,11 +14,11 @@ from moma.model.attention import Attention
 from moma.model.attention_kernels import AttentionKernel, Segments
 from moma.model.caches import CachedContext
 from moma.model.depth import DepthConfig, DepthRouter
-from moma.model.dispatch import Dispatch, ScatterSlots
+from moma.model.dispatch import Dispatch, ScatterSlots, Slots
 from moma.model.experts import GroupTokens
 from moma.model.implementations import build_experts, build_group
 from moma.model.routers import Diagnostics
-from moma.model.routing import Routing
+from moma.model.routing import Routing, Selection
 from moma.vocabulary import Vocabulary
 
 
@@ -69,6 +69,30 @@ class TokenContext(NamedTuple):
 LayerContext = TokenContext | CachedContext
 
 
+class ExpertsInput(NamedTuple):
+    """What the experts of a layer process, and what their output is added to.
+
+    With mixture-of-depths it has only the selected tokens, [R, K] instead of [B, S].
+
+    Attributes:
+        x_BSD: input of the experts.
+        residual_BSD: what is added to their output.
+        modality_BS: index of the modality; −1 for padding.
+        tokens: the tokens of each group of experts.
+        selection: the selected tokens, with mixture-of-depths.
+        slots: where they come from; None if there is none.
+        depth: diagnostics of the depth router.
+    """
+
+    x_BSD: Tensor
+    residual_BSD: Tensor
+    modality_BS: Tensor
+    tokens: list[GroupTokens | None]
+    selection: Selection | None = None
+    slots: Slots | None = None
+    depth: Diagnostics | None = None
+
+
 class DecoderLayer(nn.Module):
     """Attention and experts, each with a residual connection.
 
@@ -117,32 +141,58 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BSD: Tensor, context: LayerContext, routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
-        """Map [B, S, D] to [B, S, D]; return diagnostics of the output, then of the routers."""
-        _, h_BSD, experts_in_BSD = self.attend(x_BSD, context)
+        """Map [B, S, D] to [B, S, D].
+
+        Returns:
+            The output, and diagnostics: of the whole layer, whose `nonfinite` covers its output and
+            its routers, and of the routers, that of mixture-of-depths last.
+        """
+        given = self.before_experts(x_BSD, context, routing)
         experts_BSD, diagnostics = self.experts(
-            experts_in_BSD, context.modality_BS, routing, context.group_tokens
+            given.x_BSD, given.modality_BS, routing, given.tokens
         )
-        y_BSD = self.add_experts(h_BSD, experts_BSD)
-        return y_BSD, [_check(y_BSD, routing), *diagnostics]
+        return self.after_experts(x_BSD, given, experts_BSD, diagnostics, routing)
 
-    def attend(self, x_BSD: Tensor, context: LayerContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the residual branch of attention, its sum with x, and the experts' input."""
-        attention_in_BSD = x_BSD if self.swin else self.attention_norm(x_BSD)
-        attention_BSD = self.attention(attention_in_BSD, context)
-        attention_BSD = self.attention_norm(attention_BSD) if self.swin else attention_BSD
-        attention_BSD = self.dropout(attention_BSD)
+    def before_experts(
+        self, x_BSD: Tensor, context: LayerContext, routing: Routing
+    ) -> ExpertsInput:
+        """Compute all that precedes the experts."""
+        attention_BSD = self._attend(x_BSD, context)
         h_BSD = x_BSD + attention_BSD
-        return attention_BSD, h_BSD, h_BSD if self.swin else self.experts_norm(h_BSD)
+        modality_BS, tokens = context.modality_BS, context.group_tokens
+        tokens = self.experts.tokens(modality_BS, routing) if tokens is None else tokens
+        return ExpertsInput(self._normed(h_BSD), h_BSD, modality_BS, tokens)
 
-    def add_experts(self, total_BSD: Tensor, experts_BSD: Tensor) -> Tensor:
-        """Add the residual branch of the experts, given their output."""
-        experts_BSD = self.experts_norm(experts_BSD) if self.swin else experts_BSD
-        return total_BSD + self.dropout(experts_BSD)
+    def after_experts(
+        self,
+        x_BSD: Tensor,
+        given: ExpertsInput,
+        experts_BSD: Tensor,
+        diagnostics: list[Diagnostics],
+        routing: Routing,
+    ) -> tuple[Tensor, list[Diagnostics]]:
+        """Compute all that follows the experts, given their output and diagnostics."""
+        y_BSD = self._add_experts(given.residual_BSD, experts_BSD)
+        return y_BSD, [_check(y_BSD, diagnostics, routing), *diagnostics]
 
     def compile_around_experts(self, **options: Any) -> None:
         """Compile what runs before and after the experts, with options of `torch.compile`."""
-        for name in ("attend", "add_experts"):
+        for name in ("before_experts", "after_experts"):
             setattr(self, name, torch.compile(getattr(self, name), **options))
+
+    def _attend(self, x_BSD: Tensor, context: LayerContext) -> Tensor:
+        """The residual branch of attention."""
+        attention_BSD = self.attention(x_BSD if self.swin else self.attention_norm(x_BSD), context)
+        return self.dropout(self.attention_norm(attention_BSD) if self.swin else attention_BSD)
+
+    def _normed(self, h_BSD: Tensor) -> Tensor:
+        """The experts' input."""
+        return h_BSD if self.swin else self.experts_norm(h_BSD)
+
+    def _add_experts(self, residual_BSD: Tensor, experts_BSD: Tensor) -> Tensor:
+        """Add the residual branch of the experts, given their output."""
+        experts_BSD = self.experts_norm(experts_BSD) if self.swin else experts_BSD
+        return residual_BSD + self.dropout(experts_BSD)
 
 
 class DepthLayer(DecoderLayer):
@@ -161,30 +211,53 @@ class DepthLayer(DecoderLayer):
         self.dispatch = dispatch
         self.depth = DepthRouter(config.dim, depth, shares, vocabulary.modalities)
 
-    def forward(
+    def before_experts(
         self, x_BSD: Tensor, context: LayerContext, routing: Routing
-    ) -> tuple[Tensor, list[Diagnostics]]:
-        """Map [B, S, D] to [B, S, D]; the depth router's diagnostics come last."""
+    ) -> ExpertsInput:
+        """Select tokens and compute what precedes the experts."""
         segments = context.segments.id_RS if isinstance(context, TokenContext) else None
-        selection, depth_diagnostics = self.depth(x_BSD, context.modality_BS, routing, segments)
+        selection, diagnostics = self.depth(x_BSD, context.modality_BS, routing, segments)
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
-        index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         selected = context.select(index_RK, selection.filled_EK)
+        tokens = self.experts.tokens(selected.modality_BS, routing)
         if not index_RK.shape[1]:  # possible without slots only
             # Ranks that select tokens wait for the others to gather the experts' weights with them.
-            _, diagnostics = self.experts(x_BSD[:, :0], context.modality_BS[:, :0], routing)
-            of_experts = _scattered(diagnostics, index_T, len(x_ND))
-            return x_BSD, [_check(x_BSD, routing), *of_experts, depth_diagnostics]
+            none_R0D = x_BSD[:, :0]
+            return ExpertsInput(
+                none_R0D, none_R0D, selected.modality_BS, tokens, selection, None, diagnostics
+            )
+        index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
         x_RKD = slots.gather(x_ND).unflatten(0, index_RK.shape)
-        attention_RKD, _, experts_in_RKD = self.attend(x_RKD, selected)
-        experts_RKD, diagnostics = self.experts(
-            experts_in_RKD, selected.modality_BS, routing, selected.group_tokens
+        attention_RKD = self._attend(x_RKD, selected)
+        return ExpertsInput(
+            self._normed(x_RKD + attention_RKD),
+            attention_RKD,
+            selected.modality_BS,
+            tokens,
+            selection,
+            slots,
+            diagnostics,
         )
-        update_RKD = self.add_experts(attention_RKD, experts_RKD) * selection.score_EK[..., None]
-        y_ND = slots.scatter_add(x_ND, update_RKD.flatten(0, 1).to(x_ND.dtype))
-        of_experts = _scattered(diagnostics, index_T, len(x_ND))
-        return y_ND.view_as(x_BSD), [_check(y_ND, routing), *of_experts, depth_diagnostics]
+
+    def after_experts(
+        self,
+        x_BSD: Tensor,
+        given: ExpertsInput,
+        experts_BSD: Tensor,
+        diagnostics: list[Diagnostics],
+        routing: Routing,
+    ) -> tuple[Tensor, list[Diagnostics]]:
+        """Add the selected tokens' update, weighted by their scores, to them."""
+        assert given.selection is not None and given.depth is not None
+        y_ND = x_BSD.flatten(0, 1)
+        if given.slots is not None:
+            update_RKD = self._add_experts(given.residual_BSD, experts_BSD)
+            update_RKD = update_RKD * given.selection.score_EK[..., None]
+            y_ND = given.slots.scatter_add(y_ND, update_RKD.flatten(0, 1).to(y_ND.dtype))
+        of_experts = _scattered(diagnostics, given.selection.index_EK.flatten(), len(y_ND))
+        of_routers = [*of_experts, given.depth]
+        return y_ND.view_as(x_BSD), [_check(y_ND, of_routers, routing), *of_routers]
 
 
 def _scattered(
@@ -197,9 +270,12 @@ def _scattered(
     ]
 
 
-def _check(y_BSD: Tensor, routing: Routing) -> Diagnostics:
+def _check(y_BSD: Tensor, of_routers: Sequence[Diagnostics], routing: Routing) -> Diagnostics:
     """Flag a non-finite output: one such value makes the sum non-finite, in a single pass."""
-    return Diagnostics(~y_BSD.detach().sum().isfinite() if routing.checks else None)
+    if not routing.checks:
+        return Diagnostics(None)
+    flags = [each.nonfinite for each in of_routers if each.nonfinite is not None]
+    return Diagnostics(torch.stack([~y_BSD.detach().sum().isfinite(), *flags]).any())
 
 
 def build_layer(

@@ -191,9 +191,8 @@ class Transformer(nn.Module):
             cutoffs += [each.cutoff_E for each in diagnostics if each.cutoff_E is not None]
             loads += [each.load_O for each in diagnostics if each.load_O is not None]
             losses += [each.loss for each in diagnostics if each.loss is not None]
-            flags = [each.nonfinite for each in diagnostics if each.nonfinite is not None]
-            if flags:
-                nonfinite.append(torch.stack(flags).any())
+            if diagnostics[0].nonfinite is not None:
+                nonfinite.append(diagnostics[0].nonfinite)
         nonfinite_L = torch.stack(nonfinite) if nonfinite else x_BSD.new_zeros(0, dtype=torch.bool)
         if routing.raises and routing.synchronizes:
             require_finite(nonfinite_L)

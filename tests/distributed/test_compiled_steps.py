@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.model.groups import named_groups
@@ -39,16 +40,22 @@ def recipe_of(compiled: bool, **model: Any) -> Recipe:
 
 
 def take_steps(world: World, recipe: Recipe) -> list[torch.Tensor]:
-    """Return the sums and gradient norms of two steps."""
+    """Return the sums and gradient norms of two steps; the second one compiles nothing."""
     vocabulary = synthetic_vocabulary(recipe)
     model = prepare_model(recipe, vocabulary, world)
     # If groups of experts are sharded, what runs around them is compiled as well.
     has_groups = len(recipe.model.group_list) > 1 and recipe.model.implementation == "sequential"
     is_divided = recipe.pretrain.compile and world.mesh is not None and has_groups
-    assert all(("attend" in vars(layer)) == is_divided for layer in model.layers)
+    assert all(("before_experts" in vars(layer)) == is_divided for layer in model.layers)
     step = make_step(recipe, model, world)
     batches = synthetic_batches(recipe, vocabulary, world.rank)
-    return [tensor for _ in range(2) for tensor in step([batches.pack()], learning_rate=1e-3)]
+    found: list[torch.Tensor] = []
+    compiled = counters["stats"]
+    for _ in range(2):
+        graphs = compiled["unique_graphs"]
+        found += step([batches.pack()], learning_rate=1e-3)
+    assert compiled["unique_graphs"] == graphs
+    return found
 
 
 def assert_compiled_steps_equal_eager_ones(

@@ -9,6 +9,7 @@ from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import MaskedAttention
 from moma.model.decoder_layer import DecoderLayer
+from moma.model.dispatch import ScatterSlots, TableSlots
 from moma.model.experts import ExpertGroup
 from moma.model.routing import Auxiliary, BatchChoice, Routing, Threshold, uniform_routing
 from moma.model.transformer import Transformer
@@ -126,27 +127,37 @@ def test_modalities_are_found_once_for_all_layers_that_all_tokens_reach(groups):
         experts = model.get_submodule(f"layers.{number}.experts")
         experts.register_forward_pre_hook(lambda _, given: found.append(given[3]))
     model(mixed_tokens(2, 15, 0))
-    shared = [tokens for tokens in found if tokens is not None]
-    assert [tokens is None for tokens in found] == [n in config.depth_layers for n in range(4)]
-    assert all(tokens is shared[0] for tokens in shared)
+    shared = found[1]  # layer 1 has no mixture-of-depths
+    is_own = [tokens is not shared for tokens in found]
+    assert is_own == [number in config.depth_layers for number in range(4)]
 
 
-@pytest.mark.parametrize("norm", ["swin", "pre"])
-def test_what_runs_around_the_experts_is_two_graphs(norm):
-    model, graphs = build("mod_moe_2t2i", norm=norm), []
+@pytest.mark.parametrize(("norm", "dispatch"), [("swin", ScatterSlots), ("pre", TableSlots)])
+def test_what_runs_around_the_experts_is_two_graphs(norm, dispatch):
+    """With mixture-of-depths the choice of tokens, and what becomes of their update, too."""
+    config = ModelConfig(groups="mod_moe_2t2i", dim=16, layers=2, heads=2, norm=norm)
+    model, graphs = Transformer(config, VOCABULARY, (0.5, 0.5), dispatch=dispatch), []
+    model.initialize(0)
 
     def record(graph, inputs):
-        graphs.append(graph)
+        names = (str(node.target).split(".")[-1] for node in graph.graph.nodes)
+        graphs.append({name.split(" ")[-1].rstrip(">") for name in names})
         return graph.forward
 
-    tokens = mixed_tokens(2, 15, 0)
-    expected = model(tokens).head
+    tokens, routing = mixed_tokens(2, 15, 0), Routing(record_selection=True)
+    expected = model(tokens, routing=routing)
     torch.compiler.reset()
     layer = next(model.units())
     assert isinstance(layer, DecoderLayer)
     layer.compile_around_experts(fullgraph=True, dynamic=False, backend=record)
-    torch.testing.assert_close(model(tokens).head, expected)
-    assert len(graphs) == 2
+    found = model(tokens, routing=routing)
+    torch.testing.assert_close(found.head, expected.head)
+    for own, other in zip(found.routers, expected.routers, strict=True):
+        assert torch.equal(own.selected_NE, other.selected_NE)
+    before, after = graphs
+    assert {"topk", "argsort", "scaled_dot_product_attention"} <= before
+    assert {"isfinite", "index_copy"} <= after
+    assert ("scatter_add" in after) == (dispatch is ScatterSlots)
 
 
 def test_a_causal_mask_ignores_documents():
