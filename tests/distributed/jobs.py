@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import Batch
 from moma.errors import UserError
+from moma.model.depth import DepthConfig
 from moma.runs import Run
 from moma.runtime.checkpoint import (
     checkpoints_in,
@@ -61,9 +62,14 @@ HYBRID = EngineConfig(replicate=2)
 def recipe_of(tiny: Recipe, groups: str, engine: EngineConfig, stage: str = "pretrain") -> Recipe:
     # Neither two nor four ranks divide the rows of `down`, E · 43.
     model = tiny.model.model_copy(update={"groups": groups, "hidden": 43})
-    # Equal tokens have equal scores in the first layer: with most seeds its last slot falls among
-    # them, where rounding decides.
-    return tiny.model_copy(update={"model": model, "engine": engine, "stage": stage, "seed": 3})
+    # Equal tokens must not have equal scores, between which rounding would decide: a router sees
+    # them only after they attended to all that precedes them. With this seed, the scores of the
+    # last token that is selected and of the first one that is not differ by 8e-4 or more.
+    changes: dict[str, Any] = {"attention_mask": "causal"}
+    if groups.startswith("mod"):
+        changes["depth"] = DepthConfig(layers=(1,))
+    model = model.model_copy(update=changes)
+    return tiny.model_copy(update={"model": model, "engine": engine, "stage": stage, "seed": 6})
 
 
 def stage_of(case: str) -> str:
@@ -198,14 +204,14 @@ def accumulated_gradient(world: World) -> list[float]:
 
 
 def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
-    """The dtype of the first layer's weights in a forward pass that computes in bf16."""
+    """The dtype of the second layer's weights in a forward pass that computes in bf16."""
     model, _, step, groups = build(
         recipe_of(tiny, "mod_moe_3t1i", EngineConfig(compute="bf16")), world
     )
     found: dict[str, str] = {}
 
     def read(*_: Any) -> None:
-        layer = model.layers[0]
+        layer = model.layers[1]
         weights = {
             "router": layer.experts.groups[0].router.weight,
             "gate": layer.depth.router.weight,
@@ -213,7 +219,7 @@ def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
         }
         found.update({name: str(weight.dtype) for name, weight in weights.items()})
 
-    model.layers[0].attention.register_forward_pre_hook(read)
+    model.layers[1].attention.register_forward_pre_hook(read)
     step([next(group) for group in groups], RATE)
     return found
 
