@@ -31,7 +31,7 @@ from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import ExpertGroup
 from moma.model.initialization import draw_normal
 from moma.model.layers import rotary_cos_sin
-from moma.model.routers import AuxiliaryRouter, Router, RouterRecord
+from moma.model.routers import AuxiliaryRouter, Diagnostics, Router, RouterRecord
 from moma.model.routing import ROUTINGS, Routing, RoutingName
 from moma.model.token_choice import TokenRouter
 from moma.vocabulary import Vocabulary
@@ -172,33 +172,39 @@ class Transformer(nn.Module):
             hidden_BSD = self.cpu_decoder(x_BSD, context, caches.layers, routing)
             none_L = hidden_BSD.new_zeros(0, dtype=torch.bool)
             return ModelOutput(head(hidden_BSD, self.head.weight), [], none_L, [], [], None)
-        records: list[RouterRecord] = []
-        nonfinite: list[Tensor] = []
-        cutoffs: list[Tensor] = []
-        loads: list[Tensor] = []
-        losses: list[Tensor] = []
+        x_BSD, diagnostics = self._run_layers(x_BSD, context, routing, caches)
+        flags = [layer[0].nonfinite for layer in diagnostics if layer[0].nonfinite is not None]
+        nonfinite_L = torch.stack(flags) if flags else x_BSD.new_zeros(0, dtype=torch.bool)
+        if routing.raises and routing.synchronizes:
+            require_finite(nonfinite_L)
+        routers = [router for layer in diagnostics for router in layer]
+        losses = [each.loss for each in routers if each.loss is not None]
+        return ModelOutput(
+            head(self.norm(x_BSD), self.head.weight),
+            [each.record for each in routers if each.record is not None],
+            nonfinite_L,
+            [each.cutoff_E for each in routers if each.cutoff_E is not None],
+            [each.load_O for each in routers if each.load_O is not None],
+            torch.stack(losses).sum() if losses else None,
+        )
+
+    def _run_layers(
+        self, x_BSD: Tensor, context: LayerContext, routing: Routing, caches: Caches | None
+    ) -> tuple[Tensor, list[list[Diagnostics]]]:
+        """Run all layers; also return the diagnostics of each layer's routers."""
         first = next((layer for layer in self.layers if not isinstance(layer, DepthLayer)), None)
         if isinstance(context, TokenContext) and first is not None:
             assert isinstance(first, DecoderLayer)
             tokens = first.experts.tokens(context.modality_BS, routing)
             context = context._replace(group_tokens=tokens)
+        diagnostics: list[list[Diagnostics]] = []
         for number, layer in enumerate(self.layers):
             if caches is not None:
                 assert isinstance(context, CachedContext)
                 context = context._replace(cache=caches.layers[number])
-            x_BSD, diagnostics = layer(x_BSD, context, routing)
-            records += [each.record for each in diagnostics if each.record is not None]
-            cutoffs += [each.cutoff_E for each in diagnostics if each.cutoff_E is not None]
-            loads += [each.load_O for each in diagnostics if each.load_O is not None]
-            losses += [each.loss for each in diagnostics if each.loss is not None]
-            if diagnostics[0].nonfinite is not None:
-                nonfinite.append(diagnostics[0].nonfinite)
-        nonfinite_L = torch.stack(nonfinite) if nonfinite else x_BSD.new_zeros(0, dtype=torch.bool)
-        if routing.raises and routing.synchronizes:
-            require_finite(nonfinite_L)
-        router_loss = torch.stack(losses).sum() if losses else None
-        output = head(self.norm(x_BSD), self.head.weight)
-        return ModelOutput(output, records, nonfinite_L, cutoffs, loads, router_loss)
+            x_BSD, of_layer = layer(x_BSD, context, routing)
+            diagnostics.append(of_layer)
+        return x_BSD, diagnostics
 
     def _context(
         self,
