@@ -36,15 +36,15 @@ from moma.model.routers import (
 from moma.model.routing import (
     BatchChoice,
     CapacityName,
+    RaggedSelection,
     Routing,
     Scores,
-    SelectedTokens,
     Selection,
-    list_selected,
     logistic_noise,
     may_synchronize,
     router_logits,
     select_all,
+    select_ragged,
     static_capacity,
 )
 
@@ -88,31 +88,31 @@ def add_expert_outputs(
     """
     gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, score_EK) = inputs
     experts, capacity = index_EK.shape
-    column_T = torch.arange(experts, device=x_ND.device).repeat_interleave(capacity)
-    slots = dispatch(index_EK.flatten(), filled_EK.flatten(), column_T, len(x_ND), experts)
+    expert_T = torch.arange(experts, device=x_ND.device).repeat_interleave(capacity)
+    slots = dispatch(index_EK.flatten(), filled_EK.flatten(), expert_T, len(x_ND), experts)
     x_EKD = slots.gather(x_ND).unflatten(0, index_EK.shape)
     ffn_EKD = (functional.silu(x_EKD @ gate_EDF) * (x_EKD @ up_EDF)) @ down_EFD
     return slots.scatter_add(total_ND, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
 
 
-def add_listed_outputs(
+def add_ragged_outputs(
     total_ND: Tensor,
     x_ND: Tensor,
     weights: Sequence[Tensor],
-    tokens: SelectedTokens,
+    selection: RaggedSelection,
     dispatch: Dispatch,
 ) -> Tensor:
-    """Equation 1 for experts that process different numbers of tokens.
+    """Equation 1 for experts that process different numbers of tokens, without slots.
 
     The weights of experts without tokens are not read.
 
     Args:
         total_ND, x_ND: as for `add_expert_outputs`.
         weights: SwiGLU weights of the experts, [E, D, F] twice and [E, F, D].
-        tokens: the tokens of each expert.
+        selection: the tokens of each expert.
         dispatch: builds the slots.
     """
-    index_T, expert_T, filled_T, score_T, end_E = tokens
+    index_T, expert_T, filled_T, score_T, end_E = selection
     if not len(index_T):
         return total_ND
     gate_EDF, up_EDF, down_EFD = weights
@@ -174,8 +174,8 @@ class ExpertGroup(nn.Module):
         self.router = Router(dim, self.num_experts)
         self.auxiliary = AuxiliaryRouter(dim, self.num_experts)
 
-    def lists_tokens(self, routing: Routing) -> bool:
-        """Whether experts process different numbers of tokens, instead of having slots."""
+    def is_ragged(self, routing: Routing) -> bool:
+        """Whether experts process different numbers of tokens, instead of K slots each."""
         return routing.experts.capacity is None
 
     def forward(
@@ -185,17 +185,17 @@ class ExpertGroup(nn.Module):
 
         Args:
             x_ND: tokens of all modalities.
-            tokens: from `tokens`, with the same routing.
+            tokens: from `find_tokens`, with the same routing.
             routing: see `Routing`.
             total_ND: outputs of other groups, to add to; if omitted, zeros.
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
-        if self.lists_tokens(routing):
+        if self.is_ragged(routing):
             may_skip = may_synchronize(tokens.eligible_N) and not routing.records
             if may_skip and not tokens.eligible_N.any():
                 return total_ND, []
-            listed, diagnostics = self._list_tokens(x_ND, tokens.eligible_N, routing)
-            total_ND = add_listed_outputs(total_ND, x_ND, self.matrices(), listed, self.dispatch)
+            selection, diagnostics = self._select_ragged(x_ND, tokens.eligible_N, routing)
+            total_ND = add_ragged_outputs(total_ND, x_ND, self.matrices(), selection, self.dispatch)
             return total_ND, diagnostics
         inputs, diagnostics = self.route(x_ND, tokens, routing)
         return self.add_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics
@@ -209,8 +209,8 @@ class ExpertGroup(nn.Module):
         selection, diagnostics = self._select(x_ND, tokens.eligible_N, routing)
         return ExpertInputs(*self.matrices(), selection), diagnostics
 
-    def tokens(self, modality_N: Tensor, routing: Routing) -> GroupTokens:
-        """Find the tokens of the group's modalities; those of padding are −1."""
+    def find_tokens(self, modality_N: Tensor, routing: Routing) -> GroupTokens:
+        """Find the tokens of the group's modalities; the modality of padding is −1."""
         eligible_N = modality_N == self.modalities[0]
         for modality in self.modalities[1:]:
             eligible_N = eligible_N | (modality_N == modality)
@@ -251,18 +251,18 @@ class ExpertGroup(nn.Module):
             )
         ]
 
-    def _list_tokens(
+    def _select_ragged(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
-    ) -> tuple[SelectedTokens, list[Diagnostics]]:
+    ) -> tuple[RaggedSelection, list[Diagnostics]]:
         if self.num_experts == 1:
-            certain_1N = torch.full_like(eligible_N[None], torch.inf, dtype=torch.float32)
-            return list_selected(eligible_N[None], certain_1N), []
+            logit_1N = torch.full_like(eligible_N[None], torch.inf, dtype=torch.float32)
+            return select_ragged(eligible_N[None], logit_1N), []  # sigmoid(∞) = 1
         scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
         selected_EN = routing.experts.candidates(scores)
-        tokens = list_selected(selected_EN, scores.logits_RN)
+        selection = select_ragged(selected_EN, scores.logits_RN)
         logits_NE = scores.logits_RN.T
         selected_NE = selected_EN.T.to(logits_NE.dtype) if routing.records else None
-        return tokens, [diagnose(selected_NE, logits_NE, auxiliary_NE, eligible_N, routing)]
+        return selection, [diagnose(selected_NE, logits_NE, auxiliary_NE, eligible_N, routing)]
 
     def _scores(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
@@ -300,7 +300,7 @@ class DenseGroup(nn.Module):
         y_ND = self.feed_forward(x_ND)
         return y_ND if total_ND is None else total_ND + y_ND, []
 
-    def tokens(self, modality_N: Tensor, routing: Routing) -> None:
+    def find_tokens(self, modality_N: Tensor, routing: Routing) -> None:
         """Nothing: all tokens are processed."""
 
 
@@ -324,16 +324,16 @@ class MixtureOfExperts(nn.Module):
             x_BSD: tokens.
             modality_BS: modality of each token; −1 for padding, which is never selected.
             routing: see `Routing`.
-            tokens: from `tokens`, if known from another layer.
+            tokens: from `find_tokens`, if known from another layer.
         """
-        tokens = self.tokens(modality_BS, routing) if tokens is None else tokens
+        tokens = self.find_tokens(modality_BS, routing) if tokens is None else tokens
         total_ND, diagnostics = self.sum_groups(x_BSD.flatten(0, 1), tokens, routing)
         return total_ND.to(x_BSD.dtype).view_as(x_BSD), diagnostics
 
-    def tokens(self, modality_BS: Tensor, routing: Routing) -> list[GroupTokens | None]:
+    def find_tokens(self, modality_BS: Tensor, routing: Routing) -> list[GroupTokens | None]:
         """Find the tokens of each group's modalities."""
         modality_N = modality_BS.flatten()
-        return [group.tokens(modality_N, routing) for group in self.groups]  # type: ignore[operator]
+        return [group.find_tokens(modality_N, routing) for group in self.groups]  # type: ignore[operator]
 
     def sum_groups(
         self, x_ND: Tensor, tokens: Sequence[GroupTokens | None], routing: Routing
@@ -341,8 +341,8 @@ class MixtureOfExperts(nn.Module):
         """Sum the outputs of all groups, [N, D]; also return the diagnostics of the routers."""
         total_ND = zero_total(x_ND) if len(self.groups) > 1 else None
         diagnostics: list[Diagnostics] = []
-        for group, of_group in zip(self.groups, tokens, strict=True):
-            total_ND, group_diagnostics = group(x_ND, of_group, routing, total_ND)
+        for group, group_tokens in zip(self.groups, tokens, strict=True):
+            total_ND, group_diagnostics = group(x_ND, group_tokens, routing, total_ND)
             diagnostics += group_diagnostics
         assert total_ND is not None
         return total_ND, diagnostics

@@ -37,8 +37,8 @@ def add_fused_outputs(
     index_EK, filled_EK, score_EK = inputs.selection
     experts, slots = index_EK.shape
     end_E = (filled_EK.flip(1).cumsum(1) > 0).sum(1)  # up to the last slot that is filled
-    column_T = torch.arange(experts, device=x_ND.device).repeat_interleave(slots)
-    table = TableSlots(index_EK.flatten(), filled_EK.flatten(), column_T, len(x_ND), experts)
+    expert_T = torch.arange(experts, device=x_ND.device).repeat_interleave(slots)
+    table = TableSlots(index_EK.flatten(), filled_EK.flatten(), expert_T, len(x_ND), experts)
     y_ND, *_ = fused_experts(x_ND, *weights, index_EK, score_EK.float(), end_E, table.slot_NC)
     return total_ND + y_ND
 

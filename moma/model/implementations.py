@@ -50,7 +50,7 @@ class JointMixtureOfExperts(MixtureOfExperts):
     ) -> tuple[Tensor, list[Diagnostics]]:
         """See `MixtureOfExperts`."""
         stacks = [group for group in self.groups if isinstance(group, ExpertGroup)]
-        if any(group.lists_tokens(routing) for group in stacks):  # computed group by group
+        if any(group.is_ragged(routing) for group in stacks):  # computed group by group
             return super().sum_groups(x_ND, tokens, routing)
         inputs: list[ExpertInputs] = []
         diagnostics: list[Diagnostics] = []

@@ -6,12 +6,13 @@ token on its own: by the auxiliary router (§2.4), or by whether its score excee
 was recorded while training (arXiv 2603.11535).
 
 A policy names the tokens that an expert may process and the number of slots for them. With slots,
-the result is a `Selection` with the same number of them for each expert; without, experts process
-different numbers of tokens, which `SelectedTokens` lists. The policies also serve
+the result is a `Selection` with the same number of them for each expert; without, it is a
+`RaggedSelection`, in which each expert has as many tokens as it selected. The policies also serve
 mixture-of-depths (`depth.py`), where `Routing` may name another one.
 
-Shapes: see `layers.py`. E is the number of experts in a group, K the slots of each expert. R rows
-of tokens that compete with each other: those of one expert, or of one depth router.
+Shapes: see `layers.py`. E is the number of experts in a group, K the slots of each expert. A row
+holds the logits of the tokens that compete with each other for one expert or one depth router; R
+rows.
 """
 
 import math
@@ -218,8 +219,8 @@ class Selection(NamedTuple):
         return zeros_EN.scatter_add(1, self.index_EK, self.filled_EK.to(zeros_EN.dtype)).T
 
 
-class SelectedTokens(NamedTuple):
-    """The tokens that each expert processes, in one list, expert after expert.
+class RaggedSelection(NamedTuple):
+    """The tokens that each expert processes, of any number, concatenated expert after expert.
 
     Attributes:
         index_T: int64 index of the token, into the N tokens.
@@ -333,8 +334,8 @@ def may_synchronize(x_N: Tensor) -> bool:
     return x_N.device.type != "cuda" or len(x_N) > MAX_UNSYNCHRONIZED_TOKENS
 
 
-def list_selected(selected_EN: Tensor, logits_EN: Tensor) -> SelectedTokens:
-    """List the tokens that each expert selected.
+def select_ragged(selected_EN: Tensor, logits_EN: Tensor) -> RaggedSelection:
+    """Concatenate the tokens that each expert selected.
 
     The length depends on the data, unless the device must not be waited for (`may_synchronize`):
     then every pair of expert and token has a slot, the selected ones first.
@@ -352,7 +353,7 @@ def list_selected(selected_EN: Tensor, logits_EN: Tensor) -> SelectedTokens:
         expert_T, index_T = selected_EN.nonzero(as_tuple=True)
     filled_T = selected_EN[expert_T, index_T]
     score_T = logits_EN[expert_T, index_T].sigmoid() * filled_T
-    return SelectedTokens(index_T, expert_T, filled_T, score_T, end_E)
+    return RaggedSelection(index_T, expert_T, filled_T, score_T, end_E)
 
 
 def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:

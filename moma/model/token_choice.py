@@ -22,12 +22,12 @@ from moma.model.groups import TokenChoiceConfig
 from moma.model.routers import Diagnostics, diagnose
 from moma.model.routing import (
     Noisy,
+    RaggedSelection,
     Routing,
-    SelectedTokens,
     Selection,
-    list_selected,
     logistic_noise,
     router_logits,
+    select_ragged,
     select_top_k,
 )
 
@@ -143,7 +143,7 @@ class TokenChoiceGroup(ExpertGroup):
         """Create the router; there is nothing that an auxiliary router would have to predict."""
         self.router = TokenRouter(dim, self.num_experts, self._config)
 
-    def lists_tokens(self, routing: Routing) -> bool:
+    def is_ragged(self, routing: Routing) -> bool:
         """Slots, and dropped tokens, exist only under the static capacity of training."""
         return routing.experts.capacity != "static"
 
@@ -169,15 +169,15 @@ class TokenChoiceGroup(ExpertGroup):
         )
         return selection, [found._replace(load_O=choices.load_O, loss=choices.loss)]
 
-    def _list_tokens(
+    def _select_ragged(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
-    ) -> tuple[SelectedTokens, list[Diagnostics]]:
+    ) -> tuple[RaggedSelection, list[Diagnostics]]:
         if isinstance(routing.experts, Noisy):
             raise ValueError(
                 "token choice has no decisions of experts to invert; use Noisy for depth"
             )
         choices = self.router.choose(x_ND, eligible_N, False)
-        tokens = list_selected(choices.taken_NE.T, choices.logits_NE.T)
+        tokens = select_ragged(choices.taken_NE.T, choices.logits_NE.T)
         weight_T = choices.weight_NE[tokens.index_T, tokens.expert_T] * tokens.filled_T
         selected_NE = choices.taken_NE.to(choices.logits_NE.dtype) if routing.records else None
         return tokens._replace(score_T=weight_T), [

@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         first = next((layer for layer in self.layers if not isinstance(layer, DepthLayer)), None)
         if isinstance(context, TokenContext) and first is not None:
             assert isinstance(first, DecoderLayer)
-            tokens = first.experts.tokens(context.modality_BS, routing)
+            tokens = first.experts.find_tokens(context.modality_BS, routing)
             context = context._replace(group_tokens=tokens)
         diagnostics: list[list[Diagnostics]] = []
         for number, layer in enumerate(self.layers):

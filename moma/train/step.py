@@ -235,7 +235,8 @@ class Step:
         self.finish_loss = finish_loss or loss_function
         self.optimizers = tuple(optimizers)
         self.max_norm, self.world, self.monitor = max_norm, world, monitor
-        self._accumulating = model if reduces_once and isinstance(model, FSDPModule) else None
+        # Whose gradients are reduced over ranks once per step; None: after each micro-batch.
+        self._reduced_once = model if reduces_once and isinstance(model, FSDPModule) else None
         self._max_documents = self._max_length = 0
         on_gpu = world.device.type == "cuda"
         self._is_bf16 = compute_dtype == torch.bfloat16 if compute_dtype else on_gpu
@@ -321,8 +322,8 @@ class Step:
             self._max_documents = max(self._max_documents, batch.max_documents or 0)
             self._max_length = max(self._max_length, batch.max_length or 0)
         for number, batch in enumerate(on_device, 1):
-            if self._accumulating is not None:
-                self._accumulating.set_requires_gradient_sync(number == len(batches))
+            if self._reduced_once is not None:
+                self._reduced_once.set_requires_gradient_sync(number == len(batches))
             with self.autocast():
                 bounded = batch._replace(
                     max_documents=self._max_documents, max_length=self._max_length

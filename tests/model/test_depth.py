@@ -262,7 +262,7 @@ def test_a_single_expert_has_a_slot_for_every_selected_token_of_its_modality(onl
     assert isinstance(group, ExpertGroup)
     tokens = selection.index_EK.numel()
     x_KD, modality_K = torch.zeros(tokens, DIM).double(), torch.zeros(tokens, dtype=torch.long)
-    inputs, _ = group.route(x_KD, group.tokens(modality_K, BATCH), BATCH)
+    inputs, _ = group.route(x_KD, group.find_tokens(modality_K, BATCH), BATCH)
     in_batch = math.ceil((0.9, 0.1)[only] * 16)
     assert inputs.selection.index_EK.numel() == min(in_batch, tokens)
 

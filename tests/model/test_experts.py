@@ -38,7 +38,7 @@ def routed(modality: ModalityName, experts: int, share: float = 0.5, seed: int =
 def test_routed_group_equals_the_equation(modalities, experts, seed):
     group = routed("text", experts, seed=seed)
     x_ND = torch.randn(len(modalities), DIM, dtype=torch.float64)
-    y_ND, _ = group(x_ND, group.tokens(torch.tensor(modalities), ACTUAL), ACTUAL)
+    y_ND, _ = group(x_ND, group.find_tokens(torch.tensor(modalities), ACTUAL), ACTUAL)
     reference = Group(group, {TEXT}, lambda members: math.ceil(members / experts))
     expected = feed_forward([reference], x_ND.numpy(), modalities)
     np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-10)
@@ -48,8 +48,8 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares():
     group = routed("image", 4, share=0.5)
     x_ND = torch.randn(32, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT, IMAGE] * 16)
-    static, _ = group(x_ND, group.tokens(modality_N, Routing()), Routing())
-    actual, _ = group(x_ND, group.tokens(modality_N, ACTUAL), ACTUAL)
+    static, _ = group(x_ND, group.find_tokens(modality_N, Routing()), Routing())
+    actual, _ = group(x_ND, group.find_tokens(modality_N, ACTUAL), ACTUAL)
     torch.testing.assert_close(static, actual, rtol=0, atol=0)
 
 
@@ -57,7 +57,7 @@ def test_static_capacity_equals_actual_where_the_batch_has_the_shares():
 def test_absent_modality_leaves_zeros_and_finite_gradients(modalities):
     group = routed("image", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64, requires_grad=True)
-    y_ND, _ = group(x_ND, group.tokens(torch.tensor(modalities), Routing()), Routing())
+    y_ND, _ = group(x_ND, group.find_tokens(torch.tensor(modalities), Routing()), Routing())
     y_ND.square().sum().backward()
     others = torch.tensor(modalities) != IMAGE
     assert not y_ND[others].any()
@@ -71,8 +71,8 @@ def test_padding_is_never_selected():
     group = routed("text", 2, share=1.0)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     x_ND[4:] *= 100
-    without_padding, _ = group(x_ND[:4], group.tokens(torch.full((4,), TEXT), ACTUAL), ACTUAL)
-    padded, _ = group(x_ND, group.tokens(torch.tensor([TEXT] * 4 + [-1] * 4), ACTUAL), ACTUAL)
+    without_padding, _ = group(x_ND[:4], group.find_tokens(torch.full((4,), TEXT), ACTUAL), ACTUAL)
+    padded, _ = group(x_ND, group.find_tokens(torch.tensor([TEXT] * 4 + [-1] * 4), ACTUAL), ACTUAL)
     torch.testing.assert_close(padded[:4], without_padding)
     assert not padded[4:].any()
 
@@ -101,7 +101,7 @@ def test_a_single_expert_per_modality_equals_a_feed_forward(modality, routing):
         torch.nn.init.normal_(parameter)
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
     modality_N = torch.tensor([IMAGE, TEXT] * 5)
-    y_ND, _ = group(x_ND, group.tokens(modality_N, routing), routing)
+    y_ND, _ = group(x_ND, group.find_tokens(modality_N, routing), routing)
     own_N = modality_N == modality
     torch.testing.assert_close(y_ND[own_N], swiglu_of(group)(x_ND[own_N]))
     assert not y_ND[~own_N].any()
@@ -122,7 +122,7 @@ def test_a_single_expert_for_all_modalities_equals_a_feed_forward(routing):
     x_ND = torch.randn(10, DIM, dtype=torch.float64)
     modality_N = torch.tensor([IMAGE, TEXT, TEXT] * 3 + [TEXT])
     for group in (dense, stack):
-        y_ND, _ = group(x_ND, group.tokens(modality_N, routing), routing)
+        y_ND, _ = group(x_ND, group.find_tokens(modality_N, routing), routing)
         torch.testing.assert_close(y_ND, swiglu(x_ND))
 
 
@@ -131,7 +131,7 @@ def test_causal_routing_follows_only_the_auxiliary_router():
     x_ND = torch.randn(12, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 9 + [IMAGE] * 3)
     routing = uniform_routing(Auxiliary())
-    y_ND, _ = group(x_ND, group.tokens(modality_N, routing), routing)
+    y_ND, _ = group(x_ND, group.find_tokens(modality_N, routing), routing)
     expected = feed_forward([Group(group, {TEXT})], x_ND.numpy(), modality_N.tolist())
     assert expected[:9].any(axis=1).any()
     np.testing.assert_allclose(y_ND.detach().numpy(), expected, atol=1e-9)
@@ -142,7 +142,7 @@ def test_a_record_has_the_actual_selection():
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
     routing = uniform_routing(BatchChoice("actual"), record_auxiliary=True)
-    _, (diagnostics,) = group(x_ND, group.tokens(modality_N, routing), routing)
+    _, (diagnostics,) = group(x_ND, group.find_tokens(modality_N, routing), routing)
     record = diagnostics.record
     scores = router_logits(group.router.weight, x_ND).detach()
     for expert in range(2):

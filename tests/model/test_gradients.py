@@ -73,7 +73,7 @@ def test_gradients_of_a_feed_forward():
 def test_gradients_of_a_group(experts, policy):
     module = build_group(DIM, HIDDEN, group("text", experts), (0.75, 0.25))
     routing = Routing(policy)
-    tokens = module.tokens(MODALITY.flatten(), routing)
+    tokens = module.find_tokens(MODALITY.flatten(), routing)
     assert_gradients(module, some_tokens(8), tokens, routing, output=first)
 
 

@@ -289,7 +289,7 @@ def bf16_contributions(experts: Any, x_ND, modality_N) -> torch.Tensor:
     total_ND = torch.zeros(x_ND.shape, dtype=torch.float64)
     for group in experts.groups:
         (gate, up, down, selection), _ = group.route(
-            x_ND, group.tokens(modality_N, Routing()), Routing()
+            x_ND, group.find_tokens(modality_N, Routing()), Routing()
         )
         for e, index_K in enumerate(selection.index_EK):
             x_KD = x_ND[index_K].bfloat16()

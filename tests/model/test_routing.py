@@ -17,10 +17,10 @@ from moma.model.routing import (
     Threshold,
     any_nonfinite,
     cutoffs_of,
-    list_selected,
     router_logits,
     select_all,
     select_by_sequence,
+    select_ragged,
     select_top_k,
     selected_by,
 )
@@ -73,7 +73,7 @@ def test_auxiliary_routers_decide_each_token_by_itself(case, synchronize):
     assert torch.equal(selected_NE, (auxiliary_logits_NE > 0) & eligible_N[:, None])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "may_synchronize", lambda _: synchronize)
-        tokens = list_selected(selected_NE.T, auxiliary_logits_NE.T)
+        tokens = select_ragged(selected_NE.T, auxiliary_logits_NE.T)
     total_NE, start = torch.zeros(selected_NE.shape), 0
     for expert, end in enumerate(tokens.end_E.tolist()):
         total_NE[:, expert].index_add_(0, tokens.index_T[start:end], tokens.score_T[start:end])

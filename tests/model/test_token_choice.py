@@ -39,7 +39,7 @@ def group_of(config: TokenChoiceConfig, experts: int, seed: int = 0) -> TokenCho
 
 
 def run(group: TokenChoiceGroup, x_ND: Tensor, modality_N: Tensor, routing: Routing = STATIC):
-    return group(x_ND, group.tokens(modality_N, routing), routing)
+    return group(x_ND, group.find_tokens(modality_N, routing), routing)
 
 
 def slow_group(

@@ -338,7 +338,7 @@ def test_noise_changes_the_score_as_well_as_the_selection():
         torch.nn.init.normal_(parameter)
     x, modality = torch.randn(12, 8), torch.zeros(12, dtype=torch.long)
     torch.manual_seed(1)
-    selection = group.route(x, group.tokens(modality, Routing()), Routing())[0].selection
+    selection = group.route(x, group.find_tokens(modality, Routing()), Routing())[0].selection
     torch.manual_seed(1)
     uniform = torch.rand(3, 12).T  # the memory layout of the logits
     score_EN = (x @ group.router.weight.T + (uniform / (1 - uniform)).log()).sigmoid().T
