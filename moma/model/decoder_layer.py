@@ -160,7 +160,7 @@ class DecoderLayer(nn.Module):
         attention_BSD = self._attend(x_BSD, context)
         h_BSD = x_BSD + attention_BSD
         modality_BS, tokens = context.modality_BS, context.group_tokens
-        tokens = self.experts.tokens(modality_BS, routing) if tokens is None else tokens
+        tokens = self.experts.find_tokens(modality_BS, routing) if tokens is None else tokens
         return ExpertsInput(self._normed(h_BSD), h_BSD, modality_BS, tokens)
 
     def after_experts(
@@ -219,7 +219,7 @@ class DepthLayer(DecoderLayer):
         selection, diagnostics = self.depth(x_BSD, context.modality_BS, routing, segments)
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
         selected = context.select(index_RK, selection.filled_EK)
-        tokens = self.experts.tokens(selected.modality_BS, routing)
+        tokens = self.experts.find_tokens(selected.modality_BS, routing)
         if not index_RK.shape[1]:  # possible without slots only
             # Ranks that select tokens wait for the others to gather the experts' weights with them.
             none_R0D = x_BSD[:, :0]

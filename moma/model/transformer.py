@@ -202,8 +202,8 @@ class Transformer(nn.Module):
             if caches is not None:
                 assert isinstance(context, CachedContext)
                 context = context._replace(cache=caches.layers[number])
-            x_BSD, of_layer = layer(x_BSD, context, routing)
-            diagnostics.append(of_layer)
+            x_BSD, layer_diagnostics = layer(x_BSD, context, routing)
+            diagnostics.append(layer_diagnostics)
         return x_BSD, diagnostics
 
     def _context(
