@@ -109,8 +109,8 @@ def find_document(folder: Path, source: str | None, split: str, document: int) -
             if len(shard)
             else f"--document {document}: {name} has no documents in {split}"
         )
-    row = shard.dataset[document - 1]
-    return FoundDocument(name, row["name"], shard.ids(document - 1))
+    row = document - 1
+    return FoundDocument(name, shard.name(row), shard.ids(row))
 
 
 def decode_document(

@@ -9,11 +9,11 @@ A row of an Arrow file is a document: `ids`, `images`, `name`. The files are mem
 `encode/part_writer.py` writes them.
 """
 
-import json
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from moma.data.mapped_files import MappedFile, OpenFiles
 from moma.data.provenance import Encoders, read_provenance
 from moma.errors import UserError, error_reason
 from moma.files import Checksum, read_bounded
@@ -35,8 +36,6 @@ INFO_FILE = "shard.json"
 ORIGIN_FILE = "origin.json"
 VOCABULARY_FILE = "vocabulary.json"
 REJECTED_FILE = "rejected.jsonl"
-# Key of the Arrow schema's metadata with the origin of a file.
-METADATA_KEY = b"moma"
 # What reading an Arrow file with other content, or with other columns, raises.
 _DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 
@@ -168,49 +167,50 @@ class ShardInfo(Config):
 
 
 class Shard:
-    """The encoded documents of one split, memory-mapped, over any number of files.
+    """The encoded documents of one split, over any number of memory-mapped files.
 
     Attributes:
-        images: number of images of each document, int32 of shape [documents].
+        images, lengths: number of images and of tokens of each document, int32 of shape
+            [documents].
+        origins: the origin in each file's metadata.
     """
 
-    def __init__(self, paths: Sequence[Path], features: datasets.Features) -> None:
-        self._paths, self._features = paths, features
-        tables = [_open_table(path) for path in paths]
-        self.images: np.ndarray = np.concatenate(
-            [np.empty(0, np.int32), *(table.column("images").to_numpy() for table in tables)]
-        )
-        # Views of the mapped files: a document is a slice and needs no copy.
-        chunks = [chunk for table in tables for chunk in table.column("ids").chunks]
-        self._flat = [chunk.values.to_numpy() for chunk in chunks]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in chunks]
-        self._first_row = np.cumsum([0, *(len(chunk) for chunk in chunks)])
-        # The origin in each file's metadata.
-        self.origins: list[dict[str, Any]] = [
-            json.loads(table.schema.metadata[METADATA_KEY]) for table in tables
-        ]
+    def __init__(
+        self, paths: Sequence[Path], features: datasets.Features, files: OpenFiles
+    ) -> None:
+        self._paths, self._features, self._files = paths, features, files
+        images, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+        self.origins: list[dict[str, Any]] = []
+        for file in map(files.get, paths):
+            self.origins.append(file.origin)
+            images.append(file.images)
+            lengths.append(file.lengths)
+        self._first_row = [*accumulate(map(len, images[1:]), initial=0)]
+        self.images, self.lengths = np.concatenate(images), np.concatenate(lengths)
 
     def __len__(self) -> int:
-        return int(self._first_row[-1])
+        return self._first_row[-1]
 
     def ids(self, row: int) -> np.ndarray:
         """Return the ids of a document, unsigned integers of shape [tokens]; a read-only view."""
-        chunk = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        index = row - self._first_row[chunk]
-        begin, end = self._offsets[chunk][index : index + 2]
-        return self._flat[chunk][begin:end]
+        file, row = self._find(row)
+        return file.ids(row)
 
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, int32 of shape [documents]."""
-        return np.concatenate([np.empty(0, np.int32), *map(np.diff, self._offsets)])
+    def name(self, row: int) -> str:
+        """Return the name of a document."""
+        file, row = self._find(row)
+        return file.name(row)
 
-    @cached_property
+    @property
     def dataset(self) -> datasets.Dataset:
-        """The rows as a Hugging Face dataset: `ids`, `images`, `name`."""
+        """The rows as a Hugging Face dataset: `ids`, `images`, `name`; opens all files at once."""
         empty = datasets.Dataset.from_dict({key: [] for key in self._features}, self._features)
         files = [datasets.Dataset.from_file(str(path)) for path in self._paths]
         return datasets.concatenate_datasets(files or [empty])
+
+    def _find(self, row: int) -> tuple[MappedFile, int]:
+        number = bisect_right(self._first_row, row) - 1
+        return self._files.get(self._paths[number]), row - self._first_row[number]
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,8 @@ def open_sources(data: Path, names: Iterable[str], vocabulary: Vocabulary) -> di
     require_data_folder(data)
     provenance = read_provenance(data)
     encoders = provenance.encoders if provenance else None
-    return {name: open_shards(data / "shards" / name, vocabulary, encoders) for name in names}
+    folder, files = data / "shards", OpenFiles()
+    return {name: open_shards(folder / name, vocabulary, encoders, files) for name in names}
 
 
 def require_data_folder(folder: Path) -> None:
@@ -240,11 +241,17 @@ def require_data_folder(folder: Path) -> None:
         raise wrong_folder(folder, "data")
 
 
-def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None = None) -> Shards:
+def open_shards(
+    folder: Path,
+    vocabulary: Vocabulary,
+    encoders: Encoders | None = None,
+    files: OpenFiles | None = None,
+) -> Shards:
     """Open the shards of one source, which must have been encoded with this vocabulary.
 
     Args:
         encoders: the tokenizer and codec; None accepts any.
+        files: the open files that it shares with other shards.
 
     Raises:
         UserError: they are missing, incomplete or damaged, or were encoded with others.
@@ -263,7 +270,7 @@ def open_shards(folder: Path, vocabulary: Vocabulary, encoders: Encoders | None 
         raise UserError(
             f"{folder}: encoded with another {info.encoders.differences(encoders)}; {again}"
         )
-    return _open_files(folder, info, vocabulary)
+    return _open_files(folder, info, vocabulary, files or OpenFiles())
 
 
 def open_unfinished(folder: Path, vocabulary: Vocabulary) -> Shards:
@@ -277,13 +284,13 @@ def open_unfinished(folder: Path, vocabulary: Vocabulary) -> Shards:
     records = [record for record in found if record is not None and record.documents_read]
     if origin is None or not records:
         raise UserError(f"{folder}: nothing is complete yet; inspect it later")
-    return _open_files(folder, origin.with_parts(records), vocabulary)
+    return _open_files(folder, origin.with_parts(records), vocabulary, OpenFiles())
 
 
-def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary) -> Shards:
+def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: OpenFiles) -> Shards:
     features = shard_features(vocabulary)
     try:
-        splits = {split: Shard(info.files(folder, split), features) for split in SPLITS}
+        splits = {split: Shard(info.files(folder, split), features, files) for split in SPLITS}
         for split, shard in splits.items():
             _check_files(folder, info, split, shard)
     except _DAMAGE as error:
@@ -326,11 +333,6 @@ def file_origin(info: ShardInfo) -> dict[str, str]:
         "vocabulary": info.vocabulary_fingerprint,
         **info.encoders.model_dump(),
     }
-
-
-def _open_table(path: Path) -> pa.Table:
-    with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
-        return stream.read_all()
 
 
 def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> None:

@@ -14,8 +14,8 @@ import pyarrow as pa
 
 from moma.data.documents import Rejected
 from moma.data.encode.rejected import rejected_line
+from moma.data.mapped_files import METADATA_KEY
 from moma.data.shards import (
-    METADATA_KEY,
     SPLITS,
     Counts,
     Part,
