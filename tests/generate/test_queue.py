@@ -97,7 +97,7 @@ def assert_complete(out, expected):
 def test_every_prompt_gets_the_answer_that_it_gets_alone(prompts, answer, expected, tmp_path):
     assert answer_prompts(prompts, tmp_path / "out", SETTINGS, answer, quiet=True)
     assert_complete(tmp_path / "out", expected)
-    assert len({str(map(comparable, content)) for content in expected}) > 1
+    assert len({str([*map(comparable, content)]) for content in expected}) > 1
 
 
 @pytest.mark.parametrize("saved", [0, 1, 4, COUNT])
