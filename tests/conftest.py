@@ -12,6 +12,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Without an NVIDIA driver, Triton's kernels are interpreted. Set before Triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/proc/driver/nvidia").exists() else "1")
 
+# No test survives a power failure, so none waits for the disk.
+os.fsync = lambda _: None
+
 import pytest
 
 # Only what is light: the process that distributes the tests also imports this file.

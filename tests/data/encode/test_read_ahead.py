@@ -17,6 +17,7 @@ from moma.data.encode.read_ahead import ImageReader, Pixels
 from moma.demo.drawings import render
 from moma.errors import StorageError, UserError
 from moma.images import square_pixels
+from tests.data.encode.failing_disk import fail_to_read
 
 shape = partial(square_pixels, size=2)
 
@@ -149,10 +150,6 @@ with ImageReader(partial(square_pixels, size=2), 2, seconds=0) as reader:
             return
         time.sleep(0.1)
     pytest.fail("a worker outlived its process")
-
-
-def fail_to_read():
-    raise StorageError("the disk fails")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
