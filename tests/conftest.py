@@ -13,7 +13,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/proc/driver/nvidia").exists() else "1")
 
 # No test survives a power failure, so none waits for the disk.
-os.fsync = lambda _: None
+os.fsync = lambda fd: None
 
 import pytest
 

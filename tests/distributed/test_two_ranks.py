@@ -31,6 +31,7 @@ from tests.distributed.jobs import (
     CASES,
     ONE_PROCESS,
     STEPS,
+    build,
     copy_half,
     job_of_four,
     job_of_two,
@@ -135,6 +136,22 @@ def assert_equals_one_process(
     assert stored.meta_tensors.keys() == models[0].state_dict().keys()
     for name, value in stored.read(stored.meta_tensors).items():
         assert torch.equal(value, models[0].state_dict()[name])
+
+
+@pytest.mark.parametrize("groups", sorted({groups for groups, *_ in CASES.values()}))
+@torch.no_grad()
+def test_no_selection_is_a_close_call(tiny, groups):
+    """A token selected instead of another would change the outputs by about 1."""
+    model, _, _, streams = build(recipe_of(tiny, groups, EngineConfig()), ONE_PROCESS)
+    parts = [
+        [torch.from_numpy(part) for part in (b.tokens_BS, b.document_ids_BS, b.positions_BS)]
+        for b in (next(stream) for _ in range(STEPS + 1) for stream in streams)
+    ]
+    outputs = [model(*part).head for part in parts]
+    for weight in model.parameters():
+        weight.mul_(1 + 1e-5 * torch.randn_like(weight))
+    for part, output in zip(parts, outputs, strict=True):
+        torch.testing.assert_close(model(*part).head, output, atol=1e-2, rtol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
