@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 # A comment before a block says that a test runs it, or saves it as a file:
-#   <!-- run -->, <!-- run: slow -->, <!-- save: mine.toml pretrain.steps=2 -->
+#   <!-- run -->, <!-- run: slow -->, <!-- save: some.toml pretrain.steps=2 -->
 _BLOCK = re.compile(
     r"^(?:<!-- (?P<mark>[^>]*) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,

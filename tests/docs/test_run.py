@@ -65,6 +65,9 @@ def test_marked_blocks_run(marked):
 def save(block: Block) -> None:
     """Write the file that a block shows, a recipe with the changes in the mark."""
     name, *changes = block.mark.removeprefix("save: ").split()
+    if name == "my.toml":  # the page makes what others use
+        shutil.rmtree("runs/my")
+        shutil.rmtree("data/my")
     if not changes:
         Path(name).write_text(block.text)
         return
