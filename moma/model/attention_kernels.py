@@ -17,6 +17,8 @@ from torch.nn import functional
 KernelName = Literal["masked", "varlen", "flex"]
 
 HALF = (torch.float16, torch.bfloat16)
+# Queries of a block of attention with a mask.
+_QUERIES = 256
 
 
 class Segments(NamedTuple):
@@ -74,7 +76,8 @@ class MaskedAttention:
     """`scaled_dot_product_attention`; with an additive mask, unless sequences are whole segments.
 
     Converted to an additive mask once; with a boolean one, each layer would convert and keep its
-    own.
+    own. Masked products are computed, too: fewer of them because queries are divided into blocks,
+    each of which reads the keys up to its end only.
     """
 
     is_compiled = False
@@ -92,20 +95,33 @@ class MaskedAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, layout: Tensor | None) -> Tensor:
         """See `AttentionKernel`."""
-        if layout is not None and layout.dtype != value.dtype:
+        if layout is None:
+            return _attend(query, key, value, None)
+        if layout.dtype != value.dtype:
             raise TypeError(f"the mask is {layout.dtype}, but the values are {value.dtype}")
         # Grouped queries with a mask would fall back to a kernel that stores all S² products.
-        repeats = query.shape[2] // key.shape[2] if layout is not None else 1
+        repeats = query.shape[2] // key.shape[2]
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
-        return functional.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=layout,
-            is_causal=layout is None,
-            enable_gqa=query.shape[2] != key.shape[2],
-        ).transpose(1, 2)
+        length = query.shape[1]
+        ends = [min(end, length) for end in range(_QUERIES, length + _QUERIES, _QUERIES)]
+        parts = [
+            _attend(query[:, start:end], key[:, :end], value[:, :end], layout[..., start:end, :end])
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend by a mask, or causally without one."""
+    return functional.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=query.shape[2] != key.shape[2],
+    ).transpose(1, 2)
 
 
 def kernel_without_compilation(kernel: AttentionKernel) -> AttentionKernel:

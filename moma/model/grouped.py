@@ -31,7 +31,8 @@ def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> T
         dtype = torch.get_autocast_dtype(device)
         x_TD, weights = x_TD.to(dtype), [weight.to(dtype) for weight in weights]
     if uses_kernel(x_TD, weights[0]):
-        return functional.grouped_mm(x_TD, torch.cat(tuple(weights)), offs=end_E)
+        stack_EDF = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
+        return functional.grouped_mm(x_TD, stack_EDF, offs=end_E)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _product(x_TD, list(weights), end_E)
     return _multiply(x_TD, weights, end_E)

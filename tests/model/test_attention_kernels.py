@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.overrides import TorchFunctionMode
 
+from moma.model import attention_kernels
 from moma.model.attention_kernels import (
     AttentionKernel,
     MaskedAttention,
@@ -119,6 +120,17 @@ def assert_equals_the_reference(kernel: AttentionKernel, segments: Segments, hea
 @given(case=packed())
 def test_kernels_equal_the_reference(kernel, case):
     assert_equals_the_reference(kernel, *case)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 3, 7])
+def test_blocks_of_queries_read_the_keys_up_to_their_end(queries, monkeypatch):
+    monkeypatch.setattr(attention_kernels, "_QUERIES", queries)
+    segments = Segments(torch.tensor([[0, 0, 1, 1, 1, 2, 2], [3, 3, 3, 3, 4, 4, 4]]), 5, 7)
+    with _AttentionCalls() as recorded:
+        assert_equals_the_reference(MaskedAttention(), segments, (4, 2))
+    ends = [*range(queries, 7, queries), 7]
+    assert [key[2] for _, key, _ in recorded.calls] == ends
+    assert sum(query[2] for query, _, _ in recorded.calls) == 7
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])

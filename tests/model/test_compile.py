@@ -12,6 +12,7 @@ from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import attention_kernel
 from moma.model.depth import DepthConfig
+from moma.model.dispatch import dispatch_for
 from moma.model.routing import BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
@@ -91,9 +92,12 @@ class Trainer:
     def __init__(self, case: str, layers: int = 2, device: torch.device = CPU):
         shape = {"dim": 16, "layers": layers, "heads": 2}
         config = ModelConfig.model_validate(shape | ARCHITECTURES[case])
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        kernel = attention_kernel(device, dtype, config.dim // config.heads)
-        self.model = Transformer(config, VOCABULARY, (0.5, 0.5), kernel).to(device)
+        # The meta device stands for a GPU.
+        gpu = torch.device("cuda") if device.type == "meta" else device
+        dtype = torch.bfloat16 if gpu.type == "cuda" else torch.float32
+        kernel = attention_kernel(gpu, dtype, config.dim // config.heads)
+        dispatch = dispatch_for(gpu)
+        self.model = Transformer(config, VOCABULARY, (0.5, 0.5), kernel, dispatch).to(device)
         self.model.initialize(0)
         freeze_for_stage(self.model, trains_routers=False)
         self.optimizer: Optimizer = make_optimizers(self.model, OptimizerConfig())[0]
@@ -244,11 +248,16 @@ def test_a_compiled_layer_keeps_no_zeros_for_its_backward(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("case", ARCHITECTURES)
-def test_a_step_never_waits_for_the_device(case):
+def test_a_step_never_waits_for_the_device(case, compiled):
     """In bf16, as on a GPU: in fp32, a grouped product would wait."""
+    torch.compiler.reset()
     trainer = Trainer(case, device=torch.device("cuda"))
-    loss_function = next_token_loss(z_loss=1e-5, compiled=False)
+    if compiled:
+        for unit in trainer.model.units():
+            unit.compile(fullgraph=True, dynamic=False)
+    loss_function = next_token_loss(z_loss=1e-5, compiled=compiled)
     step = Step(trainer.model, [trainer.optimizer], loss_function, 0.5, World(torch.device("cuda")))
     for number in range(3):
         # The first step allocates what later ones reuse.

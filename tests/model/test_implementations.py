@@ -251,6 +251,18 @@ def test_the_kernel_equals_one_product_per_expert(counts, monkeypatch):
         torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-5)
 
 
+def test_the_kernel_reads_one_stack_of_weights_where_it_is(monkeypatch):
+    """Under causal routing a copy would cost as much as the product."""
+    x, weights, end = product_inputs([4, 8, 4])
+    read = []
+    monkeypatch.setattr(grouped, "uses_kernel", lambda *_: True)
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda _, weight, offs: read.append(weight)
+    )
+    grouped_product(x, weights[:1], end)
+    assert read[0].data_ptr() == weights[0].data_ptr()
+
+
 @pytest.mark.parametrize("layer", sorted(LAYERS))
 @pytest.mark.parametrize("token_fraction", [1.0, 0.25])
 def test_grouped_with_the_kernel_equals_sequential(layer, token_fraction, monkeypatch):
@@ -266,7 +278,8 @@ def test_grouped_with_the_kernel_equals_sequential(layer, token_fraction, monkey
 @pytest.mark.gpu
 @pytest.mark.parametrize("counts", COUNTS)
 def test_the_kernel_equals_one_product_per_expert_in_bf16(counts):
-    case = product_inputs(counts, "cuda", torch.bfloat16)
+    aligned = [grouped.row_alignment(torch.device("cuda")) * count for count in counts]
+    case = product_inputs(aligned, "cuda", torch.bfloat16)
     assert grouped.uses_kernel(case[0], case[1][0])
     for found, expected in zip(product_and_gradients(*case), expert_by_expert(*case), strict=True):
         error = (found.double() - expected).abs().max()
