@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import cache
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
@@ -92,8 +93,9 @@ def orthogonalize(updates: list[Tensor], matrices: int = 1) -> list[Tensor]:
     if group is None:
         result = _newton_schulz(own.view(-1, rows, columns))
     else:
-        held = _held_rows(len(updates), len(updates[0]), group.size())
-        result = _orthogonalize_shards(own.flatten(0, 1), held, rows, group)
+        result = _orthogonalize_shards(
+            own.flatten(0, 1), len(updates), len(updates[0]), rows, group
+        )
     return list(result.view_as(own))
 
 
@@ -105,37 +107,54 @@ def _shard_group(tensor: Tensor) -> ProcessGroup | None:
     return tensor.device_mesh.get_group(dimension)
 
 
-def _held_rows(updates: int, length: int, ranks: int) -> list[Tensor]:
-    """Numbers of the rows that each rank holds, if those of all updates are numbered in order."""
+class _Exchange(NamedTuple):
+    """How rows of matrices move between the ranks that hold them and those that compute them.
+
+    Attributes:
+        sent: number of rows that this rank sends to each rank.
+        received: number of rows that it receives from each.
+        place_T: places of the received rows among those that this rank computes.
+    """
+
+    sent: list[int]
+    received: list[int]
+    place_T: Tensor
+
+
+@cache  # a copy to the device in every step would wait for it
+def _exchange(
+    updates: int, length: int, rows: int, rank: int, ranks: int, device: torch.device
+) -> _Exchange:
+    """Plan the exchange of a number of updates of a length; see `_orthogonalize_shards`."""
     row_of = torch.arange(updates * length).view(updates, length)
-    size = -(-length // ranks)
-    return [row_of[:, rank * size : (rank + 1) * size].flatten() for rank in range(ranks)]
+    size = -(-length // ranks)  # rows of an update that a rank holds
+    held = [row_of[:, each * size : (each + 1) * size].flatten() for each in range(ranks)]
+    computed = -(-(updates * length // rows) // ranks) * rows  # rows that a rank computes
+    counts = [torch.bincount(row_T // computed, minlength=ranks).tolist() for row_T in held]
+    row_T = torch.cat(held)
+    place_T = (row_T[row_T // computed == rank] - rank * computed).to(device)
+    return _Exchange(counts[rank], [count[rank] for count in counts], place_T)
 
 
 def _orthogonalize_shards(
-    own: Tensor, held: list[Tensor], rows: int, group: ProcessGroup
+    own: Tensor, updates: int, length: int, rows: int, group: ProcessGroup
 ) -> Tensor:
     """Orthogonalize matrices of which each rank holds some rows; each rank computes some of them.
 
     Args:
         own: this rank's rows, [T, columns].
-        held: numbers of the rows of each rank.
+        updates: number of updates, of each of which a rank holds an equal part.
+        length: rows of an update.
         rows: rows of a matrix.
         group: the ranks.
     """
-    rank, ranks = group.rank(), group.size()
-    matrices = sum(map(len, held)) // rows
-    computed = -(-matrices // ranks) * rows  # rows that a rank computes
-    counts = [torch.bincount(row_T // computed, minlength=ranks).tolist() for row_T in held]
-    sent, received = counts[rank], [count[rank] for count in counts]
-    row_T = torch.cat(held)
-    place_T = (row_T[row_T // computed == rank] - rank * computed).to(own.device)
-    arrived = own.new_empty(len(place_T), own.shape[1])
-    distributed.all_to_all_single(arrived, own, received, sent, group)
-    whole = torch.empty_like(arrived).index_copy_(0, place_T, arrived)
+    plan = _exchange(updates, length, rows, group.rank(), group.size(), own.device)
+    arrived = own.new_empty(len(plan.place_T), own.shape[1])
+    distributed.all_to_all_single(arrived, own, plan.received, plan.sent, group)
+    whole = torch.empty_like(arrived).index_copy_(0, plan.place_T, arrived)
     whole = _newton_schulz(whole.view(-1, rows, own.shape[1])).flatten(0, 1)
     returned = torch.empty_like(own)
-    distributed.all_to_all_single(returned, whole[place_T], sent, received, group)
+    distributed.all_to_all_single(returned, whole[plan.place_T], plan.sent, plan.received, group)
     return returned
 
 

@@ -248,8 +248,10 @@ def test_a_compiled_layer_keeps_no_zeros_for_its_backward(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("case", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("case", "compiled"),
+    [*((case, False) for case in ARCHITECTURES), ("moe_3t1i", True), ("mod_moe_2t2i", True)],
+)
 def test_a_step_never_waits_for_the_device(case, compiled):
     """In bf16, as on a GPU: in fp32, a grouped product would wait."""
     torch.compiler.reset()
