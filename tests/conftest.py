@@ -15,7 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/proc/driver/nvidia").exi
 # No test survives a power failure, so none waits for the disk.
 os.fsync = lambda fd: None
 
-import pytest
+import pytest  # noqa: E402
 
 # Only what is light: the process that distributes the tests also imports this file.
 pytest.register_assert_rewrite("tests.command_line", "tests.factories")
