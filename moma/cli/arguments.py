@@ -26,8 +26,8 @@ COUNT_LIMIT = 1_000_000_000
 CausalRouting = Annotated[
     Literal["causal", "threshold", "auxiliary", "half"],
     Option(
-        help="by thresholds, if there are any; by thresholds; by auxiliary routers; depth routers "
-        "by a score of one half"
+        help="causal: by thresholds, or without any by auxiliary routers; half: depth gates by a "
+        "score above one half"
     ),
 ]
 
@@ -125,6 +125,13 @@ def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> "Recipe":
     return read_recipe(Recipe, path, overrides or ())
 
 
+def with_data(recipe: "Recipe", data: Path | None) -> "Recipe":
+    """The recipe of a run whose prepared data may have moved."""
+    if data is None:
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
+
+
 def files_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Divide arguments into files and `key=value` overrides; a file may have `=` in its name."""
     from moma.recipe import find_recipe, parse_path
@@ -200,6 +207,7 @@ Overrides = Annotated[
 ]
 RunFolder = Annotated[Path, Argument(help="a folder of `moma train`", callback=_existing_run)]
 AsJson = Annotated[bool, Option("--json", help="print JSON and nothing else")]
+MovedData = Annotated[Path | None, Option("--data", help="prepared data that has moved")]
 CpuTime = Annotated[
     bool, Option("--cpu-time", help="measure CPU time, without that of other processes; 1 thread")
 ]

@@ -151,7 +151,7 @@ def throughput(
     cpu_time: CpuTime = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure steps of `moma train` on synthetic documents: tokens a second, MFU, memory."""
+    """Measure steps of `moma train` on synthetic documents: tokens per second, MFU, memory."""
     if not table2:
         refuse_unused(ctx, "without --table2", "row", "only")
     from moma.bench import throughput as bench

@@ -14,7 +14,7 @@ def calibrate(
     run: RunFolder,
     steps: Annotated[int, Option(min=1, help="number of training micro-batches")] = 100,
 ) -> None:
-    """Compute the routers' thresholds from training micro-batches, without training."""
+    """Compute routing thresholds from data, without training."""
     from moma.runs import Run
     from moma.train.calibrate import calibrate as compute
 

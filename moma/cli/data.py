@@ -40,7 +40,7 @@ def prepare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Encode documents into shards; first train or load the tokenizer and the image codec."""
+    """Encode documents into shards. First train or load the tokenizer and the image codec."""
     from moma.data.encode.prepare import prepare as run
     from moma.runtime.world import local_device
 

@@ -20,7 +20,7 @@ def demo(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Prepare real images, train two models, evaluate, generate, and report."""
+    """Prepare images, train two models, and compare them in a report."""
     from moma.demo.run import demo_tables, run_demo
 
     result = run_demo(out, overrides or (), routers, quiet=as_json)

@@ -31,7 +31,7 @@ _EXTRAS = {
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Check this machine: versions, GPUs, packages; exit code 1 if something needed is missing."""
+    """Check versions, GPUs and packages. The exit code is 1 if something needed is missing."""
     found = examine()
     print_result(found, as_json, _tables(found), _advice(found))
     if found["problems"]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from typer import Option
 
-from moma.cli.arguments import App, AsJson, RunFolder
+from moma.cli.arguments import App, AsJson, MovedData, RunFolder, with_data
 from moma.cli.output import key_values, print_result
 from moma.errors import UserError
 from moma.study.tables import Table, markdown, number
@@ -23,34 +23,41 @@ SuiteName = Literal[
 ]
 
 
+Suite = Annotated[
+    SuiteName | None,
+    Option(help="what to measure; by default the loss on packed held-out documents"),
+]
+From = Annotated[
+    Path | None,
+    Option("--from", help="documents or questions of the suite; by default what is held out"),
+]
+RoutingChoice = Annotated[
+    Literal["choice", "causal", "threshold", "auxiliary", "half"] | None,
+    Option(
+        help="choice: as in training; causal: as in generation, the default with --suite; half: "
+        "depth gates by a score above one half  [default: choice]"
+    ),
+]
+Weights = Annotated[
+    str | None, Option(help="CLIP model of clip_score, or Inception weights of fid")
+]
+AsMarkdown = Annotated[
+    bool, Option("--markdown", help="with --suite: print a Markdown table and nothing else")
+]
+
+
 @app.command()
 def evaluate(
     run: RunFolder,
-    suite: Annotated[
-        SuiteName | None,
-        Option(help="what to measure; by default the loss on packed held-out documents"),
-    ] = None,
-    from_: Annotated[
-        Path | None,
-        Option("--from", help="documents or questions of the suite; by default what is held out"),
-    ] = None,
-    routing: Annotated[
-        Literal["choice", "causal", "threshold", "auxiliary", "half"] | None,
-        Option(
-            help="as in training (default); as in generation (default with --suite); by "
-            "thresholds; by auxiliary routers; depth routers by a score of one half"
-        ),
-    ] = None,
-    weights: Annotated[
-        str | None, Option(help="CLIP model of clip_score, or Inception weights of fid")
-    ] = None,
-    data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
+    suite: Suite = None,
+    from_: From = None,
+    routing: RoutingChoice = None,
+    weights: Weights = None,
+    data: MovedData = None,
     as_json: AsJson = False,
-    as_markdown: Annotated[
-        bool, Option("--markdown", help="with --suite: print a Markdown table and nothing else")
-    ] = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
-    """Measure loss and perplexity on the held-out documents, by modality, or run a suite."""
+    """Measure the held-out loss of a run by modality, or run a suite."""
     if suite is None and (from_ is not None or as_markdown):
         given = "--markdown" if from_ is None else "--from"
         raise UserError(f"{given}: no effect without --suite; leave it out")
@@ -70,9 +77,7 @@ def evaluate(
     routing = routing or ("choice" if suite is None else "causal")
     model, recipe = load_run(Run(run))
     require_routing(Run(run), model, routing)
-    if data is not None:
-        moved = recipe.data.model_copy(update={"path": data})
-        recipe = recipe.model_copy(update={"data": moved})
+    recipe = with_data(recipe, data)
     if from_ is None:
         require_training_data(Run(run), recipe)
     quiet = as_json or as_markdown

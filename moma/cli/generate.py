@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Context, Option
 
@@ -18,85 +18,114 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from moma.generate.grammar import Mode
+    from moma.generate.guidance import Guidance
     from moma.generate.mixed import MixedModel
     from moma.generate.settings import Settings
 
 app = App()
+
+Prompts = Annotated[list[str] | None, Option(help="text to continue; may be repeated")]
+Images = Annotated[
+    list[Path] | None, Option(help="image to continue; may be repeated, mixed with --prompt")
+]
+ModeName = Annotated[Literal["text", "image", "mixed"], Option(help="what to generate")]
+From = Annotated[
+    Path | None, Option("--from", help="instead of --prompt and --image: a .jsonl file of prompts")
+]
+Out = Annotated[Path, Option(help="folder for images; with --from, a new one for all answers")]
+Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="random seed; no effect at temperature 0")]
+Temperature = Annotated[float, Option(help="0: greedy")]
+TopP = Annotated[
+    float, Option(help="sample from the smallest set of tokens with this much probability")
+]
+TopK = Annotated[int, Option(min=0, help="sample from this many most likely tokens; 0: all")]
+MinP = Annotated[
+    float,
+    Option(min=0, max=1, help="sample from tokens with this fraction of the highest probability"),
+]
+RepetitionPenalty = Annotated[
+    float, Option(help="lowers the logits of text tokens that occurred before; 1: off")
+]
+Stop = Annotated[list[str] | None, Option(help="text that ends the answer; may be repeated")]
+ImageCount = Annotated[int, Option(min=1, help="number of images, with --mode image")]
+Samples = Annotated[int, Option(min=1, max=1024, help="number of answers, with successive seeds")]
+TextGuidance = Annotated[
+    float | None, Option(help="classifier-free guidance by text, such as 3; with --mode image")
+]
+ImageGuidance = Annotated[float | None, Option(help="the same by the prompt's images, such as 1.2")]
+Drafts = Annotated[
+    int,
+    Option(min=0, max=1024, help="draft image codes per forward pass; changes only the speed"),
+]
+BatchSize = Annotated[
+    int, Option(min=1, max=COUNT_LIMIT, help="prompts of --from that are generated together")
+]
 
 
 @app.command()
 def generate(
     ctx: Context,
     run: RunFolder,
-    prompt: Annotated[list[str] | None, Option(help="text to continue; may be repeated")] = None,
-    image: Annotated[
-        list[Path] | None, Option(help="image to continue; may be repeated, mixed with --prompt")
-    ] = None,
-    mode: Annotated[Literal["text", "image", "mixed"], Option(help="what to generate")] = "mixed",
-    from_: Annotated[
-        Path | None,
-        Option("--from", help="instead of --prompt and --image: a .jsonl file of prompts"),
-    ] = None,
-    out: Annotated[
-        Path, Option(help="folder for images; with --from, a new one for all answers")
-    ] = Path("."),
-    seed: Annotated[
-        int, Option(min=0, max=2**32 - 1, help="seed of the sampling, unless the temperature is 0")
-    ] = 0,
-    temperature: Annotated[float, Option(help="0: always the most likely token")] = 0.7,
-    top_p: Annotated[
-        float, Option(help="probability of the tokens to sample from, unless the temperature is 0")
-    ] = 0.9,
-    top_k: Annotated[int, Option(min=0, help="number of tokens to sample from; 0: all")] = 0,
-    min_p: Annotated[
-        float, Option(min=0, max=1, help="least probability of a token, relative to the highest")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, Option(help="divisor of the logits of text that occurred before; 1: none")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, Option(help="text that ends the answer; may be repeated")
-    ] = None,
-    images: Annotated[int, Option(min=1, help="number of images, with --mode image")] = 1,
-    samples: Annotated[int, Option(min=1, max=1024, help="number of different answers")] = 1,
-    text_guidance: Annotated[
-        float | None, Option(help="how strongly text guides images (for example 3)")
-    ] = None,
-    image_guidance: Annotated[
-        float | None, Option(help="how strongly the prompt's images guide (for example 1.2)")
-    ] = None,
-    drafts: Annotated[
-        int, Option(min=0, max=1024, help="image codes to guess per pass; changes only the speed")
-    ] = 8,
+    prompt: Prompts = None,
+    image: Images = None,
+    mode: ModeName = "mixed",
+    from_: From = None,
+    out: Out = Path("."),
+    seed: Seed = 0,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    stop: Stop = None,
+    images: ImageCount = 1,
+    samples: Samples = 1,
+    text_guidance: TextGuidance = None,
+    image_guidance: ImageGuidance = None,
+    drafts: Drafts = 8,
     routing: CausalRouting = "causal",
-    batch: Annotated[
-        int, Option(min=1, max=COUNT_LIMIT, help="prompts of --from to continue at a time")
-    ] = 8,
+    batch: BatchSize = 8,
 ) -> None:
-    """Continue a prompt: text is printed, images are written as new PNG files."""
+    """Continue a prompt with text and images. Text is printed, images are written as PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
     _check_options(ctx, mode, from_, out, parts)
     if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise UserError("--temperature must be at least 0, and --top-p above 0 and at most 1")
     import moma
-    from moma.generate.guidance import Guidance
     from moma.generate.sampling import Sampling
     from moma.generate.settings import Settings
-    from moma.images import read_image
 
-    sampling = Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty)
-    guidance = None
-    if text_guidance is not None or image_guidance is not None:
-        one = (1.0 if scale is None else scale for scale in (text_guidance, image_guidance))
-        guidance = Guidance(*one)
     settings = Settings(
-        mode, sampling, images=images, guidance=guidance, stop=stop or (), drafts=drafts
+        mode,
+        Sampling(temperature, top_p, seed, top_k, min_p, repetition_penalty),
+        images=images,
+        guidance=_guidance(text_guidance, image_guidance),
+        stop=stop or (),
+        drafts=drafts,
     )
     model = moma.load(run, routing)
     if from_ is not None:
         _answer_file(run, model, from_, out, settings, batch)
-        return
-    content: list[Any] = [
+    else:
+        _answer_prompt(model, parts, samples, settings, out)
+
+
+def _guidance(text: float | None, image: float | None) -> "Guidance | None":
+    """Guidance with the scales that are given; None without any."""
+    from moma.generate.guidance import Guidance
+
+    if text is None and image is None:
+        return None
+    return Guidance(1.0 if text is None else text, 1.0 if image is None else image)
+
+
+def _answer_prompt(
+    model: "MixedModel", parts: Sequence[str | Path], samples: int, settings: "Settings", out: Path
+) -> None:
+    """Print the text of the answers, and write their images."""
+    from moma.images import read_image
+
+    content = [
         part if isinstance(part, str) else read_image(part, "--image", "choose another")
         for part in parts
     ]

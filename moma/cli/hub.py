@@ -30,7 +30,7 @@ def import_(
         Path | None, Option(help="a recipe whose [data] the run is evaluated on")
     ] = None,
 ) -> None:
-    """Make a run from a model of moma, or of the `transformers` port of Chameleon."""
+    """Make a run from an exported folder, or from a Chameleon model."""
     from moma.runs import Run, Tokenizers
 
     format_ = format_ or _format_of(folder)
@@ -70,7 +70,7 @@ def export(
         bool, Option("--public", help="with --push: a new repository is not private")
     ] = False,
 ) -> None:
-    """Write a run as a folder to publish, or for the `transformers` port of Chameleon."""
+    """Export a run, to publish it or as a Chameleon model."""
     if format_ == "chameleon":
         refuse_unused(ctx, "with --format chameleon", "results")
     if push is None:

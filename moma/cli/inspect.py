@@ -1,16 +1,26 @@
 """`moma inspect`: how a run routes the tokens of a document."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Context, Option
 
-from moma.cli.arguments import App, AsJson, RunFolder, in_order, refuse_unused
+from moma.cli.arguments import (
+    App,
+    AsJson,
+    MovedData,
+    RunFolder,
+    in_order,
+    refuse_unused,
+    with_data,
+)
 from moma.cli.output import notice, print_result
 from moma.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    import numpy as np
 
     from moma.data.batches.packing import Batch
     from moma.evaluate.token_routing import TokenRouting
@@ -23,31 +33,36 @@ if TYPE_CHECKING:
 app = App()
 
 
+Prompts = Annotated[list[str] | None, Option(help="text; may be repeated")]
+Images = Annotated[list[Path] | None, Option(help="image; may be repeated, mixed with --prompt")]
+DocumentNumber = Annotated[
+    int | None,
+    Option(min=1, max=2**62, help="instead: this document of the run's data, from 1 on"),
+]
+Source = Annotated[str | None, Option(help="source of --document")]
+Split = Annotated[Literal["train", "held_out"], Option(help="documents that --document counts")]
+OneRouting = Annotated[
+    Literal["causal", "choice", "auxiliary", "threshold", "half"] | None,
+    Option(help="only this one [default: causal, as in generation, and choice, as in training]"),
+]
+Out = Annotated[Path, Option(help="file to write: .html, or .png")]
+
+
 @app.command()
 def inspect(
     ctx: Context,
     run: RunFolder,
-    prompt: Annotated[list[str] | None, Option(help="text; may be repeated")] = None,
-    image: Annotated[
-        list[Path] | None, Option(help="image; may be repeated, mixed with --prompt")
-    ] = None,
-    document: Annotated[
-        int | None,
-        Option(min=1, max=2**62, help="instead: this document of the run's data, from 1 on"),
-    ] = None,
-    source: Annotated[str | None, Option(help="source of --document")] = None,
-    split: Annotated[
-        Literal["train", "held_out"], Option(help="documents that --document counts")
-    ] = "held_out",
-    routing: Annotated[
-        Literal["causal", "choice", "auxiliary", "threshold", "half"] | None,
-        Option(help="only this one [causal, as in generation, and choice, as in training]"),
-    ] = None,
-    data: Annotated[Path | None, Option(help="prepared data that has moved")] = None,
-    out: Annotated[Path, Option(help="file to write: .html, or .png")] = Path("routing.html"),
+    prompt: Prompts = None,
+    image: Images = None,
+    document: DocumentNumber = None,
+    source: Source = None,
+    split: Split = "held_out",
+    routing: OneRouting = None,
+    data: MovedData = None,
+    out: Out = Path("routing.html"),
     as_json: AsJson = False,
 ) -> None:
-    """Draw which experts process each token of a document, and which layers it goes through."""
+    """Draw which experts and layers process each token of a document."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
     if document is not None:
         refuse_unused(ctx, "with --document", "prompt", "image")
@@ -55,32 +70,20 @@ def inspect(
         refuse_unused(ctx, "without --document", "source", "split")
     else:
         raise UserError("nothing to inspect: give --prompt, --image or both, or --document")
-    import numpy as np
-
-    from moma.data.inspect import find_document
     from moma.data.outputs import require_replaceable
     from moma.evaluate.token_routing import as_json_value, first_tokens, route_document
     from moma.generate.mixed import MixedModel
-    from moma.images import read_image
     from moma.runs import Run
-    from moma.train.restore import load_run, require_training_data
+    from moma.train.restore import load_run
 
     require_replaceable(out)
     model, recipe = load_run(Run(run))
-    if data is not None:
-        moved = recipe.data.model_copy(update={"path": data})
-        recipe = recipe.model_copy(update={"data": moved})
+    recipe = with_data(recipe, data)
     mixed = MixedModel.assemble(model, Run(run).tokenizers, recipe.data.sequence_length)
     if document is None:
-        content: list[Any] = [
-            part if isinstance(part, str) else read_image(part, "--image", "choose another")
-            for part in parts
-        ]
-        name, ids = "a given document", np.array(mixed.encode(content))
+        name, ids = "a given document", _encode(mixed, parts)
     else:
-        require_training_data(Run(run), recipe)
-        found = find_document(recipe.data.path, source, split, document)
-        name, ids = f"{found.source}, {split}, document {document}: {found.name}", found.ids
+        name, ids = _find(Run(run), recipe, source, split, document)
     read = first_tokens(ids, mixed.context, model.vocabulary)
     tokens = f"{len(ids)} tokens"
     if len(read) < len(ids):
@@ -91,6 +94,31 @@ def inspect(
     described = {each.routing: as_json_value(mixed, each) for each in routings}
     result = {"run": str(run), "document": name, "page": str(out), "routings": described}
     print_result(result, as_json, (), [out])
+
+
+def _encode(mixed: "MixedModel", parts: "Sequence[str | Path]") -> "np.ndarray":
+    """The ids of texts and image files."""
+    from numpy import array
+
+    from moma.images import read_image
+
+    content = [
+        part if isinstance(part, str) else read_image(part, "--image", "choose another")
+        for part in parts
+    ]
+    return array(mixed.encode(content))
+
+
+def _find(
+    run: "Run", recipe: "Recipe", source: str | None, split: str, document: int
+) -> "tuple[str, np.ndarray]":
+    """The name and the ids of a document of the run's data."""
+    from moma.data.inspect import find_document
+    from moma.train.restore import require_training_data
+
+    require_training_data(run, recipe)
+    found = find_document(recipe.data.path, source, split, document)
+    return f"{found.source}, {split}, document {document}: {found.name}", found.ids
 
 
 def _draw(

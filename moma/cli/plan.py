@@ -44,7 +44,7 @@ def plan(
     price: Annotated[float, Option(help="price of a GPU-hour, in any currency")] = 2.5,
     as_json: AsJson = False,
 ) -> None:
-    """Count a recipe's parameters and FLOPs by part; nothing is allocated."""
+    """Count a recipe's parameters and FLOPs. With --gpus, estimate memory, time and cost."""
     if gpus is None:
         refuse_unused(ctx, "without --gpus", "mfu", "peak", "link", "memory", "price")
     amounts = (1 if peak is None else peak, link, memory)

@@ -11,37 +11,39 @@ from moma.errors import UserError
 app = App()
 
 
+Host = Annotated[str, Option(help="address to listen on; any but a loopback one needs a token")]
+Port = Annotated[int, Option(min=0, max=65535, help="0: any that is free")]
+TokenFile = Annotated[
+    Path | None, Option(help="file with the token that clients send; otherwise from MOMA_TOKEN")
+]
+Name = Annotated[str | None, Option(help="name of the model; the run's, if omitted")]
+MaxActive = Annotated[int, Option(min=1, max=4096, help="requests to generate together")]
+MaxQueued = Annotated[int, Option(min=0, max=COUNT_LIMIT, help="requests that may wait")]
+MaxTokens = Annotated[
+    int | None,
+    Option(min=1, max=COUNT_LIMIT, help="new tokens of an answer  [default: the context]"),
+]
+MaxBody = Annotated[int, Option(min=1, max=COUNT_LIMIT, help="bytes of a request")]
+MaxPixels = Annotated[int, Option(min=1, max=COUNT_LIMIT, help="pixels of an image in a request")]
+HasPage = Annotated[bool, Option("--page/--no-page", help="serve a web page beside the endpoint")]
+
+
 @app.command()
 def serve(
     run: RunFolder,
-    host: Annotated[
-        str, Option(help="address to listen on; any but a loopback one needs a token")
-    ] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="0: any that is free")] = 8000,
-    token_file: Annotated[
-        Path | None,
-        Option(help="file with the token that clients send; otherwise from MOMA_TOKEN"),
-    ] = None,
-    name: Annotated[str | None, Option(help="name of the model; the run's, if omitted")] = None,
-    max_active: Annotated[int, Option(min=1, max=4096, help="requests to generate together")] = 8,
-    max_queued: Annotated[
-        int, Option(min=0, max=COUNT_LIMIT, help="requests that may wait for a place")
-    ] = 64,
-    max_tokens: Annotated[
-        int | None,
-        Option(min=1, max=COUNT_LIMIT, help="new tokens of an answer; what the context allows"),
-    ] = None,
-    max_body: Annotated[int, Option(min=1, max=COUNT_LIMIT, help="bytes of a request")] = 16
-    * 2**20,
-    max_pixels: Annotated[
-        int, Option(min=1, max=COUNT_LIMIT, help="pixels of an image in a request")
-    ] = 16_000_000,
-    page: Annotated[
-        bool, Option("--page/--no-page", help="serve a page for people beside the endpoint")
-    ] = True,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    token_file: TokenFile = None,
+    name: Name = None,
+    max_active: MaxActive = 8,
+    max_queued: MaxQueued = 64,
+    max_tokens: MaxTokens = None,
+    max_body: MaxBody = 16 * 2**20,
+    max_pixels: MaxPixels = 16_000_000,
+    page: HasPage = True,
     routing: CausalRouting = "causal",
 ) -> None:
-    """Serve a run on a page and in the shapes of OpenAI's API, until Ctrl-C or SIGTERM."""
+    """Serve a run: a web page and an OpenAI-compatible endpoint. Ctrl-C or SIGTERM ends it."""
     try:
         from moma.serve.app import Limits, create_app
         from moma.serve.guard import read_token

@@ -37,7 +37,7 @@ def study(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train and measure a grid of recipes and seeds, and report means and intervals."""
+    """Train and measure variants with several seeds. Report means with intervals."""
     from moma.errors import UserError
     from moma.study.grid import read_study
     from moma.study.processes import run_study

@@ -8,7 +8,7 @@ app = App()
 
 @app.command()
 def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
-    """Train the stage of the recipe, or its chain; an interrupted run continues."""
+    """Train the stage of a recipe, or its chain of stages. An interrupted run resumes."""
     from moma.evaluate.perplexity import evaluate
     from moma.runtime.world import join_world
     from moma.train.chain import Evaluation, next_command, read_chain, run_chain
@@ -24,7 +24,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def replay(run: RunFolder, as_json: AsJson = False) -> None:
-    """Repeat the steps that led to a run's loss fault, and examine the last one."""
+    """Repeat the steps that led to a loss fault. Examine the last one."""
     from moma.runs import Run
     from moma.runtime.world import join_world
     from moma.train.replay import replay as repeat_steps

@@ -97,8 +97,9 @@ def find_document(folder: Path, source: str | None, split: str, document: int) -
     """
     opened = _open(folder, source, _vocabulary_of(folder))
     if len(opened) > 1:
-        names = list_names(opened).replace(", ", " or ")
-        raise UserError(f"--document {document}: name one of the sources: --source {names}")
+        raise UserError(
+            f"--document {document}: needs a source; give --source with one of {list_names(opened)}"
+        )
     if split not in SPLITS:
         raise UserError(f"--split {split}: use {' or '.join(SPLITS)}")
     ((name, shards),) = opened.items()

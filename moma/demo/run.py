@@ -182,7 +182,7 @@ def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
 def _wait(jobs: Sequence[Future[None]], recipes: Sequence[Recipe], quiet: bool) -> None:
     """Show the progress of the slowest run until all are done; raise the first error of one."""
     steps = recipes[0].stage_config.steps
-    title = f"compile and train {' and '.join(ARCHITECTURES)}"
+    title = f"train {' and '.join(ARCHITECTURES)}"
     with show_progress(title, steps, quiet) as report:
         running = set(jobs)
         while running:
@@ -192,7 +192,7 @@ def _wait(jobs: Sequence[Future[None]], recipes: Sequence[Recipe], quiet: bool) 
             records = [Run(recipe.run).last_metric() for recipe in recipes]
             losses = [f"{record['loss']:.3f}" for record in records if record]
             step = min(record["step"] if record else 0 for record in records)
-            report(step, f"loss {' '.join(losses)}")
+            report(step, f"loss {' '.join(losses)}" if losses else "compiling")
 
 
 def _train_in_child(recipe: Recipe, threads: int) -> None:

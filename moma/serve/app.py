@@ -210,9 +210,9 @@ class _Endpoint:
     def _submit_now(
         self, parts: Sequence[Part], settings: Sequence[Settings], has_rows: bool
     ) -> list[Answer]:
-        model, places = self._engine.model, self._engine.max_active + self._engine.max_queued
-        if len(settings) > places:
-            raise ApiError(400, f"n: this server takes at most {places} requests", "n")
+        model, limit = self._engine.model, self._engine.max_active + self._engine.max_queued
+        if len(settings) > limit:
+            raise ApiError(400, f"n: this server takes at most {limit} requests", "n")
         if sum(len(part) for part in parts if isinstance(part, str)) > self._max_characters:
             raise ApiError(400, f"the prompt is longer than the context of {model.context} tokens")
         settings = [self._limited(each) for each in settings]

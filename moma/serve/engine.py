@@ -1,6 +1,6 @@
 """One thread that continues the prompts of many clients together (continuous batching).
 
-    submit → queue → decoder: a place for each request → answer, read by its client
+    submit → queue → decoder: up to `max_active` requests → answer, read by its client
 
 The thread alone uses the model. A request that ends or is cancelled leaves its place to the next
 one in the queue, between two passes.
@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 
 
 class BusyError(Exception):
-    """All places of an engine and of its queue are taken."""
+    """An engine and its queue have as many requests as they take."""
 
 
 class EngineStoppedError(Exception):
@@ -63,7 +63,7 @@ class Engine:
     Args:
         model: the model, which nothing else may use meanwhile.
         max_active: maximum number of requests that are generated together.
-        max_queued: maximum number of requests that wait for a place.
+        max_queued: maximum number of requests that wait.
 
     Attributes:
         model, max_active, max_queued: see above.
@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def queued(self) -> int:
-        """Number of requests that wait for a place."""
+        """Number of requests that wait."""
         return len(self._queue)
 
     @property
@@ -126,13 +126,13 @@ class Engine:
     def submit(
         self, prompt: Sequence[Content], settings: Settings, has_rows: bool = False
     ) -> Answer:
-        """Continue a prompt as soon as there is a place; see `submit_all`."""
+        """Continue a prompt once fewer than `max_active` requests are active; see `submit_all`."""
         return self.submit_all(prompt, [settings], has_rows)[0]
 
     def submit_all(
         self, prompt: Sequence[Content], settings: Sequence[Settings], has_rows: bool = False
     ) -> list[Answer]:
-        """Continue a prompt several times, each as soon as there is a place.
+        """Continue a prompt several times, each once fewer than `max_active` requests are active.
 
         Args:
             prompt: text and images, in order.
@@ -160,8 +160,8 @@ class Engine:
             waiting = len(self._queue) + len(self._active) + len(settings)
             if waiting > self.max_active + self.max_queued:
                 raise BusyError(
-                    f"the {self.max_active} places and the queue of {self.max_queued} are taken; "
-                    "try again later"
+                    f"the server is busy: it generates {self.max_active} requests at a time, and "
+                    f"{self.max_queued} may wait; try again later"
                 )
             for answer, each in zip(answers, settings, strict=True):
                 stream = model.content_stream(each.stop)

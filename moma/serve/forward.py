@@ -123,7 +123,7 @@ def _lost() -> ApiError:
 
 
 async def _unless_hung_up(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """Do work for a client, or end it when the client hangs up."""
+    """Do work for a client, or end it when the client disconnects."""
 
     async def hang_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -22,7 +22,7 @@ class _EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         engine = self._engine
         yield GaugeMetricFamily("moma_active_requests", "Being generated.", engine.active)
-        yield GaugeMetricFamily("moma_queued_requests", "Waiting for a place.", engine.queued)
+        yield GaugeMetricFamily("moma_queued_requests", "Waiting in the queue.", engine.queued)
         yield CounterMetricFamily("moma_generated_tokens", "New tokens.", engine.total_tokens)
 
 

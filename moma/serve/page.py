@@ -44,6 +44,8 @@ from moma.study.routing_drawing import draw_routing
 
 PATH = "/page"
 _KEPT_IMAGES = 24
+# Two options in a row, also on a phone.
+_HALF: dict[str, Any] = {"min_width": 130}
 # Seconds until a file of the temporary folder is deleted.
 _KEPT_SECONDS = 3600
 # Gradio compiles templates, and writes styles into the page.
@@ -131,8 +133,10 @@ class _Page:
                 with gr.Tab("Training") as training:
                     self._add_training(training)
             blocks.unload(self._cancel)
-        places = self._engine.max_active + self._engine.max_queued
-        return blocks.queue(max_size=2 * places, default_concurrency_limit=places, api_open=False)
+        requests = self._engine.max_active + self._engine.max_queued
+        return blocks.queue(
+            max_size=2 * requests, default_concurrency_limit=requests, api_open=False
+        )
 
     def _add_generation(self) -> None:
         has_images = self._engine.model.image_codec is not None
@@ -153,10 +157,10 @@ class _Page:
                     autofocus=True,
                     elem_id="prompt",
                 )
-                mode = gr.Radio(modes, value=modes[-1], label="Answer", elem_id="mode")
+                mode = gr.Radio(modes, value=modes[-1], label="Output", elem_id="mode")
                 with gr.Row():
-                    start = gr.Button("Generate", variant="primary", elem_id="start")
-                    stop = gr.Button("Stop", elem_id="stop")
+                    start = gr.Button("Generate", variant="primary", min_width=120, elem_id="start")
+                    stop = gr.Button("Stop", min_width=120, elem_id="stop")
                 shows = gr.Checkbox(
                     label="Show which experts process each token",
                     elem_id="experts",
@@ -237,7 +241,7 @@ class _Page:
         try:
             answer = await asyncio.to_thread(self._submit, prompt, mode, options)
             self._answers[session] = answer
-            yield [answer_html([], "waiting for a place …"), *_kept(3), ""]
+            yield [answer_html([], "waiting in the queue …"), *_kept(3), ""]
             async for event in answer:
                 events.append(event)
                 yield [answer_html(events, f"{answer.new_tokens} tokens …"), *_kept(4)]
@@ -303,25 +307,35 @@ def _options(context: int) -> list[gr.components.Component]:
     """How to sample, in the order in which `_submit` reads it."""
     with gr.Accordion("Sampling and guidance", open=False):
         with gr.Row():
-            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", min_width=120)
-            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", min_width=120)
-            top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all", min_width=120)
-            min_p = gr.Slider(0, 1, 0, step=0.01, label="Min-p", min_width=120)
+            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", **_HALF)
+            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", **_HALF)
+        with gr.Row():
+            top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all", **_HALF)
+            min_p = gr.Slider(0, 1, 0, step=0.01, label="Min-p", info="0: off", **_HALF)
         with gr.Row():
             penalty = gr.Slider(
-                1, 2, 1, step=0.05, label="Repetition penalty", info="of text", min_width=120
+                1, 2, 1, step=0.05, label="Repetition penalty", info="text; 1: off", **_HALF
             )
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1)
             tokens = gr.Slider(
-                0, context, 0, step=1, label="New tokens", info="0: what fits", min_width=120
+                0, context, 0, step=1, label="New tokens", info="0: what fits", **_HALF
             )
-            images = gr.Slider(1, 8, 1, step=1, label="Images", info="of image answers")
+        with gr.Row():
+            seed = gr.Number(
+                0,
+                label="Seed",
+                info="vary it for others",
+                precision=0,
+                minimum=0,
+                maximum=2**32 - 1,
+                **_HALF,
+            )
+            images = gr.Slider(1, 8, 1, step=1, label="Images", info="output: image", **_HALF)
         with gr.Row():
             text_guidance = gr.Slider(
-                0, 8, 1, step=0.1, label="Guidance by text", info="of image answers; 1: none"
+                0, 8, 1, step=0.1, label="Text guidance", info="images; 1: off", **_HALF
             )
             image_guidance = gr.Slider(
-                0, 8, 1, step=0.1, label="Guidance by images", info="of image answers; 1: none"
+                0, 8, 1, step=0.1, label="Image guidance", info="images; 1: off", **_HALF
             )
     return [
         *(temperature, top_p, top_k, min_p, penalty, seed, tokens, images),

@@ -1,4 +1,4 @@
-"""Reading of answers for one client: several at once, ended when the client hangs up."""
+"""Reading of answers for one client: several at once, ended when the client disconnects."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,7 +14,7 @@ from moma.serve.answer import Answer
 async def reading(
     request: Request, answers: Sequence[Answer], observe: Callable[[Answer], None]
 ) -> AsyncIterator[None]:
-    """Cancel answers when the client hangs up, or reading them ends early; then observe each."""
+    """Cancel answers when the client disconnects, or reading them ends early; then observe each."""
 
     async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":

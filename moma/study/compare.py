@@ -36,10 +36,10 @@ from moma.vocabulary import Vocabulary
 
 MEASURES = {
     "loss": "loss",
-    "loss_text": "of text",
-    "loss_image": "of images",
-    "perplexity_text": "perplexity of text",
-    "perplexity_image": "of images",
+    "loss_text": "text loss",
+    "loss_image": "image loss",
+    "perplexity_text": "text perplexity",
+    "perplexity_image": "image perplexity",
 }
 
 

@@ -88,7 +88,7 @@ def test_without_the_data_only_causal_routing_is_drawn(trained, tmp_path):
         ((), "nothing to inspect: give --prompt, --image or both, or --document"),
         (("--prompt", "a", "--document", "1"), "--prompt: no effect with --document"),
         (("--prompt", "a", "--source", "captions"), "--source: no effect without --document"),
-        (("--document", "1"), "name one of the sources: --source captions or text"),
+        (("--document", "1"), "give --source with one of captions, text"),
         (("--document", "999", "--source", "text"), "--document 999: text has the documents 1 to"),
         (("--image", "missing.png"), "missing.png"),
     ],

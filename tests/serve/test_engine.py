@@ -1,4 +1,4 @@
-"""The engine: many requests at once, each as if it were alone, with places that become free."""
+"""The engine: many requests at once, each as if it were alone, from a queue."""
 
 import asyncio
 import threading
@@ -85,7 +85,7 @@ def test_a_full_queue_refuses_and_a_cancelled_request_frees_its_place(mixed):
     engine = Engine(mixed, max_active=1, max_queued=1)
     answers = [engine.submit(["the"], LONG) for _ in range(2)]
     assert engine.queued == 2
-    with pytest.raises(BusyError, match="the 1 places and the queue of 1 are taken"):
+    with pytest.raises(BusyError, match="it generates 1 requests at a time, and 1 may wait"):
         engine.submit(["the"], LONG)
     answers[0].cancel()
     answers[0].cancel()

@@ -225,7 +225,7 @@ def test_a_full_server_asks_to_try_again(never_ending):
     assert f"moma_generated_tokens_total {float(engine.total_tokens)}" in text
 
 
-def test_more_answers_than_places_are_refused_for_good(mixed):
+def test_more_answers_than_the_server_takes_are_refused_for_good(mixed):
     with (
         Engine(mixed, max_active=1, max_queued=1) as engine,
         running(engine) as url,
