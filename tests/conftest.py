@@ -12,10 +12,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Without an NVIDIA driver, Triton's kernels are interpreted. Set before Triton is imported.
 os.environ.setdefault("TRITON_INTERPRET", "0" if Path("/proc/driver/nvidia").exists() else "1")
 
-# No test survives a power failure, so none waits for the disk.
-os.fsync = lambda fd: None
-
-import pytest  # noqa: E402
+import pytest
 
 # Only what is light: the process that distributes the tests also imports this file.
 pytest.register_assert_rewrite("tests.command_line", "tests.factories")
@@ -30,6 +27,8 @@ if TYPE_CHECKING:
     from moma.train.recipe import Recipe
 
 show_log_messages()
+# No test survives a power failure, so none waits for the disk.
+os.fsync = lambda fd: None
 # Modules that take long, from long to short. They start first, so that no process waits at the end.
 LONG = (
     "tests/distributed/test_two_ranks.py",

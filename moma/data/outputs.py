@@ -43,9 +43,13 @@ def exclude_outputs(folder: Path, names: Iterable[str]) -> list[str]:
         name
         for name in names
         if name.removesuffix(UNFINISHED) not in own
-        and _EVERYTHING not in _marked(folder / name)
-        and not has_manifest(folder / name, _RUN_MANIFEST, _RUN_KIND)
+        and not (os.path.isdir(path := folder / name) and _is_made(path))
     ]
+
+
+def _is_made(folder: Path) -> bool:
+    """Whether moma made a folder."""
+    return _EVERYTHING in _marked(folder) or has_manifest(folder, _RUN_MANIFEST, _RUN_KIND)
 
 
 def is_output(path: Path) -> bool:

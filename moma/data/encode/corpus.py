@@ -34,6 +34,7 @@ from moma.data.documents import (
 )
 from moma.data.encode.chunks import CHUNK_DOCUMENTS, reject_unencodable
 from moma.data.encode.rejected import all_held_out, no_documents, too_many_rejected
+from moma.data.sources.listings import Listings
 from moma.data.sources.parts import PART_BYTES
 from moma.errors import StorageError, UserError, shorten
 from moma.tokenizers.image.codec import preprocess
@@ -92,6 +93,7 @@ class Corpus:
         self._max_rejected, self._check_images = max_rejected, check_images
         self._list_rejected, self._seed, self._part_bytes = list_rejected, seed, part_bytes
         self._parts: dict[str, list[SourcePart]] = {}
+        self._listings = Listings()
         # Documents read of each part, and of all parts of each source.
         self._read: Counter[tuple[str, int]] = Counter()
         self._all_read: Counter[str] = Counter()
@@ -125,8 +127,9 @@ class Corpus:
         Raises:
             UserError: too many documents of a source were rejected.
         """
-        for document in self._select(held_out=False):
-            yield from (segment for segment in document.segments if isinstance(segment, str))
+        with self._listings:
+            for document in self._select(held_out=False):
+                yield from (segment for segment in document.segments if isinstance(segment, str))
 
     def images(self, held_out: bool) -> list[ImageRef]:
         """Return the images of the training documents or of the held-out ones.
@@ -135,12 +138,13 @@ class Corpus:
             UserError: too many documents of a source were rejected.
         """
         store = _ImageStore()
-        return [
-            store.add(segment)
-            for document in self._select(held_out)
-            for segment in document.segments
-            if isinstance(segment, ImageRef)
-        ]
+        with self._listings:
+            return [
+                store.add(segment)
+                for document in self._select(held_out)
+                for segment in document.segments
+                if isinstance(segment, ImageRef)
+            ]
 
     def _select(self, held_out: bool) -> Iterator[Document]:
         for source in self._sources:

@@ -14,6 +14,7 @@ from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import SourceEncoding
 from moma.data.encode.tokens import BATCH_IMAGES, EncodeImages, Encoder
 from moma.data.shards import Part
+from moma.data.sources.listings import Listings
 from moma.images import square_pixels
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
@@ -85,7 +86,7 @@ class Worker:
             codec_in_thread: whether it is called in a thread of its own.
             image_processes: processes that read images ahead.
         """
-        self._job = job
+        self._job, self._listings = job, Listings()
         tokenizer = load_text_tokenizer(Tokenizers(job.tokenizers).text)
         self._encoder = Encoder(
             partial(encode_texts, tokenizer),
@@ -107,7 +108,10 @@ class Worker:
     def encode(self, task: Task, progress: Callable[[Part], None]) -> list[Part]:
         """Encode a part; see `SourceEncoding.encode_part`."""
         encoding = self._job.sources[task.source]
-        return encoding.encode_part(task.number, task.part, self._encoder, self._reader, progress)
+        with self._listings:
+            return encoding.encode_part(
+                task.number, task.part, self._encoder, self._reader, progress
+            )
 
 
 def local_worker(job: Job, device: torch.device, image_processes: int = 0) -> Worker:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from moma.data.documents import Document, SourceName, SourcePart
 from moma.data.sources.jsonl import require_text
+from moma.data.sources.listings import listed_once
 from moma.data.sources.parts import IMAGE_BYTES, cut_files, ranges_of
 from moma.data.sources.paths import FileRange, files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, Row
@@ -45,30 +46,17 @@ class CaptionsConfig(CaptionReaderConfig):
     def parts(self, part_bytes: int) -> list[SourcePart]:
         """Cut the lists between rows, other than CSV."""
         cuts_of = partial(row_cuts, part_bytes=part_bytes, row_bytes=IMAGE_BYTES)
-        return cut_files(self._lists(), part_bytes, cuts_of)
+        return cut_files(_lists(self.path), part_bytes, cuts_of)
 
     def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the rows of the lists."""
-        rows = _read(ranges_of(self._lists(), part))
+        rows = _read(ranges_of(_lists(self.path), part))
         return ((row.location, partial(self._document, row)) for row in rows)
 
     def fingerprint(self) -> str:
         """Return what changes with the lists, or with the size or time of an image in them."""
-        lists = self._lists()
+        lists = _lists(self.path)
         return fingerprint_of(lists, named_images(_read(map(FileRange, lists)), _image_files))
-
-    def _lists(self) -> list[Path]:
-        captions = self.path / _LIST
-        if captions.exists():
-            return [captions]
-        files = files_below(self.path) if self.path.is_dir() else []
-        lists = [path for path in files if path.name in METADATA_FILES]
-        if not lists:
-            raise UserError(
-                f"{captions}: cannot read it (no such file, and no {' or '.join(METADATA_FILES)}); "
-                "check the source's 'path'"
-            )
-        return lists
 
     def _document(self, row: FileRow) -> Document:
         values = row.values()
@@ -77,6 +65,21 @@ class CaptionsConfig(CaptionReaderConfig):
         path = resolve_inside(Path(row.path).parent, image)
         name = path.relative_to(self.path.resolve()).as_posix()
         return Document(name, self.with_caption(name, caption, self.image_ref(path, row.location)))
+
+
+@listed_once
+def _lists(folder: Path) -> list[Path]:
+    captions = folder / _LIST
+    if captions.exists():
+        return [captions]
+    files = files_below(folder) if folder.is_dir() else []
+    lists = [path for path in files if path.name in METADATA_FILES]
+    if not lists:
+        raise UserError(
+            f"{captions}: cannot read it (no such file, and no {' or '.join(METADATA_FILES)}); "
+            "check the source's 'path'"
+        )
+    return lists
 
 
 def _read(lists: Iterable[FileRange]) -> Iterator[FileRow]:

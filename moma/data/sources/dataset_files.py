@@ -19,6 +19,7 @@ from moma.data.documents import SourcePart
 from moma.data.sources import arrow_tables, row_files
 from moma.data.sources.arrow_tables import cause_on_disk
 from moma.data.sources.jsonl import require_text
+from moma.data.sources.listings import listed_once
 from moma.data.sources.parts import ranges_of
 from moma.data.sources.paths import FileRange, expand_pattern, outputs_below
 from moma.errors import UserError, list_names, quote, shorten
@@ -91,6 +92,7 @@ class DatasetFiles:
         return arrow_tables.open_files(self.kind, self.splits, columns, split, streaming)
 
 
+@listed_once
 def local_files(path: str) -> list[Path]:
     """Return the files that a path names or matches; none for a folder or a name on the hub.
 
@@ -111,6 +113,7 @@ def local_files(path: str) -> list[Path]:
     return files
 
 
+@listed_once
 def find_files(
     path: str, subset: str | None, revision: str | None, streaming: bool
 ) -> DatasetFiles:

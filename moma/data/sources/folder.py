@@ -8,6 +8,7 @@ from typing import Literal
 
 from moma.data.documents import Document, SourceName, SourcePart
 from moma.data.sources.jsonl import decode
+from moma.data.sources.listings import listed_once
 from moma.data.sources.parts import Cut, cut_files, ranges_of, whole_file
 from moma.data.sources.paths import files_below, fingerprint_of, read_errors, resolve_inside
 from moma.data.sources.reading import MAX_ROW_BYTES, CaptionReaderConfig, Row, check_text
@@ -15,6 +16,8 @@ from moma.errors import UserError
 from moma.files import open_regular
 from moma.images import SUFFIXES
 from moma.recipe import RequiredPath
+
+_Groups = dict[str, tuple[list[Path], list[Path]]]
 
 
 class FolderConfig(CaptionReaderConfig):
@@ -39,19 +42,19 @@ class FolderConfig(CaptionReaderConfig):
 
     def parts(self, part_bytes: int) -> list[SourcePart]:
         """Cut the folder between texts, in the order of their names."""
-        groups = self._sorted_groups()
+        stems, groups = _sorted_groups(self.path)
 
         def cuts_of(stem: Path) -> Iterator[Cut]:
             files = chain(*groups[str(stem)])
             sizes = [cut.size for file in files for cut in whole_file(file)]
             yield Cut(0, 0, sum(sizes))
 
-        return cut_files([*map(Path, groups)], part_bytes, cuts_of)
+        return cut_files(stems, part_bytes, cuts_of)
 
     def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield a row for every text file, and for every image without one."""
-        groups = self._sorted_groups()
-        for chosen in ranges_of([*map(Path, groups)], part):
+        stems, groups = _sorted_groups(self.path)
+        for chosen in ranges_of(stems, part):
             stem = str(chosen.path)
             images, texts = groups[stem]
             if texts:
@@ -62,27 +65,8 @@ class FolderConfig(CaptionReaderConfig):
 
     def fingerprint(self) -> str:
         """Return what changes with the names, sizes and times of images and texts."""
-        groups = self._groups().values()
+        groups = _groups(self.path).values()
         return fingerprint_of(file for group in groups for file in sorted([*group[0], *group[1]]))
-
-    def _sorted_groups(self) -> dict[str, tuple[list[Path], list[Path]]]:
-        groups = self._groups()
-        if not groups:
-            raise UserError(f"{self.path}: holds no images and texts; check the source's 'path'")
-        return dict(sorted(groups.items()))
-
-    def _groups(self) -> dict[str, tuple[list[Path], list[Path]]]:
-        """Images, best format first, and texts of each path without its suffix."""
-        groups: dict[str, tuple[list[Path], list[Path]]] = {}
-        for path in files_below(self.path):
-            suffix = path.suffix.lower()
-            if suffix in (*SUFFIXES, ".txt"):
-                stem = path.relative_to(self.path).with_suffix("").as_posix()
-                images, texts = groups.setdefault(stem, ([], []))
-                (texts if suffix == ".txt" else images).append(path)
-        for images, _ in groups.values():
-            images.sort(key=lambda image: SUFFIXES.index(image.suffix.lower()))
-        return groups
 
     def _document(self, stem: str, images: list[Path], texts: list[Path]) -> Document:
         check_text(stem, "of its name")
@@ -107,6 +91,29 @@ class FolderConfig(CaptionReaderConfig):
         if not text:
             raise UserError("its caption is empty; write one or remove both files")
         return text
+
+
+@listed_once
+def _sorted_groups(folder: Path) -> tuple[list[Path], _Groups]:
+    """The paths without suffix in their order, and `_groups`."""
+    groups = _groups(folder)
+    if not groups:
+        raise UserError(f"{folder}: holds no images and texts; check the source's 'path'")
+    return [*map(Path, sorted(groups))], groups
+
+
+def _groups(folder: Path) -> _Groups:
+    """Images, best format first, and texts of each path without its suffix."""
+    groups: _Groups = {}
+    for path in files_below(folder):
+        suffix = path.suffix.lower()
+        if suffix in (*SUFFIXES, ".txt"):
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            images, texts = groups.setdefault(stem, ([], []))
+            (texts if suffix == ".txt" else images).append(path)
+    for images, _ in groups.values():
+        images.sort(key=lambda image: SUFFIXES.index(image.suffix.lower()))
+    return groups
 
 
 def _without_text(image: Path) -> Document:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from moma.data.outputs import exclude_outputs
+from moma.data.sources.listings import listed_once
 from moma.errors import StorageError, UserError, error_reason, quote, shorten, storage_error
 
 _MAX_PATH_CHARACTERS = 4096
@@ -70,6 +71,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     return path
 
 
+@listed_once
 def expand_pattern(pattern: Path) -> list[Path]:
     """Return the files that a path with `*`, `?`, `[…]` or `**` matches, sorted.
 
@@ -102,30 +104,36 @@ def _expand(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         for below, _ in _walk(folder, follow_links=True):
             yield from _expand(below, rest or ("*",))
     elif folder.is_dir():
-        for name in _names(folder):
+        for name in (entry.name for entry in _entries(folder)):
             if fnmatch.fnmatchcase(name, part) and (part.startswith(".") or name[0] != "."):
                 yield from _expand(folder / name, rest)
 
 
 def _walk(folder: Path, follow_links: bool) -> Iterator[tuple[Path, list[Path]]]:
-    """A folder and those below it, each once even where links form a cycle, and what is in them."""
+    """A folder and those below it, each once even where links form a cycle, and their files."""
     waiting, seen = [folder], set()
     while waiting:
         current = waiting.pop()
         if (real := current.resolve()) in seen:
             continue
         seen.add(real)
-        paths = [current / name for name in _names(current) if name[0] != "."]
-        yield current, paths
-        folders = [path for path in paths if path.is_dir()]
-        waiting += [path for path in folders if follow_links or not path.is_symlink()]
+        entries = [entry for entry in _entries(current) if entry.name[0] != "."]
+        # A path, unlike an entry, may be a link in a circle.
+        kinds = [Path(entry) if entry.is_symlink() else entry for entry in entries]
+        yield current, [current / kind.name for kind in kinds if kind.is_file()]
+        folders = [kind for kind in kinds if kind.is_dir()]
+        waiting += [
+            current / kind.name for kind in folders if follow_links or not isinstance(kind, Path)
+        ]
 
 
-def _names(folder: Path) -> list[str]:
-    with read_errors(folder):
-        return sorted(exclude_outputs(folder, os.listdir(folder)))
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    with read_errors(folder), os.scandir(folder) as found:
+        entries = {entry.name: entry for entry in found}
+    return [entries[name] for name in sorted(exclude_outputs(folder, entries))]
 
 
+@listed_once
 def files_below(folder: Path) -> list[Path]:
     """Return every file below a folder, sorted; not hidden ones, linked folders, or moma's output.
 
@@ -133,7 +141,7 @@ def files_below(folder: Path) -> list[Path]:
         UserError: the folder or one below it cannot be read.
     """
     walked = _walk(folder, follow_links=False)
-    return sorted(path for _, paths in walked for path in paths if path.is_file())
+    return sorted(path for _, files in walked for path in files)
 
 
 def outputs_below(folder: Path) -> list[Path]:

@@ -1,8 +1,10 @@
 """`moma prepare`: its results, and the sources that it refuses."""
 
 import json
+import os
 import threading
 import time
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from moma.data.encode.worker import Encoded, Task
 from moma.data.provenance import DataFolder, read_provenance
 from moma.data.shards import Counts, Part
 from moma.data.sources.captions import CaptionsConfig
+from moma.data.sources.text import TextConfig
 from moma.errors import UserError
 from moma.tokenizers import folder as folder_module
 from tests.data.encode.preparing import contents, make_recipe, run
@@ -47,6 +50,23 @@ def test_the_summary_counts_documents_and_tokens(tmp_path):
     before = contents(tmp_path / "data")
     assert run(recipe).summary() == summary
     assert contents(tmp_path / "data") == before
+
+
+def test_the_number_of_parts_does_not_affect_how_often_files_are_listed(tmp_path, monkeypatch):
+    texts, scandir = tmp_path / "texts", Mock(wraps=os.scandir)
+    texts.mkdir()
+    for number in range(12):
+        (texts / f"{number}.txt").write_text("\n\n".join([f"red rocket {number}"] * 20))
+    monkeypatch.setattr(os, "scandir", scandir)
+
+    def count(part_bytes):
+        scandir.reset_mock()
+        recipe = make_recipe(tmp_path, 2, f"data{part_bytes}", image_share=0, part_bytes=part_bytes)
+        data = recipe.data.model_copy(update={"sources": (TextConfig(path=texts / "*.txt"),)})
+        run(recipe.model_copy(update={"data": data}), processes=1)
+        return scandir.mock_calls.count(call(texts))
+
+    assert count(400) == count(10**9) > 0
 
 
 def test_text_only_data_needs_no_codec(tmp_path):

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pytest
@@ -14,6 +16,7 @@ from moma.data.sources.dataset import DatasetConfig
 from moma.data.sources.folder import FolderConfig
 from moma.data.sources.html import HtmlConfig
 from moma.data.sources.interleaved import InterleavedConfig
+from moma.data.sources.listings import Listings
 from moma.data.sources.text import TextConfig
 from moma.data.sources.webdataset import WebDatasetConfig
 from moma.errors import UserError
@@ -66,6 +69,12 @@ def captions(folder):
     return CaptionsConfig(path=folder)
 
 
+def captions_in_metadata(folder):
+    source = captions(folder)
+    (folder / "captions.jsonl").rename(folder / "metadata.jsonl")
+    return source
+
+
 def folder_of_images(folder):
     for number in range(ROWS):
         (folder / f"{number}.png").write_bytes(image_bytes())
@@ -116,8 +125,8 @@ def rows_of_files(folder):
 
 
 SOURCES = [
-    *(texts, paragraphs, captions, folder_of_images, tars, interleaved, parquet, arrow),
-    rows_of_files,
+    *(texts, paragraphs, captions, captions_in_metadata, folder_of_images, tars, interleaved),
+    *(parquet, arrow, rows_of_files),
 ]
 
 
@@ -135,6 +144,31 @@ def test_parts_are_together_the_whole_source(tmp_path, monkeypatch, make, part_b
     assert [row for n in range(len(cut)) for row in found[n]] == expected
     assert source.parts(part_bytes) == cut
     assert SourcePart.model_validate_json(cut[-1].model_dump_json()) == cut[-1]
+
+
+@pytest.mark.parametrize("make", SOURCES)
+def test_files_are_listed_once_for_all_parts(tmp_path, monkeypatch, make):
+    source, scandir = make(tmp_path), Mock(wraps=os.scandir)
+    cut = source.parts(150)
+    monkeypatch.setattr(os, "scandir", scandir)
+    listings = Listings()
+    for part in cut:
+        with listings:
+            [*source.read_part(part)]
+    listed = [folder for (folder,), _ in scandir.call_args_list]
+    assert len(listed) == len({*listed})
+    assert len(cut) > 1
+
+
+def test_other_listings_see_files_that_were_added(tmp_path):
+    source = texts(tmp_path)
+    with Listings():
+        before = [*source.documents()]
+        (tmp_path / "d.jsonl").write_text('{"text": "added"}\n')
+        assert [*source.documents()] == before
+        with Listings():
+            assert len([*source.documents()]) == len(before) + 1
+    assert len([*source.documents()]) == len(before) + 1
 
 
 @pytest.mark.parametrize("make", [texts, paragraphs, rows_of_files])
