@@ -41,7 +41,7 @@ def plan(
     ] = None,
     link: Annotated[float, Option(help="bandwidth of a GPU each way, GB/s")] = 50,
     memory: Annotated[float, Option(help="memory of one GPU, GiB")] = 80,
-    price: Annotated[float, Option(help="price of a GPU-hour, in any currency")] = 2.5,
+    price: Annotated[float, Option(help="price of one GPU-hour, in any currency")] = 2.5,
     as_json: AsJson = False,
 ) -> None:
     """Count a recipe's parameters and FLOPs. With --gpus, estimate memory, time and cost."""
@@ -89,14 +89,16 @@ def _counts(title: str, result: dict[str, Any]) -> Table:
         for part, (parameters, active, flops) in counts.items()
         if parameters or active or flops
     ]
-    return Table(title, _caption(result), ("part", "parameters", "active", "GFLOPs a token"), rows)
+    return Table(
+        title, _caption(result), ("part", "parameters", "active", "GFLOPs per token"), rows
+    )
 
 
 def _caption(result: dict[str, Any]) -> str:
     layers = result["layers"]
     parts = [
         f"{layers['full']} layers" + (f" and {layers['gated']} gated" if layers["gated"] else ""),
-        f"{result['tokens_per_step']:,} tokens a step and rank",
+        f"{result['tokens_per_step']:,} tokens per step and rank",
     ]
     if result["auxiliary_parameters"]:
         parts.append(f"{_scaled(result['auxiliary_parameters'], _COUNT)} in auxiliary routers")
@@ -131,19 +133,19 @@ def _job(result: dict[str, Any]) -> Table:
     return Table(
         "time, cost and communication",
         f"at {_significant(100 * machine['mfu'])}% of {_scaled(machine['peak'], _DECIMAL)}FLOP/s, "
-        f"{_scaled(machine['link'], _DECIMAL)}B/s, {machine['price']:g} a GPU-hour",
+        f"{_scaled(machine['link'], _DECIMAL)}B/s, {machine['price']:g} per GPU-hour",
         (),
         [
-            ("tokens", f"{tokens}, {of_step} a step"),
+            ("tokens", f"{tokens}, {of_step} per step"),
             ("FLOPs", f"{time['flops']:.3g}"),
-            ("a step", _scaled(time["step_seconds"], _SECONDS)),
+            ("time per step", _scaled(time["step_seconds"], _SECONDS)),
             ("speed", f"{_scaled(time['tokens_per_second'], _COUNT)} tokens/s"),
             ("training", _scaled(86_400 * time["days"], _SECONDS)),
             ("GPU-hours", _significant(time["gpu_hours"])),
             ("cost", _significant(time["cost"])),
-            ("weights gathered", f"{_scaled(sent['gathered'], _DECIMAL)}B a step and GPU"),
-            ("gradients reduced", f"{_scaled(sent['reduced'], _DECIMAL)}B a step and GPU"),
-            ("sending", f"{_scaled(sent['seconds'], _SECONDS)} a step, {part}"),
+            ("weights gathered", f"{_scaled(sent['gathered'], _DECIMAL)}B per step and GPU"),
+            ("gradients reduced", f"{_scaled(sent['reduced'], _DECIMAL)}B per step and GPU"),
+            ("sending", f"{_scaled(sent['seconds'], _SECONDS)} per step, {part}"),
         ],
     )
 

@@ -238,7 +238,7 @@ def _write_report(
 ) -> None:
     page = Page(
         "MoMa demo",
-        "Two early-fusion models with equal FLOPs a token, trained on the same batches of emoji "
+        "Two early-fusion models with equal FLOPs per token, trained on the same batches of emoji "
         "drawings, their names and dictionary definitions: dense, and mixture of modality-aware "
         "experts (4 text and 4 image experts).",
         STYLE,

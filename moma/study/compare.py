@@ -103,7 +103,7 @@ def comparison_tables(result: dict[str, Any]) -> list[Table]:
         "Held-out documents",
         "choice: experts choose the best tokens of the batch, as in training; causal: each token "
         "by itself, as in generation; auxiliary: each by auxiliary routers, if they are trained. "
-        "Losses in nats a token.",
+        "Losses in nats per token.",
         ("run", "routing", *MEASURES.values()),
         [
             (name, routing, *(values[key] for key in MEASURES))

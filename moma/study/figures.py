@@ -24,7 +24,7 @@ def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
         axes.set_xlabel("training FLOPs")
         axes.set_yscale("log")
         axes.grid(alpha=0.25, which="both")
-    plot.axes[0].set_ylabel("loss (nats a token)")
+    plot.axes[0].set_ylabel("loss (nats per token)")
     plot.axes[0].legend(frameon=False)
     return plot
 
@@ -52,7 +52,7 @@ def loss_bands(
         axes.set_xlabel("training FLOPs" if axis == "flops" else "seconds of training")
         axes.set_yscale("log")
         axes.grid(alpha=0.25, which="both")
-    plot.axes[0].set_ylabel("loss (nats a token)")
+    plot.axes[0].set_ylabel("loss (nats per token)")
     plot.axes[0].legend(frameon=False)
     return plot
 

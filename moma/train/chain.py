@@ -180,5 +180,6 @@ def next_command(done: Recipe | Evaluation) -> str:
     """A command to run after the last step of a chain."""
     if isinstance(done, Evaluation):
         return shell_command("generate", done.run, "--prompt", "a prompt")
-    run = done.from_ if done.stage == "aux_router" else done.run
-    return shell_command("evaluate", run, "--routing", "causal")
+    if done.stage == "aux_router":
+        return shell_command("evaluate", done.from_, "--routing", "auxiliary")
+    return shell_command("evaluate", done.run, "--routing", "causal")

@@ -27,7 +27,7 @@ def test_measure_without_anything_to_count_is_none():
 
 
 def test_an_infinite_perplexity_is_none():
-    """800 nats a token overflow; resampled perplexities may be finite."""
+    """800 nats per token overflow; resampled perplexities may be finite."""
     records = [Record("a", {"x": (0, 1)}), Record("a", {"x": (1600, 1)})]
     rows = summarize([*records, Record("b", {"x": (1600, 1)})], {"x": exponential})
     assert rows["a"]["x"] == {"value": None, "low": 1, "high": None}

@@ -139,7 +139,7 @@ def test_plan_prints_one_object_and_accepts_overrides():
     whole = json.loads(run(app, arguments).stdout)
     assert whole["parameters"] == plan(recipe_of("90m", "dense"))["parameters"]
     table = run(app, arguments[:2]).stdout
-    assert all(words in table for words in ("attention", "92.4M", "GFLOPs a token"))
+    assert all(words in table for words in ("attention", "92.4M", "GFLOPs per token"))
     assert "layers " not in table.split("all")[0]
     table = run(app, ["plan", str(CONFIGS / "90m_mod.toml")]).stdout
     assert all(words in table for words in ("in 7 full layers", "in 7 gated layers", "depth"))

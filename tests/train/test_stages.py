@@ -20,7 +20,7 @@ from moma.recipe import read_recipe, shipped_recipe
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in, load_model, newest_intact, read_state
 from moma.runtime.world import World
-from moma.train.chain import Evaluation, read_chain, run_chain
+from moma.train.chain import Evaluation, next_command, read_chain, run_chain
 from moma.train.loop import train
 from moma.train.metrics import TIMING_KEYS
 from moma.train.recipe import Recipe
@@ -265,6 +265,8 @@ stage = "evaluate"
     runs = [tmp_path / "chain" / name for name in ("seed", "upcycle", "upcycle/aux_router")]
     assert [step.run for step in steps] == [*runs, runs[1]]
     assert [step.from_ for step in steps if isinstance(step, Recipe)] == [None, *runs[:2]]
+    routings = [next_command(step).split()[-1] for step in steps[:3]]
+    assert routings == ["causal", "causal", "auxiliary"]
     run_chain(steps[:2], WORLD, evaluate, quiet=True)  # as if it had been stopped here
     fingerprint = (runs[0] / "checkpoints" / "latest").stat().st_mtime_ns
     assert run_chain(read_chain(chain), WORLD, evaluate, quiet=True) == runs[2]
