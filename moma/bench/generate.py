@@ -37,6 +37,7 @@ from moma.hub.chameleon_format import (
 )
 from moma.model.architecture import ModelConfig
 from moma.model.cpu_decoding import prepare_decoding
+from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts, sum_over_kinds
 from moma.model.transformer import Transformer, no_head
 from moma.progress import show_progress
@@ -300,7 +301,7 @@ def random_model(
     """
     shares = [1 / len(vocabulary.modalities)] * len(vocabulary.modalities)
     with device:
-        model = Transformer(config, vocabulary, shares)
+        model = Transformer(config, vocabulary, shares, dispatch=dispatch_for(device))
     model.initialize(seed=0)
     model.eval().requires_grad_(False)
     for number in range(config.layers):

@@ -256,7 +256,8 @@ class Transformer(nn.Module):
         return self.embedding.weight.dtype
 
     def _modality_table(self) -> Tensor:
-        return torch.from_numpy(self.vocabulary.modality_of_id)
+        # Unlike `from_numpy`, on the device of a context such as `with torch.device("cuda")`.
+        return torch.as_tensor(self.vocabulary.modality_of_id)
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
         """Like `Module.to_empty`, but restores buffers and keeps embeddings tied."""

@@ -204,6 +204,13 @@ def test_initialization_depends_only_on_the_seed():
     assert experts.down.std().item() == pytest.approx(first.config.hidden_width**-0.5, rel=0.2)
 
 
+def test_a_model_is_built_on_the_device_of_the_context():
+    """As `moma bench generate` does on a GPU."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(groups="mod_null_2t2i", layers=2), VOCABULARY, (0.5, 0.5))
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
 def test_shares_must_add_up():
     with pytest.raises(ValueError, match="add up to 1"):
         Transformer(ModelConfig(dim=16, heads=2), VOCABULARY, (0.5, 0.4))
