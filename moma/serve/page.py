@@ -167,21 +167,7 @@ class _Page:
                 )
                 options = _options(self._engine.model.context)
             with gr.Column(scale=3, min_width=320):
-                answer = gr.HTML(
-                    answer_html([]), elem_id="answer", apply_default_css=False, padding=False
-                )
-                download = gr.DownloadButton("Download", interactive=False, size="sm")
-                gallery = gr.Gallery(
-                    label="Images of this session",
-                    columns=5,
-                    fit_columns=False,
-                    height=190,
-                    object_fit="contain",
-                    format="png",
-                    visible=has_images,
-                    elem_id="gallery",
-                    buttons=["download", "fullscreen"],
-                )
+                answer, download, gallery = _answer_parts(has_images)
         routing = gr.HTML(elem_id="routing", apply_default_css=False, padding=False)
         images = gr.State([])
         outputs = [answer, download, gallery, images, routing]
@@ -301,6 +287,24 @@ class _Page:
 
         drawn = self._engine.call(route).result()
         return f"<style>{ROUTING_STYLE}</style>{drawn}"
+
+
+def _answer_parts(has_images: bool) -> tuple[gr.HTML, gr.DownloadButton, gr.Gallery]:
+    """The answer, a button to save it, and the images of the session."""
+    answer = gr.HTML(answer_html([]), elem_id="answer", apply_default_css=False, padding=False)
+    download = gr.DownloadButton("Download", interactive=False, size="sm")
+    gallery = gr.Gallery(
+        label="Images of this session",
+        columns=5,
+        fit_columns=False,
+        height=190,
+        object_fit="contain",
+        format="png",
+        visible=has_images,
+        elem_id="gallery",
+        buttons=["download", "fullscreen"],
+    )
+    return answer, download, gallery
 
 
 def _options(context: int) -> list[gr.components.Component]:
