@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt
 
 $(DEVELOPMENT): $(READY)
 	@echo 'installing what tests, lint and docs need: about 1 GB'
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[clean,demo,dev,docs,lm-eval,ray,serve]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[clean,demo,dev,docs,lm-eval,ray,s3,serve]'
 	touch $(DEVELOPMENT)
 
 # Not runs/: trained models stay.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
+from moma.data.remote.address import Address
 from moma.data.sources.registry import AnySource
 from moma.recipe import Config, RequiredPath, Seed
 from moma.tokenizers.image.codec import CodecConfig
@@ -16,6 +17,9 @@ class DataConfig(Config):
 
     Attributes:
         path: folder of the prepared data: tokenizers, and the shards of each source.
+        remote: address where tokenizers and shards are kept, such as `s3://bucket/folder`;
+            `path` then has copies of what is read.
+        cache_bytes: largest size of the shards of `remote` that `path` has copies of.
         tokenizers: a prepared folder or a run whose tokenizer and codec are used; by default they
             are trained on the sources.
         micro_batch_size: sequences of a micro-batch, the share of one rank in one step (B).
@@ -36,6 +40,8 @@ class DataConfig(Config):
     """
 
     path: RequiredPath
+    remote: Address | None = None
+    cache_bytes: int = Field(default=2**36, ge=1)
     tokenizers: RequiredPath | None = None
     micro_batch_size: int = Field(ge=1)
     sequence_length: int = Field(ge=2)

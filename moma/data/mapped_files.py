@@ -2,12 +2,14 @@
 
 import json
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import datasets
 import numpy as np
 import pyarrow as pa
 
@@ -23,8 +25,18 @@ class OpenFiles:
     Any number of threads may read; an array of a closed file stays valid while it is used.
     """
 
-    def __init__(self, maximum: int = MAX_OPEN_FILES) -> None:
-        self.get: Callable[[Path], MappedFile] = lru_cache(maximum)(MappedFile)
+    def __init__(
+        self,
+        maximum: int = MAX_OPEN_FILES,
+        open_file: "Callable[[Path], MappedFile] | None" = None,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            maximum: number of files that stay open.
+            open_file: opens a file; by default by its path.
+        """
+        self.get: Callable[[Path], MappedFile] = lru_cache(maximum)(open_file or MappedFile)
 
 
 class MappedFile:
@@ -34,7 +46,13 @@ class MappedFile:
         origin: what the file's metadata has of its origin.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, locked: BinaryIO | None = None) -> None:
+        """Map a file.
+
+        Args:
+            locked: the same file, which is closed when this object is no longer used.
+        """
+        self._locked = locked
         with pa.ipc.open_stream(pa.memory_map(str(path))) as stream:
             table = stream.read_all()
         self.origin: dict[str, Any] = json.loads(table.schema.metadata[METADATA_KEY])
@@ -65,3 +83,76 @@ class MappedFile:
     def name(self, row: int) -> str:
         """Return the name of a document."""
         return str(self._names[row])
+
+
+@dataclass(frozen=True)
+class Index:
+    """What is known of documents without reading them.
+
+    Attributes:
+        documents: number of documents of each file.
+        images, lengths, origins: as in `Shard`.
+    """
+
+    documents: Sequence[int]
+    images: np.ndarray
+    lengths: np.ndarray
+    origins: list[dict[str, Any]]
+
+
+def read_index(paths: Sequence[Path], files: OpenFiles) -> Index:
+    """Read the index of some files, one after another."""
+    images, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
+    origins: list[dict[str, Any]] = []
+    for file in map(files.get, paths):
+        origins.append(file.origin)
+        images.append(file.images)
+        lengths.append(file.lengths)
+    return Index([*map(len, images[1:])], np.concatenate(images), np.concatenate(lengths), origins)
+
+
+class Shard:
+    """The encoded documents of one split, over any number of memory-mapped files.
+
+    Attributes:
+        images, lengths: number of images and of tokens of each document, int32 of shape
+            [documents].
+        origins: the origin in each file's metadata.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        features: datasets.Features,
+        files: OpenFiles,
+        index: Index | None = None,
+    ) -> None:
+        """Open the files one after another, or none with an index."""
+        self._paths, self._features, self._files = paths, features, files
+        index = index or read_index(paths, files)
+        self._first_row = [*accumulate(index.documents, initial=0)]
+        self.images, self.lengths, self.origins = index.images, index.lengths, index.origins
+
+    def __len__(self) -> int:
+        return self._first_row[-1]
+
+    def ids(self, row: int) -> np.ndarray:
+        """Return the ids of a document, unsigned integers of shape [tokens]; a read-only view."""
+        file, row = self._find(row)
+        return file.ids(row)
+
+    def name(self, row: int) -> str:
+        """Return the name of a document."""
+        file, row = self._find(row)
+        return file.name(row)
+
+    @property
+    def dataset(self) -> datasets.Dataset:
+        """The rows as a Hugging Face dataset: `ids`, `images`, `name`; opens all files at once."""
+        empty = datasets.Dataset.from_dict({key: [] for key in self._features}, self._features)
+        files = [datasets.Dataset.from_file(str(path)) for path in self._paths]
+        return datasets.concatenate_datasets(files or [empty])
+
+    def _find(self, row: int) -> tuple[MappedFile, int]:
+        number = bisect_right(self._first_row, row) - 1
+        return self._files.get(self._paths[number]), row - self._first_row[number]

@@ -19,8 +19,16 @@ DATA_KIND: Literal["moma data"] = "moma data"
 _RUN_MANIFEST, _RUN_KIND = "run.json", "moma run"
 TOKENIZER_ENTRIES = ("tokenizer.json", "vocabulary.json", "codec", "codec_training")
 CLEANING_FOLDER = "cleaning"
-# Everything that `moma prepare` writes into a data folder.
-DATA_ENTRIES = (DATA_MANIFEST, *TOKENIZER_ENTRIES, "rejected.jsonl", "shards", CLEANING_FOLDER)
+CACHE_FOLDER = "cache"
+# Everything that moma writes into a data folder.
+DATA_ENTRIES = (
+    DATA_MANIFEST,
+    *TOKENIZER_ENTRIES,
+    "rejected.jsonl",
+    "shards",
+    CLEANING_FOLDER,
+    CACHE_FOLDER,
+)
 _MARKER, _MARKER_KIND = ".moma-output.json", "moma output"
 _ABOUT = "written by moma, so no source reads it; delete this file to change that"
 _EVERYTHING = "*"

@@ -9,21 +9,20 @@ A row of an Arrow file is a document: `ids`, `images`, `name`. The files are mem
 `encode/part_writer.py` writes them.
 """
 
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import datasets
 import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from moma.data.mapped_files import MappedFile, OpenFiles
+from moma.data.mapped_files import Index, OpenFiles, Shard
 from moma.data.provenance import Encoders, read_provenance
+from moma.data.remote.reading import parse_index, read_link, remote_files
 from moma.errors import UserError, error_reason
 from moma.files import Checksum, read_bounded
 from moma.recipe import Config
@@ -34,6 +33,7 @@ SPLITS = ("train", "held_out")
 
 INFO_FILE = "shard.json"
 ORIGIN_FILE = "origin.json"
+PLAN_FILE = "plan.json"
 VOCABULARY_FILE = "vocabulary.json"
 REJECTED_FILE = "rejected.jsonl"
 # What reading an Arrow file with other content, or with other columns, raises.
@@ -166,53 +166,6 @@ class ShardInfo(Config):
         ]
 
 
-class Shard:
-    """The encoded documents of one split, over any number of memory-mapped files.
-
-    Attributes:
-        images, lengths: number of images and of tokens of each document, int32 of shape
-            [documents].
-        origins: the origin in each file's metadata.
-    """
-
-    def __init__(
-        self, paths: Sequence[Path], features: datasets.Features, files: OpenFiles
-    ) -> None:
-        self._paths, self._features, self._files = paths, features, files
-        images, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
-        self.origins: list[dict[str, Any]] = []
-        for file in map(files.get, paths):
-            self.origins.append(file.origin)
-            images.append(file.images)
-            lengths.append(file.lengths)
-        self._first_row = [*accumulate(map(len, images[1:]), initial=0)]
-        self.images, self.lengths = np.concatenate(images), np.concatenate(lengths)
-
-    def __len__(self) -> int:
-        return self._first_row[-1]
-
-    def ids(self, row: int) -> np.ndarray:
-        """Return the ids of a document, unsigned integers of shape [tokens]; a read-only view."""
-        file, row = self._find(row)
-        return file.ids(row)
-
-    def name(self, row: int) -> str:
-        """Return the name of a document."""
-        file, row = self._find(row)
-        return file.name(row)
-
-    @property
-    def dataset(self) -> datasets.Dataset:
-        """The rows as a Hugging Face dataset: `ids`, `images`, `name`; opens all files at once."""
-        empty = datasets.Dataset.from_dict({key: [] for key in self._features}, self._features)
-        files = [datasets.Dataset.from_file(str(path)) for path in self._paths]
-        return datasets.concatenate_datasets(files or [empty])
-
-    def _find(self, row: int) -> tuple[MappedFile, int]:
-        number = bisect_right(self._first_row, row) - 1
-        return self._files.get(self._paths[number]), row - self._first_row[number]
-
-
 @dataclass(frozen=True)
 class Shards:
     """The shards of one source.
@@ -288,9 +241,17 @@ def open_unfinished(folder: Path, vocabulary: Vocabulary) -> Shards:
 
 
 def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: OpenFiles) -> Shards:
-    features = shard_features(vocabulary)
+    features, link = shard_features(vocabulary), read_link(folder)
+    indices: dict[str, Index | None] = dict.fromkeys(SPLITS)
+    if link is not None:
+        checksums = {name: value for part in info.parts for name, value in part.checksums.items()}
+        files = remote_files(folder, link, checksums)
+        indices = {split: _saved_index(folder, info, split) for split in SPLITS}
     try:
-        splits = {split: Shard(info.files(folder, split), features, files) for split in SPLITS}
+        splits = {
+            split: Shard(info.files(folder, split), features, files, indices[split])
+            for split in SPLITS
+        }
         for split, shard in splits.items():
             _check_files(folder, info, split, shard)
     except _DAMAGE as error:
@@ -298,6 +259,22 @@ def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: Op
             f"{folder}: damaged ({error_reason(error)}); delete it, run `moma prepare`"
         ) from error
     return Shards(info, splits)
+
+
+def _saved_index(folder: Path, info: ShardInfo, split: str) -> Index | None:
+    path = folder / index_file(split)
+    if not path.exists():
+        return None
+    lengths, images = parse_index(path, path.read_bytes())
+    documents = [part.counts[split].documents for part in info.parts]
+    if sum(documents) != len(lengths):
+        raise UserError(f"{path}: damaged; remove {folder}, run the same command again")
+    return Index([*filter(None, documents)], images, lengths, [])
+
+
+def index_file(split: str) -> str:
+    """Return the name of the file with lengths and images of all documents of a split."""
+    return f"{split}.npy"
 
 
 def shard_features(vocabulary: Vocabulary) -> datasets.Features:
@@ -337,7 +314,10 @@ def file_origin(info: ShardInfo) -> dict[str, str]:
 
 def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> None:
     """Refuse files of another origin and truncated files."""
-    for path, found in zip(info.files(folder, split), shard.origins, strict=True):
+    # With a saved index no file was opened; each is compared with its checksum when it is.
+    for path, found in (
+        zip(info.files(folder, split), shard.origins, strict=True) if shard.origins else ()
+    ):
         wrong = [
             f"{key} ({found.get(key)} and {expected})"
             for key, expected in file_origin(info).items()

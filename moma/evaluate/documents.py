@@ -25,6 +25,7 @@ from moma.data.documents import (
     which_held_out,
 )
 from moma.data.outputs import CLEANING_FOLDER
+from moma.data.remote.fetching import provide_data
 from moma.data.shards import open_sources
 from moma.errors import UserError
 from moma.generate.mixed import MixedModel
@@ -111,6 +112,7 @@ def _rows(
 
 def _held_out(data: DataConfig, vocabulary: Vocabulary) -> Iterator[TokenizedDocument]:
     names = [source.name for source in data.sources]
+    provide_data(data)
     for source, shards in open_sources(data.path, names, vocabulary).items():
         shard = shards.splits["held_out"]
         for row, (tokens, images) in enumerate(zip(shard.lengths, shard.images, strict=True)):

@@ -19,6 +19,8 @@ _RESUMABLE = (
     "run",
     "from",  # needed only at the start
     "data.path",
+    "data.remote",
+    "data.cache_bytes",
     "data.workers",
     "data.prefetch",
     "engine.reduce_once",
@@ -89,7 +91,9 @@ def write_run_folder(run: Run, recipe: Recipe) -> None:
     if not run.exists:
         run.path.mkdir(parents=True, exist_ok=True)
         run.create(recipe, data)
-    if shown := [text for text in changes if not text.startswith(("run:", "data.path:"))]:
+    if shown := [
+        text for text in changes if not text.startswith(("run:", "data.path:", "data.remote:"))
+    ]:
         logger.warning("%s: resuming with %s", run.path, "; ".join(shown))
     run.copy_tokenizers(data)
     run.update_recipe(recipe)

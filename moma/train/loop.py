@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.data.batches.packing import Batch
+from moma.data.remote.fetching import provide_data
 from moma.errors import SharedError, StoppedError, UserError
 from moma.files import lock_folder
 from moma.model.transformer import Transformer
@@ -84,6 +85,8 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         stop_request = stack.enter_context(interruption(world))
         is_locked = _lock_if_exists(run, recipe, world, stack)
         on_rank_0(world, check_run_folder, run, recipe)
+        with raise_on_all_ranks(world):
+            provide_data(recipe.data, refresh=not run.exists)
         checkpoint, damaged = newest_intact(run.checkpoints, world)
         if checkpoint is not None and _is_finished(checkpoint, recipe):
             on_rank_0(world, write_run_folder, run, recipe)  # restores lost copies of tokenizers

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from moma.data.batches.iterator import training_fingerprint
+from moma.data.remote.fetching import provide_data
 from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.attention_kernels import kernel_without_compilation
@@ -133,8 +134,10 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
     own = read_run_recipe(run)
     if own.stage == "aux_router" and own.from_ is not None and Run(own.from_).exists:
         require_training_data(Run(own.from_), recipe)
-    data = own.data.model_copy(update={"path": recipe.data.path})
+    keys = ("path", "remote", "cache_bytes")
+    data = own.data.model_copy(update={key: getattr(recipe.data, key) for key in keys})
     vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
+    provide_data(data)
     require_data_folder(data.path)
     has_sources = all(data.folder(source.name).is_dir() for source in data.sources)
     found = training_fingerprint(data, vocabulary, own.seed) if has_sources else None

@@ -10,7 +10,7 @@ from moma.data.batches.iterator import Batches, prefetch
 from moma.data.batches.packing import Packer
 from moma.data.config import DataConfig, PrepareConfig
 from moma.data.encode.prepare import prepare
-from moma.errors import UserError
+from moma.errors import StorageError, UserError
 from moma.vocabulary import Vocabulary
 
 
@@ -32,6 +32,18 @@ def batches_of(recipe, seed=0, **changes):
 def path_is_where_shards_are_written(tiny, tmp_path, monkeypatch):
     prepare_with(tiny, tmp_path / "here")
     assert (tmp_path / "here/shards/text/shard.json").is_file()
+
+
+def remote_is_where_shards_are_kept(tiny, tmp_path, monkeypatch):
+    prepare_with(tiny, tmp_path / "data", remote=f"file://{tmp_path}/remote")
+    assert (tmp_path / "remote/sources/text.json").is_file()
+    assert not list((tmp_path / "data/shards").rglob("*.arrow"))
+
+
+def cache_bytes_limits_the_cache(tiny, tmp_path, monkeypatch):
+    with pytest.raises(StorageError, match=r"do not fit into data\.cache_bytes = 100 "):
+        prepare_with(tiny, tmp_path / "data", remote=f"file://{tmp_path}/remote", cache_bytes=100)
+    assert not list((tmp_path / "data").rglob("*.arrow"))
 
 
 def tokenizers_are_copied(tiny, tmp_path, monkeypatch):
@@ -129,6 +141,8 @@ def sources_are_encoded(tiny, tmp_path, monkeypatch):
 
 TESTS = {
     "path": path_is_where_shards_are_written,
+    "remote": remote_is_where_shards_are_kept,
+    "cache_bytes": cache_bytes_limits_the_cache,
     "tokenizers": tokenizers_are_copied,
     "micro_batch_size": micro_batch_size_is_the_number_of_sequences,
     "sequence_length": sequence_length_is_the_number_of_positions,

@@ -19,7 +19,9 @@ from moma.data.batches.budget import Budget, ImageDocuments, check_documents, ch
 from moma.data.batches.mixing import DocumentStream, Pool, reshard_stream
 from moma.data.batches.packing import Batch, Packer, reshard_packers
 from moma.data.config import DataConfig
-from moma.data.shards import Shard, Shards, open_sources
+from moma.data.mapped_files import Shard
+from moma.data.remote.fetching import provide_data
+from moma.data.shards import Shards, open_sources
 from moma.errors import UserError, list_names
 from moma.vocabulary import Vocabulary
 
@@ -66,6 +68,7 @@ class Batches(grain.DatasetIterator[Batch]):
         self._config, self._vocabulary, self._world_size = config, vocabulary, world_size
         self._budget = Budget.from_config(config, vocabulary)
         self._weights = {source.name: source.weight for source in config.sources}
+        provide_data(config)
         opened = open_sources(config.path, self._weights, vocabulary)
         self._shards = {name: shards.splits[split] for name, shards in opened.items()}
         self._fingerprint = _fingerprint(opened, config, seed, split, self._repeat)
@@ -243,6 +246,7 @@ def training_fingerprint(config: DataConfig, vocabulary: Vocabulary, seed: int) 
     Raises:
         UserError: shards are missing.
     """
+    provide_data(config)
     opened = open_sources(config.path, [source.name for source in config.sources], vocabulary)
     return _fingerprint(opened, config, seed, "train", repeat=True)
 

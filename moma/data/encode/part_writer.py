@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
@@ -42,14 +42,23 @@ class PartWriter:
     """
 
     def __init__(
-        self, folder: Path, info: ShardInfo, part: int, file: int, first: int, schema: pa.Schema
+        self,
+        folder: Path,
+        info: ShardInfo,
+        part: int,
+        file: int,
+        first: int,
+        schema: pa.Schema,
+        upload: Callable[[Part], None] = lambda record: None,
     ) -> None:
         """Write no file yet.
 
         Args:
             part, file: number of the part, and of the files among those of the part.
             first: number of documents of the part before.
+            upload: called with the record before it is written, when its files are complete.
         """
+        self._upload = upload
         self._folder, self._source = folder, info.source
         self.record = Part(part=part, file=file, first=first, stop=first)
         origin = {**file_origin(info), "part": part, "file": file}
@@ -121,6 +130,7 @@ class PartWriter:
         sync_folder(self._folder)
         changes = {"is_last": is_last, "checksums": checksums}
         self.record = self.record.model_copy(update=changes)
+        self._upload(self.record)
         text = self.record.model_dump_json() + "\n"
         atomic_write(self._folder / record_name(self.record.part, self.record.file), text)
         return self.record

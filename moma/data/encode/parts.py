@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import BinaryIO
 
 from moma.data.documents import Rejected, SourcePart
 from moma.data.encode.part_writer import read_records, record_name, rejected_name
 from moma.data.encode.rejected import parse_rejected_line
+from moma.data.encode.upload import SourceUpload, forget
+from moma.data.remote.reading import LINK_FILE, read_link
 from moma.data.shards import (
     INFO_FILE,
     ORIGIN_FILE,
+    PLAN_FILE,
     REJECTED_FILE,
     SPLITS,
     VOCABULARY_FILE,
@@ -47,13 +50,13 @@ from moma.files import (
 from moma.recipe import Config
 from moma.vocabulary import Vocabulary
 
-PLAN_FILE = "plan.json"
 _EMPTY = sha256().hexdigest()
-_KEPT_FILES = (ORIGIN_FILE, PLAN_FILE)
+_KEPT_FILES = (ORIGIN_FILE, PLAN_FILE, LINK_FILE)
 # Every file that moma writes into the folder of a source; the last alternative is of older data.
 _OWN_FILE = re.compile(
     rf"({'|'.join(map(re.escape, (*_KEPT_FILES, INFO_FILE, VOCABULARY_FILE, REJECTED_FILE)))}"
-    rf"|(part|rejected|{'|'.join(SPLITS)})-\d+(-\d+)?\.(json|jsonl|arrow))"
+    rf"|(part|rejected|{'|'.join(SPLITS)})-\d+(-\d+)?\.(json|jsonl|arrow|npy)"
+    rf"|({'|'.join(SPLITS)})\.npy)"
     rf"(\.[0-9a-f]+)?({re.escape(UNFINISHED)})?"
 )
 
@@ -86,6 +89,7 @@ class PartialShards:
         origin: ShardInfo,
         part_bytes: int,
         cut: Callable[[int], list[SourcePart]],
+        connect: Callable[[Path], SourceUpload | None] = lambda path: None,
     ) -> None:
         """Find what is committed, and delete everything else.
 
@@ -94,6 +98,7 @@ class PartialShards:
                 deleted.
             part_bytes: approximate size of a part; files that were made with another are deleted.
             cut: cuts the source into parts of that size.
+            connect: folder of partial files → where they are uploaded.
 
         Raises:
             UserError: a folder that would be replaced has files that moma did not write.
@@ -109,7 +114,13 @@ class PartialShards:
             atomic_write(self.path / PLAN_FILE, plan.model_dump_json() + "\n")
             atomic_write(self.path / ORIGIN_FILE, origin.model_dump_json() + "\n")
         self.plan = plan.parts
+        self.parts: dict[int, list[Part]] = {}
+        self._remote = connect(self.path)
+        if self._remote is not None:
+            self._remote.fetch_records(self.path)
         self._keep({number: read_records(self.path, number) for number in range(len(self.plan))})
+        if self._remote is not None:
+            self._remote.upload_missing(self.path, chain(*self.parts.values()))
 
     @property
     def pending(self) -> list[int]:
@@ -170,6 +181,10 @@ class PartialShards:
 
     def _keep(self, parts: dict[int, list[Part]]) -> None:
         """Delete everything that does not belong to these records."""
+        if self._remote is not None:
+            # None on the first call: what is not known here may be of another machine.
+            known = [(number, record) for number, own in self.parts.items() for record in own]
+            self._remote.forget(record for number, record in known if record not in parts[number])
         self.parts = parts
         complete = filter(self._is_complete, parts)
         self.complete = sum((sum(parts[number], Part()) for number in complete), Part())
@@ -207,10 +222,14 @@ def complete_shards(folder: Path, origin: ShardInfo, verify: bool = False) -> Sh
 
 
 def is_intact(folder: Path, record: Part) -> bool:
-    """Return whether the files of a record have its sizes and checksums."""
+    """Return whether the files of a record, here or uploaded, have its sizes and checksums."""
+    link = read_link(folder)
     try:
         return all(
-            checksum(folder / name) == expected for name, expected in record.checksums.items()
+            checksum(folder / name) == expected
+            if link is None or (folder / name).exists()
+            else link.is_intact(name, expected)
+            for name, expected in record.checksums.items()
         )
     except OSError:
         return False
@@ -252,6 +271,8 @@ def _make_partial(folder: Path, info: ShardInfo, intact: Sequence[Part]) -> None
             text = record.model_dump_json() + "\n"
             atomic_write(path / record_name(record.part, record.file), text)
     atomic_write(path / ORIGIN_FILE, info.with_parts(()).model_dump_json() + "\n")
+    if (link := read_link(path)) is not None:
+        forget(link, [record for record in info.parts if record.name not in names])
     # From here on it has happened; the next process deletes what else is left.
     (path / INFO_FILE).unlink()
     sync_folder(path)

@@ -28,15 +28,18 @@ from moma.data.encode.executors import (
 )
 from moma.data.encode.parts import PartialShards, copy_rejected
 from moma.data.encode.progress import JobProgress
+from moma.data.encode.publish import publish_shards, publish_tokenizers
 from moma.data.encode.ray_cluster import RayCluster
 from moma.data.encode.rejected import all_held_out
 from moma.data.encode.source import Limits, SourceEncoding
 from moma.data.encode.tokenizers import provide_tokenizers
+from moma.data.encode.upload import Remote
 from moma.data.encode.worker import Encoded, Job, Task
 from moma.data.outputs import CLEANING_FOLDER
 from moma.data.provenance import DataFolder
+from moma.data.remote.fetching import fetch_prepared
 from moma.data.shards import REJECTED_FILE, Part, ShardInfo
-from moma.errors import UserError, list_names
+from moma.errors import StorageError, UserError, list_names
 from moma.files import atomic_open, lock_folder
 from moma.progress import show_progress
 from moma.runs import Tokenizers
@@ -101,7 +104,7 @@ def prepare(
     verify: bool = False,
     ray: str | None = None,
 ) -> Prepared:
-    """Write tokenizer, codec and shards into `data.path`.
+    """Write tokenizer, codec and shards into `data.path`, and to `data.remote` if there is one.
 
     Args:
         config: a recipe, or the part of it that is prepared.
@@ -122,10 +125,13 @@ def prepare(
     _check_budget(config)
     data.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(data.path, LOCK_TIMEOUT):
+        fetch_prepared(data)
         folder = DataFolder(data)
         clean_folder = data.path / CLEANING_FOLDER
         cleaning = provide_cleaning(data.sources, clean_folder, data.part_bytes, quiet, processes)
         vocabulary = provide_tokenizers(config, folder, device, quiet)
+        if data.remote is not None:
+            publish_tokenizers(folder)
         _warn_changed_sources(folder)
         infos = _encode_all(
             folder, cleaning, vocabulary, Options(device, quiet, processes, verify, ray)
@@ -163,6 +169,8 @@ def _check_packing(config: PrepareConfig, vocabulary: Vocabulary) -> None:
     """Refuse what training would refuse; the shards are kept, and serve other recipes."""
     try:
         Batches(config.data, vocabulary, config.seed).close()
+    except StorageError:
+        raise
     except UserError as error:
         raise UserError(
             f"{config.data.path}: is prepared, but cannot be trained on with this recipe: {error}"
@@ -188,6 +196,8 @@ def _encode_all(
         _encode(folder, job, shards, options)
         for name, partial in shards.items():
             infos[name] = job.sources[name].finish(partial)
+        if (remote := _remote(folder)) is not None:
+            publish_shards(remote, folder, infos)
     finally:
         # One file for all sources, from those in the folders of their shards.
         with atomic_open(folder.data.path / REJECTED_FILE) as file:
@@ -210,10 +220,16 @@ def make_job(folder: DataFolder, cleaning: Mapping[str, Cleaning], vocabulary: V
             limits,
             data.part_bytes,
             cleaning[source.name],
+            _remote(folder),
         )
         for source in data.sources
     }
     return Job(sources, vocabulary, folder.tokenizers.path)
+
+
+def _remote(folder: DataFolder) -> Remote | None:
+    data = folder.data
+    return None if data.remote is None else Remote(data.remote, data.cache_bytes, data.path)
 
 
 def _encode(

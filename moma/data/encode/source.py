@@ -6,7 +6,7 @@ that cannot be encoded is rejected with the reason; the others are not affected.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 
@@ -34,7 +34,9 @@ from moma.data.encode.parts import (
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.rejected import no_documents, too_many_rejected
 from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText, SplitText
+from moma.data.encode.upload import Remote, SourceUpload
 from moma.data.provenance import Encoders
+from moma.data.remote.reading import LINK_FILE, read_link
 from moma.data.shards import REJECTED_FILE, SPLITS, Part, ShardInfo, shard_features
 from moma.data.sources.parts import PART_BYTES
 from moma.vocabulary import Vocabulary
@@ -77,6 +79,7 @@ class SourceEncoding:
         limits: limits of what is written.
         part_bytes: approximate size of a part of the source.
         cleaning: drops documents and images; nothing by default.
+        remote: where the files are kept; by default in the folder.
     """
 
     source: Source
@@ -87,6 +90,7 @@ class SourceEncoding:
     limits: Limits = field(default_factory=Limits)
     part_bytes: int = PART_BYTES
     cleaning: Cleaning = field(default_factory=lambda: Cleaning(CleaningConfig()))
+    remote: Remote | None = None
 
     @cached_property
     def origin(self) -> ShardInfo:
@@ -125,7 +129,9 @@ class SourceEncoding:
         def cut(part_bytes: int) -> list[SourcePart]:
             return parts_of(self.source, part_bytes)
 
-        shards = PartialShards(self.folder, self.origin, self.part_bytes, cut)
+        shards = PartialShards(
+            self.folder, self.origin, self.part_bytes, cut, self._connect_and_link
+        )
         if verify:
             shards.drop_damaged()
         if self.limits.exceeded(shards.done):
@@ -152,9 +158,10 @@ class SourceEncoding:
         done = sum(records, Part())
         progress(done)
         schema = shard_features(self.vocabulary).arrow_schema
+        upload = self._upload_to(folder)
 
         def begin() -> PartWriter:
-            return PartWriter(folder, self.origin, number, len(records), done.stop, schema)
+            return PartWriter(folder, self.origin, number, len(records), done.stop, schema, upload)
 
         rows = self.cleaning.rows(read_part(self.source, part), number)
         rest = islice(rows, done.documents_read, None)
@@ -201,6 +208,21 @@ class SourceEncoding:
                 read_rejected(self.folder),
                 f" ({REJECTED_FILE} in the data folder lists all)",
             )
+
+    def _connect_and_link(self, folder: Path) -> SourceUpload | None:
+        if self.remote is None:
+            (folder / LINK_FILE).unlink(missing_ok=True)
+            return None
+        upload = self.remote.connect(folder, self.source.name, self.limits.shard_tokens)
+        upload.link(folder)
+        return upload
+
+    def _upload_to(self, folder: Path) -> Callable[[Part], None]:
+        link = read_link(folder)
+        if self.remote is None or link is None:
+            return lambda record: None
+        upload = SourceUpload(link, self.remote.cache)
+        return partial(upload.upload, folder)
 
     def _is_full(self, record: Part) -> bool:
         full = record.total.tokens >= self.limits.shard_tokens

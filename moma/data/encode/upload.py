@@ -1,0 +1,235 @@
+"""Files of shards that are uploaded to an address while they are made.
+
+    shards/SOURCE/FINGERPRINT/  train-00012-00003-DIGITS.arrow, …-DIGITS.npy, …, and then their
+                                record part-00012-00003.json
+                                → manifest sources/SOURCE.json
+
+The fingerprint is that of everything that the files depend on, and the digits those of their
+content: machines that make the same part write the same objects, and none replaces another's.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+from moma.data.encode.part_writer import record_name
+from moma.data.mapped_files import MappedFile
+from moma.data.remote.cache import Cache
+from moma.data.remote.manifest import (
+    Manifest,
+    index_name,
+    object_name,
+    require_safe,
+    source_manifest,
+)
+from moma.data.remote.reading import (
+    LINK_FILE,
+    Link,
+    cache_of,
+    index_bytes,
+    parse_index,
+    read_link,
+)
+from moma.data.remote.storage import Storage, open_storage
+from moma.data.shards import (
+    INFO_FILE,
+    ORIGIN_FILE,
+    PLAN_FILE,
+    REJECTED_FILE,
+    SPLITS,
+    VOCABULARY_FILE,
+    Part,
+    ShardInfo,
+    file_name,
+    index_file,
+)
+from moma.errors import UserError
+from moma.files import atomic_open, atomic_write, checksum
+
+
+@dataclass(frozen=True)
+class Remote:
+    """Where the files of all sources are kept; can be sent to another process.
+
+    Attributes:
+        address, cache_bytes: `data.remote` and `data.cache_bytes`.
+        path: the data folder.
+    """
+
+    address: str
+    cache_bytes: int
+    path: Path
+
+    @property
+    def cache(self) -> Cache:
+        """Where uploaded files are moved."""
+        return cache_of(self.path, self.cache_bytes)
+
+    def connect(self, folder: Path, source: str, shard_tokens: int) -> "SourceUpload":
+        """Return where the partial files in a folder are uploaded."""
+        made_from = [(folder / name).read_text() for name in (ORIGIN_FILE, PLAN_FILE)]
+        return self._upload(source, json.dumps([*made_from, shard_tokens]))
+
+    def connect_complete(self, folder: Path, source: str) -> "SourceUpload":
+        """Return where the finished shards in a folder are uploaded, or were."""
+        link = read_link(folder)
+        if link is not None and link.address == self.address:
+            update = {"cache_bytes": self.cache_bytes}
+            return SourceUpload(link.model_copy(update=update), self.cache)
+        if link is not None:
+            raise UserError(
+                f"{folder}: was prepared for {link.address}, not for data.remote = "
+                f"{self.address}; choose another data.path, whose shards are made anew"
+            )
+        return self._upload(source, (folder / INFO_FILE).read_text())
+
+    def _upload(self, source: str, made_from: str) -> "SourceUpload":
+        folder = f"shards/{source}/{sha256(made_from.encode()).hexdigest()[:16]}"
+        link = Link(address=self.address, folder=folder, cache_bytes=self.cache_bytes)
+        return SourceUpload(link, self.cache)
+
+
+class SourceUpload:
+    """The files of one source at an address."""
+
+    def __init__(self, link: Link, cache: Cache) -> None:
+        self._link, self._cache, self._folder = link, cache, link.folder
+
+    @cached_property
+    def _storage(self) -> Storage:
+        return open_storage(self._link.address)
+
+    def link(self, folder: Path) -> None:
+        """Record in a folder of shards where its Arrow files are."""
+        atomic_write(folder / LINK_FILE, self._link.model_dump_json() + "\n")
+
+    def upload(self, folder: Path, record: Part) -> None:
+        """Upload the files of a record and move them to the cache; then upload the record."""
+        self._upload_files(folder, record, moves=True)
+        self._storage.write(self._record(record), (record.model_dump_json() + "\n").encode())
+
+    def _upload_files(self, folder: Path, record: Part, moves: bool) -> None:
+        for name, expected in record.checksums.items():
+            path = folder / name
+            if not path.exists():
+                continue
+            if path.suffix == ".arrow":
+                documents = MappedFile(path)
+                index = index_bytes(documents.lengths, documents.images)
+                self._storage.write(self._object(index_name(name), expected), index)
+            self._storage.upload(path, self._object(name, expected))
+            if moves and path.suffix == ".arrow":
+                self._cache.adopt(path, self._object(name, expected))
+
+    def fetch_records(self, folder: Path) -> None:
+        """Fetch the records that are not in a folder, and rejected documents that they list."""
+        found = self._storage.sizes(self._folder)
+        names = [
+            name
+            for name in found
+            if name.startswith(f"{self._folder}/part-") and not (folder / Path(name).name).exists()
+        ]
+        for name, content in self._storage.read_all(names).items():
+            record = self._storage.parse(Part, name, content)
+            require_safe(self._storage, name, [record.checksums])
+            if self._record(record) != name:
+                raise UserError(
+                    f"{self._link.address}/{name}: is the record of {record.name}; remove it, and "
+                    "run the same command again"
+                )
+            for file, expected in record.checksums.items():
+                if not file.endswith(".arrow"):
+                    with atomic_open(folder / file) as out:
+                        self._storage.download(self._object(file, expected), expected, out)
+            # Not synced to disk: a damaged one is fetched again.
+            (folder / Path(name).name).write_bytes(content)
+
+    def upload_missing(self, folder: Path, records: Iterable[Part]) -> None:
+        """Upload the records, and their files, that are not at the address."""
+        found = self._storage.sizes(self._folder)
+        for record in records:
+            if self._record(record) not in found:
+                self.upload(folder, record)
+
+    def forget(self, records: Iterable[Part]) -> None:
+        """Remove records at the address; see `forget`."""
+        forget(self._link, records)
+
+    def publish(self, source: str, folder: Path, info: ShardInfo) -> None:
+        """Write the manifest of a source, once all that it names is there.
+
+        Args:
+            folder: the finished shards.
+
+        Raises:
+            StorageError: something is missing, or has another size.
+        """
+        for record in info.parts:
+            if record.total.documents and not record.checksums:
+                raise UserError(
+                    f"{folder}: was made by an older version, without checksums; choose another "
+                    "data.path, whose shards are made anew"
+                )
+            self._upload_files(folder, record, moves=False)
+        for split in SPLITS:
+            with atomic_open(folder / index_file(split)) as file:
+                file.write(self._index(info, split))
+        names = [INFO_FILE, VOCABULARY_FILE, REJECTED_FILE, *map(index_file, SPLITS)]
+        files = {name: checksum(folder / name) for name in names if (folder / name).exists()}
+        manifest = Manifest(folder=self._folder, files=files, documents=info.whole.total.documents)
+        for name in files:
+            self._storage.upload(folder / name, manifest.object_of(name))
+        self._storage.require(self._expected(info, manifest), [self._folder])
+        text = manifest.model_dump_json(indent=2) + "\n"
+        self._storage.write(source_manifest(source), text.encode())
+        digest = sha256(text.encode()).hexdigest()
+        SourceUpload(self._link.model_copy(update={"manifest": digest}), self._cache).link(folder)
+
+    def _index(self, info: ShardInfo, split: str) -> bytes:
+        """Lengths and images of the documents of a split, from the objects of its files."""
+        files = [
+            (name, record.checksums[name])
+            for record in info.parts
+            if (name := file_name(split, record.name)) in record.checksums
+        ]
+        names = [self._object(index_name(name), expected) for name, expected in files]
+        found = self._storage.read_all(names)
+        indices = [parse_index(f"{self._link.address}/{name}", found[name]) for name in names]
+        lengths, images = np.concatenate([np.empty((2, 0), np.int32), *indices], axis=1)
+        return index_bytes(lengths, images)
+
+    def _expected(self, info: ShardInfo, manifest: Manifest) -> dict[str, int]:
+        """Sizes of everything that a manifest names."""
+        arrow = {
+            self._object(name, expected): expected[0]
+            for record in info.parts
+            for name, expected in record.checksums.items()
+            if name.endswith(".arrow")
+        }
+        small = {manifest.object_of(name): size for name, (size, _) in manifest.files.items()}
+        return {**arrow, **small}
+
+    def _object(self, file: str, expected: tuple[int, str]) -> str:
+        return object_name(self._folder, file, expected)
+
+    def _record(self, record: Part) -> str:
+        return f"{self._folder}/{record_name(record.part, record.file)}"
+
+
+def forget(link: Link, records: Iterable[Part]) -> None:
+    """Remove records whose files are damaged at an address, and those files."""
+    storage = open_storage(link.address)
+    for record in records:
+        objects = [
+            object_name(link.folder, name, expected)
+            for name, expected in record.checksums.items()
+            if name.endswith(".arrow") and not link.is_intact(name, expected)
+        ]
+        found = storage.sizes(link.folder)
+        names = [f"{link.folder}/{record_name(record.part, record.file)}", *objects]
+        storage.remove([name for name in names if name in found])

@@ -1,0 +1,34 @@
+"""Addresses of storage in a recipe."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+
+
+def check_address(address: str) -> str:
+    """Return an address such as `s3://bucket/folder`, without a slash at its end.
+
+    Raises:
+        ValueError: it is none, or contains credentials; the message does not repeat it.
+    """
+    found = _SCHEME.fullmatch(address)
+    if found is None or "::" in address:
+        raise ValueError("should be an address such as s3://bucket/folder or file:///folder")
+    authority = found[2].partition("/")[0]
+    if "@" in authority or re.search(r"[?#]", address):
+        raise ValueError(
+            "contains credentials or parameters, which would be stored with every run; give them "
+            "in the environment or in the storage library's own configuration"
+        )
+    if not found[2].strip("/") or any(part in (".", "..") for part in found[2].split("/")):
+        raise ValueError("should name a folder, such as s3://bucket/folder, without . or ..")
+    if not address.isprintable() or "\\" in address:
+        raise ValueError("has a backslash or a character that cannot be printed")
+    return address.rstrip("/")
+
+
+Address: Any = Annotated[str, AfterValidator(check_address)]
+"""An address as `check_address` accepts it."""

@@ -1,0 +1,212 @@
+"""Fetch what a data folder needs of its address: tokenizers, and what is known of the shards.
+
+Arrow files are fetched when they are read (`reading.py`).
+"""
+
+import logging
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+from moma.data.config import DataConfig
+from moma.data.outputs import DATA_MANIFEST, TOKENIZER_ENTRIES
+from moma.data.remote.manifest import (
+    TOKENIZERS_MANIFEST,
+    Manifest,
+    require_safe,
+    source_manifest,
+)
+from moma.data.remote.reading import LINK_FILE, Link, read_link
+from moma.data.remote.storage import Storage, open_storage
+from moma.data.shards import INFO_FILE, REJECTED_FILE, read_info
+from moma.errors import UserError, list_names
+from moma.files import atomic_open, atomic_write, checksum, lock_folder
+from moma.runs import Tokenizers
+
+# Seconds to wait for another process that fetches the same.
+LOCK_TIMEOUT = 3600.0
+# Made with the tokenizers, but no part of them.
+BESIDE_TOKENIZERS = (DATA_MANIFEST, "codec/metrics.json")
+logger = logging.getLogger(__name__)
+
+
+def provide_data(config: DataConfig, refresh: bool = False) -> None:
+    """Fetch what is needed to open the shards of a recipe; nothing without `data.remote`.
+
+    Args:
+        refresh: whether shards that changed at the address replace those of this machine.
+
+    Raises:
+        UserError: they are not complete at the address, or the data folder has others.
+    """
+    if config.remote is None or (not refresh and _is_provided(config)):
+        return
+    storage = open_storage(config.remote)
+    config.path.mkdir(parents=True, exist_ok=True)
+    with lock_folder(config.path, LOCK_TIMEOUT):
+        if not fetch_tokenizers(storage, config.path):
+            raise UserError(
+                f"{config.remote}: has no tokenizers yet; run `moma prepare` with this data.remote"
+            )
+        for source in config.sources:
+            if not fetch_shards(storage, config, source.name):
+                raise UserError(
+                    f"{config.remote}: has no complete shards of the source '{source.name}' yet; "
+                    "run `moma prepare` with this data.remote to its end"
+                )
+    _warn_small_cache(config)
+
+
+def fetch_prepared(config: DataConfig) -> None:
+    """Fetch, before data is prepared here, what is complete at the address and not here."""
+    if config.remote is None:
+        return
+    storage = open_storage(config.remote)
+    fetch_tokenizers(storage, config.path)
+    for source in config.sources:
+        folder = config.folder(source.name)
+        if not folder.exists() and not folder.with_name(folder.name + ".partial").exists():
+            fetch_shards(storage, config, source.name, all_files=True)
+
+
+def fetch_tokenizers(storage: Storage, path: Path) -> bool:
+    """Fetch the tokenizers and the manifest of a data folder; False if there are none.
+
+    Raises:
+        UserError: the folder has others.
+    """
+    manifest = storage.read_config(Manifest, TOKENIZERS_MANIFEST)
+    if manifest is None:
+        return False
+    needed = {DATA_MANIFEST, Tokenizers(path).vocabulary.name}
+    foreign = [
+        name
+        for name in manifest.files
+        if name != DATA_MANIFEST and name.split("/")[0] not in TOKENIZER_ENTRIES
+    ]
+    if foreign or not needed <= manifest.files.keys():
+        raise UserError(
+            f"{storage.address}/{TOKENIZERS_MANIFEST}: 'files': names {list_names(foreign)} that "
+            f"are no tokenizers, or not {list_names(sorted(needed))}; remove it, and run `moma "
+            "prepare` again"
+        )
+    require_same_tokenizers(storage, manifest, path)
+    missing = [name for name in manifest.files if not (path / name).exists()]
+    # The manifest of the folder is last: a folder that has it is complete.
+    for name in sorted(missing, key=lambda name: name == DATA_MANIFEST):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_open(path / name) as file:
+            storage.download(manifest.object_of(name), manifest.files[name], file)
+    return True
+
+
+def require_same_tokenizers(storage: Storage, manifest: Manifest, path: Path) -> None:
+    """Raise `UserError` if a data folder has other tokenizers than an address."""
+    other = [
+        name
+        for name, expected in manifest.files.items()
+        if name not in BESIDE_TOKENIZERS
+        and (path / name).exists()
+        and checksum(path / name) != tuple(expected)
+    ]
+    if other:
+        raise UserError(
+            f"{path}: has other tokenizers than {storage.address} ({list_names(other)} differ); "
+            "choose another data.path, which gets those, or another data.remote"
+        )
+
+
+def fetch_shards(
+    storage: Storage, config: DataConfig, source: str, all_files: bool = False
+) -> bool:
+    """Fetch what is known of the shards of a source; False if they are not complete there.
+
+    Args:
+        all_files: whether to fetch the list of rejected documents, too.
+
+    Raises:
+        UserError: the shards in the folder were not made for this address.
+    """
+    content = storage.read(source_manifest(source))
+    if content is None:
+        return False
+    digest, folder = sha256(content).hexdigest(), config.folder(source)
+    manifest = storage.parse(Manifest, source_manifest(source), content)
+    link = Link(
+        address=storage.address,
+        folder=manifest.folder,
+        cache_bytes=config.cache_bytes,
+        manifest=digest,
+    )
+    old = read_link(folder)
+    if folder.exists() and (old is None or old.address != storage.address):
+        raise UserError(
+            f"{folder}: was not prepared for data.remote = {storage.address}; run `moma prepare` "
+            "with it, which uploads the shards, or choose another data.path"
+        )
+    if old is not None and old.manifest == digest:
+        if old != link:
+            atomic_write(folder / LINK_FILE, link.model_dump_json() + "\n")
+        return True
+    skipped = () if all_files else (REJECTED_FILE,)
+    fetched = folder.parent / ".fetching" / source
+    _fetch_files(storage, source_manifest(source), manifest, fetched, skipped)
+    atomic_write(fetched / LINK_FILE, link.model_dump_json() + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    fetched.rename(folder)
+    fetched.parent.rmdir()
+    return True
+
+
+def _fetch_files(
+    storage: Storage, name: str, manifest: Manifest, folder: Path, skipped: tuple[str, ...]
+) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file, expected in manifest.files.items():
+        if "/" in file or file == LINK_FILE:
+            raise UserError(
+                f"{storage.address}/{name}: 'files': {file!r} is no file of shards; remove it, and "
+                "run `moma prepare` again"
+            )
+        if file not in skipped:
+            with atomic_open(folder / file) as out:
+                storage.download(manifest.object_of(file), expected, out)
+    info = read_info(folder)
+    if info is None:
+        raise UserError(
+            f"{storage.address}/{name}: 'files': names no {INFO_FILE} that can be read; remove it, "
+            "and run `moma prepare` again"
+        )
+    require_safe(storage, name, [part.checksums for part in info.parts])
+
+
+def _is_provided(config: DataConfig) -> bool:
+    if not (config.path / DATA_MANIFEST).exists():
+        return False
+    for source in config.sources:
+        folder = config.folder(source.name)
+        link = read_link(folder)
+        if link is None or (link.address, link.cache_bytes) != (config.remote, config.cache_bytes):
+            return False
+        if not link.manifest:  # prepared here, but not complete at the address
+            return False
+    return True
+
+
+def _warn_small_cache(config: DataConfig) -> None:
+    infos = [read_info(config.folder(source.name)) for source in config.sources]
+    total = sum(
+        size
+        for info in infos
+        for part in (info.parts if info else ())
+        for size, _ in part.checksums.values()
+    )
+    if total > config.cache_bytes:
+        logger.warning(
+            "%s: the shards have %s bytes, data.cache_bytes is %s; documents are read in random "
+            "order, so that many of them fetch a file again: increase it if the disk has space",
+            config.remote,
+            f"{total:,}",
+            f"{config.cache_bytes:,}",
+        )

@@ -1,0 +1,264 @@
+"""Objects at an address, read and written through fsspec, with one message for what fails."""
+
+import asyncio
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from shutil import copyfile
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
+
+from pydantic import ValidationError
+
+from moma.errors import StorageError, UserError, shorten
+from moma.files import MAX_BYTES, Checksum, add_path_to_errors, atomic_open, atomic_replace
+from moma.recipe import Config
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_CHUNK_BYTES = 2**22
+# Small objects that are requested at the same time.
+_OBJECTS_PER_REQUEST = 512
+# Extras of moma that install what an address needs.
+_EXTRAS = {"s3": "pip install 'moma[s3]'"}
+# Of S3, by name: botocore need not be installed.
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+@lru_cache(maxsize=16)
+def open_storage(address: str) -> "Storage":
+    """Return the storage at an address; nothing is requested yet.
+
+    Raises:
+        UserError: the package for such addresses is not installed, or there is no such scheme.
+    """
+    import fsspec  # not needed without an address
+
+    scheme = address.partition("://")[0]
+    try:
+        system, root = fsspec.core.url_to_fs(address)
+    except ImportError as error:
+        remedy = _EXTRAS.get(scheme, f"install the package for {scheme}:// ({error})")
+        raise UserError(f"{address}: a package is missing; {remedy}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{address}: unknown scheme '{scheme}'; use s3://bucket/folder or another one of fsspec"
+        ) from error
+    return Storage(address, system, root)
+
+
+class Storage:
+    """Objects below an address, by name, such as `shards/captions/plan.json`."""
+
+    def __init__(self, address: str, system: "AbstractFileSystem", root: str) -> None:
+        self.address, self._system, self._root = address, system, root.rstrip("/")
+        self._is_local = "file" in (system.protocol, *system.protocol)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Return the sizes of the objects below a folder, by name."""
+        with self._errors(folder):
+            self._system.invalidate_cache()
+            try:
+                found = self._system.find(self._path(folder), detail=True)
+            except FileNotFoundError:
+                return {}
+        root = len(self._path(""))
+        return {path[root:]: int(info["size"] or 0) for path, info in found.items()}
+
+    def read(self, name: str) -> bytes | None:
+        """Return a small object; None if there is none."""
+        with self._errors(name):
+            try:
+                content: bytes = self._system.cat_file(self._path(name), start=0, end=MAX_BYTES + 1)
+            except FileNotFoundError:
+                return None
+        if len(content) > MAX_BYTES:
+            raise UserError(f"{self._at(name)}: larger than {MAX_BYTES >> 20} MiB; remove it")
+        return content
+
+    def read_config(self, schema: type[AnyConfig], name: str) -> AnyConfig | None:
+        """Return an object that is JSON; None if there is none.
+
+        Raises:
+            UserError: it is something else; the message names the key.
+        """
+        content = self.read(name)
+        return None if content is None else self.parse(schema, name, content)
+
+    def parse(self, schema: type[AnyConfig], name: str, content: bytes) -> AnyConfig:
+        """Return the content of an object that is JSON; errors are as in `read_config`."""
+        try:
+            return schema.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            reason = f"'{shorten(key, 200)}': {first['msg']}" if key else first["msg"]
+            raise UserError(
+                f"{self._at(name)}: damaged, or of another version ({reason}); remove it, and run "
+                "`moma prepare` again"
+            ) from error
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Return small objects, of which many are requested at the same time."""
+        found: dict[str, bytes] = {}
+        for first in range(0, len(names), _OBJECTS_PER_REQUEST):
+            some = names[first : first + _OBJECTS_PER_REQUEST]
+            with self._errors(some[0]):
+                contents = self._system.cat([self._path(name) for name in some])
+            found |= {name: contents[self._path(name)] for name in some}
+        return found
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Write a small object unless there is one; return whether there was none."""
+        if self._size(name) is not None:
+            return False
+        if self._is_local:
+            self.write(name, content)
+            return True
+        with self._errors(name):
+            try:
+                self._system.pipe_file(self._path(name), content, mode="create")
+            except FileExistsError:
+                return False
+        return True
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a small object, in place of an older one: a reader finds one of both."""
+        with self._errors(name):
+            if self._is_local:
+                path = Path(self._path(name))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_open(path) as file:
+                    file.write(content)
+            else:
+                self._system.pipe_file(self._path(name), content)
+
+    def upload(self, source: Path, name: str) -> None:
+        """Write a file, unless there is an object of this name and size.
+
+        Names are those of the content, so that it is the same object.
+        """
+        size = source.stat().st_size
+        if self._size(name) == size:
+            return
+        with self._errors(name):
+            if self._is_local:
+                path = Path(self._path(name))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                atomic_replace(path, partial(copyfile, source))
+            else:
+                self._system.put_file(str(source), self._path(name))
+        if (found := self._size(name)) != size:
+            raise StorageError(
+                f"{self._at(name)}: has {found} bytes after {size} were written; run the same "
+                "command to upload it again"
+            )
+
+    def download(self, name: str, expected: Checksum, file: BinaryIO) -> None:
+        """Write an object into a file.
+
+        Raises:
+            UserError: it has another size or checksum.
+        """
+        size, digest, found = 0, hashlib.sha256(), None
+        for chunk in self._chunks(name):
+            with add_path_to_errors(Path(file.name)):
+                file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+            if size > expected[0]:
+                break
+        found = size, digest.hexdigest()
+        if found != tuple(expected):
+            raise UserError(
+                f"{self._at(name)}: damaged: it has {size} bytes and the SHA-256 {found[1][:16]}…, "
+                f"not {expected[0]} and {expected[1][:16]}…; run `moma prepare --verify`, which "
+                "makes it again"
+            )
+
+    def is_intact(self, name: str, expected: Checksum) -> bool:
+        """Return whether an object exists and has this size and checksum."""
+        if self._size(name) != expected[0]:
+            return False
+        digest = hashlib.sha256()
+        for chunk in self._chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest() == expected[1]
+
+    def remove(self, names: Sequence[str]) -> None:
+        """Remove objects."""
+        for name in names:
+            with self._errors(name):
+                self._system.rm_file(self._path(name))
+
+    def require(self, sizes: Mapping[str, int], folders: Sequence[str]) -> None:
+        """Raise `StorageError` unless objects exist in these folders with their sizes."""
+        found: dict[str, int] = {}
+        for folder in folders:
+            found |= self.sizes(folder)
+        wrong = next((name for name, size in sizes.items() if found.get(name) != size), None)
+        if wrong is not None:
+            raise StorageError(
+                f"{self._at(wrong)}: missing, or not of {sizes[wrong]} bytes ({found.get(wrong)}); "
+                "run `moma prepare --verify`, which makes it again"
+            )
+
+    def _size(self, name: str) -> int | None:
+        with self._errors(name):
+            self._system.invalidate_cache()
+            try:
+                return int(self._system.info(self._path(name))["size"])
+            except FileNotFoundError:
+                return None
+
+    def _chunks(self, name: str) -> Iterator[bytes]:
+        with self._errors(name):
+            file = self._system.open(self._path(name), "rb", block_size=_CHUNK_BYTES)
+        with file:
+            while True:
+                with self._errors(name):
+                    chunk = file.read(_CHUNK_BYTES)
+                if not chunk:
+                    return
+                yield chunk
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def _at(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Describe what a request raises: which object, and what to do."""
+        try:
+            yield
+        except UserError:
+            raise
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self._at(name)}: not found; check data.remote, and create the bucket if there "
+                "is none"
+            ) from error
+        except Exception as error:  # of any library
+            raise self._describe(name, error) from error
+
+    def _describe(self, name: str, error: Exception) -> UserError:
+        text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))  # without credentials
+        reason = shorten(text or type(error).__name__, 300)
+        if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
+            return UserError(
+                f"{self._at(name)}: no permission ({reason}); give credentials in the environment "
+                "or in the storage library's own configuration, or choose another data.remote"
+            )
+        if isinstance(error, asyncio.TimeoutError):
+            reason = "no answer in time"
+        return StorageError(
+            f"{self._at(name)}: cannot be read or written ({reason}); check the network and the "
+            "endpoint, then run the same command to resume"
+        )

@@ -1,0 +1,130 @@
+"""From preparing to resuming with a real S3 server on this machine."""
+
+import shutil
+from contextlib import closing
+
+import datasets
+import pytest
+from fsspec import filesystem
+
+from moma.data.batches.iterator import Batches
+from moma.data.encode.prepare import prepare
+from moma.data.remote.fetching import provide_data
+from moma.data.remote.storage import open_storage
+from moma.data.shards import open_sources
+from moma.errors import StorageError, UserError
+from moma.train.loop import train
+from moma.vocabulary import Vocabulary
+from tests.data.remote.test_training import CPU, arrow_files, at, with_data
+from tests.train.test_loop import WORLD, KilledError, assert_same_run, kill_after
+
+pytestmark = pytest.mark.slow
+ADDRESS = "s3://corpora/tiny"
+
+
+@pytest.fixture(scope="module")
+def s3():
+    """A server with the bucket `corpora`; clients find it by the environment."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+        server.start()
+        _, port = server.get_host_and_port()
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "1",
+        }.items():
+            patch.setenv(name, value)
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="corpora")
+        yield client
+        forget_connections()
+        server.stop()
+
+
+def forget_connections():
+    filesystem("s3").clear_instance_cache()
+    open_storage.cache_clear()
+
+
+def names_in(client):
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket="corpora")
+    return [entry["Key"] for page in pages for entry in page.get("Contents", [])]
+
+
+def vocabulary_of(recipe):
+    return Vocabulary.load(recipe.data.path / "vocabulary.json")
+
+
+def batches_of(recipe):
+    with closing(Batches(recipe.data, vocabulary_of(recipe), 0)) as batches:
+        return [next(batches).tokens_BS.tolist() for _ in range(4)]
+
+
+def with_run(recipe, path):
+    stage = recipe.pretrain.model_copy(update={"steps": 4, "checkpoint_every": 2, "log_every": 1})
+    return recipe.model_copy(update={"run": path, "pretrain": stage})
+
+
+def test_prepare_train_and_resume_from_s3(tiny, tmp_path, s3, monkeypatch):
+    local = with_data(at(tiny, tmp_path / "local", tokenizers=tiny.data.path), remote=None)
+    prepare(local, CPU, quiet=True)
+    recipe = at(tiny, tmp_path / "data", ADDRESS, tokenizers=tiny.data.path)
+    prepare(recipe, CPU, quiet=True, processes=2)
+    objects = [name for name in names_in(s3) if name.endswith(".arrow")]
+    assert len(objects) == len(arrow_files(local.data.path))
+    reader = at(tiny, tmp_path / "reader", ADDRESS)
+    provide_data(reader.data)
+    assert batches_of(reader) == batches_of(local)
+
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    files = f"{ADDRESS}/shards/text/*/train-*.arrow"
+    rows = datasets.load_dataset(
+        "arrow", data_files=files, split="train", cache_dir=str(tmp_path / "datasets")
+    )
+    assert sorted(rows["name"]) == sorted(
+        open_sources(local.data.path, ["text"], vocabulary_of(local))["text"]
+        .splits["train"]
+        .dataset["name"]
+    )
+
+    # Two steps from the bucket, then two more on another machine: as four from the folder.
+    expected = train(with_run(local, tmp_path / "expected"), WORLD, quiet=True)
+    with monkeypatch.context() as patch:
+        kill_after(patch, 2)
+        with pytest.raises(KilledError):
+            train(with_run(reader, tmp_path / "run"), WORLD, quiet=True)
+    shutil.rmtree(tmp_path / "reader")
+    moved = with_run(with_data(reader, path=tmp_path / "other"), tmp_path / "run")
+    assert_same_run(expected, train(moved, WORLD, quiet=True))
+    assert arrow_files(tmp_path / "other/cache") and not arrow_files(tmp_path / "other/shards")
+
+
+def test_failures_name_the_address_and_the_remedy(tiny, tmp_path, s3):
+    missing = at(tiny, tmp_path / "data", "s3://missing/tiny", tokenizers=tiny.data.path)
+    with pytest.raises(UserError, match=r"s3://missing/tiny/.*: not found; .*create the bucket"):
+        prepare(missing, CPU, quiet=True)
+    with pytest.raises(UserError, match=r"s3://corpora/nothing: has no tokenizers yet; run `moma"):
+        provide_data(at(tiny, tmp_path / "reader", "s3://corpora/nothing").data)
+
+
+def test_a_server_that_cannot_be_reached(tiny, tmp_path, s3, monkeypatch):
+    forget_connections()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match=r"s3://corpora/tiny/.*check the network and the endp"):
+        provide_data(at(tiny, tmp_path / "reader", ADDRESS).data)
+    forget_connections()
+
+
+def test_an_object_is_created_once(s3, monkeypatch):
+    storage = open_storage(ADDRESS)
+    assert storage.create("once", b"1")
+    # As if another machine wrote it between the question and the answer.
+    monkeypatch.setattr(storage, "_size", lambda name: None)
+    assert not storage.create("once", b"2")
+    assert storage.read("once") == b"1"
