@@ -81,7 +81,7 @@ class Decoder:
         if self._active:
             self._advance(self._active, self._caches)
         if begun:
-            caches = self._model.new_caches(sum(len(each.feeds) for each in begun))
+            caches = self._model.new_caches(sum(len(each.inputs) for each in begun))
             self._advance(begun, caches)
             self._caches.extend(caches)
             self._active = self._active + begun
@@ -90,7 +90,9 @@ class Decoder:
 
     def _advance(self, sequences: Sequence[GeneratedSequence], caches: Caches) -> None:
         """Append the next tokens of sequences."""
-        hidden_BSD = _run(self._model, [feed for each in sequences for feed in each.feeds], caches)
+        hidden_BSD = _run(
+            self._model, [input_ids for each in sequences for input_ids in each.inputs], caches
+        )
         self._predictor.append_samples(sequences, hidden_BSD)
         if any(each.drafted for each in sequences):
             caches.keep([count for each in sequences for count in each.kept])
@@ -100,7 +102,7 @@ class Decoder:
         if len(kept) == len(self._active):
             return
         if kept:
-            keeps = [each in kept for each in self._active for _ in each.feeds]
+            keeps = [each in kept for each in self._active for _ in each.inputs]
             self._caches.select([row for row, keep in enumerate(keeps) if keep])
         else:
             self._caches = self._model.new_caches(0)
@@ -133,19 +135,21 @@ def decode(
             yield new
 
 
-def _run(model: Transformer, feeds: Sequence[Sequence[int]], caches: Caches) -> Tensor:
+def _run(model: Transformer, inputs: Sequence[Sequence[int]], caches: Caches) -> Tensor:
     """Append tokens to the sequences in the caches and return their hidden vectors, [B, S, D]."""
-    tokens_BS = pad_sequence([torch.tensor(each) for each in feeds], True, model.vocabulary.padding)
+    tokens_BS = pad_sequence(
+        [torch.tensor(each) for each in inputs], True, model.vocabulary.padding
+    )
     output = model(
         tokens_BS.to(model.embedding.weight.device),
         routing=model.named_routing("causal", raises=False, checks=False),
-        head=_in_product_dtype,
+        head=_hidden_in_compute_dtype,
         caches=caches,
     )
     return output.head
 
 
-def _in_product_dtype(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
+def _hidden_in_compute_dtype(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
     """A head that returns the hidden vectors in the dtype of matrix products."""
     device = hidden_BSD.device.type
     enabled = torch.is_autocast_enabled(device)

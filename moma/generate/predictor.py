@@ -34,7 +34,7 @@ class Predictor:
         """
         rows = [0]
         for each in sequences:
-            rows.append(rows[-1] + len(each.feeds))
+            rows.append(rows[-1] + len(each.inputs))
         placed = list(zip(sequences, rows, strict=False))
         groups = {
             codes: [each for each in placed if each[0].wants_codes == codes]
@@ -118,8 +118,8 @@ def _gather(group: Sequence[_SequenceAndRow], hidden_BSD: Tensor) -> Tensor:
     rows: list[int] = []
     columns: list[int] = []
     for each, first in group:
-        for branch, feed in enumerate(each.feeds):
-            last = range(len(feed) - 1 - each.draft_count, len(feed))
+        for branch, input_ids in enumerate(each.inputs):
+            last = range(len(input_ids) - 1 - each.draft_count, len(input_ids))
             columns += last
             rows += [first + branch] * len(last)
     index = torch.tensor([rows, columns], device=hidden_BSD.device)
@@ -128,15 +128,15 @@ def _gather(group: Sequence[_SequenceAndRow], hidden_BSD: Tensor) -> Tensor:
 
 def _combine_branches(logits_QR: Tensor, group: Sequence[_SequenceAndRow]) -> Tensor:
     """Sum the logits of each sequence's branches by their weights, [P, R]."""
-    if all(len(each.feeds) == 1 for each, _ in group):
+    if all(len(each.inputs) == 1 for each, _ in group):
         return logits_QR
     parts, start = [], 0
     for each, _ in group:
         count = each.draft_count + 1
-        branches = logits_QR[start : start + count * len(each.feeds)].unflatten(0, (-1, count))
+        branches = logits_QR[start : start + count * len(each.inputs)].unflatten(0, (-1, count))
         weights = torch.tensor(each.weights, device=logits_QR.device)
         parts.append((weights[:, None, None] * branches).sum(0))
-        start += count * len(each.feeds)
+        start += count * len(each.inputs)
     return torch.cat(parts)
 
 

@@ -81,7 +81,7 @@ class GeneratedSequence:
     Attributes:
         number: of its request.
         weights: of its branches.
-        feeds: for each branch, the tokens of the next pass; drafts come last.
+        inputs: for each branch, the tokens of the next pass; drafts come last.
         drafted: number of drafts in the last pass.
         kept: for each branch, the number of tokens of the last pass that stay in the caches.
         end: why it is complete, or what made it fail; None: it goes on.
@@ -107,10 +107,10 @@ class GeneratedSequence:
         self.drafted = 0
         self.end: End | UserError | None = None
         self._append_forced()
-        self._fed = len(self.tokens)
+        self._consumed = len(self.tokens)
         forced = self.tokens[self._first :]
-        self.feeds = [[*branch.prompt, *forced] for branch in request.branches]
-        self.kept = [0] * len(self.feeds)
+        self.inputs = [[*branch.prompt, *forced] for branch in request.branches]
+        self.kept = [0] * len(self.inputs)
 
     def take_new(self) -> list[int]:
         """Return the new tokens since the last call."""
@@ -163,15 +163,15 @@ class GeneratedSequence:
         while count < len(drafts) and drafts[count] == samples[count]:
             count += 1
         self.drafted = len(drafts)
-        self.kept = [len(feed) - len(drafts) + count for feed in self.feeds]
-        self._fed = len(self.tokens) + count
+        self.kept = [len(input_ids) - len(drafts) + count for input_ids in self.inputs]
+        self._consumed = len(self.tokens) + count
         for token in samples[: count + 1]:
             self._append(token)
         self._append_forced()
         guesses = [*samples[count + 1 :], *next_drafts]
         self._drafts = guesses[: max(0, self.max_drafts)] if self.end is None else []
         self._noise = {key: n for key, n in self._noise.items() if key[0] >= len(self.tokens)}
-        self.feeds = [[*self.tokens[self._fed :], *self._drafts] for _ in self.feeds]
+        self.inputs = [[*self.tokens[self._consumed :], *self._drafts] for _ in self.inputs]
 
     def _append(self, token: int) -> None:
         if self.end is not None:

@@ -228,7 +228,7 @@ class Transformer(nn.Module):
             id_BS = number_segments(document_ids_BS, is_padding_BS)
             longest = min(max_length or length, length)
             segments = Segments(id_BS, max_documents or tokens_BS.numel(), longest, False)
-        dtype = self._product_dtype(tokens_BS.device)
+        dtype = self._compute_dtype(tokens_BS.device)
         layout = self.kernel.layout(segments, dtype)
         return TokenContext(modality_BS, rotary, segments, layout, dtype, self.kernel)
 
@@ -236,7 +236,7 @@ class Transformer(nn.Module):
         filled_BS = tokens_BS != self._padding
         position_1S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         rotary = self._rotary(caches.tokens.length_B[:, None] + position_1S)
-        dtype = self._product_dtype(tokens_BS.device)
+        dtype = self._compute_dtype(tokens_BS.device)
         positions = caches.tokens.take(position_1S, filled_BS, dtype)
         modality_BS = self.modality_of_id[tokens_BS].where(filled_BS, -1)
         return CachedContext(modality_BS, rotary, dtype, positions, caches.layers[0])
@@ -249,7 +249,7 @@ class Transformer(nn.Module):
         config = self.config
         return rotary_cos_sin(positions_BS, config.dim // config.heads, config.rope_theta)
 
-    def _product_dtype(self, device: torch.device) -> torch.dtype:
+    def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """The dtype of queries, keys and values."""
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)

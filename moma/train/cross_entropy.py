@@ -96,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: Chunk,
         needs_grad: bool,
     ) -> tuple[Tensor, ...]:
-        dtype = _product_dtype(hidden_ND)
+        dtype = _compute_dtype(hidden_ND)
         weight = weight_VD.to(dtype)
         grad_weight_VD: Tensor | None = None
         losses, hidden_gradients = [], []
@@ -129,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return hidden, weight, None, None, None, None, None
 
 
-def _product_dtype(hidden_ND: Tensor) -> torch.dtype:
+def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
     """The dtype that a linear layer would compute in."""
     if torch.is_autocast_enabled(hidden_ND.device.type):
         return torch.get_autocast_dtype(hidden_ND.device.type)
