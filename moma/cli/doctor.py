@@ -19,6 +19,7 @@ app = App()
 _EXTRAS = {
     "demo": "drawings and dictionary of `moma demo`, SVG files",
     "serve": "`moma serve`",
+    "s3": "data on S3-compatible storage",
     "ray": "data on many machines, replicas of a server",
     "clean": "cleaning by languages, near duplicates and perceptual hashes",
     "lm-eval": "the lm-evaluation-harness",

@@ -27,7 +27,7 @@ from moma.data.encode.executors import (
     spare_cores,
 )
 from moma.data.encode.parts import PartialShards, copy_rejected
-from moma.data.encode.progress import JobProgress
+from moma.data.encode.progress import JobProgress, show_job
 from moma.data.encode.publish import publish_shards, publish_tokenizers
 from moma.data.encode.ray_cluster import RayCluster
 from moma.data.encode.rejected import all_held_out
@@ -41,7 +41,6 @@ from moma.data.remote.fetching import fetch_prepared
 from moma.data.shards import REJECTED_FILE, Part, ShardInfo
 from moma.errors import StorageError, UserError, list_names
 from moma.files import atomic_open, lock_folder
-from moma.progress import show_progress
 from moma.runs import Tokenizers
 from moma.runtime.allocator import keep_freed_memory
 from moma.vocabulary import Vocabulary
@@ -251,9 +250,9 @@ def _encode(
     ]
     known = [count for count in counts if count is not None]
     total = sum(known) if len(known) == len(counts) else None
-    with show_progress("encode", total, quiet) as report:
+    with show_job(total, quiet) as display:
         progress = JobProgress(
-            report,
+            display,
             parts=sum(len(partial.plan) for partial in shards.values()),
             size=sum(task.part.size for task in tasks),
             complete=sum((partial.complete for partial in shards.values()), Part()),

@@ -3,7 +3,6 @@
 import json
 import os
 import threading
-import time
 from unittest.mock import Mock, call
 
 import numpy as np
@@ -11,14 +10,11 @@ import pytest
 from PIL import Image
 
 from moma.data.batches.iterator import Batches
-from moma.data.documents import Document, SourcePart, is_held_out
+from moma.data.documents import Document, is_held_out
 from moma.data.encode import prepare as prepare_module
 from moma.data.encode import worker as worker_module
 from moma.data.encode.prepare import count_documents
-from moma.data.encode.progress import JobProgress
-from moma.data.encode.worker import Encoded, Task
 from moma.data.provenance import DataFolder, read_provenance
-from moma.data.shards import Counts, Part
 from moma.data.sources.captions import CaptionsConfig
 from moma.data.sources.text import TextConfig
 from moma.errors import UserError
@@ -108,47 +104,6 @@ def test_counting_stops_after_a_time_limit(tmp_path, monkeypatch):
     assert count_documents(recipe.data.sources[1], folder) is None
     monkeypatch.setattr(prepare_module, "MAX_COUNTING_SECONDS", 60)
     assert count_documents(recipe.data.sources[1], folder) == 50
-
-
-def test_progress_counts_what_is_encoded_now_by_node(monkeypatch):
-    clock = iter([100.0, 100.0, 104.0, 104.0, 110.0])
-    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    reports = []
-    counts = {"train": Counts(documents=10, tokens=3000, images=4), "held_out": Counts()}
-    part = Part(stop=12, counts=counts, rejected=2)
-    progress = JobProgress(
-        lambda done, note="": reports.append((done, note)),
-        parts=5,
-        size=400,
-        complete=Part(stop=100),
-        pending=2,
-    )
-    task = Task("text", 3, SourcePart(size=100))
-    progress.note(Encoded(task, part, node="a"))  # by an earlier process
-    more = {
-        "train": Counts(documents=6, tokens=4000, images=4),
-        "held_out": Counts(documents=2, tokens=400, images=4),
-    }
-    whole = part + Part(stop=9, counts=more, rejected=1)
-    progress.note(Encoded(task, whole, records=[whole], node="a"))
-    progress.note(Encoded(task._replace(number=4), Part(), node="b"))
-    progress.note(Encoded(task._replace(number=4), part, node="b"))
-    assert reports == [
-        (112, "3 of 5 parts, 0 documents/s, 0 tokens/s, 0 images/s, 2 rejected"),
-        (
-            121,
-            "4 of 5 parts, 2 documents/s, 1,100 tokens/s, 2 images/s, 12 s left, 3 rejected",
-        ),
-        (
-            121,
-            "4 of 5 parts, 2 documents/s, 1,100 tokens/s, 2 images/s, 12 s left, 3 rejected",
-        ),
-        (
-            133,
-            "4 of 5 parts, 2 documents/s, 740 tokens/s, 1 images/s, 30 s left, 5 rejected, "
-            "a 1 documents/s, b 1 documents/s",
-        ),
-    ]
 
 
 def test_stopped_codec_training_resumes(tmp_path, monkeypatch):
