@@ -125,12 +125,13 @@ stage_decode() {
   python - "$OUT/run" "$OUT/generation.json" << 'END'
 import json, sys, time, moma
 from pathlib import Path
+from moma.generate.settings import Settings
 loaded = moma.load(sys.argv[1])
-loaded.generate([["a red square"]], "text", new_tokens=8)
+loaded.generate([["a red square"]], Settings("text", new_tokens=8))
 rows = []
 for batch in (1, 8):
     start = time.perf_counter()
-    loaded.generate([["a red square"]] * batch, "image")
+    loaded.generate([["a red square"]] * batch, Settings("image"))
     seconds, tokens = time.perf_counter() - start, batch * loaded.model.vocabulary.codes_per_image
     rows.append({"mode": "image", "batch": batch, "seconds": seconds, "tokens_per_second": tokens / seconds})
 print(json.dumps({"run": rows, "bench": json.loads(Path(sys.argv[2]).read_text())}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,20 @@ def test_a_stage_that_fails_is_reported(tmp_path):
     assert result.returncode == 1 and f"see {tmp_path}/decode.log" in result.stderr
     assert json.loads((tmp_path / "decode.json").read_text()) == {"exit_code": 2}
     assert str(tmp_path / "data") in (tmp_path / "decode.log").read_text()
+
+
+def test_the_decode_stage_generates_text_and_images(trained, tmp_path, monkeypatch, capsys):
+    """Its program alone, with a run that exists."""
+    script = (ROOT / "launch" / "gpu_check.sh").read_text()
+    program = re.search(r"stage_decode\(\).*?<< 'END'\n(.*?)\nEND\n", script, re.DOTALL)
+    assert program is not None
+    bench = tmp_path / "generation.json"
+    bench.write_text("[]")
+    monkeypatch.setattr(sys, "argv", ["-", str(trained / "run"), str(bench)])
+    exec(program[1], {})
+    found = json.loads(capsys.readouterr().out)
+    assert found["bench"] == [] and [row["batch"] for row in found["run"]] == [1, 8]
+    assert all(row["tokens_per_second"] > 0 for row in found["run"])
 
 
 @pytest.mark.slow
