@@ -16,7 +16,7 @@ from moma.data.shards import Part
 from moma.progress import show_progress
 
 # Of a display; what is shown is computed only then.
-SECONDS_BETWEEN_UPDATES = 0.5
+SECONDS_BETWEEN_UPDATES = 1.0
 _RATES = ("documents", "tokens", "images")
 
 Display = Callable[["JobProgress"], None]
@@ -44,7 +44,7 @@ class JobProgress:
         """Begin to measure.
 
         Args:
-            display: called with this object, at most twice a second and at the end.
+            display: called with this object, at most once a second and at the end.
             parts: number of all parts.
             size: bytes of the parts that are not complete.
             complete: what earlier processes completed.
@@ -103,9 +103,10 @@ class JobProgress:
         Args:
             total: number of documents of the job; None if it is unknown.
         """
-        documents = f"{self.documents:,}" + (f" of {total:,}" if total else "")
+        done = self._done
+        documents = f"{done.documents_read:,}" + (f" of {total:,}" if total else "")
         left = f", {self._seconds_left:,.0f} s left" if self._read else ""
-        rejected = f", {rejected:,} rejected" if (rejected := self._done.rejected) else ""
+        rejected = f", {done.rejected:,} rejected" if done.rejected else ""
         parts = f"{self._complete_parts:,} of {self._parts:,} parts"
         line = f"encode: {documents} documents, {parts}{rejected}{left}"
         table = Table()

@@ -12,6 +12,7 @@ import torch
 from moma.data.batches.iterator import Batches
 from moma.data.encode.prepare import prepare
 from moma.data.encode.upload import SourceUpload
+from moma.data.inspect import inspect
 from moma.data.remote.fetching import provide_data
 from moma.data.shards import Part
 from moma.errors import UserError
@@ -116,6 +117,8 @@ def test_another_machine_continues_what_was_interrupted(
     monkeypatch.setattr(SourceUpload, "upload", upload_some)
     with pytest.raises(KeyboardInterrupt):
         prepare(third, CPU, quiet=True)
+    unfinished = inspect(third.data.path, "captions", tmp_path / "figures")
+    assert 0 < unfinished["documents"] == sum(unfinished["lengths"]["documents"])
     with pytest.raises(UserError, match=r"memory://.*no complete shards of the source 'captions'"):
         provide_data(at(tiny, tmp_path / "early").data)
     parts: list[str] = []
