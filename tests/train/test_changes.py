@@ -33,6 +33,9 @@ def test_the_recipe_is_synced_before_a_run_starts(tiny, tmp_path, monkeypatch):
     [
         ("engine", {"step_size": "grows"}, True),
         ("engine", {"reduce": "bf16"}, False),
+        ("data", {"remote": "s3://bucket/folder"}, True),
+        ("data", {"cache_bytes": 1}, True),
+        ("data", {"held_out": 0.3}, False),
         ("pretrain", {"gradient_accumulation_steps": 3}, True),
         ("pretrain", {"z_loss": 0.5}, False),
         ("upcycle", {"z_loss": 0.5}, True),
