@@ -25,18 +25,13 @@ class OpenFiles:
     Any number of threads may read; an array of a closed file stays valid while it is used.
     """
 
-    def __init__(
-        self,
-        maximum: int = MAX_OPEN_FILES,
-        open_file: "Callable[[Path], MappedFile] | None" = None,
-    ) -> None:
+    def __init__(self, maximum: int = MAX_OPEN_FILES) -> None:
         """Open nothing yet.
 
         Args:
             maximum: number of files that stay open.
-            open_file: opens a file; by default by its path.
         """
-        self.get: Callable[[Path], MappedFile] = lru_cache(maximum)(open_file or MappedFile)
+        self.get: Callable[[Path], MappedFile] = lru_cache(maximum)(MappedFile)
 
 
 class MappedFile:
@@ -100,11 +95,11 @@ class Index:
     origins: list[dict[str, Any]]
 
 
-def read_index(paths: Sequence[Path], files: OpenFiles) -> Index:
+def read_index(paths: Sequence[Path], get_file: Callable[[Path], MappedFile]) -> Index:
     """Read the index of some files, one after another."""
     images, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     origins: list[dict[str, Any]] = []
-    for file in map(files.get, paths):
+    for file in map(get_file, paths):
         origins.append(file.origin)
         images.append(file.images)
         lengths.append(file.lengths)
@@ -124,12 +119,12 @@ class Shard:
         self,
         paths: Sequence[Path],
         features: datasets.Features,
-        files: OpenFiles,
+        get_file: Callable[[Path], MappedFile],
         index: Index | None = None,
     ) -> None:
-        """Open the files one after another, or none with an index."""
-        self._paths, self._features, self._files = paths, features, files
-        index = index or read_index(paths, files)
+        """Open the files one after another with `get_file`, or none with an index."""
+        self._paths, self._features, self._get_file = paths, features, get_file
+        index = index or read_index(paths, get_file)
         self._first_row = [*accumulate(index.documents, initial=0)]
         self.images, self.lengths, self.origins = index.images, index.lengths, index.origins
 
@@ -155,4 +150,4 @@ class Shard:
 
     def _find(self, row: int) -> tuple[MappedFile, int]:
         number = bisect_right(self._first_row, row) - 1
-        return self._files.get(self._paths[number]), row - self._first_row[number]
+        return self._get_file(self._paths[number]), row - self._first_row[number]

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from moma.data.mapped_files import Index, OpenFiles, Shard
 from moma.data.provenance import Encoders, read_provenance
-from moma.data.remote.reading import parse_index, read_link, remote_files
+from moma.data.remote.reading import RemoteFiles, parse_index, read_link
 from moma.errors import UserError, error_reason
 from moma.files import Checksum, read_bounded
 from moma.recipe import Config
@@ -241,15 +241,15 @@ def open_unfinished(folder: Path, vocabulary: Vocabulary) -> Shards:
 
 
 def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: OpenFiles) -> Shards:
-    features, link = shard_features(vocabulary), read_link(folder)
+    features, link, get_file = shard_features(vocabulary), read_link(folder), files.get
     indices: dict[str, Index | None] = dict.fromkeys(SPLITS)
     if link is not None:
         checksums = {name: value for part in info.parts for name, value in part.checksums.items()}
-        files = remote_files(folder, link, checksums)
+        get_file = RemoteFiles(folder, link, checksums).get
         indices = {split: _saved_index(folder, info, split) for split in SPLITS}
     try:
         splits = {
-            split: Shard(info.files(folder, split), features, files, indices[split])
+            split: Shard(info.files(folder, split), features, get_file, indices[split])
             for split in SPLITS
         }
         for split, shard in splits.items():

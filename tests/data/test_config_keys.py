@@ -10,7 +10,7 @@ from moma.data.batches.iterator import Batches, prefetch
 from moma.data.batches.packing import Packer
 from moma.data.config import DataConfig, PrepareConfig
 from moma.data.encode.prepare import prepare
-from moma.errors import StorageError, UserError
+from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
 
@@ -41,7 +41,7 @@ def remote_is_where_shards_are_kept(tiny, tmp_path, monkeypatch):
 
 
 def cache_bytes_limits_the_cache(tiny, tmp_path, monkeypatch):
-    with pytest.raises(StorageError, match=r"do not fit into data\.cache_bytes = 100 "):
+    with pytest.raises(UserError, match=r"do not fit into data\.cache_bytes = 100;"):
         prepare_with(tiny, tmp_path / "data", remote=f"file://{tmp_path}/remote", cache_bytes=100)
     assert not list((tmp_path / "data").rglob("*.arrow"))
 

@@ -25,8 +25,10 @@ def check_address(address: str) -> str:
         )
     if not found[2].strip("/") or any(part in (".", "..") for part in found[2].split("/")):
         raise ValueError("should name a folder, such as s3://bucket/folder, without . or ..")
-    if not address.isprintable() or "\\" in address:
-        raise ValueError("has a backslash or a character that cannot be printed")
+    if not address.isprintable() or re.search(r"[\\*\[\]]", address):
+        raise ValueError("has one of \\ * [ ], or a character that cannot be printed")
+    if found[1] == "file" and authority:
+        raise ValueError("should be an absolute path, such as file:///folder")
     return address.rstrip("/")
 
 

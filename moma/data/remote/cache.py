@@ -1,42 +1,49 @@
 """Files of a limited size together, shared by all processes of a machine that read them.
 
-An open file has a shared lock, so that no process removes it. The one that downloads a file has an
+An open file has a shared lock, so that no process removes it. If the open ones leave no room, the
+folder exceeds its size rather than that training stops. The one that downloads a file has an
 exclusive lock on it under its temporary name. Sizes are added up under one lock of the folder.
 """
 
 import fcntl
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from moma.errors import StorageError
 from moma.files import UNFINISHED, Checksum, sync_file
 
 LOCK_FILE = ".lock"
+logger = logging.getLogger(__name__)
 
 
 class Cache:
     """Files in a folder, of which the least recently opened are removed."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
+        self._folder, self._max_bytes, self._warned = folder, max_bytes, False
 
-    def open(self, name: str, expected: Checksum, download: Callable[[BinaryIO], None]) -> BinaryIO:
+    def open(
+        self,
+        name: str,
+        expected: Checksum,
+        download: Callable[[BinaryIO], None],
+        close_files: Callable[[], bool] = lambda: False,
+    ) -> BinaryIO:
         """Open a file, which is not removed before it is closed.
 
         Args:
             name: relative path; the same name always has the same content.
             expected: its size and checksum.
             download: writes the content; raises if it is not what is expected.
-
-        Raises:
-            StorageError: it does not fit beside the files that are open.
+            close_files: closes files of the caller, of which others may need the room; returns
+                False if none is left.
         """
         path = self._folder / name
         while (file := self._open_existing(path, expected[0])) is None:
-            self._download(path, expected[0], download)
+            self._download(path, expected[0], download, close_files)
         return file
 
     def adopt(self, source: Path, name: str) -> None:
@@ -65,7 +72,13 @@ class Cache:
         file.close()
         return None
 
-    def _download(self, path: Path, size: int, download: Callable[[BinaryIO], None]) -> None:
+    def _download(
+        self,
+        path: Path,
+        size: int,
+        download: Callable[[BinaryIO], None],
+        close_files: Callable[[], bool],
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(path.name + UNFINISHED)
         with open(unfinished, "r+b", opener=_open_or_create) as file:
@@ -75,7 +88,7 @@ class Cache:
             try:
                 if path.exists():
                     return
-                self._reserve(file, size)
+                self._reserve(file, size, close_files)
                 download(file)
                 sync_file(file)
                 with self._bookkeeping():  # so that it is counted once
@@ -84,15 +97,20 @@ class Cache:
                 if _is_at(file, unfinished):
                     unfinished.unlink()
 
-    def _reserve(self, file: BinaryIO, size: int) -> None:
+    def _reserve(self, file: BinaryIO, size: int, close_files: Callable[[], bool]) -> None:
         with self._bookkeeping():
             file.truncate(0)
-            if not self._make_room(size):
-                raise StorageError(
-                    f"{self._folder}: {size:,} bytes do not fit into data.cache_bytes = "
-                    f"{self._max_bytes:,} beside the files that are being read; increase it"
-                )
+            while not (fits := self._make_room(size)) and close_files():
+                pass
             file.truncate(size)  # other processes count it
+        if not fits and not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: exceeds data.cache_bytes = %s, because other processes read all files that "
+                "are in it; increase it if the disk has space",
+                self._folder,
+                f"{self._max_bytes:,}",
+            )
 
     def _make_room(self, size: int) -> bool:
         """Remove the least recently opened files, until `size` more bytes fit."""

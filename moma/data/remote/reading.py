@@ -1,13 +1,16 @@
 """Shards whose Arrow files are at an address: opened through the cache when they are read."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from moma.data.mapped_files import MappedFile, OpenFiles
+from moma.data.mapped_files import MappedFile
 from moma.data.outputs import CACHE_FOLDER
 from moma.data.remote.address import Address
 from moma.data.remote.cache import Cache
@@ -18,7 +21,7 @@ from moma.files import Checksum, read_bounded
 from moma.recipe import Config
 
 LINK_FILE = "remote.json"
-# The files that a process keeps open have at most this part of the cache, unless one is larger.
+# The files that a process keeps open have at most this part of the cache, or are a single one.
 _OPEN_SHARE = 1 / 16
 # Each has a file descriptor.
 _MAX_OPEN_FILES = 128
@@ -62,32 +65,82 @@ def read_link(folder: Path) -> Link | None:
         ) from error
 
 
-def remote_files(folder: Path, link: Link, checksums: Mapping[str, Checksum]) -> OpenFiles:
-    """Return the Arrow files of a folder of shards, those that are not there through the cache."""
-    largest = max((size for size, _ in checksums.values()), default=0) or 1
-    maximum = int(link.cache_bytes * _OPEN_SHARE / largest)
-    files = _CachedFiles(folder, link, checksums)
-    return OpenFiles(min(max(maximum, 1), _MAX_OPEN_FILES), files.open)
-
-
 def cache_of(data: Path, cache_bytes: int) -> Cache:
     """Return the cache of a data folder."""
     return Cache(data / CACHE_FOLDER, cache_bytes)
 
 
-class _CachedFiles:
-    def __init__(self, folder: Path, link: Link, checksums: Mapping[str, Checksum]) -> None:
-        self._link, self._checksums = link, checksums
-        self._cache = cache_of(folder.parent.parent, link.cache_bytes)
+class RemoteFiles:
+    """The Arrow files of a folder of shards, those that are not there through the cache."""
 
-    def open(self, path: Path) -> MappedFile:
+    def __init__(self, folder: Path, link: Link, checksums: Mapping[str, Checksum]) -> None:
+        """Open nothing yet.
+
+        Raises:
+            UserError: a file is larger than the cache.
+        """
+        sizes = [size for name, (size, _) in checksums.items() if name.endswith(".arrow")]
+        largest = max(sizes, default=0)
+        if largest > link.cache_bytes:
+            raise UserError(
+                f"{folder}: files of {largest:,} bytes do not fit into data.cache_bytes = "
+                f"{link.cache_bytes:,}; increase it"
+            )
+        self._link, self._checksums = link, checksums
+        key = folder.parent.parent, link.cache_bytes
+        self._files = _OPEN.setdefault(key, _OpenCachedFiles(cache_of(*key), link.cache_bytes))
+
+    def get(self, path: Path) -> MappedFile:
+        """Return a file, which is opened if it is not open."""
+        expected = self._checksums[path.name]
+        return self._files.find(expected) or self._files.add(expected, self._open(path, expected))
+
+    def _open(self, path: Path, expected: Checksum) -> MappedFile:
         if path.exists():
             return MappedFile(path)
-        expected = check_checksum(self._checksums[path.name])
-        name = object_name(self._link.folder, path.name, expected)
-        storage = open_storage(self._link.address)
-        file = self._cache.open(name, expected, partial(storage.download, name, expected))
+        name = object_name(self._link.folder, path.name, check_checksum(expected))
+        download = partial(open_storage(self._link.address).download, name, expected)
+        file = self._files.cache.open(name, expected, download, self._files.close_half)
         return MappedFile(Path(file.name), file)
+
+
+class _OpenCachedFiles:
+    """The files that this process has open of a cache; the least recently used are closed."""
+
+    def __init__(self, cache: Cache, cache_bytes: int) -> None:
+        self.cache, self._max_bytes = cache, cache_bytes * _OPEN_SHARE
+        self._files: OrderedDict[Checksum, MappedFile] = OrderedDict()
+        self._lock = Lock()
+
+    def find(self, expected: Checksum) -> MappedFile | None:
+        """Return the file of this content if it is open."""
+        with self._lock:
+            if expected in self._files:
+                self._files.move_to_end(expected)
+            return self._files.get(expected)
+
+    def add(self, expected: Checksum, file: MappedFile) -> MappedFile:
+        """Keep a file open, and return it."""
+        with self._lock:
+            self._files[expected] = file
+            while len(self._files) > 1 and (
+                len(self._files) > _MAX_OPEN_FILES
+                or sum(size for size, _ in self._files) > self._max_bytes
+            ):
+                self._files.popitem(last=False)
+        return file
+
+    def close_half(self) -> bool:
+        """Close the half of the files that was used least recently; False if none is open."""
+        with self._lock:
+            number = (len(self._files) + 1) // 2
+            for _ in range(number):
+                self._files.popitem(last=False)
+        return number > 0
+
+
+# Shared by the sources and the splits, by data folder and size of its cache.
+_OPEN: WeakValueDictionary[tuple[Path, int], _OpenCachedFiles] = WeakValueDictionary()
 
 
 def index_bytes(lengths: np.ndarray, images: np.ndarray) -> bytes:

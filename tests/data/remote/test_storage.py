@@ -26,7 +26,11 @@ def test_addresses(address):
         ("simplecache::s3://bucket/a", "should be an address"),
         ("s3://", "should name a folder"),
         ("s3://bucket/../a", "without . or .."),
-        ("s3://bucket\\a", "backslash"),
+        ("s3://bucket\\a", r"one of \\"),
+        ("s3://bucket/a[1]", "one of"),
+        ("s3://bucket/*/a", "one of"),
+        ("file://data/a", "absolute path"),
+        ("file://~/a", "absolute path"),
         ("s3://bucket/a\n", "cannot be printed"),
     ],
 )

@@ -1,0 +1,92 @@
+"""Shards at an address, read by several processes through one cache smaller than the shards."""
+
+import random
+from weakref import WeakValueDictionary
+
+import fsspec
+import numpy as np
+import pytest
+
+from moma.data.encode.source import Limits, encode_source
+from moma.data.remote import reading
+from moma.data.remote.manifest import object_name
+from moma.data.remote.reading import Link, RemoteFiles
+from moma.errors import UserError
+from tests.data.test_mapped_files import FILES, VOCABULARY, Words, expected_ids
+
+ADDRESS = "memory://bucket/words"
+
+
+@pytest.fixture(scope="module")
+def checksums(tmp_path_factory):
+    """Size and checksum of each file at the address, by name."""
+    folder = tmp_path_factory.mktemp("made") / "shards/words"
+    encode = lambda texts: [[100 + int(text)] * (int(text) + 1) for text in texts]  # noqa: E731
+    limits = Limits(shard_tokens=1)
+    info = encode_source(Words(), encode, None, VOCABULARY, 0, folder, limits=limits)
+    found = {name: value for part in info.parts for name, value in part.checksums.items()}
+    for name, value in found.items():
+        content = (folder / name).read_bytes()
+        path = f"{ADDRESS}/{object_name('made', name, value)}"
+        fsspec.filesystem("memory").pipe_file(path, content)
+    return found
+
+
+def cached_bytes(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*.arrow"))
+
+
+class Processes:
+    """Readers of different processes; each process has those of some sources."""
+
+    def __init__(self, data, link, checksums, processes, sources):
+        self._shards, self._names = data / "shards", sorted(checksums)
+        self._shards.mkdir(parents=True)
+        (data / "cache").mkdir()
+        self.readers = []
+        for _ in range(processes):
+            reading._OPEN = WeakValueDictionary()
+            self.readers += [
+                RemoteFiles(self._shards / f"{n}", link, checksums) for n in range(sources)
+            ]
+
+    def read(self, reader, number):
+        return reader.get(self._shards / "0" / self._names[number]).ids(0).tolist()
+
+
+def make_link(cache_bytes):
+    return Link(address=ADDRESS, folder="made", cache_bytes=cache_bytes)
+
+
+@pytest.mark.parametrize("processes", [8, 60])
+def test_processes_read_at_random_through_a_small_cache(
+    checksums, tmp_path, monkeypatch, capsys, processes
+):
+    monkeypatch.setattr(reading, "_OPEN", None)
+    cache_bytes = sum(size for size, _ in checksums.values()) * 3 // 4
+    all_of = Processes(tmp_path, make_link(cache_bytes), checksums, processes, sources=3)
+    draw = random.Random(0)
+    for _ in range(10):
+        for reader in all_of.readers:
+            number = draw.randrange(FILES)
+            assert all_of.read(reader, number) == expected_ids(number)
+    # Each process keeps a file open at least, which is more than the cache holds with 60.
+    warned = "exceeds data.cache_bytes" in capsys.readouterr().err
+    assert warned == (processes == 60)
+    assert warned or cached_bytes(tmp_path) <= cache_bytes
+
+
+def test_sources_of_a_process_share_a_bound(checksums, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "_OPEN", WeakValueDictionary())
+    cache_bytes = sum(size for size, _ in checksums.values()) * 4  # a quarter may be open
+    process = Processes(tmp_path, make_link(cache_bytes), checksums, 1, sources=3)
+    for number in np.random.default_rng(0).permutation(FILES).tolist():
+        for reader in process.readers:
+            assert process.read(reader, number) == expected_ids(number)
+    (files,) = reading._OPEN.values()
+    assert 2 < len(files._files) <= FILES // 4 + 1
+
+
+def test_a_file_larger_than_the_cache_is_refused(checksums, tmp_path):
+    with pytest.raises(UserError, match=r"words: files of .* data\.cache_bytes = 100; incr"):
+        RemoteFiles(tmp_path / "shards/words", make_link(100), checksums)
