@@ -9,6 +9,8 @@ A row of an Arrow file is a document: `ids`, `images`, `name`. The files are mem
 `encode/part_writer.py` writes them.
 """
 
+import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,9 +24,9 @@ from pydantic import Field
 
 from moma.data.mapped_files import Index, OpenFiles, Shard
 from moma.data.provenance import Encoders, read_provenance
-from moma.data.remote.reading import RemoteFiles, parse_index, read_link
+from moma.data.remote.reading import LINK_FILE, RemoteFiles, parse_index, read_link
 from moma.errors import UserError, error_reason
-from moma.files import Checksum, read_bounded
+from moma.files import UNFINISHED, Checksum, read_bounded
 from moma.recipe import Config
 from moma.runs import wrong_folder
 from moma.vocabulary import Vocabulary
@@ -36,6 +38,14 @@ ORIGIN_FILE = "origin.json"
 PLAN_FILE = "plan.json"
 VOCABULARY_FILE = "vocabulary.json"
 REJECTED_FILE = "rejected.jsonl"
+# Every file that moma writes into the folder of a source; the last alternative is of older data.
+_NAMES = (ORIGIN_FILE, PLAN_FILE, LINK_FILE, INFO_FILE, VOCABULARY_FILE, REJECTED_FILE)
+_OWN_FILE = re.compile(
+    rf"({'|'.join(map(re.escape, _NAMES))}"
+    rf"|(part|rejected|{'|'.join(SPLITS)})-\d+(-\d+)?\.(json|jsonl|arrow|npy)"
+    rf"|({'|'.join(SPLITS)})\.npy)"
+    rf"(\.[0-9a-f]+)?({re.escape(UNFINISHED)})?"
+)
 # What reading an Arrow file with other content, or with other columns, raises.
 _DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 
@@ -192,6 +202,18 @@ def require_data_folder(folder: Path) -> None:
     """Raise `UserError` if a folder is not a data folder; the message describes what it is."""
     if not (folder / "shards").is_dir() and read_provenance(folder) is None:
         raise wrong_folder(folder, "data")
+
+
+def require_own(*folders: Path) -> None:
+    """Refuse to replace or delete folders with files that moma did not write."""
+    for folder in filter(Path.exists, folders):
+        names = sorted(os.listdir(folder)) if folder.is_dir() else [folder.name]
+        foreign = next((name for name in names if not _OWN_FILE.fullmatch(name)), None)
+        if foreign is not None:
+            raise UserError(
+                f"{folder}: has to be replaced, but moma did not write '{foreign}' there; "
+                "move it away"
+            )
 
 
 def open_shards(

@@ -11,7 +11,6 @@ exists, and the part is complete once its last record exists. The next process k
 committed, deletes the rest, and continues.
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,14 +31,13 @@ from moma.data.shards import (
     ORIGIN_FILE,
     PLAN_FILE,
     REJECTED_FILE,
-    SPLITS,
     VOCABULARY_FILE,
     Part,
     ShardInfo,
     read_config,
     read_info,
+    require_own,
 )
-from moma.errors import UserError
 from moma.files import (
     UNFINISHED,
     atomic_open,
@@ -52,13 +50,6 @@ from moma.vocabulary import Vocabulary
 
 _EMPTY = sha256().hexdigest()
 _KEPT_FILES = (ORIGIN_FILE, PLAN_FILE, LINK_FILE)
-# Every file that moma writes into the folder of a source; the last alternative is of older data.
-_OWN_FILE = re.compile(
-    rf"({'|'.join(map(re.escape, (*_KEPT_FILES, INFO_FILE, VOCABULARY_FILE, REJECTED_FILE)))}"
-    rf"|(part|rejected|{'|'.join(SPLITS)})-\d+(-\d+)?\.(json|jsonl|arrow|npy)"
-    rf"|({'|'.join(SPLITS)})\.npy)"
-    rf"(\.[0-9a-f]+)?({re.escape(UNFINISHED)})?"
-)
 
 
 class Plan(Config):
@@ -104,7 +95,7 @@ class PartialShards:
             UserError: a folder that would be replaced has files that moma did not write.
         """
         self.folder, self.path, self.origin = folder, partial_folder(folder), origin
-        _require_own(folder, self.path, _old_folder(folder))
+        require_own(folder, self.path, _old_folder(folder))
         plan = read_config(Plan, self.path / PLAN_FILE)
         found = read_config(ShardInfo, self.path / ORIGIN_FILE)
         if plan is None or plan.part_bytes != part_bytes or found != origin:
@@ -212,7 +203,7 @@ def complete_shards(folder: Path, origin: ShardInfo, verify: bool = False) -> Sh
     if found is None or not found.same_origin(origin):
         return None
     leftovers = partial_folder(folder), _old_folder(folder)
-    _require_own(*leftovers)
+    require_own(*leftovers)
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
     if verify and len(intact := _intact_records(folder, found)) < len(found.parts):
@@ -284,22 +275,10 @@ def _open_rejected(folder: Path) -> BinaryIO:
     return path.open("rb") if path.exists() else BytesIO()
 
 
-def _require_own(*folders: Path) -> None:
-    """Refuse to replace or delete folders with files that moma did not write."""
-    for folder in filter(Path.exists, folders):
-        names = sorted(os.listdir(folder)) if folder.is_dir() else [folder.name]
-        foreign = next((name for name in names if not _OWN_FILE.fullmatch(name)), None)
-        if foreign is not None:
-            raise UserError(
-                f"{folder}: has to be replaced, but moma did not write '{foreign}' there; "
-                "move it away"
-            )
-
-
 def _put_in_place(folder: Path) -> None:
     """Rename finished shards to their folder; if killed at any step, it is done again."""
     unfinished, old = partial_folder(folder), _old_folder(folder)
-    _require_own(folder, old)
+    require_own(folder, old)
     for pattern in ("part-*.json", "rejected-*.jsonl", ORIGIN_FILE, f"*{UNFINISHED}"):
         for path in unfinished.glob(pattern):
             path.unlink()

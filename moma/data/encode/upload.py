@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moma.data.encode.part_writer import record_name
+from moma.data.encode.part_writer import record_name, rejected_name
 from moma.data.mapped_files import MappedFile
 from moma.data.remote.cache import Cache
 from moma.data.remote.manifest import (
@@ -181,6 +181,11 @@ class SourceUpload:
                 file.write(self._index(info, split))
         names = [INFO_FILE, VOCABULARY_FILE, REJECTED_FILE, *map(index_file, SPLITS)]
         files = {name: checksum(folder / name) for name in names if (folder / name).exists()}
+        listed = any(rejected_name(record) in record.checksums for record in info.parts)
+        if listed and REJECTED_FILE not in files:
+            raise UserError(
+                f"{folder / REJECTED_FILE}: missing; run `moma prepare --verify` to list them again"
+            )
         manifest = Manifest(folder=self._folder, files=files, documents=info.whole.total.documents)
         for name in files:
             self._storage.upload(folder / name, manifest.object_of(name))

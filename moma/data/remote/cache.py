@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from moma.errors import UserError, error_reason
 from moma.files import UNFINISHED, Checksum, sync_file
 
 LOCK_FILE = ".lock"
@@ -160,13 +161,16 @@ def _files(folder: Path) -> Iterator[tuple[float, int, Path]]:
 
 
 def _lock(file: BinaryIO, operation: int) -> bool:
-    """Lock an open file until it is closed; does nothing on a file system without locks."""
+    """Lock an open file until it is closed; raises `UserError` if its file system cannot."""
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
         return False
-    except OSError:
-        pass
+    except OSError as error:
+        raise UserError(
+            f"{file.name}: the file system has no locks ({error_reason(error)}), without which "
+            "processes cannot share a cache; choose a data.path on another, such as a local disk"
+        ) from error
     return True
 
 

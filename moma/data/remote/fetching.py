@@ -18,7 +18,7 @@ from moma.data.remote.manifest import (
 )
 from moma.data.remote.reading import LINK_FILE, Link, read_link
 from moma.data.remote.storage import Storage, open_storage
-from moma.data.shards import INFO_FILE, REJECTED_FILE, read_info
+from moma.data.shards import INFO_FILE, read_info, require_own
 from moma.errors import UserError, list_names
 from moma.files import atomic_open, atomic_write, checksum, lock_folder
 from moma.runs import Tokenizers
@@ -66,7 +66,7 @@ def fetch_prepared(config: DataConfig) -> None:
     for source in config.sources:
         folder = config.folder(source.name)
         if not folder.exists() and not folder.with_name(folder.name + ".partial").exists():
-            fetch_shards(storage, config, source.name, all_files=True)
+            fetch_shards(storage, config, source.name)
 
 
 def fetch_tokenizers(storage: Storage, path: Path) -> bool:
@@ -116,16 +116,12 @@ def require_same_tokenizers(storage: Storage, manifest: Manifest, path: Path) ->
         )
 
 
-def fetch_shards(
-    storage: Storage, config: DataConfig, source: str, all_files: bool = False
-) -> bool:
+def fetch_shards(storage: Storage, config: DataConfig, source: str) -> bool:
     """Fetch what is known of the shards of a source; False if they are not complete there.
 
-    Args:
-        all_files: whether to fetch the list of rejected documents, too.
-
     Raises:
-        UserError: the shards in the folder were not made for this address.
+        UserError: the shards in the folder were not made for this address, or have to be replaced,
+            but have files that moma did not write.
     """
     content = storage.read(source_manifest(source))
     if content is None:
@@ -148,20 +144,20 @@ def fetch_shards(
         if old != link:
             atomic_write(folder / LINK_FILE, link.model_dump_json() + "\n")
         return True
-    skipped = () if all_files else (REJECTED_FILE,)
-    fetched = folder.parent / ".fetching" / source
-    _fetch_files(storage, source_manifest(source), manifest, fetched, skipped)
+    require_own(folder)
+    unfinished = folder.parent / ".fetching"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    fetched, replaced = unfinished / "new", unfinished / "old"
+    _fetch_files(storage, source_manifest(source), manifest, fetched)
     atomic_write(fetched / LINK_FILE, link.model_dump_json() + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
     fetched.rename(folder)
-    fetched.parent.rmdir()
+    shutil.rmtree(unfinished, ignore_errors=True)
     return True
 
 
-def _fetch_files(
-    storage: Storage, name: str, manifest: Manifest, folder: Path, skipped: tuple[str, ...]
-) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _fetch_files(storage: Storage, name: str, manifest: Manifest, folder: Path) -> None:
     folder.mkdir(parents=True)
     for file, expected in manifest.files.items():
         if "/" in file or file == LINK_FILE:
@@ -169,9 +165,8 @@ def _fetch_files(
                 f"{storage.address}/{name}: 'files': {file!r} is no file of shards; remove it, and "
                 "run `moma prepare` again"
             )
-        if file not in skipped:
-            with atomic_open(folder / file) as out:
-                storage.download(manifest.object_of(file), expected, out)
+        with atomic_open(folder / file) as out:
+            storage.download(manifest.object_of(file), expected, out)
     info = read_info(folder)
     if info is None:
         raise UserError(

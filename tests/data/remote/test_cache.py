@@ -1,5 +1,7 @@
 """The cache: bounded, shared by processes, and never without a file that is being read."""
 
+import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -123,6 +125,16 @@ def test_a_file_of_another_size_is_downloaded_again(tmp_path):
     (tmp_path / "a.x").write_bytes(b"short")
     assert fetch(cache, "a.x", log=log).read() == content_of("a.x")
     assert log == ["a.x"]
+
+
+def test_a_file_system_without_locks_is_refused(tmp_path, monkeypatch):
+    def fail(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(UserError, match=r"no locks .*choose a data\.path on another"):
+        fetch(Cache(tmp_path, 300), "a.x")
+    assert "a.x" not in names(tmp_path)
 
 
 def test_an_adopted_file_is_moved_or_removed(tmp_path):
