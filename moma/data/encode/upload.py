@@ -137,10 +137,11 @@ class SourceUpload:
         for name, content in self._storage.read_all(names).items():
             record = self._storage.parse(Part, name, content)
             require_safe(self._storage, name, [record.checksums])
-            if self._record(record) != name:
+            own = {*(file_name(split, record.name) for split in SPLITS), rejected_name(record)}
+            if self._record(record) != name or not record.checksums.keys() <= own:
                 raise UserError(
-                    f"{self._link.address}/{name}: is the record of {record.name}; remove it, and "
-                    "run the same command again"
+                    f"{self._link.address}/{name}: is the record of {record.name}, or names files "
+                    "of others; remove it, and run the same command again"
                 )
             for file, expected in record.checksums.items():
                 if not file.endswith(".arrow"):

@@ -1,7 +1,7 @@
 """Files of a limited size together, shared by all processes of a machine that read them.
 
 An open file has a shared lock, so that no process removes it. If the open ones leave no room, the
-folder exceeds its size rather than that training stops. The one that downloads a file has an
+folder exceeds its size instead of stopping training. The one that downloads a file has an
 exclusive lock on it under its temporary name. Sizes are added up under one lock of the folder.
 """
 
@@ -53,9 +53,9 @@ class Cache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._bookkeeping():
             if self._make_room(source.stat().st_size):
-                os.replace(source, path)
-            else:
-                source.unlink()
+                with suppress(OSError):  # the cache may be on another disk
+                    os.replace(source, path)
+            source.unlink(missing_ok=True)
 
     def _open_existing(self, path: Path, size: int) -> BinaryIO | None:
         try:

@@ -23,8 +23,8 @@ from moma.errors import UserError, list_names
 from moma.files import atomic_open, atomic_write, checksum, lock_folder
 from moma.runs import Tokenizers
 
-# Seconds to wait for another process that fetches the same.
-LOCK_TIMEOUT = 3600.0
+# Seconds to wait for another process that fetches the same: fewer than ranks wait for each other.
+LOCK_TIMEOUT = 500.0
 # Made with the tokenizers, but no part of them.
 BESIDE_TOKENIZERS = (DATA_MANIFEST, "codec/metrics.json")
 logger = logging.getLogger(__name__)

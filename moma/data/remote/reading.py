@@ -1,11 +1,14 @@
 """Shards whose Arrow files are at an address: opened through the cache when they are read."""
 
+import logging
+import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
+from typing import BinaryIO
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -16,7 +19,7 @@ from moma.data.remote.address import Address
 from moma.data.remote.cache import Cache
 from moma.data.remote.manifest import Name, check_checksum, object_name
 from moma.data.remote.storage import open_storage
-from moma.errors import UserError, error_reason
+from moma.errors import StorageError, UserError, error_reason
 from moma.files import Checksum, read_bounded
 from moma.recipe import Config
 
@@ -25,6 +28,9 @@ LINK_FILE = "remote.json"
 _OPEN_SHARE = 1 / 16
 # Each has a file descriptor.
 _MAX_OPEN_FILES = 128
+# Seconds before a download that failed is tried again.
+_PAUSES = (2, 10, 30)
+logger = logging.getLogger(__name__)
 
 
 class Link(Config):
@@ -100,8 +106,21 @@ class RemoteFiles:
             return MappedFile(path)
         name = object_name(self._link.folder, path.name, check_checksum(expected))
         download = partial(open_storage(self._link.address).download, name, expected)
-        file = self._files.cache.open(name, expected, download, self._files.close_half)
+        file = _try_again(
+            lambda: self._files.cache.open(name, expected, download, self._files.close_half)
+        )
         return MappedFile(Path(file.name), file)
+
+
+def _try_again(download: Callable[[], BinaryIO]) -> BinaryIO:
+    """Download a file, again after pauses if it fails for a reason that may pass."""
+    for pause in _PAUSES:
+        try:
+            return download()
+        except StorageError as error:
+            logger.warning("%s (trying again in %s s)", error, pause)
+            time.sleep(pause)
+    return download()
 
 
 class _OpenCachedFiles:

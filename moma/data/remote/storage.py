@@ -249,7 +249,9 @@ class Storage:
             raise self._describe(name, error) from error
 
     def _describe(self, name: str, error: Exception) -> UserError:
-        text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))  # without credentials
+        # Without credentials: user and password, or the signature of an address.
+        text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))
+        text = re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)
         reason = shorten(text or type(error).__name__, 300)
         if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
             return UserError(

@@ -149,6 +149,16 @@ def test_an_adopted_file_is_moved_or_removed(tmp_path):
     assert "b.x" not in names(tmp_path)
 
 
+def test_a_file_of_another_disk_is_not_adopted(tmp_path, monkeypatch):
+    def fail(source, target):
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    (tmp_path / "source").write_bytes(content_of("a.x"))
+    monkeypatch.setattr(os, "replace", fail)
+    Cache(tmp_path / "cache", 100).adopt(tmp_path / "source", "a.x")
+    assert not list(tmp_path.rglob("*.x")) and not (tmp_path / "source").exists()
+
+
 def test_threads_download_a_file_once(tmp_path):
     log: list[str] = []
     cache, found = Cache(tmp_path, 300), []

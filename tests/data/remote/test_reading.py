@@ -11,7 +11,8 @@ from moma.data.encode.source import Limits, encode_source
 from moma.data.remote import reading
 from moma.data.remote.manifest import object_name
 from moma.data.remote.reading import Link, RemoteFiles
-from moma.errors import UserError
+from moma.data.remote.storage import Storage
+from moma.errors import StorageError, UserError
 from tests.data.test_mapped_files import FILES, VOCABULARY, Words, expected_ids
 
 ADDRESS = "memory://bucket/words"
@@ -90,3 +91,24 @@ def test_sources_of_a_process_share_a_bound(checksums, tmp_path, monkeypatch):
 def test_a_file_larger_than_the_cache_is_refused(checksums, tmp_path):
     with pytest.raises(UserError, match=r"words: files of .* data\.cache_bytes = 100; incr"):
         RemoteFiles(tmp_path / "shards/words", make_link(100), checksums)
+
+
+def test_a_failed_download_is_tried_again(checksums, tmp_path, monkeypatch, capsys):
+    download, failures = Storage.download, [1, 2, 3]
+
+    def fail_first(self, *args):
+        if failures:
+            raise StorageError(f"no network {failures.pop(0)}")
+        download(self, *args)
+
+    monkeypatch.setattr(Storage, "download", fail_first)
+    monkeypatch.setattr(reading, "_PAUSES", (0, 0))
+    monkeypatch.setattr(reading, "_OPEN", WeakValueDictionary())
+    process = Processes(tmp_path, make_link(10**6), checksums, 1, sources=1)
+    (reader,) = process.readers
+    with pytest.raises(StorageError, match="no network 3"):
+        process.read(reader, 5)
+    assert capsys.readouterr().err == "".join(
+        f"moma: no network {number} (trying again in 0 s)\n" for number in (1, 2)
+    )
+    assert process.read(reader, 5) == expected_ids(5)

@@ -76,6 +76,7 @@ class NoCredentialsError(Exception):
         (OSError(errno.EIO, "Could not connect"), StorageError, "check the network"),
         (TimeoutError(), StorageError, "no answer in time"),
         (OSError("to http://key:SECRET@host/a"), StorageError, r"\(to http://host/a\)"),
+        (OSError("to https://host/a?X-Sig=SECRET now"), StorageError, r"\(to https://host/a now\)"),
         (RuntimeError("x" * 5000), StorageError, r"run the same command to resume"),
     ],
 )

@@ -277,15 +277,23 @@ def test_a_manifest_that_leads_elsewhere_is_refused(tiny, prepared, tmp_path, ch
     assert not (tmp_path / "reader/shards/text").exists()
 
 
-def test_records_that_lead_elsewhere_are_refused(tiny, prepared, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("../x.arrow", "'checksums': .*no relative name"),
+        ("plan.json", "names files of others"),
+        ("sub/train-00000-00000.arrow", "names files of others"),
+    ],
+)
+def test_records_that_lead_elsewhere_are_refused(tiny, prepared, tmp_path, file, named):
     name = min(name for name in memory() if "/part-" in name)
     record = json.loads(memory()[name].getvalue())
-    record["checksums"] = {"../x.arrow": [1, "0" * 64]}
+    record["checksums"] = {file: [1, "0" * 64]}
     fsspec.filesystem("memory").pipe_file(name, json.dumps(record).encode())
     for manifest in [name for name in memory() if "/sources/" in name]:
         memory().pop(manifest)
     recipe = at(tiny, tmp_path / "other", tokenizers=tiny.data.path)
-    with pytest.raises(UserError, match=r"corpus/shards/.*part-.*'checksums': .*no relative name"):
+    with pytest.raises(UserError, match=rf"corpus/shards/.*part-.*{named}"):
         prepare(recipe, CPU, quiet=True)
 
 
