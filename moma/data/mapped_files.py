@@ -1,5 +1,6 @@
 """The Arrow files of shards, memory-mapped; not more than some of them at a time."""
 
+import errno
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -13,10 +14,14 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from moma.errors import UserError, error_reason
+
 # Key of the Arrow schema's metadata with the origin of a file.
 METADATA_KEY = b"moma"
 # Mapped files of the shards of a data folder; Linux allows 65,530 mappings in a process.
 MAX_OPEN_FILES = 1024
+# What reading an Arrow file with other content, or with other columns, raises.
+DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 
 
 class OpenFiles:
@@ -150,4 +155,13 @@ class Shard:
 
     def _find(self, row: int) -> tuple[MappedFile, int]:
         number = bisect_right(self._first_row, row) - 1
-        return self._get_file(self._paths[number]), row - self._first_row[number]
+        path = self._paths[number]
+        try:
+            return self._get_file(path), row - self._first_row[number]
+        except DAMAGE as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise  # of a disk that fails or is full
+            raise UserError(
+                f"{path}: missing or damaged ({error_reason(error)}); run `moma prepare --verify`, "
+                "which makes it again"
+            ) from error

@@ -19,10 +19,9 @@ from typing import TypeVar
 
 import datasets
 import numpy as np
-import pyarrow as pa
 from pydantic import Field
 
-from moma.data.mapped_files import Index, OpenFiles, Shard
+from moma.data.mapped_files import DAMAGE, Index, OpenFiles, Shard
 from moma.data.provenance import Encoders, read_provenance
 from moma.data.remote.reading import LINK_FILE, RemoteFiles, parse_index, read_link
 from moma.errors import UserError, error_reason
@@ -46,8 +45,6 @@ _OWN_FILE = re.compile(
     rf"|({'|'.join(SPLITS)})\.npy)"
     rf"(\.[0-9a-f]+)?({re.escape(UNFINISHED)})?"
 )
-# What reading an Arrow file with other content, or with other columns, raises.
-_DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -276,7 +273,7 @@ def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: Op
         }
         for split, shard in splits.items():
             _check_files(folder, info, split, shard)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise UserError(
             f"{folder}: damaged ({error_reason(error)}); delete it, run `moma prepare`"
         ) from error
@@ -336,7 +333,8 @@ def file_origin(info: ShardInfo) -> dict[str, str]:
 
 def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> None:
     """Refuse files of another origin and truncated files."""
-    # With a saved index no file was opened; each is compared with its checksum when it is.
+    # With a saved index no file was opened. One of the cache is compared with its checksum when it
+    # is downloaded; one in the folder only with `--verify`.
     for path, found in (
         zip(info.files(folder, split), shard.origins, strict=True) if shard.origins else ()
     ):

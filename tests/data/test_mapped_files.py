@@ -2,14 +2,17 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from moma.data.documents import Document
 from moma.data.encode.source import Limits, encode_source
 from moma.data.mapped_files import OpenFiles
 from moma.data.shards import open_shards
+from moma.errors import UserError
 from tests.factories import make_vocabulary
 
 VOCABULARY = make_vocabulary(300)
@@ -73,6 +76,16 @@ def test_an_array_of_a_closed_file_stays_valid(tmp_path):
     kept = [shard.ids(row) for row in range(FILES)]
     assert first.tolist() == expected_ids(0)
     assert [ids.tolist() for ids in kept] == [*map(expected_ids, range(FILES))]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 600)])
+def test_a_file_that_is_damaged_after_the_start_is_named(tmp_path, damage):
+    folder = make(tmp_path / "words")
+    shard = open_shards(folder, VOCABULARY, files=OpenFiles(1)).splits["train"]
+    damage(folder / "train-00000-00003.arrow")
+    with pytest.raises(UserError, match=r"train-00000-00003\.arrow: missing or damaged .*--verify"):
+        shard.ids(3)
+    assert shard.ids(4).tolist() == expected_ids(4)
 
 
 def test_threads_read_the_same_documents(tmp_path):

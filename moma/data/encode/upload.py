@@ -229,13 +229,16 @@ class SourceUpload:
 
 def forget(link: Link, records: Iterable[Part]) -> None:
     """Remove records whose files are damaged at an address, and those files."""
+    damaged = [*records]
+    if not damaged:
+        return
     storage = open_storage(link.address)
-    for record in records:
+    found = storage.sizes(link.folder)
+    for record in damaged:
         objects = [
             object_name(link.folder, name, expected)
             for name, expected in record.checksums.items()
             if name.endswith(".arrow") and not link.is_intact(name, expected)
         ]
-        found = storage.sizes(link.folder)
         names = [f"{link.folder}/{record_name(record.part, record.file)}", *objects]
         storage.remove([name for name in names if name in found])
