@@ -129,7 +129,13 @@ def with_data(recipe: "Recipe", data: Path | None) -> "Recipe":
     """The recipe of a run whose prepared data may have moved."""
     if data is None:
         return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"path": data})})
+    from moma.data.remote.reading import read_link
+
+    moved = recipe.data.model_copy(update={"path": data})
+    folders = filter(Path.is_dir, (moved.folder(source.name) for source in moved.sources))
+    if any(read_link(folder) is None for folder in folders):  # prepared there, not fetched
+        moved = moved.model_copy(update={"remote": None})
+    return recipe.model_copy(update={"data": moved})
 
 
 def files_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moma.cli.arguments import load_recipe, with_data
 from tests.command_line import moma, refuses, succeeds
+from tests.factories import write_minimal_recipe
 
 ROOT = Path(__file__).parents[2]
 HEAVY = {"torch", "datasets", "grain", "transformers", "diffusers", "pandas", "tokenizers"}
@@ -103,3 +105,12 @@ def test_words_are_completed_without_heavy_libraries(words, found):
     assert done.returncode == 0
     assert set(done.stdout.split()) == found
     assert not HEAVY & set(done.stderr.split())
+
+
+def test_moved_data_is_fetched_only_into_a_folder_without_its_own(tmp_path):
+    recipe = load_recipe(write_minimal_recipe(tmp_path), ["data.remote=memory://bucket/moved"])
+    data = tmp_path / "moved"
+    assert with_data(recipe, data).data.remote == "memory://bucket/moved"
+    with_data(recipe, data).data.folder(recipe.data.sources[0].name).mkdir(parents=True)
+    moved = with_data(recipe, data).data
+    assert (moved.path, moved.remote) == (data, None)

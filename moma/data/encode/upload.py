@@ -5,7 +5,8 @@
                                 → manifest sources/SOURCE.json
 
 The fingerprint is that of everything that the files depend on, and the digits those of their
-content: machines that make the same part write the same objects, and none replaces another's.
+content: machines that make the same part write the same objects if their codecs give the same
+codes, and in any case none replaces another's.
 """
 
 import json

@@ -243,7 +243,7 @@ class Storage:
         except FileNotFoundError as error:
             raise UserError(
                 f"{self._at(name)}: not found; check data.remote, and create the bucket if there "
-                "is none"
+                "is none; if others are there, `moma prepare --verify` makes this one again"
             ) from error
         except Exception as error:  # of any library
             raise self._describe(name, error) from error
