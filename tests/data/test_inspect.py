@@ -109,7 +109,7 @@ def test_text_is_decoded_exactly(tiny, shards, tmp_path):
 @pytest.mark.parametrize(
     ("source", "split", "number", "named"),
     [
-        (None, "train", 1, "--source captions or text"),
+        (None, "train", 1, "--source with one of captions, text"),
         ("words", "train", 1, "--source words.*captions, text"),
         ("text", "test", 1, "--split test: use train or held_out"),
         ("text", "train", 0, r"--document 0: text has the documents 1 to \d+"),
