@@ -13,7 +13,7 @@ committed, deletes the rest, and continues.
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
@@ -109,7 +109,15 @@ class PartialShards:
         self._remote = connect(self.path)
         if self._remote is not None:
             self._remote.fetch_records(self.path)
-        self._keep({number: read_records(self.path, number) for number in range(len(self.plan))})
+        here = {path.name for path in self.path.iterdir()}
+        self._keep(
+            {
+                number: [
+                    *takewhile(partial(self._has_files, here), read_records(self.path, number))
+                ]
+                for number in range(len(self.plan))
+            }
+        )
         if self._remote is not None:
             self._remote.upload_missing(self.path, chain(*self.parts.values()))
 
@@ -160,6 +168,14 @@ class PartialShards:
         atomic_write(self.path / INFO_FILE, info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)
         return info
+
+    def _has_files(self, here: Container[str], record: Part) -> bool:
+        """Whether the files of a record are here or at the address.
+
+        Those that were uploaded are not, if the address is another one now, or there is none.
+        """
+        missing = [name for name in record.checksums if name not in here]
+        return not missing or (self._remote is not None and self._remote.has(record, missing))
 
     def _extend_beginning(self) -> None:
         while self._beginning_parts < len(self.plan) and self._is_complete(self._beginning_parts):

@@ -100,6 +100,7 @@ class SourceUpload:
 
     def __init__(self, link: Link, cache: Cache) -> None:
         self._link, self._cache, self._folder = link, cache, link.folder
+        self._found: dict[str, int] = {}
 
     @cached_property
     def _storage(self) -> Storage:
@@ -129,10 +130,10 @@ class SourceUpload:
 
     def fetch_records(self, folder: Path) -> None:
         """Fetch the records that are not in a folder, and rejected documents that they list."""
-        found = self._storage.sizes(self._folder)
+        self._found = self._storage.sizes(self._folder)
         names = [
             name
-            for name in found
+            for name in self._found
             if name.startswith(f"{self._folder}/part-") and not (folder / Path(name).name).exists()
         ]
         for name, content in self._storage.read_all(names).items():
@@ -150,6 +151,14 @@ class SourceUpload:
                         self._storage.download(self._object(file, expected), expected, out)
             # Not synced to disk: a damaged one is fetched again.
             (folder / Path(name).name).write_bytes(content)
+
+    def has(self, record: Part, names: Iterable[str]) -> bool:
+        """Return whether files of a record were at the address when records were fetched."""
+        objects = {self._object(name, record.checksums[name]): name for name in names}
+        return all(
+            self._found.get(object_) == record.checksums[name][0]
+            for object_, name in objects.items()
+        )
 
     def upload_missing(self, folder: Path, records: Iterable[Part]) -> None:
         """Upload the records, and their files, that are not at the address."""

@@ -2,18 +2,21 @@
 
 import asyncio
 import hashlib
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from shutil import copyfile
+from shutil import copyfileobj
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from uuid import uuid4
 
 from pydantic import ValidationError
 
 from moma.errors import StorageError, UserError, shorten
-from moma.files import MAX_BYTES, Checksum, add_path_to_errors, atomic_open, atomic_replace
+from moma.files import MAX_BYTES, UNFINISHED, Checksum, add_path_to_errors, sync_file, sync_folder
 from moma.recipe import Config
 
 if TYPE_CHECKING:
@@ -117,12 +120,12 @@ class Storage:
         """Write a small object unless there is one; return whether there was none."""
         if self._size(name) is not None:
             return False
-        if self._is_local:
-            self.write(name, content)
-            return True
         with self._errors(name):
             try:
-                self._system.pipe_file(self._path(name), content, mode="create")
+                if self._is_local:
+                    _write_file(Path(self._path(name)), BytesIO(content), os.link)
+                else:
+                    self._system.pipe_file(self._path(name), content, mode="create")
             except FileExistsError:
                 return False
         return True
@@ -131,10 +134,7 @@ class Storage:
         """Write a small object, in place of an older one: a reader finds one of both."""
         with self._errors(name):
             if self._is_local:
-                path = Path(self._path(name))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_open(path) as file:
-                    file.write(content)
+                _write_file(Path(self._path(name)), BytesIO(content), os.replace)
             else:
                 self._system.pipe_file(self._path(name), content)
 
@@ -148,9 +148,8 @@ class Storage:
             return
         with self._errors(name):
             if self._is_local:
-                path = Path(self._path(name))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                atomic_replace(path, partial(copyfile, source))
+                with source.open("rb") as file:
+                    _write_file(Path(self._path(name)), file, os.replace)
             else:
                 self._system.put_file(str(source), self._path(name))
         if (found := self._size(name)) != size:
@@ -264,3 +263,21 @@ class Storage:
             f"{self._at(name)}: cannot be read or written ({reason}); check the network and the "
             "endpoint, then run the same command to resume"
         )
+
+
+def _write_file(path: Path, content: BinaryIO, place: Callable[[Path, Path], object]) -> None:
+    """Write a file under a name of its own, which no other writer of `path` touches, and place it.
+
+    Args:
+        place: gives a file that exists another name.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".{uuid4().hex}{UNFINISHED}")
+    try:
+        with own.open("xb") as file:
+            copyfileobj(content, file, _CHUNK_BYTES)
+            sync_file(file)
+        place(own, path)
+        sync_folder(path.parent)
+    finally:
+        own.unlink(missing_ok=True)

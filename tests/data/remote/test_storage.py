@@ -2,6 +2,7 @@
 
 import errno
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
@@ -124,3 +125,16 @@ def test_an_upload_that_arrives_cut_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "put_file", lambda source, path: memory.pipe_file(path, b"cont"))
     with pytest.raises(StorageError, match="x: has 4 bytes after 7 were written"):
         storage.upload(tmp_path / "local", "x")
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    """They have the same folder, as machines have on a network file system."""
+    storage, source = open_storage(f"file://{tmp_path}/shared"), tmp_path / "source"
+    source.write_bytes(bytes(2**22))
+    with ThreadPoolExecutor(8) as pool:
+        created = [*pool.map(lambda n: storage.create("one", b"%d" % n), range(64))]
+        written = [pool.submit(storage.upload, source, f"{n // 8}.bin") for n in range(64)]
+        assert [future.result() for future in written] == [None] * 64
+    assert sum(created) == 1 and storage.read("one") == b"%d" % created.index(True)
+    expected = dict.fromkeys((f"{n}.bin" for n in range(8)), 2**22)
+    assert {name: size for name, size in storage.sizes("").items() if name != "one"} == expected
