@@ -104,7 +104,7 @@ class MaskedAttention:
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
         length = query.shape[1]
-        ends = [min(end, length) for end in range(_QUERIES, length + _QUERIES, _QUERIES)]
+        ends = [min(end, length) for end in range(_QUERIES, max(length, 1) + _QUERIES, _QUERIES)]
         parts = [
             _attend(query[:, start:end], key[:, :end], value[:, :end], layout[..., start:end, :end])
             for start, end in zip([0, *ends], ends, strict=False)

@@ -127,9 +127,8 @@ class Corpus:
         Raises:
             UserError: too many documents of a source were rejected.
         """
-        with self._listings:
-            for document in self._select(held_out=False):
-                yield from (segment for segment in document.segments if isinstance(segment, str))
+        for document in self._listings.inside(self._select(held_out=False)):
+            yield from (segment for segment in document.segments if isinstance(segment, str))
 
     def images(self, held_out: bool) -> list[ImageRef]:
         """Return the images of the training documents or of the held-out ones.

@@ -3,10 +3,11 @@
 A part is a range of its source's files, so whoever reads it needs the list of all of them.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import wraps
 from typing import Any, Self, TypeVar
 
+Item = TypeVar("Item")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _entered: list["Listings"] = []
@@ -25,17 +26,28 @@ class Listings:
     def __exit__(self, *error: object) -> None:
         _entered.remove(self)
 
+    def inside(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yield items; it is entered only while one is made."""
+        iterator = iter(items)
+        while True:
+            with self:
+                try:
+                    item = next(iterator)
+                except StopIteration:
+                    return
+            yield item
+
 
 def listed_once(function: Function) -> Function:
     """Decorate a function of hashable arguments that lists files; nobody may modify its result."""
 
     @wraps(function)
-    def listed(*args: Hashable) -> Any:
+    def listed(*args: Hashable, **kwargs: Hashable) -> Any:
         if not _entered:
-            return function(*args)
-        lists, key = _entered[-1].lists, (function, args)
+            return function(*args, **kwargs)
+        lists, key = _entered[-1].lists, (function, args, *sorted(kwargs.items()))
         if key not in lists:
-            lists[key] = function(*args)
+            lists[key] = function(*args, **kwargs)
         return lists[key]
 
     return listed  # type: ignore[return-value]

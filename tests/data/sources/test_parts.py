@@ -160,6 +160,15 @@ def test_files_are_listed_once_for_all_parts(tmp_path, monkeypatch, make):
     assert len(cut) > 1
 
 
+def test_listings_are_not_entered_between_items(tmp_path):
+    source, listings = texts(tmp_path), Listings()
+    listings_of = [len([*source.documents()])]
+    for _ in listings.inside(source.documents()):
+        (tmp_path / "d.jsonl").write_text('{"text": "added"}\n')
+        listings_of.append(len([*source.documents()]))
+    assert {*listings_of[1:]} == {listings_of[0] + 1}
+
+
 def test_other_listings_see_files_that_were_added(tmp_path):
     source = texts(tmp_path)
     with Listings():
