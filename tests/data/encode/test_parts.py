@@ -259,16 +259,21 @@ def test_a_missing_list_of_rejected_rows_is_made_again(tmp_path):
     assert contents(tmp_path / "shard") == contents(tmp_path / "undisturbed")
 
 
-def test_unfinished_rejected_rows_that_are_missing_are_read_again(tmp_path):
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_unfinished_rejected_rows_that_are_damaged_are_read_again(tmp_path, is_missing):
     expected = run(tmp_path / "undisturbed")
     folder = tmp_path / "shard"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         Steps(patch, 45)
         run(folder)
-    (tmp_path / "shard.partial/rejected-00000-00000.jsonl").unlink()
+    rejected = tmp_path / "shard.partial/rejected-00000-00000.jsonl"
+    if is_missing:
+        rejected.unlink()
+    else:
+        rejected.write_text("")
     shards = parts.PartialShards(folder, expected.with_parts(()), PART_BYTES, one_part)
     committed = len(shards.parts[0])
-    assert committed > 0 and shards.drop_damaged() == committed
+    assert (committed == 0) == is_missing and shards.drop_damaged() == committed
     assert run(folder) == expected
     assert contents(folder) == contents(tmp_path / "undisturbed")
 
