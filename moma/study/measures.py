@@ -141,11 +141,14 @@ def _agreement(model: Transformer, recipe: Recipe, batches: int) -> dict[str, di
             found = [(name, record) for name, record in found if record.kind == "depth"]
         for (name, record), threshold_E in zip(found, thresholds, strict=True):
             chosen_NE = record.selected_NE.bool()
-            by_threshold_NE = (record.logits_NE > threshold_E) == chosen_NE
             by_auxiliary_NE = torch.zeros_like(chosen_NE)
             if record.auxiliary_logits_NE is not None:
                 by_auxiliary_NE = (record.auxiliary_logits_NE > 0) == chosen_NE
             for modality in (TEXT, IMAGE):
+                # A depth router may have a threshold for each modality.
+                of_modality = len(threshold_E) > chosen_NE.shape[1]
+                own_E = threshold_E[modality, None] if of_modality else threshold_E
+                by_threshold_NE = (record.logits_NE > own_E) == chosen_NE
                 here_N = record.eligible_N & (modality_N == modality)
                 parts = (by_threshold_NE, by_auxiliary_NE, torch.ones_like(chosen_NE))
                 sums = [part_NE[here_N].sum() for part_NE in parts]

@@ -1,0 +1,44 @@
+"""Agreement with batch choice, for a model whose modalities have thresholds of their own."""
+
+import pytest
+import torch
+
+from moma.model.depth import DepthConfig
+from moma.runtime.world import World
+from moma.study.measures import measure_routing
+from moma.train.loop import train
+from moma.train.restore import load_run
+from moma.train.step import no_head, run_model, to_device
+from moma.vocabulary import IMAGE, TEXT
+from tests.study.test_grid import held_out
+
+CPU = torch.device("cpu")
+
+
+@torch.no_grad()
+def test_agreement_of_thresholds_by_modality_equals_slow_counts(tiny, tmp_path):
+    depth = DepthConfig(modality_factors={"text": 0.5, "image": 0.3})
+    model = tiny.model.model_copy(update={"groups": "mod_moe_1t1i", "depth": depth})
+    with torch.enable_grad():
+        run = train(
+            tiny.model_copy(update={"run": tmp_path / "run", "model": model}),
+            World(CPU),
+            quiet=True,
+        )
+    loaded, recipe = load_run(run)
+    found = measure_routing(run)["agreement"]
+    (gate,) = [index for index, r in enumerate(loaded.routers()) if len(r.threshold_E) == 2]
+    agreed: dict[int, list[bool]] = {TEXT: [], IMAGE: []}
+    for batch in held_out(loaded, recipe):
+        on_device = to_device(batch, CPU)
+        modalities = loaded.modality_of_id[on_device.tokens_BS].flatten().tolist()
+        choice = loaded.named_routing("choice", record_selection=True)
+        record = run_model(loaded, on_device, choice, no_head).routers[gate]
+        threshold_M = [*loaded.routers()][gate].threshold_E
+        for n, modality in enumerate(modalities):
+            if record.eligible_N[n]:
+                above = record.logits_NE[n, 0] > threshold_M[modality]
+                agreed[modality].append(bool(above) == bool(record.selected_NE[n, 0]))
+    for modality, name in ((TEXT, "0.depth text"), (IMAGE, "0.depth image")):
+        expected = sum(agreed[modality]) / len(agreed[modality])
+        assert found[name]["threshold"] == pytest.approx(expected)
