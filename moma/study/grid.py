@@ -91,10 +91,11 @@ class _Variant(Config):
     curve: str | None = Field(None, pattern=_NAME)
 
 
-class _Folder(Config):
-    """The folder of a study."""
+class _Own(Config):
+    """What a study has of the recipe's keys: its folder, and the seed of the data of all runs."""
 
     run: RequiredPath
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -188,11 +189,12 @@ class Study:
     path: Path
     config: StudyConfig
     runs: tuple[StudyRun, ...]
+    data_seed: int
 
     @property
     def recipe(self) -> Recipe:
-        """The first recipe, which has the data that all runs read."""
-        return self.runs[0].recipes[0]
+        """The first recipe with the seed of the data that all runs read, whatever their seeds."""
+        return self.runs[0].recipes[0].model_copy(update={"seed": self.data_seed})
 
     def finished(self) -> "Study":
         """The study of the runs that have a result."""
@@ -213,12 +215,12 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
     if not isinstance(variants, list) or not variants:
         raise UserError(f"{path}: 'study.variants': write one [[study.variants]] for each")
     config = check(StudyConfig, table, f"{path}, [study]")
-    base = check(_Folder, {"run": values.get("run", "runs/study")}, str(path)).run
+    given = {key: values[key] for key in ("run", "seed") if key in values}
+    own_keys = check(_Own, {"run": "runs/study"} | given, str(path))
+    base = own_keys.run
     names = [text.partition("=")[0].strip() for text in overrides]
-    if own_keys := [name for name in names if name == "seed" or name.startswith("chain.")]:
-        raise UserError(
-            f"override '{own_keys[0]}': a study has study.seeds, and chains of variants"
-        )
+    if refused := [name for name in names if name == "seed" or name.startswith("chain.")]:
+        raise UserError(f"override '{refused[0]}': a study has study.seeds, and chains of variants")
     last = [text for text, name in zip(overrides, names, strict=True) if _is_of_recipe(name)]
     runs: list[StudyRun] = []
     for seed in config.seeds:
@@ -242,7 +244,7 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
             file = base / "results" / f"{name}-{seed}" / "result.json"
             runs.append(StudyRun(name, seed, variant.curve, tuple(steps), file, config))
     _check_runs(path, runs)
-    return Study(base, config, tuple(runs))
+    return Study(base, config, tuple(runs), own_keys.seed)
 
 
 def _is_of_recipe(key: str) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
+from moma.data.encode.prepare import prepare
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.files import lock_folder
@@ -120,6 +121,14 @@ def test_wrong_studies_are_refused(tiny, tmp_path, changes, message):
 def test_overrides_that_a_study_cannot_apply_are_refused(tiny, tmp_path, key):
     with pytest.raises(UserError, match=r"a study has study\.seeds, and chains of variants"):
         read_study(write_study(tiny, tmp_path), [key])
+
+
+def test_other_seeds_need_no_other_data(tiny, tmp_path):
+    study = read_study(write_study(tiny, tmp_path, seeds=[1, 2]))
+    assert {run.seed for run in study.runs} == {1, 2}
+    before = (tiny.data.path / "provenance.json").read_bytes()
+    prepare(study.recipe, WORLD.device, quiet=True)
+    assert (tiny.data.path / "provenance.json").read_bytes() == before
 
 
 def test_a_recipe_is_no_study(tiny, tmp_path):
