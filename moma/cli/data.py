@@ -1,12 +1,16 @@
 """`moma prepare` and `moma data inspect`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Context, Option
 
 from moma.cli.arguments import App, AsJson, Overrides, RecipeFile, load_recipe, refuse_unused
 from moma.cli.output import print_result
+from moma.errors import UserError
 from moma.study.tables import Table
 
 if TYPE_CHECKING:
@@ -88,7 +92,7 @@ def _print_plan(
 @inspecting.command()
 def inspect(
     ctx: Context,
-    folder: Annotated[Path, Argument(help="a folder that `moma prepare` wrote")],
+    folder: Annotated[str, Argument(help="a folder that `moma prepare` wrote, or its data.remote")],
     source: Annotated[str | None, Option(help="only this source")] = None,
     document: Annotated[
         int | None, Option(min=1, max=2**62, help="decode this document of the source, from 1 on")
@@ -96,23 +100,49 @@ def inspect(
     split: Annotated[
         Literal["train", "held_out"], Option(help="documents that --document counts")
     ] = "train",
-    out: Annotated[Path | None, Option(help="folder for images [FOLDER/inspect]")] = None,
+    out: Annotated[
+        Path | None, Option(help="folder for images [FOLDER/inspect, or inspect]")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show counts and lengths of a prepared folder, or one document as text and images."""
+    """Show counts and lengths of prepared data, or one document as text and images."""
     if document is None:
         refuse_unused(ctx, "without --document", "split")
     from moma.data import inspect as data
 
-    out = out or folder / "inspect"
-    if document is not None:
-        decoded = data.decode_document(folder, source, split, document, out)
-        print_result(decoded, as_json, (), [data.document_as_text(decoded)])
-        return
-    result = data.inspect(folder, source, out)
+    with _data_folder(folder, source, decodes=document is not None) as (path, default_out):
+        out = out or default_out
+        if document is not None:
+            decoded = data.decode_document(path, source, split, document, out)
+            print_result(decoded, as_json, (), [data.document_as_text(decoded)])
+            return
+        result = data.inspect(path, source, out) | {"path": folder}
     keys = ("documents", "tokens", "text_tokens", "image_tokens", "images", "rejected")
     lines = (*_dropped(result), data.lengths_as_text(result), result["figure"])
     print_result(result, as_json, [_counts(result, keys)], lines)
+
+
+@contextmanager
+def _data_folder(where: str, source: str | None, decodes: bool) -> Iterator[tuple[Path, Path]]:
+    """A data folder, or a temporary one with what is at an address; and where images are put."""
+    from moma.data.encode.existing import fetch_existing
+    from moma.data.remote.address import check_address
+    from moma.recipe import parse_path
+
+    path, address = None, ""
+    try:
+        if "://" in where:
+            address = check_address(where)
+        else:
+            path = parse_path(where)
+    except ValueError as error:
+        raise UserError(f"FOLDER: {error}") from error
+    if path is not None:
+        yield path, path / "inspect"
+        return
+    with TemporaryDirectory() as temporary:
+        fetch_existing(address, Path(temporary), source, decodes)
+        yield Path(temporary), Path("inspect")
 
 
 def _dropped(summary: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ A row of an Arrow file is a document: `ids`, `images`, `name`. The files are mem
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -23,7 +23,14 @@ from pydantic import Field
 
 from moma.data.mapped_files import DAMAGE, Index, OpenFiles, Shard
 from moma.data.provenance import Encoders, read_provenance
-from moma.data.remote.reading import LINK_FILE, RemoteFiles, parse_index, read_link
+from moma.data.remote.reading import (
+    LINK_FILE,
+    Link,
+    RemoteFiles,
+    parse_index,
+    read_indices,
+    read_link,
+)
 from moma.errors import UserError, error_reason
 from moma.files import UNFINISHED, Checksum, read_bounded
 from moma.recipe import Config
@@ -265,7 +272,7 @@ def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: Op
     if link is not None:
         checksums = {name: value for part in info.parts for name, value in part.checksums.items()}
         get_file = RemoteFiles(folder, link, checksums).get
-        indices = {split: _saved_index(folder, info, split) for split in SPLITS}
+        indices = {split: _index(folder, info, split, link, checksums) for split in SPLITS}
     try:
         splits = {
             split: Shard(info.files(folder, split), features, get_file, indices[split])
@@ -280,11 +287,17 @@ def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: Op
     return Shards(info, splits)
 
 
-def _saved_index(folder: Path, info: ShardInfo, split: str) -> Index | None:
-    path = folder / index_file(split)
-    if not path.exists():
+def _index(
+    folder: Path, info: ShardInfo, split: str, link: Link, checksums: Mapping[str, Checksum]
+) -> Index | None:
+    """The index of a split, saved or at the address; None if files are still to be uploaded."""
+    path, files = folder / index_file(split), info.files(folder, split)
+    if path.exists():
+        lengths, images = parse_index(path, path.read_bytes())
+    elif any(file.exists() for file in files):
         return None
-    lengths, images = parse_index(path, path.read_bytes())
+    else:
+        lengths, images = read_indices(link, {file.name: checksums[file.name] for file in files})
     documents = [part.counts[split].documents for part in info.parts]
     if sum(documents) != len(lengths):
         raise UserError(f"{path}: damaged; remove {folder}, run the same command again")

@@ -16,8 +16,6 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
-
 from moma.data.encode.part_writer import record_name, rejected_name
 from moma.data.mapped_files import MappedFile
 from moma.data.remote.cache import Cache
@@ -33,7 +31,7 @@ from moma.data.remote.reading import (
     Link,
     cache_of,
     index_bytes,
-    parse_index,
+    read_indices,
     read_link,
 )
 from moma.data.remote.storage import Storage, open_storage
@@ -208,16 +206,12 @@ class SourceUpload:
 
     def _index(self, info: ShardInfo, split: str) -> bytes:
         """Lengths and images of the documents of a split, from the objects of its files."""
-        files = [
-            (name, record.checksums[name])
+        checksums = {
+            name: record.checksums[name]
             for record in info.parts
             if (name := file_name(split, record.name)) in record.checksums
-        ]
-        names = [self._object(index_name(name), expected) for name, expected in files]
-        found = self._storage.read_all(names)
-        indices = [parse_index(f"{self._link.address}/{name}", found[name]) for name in names]
-        lengths, images = np.concatenate([np.empty((2, 0), np.int32), *indices], axis=1)
-        return index_bytes(lengths, images)
+        }
+        return index_bytes(*read_indices(self._link, checksums))
 
     def _expected(self, info: ShardInfo, manifest: Manifest) -> dict[str, int]:
         """Sizes of everything that a manifest names."""

@@ -49,7 +49,7 @@ def provide_data(config: DataConfig, refresh: bool = False) -> None:
                 f"{config.remote}: has no tokenizers yet; run `moma prepare` with this data.remote"
             )
         for source in config.sources:
-            if not fetch_shards(storage, config, source.name):
+            if not fetch_shards(storage, config.folder(source.name), config.cache_bytes):
                 raise UserError(
                     f"{config.remote}: has no complete shards of the source '{source.name}' yet; "
                     "run `moma prepare` with this data.remote to its end"
@@ -66,11 +66,14 @@ def fetch_prepared(config: DataConfig) -> None:
     for source in config.sources:
         folder = config.folder(source.name)
         if not folder.exists() and not folder.with_name(folder.name + ".partial").exists():
-            fetch_shards(storage, config, source.name)
+            fetch_shards(storage, folder, config.cache_bytes)
 
 
-def fetch_tokenizers(storage: Storage, path: Path) -> bool:
+def fetch_tokenizers(storage: Storage, path: Path, only: str = "") -> bool:
     """Fetch the tokenizers and the manifest of a data folder; False if there are none.
+
+    Args:
+        only: name of the only file to fetch; empty for all.
 
     Raises:
         UserError: the folder has others.
@@ -91,7 +94,8 @@ def fetch_tokenizers(storage: Storage, path: Path) -> bool:
             "prepare` again"
         )
     require_same_tokenizers(storage, manifest, path)
-    missing = [name for name in manifest.files if not (path / name).exists()]
+    wanted = [only] if only else manifest.files
+    missing = [name for name in wanted if not (path / name).exists()]
     # The manifest of the folder is last: a folder that has it is complete.
     for name in sorted(missing, key=lambda name: name == DATA_MANIFEST):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -116,22 +120,26 @@ def require_same_tokenizers(storage: Storage, manifest: Manifest, path: Path) ->
         )
 
 
-def fetch_shards(storage: Storage, config: DataConfig, source: str) -> bool:
+def fetch_shards(storage: Storage, folder: Path, cache_bytes: int) -> bool:
     """Fetch what is known of the shards of a source; False if they are not complete there.
+
+    Args:
+        folder: folder of the shards in a data folder; its name is that of the source.
+        cache_bytes: as `data.cache_bytes`.
 
     Raises:
         UserError: the shards in the folder were not made for this address, or have to be replaced,
             but have files that moma did not write.
     """
-    content = storage.read(source_manifest(source))
+    name = source_manifest(folder.name)
+    content = storage.read(name)
     if content is None:
         return False
-    digest, folder = sha256(content).hexdigest(), config.folder(source)
-    manifest = storage.parse(Manifest, source_manifest(source), content)
+    digest, manifest = sha256(content).hexdigest(), storage.parse(Manifest, name, content)
     link = Link(
         address=storage.address,
         folder=manifest.folder,
-        cache_bytes=config.cache_bytes,
+        cache_bytes=cache_bytes,
         manifest=digest,
     )
     old = read_link(folder)
@@ -148,7 +156,7 @@ def fetch_shards(storage: Storage, config: DataConfig, source: str) -> bool:
     unfinished = folder.parent / ".fetching"
     shutil.rmtree(unfinished, ignore_errors=True)
     fetched, replaced = unfinished / "new", unfinished / "old"
-    _fetch_files(storage, source_manifest(source), manifest, fetched)
+    _fetch_files(storage, name, manifest, fetched)
     atomic_write(fetched / LINK_FILE, link.model_dump_json() + "\n")
     if folder.exists():
         folder.rename(replaced)

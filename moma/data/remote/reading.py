@@ -17,7 +17,7 @@ from moma.data.mapped_files import MappedFile
 from moma.data.outputs import CACHE_FOLDER
 from moma.data.remote.address import Address
 from moma.data.remote.cache import Cache
-from moma.data.remote.manifest import Name, check_checksum, object_name
+from moma.data.remote.manifest import Name, check_checksum, index_name, object_name
 from moma.data.remote.storage import open_storage
 from moma.errors import StorageError, UserError, error_reason
 from moma.files import Checksum, read_bounded
@@ -167,6 +167,24 @@ def index_bytes(lengths: np.ndarray, images: np.ndarray) -> bytes:
     file = BytesIO()
     np.save(file, np.stack([lengths, images]).astype(np.int32), allow_pickle=False)
     return file.getvalue()
+
+
+def read_indices(link: Link, checksums: Mapping[str, Checksum]) -> np.ndarray:
+    """Read the indices of some Arrow files at their address, not the files themselves.
+
+    Args:
+        checksums: size and checksum of each file, by its name, in the order of the documents.
+
+    Returns:
+        Lengths and numbers of images of the documents, int32 of shape [2, documents].
+    """
+    storage = open_storage(link.address)
+    names = [
+        object_name(link.folder, index_name(file), expected) for file, expected in checksums.items()
+    ]
+    found = storage.read_all(names)
+    indices = [parse_index(f"{link.address}/{name}", found[name]) for name in names]
+    return np.concatenate([np.empty((2, 0), np.int32), *indices], axis=1)
 
 
 def parse_index(what: object, content: bytes) -> np.ndarray:

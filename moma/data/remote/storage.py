@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from shutil import copyfileobj
 from typing import TYPE_CHECKING, BinaryIO, TypeVar
 from uuid import uuid4
@@ -72,6 +72,17 @@ class Storage:
                 return {}
         root = len(self._path(""))
         return {path[root:]: int(info["size"] or 0) for path, info in found.items()}
+
+    def folders(self, folder: str) -> list[str]:
+        """Return the names of the folders in a folder."""
+        with self._errors(folder):
+            self._system.invalidate_cache()
+            try:
+                found = self._system.ls(self._path(folder), detail=True)
+            except FileNotFoundError:
+                return []
+        paths = (entry["name"] for entry in found if entry["type"] == "directory")
+        return sorted(PurePosixPath(path).name for path in paths)
 
     def read(self, name: str) -> bytes | None:
         """Return a small object; None if there is none."""

@@ -8,7 +8,9 @@ import pytest
 from fsspec import filesystem
 
 from moma.data.batches.iterator import Batches
+from moma.data.encode.existing import fetch_existing
 from moma.data.encode.prepare import prepare
+from moma.data.inspect import inspect
 from moma.data.remote.fetching import provide_data
 from moma.data.remote.storage import open_storage
 from moma.data.shards import open_sources
@@ -78,6 +80,9 @@ def test_prepare_train_and_resume_from_s3(tiny, tmp_path, s3, monkeypatch):
     prepare(recipe, CPU, quiet=True, processes=2)
     objects = [name for name in names_in(s3) if name.endswith(".arrow")]
     assert len(objects) == len(arrow_files(local.data.path))
+    fetch_existing(ADDRESS, tmp_path / "seen", None, decodes=False)
+    seen = inspect(tmp_path / "seen", None, tmp_path)
+    assert seen["sources"] == inspect(local.data.path, None, tmp_path)["sources"]
     reader = at(tiny, tmp_path / "reader", ADDRESS)
     provide_data(reader.data)
     assert batches_of(reader) == batches_of(local)
@@ -111,6 +116,8 @@ def test_failures_name_the_address_and_the_remedy(tiny, tmp_path, s3):
         prepare(missing, CPU, quiet=True)
     with pytest.raises(UserError, match=r"s3://corpora/nothing: has no tokenizers yet; run `moma"):
         provide_data(at(tiny, tmp_path / "reader", "s3://corpora/nothing").data)
+    with pytest.raises(UserError, match=r"s3://missing/tiny: has no tokenizers yet; run `moma"):
+        fetch_existing("s3://missing/tiny", tmp_path / "seen", None, decodes=False)
 
 
 def test_a_server_that_cannot_be_reached(tiny, tmp_path, s3, monkeypatch):
