@@ -97,10 +97,15 @@ class _Lines:
     def __init__(self, title: str, total: int | None):
         self.title, self.total, self.estimate = title, total, _Estimate(total)
         self.start = self.last = time.monotonic()
+        self.final_note: str | None = None
 
     def __call__(self, done: int, note: str = "") -> None:
         now, left = time.monotonic(), self.estimate.time_left(done)
-        if now - self.last < SECONDS_BETWEEN_LINES and done != self.total:
+        if done == self.total:
+            if note == self.final_note:
+                return
+            self.final_note = note
+        elif now - self.last < SECONDS_BETWEEN_LINES:
             return
         self.last = now
         part = f"{done}/{self.total}" if self.total else str(done)

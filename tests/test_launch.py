@@ -163,7 +163,7 @@ def test_the_sky_machine_prepares_and_trains_in_the_bucket(tmp_path, before):
     assert installed == "pip install -c constraints.txt -e .[demo]"
     assert prepared == "moma prepare configs/demo.toml"
     assert "--rdzv-endpoint 10.0.0.1:29500" in trained
-    assert trained.endswith("-m moma.cli train configs/demo.toml")
+    assert trained.endswith("-m moma train configs/demo.toml")
 
 
 def test_several_machines_with_one_bucket_are_refused(tmp_path):

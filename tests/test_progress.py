@@ -52,6 +52,8 @@ def test_the_end_is_always_reported(capsys, clock):
     with show_progress("work", 2) as report:
         report(1)
         report(2, "all done")
+        clock[0] += 100
+        report(2, "all done")
     assert lines_of(capsys) == ["work: 2/2 after 0 s  all done"]
 
 

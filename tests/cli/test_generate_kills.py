@@ -62,7 +62,7 @@ def test_a_killed_command_goes_on(arguments, expected, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_under_torchrun_share_the_prompts(arguments, expected, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, "-m", "moma.cli", *map(str, arguments)]
+    command = [sys.executable, *launcher, "-m", "moma", *map(str, arguments)]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",

@@ -54,7 +54,7 @@ def test_an_address_that_cannot_be_used_is_refused(trained):
 
 @contextmanager
 def serving(run, *options, **environment):
-    command = [sys.executable, "-m", "moma.cli", "serve", str(run), "--port", "0", *options]
+    command = [sys.executable, "-m", "moma", "serve", str(run), "--port", "0", *options]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
     ) as process:

@@ -52,8 +52,9 @@ def shell_commands(text: str) -> Iterator[list[str]]:
 
 def moma_arguments(words: list[str]) -> list[str] | None:
     """The arguments of a call of moma, also through `python -m` or `torchrun`; None for others."""
-    if "moma.cli" in words:
-        return words[words.index("moma.cli") + 1 :]
+    for before, word in enumerate(words[1:]):
+        if words[before] == "-m" and word == "moma":
+            return words[before + 2 :]
     return words[1:] if words[0] == "moma" else None
 
 

@@ -115,7 +115,7 @@ def test_the_environment_names_the_hub(trained, tmp_path):
     environment = os.environ | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     environment.pop("HF_HUB_OFFLINE", None)
     with running_hub() as hub:
-        command = [sys.executable, "-m", "moma.cli", "export", str(trained / "run")]
+        command = [sys.executable, "-m", "moma", "export", str(trained / "run")]
         subprocess.run(
             [*command, str(tmp_path / "model"), "--push", "my-model"],
             env=environment | {"HF_ENDPOINT": hub.url},

@@ -65,7 +65,7 @@ def start(file: Path, ranks: int, *options: str) -> Process:
     if ranks == 1:
         return Command(file.parent, "train", file)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, *options, "-m", "moma.cli", "train", str(file)]
+    command = [sys.executable, *launcher, *options, "-m", "moma", "train", str(file)]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",

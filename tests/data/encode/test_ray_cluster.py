@@ -126,7 +126,7 @@ def nodes(tmp_path_factory):
 
 
 def moma(folder, address):
-    command = [sys.executable, "-m", "moma.cli", "prepare", str(folder / "recipe.toml")]
+    command = [sys.executable, "-m", "moma", "prepare", str(folder / "recipe.toml")]
     return subprocess.Popen(
         [*command, "--ray", address, "--json"],
         stdout=subprocess.PIPE,

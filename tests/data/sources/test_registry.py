@@ -111,7 +111,7 @@ def test_a_source_of_another_package_is_prepared(installed, tmp_path):
     poems = [f"A line about the number {n},\nand a second one." for n in range(20)]
     (tmp_path / "poems.txt").write_text("\n***\n".join([*poems, ""]))
     recipe = write_recipe(tmp_path, kind="poems", path=str(tmp_path / "poems.txt"), held_out=0.3)
-    result = run("-m", "moma.cli", "prepare", recipe, path=installed)
+    result = run("-m", "moma", "prepare", recipe, path=installed)
     assert result.returncode == 0, result.stderr
     rejected = json.loads((tmp_path / "data" / "rejected.jsonl").read_text())
     assert rejected["reason"] == "it is empty; remove it"

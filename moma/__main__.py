@@ -1,0 +1,5 @@
+"""`python -m moma`, as torchrun starts it."""
+
+from moma.cli import main
+
+main()
