@@ -121,14 +121,7 @@ def bench_generate(
     """
     torch.manual_seed(0)
     device = torch.device(sizes.device) if sizes.device else local_device()
-    dtype, dense = DTYPES[sizes.dtype], next(iter(recipes.values()))
-    vocabulary = synthetic_vocabulary(dense)
-    variants = [transformers_variant(dense.model, vocabulary, device, dtype)]
-    for name, recipe in recipes.items():
-        model = random_model(recipe.model, vocabulary, device, dtype)
-        variants.append(moma_variant(name, model))
-        if sizes.drafts:
-            variants.append(moma_variant(f"{name}+drafts", model, sizes.drafts))
+    variants = _variants(recipes, sizes, device)
     cases = [
         _Case(variant, batch, mode, sizes, device)
         for batch in sizes.batches
@@ -158,6 +151,19 @@ def bench_generate(
         }
         for case, speeds, limits in found
     ]
+
+
+def _variants(recipes: Mapping[str, Recipe], sizes: Sizes, device: torch.device) -> list[Variant]:
+    """What is measured: first `transformers`, then each recipe's model, and it with drafts."""
+    dtype, dense = DTYPES[sizes.dtype], next(iter(recipes.values()))
+    vocabulary = synthetic_vocabulary(dense)
+    variants = [transformers_variant(dense.model, vocabulary, device, dtype)]
+    for name, recipe in recipes.items():
+        model = random_model(recipe.model, vocabulary, device, dtype)
+        variants.append(moma_variant(name, model))
+        if sizes.drafts:
+            variants.append(moma_variant(f"{name}+drafts", model, sizes.drafts))
+    return variants
 
 
 class _Case:

@@ -92,11 +92,7 @@ def run_demo(
     Raises:
         UserError: a data package is missing, or `out` contains another demo.
     """
-    for text in overrides:
-        if text.partition("=")[0].strip() in _OWN_KEYS:
-            raise UserError(f"override '{text}': the demo sets this key itself; use --out")
-    changes = [f"data.path={out / 'data'}", *overrides]
-    recipe = read_recipe(Recipe, shipped_recipe("demo.toml"), changes)
+    recipe = _read_recipe(out, overrides)
     objects = [s.objects for s in recipe.data.sources if isinstance(s, SketchesConfig)]
     if not objects:
         raise UserError("the demo's recipe has no source of kind 'sketches'; it scores sketches")
@@ -126,6 +122,15 @@ def run_demo(
     _write_report(out, measured, sketches, result)
     write_output(out / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     return result
+
+
+def _read_recipe(out: Path, overrides: Sequence[str]) -> Recipe:
+    """The demo's recipe with changes; raises `UserError` for keys that the demo sets."""
+    for text in overrides:
+        if text.partition("=")[0].strip() in _OWN_KEYS:
+            raise UserError(f"override '{text}': the demo sets this key itself; use --out")
+    changes = [f"data.path={out / 'data'}", *overrides]
+    return read_recipe(Recipe, shipped_recipe("demo.toml"), changes)
 
 
 def _prepare_and_train(

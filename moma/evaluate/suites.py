@@ -204,7 +204,17 @@ def retrieval(subject: Subject) -> Suite:
             records.append(Record(source, credits))
         return records
 
-    pairs = [image[0] for image in _by_image(subject)]
+    names = [
+        f"{direction}{suffix}"
+        for direction in ("image_to_text", "text_to_image")
+        for suffix in ("", "_normalized")
+    ]
+    queries = _queries([image[0] for image in _by_image(subject)])
+    return Suite(queries, measure, dict.fromkeys(names, identity))
+
+
+def _queries(pairs: Sequence[TokenizedDocument]) -> list[Query]:
+    """A query for each captioned image; raises `UserError` if they are too few for one group."""
     if len(pairs) < CANDIDATES:
         raise UserError(
             f"retrieval: there are {len(pairs)} captioned images, and {CANDIDATES} are needed; "
@@ -214,13 +224,8 @@ def retrieval(subject: Subject) -> Suite:
     for number in range(len(pairs)):
         # The last group overlaps the one before it, so that every query has as many candidates.
         first = min(number - number % CANDIDATES, len(pairs) - CANDIDATES)
-        queries.append(Query(number - first, pairs[first : first + CANDIDATES]))
-    names = [
-        f"{direction}{suffix}"
-        for direction in ("image_to_text", "text_to_image")
-        for suffix in ("", "_normalized")
-    ]
-    return Suite(queries, measure, dict.fromkeys(names, identity))
+        queries.append(Query(number - first, list(pairs[first : first + CANDIDATES])))
+    return queries
 
 
 def credit(scores: np.ndarray, right: int) -> float:

@@ -25,6 +25,9 @@ from moma.train.recipe import Recipe
 from moma.train.step import run_model, to_device
 from moma.vocabulary import Vocabulary
 
+# Whether each token is selected, 1 or 0, and its weight, both fp32 [S, E].
+_Selected = tuple[np.ndarray, np.ndarray]
+
 
 class GroupRouting(NamedTuple):
     """The tokens that the experts of a group process.
@@ -93,20 +96,8 @@ def route_document(
     else:
         batch = _with_document(batch, ids_S, model.vocabulary.padding)
         output = run_model(model, to_device(batch, device), how, no_head)
-    records, ones_S1 = iter(output.routers), np.ones((len(ids_S), 1), np.float32)
-    modality_S = model.vocabulary.modality_of_id[ids_S]
-    layers = []  # for each layer, its gate and its groups: what is taken, and the weights
-    for layer in model.layers:
-        groups = [
-            _first_rows(next(records), len(ids_S))
-            if hasattr(group, "router")
-            else (ones_S1 * _is_eligible(group, modality_S)[:, None],) * 2
-            for group in layer.experts.groups  # type: ignore[union-attr]
-        ]
-        gate = (ones_S1, ones_S1)
-        if hasattr(layer, "depth"):
-            gate = _first_rows(next(records), len(ids_S))
-        layers.append((gate, [(taken * gate[0], weight * gate[0]) for taken, weight in groups]))
+    records, modality_S = iter(output.routers), model.vocabulary.modality_of_id[ids_S]
+    layers = [_layer_routing(layer, records, modality_S) for layer in model.layers]
     gates, by_layer = zip(*layers, strict=True)
     return TokenRouting(
         routing,
@@ -189,8 +180,24 @@ def describe_tokens(mixed: MixedModel, routed: TokenRouting) -> Iterator[dict[st
         yield {"id": id_, **about, "layers": layers}
 
 
-def _first_rows(record: RouterRecord, tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a router selected of the first tokens, and the weights, fp32 [tokens, E]."""
+def _layer_routing(
+    layer: Any, records: Iterator[RouterRecord], modality_S: np.ndarray
+) -> tuple[_Selected, list[_Selected]]:
+    """What a layer's gate and each of its groups selected, from the next of the records."""
+    tokens = len(modality_S)
+    ones_S1 = np.ones((tokens, 1), np.float32)
+    groups = [
+        _first_rows(next(records), tokens)
+        if hasattr(group, "router")
+        else (ones_S1 * _is_eligible(group, modality_S)[:, None],) * 2
+        for group in layer.experts.groups
+    ]
+    gate = _first_rows(next(records), tokens) if hasattr(layer, "depth") else (ones_S1, ones_S1)
+    return gate, [(taken * gate[0], weight * gate[0]) for taken, weight in groups]
+
+
+def _first_rows(record: RouterRecord, tokens: int) -> _Selected:
+    """What a router selected of the first tokens."""
     taken, weight = (
         part_NE[:tokens].float().cpu().numpy() for part_NE in (record.selected_NE, record.weight_NE)
     )

@@ -181,11 +181,27 @@ class DepthRouter(nn.Module):
             selection, cutoff_P, excess = self._fill_slots(
                 policy, pools, logits_N1, noise_N1, segment_BS
             )
-        has_loss = self.gate_loss > 0 and self.training and policy.capacity is not None
+        diagnostics = self._diagnose(
+            selection, logits_N1, auxiliary_N1, eligible_BS, routing, cutoff_P, excess
+        )
+        return selection, diagnostics
+
+    def _diagnose(
+        self,
+        selection: Selection,
+        logits_N1: Tensor,
+        auxiliary_N1: Tensor | None,
+        eligible_BS: Tensor,
+        routing: Routing,
+        cutoff_P: Tensor | None,
+        excess: Tensor | None,
+    ) -> Diagnostics:
+        """See `diagnose`; in training also the loss of the gate's logits."""
+        has_loss = self.gate_loss > 0 and self.training and routing.depth.capacity is not None
         selected_N1 = None
         if routing.records or has_loss:
             flat = Selection(*(part_RK.flatten()[None] for part_RK in selection))
-            selected_N1 = flat.selected_NE(len(x_ND))
+            selected_N1 = flat.selected_NE(len(logits_N1))
         diagnostics = diagnose(
             selected_N1,
             logits_N1,
@@ -199,7 +215,7 @@ class DepthRouter(nn.Module):
         if has_loss and selected_N1 is not None:
             loss = _gate_loss(logits_N1, selected_N1, eligible_BS)
             diagnostics = diagnostics._replace(loss=self.gate_loss * loss)
-        return selection, diagnostics
+        return diagnostics
 
     def _fill_slots(
         self,

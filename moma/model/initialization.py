@@ -1,12 +1,21 @@
 """Random initial weights, of which each rank draws only the part that it holds."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 # Elements drawn from one generator; a rank draws whole blocks, so its shards should not be smaller.
 _BLOCK = 2**18
+
+# Returns the rows of a parameter that this rank holds, and the number of the first one.
+LocalRows = Callable[[Tensor], tuple[Tensor, int]]
+
+
+def all_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """The rows of a parameter that is not sharded."""
+    return parameter, 0
 
 
 def draw_normal(

@@ -29,26 +29,19 @@ from moma.model.decoder_layer import (
 )
 from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import ExpertGroup
-from moma.model.initialization import draw_normal
+from moma.model.initialization import LocalRows, all_rows, draw_normal
 from moma.model.layers import rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter, Diagnostics, Router, RouterRecord
 from moma.model.routing import ROUTINGS, Routing, RoutingName
 from moma.model.token_choice import TokenRouter
 from moma.vocabulary import Vocabulary
 
-# Returns the rows of a parameter that this rank holds, and the number of the first one.
-LocalRows = Callable[[Tensor], tuple[Tensor, int]]
 # Maps normalized hidden vectors [B, S, D] and the head's weight [V, D] to a result.
 Head = Callable[[Tensor, Tensor], Any]
 
 # Maps embedded tokens [B, S, D], their context, the caches of the layers and the routing to the
 # normalized output of the last layer.
 CachedDecoder = Callable[[Tensor, CachedContext, Sequence[LayerCache], Routing], Tensor]
-
-
-def all_rows(parameter: Tensor) -> tuple[Tensor, int]:
-    """The rows of a parameter that is not sharded."""
-    return parameter, 0
 
 
 def no_head(hidden_BSD: Tensor, weight_VD: Tensor) -> None:
@@ -159,13 +152,11 @@ class Transformer(nn.Module):
                 `Routing.raises`.
         """
         routing = routing or Routing()
-        context: LayerContext
-        if caches is None:
-            context = self._context(
-                tokens_BS, document_ids_BS, positions_BS, max_documents, max_length
-            )
-        else:
-            context = self._cached_context(tokens_BS, caches)
+        context = (
+            self._context(tokens_BS, document_ids_BS, positions_BS, max_documents, max_length)
+            if caches is None
+            else self._cached_context(tokens_BS, caches)
+        )
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
         if caches is not None and self.cpu_decoder is not None and not routing.checks:
             assert isinstance(context, CachedContext)
@@ -177,16 +168,8 @@ class Transformer(nn.Module):
         nonfinite_L = torch.stack(flags) if flags else x_BSD.new_zeros(0, dtype=torch.bool)
         if routing.raises and routing.synchronizes:
             require_finite(nonfinite_L)
-        routers = [router for layer in diagnostics for router in layer]
-        losses = [each.loss for each in routers if each.loss is not None]
-        return ModelOutput(
-            head(self.norm(x_BSD), self.head.weight),
-            [each.record for each in routers if each.record is not None],
-            nonfinite_L,
-            [each.cutoff_E for each in routers if each.cutoff_E is not None],
-            [each.load_O for each in routers if each.load_O is not None],
-            torch.stack(losses).sum() if losses else None,
-        )
+        found = head(self.norm(x_BSD), self.head.weight)
+        return _output(found, nonfinite_L, [each for layer in diagnostics for each in layer])
 
     def _run_layers(
         self, x_BSD: Tensor, context: LayerContext, routing: Routing, caches: Caches | None
@@ -371,6 +354,18 @@ class Transformer(nn.Module):
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:
         """Yield the auxiliary routers, in the order of the records."""
         return (module for module in self.modules() if isinstance(module, AuxiliaryRouter))
+
+
+def _output(head: Any, nonfinite_L: Tensor, routers: Sequence[Diagnostics]) -> ModelOutput:
+    losses = [each.loss for each in routers if each.loss is not None]
+    return ModelOutput(
+        head,
+        [each.record for each in routers if each.record is not None],
+        nonfinite_L,
+        [each.cutoff_E for each in routers if each.cutoff_E is not None],
+        [each.load_O for each in routers if each.load_O is not None],
+        torch.stack(losses).sum() if losses else None,
+    )
 
 
 def require_finite(nonfinite_L: Tensor, where: str = "") -> None:

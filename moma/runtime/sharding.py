@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -97,12 +97,8 @@ def shard(
     Raises:
         UserError: the number of ranks is not a multiple of the number of replicas.
     """
-    if world.size % config.replicate:
-        raise UserError(
-            f"engine.replicate: {world.size} ranks cannot hold {config.replicate} replicas; choose "
-            "a divisor of the number of ranks"
-        )
-    if world.mesh is None:
+    mesh = _replicated_mesh(world, config.replicate)
+    if mesh is None:
         return
     policy = MixedPrecisionPolicy(
         param_dtype=config.compute_dtype(world.device),
@@ -110,10 +106,6 @@ def shard(
         # Activations have that dtype already; rotary angles must stay fp32.
         cast_forward_inputs=False,
     )
-    mesh = world.mesh
-    if config.replicate > 1:
-        names, shape = ("replicate", "shard"), (config.replicate, world.size // config.replicate)
-        mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
     shard_weights = partial(fully_shard, mesh=mesh)
     if exact:
         fp32 = replace(policy, param_dtype=torch.float32)
@@ -131,6 +123,19 @@ def shard(
             if world.device.type == "cpu":
                 # gloo has no reduction that scales (PREMUL_SUM).
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def _replicated_mesh(world: World, replicas: int) -> DeviceMesh | None:
+    """The mesh of all ranks, with a dimension for replicas if there are several of them."""
+    if world.size % replicas:
+        raise UserError(
+            f"engine.replicate: {world.size} ranks cannot hold {replicas} replicas; choose a "
+            "divisor of the number of ranks"
+        )
+    if world.mesh is None or replicas == 1:
+        return world.mesh
+    shape = (replicas, world.size // replicas)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 class _ReduceInBf16:

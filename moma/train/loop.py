@@ -102,9 +102,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
                 trainer.start(initial)
         # Created only now, so that a recipe that cannot be trained leaves no run folder.
         if not is_locked:
-            on_rank_0(world, lambda: run.path.mkdir(parents=True, exist_ok=True))
-            _lock_if_exists(run, recipe, world, stack)
-            on_rank_0(world, _require_not_started, run)
+            _create_folder(run, recipe, world, stack)
         on_rank_0(world, write_run_folder, run, recipe)
         if checkpoint is None:
             trainer.open_outputs()
@@ -370,6 +368,13 @@ def _lock_if_exists(run: Run, recipe: Recipe, world: World, stack: ExitStack) ->
         timeout = min(_LOCK_TIMEOUT, recipe.engine.timeout / 2)
         on_rank_0(world, lambda: stack.enter_context(lock_folder(run.path, timeout)))
     return exists
+
+
+def _create_folder(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> None:
+    """Create and lock the folder of a new run; raises `UserError` if another process did."""
+    on_rank_0(world, lambda: run.path.mkdir(parents=True, exist_ok=True))
+    _lock_if_exists(run, recipe, world, stack)
+    on_rank_0(world, _require_not_started, run)
 
 
 def _require_not_started(run: Run) -> None:

@@ -4,7 +4,7 @@ Each rank of the replay plays as many ranks of the run; one process plays all of
 numbers (dropout, noise) are those of the run if both have the same number of ranks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -77,14 +77,11 @@ def replay(run: Run, world: World, quiet: bool = False) -> dict[str, Any]:
         documents = [sequences for _, own in saved for sequences in own]
         for result, sequences in zip(micro_batches, documents, strict=False):
             result["documents"] = _by_source(sequences)
-        same = [
-            _is_same(own, tensors)
-            for own, (tensors, _) in zip(batches.values(), saved, strict=True)
-        ]
+        same = _are_same(batches.values(), [tensors for tensors, _ in saved])
         return {
             "step": fault.step,
             "checkpoint": fault.checkpoint,
-            "same_batches": all(gather(all(same), world.writers)),
+            "same_batches": all(gather(same, world.writers)),
             **before,
             "micro_batches": [
                 result for own in gather(micro_batches, world.writers) for result in own
@@ -227,9 +224,10 @@ def _by_source(sequences: Sequence[Sequence[tuple[str, int]]]) -> dict[str, list
     return {source: sorted(documents) for source, documents in sorted(found.items())}
 
 
-def _is_same(batches: Sequence[Batch], saved: dict[str, Tensor]) -> bool:
-    names = [f"{index}.tokens_BS" for index in range(len(batches))]
+def _are_same(batches: Iterable[Sequence[Batch]], saved: Sequence[dict[str, Tensor]]) -> bool:
+    """Whether the micro-batches of each rank have the tokens that the run saved."""
     return all(
-        name in saved and bool((saved[name].numpy() == batch.tokens_BS).all())
-        for name, batch in zip(names, batches, strict=True)
+        name in tensors and bool((tensors[name].numpy() == batch.tokens_BS).all())
+        for own, tensors in zip(batches, saved, strict=True)
+        for name, batch in ((f"{index}.tokens_BS", batch) for index, batch in enumerate(own))
     )

@@ -222,6 +222,14 @@ def depth_choice(router, config, x_ND, tokens, how, preferred=frozenset(), share
     return selected, score_N
 
 
+def slots_by_modality(transformer, depth, tokens):
+    """Each modality's share of the slots of a depth router by modality, and how many it has."""
+    factors = [depth.modality_factors[name] for name in transformer.vocabulary.modalities]
+    parts = [share * each for share, each in zip(transformer.shares, factors, strict=True)]
+    # Rounded up, the slots of all modalities may be more than the tokens.
+    return np.array(parts) / sum(parts), min(sum(slots(part, tokens) for part in parts), tokens)
+
+
 def model(transformer, ids_BS, document_ids_BS, positions_BS, how, choices=()):
     """Logits [N, V] of a whole model.
 
@@ -256,18 +264,13 @@ def model(transformer, ids_BS, document_ids_BS, positions_BS, how, choices=()):
         selected, score_N = depth_choice(
             layer.depth, depth, x_ND, tokens, how, first, transformer.shares
         )
+        shares, fraction = transformer.shares, depth.capacity_factor
         pools = sequences if depth.scope == "sequence" else 1
-        reached, fraction = (
-            pools * slots(depth.capacity_factor, len(x_ND) // pools),
-            depth.capacity_factor,
-        )
+        reached = pools * slots(fraction, len(x_ND) // pools)
         if depth.modality_factors is not None:
-            factors = [depth.modality_factors[name] for name in vocabulary.modalities]
-            parts = [share * each for share, each in zip(transformer.shares, factors, strict=True)]
-            # Rounded up, the slots of all modalities may be more than the tokens.
-            reached = min(sum(slots(part, len(x_ND)) for part in parts), len(x_ND))
+            shares, reached = slots_by_modality(transformer, depth, len(x_ND))
             fraction = 1.0
-            rule = (config.group_list, np.array(parts) / sum(parts), vocabulary.modalities, how)
+        rule = (config.group_list, shares, vocabulary.modalities, how)
         groups = groups_of(layer.experts.groups, *rule, reached, fraction)
         x_ND = depth_layer(
             layer, groups, x_ND, selected, score_N, tokens, config.rope_theta, preferred

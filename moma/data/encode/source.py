@@ -138,6 +138,19 @@ class SourceEncoding:
             shards.drop_rejected()  # they may have been fixed
         return shards
 
+    def encode_pending(
+        self, shards: PartialShards, encoder: Encoder, reader: ImageReader, progress: Progress
+    ) -> None:
+        """Encode, in this process and in order, the parts that are not encoded yet."""
+        for number in shards.pending:
+            before = shards.complete
+
+            def report(part: Part, before: Part = before) -> None:
+                progress(before + part)
+
+            records = self.encode_part(number, shards.plan[number], encoder, reader, report)
+            self.add(shards, number, records)
+
     def encode_part(
         self,
         number: int,
@@ -277,15 +290,7 @@ def encode_source(
     shards = encoding.begin()
     reader = reader or ImageReader(to_rgb, workers=0)
     with Encoder(encode_text, encode_images, vocabulary, codec_in_thread, split_text) as encoder:
-        for number in shards.pending:
-            before = shards.complete
-
-            def report(part: Part, before: Part = before) -> None:
-                progress(before + part)
-
-            part = shards.plan[number]
-            records = encoding.encode_part(number, part, encoder, reader, report)
-            encoding.add(shards, number, records)
+        encoding.encode_pending(shards, encoder, reader, progress)
     return encoding.finish(shards)
 
 
