@@ -206,6 +206,37 @@ def test_data_is_prepared_on_a_ray_cluster_of_the_nodes(tmp_path, code, expected
     assert (found / "requeued").exists() == requeued
 
 
+@pytest.mark.parametrize(
+    ("code", "expected", "requeued"), [(0, 0, False), (2, 2, False), (74, 0, True)]
+)
+def test_a_task_of_an_array_prepares_its_share(tmp_path, code, expected, requeued):
+    found = tmp_path / "found"
+    found.mkdir()
+    write_programs(
+        tmp_path,
+        scontrol=SCONTROL,
+        moma=f'#!/bin/bash\necho "$@" > "$FOUND/moma"\nexit {code}\n',
+    )
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FOUND": str(found),
+        "TMPDIR": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_ARRAY_TASK_MIN": "0",
+        "SLURM_ARRAY_TASK_MAX": "15",
+    }
+    script = [str(LAUNCH / "slurm_prepare.sbatch"), "my.toml", "data.remote=s3://a/b"]
+    done = subprocess.run(["bash", *script], env=environment, check=False)
+    assert done.returncode == expected
+    *before, path, option, share = (found / "moma").read_text().split()
+    assert before == ["prepare", "my.toml", "data.remote=s3://a/b"]
+    assert (option, share) == ("--share", "4/16")
+    assert path.startswith(f"data.path={tmp_path}/")
+    assert not Path(path.removeprefix("data.path=")).exists()
+    assert (found / "requeued").exists() == requeued
+
+
 def test_the_ray_cluster_file_names_existing_node_types():
     cluster = yaml.safe_load((LAUNCH / "ray.yaml").read_text())
     assert cluster["head_node_type"] in cluster["available_node_types"]

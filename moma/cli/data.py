@@ -36,6 +36,10 @@ def prepare(
         str | None,
         Option(help="encode on the Ray cluster at this address; auto: this machine's cluster"),
     ] = None,
+    share: Annotated[
+        str | None,
+        Option(help="encode only share I of N at data.remote, as 3/16; other machines the others"),
+    ] = None,
     plan: Annotated[
         bool, Option("--plan", help="only estimate parts, tokens, hours and cost")
     ] = False,
@@ -46,16 +50,22 @@ def prepare(
 ) -> None:
     """Encode documents into shards. First train or load the tokenizer and the image codec."""
     from moma.data.encode.prepare import prepare as run
+    from moma.data.encode.shares import Share
     from moma.runtime.world import local_device
 
+    own = None if share is None else Share.parse(share)
+    if own is not None:
+        refuse_unused(ctx, "with --share", "ray", "verify", "plan")
     read = load_recipe(recipe, overrides)
     if plan:
         _print_plan(read, local_device(), processes, price, as_json)
         return
     refuse_unused(ctx, "without --plan", "price")
-    prepared = run(read, local_device(), quiet=as_json, processes=processes, verify=verify, ray=ray)
+    prepared = run(read, local_device(), as_json, processes, verify, ray, own)
     summary = {"path": str(read.data.path), **prepared.summary()}
     lines = [f"prepared {read.data.path}"]
+    if own is not None and prepared.missing:
+        lines = [own.describe_missing([*prepared.sources], prepared.missing)]
     if summary["rejected"]:
         lines.append(
             f"rejected documents: {read.data.path / 'rejected.jsonl'}; of a source's documents "

@@ -109,15 +109,7 @@ class PartialShards:
         self._remote = connect(self.path)
         if self._remote is not None:
             self._remote.fetch_records(self.path)
-        here = {path.name for path in self.path.iterdir()}
-        self._keep(
-            {
-                number: [
-                    *takewhile(partial(self._has_files, here), read_records(self.path, number))
-                ]
-                for number in range(len(self.plan))
-            }
-        )
+        self._keep(self._read_committed(range(len(self.plan))))
         if self._remote is not None:
             self._remote.upload_missing(self.path, chain(*self.parts.values()))
 
@@ -131,17 +123,33 @@ class PartialShards:
         """Everything that is committed, as one."""
         return sum((sum(records, Part()) for records in self.parts.values()), Part())
 
+    @property
+    def info(self) -> ShardInfo:
+        """The origin with everything that is committed."""
+        records = [record for number in range(len(self.plan)) for record in self.parts[number]]
+        return self.origin.with_parts([record for record in records if record.documents_read])
+
     def add(self, number: int, records: Sequence[Part]) -> None:
         """Note that a part is complete, with these records."""
         self.parts[number] = [*records]
         self.complete += sum(records, Part())
         self._extend_beginning()
 
-    def drop_rejected(self) -> None:
-        """Delete, of each part, the first files with a rejected document and all later ones."""
+    def add_uploaded(self) -> None:
+        """Note the parts that other machines have completed meanwhile."""
+        assert self._remote is not None
+        self._remote.fetch_records(self.path)
+        for number, records in self._read_committed(self.pending).items():
+            if records and records[-1].is_last:
+                self.add(number, records)
+
+    def drop_rejected(self, is_own: Callable[[int], bool]) -> None:
+        """Delete, of each own part, the first files with a rejected document and all later ones."""
         self._keep(
             {
                 number: [*takewhile(lambda record: not record.rejected, records)]
+                if is_own(number)
+                else records
                 for number, records in self.parts.items()
             }
         )
@@ -158,16 +166,22 @@ class PartialShards:
 
     def finish(self, vocabulary: Vocabulary) -> ShardInfo:
         """Put the files in place of older ones."""
-        records = [record for number in range(len(self.plan)) for record in self.parts[number]]
+        info = self.info
         with atomic_open(self.path / REJECTED_FILE) as all_rejected:
             # Those alone that are committed: a process that died left others.
-            names = (rejected_name(record) for record in records if _has_rejected(record))
+            names = (rejected_name(record) for record in info.parts if _has_rejected(record))
             _copy((self.path / name for name in names), all_rejected)
         vocabulary.save(self.path / VOCABULARY_FILE)
-        info = self.origin.with_parts([record for record in records if record.documents_read])
         atomic_write(self.path / INFO_FILE, info.model_dump_json(indent=2) + "\n")
         _put_in_place(self.folder)
         return info
+
+    def _read_committed(self, numbers: Iterable[int]) -> dict[int, list[Part]]:
+        """Return the records of parts, up to the first whose files are missing."""
+        has_files = partial(self._has_files, {path.name for path in self.path.iterdir()})
+        return {
+            number: [*takewhile(has_files, read_records(self.path, number))] for number in numbers
+        }
 
     def _has_files(self, here: Container[str], record: Part) -> bool:
         """Whether the files of a record are here or at the address.

@@ -7,7 +7,8 @@ where it was. Documents that cannot be used are listed in `rejected.jsonl`.
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from moma.data.encode.progress import JobProgress, show_job
 from moma.data.encode.publish import publish_shards, publish_tokenizers
 from moma.data.encode.ray_cluster import RayCluster
 from moma.data.encode.rejected import all_held_out
+from moma.data.encode.shares import Share, await_tokenizers, require_address
 from moma.data.encode.source import Limits, SourceEncoding
 from moma.data.encode.tokenizers import provide_tokenizers
 from moma.data.encode.upload import Remote
@@ -60,6 +62,11 @@ class Options:
     processes: int | None
     verify: bool
     ray: str | None
+    share: Share | None
+
+    def has(self, source: int, part: int) -> bool:
+        """Return whether a part is to be encoded here."""
+        return self.share is None or self.share.has(source, part)
 
 
 @dataclass(frozen=True)
@@ -69,15 +76,18 @@ class Prepared:
     Attributes:
         vocabulary: the ids.
         sources: origin and counts of each source's shards.
+        missing: numbers of the parts, by source, that other machines are still to encode.
     """
 
     vocabulary: Vocabulary
     sources: dict[str, ShardInfo]
+    missing: dict[str, list[int]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Count documents, tokens, images, rejected and dropped ones, in total and by source."""
         sources = {name: _summary(info.whole) for name, info in self.sources.items()}
-        return {**_summary(_together(self.sources)), "sources": sources}
+        missing = sum(map(len, self.missing.values()))
+        return {**_summary(_together(self.sources)), "missing_parts": missing, "sources": sources}
 
 
 def _together(infos: dict[str, ShardInfo]) -> Part:
@@ -102,6 +112,7 @@ def prepare(
     processes: int | None = None,
     verify: bool = False,
     ray: str | None = None,
+    share: Share | None = None,
 ) -> Prepared:
     """Write tokenizer, codec and shards into `data.path`, and to `data.remote` if there is one.
 
@@ -112,6 +123,7 @@ def prepare(
             what is written.
         verify: whether to read all shards and to make damaged ones again.
         ray: address of a Ray cluster that encodes, "auto" for the one of this machine.
+        share: encode only these parts; whoever encodes the last ones of all completes the shards.
 
     Raises:
         UserError: the recipe's image share is impossible, too many documents of a source cannot
@@ -121,6 +133,8 @@ def prepare(
     """
     keep_freed_memory(device)
     data = config.data
+    if share is not None:
+        require_address(share, data)
     _check_budget(config)
     data.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(data.path, LOCK_TIMEOUT):
@@ -128,18 +142,21 @@ def prepare(
         folder = DataFolder(data)
         clean_folder = data.path / CLEANING_FOLDER
         cleaning = provide_cleaning(data.sources, clean_folder, data.part_bytes, quiet, processes)
+        if share is not None:
+            await_tokenizers(data, share)
         vocabulary = provide_tokenizers(config, folder, device, quiet)
         if data.remote is not None:
             publish_tokenizers(folder)
         _warn_changed_sources(folder)
-        infos = _encode_all(
-            folder, cleaning, vocabulary, Options(device, quiet, processes, verify, ray)
-        )
-    counts = _together(infos).counts
+        options = Options(device, quiet, processes, verify, ray, share)
+        prepared = _encode_all(folder, cleaning, vocabulary, options)
+    if prepared.missing:
+        return prepared
+    counts = _together(prepared.sources).counts
     if not counts["train"].documents:
         raise all_held_out(counts["held_out"].documents)
     _check_packing(config, vocabulary)
-    return Prepared(vocabulary, infos)
+    return prepared
 
 
 def _check_budget(config: PrepareConfig) -> None:
@@ -181,20 +198,23 @@ def _encode_all(
     cleaning: Mapping[str, Cleaning],
     vocabulary: Vocabulary,
     options: Options,
-) -> dict[str, ShardInfo]:
+) -> Prepared:
     """Encode every source; `rejected.jsonl` lists the rejected documents of all."""
     job = make_job(folder, cleaning, vocabulary)
     infos: dict[str, ShardInfo] = {}
     shards: dict[str, PartialShards] = {}
     try:
-        for name, encoding in job.sources.items():
+        for index, (name, encoding) in enumerate(job.sources.items()):
             if (info := encoding.find_complete(options.verify)) is not None:
                 infos[name] = info
             else:
-                shards[name] = encoding.begin(options.verify)
+                is_own = partial(options.has, index)
+                shards[name] = encoding.begin(options.verify, is_own)
         _encode(folder, job, shards, options)
-        for name, partial in shards.items():
-            infos[name] = job.sources[name].finish(partial)
+        missing = _add_uploaded(shards) if options.share is not None else {}
+        for name in shards:
+            if name not in missing:
+                infos[name] = job.sources[name].finish(shards[name])
         if (remote := _remote(folder)) is not None:
             publish_shards(remote, folder, infos)
     finally:
@@ -202,7 +222,15 @@ def _encode_all(
         with atomic_open(folder.data.path / REJECTED_FILE) as file:
             for source in folder.data.sources:
                 copy_rejected(folder.data.folder(source.name), file)
-    return {name: infos[name] for name in job.sources}
+    infos |= {name: shards[name].info for name in missing}
+    return Prepared(vocabulary, {name: infos[name] for name in job.sources}, missing)
+
+
+def _add_uploaded(shards: Mapping[str, PartialShards]) -> dict[str, list[int]]:
+    """Note what other machines have encoded; return the parts, by source, that are missing."""
+    for unfinished in shards.values():
+        unfinished.add_uploaded()
+    return {name: each.pending for name, each in shards.items() if each.pending}
 
 
 def make_job(folder: DataFolder, cleaning: Mapping[str, Cleaning], vocabulary: Vocabulary) -> Job:
@@ -236,15 +264,17 @@ def _encode(
 ) -> None:
     """Encode the parts that are not complete."""
     tasks = [
-        Task(name, number, partial.plan[number])
-        for name, partial in shards.items()
-        for number in partial.pending
+        Task(name, number, shards[name].plan[number])
+        for index, name in enumerate(job.sources)
+        if name in shards
+        for number in shards[name].pending
+        if options.has(index, number)
     ]
     if not tasks:
         return
     quiet = options.quiet
     counts = [
-        None if quiet else count_documents(source, folder)
+        None if quiet or options.share is not None else count_documents(source, folder)
         for source in folder.data.sources
         if source.name in shards
     ]
@@ -253,9 +283,9 @@ def _encode(
     with show_job(total, quiet) as display:
         progress = JobProgress(
             display,
-            parts=sum(len(partial.plan) for partial in shards.values()),
+            parts=sum(len(each.plan) - len(each.pending) for each in shards.values()) + len(tasks),
             size=sum(task.part.size for task in tasks),
-            complete=sum((partial.complete for partial in shards.values()), Part()),
+            complete=sum((each.complete for each in shards.values()), Part()),
             pending=len(tasks),
         )
 

@@ -123,8 +123,15 @@ class SourceEncoding:
             self.check_rejected(info.whole)
         return info
 
-    def begin(self, verify: bool = False) -> PartialShards:
-        """Cut the source into parts, or find those that an earlier process left."""
+    def begin(
+        self, verify: bool = False, is_own: Callable[[int], bool] = lambda number: True
+    ) -> PartialShards:
+        """Cut the source into parts, or find those that an earlier process left.
+
+        Args:
+            verify: as in `find_complete`.
+            is_own: whether a part, by its number, is encoded here and not on another machine.
+        """
 
         def cut(part_bytes: int) -> list[SourcePart]:
             return parts_of(self.source, part_bytes)
@@ -135,7 +142,7 @@ class SourceEncoding:
         if verify:
             shards.drop_damaged()
         if self.limits.exceeded(shards.done):
-            shards.drop_rejected()  # they may have been fixed
+            shards.drop_rejected(is_own)  # they may have been fixed
         return shards
 
     def encode_pending(

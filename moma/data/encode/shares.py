@@ -1,0 +1,99 @@
+"""Shares of the work of a job, for machines that know each other only through an address."""
+
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from moma.data.config import DataConfig
+from moma.data.remote.fetching import fetch_tokenizers
+from moma.data.remote.storage import open_storage
+from moma.errors import UserError, list_names, shorten
+
+# Between questions whether there are tokenizers.
+SECONDS_BETWEEN_QUESTIONS = 10.0
+_LIMIT = 100_000
+logger = logging.getLogger(__name__)
+
+
+class Share(NamedTuple):
+    """Every `of`-th part: share `number`, from 1 on, of `of`."""
+
+    number: int
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Share":
+        """Return the share that a text such as `3/16` names.
+
+        Raises:
+            UserError: it names none.
+        """
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", text)
+        share = cls(*map(int, found.groups())) if found else cls(0, 0)
+        if not 1 <= share.number <= share.of <= _LIMIT:
+            raise UserError(
+                f"--share {shorten(text, 60)}: should be a number from 1 on and how many there "
+                f"are, such as 3/16; at most {_LIMIT:,}"
+            )
+        return share
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+    def has(self, source: int, part: int) -> bool:
+        """Return whether a part belongs to it, whatever else is complete.
+
+        Args:
+            source: number of the source in the recipe, so that short sources do not all begin with
+                the same share.
+            part: number of the part.
+        """
+        return self._of_part(source, part) == self.number
+
+    def describe_missing(self, sources: Sequence[str], missing: Mapping[str, Sequence[int]]) -> str:
+        """Describe the parts that are not complete, and which shares have them.
+
+        Args:
+            sources: names of the sources in the recipe.
+            missing: numbers of the parts of each source.
+        """
+        shares = Counter(
+            self._of_part(index, part)
+            for index, name in enumerate(sources)
+            for part in missing.get(name, ())
+        )
+        listed = list_names(f"{number}/{self.of} ({shares[number]:,})" for number in sorted(shares))
+        return (
+            f"share {self} is complete; {shares.total():,} parts of other shares are missing: "
+            f"{listed}; the machine that finishes last completes the data, or `moma prepare` "
+            "without --share, which makes what is missing"
+        )
+
+    def _of_part(self, source: int, part: int) -> int:
+        return (source + part) % self.of + 1
+
+
+def await_tokenizers(data: DataConfig, share: Share) -> None:
+    """Fetch the tokenizers that the machine with the first share trains; wait until they exist."""
+    if share.number == 1 or data.tokenizers is not None or data.remote is None:
+        return
+    storage, is_waiting = open_storage(data.remote), False
+    while not fetch_tokenizers(storage, data.path):
+        if not is_waiting:
+            logger.warning(
+                "%s: waits for the tokenizers, which share 1/%s trains", data.remote, share.of
+            )
+        is_waiting = True
+        time.sleep(SECONDS_BETWEEN_QUESTIONS)
+
+
+def require_address(share: Share, data: DataConfig) -> None:
+    """Raise `UserError` if the machines could not find each other's parts."""
+    if data.remote is None:
+        raise UserError(
+            f"--share {share}: needs data.remote, where the machines find each other's parts; if "
+            "they share a folder, use data.remote=file:///FOLDER with another data.path on each"
+        )

@@ -1,0 +1,149 @@
+"""Machines that each encode a share of a job at an address: the same data as from one."""
+
+from collections import Counter
+from itertools import product
+
+import pytest
+
+from moma.data.encode import shares
+from moma.data.encode.prepare import prepare
+from moma.data.encode.shares import Share
+from moma.data.encode.upload import SourceUpload
+from moma.errors import UserError
+from tests.command_line import refuses
+from tests.data.encode.preparing import make_recipe
+from tests.data.remote.test_training import (
+    CPU,
+    arrow_files,
+    at,
+    batches_of,
+    memory,
+    prepared_copy,
+    with_data,
+)
+
+
+@pytest.fixture
+def uploaded(monkeypatch):
+    """How often each record was uploaded, by its folder and name; at an empty address."""
+    memory().clear()
+    upload, counts = SourceUpload.upload, Counter[tuple[str, str]]()
+
+    def count(self, folder, record):
+        upload(self, folder, record)
+        counts[self._folder, record.name] += 1
+
+    monkeypatch.setattr(SourceUpload, "upload", count)
+    return counts
+
+
+def machine(tiny, tmp_path, name):
+    return at(tiny, tmp_path / name, tokenizers=tiny.data.path)
+
+
+def prepare_share(recipe, text):
+    return prepare(recipe, CPU, quiet=True, processes=1, share=Share.parse(text))
+
+
+def test_the_last_of_three_machines_completes_the_data(tiny, tmp_path, uploaded):
+    local = with_data(machine(tiny, tmp_path, "local"), remote=None)
+    prepare(local, CPU, quiet=True)
+    third, first = (machine(tiny, tmp_path, name) for name in ("third", "first"))
+    seen = prepare_share(third, "3/3")
+    own = len(uploaded)
+    assert (
+        0
+        < seen.summary()["documents"]
+        == sum(info.whole.total.documents for info in seen.sources.values())
+    )
+    assert not [name for name in memory() if "/sources/" in name]
+    # The second machine is lost, and another one takes its place.
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(SourceUpload, "upload", interrupt_at(2, SourceUpload.upload))
+        prepare_share(machine(tiny, tmp_path, "lost"), "2/3")
+    missing = prepare_share(first, "1/3").missing
+    assert {(number + index) % 3 for index, name in enumerate(missing) for number in missing[name]}
+    assert len(uploaded) > 2 * own - 2
+    done = prepare_share(machine(tiny, tmp_path, "second"), "2/3")
+    assert not done.missing and done.summary() == prepare(local, CPU, quiet=True).summary()
+    assert set(uploaded.values()) == {1}
+    reader = prepared_copy(tiny, tmp_path / "reader")
+    assert batches_of(reader) == batches_of(local)
+    # A machine that finished sooner has the data too, when it is asked again.
+    assert not prepare_share(third, "3/3").missing
+    assert batches_of(third) == batches_of(local)
+    assert set(uploaded.values()) == {1}
+
+
+def interrupt_at(number, upload):
+    calls: list[str] = []
+
+    def upload_some(self, folder, record):
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        calls.append(record.name)
+        upload(self, folder, record)
+
+    return upload_some
+
+
+def test_without_a_share_the_rest_is_made(tiny, tmp_path, uploaded):
+    recipe = machine(tiny, tmp_path, "one")
+    assert prepare_share(recipe, "2/2").missing
+    assert not prepare(machine(tiny, tmp_path, "two"), CPU, quiet=True).missing
+    assert set(uploaded.values()) == {1}
+    assert arrow_files(tmp_path / "two/cache")
+
+
+def test_other_machines_wait_for_the_tokenizers(tmp_path, uploaded, monkeypatch, capsys):
+    recipe = make_recipe(tmp_path, 20, part_bytes=500, remote="memory://bucket/waiting")
+    first, second = (with_data(recipe, path=tmp_path / name) for name in ("one", "two"))
+    waited: list[float] = []
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if len(waited) == 2:
+            assert prepare_share(first, "1/2").missing
+
+    monkeypatch.setattr(shares.time, "sleep", sleep)
+    assert not prepare_share(second, "2/2").missing
+    assert len(waited) == 2
+    assert capsys.readouterr().err.count("waits for the tokenizers, which share 1/2 trains") == 1
+    for name in ("tokenizer.json", "codec/model.safetensors"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_another_machine_s_rejected_rows_are_not_made_again(tiny, tmp_path, uploaded):
+    recipe = make_recipe(tmp_path, 60, part_bytes=800, max_rejected=0.05)
+    recipe = with_data(recipe, tokenizers=tiny.data.path, remote="memory://bucket/some")
+    prepare_share(with_data(recipe, path=tmp_path / "one"), "2/2")
+    # Of what exists now, more than this is rejected, but not of all.
+    before = set(memory())
+    later = with_data(recipe, path=tmp_path / "two", max_rejected=0.001)
+    with pytest.raises(UserError, match="rejected"):
+        prepare_share(later, "1/2")
+    assert before <= set(memory())
+
+
+def test_every_part_belongs_to_one_share():
+    for of, source, part in product((1, 2, 7), range(3), range(20)):
+        assert sum(Share(number, of).has(source, part) for number in range(1, of + 1)) == 1
+    assert Share.parse("1/3").has(0, 0) and Share.parse("2/3").has(1, 0)
+
+
+def test_missing_parts_are_described_by_share():
+    text = Share(1, 3).describe_missing(["a", "b"], {"a": [1, 2, 4], "b": [0]})
+    assert "4 parts of other shares are missing: 2/3 (3), 3/3 (1)" in text
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/2/3", "-1/2", "1/0", "1/9999999"])
+def test_other_shares_are_refused(text):
+    with pytest.raises(UserError, match=r"--share .*such as 3/16"):
+        Share.parse(text)
+
+
+def test_a_share_needs_an_address(trained):
+    recipe = trained / "recipe.toml"
+    assert "--share 1/2: needs data.remote" in refuses("prepare", recipe, "--share", "1/2")
+    message = refuses("prepare", recipe, "--share", "1/2", "--ray", "auto")
+    assert "--ray: no effect with --share" in message
