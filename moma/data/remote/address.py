@@ -6,6 +6,11 @@ from typing import Annotated, Any
 from pydantic import AfterValidator
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+# Schemes of fsspec that read only, or need another address.
+_NO_STORAGE = (
+    *("http", "https", "git", "github", "gist", "tar", "libarchive", "zip", "data", "reference"),
+    *("dir", "generic", "cached", "blockcache", "filecache", "simplecache"),
+)
 
 
 def check_address(address: str) -> str:
@@ -17,6 +22,13 @@ def check_address(address: str) -> str:
     found = _SCHEME.fullmatch(address)
     if found is None or "::" in address:
         raise ValueError("should be an address such as s3://bucket/folder or file:///folder")
+    if found[1] == "local":
+        raise ValueError("should begin with file:///, such as file:///folder")
+    if found[1] in _NO_STORAGE:
+        raise ValueError(
+            f"{found[1]}:// is no storage that files can be written to; use s3://bucket/folder, "
+            "file:///folder, or another file system of fsspec"
+        )
     authority = found[2].partition("/")[0]
     if "@" in authority or re.search(r"[?#]", address):
         raise ValueError(
