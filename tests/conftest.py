@@ -33,11 +33,13 @@ os.fsync = lambda fd: None
 LONG = (
     "tests/distributed/test_two_ranks.py",
     "tests/tokenizers/image/test_train.py",
+    "tests/tokenizers/image/test_train_keys.py",
     "tests/model/test_compile.py",
     "tests/demo/test_run.py",
     "tests/distributed/test_compiled_steps.py",
     "tests/train/test_kills.py",
     "tests/cli/test_bad_input.py",
+    "tests/cli/test_bad_runs.py",
     "tests/model/test_implementations.py",
     "tests/model/test_flops.py",
     "tests/data/encode/test_prepare.py",

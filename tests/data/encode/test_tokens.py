@@ -18,7 +18,7 @@ from moma.data.encode.source import Limits, encode_source, to_rgb
 from moma.data.encode.tokens import Encoder
 from moma.data.shards import open_shards
 from moma.errors import UserError
-from tests.data.encode.test_source import (
+from tests.data.encode.encoding import (
     VOCABULARY,
     Codec,
     Given,

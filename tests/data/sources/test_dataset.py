@@ -1,11 +1,10 @@
-"""Parquet, Arrow and text files, and repositories as the hub holds them."""
+"""Rows of Parquet, Arrow and text files, and of repositories, as the hub holds them."""
 
 import errno
 import io
 import json
 import logging
 import pickle
-import zipfile
 
 import datasets
 import huggingface_hub
@@ -15,24 +14,10 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from moma.data.documents import Document, ImageRef, Rejected
-from moma.data.sources.dataset import DatasetConfig
+from moma.data.documents import ImageRef, Rejected
 from moma.errors import StorageError, UserError
-from tests.data.sources.rows import accepted, segments
-from tests.factories import image_bytes, write_parquet
-
-
-def source_of(**options):
-    return DatasetConfig(**options)
-
-
-def png(width):
-    return image_bytes((width, 2))
-
-
-def shape(document):
-    return [part if isinstance(part, str) else part.read().width for part in document.segments]
-
+from tests.data.sources.rows import accepted, png, shape, source_of
+from tests.factories import write_parquet
 
 CAPTIONED = [{"image": png(n), "text": f"t{n}", "more": n} for n in (1, 2, 3)]
 
@@ -260,69 +245,9 @@ def test_a_file_that_cannot_be_read_is_reported_once(tmp_path):
     logger.addHandler(handler)
     (tmp_path / "bad.parquet").write_bytes(b"no Parquet at all")
     with pytest.raises(UserError, match=r"bad\.parquet: cannot read it"):
-        list(DatasetConfig(path=str(tmp_path / "bad.parquet")).documents())
+        list(source_of(path=str(tmp_path / "bad.parquet")).documents())
     logger.removeHandler(handler)
     assert logged.getvalue() == ""
-
-
-@pytest.mark.parametrize(
-    ("split", "texts"), [("train[1:3]", ["t1", "t2"]), ("train[-1:]+train[:20%]", ["t4", "t0"])]
-)
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.arrow", "a.parquet"])
-def test_a_part_of_a_split(tmp_path, name, split, texts):
-    data = datasets.Dataset.from_list([{"text": f"t{n}"} for n in range(5)])
-    if name == "a.jsonl":
-        data.to_json(tmp_path / name)
-    elif name == "a.csv":
-        data.to_csv(tmp_path / name)
-    elif name == "a.parquet":
-        data.to_parquet(tmp_path / name)
-    else:
-        write_shards(tmp_path, "arrow", [data.data.table])
-        (tmp_path / "0.arrow").rename(tmp_path / name)
-    assert segments(source_of(path=str(tmp_path / name), split=split).documents()) == texts
-    with pytest.raises(UserError, match="cannot open it"):
-        list(source_of(path=str(tmp_path / name), split="test").documents())
-
-
-def write_shards(folder, name, tables):
-    for number, table in enumerate(tables):
-        path = folder / f"{number}.{name}"
-        if name == "parquet":
-            pa.parquet.write_table(table, path)
-        else:
-            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
-                out.write_table(table)
-    return str(folder / f"*.{name}")
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["parquet", "arrow"])
-def test_shards_need_to_agree_only_in_the_columns_that_are_used(tmp_path, name, streaming):
-    tables = [
-        pa.table({"text": pa.array([], pa.null())}),
-        pa.table({"text": ["a"], "x": pa.array([1], pa.int8()), "y": [{"k": [1]}]}),
-        pa.table({"text": pa.array([], pa.string())}),
-        pa.table({"x": ["b"], "text": pa.array(["b"], pa.large_string())}),
-        pa.table({"text": pa.array(["c"]).dictionary_encode(), "only": [None]}),
-        pa.table({"z": pa.array([1], pa.duration("s")), "text": pa.array([None], pa.null())}),
-        pa.table({"text": pa.array([], pa.string())}),
-    ]
-    path = write_shards(tmp_path, name, tables)
-    *texts, rejected = segments(source_of(path=str(path), streaming=streaming).documents())
-    assert texts == ["a", "b", "c"]
-    assert isinstance(rejected, Rejected) and "needs a text" in rejected.reason
-
-
-def test_shards_that_disagree_are_named(tmp_path):
-    path = write_shards(tmp_path, "parquet", [pa.table({"text": ["a"]}), pa.table({"id": [1]})])
-    with pytest.raises(UserError, match=r"1\.parquet: has no column 'text'; the columns are: id"):
-        list(source_of(path=str(path)).documents())
-    path = write_shards(
-        tmp_path, "parquet", [pa.table({"text": ["a"]}), pa.table({"text": [{"a": 1}]})]
-    )
-    with pytest.raises(UserError, match=r"1\.parquet: a column has another type"):
-        list(source_of(path=str(path)).documents())
 
 
 @pytest.mark.parametrize(
@@ -352,63 +277,3 @@ def test_messages_are_bounded(tmp_path):
     with pytest.raises(UserError) as error:
         list(source_of(path=str(tmp_path / "a.csv")).documents())
     assert len(str(error.value)) < 2500
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.csv", "*.parquet"])
-def test_a_path_that_exists_is_no_pattern(tmp_path, name, streaming):
-    for folder, text in (("run[12]", "wanted"), ("run1", "other")):
-        (tmp_path / folder).mkdir()
-        data = datasets.Dataset.from_list([{"text": text}])
-        data.to_parquet(tmp_path / folder / "a.parquet")
-        data.to_json(tmp_path / folder / "a.jsonl")
-        data.to_csv(tmp_path / folder / "a.csv", index=False)
-        write_shards(tmp_path / folder, "arrow", [data.data.table])
-        (tmp_path / folder / "0.arrow").rename(tmp_path / folder / "a.arrow")
-    path = str(tmp_path / "run[12]" / name)
-    assert segments(source_of(path=str(path), streaming=streaming).documents()) == ["wanted"]
-
-
-def test_a_folder_whose_name_is_a_pattern_of_another_is_refused(tmp_path):
-    for folder in ("run[12]", "run1"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.csv").write_text(f"text\n{folder}\n")
-    with pytest.raises(UserError, match=r"rename the folder, or name its files: .*/\*"):
-        list(source_of(path=str(tmp_path / "run[12]")).documents())
-
-
-METADATA = {
-    "metadata.jsonl": '{{"file_name": "{}", "text": "007", "taken": {}}}\n',
-    "metadata.csv": "{},007,{}\n",
-}
-
-
-@pytest.mark.parametrize("name", METADATA)
-@pytest.mark.parametrize("folder", ["", "train"])
-@pytest.mark.parametrize("streaming", [False, True])
-def test_other_columns_of_an_image_folder_may_hold_anything(tmp_path, name, folder, streaming):
-    inside = tmp_path / "images" / folder
-    (inside / "sub").mkdir(parents=True)
-    (tmp_path / "secret.png").write_bytes(png(9))
-    for number, image in enumerate(("a.png", "sub/b.png"), 3):
-        (inside / image).write_bytes(png(number))
-    # A date, which `datasets` would convert in one row and not in the other; and a list.
-    taken = ('"2024-01-05"', "[3]") if name.endswith("l") else ("2024-01-05", "NA")
-    rows = [("a.png", taken[0]), ("sub/b.png", taken[1]), ("../../secret.png", taken[0])]
-    head = "file_name,text,taken\n" if name.endswith("csv") else ""
-    (inside / name).write_text(head + "".join(METADATA[name].format(*row) for row in rows))
-    options = {"image_column": "image", "streaming": streaming, "caption_first": 1}
-    *documents, rejected = source_of(path=str(tmp_path / "images"), **options).documents()
-    assert isinstance(rejected, Rejected) and "is outside" in rejected.message
-    assert [shape(document) for document in documents] == [["007", 3], ["007", 4]]
-    moved = tmp_path / "elsewhere"
-    (tmp_path / "images").rename(moved)
-    again = source_of(path=str(moved), **options).documents()
-    assert [one.name for one in again if isinstance(one, Document)] == [d.name for d in documents]
-
-
-def test_csv_files_that_the_library_would_read_by_guesses_are_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "a.csv.zip", "w") as file:
-        file.writestr("a.csv", "text\n007\n")
-    with pytest.raises(UserError, match=r"CSV files such as NA and 007.* unpack them on this"):
-        list(source_of(path=str(tmp_path), image_column="image").documents())
