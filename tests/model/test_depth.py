@@ -184,6 +184,15 @@ def test_modalities_with_factors_of_their_own_compete_among_themselves():
         assert torch.equal(causal.record.selected_NE.view(2, 8).bool(), selected)
 
 
+@pytest.mark.parametrize("groups", ["mod_moe_2t2i", "mod_moe_1t1i"])
+def test_experts_have_slots_for_the_modalities_shares_of_the_selected_tokens(groups):
+    factors = {"text": 0.25, "image": 1.0}
+    layer = build_depth_layer(
+        groups, shares=(0.8, 0.2), depth=DepthConfig(modality_factors=factors)
+    )
+    assert [group.capacity_share for group in layer.experts.groups] == pytest.approx([0.5, 0.5])
+
+
 def test_slots_without_a_token_of_their_modality_select_nothing():
     config = DepthConfig(modality_factors={"text": 0.75, "image": 1.0})
     layer = build_depth_layer("mod_moe_1t1i", depth=config)

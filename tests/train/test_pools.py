@@ -28,6 +28,11 @@ def recipe_of(groups: str, **depth):
         ("mod_token_4t4i", {}, {"depth gates": 32768}),
         ("moe_1t4i", {"capacity_factor": 0.5}, {"experts of image": 4096, "depth gates": 32768}),
         ("mod", {"scope": "sequence"}, {"depth gates": 8192}),
+        (
+            "mod_moe_4t4i",
+            {"modality_factors": {"text": 0.5, "image": 1.0}},
+            {"experts of text": 12288, "experts of image": 8192, "depth gates": 8192},
+        ),
     ],
 )
 def test_pools_follow_from_the_recipe(groups, depth, expected):
