@@ -94,6 +94,13 @@ def test_mixed_mode_allows_words_the_end_and_an_image():
     assert allowed_ids(grammar) == WORDS | {VOCABULARY.end, VOCABULARY.begin_image}
 
 
+def test_an_image_begins_only_if_it_fits_and_only_in_mixed_mode():
+    grammar, span = Grammar(VOCABULARY, "mixed"), VOCABULARY.image_span
+    found = [grammar.allowed(remaining).begin_image for remaining in (span - 1, span, None)]
+    assert found == [False, True, True]
+    assert not Grammar(VOCABULARY, "text").allowed(span).begin_image
+
+
 def test_text_mode_allows_words_and_the_end():
     assert allowed_ids(Grammar(VOCABULARY, "text")) == WORDS | {VOCABULARY.end}
 

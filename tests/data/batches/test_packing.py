@@ -203,6 +203,23 @@ def test_short_captions_stay_with_their_image():
                 assert labels[-1] == NO_LABEL
 
 
+def test_a_caption_stays_with_its_image_though_longer_text_is_to_come():
+    """The text before the next image would fit the sequence only without the caption."""
+    with_images = [encode(0, [None, 10]), encode(1, [25, None]), encode(2, [None])]
+    packer = Packer(1, 40, 2, VOCABULARY, iter(with_images), iter([encode(3, [30])]))
+    (first,) = (labels for tokens, labels in pieces_of(packer.pack()) if FIRST_TEXT in tokens)
+    assert first[-1] == NO_LABEL
+
+
+def test_images_are_anywhere_in_a_sequence():
+    with_images = itertools.cycle([encode(0, [None])])
+    packer = Packer(2, 40, 2, VOCABULARY, with_images, itertools.cycle([encode(100, [6])]))
+    starts = [
+        np.argmax(packer.pack().tokens_BS == VOCABULARY.begin_image, axis=1) for _ in range(20)
+    ]
+    assert np.min(starts) < 10 and np.max(starts) > 20
+
+
 def test_text_longer_than_a_sequence_is_packed_before_its_image():
     with_images = itertools.cycle([encode(0, [100, None]), encode(1, [None])])
     packer = Packer(2, 40, 2, VOCABULARY, with_images, iter([]))
