@@ -63,9 +63,15 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory so far in bytes: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on every system
+    status = Path("/proc/self/status")
+    if not status.exists():
+        import resource  # not on every system
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # In bytes on macOS.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux's `ru_maxrss` also counts what the process that started this one held.
+    (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) * 1024
 
 
 def allocated_peak(job: Callable[[], object], device: torch.device) -> int:

@@ -1,11 +1,20 @@
 """Peak memory of a job and peak speed of a device."""
 
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from moma.runtime.peak import allocated_peak, datasheet_peak, matmul_peak, peak_flops
+from moma.runtime.peak import (
+    allocated_peak,
+    datasheet_peak,
+    matmul_peak,
+    peak_flops,
+    peak_memory,
+)
 
 CPU = torch.device("cpu")
 
@@ -18,6 +27,15 @@ def test_peak_memory_counts_what_is_held_at_once():
         del kept
 
     assert 3 * 2**20 <= allocated_peak(job, CPU) < 3 * 2**20 + 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_the_peak_of_a_process_is_its_own_and_not_of_what_started_it():
+    code = "from moma.runtime.peak import *; print(peak_memory(torch.device('cpu')))"
+    held = torch.ones(2**28)  # 1 GiB
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert 2**25 < int(done.stdout) < 2**30 < peak_memory(CPU)
+    del held
 
 
 def test_the_peak_is_the_fastest_product():

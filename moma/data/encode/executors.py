@@ -9,7 +9,7 @@ import os
 import signal
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from threading import Thread
@@ -164,7 +164,8 @@ class _Process:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         self.connection, theirs = context.Pipe()
-        arguments = (theirs, job, device, images, threads)
+        # The process that is forked may be older than variables such as credentials.
+        arguments = (theirs, job, device, images, threads, dict(os.environ))
         self._process = context.Process(target=_work, args=arguments, daemon=True)
         with without_main_module():
             self._process.start()
@@ -191,8 +192,10 @@ def _work(
     device: torch.device,
     images: Connection | None,
     threads: int,
+    environment: Mapping[str, str],
 ) -> None:
     """Encode the parts that arrive on a connection, until this process is killed."""
+    os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()
     torch.set_num_threads(threads)

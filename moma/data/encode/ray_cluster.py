@@ -41,7 +41,7 @@ class RayCluster:
             codec_actors: actors with a codec; by default as many as there are GPUs.
 
         Raises:
-            UserError: Ray is not installed, or there is no cluster at the address.
+            UserError: Ray is not installed, or no cluster at the address accepts this process.
         """
         try:
             import ray
@@ -49,9 +49,10 @@ class RayCluster:
             raise UserError("--ray needs Ray; run pip install 'moma[ray]'") from error
         try:
             ray.init(address, logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
             raise UserError(
-                f"--ray {address}: no Ray cluster there; start one with `ray start --head`"
+                f"--ray {address}: no Ray cluster there that accepts this process; start one with "
+                "`ray start --head`, or set RAY_AUTH_TOKEN to the token of the cluster"
             ) from error
         self._ray, self._job = ray, job
         resources = ray.cluster_resources()

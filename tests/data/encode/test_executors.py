@@ -1,7 +1,9 @@
 """Processes that encode parts: the same bytes as one process, whatever dies."""
 
 import multiprocessing
+import os
 import shutil
+from dataclasses import replace
 from multiprocessing import forkserver
 
 import pytest
@@ -123,3 +125,19 @@ def test_an_error_in_a_process_stops_all(prepared, tmp_path):
     with pytest.raises(UserError, match="other: files of its source were added or removed"):
         run_all(LocalPool(job, 2, [CPU], False), [tasks[0], broken])
     assert not multiprocessing.active_children()
+
+
+class ReportsVariable:
+    """Stands in for how a source is encoded."""
+
+    def encode_part(self, *arguments):
+        raise UserError(f"the variable is {os.environ.get('CREDENTIALS')}")
+
+
+def test_processes_have_the_variables_of_the_moment_they_start(prepared, tmp_path, monkeypatch):
+    """Although what they are forked from is older."""
+    job, _, tasks = unfinished(prepared, tmp_path / "data")
+    job = replace(job, sources={"captions": ReportsVariable()})
+    monkeypatch.setenv("CREDENTIALS", "new")
+    with pytest.raises(UserError, match="the variable is new"):
+        run_all(LocalPool(job, 2, [CPU], False), tasks[:2])

@@ -97,17 +97,18 @@ def cluster(folder):
             )
 
     def wait():
+        log = Path(folder) / f"node-{len(nodes) - 1}.log"
         for _ in range(1800):
-            if b"Ray runtime started" in (Path(folder) / f"node-{len(nodes) - 1}.log").read_bytes():
+            if "Ray runtime started" in log.read_text():
                 return
-            assert nodes[-1].poll() is None
+            assert nodes[-1].poll() is None, log.read_text()
             time.sleep(0.1)
 
-    start("--head", f"--port={port}", *own)
-    wait()
-    start(f"--address={address}")
-    wait()
     try:
+        start("--head", f"--port={port}", *own)
+        wait()
+        start(f"--address={address}")
+        wait()
         yield address
     finally:
         for node in nodes[::-1]:
@@ -125,14 +126,14 @@ def nodes(tmp_path_factory):
             yield found
 
 
-def moma(folder, address):
+def moma(folder, address, **variables):
     command = [sys.executable, "-m", "moma", "prepare", str(folder / "recipe.toml")]
     return subprocess.Popen(
         [*command, "--ray", address, "--json"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=own_environment(),
+        env=own_environment() | variables,
         cwd=folder,
     )
 
@@ -171,6 +172,14 @@ def test_twenty_kills_change_no_byte(tmp_path, nodes):
     assert process.returncode == 0, error
     assert expected.summary()["documents"]
     assert contents(recipe.data.path) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_a_cluster_that_refuses_access_is_reported(tmp_path, nodes):
+    write_recipe(make_recipe(tmp_path, 20), tmp_path / "recipe.toml")
+    process = moma(tmp_path, nodes, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    _, error = process.communicate()
+    assert process.returncode == 2 and "RAY_AUTH_TOKEN" in error and "Traceback" not in error
 
 
 @pytest.mark.slow
