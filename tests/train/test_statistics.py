@@ -59,6 +59,9 @@ def test_routers_against_counting(tiny, groups):
     statistics = Statistics(model)
     statistics.add_routers(records, batch.tokens_BS)
     described = describe(statistics.sums, model, trains_routers=True)["routers"]
+    # Of two ranks with equal tokens, the sums are twice as large.
+    doubled = {name: 2 * value for name, value in statistics.sums.items()}
+    assert describe(doubled, model, trains_routers=True)["routers"] == described
     names = router_names(model)
     expected_names = {
         "moe_4x": ["0.text+image", "1.text+image"],
