@@ -275,9 +275,15 @@ def test_a_stop_condition_ends_a_continuation():
     model, whole = next(
         (model, whole) for model in models if len(whole := run(model, options, [ONE])[0][0]) > 4
     )
-    stop = replace(options, stop=lambda tokens: len(tokens) >= 2 and tokens[-1] == whole[3])
-    (answer,), _ = run(model, stop, [ONE])
+    seen = []
+
+    def stop(tokens):
+        seen.append(list(tokens))
+        return len(tokens) >= 2 and tokens[-1] == whole[3]
+
+    (answer,), _ = run(model, replace(options, stop=stop), [ONE])
     assert answer == whole[: whole.index(whole[3], 1) + 1]
+    assert seen == [answer[:count] for count in range(1, len(answer) + 1)]  # without the prompt
 
 
 def test_text_and_images_can_be_sampled_differently():

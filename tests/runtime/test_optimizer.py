@@ -50,6 +50,9 @@ def test_wsd_stays_at_the_peak_until_its_last_steps():
     )
     rates = [learning_rate(config, step, 10) for step in range(10)]
     assert rates == pytest.approx([1.0, *[2.0] * 6, 1.4, 0.8, 0.2])
+    longer = config.model_copy(update={"decay_steps": 9})  # begins after the warm-up
+    rates = [learning_rate(longer, step, 6) for step in range(6)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 1.4, 0.8, 0.2])
 
 
 def test_decay_steps_are_of_wsd_only():
