@@ -130,3 +130,16 @@ def test_autocast_computes_products_in_bf16_and_losses_in_fp32():
     wanted = torch.autograd.grad(expected.sum(), (hidden, weight))
     assert found[0].dtype == torch.float32
     torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
+
+
+def test_gradients_of_chunks_are_summed_in_fp32():
+    """Of 1,000 equal parts, a sum in bf16 would stop to grow."""
+    hidden, weight, targets = inputs([1] * 4, dtype=torch.float32)
+    gradients = []
+    for times in (1, 1000):
+        with torch.autocast("cpu", torch.bfloat16):
+            objective, _ = linear_cross_entropy(
+                hidden.repeat(times, 1), weight, targets.repeat(times), 0.0, tokens=4
+            )
+        gradients.append(torch.autograd.grad(objective, weight)[0])
+    torch.testing.assert_close(gradients[1], 1000 * gradients[0], rtol=1e-4, atol=1e-3)
