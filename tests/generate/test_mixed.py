@@ -11,7 +11,7 @@ from moma.generate.guidance import Guidance
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
 from moma.generate.settings import Settings
-from moma.generate.stream import ContentStream, ImagePart, TextPiece, collect
+from moma.generate.stream import ContentStream, ImagePart, StopStrings, TextPiece, collect
 from moma.model.routing import ROUTINGS
 from moma.model.transformer import ModelConfig, Transformer
 from moma.runs import Tokenizers
@@ -205,6 +205,14 @@ def test_stop_strings_end_a_text_and_are_left_out(mixed):
     assert answer == [whole[0][: whole[0].index(stop)]]
     with pytest.raises(UserError, match="an empty string would end every answer"):
         mixed.generate([["the"]], Settings(stop=[""]))
+
+
+def test_a_stop_string_may_have_characters_of_several_tokens(mixed):
+    stops = StopStrings(mixed.tokenizer, mixed.model.vocabulary, ["漢字😀"])
+    ids = mixed.tokenizer.encode("words, then 漢字😀").ids
+    assert [stops(ids[:count]) for count in range(1, len(ids) + 1)] == [False] * (len(ids) - 1) + [
+        True
+    ]
 
 
 def test_streamed_pieces_add_up_to_the_answer(mixed):

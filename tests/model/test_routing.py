@@ -23,7 +23,14 @@ from moma.model.routing import (
     select_ragged,
     select_top_k,
     selected_by,
+    static_capacity,
 )
+
+
+def test_slots_are_rounded_up_but_not_for_an_inexact_product():
+    assert [static_capacity(0.25, tokens) for tokens in (8, 9, 10)] == [2, 3, 3]
+    assert 0.07 * 100 > 7 and static_capacity(0.07, 100) == 7
+    assert static_capacity(0.5, 10, 2) == 3
 
 
 @st.composite

@@ -29,6 +29,8 @@ def test_records_after_the_checkpoint_are_replaced(tmp_path):
     write(run, 6, 8, after=4)
     assert run.read_metrics() == [record(step) for step in (2, 4, 6, 8)]
     assert run.last_metric() == record(8)
+    write(run, 7, after=7)  # the checkpoint of a step without a record
+    assert run.read_metrics() == [record(step) for step in (2, 4, 6, 7)]
     write(run, 2)
     assert run.read_metrics() == [record(2)]
 
