@@ -41,7 +41,10 @@ def fetch_existing(address: str, path: Path, source: str | None, decodes: bool) 
             f"{address}: has no tokenizers yet; run `moma prepare` with this data.remote, or check "
             "the address"
         )
-    complete = [PurePosixPath(name).stem for name in storage.sizes("sources")]
+    manifests = (
+        re.fullmatch(r"sources/(\w[^/]*)\.json", name) for name in storage.sizes("sources")
+    )
+    complete = [found[1] for found in manifests if found]
     others = [name for name in storage.folders("shards") if name not in complete]
     begun = {name: made for name in others if (made := _begun(storage, name))}
     names = sorted({*complete, *begun})
@@ -52,6 +55,8 @@ def fetch_existing(address: str, path: Path, source: str | None, decodes: bool) 
     for name in names if source is None else [source]:
         folder = path / "shards" / name
         if not fetch_shards(storage, folder, _CACHE_BYTES):
+            if name not in begun:
+                raise UserError(f"{address}: source '{name}' was removed meanwhile; inspect again")
             link = Link(address=address, folder=begun[name], cache_bytes=_CACHE_BYTES)
             _fetch_begun(link, path, name, Vocabulary.load(vocabulary))
 

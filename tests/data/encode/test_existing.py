@@ -21,6 +21,9 @@ def prepared(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("existing")
     recipe = at(tiny, folder / "data", f"file://{folder}/remote", tokenizers=tiny.data.path)
     prepare(recipe, CPU, quiet=True)
+    # What a killed process may leave, and a person.
+    for name in (".0123456789abcdef.writing", ".DS_Store", "notes.txt"):
+        (folder / "remote/sources" / name).touch()
     return recipe
 
 
