@@ -139,11 +139,11 @@ def prepare(
     data.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(data.path, LOCK_TIMEOUT):
         fetch_prepared(data)
+        if share is not None:
+            await_tokenizers(data, share)
         folder = DataFolder(data)
         clean_folder = data.path / CLEANING_FOLDER
         cleaning = provide_cleaning(data.sources, clean_folder, data.part_bytes, quiet, processes)
-        if share is not None:
-            await_tokenizers(data, share)
         vocabulary = provide_tokenizers(config, folder, device, quiet)
         if data.remote is not None:
             publish_tokenizers(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moma.data.config import DataConfig
 from moma.data.outputs import DATA_MANIFEST, TOKENIZER_ENTRIES
+from moma.data.provenance import Encoders, read_provenance
 from moma.data.remote.manifest import (
     TOKENIZERS_MANIFEST,
     Manifest,
@@ -96,12 +97,21 @@ def fetch_tokenizers(storage: Storage, path: Path, only: str = "") -> bool:
     require_same_tokenizers(storage, manifest, path)
     wanted = [only] if only else manifest.files
     missing = [name for name in wanted if not (path / name).exists()]
+    # Left by an interrupted job that had made no tokenizers yet, perhaps with other keys.
+    if DATA_MANIFEST in wanted and DATA_MANIFEST not in missing and not _has_encoders(path):
+        missing.append(DATA_MANIFEST)
     # The manifest of the folder is last: a folder that has it is complete.
     for name in sorted(missing, key=lambda name: name == DATA_MANIFEST):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         with atomic_open(path / name) as file:
             storage.download(manifest.object_of(name), manifest.files[name], file)
     return True
+
+
+def _has_encoders(path: Path) -> bool:
+    """Whether the manifest of a data folder records tokenizers that were made."""
+    found = read_provenance(path)
+    return found is not None and found.encoders != Encoders()
 
 
 def require_same_tokenizers(storage: Storage, manifest: Manifest, path: Path) -> None:

@@ -9,6 +9,7 @@ from moma.data.encode import shares
 from moma.data.encode.prepare import prepare
 from moma.data.encode.shares import Share
 from moma.data.encode.upload import SourceUpload
+from moma.data.provenance import DataFolder
 from moma.errors import UserError
 from tests.command_line import refuses
 from tests.data.encode.preparing import make_recipe
@@ -109,8 +110,20 @@ def test_other_machines_wait_for_the_tokenizers(tmp_path, uploaded, monkeypatch,
     assert not prepare_share(second, "2/2").missing
     assert len(waited) == 2
     assert capsys.readouterr().err.count("waits for the tokenizers, which share 1/2 trains") == 1
-    for name in ("tokenizer.json", "codec/model.safetensors"):
+    for name in ("tokenizer.json", "codec/model.safetensors", "provenance.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_machine_with_other_keys_of_tokenizers_is_refused(tmp_path, uploaded, is_begun):
+    recipe = make_recipe(tmp_path, 20, part_bytes=500, remote="memory://bucket/keys")
+    prepare_share(with_data(recipe, path=tmp_path / "one"), "1/2")
+    other = with_data(recipe, path=tmp_path / "two").model_copy(update={"seed": 7})
+    if is_begun:  # by a process that was killed before it had made tokenizers
+        other.data.path.mkdir()
+        DataFolder(other.data)
+    with pytest.raises(UserError, match="its tokenizers were made with another configuration"):
+        prepare_share(other, "2/2")
 
 
 def test_another_machine_s_rejected_rows_are_not_made_again(tiny, tmp_path, uploaded):
