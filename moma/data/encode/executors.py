@@ -4,13 +4,15 @@ Where there are GPUs, each has one codec, in a thread of this process, which enc
 several processes in one batch. On a CPU, each process has a codec.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from threading import Thread
 from typing import Any, Protocol
@@ -26,6 +28,8 @@ from moma.errors import UserError
 
 # A part whose process died this often is given up.
 ATTEMPTS = 3
+# What a codec imports, which takes seconds.
+_CODEC_MODULES = ("moma.tokenizers.image.vae", "vector_quantize_pytorch")
 # Fewer bytes are read sooner in this process than other processes start.
 MIN_POOL_BYTES = 2**26
 
@@ -52,7 +56,10 @@ class InProcess:
 
     def run(self, tasks: Sequence[Task], report: Report) -> None:
         """See `Executor`."""
-        with local_worker(self._job, self._device, self._processes - 1) as worker:
+        with (
+            _collecting_new_garbage_only(),
+            local_worker(self._job, self._device, self._processes - 1) as worker,
+        ):
             for task in tasks:
                 report(run_task(worker, task, report))
 
@@ -76,7 +83,7 @@ class LocalPool:
         devices: Sequence[torch.device],
         shares_codec: bool,
     ) -> None:
-        """Start nothing yet.
+        """Begin to import what the processes need, and start none of them yet.
 
         Args:
             devices: where the codecs are.
@@ -86,6 +93,12 @@ class LocalPool:
         self._codecs: list[_CodecThread] = []
         if shares_codec and job.image_size is not None:
             self._codecs = [_CodecThread(job.load_codec(device)) for device in devices]
+        # Processes are forked from one that has only imported this: a new one starts at once.
+        has_codecs = job.image_size is not None and not self._codecs
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, *(_CODEC_MODULES if has_codecs else ())])
+        with without_main_module():
+            forkserver.ensure_running()
 
     def run(self, tasks: Sequence[Task], report: Report) -> None:
         """See `Executor`.
@@ -160,9 +173,7 @@ class _Process:
         threads: int,
     ) -> None:
         self.index = index
-        # Forked from a process that has only imported this module: a new one starts at once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
         self.connection, theirs = context.Pipe()
         # The process that is forked may be older than variables such as credentials.
         arguments = (theirs, job, device, images, threads, dict(os.environ))
@@ -204,12 +215,26 @@ def _work(
             worker = local_worker(job, device)
         else:
             worker = Worker(job, RemoteCodec(images), codec_in_thread=True)
-        with worker:
+        with _collecting_new_garbage_only(), worker:
             while True:
                 connection.send(run_task(worker, connection.recv(), connection.send))
     except Exception as error:
         error.add_note("".join(traceback.format_exception(error)))
         connection.send(error)
+
+
+@contextmanager
+def _collecting_new_garbage_only() -> Iterator[None]:
+    """Let garbage collections skip the objects that exist, which are those of imported modules.
+
+    There are hundreds of thousands, and token ids as lists cause many collections. In a forked
+    process each would also copy the memory of these objects (docs/results/prepare.md).
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class RemoteCodec:

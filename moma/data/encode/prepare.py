@@ -272,7 +272,7 @@ def _encode(
     ]
     if not tasks:
         return
-    quiet = options.quiet
+    executor, quiet = _executor(job, tasks, options), options.quiet
     counts = [
         None if quiet or options.share is not None else count_documents(source, folder)
         for source in folder.data.sources
@@ -295,7 +295,7 @@ def _encode(
             if encoded.records is not None:
                 job.sources[source].add(shards[source], number, encoded.records)
 
-        _executor(job, tasks, options).run(tasks, note)
+        executor.run(tasks, note)
 
 
 def _executor(job: Job, tasks: Sequence[Task], options: Options) -> Executor:

@@ -1,11 +1,5 @@
-"""The encoder and decoder of an image codec: networks of `diffusers`, in the shape of its config.
+"""The encoder and decoder of an image codec: networks of `diffusers` in the shape of its config."""
 
-`diffusers` takes seconds to import, and most commands use no codec.
-"""
-
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
@@ -19,8 +13,7 @@ CHANNELS = 3
 
 def build_encoder(config: "CodecConfig") -> nn.Module:
     """Build the network from folded images to latents."""
-    with _quiet_import():
-        from diffusers.models.autoencoders.vae import Encoder
+    from moma.tokenizers.image.vae import Encoder
 
     pixels = CHANNELS * config.patch**2
     if not config.encoder_context:  # 1 × 1 convolutions see only the pixels of one square
@@ -46,8 +39,7 @@ def build_encoder(config: "CodecConfig") -> nn.Module:
 
 def build_decoder(config: "CodecConfig") -> nn.Module:
     """Build the network from codebook vectors to folded images."""
-    with _quiet_import():
-        from diffusers.models.autoencoders.vae import Decoder
+    from moma.tokenizers.image.vae import Decoder
 
     decoder = Decoder(
         in_channels=config.latent_channels,
@@ -65,14 +57,3 @@ def _shared(config: "CodecConfig") -> dict[str, Any]:
         "norm_num_groups": config.norm_groups,
         "mid_block_add_attention": config.middle_attention,
     }
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Hide warnings of what `diffusers` imports: torchao warns of kernels for other machines."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import sys
 from dataclasses import replace
 from multiprocessing import forkserver
 
@@ -115,6 +116,43 @@ def test_a_part_whose_process_always_dies_is_given_up(prepared, tmp_path):
     with pytest.raises(UserError, match=r"part \d: .* died 3 times.*fewer --processes"):
         run_all(LocalPool(job, 2, [CPU], False), tasks, kill)
     assert executors.ATTEMPTS == 3 and not multiprocessing.active_children()
+
+
+def test_what_a_codec_imports_is_imported_before_processes_are_forked(
+    prepared, tmp_path, monkeypatch
+):
+    job, _, _ = unfinished(prepared, tmp_path / "data")
+    preloaded: list[set[str]] = []
+    context = type(multiprocessing.get_context("forkserver"))
+    note = lambda self, names: preloaded.append({*names})  # noqa: E731
+    monkeypatch.setattr(context, "set_forkserver_preload", note)
+    job.load_codec(CPU)
+    for shares_codec in (False, True):
+        LocalPool(job, 2, [CPU], shares_codec)
+    own, shared = preloaded
+    assert (
+        own - shared
+        == {"moma.tokenizers.image.vae", "vector_quantize_pytorch"}
+        < sys.modules.keys()
+    )
+
+
+@pytest.mark.parametrize("executor", ["process", "pool"])
+def test_collections_skip_what_was_imported(prepared, tmp_path, monkeypatch, executor):
+    job, _, tasks = unfinished(prepared, tmp_path / "data")
+    calls: list[str] = []
+    monkeypatch.setattr(executors.gc, "freeze", lambda: calls.append("freeze"))
+    monkeypatch.setattr(executors.gc, "unfreeze", lambda: calls.append("unfreeze"))
+    if executor == "process":
+        run_all(InProcess(job, CPU, 1), tasks)
+    else:
+        ours, theirs = multiprocessing.Pipe()
+        ours.close()
+        monkeypatch.setattr(executors, "exit_with_parent", lambda: None)
+        monkeypatch.setattr(executors.signal, "signal", lambda *args: None)
+        with pytest.raises(OSError):
+            executors._work(theirs, job, CPU, None, 1, os.environ)
+    assert calls == ["freeze", "unfreeze"]
 
 
 def test_an_error_in_a_process_stops_all(prepared, tmp_path):
