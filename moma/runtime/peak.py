@@ -7,6 +7,7 @@ a CPU are measured in processor time, which does not depend on what else the mac
 
 import gc
 import json
+import sys
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -63,15 +64,15 @@ def peak_memory(device: torch.device) -> int:
     """Peak memory so far in bytes: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if not status.exists():
-        import resource  # not on every system
-
-        # In bytes on macOS.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Linux's `ru_maxrss` also counts what the process that started this one held.
-    (peak,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) * 1024
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    if peaks := [line.split()[1] for line in lines if line.startswith("VmHWM:")]:
+        return int(peaks[0]) * 1024
+    import resource  # not on every system
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def allocated_peak(job: Callable[[], object], device: torch.device) -> int:

@@ -206,6 +206,7 @@ def _work(
     environment: Mapping[str, str],
 ) -> None:
     """Encode the parts that arrive on a connection, until this process is killed."""
+    os.environ.clear()
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()

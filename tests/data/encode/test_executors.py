@@ -169,7 +169,8 @@ class ReportsVariable:
     """Stands in for how a source is encoded."""
 
     def encode_part(self, *arguments):
-        raise UserError(f"the variable is {os.environ.get('CREDENTIALS')}")
+        variables = [os.environ.get(name) for name in ("CREDENTIALS", "HOME")]
+        raise UserError(f"the variables are {variables}")
 
 
 def test_processes_have_the_variables_of_the_moment_they_start(prepared, tmp_path, monkeypatch):
@@ -177,5 +178,6 @@ def test_processes_have_the_variables_of_the_moment_they_start(prepared, tmp_pat
     job, _, tasks = unfinished(prepared, tmp_path / "data")
     job = replace(job, sources={"captions": ReportsVariable()})
     monkeypatch.setenv("CREDENTIALS", "new")
-    with pytest.raises(UserError, match="the variable is new"):
+    monkeypatch.delenv("HOME")
+    with pytest.raises(UserError, match=r"the variables are \['new', None\]"):
         run_all(LocalPool(job, 2, [CPU], False), tasks[:2])
