@@ -149,9 +149,15 @@ class PartWriter:
 
 
 def read_records(folder: Path, part: int) -> list[Part]:
-    """Return what is committed of a part in a folder of partial files."""
+    """Return what is committed of a part in a folder of partial files.
+
+    Where a part was made again elsewhere, records of its older files may follow: they do not count.
+    """
     records: list[Part] = []
-    while record := read_config(Part, folder / record_name(part, len(records))):
+    while not (records and records[-1].is_last):
+        record = read_config(Part, folder / record_name(part, len(records)))
+        if record is None or record.first != (records[-1].stop if records else 0):
+            break
         records.append(record)
     return records
 

@@ -81,6 +81,7 @@ class PartialShards:
         part_bytes: int,
         cut: Callable[[int], list[SourcePart]],
         connect: Callable[[Path], SourceUpload | None] = lambda path: None,
+        is_own: Callable[[int], bool] = lambda number: True,
     ) -> None:
         """Find what is committed, and delete everything else.
 
@@ -90,6 +91,8 @@ class PartialShards:
             part_bytes: approximate size of a part; files that were made with another are deleted.
             cut: cuts the source into parts of that size.
             connect: folder of partial files → where they are uploaded.
+            is_own: whether a part, by its number, is encoded here and not on another machine, of
+                whose parts those at the address count.
 
         Raises:
             UserError: a folder that would be replaced has files that moma did not write.
@@ -105,11 +108,9 @@ class PartialShards:
             atomic_write(self.path / PLAN_FILE, plan.model_dump_json() + "\n")
             atomic_write(self.path / ORIGIN_FILE, origin.model_dump_json() + "\n")
         self.plan = plan.parts
-        self.parts: dict[int, list[Part]] = {}
+        self._is_own = is_own
         self._remote = connect(self.path)
-        if self._remote is not None:
-            self._remote.fetch_records(self.path)
-        self._keep(self._read_committed(range(len(self.plan))))
+        self._read_committed()
         if self._remote is not None:
             self._remote.upload_missing(self.path, chain(*self.parts.values()))
 
@@ -136,22 +137,20 @@ class PartialShards:
         self._extend_beginning()
 
     def add_uploaded(self) -> None:
-        """Note the parts that other machines have completed meanwhile."""
-        assert self._remote is not None
-        self._remote.fetch_records(self.path)
-        for number, records in self._read_committed(self.pending).items():
-            if records and records[-1].is_last:
-                self.add(number, records)
+        """Note what other machines have made, or made again, meanwhile."""
+        self._read_committed()
 
-    def drop_rejected(self, is_own: Callable[[int], bool]) -> None:
-        """Delete, of each own part, the first files with a rejected document and all later ones."""
-        self._keep(
+    def drop_rejected(self) -> None:
+        """Delete, of each part, the first files with a rejected document and all later ones.
+
+        Those of other machines stay at the address, where `add_uploaded` finds what they are then.
+        """
+        self._drop(
             {
                 number: [*takewhile(lambda record: not record.rejected, records)]
-                if is_own(number)
-                else records
                 for number, records in self.parts.items()
-            }
+            },
+            self._is_own,
         )
 
     def drop_damaged(self) -> int:
@@ -161,7 +160,7 @@ class PartialShards:
             for number, records in self.parts.items()
         }
         damaged = sum(map(len, self.parts.values())) - sum(map(len, kept.values()))
-        self._keep(kept)
+        self._drop(kept, lambda number: True)
         return damaged
 
     def finish(self, vocabulary: Vocabulary) -> ShardInfo:
@@ -176,20 +175,26 @@ class PartialShards:
         _put_in_place(self.folder)
         return info
 
-    def _read_committed(self, numbers: Iterable[int]) -> dict[int, list[Part]]:
-        """Return the records of parts, up to the first whose files are missing."""
-        has_files = partial(self._has_files, {path.name for path in self.path.iterdir()})
-        return {
-            number: [*takewhile(has_files, read_records(self.path, number))] for number in numbers
-        }
+    def _read_committed(self) -> None:
+        """Keep the records of each part up to the first that does not count; delete the rest."""
+        if self._remote is not None:
+            self._remote.fetch_records(self.path)
+        counts = partial(self._counts, {path.name for path in self.path.iterdir()})
+        numbers = range(len(self.plan))
+        self._keep(
+            {number: [*takewhile(counts, read_records(self.path, number))] for number in numbers}
+        )
 
-    def _has_files(self, here: Container[str], record: Part) -> bool:
-        """Whether the files of a record are here or at the address.
+    def _counts(self, here: Container[str], record: Part) -> bool:
+        """Whether the files of a record are here or at the address, and it was not removed there.
 
-        Those that were uploaded are not, if the address is another one now, or there is none.
+        Files that were uploaded are not, if the address is another one now, or there is none.
         """
         missing = [name for name in record.checksums if name not in here]
-        return not missing or (self._remote is not None and self._remote.has(record, missing))
+        if self._remote is None:
+            return not missing
+        is_known = self._is_own(record.part or 0) or self._remote.has_record(record)
+        return is_known and (not missing or self._remote.has(record, missing))
 
     def _extend_beginning(self) -> None:
         while self._beginning_parts < len(self.plan) and self._is_complete(self._beginning_parts):
@@ -200,12 +205,19 @@ class PartialShards:
         records = self.parts[number]
         return bool(records) and records[-1].is_last
 
-    def _keep(self, parts: dict[int, list[Part]]) -> None:
-        """Delete everything that does not belong to these records."""
+    def _drop(self, kept: dict[int, list[Part]], is_removed: Callable[[int], bool]) -> None:
+        """Delete all other records, those of the parts that are removed at the address, too."""
         if self._remote is not None:
-            # None on the first call: what is not known here may be of another machine.
-            known = [(number, record) for number, own in self.parts.items() for record in own]
-            self._remote.forget(record for number, record in known if record not in parts[number])
+            self._remote.forget(
+                record
+                for number, records in self.parts.items()
+                if is_removed(number)
+                for record in records[len(kept[number]) :]
+            )
+        self._keep(kept)
+
+    def _keep(self, parts: dict[int, list[Part]]) -> None:
+        """Delete everything here that does not belong to these records."""
         self.parts = parts
         complete = filter(self._is_complete, parts)
         self.complete = sum((sum(parts[number], Part()) for number in complete), Part())

@@ -137,12 +137,12 @@ class SourceEncoding:
             return parts_of(self.source, part_bytes)
 
         shards = PartialShards(
-            self.folder, self.origin, self.part_bytes, cut, self._connect_and_link
+            self.folder, self.origin, self.part_bytes, cut, self._connect_and_link, is_own
         )
         if verify:
             shards.drop_damaged()
         if self.limits.exceeded(shards.done):
-            shards.drop_rejected(is_own)  # they may have been fixed
+            shards.drop_rejected()  # they may have been fixed
         return shards
 
     def encode_pending(

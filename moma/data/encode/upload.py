@@ -127,28 +127,43 @@ class SourceUpload:
                 self._cache.adopt(path, self._object(name, expected))
 
     def fetch_records(self, folder: Path) -> None:
-        """Fetch the records that are not in a folder, and rejected documents that they list."""
-        self._found = self._storage.sizes(self._folder)
-        names = [
-            name
-            for name in self._found
-            if name.startswith(f"{self._folder}/part-") and not (folder / Path(name).name).exists()
-        ]
-        for name, content in self._storage.read_all(names).items():
-            record = self._storage.parse(Part, name, content)
-            require_safe(self._storage, name, [record.checksums])
-            own = {*(file_name(split, record.name) for split in SPLITS), rejected_name(record)}
-            if self._record(record) != name or not record.checksums.keys() <= own:
-                raise UserError(
-                    f"{self._link.address}/{name}: is the record of {record.name}, or names files "
-                    "of others; remove it, and run the same command again"
-                )
-            for file, expected in record.checksums.items():
-                if not file.endswith(".arrow"):
-                    with atomic_open(folder / file) as out:
-                        self._storage.download(self._object(file, expected), expected, out)
-            # Not synced to disk: a damaged one is fetched again.
-            (folder / Path(name).name).write_bytes(content)
+        """Fetch records that a folder lacks or that differ there, and their rejected documents.
+
+        Another machine may have made a part again, with other documents rejected.
+        """
+        found = self._storage.sizes(self._folder)
+        names = [name for name in found if name.startswith(f"{self._folder}/part-")]
+        records = self._storage.read_all(names, missing_ok=True)
+        # A record that another machine removed meanwhile is as if it had not been listed.
+        removed = {*names} - {*records}
+        self._found = {name: size for name, size in found.items() if name not in removed}
+        for name, content in records.items():
+            path = folder / Path(name).name
+            if not path.exists() or path.read_bytes() != content:
+                self._fetch_record(name, content, path)
+
+    def _fetch_record(self, name: str, content: bytes, path: Path) -> None:
+        record = self._storage.parse(Part, name, content)
+        require_safe(self._storage, name, [record.checksums])
+        own = {*(file_name(split, record.name) for split in SPLITS), rejected_name(record)}
+        if self._record(record) != name or not record.checksums.keys() <= own:
+            raise UserError(
+                f"{self._link.address}/{name}: is the record of {record.name}, or names files "
+                "of others; remove it, and run the same command again"
+            )
+        # The record is last: if killed before, the older one still differs.
+        for file in own:
+            path.with_name(file).unlink(missing_ok=True)
+        for file, expected in record.checksums.items():
+            if not file.endswith(".arrow"):
+                with atomic_open(path.with_name(file)) as out:
+                    self._storage.download(self._object(file, expected), expected, out)
+        # Not synced to disk: a damaged one is fetched again.
+        path.write_bytes(content)
+
+    def has_record(self, record: Part) -> bool:
+        """Return whether a record was at the address when records were fetched."""
+        return self._record(record) in self._found
 
     def has(self, record: Part, names: Iterable[str]) -> bool:
         """Return whether files of a record were at the address when records were fetched."""
@@ -160,9 +175,8 @@ class SourceUpload:
 
     def upload_missing(self, folder: Path, records: Iterable[Part]) -> None:
         """Upload the records, and their files, that are not at the address."""
-        found = self._storage.sizes(self._folder)
         for record in records:
-            if self._record(record) not in found:
+            if not self.has_record(record):
                 self.upload(folder, record)
 
     def forget(self, records: Iterable[Part]) -> None:
@@ -238,7 +252,8 @@ def forget(link: Link, records: Iterable[Part]) -> None:
         return
     storage = open_storage(link.address)
     found = storage.sizes(link.folder)
-    for record in damaged:
+    # The last one of a part first: if killed in between, none is left without the ones before it.
+    for record in reversed(damaged):
         objects = [
             object_name(link.folder, name, expected)
             for name, expected in record.checksums.items()

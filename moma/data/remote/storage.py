@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -117,14 +117,26 @@ class Storage:
                 "`moma prepare` again"
             ) from error
 
-    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Return small objects, of which many are requested at the same time."""
+    def read_all(self, names: Sequence[str], missing_ok: bool = False) -> dict[str, bytes]:
+        """Return small objects, of which many are requested at the same time.
+
+        Args:
+            missing_ok: whether objects that do not exist are left out; else they are an error.
+        """
         found: dict[str, bytes] = {}
         for first in range(0, len(names), _OBJECTS_PER_REQUEST):
             some = names[first : first + _OBJECTS_PER_REQUEST]
+            paths = [self._path(name) for name in some]
             with self._errors(some[0]):
-                contents = self._system.cat([self._path(name) for name in some])
-            found |= {name: contents[self._path(name)] for name in some}
+                contents = self._system.cat(paths, on_error="return")
+            for name in some:
+                content = contents[self._path(name)]
+                if missing_ok and isinstance(content, FileNotFoundError):
+                    continue
+                with self._errors(name):
+                    if isinstance(content, BaseException):
+                        raise content
+                found[name] = content
         return found
 
     def create(self, name: str, content: bytes) -> bool:
@@ -201,9 +213,9 @@ class Storage:
         return digest.hexdigest() == expected[1]
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove objects."""
+        """Remove objects, if another machine has not."""
         for name in names:
-            with self._errors(name):
+            with self._errors(name), suppress(FileNotFoundError):
                 self._system.rm_file(self._path(name))
 
     def require(self, sizes: Mapping[str, int], folders: Sequence[str]) -> None:

@@ -94,7 +94,9 @@ def test_a_failed_request_is_one_message(error, kind, named, monkeypatch):
 
     for call in ("pipe_file", "rm_file"):
         monkeypatch.setattr(fsspec.filesystem("memory"), call, fail, raising=False)
-    for request in (lambda: storage.write("x", b""), lambda: storage.remove(["x"])):
+    requests = [lambda: storage.write("x", b""), lambda: storage.remove(["x"])]
+    # Of another machine, it may be that it has removed the object.
+    for request in requests[: 1 if isinstance(error, FileNotFoundError) else 2]:
         with pytest.raises(kind, match=rf"memory://bucket/a/x: .*{named}") as refused:
             request()
         assert type(refused.value) is kind
@@ -114,12 +116,15 @@ def test_objects(tmp_path):
         assert not storage.create("x/y.json", b"333") and storage.create("x/z", b"4")
         assert storage.sizes("x") == {"x/y.json": 2, "x/z": 1}
         assert storage.read_all(["x/y.json", "x/z"]) == {"x/y.json": b"22", "x/z": b"4"}
+        assert storage.read_all(["x/z", "x/none"], missing_ok=True) == {"x/z": b"4"}
+        with pytest.raises(UserError, match="x/none: not found"):
+            storage.read_all(["x/z", "x/none"])
         (tmp_path / "local").write_bytes(b"content")
         storage.upload(tmp_path / "local", "x/content")
         storage.require({"x/content": 7}, ["x"])
         with pytest.raises(StorageError, match="x/content: missing, or not of 8 bytes"):
             storage.require({"x/content": 8}, ["x"])
-        storage.remove(["x/z"])
+        storage.remove(["x/z", "x/z"])
         assert storage.read("x/z") is None
 
 
