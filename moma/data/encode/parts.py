@@ -140,6 +140,10 @@ class PartialShards:
         """Note what other machines have made, or made again, meanwhile."""
         self._read_committed()
 
+    def unpublished_folders(self) -> list[str]:
+        """Return where parts of the source are uploaded that were made from other keys or files."""
+        return self._remote.unpublished_folders() if self._remote is not None else []
+
     def drop_rejected(self) -> None:
         """Delete, of each part, the first files with a rejected document and all later ones.
 

@@ -6,7 +6,7 @@ where it was. Documents that cannot be used are listed in `rejected.jsonl`.
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -32,7 +32,12 @@ from moma.data.encode.progress import JobProgress, show_job
 from moma.data.encode.publish import publish_shards, publish_tokenizers
 from moma.data.encode.ray_cluster import RayCluster
 from moma.data.encode.rejected import all_held_out
-from moma.data.encode.shares import Share, await_tokenizers, require_address
+from moma.data.encode.shares import (
+    Share,
+    await_tokenizers,
+    require_address,
+    warn_of_other_parts,
+)
 from moma.data.encode.source import Limits, SourceEncoding
 from moma.data.encode.tokenizers import provide_tokenizers
 from moma.data.encode.upload import Remote
@@ -210,8 +215,11 @@ def _encode_all(
             else:
                 is_own = partial(options.has, index)
                 shards[name] = encoding.begin(options.verify, is_own)
+        if options.share is not None:
+            _warn_of_other_parts(folder, shards.values())
         _encode(folder, job, shards, options)
         missing = _add_uploaded(shards) if options.share is not None else {}
+        _warn_of_other_parts(folder, [shards[name] for name in missing])
         for name in shards:
             if name not in missing:
                 infos[name] = job.sources[name].finish(shards[name])
@@ -231,6 +239,12 @@ def _add_uploaded(shards: Mapping[str, PartialShards]) -> dict[str, list[int]]:
     for unfinished in shards.values():
         unfinished.add_uploaded()
     return {name: each.pending for name, each in shards.items() if each.pending}
+
+
+def _warn_of_other_parts(folder: DataFolder, shards: Iterable[PartialShards]) -> None:
+    if folder.data.remote is not None:
+        folders = [path for each in shards for path in each.unpublished_folders()]
+        warn_of_other_parts(folder.data.remote, folders)
 
 
 def make_job(folder: DataFolder, cleaning: Mapping[str, Cleaning], vocabulary: Vocabulary) -> Job:

@@ -90,6 +90,23 @@ def await_tokenizers(data: DataConfig, share: Share) -> None:
         time.sleep(SECONDS_BETWEEN_QUESTIONS)
 
 
+def warn_of_other_parts(address: str, folders: Sequence[str]) -> None:
+    """Warn of parts at an address that do not count, since they were made from something else.
+
+    Args:
+        folders: where they are; see `PartialShards.unpublished_folders`.
+    """
+    if folders:
+        logger.warning(
+            "%s: has parts made from other keys or files in %s, which do not count here; on all "
+            "machines, the recipe and the paths, sizes and modification times of the sources must "
+            "be equal (copy them by rsync -a or tar); if the parts are of an older version, delete "
+            "the folder",
+            address,
+            list_names(folders),
+        )
+
+
 def require_address(share: Share, data: DataConfig) -> None:
     """Raise `UserError` if the machines could not find each other's parts."""
     if data.remote is None:

@@ -173,6 +173,14 @@ class SourceUpload:
             for object_, name in objects.items()
         )
 
+    def unpublished_folders(self) -> list[str]:
+        """Return other folders of the source, made from other keys or files, without a manifest."""
+        source = Path(self._folder).parent
+        published = self._storage.read_config(Manifest, source_manifest(source.name))
+        known = {self._folder, published.folder if published else ""}
+        folders = (f"{source}/{name}" for name in self._storage.folders(str(source)))
+        return [folder for folder in folders if folder not in known]
+
     def upload_missing(self, folder: Path, records: Iterable[Part]) -> None:
         """Upload the records, and their files, that are not at the address."""
         for record in records:

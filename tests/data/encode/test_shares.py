@@ -1,5 +1,6 @@
 """Machines that each encode a share of a job at an address: the same data as from one."""
 
+import os
 from collections import Counter
 from itertools import product
 
@@ -136,6 +137,18 @@ def test_another_machine_s_rejected_rows_are_not_made_again(tiny, tmp_path, uplo
     with pytest.raises(UserError, match="rejected"):
         prepare_share(later, "1/2")
     assert before <= set(memory())
+
+
+def test_sources_with_other_modification_times_are_warned_of(tiny, tmp_path, uploaded, capsys):
+    recipe = make_recipe(tmp_path, 8, part_bytes=2**18, max_rejected=0.2)
+    recipe = with_data(recipe, tokenizers=tiny.data.path, remote="memory://bucket/times")
+    one, two = (with_data(recipe, path=tmp_path / name) for name in ("one", "two"))
+    assert prepare_share(one, "1/2").missing
+    assert "other keys or files" not in capsys.readouterr().err
+    os.utime(tmp_path / "images/captions.jsonl", ns=(10**18, 10**18))
+    assert prepare_share(two, "2/2").missing
+    # Before anything is encoded, and at the end.
+    assert capsys.readouterr().err.count("parts made from other keys or files in shards/cap") == 2
 
 
 def test_every_part_belongs_to_one_share():

@@ -176,3 +176,18 @@ def test_of_a_part_the_last_record_is_removed_first(machines, monkeypatch):
     monkeypatch.setattr(Storage, "remove", note)
     first.begin()
     assert len(removed) > 1 and removed == sorted(removed, reverse=True)
+
+
+def test_parts_made_from_other_files_are_found_until_they_are_published(machines, monkeypatch):
+    first, second = machines(0.1)
+    first.run()
+    assert not first.shards.unpublished_folders()
+    monkeypatch.setattr(Rows, "fingerprint", lambda self: "copied")
+    second.begin()
+    (found,) = second.shards.unpublished_folders()
+    assert found in next(name for name in memory() if "/part-" in name)
+    # Those of an older version that is complete are not meant.
+    first.share = 1
+    monkeypatch.setattr(Rows, "fingerprint", lambda self: "")
+    assert first.run() is not None
+    assert not second.shards.unpublished_folders()
