@@ -38,7 +38,7 @@ def prepare(
     ] = None,
     share: Annotated[
         str | None,
-        Option(help="encode only share I of N at data.remote, as 3/16; other machines the others"),
+        Option(help="encode only share I of N of the parts, such as 3/16; needs data.remote"),
     ] = None,
     plan: Annotated[
         bool, Option("--plan", help="only estimate parts, tokens, hours and cost")

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from moma.data.config import DataConfig
-from moma.data.remote.fetching import fetch_tokenizers
+from moma.data.remote.fetching import fetch_tokenizers, has_tokenizers
 from moma.data.remote.storage import open_storage
 from moma.errors import UserError, list_names, shorten
 
-# Between questions whether there are tokenizers.
-SECONDS_BETWEEN_QUESTIONS = 10.0
+# Between checks for the tokenizers of another machine, and between warnings that it waits.
+SECONDS_BETWEEN_CHECKS = 10
+SECONDS_BETWEEN_WARNINGS = 600
 _LIMIT = 100_000
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,8 @@ class Share(NamedTuple):
         )
         listed = list_names(f"{number}/{self.of} ({shares[number]:,})" for number in sorted(shares))
         return (
-            f"share {self} is complete; {shares.total():,} parts of other shares are missing: "
-            f"{listed}; the machine that finishes last completes the data, or `moma prepare` "
-            "without --share, which makes what is missing"
+            f"share {self} is complete; missing parts of other shares: {listed}; the last share to "
+            "finish publishes the data; if a machine was lost, run `moma prepare` without --share"
         )
 
     def _of_part(self, source: int, part: int) -> int:
@@ -77,17 +77,26 @@ class Share(NamedTuple):
 
 
 def await_tokenizers(data: DataConfig, share: Share) -> None:
-    """Fetch the tokenizers that the machine with the first share trains; wait until they exist."""
+    """Fetch the tokenizers that the machine with the first share trains; wait until they exist.
+
+    A folder that has tokenizers publishes its own.
+    """
     if share.number == 1 or data.tokenizers is not None or data.remote is None:
         return
-    storage, is_waiting = open_storage(data.remote), False
+    if has_tokenizers(data.path):
+        return
+    storage, seconds = open_storage(data.remote), 0
     while not fetch_tokenizers(storage, data.path):
-        if not is_waiting:
+        if seconds % SECONDS_BETWEEN_WARNINGS == 0:
             logger.warning(
-                "%s: waits for the tokenizers, which share 1/%s trains", data.remote, share.of
+                "%s: has no tokenizers yet (waited %s minutes); share 1/%s trains them: start it "
+                "with this data.remote, or set data.tokenizers",
+                data.remote,
+                seconds // 60,
+                share.of,
             )
-        is_waiting = True
-        time.sleep(SECONDS_BETWEEN_QUESTIONS)
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+        seconds += SECONDS_BETWEEN_CHECKS
 
 
 def warn_of_other_parts(address: str, folders: Sequence[str]) -> None:

@@ -98,7 +98,7 @@ def fetch_tokenizers(storage: Storage, path: Path, only: str = "") -> bool:
     wanted = [only] if only else manifest.files
     missing = [name for name in wanted if not (path / name).exists()]
     # Left by an interrupted job that had made no tokenizers yet, perhaps with other keys.
-    if DATA_MANIFEST in wanted and DATA_MANIFEST not in missing and not _has_encoders(path):
+    if DATA_MANIFEST in wanted and DATA_MANIFEST not in missing and not has_tokenizers(path):
         missing.append(DATA_MANIFEST)
     # The manifest of the folder is last: a folder that has it is complete.
     for name in sorted(missing, key=lambda name: name == DATA_MANIFEST):
@@ -108,8 +108,8 @@ def fetch_tokenizers(storage: Storage, path: Path, only: str = "") -> bool:
     return True
 
 
-def _has_encoders(path: Path) -> bool:
-    """Whether the manifest of a data folder records tokenizers that were made."""
+def has_tokenizers(path: Path) -> bool:
+    """Return whether the manifest of a data folder records tokenizers that were made."""
     found = read_provenance(path)
     return found is not None and found.encoders != Encoders()
 

@@ -52,6 +52,13 @@ def open_storage(address: str) -> "Storage":
         raise UserError(
             f"{address}: unknown scheme '{scheme}'; use s3://bucket/folder or another one of fsspec"
         ) from error
+    except TypeError as error:
+        raise UserError(
+            f"{address}: such a file system needs more than an address ({error}); use "
+            "s3://bucket/folder, file:///folder, or another one of fsspec"
+        ) from error
+    except Exception as error:  # of any library: some connect at once
+        raise _describe(address, error) from error
     return Storage(address, system, root)
 
 
@@ -268,24 +275,25 @@ class Storage:
                 "is none; if others are there, `moma prepare --verify` makes this one again"
             ) from error
         except Exception as error:  # of any library
-            raise self._describe(name, error) from error
+            raise _describe(self._at(name), error) from error
 
-    def _describe(self, name: str, error: Exception) -> UserError:
-        # Without credentials: user and password, or the signature of an address.
-        text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))
-        text = re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)
-        reason = shorten(text or type(error).__name__, 300)
-        if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
-            return UserError(
-                f"{self._at(name)}: no permission ({reason}); give credentials in the environment "
-                "or in the storage library's own configuration, or choose another data.remote"
-            )
-        if isinstance(error, asyncio.TimeoutError):
-            reason = "no answer in time"
-        return StorageError(
-            f"{self._at(name)}: cannot be read or written ({reason}); check the network and the "
-            "endpoint, then run the same command to resume"
+
+def _describe(place: str, error: Exception) -> UserError:
+    # Without credentials: user and password, or the signature of an address.
+    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))
+    text = re.sub(r"(://[^\s?]*)\?\S*", r"\1", text)
+    reason = shorten(text or type(error).__name__, 300)
+    if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
+        return UserError(
+            f"{place}: no permission ({reason}); give credentials in the environment or in the "
+            "storage library's own configuration, or choose another data.remote"
         )
+    if isinstance(error, asyncio.TimeoutError):
+        reason = "no answer in time"
+    return StorageError(
+        f"{place}: cannot be read or written ({reason}); check the network and the endpoint, then "
+        "run the same command to resume"
+    )
 
 
 def _write_file(path: Path, content: BinaryIO, place: Callable[[Path, Path], object]) -> None:

@@ -52,7 +52,6 @@ def test_the_last_of_three_machines_completes_the_data(tiny, tmp_path, uploaded)
     prepare(local, CPU, quiet=True)
     third, first = (machine(tiny, tmp_path, name) for name in ("third", "first"))
     seen = prepare_share(third, "3/3")
-    own = len(uploaded)
     assert (
         0
         < seen.summary()["documents"]
@@ -64,8 +63,8 @@ def test_the_last_of_three_machines_completes_the_data(tiny, tmp_path, uploaded)
         patch.setattr(SourceUpload, "upload", interrupt_at(2, SourceUpload.upload))
         prepare_share(machine(tiny, tmp_path, "lost"), "2/3")
     missing = prepare_share(first, "1/3").missing
-    assert {(number + index) % 3 for index, name in enumerate(missing) for number in missing[name]}
-    assert len(uploaded) > 2 * own - 2
+    index_of = {source.name: index for index, source in enumerate(first.data.sources)}
+    assert {(part + index_of[name]) % 3 for name in missing for part in missing[name]} == {1}
     done = prepare_share(machine(tiny, tmp_path, "second"), "2/3")
     assert not done.missing and done.summary() == prepare(local, CPU, quiet=True).summary()
     assert set(uploaded.values()) == {1}
@@ -104,15 +103,29 @@ def test_other_machines_wait_for_the_tokenizers(tmp_path, uploaded, monkeypatch,
 
     def sleep(seconds):
         waited.append(seconds)
-        if len(waited) == 2:
+        if len(waited) == 3:
             assert prepare_share(first, "1/2").missing
 
     monkeypatch.setattr(shares.time, "sleep", sleep)
+    monkeypatch.setattr(shares, "SECONDS_BETWEEN_WARNINGS", 20)
     assert not prepare_share(second, "2/2").missing
-    assert len(waited) == 2
-    assert capsys.readouterr().err.count("waits for the tokenizers, which share 1/2 trains") == 1
+    assert len(waited) == 3
+    shown = capsys.readouterr().err
+    assert shown.count("minutes); share 1/2 trains them: start it with this data.remote") == 2
     for name in ("tokenizer.json", "codec/model.safetensors", "provenance.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_tokenizers_that_the_folder_has_are_not_waited_for(tmp_path, uploaded, monkeypatch):
+    recipe = make_recipe(tmp_path, 20, part_bytes=500)
+    prepare(recipe, CPU, quiet=True, processes=1)
+
+    def fail(seconds):
+        pytest.fail("waits")
+
+    monkeypatch.setattr(shares.time, "sleep", fail)
+    prepare_share(with_data(recipe, remote="memory://bucket/own"), "2/2")
+    assert [name for name in memory() if name.endswith("own/tokenizers.json")]
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
@@ -159,7 +172,7 @@ def test_every_part_belongs_to_one_share():
 
 def test_missing_parts_are_described_by_share():
     text = Share(1, 3).describe_missing(["a", "b"], {"a": [1, 2, 4], "b": [0]})
-    assert "4 parts of other shares are missing: 2/3 (3), 3/3 (1)" in text
+    assert "missing parts of other shares: 2/3 (3), 3/3 (1)" in text
 
 
 @pytest.mark.parametrize("text", ["0/4", "5/4", "1", "a/b", "1/2/3", "-1/2", "1/0", "1/9999999"])

@@ -69,6 +69,13 @@ def test_a_missing_package_is_named(monkeypatch):
         open_storage("nowhere://a")
 
 
+def test_file_systems_that_cannot_be_opened():
+    with pytest.raises(StorageError, match="ftp://localhost:1/a: cannot be read or written"):
+        open_storage("ftp://localhost:1/a")
+    with pytest.raises(UserError, match="asyncwrapper://a: such a file system needs more than"):
+        open_storage("asyncwrapper://a")
+
+
 class NoCredentialsError(Exception):
     """As botocore's."""
 
