@@ -1,4 +1,4 @@
-"""What exists at an address so far, complete or not, fetched to be looked at.
+"""Fetch what is at an address so far, complete or not, for `moma data inspect`.
 
 Arrow files are fetched when a document is read.
 """
@@ -24,8 +24,8 @@ _CACHE_BYTES = 2**62
 def fetch_existing(address: str, path: Path, source: str | None, decodes: bool) -> None:
     """Fetch what `moma.data.inspect` needs of an address.
 
-    Of a source that is not complete there, it is what was uploaded so far. If its keys or files
-    were changed meanwhile, that with most files of shards.
+    Of a source that is not complete there, it is what was uploaded so far. If that was made from
+    several versions of its keys or files, it is the version with most files of shards.
 
     Args:
         path: an empty folder, which becomes a data folder.

@@ -120,6 +120,11 @@ class PartialShards:
         return [number for number in range(len(self.plan)) if not self._is_complete(number)]
 
     @property
+    def own_pending(self) -> list[int]:
+        """Numbers of the parts that are still to be encoded here."""
+        return [*filter(self._is_own, self.pending)]
+
+    @property
     def done(self) -> Part:
         """Everything that is committed, as one."""
         return sum((sum(records, Part()) for records in self.parts.values()), Part())

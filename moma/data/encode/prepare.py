@@ -143,25 +143,32 @@ def prepare(
     _check_budget(config)
     data.path.mkdir(parents=True, exist_ok=True)
     with lock_folder(data.path, LOCK_TIMEOUT):
-        fetch_prepared(data)
-        if share is not None:
-            await_tokenizers(data, share)
-        folder = DataFolder(data)
-        clean_folder = data.path / CLEANING_FOLDER
-        cleaning = provide_cleaning(data.sources, clean_folder, data.part_bytes, quiet, processes)
-        vocabulary = provide_tokenizers(config, folder, device, quiet)
-        if data.remote is not None:
-            publish_tokenizers(folder)
-        _warn_changed_sources(folder)
-        options = Options(device, quiet, processes, verify, ray, share)
-        prepared = _encode_all(folder, cleaning, vocabulary, options)
+        prepared = _prepare_folder(config, Options(device, quiet, processes, verify, ray, share))
     if prepared.missing:
         return prepared
     counts = _together(prepared.sources).counts
     if not counts["train"].documents:
         raise all_held_out(counts["held_out"].documents)
-    _check_packing(config, vocabulary)
+    _check_packing(config, prepared.vocabulary)
     return prepared
+
+
+def _prepare_folder(config: PrepareConfig, options: Options) -> Prepared:
+    """Prepare a data folder that no other process uses."""
+    data, quiet = config.data, options.quiet
+    fetch_prepared(data)
+    if options.share is not None:
+        await_tokenizers(data, options.share)
+    folder = DataFolder(data)
+    clean_folder = data.path / CLEANING_FOLDER
+    cleaning = provide_cleaning(
+        data.sources, clean_folder, data.part_bytes, quiet, options.processes
+    )
+    vocabulary = provide_tokenizers(config, folder, options.device, quiet)
+    if data.remote is not None:
+        publish_tokenizers(folder)
+    _warn_changed_sources(folder)
+    return _encode_all(folder, cleaning, vocabulary, options)
 
 
 def _check_budget(config: PrepareConfig) -> None:
@@ -279,10 +286,8 @@ def _encode(
     """Encode the parts that are not complete."""
     tasks = [
         Task(name, number, shards[name].plan[number])
-        for index, name in enumerate(job.sources)
-        if name in shards
-        for number in shards[name].pending
-        if options.has(index, number)
+        for name in shards
+        for number in shards[name].own_pending
     ]
     if not tasks:
         return

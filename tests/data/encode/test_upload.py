@@ -58,7 +58,7 @@ class Machine:
         """Make the own parts."""
         reader = ImageReader(to_rgb, workers=0)
         with Encoder(encode_text, None, VOCABULARY, True) as encoder:
-            for number in filter(self.is_own, self.shards.pending):
+            for number in self.shards.own_pending:
                 part = self.shards.plan[number]
                 records = self.encoding.encode_part(number, part, encoder, reader)
                 self.encoding.add(self.shards, number, records)
