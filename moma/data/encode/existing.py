@@ -74,7 +74,7 @@ def _fetch_begun(link: Link, path: Path, source: str, vocabulary: Vocabulary) ->
     folder = path / "shards" / f"{source}.partial"
     folder.mkdir(parents=True)
     upload = SourceUpload(link, cache_of(path, link.cache_bytes))
-    upload.fetch_records(folder)
+    upload.fetch_records(folder, with_rejected=False)
     upload.link(folder)
     # Of the origin, which only the machines that prepare have, no more is needed.
     origin = ShardInfo(

@@ -126,10 +126,13 @@ class SourceUpload:
             if moves and path.suffix == ".arrow":
                 self._cache.adopt(path, self._object(name, expected))
 
-    def fetch_records(self, folder: Path) -> None:
-        """Fetch records that a folder lacks or that differ there, and their rejected documents.
+    def fetch_records(self, folder: Path, with_rejected: bool = True) -> None:
+        """Fetch records that a folder lacks or that differ there.
 
         Another machine may have made a part again, with other documents rejected.
+
+        Args:
+            with_rejected: whether to fetch their rejected documents, too.
         """
         found = self._storage.sizes(self._folder)
         names = [name for name in found if name.startswith(f"{self._folder}/part-")]
@@ -140,9 +143,9 @@ class SourceUpload:
         for name, content in records.items():
             path = folder / Path(name).name
             if not path.exists() or path.read_bytes() != content:
-                self._fetch_record(name, content, path)
+                self._fetch_record(name, content, path, with_rejected)
 
-    def _fetch_record(self, name: str, content: bytes, path: Path) -> None:
+    def _fetch_record(self, name: str, content: bytes, path: Path, with_rejected: bool) -> None:
         record = self._storage.parse(Part, name, content)
         require_safe(self._storage, name, [record.checksums])
         own = {*(file_name(split, record.name) for split in SPLITS), rejected_name(record)}
@@ -155,7 +158,7 @@ class SourceUpload:
         for file in own:
             path.with_name(file).unlink(missing_ok=True)
         for file, expected in record.checksums.items():
-            if not file.endswith(".arrow"):
+            if with_rejected and not file.endswith(".arrow"):
                 with atomic_open(path.with_name(file)) as out:
                     self._storage.download(self._object(file, expected), expected, out)
         # Not synced to disk: a damaged one is fetched again.

@@ -6,10 +6,12 @@ from typing import ClassVar
 import pytest
 
 from moma.data.documents import Document, Rejected, SourceConfig, SourcePart
+from moma.data.encode import existing
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import Limits, SourceEncoding, to_rgb
 from moma.data.encode.tokens import Encoder
 from moma.data.encode.upload import Remote
+from moma.data.remote.reading import read_link
 from moma.data.remote.storage import Storage
 from moma.data.shards import open_shards
 from moma.errors import UserError
@@ -191,3 +193,15 @@ def test_parts_made_from_other_files_are_found_until_they_are_published(machines
     monkeypatch.setattr(Rows, "fingerprint", lambda self: "")
     assert first.run() is not None
     assert not second.shards.unpublished_folders()
+
+
+def test_rejected_documents_are_not_fetched_to_be_counted(machines, tmp_path):
+    first, _ = machines(0.1)
+    Rows.unreadable = {1, 24}
+    first.run()
+    link = read_link(first.shards.path)
+    assert link is not None
+    existing._fetch_begun(link, tmp_path / "seen", "rows", VOCABULARY)
+    found = tmp_path / "seen/shards/rows.partial"
+    assert len([*found.glob("part-*")]) == len([*first.shards.path.glob("part-*")]) > 2
+    assert [*first.shards.path.glob("rejected-*")] and not [*found.glob("rejected-*")]
