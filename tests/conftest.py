@@ -93,6 +93,17 @@ def _freeze_what_a_module_leaves() -> Generator[None]:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _memory_is_storage() -> Generator[None]:
+    """Recipes of tests, which are one process, may keep data in memory."""
+    from moma.data.remote import address
+
+    schemes = tuple(scheme for scheme in address._NO_STORAGE if scheme != "memory")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(address, "_NO_STORAGE", schemes)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The tiny recipe, its data prepared once for the whole session."""

@@ -1,12 +1,14 @@
 """Addresses and requests that fail: one message, which names the address and what to do."""
 
 import errno
+import runpy
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
 
+from moma.data.remote import address
 from moma.data.remote.address import check_address
 from moma.data.remote.storage import open_storage
 from moma.errors import StorageError, UserError
@@ -32,10 +34,10 @@ def test_addresses(address):
         ("s3://bucket/*/a", "one of"),
         ("file://data/a", "absolute path"),
         ("local:///data/a", "begin with file:///"),
-        ("https://host/a", r"https:// is no storage that files can be written to; use s3://"),
-        ("http://host/a", "http:// is no storage that files can be written to"),
-        ("github://a/b", "github:// is no storage that files can be written to"),
-        ("zip://a/b", "zip:// is no storage that files can be written to"),
+        ("https://host/a", r"https:// is no storage that keeps .*; use s3://"),
+        ("http://host/a", "http:// is no storage that keeps"),
+        ("github://a/b", "github:// is no storage that keeps"),
+        ("zip://a/b", "zip:// is no storage that keeps"),
         ("file://~/a", "absolute path"),
         ("s3://bucket/a\n", "cannot be printed"),
     ],
@@ -43,6 +45,11 @@ def test_addresses(address):
 def test_other_addresses_are_refused(address, named):
     with pytest.raises(ValueError, match=named):
         check_address(address)
+
+
+def test_memory_is_refused_outside_of_tests():
+    with pytest.raises(ValueError, match="memory:// is no storage that keeps what is written"):
+        runpy.run_path(address.__file__)["check_address"]("memory://a/b")
 
 
 SECRETS = ["s3://key:SECRET@bucket/a", "s3://bucket/a?token=SECRET", "s3://SECRET@bucket/a"]
