@@ -206,35 +206,61 @@ def test_data_is_prepared_on_a_ray_cluster_of_the_nodes(tmp_path, code, expected
     assert (found / "requeued").exists() == requeued
 
 
+@pytest.fixture
+def array_task(tmp_path):
+    """Runs a task of an array: its exit code, whether it was requeued, and the words of `moma`."""
+    found = tmp_path / "found"
+    found.mkdir()
+
+    def run(moma: str, task: int, first: int, step: int, is_stopped=False):
+        srun = '#!/bin/bash\n[ "$1" = --ntasks=1 ] || exit 2\nshift\nexec "$@"\n'
+        moma = f'#!/bin/bash\necho "$@" > "$FOUND/moma"\n{moma}\n'
+        write_programs(tmp_path, scontrol=SCONTROL, srun=srun, moma=moma)
+        environment = os.environ | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "FOUND": str(found),
+            "TMPDIR": str(tmp_path),
+            "SLURM_JOB_ID": "7",
+            "SLURM_ARRAY_TASK_ID": str(task),
+            "SLURM_ARRAY_TASK_MIN": str(first),
+            "SLURM_ARRAY_TASK_STEP": str(step),
+            "SLURM_ARRAY_TASK_COUNT": "16",
+        }
+        script = [str(LAUNCH / "slurm_prepare.sbatch"), "my.toml", "data.remote=s3://a/b"]
+        process = subprocess.Popen(["bash", *script], env=environment, start_new_session=True)
+        if is_stopped:
+            while not (found / "ready").exists():
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGTERM)
+        code = process.wait(60)
+        words = (found / "moma").read_text().split()
+        assert not Path(words[-3].removeprefix("data.path=")).exists()
+        return code, (found / "requeued").exists(), words
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("code", "expected", "requeued"), [(0, 0, False), (2, 2, False), (74, 0, True)]
 )
-def test_a_task_of_an_array_prepares_its_share(tmp_path, code, expected, requeued):
-    found = tmp_path / "found"
-    found.mkdir()
-    write_programs(
-        tmp_path,
-        scontrol=SCONTROL,
-        moma=f'#!/bin/bash\necho "$@" > "$FOUND/moma"\nexit {code}\n',
-    )
-    environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "FOUND": str(found),
-        "TMPDIR": str(tmp_path),
-        "SLURM_JOB_ID": "7",
-        "SLURM_ARRAY_TASK_ID": "3",
-        "SLURM_ARRAY_TASK_MIN": "0",
-        "SLURM_ARRAY_TASK_MAX": "15",
-    }
-    script = [str(LAUNCH / "slurm_prepare.sbatch"), "my.toml", "data.remote=s3://a/b"]
-    done = subprocess.run(["bash", *script], env=environment, check=False)
-    assert done.returncode == expected
-    *before, path, option, share = (found / "moma").read_text().split()
+def test_a_task_of_an_array_prepares_its_share(array_task, tmp_path, code, expected, requeued):
+    *ended, words = array_task(f"exit {code}", task=3, first=0, step=1)
+    assert ended == [expected, requeued]
+    *before, path, option, share = words
     assert before == ["prepare", "my.toml", "data.remote=s3://a/b"]
     assert (option, share) == ("--share", "4/16")
     assert path.startswith(f"data.path={tmp_path}/")
-    assert not Path(path.removeprefix("data.path=")).exists()
-    assert (found / "requeued").exists() == requeued
+
+
+def test_the_tasks_of_an_array_with_steps_are_counted(array_task):
+    _, _, words = array_task("exit 0", task=5, first=1, step=2)
+    assert words[-1] == "3/16"
+
+
+def test_a_task_of_an_array_that_is_out_of_time_is_requeued(array_task):
+    stopped = "trap 'exit 75' TERM; echo > \"$FOUND/ready\"; sleep 60 & wait; exit 9"
+    code, requeued, _ = array_task(stopped, task=3, first=0, step=1, is_stopped=True)
+    assert (code, requeued) == (0, True)
 
 
 def test_the_ray_cluster_file_names_existing_node_types():
