@@ -18,6 +18,7 @@ from typer import Option
 
 import moma
 from moma.cli.arguments import App, RunFolder
+from moma.data.encode.ray_cluster import connect_to_ray
 from moma.serve.app import Limits, create_app
 from moma.serve.connection import server_config
 from moma.serve.engine import Engine
@@ -70,7 +71,7 @@ def main(
     with listen("127.0.0.1", 0) as free:
         inner = free.getsockname()[1]
     listener = listen(host, port)
-    ray.init(address=ray_address, include_dashboard=False)
+    connect_to_ray(ray_address, include_dashboard=False)
     try:
         serve.start("HeadOnly", http_options={"host": "127.0.0.1", "port": inner})
         places = {"max_active": max_active, "max_queued": max_queued}
