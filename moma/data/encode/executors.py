@@ -206,7 +206,8 @@ def _work(
     environment: Mapping[str, str],
 ) -> None:
     """Encode the parts that arrive on a connection, until this process is killed."""
-    os.environ.clear()
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
     os.environ.update(environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     exit_with_parent()
