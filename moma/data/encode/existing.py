@@ -58,7 +58,7 @@ def fetch_existing(address: str, path: Path, source: str | None, decodes: bool) 
             if name not in begun:
                 raise UserError(f"{address}: source '{name}' was removed meanwhile; inspect again")
             link = Link(address=address, folder=begun[name], cache_bytes=_CACHE_BYTES)
-            _fetch_begun(link, path, name, Vocabulary.load(vocabulary))
+            fetch_begun(link, path, name, Vocabulary.load(vocabulary))
 
 
 def _begun(storage: Storage, source: str) -> str:
@@ -70,7 +70,18 @@ def _begun(storage: Storage, source: str) -> str:
     return max(records, key=records.__getitem__, default="")
 
 
-def _fetch_begun(link: Link, path: Path, source: str, vocabulary: Vocabulary) -> None:
+def fetch_begun(link: Link, path: Path, source: str, vocabulary: Vocabulary) -> None:
+    """Fetch the records of a source that is not complete; not the rejected documents they list.
+
+    Args:
+        link: the address, and the folder there.
+        path: the data folder.
+        source: name of the source.
+        vocabulary: of the shards.
+
+    Raises:
+        UserError: a record cannot be used, or the address not be read.
+    """
     folder = path / "shards" / f"{source}.partial"
     folder.mkdir(parents=True)
     upload = SourceUpload(link, cache_of(path, link.cache_bytes))

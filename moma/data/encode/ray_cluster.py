@@ -58,7 +58,7 @@ def _require_listener(address: str) -> None:
     """Raise `ConnectionError` if nothing listens at `HOST:PORT`, where Ray tries for minutes."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host, int(port)), _SECONDS_TO_CONNECT).close()
+        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_CONNECT).close()
     except (OSError, ValueError, OverflowError) as error:
         raise ConnectionError(f"{address}: {error}") from error
 

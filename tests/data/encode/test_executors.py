@@ -1,5 +1,6 @@
 """Processes that encode parts: the same bytes as one process, whatever dies."""
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -137,24 +138,6 @@ def test_what_a_codec_imports_is_imported_before_processes_are_forked(
     )
 
 
-@pytest.mark.parametrize("executor", ["process", "pool"])
-def test_collections_skip_what_was_imported(prepared, tmp_path, monkeypatch, executor):
-    job, _, tasks = unfinished(prepared, tmp_path / "data")
-    calls: list[str] = []
-    monkeypatch.setattr(executors.gc, "freeze", lambda: calls.append("freeze"))
-    monkeypatch.setattr(executors.gc, "unfreeze", lambda: calls.append("unfreeze"))
-    if executor == "process":
-        run_all(InProcess(job, CPU, 1), tasks)
-    else:
-        ours, theirs = multiprocessing.Pipe()
-        ours.close()
-        monkeypatch.setattr(executors, "exit_with_parent", lambda: None)
-        monkeypatch.setattr(executors.signal, "signal", lambda *args: None)
-        with pytest.raises(OSError):
-            executors._work(theirs, job, CPU, None, 1, os.environ)
-    assert calls == ["freeze", "unfreeze"]
-
-
 def test_an_error_in_a_process_stops_all(prepared, tmp_path):
     job, _, tasks = unfinished(prepared, tmp_path / "data")
     broken = tasks[1]._replace(
@@ -165,19 +148,39 @@ def test_an_error_in_a_process_stops_all(prepared, tmp_path):
     assert not multiprocessing.active_children()
 
 
-class ReportsVariable:
-    """Stands in for how a source is encoded."""
+class Reports:
+    """Stands in for how a source is encoded: an error reports what its process is like."""
+
+    def __reduce__(self):
+        return thawed, ()
 
     def encode_part(self, *arguments):
         variables = [os.environ.get(name) for name in ("CREDENTIALS", "HOME")]
-        raise UserError(f"the variables are {variables}")
+        raise UserError(f"variables {variables}, frozen {gc.get_freeze_count() > 0}")
+
+
+def thawed():
+    """What another process receives: that which it was forked from may have frozen objects."""
+    gc.unfreeze()
+    return Reports()
 
 
 def test_processes_have_the_variables_of_the_moment_they_start(prepared, tmp_path, monkeypatch):
     """Although what they are forked from is older."""
     job, _, tasks = unfinished(prepared, tmp_path / "data")
-    job = replace(job, sources={"captions": ReportsVariable()})
+    job = replace(job, sources={"captions": Reports()})
     monkeypatch.setenv("CREDENTIALS", "new")
     monkeypatch.delenv("HOME")
-    with pytest.raises(UserError, match=r"the variables are \['new', None\]"):
+    with pytest.raises(UserError, match=r"variables \['new', None\]"):
         run_all(LocalPool(job, 2, [CPU], False), tasks[:2])
+
+
+@pytest.mark.parametrize("is_pool", [False, True])
+def test_collections_skip_what_was_imported(prepared, tmp_path, is_pool):
+    job, _, tasks = unfinished(prepared, tmp_path / "data")
+    job = replace(job, sources={"captions": Reports()})
+    gc.unfreeze()
+    executor = LocalPool(job, 2, [CPU], False) if is_pool else InProcess(job, CPU, 1)
+    with pytest.raises(UserError, match="frozen True"):
+        run_all(executor, tasks[:2])
+    assert gc.get_freeze_count() == 0
