@@ -22,8 +22,9 @@ from moma.model.routing import (
 )
 
 RouterKind = Literal["experts", "depth"]
-# Weight of earlier steps in the running mean of the cutoffs: about 100 steps count.
-CUTOFF_DECAY = 0.99
+# The running mean of the cutoffs is over about the last tenth of all steps, and at most 100.
+AVERAGED_SHARE = 0.1
+MAX_AVERAGED_STEPS = 100
 
 
 class AuxiliaryRouter(nn.Module):
@@ -62,15 +63,15 @@ class Router(nn.Linear):
 
     def __init__(self, dim: int, outputs: int, pools: int | None = None):
         super().__init__(dim, outputs, bias=False)
-        # Decayed sums over steps: of finite cutoffs, of their number, and of that of all cutoffs.
+        # Means over steps of the finite cutoffs (else 0) and of their share; number of steps.
         zeros_3E = torch.zeros(3, pools or outputs, dtype=torch.float32)
         self.register_buffer("cutoffs_3E", zeros_3E)
 
     @property
     def threshold_E(self) -> Tensor:
         """The mean cutoff of each expert, in fp32; −∞ if most micro-batches had none."""
-        sum_E, finite_E, all_E = self.cutoffs_3E
-        return torch.where(2 * finite_E > all_E, sum_E / finite_E, -torch.inf)
+        mean_E, finite_E, _ = self.cutoffs_3E
+        return torch.where(finite_E > 0.5, mean_E / finite_E, -torch.inf)
 
     def update_cutoffs(self, mean_2E: Tensor) -> None:
         """Add a step to the running means.
@@ -79,8 +80,9 @@ class Router(nn.Linear):
             mean_2E: sum of the finite cutoffs of the step's micro-batches, and number of these,
                 both divided by the number of micro-batches.
         """
-        step_3E = torch.cat((mean_2E, torch.ones_like(mean_2E[:1])))
-        self.cutoffs_3E.lerp_(step_3E, 1 - CUTOFF_DECAY)
+        steps_E = self.cutoffs_3E[2].add_(1)
+        weight_E = (1 / (AVERAGED_SHARE * steps_E)).clamp(1 / MAX_AVERAGED_STEPS, 1)
+        self.cutoffs_3E[:2].lerp_(mean_2E, weight_E)
 
 
 def auxiliary_logits(

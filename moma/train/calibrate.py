@@ -24,7 +24,7 @@ def calibrate(run: Run, steps: int, quiet: bool = False) -> Path:
 
     Args:
         run: the run.
-        steps: number of micro-batches; the last 100 count most.
+        steps: number of micro-batches, whose cutoffs are averaged.
         quiet: whether to hide the progress bar.
 
     Returns:
@@ -40,6 +40,7 @@ def calibrate(run: Run, steps: int, quiet: bool = False) -> Path:
     for router in model.routers():
         router.cutoffs_3E.zero_()
     device = model.embedding.weight.device
+    cutoffs: list[torch.Tensor] = []
     with (
         closing(Batches(recipe.data, model.vocabulary, recipe.seed)) as batches,
         show_progress(f"calibrate {run.path.name}", steps, quiet) as report,
@@ -47,7 +48,8 @@ def calibrate(run: Run, steps: int, quiet: bool = False) -> Path:
         for number, batch in enumerate(islice(batches, steps), 1):
             output = run_model(model, to_device(batch, device), Routing(), no_head)
             require_finite(output.nonfinite_L, f"{run.path}: ")
-            model.update_cutoffs(finite_cutoffs(output.cutoffs))
+            cutoffs.append(finite_cutoffs(output.cutoffs))
             report(number)
+    model.update_cutoffs(torch.stack(cutoffs).mean(0))
     write_thresholds(run, run_to_load(run).checkpoint, model)
     return thresholds_file(run)

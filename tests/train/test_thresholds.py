@@ -11,7 +11,7 @@ import torch
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
 from moma.model.depth import DepthConfig
-from moma.model.routers import CUTOFF_DECAY, AuxiliaryRouter
+from moma.model.routers import AuxiliaryRouter, Router
 from moma.model.routing import Routing
 from moma.model.transformer import no_head
 from moma.runtime.world import World
@@ -59,30 +59,45 @@ def test_two_ranks_have_the_thresholds_of_one(tiny, tmp_path):
     assert len(one) == 5 and one == [pytest.approx(cutoffs, rel=1e-4, abs=1e-6) for cutoffs in two]
 
 
-def test_thresholds_are_the_mean_cuts_of_all_micro_batches(tiny):
+def find_cutoffs(model, batches) -> list[list[float]]:
+    """Of each micro-batch, the cutoffs of all routers."""
+    found = []
+    for batch in batches:
+        with torch.no_grad():
+            output = run_model(model, to_device(batch, WORLD.device), Routing(), no_head)
+        found.append(torch.cat([*output.cutoffs]).tolist())
+    return found
+
+
+def require_mean(model, cutoffs: list[list[float]]) -> None:
+    """The thresholds are the means of the finite ones; −∞ if these are not the majority."""
+    thresholds = torch.cat([router.threshold_E for router in model.routers()]).tolist()
+    for expert, threshold in enumerate(thresholds):
+        finite = [each[expert] for each in cutoffs if math.isfinite(each[expert])]
+        is_mostly_finite = 2 * len(finite) > len(cutoffs)
+        expected = sum(finite) / len(finite) if is_mostly_finite else -math.inf
+        assert threshold == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert any(map(math.isfinite, thresholds))
+
+
+def test_thresholds_of_a_step_are_the_mean_cuts_of_its_micro_batches(tiny):
     recipe = with_depth(tiny)
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, WORLD)
     step, data = make_step(recipe, model, WORLD), Batches(recipe.data, vocabulary, recipe.seed)
-    steps = 3
-    found: list[tuple[float, list[float]]] = []  # weight and cutoffs of each micro-batch
-    for number in range(steps):
-        batches = list(itertools.islice(data, 2))
-        for batch in batches:
-            on_device = to_device(batch, WORLD.device)
-            with torch.no_grad():
-                cutoffs = run_model(model, on_device, Routing(), no_head).cutoffs
-            found.append((CUTOFF_DECAY ** (steps - number), torch.cat(cutoffs).tolist()))
-        step(batches, 1e-2)
-    thresholds = torch.cat([router.threshold_E for router in model.routers()]).tolist()
-    for expert, threshold in enumerate(thresholds):
-        finite = [(w, cutoffs[expert]) for w, cutoffs in found if math.isfinite(cutoffs[expert])]
-        weight = sum(w for w, _ in finite)
-        expected = -math.inf
-        if weight > sum(w for w, _ in found) / 2:
-            expected = sum(w * cut for w, cut in finite) / weight
-        assert threshold == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert any(map(math.isfinite, thresholds))
+    batches = list(itertools.islice(data, 3))
+    cutoffs = find_cutoffs(model, batches)
+    step(batches, 1e-2)
+    require_mean(model, cutoffs)
+
+
+@pytest.mark.parametrize(("steps", "averaged"), [(5, 1), (200, 20), (1000, 100), (4000, 100)])
+def test_thresholds_average_the_last_tenth_of_the_steps(steps, averaged):
+    """Behind a cutoff that rises by one per step, a mean over T steps lags T - 1."""
+    router = Router(dim=4, outputs=1)
+    for step in range(steps):
+        router.update_cutoffs(torch.tensor([[float(step)], [1.0]]))
+    assert steps - 1 - float(router.threshold_E) == pytest.approx(averaged - 1, rel=0.15)
 
 
 def test_calibration_replaces_thresholds_without_training(tiny, tmp_path):
@@ -91,7 +106,9 @@ def test_calibration_replaces_thresholds_without_training(tiny, tmp_path):
     assert kept.has_thresholds
     require_routing(run, kept)
     calibrate(run, 5, quiet=True)
-    calibrated, _ = load_run(run)
+    calibrated, recipe = load_run(run)
+    batches = itertools.islice(Batches(recipe.data, kept.vocabulary, recipe.seed), 5)
+    require_mean(calibrated, find_cutoffs(kept, batches))
     assert cutoffs_of(calibrated) != cutoffs_of(kept)
     for name, parameter in kept.named_parameters():
         assert torch.equal(parameter, calibrated.get_parameter(name))
