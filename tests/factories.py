@@ -28,11 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import torch
 from PIL import Image
+from pydantic import Field
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moma.data.documents import Document, ImageRef, Rejected
+from moma.data.documents import Document, ImageRef, Rejected, SourceConfig, SourceName
 from moma.model.attention_kernels import (
     AttentionKernel,
     MaskedAttention,
@@ -140,15 +141,22 @@ def solid_image(
     return ImageRef(name, partial(Image.new, mode, size, color))
 
 
-class ListSource:
+class ListSource(SourceConfig):
     """A source of given documents and rejected rows; a string becomes a document of that text."""
 
+    name: SourceName = "listed"
+    rows: tuple[Any, ...] = Field((), exclude=True)
+
     def __init__(self, *rows: Document | Rejected | str, name: str = "listed") -> None:
-        self.rows, self.name = rows, name
+        documents = tuple(
+            Document(f"doc {number}", (row,)) if isinstance(row, str) else row
+            for number, row in enumerate(rows)
+        )
+        fields: dict[str, Any] = {"name": name, "rows": documents}
+        super().__init__(**fields)
 
     def documents(self):
-        for number, row in enumerate(self.rows):
-            yield Document(f"doc {number}", (row,)) if isinstance(row, str) else row
+        return iter(self.rows)
 
 
 def write_captions(

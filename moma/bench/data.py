@@ -17,17 +17,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
+from pydantic import Field
 
 from moma.bench.timing import Job, interleaved, median_ratio, seconds
 from moma.data.batches.iterator import Batches, prefetch
-from moma.data.documents import Document, ImageRef
+from moma.data.documents import Document, ImageRef, SourceConfig, SourceName, SourcePart
 from moma.data.encode.executors import spare_cores
 from moma.data.encode.prepare import prepare
 from moma.data.encode.read_ahead import ImageReader
-from moma.data.encode.source import encode_source
-from moma.data.encode.tokens import BATCH_IMAGES, EncodeImages
+from moma.data.encode.source import SourceEncoding
+from moma.data.encode.tokens import BATCH_IMAGES, EncodeImages, Encoder
 from moma.data.encode.worker import encode_images
 from moma.errors import UserError
 from moma.images import square_pixels
@@ -215,7 +217,8 @@ def _encoding(
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         tokens = sum(len(encoding.ids) for encoding in encodings)
 
-    taken = _compare_encoding(recipe, vocabulary, documents, None, None, reference, sizes)
+    reader = ImageReader(np.asarray, workers=0)  # of no image
+    taken = _compare_encoding(recipe, vocabulary, documents, None, reader, reference, sizes)
     return {
         "bpe_ratio": taken.ratio,
         "text_tokens_per_second": tokens / taken.ours,
@@ -223,15 +226,14 @@ def _encoding(
     }
 
 
-@dataclass(frozen=True)
-class _Listed:
+class _Listed(SourceConfig):
     """Documents in memory as a source."""
 
-    all: Sequence[Document]
-    name: str = "listed"
+    name: SourceName = "listed"
+    rows: tuple[Any, ...] = Field(exclude=True)
 
     def documents(self) -> Iterator[Document]:
-        return iter(self.all)
+        return iter(self.rows)
 
 
 def documents_of(recipe: Recipe) -> Iterator[Document]:
@@ -273,28 +275,23 @@ def _compare_encoding(
     vocabulary: Vocabulary,
     documents: Sequence[Document],
     encode_images: EncodeImages | None,
-    reader: ImageReader | None,
+    reader: ImageReader,
     reference: Job,
     sizes: Sizes,
 ) -> _Compared:
     """Time the encoding of documents to shards and a reference in interleaved rounds."""
     encode_text = partial(encode_texts, load_text_tokenizer(Tokenizers(recipe.data.path).text))
-    source, held_out = _Listed(documents), recipe.data.held_out
-    in_thread = local_device().type != "cpu"
+    source, in_thread = _Listed(rows=tuple(documents)), local_device().type != "cpu"
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "shards"
+        encoding = SourceEncoding(source, vocabulary, recipe.data.held_out, folder)
 
         def ours() -> None:
-            encode_source(
-                source,
-                encode_text,
-                encode_images,
-                vocabulary,
-                held_out,
-                folder,
-                reader=reader,
-                codec_in_thread=in_thread,
-            )
+            shards = encoding.begin()
+            with Encoder(encode_text, encode_images, vocabulary, in_thread) as encoder:
+                records = encoding.encode_part(0, SourcePart(), encoder, reader)
+            encoding.add(shards, 0, records)
+            encoding.finish(shards)
 
         timed = [partial(seconds, job, sizes.cpu_time) for job in (ours, reference)]
         rounds = interleaved(timed, sizes.repeats + 1, lambda done: shutil.rmtree(folder))

@@ -1,6 +1,6 @@
 """What every source yields: documents, each an ordered list of text and images.
 
-A source is a configuration (a `SourceConfig` with a `kind`) with a method `documents()`. Images
+A source is its configuration, a `SourceConfig`, with a method `documents()`. Images
 are read when they are needed, so that a source of millions of documents takes no memory.
 """
 
@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
@@ -164,8 +164,12 @@ class SourceConfig(Config):
     held_out: float | None = Field(default=None, ge=0, lt=1)
     clean: CleaningConfig = CleaningConfig()
 
-    def documents(self) -> "Iterator[Document | Rejected]":
-        """See `Source.documents`."""
+    def documents(self) -> Iterator[Document | Rejected]:
+        """Yield every document in a fixed order, those that cannot be used as `Rejected`.
+
+        Raises:
+            UserError: the source as a whole cannot be read.
+        """
         raise NotImplementedError
 
     def parts(self, part_bytes: int) -> list[SourcePart]:
@@ -175,7 +179,7 @@ class SourceConfig(Config):
         """
         return [SourcePart()]
 
-    def read_part(self, part: SourcePart) -> "Iterator[Document | Rejected]":
+    def read_part(self, part: SourcePart) -> Iterator[Document | Rejected]:
         """Yield the documents of one of the `parts`."""
         return self.documents()
 
@@ -184,55 +188,20 @@ class SourceConfig(Config):
         return ""
 
 
-class Source(Protocol):
-    """Anything that yields documents in a fixed order."""
-
-    @property
-    def name(self) -> str:
-        """Name of the source's shards and of the source in messages."""
-        ...
-
-    def documents(self) -> Iterator[Document | Rejected]:
-        """Yield every document in a fixed order, those that cannot be used as `Rejected`.
-
-        Raises:
-            UserError: the source as a whole cannot be read.
-        """
-        ...
-
-
-def cleaning_of(source: Source) -> CleaningConfig:
-    """Return how a source is cleaned."""
-    return source.clean if isinstance(source, SourceConfig) else CleaningConfig()
-
-
-def parts_of(source: Source, part_bytes: int) -> list[SourcePart]:
-    """Return the parts of a source, see `SourceConfig.parts`; any other source is one."""
-    return source.parts(part_bytes) if isinstance(source, SourceConfig) else [SourcePart()]
-
-
-def read_part(source: Source, part: SourcePart) -> Iterator[Document | Rejected]:
-    """Yield the documents of one of the `parts_of` a source."""
-    return source.read_part(part) if isinstance(source, SourceConfig) else source.documents()
-
-
-def source_fingerprint(source: Source, held_out: float, cleaning: str = "") -> str:
+def source_fingerprint(source: SourceConfig, held_out: float, cleaning: str = "") -> str:
     """Return a value that changes with a source, its files, and its `held_out_share`.
 
     `cleaning` is a fingerprint of what `clean` changes.
     """
     # The sampling weight does not change the documents.
-    exclude = {"weight", "clean"}
-    config = source.model_dump_json(exclude=exclude) if isinstance(source, Config) else ""
-    files = source.fingerprint() if isinstance(source, SourceConfig) else ""
-    parts = (source.name, config, files, str(held_out), *filter(None, [cleaning]))
+    config = source.model_dump_json(exclude={"weight", "clean"})
+    parts = (source.name, config, source.fingerprint(), str(held_out), *filter(None, [cleaning]))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def held_out_share(source: Source | SourceConfig, default: float) -> float:
+def held_out_share(source: SourceConfig, default: float) -> float:
     """Return the fraction of a source's documents that is held out: its own, or the default."""
-    own = source.held_out if isinstance(source, SourceConfig) else None
-    return default if own is None else own
+    return default if source.held_out is None else source.held_out
 
 
 def is_held_out(document: Document, share: float) -> bool:

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from moma.data.cleaning.filters import filters_fingerprint
 from moma.data.config import DataConfig
-from moma.data.documents import Source, cleaning_of, held_out_share, source_fingerprint
+from moma.data.documents import SourceConfig, held_out_share, source_fingerprint
 from moma.data.outputs import (
     DATA_ENTRIES,
     DATA_KIND,
@@ -191,12 +191,12 @@ class DataFolder:
             return []
         return [source.name for source in self.data.sources if self._record(source) is None]
 
-    def known_documents(self, source: Source) -> int | None:
+    def known_documents(self, source: SourceConfig) -> int | None:
         """Return how many documents a source has, rejected ones included, if that is known."""
         record = self._record(source)
         return None if record is None else record.documents
 
-    def _record(self, source: Source) -> SourceRecord | None:
+    def _record(self, source: SourceConfig) -> SourceRecord | None:
         record = self._provenance.sources.get(source.name)
         same = record is not None and record.fingerprint == self._fingerprint(source)
         return record if same else None
@@ -228,11 +228,11 @@ class DataFolder:
         if Encoders(**kept) != self._provenance.encoders:
             self._update(encoders=Encoders(**kept))
 
-    def _fingerprint(self, source: Source) -> str:
+    def _fingerprint(self, source: SourceConfig) -> str:
         # Computed once: it may look at every file of the source.
         if source.name not in self._fingerprints:
             held_out = held_out_share(source, self.data.held_out)
-            filters = filters_fingerprint(cleaning_of(source))
+            filters = filters_fingerprint(source.clean)
             self._fingerprints[source.name] = source_fingerprint(source, held_out, filters)
         return self._fingerprints[source.name]
 

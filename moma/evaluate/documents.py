@@ -18,10 +18,8 @@ from moma.data.config import DataConfig
 from moma.data.documents import (
     Document,
     Rejected,
-    Source,
+    SourceConfig,
     held_out_share,
-    parts_of,
-    read_part,
     which_held_out,
 )
 from moma.data.outputs import CLEANING_FOLDER
@@ -102,11 +100,11 @@ def raw_documents(data: DataConfig, path: Path | None) -> list[tuple[str, Docume
 
 
 def _rows(
-    source: Source, cleaning: Cleaning | None, part_bytes: int
+    source: SourceConfig, cleaning: Cleaning | None, part_bytes: int
 ) -> Iterator[Document | Rejected]:
     """The documents of a source, as `moma prepare` cleans them."""
-    for number, part in enumerate(parts_of(source, part_bytes)):
-        rows = read_part(source, part)
+    for number, part in enumerate(source.parts(part_bytes)):
+        rows = source.read_part(part)
         yield from rows if cleaning is None else cleaning.rows(rows, number)
 
 

@@ -8,35 +8,29 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from moma.data.documents import Document
-from moma.data.encode.source import Limits, encode_source
 from moma.data.mapped_files import OpenFiles
 from moma.data.shards import open_shards
 from moma.errors import UserError
-from tests.factories import make_vocabulary
+from tests.data.encode.encoding import encode_source
+from tests.factories import ListSource, make_vocabulary
 
 VOCABULARY = make_vocabulary(300)
 FILES = 30
 
 
-class Words:
-    name = "words"
-
-    def documents(self):
-        for number in range(FILES):
-            yield Document(f"doc {number}", (f"{number}",))
+WORDS = ListSource(*map(str, range(FILES)), name="words")
 
 
 def make(folder):
     """Encode documents into a file each."""
     encode_source(
-        Words(),
+        WORDS,
         lambda texts: [[100 + int(text)] * (int(text) + 1) for text in texts],
         None,
         VOCABULARY,
         0,
         folder,
-        limits=Limits(shard_tokens=1),
+        shard_tokens=1,
     )
     return folder
 

@@ -7,22 +7,19 @@ import pyarrow as pa
 import pytest
 
 from moma.data.documents import Document
-from moma.data.encode.source import encode_source
 from moma.data.provenance import Encoders
 from moma.data.shards import open_shards
 from moma.errors import UserError
-from tests.factories import make_vocabulary
+from tests.data.encode.encoding import encode_source
+from tests.factories import ListSource, make_vocabulary
 
 VOCABULARY = make_vocabulary(300)
 ENCODERS = Encoders(tokenizer="t1", codec="c1")
 
 
-class Words:
-    name = "words"
-
-    def documents(self):
-        for number in range(20):
-            yield Document(f"doc {number}", (f"{number}",), held_out=number % 5 == 4)
+WORDS = ListSource(
+    *(Document(f"doc {n}", (str(n),), held_out=n % 5 == 4) for n in range(20)), name="words"
+)
 
 
 @pytest.fixture
@@ -34,7 +31,7 @@ def make(folder, vocabulary=VOCABULARY, encoders=ENCODERS):
     def encode(texts):
         return [[100 + int(text)] for text in texts]
 
-    encode_source(Words(), encode, None, vocabulary, 0, folder, encoders=encoders)
+    encode_source(WORDS, encode, None, vocabulary, 0, folder, encoders=encoders)
     return folder
 
 

@@ -23,11 +23,8 @@ from moma.data.cleaning.duplicates import find_duplicates
 from moma.data.cleaning.filters import filters_fingerprint, package_version
 from moma.data.cleaning.signatures import Signatures, open_signatures, write_signatures
 from moma.data.documents import (
-    Source,
+    SourceConfig,
     SourcePart,
-    cleaning_of,
-    parts_of,
-    read_part,
     source_fingerprint,
 )
 from moma.data.encode.executors import MIN_POOL_BYTES, spare_cores
@@ -45,7 +42,7 @@ _ORIGIN_FILE = "origin.txt"
 class _Task(NamedTuple):
     """The signatures of a part: its source and number, and where they are written."""
 
-    source: Source
+    source: SourceConfig
     part: SourcePart
     config: CleaningConfig
     folder: Path
@@ -66,7 +63,7 @@ class _Pass(NamedTuple):
 
 
 def provide_cleaning(
-    sources: Sequence[Source],
+    sources: Sequence[SourceConfig],
     folder: Path,
     part_bytes: int = PART_BYTES,
     quiet: bool = True,
@@ -82,7 +79,7 @@ def provide_cleaning(
     Raises:
         UserError: a filter cannot be used, or a source cannot be read.
     """
-    configs = {source.name: cleaning_of(source) for source in sources}
+    configs = {source.name: source.clean for source in sources}
     filters = {name: filters_fingerprint(config) for name, config in configs.items()}
     found = {name: Cleaning(config, filters[name]) for name, config in configs.items()}
     plans = {
@@ -106,7 +103,7 @@ def provide_cleaning(
 
 
 def _plan(
-    source: Source, part_bytes: int, config: CleaningConfig, filters: str, folder: Path
+    source: SourceConfig, part_bytes: int, config: CleaningConfig, filters: str, folder: Path
 ) -> list[_Task]:
     """Return where the signatures of each part of a source belong."""
     near = config.near_duplicate_ngram if config.near_duplicate_texts else None
@@ -125,7 +122,7 @@ def _plan(
     own = folder / "signatures" / source.name / fingerprint
     plan = read_config(Plan, own / PLAN_FILE)
     if plan is None:  # to cut a source may take long: large files are read
-        plan = Plan(part_bytes=part_bytes, parts=tuple(parts_of(source, part_bytes)))
+        plan = Plan(part_bytes=part_bytes, parts=tuple(source.parts(part_bytes)))
         own.mkdir(parents=True, exist_ok=True)
         atomic_write(own / PLAN_FILE, plan.model_dump_json() + "\n")
     return [
@@ -160,7 +157,7 @@ def _write(
     task: _Task, report: Callable[[int], None] = lambda documents: None, before: int = 0
 ) -> int:
     """Write the signatures of a part; return the number of documents, with those before."""
-    rows = read_part(task.source, task.part)
+    rows = task.source.read_part(task.part)
     return before + write_signatures(
         rows, task.config, task.folder, lambda documents: report(before + documents)
     )

@@ -24,13 +24,10 @@ from moma.data.documents import (
     DroppedImageError,
     ImageRef,
     Rejected,
-    Source,
+    SourceConfig,
     SourcePart,
-    cleaning_of,
     held_out_share,
     is_held_out,
-    parts_of,
-    read_part,
 )
 from moma.data.encode.chunks import CHUNK_DOCUMENTS, reject_unencodable
 from moma.data.encode.rejected import all_held_out, no_documents, too_many_rejected
@@ -67,7 +64,7 @@ class Corpus:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[SourceConfig],
         held_out: float,
         max_documents: int,
         max_rejected: float = 1.0,
@@ -148,7 +145,7 @@ class Corpus:
     def _select(self, held_out: bool) -> Iterator[Document]:
         for source in self._sources:
             share = held_out_share(source, self._held_out)
-            apply = make_filter(cleaning_of(source))
+            apply = make_filter(source.clean)
             left = self._max_documents
             numbers = self._drawn_parts(source)
             for position, number in enumerate(numbers):
@@ -169,24 +166,24 @@ class Corpus:
                 self.totals[source.name] = self._all_read[source.name]
             self._check_rejected(source.name)
 
-    def _drawn_parts(self, source: Source) -> list[int]:
+    def _drawn_parts(self, source: SourceConfig) -> list[int]:
         """Return numbers of parts, in the order in which they are used."""
         if source.name not in self._parts:
-            self._parts[source.name] = parts_of(source, self._part_bytes)
+            self._parts[source.name] = source.parts(self._part_bytes)
         count = len(self._parts[source.name])
         if count <= MAX_PARTS:
             return [*range(count)]
         return [int(number) for number in self._random(source.name).permutation(count)]
 
     def _draw(
-        self, source: Source, number: int, share: float, held_out: bool, quota: int
+        self, source: SourceConfig, number: int, share: float, held_out: bool, quota: int
     ) -> Iterator[Document]:
         """Yield at most `quota` documents of a split of a part, in its order."""
         if getattr(source, "streaming", False):  # reading twice would download twice
             limit, drawn = None, np.ones(quota, bool)
         else:
             limit = OVERSAMPLING * quota
-            rows = islice(read_part(source, self._parts[source.name][number]), limit)
+            rows = islice(source.read_part(self._parts[source.name][number]), limit)
             documents = (row for row in rows if isinstance(row, Document))
             count = sum(is_held_out(document, share) == held_out for document in documents)
             drawn = np.zeros(count, bool)
@@ -206,10 +203,10 @@ class Corpus:
         digest = hashlib.sha256(repr((self._seed, *of)).encode()).digest()
         return np.random.default_rng(int.from_bytes(digest[:8]))
 
-    def _usable(self, source: Source, number: int, limit: int | None) -> Iterator[Document]:
+    def _usable(self, source: SourceConfig, number: int, limit: int | None) -> Iterator[Document]:
         """Yield the documents among the first rows of a part that can be encoded."""
         name, part, position = source.name, (source.name, number), 0
-        rows = islice(read_part(source, self._parts[name][number]), limit)
+        rows = islice(source.read_part(self._parts[name][number]), limit)
         for position, row in enumerate(map(reject_unencodable, rows), 1):
             if position > self._read[part]:  # not read before
                 self._read[part] = position

@@ -10,10 +10,8 @@ from moma.data.config import PrepareConfig
 from moma.data.documents import (
     Document,
     ImageRef,
-    Source,
+    SourceConfig,
     SourcePart,
-    parts_of,
-    read_part,
 )
 from moma.data.encode.tokens import BATCH_IMAGES
 from moma.data.encode.worker import encode_images
@@ -110,12 +108,12 @@ class _Sample(NamedTuple):
     documents: list[Document]
 
 
-def _sample(source: Source, parts: list[SourcePart]) -> _Sample:
+def _sample(source: SourceConfig, parts: list[SourcePart]) -> _Sample:
     step = max(1, len(parts) // SAMPLED_PARTS)
     chosen = parts[step // 2 :: step][:SAMPLED_PARTS]
     begin, count, documents = time.monotonic(), 0, list[Document]()
     for part in chosen:
-        for number, row in enumerate(islice(read_part(source, part), MAX_ROWS + 1)):
+        for number, row in enumerate(islice(source.read_part(part), MAX_ROWS + 1)):
             count += 1
             if number == MAX_ROWS:
                 seconds = (time.monotonic() - begin) / count
@@ -127,15 +125,15 @@ def _sample(source: Source, parts: list[SourcePart]) -> _Sample:
 
 
 def _estimate_source(
-    source: Source,
+    source: SourceConfig,
     config: PrepareConfig,
     encoders: _Encoders,
     processes: int,
     price: float | None,
 ) -> dict[str, Any]:
-    parts = parts_of(source, config.data.part_bytes)
+    parts = source.parts(config.data.part_bytes)
     size = sum(part.size for part in parts)
-    sample = _sample(source, parts_of(source, min(SAMPLE_BYTES, config.data.part_bytes)))
+    sample = _sample(source, source.parts(min(SAMPLE_BYTES, config.data.part_bytes)))
     segments = [segment for document in sample.documents for segment in document.segments]
     texts = [segment for segment in segments if isinstance(segment, str)]
     images = [segment for segment in segments if isinstance(segment, ImageRef)]

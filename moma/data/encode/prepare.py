@@ -18,7 +18,7 @@ from moma.data.batches.iterator import Batches
 from moma.data.cleaning.clean import Cleaning
 from moma.data.cleaning.passes import provide_cleaning
 from moma.data.config import PrepareConfig
-from moma.data.documents import Source, held_out_share
+from moma.data.documents import SourceConfig, held_out_share
 from moma.data.encode.executors import (
     MIN_POOL_BYTES,
     Executor,
@@ -38,7 +38,7 @@ from moma.data.encode.shares import (
     require_address,
     warn_of_other_parts,
 )
-from moma.data.encode.source import Limits, SourceEncoding
+from moma.data.encode.source import SourceEncoding
 from moma.data.encode.tokenizers import provide_tokenizers
 from moma.data.encode.upload import Remote
 from moma.data.encode.worker import Encoded, Job, Task
@@ -257,7 +257,6 @@ def _warn_of_other_parts(folder: DataFolder, shards: Iterable[PartialShards]) ->
 def make_job(folder: DataFolder, cleaning: Mapping[str, Cleaning], vocabulary: Vocabulary) -> Job:
     """Return how the sources of a data folder are encoded with its tokenizers."""
     data, encoders = folder.data, folder.record_encoders()
-    limits = Limits(data.shard_tokens, data.max_rejected)
     sources = {
         source.name: SourceEncoding(
             source,
@@ -265,7 +264,8 @@ def make_job(folder: DataFolder, cleaning: Mapping[str, Cleaning], vocabulary: V
             held_out_share(source, data.held_out),
             data.folder(source.name),
             encoders,
-            limits,
+            data.shard_tokens,
+            data.max_rejected,
             data.part_bytes,
             cleaning[source.name],
             _remote(folder),
@@ -329,7 +329,7 @@ def _executor(job: Job, tasks: Sequence[Task], options: Options) -> Executor:
     return LocalPool(job, processes, devices, shares_codec=options.device.type != "cpu")
 
 
-def count_documents(source: Source, folder: DataFolder) -> int | None:
+def count_documents(source: SourceConfig, folder: DataFolder) -> int | None:
     """Return how many documents a source has, rejected ones included, for a progress bar.
 
     Counting reads no image. None if it takes long, for a stream, which would be downloaded twice,

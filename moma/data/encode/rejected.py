@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
-from moma.data.documents import Rejected, Source
+from moma.data.documents import Rejected, SourceConfig
 from moma.errors import UserError
 
 # Rejected documents whose reasons are compared.
@@ -67,7 +67,7 @@ def all_held_out(documents: int) -> UserError:
     )
 
 
-def no_documents(source: Source, dropped: Mapping[str, int] | None = None) -> UserError:
+def no_documents(source: SourceConfig, dropped: Mapping[str, int] | None = None) -> UserError:
     """Return the error about a source of which no document is left.
 
     `dropped` counts those that `clean` drops, by key.

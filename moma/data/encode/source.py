@@ -12,15 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from moma.data.cleaning.clean import Cleaning
 from moma.data.cleaning.config import CleaningConfig
 from moma.data.documents import (
-    Source,
+    SourceConfig,
     SourcePart,
-    parts_of,
-    read_part,
     source_fingerprint,
     which_held_out,
 )
@@ -33,7 +30,7 @@ from moma.data.encode.parts import (
 )
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.rejected import no_documents, too_many_rejected
-from moma.data.encode.tokens import EncodedChunk, EncodeImages, Encoder, EncodeText, SplitText
+from moma.data.encode.tokens import EncodedChunk, Encoder
 from moma.data.encode.upload import Remote, SourceUpload
 from moma.data.provenance import Encoders
 from moma.data.remote.reading import LINK_FILE, read_link
@@ -46,25 +43,6 @@ FILE_DOCUMENTS = 1_000_000
 # With fewer documents, the fraction of rejected ones is checked at the end of the source only.
 MIN_DOCUMENTS_TO_CHECK = 100
 
-Progress = Callable[[Part], None]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of what is written.
-
-    Attributes:
-        shard_tokens: tokens after which a part, and with it a file of each split, ends.
-        max_rejected: maximum fraction of a source's documents that may be rejected.
-    """
-
-    shard_tokens: int = 2**25
-    max_rejected: float = 0.01
-
-    def exceeded(self, part: Part) -> bool:
-        """Return whether too many documents were rejected."""
-        return part.rejected > self.max_rejected * part.documents_read
-
 
 @dataclass(frozen=True)
 class SourceEncoding:
@@ -76,18 +54,20 @@ class SourceEncoding:
         held_out_share: fraction of the documents held out, unless the source itself decides.
         folder: the source's own folder; replaced if it was made from something else.
         encoders: fingerprints of tokenizer and codec: shards of others are replaced.
-        limits: limits of what is written.
+        shard_tokens: tokens after which the files of a part end and others begin.
+        max_rejected: maximum fraction of the documents that may be rejected.
         part_bytes: approximate size of a part of the source.
         cleaning: drops documents and images; nothing by default.
         remote: where the files are kept; by default in the folder.
     """
 
-    source: Source
+    source: SourceConfig
     vocabulary: Vocabulary
     held_out_share: float
     folder: Path
     encoders: Encoders = field(default_factory=Encoders)
-    limits: Limits = field(default_factory=Limits)
+    shard_tokens: int = 2**25
+    max_rejected: float = 0.01
     part_bytes: int = PART_BYTES
     cleaning: Cleaning = field(default_factory=lambda: Cleaning(CleaningConfig()))
     remote: Remote | None = None
@@ -132,31 +112,19 @@ class SourceEncoding:
             verify: as in `find_complete`.
             is_own: whether a part, by its number, is encoded here and not on another machine.
         """
-
-        def cut(part_bytes: int) -> list[SourcePart]:
-            return parts_of(self.source, part_bytes)
-
         shards = PartialShards(
-            self.folder, self.origin, self.part_bytes, cut, self._connect_and_link, is_own
+            self.folder,
+            self.origin,
+            self.part_bytes,
+            self.source.parts,
+            self._connect_and_link,
+            is_own,
         )
         if verify:
             shards.drop_damaged()
-        if self.limits.exceeded(shards.done):
+        if self._exceeds_limit(shards.done):
             shards.drop_rejected()  # they may have been fixed
         return shards
-
-    def encode_pending(
-        self, shards: PartialShards, encoder: Encoder, reader: ImageReader, progress: Progress
-    ) -> None:
-        """Encode, in this process and in order, the parts that are not encoded yet."""
-        for number in shards.pending:
-            before = shards.complete
-
-            def report(part: Part, before: Part = before) -> None:
-                progress(before + part)
-
-            records = self.encode_part(number, shards.plan[number], encoder, reader, report)
-            self.add(shards, number, records)
 
     def encode_part(
         self,
@@ -164,7 +132,7 @@ class SourceEncoding:
         part: SourcePart,
         encoder: Encoder,
         reader: ImageReader,
-        progress: Progress = lambda part: None,
+        progress: Callable[[Part], None] = lambda part: None,
     ) -> list[Part]:
         """Encode what is not on disk yet of a part; return the records of all of it.
 
@@ -183,11 +151,11 @@ class SourceEncoding:
         def begin() -> PartWriter:
             return PartWriter(folder, self.origin, number, len(records), done.stop, schema, upload)
 
-        rows = self.cleaning.rows(read_part(self.source, part), number)
+        rows = self.cleaning.rows(self.source.read_part(part), number)
         rest = islice(rows, done.documents_read, None)
         writer = begin()
         try:
-            for chunk in encoder.encode(rest, reader, self.limits.shard_tokens):
+            for chunk in encoder.encode(rest, reader, self.shard_tokens):
                 tables = _tables(chunk, self.vocabulary, self.held_out_share)
                 writer.add(tables, chunk.rejected, chunk.dropped_images)
                 so_far = done + writer.record
@@ -219,21 +187,24 @@ class SourceEncoding:
 
     def check_rejected(self, part: Part) -> None:
         """Raise `UserError` if too many documents were rejected."""
-        if self.limits.exceeded(part):
+        if self._exceeds_limit(part):
             raise too_many_rejected(
                 self.source.name,
                 part.rejected,
                 part.documents_read,
-                self.limits.max_rejected,
+                self.max_rejected,
                 read_rejected(self.folder),
                 f" ({REJECTED_FILE} in the data folder lists all)",
             )
+
+    def _exceeds_limit(self, part: Part) -> bool:
+        return part.rejected > self.max_rejected * part.documents_read
 
     def _connect_and_link(self, folder: Path) -> SourceUpload | None:
         if self.remote is None:
             (folder / LINK_FILE).unlink(missing_ok=True)
             return None
-        upload = self.remote.connect(folder, self.source.name, self.limits.shard_tokens)
+        upload = self.remote.connect(folder, self.source.name, self.shard_tokens)
         upload.link(folder)
         return upload
 
@@ -245,65 +216,8 @@ class SourceEncoding:
         return partial(upload.upload, folder)
 
     def _is_full(self, record: Part) -> bool:
-        full = record.total.tokens >= self.limits.shard_tokens
+        full = record.total.tokens >= self.shard_tokens
         return full or record.documents_read >= FILE_DOCUMENTS
-
-
-def encode_source(
-    source: Source,
-    encode_text: EncodeText,
-    encode_images: EncodeImages | None,
-    vocabulary: Vocabulary,
-    held_out_share: float,
-    folder: Path,
-    *,
-    cleaning: Cleaning | None = None,
-    encoders: Encoders | None = None,
-    limits: Limits | None = None,
-    reader: ImageReader | None = None,
-    codec_in_thread: bool = True,
-    split_text: SplitText = lambda text: [text],
-    part_bytes: int = PART_BYTES,
-    progress: Progress = lambda part: None,
-) -> ShardInfo:
-    """Encode, in this process, the documents of a source that are not encoded yet.
-
-    Args:
-        encode_text: texts → their token ids, none of them special or of an image; called in
-            threads.
-        encode_images: preprocessed images → codes, integers of shape [images, codes_per_image];
-            None without a codec.
-        held_out_share, folder, cleaning, encoders, limits, part_bytes: see `SourceEncoding`.
-        reader: reads the images; by default in this process, as RGB arrays.
-        split_text: cuts a long text into pieces whose ids are those of the text.
-        progress: called with what has been encoded so far, at the start and after each chunk.
-
-    Raises:
-        UserError: there are no documents, too many rejected ones, or images without a codec, or
-            the folder has files that moma did not write.
-    """
-    encoding = SourceEncoding(
-        source,
-        vocabulary,
-        held_out_share,
-        folder,
-        encoders or Encoders(),
-        limits or Limits(),
-        part_bytes,
-        cleaning or Cleaning(CleaningConfig()),
-    )
-    if (info := encoding.find_complete()) is not None:
-        return info
-    shards = encoding.begin()
-    reader = reader or ImageReader(to_rgb, workers=0)
-    with Encoder(encode_text, encode_images, vocabulary, codec_in_thread, split_text) as encoder:
-        encoding.encode_pending(shards, encoder, reader, progress)
-    return encoding.finish(shards)
-
-
-def to_rgb(image: Image.Image) -> np.ndarray:
-    """Return the pixels of an image of any size, uint8 of shape [H, W, 3]."""
-    return np.asarray(image.convert("RGB"))
 
 
 def _tables(

@@ -87,7 +87,16 @@ class Encoder:
         codec_in_thread: bool,
         split_text: SplitText = lambda text: [text],
     ) -> None:
-        """Start no thread yet; see `encode_source` for the arguments."""
+        """Start no thread yet.
+
+        Args:
+            encode_text: texts → their token ids, none of them special or of an image; called in
+                threads.
+            encode_images: preprocessed images → codes, integers of shape [images,
+                codes_per_image]; None without a codec.
+            codec_in_thread: whether `encode_images` is called in a thread of its own.
+            split_text: cuts a long text into pieces whose ids are those of the text.
+        """
         self._encode_text, self._encode_images = encode_text, encode_images
         self._split_text, self._stopped = split_text, Event()
         self._vocabulary = v = vocabulary

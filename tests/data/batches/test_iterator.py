@@ -16,10 +16,10 @@ from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.data.batches.packing import NO_LABEL, Batch, Packer
 from moma.data.config import DataConfig
 from moma.data.documents import Document
-from moma.data.encode.source import encode_source
 from moma.errors import UserError
 from moma.recipe import check
-from tests.factories import make_vocabulary, solid_image
+from tests.data.encode.encoding import encode_source
+from tests.factories import ListSource, make_vocabulary, solid_image
 
 VOCABULARY = make_vocabulary(5000)
 ARRAYS = ("tokens_BS", "labels_BS", "document_ids_BS", "positions_BS")
@@ -50,7 +50,7 @@ SOURCES = {
 
 def encode(source, folder):
     encode_source(
-        source,
+        ListSource(*source.documents(), name=source.name),
         lambda texts: [[int(word) for word in text.split()] for text in texts],
         lambda images: np.zeros((len(images), 4), dtype=int),
         VOCABULARY,

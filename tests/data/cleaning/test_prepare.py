@@ -9,7 +9,7 @@ from PIL import Image
 from moma.data.cleaning import passes, signatures
 from moma.data.cleaning.passes import provide_cleaning
 from moma.data.config import PrepareConfig
-from moma.data.documents import DroppedImageError, Rejected, parts_of, read_part
+from moma.data.documents import DroppedImageError, Rejected
 from moma.data.encode.prepare import prepare
 from moma.data.inspect import inspect
 from moma.data.shards import open_sources
@@ -182,8 +182,8 @@ def test_neither_parts_nor_processes_change_what_is_dropped(folder, tmp_path, pr
         found[name] = {
             source.name: [
                 drops(row)
-                for number, part in enumerate(parts_of(source, part_bytes))
-                for row in cleaning[source.name].rows(read_part(source, part), number)
+                for number, part in enumerate(source.parts(part_bytes))
+                for row in cleaning[source.name].rows(source.read_part(part), number)
             ]
             for source in sources
         }
@@ -194,7 +194,8 @@ def test_neither_parts_nor_processes_change_what_is_dropped(folder, tmp_path, pr
 def test_a_source_is_cut_once_for_its_signatures(folder, tmp_path, monkeypatch):
     sources = recipe_of(folder, tmp_path, **ALL).data.sources
     first = provide_cleaning(sources, tmp_path / "cleaning", 50)
-    monkeypatch.setattr(passes, "parts_of", interrupted)
+    for source in sources:
+        monkeypatch.setattr(type(source), "parts", interrupted)
     again = provide_cleaning(sources, tmp_path / "cleaning", 50)
     assert again == first
     with pytest.raises(KeyboardInterrupt):

@@ -3,26 +3,24 @@
 import json
 import threading
 from functools import partial
-from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from moma.data.documents import Document, ImageRef
-from moma.data.encode.source import encode_source
+from moma.data.documents import Document, ImageRef, SourceConfig
+from moma.data.encode.read_ahead import ImageReader
+from moma.data.encode.source import SourceEncoding
+from moma.data.encode.tokens import Encoder
 from moma.errors import UserError
-from moma.recipe import Config
 from tests.factories import make_vocabulary
 
 VOCABULARY = make_vocabulary(300)
 
 
-class Numbers(Config):
+class Numbers(SourceConfig):
     """Documents `n0`, `n1`, …; every third has an image, one of two."""
 
-    kind: Literal["numbers"] = "numbers"
     name: str = "numbers"
-    weight: float = 1.0
     count: int = 20
 
     def documents(self):
@@ -30,19 +28,6 @@ class Numbers(Config):
             image = ImageRef(f"p{number}", partial(Image.new, "L", (2, 2), number % 2 * 9))
             segments = (f"n{number}", image, "!") if number % 3 == 0 else (f"n{number}",)
             yield Document(f"doc {number}", segments, held_out=number % 5 == 4)
-
-
-class Given:
-    """A source of given rows; a string becomes a document of that text."""
-
-    name = "given"
-
-    def __init__(self, *rows):
-        self.rows = rows
-
-    def documents(self):
-        for number, row in enumerate(self.rows):
-            yield Document(f"doc {number}", (row,)) if isinstance(row, str) else row
 
 
 def encode_text(texts):
@@ -64,6 +49,49 @@ def unreadable(reason):
         raise UserError(reason)
 
     return ImageRef("broken", read)
+
+
+def encode_source(
+    source,
+    encode_text,
+    encode_images,
+    vocabulary,
+    held_out_share,
+    folder,
+    *,
+    reader=None,
+    codec_in_thread=True,
+    split_text=lambda text: [text],
+    progress=lambda part: None,
+    **options,
+):
+    """Encode the parts of a source that are not encoded yet, in this process and in order.
+
+    `reader` reads the images, by default in this process; `progress` is called with what has been
+    encoded so far; `options` are fields of `SourceEncoding`.
+    """
+    encoding = SourceEncoding(source, vocabulary, held_out_share, folder, **options)
+    if (info := encoding.find_complete()) is not None:
+        return info
+    shards = encoding.begin()
+    reader = reader or ImageReader(to_rgb, workers=0)
+    with Encoder(encode_text, encode_images, vocabulary, codec_in_thread, split_text) as encoder:
+        for number in shards.pending:
+            report = partial(_report, progress, shards.complete)
+            part = shards.plan[number]
+            encoding.add(
+                shards, number, encoding.encode_part(number, part, encoder, reader, report)
+            )
+    return encoding.finish(shards)
+
+
+def _report(progress, before, part):
+    progress(before + part)
+
+
+def to_rgb(image):
+    """Return the pixels of an image of any size, uint8 of shape [H, W, 3]."""
+    return np.asarray(image.convert("RGB"))
 
 
 def run(folder, source=None, codec=None, share=0.02, **options):

@@ -11,10 +11,10 @@ import pytest
 
 from moma.data.documents import Document, Rejected, SourcePart
 from moma.data.encode import chunks, part_writer, parts
-from moma.data.encode.source import Limits, encode_source
 from moma.data.shards import Part, ShardInfo, open_shards
 from moma.data.sources.parts import PART_BYTES
-from tests.factories import make_vocabulary
+from tests.data.encode.encoding import encode_source
+from tests.factories import ListSource, make_vocabulary
 
 VOCABULARY = make_vocabulary(300)
 
@@ -23,22 +23,17 @@ class Killed(BaseException):
     """Simulates a kill: no `except Exception` stops it."""
 
 
-class Rows:
-    """Twenty rows, of which every seventh is rejected."""
-
-    def __init__(self, name="rows"):
-        self.name = name
-
-    def documents(self):
-        for number in range(20):
-            if number % 7 == 3:
-                yield Rejected(f"row {number}", "bad")
-            else:
-                yield Document(f"doc {number}", (str(number),), held_out=number % 5 == 4)
+# Every seventh is rejected.
+ROWS = [
+    Rejected(f"row {n}", "bad")
+    if n % 7 == 3
+    else Document(f"doc {n}", (str(n),), held_out=n % 5 == 4)
+    for n in range(20)
+]
 
 
 class Texts:
-    """Encodes the texts of `Rows` and records them."""
+    """Encodes the texts of `ROWS` and records them."""
 
     def __init__(self):
         self.seen = []
@@ -49,8 +44,8 @@ class Texts:
 
 
 def run(folder, texts=None, name="rows"):
-    limits = Limits(shard_tokens=20, max_rejected=1)
-    return encode_source(Rows(name), texts or Texts(), None, VOCABULARY, 0, folder, limits=limits)
+    source, limits = ListSource(*ROWS, name=name), {"shard_tokens": 20, "max_rejected": 1}
+    return encode_source(source, texts or Texts(), None, VOCABULARY, 0, folder, **limits)
 
 
 def contents(folder):

@@ -7,25 +7,25 @@ from PIL import Image
 
 from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.encode import chunks
-from moma.data.encode.source import Limits, encode_source
 from moma.data.shards import Counts, open_shards
 from moma.errors import UserError
 from tests.data.encode.encoding import (
     VOCABULARY,
-    Given,
     Numbers,
+    encode_source,
     encode_text,
     rejected_in,
     run,
     unreadable,
 )
+from tests.factories import ListSource
 
 
 def test_rows_that_cannot_be_documents_are_rejected_and_change_no_others(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "MAX_CHARACTERS", 5)
     monkeypatch.setattr(chunks, "MAX_IMAGES", 2)
     red = ImageRef("red", partial(Image.new, "RGB", (2, 2), (7, 0, 0)))
-    source = Given(
+    source = ListSource(
         "a",
         Rejected("list, row 2", "no caption"),
         Document("doc 2", ("b", red, unreadable("cannot read 3.png"), "c"), row="list, row 3"),
@@ -39,7 +39,7 @@ def test_rows_that_cannot_be_documents_are_rejected_and_change_no_others(tmp_pat
         Document("bad \ud800", ("f",), row="list, row 11"),
         Document("x" * 20_000, ("f",)),
     )
-    info = run(tmp_path / "shard", source, limits=Limits(max_rejected=1))
+    info = run(tmp_path / "shard", source, max_rejected=1)
     train = open_shards(tmp_path / "shard", VOCABULARY).splits["train"]
     assert train.dataset["name"][:] == ["doc 0", "doc 3", "doc 9"]
     assert train.ids(1).tolist() == [0, 3, 5 + 7, 6, 7, 8, 4, *encode_text(["d"])[0], 1]
@@ -62,7 +62,7 @@ def test_rows_that_cannot_be_documents_are_rejected_and_change_no_others(tmp_pat
             "its name has 20000 characters, at most 10000; shorten it",
         ),
     ]
-    assert {line["source"] for line in rejected_in(tmp_path / "shard")} == {"given"}
+    assert {line["source"] for line in rejected_in(tmp_path / "shard")} == {"listed"}
 
 
 def rows_with(bad, count):
@@ -82,13 +82,14 @@ def rows_with(bad, count):
 )
 def test_too_many_rejected_rows_stop_the_run(tmp_path, monkeypatch, bad, count, share, stops_at):
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 10)
-    source = Given(*rows_with(bad, count))
+    source = ListSource(*rows_with(bad, count))
     seen = []
     call = partial(
         run,
         tmp_path / "shard",
         source,
-        limits=Limits(shard_tokens=50, max_rejected=share),
+        shard_tokens=50,
+        max_rejected=share,
         progress=lambda info: seen.append(info.documents_read),
     )
     if stops_at is None:
@@ -96,7 +97,7 @@ def test_too_many_rejected_rows_stop_the_run(tmp_path, monkeypatch, bad, count, 
         return
     first = min(bad)
     with pytest.raises(
-        UserError, match=rf"'given': \d+ of {stops_at} documents.*: row {first} is bad"
+        UserError, match=rf"'listed': \d+ of {stops_at} documents.*: row {first} is bad"
     ):
         call()
     assert seen[-1] == stops_at
@@ -106,22 +107,23 @@ def test_too_many_rejected_rows_stop_the_run(tmp_path, monkeypatch, bad, count, 
 def test_a_higher_limit_resumes_and_fixed_rows_are_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 10)
     rows = rows_with(range(100, 110), 200)
-    limits = Limits(shard_tokens=50, max_rejected=0.01)
+    limits = {"shard_tokens": 50, "max_rejected": 0.01}
     for folder in ("allowed", "fixed"):
         with pytest.raises(UserError, match="10 of 110 documents"):
-            run(tmp_path / folder, Given(*rows), limits=limits)
+            run(tmp_path / folder, ListSource(*rows), **limits)
     seen = []
     info = run(
         tmp_path / "allowed",
-        Given(*rows),
-        limits=Limits(shard_tokens=50, max_rejected=0.1),
+        ListSource(*rows),
+        shard_tokens=50,
+        max_rejected=0.1,
         progress=lambda info: seen.append(info.documents_read),
     )
     assert seen[0] == 100 and info.rejected == 10 and info.whole.total.documents == 190
     with pytest.raises(UserError, match=r"10 of 200 documents.*row 100 is bad"):
-        run(tmp_path / "allowed", Given(*rows), limits=limits)
+        run(tmp_path / "allowed", ListSource(*rows), **limits)
     # All rows are documents now, although the configuration is the same.
-    fixed = run(tmp_path / "fixed", Given(*["good"] * 200), limits=limits)
+    fixed = run(tmp_path / "fixed", ListSource(*["good"] * 200), **limits)
     assert fixed.rejected == 0 and fixed.whole.total.documents == 200
     assert rejected_in(tmp_path / "fixed") == []
 
@@ -129,8 +131,8 @@ def test_a_higher_limit_resumes_and_fixed_rows_are_read_again(tmp_path, monkeypa
 def test_rejected_rows_on_disk_are_read_again_after_a_stop(tmp_path):
     rows = rows_with({3}, 10)  # checked at the end, when their part is on disk
     with pytest.raises(UserError, match="1 of 10 documents"):
-        run(tmp_path / "shard", Given(*rows))
-    assert run(tmp_path / "shard", Given(*["good"] * 10)).whole.total.documents == 10
+        run(tmp_path / "shard", ListSource(*rows))
+    assert run(tmp_path / "shard", ListSource(*["good"] * 10)).whole.total.documents == 10
 
 
 def test_the_work_per_part_does_not_grow_with_earlier_parts(tmp_path, monkeypatch):
@@ -143,7 +145,7 @@ def test_the_work_per_part_does_not_grow_with_earlier_parts(tmp_path, monkeypatc
 
     monkeypatch.setattr(Counts, "__add__", counted)
     for count in (20, 40):
-        run(tmp_path / str(count), Numbers(count=count), limits=Limits(shard_tokens=1))
+        run(tmp_path / str(count), Numbers(count=count), shard_tokens=1)
         sums.append(0)
     assert sums[1] < 2.2 * sums[0]
 
@@ -152,7 +154,7 @@ def test_rejected_documents_take_bounded_space_in_messages_and_lists(tmp_path):
     """However long their names and reasons are."""
     rows = [Rejected("row " + "r" * 10**6, "é" * 10**6) for _ in range(20)]
     with pytest.raises(UserError) as caught:
-        run(tmp_path / "shard", Given(*rows))
+        run(tmp_path / "shard", ListSource(*rows))
     assert len(str(caught.value)) < 2000
     (written,) = (tmp_path / "shard.partial").glob("rejected-*.jsonl*")
     assert written.stat().st_size < 20 * 8000

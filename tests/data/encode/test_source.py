@@ -8,10 +8,9 @@ import datasets
 import pytest
 from PIL import Image
 
-from moma.data.documents import Document, ImageRef
+from moma.data.documents import Document, ImageRef, SourceConfig
 from moma.data.encode import chunks, tokens
 from moma.data.encode.read_ahead import ImageReader
-from moma.data.encode.source import Limits, encode_source
 from moma.data.provenance import Encoders
 from moma.data.shards import open_shards
 from moma.demo.drawings import render
@@ -20,12 +19,13 @@ from moma.images import square_pixels
 from tests.data.encode.encoding import (
     VOCABULARY,
     Codec,
-    Given,
     Numbers,
+    encode_source,
     encode_text,
     rejected_in,
     run,
 )
+from tests.factories import ListSource
 
 
 def test_a_document_is_text_and_wrapped_images_between_beginning_and_end(tmp_path):
@@ -58,7 +58,7 @@ def test_chunks_and_files_do_not_change_the_rows(tmp_path, monkeypatch, shard_to
     info = run(
         tmp_path / "shard",
         codec=codec,
-        limits=Limits(shard_tokens=shard_tokens),
+        shard_tokens=shard_tokens,
         progress=lambda info: seen.append(info.documents_read),
     )
     assert seen == [0, 3, 6, 9, 12, 15, 18, 20]
@@ -80,9 +80,9 @@ def test_chunks_and_files_do_not_change_the_rows(tmp_path, monkeypatch, shard_to
 
 
 def test_a_file_exceeds_its_size_by_at_most_one_document(tmp_path):
-    info = run(tmp_path / "shard", limits=Limits(shard_tokens=1))
+    info = run(tmp_path / "shard", shard_tokens=1)
     assert [part.stop for part in info.parts] == list(range(1, 21))
-    info = run(tmp_path / "larger", limits=Limits(shard_tokens=40))
+    info = run(tmp_path / "larger", shard_tokens=40)
     longest = 11
     for part in info.parts[:-1]:
         assert 40 <= sum(counts.tokens for counts in part.counts.values()) < 2 * 40 + longest
@@ -92,7 +92,7 @@ def test_a_file_exceeds_its_size_by_at_most_one_document(tmp_path):
 def test_ids_take_the_smallest_type(tmp_path, size, dtype):
     vocabulary = replace(VOCABULARY, size=size)
     last = lambda texts: [[size - 1] for _ in texts]  # noqa: E731
-    encode_source(Given("a"), last, None, vocabulary, 0, tmp_path / "shard")
+    encode_source(ListSource("a"), last, None, vocabulary, 0, tmp_path / "shard")
     ids = open_shards(tmp_path / "shard", vocabulary).splits["train"].ids(0)
     assert ids.dtype == dtype and ids.tolist() == [0, size - 1, 1]
 
@@ -155,10 +155,10 @@ def test_special_ids_from_the_tokenizer_are_a_defect(tmp_path):
 # Workers
 
 
-class Images:
+class Images(SourceConfig):
     """Documents of several images, some of them equal, some unreadable."""
 
-    name = "images"
+    name: str = "images"
 
     def documents(self):
         for number in range(60):
@@ -187,12 +187,12 @@ def test_the_codec_runs_in_its_own_thread_or_the_callers(tmp_path, codec_in_thre
 def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, "CHUNK_DOCUMENTS", 7)
     monkeypatch.setattr(tokens, "BATCH_IMAGES", 4)
-    limits = Limits(shard_tokens=200, max_rejected=1)
+    limits = {"shard_tokens": 200, "max_rejected": 1}
     calls = []
     for workers in (0, 1, 2):
         codec = Codec()
         with ImageReader(partial(square_pixels, size=3), workers, seconds=0) as reader:
-            run(tmp_path / str(workers), Images(), codec, limits=limits, reader=reader)
+            run(tmp_path / str(workers), Images(), codec, **limits, reader=reader)
         calls.append(codec.calls)
     assert calls[0] == calls[1] == calls[2]
     assert contents(tmp_path / "0") == contents(tmp_path / "1") == contents(tmp_path / "2")

@@ -14,19 +14,20 @@ from PIL import Image
 from moma.data.documents import Document, ImageRef
 from moma.data.encode import chunks
 from moma.data.encode.read_ahead import ImageReader
-from moma.data.encode.source import Limits, encode_source, to_rgb
 from moma.data.encode.tokens import Encoder
 from moma.data.shards import open_shards
 from moma.errors import UserError
 from tests.data.encode.encoding import (
     VOCABULARY,
     Codec,
-    Given,
     Numbers,
+    encode_source,
     encode_text,
     run,
+    to_rgb,
     unreadable,
 )
+from tests.factories import ListSource
 
 parts = st.sampled_from(["", "a", "schön", "long text of several", None, "unreadable"])
 
@@ -61,18 +62,18 @@ def test_pieces_of_a_text_become_one_document(tmp_path, monkeypatch):
     rows = [Document(str(n), (text,)) for n, text in enumerate(["abcdefg", "", "h", "ijklm"])]
     found = []
     for name, split in (("whole", lambda text: [text]), ("pieces", list)):
-        source = Given(*rows)
+        source = ListSource(*rows)
         encode_source(
             source,
             letters,
             None,
             VOCABULARY,
             0.0,
-            tmp_path / name / "given",
+            tmp_path / name / "listed",
             split_text=split,
-            limits=Limits(max_rejected=0.5),
+            max_rejected=0.5,
         )
-        dataset = open_shards(tmp_path / name / "given", VOCABULARY).splits["train"].dataset
+        dataset = open_shards(tmp_path / name / "listed", VOCABULARY).splits["train"].dataset
         found.append(dataset[:])
     assert found[0] == found[1] and len(found[0]["ids"]) == 3
 
@@ -102,12 +103,12 @@ def test_random_documents_equal_a_slow_reference(documents, chunk):
             expected.append({"ids": [*ids, 1], "images": count, "name": rows[-1].name})
     with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "CHUNK_DOCUMENTS", chunk)
-        call = partial(run, Path(folder) / "shard", Given(*rows), share=0)
+        call = partial(run, Path(folder) / "shard", ListSource(*rows), share=0)
         if not expected:
             with pytest.raises(UserError, match="there are no documents"):
-                call(limits=Limits(max_rejected=1))
+                call(max_rejected=1)
             return
-        info = call(limits=Limits(max_rejected=1))
+        info = call(max_rejected=1)
         train = open_shards(Path(folder) / "shard", VOCABULARY).splits["train"]
         assert list(train.dataset) == expected
         assert info.rejected == len(rows) - len(expected)

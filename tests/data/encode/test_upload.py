@@ -8,14 +8,14 @@ import pytest
 from moma.data.documents import Document, Rejected, SourceConfig, SourcePart
 from moma.data.encode.existing import fetch_begun
 from moma.data.encode.read_ahead import ImageReader
-from moma.data.encode.source import Limits, SourceEncoding, to_rgb
+from moma.data.encode.source import SourceEncoding
 from moma.data.encode.tokens import Encoder
 from moma.data.encode.upload import Remote
 from moma.data.remote.reading import read_link
 from moma.data.remote.storage import Storage
 from moma.data.shards import open_shards
 from moma.errors import UserError
-from tests.data.encode.encoding import VOCABULARY, encode_text, rejected_in
+from tests.data.encode.encoding import VOCABULARY, encode_text, rejected_in, to_rgb
 from tests.data.remote.test_training import memory
 
 ADDRESS = "memory://bucket/again"
@@ -44,7 +44,7 @@ class Machine:
 
     def __init__(self, path: Path, share: int, max_rejected: float) -> None:
         self.path, self.folder, self.share = path, path / "shards/rows", share
-        self.limits = Limits(shard_tokens=20, max_rejected=max_rejected)
+        self.max_rejected = max_rejected
 
     def is_own(self, number):
         return number % 2 == self.share
@@ -52,7 +52,13 @@ class Machine:
     def begin(self, address=ADDRESS):
         remote = Remote(address, 2**30, self.path) if address else None
         self.encoding = SourceEncoding(
-            Rows(), VOCABULARY, 0, self.folder, limits=self.limits, remote=remote
+            Rows(),
+            VOCABULARY,
+            0,
+            self.folder,
+            shard_tokens=20,
+            max_rejected=self.max_rejected,
+            remote=remote,
         )
         self.shards = self.encoding.begin(is_own=self.is_own)
 

@@ -7,13 +7,13 @@ import fsspec
 import numpy as np
 import pytest
 
-from moma.data.encode.source import Limits, encode_source
 from moma.data.remote import reading
 from moma.data.remote.manifest import object_name
 from moma.data.remote.reading import Link, RemoteFiles
 from moma.data.remote.storage import Storage
 from moma.errors import StorageError, UserError
-from tests.data.test_mapped_files import FILES, VOCABULARY, Words, expected_ids
+from tests.data.encode.encoding import encode_source
+from tests.data.test_mapped_files import FILES, VOCABULARY, WORDS, expected_ids
 
 ADDRESS = "memory://bucket/words"
 
@@ -23,8 +23,7 @@ def checksums(tmp_path_factory):
     """Size and checksum of each file at the address, by name."""
     folder = tmp_path_factory.mktemp("made") / "shards/words"
     encode = lambda texts: [[100 + int(text)] * (int(text) + 1) for text in texts]  # noqa: E731
-    limits = Limits(shard_tokens=1)
-    info = encode_source(Words(), encode, None, VOCABULARY, 0, folder, limits=limits)
+    info = encode_source(WORDS, encode, None, VOCABULARY, 0, folder, shard_tokens=1)
     found = {name: value for part in info.parts for name, value in part.checksums.items()}
     for name, value in found.items():
         content = (folder / name).read_bytes()
