@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -56,6 +56,14 @@ class World:
             distributed.all_reduce(values, group=self.mesh.get_group())
         return values
 
+    def sum_each(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Sum several tensors over all ranks in one reduction, in the dtype that holds them all."""
+        if not values:
+            return []
+        total = self.sum(torch.cat([each.flatten() for each in values]))
+        parts = total.split([each.numel() for each in values])
+        return [part.view_as(each) for part, each in zip(parts, values, strict=True)]
+
     def join(self, values: Tensor) -> Tensor:
         """Concatenate a tensor of all ranks, of equal shapes, along the first dimension.
 
@@ -71,12 +79,9 @@ class World:
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Sum the gradients of replicated parameters over all ranks."""
         gradients = [each.grad for each in parameters if each.grad is not None]
-        if self.mesh is None or not gradients:
-            return
-        flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        if self.mesh is not None:
+            for gradient, total in zip(gradients, self.sum_each(gradients), strict=True):
+                gradient.copy_(total)
 
     def barrier(self) -> None:
         """Wait until every rank calls this."""

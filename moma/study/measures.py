@@ -16,19 +16,18 @@ from torch import Tensor
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
-from moma.errors import UserError
+from moma.evaluate.perplexity import sum_losses
 from moma.model.routers import RouterRecord
 from moma.model.routing import ROUTINGS, BatchChoice, Noisy, Routing, Threshold
 from moma.model.transformer import Transformer, no_head
 from moma.runs import Run
+from moma.train.metrics import mean_losses
 from moma.train.recipe import Recipe
 from moma.train.restore import has_routing, load_run, require_training_data
 from moma.train.statistics import router_names
-from moma.train.step import DeviceBatch, next_token_loss, run_model, to_device
-from moma.train.validation import mean_losses
+from moma.train.step import DeviceBatch, run_model, to_device
 from moma.vocabulary import IMAGE, TEXT
 
-Losses = dict[str, float | None]
 # Of a run, on so many held-out micro-batches (0: all): figures by name, at any depth.
 Measure = Callable[[Run, int], dict[str, Any]]
 
@@ -80,23 +79,15 @@ def measure_routing(run: Run, batches: int = 0) -> dict[str, Any]:
 MEASURES: Mapping[str, Measure] = {"held_out": measure_held_out, "routing": measure_routing}
 
 
-@torch.no_grad()
-def losses(model: Transformer, recipe: Recipe, routing: Routing, batches: int) -> Losses:
+def losses(
+    model: Transformer, recipe: Recipe, routing: Routing, batches: int
+) -> dict[str, float | None]:
     """Mean held-out losses in nats per target, overall and by modality.
 
     Raises:
         UserError: there are no held-out documents.
     """
-    loss_function = next_token_loss(routing=routing)
-    total_2M: Tensor | float = 0.0
-    for batch in _held_out(model, recipe, batches):
-        output = loss_function(model, _on_device(model, batch))
-        total_2M += torch.stack((output.loss_M, output.targets_M)).double().cpu()
-    if not isinstance(total_2M, Tensor):
-        raise UserError(
-            f"{recipe.data.path}: no held-out documents; increase data.held_out and train anew"
-        )
-    return mean_losses(*total_2M)
+    return mean_losses(*sum_losses(model, recipe, routing, _held_out(model, recipe, batches)))
 
 
 def _routings(model: Transformer) -> dict[str, Routing]:

@@ -30,7 +30,8 @@ class HostCopy:
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         """Start the copy."""
-        flat, self._shapes = _flatten(tensors)
+        self._shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        flat = torch.cat([tensor.detach().flatten().float() for tensor in tensors.values()])
         on_gpu = flat.device.type == "cuda"
         self._host = torch.empty(flat.shape, pin_memory=on_gpu)
         self._host.copy_(flat, non_blocking=True)
@@ -42,7 +43,9 @@ class HostCopy:
         """Wait for the copy and return the tensors."""
         if self._copied is not None:
             self._copied.synchronize()
-        return _split(self._host, self._shapes)
+        parts = self._host.split([shape.numel() for shape in self._shapes.values()])
+        shapes = self._shapes.items()
+        return {name: part.view(shape) for (name, shape), part in zip(shapes, parts, strict=True)}
 
 
 class MetricsWindow:
@@ -79,10 +82,8 @@ class MetricsWindow:
             shared: tensors that are the same on all ranks.
             own: this rank's tensors, to be summed over ranks.
         """
-        if own:
-            flat, shapes = _flatten(own)
-            own = _split(self._world.sum(flat), shapes)
-        copy = HostCopy({"sums": self._sums, **shared, **own})
+        summed = dict(zip(own, self._world.sum_each([*own.values()]), strict=True))
+        copy = HostCopy({"sums": self._sums, **shared, **summed})
         self._pending = copy, record, self._steps, self._tokens, self._data_wait
         self._sums = torch.zeros_like(self._sums)
         self._steps, self._tokens, self._data_wait = 0, 0, 0.0
@@ -98,9 +99,7 @@ class MetricsWindow:
         speed = tokens / seconds
         loss_M, correct_M, targets_M = tensors["sums"].double()
         record |= {
-            "loss": _ratio(loss_M.sum(), targets_M.sum()),
-            "loss_text": _ratio(loss_M[TEXT], targets_M[TEXT]),
-            "loss_image": _ratio(loss_M[IMAGE], targets_M[IMAGE]),
+            **mean_losses(loss_M, targets_M),
             "accuracy": _ratio(correct_M.sum(), targets_M.sum()),
             "gradient_norm": float(tensors["norm"]),
             **describe(tensors, self._model, self._recipe.trains_auxiliary_routers),
@@ -121,14 +120,13 @@ class MetricsWindow:
         self._sums.copy_(torch.tensor(state["sums"]))
 
 
-def _flatten(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, torch.Size]]:
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    return torch.cat([tensor.detach().flatten().float() for tensor in tensors.values()]), shapes
-
-
-def _split(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    parts = flat.split([shape.numel() for shape in shapes.values()])
-    return {name: part.view(shapes[name]) for name, part in zip(shapes, parts, strict=True)}
+def mean_losses(loss_M: Tensor, targets_M: Tensor) -> dict[str, float | None]:
+    """Mean losses in nats per target, overall and by modality; None without a target."""
+    return {
+        "loss": _ratio(loss_M.sum(), targets_M.sum()),
+        "loss_text": _ratio(loss_M[TEXT], targets_M[TEXT]),
+        "loss_image": _ratio(loss_M[IMAGE], targets_M[IMAGE]),
+    }
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float | None:

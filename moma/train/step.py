@@ -338,11 +338,7 @@ class Step:
             statistics.add_routers(losses.routers, batch.tokens_BS)
         counts = torch.stack(cutoffs).sum(0), torch.stack(loads).sum(0)
         parts = sums, nonfinite_L.to(sums.dtype), *counts
-        total = self.world.sum(torch.cat([part.flatten() for part in parts]))
-        sums, nonfinite_L, cutoffs_2T, load_T = (
-            found.view_as(part)
-            for found, part in zip(total.split([p.numel() for p in parts]), parts, strict=True)
-        )
+        sums, nonfinite_L, cutoffs_2T, load_T = self.world.sum_each(parts)
         return sums, nonfinite_L > 0, cutoffs_2T, load_T
 
     def _clip_gradient(self) -> Tensor:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from moma.data.batches.iterator import Batches
@@ -27,22 +26,13 @@ from moma.model.routing import ROUTINGS, RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
 from moma.runtime.world import World, on_rank_0, raise_on_all_ranks
+from moma.train.metrics import mean_losses
 from moma.train.recipe import ValidationConfig
 from moma.train.step import LossFunction, next_token_loss, to_device
-from moma.vocabulary import IMAGE, MODALITIES, TEXT
+from moma.vocabulary import MODALITIES
 
 if TYPE_CHECKING:
     from moma.generate.mixed import MixedModel
-
-
-def mean_losses(loss_M: Tensor, targets_M: Tensor) -> dict[str, float | None]:
-    """Mean losses in nats per target, overall and by modality; None without a target."""
-    sums = {
-        "loss": (loss_M.sum(), targets_M.sum()),
-        "loss_text": (loss_M[TEXT], targets_M[TEXT]),
-        "loss_image": (loss_M[IMAGE], targets_M[IMAGE]),
-    }
-    return {name: float(loss / count) if count else None for name, (loss, count) in sums.items()}
 
 
 class Validation:
