@@ -6,15 +6,14 @@ Every stage stores its result and is not repeated, so that the demo resumes afte
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from moma.data.encode.prepare import prepare
-from moma.data.encode.read_ahead import exit_with_parent
 from moma.data.outputs import mark_output, require_replaceable, write_output
 from moma.demo.scoring import (
     Captioned,
@@ -34,8 +33,8 @@ from moma.runs import Run
 from moma.runtime.world import World, local_device
 from moma.study import figures
 from moma.study.compare import Measured, add_comparison, comparison_tables, measure, summary
-from moma.study.page import Page, captioned, grid, paragraph, table, tile
-from moma.study.processes import training_processes
+from moma.study.page import Page, captioned, grid, paragraph, tile
+from moma.study.processes import run_in_processes
 from moma.study.routing_drawing import STYLE
 from moma.study.tables import Table, percent
 from moma.train.changes import refuse_other_recipe
@@ -179,31 +178,18 @@ def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
     one after the other with both.
     """
     threads = max(1, torch.get_num_threads() // len(recipes))
-    with training_processes(len(recipes)) as pool:
-        jobs = [pool.submit(_train_in_child, recipe, threads) for recipe in recipes]
-        _wait(jobs, recipes, quiet)
-
-
-def _wait(jobs: Sequence[Future[None]], recipes: Sequence[Recipe], quiet: bool) -> None:
-    """Show the progress of the slowest run until all are done; raise the first error of one."""
-    steps = recipes[0].stage_config.steps
+    jobs = [partial(train, recipe, World(local_device()), quiet=True) for recipe in recipes]
     title = f"train {' and '.join(ARCHITECTURES)}"
-    with show_progress(title, steps, quiet) as report:
-        running = set(jobs)
-        while running:
-            done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
-            for job in done:
-                job.result()
+    with show_progress(title, recipes[0].stage_config.steps, quiet) as report:
+
+        def show() -> None:
+            """Show the progress of the slowest run."""
             records = [Run(recipe.run).last_metric() for recipe in recipes]
             losses = [f"{record['loss']:.3f}" for record in records if record]
             step = min(record["step"] if record else 0 for record in records)
             report(step, f"loss {' '.join(losses)}" if losses else "compiling")
 
-
-def _train_in_child(recipe: Recipe, threads: int) -> None:
-    exit_with_parent()  # it must not write into a run that is started again
-    torch.set_num_threads(threads)
-    train(recipe, World(local_device()), quiet=True)
+        run_in_processes(jobs, threads, show)
 
 
 def _sketch(measured: Measured, objects: int, seed: int, quiet: bool) -> Sketches:
@@ -249,7 +235,7 @@ def _write_report(
         STYLE,
     )
     scores, *_, minutes = demo_tables(result)
-    page.section(scores.title, paragraph(scores.explanation), table(scores))
+    page.add_table(scores)
     explanation = (
         f"Left the true drawing, then {' and '.join(sketches)}; a green frame if every object is "
         "right, yellow if one of two is, red if none is. Hover to see which objects were found."
@@ -258,7 +244,7 @@ def _write_report(
     page.section("Images from captions", paragraph(explanation), _image_grid(sketches, size))
     page.section("Captions of held-out images", _caption_grid(sketches))
     add_comparison(page, measured)
-    page.section(minutes.title, table(minutes))
+    page.add_table(minutes)
     page.write(out / "report.html")
     drawn = sketches[measured[-1].name].sample(16)
     shown = [(each.image, each.sketch.caption, _mark(each.correct)) for each in drawn]

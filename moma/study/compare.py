@@ -21,7 +21,7 @@ from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
-from moma.study.page import Page, captioned, figure, paragraph, table, tile
+from moma.study.page import Page, captioned, figure, paragraph, tile
 from moma.study.routing_drawing import STYLE, draw_routing
 from moma.study.speedup import speedups
 from moma.study.tables import Table
@@ -150,10 +150,10 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
     page.section(
         "Training loss over compute",
         paragraph("Smoothed by a line fitted to the records within 25% of each point's FLOPs."),
-        figure(figures.loss_curves({each.name: each.metrics for each in measured})),
+        figure(figures.loss_curves({each.name: [each.metrics] for each in measured})),
     )
     for each in comparison_tables(summary(measured)):
-        page.section(each.title, paragraph(each.explanation), table(each))
+        page.add_table(each)
     _add_reconstructions(page, measured[0])
     for number, run in enumerate(measured):
         if run.model.config.has_batch_choice:

@@ -13,23 +13,7 @@ from moma.study.speedup import LOSSES, Axis, smoothed
 MARKS = {"ok": "#1a7f4b", "half": "#d29922", "no": "#c2413b"}
 
 
-def loss_curves(runs: Mapping[str, Sequence[dict[str, Any]]]) -> Figure:
-    """Smoothed training loss over FLOPs: all tokens, text targets, image targets."""
-    plot = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, (title, key) in zip(plot.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
-        for name, records in runs.items():
-            flops, loss = smoothed(records, key)
-            axes.plot(flops, loss, label=name, linewidth=1.6)
-        axes.set_title(title)
-        axes.set_xlabel("training FLOPs")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.25, which="both")
-    plot.axes[0].set_ylabel("loss (nats per token)")
-    plot.axes[0].legend(frameon=False)
-    return plot
-
-
-def loss_bands(
+def loss_curves(
     variants: Mapping[str, Sequence[Sequence[dict[str, Any]]]], axis: Axis = "flops"
 ) -> Figure:
     """Smoothed training loss over FLOPs or seconds: the mean over seeds, and a band of all seeds.
@@ -44,7 +28,8 @@ def loss_bands(
             curves = [smoothed(records, key, axis) for records in runs]
             if not all(len(loss) for _, loss in curves):
                 continue  # data of one modality has no loss of the other
-            x = np.geomspace(max(at[0] for at, _ in curves), min(at[-1] for at, _ in curves), 300)
+            x = curves[0][0]
+            x = x[(x >= max(at[0] for at, _ in curves)) & (x <= min(at[-1] for at, _ in curves))]
             losses = np.stack([np.interp(x, at, loss) for at, loss in curves])
             (line,) = axes.plot(x, losses.mean(0), label=name, linewidth=1.6)
             axes.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)

@@ -27,6 +27,11 @@ class Page:
         body = "\n".join(parts)
         self.add(f"<section><h2>{html.escape(title)}</h2>\n{body}\n</section>")
 
+    def add_table(self, content: Table) -> None:
+        """Add a section for a table."""
+        parts = [paragraph(content.explanation)] if content.explanation else []
+        self.section(content.title, *parts, table(content))
+
     def add(self, part: str) -> None:
         """Add HTML without a title."""
         self._parts.append(part)

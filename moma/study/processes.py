@@ -2,10 +2,11 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,8 @@ from moma.runtime.world import World, local_device
 from moma.study.grid import Study, run_unfinished
 from moma.study.results import FILES
 from moma.train.recipe import Recipe
+
+_T = TypeVar("_T")
 
 
 def run_study(study: Study, processes: int | None = None, quiet: bool = False) -> dict[str, str]:
@@ -58,34 +61,43 @@ def visible_gpus() -> list[str]:
 
 def _run_in_pool(study: Study, count: int, quiet: bool) -> dict[str, str]:
     threads, gpus = max(1, (os.cpu_count() or 1) // count), visible_gpus()
-    failures: dict[str, str] = {}
-    with training_processes(count) as pool:
-        jobs = [
-            pool.submit(_work, study, threads, gpus[number % len(gpus)] if gpus else None)
-            for number in range(count)
-        ]
-        with show_progress(f"study {study.path.name}", _steps(study), quiet) as report:
-            running = set(jobs)
-            while running:
-                done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
-                for job in done:
-                    failures |= job.result()
-                finished = len(study.finished().runs)
-                report(_steps(study, done=True), f"{finished} of {len(study.runs)} runs")
-    return failures
+    jobs = [
+        partial(_work, study, gpus[number % len(gpus)] if gpus else None) for number in range(count)
+    ]
+    with show_progress(f"study {study.path.name}", _steps(study), quiet) as report:
+
+        def show() -> None:
+            finished = len(study.finished().runs)
+            report(_steps(study, done=True), f"{finished} of {len(study.runs)} runs")
+
+        found = run_in_processes(jobs, threads, show)
+    return {name: message for failures in found for name, message in failures.items()}
 
 
-@contextmanager
-def training_processes(count: int) -> Iterator[ProcessPoolExecutor]:
-    """New processes, which all end if one fails; their runs keep their last checkpoints.
+def run_in_processes(
+    jobs: Sequence[Callable[[], _T]], threads: int, show: Callable[[], object]
+) -> list[_T]:
+    """Train in new processes, which all end if one fails; their runs keep their last checkpoints.
+
+    Args:
+        jobs: what each process does; they are pickled.
+        threads: number of threads of PyTorch in each.
+        show: called once a second, and when a job is done.
 
     Raises:
         UserError: a process was killed.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=show_log_messages) as pool:
+    with ProcessPoolExecutor(len(jobs), context, _begin, (threads,)) as pool:
         try:
-            yield pool
+            futures = [pool.submit(job) for job in jobs]
+            running = set(futures)
+            while running:
+                done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()  # raises its error
+                show()
+            return [future.result() for future in futures]
         except BaseException as error:
             for child in multiprocessing.active_children():
                 child.terminate()
@@ -97,11 +109,16 @@ def training_processes(count: int) -> Iterator[ProcessPoolExecutor]:
             raise
 
 
-def _work(study: Study, threads: int, gpu: str | None) -> dict[str, str]:
+def _begin(threads: int) -> None:
+    """Prepare a new process."""
+    show_log_messages()
     exit_with_parent()  # it must not write into a run that is started again
+    torch.set_num_threads(threads)
+
+
+def _work(study: Study, gpu: str | None) -> dict[str, str]:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    torch.set_num_threads(threads)
     return run_unfinished(study.runs, evaluate, World(local_device()))
 
 

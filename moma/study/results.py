@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from scipy.special import stdtrit
 from moma.data.outputs import write_output
 from moma.study import figures
 from moma.study.grid import Study, StudyRun
-from moma.study.page import Page, figure, paragraph, table
+from moma.study.page import Page, figure, paragraph
 from moma.study.scaling import MIN_SIZES, Curve, crossings, fit_curve
 from moma.study.speedup import Axis, speedups
 from moma.study.tables import Table, markdown
@@ -166,7 +166,7 @@ def study_tables(summary: Mapping[str, Any]) -> list[Table]:
     made = [
         _loss_table(
             result,
-            "held_out/",
+            "held_out",
             "Held-out loss",
             f"Nats per target, on the same documents for all runs, by routing. {interval}",
         ),
@@ -179,7 +179,7 @@ def study_tables(summary: Mapping[str, Any]) -> list[Table]:
         ),
         _loss_table(
             result,
-            "routing/losses/",
+            "routing/losses",
             "Held-out loss when part of the routing changes",
             "`choice depth`: true choice of the depth routers, thresholds of the experts; `choice "
             "experts`: the reverse; `flips`: thresholds, with a share of decisions inverted.",
@@ -210,10 +210,10 @@ def write_report(study: Study, result: Mapping[str, Any]) -> Path:
             paragraph(
                 "Means over seeds of smoothed losses; bands: from the lowest to the highest."
             ),
-            figure(figures.loss_bands(by_variant, axis)),
+            figure(figures.loss_curves(by_variant, axis)),
         )
     for each in tables:
-        page.section(each.title, paragraph(each.explanation), table(each))
+        page.add_table(each)
     page.write(study.path / "report.html")
     parts = [f"# Study: {study.path.name}"]
     for each in tables:
@@ -228,28 +228,27 @@ def _shown(value: Mapping[str, Any]) -> str:
     return str(Estimate(**value))
 
 
-def _figures(result: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Variant, the rest of the name, and estimate of all figures whose name begins so."""
+def _rows(
+    result: Mapping[str, Any], prefix: str, shown: Callable[[Mapping[str, Any]], str]
+) -> dict[tuple[str, str], dict[str, str]]:
+    """The figures named `PREFIX/ROW/COLUMN`: by variant and row, then by column."""
+    rows: dict[tuple[str, str], dict[str, str]] = {}
     for variant, values in result.items():
         for name, value in values["measures"].items():
-            if name.startswith(prefix):
-                yield variant, name.removeprefix(prefix), value
+            if name.startswith(f"{prefix}/"):
+                row, _, column = name.removeprefix(f"{prefix}/").rpartition("/")
+                rows.setdefault((variant, row), {})[column] = shown(value)
+    return rows
 
 
 def _loss_table(result: Mapping[str, Any], prefix: str, title: str, explanation: str) -> Table:
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for variant, name, value in _figures(result, prefix):
-        by, _, key = name.rpartition("/")
-        rows.setdefault((variant, by), {})[key] = _shown(value)
+    rows = _rows(result, prefix, _shown)
     cells = [(*names, *(row[key] for key in _LOSSES)) for names, row in rows.items()]
     return Table(title, explanation, ("variant", "routing", "loss", "text", "images"), cells)
 
 
 def _agreement_table(result: Mapping[str, Any]) -> Table:
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    for variant, name, value in _figures(result, "routing/agreement/"):
-        router, _, by = name.rpartition("/")
-        rows.setdefault((variant, router), {})[by] = _percent(value)
+    rows = _rows(result, "routing/agreement", _percent)
     cells = [(*names, row["threshold"], row["auxiliary"]) for names, row in rows.items()]
     return Table(
         "Agreement with batch choice",
@@ -262,9 +261,9 @@ def _agreement_table(result: Mapping[str, Any]) -> Table:
 
 def _taken_table(result: Mapping[str, Any]) -> Table:
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for variant, name, value in _figures(result, "routing/taken/"):
-        data, _, kind = name.partition("/")
-        rows.setdefault((variant, kind), {})[data] = _percent(value)
+    for (variant, data), by_router in _rows(result, "routing/taken", _percent).items():
+        for router, cell in by_router.items():
+            rows.setdefault((variant, router), {})[data] = cell
     parts = ("mixed", "text", "image")
     return Table(
         "Experts per token under thresholds",

@@ -17,7 +17,7 @@ def records_of(losses):
 
 def test_every_run_has_a_curve_for_each_loss():
     runs = {"dense": records_of([5.0, 3.0, 2.0]), "sparse": records_of([4.0, 2.0, 1.0, 0.5])}
-    plot = figures.loss_curves(runs)
+    plot = figures.loss_curves({name: [records] for name, records in runs.items()})
     assert [axes.get_title() for axes in plot.axes] == ["all", "text", "image"]
     for axes, key in zip(plot.axes, ("loss", "loss_text", "loss_image"), strict=True):
         assert [line.get_label() for line in axes.lines] == list(runs)
@@ -32,7 +32,7 @@ def test_bands_span_the_seeds_and_leave_out_losses_that_do_not_exist():
     for records in runs:
         for record in records:
             record["loss_image"] = None
-    plot = figures.loss_bands({"dense": runs})
+    plot = figures.loss_curves({"dense": runs})
     assert [len(axes.lines) for axes in plot.axes] == [1, 1, 0]
     curves = [smoothed(records, "loss")[1] for records in runs]
     mean = np.asarray(plot.axes[0].lines[0].get_ydata())

@@ -1,9 +1,10 @@
 """Processes that train the runs of a study."""
 
-from moma.study.processes import training_processes
+from functools import partial
+
+from moma.study.processes import run_in_processes
 
 
 def test_a_training_process_prints_messages_as_the_command_line_does():
-    with training_processes(1) as pool:
-        propagates = pool.submit(eval, "__import__('logging').getLogger('moma').propagate")
-        assert propagates.result() is False
+    job = partial(eval, "__import__('logging').getLogger('moma').propagate")
+    assert run_in_processes([job], 1, lambda: None) == [False]
