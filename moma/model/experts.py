@@ -98,28 +98,29 @@ def add_expert_outputs(
 def add_ragged_outputs(
     total_ND: Tensor,
     x_ND: Tensor,
-    weights: Sequence[Tensor],
+    weights: Sequence[Sequence[Tensor]],
     selection: RaggedSelection,
     dispatch: Dispatch,
 ) -> Tensor:
-    """Equation 1 for experts that process different numbers of tokens, without slots.
+    """Equation 1 for experts that process different numbers of tokens, one after another.
 
     The weights of experts without tokens are not read.
 
     Args:
         total_ND, x_ND: as for `add_expert_outputs`.
-        weights: SwiGLU weights of the experts, [E, D, F] twice and [E, F, D].
+        weights: SwiGLU weights gate, up and down of the experts, each as one or more stacks
+            [·, D, F] or [·, F, D].
         selection: the tokens of each expert.
         dispatch: builds the slots.
     """
     index_T, expert_T, filled_T, score_T, end_E = selection
     if not len(index_T):
         return total_ND
-    gate_EDF, up_EDF, down_EFD = weights
+    gate, up, down = weights
     slots = dispatch(index_T, filled_T, expert_T, len(x_ND), len(end_E))
     x_TD = slots.gather(x_ND)
-    gate_TF, up_TF = (grouped_product(x_TD, [weight], end_E) for weight in (gate_EDF, up_EDF))
-    ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, [down_EFD], end_E)
+    gate_TF, up_TF = (grouped_product(x_TD, stacks, end_E) for stacks in (gate, up))
+    ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E)
     return slots.scatter_add(total_ND, score_T[:, None] * ffn_TD)
 
 
@@ -195,7 +196,8 @@ class ExpertGroup(nn.Module):
             if may_skip and not tokens.eligible_N.any():
                 return total_ND, []
             selection, diagnostics = self._select_ragged(x_ND, tokens.eligible_N, routing)
-            total_ND = add_ragged_outputs(total_ND, x_ND, self.matrices(), selection, self.dispatch)
+            weights = [[stack] for stack in self.matrices()]
+            total_ND = add_ragged_outputs(total_ND, x_ND, weights, selection, self.dispatch)
             return total_ND, diagnostics
         inputs, diagnostics = self.route(x_ND, tokens, routing)
         return self.add_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics

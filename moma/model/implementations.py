@@ -25,13 +25,14 @@ from moma.model.experts import (
     GroupTokens,
     MixtureOfExperts,
     add_expert_outputs,
+    add_ragged_outputs,
     zero_total,
 )
 from moma.model.fused_experts import add_fused_outputs
-from moma.model.grouped import grouped_product, row_alignment
+from moma.model.grouped import row_alignment
 from moma.model.groups import GroupConfig, TokenChoiceConfig, group_share, max_groups_per_modality
 from moma.model.routers import Diagnostics
-from moma.model.routing import Routing, Selection
+from moma.model.routing import RaggedSelection, Routing, Selection
 from moma.model.token_choice import TokenChoiceGroup
 from moma.vocabulary import MODALITIES
 
@@ -111,27 +112,13 @@ class GroupedExperts(JointMixtureOfExperts):
         filled = self.single_expert_overlap * len(x_ND) + (alignment - 1) * len(single)
         shared = -(-filled // alignment) * alignment
         if shared < sum(each.selection.index_EK.numel() for each in single):
-            total_ND = self._add_shared_outputs(total_ND, x_ND, single, shared, alignment)
+            *weights, selections = zip(*single, strict=True)
+            joint = share_slots(selections, shared, alignment)
+            total_ND = add_ragged_outputs(total_ND, x_ND, weights, joint, self.dispatch)
             inputs = [each for each in inputs if len(each.selection.index_EK) > 1]
         for each in inputs:
             total_ND = add_expert_outputs(total_ND, x_ND, each, self.dispatch)
         return total_ND
-
-    def _add_shared_outputs(
-        self,
-        total_ND: Tensor,
-        x_ND: Tensor,
-        inputs: Sequence[ExpertInputs],
-        shared: int,
-        alignment: int,
-    ) -> Tensor:
-        gate, up, down, selections = zip(*inputs, strict=True)
-        (index_T, filled_T, score_T), expert_T, end_E = share_slots(selections, shared, alignment)
-        slots = self.dispatch(index_T, filled_T, expert_T, len(x_ND), len(inputs))
-        x_TD = slots.gather(x_ND)
-        gate_TF, up_TF = (grouped_product(x_TD, weights, end_E) for weights in (gate, up))
-        ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E)
-        return slots.scatter_add(total_ND, score_T[:, None] * ffn_TD)
 
 
 class TritonExperts(MixtureOfExperts):
@@ -194,19 +181,13 @@ def _concatenate(inputs: Sequence[ExpertInputs]) -> ExpertInputs:
     return ExpertInputs(torch.cat(gate), torch.cat(up), torch.cat(down), selection)
 
 
-def share_slots(
-    selections: Sequence[Selection], shared: int, alignment: int
-) -> tuple[Selection, Tensor, Tensor]:
+def share_slots(selections: Sequence[Selection], shared: int, alignment: int) -> RaggedSelection:
     """Arrange the filled slots of single experts one after another; the remaining ones come last.
 
     Args:
         selections: of each expert, [1, K], filled slots first.
         shared: number of slots T, enough for all that are filled.
         alignment: each expert gets a multiple of it, which divides `shared`.
-
-    Returns:
-        The selection and the expert of each slot, [T], and the end of each expert's slots, int32
-        [E].
     """
     count_E = torch.stack([selection.filled_EK.sum() for selection in selections])
     end_E = ((count_E + alignment - 1) // alignment * alignment).cumsum(0)
@@ -221,4 +202,4 @@ def share_slots(
         [functional.pad(s.index_EK, (0, capacity - s.index_EK.shape[1])) for s in selections]
     )
     index_T = index_EK[expert_T, place_T.clamp(max=capacity - 1)]
-    return Selection(index_T, filled_T, filled_T.float()), expert_T, end_E.int()
+    return RaggedSelection(index_T, expert_T, filled_T, filled_T.float(), end_E.int())

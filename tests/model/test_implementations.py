@@ -146,7 +146,7 @@ def test_single_expert_groups_with_mixture_of_depths_share_their_slots(monkeypat
         rows.append(len(x_TD))
         return grouped_product(x_TD, *rest)
 
-    monkeypatch.setattr(implementations, "grouped_product", counted)
+    monkeypatch.setattr("moma.model.experts.grouped_product", counted)
     x, modality = torch.randn(1, 10, DIM), torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, -1, 0]])
     build("1t1i", "grouped", token_fraction=0.25)(x, modality, Routing())
     build("single twice", "grouped", token_fraction=0.25)(x, modality, Routing())
@@ -167,16 +167,16 @@ def test_shared_slots_hold_the_tokens_of_every_expert(counts, alignment, spare):
         index_1K = torch.nn.functional.pad(index, (0, spare))[None]
         selections.append(Selection(index_1K, filled, filled.float()))
     shared = sum(-(-count // alignment) * alignment for count in counts) + alignment
-    flat, expert_T, end_E = share_slots(selections, shared, alignment)
+    index_T, expert_T, is_filled_T, score_T, end_E = share_slots(selections, shared, alignment)
     assert end_E.dtype == torch.int32 and int(end_E[-1]) == shared
     assert not any(end % alignment for end in end_E.tolist())
     start = 0
     for expert, (count, end) in enumerate(zip(counts, end_E.tolist(), strict=True)):
         own = slice(start, end)
         assert expert_T[own].tolist() == [expert] * (end - start)
-        filled_T = flat.filled_EK[own]
-        assert flat.index_EK[own][filled_T].tolist() == [100 * expert + n for n in range(count)]
-        assert torch.equal(flat.score_EK[own], filled_T.float())
+        filled_T = is_filled_T[own]
+        assert index_T[own][filled_T].tolist() == [100 * expert + n for n in range(count)]
+        assert torch.equal(score_T[own], filled_T.float())
         start = end
 
 
