@@ -34,7 +34,6 @@ from moma.hub.folder import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     create_run,
-    imported_recipe,
     new_folder,
     write_json,
 )
@@ -87,11 +86,9 @@ def import_chameleon(
     config = model_config(port, str(folder / CONFIG_FILE))
     weights = _model_weights(folder, config, vocabulary)
     with new_folder(run.path) as partial:
-        target = Tokenizers(partial)
-        notes = _add_tokenizers(folder, tokenizers, port, vocabulary, target)
-        context, size = port.max_position_embeddings, port.vocab_size
-        resolved = imported_recipe(recipe, run, config, context, size, target)
-        create_run(partial, resolved, weights, vocabulary, file_bytes)
+        notes = _add_tokenizers(folder, tokenizers, port, vocabulary, Tokenizers(partial))
+        context = port.max_position_embeddings
+        create_run(partial, run, recipe, config, context, weights, vocabulary, file_bytes)
     if unnamed := vocabulary.size - 1 - max(port.vocabulary_map.values()):
         notes.append(
             f"the embeddings end with {unnamed} ids without a name: data that `moma prepare` "

@@ -65,35 +65,25 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def create_run(
-    partial: Path, recipe: Recipe, weights: Weights, vocabulary: Vocabulary, file_bytes: int
-) -> None:
-    """Make a folder with tokenizers a run that has only weights; see `save_weights`."""
-    run = Run(partial)
-    run.create(recipe, run.tokenizers)
-    state = {"step": _STEP, "vocabulary": vocabulary.fingerprint}
-    save_weights(run.checkpoints, _STEP, weights, state, file_bytes)
-
-
-def imported_recipe(
-    base: Recipe | None,
+    partial: Path,
     run: Run,
+    base: Recipe | None,
     model: ModelConfig,
     context: int,
-    vocabulary_size: int,
-    tokenizers: Tokenizers,
+    weights: Weights,
+    vocabulary: Vocabulary,
+    file_bytes: int,
     auxiliary: bool = False,
-) -> Recipe:
-    """The recipe of a run that has only weights.
+) -> None:
+    """Make a folder with tokenizers a run that has only weights; see `save_weights`.
 
     Args:
+        partial: the folder, which becomes that of `run`.
         base: the recipe whose data it has; if omitted, its data is a text file in the run folder.
-        run: the run.
-        model: the model.
         context: maximum number of tokens of a sequence, unless there is a `base`.
-        vocabulary_size: number of ids.
-        tokenizers: those of the run.
         auxiliary: whether its auxiliary routers are trained.
     """
+    tokenizers = Tokenizers(partial)
     data = {
         "path": run.path / "data",
         "tokenizers": run.path,
@@ -111,8 +101,11 @@ def imported_recipe(
         "model": model.model_dump(),
         "pretrain": StageConfig(**steps).model_dump(),
         "aux_router": RouterStageConfig(**steps).model_dump(),
-        "text_tokenizer": {"vocabulary_size": vocabulary_size},
+        "text_tokenizer": {"vocabulary_size": vocabulary.size},
     }
     if tokenizers.codec.exists():
         values["codec"] = read_codec_config(tokenizers.codec).model_dump()
-    return check(Recipe, values, str(run.recipe))
+    made = Run(partial)
+    made.create(check(Recipe, values, str(run.recipe)), tokenizers)
+    state = {"step": _STEP, "vocabulary": vocabulary.fingerprint}
+    save_weights(made.checkpoints, _STEP, weights, state, file_bytes)

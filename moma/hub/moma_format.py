@@ -26,7 +26,6 @@ from moma.hub.folder import (
     CONFIG_FILE,
     TOKENIZER_FILE,
     create_run,
-    imported_recipe,
     new_folder,
     read_config,
     write_json,
@@ -145,10 +144,7 @@ def export_moma(
         dtype = weights.meta_tensors[_EMBEDDING].dtype
         write_json(partial / CONFIG_FILE, _config(recipe, model, dtype))
         write_json(partial / "generation_config.json", _generation_config(recipe, vocabulary))
-        for name in (TOKENIZER_FILE, *(f"codec/{name}" for name in _codec_files(tokenizers))):
-            if (tokenizers.path / name).is_file():
-                (partial / name).parent.mkdir(exist_ok=True)
-                shutil.copyfile(tokenizers.path / name, partial / name)
+        _copy_tokenizers(tokenizers, partial)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         card = model_card(folder.name, repo, run, recipe, vocabulary, parameters, measures)
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -176,14 +172,19 @@ def import_moma(
     config, vocabulary = parse_config(read_config(folder), str(folder / CONFIG_FILE))
     weights = _folder_weights(folder, config, vocabulary)
     with new_folder(run.path) as partial:
-        target = Tokenizers(partial)
-        notes = _add_tokenizers(Tokenizers(folder), vocabulary, target)
+        notes = _add_tokenizers(Tokenizers(folder), vocabulary, Tokenizers(partial))
         own = config.recipe
-        context, auxiliary = own.data.sequence_length, config.auxiliary_routers
-        resolved = imported_recipe(
-            recipe or own, run, own.model, context, vocabulary.size, target, auxiliary
+        create_run(
+            partial,
+            run,
+            recipe or own,
+            own.model,
+            own.data.sequence_length,
+            weights,
+            vocabulary,
+            file_bytes,
+            config.auxiliary_routers,
         )
-        create_run(partial, resolved, weights, vocabulary, file_bytes)
     return notes
 
 
@@ -262,8 +263,12 @@ def _generation_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]
     }
 
 
-def _codec_files(tokenizers: Tokenizers) -> tuple[str, ...]:
-    return (*CODEC_FILES, "metrics.json") if tokenizers.codec.is_dir() else ()
+def _copy_tokenizers(source: Tokenizers, folder: Path) -> None:
+    """Copy the tokenizer and the codec, as far as they exist."""
+    for name in (TOKENIZER_FILE, *(f"codec/{name}" for name in (*CODEC_FILES, "metrics.json"))):
+        if (source.path / name).is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source.path / name, folder / name)
 
 
 def _add_tokenizers(source: Tokenizers, vocabulary: Vocabulary, target: Tokenizers) -> list[str]:
@@ -279,7 +284,6 @@ def _add_tokenizers(source: Tokenizers, vocabulary: Vocabulary, target: Tokenize
                 f"{source.text}: has another vocabulary than {CONFIG_FILE}: {differences}; get a "
                 "complete copy"
             )
-        shutil.copyfile(source.text, target.text)
     else:
         notes.append(f"{source.path} has no {TOKENIZER_FILE}, so the run takes token ids only")
     if source.codec.is_dir():
@@ -292,11 +296,8 @@ def _add_tokenizers(source: Tokenizers, vocabulary: Vocabulary, target: Tokenize
             )
         if (source.codec / "metrics.json").is_file():
             read_metrics(source)
-        target.codec.mkdir()
-        for name in _codec_files(source):
-            if (source.codec / name).is_file():
-                shutil.copyfile(source.codec / name, target.codec / name)
     else:
         notes.append(f"{source.path} has no codec, so the run takes no images")
+    _copy_tokenizers(source, target.path)
     vocabulary.save(target.vocabulary)
     return notes
