@@ -216,15 +216,10 @@ class _Endpoint:
         if sum(len(part) for part in parts if isinstance(part, str)) > self._max_characters:
             raise ApiError(400, f"the prompt is longer than the context of {model.context} tokens")
         settings = [self._limited(each) for each in settings]
-        # Before images are decoded.
-        model.require_space(parts, model.mode(settings[0]), settings[0].images)
-        prompt = [
-            part
-            if isinstance(part, str)
-            else read_image(part, "messages", "send another", self._limits.pixels)
-            for part in parts
-        ]
-        return self._engine.submit_all(prompt, settings, has_rows)
+        return self._engine.submit_all(parts, settings, has_rows, self._read_image)
+
+    def _read_image(self, file: bytes) -> Image.Image:
+        return read_image(file, "messages", "send another", self._limits.pixels)
 
     def _limited(self, settings: Settings) -> Settings:
         """Settings within the limit of new tokens."""

@@ -130,7 +130,11 @@ class Engine:
         return self.submit_all(prompt, [settings], has_rows)[0]
 
     def submit_all(
-        self, prompt: Sequence[Content], settings: Sequence[Settings], has_rows: bool = False
+        self,
+        prompt: Sequence[Any],
+        settings: Sequence[Settings],
+        has_rows: bool = False,
+        read: Callable[[Any], Image.Image] = lambda image: image,
     ) -> list[Answer]:
         """Continue a prompt several times, each once fewer than `max_active` requests are active.
 
@@ -139,6 +143,7 @@ class Engine:
             settings: how; they differ in the seed only.
             has_rows: whether the answer has the upper rows of unfinished images as well; rows are
                 left out while earlier ones have not been read.
+            read: decodes an image of the prompt; called once the prompt is known to fit.
 
         Raises:
             UserError: the prompt is longer than the context allows, images are needed and there is
@@ -152,7 +157,9 @@ class Engine:
             raise UserError(f"at most {first.new_tokens} new tokens: an image has {span}")
         tokens = model.require_space(prompt, mode, first.images)
         # Large images would wait in the queue otherwise.
-        shared = _Prompt([part if isinstance(part, str) else self._shrink(part) for part in prompt])
+        shared = _Prompt(
+            [part if isinstance(part, str) else self._shrink(read(part)) for part in prompt]
+        )
         answers = [Answer(tokens, self._cancel) for _ in settings]
         with self._changed:
             if self.stopped:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from moma.serve.app import Limits, add_error_handlers, sent_event
 from moma.serve.errors import ApiError, error_body
 from moma.serve.guard import Guard, read_body
+from moma.serve.reading import until_disconnected
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -124,12 +125,8 @@ def _lost() -> ApiError:
 
 async def _unless_hung_up(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
     """Do work for a client, or end it when the client disconnects."""
-
-    async def hang_up() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, hung_up = asyncio.create_task(work), asyncio.create_task(hang_up())
+    working = asyncio.create_task(work)
+    hung_up = asyncio.create_task(until_disconnected(request))
     try:
         await asyncio.wait([working, hung_up], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():

@@ -251,27 +251,19 @@ class _Page:
         temperature, top_p, top_k, min_p, penalty, seed, tokens, count, guide, guide_image = options
         parts = arrange(prompt["text"] or "", [Path(each) for each in prompt["files"]])
         sampling = Sampling(temperature, top_p, int(seed), int(top_k), min_p)
+        maxima = [each for each in (int(tokens), self._limits.tokens) if each]
         settings = Settings(
             mode,
             replace(sampling, repetition_penalty=penalty) if mode != "image" else sampling,
-            int(tokens) or self._limits.tokens,
+            min(maxima, default=None),
             sampling,
             int(count) if mode == "image" else 1,
             _guidance(mode, parts, guide, guide_image),
         )
-        if self._limits.tokens is not None:
-            tokens = min(settings.new_tokens or self._limits.tokens, self._limits.tokens)
-            settings = replace(settings, new_tokens=tokens)
-        # Before images are decoded.
-        model = self._engine.model
-        model.require_space(parts, model.mode(settings), settings.images)
-        content = [
-            part
-            if isinstance(part, str)
-            else read_image(part, quote(part.name), "choose another", self._limits.pixels)
-            for part in parts
-        ]
-        return self._engine.submit(content, settings, has_rows=True)
+        return self._engine.submit_all(parts, [settings], True, self._read_image)[0]
+
+    def _read_image(self, file: Path) -> Image.Image:
+        return read_image(file, quote(file.name), "choose another", self._limits.pixels)
 
     def _cancel(self, request: gr.Request) -> None:
         """End the answer of a session, if it has one."""

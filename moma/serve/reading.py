@@ -10,6 +10,12 @@ from moma.generate.stream import Event
 from moma.serve.answer import Answer
 
 
+async def until_disconnected(request: Request) -> None:
+    """Wait until the client disconnects."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 @asynccontextmanager
 async def reading(
     request: Request, answers: Sequence[Answer], observe: Callable[[Answer], None]
@@ -17,8 +23,7 @@ async def reading(
     """Cancel answers when the client disconnects, or reading them ends early; then observe each."""
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
+        await until_disconnected(request)
         for answer in answers:
             answer.cancel()
 
