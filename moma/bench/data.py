@@ -35,12 +35,11 @@ from moma.errors import UserError
 from moma.images import square_pixels
 from moma.progress import show_progress
 from moma.runs import Tokenizers
-from moma.runtime.optimizer import make_optimizers
 from moma.runtime.world import World, local_device
 from moma.tokenizers.image.codec import ImageCodec, preprocess
 from moma.tokenizers.text import encode_texts, load_text_tokenizer
 from moma.train.recipe import Recipe
-from moma.train.step import Step, next_token_loss
+from moma.train.stages import make_step, prepare_model
 from moma.vocabulary import IMAGE, Vocabulary
 
 _TEXTS_PER_LONG_DOCUMENT = 16
@@ -132,19 +131,15 @@ def _speed(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, An
 def _waiting(recipe: Recipe, vocabulary: Vocabulary, sizes: Sizes) -> dict[str, Any]:
     """Train the recipe's model for some steps; time each step and its wait for the micro-batch."""
     world = World(local_device())
-    model = recipe.build_model(vocabulary).to(world.device)
-    for router in model.auxiliary_routers():
-        router.requires_grad_(False)
-    optimizer = recipe.pretrain.optimizer
-    loss_function = next_token_loss(recipe.pretrain.z_loss, compiled=False)
-    step = Step(model, make_optimizers(model, optimizer), loss_function, optimizer.clip, world)
+    trained = recipe.model_copy(update={"stage": "pretrain", "from_": None}).without_compilation()
+    step = make_step(trained, prepare_model(trained, vocabulary, world), world)
     waits, steps = [], []
     with closing(prefetch(Batches(recipe.data, vocabulary, recipe.seed), recipe.data)) as ahead:
         for _ in range(sizes.steps + 1):
             start = time.perf_counter()
             batch = next(ahead)
             waits.append(time.perf_counter() - start)
-            _, norm = step([batch], optimizer.learning_rate)
+            _, norm = step([batch], recipe.pretrain.optimizer.learning_rate)
             float(norm)  # waits for the device
             steps.append(time.perf_counter() - start)
     # The first step includes start-up.

@@ -41,11 +41,11 @@ from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts, sum_over_kinds
 from moma.model.transformer import Transformer, no_head
 from moma.progress import show_progress
+from moma.runtime.sharding import DTYPES
 from moma.runtime.world import local_device
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PROMPT = 16
 _WARM_UP = 4
 # Longer than all that is generated.

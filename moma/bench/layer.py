@@ -32,9 +32,9 @@ from moma.model.implementations import ImplementationName, build_experts, build_
 from moma.model.routing import Routing
 from moma.progress import ProgressCallback, show_progress
 from moma.runtime.peak import allocated_peak
+from moma.runtime.sharding import DTYPES
 from moma.runtime.world import can_compile, local_device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SHARES = (0.5, 0.5)
 # Architectures with mixture-of-depths, and the number of experts of their floors.
 _WITH_DEPTH = {"mod": 1, "mod_moe_1t1i": 2, "mod_moe_4t4i": 8}

@@ -25,7 +25,7 @@ from moma.generate.decode import decode
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
 from moma.generate.sequence import Branch, Options, Request
-from moma.generate.stream import ContentStream, StopStrings, TextPiece
+from moma.generate.stream import StopStrings
 from moma.model.cpu_decoding import prepare_decoding
 from moma.model.routing import RoutingName
 from moma.runs import Run
@@ -210,15 +210,10 @@ class MomaLM(TemplateLM):
                 ids = ids[max(0, len(ids) - kept) :]
                 yield number, Request([Branch([vocabulary.beginning, *ids])], options, number)
 
-        streams = [ContentStream(mixed.tokenizer, vocabulary, mixed.image, stops) for _ in prompts]
-        texts = [""] * len(prompts)
-        for number, tokens, end in decode(mixed.model, requests(), self._batch):
-            events = streams[number].add(tokens)
-            events += streams[number].finish() if end else []
-            for event in events:
-                assert isinstance(event, TextPiece)
-                texts[number] += event.text
-        return texts
+        answers: list[list[int]] = [[] for _ in prompts]
+        for number, tokens, _ in decode(mixed.model, requests(), self._batch):
+            answers[number] += tokens
+        return ["".join(map(str, mixed.decode(answer, stops))) for answer in answers]
 
 
 def main() -> None:

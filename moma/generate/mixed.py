@@ -88,9 +88,12 @@ class MixedModel:
         require_space(tokens, self.model.vocabulary, mode, self.context, images)
         return tokens
 
-    def decode(self, ids: Sequence[int]) -> list[Content]:
-        """Return the text and images of a sequence, without incomplete images."""
-        stream = self.content_stream()
+    def decode(self, ids: Sequence[int], stops: Sequence[str] = ()) -> list[Content]:
+        """Return the text and images of a sequence, without incomplete images.
+
+        Text ends before the first of the strings `stops`.
+        """
+        stream = self.content_stream(stops)
         return collect([*stream.add(ids), *stream.finish()])
 
     def codes(self, image: Image.Image) -> np.ndarray:
@@ -165,8 +168,7 @@ class MixedModel:
         for number, tokens, end in self._decode(prompts, settings, batch):
             parts[number] += tokens
             if end:
-                stream = self.content_stream(settings.stop)
-                yield number, collect([*stream.add(parts.pop(number)), *stream.finish()])
+                yield number, self.decode(parts.pop(number), settings.stop)
 
     def request(self, prompt: Sequence[Content], settings: Settings, number: int = 0) -> Request:
         """Return the request that continues a prompt, whose number is added to the seed.

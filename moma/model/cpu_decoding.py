@@ -60,9 +60,7 @@ class CpuDecoder:
     def __init__(self, model: Transformer):
         _store_jointly([model.head.weight])
         modalities = range(len(model.vocabulary.modalities))
-        self._layers = [
-            _Layer(layer, modalities) for layer in model.layers if isinstance(layer, DecoderLayer)
-        ]
+        self._layers = [_Layer(layer, modalities) for layer in model.units()]
         self._norm = model.norm
 
     def __call__(

@@ -4,8 +4,8 @@ Shapes: see `layers.py`.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,9 +175,8 @@ class Transformer(nn.Module):
         self, x_BSD: Tensor, context: LayerContext, routing: Routing, caches: Caches | None
     ) -> tuple[Tensor, list[list[Diagnostics]]]:
         """Run all layers; also return the diagnostics of each layer's routers."""
-        first = next((layer for layer in self.layers if not isinstance(layer, DepthLayer)), None)
+        first = next((layer for layer in self.units() if not isinstance(layer, DepthLayer)), None)
         if isinstance(context, TokenContext) and first is not None:
-            assert isinstance(first, DecoderLayer)
             tokens = first.experts.find_tokens(context.modality_BS, routing)
             context = context._replace(group_tokens=tokens)
         diagnostics: list[list[Diagnostics]] = []
@@ -306,9 +305,9 @@ class Transformer(nn.Module):
         routing = self.causal_routing if name == "causal" else ROUTINGS[name]
         return Routing(routing.experts, routing.depth, **flags)
 
-    def units(self) -> Iterator[nn.Module]:
+    def units(self) -> Iterator[DecoderLayer]:
         """Yield the modules to compile and shard one by one: the layers."""
-        yield from self.layers
+        yield from cast(Iterable[DecoderLayer], self.layers)
 
     def routers(self) -> Iterator[Router]:
         """Yield the routers that select over the batch, in the order of the records."""

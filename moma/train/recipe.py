@@ -217,6 +217,11 @@ class Recipe(PrepareConfig):
             return self.model
         return self.model.model_copy(update={"router_noise": self.stage == "upcycle"})
 
+    def without_compilation(self) -> "Recipe":
+        """The recipe of the same stage with uncompiled layers."""
+        stage = self.stage_config.model_copy(update={"compile": False})
+        return self.model_copy(update={self.stage: stage})
+
     def build_model(self, vocabulary: Vocabulary) -> Transformer:
         """Build the model, with weights initialized from the seed."""
         model = Transformer(self.model, vocabulary, self.shares)

@@ -16,7 +16,6 @@ from moma.data.batches.iterator import Batches, reshard
 from moma.data.batches.packing import Batch
 from moma.errors import UserError
 from moma.progress import show_progress
-from moma.recipe import Config
 from moma.runs import Run
 from moma.runtime.checkpoint import (
     load_checkpoint,
@@ -61,7 +60,8 @@ def replay(run: Run, world: World, quiet: bool = False) -> dict[str, Any]:
         with raise_on_all_ranks(world):
             fault = read_fault(run.require())
             played = _played_ranks(fault, world)
-            recipe = _without_compilation(read_run_recipe(run))
+            # Compiled layers would bypass forward hooks.
+            recipe = read_run_recipe(run).without_compilation()
             saved = [read_fault_batches(run, rank) for rank in played]
             vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
             data = [
@@ -99,12 +99,6 @@ def _played_ranks(fault: Fault, world: World) -> range:
             f"{fault.world_size} as the number of ranks"
         )
     return range(world.rank * each, (world.rank + 1) * each)
-
-
-def _without_compilation(recipe: Recipe) -> Recipe:
-    """The recipe without compilation, which would bypass forward hooks."""
-    stage: Config = recipe.stage_config.model_copy(update={"compile": False})
-    return recipe.model_copy(update={recipe.stage: stage})
 
 
 def _restore(

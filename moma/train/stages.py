@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from moma.errors import UserError, shell_command
-from moma.model.decoder_layer import DecoderLayer
 from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts
 from moma.model.routing import ROUTINGS, BatchChoice, Threshold, uniform_routing
@@ -200,7 +199,6 @@ def fsdp_units(model: Transformer) -> Iterator[nn.Module]:
     The weights of the next group are then gathered while one group computes (§3).
     """
     for layer in model.units():
-        assert isinstance(layer, DecoderLayer)
         yield from layer.experts.units()
         yield layer
 
@@ -239,7 +237,6 @@ def _compile(model: Transformer, whole_layers: bool) -> None:
     # Groups differ in sizes and constants, which dynamic shapes cannot express.
     options = {"fullgraph": True, "dynamic": False}
     for layer in model.units():
-        assert isinstance(layer, DecoderLayer)
         for module in [layer] if whole_layers else layer.experts.units() or [layer.experts]:
             module.compile(**options)
         if not whole_layers:
@@ -249,6 +246,5 @@ def _compile(model: Transformer, whole_layers: bool) -> None:
 def _parts(model: Transformer, whole_layers: bool) -> Iterator[nn.Module]:
     """Layers, or their attention and experts, the latter by group if groups run sequentially."""
     for layer in model.units():
-        assert isinstance(layer, DecoderLayer)
         inner = [layer.attention, *(layer.experts.units() or [layer.experts])]
         yield from [layer] if whole_layers else inner

@@ -84,8 +84,8 @@ def router_names(model: Transformer) -> list[str]:
     """`LAYER.MODALITIES` or `LAYER.depth` for each router, in the order of the router records."""
     found = []
     names = model.vocabulary.modalities
-    for number, layer in enumerate(model.layers):
-        for group in layer.experts.groups:  # type: ignore[union-attr]
+    for number, layer in enumerate(model.units()):
+        for group in layer.experts.groups:
             if hasattr(group, "router"):
                 found.append(f"{number}.{'+'.join(names[m] for m in group.modalities)}")  # type: ignore[union-attr]
         if hasattr(layer, "depth"):
