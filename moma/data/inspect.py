@@ -195,7 +195,7 @@ def _open(folder: Path, source: str | None, vocabulary: Vocabulary) -> dict[str,
     opened = open_sources(folder, [name for name in chosen if name in complete], vocabulary)
     for name in chosen:
         if name not in opened:
-            opened[name] = open_unfinished(partial[name], vocabulary)
+            opened[name] = open_unfinished(partial[name])
     return opened
 
 

@@ -10,7 +10,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import datasets
 import numpy as np
 import pyarrow as pa
 
@@ -24,19 +23,15 @@ MAX_OPEN_FILES = 1024
 DAMAGE = (OSError, pa.ArrowException, KeyError, ValueError, TypeError, AttributeError)
 
 
-class OpenFiles:
-    """Memory-mapped Arrow files, of which the least recently used are closed.
+GetFile = Callable[[Path], "MappedFile"]
 
-    Any number of threads may read; an array of a closed file stays valid while it is used.
+
+def cached_files(maximum: int = MAX_OPEN_FILES) -> GetFile:
+    """Return what maps a file, and keeps the most recently used ones mapped.
+
+    Any number of threads may call it; an array of a closed file stays valid while it is used.
     """
-
-    def __init__(self, maximum: int = MAX_OPEN_FILES) -> None:
-        """Open nothing yet.
-
-        Args:
-            maximum: number of files that stay open.
-        """
-        self.get: Callable[[Path], MappedFile] = lru_cache(maximum)(MappedFile)
+    return lru_cache(maximum)(MappedFile)
 
 
 class MappedFile:
@@ -100,7 +95,7 @@ class Index:
     origins: list[dict[str, Any]]
 
 
-def read_index(paths: Sequence[Path], get_file: Callable[[Path], MappedFile]) -> Index:
+def read_index(paths: Sequence[Path], get_file: GetFile) -> Index:
     """Read the index of some files, one after another."""
     images, lengths = [np.empty(0, np.int32)], [np.empty(0, np.int32)]
     origins: list[dict[str, Any]] = []
@@ -121,14 +116,10 @@ class Shard:
     """
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        features: datasets.Features,
-        get_file: Callable[[Path], MappedFile],
-        index: Index | None = None,
+        self, paths: Sequence[Path], get_file: GetFile, index: Index | None = None
     ) -> None:
         """Open the files one after another with `get_file`, or none with an index."""
-        self._paths, self._features, self._get_file = paths, features, get_file
+        self._paths, self._get_file = paths, get_file
         index = index or read_index(paths, get_file)
         self._first_row = [*accumulate(index.documents, initial=0)]
         self.images, self.lengths, self.origins = index.images, index.lengths, index.origins
@@ -145,13 +136,6 @@ class Shard:
         """Return the name of a document."""
         file, row = self._find(row)
         return file.name(row)
-
-    @property
-    def dataset(self) -> datasets.Dataset:
-        """The rows as a Hugging Face dataset: `ids`, `images`, `name`; opens all files at once."""
-        empty = datasets.Dataset.from_dict({key: [] for key in self._features}, self._features)
-        files = [datasets.Dataset.from_file(str(path)) for path in self._paths]
-        return datasets.concatenate_datasets(files or [empty])
 
     def _find(self, row: int) -> tuple[MappedFile, int]:
         number = bisect_right(self._first_row, row) - 1

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 from pydantic import Field
 
-from moma.data.mapped_files import DAMAGE, Index, OpenFiles, Shard
+from moma.data.mapped_files import DAMAGE, GetFile, Index, Shard, cached_files
 from moma.data.provenance import Encoders, read_provenance
 from moma.data.remote.reading import (
     LINK_FILE,
@@ -198,8 +198,8 @@ def open_sources(data: Path, names: Iterable[str], vocabulary: Vocabulary) -> di
     require_data_folder(data)
     provenance = read_provenance(data)
     encoders = provenance.encoders if provenance else None
-    folder, files = data / "shards", OpenFiles()
-    return {name: open_shards(folder / name, vocabulary, encoders, files) for name in names}
+    folder, get_file = data / "shards", cached_files()
+    return {name: open_shards(folder / name, vocabulary, encoders, get_file) for name in names}
 
 
 def require_data_folder(folder: Path) -> None:
@@ -224,13 +224,13 @@ def open_shards(
     folder: Path,
     vocabulary: Vocabulary,
     encoders: Encoders | None = None,
-    files: OpenFiles | None = None,
+    get_file: GetFile | None = None,
 ) -> Shards:
     """Open the shards of one source, which must have been encoded with this vocabulary.
 
     Args:
         encoders: the tokenizer and codec; None accepts any.
-        files: the open files that it shares with other shards.
+        get_file: opens files, also those of other shards; see `cached_files`.
 
     Raises:
         UserError: they are missing, incomplete or damaged, or were encoded with others.
@@ -249,10 +249,10 @@ def open_shards(
         raise UserError(
             f"{folder}: encoded with another {info.encoders.differences(encoders)}; {again}"
         )
-    return _open_files(folder, info, vocabulary, files or OpenFiles())
+    return _open_files(folder, info, get_file or cached_files())
 
 
-def open_unfinished(folder: Path, vocabulary: Vocabulary) -> Shards:
+def open_unfinished(folder: Path) -> Shards:
     """Open what is committed in a folder of shards that `moma prepare` has not completed.
 
     Raises:
@@ -263,11 +263,11 @@ def open_unfinished(folder: Path, vocabulary: Vocabulary) -> Shards:
     records = [record for record in found if record is not None and record.documents_read]
     if origin is None or not records:
         raise UserError(f"{folder}: nothing is complete yet; inspect it later")
-    return _open_files(folder, origin.with_parts(records), vocabulary, OpenFiles())
+    return _open_files(folder, origin.with_parts(records), cached_files())
 
 
-def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: OpenFiles) -> Shards:
-    features, link, get_file = shard_features(vocabulary), read_link(folder), files.get
+def _open_files(folder: Path, info: ShardInfo, get_file: GetFile) -> Shards:
+    link = read_link(folder)
     indices: dict[str, Index | None] = dict.fromkeys(SPLITS)
     if link is not None:
         checksums = {name: value for part in info.parts for name, value in part.checksums.items()}
@@ -275,8 +275,7 @@ def _open_files(folder: Path, info: ShardInfo, vocabulary: Vocabulary, files: Op
         indices = {split: _index(folder, info, split, link, checksums) for split in SPLITS}
     try:
         splits = {
-            split: Shard(info.files(folder, split), features, get_file, indices[split])
-            for split in SPLITS
+            split: Shard(info.files(folder, split), get_file, indices[split]) for split in SPLITS
         }
         for split, shard in splits.items():
             _check_files(folder, info, split, shard)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from moma.data.mapped_files import OpenFiles
+from moma.data.mapped_files import cached_files
 from moma.data.shards import open_shards
 from moma.errors import UserError
 from tests.data.encode.encoding import encode_source
@@ -51,21 +51,21 @@ def opened(folder):
 def test_open_files_are_bounded_and_every_document_is_read(tmp_path):
     folder = make(tmp_path / "words")
     assert len(list(folder.glob("train-*.arrow"))) == FILES
-    shard = open_shards(folder, VOCABULARY, files=OpenFiles(4)).splits["train"]
+    shard = open_shards(folder, VOCABULARY, get_file=cached_files(4)).splits["train"]
     assert opened(folder)[0] <= 4
     rows = np.random.default_rng(0).permutation(FILES).tolist()
     for row in rows:
         assert shard.ids(row).tolist() == expected_ids(row)
         assert shard.name(row) == f"doc {row}"
         assert opened(folder)[0] <= 4
-    unbounded = open_shards(folder, VOCABULARY, files=OpenFiles(FILES)).splits["train"]
+    unbounded = open_shards(folder, VOCABULARY, get_file=cached_files(FILES)).splits["train"]
     assert opened(folder) == (FILES, 0)  # all of them mapped
     np.testing.assert_array_equal(shard.lengths, unbounded.lengths)
 
 
 def test_an_array_of_a_closed_file_stays_valid(tmp_path):
     folder = make(tmp_path / "words")
-    shard = open_shards(folder, VOCABULARY, files=OpenFiles(1)).splits["train"]
+    shard = open_shards(folder, VOCABULARY, get_file=cached_files(1)).splits["train"]
     first = shard.ids(0)
     kept = [shard.ids(row) for row in range(FILES)]
     assert first.tolist() == expected_ids(0)
@@ -75,7 +75,7 @@ def test_an_array_of_a_closed_file_stays_valid(tmp_path):
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 600)])
 def test_a_file_that_is_damaged_after_the_start_is_named(tmp_path, damage):
     folder = make(tmp_path / "words")
-    shard = open_shards(folder, VOCABULARY, files=OpenFiles(1)).splits["train"]
+    shard = open_shards(folder, VOCABULARY, get_file=cached_files(1)).splits["train"]
     damage(folder / "train-00000-00003.arrow")
     with pytest.raises(UserError, match=r"train-00000-00003\.arrow: missing or damaged .*--verify"):
         shard.ids(3)
@@ -84,7 +84,7 @@ def test_a_file_that_is_damaged_after_the_start_is_named(tmp_path, damage):
 
 def test_threads_read_the_same_documents(tmp_path):
     folder = make(tmp_path / "words")
-    shard = open_shards(folder, VOCABULARY, files=OpenFiles(2)).splits["train"]
+    shard = open_shards(folder, VOCABULARY, get_file=cached_files(2)).splits["train"]
     rows = np.random.default_rng(1).integers(FILES, size=500).tolist()
     with ThreadPoolExecutor(4) as threads:
         found = [ids.tolist() for ids in threads.map(shard.ids, rows)]

@@ -4,6 +4,7 @@ import json
 import threading
 from functools import partial
 
+import datasets
 import numpy as np
 from PIL import Image
 
@@ -102,3 +103,9 @@ def run(folder, source=None, codec=None, share=0.02, **options):
 
 def rejected_in(folder):
     return [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
+
+
+def stored(folder, split="train"):
+    """The rows in the files of a split, as the library `datasets` reads them."""
+    files = sorted(folder.glob(f"{split}-*.arrow"))
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(f)) for f in files])

@@ -41,7 +41,7 @@ def test_rows_that_cannot_be_documents_are_rejected_and_change_no_others(tmp_pat
     )
     info = run(tmp_path / "shard", source, max_rejected=1)
     train = open_shards(tmp_path / "shard", VOCABULARY).splits["train"]
-    assert train.dataset["name"][:] == ["doc 0", "doc 3", "doc 9"]
+    assert [train.name(row) for row in range(len(train))] == ["doc 0", "doc 3", "doc 9"]
     assert train.ids(1).tolist() == [0, 3, 5 + 7, 6, 7, 8, 4, *encode_text(["d"])[0], 1]
     assert info.rejected == 9 and info.whole.documents_read == 12
     empty = "it is empty: neither text nor an image"

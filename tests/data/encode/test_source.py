@@ -24,6 +24,7 @@ from tests.data.encode.encoding import (
     encode_text,
     rejected_in,
     run,
+    stored,
 )
 from tests.factories import ListSource
 
@@ -35,9 +36,10 @@ def test_a_document_is_text_and_wrapped_images_between_beginning_and_end(tmp_pat
     expected = [0, *encode_text(["n3"])[0], 3, 5 + 9, 6, 7, 8, 4, *encode_text(["!"])[0], 1]
     assert train.ids(3).tolist() == expected
     assert train.ids(1).tolist() == [0, *encode_text(["n1"])[0], 1]
-    assert train.dataset[3] == {"ids": expected, "images": 1, "name": "doc 3"}
-    assert train.dataset.features["ids"] == datasets.List(datasets.Value("uint16"))
-    assert held_out.dataset["name"][:] == ["doc 4", "doc 9", "doc 14", "doc 19"]
+    rows = stored(tmp_path / "shard")
+    assert rows[3] == {"ids": expected, "images": 1, "name": "doc 3"}
+    assert rows.features["ids"] == datasets.List(datasets.Value("uint16"))
+    assert [held_out.name(row) for row in range(4)] == ["doc 4", "doc 9", "doc 14", "doc 19"]
     assert info.counts["train"].documents == 16
     assert info.counts["train"].tokens == sum(len(train.ids(row)) for row in range(16))
     assert info.counts["train"].images == train.images.sum()
@@ -68,14 +70,13 @@ def test_chunks_and_files_do_not_change_the_rows(tmp_path, monkeypatch, shard_to
     for part in info.parts[:-1]:
         assert sum(counts.tokens for counts in part.counts.values()) >= shard_tokens
     assert (len(info.parts) == 1) == (shard_tokens == 10_000)
-    whole = open_shards(tmp_path / "whole", VOCABULARY)
     for split, shard in open_shards(tmp_path / "shard", VOCABULARY).splits.items():
-        expected = whole.splits[split]
+        expected = stored(tmp_path / "whole", split)
         assert len(shard) == len(expected)
-        assert shard.dataset[:] == expected.dataset[:]
-        assert shard.lengths.tolist() == [len(ids) for ids in expected.dataset["ids"]]
+        assert stored(tmp_path / "shard", split)[:] == expected[:]
+        assert shard.lengths.tolist() == [len(ids) for ids in expected["ids"]]
         for row in range(len(shard)):
-            assert shard.ids(row).tolist() == expected.dataset[row]["ids"]
+            assert shard.ids(row).tolist() == expected[row]["ids"]
             assert not shard.ids(row).flags.owndata
 
 
@@ -100,8 +101,7 @@ def test_ids_take_the_smallest_type(tmp_path, size, dtype):
 def test_an_empty_split_can_be_opened(tmp_path):
     run(tmp_path / "shard", source=Numbers(count=3))
     held_out = open_shards(tmp_path / "shard", VOCABULARY).splits["held_out"]
-    assert len(held_out) == len(held_out.images) == len(held_out.dataset) == 0
-    assert held_out.dataset.features["ids"] == datasets.List(datasets.Value("uint16"))
+    assert len(held_out) == len(held_out.images) == 0
 
 
 def test_complete_shards_are_not_encoded_again(tmp_path):

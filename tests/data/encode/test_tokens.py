@@ -15,7 +15,6 @@ from moma.data.documents import Document, ImageRef
 from moma.data.encode import chunks
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.tokens import Encoder
-from moma.data.shards import open_shards
 from moma.errors import UserError
 from tests.data.encode.encoding import (
     VOCABULARY,
@@ -24,6 +23,7 @@ from tests.data.encode.encoding import (
     encode_source,
     encode_text,
     run,
+    stored,
     to_rgb,
     unreadable,
 )
@@ -73,8 +73,7 @@ def test_pieces_of_a_text_become_one_document(tmp_path, monkeypatch):
             split_text=split,
             max_rejected=0.5,
         )
-        dataset = open_shards(tmp_path / name / "listed", VOCABULARY).splits["train"].dataset
-        found.append(dataset[:])
+        found.append(stored(tmp_path / name / "listed")[:])
     assert found[0] == found[1] and len(found[0]["ids"]) == 3
 
 
@@ -109,8 +108,7 @@ def test_random_documents_equal_a_slow_reference(documents, chunk):
                 call(max_rejected=1)
             return
         info = call(max_rejected=1)
-        train = open_shards(Path(folder) / "shard", VOCABULARY).splits["train"]
-        assert list(train.dataset) == expected
+        assert list(stored(Path(folder) / "shard")) == expected
         assert info.rejected == len(rows) - len(expected)
 
 

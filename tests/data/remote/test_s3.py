@@ -92,11 +92,9 @@ def test_prepare_train_and_resume_from_s3(tiny, tmp_path, s3, monkeypatch):
     rows = datasets.load_dataset(
         "arrow", data_files=files, split="train", cache_dir=str(tmp_path / "datasets")
     )
-    assert sorted(rows["name"]) == sorted(
-        open_sources(local.data.path, ["text"], vocabulary_of(local))["text"]
-        .splits["train"]
-        .dataset["name"]
-    )
+    opened = open_sources(local.data.path, ["text"], vocabulary_of(local))["text"]
+    shard = opened.splits["train"]
+    assert sorted(rows["name"]) == sorted(shard.name(row) for row in range(len(shard)))
 
     # Two steps from the bucket, then two more on another machine: as four from the folder.
     expected = train(with_run(local, tmp_path / "expected"), WORLD, quiet=True)

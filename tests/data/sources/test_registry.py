@@ -117,7 +117,7 @@ def test_a_source_of_another_package_is_prepared(installed, tmp_path):
     assert rejected["reason"] == "it is empty; remove it"
     vocabulary = Vocabulary.load(tmp_path / "data" / "vocabulary.json")
     splits = open_shards(tmp_path / "data" / "shards" / "poems", vocabulary).splits.values()
-    names = {name for split in splits for name in split.dataset["name"][:]}
+    names = {split.name(row) for split in splits for row in range(len(split))}
     assert names == {f"poem {n}" for n in range(1, 21)}
 
 
