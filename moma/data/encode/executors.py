@@ -22,7 +22,7 @@ import torch
 
 from moma.data.encode.read_ahead import exit_with_parent, without_main_module
 from moma.data.encode.tokens import EncodeImages
-from moma.data.encode.worker import Encoded, Job, Task, Worker, local_worker
+from moma.data.encode.worker import Encoded, Job, Task, Worker, encode_together, local_worker
 from moma.data.shards import Part
 from moma.errors import UserError
 
@@ -296,9 +296,7 @@ class _CodecThread(Thread):
     def _answer(self, requests: Sequence[tuple[Connection, list[np.ndarray]]]) -> None:
         answers: Iterable[Any]
         try:
-            codes = self._encode([image for _, images in requests for image in images])
-            ends = np.cumsum([len(images) for _, images in requests])
-            answers = np.split(codes, ends[:-1])
+            answers = encode_together(self._encode, (images for _, images in requests))
         except Exception as error:
             answers = [error] * len(requests)
         for (connection, _), answer in zip(requests, answers, strict=True):

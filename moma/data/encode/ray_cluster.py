@@ -19,7 +19,7 @@ import torch
 
 from moma.data.encode.executors import ATTEMPTS, Report, lost_part
 from moma.data.encode.part_writer import read_records
-from moma.data.encode.worker import Encoded, Job, Task, Worker, local_worker
+from moma.data.encode.worker import Encoded, Job, Task, Worker, encode_together, local_worker
 from moma.data.shards import Part
 from moma.errors import UserError
 
@@ -196,14 +196,13 @@ class BatchingCodec:
         self._is_busy = True
         while self._waiting:
             requests, self._waiting = self._waiting, []
-            images = [image for pixels, _ in requests for image in pixels]
-            ends = np.cumsum([len(pixels) for pixels, _ in requests])
+            pixels, futures = zip(*requests, strict=True)
             try:
-                codes = await asyncio.to_thread(self._encode, images)
+                answers = await asyncio.to_thread(encode_together, self._encode, pixels)
             except Exception as error:
-                for _, future in requests:
+                for future in futures:
                     future.set_exception(error)
                 continue
-            for (_, future), own in zip(requests, np.split(codes, ends[:-1]), strict=True):
-                future.set_result(own)
+            for future, codes in zip(futures, answers, strict=True):
+                future.set_result(codes)
         self._is_busy = False

@@ -1,6 +1,6 @@
 """What encodes the parts of all sources, in this process or in another one."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,6 +119,15 @@ def local_worker(job: Job, device: torch.device, image_processes: int = 0) -> Wo
     keep_freed_memory(device)
     encode = None if job.image_size is None else job.load_codec(device)
     return Worker(job, encode, device.type != "cpu", image_processes)
+
+
+def encode_together(
+    encode: EncodeImages, requests: Iterable[Sequence[np.ndarray]]
+) -> list[np.ndarray]:
+    """Encode the images of several requests in one call; return the codes of each."""
+    requests = [*requests]
+    codes = encode([image for images in requests for image in images])
+    return np.split(codes, np.cumsum([*map(len, requests)])[:-1])
 
 
 def encode_images(

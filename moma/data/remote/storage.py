@@ -194,7 +194,7 @@ class Storage:
         Raises:
             UserError: it has another size or checksum.
         """
-        size, digest, found = 0, hashlib.sha256(), None
+        size, digest = 0, hashlib.sha256()
         for chunk in self._chunks(name):
             with add_path_to_errors(Path(file.name)):
                 file.write(chunk)
