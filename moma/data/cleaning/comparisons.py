@@ -35,7 +35,8 @@ def make_comparisons(pieces: Sequence[Piece]) -> tuple[list[Comparison], ImageTa
     """Return the comparisons, those of texts first, and the images that they compare."""
     comparisons = []
     if exact := [piece for piece in pieces if piece.config.duplicate_texts]:
-        comparisons.append(_equal_texts(exact))
+        texts = _join([piece.signatures.texts for piece in exact], exact, TEXT)
+        comparisons.append(_equal("duplicate_texts", texts["document"], None, texts["hash"]))
     near = [piece for piece in pieces if piece.config.near_duplicate_texts]
     # Texts are compared by n-grams of the same length.
     for words in sorted({piece.config.near_duplicate_ngram for piece in near}):
@@ -46,7 +47,9 @@ def make_comparisons(pieces: Sequence[Piece]) -> tuple[list[Comparison], ImageTa
     lengths = [len(piece.signatures.images) for piece in pieces]
     equal = np.repeat([piece.config.duplicate_images for piece in pieces], lengths)
     if equal.any():
-        comparisons.append(_equal_images(records, np.flatnonzero(equal)))
+        rows = np.flatnonzero(equal)
+        documents, hashes = records["document"][rows], records["hash"][rows]
+        comparisons.append(_equal("duplicate_images", documents, rows, hashes))
     # −1: its source's images are not compared.
     distances = [
         -1 if piece.config.near_duplicate_images is None else piece.config.near_duplicate_images
@@ -67,16 +70,15 @@ def _join(records: Sequence[np.ndarray], pieces: Sequence[Piece], dtype: np.dtyp
     return joined
 
 
-def _equal_texts(pieces: Sequence[Piece]) -> Comparison:
-    records = _join([piece.signatures.texts for piece in pieces], pieces, TEXT)
-    hashes = records["hash"]
+def _equal(
+    key: str, documents: np.ndarray, images: np.ndarray | None, hashes: np.ndarray
+) -> Comparison:
+    """Compare texts or images by their hashes, uint64 [items, 2]."""
 
     def matches(item: int, others: np.ndarray) -> np.ndarray:
         return (hashes[others] == hashes[item]).all(axis=1)
 
-    return Comparison(
-        "duplicate_texts", records["document"], None, iter([hashes[:, 0].copy()]), matches
-    )
+    return Comparison(key, documents, images, iter([hashes[:, 0].copy()]), matches)
 
 
 def _similar_texts(pieces: Sequence[Piece]) -> Comparison:
@@ -98,16 +100,6 @@ def _similar_texts(pieces: Sequence[Piece]) -> Comparison:
     bands = text_bands(minhash, min(thresholds))
     documents = records["document"].copy()
     return Comparison("near_duplicate_texts", documents, None, bands, matches, _MAX_COMPARED)
-
-
-def _equal_images(records: np.ndarray, rows: np.ndarray) -> Comparison:
-    hashes = records["hash"][rows]
-
-    def matches(item: int, others: np.ndarray) -> np.ndarray:
-        return (hashes[others] == hashes[item]).all(axis=1)
-
-    bands = iter([hashes[:, 0].copy()])
-    return Comparison("duplicate_images", records["document"][rows], rows, bands, matches)
 
 
 def _similar_images(records: np.ndarray, rows: np.ndarray, distances: np.ndarray) -> Comparison:

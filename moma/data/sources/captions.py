@@ -48,7 +48,7 @@ class CaptionsConfig(CaptionReaderConfig):
         cuts_of = partial(row_cuts, part_bytes=part_bytes, row_bytes=IMAGE_BYTES)
         return cut_files(_lists(self.path), part_bytes, cuts_of)
 
-    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
+    def read_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the rows of the lists."""
         rows = _read(ranges_of(_lists(self.path), part))
         return ((row.location, partial(self._document, row)) for row in rows)

@@ -103,7 +103,7 @@ class DatasetConfig(CaptionReaderConfig):
                 for row in range(0, rows, step)
             ]
 
-    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
+    def read_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the rows of a part."""
         fingerprint, files, folder = self.fingerprint(), local_files(self.path), Path(self.path)
         # Paths of images are relative to this folder and do not lead out of it.

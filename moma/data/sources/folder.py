@@ -51,7 +51,7 @@ class FolderConfig(CaptionReaderConfig):
 
         return cut_files(stems, part_bytes, cuts_of)
 
-    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
+    def read_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield a row for every text file, and for every image without one."""
         stems, groups = _sorted_groups(self.path)
         for chosen in ranges_of(stems, part):

@@ -15,7 +15,7 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field
 from selectolax.lexbor import LexborNode
 
-from moma.data.documents import Document, SourceName
+from moma.data.documents import Document, SourceName, SourcePart
 from moma.data.sources.html_decoding import decode_html
 from moma.data.sources.html_layout import BLOCKS, TextLayout, element_names, parse_html, walk
 from moma.data.sources.paths import files_below, fingerprint_of, read_errors, resolve_inside
@@ -68,7 +68,7 @@ class HtmlConfig(ImageReaderConfig):
         *("menu", "sidebar", "toc", "footer"),
     )
 
-    def read_rows(self) -> Iterator[Row]:
+    def read_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the pages."""
         pages = self._pages()
         shown_on: Counter[Path] = Counter()

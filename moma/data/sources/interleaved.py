@@ -58,7 +58,7 @@ class InterleavedConfig(ImageReaderConfig):
         cuts_of = partial(line_cuts, part_bytes=part_bytes, row_bytes=IMAGE_BYTES)
         return cut_files(expand_pattern(self.path), part_bytes, cuts_of)
 
-    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
+    def read_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the rows of the files."""
         lines = read_jsonl(ranges_of(expand_pattern(self.path), part))
         return ((line.location, partial(self._document, line)) for line in lines)

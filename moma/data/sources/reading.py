@@ -34,7 +34,7 @@ Row = tuple[str, Callable[[], Document]]
 class ReaderConfig(SourceConfig):
     """Base class of sources that read files; a subclass implements `read_rows`.
 
-    One that can be cut implements `parts` and `read_part_rows` instead.
+    One that can be cut into parts implements `parts`, too.
 
     Attributes:
         name: name of the source's shards and of the source in messages.
@@ -44,24 +44,19 @@ class ReaderConfig(SourceConfig):
 
     def documents(self) -> Iterator[Document | Rejected]:
         """Yield the document of every row, split if it has more than `max_images` images."""
-        return self._make_documents(self.read_rows())
+        return self.read_part(SourcePart())
+
+    def read_rows(self, part: SourcePart) -> Iterator[Row]:
+        """Yield the rows of a part, by default of the whole source, in a fixed order.
+
+        Raises:
+            UserError: the source cannot be read.
+        """
+        raise NotImplementedError
 
     def read_part(self, part: SourcePart) -> Iterator[Document | Rejected]:
         """Yield the documents of a part."""
-        if part == SourcePart():
-            return self.documents()
-        return self._make_documents(self.read_part_rows(part))
-
-    def read_rows(self) -> Iterator[Row]:
-        """Yield every row in a fixed order; raises `UserError` if the source cannot be read."""
-        return self.read_part_rows(SourcePart())
-
-    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
-        """Yield the rows of a part."""
-        raise NotImplementedError
-
-    def _make_documents(self, rows: Iterator[Row]) -> Iterator[Document | Rejected]:
-        for location, make in rows:
+        for location, make in self.read_rows(part):
             try:
                 document = replace(make(), row=location)
             except StorageError:

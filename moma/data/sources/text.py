@@ -44,7 +44,7 @@ class TextConfig(ReaderConfig):
 
         return cut_files(expand_pattern(self.path), part_bytes, cuts_of)
 
-    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
+    def read_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield every paragraph, or every row of JSON Lines."""
         for lines in ranges_of(expand_pattern(self.path), part):
             if _is_json(lines.path):

@@ -104,7 +104,7 @@ class WebDatasetConfig(CaptionReaderConfig):
         """Cut the source between archives."""
         return cut_files(expand_pattern(self.path), part_bytes, whole_file)
 
-    def read_part_rows(self, part: SourcePart) -> Iterator[Row]:
+    def read_rows(self, part: SourcePart) -> Iterator[Row]:
         """Yield the samples in the order of the archives."""
         for path, *_ in ranges_of(expand_pattern(self.path), part):
             for name, samples in groupby(self._samples(path), key=lambda sample: sample.group):

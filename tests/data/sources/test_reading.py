@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moma.data.documents import Document, ImageRef, Rejected, SourcePart
+from moma.data.documents import Document, ImageRef, Rejected
 from moma.data.sources.jsonl import decompress, parse_json_object, read_lines, require_text
 from moma.data.sources.paths import (
     FileRange,
@@ -163,7 +163,7 @@ class Failing(ReaderConfig):
     name: str = "failing"
     error: type[UserError] = UserError
 
-    def read_rows(self):
+    def read_rows(self, part):
         yield "y" * 1_000_000, self.fail
 
     def fail(self):
@@ -173,8 +173,6 @@ class Failing(ReaderConfig):
 def test_a_source_that_reads_nothing_says_so():
     with pytest.raises(NotImplementedError):
         list(ReaderConfig(name="nothing").documents())
-    with pytest.raises(NotImplementedError):
-        list(ReaderConfig(name="nothing").read_part(SourcePart()))
     assert len([*Failing().read_part(*Failing().parts(1))]) == 1
 
 
