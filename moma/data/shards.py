@@ -23,6 +23,7 @@ from pydantic import Field
 
 from moma.data.mapped_files import DAMAGE, GetFile, Index, Shard, cached_files
 from moma.data.provenance import Encoders, read_provenance
+from moma.data.remote.manifest import CheckedChecksum, Name
 from moma.data.remote.reading import (
     LINK_FILE,
     Link,
@@ -96,7 +97,7 @@ class Part(Config):
     rejected: int = 0
     dropped: dict[str, int] = Field(default={})
     dropped_images: dict[str, int] = Field(default={})
-    checksums: dict[str, Checksum] = Field(default={})
+    checksums: dict[Name, CheckedChecksum] = Field(default={})
 
     def __add__(self, following: "Part") -> "Part":
         return Part(

@@ -8,7 +8,7 @@ import pytest
 
 from moma.data.documents import Document
 from moma.data.provenance import Encoders
-from moma.data.shards import open_shards
+from moma.data.shards import Part, open_shards
 from moma.errors import UserError
 from tests.data.encode.encoding import encode_source
 from tests.factories import ListSource, make_vocabulary
@@ -78,6 +78,12 @@ def test_a_file_of_another_codec_is_refused_by_name(folder, tmp_path):
     (other / "held_out-00000-00000.arrow").replace(folder / "held_out-00000-00000.arrow")
     with pytest.raises(UserError, match=r"held_out-00000-00000\.arrow: .*codec \(c2 and c1\)"):
         open_shards(folder, VOCABULARY)
+
+
+@pytest.mark.parametrize("checksums", [{"../x": [1, "0" * 64]}, {"x": [1, "0" * 63]}])
+def test_a_record_names_files_of_its_folder_and_their_checksums(checksums):
+    with pytest.raises(ValueError, match=r"no relative name|64 hexadecimal digits"):
+        Part(checksums=checksums)
 
 
 def test_missing_shards_are_refused(tmp_path):

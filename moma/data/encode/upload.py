@@ -23,7 +23,6 @@ from moma.data.remote.manifest import (
     Manifest,
     index_name,
     object_name,
-    require_safe,
     source_manifest,
 )
 from moma.data.remote.reading import (
@@ -147,7 +146,6 @@ class SourceUpload:
 
     def _fetch_record(self, name: str, content: bytes, path: Path, with_rejected: bool) -> None:
         record = self._storage.parse(Part, name, content)
-        require_safe(self._storage, name, [record.checksums])
         own = {*(file_name(split, record.name) for split in SPLITS), rejected_name(record)}
         if self._record(record) != name or not record.checksums.keys() <= own:
             raise UserError(

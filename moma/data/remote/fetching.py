@@ -14,12 +14,11 @@ from moma.data.provenance import Encoders, read_provenance
 from moma.data.remote.manifest import (
     TOKENIZERS_MANIFEST,
     Manifest,
-    require_safe,
     source_manifest,
 )
 from moma.data.remote.reading import LINK_FILE, Link, read_link
 from moma.data.remote.storage import Storage, open_storage
-from moma.data.shards import INFO_FILE, read_info, require_own
+from moma.data.shards import INFO_FILE, ShardInfo, read_info, require_own
 from moma.errors import UserError, list_names
 from moma.files import atomic_open, atomic_write, checksum, lock_folder
 from moma.runs import Tokenizers
@@ -185,13 +184,12 @@ def _fetch_files(storage: Storage, name: str, manifest: Manifest, folder: Path) 
             )
         with atomic_open(folder / file) as out:
             storage.download(manifest.object_of(file), expected, out)
-    info = read_info(folder)
-    if info is None:
+    if INFO_FILE not in manifest.files:
         raise UserError(
-            f"{storage.address}/{name}: 'files': names no {INFO_FILE} that can be read; remove it, "
-            "and run `moma prepare` again"
+            f"{storage.address}/{name}: 'files': names no {INFO_FILE}; remove it, and run `moma "
+            "prepare` again"
         )
-    require_safe(storage, name, [part.checksums for part in info.parts])
+    storage.parse(ShardInfo, manifest.object_of(INFO_FILE), (folder / INFO_FILE).read_bytes())
 
 
 def _is_provided(config: DataConfig) -> bool:

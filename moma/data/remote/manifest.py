@@ -7,14 +7,11 @@ A name contains the first digits of the checksum of the content.
 """
 
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from moma.data.remote.storage import Storage
-from moma.errors import UserError
 from moma.files import Checksum
 from moma.recipe import Config
 
@@ -80,16 +77,3 @@ def object_name(folder: str, file: str, checksum: Checksum) -> str:
 def index_name(arrow: str) -> str:
     """Return the name of the file with the lengths and images of an Arrow file's documents."""
     return str(Path(arrow).with_suffix(".npy"))
-
-
-def require_safe(storage: Storage, name: str, checksums: Iterable[Mapping[str, Checksum]]) -> None:
-    """Raise `UserError` if records in an object name files elsewhere."""
-    for file, checksum in (item for record in checksums for item in record.items()):
-        try:
-            check_name(file)
-            check_checksum(checksum)
-        except ValueError as error:
-            raise UserError(
-                f"{storage.address}/{name}: 'checksums': {error}; remove it, and run `moma "
-                "prepare` again"
-            ) from error

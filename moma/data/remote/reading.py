@@ -17,7 +17,7 @@ from moma.data.mapped_files import MappedFile
 from moma.data.outputs import CACHE_FOLDER
 from moma.data.remote.address import Address
 from moma.data.remote.cache import Cache
-from moma.data.remote.manifest import Name, check_checksum, index_name, object_name
+from moma.data.remote.manifest import Name, index_name, object_name
 from moma.data.remote.storage import open_storage
 from moma.errors import StorageError, UserError, error_reason
 from moma.files import Checksum, read_bounded
@@ -104,7 +104,7 @@ class RemoteFiles:
     def _open(self, path: Path, expected: Checksum) -> MappedFile:
         if path.exists():
             return MappedFile(path)
-        name = object_name(self._link.folder, path.name, check_checksum(expected))
+        name = object_name(self._link.folder, path.name, expected)
         download = partial(open_storage(self._link.address).download, name, expected)
         file = _try_again(
             lambda: self._files.cache.open(name, expected, download, self._files.close_half)

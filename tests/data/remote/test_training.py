@@ -280,7 +280,7 @@ def test_a_manifest_that_leads_elsewhere_is_refused(tiny, prepared, tmp_path, ch
 @pytest.mark.parametrize(
     ("file", "named"),
     [
-        ("../x.arrow", "'checksums': .*no relative name"),
+        ("../x.arrow", "'checksums.*no relative name"),
         ("plan.json", "names files of others"),
         ("sub/train-00000-00000.arrow", "names files of others"),
     ],
