@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import tomli_w
 import torch
 from PIL import Image
 from pydantic import Field
@@ -234,6 +235,15 @@ def write_sources(folder: Path) -> None:
 def write_recipe(config: Config, path: Path) -> None:
     """Write a configuration with all its keys."""
     path.write_text(to_toml(config), encoding="utf-8")
+
+
+def write_study(recipe: Recipe, folder: Path, study: Mapping[str, Any]) -> Path:
+    """Write `study.toml` with a recipe and the table `[study]`; its runs are below `study`."""
+    values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    file = folder / "study.toml"
+    changes = {"run": str(folder / "study"), "study": study}
+    file.write_text(tomli_w.dumps(values | changes), encoding="utf-8")
+    return file
 
 
 def write_minimal_recipe(folder: Path) -> Path:

@@ -35,6 +35,9 @@ def study(
     processes: Annotated[
         int | None, Option(min=1, max=1024, help="processes [one per GPU, or per core]")
     ] = None,
+    ray: Annotated[
+        str | None, Option(help="train on the Ray cluster at this address; auto: this machine's")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train and measure variants with several seeds. Report means with intervals."""
@@ -44,7 +47,7 @@ def study(
     from moma.study.results import study_tables, summarize, write_report
 
     read = read_study(file, overrides or ())
-    failures = run_study(read, processes, quiet=as_json)
+    failures = run_study(read, processes, ray, quiet=as_json)
     finished = read.finished()
     if finished.runs:
         result = summarize(finished)

@@ -1,16 +1,24 @@
-"""Runs a study in several processes of this machine; more machines may run the same study."""
+"""Runs a study in several processes, of this machine or of a Ray cluster.
 
+All of them work alike: each trains, one after another, the runs that no other process has locked.
+So more machines may run the same study.
+"""
+
+import logging
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 import torch
 
+from moma.data.encode.executors import ATTEMPTS
 from moma.data.encode.prepare import prepare
+from moma.data.encode.ray_cluster import connect_to_ray
 from moma.data.encode.read_ahead import exit_with_parent
 from moma.data.outputs import mark_output
 from moma.errors import UserError
@@ -25,12 +33,22 @@ from moma.train.recipe import Recipe
 _T = TypeVar("_T")
 
 
-def run_study(study: Study, processes: int | None = None, quiet: bool = False) -> dict[str, str]:
+_KILLED = (
+    "a training process was killed, perhaps because memory ran out; the same command continues "
+    "from its last checkpoint"
+)
+
+
+def run_study(
+    study: Study, processes: int | None = None, ray: str | None = None, quiet: bool = False
+) -> dict[str, str]:
     """Prepare the data, then train and measure every run that no other process does.
 
     Args:
         study: the study.
         processes: number of processes; by default one for each GPU, or for each core.
+        ray: address of the Ray cluster that trains, whose machines share the folders of data and
+            runs; by default this machine.
         quiet: whether to hide the progress bar.
 
     Returns:
@@ -38,18 +56,25 @@ def run_study(study: Study, processes: int | None = None, quiet: bool = False) -
         at work on runs that are neither finished nor among these.
 
     Raises:
-        UserError: a folder has a run of another recipe, or a process was killed.
+        UserError: a folder has a run of another recipe, a process was killed, or there is no such
+            Ray cluster.
     """
     for run in study.runs:
         run.require_same_recipes()
     device = local_device()
     mark_output(study.path, "results", *(run.name for run in study.runs), *FILES)
     prepare(study.recipe, device, quiet)
-    wanted = processes or torch.cuda.device_count() or os.cpu_count() or 1
-    count = max(1, min(wanted, len(study.runs) - len(study.finished().runs)))
+    if ray is not None:
+        return _run_on_ray(study, ray, processes, quiet)
+    count = _useful(study, processes or torch.cuda.device_count() or os.cpu_count() or 1)
     if count == 1:
         return run_unfinished(study.runs, evaluate, World(device), quiet=quiet)
     return _run_in_pool(study, count, quiet)
+
+
+def _useful(study: Study, processes: int) -> int:
+    """At most as many processes as there are unfinished runs, but at least one."""
+    return max(1, min(processes, len(study.runs) - len(study.finished().runs)))
 
 
 def visible_gpus() -> list[str]:
@@ -64,13 +89,43 @@ def _run_in_pool(study: Study, count: int, quiet: bool) -> dict[str, str]:
     jobs = [
         partial(_work, study, gpus[number % len(gpus)] if gpus else None) for number in range(count)
     ]
+    with _progress(study, quiet) as show:
+        return _merge(run_in_processes(jobs, threads, show))
+
+
+def _run_on_ray(study: Study, address: str, processes: int | None, quiet: bool) -> dict[str, str]:
+    ray = connect_to_ray(address, logging_level=logging.ERROR, log_to_driver=not quiet)
+    try:
+        resources = ray.cluster_resources()
+        gpus, cores = (int(resources.get(kind, 0)) for kind in ("GPU", "CPU"))
+        needs = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
+        # Ray runs a task again whose machine is lost.
+        work = ray.remote(**needs, max_retries=ATTEMPTS - 1)(_work_on_ray)
+        count = _useful(study, processes or gpus or cores)
+        futures = [work.remote(study, os.getcwd()).future() for _ in range(count)]
+        with _progress(study, quiet) as show:
+            return _merge(_wait(futures, show))
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+    except ray.exceptions.RayError as error:
+        raise UserError(_KILLED) from error
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _progress(study: Study, quiet: bool) -> Iterator[Callable[[], None]]:
+    """Yield a function that shows the progress of a study."""
     with show_progress(f"study {study.path.name}", _steps(study), quiet) as report:
 
         def show() -> None:
             finished = len(study.finished().runs)
             report(_steps(study, done=True), f"{finished} of {len(study.runs)} runs")
 
-        found = run_in_processes(jobs, threads, show)
+        yield show
+
+
+def _merge(found: Sequence[dict[str, str]]) -> dict[str, str]:
     return {name: message for failures in found for name, message in failures.items()}
 
 
@@ -90,23 +145,24 @@ def run_in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(jobs), context, _begin, (threads,)) as pool:
         try:
-            futures = [pool.submit(job) for job in jobs]
-            running = set(futures)
-            while running:
-                done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()  # raises its error
-                show()
-            return [future.result() for future in futures]
+            return _wait([pool.submit(job) for job in jobs], show)
         except BaseException as error:
             for child in multiprocessing.active_children():
                 child.terminate()
             if isinstance(error, BrokenProcessPool):
-                raise UserError(
-                    "a training process was killed, perhaps because memory ran out; the same "
-                    "command continues from its last checkpoint"
-                ) from error
+                raise UserError(_KILLED) from error
             raise
+
+
+def _wait(futures: Sequence[Future[_T]], show: Callable[[], object]) -> list[_T]:
+    """Wait until all jobs are done, or one fails; see `run_in_processes`."""
+    running = set(futures)
+    while running:
+        done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # raises its error
+        show()
+    return [future.result() for future in futures]
 
 
 def _begin(threads: int) -> None:
@@ -120,6 +176,12 @@ def _work(study: Study, gpu: str | None) -> dict[str, str]:
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     return run_unfinished(study.runs, evaluate, World(local_device()))
+
+
+def _work_on_ray(study: Study, folder: str) -> dict[str, str]:
+    os.chdir(folder)  # to which paths are relative
+    show_log_messages()
+    return _work(study, None)
 
 
 def _steps(study: Study, done: bool = False) -> int:

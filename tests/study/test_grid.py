@@ -28,6 +28,7 @@ from moma.train.recipe import Recipe
 from moma.train.restore import load_run
 from moma.train.step import run_model, to_device
 from moma.vocabulary import IMAGE, TEXT
+from tests import factories
 from tests.command_line import moma, refuses
 
 WORLD = World(torch.device("cpu"))
@@ -47,14 +48,8 @@ ROUTERS = {"stage": "aux_router", "from": "elsewhere"}
 
 
 def write_study(tiny, folder: Path, **changes) -> Path:
-    values = tiny.model_dump(mode="json", by_alias=True, exclude_none=True) | {
-        "run": str(folder / "study"),
-        "study": {"seeds": [0, 1], "measures": ["held_out", "routing"], "variants": VARIANTS}
-        | changes,
-    }
-    file = folder / "study.toml"
-    file.write_text(tomli_w.dumps(values))
-    return file
+    study = {"seeds": [0, 1], "measures": ["held_out", "routing"], "variants": VARIANTS}
+    return factories.write_study(tiny, folder, study | changes)
 
 
 @pytest.fixture(scope="module")

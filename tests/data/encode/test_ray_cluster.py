@@ -8,10 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +19,7 @@ from moma.errors import UserError
 from tests.data.encode.preparing import contents, make_recipe, run
 from tests.data.encode.test_prepare_kills import wait_somewhere, writers
 from tests.factories import write_recipe
-
-RAY = Path(sys.executable).with_name("ray")
+from tests.ray_nodes import own_environment, two_nodes
 
 
 class FakeJob:
@@ -70,60 +66,10 @@ def test_an_error_of_the_codec_reaches_every_request():
     assert isinstance(error, UserError) and codes.tolist() == [[3]]
 
 
-def own_environment():
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-
-@contextmanager
-def cluster(folder):
-    """Two nodes of one core; yields the address."""
-    pytest.importorskip("ray")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = own_environment()
-    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
-    own = [f"--temp-dir={folder}", "--include-dashboard=false"]
-    address = f"127.0.0.1:{port}"
-    nodes: list[subprocess.Popen[bytes]] = []
-
-    def start(*options):
-        command = [str(RAY), "start", "--num-cpus=1", "--block", *options]
-        command += ["--node-ip-address=127.0.0.1"]
-        memory = ["--object-store-memory=80000000"]
-        with (Path(folder) / f"node-{len(nodes)}.log").open("wb") as log:
-            nodes.append(
-                subprocess.Popen([*command, *memory], env=environment, stdout=log, stderr=log)
-            )
-
-    def wait():
-        log = Path(folder) / f"node-{len(nodes) - 1}.log"
-        for _ in range(1800):
-            if "Ray runtime started" in log.read_text():
-                return
-            assert nodes[-1].poll() is None, log.read_text()
-            time.sleep(0.1)
-
-    try:
-        start("--head", f"--port={port}", *own)
-        wait()
-        start(f"--address={address}")
-        wait()
-        yield address
-    finally:
-        for node in nodes[::-1]:
-            node.terminate()
-            node.wait()
-
-
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        # Ray's nodes and drivers share a secret.
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        with cluster(tmp_path_factory.mktemp("ray")) as found:
-            yield found
+    with two_nodes(tmp_path_factory.mktemp("ray")) as address:
+        yield address
 
 
 def moma(folder, address, **variables):
