@@ -183,8 +183,8 @@ def contents(path):
     }
 
 
-@pytest.fixture(name="files")
-def chameleon_files(tmp_path):
+@pytest.fixture(name="files", scope="module")
+def chameleon_files(tmp_path_factory):
     """A tokenizer file and image weights with Chameleon's names, and 205 codes."""
     codec = random_codec(
         patch=1,
@@ -195,24 +195,32 @@ def chameleon_files(tmp_path):
         middle_attention=True,
     )
     layout = {name: value.contiguous() for name, value in original_layout(codec).items()}
-    save_file(layout, tmp_path / "vqgan.safetensors")
-    (tmp_path / "text_tokenizer.json").write_text(chameleon_file(as_words=False, special=False))
-    return tmp_path / "text_tokenizer.json", tmp_path / "vqgan.safetensors"
+    folder = tmp_path_factory.mktemp("chameleon")
+    text, weights = folder / "text_tokenizer.json", folder / "vqgan.safetensors"
+    save_file(layout, weights)
+    text.write_text(chameleon_file(as_words=False, special=False))
+    return text, weights
+
+
+@pytest.fixture(scope="module")
+def imported(files, tmp_path_factory):
+    """These files as a folder of tokenizers."""
+    folder = Tokenizers(tmp_path_factory.mktemp("imported") / "chameleon")
+    text, weights = files
+    import_files(text, weights, folder)
+    return folder
 
 
 def import_files(text, weights, folder):
     return import_tokenizers(text, load_chameleon_codec(weights, image_size=16), folder)
 
 
-def test_prepare_uses_a_folder_of_chameleons_files(files, tiny, tmp_path):
-    folder = Tokenizers(tmp_path / "chameleon")
-    text, weights = files
-    vocabulary = import_files(text, weights, folder)
+def test_prepare_uses_a_folder_of_chameleons_files(imported, tiny, tmp_path):
+    vocabulary = Vocabulary.load(imported.vocabulary)
     assert vocabulary.size == 803 and vocabulary.codes_per_image == 4
-    assert not exclude_outputs(tmp_path, ["chameleon"])  # so that no source reads it
-    assert Vocabulary.load(folder.vocabulary) == vocabulary
+    assert not exclude_outputs(imported.path.parent, ["chameleon"])  # so that no source reads it
     data = tiny.data.model_copy(
-        update={"path": tmp_path / "data", "tokenizers": folder.path, "image_share": 0.125}
+        update={"path": tmp_path / "data", "tokenizers": imported.path, "image_share": 0.125}
     )
     prepare(tiny.model_copy(update={"data": data}), CPU, quiet=True)
     assert Vocabulary.load(Tokenizers(data.path).vocabulary) == vocabulary
@@ -225,7 +233,7 @@ def test_prepare_uses_a_folder_of_chameleons_files(files, tiny, tmp_path):
     ]
 
 
-def test_chameleons_files_must_fit(files, tmp_path):
+def test_chameleons_files_must_fit(files, imported, tmp_path):
     text, weights = files
     folder = Tokenizers(tmp_path / "chameleon")
     with pytest.raises(UserError, match="no such tokenizer file"):
@@ -234,16 +242,14 @@ def test_chameleons_files_must_fit(files, tmp_path):
     with pytest.raises(UserError, match="has 8 image codes and the codec has 205"):
         import_files(tmp_path / "ours", weights, folder)
     assert not folder.path.exists()
-    import_files(text, weights, folder)
     with pytest.raises(UserError, match="exists already"):
-        import_files(text, weights, folder)
+        import_files(text, weights, imported)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "codec", "vocabulary.json"])
-def test_a_killed_import_is_completed(files, tmp_path, monkeypatch, name):
+def test_a_killed_import_is_completed(files, imported, tmp_path, monkeypatch, name):
     text, weights = files
-    whole, folder = Tokenizers(tmp_path / "whole"), Tokenizers(tmp_path / "killed")
-    import_files(text, weights, whole)
+    folder = Tokenizers(tmp_path / "killed")
     killed_when(monkeypatch, name, lambda: import_files(text, weights, folder))
     import_files(text, weights, folder)
-    assert contents(folder.path) == contents(whole.path)
+    assert contents(folder.path) == contents(imported.path)
