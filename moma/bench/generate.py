@@ -229,11 +229,8 @@ def bytes_per_pass(
     cached keys and values.
 
     Args:
-        variant: the model.
         mode: determines the modality of the tokens and the rows of the head.
-        batch: number of sequences.
         length: number of cached tokens of each.
-        dtype: of weights and caches.
     """
     config = variant.config
     shares = [float(name == mode) for name in variant.vocabulary.modalities]

@@ -126,9 +126,7 @@ def variants(dim: int, tokens: int, device: torch.device) -> dict[str, nn.Module
     """Build the modules that are compared; they have the interface of `MixtureOfExperts`.
 
     Args:
-        dim: width D.
         tokens: N, a multiple of 32, so that all experts process the same number.
-        device: where they will run.
     """
     dispatch = dispatch_for(device)
     hidden = ModelConfig(dim=dim, heads=1).hidden_width

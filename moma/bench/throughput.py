@@ -70,7 +70,6 @@ def table2(
 
     Args:
         row: model size of Table 1, or `256`.
-        overrides: changes to each recipe.
         only: some of the architectures; `dense`, the baseline, is always added.
 
     Raises:

@@ -81,9 +81,7 @@ def run_demo(
 
     Args:
         out: folder of all files; the page is `report.html`.
-        overrides: changes to the demo's recipe.
         routers: whether to train auxiliary routers too, for the report to compare.
-        quiet: whether to hide progress bars.
 
     Returns:
         The figures of the report; `docs/demo.md` lists the keys.

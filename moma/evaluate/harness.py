@@ -60,7 +60,6 @@ class MomaLM(TemplateLM):
         """Load the run.
 
         Args:
-            run: the run folder.
             routing: see `Transformer.named_routing`; generation under `choice` is that of `causal`.
             batch_size: number of texts to generate at once; scoring batches by number of tokens,
                 at most those of a micro-batch of the run.

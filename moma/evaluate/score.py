@@ -67,7 +67,6 @@ def score(
 
     Args:
         model: the model, in evaluation mode.
-        sequences: what to score.
         max_tokens: maximum number of tokens of a batch, padding included, which bounds the memory;
             a longer sequence is a batch of its own.
         routing: see `Transformer.named_routing`.
@@ -120,7 +119,6 @@ def windows(ids: np.ndarray, context: int, vocabulary: Vocabulary) -> list[Score
     Args:
         ids: integers of shape [tokens].
         context: maximum number of tokens that the model reads at once.
-        vocabulary: the ids.
     """
     ids = ids.astype(np.int64)
     images = np.flatnonzero(ids == vocabulary.begin_image)

@@ -44,14 +44,12 @@ def run_suite(
 
     Args:
         name: a key of `SUITES`.
-        mixed: the model with its tokenizers.
         data: the prepared data of the run; a batch of scored sequences has as many tokens as a
             micro-batch.
         world: the ranks, each with the whole model; the result is the same on all.
         path: the suite's file or folder; None for the documents that the run holds out.
         routing: under `choice`, a score depends on the other sequences of its batch.
         weights: see `Subject`.
-        quiet: whether to hide the progress bar.
 
     Returns:
         `suite`, `routing`, and `sources`: see `summarize`.

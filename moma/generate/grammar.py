@@ -29,7 +29,6 @@ class Grammar:
     """Tracks one sequence and determines which ids may come next.
 
     Args:
-        vocabulary: the ids.
         mode: `text` generates only text, `image` only images, `mixed` text and images.
         images: number of images that `image` generates.
     """

@@ -17,7 +17,6 @@ class HeadRows:
     """The rows of a head's weight that belong to some ids.
 
     Args:
-        weight_VD: the head's weight.
         ids: the ids, in the order of the logits.
         forbidden: those among them that are never allowed.
     """

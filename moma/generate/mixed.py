@@ -124,7 +124,6 @@ class MixedModel:
 
         Args:
             prompts: text and any number of images, in order.
-            settings: how; None: the defaults.
             has_rows: whether to yield the upper rows of unfinished images as well.
 
         Yields:
@@ -156,7 +155,6 @@ class MixedModel:
         Args:
             prompts: pairs of a number and a prompt. Prompt number i has the seed + i.
             batch: maximum number of prompts at a time.
-            settings: as for `stream`.
 
         Yields:
             The number of a prompt, and the text and images that follow it.

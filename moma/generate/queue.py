@@ -41,7 +41,6 @@ def read_prompts(path: Path, check: Callable[[Sequence[Segment]], object]) -> li
     """Read a file of prompts, in the layout of `interleaved` sources; images are not decoded yet.
 
     Args:
-        path: the file.
         check: raises `UserError` if a prompt cannot be answered.
 
     Raises:

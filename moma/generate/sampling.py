@@ -167,7 +167,6 @@ def gumbel_noise(seed: int, position: int, size: int) -> Tensor:
     """Gumbel noise of one position of a sequence, fp32 [V] on the CPU.
 
     Args:
-        seed: the sequence's seed.
         position: position of the token in its sequence.
         size: number of allowed ids V.
     """

@@ -34,7 +34,6 @@ class StopStrings:
     """Whether the end of a text contains one of several strings.
 
     Args:
-        tokenizer, vocabulary: those of the model.
         strings: what ends a text, each not empty.
     """
 
@@ -54,7 +53,6 @@ class ContentStream:
     """Turns the tokens of a sequence into pieces of text and images.
 
     Args:
-        tokenizer, vocabulary: those of the model.
         draw: returns the image of [codes_per_image] codes.
         stops: strings that end a text; they and what follows are left out.
     """
@@ -76,7 +74,6 @@ class ContentStream:
         """Return what the next tokens complete.
 
         Args:
-            tokens: ids.
             has_rows: whether the upper rows of an unfinished image are returned as well.
         """
         vocabulary, events, before = self._vocabulary, [], len(self._codes)

@@ -114,7 +114,6 @@ class MomaForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values: earlier tokens, from the output of an earlier call.
             labels: ids of which the mean cross-entropy is computed, not shifted, [B, S]; −100 for
                 none.
-            use_cache: whether to return caches.
             logits_to_keep: number of last positions whose logits are computed; 0: all.
             kwargs: ignored.
         """
@@ -158,7 +157,6 @@ class MomaForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             inputs, args, kwargs: of `GenerationMixin.generate`.
             mode: what to generate: `text`, one `image`, or `mixed`.
-            logits_processor: further processors.
         """
         prompt_BS = kwargs["input_ids"] if inputs is None else inputs
         vocabulary, limit = self.model.vocabulary, self.config.max_position_embeddings
@@ -177,8 +175,6 @@ class GrammarProcessor(LogitsProcessor):
     """Allows the ids that `Grammar` allows next.
 
     Args:
-        vocabulary: the ids.
-        mode: what is generated.
         limit: maximum number of tokens of a sequence; an image begins only if it fits.
     """
 

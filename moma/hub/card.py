@@ -62,12 +62,8 @@ def model_card(
     """The card as Markdown, with the run's last log record and held-out losses.
 
     Args:
-        name: name of the model.
         repo: its name on the Hub, if it has one.
         run: its log is read, if there is one.
-        recipe: its recipe.
-        vocabulary: its vocabulary.
-        parameters: number of parameters.
         results: further measures; see `read_results`.
     """
     config = recipe.model

@@ -73,7 +73,6 @@ def import_chameleon(
         tokenizers: tokenizer and codec to use instead of the folder's.
         recipe: recipe of the run, except for its model; by default its data is a text file in the
             run folder.
-        file_bytes: as for `write_weights`.
 
     Returns:
         Notes on what the run lacks and on files that were not read.
@@ -109,7 +108,6 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
 
     Args:
         run: its newest checkpoint is written, in the dtypes in which it is stored.
-        file_bytes: as for `write_weights`.
 
     Returns:
         Notes on what the folder lacks.

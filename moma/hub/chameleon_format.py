@@ -164,7 +164,6 @@ def chameleon_names(ids: dict[str, int], vocabulary: Vocabulary) -> dict[int, st
 
     Args:
         ids: id of each name in the tokenizer, with moma's names or Chameleon's.
-        vocabulary: the meaning of the ids.
     """
     names = dict(zip(vocabulary.special, CHAMELEON.special, strict=True))
     for code, id_ in enumerate(vocabulary.image_codes):

@@ -121,7 +121,6 @@ def export_moma(
     Args:
         run: its newest checkpoint is written, in the dtypes in which it is stored, with the
             thresholds of `moma calibrate` and trained auxiliary routers, if there are any.
-        file_bytes: as for `write_weights`.
         repo: its name on the Hub, if it has one.
         results: files of JSON by `moma evaluate`, whose measures the model card has, too.
 
@@ -158,10 +157,8 @@ def import_moma(
     """Create a run from a folder that `export_moma` wrote.
 
     Args:
-        folder: the folder.
         run: the new run; it has only weights.
         recipe: recipe of the run, except for its model; by default the folder's.
-        file_bytes: as for `write_weights`.
 
     Returns:
         Notes on what the run lacks.

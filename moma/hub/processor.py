@@ -29,9 +29,7 @@ class MomaProcessor:
     """The tokenizers of a model.
 
     Args:
-        tokenizer: the text tokenizer.
         codec: the image codec; None: text only.
-        vocabulary: the vocabulary of both.
     """
 
     def __init__(self, tokenizer: Tokenizer, codec: ImageCodec | None, vocabulary: Vocabulary):

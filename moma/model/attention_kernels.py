@@ -64,7 +64,6 @@ class AttentionKernel(Protocol):
         """Convert segments to the kernel's own form, without waiting for the device.
 
         Args:
-            segments: see `Segments`.
             dtype: dtype of queries, keys and values.
         """
 
@@ -147,8 +146,6 @@ def kernel_name(
     """Choose the fastest kernel.
 
     Args:
-        device: where the model runs.
-        dtype: dtype of its matrix products.
         head_width: width C of a head; flash attention takes multiples of 8 up to 256,
             `flex_attention` at least 16.
         deterministic: leave out flash attention, whose backward pass adds the gradients of queries

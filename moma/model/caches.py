@@ -57,7 +57,6 @@ class CacheLengths:
         Args:
             offset_BS: index of each token among the sequence's new ones, from 0.
             filled_BS: false for padding, which follows all tokens of its sequence.
-            dtype: dtype of the mask.
         """
         before_B, size = self.length_B, filled_BS.shape[1]
         self._taken = before_B, offset_BS, filled_BS, self._bounds
@@ -183,9 +182,6 @@ class Caches:
     """The caches of all layers for B sequences.
 
     Args:
-        config: the model's configuration.
-        sequences: number of sequences B.
-        device: where the model is.
         waits: whether the device may be waited for in every pass; by default only a CPU.
     """
 

@@ -73,9 +73,6 @@ class CpuDecoder:
         """Return the last layer's normalized output, [B, S, D].
 
         Args:
-            x_BSD: embedded tokens.
-            context: their context.
-            caches: the cache of each layer.
             routing: policies without slots.
         """
         cosine, sine = context.rotary

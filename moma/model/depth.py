@@ -121,8 +121,6 @@ class DepthRouter(nn.Module):
     """Selects the tokens that a layer processes (Equations 2 and 4).
 
     Args:
-        dim: width D.
-        config: see `DepthConfig`.
         shares: fraction of each modality among all tokens; needed by `modality_factors`.
         modalities: names of the modalities, in the order of `shares`.
     """
@@ -155,7 +153,6 @@ class DepthRouter(nn.Module):
         """Select tokens of [B, S, D].
 
         Args:
-            x_BSD: tokens.
             modality_BS: index of the modality; −1 for padding, which is never selected.
             routing: static capacity is c_d · N slots, actual capacity c_d times the non-padding
                 tokens (by sequence, always c_d · S slots per sequence); by modality, of its share

@@ -82,9 +82,6 @@ def add_expert_outputs(
 
     Args:
         total_ND: sum of other experts' outputs; the result has its dtype.
-        x_ND: tokens.
-        inputs: the experts and their tokens.
-        dispatch: builds the slots.
     """
     gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, score_EK) = inputs
     experts, capacity = index_EK.shape
@@ -110,8 +107,6 @@ def add_ragged_outputs(
         total_ND, x_ND: as for `add_expert_outputs`.
         weights: SwiGLU weights gate, up and down of the experts, each as one or more stacks
             [·, D, F] or [·, F, D].
-        selection: the tokens of each expert.
-        dispatch: builds the slots.
     """
     index_T, expert_T, filled_T, score_T, end_E = selection
     if not len(index_T):
@@ -143,7 +138,6 @@ class ExpertGroup(nn.Module):
     Args:
         dim, hidden: widths D and F of each expert, a SwiGLU.
         modalities: indices of the modalities whose tokens the group processes.
-        num_experts: number of experts E.
         capacity_share: slots of all experts together, as a fraction of the N tokens, under static
             capacity; see `group_share`.
         noise: whether router logits get Gumbel-Sigmoid noise in training; see `logistic_noise`.
@@ -187,7 +181,6 @@ class ExpertGroup(nn.Module):
         Args:
             x_ND: tokens of all modalities.
             tokens: from `find_tokens`, with the same routing.
-            routing: see `Routing`.
             total_ND: outputs of other groups, to add to; if omitted, zeros.
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
@@ -323,9 +316,7 @@ class MixtureOfExperts(nn.Module):
         """Map [B, S, D] to [B, S, D]; also return the diagnostics of the routers.
 
         Args:
-            x_BSD: tokens.
             modality_BS: modality of each token; −1 for padding, which is never selected.
-            routing: see `Routing`.
             tokens: from `find_tokens`, if known from another layer.
         """
         tokens = self.find_tokens(modality_BS, routing) if tokens is None else tokens

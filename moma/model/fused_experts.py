@@ -62,7 +62,6 @@ def fused_experts(
     """Sum the weighted outputs of the experts for each token.
 
     Args:
-        x_ND: tokens.
         gate_EDF, up_EDF, down_EFD: weights, of the same dtype.
         index_EK: the token in each slot.
         score_EK: fp32 factor of the expert's output; 0 in an empty slot.

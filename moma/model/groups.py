@@ -130,7 +130,6 @@ def group_share(
     share / token_fraction, at most 1.
 
     Args:
-        group: the group.
         shares: fraction of each modality among all tokens.
         modalities: names of the modalities, in the order of `shares`.
         token_fraction: fraction of all tokens that reach the layer; below 1 with mixture-of-depths.

@@ -29,10 +29,6 @@ def draw_normal(
     Args:
         rows: the rows to fill, contiguous, on any device.
         first_row: number of the first of them.
-        shape: shape of the parameter.
-        std: standard deviation.
-        seed: seed of the model.
-        name: name of the parameter.
     """
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=4).digest()
     generator, flat = torch.Generator(), rows.view(-1)

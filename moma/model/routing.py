@@ -242,7 +242,6 @@ def router_logits(weight_ED: Tensor, x_ND: Tensor) -> Tensor:
 
     Args:
         weight_ED: the router's weight; E = 1 for a depth router.
-        x_ND: tokens.
 
     Returns:
         Logits [N, E]; for few experts stored expert by expert, which is the order of top-k.
@@ -341,7 +340,6 @@ def select_ragged(selected_EN: Tensor, logits_EN: Tensor) -> RaggedSelection:
     then every pair of expert and token has a slot, the selected ones first.
 
     Args:
-        selected_EN: whether expert e selected token n.
         logits_EN: main router logits; they determine only the score.
     """
     end_E = selected_EN.sum(1).cumsum(0, dtype=torch.int32)
@@ -363,7 +361,6 @@ def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
     for (`may_synchronize`).
 
     Args:
-        selected_BS: whether a token is selected.
         logits_BS: main router logits; they determine only the score.
     """
     sequences, length = selected_BS.shape

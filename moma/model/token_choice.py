@@ -51,13 +51,7 @@ class TokenChoices(NamedTuple):
 
 
 class TokenRouter(nn.Linear):
-    """The router of a group under token choice, with a bias of each output for selection only.
-
-    Args:
-        dim: width D.
-        experts: number of real experts E.
-        config: see `TokenChoiceConfig`.
-    """
+    """The router of a group under token choice, with a bias of each output for selection only."""
 
     bias_O: Tensor
 
@@ -72,7 +66,6 @@ class TokenRouter(nn.Linear):
         """Let each eligible token take its experts.
 
         Args:
-            x_ND: tokens.
             eligible_N: the tokens of the group's modalities.
             noise: whether to add Gumbel-Sigmoid noise to the logits; see `logistic_noise`.
         """
@@ -129,7 +122,6 @@ class TokenChoiceGroup(ExpertGroup):
     """A group of several experts whose tokens take experts.
 
     Args:
-        config: see `TokenChoiceConfig`.
         stack: the arguments of `ExpertGroup`.
     """
 

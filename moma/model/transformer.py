@@ -77,8 +77,6 @@ class Transformer(nn.Module):
     """Decoder over mixed text and image tokens.
 
     Args:
-        config: see `ModelConfig`.
-        vocabulary: the ids and the modality of each.
         shares: fraction of each modality among the tokens of a training batch; static capacity
             assumes that every batch has these.
         kernel: computes attention; by default one that runs on any device.
@@ -299,7 +297,6 @@ class Transformer(nn.Module):
         """Routing by its name: batch choice has actual capacity, `causal` is `causal_routing`.
 
         Args:
-            name: the name.
             flags: of `Routing`.
         """
         routing = self.causal_routing if name == "causal" else ROUTINGS[name]

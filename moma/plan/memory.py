@@ -38,7 +38,6 @@ def held_bytes(model: nn.Module, ranks: int, optimizer: OptimizerConfig) -> list
     Args:
         model: not sharded; may be a `meta_model`.
         ranks: number of ranks that a copy of the model is sharded over; 1: not sharded.
-        optimizer: the recipe's.
 
     Returns:
         For each rank `parameters`, `gradients`, `optimizer`.

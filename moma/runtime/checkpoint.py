@@ -147,7 +147,6 @@ def save_weights(
 
     Args:
         weights: by their names in the model.
-        file_bytes: see `write_weights`.
     """
     final = checkpoint_path(folder, step)
     partial = final.with_suffix(".partial")

@@ -23,8 +23,6 @@ def use_float8(model: nn.Module, engine: EngineConfig, device: torch.device) -> 
 
     Args:
         model: is changed in place; names and parameters stay the same.
-        engine: see `EngineConfig`.
-        device: where the model runs.
 
     Raises:
         UserError: torchao is missing, or the device has no products in float8.

@@ -44,9 +44,7 @@ class Muon(Optimizer):
         Args:
             params: parameters, or groups of them; `matrices` of a group is the number of matrices
                 that each of its parameters stacks, by default 1.
-            lr: learning rate.
             momentum: decay of the mean of the gradient; Nesterov's form is used.
-            weight_decay: decoupled weight decay.
         """
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "matrices": 1}
         super().__init__(params, defaults)
@@ -146,7 +144,6 @@ def _orthogonalize_shards(
         updates: number of updates, of each of which a rank holds an equal part.
         length: rows of an update.
         rows: rows of a matrix.
-        group: the ranks.
     """
     plan = _exchange(updates, length, rows, group.rank(), group.size(), own.device)
     arrived = own.new_empty(len(plan.place_T), own.shape[1])

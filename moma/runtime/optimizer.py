@@ -64,7 +64,6 @@ def make_optimizers(
 
     Args:
         model: the model, sharded or not.
-        config: the algorithm and its hyperparameters.
         stacked: names of the parameters that stack several matrices, and how many.
     """
     matrices: list[nn.Parameter] = []
@@ -140,7 +139,6 @@ def scheduled_rate(
     """Linear warm-up to the peak, which is kept until the decay to `final_ratio` of it.
 
     Args:
-        peak: highest learning rate.
         step: steps done before this one.
         warmup: steps of the warm-up.
         decay_start: last step with the highest learning rate, at least `warmup`.

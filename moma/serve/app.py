@@ -59,8 +59,6 @@ def create_app(engine: Engine, name: str, limits: Limits, token: str | None = No
 
     Args:
         engine: a running engine.
-        name: of the model.
-        limits: of requests.
         token: what clients have to send; None: the server listens on a loopback address only.
     """
     # The pages that FastAPI makes would load scripts from elsewhere.

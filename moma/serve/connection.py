@@ -18,7 +18,6 @@ def server_config(app: Any, head_seconds: float = _HEAD_SECONDS, **options: Any)
     `read_body`.
 
     Args:
-        app: what is served.
         head_seconds: time until the head of a request has arrived.
         options: further options of `uvicorn.Config`.
     """

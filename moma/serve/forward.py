@@ -40,7 +40,6 @@ def forwarding_app(
 
     Args:
         url: of the server behind it, which chooses a replica for each request.
-        limits: of requests.
         token: what clients have to send; None: the server listens on a loopback address only.
         pause: seconds before a request is sent again.
     """

@@ -29,10 +29,6 @@ class Guard:
     The token is expected as `Authorization: Bearer TOKEN`, or as the password of a browser.
     Without a token, a web page elsewhere could otherwise reach the server through a name of its own
     that resolves to this machine.
-
-    Args:
-        app: what is guarded.
-        token: the token; None: none.
     """
 
     def __init__(self, app: ASGIApp, token: str | None):

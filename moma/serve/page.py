@@ -58,8 +58,6 @@ def mount_page(app: FastAPI, engine: Engine, view: RunView, limits: Limits) -> C
     Args:
         app: the endpoint; what guards it guards the page.
         engine: a running engine.
-        view: the run whose curves are shown.
-        limits: of requests, as for the endpoint.
 
     Returns:
         A function that ends the connections of open pages, to be called in the server's thread.
@@ -88,12 +86,7 @@ def mount_page(app: FastAPI, engine: Engine, view: RunView, limits: Limits) -> C
 
 
 class _Contained:
-    """Refuses large requests, and lets the page load nothing from elsewhere.
-
-    Args:
-        app: what is protected.
-        max_bytes: maximum size of a request.
-    """
+    """Refuses large requests, and lets the page load nothing from elsewhere."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self._app, self._max_bytes = app, max_bytes

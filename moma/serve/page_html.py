@@ -40,7 +40,6 @@ def answer_html(events: Sequence[Event], status: str = "") -> str:
     """Text and images of an answer so far, in their order; of an unfinished image the newest rows.
 
     Args:
-        events: what has come.
         status: a line below.
     """
     parts: list[str] = []

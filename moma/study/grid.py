@@ -293,7 +293,6 @@ def run_unfinished(
     Args:
         runs: in this order.
         evaluate: see `run_chain`.
-        world: this process.
         report: called with each run that this process begins.
         quiet: whether to hide the progress of the runs.
 

@@ -45,11 +45,9 @@ def run_study(
     """Prepare the data, then train and measure every run that no other process does.
 
     Args:
-        study: the study.
         processes: number of processes; by default one for each GPU, or for each core.
         ray: address of the Ray cluster that trains, whose machines share the folders of data and
             runs; by default this machine.
-        quiet: whether to hide the progress bar.
 
     Returns:
         The messages of runs that cannot be trained, by their names. Other processes may still be

@@ -36,7 +36,6 @@ def draw_routing(mixed: MixedModel, routings: Sequence[TokenRouting], name: str 
     """Draw the routings of a document, to be chosen by tabs; `STYLE` is their style.
 
     Args:
-        mixed: the model.
         routings: of the same document.
         name: of the drawing; drawings on one page have different names.
     """

@@ -106,7 +106,6 @@ class RoutingShapes:
         """Fill cells with the colors of the experts, side by side if there are several.
 
         Args:
-            cells: the cells.
             height: of an expert's color in its cell.
             skipped: height of the mark of a skipped layer.
         """

@@ -67,7 +67,6 @@ def linear_cross_entropy(
 
     Args:
         hidden_ND: normalized output of the last layer.
-        weight_VD: the head's weight.
         labels_N: targets, `NO_LABEL` where there is none.
         z_loss: weight of (log Z)² in the objective.
         chunk: computes one chunk, by default `cross_entropy_chunk`; may be compiled.

@@ -59,8 +59,6 @@ def raise_fault(
     """Save what `moma replay` needs, and raise a `UserError`; all ranks together.
 
     Args:
-        recipe: the run's recipe.
-        world: the ranks.
         batches: this rank's micro-batches of recent steps, by step.
         tensors: `LossMonitor.first_fault`.
     """

@@ -41,9 +41,7 @@ def replay(run: Run, world: World, quiet: bool = False) -> dict[str, Any]:
     """Repeat the steps that led to a run's fault, and inspect the faulty step; all ranks together.
 
     Args:
-        run: the run.
         world: the ranks, whose number divides that of the run.
-        quiet: whether to hide the progress.
 
     Returns:
         `step`; `checkpoint`, where the replay started; `same_batches`, whether the batches are
@@ -166,9 +164,7 @@ def _inspect(
     """Run forward and backward of each micro-batch, with a hook on every module.
 
     Args:
-        step: the step.
         batches: the micro-batches of each rank of the run that this rank plays.
-        finishes: as for `Step`.
 
     Returns:
         A result for each of them, and the largest gradient norms of all ranks by parameter, NaN

@@ -122,7 +122,6 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
     does not know its data.
 
     Args:
-        run: the run.
         recipe: `data.path` is the prepared data.
 
     Raises:

@@ -89,9 +89,7 @@ def prepare_model(
     one full parameter or one layer of a seed.
 
     Args:
-        recipe: the recipe.
         vocabulary: the vocabulary of the data, which has to be that of the source run.
-        world: the ranks.
         source: the run to take weights from; None: random weights.
         resumes: leave the weights uninitialized, to be loaded from a checkpoint.
 

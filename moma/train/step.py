@@ -105,10 +105,8 @@ def sum_by_modality(
     """Sum the losses of tokens by the modality of their labels.
 
     Args:
-        losses: see `linear_cross_entropy`.
         labels_N: targets, `NO_LABEL` where there is none.
         modality_of_id: modality of each id, [V].
-        modalities: number of modalities M.
 
     Returns:
         Losses, correct predictions and targets; see `LossOutput`.
@@ -128,8 +126,6 @@ def next_token_loss(
     """Pre-training: next-token cross-entropy over text and images, with z-loss.
 
     Args:
-        z_loss: weight of the z-loss.
-        compiled: whether to compile the loss.
         routing: how tokens are routed; log records need the routers' selections. With
             `record_auxiliary`, the mean loss of the auxiliary routers is added; see `router_loss`.
     """
@@ -224,7 +220,6 @@ class Step:
             optimizers: their parameter groups have an `lr_scale`.
             loss_function: computes what the stage minimizes.
             max_norm: the gradient is scaled down to this norm if it exceeds it.
-            world: the ranks.
             monitor: checks each step, and may skip it.
             compute_dtype: of an unsharded model's matrix products; by default bf16 on a GPU.
             reduces_once: whether the gradients of a sharded model are summed over ranks after the
@@ -255,7 +250,6 @@ class Step:
             batches: the step's micro-batches on this rank.
             learning_rate: of parameter groups whose `lr_scale` is 1.
             statistics: gets the routers of the last micro-batch, and the gradients.
-            finishes: whether to minimize `finish_loss`.
 
         Returns:
             Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of

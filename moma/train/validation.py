@@ -53,11 +53,8 @@ class Validation:
         """Pack the held-out micro-batches.
 
         Args:
-            config: what to measure, and when.
-            data: the prepared data.
             seed: determines the order of the documents, and the sampling of images.
             model: the model in training, sharded or not.
-            world: the ranks.
             folder: where sheets of images are written.
 
         Raises:
