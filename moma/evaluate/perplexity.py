@@ -27,6 +27,7 @@ def evaluate(
         recipe: the run's recipe: its data, and its batch shape, on which expert choice depends.
         routing: `choice` over the batch, as in training but with actual capacity; causally by the
             `auxiliary` routers or by a `threshold`; `causal`: as `moma generate`.
+        quiet: whether to hide the progress bar.
 
     Returns:
         `loss`, `loss_text`, `loss_image` in nats per target, `perplexity_text`,

@@ -124,6 +124,7 @@ class MixedModel:
 
         Args:
             prompts: text and any number of images, in order.
+            settings: how; None: the defaults.
             has_rows: whether to yield the upper rows of unfinished images as well.
 
         Yields:

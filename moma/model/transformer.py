@@ -77,6 +77,8 @@ class Transformer(nn.Module):
     """Decoder over mixed text and image tokens.
 
     Args:
+        config: see `ModelConfig`.
+        vocabulary: the ids and the modality of each.
         shares: fraction of each modality among the tokens of a training batch; static capacity
             assumes that every batch has these.
         kernel: computes attention; by default one that runs on any device.

@@ -48,6 +48,7 @@ def upcycle(
 
     Args:
         weights: the seed's weights, by their names in its state dict.
+        seed: the seed's configuration.
         model: not yet trained; may be sharded if `fill` supports it.
         fill: copies a whole tensor into a parameter.
 

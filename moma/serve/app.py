@@ -214,7 +214,7 @@ class _Endpoint:
         if sum(len(part) for part in parts if isinstance(part, str)) > self._max_characters:
             raise ApiError(400, f"the prompt is longer than the context of {model.context} tokens")
         settings = [self._limited(each) for each in settings]
-        return self._engine.submit_all(parts, settings, has_rows, self._read_image)
+        return self._engine.submit(parts, settings, has_rows, self._read_image)
 
     def _read_image(self, file: bytes) -> Image.Image:
         return read_image(file, "messages", "send another", self._limits.pixels)

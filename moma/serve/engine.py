@@ -124,12 +124,6 @@ class Engine:
         return None if self._is_open else "the server is shutting down; try another one"
 
     def submit(
-        self, prompt: Sequence[Content], settings: Settings, has_rows: bool = False
-    ) -> Answer:
-        """Continue a prompt once fewer than `max_active` requests are active; see `submit_all`."""
-        return self.submit_all(prompt, [settings], has_rows)[0]
-
-    def submit_all(
         self,
         prompt: Sequence[Any],
         settings: Sequence[Settings],

@@ -253,7 +253,7 @@ class _Page:
             int(count) if mode == "image" else 1,
             _guidance(mode, parts, guide, guide_image),
         )
-        return self._engine.submit_all(parts, [settings], True, self._read_image)[0]
+        return self._engine.submit(parts, [settings], True, self._read_image)[0]
 
     def _read_image(self, file: Path) -> Image.Image:
         return read_image(file, quote(file.name), "choose another", self._limits.pixels)

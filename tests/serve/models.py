@@ -16,10 +16,12 @@ from fastapi import FastAPI
 from PIL import Image
 
 from moma.generate.mixed import MixedModel
+from moma.generate.settings import Settings
 from moma.generate.stream import Content
 from moma.images import png_bytes
 from moma.model.routing import ROUTINGS
 from moma.model.transformer import ModelConfig, Transformer
+from moma.serve.answer import Answer
 from moma.serve.app import Limits, create_app
 from moma.serve.connection import server_config
 from moma.serve.engine import Engine
@@ -57,6 +59,13 @@ def noise(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
 def comparable(content: Sequence[Content]) -> list[object]:
     """Content as text and pixel values."""
     return [part if isinstance(part, str) else np.asarray(part).tolist() for part in content]
+
+
+def ask(
+    engine: Engine, prompt: Sequence[Content], settings: Settings, has_rows: bool = False
+) -> Answer:
+    """The answer of an engine to one request."""
+    return engine.submit(prompt, [settings], has_rows)[0]
 
 
 def png_url(image: Image.Image) -> str:

@@ -14,7 +14,7 @@ from moma.generate.settings import Settings
 from moma.generate.stream import Content, ImagePart, TextPiece, collect
 from moma.serve.answer import Answer
 from moma.serve.engine import BusyError, Engine, EngineStoppedError
-from tests.serve.models import comparable, make_mixed, noise
+from tests.serve.models import ask, comparable, make_mixed, noise
 
 LONG = Settings("text", Sampling(temperature=0))
 REQUESTS: list[tuple[list[Content], Settings]] = [
@@ -28,7 +28,7 @@ REQUESTS: list[tuple[list[Content], Settings]] = [
 
 def test_answers_are_those_of_lone_requests(mixed):
     with Engine(mixed, max_active=3) as engine:
-        answers = [engine.submit(prompt, settings) for prompt, settings in REQUESTS]
+        answers = [ask(engine, prompt, settings) for prompt, settings in REQUESTS]
         found = [collect(answer) for answer in answers]
     for answer, content, (prompt, settings) in zip(answers, found, REQUESTS, strict=True):
         (expected,) = mixed.generate([prompt], settings)
@@ -46,7 +46,7 @@ def test_answers_are_read_by_an_async_loop(mixed):
         return collect([event async for event in answer])
 
     async def read_all(engine):
-        return await asyncio.gather(*(read(engine.submit(*each)) for each in REQUESTS))
+        return await asyncio.gather(*(read(ask(engine, *each)) for each in REQUESTS))
 
     with Engine(mixed) as engine:
         found = asyncio.run(read_all(engine))
@@ -60,7 +60,7 @@ def test_rows_of_unfinished_images_come_if_they_are_wanted(mixed):
         sizes = [
             {
                 event.image.size
-                for event in engine.submit(["the"], settings, has_rows)
+                for event in ask(engine, ["the"], settings, has_rows)
                 if isinstance(event, ImagePart)
             }
             for has_rows in (False, True)
@@ -83,14 +83,14 @@ def test_what_is_not_read_is_joined():
 
 def test_a_full_queue_refuses_and_a_cancelled_request_frees_its_place(mixed):
     engine = Engine(mixed, max_active=1, max_queued=1)
-    answers = [engine.submit(["the"], LONG) for _ in range(2)]
+    answers = [ask(engine, ["the"], LONG) for _ in range(2)]
     assert engine.queued == 2
     with pytest.raises(BusyError, match="it generates 1 requests at a time, and 1 may wait"):
-        engine.submit(["the"], LONG)
+        ask(engine, ["the"], LONG)
     answers[0].cancel()
     answers[0].cancel()
     assert (answers[0].end, engine.queued) == ("cancelled", 1)
-    answers.append(engine.submit(["red"], LONG))
+    answers.append(ask(engine, ["red"], LONG))
     with engine:
         assert list(answers[0]) == []
         assert [collect(answer) for answer in answers[1:]] == mixed.generate(
@@ -101,9 +101,9 @@ def test_a_full_queue_refuses_and_a_cancelled_request_frees_its_place(mixed):
 
 def test_a_request_that_is_being_generated_can_be_cancelled(never_ending):
     with Engine(never_ending, max_active=1, max_queued=1) as engine:
-        first = engine.submit(["the"], LONG)
+        first = ask(engine, ["the"], LONG)
         assert isinstance(next(iter(first)), TextPiece)
-        second = engine.submit(["red"], Settings("text", new_tokens=3))
+        second = ask(engine, ["red"], Settings("text", new_tokens=3))
         assert (engine.active, engine.queued) == (1, 1)
         first.cancel()
         list(second)
@@ -117,10 +117,10 @@ def test_a_cancelled_request_is_not_computed_any_more(never_ending):
     )
     try:
         with Engine(never_ending, max_active=2) as engine:
-            first = engine.submit(["the"], LONG)
+            first = ask(engine, ["the"], LONG)
             assert isinstance(next(iter(first)), TextPiece)
             first.cancel()
-            list(engine.submit(["red"], Settings("text", new_tokens=3)))
+            list(ask(engine, ["red"], Settings("text", new_tokens=3)))
     finally:
         hook.remove()
     assert batches[-3:] == [1, 1, 1]
@@ -137,14 +137,14 @@ def test_a_cancelled_request_is_not_computed_any_more(never_ending):
 )
 def test_a_prompt_that_does_not_fit_is_refused_at_once(mixed, prompt, settings, message):
     with pytest.raises(UserError, match=message):
-        Engine(mixed).submit(prompt, settings)
+        ask(Engine(mixed), prompt, settings)
 
 
 def test_an_error_ends_only_its_own_request(mixed):
     image = Settings("image", Sampling(0))
     bad = replace(image, guidance=Guidance(3e38, 1))
     engine = Engine(mixed)
-    answers = [engine.submit(["the"], settings) for settings in (LONG, bad, LONG, image)]
+    answers = [ask(engine, ["the"], settings) for settings in (LONG, bad, LONG, image)]
     with engine:  # only now, so that the first pass has all of them
         with pytest.raises(UserError, match="logits are NaN"):
             list(answers[1])
@@ -159,22 +159,22 @@ def test_an_error_of_the_thread_reaches_every_request(tmp_path):
     mixed = make_mixed(tmp_path)
     mixed.model.register_forward_pre_hook(lambda *_: 1 / 0)
     with Engine(mixed, max_active=1) as engine:
-        answers = [engine.submit(["the"], LONG) for _ in range(2)]
+        answers = [ask(engine, ["the"], LONG) for _ in range(2)]
         for answer in answers:
             with pytest.raises(EngineStoppedError, match="has failed; the server's log says why"):
                 list(answer)
         with pytest.raises(EngineStoppedError, match="has failed; the server's log"):
-            engine.submit(["the"], LONG)
+            ask(engine, ["the"], LONG)
     assert isinstance(engine.error, ZeroDivisionError)
 
 
 def test_a_closed_engine_cancels_its_requests(never_ending):
     with Engine(never_ending, max_active=1) as engine:
-        answers = [engine.submit(["the"], LONG) for _ in range(2)]
+        answers = [ask(engine, ["the"], LONG) for _ in range(2)]
         next(iter(answers[0]))
     assert [answer.end for answer in answers] == ["cancelled", "cancelled"]
     with pytest.raises(EngineStoppedError, match="shutting down"):
-        engine.submit(["the"], LONG)
+        ask(engine, ["the"], LONG)
 
 
 def test_many_threads_submit_read_and_cancel(mixed):
@@ -183,7 +183,7 @@ def test_many_threads_submit_read_and_cancel(mixed):
 
     def use(engine, number):
         for _ in range(3):
-            answer = engine.submit(["the"], LONG)
+            answer = ask(engine, ["the"], LONG)
             if number % 2:
                 answer.cancel()
             found.append((number, answer.end, collect(answer), answer.end))
@@ -211,7 +211,7 @@ def test_a_prompt_of_several_answers_is_encoded_once(mixed, monkeypatch):
     expected = [mixed.generate([["the", noise(1)]], settings)[0] for settings in seeds]
     with Engine(mixed, max_active=2) as engine:
         monkeypatch.setattr(MixedModel, "codes", counted)
-        found = [collect(answer) for answer in engine.submit_all(["the", noise(1)], seeds)]
+        found = [collect(answer) for answer in engine.submit(["the", noise(1)], seeds)]
     assert found == expected and len(set(map(str, found))) == 3
     assert len(encoded) == 1
 

@@ -254,7 +254,7 @@ def test_requests_of_clients_that_hang_up_and_defects_are_counted(never_ending, 
         httpx.get(f"{url}/v1/models/model")
         assert counted(url, "/v1/models/{model}", 200)
         assert "ClientDisconnect" not in capfd.readouterr().err
-        engine.submit_all = lambda *_: 1 / 0  # type: ignore
+        engine.submit = lambda *_: 1 / 0  # type: ignore
         error_of(httpx.post(f"{url}{CHAT}", json=GOOD), 500)
         assert counted(url, CHAT, 500)
 

@@ -15,7 +15,7 @@ from moma.serve.engine import Engine, EngineStoppedError
 from moma.serve.page import PATH, mount_page
 from moma.serve.page_html import answer_html, arrange
 from moma.serve.page_run import RunView
-from tests.serve.models import noise, running
+from tests.serve.models import ask, noise, running
 
 TOKEN = "a token of many characters"
 LIMITS = Limits(body_bytes=5000, pixels=400, tokens=40)
@@ -135,7 +135,7 @@ def test_the_curves_of_a_run_follow_its_log(run):
 
 def test_the_ids_of_an_answer_are_those_of_its_document(mixed):
     with Engine(mixed) as engine:
-        answer = engine.submit(["the", A], Settings(new_tokens=3, mode="text"))
+        answer = ask(engine, ["the", A], Settings(new_tokens=3, mode="text"))
         for _ in answer:
             pass
         prompt = mixed.encode(["the", A])
