@@ -112,6 +112,11 @@ def checksum(path: Path) -> Checksum:
         return path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def fingerprint(content: bytes) -> str:
+    """Short hash that tells contents apart."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises `UserError` if it is missing, not JSON or has duplicate keys."""
     try:

@@ -8,7 +8,6 @@ shards/SOURCE/           checkpoints/       step-00001000, …
                          tokenizer.json, vocabulary.json, codec/    copies
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from moma.files import (
     atomic_replace,
     atomic_write,
     checksum,
+    fingerprint,
     open_regular,
     read_bounded,
     read_json,
@@ -256,7 +256,7 @@ class Run:
             text = json.dumps(manifest | {"recipe": values}, indent=2)
             atomic_write(self.manifest, text + "\n")
         toml, path = to_toml(recipe), self.recipe
-        content = f"{_RECIPE_HEADER}{_text_hash(toml)}\n{toml}"
+        content = f"{_RECIPE_HEADER}{fingerprint(toml.encode())}\n{toml}"
         if not path.exists() or (
             _is_resolved_recipe(path) and path.read_bytes() != content.encode()
         ):
@@ -280,8 +280,4 @@ def _is_resolved_recipe(path: Path) -> bool:
         header, _, text = read_bounded(path).decode().partition("\n")
     except (OSError, ValueError):
         return False
-    return header == _RECIPE_HEADER + _text_hash(text)
-
-
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return header == _RECIPE_HEADER + fingerprint(text.encode())

@@ -4,7 +4,6 @@ An image in a sequence is `begin_image`, its codes in row-major order, and `end_
 boundary ids count as text (MoMa §2.1).
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -15,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moma.errors import UserError, error_reason
-from moma.files import atomic_write, read_bounded
+from moma.files import atomic_write, fingerprint, read_bounded
 
 ModalityName = Literal["text", "image"]
 MODALITIES: tuple[ModalityName, ...] = ("text", "image")
@@ -92,7 +91,7 @@ class Vocabulary:
     @cached_property
     def fingerprint(self) -> str:
         """Short hash that identifies the vocabulary in shards and checkpoints."""
-        return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()[:16]
+        return fingerprint(json.dumps(self.to_dict()).encode())
 
     def wrap_image(self, codes: np.ndarray) -> list[int]:
         """Return the ids of an image in a sequence from its codebook indices [codes_per_image]."""

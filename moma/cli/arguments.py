@@ -15,6 +15,8 @@ from typer.core import TyperCommand, TyperGroup
 from moma.errors import UserError, quote
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from moma.train.recipe import Recipe
 
 # Options with text for a model: it may be empty or contain any bytes.
@@ -101,6 +103,16 @@ def in_order(ctx: typer.Context, **given: Sequence[Any]) -> list[Any]:
     """Values of repeatable options, by option, in the order of the command line."""
     values = {name: iter(each) for name, each in given.items()}
     return [next(values[name]) for name in ctx.meta[_ORDER] if name in values]
+
+
+def read_parts(parts: Sequence["str | Path"]) -> "list[str | Image]":
+    """Texts and images in order, given the images' files."""
+    from moma.images import read_image
+
+    return [
+        part if isinstance(part, str) else read_image(part, "--image", "choose another")
+        for part in parts
+    ]
 
 
 def refuse_unused(ctx: typer.Context, reason: str, *names: str) -> None:

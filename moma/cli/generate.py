@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Context, Option
 
-from moma.cli.arguments import COUNT_LIMIT, App, CausalRouting, RunFolder, in_order, refuse_unused
+from moma.cli.arguments import (
+    COUNT_LIMIT,
+    App,
+    CausalRouting,
+    RunFolder,
+    in_order,
+    read_parts,
+    refuse_unused,
+)
 from moma.cli.output import notice
 from moma.errors import UserError
 
@@ -123,12 +131,7 @@ def _answer_prompt(
     model: "MixedModel", parts: Sequence[str | Path], samples: int, settings: "Settings", out: Path
 ) -> None:
     """Print the text of the answers, and write their images."""
-    from moma.images import read_image
-
-    content = [
-        part if isinstance(part, str) else read_image(part, "--image", "choose another")
-        for part in parts
-    ]
+    content = read_parts(parts)
     numbers = count(1)
     for answer in model.generate([content] * samples, settings):
         if not answer:

@@ -11,6 +11,7 @@ from moma.cli.arguments import (
     MovedData,
     RunFolder,
     in_order,
+    read_parts,
     refuse_unused,
     with_data,
 )
@@ -100,13 +101,7 @@ def _encode(mixed: "MixedModel", parts: "Sequence[str | Path]") -> "np.ndarray":
     """The ids of texts and image files."""
     from numpy import array
 
-    from moma.images import read_image
-
-    content = [
-        part if isinstance(part, str) else read_image(part, "--image", "choose another")
-        for part in parts
-    ]
-    return array(mixed.encode(content))
+    return array(mixed.encode(read_parts(parts)))
 
 
 def _find(

@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from moma.study.tables import Table, number
+from moma.study.tables import Table, flattened, number
 
 # Wider than any table, to measure the width that a table needs.
 _UNLIMITED = 100_000
@@ -61,7 +61,7 @@ def print_table(content: Table) -> None:
 
 def key_values(title: object, result: Mapping[str, Any]) -> Table:
     """A table with a row for each key of a result; nested keys are joined by dots."""
-    return Table(str(title), "", (), list(_flattened(result)))
+    return Table(str(title), "", (), list(flattened(result, ".")))
 
 
 def records(title: object, rows: Sequence[Mapping[str, object]]) -> Table:
@@ -72,11 +72,3 @@ def records(title: object, rows: Sequence[Mapping[str, object]]) -> Table:
 def notice(message: object) -> None:
     """Print a message to standard error, beside a result."""
     print(f"moma: {message}", file=sys.stderr)
-
-
-def _flattened(result: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in result.items():
-        if isinstance(value, dict):
-            yield from _flattened(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

@@ -6,7 +6,6 @@
 A prompt's images are on disk before its line, so that a prompt with a line is complete.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from moma.files import (
     add_path_to_errors,
     atomic_open,
     atomic_write,
+    fingerprint,
     lock_folder,
     read_json,
     sync_file,
@@ -87,7 +87,8 @@ def answer_prompts(
     Raises:
         UserError: `out` holds something else, or a prompt cannot be answered.
     """
-    _open_folder(out, {**settings, "prompts": _fingerprint(prompts)})
+    names = "\n".join(prompt.name for prompt in prompts)
+    _open_folder(out, {**settings, "prompts": fingerprint(names.encode())})
     own = range(rank, len(prompts), ranks)
     with lock_folder(out, _LOCK_SECONDS):  # another rank may be joining the parts
         done = _read_results(out)
@@ -105,10 +106,6 @@ def answer_prompts(
             sync_file(file)
             report(len(own) - len(missing) + count)
     return _join_parts(out, len(prompts))
-
-
-def _fingerprint(prompts: list[Document]) -> str:
-    return hashlib.sha256("\n".join(prompt.name for prompt in prompts).encode()).hexdigest()[:16]
 
 
 def _open_folder(out: Path, settings: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 Shapes: see `layers.py`.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Self, cast
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.errors import UserError
+from moma.files import fingerprint
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import (
     AttentionKernel,
@@ -346,8 +346,7 @@ class Transformer(nn.Module):
     def routing_fingerprint(self) -> str:
         """Short hash of how the model routes causally: in which way, and by which thresholds."""
         thresholds = (router.threshold_E.cpu().numpy().tobytes() for router in self.routers())
-        content = b"".join([repr(self.causal_routing).encode(), *thresholds])
-        return hashlib.sha256(content).hexdigest()[:16]
+        return fingerprint(b"".join([repr(self.causal_routing).encode(), *thresholds]))
 
     def auxiliary_routers(self) -> Iterator[AuxiliaryRouter]:
         """Yield the auxiliary routers, in the order of the records."""

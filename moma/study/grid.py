@@ -19,7 +19,6 @@ same batches in the same order. A run is trained and measured by the process tha
 its result is `results/VARIANT-SEED/result.json`. Finished runs are not repeated.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -32,15 +31,13 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from moma.errors import UserError
-from moma.files import atomic_write, lock_folder, read_json
+from moma.files import atomic_write, fingerprint, lock_folder, read_json
 from moma.recipe import Config, RequiredPath, Seed, check, merge_tables, override, read_values
 from moma.runs import Run
-from moma.runtime.checkpoint import checkpoints_in
-from moma.runtime.manifest import MANIFEST
 from moma.runtime.world import World
 from moma.study.measures import MEASURES
 from moma.study.speedup import with_seconds
-from moma.train.chain import Evaluate, Evaluation, chain_of, run_chain
+from moma.train.chain import Evaluate, Evaluation, chain_of, read_manifests, run_chain
 from moma.train.changes import refuse_other_recipe
 from moma.train.recipe import Recipe
 from moma.train.thresholds import thresholds_file
@@ -154,14 +151,11 @@ class StudyRun:
         Raises:
             FileNotFoundError: a checkpoint was removed while it was read.
         """
-        newest = [checkpoints_in(Run(each.run).checkpoints)[-1:] for each in self.recipes]
-        files = [path / MANIFEST for paths in newest for path in paths]
+        content = read_manifests(each.run for each in self.recipes)
         if (thresholds := thresholds_file(self.run)).is_file():
-            files.append(thresholds)
+            content += thresholds.read_bytes()
         recipes = [recipe.model_dump_json() for recipe in self.recipes]
-        content = b"".join(file.read_bytes() for file in files)
-        content += json.dumps([*recipes, self.config.batches]).encode()
-        return hashlib.sha256(content).hexdigest()[:16]
+        return fingerprint(content + json.dumps([*recipes, self.config.batches]).encode())
 
     def read_result(self) -> dict[str, Any] | None:
         """The run's result; None if it is not measured, or was trained again since.

@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from moma.study.grid import Study, StudyRun
 from moma.study.page import Page, figure, paragraph
 from moma.study.scaling import MIN_SIZES, Curve, crossings, fit_curve
 from moma.study.speedup import Axis, speedups
-from moma.study.tables import Table, markdown
+from moma.study.tables import Table, flattened, markdown
 
 CONFIDENCE = 0.95
 FILES = ("result.json", "report.html", "report.md")
@@ -79,7 +79,7 @@ def summarize(study: Study) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for variant, runs in by_variant.items():
         results = [run.read_result() for run in runs]
-        flat = [dict(_flattened(result["measures"])) for result in results if result]
+        flat = [dict(flattened(result["measures"], "/")) for result in results if result]
         found[variant] = {
             "runs": [str(run.run.path) for run in runs],
             "seeds": [run.seed for run in runs],
@@ -318,11 +318,3 @@ def _scaling_tables(summary: Mapping[str, Any]) -> list[Table]:
 def _percent(value: Mapping[str, Any]) -> str:
     mean = value["mean"]
     return "–" if mean is None else f"{100 * mean:.1f}%"
-
-
-def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | None]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{key}/")
-        else:
-            yield prefix + key, value

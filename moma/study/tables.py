@@ -1,7 +1,7 @@
 """Tables for a page or a terminal."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 
 class Table(NamedTuple):
@@ -18,6 +18,17 @@ class Table(NamedTuple):
     explanation: str
     head: Sequence[str]
     rows: Sequence[Sequence[object]]
+
+
+def flattened(
+    values: Mapping[str, Any], separator: str, prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested objects with their keys, joined by a separator."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flattened(value, separator, f"{prefix}{key}{separator}")
+        else:
+            yield prefix + key, value
 
 
 def number(value: object) -> str:

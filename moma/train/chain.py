@@ -14,7 +14,6 @@
 Values of a step also apply to the steps after it. Finished steps are not repeated.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from moma.errors import UserError, shell_command
-from moma.files import atomic_write, read_json
+from moma.files import atomic_write, fingerprint, read_json
 from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.recipe import Config, RequiredPath, check, merge_tables, override, read_values
@@ -59,10 +58,7 @@ class Evaluation(NamedTuple):
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the evaluated checkpoints: of the run and of its routers."""
-        runs = Run(self.run), Run(self.run / ROUTER_RUN)
-        newest = [path for run in runs for path in checkpoints_in(run.checkpoints)[-1:]]
-        content = b"".join((path / MANIFEST).read_bytes() for path in newest)
-        return hashlib.sha256(content).hexdigest()[:16]
+        return fingerprint(read_manifests([self.run, self.run / ROUTER_RUN]))
 
     @property
     def is_done(self) -> bool:
@@ -75,6 +71,12 @@ class Evaluation(NamedTuple):
         if not isinstance(result, dict) or "fingerprint" not in result:
             raise UserError(f"{self.file}: not written by moma, and is not replaced; rename it")
         return bool(result["fingerprint"] == self.fingerprint)
+
+
+def read_manifests(runs: Iterable[Path]) -> bytes:
+    """The manifests of the newest checkpoints of run folders, as far as there are any."""
+    newest = [path for run in runs for path in checkpoints_in(Run(run).checkpoints)[-1:]]
+    return b"".join((path / MANIFEST).read_bytes() for path in newest)
 
 
 class _Folder(Config):
