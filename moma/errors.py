@@ -113,9 +113,9 @@ def shorten(text: str, limit: int = 600) -> str:
     return f"{text[: limit - end - 3]} … {text[-end:]}"
 
 
-def quote(text: str, limit: int = 100) -> str:
-    """Return a text in quotes, on one line, at most about `limit` characters of it."""
-    return repr(shorten(text, limit))
+def quote(text: str) -> str:
+    """Return a text in quotes, on one line, at most about 100 characters of it."""
+    return repr(shorten(text, 100))
 
 
 def list_names(names: Iterable[str], limit: int = 20) -> str:

@@ -261,7 +261,7 @@ def _by_image(subject: Subject) -> list[list[TokenizedDocument]]:
     return list(images.values())
 
 
-def report_left_out(subject: Subject, left_out: int, documents: int, reason: str = "") -> None:
+def report_left_out(subject: Subject, left_out: int, documents: int, reason: str) -> None:
     """Warn about documents without an image and its caption; raise `UserError` if all are such."""
     what = f"not one image with one text{reason}"
     if left_out == documents:

@@ -7,6 +7,7 @@ curve of variants of growing size. The largest size of a curve is left out of th
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -140,25 +141,21 @@ def crossing(first: PowerLaw, second: PowerLaw, start: float, end: float) -> flo
     return float(flops[changes[0] + 1]) if len(changes) else None
 
 
-def crossings(
-    curves: Mapping[str, Curve], factor: float = 1000
-) -> dict[tuple[str, str], list[float]]:
-    """FLOPs at which pairs of curves cross, up to `factor` times the largest, in each sample.
+def crossings(curves: Mapping[str, Curve]) -> dict[tuple[str, str], list[float]]:
+    """FLOPs at which pairs of curves cross, up to 1,000 times the largest, in each sample.
 
     A sample in which two curves do not cross contributes nothing. Samples of two curves are drawn
     independently and paired by their number.
     """
     start = min(curve.flops.min() for curve in curves.values())
-    end = factor * max(curve.flops.max() for curve in curves.values())
-    names = list(curves)
-    pairs = [(a, b) for index, a in enumerate(names) for b in names[index + 1 :]]
+    end = 1000 * max(curve.flops.max() for curve in curves.values())
     return {
         (a, b): [
             found
             for first, second in zip(curves[a].laws, curves[b].laws, strict=False)
             if (found := crossing(first, second, start, end)) is not None
         ]
-        for a, b in pairs
+        for a, b in combinations(curves, 2)
     }
 
 

@@ -140,14 +140,7 @@ class Trainer:
         self.flops_per_token = flops_per_token(recipe, vocabulary)
         self.metrics = MetricsWindow(recipe, model, self.flops_per_token, world)
         self.trackers = Trackers()
-        self.validation = Validation(
-            recipe.validation,
-            recipe.data,
-            recipe.seed,
-            model,
-            world,
-            run.path / "validation",
-        )
+        self.validation = Validation(recipe, model, world, run.path / "validation")
         self.writer = CheckpointWriter(
             run.checkpoints, world, self.config.keep_checkpoints, self.config.keep_every
         )

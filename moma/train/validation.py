@@ -18,7 +18,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
-from moma.data.config import DataConfig
 from moma.errors import SharedError, UserError, shorten
 from moma.files import add_path_to_errors
 from moma.model.attention_kernels import kernel_without_compilation
@@ -27,7 +26,7 @@ from moma.model.transformer import Transformer
 from moma.runs import Tokenizers
 from moma.runtime.world import World, on_rank_0, raise_on_all_ranks
 from moma.train.metrics import mean_losses
-from moma.train.recipe import ValidationConfig
+from moma.train.recipe import Recipe
 from moma.train.step import LossFunction, next_token_loss, to_device
 from moma.vocabulary import MODALITIES
 
@@ -41,26 +40,19 @@ class Validation:
     All ranks call every method together.
     """
 
-    def __init__(
-        self,
-        config: ValidationConfig,
-        data: DataConfig,
-        seed: int,
-        model: Transformer,
-        world: World,
-        folder: Path,
-    ):
+    def __init__(self, recipe: Recipe, model: Transformer, world: World, folder: Path):
         """Pack the held-out micro-batches.
 
         Args:
-            seed: determines the order of the documents, and the sampling of images.
+            recipe: what to measure, on what data; its seed determines the order of the documents,
+                and the sampling of images.
             model: the model in training, sharded or not.
             folder: where sheets of images are written.
 
         Raises:
             UserError: the data holds no documents out, or a prompt leaves no space for an image.
         """
-        self._config, self._data, self._seed = config, data, seed
+        self._config, self._data, self._seed = recipe.validation, recipe.data, recipe.seed
         self._model, self._world, self._folder = model, world, folder
         names: list[RoutingName] = ["choice"]
         if model.config.has_batch_choice:
@@ -68,8 +60,8 @@ class Validation:
         self._loss_functions = {
             name: next_token_loss(routing=model.named_routing(name, raises=False)) for name in names
         }
-        self._batches = self._own_batches() if config.every else []
-        self._prompts = config.prompts
+        self._batches = self._own_batches() if self._config.every else []
+        self._prompts = self._config.prompts
         if self._prompts:
             with raise_on_all_ranks(world):
                 self._check_prompts()

@@ -208,7 +208,7 @@ def test_an_image_is_generated_for_each_prompt(tiny, tmp_path):
 def measure(world: World, recipe: Recipe, out: Path) -> None:
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
-    validation = Validation(recipe.validation, recipe.data, 0, model, world, out)
+    validation = Validation(recipe, model, world, out)
     losses = validation.measure(1)
     assert model.training
     # The model can be trained afterwards.
@@ -243,7 +243,7 @@ def best_of(tiny: Recipe, folder: Path, **changes) -> Validation:
     recipe = with_validation(tiny, folder / "run", **{"keep_best": "loss"} | changes)
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, WORLD)
-    return Validation(recipe.validation, recipe.data, 0, model, WORLD, folder)
+    return Validation(recipe, model, WORLD, folder)
 
 
 def test_the_best_loss_is_forgotten_when_another_is_measured(tiny, tmp_path):
