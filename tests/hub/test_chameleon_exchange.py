@@ -35,19 +35,6 @@ pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A folder of the port; not to be changed."""
-    return save(random_port(), tmp_path_factory.mktemp("port") / "chameleon")
-
-
-@pytest.fixture
-def broken(saved, tmp_path) -> Path:
-    """A copy of the folder, to be changed."""
-    shutil.copytree(saved, tmp_path / "broken")
-    return tmp_path / "broken"
-
-
-@pytest.fixture(scope="module")
 def imported(saved, tmp_path_factory) -> Run:
     run = Run(tmp_path_factory.mktemp("imported") / "run")
     import_chameleon(saved, run)

@@ -1,6 +1,5 @@
 """Folders that are not Chameleon's, incomplete or contradictory; runs that it cannot express."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,19 +15,6 @@ from moma.train.recipe import Recipe
 from tests.hub.chameleon_port import VQ, chameleon_tokenizer, edit, random_port, save
 
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A folder of the port; not to be changed."""
-    return save(random_port(), tmp_path_factory.mktemp("port") / "chameleon")
-
-
-@pytest.fixture
-def broken(saved, tmp_path) -> Path:
-    """A copy of the folder, to be changed."""
-    shutil.copytree(saved, tmp_path / "broken")
-    return tmp_path / "broken"
 
 
 @pytest.mark.parametrize(

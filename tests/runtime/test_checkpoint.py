@@ -1,9 +1,8 @@
 """Checkpoints: complete or not used, written in the background, kept as configured."""
 
 import logging
-import resource
 import shutil
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -29,6 +28,7 @@ from moma.runtime.checkpoint import (
 from moma.runtime.weights import Weights
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
+from tests.runtime.disk import largest_file
 
 WORLD = World(torch.device("cpu"))
 
@@ -272,17 +272,6 @@ def test_a_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     ):
         save(tmp_path, 2)
     assert names(tmp_path) == ["step-00000001"] and not list(tmp_path.glob("*.partial"))
-
-
-@contextmanager
-def largest_file(size: int):
-    """Writes beyond `size` bytes fail as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("size", [0, 100, 4000])

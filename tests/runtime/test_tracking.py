@@ -1,14 +1,14 @@
 """Log records: those kept when a run resumes, and the message for a full disk."""
 
 import json
-import resource
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import pytest
 
 from moma.errors import StorageError, UserError
 from moma.runs import Run
 from moma.runtime.tracking import MetricsLog, Trackers, TrackingConfig, make_trackers
+from tests.runtime.disk import largest_file
 
 
 def record(step: int) -> dict:
@@ -61,16 +61,6 @@ def test_the_last_record_of_a_growing_log(tmp_path):
     long = [record(step) | {"text": "x" * 5000} for step in range(300)]
     run.metrics.write_text("".join(json.dumps(each) + "\n" for each in long) + '{"st')
     assert run.last_metric() == long[-1]
-
-
-@contextmanager
-def largest_file(size: int):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_reported(tmp_path):
