@@ -121,13 +121,6 @@ def test_a_source_of_another_package_is_prepared(installed, tmp_path):
     assert names == {f"poem {n}" for n in range(1, 21)}
 
 
-def test_the_keys_of_a_source_of_another_package_are_validated(installed):
-    result = run("-c", CHECK, '{"kind": "poems", "path": "poems.txt", "wrong": 1}', path=installed)
-    (error,), schema = json.loads(result.stdout)
-    assert error["type"] == "extra_forbidden" and error["loc"] == ["poems", "wrong"]
-    assert set(schema["$defs"]["PoemsConfig"]["properties"]) >= {"path", "max_images"}
-
-
 def register(folder, package, **kinds):
     """Write the metadata of an installed package that registers kinds of sources."""
     info = folder / f"{package}-1.0.dist-info"
@@ -137,22 +130,38 @@ def register(folder, package, **kinds):
     (info / "entry_points.txt").write_text("\n".join(["[moma.sources]", *lines]))
 
 
-def test_packages_that_cannot_be_used_are_named_and_break_no_other_recipe(tmp_path):
-    (tmp_path / "broken.py").write_text("raise SystemExit('an old library')")
-    (tmp_path / "other.py").write_text(SOURCE)
+UNUSABLE = ("missing", "exits", "twice", "no_class", "wrong_kind", "unresolved", "text", "nothing")
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """What `CHECK` prints where a package can be used, `good`, and others cannot."""
+    folder = tmp_path_factory.mktemp("packages")
+    (folder / "broken.py").write_text("raise SystemExit('an old library')")
+    (folder / "other.py").write_text(SOURCE)
     unresolved = SOURCE.replace('"poems"', '"unresolved"').replace(": RequiredPath", ": 'Missing'")
-    (tmp_path / "unresolved.py").write_text(unresolved)
+    (folder / "unresolved.py").write_text(unresolved)
     register(
-        tmp_path, "first", missing="no_such_module:Config", exits="broken:Config", twice="a:B",
+        folder, "first", missing="no_such_module:Config", exits="broken:Config", twice="a:B",
         no_class="json:loads", wrong_kind="other:PoemsConfig", unresolved="unresolved:PoemsConfig",
     )  # fmt: skip
-    register(tmp_path, "second", twice="a:B", text="a:B", good="good:PoemsConfig")
-    (tmp_path / "good.py").write_text(SOURCE.replace('"poems"', '"good"'))
-    kinds = ["missing", "exits", "twice", "no_class", "wrong_kind", "unresolved", "text", "nothing"]
-    sources = [json.dumps({"kind": kind, "path": "x"}) for kind in [*kinds, "captions", "good"]]
-    errors, _ = json.loads(run("-c", CHECK, *sources, path=tmp_path).stdout)
-    assert errors[-2:] == [None, None]
-    messages = {kind: error["msg"] for kind, error in zip(kinds, errors, strict=False)}
+    register(folder, "second", twice="a:B", text="a:B", good="good:PoemsConfig")
+    (folder / "good.py").write_text(SOURCE.replace('"poems"', '"good"'))
+    sources = [{"kind": kind, "path": "x"} for kind in (*UNUSABLE, "captions", "good")]
+    sources.append({"kind": "good", "path": "x", "wrong": 1})
+    return json.loads(run("-c", CHECK, *map(json.dumps, sources), path=folder).stdout)
+
+
+def test_the_keys_of_a_source_of_another_package_are_validated(checked):
+    (*_, error), schema = checked
+    assert error["type"] == "extra_forbidden" and error["loc"] == ["good", "wrong"]
+    assert set(schema["$defs"]["PoemsConfig"]["properties"]) >= {"path", "max_images"}
+
+
+def test_packages_that_cannot_be_used_are_named_and_break_no_other_recipe(checked):
+    errors, _ = checked
+    assert errors[-3:-1] == [None, None]
+    messages = {kind: error["msg"] for kind, error in zip(UNUSABLE, errors, strict=False)}
     for kind, parts in {
         "missing": ["'missing'", "the package first", "no_such_module"],
         "exits": ["the package first", "broken:Config", "an old library"],
