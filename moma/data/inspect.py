@@ -32,7 +32,6 @@ def inspect(folder: Path, source: str | None, out: Path) -> dict[str, Any]:
     """Count what the shards of a data folder contain, and plot the lengths of the documents.
 
     Args:
-        folder: a data folder.
         source: only this source; None for all.
         out: folder for `lengths.png`.
 
@@ -120,9 +119,7 @@ def decode_document(
     """Decode an encoded document to text and images.
 
     Args:
-        folder: a data folder.
         source: name of the source; may be None if there is only one.
-        split: `train` or `held_out`.
         document: number of the document in that split, from 1.
         out: folder for the images.
 

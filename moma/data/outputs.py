@@ -39,10 +39,6 @@ def exclude_outputs(folder: Path, names: Iterable[str]) -> list[str]:
 
     A folder that moma made is excluded as a whole from its parent folder; a source whose `path` is
     that folder itself reads it.
-
-    Args:
-        folder: a folder of a source.
-        names: files and folders in it.
     """
     own = _marked(folder)
     if has_manifest(folder, DATA_MANIFEST, DATA_KIND):

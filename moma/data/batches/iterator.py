@@ -53,8 +53,7 @@ class Batches(grain.DatasetIterator[Batch]):
 
         Args:
             seed: determines the order of the documents.
-            rank: this process's number among `world_size`.
-            world_size: number of processes that share the documents.
+            rank, world_size: this process's number, and how many share the documents.
             split: `train` or `held_out`.
             repeat: whether a source starts another epoch, in another order, after its last
                 document; by default `train` repeats and `held_out` does not.

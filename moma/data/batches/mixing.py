@@ -109,8 +109,7 @@ class DocumentStream(Iterator[EncodedDocument]):
             pools: what is mixed; a single one if the stream ends.
             repeat: whether a pool starts another epoch after its last document.
             fetch: source and shard row → the document's ids.
-            rank: this process's number among `world_size`.
-            world_size: number of processes that share the documents.
+            rank, world_size: as for `Batches`.
             readers: threads that bring documents into memory before they are needed.
         """
         self._pools, self._repeat, self._fetch = pools, repeat, fetch

@@ -51,11 +51,7 @@ def filters_fingerprint(config: CleaningConfig) -> str:
 
 
 def package_version(key: str, package: str) -> str:
-    """Return a package's version, with which what a key of `clean` drops may change.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return a package's version, on which a key of `clean` depends, if it is installed."""
     try:
         return version(package)
     except ImportError as error:

@@ -70,11 +70,7 @@ def write_signatures(
     Args:
         rows: the documents of the part, not filtered yet.
         config: of the source: which signatures are needed.
-        folder: the part's.
-        progress: called with the number of documents so far.
-
-    Returns:
-        The number of documents.
+        progress: called with the number of documents so far, which is returned at the end.
     """
     atomic_replace(folder, partial(_write, rows, config, progress))
     count: int = read_json(folder / _COUNT_FILE)

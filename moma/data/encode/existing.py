@@ -74,10 +74,7 @@ def fetch_begun(link: Link, path: Path, source: str, vocabulary: Vocabulary) -> 
     """Fetch the records of a source that is not complete; not the rejected documents they list.
 
     Args:
-        link: the address, and the folder there.
         path: the data folder.
-        source: name of the source.
-        vocabulary: of the shards.
 
     Raises:
         UserError: a record cannot be used, or the address not be read.

@@ -72,12 +72,9 @@ class RayCluster:
         """Connect to the cluster.
 
         Args:
-            address: of the cluster; "auto" for the one that this machine belongs to.
+            address: as for `connect_to_ray`, whose errors are raised.
             processes: maximum tasks at the same time; by default as many as there are cores.
             codec_actors: actors with a codec; by default as many as there are GPUs.
-
-        Raises:
-            UserError: Ray is not installed, or no cluster at the address accepts this process.
         """
         ray = connect_to_ray(address, logging_level=logging.ERROR, log_to_driver=False)
         self._ray, self._job = ray, job

@@ -35,9 +35,7 @@ def too_many_rejected(
     """Return the error about too many rejected documents of a source.
 
     Args:
-        source: name of the source.
-        count: number of rejected documents.
-        read: number of documents that were read, rejected ones included.
+        count, read: number of rejected documents, and of all that were read.
         limit: `data.max_rejected`; if most documents are rejected, raising it is not advised.
         rejected: the rejected documents, or the first ones.
         listing: where they are listed.

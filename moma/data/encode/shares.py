@@ -50,17 +50,11 @@ class Share(NamedTuple):
         Args:
             source: number of the source in the recipe, so that short sources do not all begin with
                 the same share.
-            part: number of the part.
         """
         return self._of_part(source, part) == self.number
 
     def describe_missing(self, sources: Sequence[str], missing: Mapping[str, Sequence[int]]) -> str:
-        """Describe the parts that are not complete, and which shares have them.
-
-        Args:
-            sources: names of the sources in the recipe.
-            missing: numbers of the parts of each source.
-        """
+        """Describe the parts that are not complete, and which shares have them."""
         shares = Counter(
             self._of_part(index, part)
             for index, name in enumerate(sources)

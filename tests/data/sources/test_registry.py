@@ -147,7 +147,9 @@ def checked(tmp_path_factory):
     )  # fmt: skip
     register(folder, "second", twice="a:B", text="a:B", good="good:PoemsConfig")
     (folder / "good.py").write_text(SOURCE.replace('"poems"', '"good"'))
-    sources = [{"kind": kind, "path": "x"} for kind in (*UNUSABLE, "captions", "good")]
+    sources: list[dict[str, object]] = [
+        {"kind": kind, "path": "x"} for kind in (*UNUSABLE, "captions", "good")
+    ]
     sources.append({"kind": "good", "path": "x", "wrong": 1})
     return json.loads(run("-c", CHECK, *map(json.dumps, sources), path=folder).stdout)
 
