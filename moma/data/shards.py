@@ -72,8 +72,8 @@ class Counts(Config):
         )
 
 
-class Part(Config):
-    """Consecutive documents of a part of a source, encoded, in one file of each split.
+class PartRecord(Config):
+    """What is committed of a part of a source: consecutive documents, in one file of each split.
 
     Attributes:
         part: number of the part; None in older data, whose files are numbered through.
@@ -99,8 +99,8 @@ class Part(Config):
     dropped_images: dict[str, int] = Field(default={})
     checksums: dict[Name, CheckedChecksum] = Field(default={})
 
-    def __add__(self, following: "Part") -> "Part":
-        return Part(
+    def __add__(self, following: "PartRecord") -> "PartRecord":
+        return PartRecord(
             first=self.first,
             stop=self.stop + following.documents_read,
             counts={split: self.counts[split] + following.counts[split] for split in SPLITS},
@@ -135,7 +135,7 @@ class ShardInfo(Config):
         encoders: fingerprints of the tokenizer and the codec.
         counts: counts of each split.
         rejected: number of rejected documents.
-        dropped, dropped_images: as in `Part`.
+        dropped, dropped_images: as in `PartRecord`.
         parts: what the files hold, in the order of the documents; each has a file for every split
             of which it has documents.
     """
@@ -148,13 +148,13 @@ class ShardInfo(Config):
     rejected: int = 0
     dropped: dict[str, int] = Field(default={})
     dropped_images: dict[str, int] = Field(default={})
-    parts: tuple[Part, ...] = ()
+    parts: tuple[PartRecord, ...] = ()
 
     @property
-    def whole(self) -> Part:
+    def whole(self) -> PartRecord:
         """All parts as one."""
         stop = sum(part.documents_read for part in self.parts)
-        return Part(
+        return PartRecord(
             stop=stop,
             counts=self.counts,
             rejected=self.rejected,
@@ -162,9 +162,9 @@ class ShardInfo(Config):
             dropped_images=self.dropped_images,
         )
 
-    def with_parts(self, parts: Sequence[Part]) -> "ShardInfo":
+    def with_parts(self, parts: Sequence[PartRecord]) -> "ShardInfo":
         """Return the same origin with these parts."""
-        whole = sum(parts, Part())
+        whole = sum(parts, PartRecord())
         counts = whole.model_dump(exclude={"first", "stop", "counts"})
         return self.model_copy(update={**counts, "counts": whole.counts, "parts": tuple(parts)})
 
@@ -175,7 +175,7 @@ class ShardInfo(Config):
     def files(self, folder: Path, split: str) -> list[Path]:
         """Return the Arrow files of a split, in the order of the documents."""
         return [
-            folder / file_name(split, number if part.part is None else part.name)
+            folder / file_name(split, f"{number:05}" if part.part is None else part.name)
             for number, part in enumerate(self.parts)
             if part.counts[split].documents
         ]
@@ -260,7 +260,7 @@ def open_unfinished(folder: Path) -> Shards:
         UserError: there is nothing, or it is damaged.
     """
     origin = read_config(ShardInfo, folder / ORIGIN_FILE)
-    found = (read_config(Part, path) for path in sorted(folder.glob("part-*.json")))
+    found = (read_config(PartRecord, path) for path in sorted(folder.glob("part-*.json")))
     records = [record for record in found if record is not None and record.documents_read]
     if origin is None or not records:
         raise UserError(f"{folder}: nothing is complete yet; inspect it later")
@@ -329,9 +329,9 @@ def read_config(schema: type[AnyConfig], path: Path) -> AnyConfig | None:
         return None
 
 
-def file_name(split: str, name: str | int) -> str:
-    """Return the name of the Arrow file of a split: `name` is a `Part`'s, or an older number."""
-    return f"{split}-{name:05}.arrow" if isinstance(name, int) else f"{split}-{name}.arrow"
+def file_name(split: str, name: str) -> str:
+    """Return the name of the Arrow file of a split; `name` is that of its record."""
+    return f"{split}-{name}.arrow"
 
 
 def file_origin(info: ShardInfo) -> dict[str, str]:

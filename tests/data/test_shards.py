@@ -8,7 +8,7 @@ import pytest
 
 from moma.data.documents import Document
 from moma.data.provenance import Encoders
-from moma.data.shards import Part, open_shards
+from moma.data.shards import PartRecord, open_shards
 from moma.errors import UserError
 from tests.data.encode.encoding import encode_source
 from tests.factories import ListSource, make_vocabulary
@@ -47,6 +47,14 @@ def test_encoded_shards_can_be_opened(folder):
     assert (origin["tokenizer"], origin["codec"], origin["source"]) == ("t1", "c1", "words")
 
 
+def test_older_data_whose_files_are_numbered_through_can_be_opened(folder):
+    text = (folder / "shard.json").read_text()
+    for path in folder.glob("*.arrow"):
+        path.rename(path.with_name(path.name.replace("-00000-", "-")))
+    (folder / "shard.json").write_text(text.replace('"part": 0', '"part": null'))
+    assert open_shards(folder, VOCABULARY).splits["train"].name(4) == "doc 5"
+
+
 def test_another_vocabulary_is_refused_by_name(folder):
     other = replace(VOCABULARY, size=301)
     with pytest.raises(UserError, match=rf"{VOCABULARY.fingerprint}.*size \(300 and 301\)"):
@@ -83,7 +91,7 @@ def test_a_file_of_another_codec_is_refused_by_name(folder, tmp_path):
 @pytest.mark.parametrize("checksums", [{"../x": [1, "0" * 64]}, {"x": [1, "0" * 63]}])
 def test_a_record_names_files_of_its_folder_and_their_checksums(checksums):
     with pytest.raises(ValueError, match=r"no relative name|64 hexadecimal digits"):
-        Part(checksums=checksums)
+        PartRecord(checksums=checksums)
 
 
 def test_missing_shards_are_refused(tmp_path):

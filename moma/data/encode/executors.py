@@ -23,7 +23,7 @@ import torch
 from moma.data.encode.read_ahead import exit_with_parent, without_main_module
 from moma.data.encode.tokens import EncodeImages
 from moma.data.encode.worker import Encoded, Job, Task, Worker, encode_together, local_worker
-from moma.data.shards import Part
+from moma.data.shards import PartRecord
 from moma.errors import UserError
 
 # A part whose process died this often is given up.
@@ -67,7 +67,7 @@ class InProcess:
 def run_task(worker: Worker, task: Task, report: Report) -> Encoded:
     """Encode a part; return its last report."""
     records = worker.encode(task, lambda part: report(Encoded(task, part)))
-    return Encoded(task, sum(records, Part()), records)
+    return Encoded(task, sum(records, PartRecord()), records)
 
 
 class LocalPool:

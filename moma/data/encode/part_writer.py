@@ -18,7 +18,7 @@ from moma.data.mapped_files import METADATA_KEY
 from moma.data.shards import (
     SPLITS,
     Counts,
-    Part,
+    PartRecord,
     ShardInfo,
     file_name,
     file_origin,
@@ -49,7 +49,7 @@ class PartWriter:
         file: int,
         first: int,
         schema: pa.Schema,
-        upload: Callable[[Part], None] = lambda record: None,
+        upload: Callable[[PartRecord], None] = lambda record: None,
     ) -> None:
         """Write no file yet.
 
@@ -60,7 +60,7 @@ class PartWriter:
         """
         self._upload = upload
         self._folder, self._source = folder, info.source
-        self.record = Part(part=part, file=file, first=first, stop=first)
+        self.record = PartRecord(part=part, file=file, first=first, stop=first)
         origin = {**file_origin(info), "part": part, "file": file}
         metadata = {**(schema.metadata or {}), METADATA_KEY: json.dumps(origin).encode()}
         self._schema = schema.with_metadata(metadata)
@@ -105,7 +105,7 @@ class PartWriter:
         dropped = Counter(row.dropped_by for row in rejected)
         unusable = dropped.pop("", 0)
         own = self.record
-        self.record = own + Part(
+        self.record = own + PartRecord(
             stop=read,
             counts=counts,
             rejected=unusable,
@@ -114,7 +114,7 @@ class PartWriter:
         )
         self.record = self.record.model_copy(update={"part": own.part, "file": own.file})
 
-    def commit(self, is_last: bool) -> Part:
+    def commit(self, is_last: bool) -> PartRecord:
         """Sync the files, rename them, and write their record: a kill does not lose them now."""
         with add_path_to_errors(self._folder):
             for writer in self._writers.values():
@@ -148,14 +148,14 @@ class PartWriter:
         return self._files[name]
 
 
-def read_records(folder: Path, part: int) -> list[Part]:
+def read_records(folder: Path, part: int) -> list[PartRecord]:
     """Return what is committed of a part in a folder of partial files.
 
     Where a part was made again elsewhere, records of its older files may follow: they do not count.
     """
-    records: list[Part] = []
+    records: list[PartRecord] = []
     while not (records and records[-1].is_last):
-        record = read_config(Part, folder / record_name(part, len(records)))
+        record = read_config(PartRecord, folder / record_name(part, len(records)))
         if record is None or record.first != (records[-1].stop if records else 0):
             break
         records.append(record)
@@ -164,10 +164,10 @@ def read_records(folder: Path, part: int) -> list[Part]:
 
 def record_name(part: int | None, file: int) -> str:
     """Return the file name of the record of a part's files."""
-    return f"part-{Part(part=part, file=file).name}.json"
+    return f"part-{PartRecord(part=part, file=file).name}.json"
 
 
-def rejected_name(record: Part) -> str:
+def rejected_name(record: PartRecord) -> str:
     """Return the name of the file of a record's rejected documents."""
     return f"rejected-{record.name}.jsonl"
 

@@ -32,7 +32,7 @@ from moma.data.shards import (
     PLAN_FILE,
     REJECTED_FILE,
     VOCABULARY_FILE,
-    Part,
+    PartRecord,
     ShardInfo,
     read_config,
     read_info,
@@ -125,9 +125,9 @@ class PartialShards:
         return [*filter(self._is_own, self.pending)]
 
     @property
-    def done(self) -> Part:
+    def done(self) -> PartRecord:
         """Everything that is committed, as one."""
-        return sum((sum(records, Part()) for records in self.parts.values()), Part())
+        return sum((sum(records, PartRecord()) for records in self.parts.values()), PartRecord())
 
     @property
     def info(self) -> ShardInfo:
@@ -135,10 +135,10 @@ class PartialShards:
         records = [record for number in range(len(self.plan)) for record in self.parts[number]]
         return self.origin.with_parts([record for record in records if record.documents_read])
 
-    def add(self, number: int, records: Sequence[Part]) -> None:
+    def add(self, number: int, records: Sequence[PartRecord]) -> None:
         """Note that a part is complete, with these records."""
         self.parts[number] = [*records]
-        self.complete += sum(records, Part())
+        self.complete += sum(records, PartRecord())
         self._extend_beginning()
 
     def add_uploaded(self) -> None:
@@ -194,7 +194,7 @@ class PartialShards:
             {number: [*takewhile(counts, read_records(self.path, number))] for number in numbers}
         )
 
-    def _counts(self, here: Container[str], record: Part) -> bool:
+    def _counts(self, here: Container[str], record: PartRecord) -> bool:
         """Whether the files of a record are here or at the address, and it was not removed there.
 
         Files that were uploaded are not, if the address is another one now, or there is none.
@@ -207,14 +207,14 @@ class PartialShards:
 
     def _extend_beginning(self) -> None:
         while self._beginning_parts < len(self.plan) and self._is_complete(self._beginning_parts):
-            self.beginning += sum(self.parts[self._beginning_parts], Part())
+            self.beginning += sum(self.parts[self._beginning_parts], PartRecord())
             self._beginning_parts += 1
 
     def _is_complete(self, number: int) -> bool:
         records = self.parts[number]
         return bool(records) and records[-1].is_last
 
-    def _drop(self, kept: dict[int, list[Part]], is_removed: Callable[[int], bool]) -> None:
+    def _drop(self, kept: dict[int, list[PartRecord]], is_removed: Callable[[int], bool]) -> None:
         """Delete all other records, those of the parts that are removed at the address, too."""
         if self._remote is not None:
             self._remote.forget(
@@ -225,12 +225,12 @@ class PartialShards:
             )
         self._keep(kept)
 
-    def _keep(self, parts: dict[int, list[Part]]) -> None:
+    def _keep(self, parts: dict[int, list[PartRecord]]) -> None:
         """Delete everything here that does not belong to these records."""
         self.parts = parts
         complete = filter(self._is_complete, parts)
-        self.complete = sum((sum(parts[number], Part()) for number in complete), Part())
-        self.beginning, self._beginning_parts = Part(), 0
+        self.complete = sum((sum(parts[number], PartRecord()) for number in complete), PartRecord())
+        self.beginning, self._beginning_parts = PartRecord(), 0
         self._extend_beginning()
         names = {record.name for records in parts.values() for record in records}
         files = [path for path in self.path.iterdir() if path.name not in _KEPT_FILES]
@@ -263,7 +263,7 @@ def complete_shards(folder: Path, origin: ShardInfo, verify: bool = False) -> Sh
     return found
 
 
-def is_intact(folder: Path, record: Part) -> bool:
+def is_intact(folder: Path, record: PartRecord) -> bool:
     """Return whether the files of a record, here or uploaded, have its sizes and checksums."""
     link = read_link(folder)
     try:
@@ -277,9 +277,9 @@ def is_intact(folder: Path, record: Part) -> bool:
         return False
 
 
-def _intact_records(folder: Path, info: ShardInfo) -> list[Part]:
+def _intact_records(folder: Path, info: ShardInfo) -> list[PartRecord]:
     """Return the records of finished shards whose files are intact, of each part the first ones."""
-    intact: list[Part] = []
+    intact: list[PartRecord] = []
     damaged: set[int | None] = set()
     with _open_rejected(folder) as all_rejected:
         for record in info.parts:
@@ -294,7 +294,7 @@ def _intact_records(folder: Path, info: ShardInfo) -> list[Part]:
     return intact
 
 
-def _make_partial(folder: Path, info: ShardInfo, intact: Sequence[Part]) -> None:
+def _make_partial(folder: Path, info: ShardInfo, intact: Sequence[PartRecord]) -> None:
     """Undo `PartialShards.finish`, but for what is damaged.
 
     If killed before the end, it has not happened.
@@ -372,7 +372,7 @@ def _rejected_files(folder: Path) -> list[Path]:
     return sorted({_name_in(path): path for path in found}.values(), key=_numbers_in)
 
 
-def _has_rejected(record: Part) -> bool:
+def _has_rejected(record: PartRecord) -> bool:
     return rejected_name(record) in record.checksums
 
 

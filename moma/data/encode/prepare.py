@@ -45,7 +45,7 @@ from moma.data.encode.worker import Encoded, Job, Task
 from moma.data.outputs import CLEANING_FOLDER
 from moma.data.provenance import DataFolder
 from moma.data.remote.fetching import fetch_prepared
-from moma.data.shards import REJECTED_FILE, Part, ShardInfo
+from moma.data.shards import REJECTED_FILE, PartRecord, ShardInfo
 from moma.errors import StorageError, UserError, list_names
 from moma.files import atomic_open, lock_folder
 from moma.runs import Tokenizers
@@ -95,11 +95,11 @@ class Prepared:
         return {**_summary(_together(self.sources)), "missing_parts": missing, "sources": sources}
 
 
-def _together(infos: dict[str, ShardInfo]) -> Part:
-    return sum((info.whole for info in infos.values()), Part())
+def _together(infos: dict[str, ShardInfo]) -> PartRecord:
+    return sum((info.whole for info in infos.values()), PartRecord())
 
 
-def _summary(part: Part) -> dict[str, Any]:
+def _summary(part: PartRecord) -> dict[str, Any]:
     held_out = part.counts["held_out"].model_dump()
     return {
         **part.total.model_dump(),
@@ -304,7 +304,7 @@ def _encode(
             display,
             parts=sum(len(each.plan) - len(each.pending) for each in shards.values()) + len(tasks),
             size=sum(task.part.size for task in tasks),
-            complete=sum((each.complete for each in shards.values()), Part()),
+            complete=sum((each.complete for each in shards.values()), PartRecord()),
             pending=len(tasks),
         )
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moma.data.encode.worker import Encoded
-from moma.data.shards import Part
+from moma.data.shards import PartRecord
 from moma.progress import show_progress
 
 # Of a display; what is shown is computed only then.
@@ -40,7 +40,7 @@ def show_job(total: int | None, quiet: bool = False) -> Iterator[Display]:
 class JobProgress:
     """Documents, parts, speed by node and the remaining time of a job."""
 
-    def __init__(self, display: Display, parts: int, size: int, complete: Part, pending: int):
+    def __init__(self, display: Display, parts: int, size: int, complete: PartRecord, pending: int):
         """Begin to measure.
 
         Args:
@@ -52,7 +52,7 @@ class JobProgress:
         """
         self._display, self._parts, self._size = display, parts, size
         self._complete, self._complete_parts, self._read = complete, parts - pending, 0
-        self._running: dict[tuple[str, int], Part] = {}
+        self._running: dict[tuple[str, int], PartRecord] = {}
         self._by_node: dict[str, Counter[str]] = {}
         self._begin = self._shown = time.monotonic()
 
@@ -121,7 +121,7 @@ class JobProgress:
         return Group(Text(line), table)
 
     @property
-    def _done(self) -> Part:
+    def _done(self) -> PartRecord:
         return sum(self._running.values(), self._complete)
 
     @property

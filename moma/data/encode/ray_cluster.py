@@ -20,7 +20,7 @@ import torch
 from moma.data.encode.executors import ATTEMPTS, Report, lost_part
 from moma.data.encode.part_writer import read_records
 from moma.data.encode.worker import Encoded, Job, Task, Worker, encode_together, local_worker
-from moma.data.shards import Part
+from moma.data.shards import PartRecord
 from moma.errors import UserError
 
 # Tasks that are submitted for each core of the cluster: the next ones start at once.
@@ -111,7 +111,7 @@ class RayCluster:
             while waiting and len(running) < self._limit:
                 task = waiting.popleft()
                 folder = self._job.sources[task.source].unfinished_folder
-                report(Encoded(task, sum(read_records(folder, task.number), Part())))
+                report(Encoded(task, sum(read_records(folder, task.number), PartRecord())))
                 actor = codecs[task.number % len(codecs)] if codecs else None
                 running[encode.remote(job, task, actor)] = task
             (done, *_), _ = ray.wait([*running])
@@ -136,7 +136,7 @@ def _encode(shared: Shared, task: Task, actor: Any) -> Encoded:
     """Encode a part in a process of the cluster."""
     worker = _worker(shared, actor)
     records = worker.encode(task, lambda part: None)
-    return Encoded(task, sum(records, Part()), records, socket.gethostname())
+    return Encoded(task, sum(records, PartRecord()), records, socket.gethostname())
 
 
 _WORKERS: dict[str, Worker] = {}

@@ -34,7 +34,7 @@ from moma.data.encode.tokens import EncodedChunk, Encoder
 from moma.data.encode.upload import Remote, SourceUpload
 from moma.data.provenance import Encoders
 from moma.data.remote.reading import LINK_FILE, read_link
-from moma.data.shards import REJECTED_FILE, SPLITS, Part, ShardInfo, shard_features
+from moma.data.shards import REJECTED_FILE, SPLITS, PartRecord, ShardInfo, shard_features
 from moma.data.sources.parts import PART_BYTES
 from moma.vocabulary import Vocabulary
 
@@ -132,8 +132,8 @@ class SourceEncoding:
         part: SourcePart,
         encoder: Encoder,
         reader: ImageReader,
-        progress: Callable[[Part], None] = lambda part: None,
-    ) -> list[Part]:
+        progress: Callable[[PartRecord], None] = lambda part: None,
+    ) -> list[PartRecord]:
         """Encode what is not on disk yet of a part; return the records of all of it.
 
         Args:
@@ -143,7 +143,7 @@ class SourceEncoding:
         records = read_records(folder, number)
         if records and records[-1].is_last:
             return records
-        done = sum(records, Part())
+        done = sum(records, PartRecord())
         progress(done)
         schema = shard_features(self.vocabulary).arrow_schema
         upload = self._upload_to(folder)
@@ -172,7 +172,7 @@ class SourceEncoding:
             writer.close()
         return records
 
-    def add(self, shards: PartialShards, number: int, records: list[Part]) -> None:
+    def add(self, shards: PartialShards, number: int, records: list[PartRecord]) -> None:
         """Note a part that was encoded; raises `UserError` if too many documents were rejected."""
         shards.add(number, records)
         if shards.beginning.documents_read >= MIN_DOCUMENTS_TO_CHECK:
@@ -185,7 +185,7 @@ class SourceEncoding:
             raise no_documents(self.source, shards.done.dropped)
         return shards.finish(self.vocabulary)
 
-    def check_rejected(self, part: Part) -> None:
+    def check_rejected(self, part: PartRecord) -> None:
         """Raise `UserError` if too many documents were rejected."""
         if self._exceeds_limit(part):
             raise too_many_rejected(
@@ -197,7 +197,7 @@ class SourceEncoding:
                 f" ({REJECTED_FILE} in the data folder lists all)",
             )
 
-    def _exceeds_limit(self, part: Part) -> bool:
+    def _exceeds_limit(self, part: PartRecord) -> bool:
         return part.rejected > self.max_rejected * part.documents_read
 
     def _connect_and_link(self, folder: Path) -> SourceUpload | None:
@@ -208,14 +208,14 @@ class SourceEncoding:
         upload.link(folder)
         return upload
 
-    def _upload_to(self, folder: Path) -> Callable[[Part], None]:
+    def _upload_to(self, folder: Path) -> Callable[[PartRecord], None]:
         link = read_link(folder)
         if self.remote is None or link is None:
             return lambda record: None
         upload = SourceUpload(link, self.remote.cache)
         return partial(upload.upload, folder)
 
-    def _is_full(self, record: Part) -> bool:
+    def _is_full(self, record: PartRecord) -> bool:
         full = record.total.tokens >= self.shard_tokens
         return full or record.documents_read >= FILE_DOCUMENTS
 

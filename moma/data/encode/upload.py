@@ -41,7 +41,7 @@ from moma.data.shards import (
     REJECTED_FILE,
     SPLITS,
     VOCABULARY_FILE,
-    Part,
+    PartRecord,
     ShardInfo,
     file_name,
     index_file,
@@ -107,12 +107,12 @@ class SourceUpload:
         """Record in a folder of shards where its Arrow files are."""
         atomic_write(folder / LINK_FILE, self._link.model_dump_json() + "\n")
 
-    def upload(self, folder: Path, record: Part) -> None:
+    def upload(self, folder: Path, record: PartRecord) -> None:
         """Upload the files of a record and move them to the cache; then upload the record."""
         self._upload_files(folder, record, moves=True)
         self._storage.write(self._record(record), (record.model_dump_json() + "\n").encode())
 
-    def _upload_files(self, folder: Path, record: Part, moves: bool) -> None:
+    def _upload_files(self, folder: Path, record: PartRecord, moves: bool) -> None:
         for name, expected in record.checksums.items():
             path = folder / name
             if not path.exists():
@@ -145,7 +145,7 @@ class SourceUpload:
                 self._fetch_record(name, content, path, with_rejected)
 
     def _fetch_record(self, name: str, content: bytes, path: Path, with_rejected: bool) -> None:
-        record = self._storage.parse(Part, name, content)
+        record = self._storage.parse(PartRecord, name, content)
         own = {*(file_name(split, record.name) for split in SPLITS), rejected_name(record)}
         if self._record(record) != name or not record.checksums.keys() <= own:
             raise UserError(
@@ -162,11 +162,11 @@ class SourceUpload:
         # Not synced to disk: a damaged one is fetched again.
         path.write_bytes(content)
 
-    def has_record(self, record: Part) -> bool:
+    def has_record(self, record: PartRecord) -> bool:
         """Return whether a record was at the address when records were fetched."""
         return self._record(record) in self._found
 
-    def has(self, record: Part, names: Iterable[str]) -> bool:
+    def has(self, record: PartRecord, names: Iterable[str]) -> bool:
         """Return whether files of a record were at the address when records were fetched."""
         objects = {self._object(name, record.checksums[name]): name for name in names}
         return all(
@@ -182,13 +182,13 @@ class SourceUpload:
         folders = (f"{source}/{name}" for name in self._storage.folders(str(source)))
         return [folder for folder in folders if folder not in known]
 
-    def upload_missing(self, folder: Path, records: Iterable[Part]) -> None:
+    def upload_missing(self, folder: Path, records: Iterable[PartRecord]) -> None:
         """Upload the records, and their files, that are not at the address."""
         for record in records:
             if not self.has_record(record):
                 self.upload(folder, record)
 
-    def forget(self, records: Iterable[Part]) -> None:
+    def forget(self, records: Iterable[PartRecord]) -> None:
         """Remove records at the address; see `forget`."""
         forget(self._link, records)
 
@@ -250,11 +250,11 @@ class SourceUpload:
     def _object(self, file: str, expected: tuple[int, str]) -> str:
         return object_name(self._folder, file, expected)
 
-    def _record(self, record: Part) -> str:
+    def _record(self, record: PartRecord) -> str:
         return f"{self._folder}/{record_name(record.part, record.file)}"
 
 
-def forget(link: Link, records: Iterable[Part]) -> None:
+def forget(link: Link, records: Iterable[PartRecord]) -> None:
     """Remove records whose files are damaged at an address, and those files."""
     damaged = [*records]
     if not damaged:

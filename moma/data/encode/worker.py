@@ -13,7 +13,7 @@ from moma.data.documents import SourcePart
 from moma.data.encode.read_ahead import ImageReader
 from moma.data.encode.source import SourceEncoding
 from moma.data.encode.tokens import BATCH_IMAGES, EncodeImages, Encoder
-from moma.data.shards import Part
+from moma.data.shards import PartRecord
 from moma.data.sources.listings import Listings
 from moma.images import square_pixels
 from moma.runs import Tokenizers
@@ -42,8 +42,8 @@ class Encoded(NamedTuple):
     """
 
     task: Task
-    so_far: Part
-    records: list[Part] | None = None
+    so_far: PartRecord
+    records: list[PartRecord] | None = None
     node: str = ""
 
 
@@ -105,7 +105,7 @@ class Worker:
         self._encoder.__exit__(*error)
         self._reader.__exit__(*error)
 
-    def encode(self, task: Task, progress: Callable[[Part], None]) -> list[Part]:
+    def encode(self, task: Task, progress: Callable[[PartRecord], None]) -> list[PartRecord]:
         """Encode a part; see `SourceEncoding.encode_part`."""
         encoding = self._job.sources[task.source]
         with self._listings:

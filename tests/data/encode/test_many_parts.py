@@ -13,7 +13,7 @@ from moma.data.documents import Document, SourceConfig, SourcePart
 from moma.data.encode.progress import JobProgress
 from moma.data.encode.source import SourceEncoding
 from moma.data.encode.worker import Encoded, Task
-from moma.data.shards import SPLITS, Counts, Part
+from moma.data.shards import SPLITS, Counts, PartRecord
 from tests.factories import make_vocabulary
 
 
@@ -30,7 +30,7 @@ class Many(SourceConfig):
 encoding = SourceEncoding(Many(), make_vocabulary(300), 0.0, Path(sys.argv[1]) / "many")
 shards = encoding.begin()
 assert len(shards.pending) == 10_000
-progress = JobProgress(lambda done, note="": None, 10_000, 10_000 * 2**28, Part(), 10_000)
+progress = JobProgress(lambda done, note="": None, 10_000, 10_000 * 2**28, PartRecord(), 10_000)
 counts = {split: Counts(documents=10, tokens=2**25, images=5) for split in SPLITS}
 for number in shards.pending:
     checksums = {
@@ -39,12 +39,19 @@ for number in shards.pending:
         for kind in SPLITS
     }
     records = [
-        Part(part=number, file=file, is_last=file == 2, stop=20, counts=counts, checksums=checksums)
+        PartRecord(
+            part=number,
+            file=file,
+            is_last=file == 2,
+            stop=20,
+            counts=counts,
+            checksums=checksums,
+        )
         for file in range(3)
     ]
     task = Task("many", number, shards.plan[number])
-    progress.note(Encoded(task, Part()))
-    progress.note(Encoded(task, sum(records, Part()), records))
+    progress.note(Encoded(task, PartRecord()))
+    progress.note(Encoded(task, sum(records, PartRecord()), records))
     encoding.add(shards, number, records)
 assert not shards.pending
 info = shards.finish(encoding.vocabulary)

@@ -11,7 +11,7 @@ import pytest
 
 from moma.data.documents import Document, Rejected, SourcePart
 from moma.data.encode import chunks, part_writer, parts
-from moma.data.shards import Part, ShardInfo, open_shards
+from moma.data.shards import PartRecord, ShardInfo, open_shards
 from moma.data.sources.parts import PART_BYTES
 from tests.data.encode.encoding import encode_source
 from tests.factories import ListSource, make_vocabulary
@@ -304,7 +304,9 @@ def test_dropping_rejected_rows_may_be_killed_at_any_step(tmp_path):
 
 @pytest.mark.parametrize("changes", [{0: {"is_last": True}}, {0: {"stop": 3}}])
 def test_older_records_of_a_part_do_not_follow_newer_ones(tmp_path, changes):
-    records = [Part(part=0, file=n, first=2 * n, stop=2 * n + 2, is_last=n == 2) for n in range(3)]
+    records = [
+        PartRecord(part=0, file=n, first=2 * n, stop=2 * n + 2, is_last=n == 2) for n in range(3)
+    ]
     for number, record in enumerate(records):
         record = record.model_copy(update=changes.get(number, {}))
         (tmp_path / part_writer.record_name(0, number)).write_text(record.model_dump_json())

@@ -12,7 +12,7 @@ from moma.data.documents import SourcePart
 from moma.data.encode import progress
 from moma.data.encode.progress import JobProgress, show_job
 from moma.data.encode.worker import Encoded, Task
-from moma.data.shards import SPLITS, Counts, Part
+from moma.data.shards import SPLITS, Counts, PartRecord
 
 
 class Terminal(io.StringIO):
@@ -30,16 +30,16 @@ def clock(monkeypatch):
 
 def part_of(documents):
     counts = Counts(documents=documents, tokens=100 * documents, images=2 * documents)
-    return Part(stop=documents, counts=dict.fromkeys(SPLITS, Counts()) | {"train": counts})
+    return PartRecord(stop=documents, counts=dict.fromkeys(SPLITS, Counts()) | {"train": counts})
 
 
 def begin(display, parts=4):
-    return JobProgress(display, parts, size=parts * 1000, complete=Part(), pending=parts)
+    return JobProgress(display, parts, size=parts * 1000, complete=PartRecord(), pending=parts)
 
 
 def encode(job, number, documents, node="", is_last=True):
     task = Task("words", number, SourcePart(size=1000))
-    job.note(Encoded(task, Part()))
+    job.note(Encoded(task, PartRecord()))
     records = [part_of(documents)] if is_last else None
     job.note(Encoded(task, part_of(documents), records, node))
 
@@ -84,7 +84,7 @@ def test_several_nodes_have_a_row_each_and_one_of_all(clock):
 
 def test_what_an_earlier_process_encoded_does_not_count_for_the_speed(clock):
     job = JobProgress(
-        lambda job: None, parts=5, size=400, complete=Part(stop=100, rejected=1), pending=2
+        lambda job: None, parts=5, size=400, complete=PartRecord(stop=100, rejected=1), pending=2
     )
     task, earlier = Task("words", 3, SourcePart(size=100)), part_of(12)
     job.note(Encoded(task, earlier, node="a"))
@@ -93,7 +93,7 @@ def test_what_an_earlier_process_encoded_does_not_count_for_the_speed(clock):
         "3 of 5 parts, 0 documents/s, 0 tokens/s, 0 images/s, 1 rejected",
     )
     clock.seconds += 4
-    whole = earlier + Part(stop=2, rejected=2) + part_of(8)
+    whole = earlier + PartRecord(stop=2, rejected=2) + part_of(8)
     job.note(Encoded(task, whole, [whole], "a"))
     assert (job.documents, job.describe()) == (
         122,

@@ -4,7 +4,7 @@ import pytest
 
 from moma.data.encode.prepare import prepare
 from moma.data.encode.upload import SourceUpload
-from moma.data.shards import Part
+from moma.data.shards import PartRecord
 from tests.data.encode.preparing import contents
 from tests.data.remote.test_training import ADDRESS, CPU, at, batches_of, memory, with_data
 
@@ -13,7 +13,7 @@ from tests.data.remote.test_training import ADDRESS, CPU, at, batches_of, memory
 def test_what_is_not_at_the_new_address_is_made_again(tiny, tmp_path, monkeypatch, address):
     memory().clear()
     upload = SourceUpload.upload
-    uploaded: list[Part] = []
+    uploaded: list[PartRecord] = []
 
     def upload_some(self, folder, record):
         if len(uploaded) == 5:

@@ -14,7 +14,7 @@ from moma.data.encode.prepare import prepare
 from moma.data.encode.upload import SourceUpload
 from moma.data.inspect import inspect
 from moma.data.remote.fetching import provide_data
-from moma.data.shards import Part
+from moma.data.shards import PartRecord
 from moma.errors import UserError
 from moma.runtime.world import World
 from moma.train.loop import train
@@ -140,7 +140,7 @@ def test_another_machine_continues_what_was_interrupted(
 
 def test_two_machines_at_once_lose_nothing(tiny, prepared, tmp_path, monkeypatch, expected):
     memory().clear()
-    uploaded: list[Part] = []
+    uploaded: list[PartRecord] = []
     upload = SourceUpload.upload
     first, second = (
         at(tiny, tmp_path / name, tokenizers=tiny.data.path) for name in ("one", "two")
