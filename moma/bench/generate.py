@@ -89,8 +89,6 @@ class Variant(NamedTuple):
 
     Attributes:
         name: what the records call it.
-        config: the configuration of the model.
-        vocabulary: its ids.
         model: it is called once for each pass.
         run: continues prompts, [B, S], in a mode by a number of tokens; returns how many new tokens
             there are in all sequences.

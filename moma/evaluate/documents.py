@@ -35,8 +35,6 @@ class TokenizedDocument(NamedTuple):
     """A document whose ids are read or computed when they are needed.
 
     Attributes:
-        source, name: of the document.
-        tokens: number of its ids.
         is_captioned_image: whether it is one image with one text, in either order.
         ids: returns them, integers of shape [tokens].
     """

@@ -56,8 +56,6 @@ class Prompt(NamedTuple):
 
     Attributes:
         number: determines the seed of the drawing.
-        source: of the document.
-        caption, image: of the document.
     """
 
     number: int

@@ -28,9 +28,6 @@ class Question(NamedTuple):
     Attributes:
         row: location in the file, for messages.
         source: name of the file.
-        image: its file.
-        text: the question.
-        choices: possible answers.
         right: position of the right one.
     """
 

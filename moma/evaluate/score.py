@@ -35,7 +35,6 @@ class TokenScores(NamedTuple):
 
     Attributes:
         log_likelihood_T: in nats, float64.
-        is_top_T: whether the token is the most likely one.
     """
 
     log_likelihood_T: np.ndarray

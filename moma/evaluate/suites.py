@@ -29,7 +29,6 @@ class Subject:
     """What is evaluated, and on what.
 
     Attributes:
-        mixed: the model with its tokenizers.
         score: scores sequences with the model.
         data: the prepared data of the run.
         path: the suite's file or folder; None for the documents that the run holds out.
@@ -62,7 +61,6 @@ class Suite(NamedTuple):
         units: what is resampled in the bootstrap: a document, an image with its captions, or a
             question.
         measure: returns the record of each of some units.
-        formulas: the measures.
         totals: returns further measures, of all documents of all ranks, which call it together.
     """
 

@@ -19,7 +19,6 @@ class Record(NamedTuple):
     """What a document, or a question, adds to the measures.
 
     Attributes:
-        source: name of its source.
         sums: numerator and denominator of each measure's ratio.
     """
 

@@ -33,7 +33,6 @@ class GroupRouting(NamedTuple):
     """The tokens that the experts of a group process.
 
     Attributes:
-        modalities: names of the group's modalities.
         taken_LSE: whether expert e of layer l processes token s.
         weight_LSE: factor of the expert's output, fp32; 0 where it does not process the token.
     """
@@ -47,8 +46,6 @@ class TokenRouting(NamedTuple):
     """The routing of a document.
 
     Attributes:
-        routing: how tokens were routed.
-        ids_S: ids of the tokens.
         groups: the groups of experts, the same in all layers.
         depth_layers: numbers of the layers with mixture-of-depths.
         processed_LS: whether a layer processes a token.

@@ -28,7 +28,6 @@ class NewTokens(NamedTuple):
     """The next tokens of a request.
 
     Attributes:
-        number: number of the request.
         tokens: ids; there may be none.
         end: why the request is complete, or what made it fail; None: it goes on.
     """

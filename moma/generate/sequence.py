@@ -61,7 +61,6 @@ class Request(NamedTuple):
     Attributes:
         branches: the prompt, and further ones for guidance; the new tokens are appended to each.
             Every prompt starts with the vocabulary's `beginning`.
-        options: how it is generated.
         seed: seed of the sequence's noise.
     """
 
@@ -79,8 +78,6 @@ class GeneratedSequence:
     """A sequence being generated.
 
     Attributes:
-        number: of its request.
-        weights: of its branches.
         inputs: for each branch, the tokens of the next pass; drafts come last.
         drafted: number of drafts in the last pass.
         kept: for each branch, the number of tokens of the last pass that stay in the caches.

@@ -229,11 +229,7 @@ class CachedContext(NamedTuple):
     """Properties of new tokens that attend to cached ones as well; see `TokenContext`.
 
     Attributes:
-        modality_BS: index of the modality; −1 for padding.
-        rotary: rotary cosine and sine, each [B, S, 1, C/2].
-        dtype: dtype of queries, keys and values.
         positions: positions of the new tokens in the layer's cache.
-        cache: the layer's cache.
         group_tokens: not known.
     """
 

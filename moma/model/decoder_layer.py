@@ -31,7 +31,6 @@ class TokenContext(NamedTuple):
         segments: which tokens attend to each other.
         layout: the attention kernel's form of the segments.
         dtype: dtype of queries, keys and values.
-        kernel: computes attention.
         group_tokens: the tokens of each group of experts, in layers that all tokens reach.
     """
 
@@ -75,13 +74,10 @@ class ExpertsInput(NamedTuple):
     With mixture-of-depths it has only the selected tokens, [R, K] instead of [B, S].
 
     Attributes:
-        x_BSD: input of the experts.
         residual_BSD: what is added to their output.
         modality_BS: index of the modality; −1 for padding.
-        tokens: the tokens of each group of experts.
         selection: the selected tokens, with mixture-of-depths.
         slots: where they come from; None if there is none.
-        depth: diagnostics of the depth router.
     """
 
     x_BSD: Tensor

@@ -26,7 +26,6 @@ class LayerKind(NamedTuple):
     """Layers of the same kind, and the tokens of a micro-batch that they process.
 
     Attributes:
-        layers: number of layers.
         token_fraction: fraction of the tokens that attention and experts process: 1, or the
             capacity factor of mixture-of-depths.
         tokens: number of those tokens.
@@ -65,7 +64,6 @@ class ModelCounts:
     `routers` (of experts), `depth` (depth routers) and `head`.
 
     Attributes:
-        config: the model.
         vocabulary_size: V.
         shares: fraction of each modality among the tokens.
         micro_batch_size: number of sequences B of a micro-batch.

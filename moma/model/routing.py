@@ -120,7 +120,6 @@ class Noisy:
     Uses PyTorch's global generator.
 
     Attributes:
-        policy: the other policy.
         rate: probability that a decision on an eligible token is inverted.
     """
 

@@ -33,9 +33,6 @@ class World:
     """The device and the rank of this process.
 
     Attributes:
-        device: the device of this rank.
-        rank: index of this process.
-        size: number of processes.
         mesh: one-dimensional mesh of all ranks; None for a single process.
         writers: all ranks in a second group, on gloo, for the thread that writes checkpoints.
         signals: all ranks in a third group, for `Interruption`.

@@ -21,7 +21,6 @@ class Answer:
     only the newest rows are kept, so that a slow reader needs no more memory than the answer.
 
     Attributes:
-        prompt_tokens: number of tokens of the prompt.
         new_tokens: number of tokens generated so far.
         ids: of the prompt and of what follows it so far; the prompt's are known once it has a
             place.

@@ -66,7 +66,6 @@ class Engine:
         max_queued: maximum number of requests that wait.
 
     Attributes:
-        model, max_active, max_queued: see above.
         error: what made the thread fail; None: nothing.
         total_tokens: number of tokens generated so far.
 

@@ -22,7 +22,6 @@ class ApiError(Exception):
     """A request that is answered with an error.
 
     Attributes:
-        status: HTTP status.
         param: the parameter that is wrong; None: none.
         code: a word for programs; None: none.
     """

@@ -21,11 +21,7 @@ _MAX_SHEETS = 12
 
 
 class RunView:
-    """Follows the log of a run; several people may look at it.
-
-    Attributes:
-        name: name of the run.
-    """
+    """Follows the log of a run; several people may look at it."""
 
     def __init__(self, run: Run):
         self.name = run.path.resolve().name

@@ -48,8 +48,6 @@ class Measured:
     """A run, loaded and evaluated.
 
     Attributes:
-        name: name of the run.
-        metrics: its log records.
         results: held-out measures by routing: `choice`, and those of `causal` and `auxiliary`
             that the run supports.
     """

@@ -100,11 +100,8 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
-        variant, seed: of which it is the run.
-        curve: the scaling curve of the variant.
         steps: what is trained; the last stage that trains a model is measured.
         result: the file of its result.
-        config: of the study.
     """
 
     variant: str

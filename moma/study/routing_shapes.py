@@ -52,7 +52,6 @@ class RoutingShapes:
     """One routing of a document.
 
     Attributes:
-        mixed, routed: the model and the routing.
         taken_LSX: whether an expert of a layer processes a token.
         names, colors: of each expert.
     """

@@ -8,7 +8,6 @@ class Table(NamedTuple):
     """A table for a page or a terminal.
 
     Attributes:
-        title: its title.
         explanation: how to read it.
         head: names of the columns; empty for a table of keys and values.
         rows: cells of each row, the first of which is a label.

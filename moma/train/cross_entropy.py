@@ -39,7 +39,6 @@ class ChunkResult(NamedTuple):
     """A chunk's losses and, if needed, the gradients of its objective.
 
     Attributes:
-        losses: of its tokens.
         gradients: of the hidden vectors [T, D] and of the head's weight [V, D].
     """
 

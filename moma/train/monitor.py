@@ -21,7 +21,6 @@ class LossMonitor:
 
     Attributes:
         skips: whether steps with a fault are skipped; see `StageConfig.on_fault`.
-        skipped_steps: steps skipped so far.
         first_fault: tensors on the device that describe the first fault: `fault_step`, 0 if there
             was none, `fault_loss`, `fault_norm`, and `fault_nonfinite`, the layers whose output
             or router score was non-finite, [L].
