@@ -20,6 +20,7 @@ from moma.generate.grammar import Mode
 from moma.generate.predictor import Predictor
 from moma.generate.sequence import End, GeneratedSequence, Request
 from moma.model.caches import Caches
+from moma.model.layers import product_dtype
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
 
@@ -142,17 +143,10 @@ def _run(model: Transformer, inputs: Sequence[Sequence[int]], caches: Caches) ->
     output = model(
         tokens_BS.to(model.embedding.weight.device),
         routing=model.named_routing("causal", raises=False, checks=False),
-        head=_hidden_in_compute_dtype,
+        head=lambda hidden_BSD, _: hidden_BSD.to(product_dtype(hidden_BSD)),
         caches=caches,
     )
     return output.head
-
-
-def _hidden_in_compute_dtype(hidden_BSD: Tensor, weight_VD: Tensor) -> Tensor:
-    """A head that returns the hidden vectors in the dtype of matrix products."""
-    device = hidden_BSD.device.type
-    enabled = torch.is_autocast_enabled(device)
-    return hidden_BSD.to(torch.get_autocast_dtype(device)) if enabled else hidden_BSD
 
 
 def require_space(

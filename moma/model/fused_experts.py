@@ -9,7 +9,6 @@ Triton interprets them on a CPU. Results are deterministic.
 Shapes: see `layers.py`; T = E · K slots, C = E columns of the table of `dispatch.py`.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moma.errors import UserError
 from moma.model.dispatch import Dispatch, TableSlots
 from moma.model.experts import ExpertInputs, add_expert_outputs
+from moma.model.layers import product_dtype
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,11 +27,8 @@ def add_fused_outputs(
     total_ND: Tensor, x_ND: Tensor, inputs: ExpertInputs, dispatch: Dispatch
 ) -> Tensor:
     """See `add_expert_outputs`, which computes it where the kernels do not run."""
-    device = x_ND.device.type
-    weights: Sequence[Tensor] = inputs[:3]
-    if torch.is_autocast_enabled(device):  # which an operation of our own does not know
-        dtype = torch.get_autocast_dtype(device)
-        x_ND, weights = x_ND.to(dtype), [weight.to(dtype) for weight in weights]
+    dtype = product_dtype(x_ND)  # an operation of our own does not know autocast
+    x_ND, weights = x_ND.to(dtype), [weight.to(dtype) for weight in inputs[:3]]
     if not uses_kernels(x_ND):
         return add_expert_outputs(total_ND, x_ND, inputs, dispatch)
     index_EK, filled_EK, score_EK = inputs.selection

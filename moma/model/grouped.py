@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
+from moma.model.layers import product_dtype
+
 
 def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> Tensor:
     """Multiply the rows of each expert by its matrix, [T, D] to [T, F].
@@ -26,10 +28,8 @@ def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> T
         weights: stacks of matrices [E', D, F]; the sum of all E' is E.
         end_E: int32 index one past each expert's last row; T for the last expert.
     """
-    device = x_TD.device.type
-    if torch.is_autocast_enabled(device):  # neither implementation supports autocast
-        dtype = torch.get_autocast_dtype(device)
-        x_TD, weights = x_TD.to(dtype), [weight.to(dtype) for weight in weights]
+    dtype = product_dtype(x_TD)  # neither implementation supports autocast
+    x_TD, weights = x_TD.to(dtype), [weight.to(dtype) for weight in weights]
     if uses_kernel(x_TD, weights[0]):
         stack_EDF = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
         return functional.grouped_mm(x_TD, stack_EDF, offs=end_E)

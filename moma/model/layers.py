@@ -16,6 +16,12 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of a tensor are computed: that of autocast, or its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def gather(x_ND: Tensor, index_T: Tensor) -> Tensor:
     """Return the vectors of the given tokens, [T, D]."""
     return x_ND.gather(0, index_T[:, None].expand(-1, x_ND.shape[1]))

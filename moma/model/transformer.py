@@ -30,7 +30,7 @@ from moma.model.decoder_layer import (
 from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import ExpertGroup
 from moma.model.initialization import LocalRows, all_rows, draw_normal
-from moma.model.layers import rotary_cos_sin
+from moma.model.layers import product_dtype, rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter, Diagnostics, Router, RouterRecord
 from moma.model.routing import ROUTINGS, Routing, RoutingName
 from moma.model.token_choice import TokenRouter
@@ -210,7 +210,7 @@ class Transformer(nn.Module):
             id_BS = number_segments(document_ids_BS, is_padding_BS)
             longest = min(max_length or length, length)
             segments = Segments(id_BS, max_documents or tokens_BS.numel(), longest, False)
-        dtype = self._compute_dtype(tokens_BS.device)
+        dtype = product_dtype(self.embedding.weight)
         layout = self.kernel.layout(segments, dtype)
         return TokenContext(modality_BS, rotary, segments, layout, dtype, self.kernel)
 
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
         filled_BS = tokens_BS != self._padding
         position_1S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         rotary = self._rotary(caches.tokens.length_B[:, None] + position_1S)
-        dtype = self._compute_dtype(tokens_BS.device)
+        dtype = product_dtype(self.embedding.weight)
         positions = caches.tokens.take(position_1S, filled_BS, dtype)
         modality_BS = self.modality_of_id[tokens_BS].where(filled_BS, -1)
         return CachedContext(modality_BS, rotary, dtype, positions, caches.layers[0])
@@ -230,12 +230,6 @@ class Transformer(nn.Module):
     def _rotary(self, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
         config = self.config
         return rotary_cos_sin(positions_BS, config.dim // config.heads, config.rope_theta)
-
-    def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        """The dtype of queries, keys and values."""
-        if torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return self.embedding.weight.dtype
 
     def _modality_table(self) -> Tensor:
         # Unlike `from_numpy`, on the device of a context such as `with torch.device("cuda")`.

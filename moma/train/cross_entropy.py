@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moma.data.batches.packing import NO_LABEL
-from moma.model.layers import upcast
+from moma.model.layers import product_dtype, upcast
 
 # Logits of a chunk: enough to fill a GPU (256 MiB in fp32), and to stay near a CPU's cache.
 _CHUNK_LOGITS = {"cuda": 2**26, "cpu": 2**24}
@@ -94,7 +94,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: Chunk,
         needs_grad: bool,
     ) -> tuple[Tensor, ...]:
-        dtype = _compute_dtype(hidden_ND)
+        dtype = product_dtype(hidden_ND)
         weight = weight_VD.to(dtype)
         grad_weight_VD: Tensor | None = None
         losses, hidden_gradients = [], []
@@ -125,13 +125,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_ND, weight_VD = ctx.saved_tensors
         hidden, weight = (each * grads[0].to(each.dtype) for each in (hidden_ND, weight_VD))
         return hidden, weight, None, None, None, None, None
-
-
-def _compute_dtype(hidden_ND: Tensor) -> torch.dtype:
-    """The dtype that a linear layer would compute in."""
-    if torch.is_autocast_enabled(hidden_ND.device.type):
-        return torch.get_autocast_dtype(hidden_ND.device.type)
-    return hidden_ND.dtype
 
 
 def cross_entropy_chunk(
