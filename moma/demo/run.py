@@ -25,7 +25,6 @@ from moma.demo.scoring import (
 )
 from moma.demo.sketches import SketchesConfig
 from moma.errors import UserError
-from moma.generate.sampling import Sampling
 from moma.images import png_bytes
 from moma.progress import show_progress
 from moma.recipe import read_recipe, shipped_recipe
@@ -45,7 +44,6 @@ from moma.train.restore import ROUTER_RUN
 ARCHITECTURES = ("dense", "moe_4t4i")
 SINGLES, COMPOSITIONS, CAPTIONS = 64, 48, 32
 SHOWN = 24
-SAMPLING = Sampling(temperature=0)
 _FILES = ("minutes.json", "report.html", "result.json", "sheet.png")
 _OWN_KEYS = ("data.path", "model.groups", "run", "stage", "from")
 
@@ -192,12 +190,12 @@ def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
 
 def _sketch(measured: Measured, objects: int, seed: int, quiet: bool) -> Sketches:
     """Generate images for captions and captions for images, causally and greedily."""
-    wanted = single_sketches(objects, SINGLES, seed, held_out=False)
+    wanted = single_sketches(objects, SINGLES, seed)
     wanted += held_out_compositions(objects, COMPOSITIONS, seed)
     shown = held_out_compositions(objects, CAPTIONS, seed + 1)
     with show_progress(f"draw with {measured.name}", len(wanted), quiet) as report:
-        drawn = draw_sketches(measured.mixed, wanted, objects, SAMPLING, report)
-    return Sketches(drawn, caption_sketches(measured.mixed, shown, SAMPLING))
+        drawn = draw_sketches(measured.mixed, wanted, objects, report)
+    return Sketches(drawn, caption_sketches(measured.mixed, shown))
 
 
 def demo_tables(result: dict[str, Any]) -> list[Table]:

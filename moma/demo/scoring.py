@@ -33,6 +33,7 @@ from moma.progress import ProgressCallback
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 
 BATCH = 32
+GREEDY = Sampling(temperature=0)
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,10 @@ class Captioned:
         return any(re.search(rf"(^|\ban? ){phrase}([,.]|$)", caption) for phrase in phrases)
 
 
-def single_sketches(objects: int, count: int, seed: int, held_out: bool) -> list[Sketch]:
-    """A random sample of single objects in styles that are held out, or that training shows."""
-    drawn = product(object_names(objects), STYLES)
-    sketches = [
-        each for name, style in drawn if (each := Sketch((name,), style)).is_held_out == held_out
-    ]
+def single_sketches(objects: int, count: int, seed: int) -> list[Sketch]:
+    """A random sample of single objects in styles that training shows."""
+    drawn = (Sketch((name,), style) for name, style in product(object_names(objects), STYLES))
+    sketches = [each for each in drawn if not each.is_held_out]
     return random.Random(seed).sample(sketches, min(count, len(sketches)))
 
 
@@ -99,16 +98,15 @@ def draw_sketches(
     model: MixedModel,
     wanted: Sequence[Sketch],
     objects: int,
-    sampling: Sampling,
-    progress: ProgressCallback = lambda done, note="": None,
+    progress: ProgressCallback,
 ) -> list[Drawn]:
-    """Generate an image for each caption and find the objects that it shows."""
+    """Generate an image for each caption greedily, and find the objects that it shows."""
     size = model.codec.config.image_size
     nearest = NearestObject(model.codec, object_names(objects), size)
     drawn = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]
-        answers = model.generate([[sketch.caption] for sketch in part], Settings("image", sampling))
+        answers = model.generate([[sketch.caption] for sketch in part], Settings("image", GREEDY))
         for sketch, (image,) in zip(part, answers, strict=True):
             assert isinstance(image, Image.Image)
             shows = tuple(nearest(image, box) for box in sketch.boxes(size))
@@ -117,14 +115,10 @@ def draw_sketches(
     return drawn
 
 
-def caption_sketches(
-    model: MixedModel, shown: Sequence[Sketch], sampling: Sampling
-) -> list[Captioned]:
-    """Generate a caption for each true image."""
+def caption_sketches(model: MixedModel, shown: Sequence[Sketch]) -> list[Captioned]:
+    """Generate a caption for each true image greedily."""
     images = [sketch.draw(model.codec.config.image_size) for sketch in shown]
-    answers = model.generate(
-        [[image] for image in images], Settings("text", sampling, new_tokens=32)
-    )
+    answers = model.generate([[image] for image in images], Settings("text", GREEDY, new_tokens=32))
     return [
         Captioned(sketch, image, "".join(part for part in answer if isinstance(part, str)))
         for sketch, image, answer in zip(shown, images, answers, strict=True)
