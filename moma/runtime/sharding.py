@@ -72,11 +72,6 @@ class EngineConfig(Config):
         default: DTypeName = "bf16" if device.type == "cuda" else "fp32"
         return DTYPES[self.compute or default]
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The context of an unsharded model's forward pass on a device, also a decorator."""
-        dtype = self.compute_dtype(device)
-        return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
 
 def shard(
     model: nn.Module,
