@@ -211,8 +211,11 @@ def save_tensors(
     Raises:
         OSError: it cannot be written, for instance because the disk is full.
     """
+    file.touch()
+    mode = file.stat().st_mode  # safetensors replaces the file by one that only its owner can read
     try:
         save_file(tensors, file, metadata=metadata)
+        file.chmod(mode)
     except SafetensorError as error:  # which is no OSError
         raise OSError(errno.EIO, f"cannot write ({error})", str(file)) from error
 

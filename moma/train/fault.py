@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from moma.data.batches.packing import Batch
@@ -22,6 +22,7 @@ from moma.model.transformer import first_nonfinite
 from moma.recipe import Config, check
 from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in
+from moma.runtime.weights import save_tensors
 from moma.runtime.world import World, raise_on_all_ranks
 from moma.train.recipe import Recipe
 
@@ -83,7 +84,7 @@ def raise_fault(
             for index, batch in enumerate(batches[step])
             for field in _BATCH_FIELDS
         }
-        save_file(saved, folder / f"rank-{world.rank}.safetensors")
+        save_tensors(saved, folder / f"rank-{world.rank}.safetensors")
         documents = {"documents": [batch.origins for batch in batches[step]]}
         atomic_write(folder / f"rank-{world.rank}.json", json.dumps(documents))
         if world.rank == 0:

@@ -1,6 +1,8 @@
 """Weights without a model: renamed, joined, written in several files and read on demand."""
 
 import json
+import os
+import stat
 
 import pytest
 import torch
@@ -30,6 +32,16 @@ def assert_equal(weights: Weights, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(found[name], value)
         assert weights.meta_tensors[name].shape == value.shape
         assert weights.meta_tensors[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_others_can_read_weights_as_other_files(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_weights(Weights.from_tensors(tensors("a")), tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode
 
 
 def test_renamed_weights_omit_others():
