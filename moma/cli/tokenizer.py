@@ -182,8 +182,8 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     from moma.images import png_bytes, read_image
     from moma.runs import Tokenizers
     from moma.runtime.world import local_device
-    from moma.tokenizers.image.codec import ImageCodec, preprocess
-    from moma.tokenizers.image.metrics import side_by_side, signal_to_noise
+    from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
+    from moma.tokenizers.image.metrics import image_grid, signal_to_noise
 
     require_replaceable(out)
     codec = ImageCodec.load(Tokenizers(folder).require().codec).to(local_device())
@@ -191,7 +191,8 @@ def _show_image(folder: Path, image: Path, out: Path) -> dict[str, Any]:
     original_3HW = preprocess(opened, codec.config.image_size)
     codes_BL = codec.encode(original_3HW[None].to(local_device()))
     reconstruction_3HW = codec.decode(codes_BL)[0].cpu()
-    write_output(out, png_bytes(side_by_side(original_3HW, reconstruction_3HW)))
+    sheet = image_grid([[to_pil(original_3HW), to_pil(reconstruction_3HW)]])
+    write_output(out, png_bytes(sheet))
     squared = (reconstruction_3HW - original_3HW).square().sum().item()
     return {
         "image": str(out),

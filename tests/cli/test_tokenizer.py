@@ -141,8 +141,8 @@ def test_show_writes_an_image_beside_its_reconstruction(sources, made, tmp_path)
     assert (result["image"], result["codes"]) == (str(out), 16)
     assert 1 <= result["distinct_codes"] <= 16
     with Image.open(out) as both, Image.open(image) as before:
-        assert both.size == (36, 16)
-        assert both.crop((0, 0, 16, 16)).tobytes() == before.convert("RGB").tobytes()
+        assert both.size == (44, 24)
+        assert both.crop((4, 4, 20, 20)).tobytes() == before.convert("RGB").tobytes()
     assert "distinct_codes" in succeeds("tokenizer", "show", made, *arguments)
 
 

@@ -14,7 +14,7 @@ from moma.tokenizers.image.codec import ImageCodec, to_pil
 
 _MAX_IMAGES = 2048
 _BATCH_SIZE = 64
-_RANGE, _WHITE = 2.0, 1.0  # images are in [−1, 1]
+_RANGE = 2.0  # images are in [−1, 1]
 _GAP = 4
 
 
@@ -112,12 +112,6 @@ def image_grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
         for column, image in enumerate(images):
             sheet.paste(image, (_GAP + column * (width + _GAP), _GAP + row * (height + _GAP)))
     return sheet
-
-
-def side_by_side(original_3HW: Tensor, reconstruction_3HW: Tensor) -> Image.Image:
-    """The original on the left, the reconstruction on the right."""
-    gap_3HW = original_3HW.new_full((3, original_3HW.shape[1], _GAP), _WHITE)
-    return to_pil(torch.cat([original_3HW, gap_3HW, reconstruction_3HW], dim=2))
 
 
 def _batches(codec: ImageCodec, images: Sequence[Tensor], limit: int) -> Iterator[Tensor]:

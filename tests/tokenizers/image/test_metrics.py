@@ -11,7 +11,6 @@ from moma.tokenizers.image.metrics import (
     evenly_spaced,
     measure_codec,
     sample_sheet,
-    side_by_side,
 )
 from tests.factories import make_codec, random_images
 
@@ -68,13 +67,6 @@ def test_a_sample_sheet_has_originals_above_reconstructions(codec):
     assert sheet.crop((24, 4, 40, 20)).tobytes() == to_pil(IMAGES[2]).tobytes()
     reconstructions_B3HW = codec.decode(codec.encode(torch.stack(IMAGES[2:3])))
     assert sheet.crop((24, 24, 40, 40)).tobytes() == to_pil(reconstructions_B3HW[0]).tobytes()
-
-
-def test_two_images_are_placed_side_by_side():
-    both = side_by_side(-torch.ones(3, 5, 7), torch.ones(3, 5, 7))
-    assert both.size == (18, 5)
-    assert both.getpixel((6, 4)) == (0, 0, 0)
-    assert both.getpixel((11, 0)) == (255, 255, 255)
 
 
 def test_a_sample_sheet_decodes_a_few_images_at_once(codec, monkeypatch):
