@@ -110,7 +110,7 @@ class PartialShards:
         self.plan = plan.parts
         self._is_own = is_own
         self._remote = connect(self.path)
-        self._read_committed()
+        self.refresh()
         if self._remote is not None:
             self._remote.upload_missing(self.path, chain(*self.parts.values()))
 
@@ -141,10 +141,6 @@ class PartialShards:
         self.complete += sum(records, PartRecord())
         self._extend_beginning()
 
-    def add_uploaded(self) -> None:
-        """Note what other machines have made, or made again, meanwhile."""
-        self._read_committed()
-
     def unpublished_folders(self) -> list[str]:
         """Return where parts of the source are uploaded that were made from other keys or files."""
         return self._remote.unpublished_folders() if self._remote is not None else []
@@ -152,7 +148,7 @@ class PartialShards:
     def drop_rejected(self) -> None:
         """Delete, of each part, the first files with a rejected document and all later ones.
 
-        Those of other machines stay at the address, where `add_uploaded` finds what they are then.
+        Those of other machines stay at the address, where `refresh` finds what they are then.
         """
         self._drop(
             {
@@ -184,8 +180,8 @@ class PartialShards:
         _put_in_place(self.folder)
         return info
 
-    def _read_committed(self) -> None:
-        """Keep the records of each part up to the first that does not count; delete the rest."""
+    def refresh(self) -> None:
+        """Read what is committed, here and meanwhile at the address, and delete everything else."""
         if self._remote is not None:
             self._remote.fetch_records(self.path)
         counts = partial(self._counts, {path.name for path in self.path.iterdir()})

@@ -225,7 +225,7 @@ def _encode_all(
         if options.share is not None:
             _warn_of_other_parts(folder, shards.values())
         _encode(folder, job, shards, options)
-        missing = _add_uploaded(shards) if options.share is not None else {}
+        missing = _missing_parts(shards) if options.share is not None else {}
         _warn_of_other_parts(folder, [shards[name] for name in missing])
         for name in shards:
             if name not in missing:
@@ -241,10 +241,10 @@ def _encode_all(
     return Prepared(vocabulary, {name: infos[name] for name in job.sources}, missing)
 
 
-def _add_uploaded(shards: Mapping[str, PartialShards]) -> dict[str, list[int]]:
-    """Note what other machines have encoded; return the parts, by source, that are missing."""
+def _missing_parts(shards: Mapping[str, PartialShards]) -> dict[str, list[int]]:
+    """Return the parts, by source, that neither this machine nor another one has encoded."""
     for unfinished in shards.values():
-        unfinished.add_uploaded()
+        unfinished.refresh()
     return {name: each.pending for name, each in shards.items() if each.pending}
 
 

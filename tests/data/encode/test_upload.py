@@ -74,7 +74,7 @@ class Machine:
     def end(self):
         """Make the own parts, and publish them all; None if some are missing."""
         self.encode()
-        self.shards.add_uploaded()
+        self.shards.refresh()
         if self.shards.pending:
             return None
         info = self.encoding.finish(self.shards)
