@@ -29,7 +29,7 @@ from moma.evaluate.token_routing import first_tokens, route_document
 from moma.generate.grammar import Mode
 from moma.generate.guidance import Guidance
 from moma.generate.mixed import MixedModel
-from moma.generate.sampling import Sampling
+from moma.generate.sampling import MAX_SEED, Sampling
 from moma.generate.settings import Settings
 from moma.generate.stream import Content, Event, collect
 from moma.images import read_image
@@ -241,7 +241,7 @@ class _Page:
         yield [answer_html(events, _summary(answer)), download, images, images, drawn]
 
     def _submit(self, prompt: dict[str, Any], mode: Mode, options: Sequence[Any]) -> Answer:
-        temperature, top_p, top_k, min_p, penalty, seed, tokens, count, guide, guide_image = options
+        temperature, top_p, top_k, min_p, penalty, tokens, seed, count, guide, guide_image = options
         parts = arrange(prompt["text"] or "", [Path(each) for each in prompt["files"]])
         sampling = Sampling(temperature, top_p, int(seed), int(top_k), min_p)
         maxima = [each for each in (int(tokens), self._limits.tokens) if each]
@@ -293,43 +293,33 @@ def _answer_parts(has_images: bool) -> tuple[gr.HTML, gr.DownloadButton, gr.Gall
 
 
 def _options(context: int) -> list[gr.components.Component]:
-    """How to sample, in the order in which `_submit` reads it."""
-    with gr.Accordion("Sampling and guidance", open=False):
-        with gr.Row():
-            temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", **_HALF)
-            top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", **_HALF)
-        with gr.Row():
-            top_k = gr.Slider(0, 200, 0, step=1, label="Top-k", info="0: all", **_HALF)
-            min_p = gr.Slider(0, 1, 0, step=0.01, label="Min-p", info="0: off", **_HALF)
-        with gr.Row():
-            penalty = gr.Slider(
-                1, 2, 1, step=0.05, label="Repetition penalty", info="text; 1: off", **_HALF
-            )
-            tokens = gr.Slider(
-                0, context, 0, step=1, label="New tokens", info="0: what fits", **_HALF
-            )
-        with gr.Row():
-            seed = gr.Number(
-                0,
-                label="Seed",
-                info="vary it for others",
-                precision=0,
-                minimum=0,
-                maximum=2**32 - 1,
-                **_HALF,
-            )
-            images = gr.Slider(1, 8, 1, step=1, label="Images", info="output: image", **_HALF)
-        with gr.Row():
-            text_guidance = gr.Slider(
-                0, 8, 1, step=0.1, label="Text guidance", info="images; 1: off", **_HALF
-            )
-            image_guidance = gr.Slider(
-                0, 8, 1, step=0.1, label="Image guidance", info="images; 1: off", **_HALF
-            )
-    return [
-        *(temperature, top_p, top_k, min_p, penalty, seed, tokens, images),
-        *(text_guidance, image_guidance),
+    """How to sample, in the order in which `_submit` reads it: two in a row."""
+    # Lowest and highest value, default and step.
+    sliders: dict[str, tuple[float, float, float, float, str | None]] = {
+        "Temperature": (0, 2, 0.7, 0.05, None),
+        "Top-p": (0.05, 1, 0.9, 0.05, None),
+        "Top-k": (0, 200, 0, 1, "0: all"),
+        "Min-p": (0, 1, 0, 0.01, "0: off"),
+        "Repetition penalty": (1, 2, 1, 0.05, "text; 1: off"),
+        "New tokens": (0, context, 0, 1, "0: what fits"),
+        "Images": (1, 8, 1, 1, "output: image"),
+        "Text guidance": (0, 8, 1, 0.1, "images; 1: off"),
+        "Image guidance": (0, 8, 1, 0.1, "images; 1: off"),
+    }
+    hidden: dict[str, Any] = {"render": False, **_HALF}
+    options: list[gr.components.Component] = [
+        gr.Slider(low, high, value, step=step, label=label, info=info, **hidden)
+        for label, (low, high, value, step, info) in sliders.items()
     ]
+    limits: dict[str, Any] = {"precision": 0, "minimum": 0, "maximum": MAX_SEED}
+    seed = gr.Number(0, label="Seed", info="vary it for others", **limits, **hidden)
+    options.insert(6, seed)
+    with gr.Accordion("Sampling and guidance", open=False):
+        for first, second in zip(options[::2], options[1::2], strict=True):
+            with gr.Row():
+                first.render()
+                second.render()
+    return options
 
 
 def _guidance(mode: Mode, prompt: Sequence[object], text: float, image: float) -> Guidance | None:
