@@ -37,11 +37,6 @@ class FileRange(NamedTuple):
     end: int | None = None
     row: int = 0
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it is the whole file."""
-        return not self.begin and self.end is None
-
 
 def resolve_inside(folder: Path, name: str) -> Path:
     """Return a path below a folder, with links resolved so that they cannot lead out either.
