@@ -211,7 +211,7 @@ def _checkpoint_weights(
     with torch.device("meta"):
         model = Transformer(recipe.model, vocabulary, recipe.shares)
     stored = stored_weights(loaded.checkpoint)
-    cutoffs = stored.read(name for name in stored.meta_tensors if name.endswith(".cutoffs_3E"))
+    cutoffs = stored.read(name for name in stored.meta_tensors if name.endswith(".cutoff_means_3E"))
     cutoffs |= read_thresholds(run, loaded.checkpoint, model)
     others = {name: name for name in stored.meta_tensors if name not in cutoffs}
     weights = stored.renamed(others) | Weights.from_tensors(cutoffs)

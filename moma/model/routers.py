@@ -59,18 +59,18 @@ class Router(nn.Linear):
         pools: number of pools of tokens with cutoffs of their own, if it is not E.
     """
 
-    cutoffs_3E: Tensor
+    cutoff_means_3E: Tensor
 
     def __init__(self, dim: int, outputs: int, pools: int | None = None):
         super().__init__(dim, outputs, bias=False)
         # Means over steps of the finite cutoffs (else 0) and of their share; number of steps.
         zeros_3E = torch.zeros(3, pools or outputs, dtype=torch.float32)
-        self.register_buffer("cutoffs_3E", zeros_3E)
+        self.register_buffer("cutoff_means_3E", zeros_3E)
 
     @property
     def threshold_E(self) -> Tensor:
         """The mean cutoff of each expert, in fp32; −∞ if most micro-batches had none."""
-        mean_E, finite_E, _ = self.cutoffs_3E
+        mean_E, finite_E, _ = self.cutoff_means_3E
         return torch.where(finite_E > 0.5, mean_E / finite_E, -torch.inf)
 
     def update_cutoffs(self, mean_2E: Tensor) -> None:
@@ -80,9 +80,9 @@ class Router(nn.Linear):
             mean_2E: sum of the finite cutoffs of the step's micro-batches, and number of these,
                 both divided by the number of micro-batches.
         """
-        steps_E = self.cutoffs_3E[2].add_(1)
+        steps_E = self.cutoff_means_3E[2].add_(1)
         weight_E = (1 / (AVERAGED_SHARE * steps_E)).clamp(1 / MAX_AVERAGED_STEPS, 1)
-        self.cutoffs_3E[:2].lerp_(mean_2E, weight_E)
+        self.cutoff_means_3E[:2].lerp_(mean_2E, weight_E)
 
 
 def auxiliary_logits(

@@ -240,7 +240,7 @@ class Transformer(nn.Module):
         super().to_empty(device=device, recurse=recurse)
         self.modality_of_id.copy_(self._modality_table())
         for router in self.routers():
-            router.cutoffs_3E.zero_()
+            router.cutoff_means_3E.zero_()
         for token_router in self.token_routers():
             token_router.bias_O.zero_()
         if self.config.tied_embeddings:
@@ -313,7 +313,7 @@ class Transformer(nn.Module):
             mean_2T: as for a router, for the experts of all routers in their order.
         """
         routers = list(self.routers())
-        sizes = [router.cutoffs_3E.shape[1] for router in routers]
+        sizes = [router.cutoff_means_3E.shape[1] for router in routers]
         for router, mean_2E in zip(routers, mean_2T.split(sizes, 1), strict=True):
             router.update_cutoffs(mean_2E)
 
@@ -335,7 +335,7 @@ class Transformer(nn.Module):
     @property
     def has_thresholds(self) -> bool:
         """Whether all routers have thresholds, by which the model can be used causally."""
-        return all(bool(router.cutoffs_3E[2].all()) for router in self.routers())
+        return all(bool(router.cutoff_means_3E[2].all()) for router in self.routers())
 
     def routing_fingerprint(self) -> str:
         """Short hash of how the model routes causally: in which way, and by which thresholds."""

@@ -38,7 +38,7 @@ def calibrate(run: Run, steps: int, quiet: bool = False) -> Path:
         raise UserError(f"{run.path}: is causal by construction, so it needs no thresholds")
     require_training_data(run, recipe)
     for router in model.routers():
-        router.cutoffs_3E.zero_()
+        router.cutoff_means_3E.zero_()
     device = model.embedding.weight.device
     cutoffs: list[torch.Tensor] = []
     with (

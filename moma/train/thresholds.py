@@ -22,7 +22,7 @@ def thresholds_file(run: Run) -> Path:
 @torch.no_grad()
 def write_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
     """Write the thresholds of a model that was loaded from a checkpoint."""
-    cutoffs = {name: cutoffs_3E.cpu() for name, cutoffs_3E in _cutoffs(model).items()}
+    cutoffs = {name: cutoff_means_3E.cpu() for name, cutoff_means_3E in _cutoffs(model).items()}
     with atomic_open(thresholds_file(run)) as file:
         file.write(save(cutoffs, {"checkpoint": _fingerprint(checkpoint)}))
 
@@ -30,8 +30,8 @@ def write_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
 @torch.no_grad()
 def load_thresholds(run: Run, checkpoint: Path, model: Transformer) -> None:
     """Load a run's file of thresholds, if it is of the checkpoint; see `read_thresholds`."""
-    for name, cutoffs_3E in read_thresholds(run, checkpoint, model).items():
-        model.get_buffer(name).copy_(cutoffs_3E)
+    for name, cutoff_means_3E in read_thresholds(run, checkpoint, model).items():
+        model.get_buffer(name).copy_(cutoff_means_3E)
 
 
 def read_thresholds(run: Run, checkpoint: Path, model: Transformer) -> dict[str, torch.Tensor]:
@@ -51,8 +51,8 @@ def read_thresholds(run: Run, checkpoint: Path, model: Transformer) -> dict[str,
             if file.metadata()["checkpoint"] != _fingerprint(checkpoint):
                 return {}
             return {
-                name: torch.empty(cutoffs_3E.shape).copy_(file.get_tensor(name))
-                for name, cutoffs_3E in _cutoffs(model).items()
+                name: torch.empty(cutoff_means_3E.shape).copy_(file.get_tensor(name))
+                for name, cutoff_means_3E in _cutoffs(model).items()
             }
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
@@ -62,7 +62,9 @@ def read_thresholds(run: Run, checkpoint: Path, model: Transformer) -> dict[str,
 
 
 def _cutoffs(model: Transformer) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in model.named_buffers() if name.endswith(".cutoffs_3E")}
+    return {
+        name: value for name, value in model.named_buffers() if name.endswith(".cutoff_means_3E")
+    }
 
 
 def _fingerprint(checkpoint: Path) -> str:

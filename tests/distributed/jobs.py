@@ -230,7 +230,7 @@ def select_on_one_rank(tiny: Recipe, world: World) -> None:
     model, *_, groups = build(recipe_of(tiny, "mod_moe_3t1i", EngineConfig()), world)
     for router in model.routers():
         threshold = 1e9 if world.rank == 0 and router.out_features == 1 else -1e9
-        router.cutoffs_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]))
+        router.cutoff_means_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]))
     tokens_BS = torch.from_numpy(next(groups[0]).tokens_BS)
     model.eval()(tokens_BS, routing=model.named_routing("threshold"))
 

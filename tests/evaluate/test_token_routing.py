@@ -26,8 +26,8 @@ def make_model(groups, **changes):
     model.initialize(1)
     draw = torch.Generator().manual_seed(2)
     for router in model.routers():  # a threshold for each expert
-        router.cutoffs_3E[0] = torch.randn(router.out_features, generator=draw) * 0.3
-        router.cutoffs_3E[1:] = 1
+        router.cutoff_means_3E[0] = torch.randn(router.out_features, generator=draw) * 0.3
+        router.cutoff_means_3E[1:] = 1
     return model.eval()
 
 

@@ -72,12 +72,12 @@ def test_thresholds_of_calibration_are_exported(tiny_run, tmp_path):
     shutil.copytree(tiny_run.path, run.path)
     model: Transformer = load_run(run)[0]
     router = next(model.routers())
-    router.cutoffs_3E.fill_(0.25)
+    router.cutoff_means_3E.fill_(0.25)
     write_thresholds(run, checkpoints_in(run.checkpoints)[-1], model)
     export_moma(run, tmp_path / "out")
     import_moma(tmp_path / "out", Run(tmp_path / "back"))
     assert torch.equal(
-        next(load_run(Run(tmp_path / "back"))[0].routers()).cutoffs_3E, router.cutoffs_3E
+        next(load_run(Run(tmp_path / "back"))[0].routers()).cutoff_means_3E, router.cutoff_means_3E
     )
 
 
@@ -114,7 +114,7 @@ def test_without_thresholds_a_run_is_not_exported(tiny_run, tmp_path):
     shutil.copytree(tiny_run.path, run.path)
     model = load_run(run)[0]
     for router in model.routers():
-        router.cutoffs_3E.zero_()
+        router.cutoff_means_3E.zero_()
     write_thresholds(run, checkpoints_in(run.checkpoints)[-1], model)
     with pytest.raises(UserError, match="moma calibrate"):
         export_moma(run, tmp_path / "out")

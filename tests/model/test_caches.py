@@ -94,8 +94,10 @@ def test_depth_routers_with_a_threshold_for_each_modality(for_cpu, depth):
     model, random = build("by_modality", 3, for_cpu=False), torch.Generator().manual_seed(3)
     sequence = some_tokens(random, 24)
     for router in model.routers():
-        size = router.cutoffs_3E.shape[1]
-        router.cutoffs_3E.copy_(torch.stack((torch.linspace(-2, 2, size), *torch.ones(2, size))))
+        size = router.cutoff_means_3E.shape[1]
+        router.cutoff_means_3E.copy_(
+            torch.stack((torch.linspace(-2, 2, size), *torch.ones(2, size)))
+        )
     routing = Routing(Threshold(), depth)
     expected_SV = model(sequence[None], routing=routing).head[0]
     if for_cpu:

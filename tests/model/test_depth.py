@@ -176,7 +176,7 @@ def test_modalities_with_factors_of_their_own_compete_among_themselves():
         )
         cutoff = diagnostics.cutoff_E[number].item()
         assert cutoff == pytest.approx(float(own[slots_ - 1] + own[slots_]) / 2)
-    router.router.cutoffs_3E.copy_(
+    router.router.cutoff_means_3E.copy_(
         torch.stack((diagnostics.cutoff_E, torch.ones(2), torch.ones(2)))
     )
     for policy in (Threshold(), Threshold("static")):
@@ -307,7 +307,7 @@ def test_without_selected_tokens_nothing_changes(groups):
 def test_tokens_do_not_attend_to_slots_that_a_threshold_leaves_empty(scope, threshold):
     """With enough slots the result is that of thresholds without slots."""
     layer = build_depth_layer("mod_moe_1t1i", depth=DepthConfig(capacity_factor=1, scope=scope))
-    layer.depth.router.cutoffs_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]))
+    layer.depth.router.cutoff_means_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]))
     x = torch.randn(2, 12, DIM, dtype=torch.float64) / 3
     modality = torch.tensor([[TEXT, IMAGE] * 5 + [-1] * 2, [IMAGE] * 12])
     documents = torch.tensor([[0] * 5 + [1] * 5 + [-1] * 2, [0] * 3 + [1] * 9])

@@ -79,8 +79,8 @@ def test_causal_routing_records_what_it_selects(policy, threshold):
     """Also of a layer with mixture-of-depths that no token passes."""
     model, tokens = build("mod_moe_2t2i"), mixed_tokens(2, 15, 0)
     for router in model.routers():
-        router.cutoffs_3E.copy_(
-            torch.tensor([[threshold], [1.0], [1.0]]).expand_as(router.cutoffs_3E)
+        router.cutoff_means_3E.copy_(
+            torch.tensor([[threshold], [1.0], [1.0]]).expand_as(router.cutoff_means_3E)
         )
     flags = {"record_auxiliary": True} if isinstance(policy, Auxiliary) else {}
     records = model(tokens, routing=uniform_routing(policy, record_selection=True, **flags)).routers

@@ -134,7 +134,7 @@ def test_what_is_copied_and_what_is_new(seed_groups, groups):
     same_groups = seed_groups.removeprefix("mod_") == groups.removeprefix("mod_")
     assert list(upcycled) == list(initial)
     for name, value in upcycled.items():
-        if ".auxiliary." in name or name.endswith("cutoffs_3E"):
+        if ".auxiliary." in name or name.endswith("cutoff_means_3E"):
             expected = initial[name]
         elif ".depth." in name:
             expected = state.get(name, initial[name])
@@ -205,7 +205,7 @@ def test_routers_of_token_choice_keep_their_biases():
         router.bias_O.normal_()
     upcycled = upcycled_from(seed, "mod_token_2t2i")
     for name, weight in seed.state_dict().items():
-        assert torch.equal(weight, upcycled.state_dict()[name]) or ".cutoffs_3E" in name
+        assert torch.equal(weight, upcycled.state_dict()[name]) or ".cutoff_means_3E" in name
 
 
 def test_groups_are_copied_from_the_closest_group():

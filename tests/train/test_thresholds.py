@@ -29,7 +29,7 @@ WORLD = World(torch.device("cpu"))
 
 
 def cutoffs_of(model) -> list[list[float]]:
-    return [router.cutoffs_3E.flatten().tolist() for router in model.routers()]
+    return [router.cutoff_means_3E.flatten().tolist() for router in model.routers()]
 
 
 def take_steps(world: World, recipe: Recipe, micro_batches: int, out: Path) -> None:
