@@ -7,6 +7,7 @@ So more machines may run the same study.
 import logging
 import multiprocessing
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +22,7 @@ from moma.data.encode.prepare import prepare
 from moma.data.encode.ray_cluster import connect_to_ray
 from moma.data.encode.read_ahead import exit_with_parent
 from moma.data.outputs import mark_output
-from moma.errors import UserError
+from moma.errors import StoppedError, UserError
 from moma.evaluate.perplexity import evaluate
 from moma.progress import show_log_messages, show_progress
 from moma.runs import Run
@@ -33,6 +34,10 @@ from moma.train.recipe import Recipe
 _T = TypeVar("_T")
 
 
+logger = logging.getLogger(__name__)
+
+# Variables that the command sets for itself, and for the processes of a cluster.
+_INHERITED = ("HF_UPDATE_DOWNLOAD_COUNTS", "THP_MEM_ALLOC_ENABLE")
 _KILLED = (
     "a training process was killed, perhaps because memory ran out; the same command continues "
     "from its last checkpoint"
@@ -97,16 +102,22 @@ def _run_on_ray(study: Study, address: str, processes: int | None, quiet: bool) 
         resources = ray.cluster_resources()
         gpus, cores = (int(resources.get(kind, 0)) for kind in ("GPU", "CPU"))
         needs = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
-        # Ray runs a task again whose machine is lost.
-        work = ray.remote(**needs, max_retries=ATTEMPTS - 1)(_work_on_ray)
         count = _useful(study, processes or gpus or cores)
+        logger.info(
+            "%s: %d runs at a time, each on a %s", study.path, count, "GPU" if gpus else "core"
+        )
+        # Ray runs a task again whose machine is lost, or told to stop.
+        retries = {"max_retries": ATTEMPTS - 1, "retry_exceptions": [StoppedError]}
+        variables = {name: os.environ[name] for name in _INHERITED if name in os.environ}
+        work = ray.remote(**needs, **retries, runtime_env={"env_vars": variables})(_work_on_ray)
         futures = [work.remote(study, os.getcwd()).future() for _ in range(count)]
         with _progress(study, quiet) as show:
             return _merge(_wait(futures, show))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
-        raise UserError(_KILLED) from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"--ray {address}: {_KILLED} (Ray: {reason})") from error
     finally:
         ray.shutdown()
 
@@ -177,8 +188,14 @@ def _work(study: Study, gpu: str | None) -> dict[str, str]:
 
 
 def _work_on_ray(study: Study, folder: str) -> dict[str, str]:
-    os.chdir(folder)  # to which paths are relative
     show_log_messages()
+    try:
+        os.chdir(folder)  # to which paths are relative
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be entered on {socket.gethostname()} ({error.strerror}); call "
+            "`moma study --ray` from a folder that all machines of the cluster share"
+        ) from error
     return _work(study, None)
 
 
