@@ -1,15 +1,16 @@
 """Runs a study in several processes, of this machine or of a Ray cluster.
 
-All of them work alike: each trains, one after another, the runs that no other process has locked.
-So more machines may run the same study.
+Processes of a machine work alike: each trains, one after another, the runs that no other process
+has locked, so that more machines may run the same study. On a Ray cluster each run is a task.
 """
 
 import logging
 import multiprocessing
 import os
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +28,7 @@ from moma.evaluate.perplexity import evaluate
 from moma.progress import show_log_messages, show_progress
 from moma.runs import Run
 from moma.runtime.world import World, local_device
-from moma.study.grid import Study, run_unfinished
+from moma.study.grid import Study, StudyRun, run_unfinished
 from moma.study.results import FILES
 from moma.train.recipe import Recipe
 
@@ -106,13 +107,17 @@ def _run_on_ray(study: Study, address: str, processes: int | None, quiet: bool) 
         logger.info(
             "%s: %d runs at a time, each on a %s", study.path, count, "GPU" if gpus else "core"
         )
-        # Ray runs a task again whose machine is lost, or told to stop.
+        # Ray runs a task, which is a run, again if its machine is lost or told to stop.
         retries = {"max_retries": ATTEMPTS - 1, "retry_exceptions": [StoppedError]}
         variables = {name: os.environ[name] for name in _INHERITED if name in os.environ}
-        work = ray.remote(**needs, **retries, runtime_env={"env_vars": variables})(_work_on_ray)
-        futures = [work.remote(study, os.getcwd()).future() for _ in range(count)]
+        work = ray.remote(**needs, **retries, runtime_env={"env_vars": variables})(_train_on_ray)
+
+        def submit(run: StudyRun) -> Future[dict[str, str]]:
+            return work.remote(run, os.getcwd()).future()
+
+        unfinished = [partial(submit, run) for run in study.runs if run.read_result() is None]
         with _progress(study, quiet) as show:
-            return _merge(_wait(futures, show))
+            return _merge(_run_all(unfinished, count, show))
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
     except ray.exceptions.RayError as error:
@@ -154,7 +159,7 @@ def run_in_processes(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(len(jobs), context, _begin, (threads,)) as pool:
         try:
-            return _wait([pool.submit(job) for job in jobs], show)
+            return _run_all([partial(pool.submit, job) for job in jobs], len(jobs), show)
         except BaseException as error:
             for child in multiprocessing.active_children():
                 child.terminate()
@@ -163,11 +168,21 @@ def run_in_processes(
             raise
 
 
-def _wait(futures: Sequence[Future[_T]], show: Callable[[], object]) -> list[_T]:
-    """Wait until all jobs are done, or one fails; see `run_in_processes`."""
-    running = set(futures)
-    while running:
-        done, running = wait(running, timeout=1.0, return_when=FIRST_EXCEPTION)
+def _run_all(
+    submit: Sequence[Callable[[], Future[_T]]], limit: int, show: Callable[[], object]
+) -> list[_T]:
+    """Run jobs, at most `limit` at the same time, until all are done or one fails.
+
+    Args:
+        submit: each begins a job.
+        limit, show: see `run_in_processes`.
+    """
+    waiting, futures, running = deque(submit), list[Future[_T]](), set[Future[_T]]()
+    while waiting or running:
+        while waiting and len(running) < limit:
+            futures.append(waiting.popleft()())
+            running.add(futures[-1])
+        done, running = wait(running, timeout=1.0, return_when=FIRST_COMPLETED)
         for future in done:
             future.result()  # raises its error
         show()
@@ -187,7 +202,7 @@ def _work(study: Study, gpu: str | None) -> dict[str, str]:
     return run_unfinished(study.runs, evaluate, World(local_device()))
 
 
-def _work_on_ray(study: Study, folder: str) -> dict[str, str]:
+def _train_on_ray(run: StudyRun, folder: str) -> dict[str, str]:
     show_log_messages()
     try:
         os.chdir(folder)  # to which paths are relative
@@ -196,7 +211,7 @@ def _work_on_ray(study: Study, folder: str) -> dict[str, str]:
             f"{folder}: cannot be entered on {socket.gethostname()} ({error.strerror}); call "
             "`moma study --ray` from a folder that all machines of the cluster share"
         ) from error
-    return _work(study, None)
+    return run_unfinished([run], evaluate, World(local_device()))
 
 
 def _steps(study: Study, done: bool = False) -> int:

@@ -50,9 +50,12 @@ def read_thresholds(run: Run, checkpoint: Path, model: Transformer) -> dict[str,
         with safe_open(path, "pt") as file:
             if file.metadata()["checkpoint"] != _fingerprint(checkpoint):
                 return {}
+            cutoffs = _cutoffs(model)
+            if cutoffs.keys() != set(file.keys()):  # of another version
+                return {}
             return {
                 name: torch.empty(cutoff_means_3E.shape).copy_(file.get_tensor(name))
-                for name, cutoff_means_3E in _cutoffs(model).items()
+                for name, cutoff_means_3E in cutoffs.items()
             }
     except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(

@@ -9,8 +9,9 @@ import torch
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL
 from moma.data.shards import open_shards
-from moma.evaluate.perplexity import evaluate
-from moma.model.routing import Auxiliary, BatchChoice, uniform_routing
+from moma.errors import UserError
+from moma.evaluate.perplexity import evaluate, sum_losses
+from moma.model.routing import Auxiliary, BatchChoice, Routing, uniform_routing
 from moma.train.step import run_model, to_device
 from moma.vocabulary import IMAGE, Vocabulary
 
@@ -55,6 +56,12 @@ def test_an_infinite_perplexity_is_none(tiny):
     result = evaluate(model, tiny, "auxiliary", quiet=True)
     assert (result["loss_text"] or 0) > 710
     assert result["perplexity_text"] is None
+
+
+def test_data_without_held_out_documents_is_named(tiny):
+    model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
+    with pytest.raises(UserError, match=f"{tiny.data.path}: no held-out documents"):
+        sum_losses(model, tiny, Routing(), [])
 
 
 def test_batch_choice_and_causal_routing_differ(tiny):

@@ -140,6 +140,14 @@ def test_a_prompt_that_does_not_fit_is_refused_at_once(mixed, prompt, settings, 
         ask(Engine(mixed), prompt, settings)
 
 
+def test_images_are_decoded_once_the_prompt_is_known_to_fit(mixed):
+    def read(image):
+        raise AssertionError("an image was decoded")
+
+    with pytest.raises(UserError, match="context of 64 tokens leaves only"):
+        Engine(mixed).submit(["zzz " * 99, noise(0)], [LONG], read=read)
+
+
 def test_an_error_ends_only_its_own_request(mixed):
     image = Settings("image", Sampling(0))
     bad = replace(image, guidance=Guidance(3e38, 1))

@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -11,6 +12,7 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from moma.errors import StoppedError, UserError
 from moma.study import processes
@@ -24,9 +26,10 @@ DENSE = {"name": "dense", "model": {"groups": "dense"}}
 SPARSE = {"name": "sparse", "model": {"groups": "moe_2t2i"}}
 
 
-def test_a_training_process_prints_messages_as_the_command_line_does():
-    job = partial(eval, "__import__('logging').getLogger('moma').propagate")
-    assert run_in_processes([job], 1, lambda: None) == [False]
+def test_a_training_process_has_its_threads_and_prints_messages_as_the_command_line_does():
+    propagates = partial(eval, "__import__('logging').getLogger('moma').propagate")
+    jobs: list[Callable[[], object]] = [propagates, torch.get_num_threads]
+    assert run_in_processes(jobs, 3, lambda: None) == [False, 3]
 
 
 def test_a_missing_ray_cluster_is_reported(tiny, tmp_path):
@@ -130,7 +133,7 @@ def _workers() -> list[int]:
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
-            if b"ray::_work_on_ray" in (process / "cmdline").read_bytes():
+            if b"ray::_train_on_ray" in (process / "cmdline").read_bytes():
                 found.append(int(process.name))
     return found
 

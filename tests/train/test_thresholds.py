@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from moma.data.batches.iterator import Batches
 from moma.errors import UserError
@@ -112,6 +114,12 @@ def test_calibration_replaces_thresholds_without_training(tiny, tmp_path):
     assert cutoffs_of(calibrated) != cutoffs_of(kept)
     for name, parameter in kept.named_parameters():
         assert torch.equal(parameter, calibrated.get_parameter(name))
+    # A file of another version counts as none.
+    with safe_open(thresholds_file(run), "pt") as file:
+        renamed = {f"{name}_2": file.get_tensor(name) for name in list(file.keys())}
+        metadata = file.metadata()
+    save_file(renamed, thresholds_file(run), metadata)
+    assert cutoffs_of(load_run(run)[0]) == cutoffs_of(kept)
     thresholds_file(run).write_bytes(b"damaged")
     with pytest.raises(UserError, match="moma calibrate"):
         load_run(run)
