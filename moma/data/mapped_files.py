@@ -27,7 +27,7 @@ GetFile = Callable[[Path], "MappedFile"]
 
 
 def cached_files(maximum: int = MAX_OPEN_FILES) -> GetFile:
-    """Return what maps a file, and keeps the most recently used ones mapped.
+    """Return a function that maps a file, and keeps the most recently used ones mapped.
 
     Any number of threads may call it; an array of a closed file stays valid while it is used.
     """

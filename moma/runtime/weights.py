@@ -217,6 +217,7 @@ def save_tensors(
         save_file(tensors, file, metadata=metadata)
         file.chmod(mode)
     except SafetensorError as error:  # which is no OSError
+        file.unlink(missing_ok=True)
         raise OSError(errno.EIO, f"cannot write ({error})", str(file)) from error
 
 

@@ -132,7 +132,7 @@ class Engine:
         """Continue a prompt several times, each once fewer than `max_active` requests are active.
 
         Args:
-            prompt: text and images, in order.
+            prompt: texts, and images or what `read` decodes, in order.
             settings: how; they differ in the seed only.
             has_rows: whether the answer has the upper rows of unfinished images as well; rows are
                 left out while earlier ones have not been read.

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from moma.serve.page_folder import FOLDER  # isort: skip
 import gradio as gr
@@ -83,6 +83,21 @@ def mount_page(app: FastAPI, engine: Engine, view: RunView, limits: Limits) -> C
     (mounted,) = (each.app for each in app.routes if isinstance(each, Mount) and each.path == PATH)
     assert isinstance(mounted, gr.routes.App)
     return lambda: mounted.stop_event.set()
+
+
+class _Values(NamedTuple):
+    """What the options are set to, in the order in which they are shown."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    penalty: float
+    tokens: int
+    seed: int
+    images: int
+    text_scale: float
+    image_scale: float
 
 
 class _Contained:
@@ -218,7 +233,7 @@ class _Page:
         session, events = str(request.session_hash), list[Event]()
         answer: Answer | None = None
         try:
-            answer = await asyncio.to_thread(self._submit, prompt, mode, options)
+            answer = await asyncio.to_thread(self._submit, prompt, mode, _Values(*options))
             self._answers[session] = answer
             yield [answer_html([], "waiting in the queue …"), *_kept(3), ""]
             async for event in answer:
@@ -240,18 +255,20 @@ class _Page:
         download = gr.DownloadButton(value=file, interactive=True)
         yield [answer_html(events, _summary(answer)), download, images, images, drawn]
 
-    def _submit(self, prompt: dict[str, Any], mode: Mode, options: Sequence[Any]) -> Answer:
-        temperature, top_p, top_k, min_p, penalty, tokens, seed, count, guide, guide_image = options
+    def _submit(self, prompt: dict[str, Any], mode: Mode, values: _Values) -> Answer:
         parts = arrange(prompt["text"] or "", [Path(each) for each in prompt["files"]])
-        sampling = Sampling(temperature, top_p, int(seed), int(top_k), min_p)
-        maxima = [each for each in (int(tokens), self._limits.tokens) if each]
+        sampling = Sampling(
+            values.temperature, values.top_p, int(values.seed), int(values.top_k), values.min_p
+        )
+        penalized = replace(sampling, repetition_penalty=values.penalty)
+        maxima = [each for each in (int(values.tokens), self._limits.tokens) if each]
         settings = Settings(
             mode,
-            replace(sampling, repetition_penalty=penalty) if mode != "image" else sampling,
+            penalized if mode != "image" else sampling,
             min(maxima, default=None),
             sampling,
-            int(count) if mode == "image" else 1,
-            _guidance(mode, parts, guide, guide_image),
+            int(values.images) if mode == "image" else 1,
+            _guidance(mode, parts, values.text_scale, values.image_scale),
         )
         return self._engine.submit(parts, [settings], True, self._read_image)[0]
 
@@ -293,27 +310,27 @@ def _answer_parts(has_images: bool) -> tuple[gr.HTML, gr.DownloadButton, gr.Gall
 
 
 def _options(context: int) -> list[gr.components.Component]:
-    """How to sample, in the order in which `_submit` reads it: two in a row."""
-    # Lowest and highest value, default and step.
-    sliders: dict[str, tuple[float, float, float, float, str | None]] = {
-        "Temperature": (0, 2, 0.7, 0.05, None),
-        "Top-p": (0.05, 1, 0.9, 0.05, None),
-        "Top-k": (0, 200, 0, 1, "0: all"),
-        "Min-p": (0, 1, 0, 0.01, "0: off"),
-        "Repetition penalty": (1, 2, 1, 0.05, "text; 1: off"),
-        "New tokens": (0, context, 0, 1, "0: what fits"),
-        "Images": (1, 8, 1, 1, "output: image"),
-        "Text guidance": (0, 8, 1, 0.1, "images; 1: off"),
-        "Image guidance": (0, 8, 1, 0.1, "images; 1: off"),
+    """The components of `_Values`, two in a row."""
+    # Label, lowest and highest value, default, step and hint.
+    sliders: dict[str, tuple[str, float, float, float, float, str | None]] = {
+        "temperature": ("Temperature", 0, 2, 0.7, 0.05, None),
+        "top_p": ("Top-p", 0.05, 1, 0.9, 0.05, None),
+        "top_k": ("Top-k", 0, 200, 0, 1, "0: all"),
+        "min_p": ("Min-p", 0, 1, 0, 0.01, "0: off"),
+        "penalty": ("Repetition penalty", 1, 2, 1, 0.05, "text; 1: off"),
+        "tokens": ("New tokens", 0, context, 0, 1, "0: what fits"),
+        "images": ("Images", 1, 8, 1, 1, "output: image"),
+        "text_scale": ("Text guidance", 0, 8, 1, 0.1, "images; 1: off"),
+        "image_scale": ("Image guidance", 0, 8, 1, 0.1, "images; 1: off"),
     }
     hidden: dict[str, Any] = {"render": False, **_HALF}
-    options: list[gr.components.Component] = [
-        gr.Slider(low, high, value, step=step, label=label, info=info, **hidden)
-        for label, (low, high, value, step, info) in sliders.items()
-    ]
+    components: dict[str, gr.components.Component] = {
+        name: gr.Slider(low, high, value, step=step, label=label, info=info, **hidden)
+        for name, (label, low, high, value, step, info) in sliders.items()
+    }
     limits: dict[str, Any] = {"precision": 0, "minimum": 0, "maximum": MAX_SEED}
-    seed = gr.Number(0, label="Seed", info="vary it for others", **limits, **hidden)
-    options.insert(6, seed)
+    components["seed"] = gr.Number(0, label="Seed", info="vary it for others", **limits, **hidden)
+    options = [components[name] for name in _Values._fields]
     with gr.Accordion("Sampling and guidance", open=False):
         for first, second in zip(options[::2], options[1::2], strict=True):
             with gr.Row():

@@ -70,13 +70,13 @@ def run_study(
     prepare(study.recipe, device, quiet)
     if ray is not None:
         return _run_on_ray(study, ray, processes, quiet)
-    count = _useful(study, processes or torch.cuda.device_count() or os.cpu_count() or 1)
+    count = _process_count(study, processes or torch.cuda.device_count() or os.cpu_count() or 1)
     if count == 1:
         return run_unfinished(study.runs, evaluate, World(device), quiet=quiet)
     return _run_in_pool(study, count, quiet)
 
 
-def _useful(study: Study, processes: int) -> int:
+def _process_count(study: Study, processes: int) -> int:
     """At most as many processes as there are unfinished runs, but at least one."""
     return max(1, min(processes, len(study.runs) - len(study.finished().runs)))
 
@@ -103,7 +103,7 @@ def _run_on_ray(study: Study, address: str, processes: int | None, quiet: bool) 
         resources = ray.cluster_resources()
         gpus, cores = (int(resources.get(kind, 0)) for kind in ("GPU", "CPU"))
         needs = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 1}
-        count = _useful(study, processes or gpus or cores)
+        count = _process_count(study, processes or gpus or cores)
         logger.info(
             "%s: %d runs at a time, each on a %s", study.path, count, "GPU" if gpus else "core"
         )

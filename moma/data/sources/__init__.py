@@ -1,5 +1,5 @@
 """Readers of documents, a module for each kind of source.
 
-Each is a section of a recipe and a `SourceConfig` at once: it yields rows with their location and a
+Each is a `SourceConfig`, a section of a recipe: it yields rows with their location and a
 function that makes a row's document, and `reading.ReaderConfig` rejects those that fail.
 """
