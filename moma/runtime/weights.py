@@ -211,13 +211,15 @@ def save_tensors(
     Raises:
         OSError: it cannot be written, for instance because the disk is full.
     """
+    is_new = not file.exists()
     file.touch()
     mode = file.stat().st_mode  # safetensors replaces the file by one that only its owner can read
     try:
         save_file(tensors, file, metadata=metadata)
         file.chmod(mode)
     except SafetensorError as error:  # which is no OSError
-        file.unlink(missing_ok=True)
+        if is_new:
+            file.unlink()
         raise OSError(errno.EIO, f"cannot write ({error})", str(file)) from error
 
 

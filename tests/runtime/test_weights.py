@@ -6,6 +6,7 @@ import stat
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moma.errors import UserError
@@ -13,6 +14,7 @@ from moma.runtime.weights import (
     Weights,
     open_weights,
     read_tensors,
+    save_tensors,
     unused_weight_files,
     write_weights,
 )
@@ -42,6 +44,20 @@ def test_others_can_read_weights_as_other_files(tmp_path, umask, mode):
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode
+
+
+def test_a_file_that_cannot_be_written_is_not_left_empty(tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise SafetensorError("no space left on device")
+
+    monkeypatch.setattr("moma.runtime.weights.save_file", fail)
+    for content in (None, b"earlier"):
+        file = tmp_path / "weights.safetensors"
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(OSError, match=r"cannot write .*no space left.*weights\.safetensors"):
+            save_tensors(tensors("a"), file)
+        assert (file.read_bytes() if file.exists() else None) == content
 
 
 def test_renamed_weights_omit_others():
