@@ -28,8 +28,10 @@ def loss_curves(
             curves = [smoothed(records, key, axis) for records in runs]
             if not all(len(loss) for _, loss in curves):
                 continue  # data of one modality has no loss of the other
-            x = curves[0][0]
+            x = np.unique(np.concatenate([at for at, _ in curves]))
             x = x[(x >= max(at[0] for at, _ in curves)) & (x <= min(at[-1] for at, _ in curves))]
+            if not len(x):
+                continue  # one run ended, in seconds, before another began to log
             losses = np.stack([np.interp(x, at, loss) for at, loss in curves])
             (line,) = axes.plot(x, losses.mean(0), label=name, linewidth=1.6)
             axes.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)
@@ -38,7 +40,8 @@ def loss_curves(
         axes.set_yscale("log")
         axes.grid(alpha=0.25, which="both")
     plot.axes[0].set_ylabel("loss (nats per token)")
-    plot.axes[0].legend(frameon=False)
+    if plot.axes[0].lines:
+        plot.axes[0].legend(frameon=False)
     return plot
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moma.images import png_bytes
 from moma.study import figures
 from moma.study.speedup import smoothed
 
@@ -25,6 +26,21 @@ def test_every_run_has_a_curve_for_each_loss():
             flops, loss = smoothed(records, key)
             assert (np.asarray(line.get_xdata()) == flops).all()
             assert (np.asarray(line.get_ydata()) == loss).all()
+
+
+def test_runs_are_compared_where_all_of_them_have_records():
+    fast, slow = records_of([5.0, 3.0, 2.0]), records_of([5.0, 3.0, 2.0, 1.5])
+    for at, record in enumerate(fast, 1):
+        record["seconds"] = at
+    for at, record in enumerate(slow, 1):
+        record["seconds"] = 1.5 * at
+    plot = figures.loss_curves({"dense": [fast, slow]}, "seconds")
+    assert np.asarray(plot.axes[0].lines[0].get_xdata()).tolist() == [1.5, 2, 3]
+    for record in slow:
+        record["seconds"] += 10
+    plot = figures.loss_curves({"dense": [fast, slow]}, "seconds")
+    assert not plot.axes[0].lines
+    assert png_bytes(plot)
 
 
 def test_bands_span_the_seeds_and_leave_out_losses_that_do_not_exist():
