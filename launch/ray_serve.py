@@ -18,7 +18,7 @@ from typer import Option
 
 import moma
 from moma.cli.arguments import App, RunFolder
-from moma.data.encode.ray_cluster import connect_to_ray
+from moma.runtime.ray_cluster import connect_to_ray
 from moma.serve.app import Limits, create_app
 from moma.serve.connection import server_config
 from moma.serve.engine import Engine

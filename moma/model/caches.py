@@ -229,6 +229,7 @@ class CachedContext(NamedTuple):
     """Properties of new tokens that attend to cached ones as well; see `TokenContext`.
 
     Attributes:
+        rotary: rotary cosine and sine, each [B, S, 1, C/2].
         positions: positions of the new tokens in the layer's cache.
         group_tokens: not known.
     """

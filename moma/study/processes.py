@@ -18,25 +18,24 @@ from typing import TypeVar
 
 import torch
 
-from moma.data.encode.executors import ATTEMPTS
 from moma.data.encode.prepare import prepare
-from moma.data.encode.ray_cluster import connect_to_ray
 from moma.data.encode.read_ahead import exit_with_parent
 from moma.data.outputs import mark_output
 from moma.errors import StoppedError, UserError
 from moma.evaluate.perplexity import evaluate
 from moma.progress import show_log_messages, show_progress
 from moma.runs import Run
+from moma.runtime.ray_cluster import connect_to_ray
 from moma.runtime.world import World, local_device
 from moma.study.grid import Study, StudyRun, run_unfinished
 from moma.study.results import FILES
 from moma.train.recipe import Recipe
 
 _T = TypeVar("_T")
-
-
 logger = logging.getLogger(__name__)
 
+# Retries of a run whose machine fails or is preempted.
+_MAX_RETRIES = 2
 # Variables that the command sets for itself, and for the processes of a cluster.
 _INHERITED = ("HF_UPDATE_DOWNLOAD_COUNTS", "THP_MEM_ALLOC_ENABLE")
 _KILLED = (
@@ -107,8 +106,7 @@ def _run_on_ray(study: Study, address: str, processes: int | None, quiet: bool) 
         logger.info(
             "%s: %d runs at a time, each on a %s", study.path, count, "GPU" if gpus else "core"
         )
-        # Ray runs a task, which is a run, again if its machine is lost or told to stop.
-        retries = {"max_retries": ATTEMPTS - 1, "retry_exceptions": [StoppedError]}
+        retries = {"max_retries": _MAX_RETRIES, "retry_exceptions": [StoppedError]}
         variables = {name: os.environ[name] for name in _INHERITED if name in os.environ}
         work = ray.remote(**needs, **retries, runtime_env={"env_vars": variables})(_train_on_ray)
 
@@ -175,7 +173,11 @@ def _run_all(
 
     Args:
         submit: each begins a job.
-        limit, show: see `run_in_processes`.
+        limit: maximum number of jobs at the same time.
+        show: called once a second, and when a job is done.
+
+    Raises:
+        Exception: that of the job that failed.
     """
     waiting, futures, running = deque(submit), list[Future[_T]](), set[Future[_T]]()
     while waiting or running:

@@ -123,11 +123,6 @@ def test_json_has_a_record_per_width_and_variant():
 
 def test_compilation_is_announced(monkeypatch, capsys):
     monkeypatch.setattr("moma.progress.SECONDS_BETWEEN_LINES", 0)
-    some = ("dense", "floor", "mod_floor", "mod_moe_4t4i", "mod_moe_4t4i_floor")
-    monkeypatch.setattr(
-        "moma.bench.layer.variants",
-        lambda *sizes: {name: each for name, each in variants(*sizes).items() if name in some},
-    )
     for compiled in (True, False):
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled
             bench_layer(Sizes((32,), tokens=32, repeats=1, device="cpu", compiled=compiled))

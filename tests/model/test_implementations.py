@@ -99,23 +99,26 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
     st.sampled_from([BatchChoice(), BatchChoice("actual"), Auxiliary(), Threshold()]),
     st.sampled_from([1.0, 0.25]),
     st.sampled_from([None, named_token_choice("token_4x"), named_token_choice("null_4x")]),
-    st.sampled_from([ScatterSlots, TableSlots]),
     st.integers(0, 99),
 )
 def test_implementations_have_equal_results(
-    layer, modality, policy, token_fraction, token_choice, dispatch, seed
+    layer, modality, policy, token_fraction, token_choice, seed
 ):
     routing = uniform_routing(policy)
     x = torch.randn(1, len(modality), DIM, generator=torch.Generator().manual_seed(seed))
-    reference: list[tuple[ImplementationName, Dispatch]] = [("sequential", ScatterSlots)]
     results = [
         outcome(
-            build(*(layer, implementation, token_fraction), dispatch=by, token_choice=token_choice),
+            build(
+                *(layer, implementation, token_fraction),
+                dispatch=dispatch,
+                token_choice=token_choice,
+            ),
             x,
             torch.tensor([modality]),
             routing,
         )
-        for implementation, by in [*reference, *((each, dispatch) for each in IMPLEMENTATIONS)]
+        for implementation in IMPLEMENTATIONS
+        for dispatch in (ScatterSlots, TableSlots)
     ]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
@@ -347,20 +350,12 @@ def assert_one_graph(
 
 
 @pytest.mark.parametrize(
-    ("implementation", "dispatch", "backend"),
-    [
-        ("sequential", ScatterSlots, "eager"),
-        ("triton", ScatterSlots, "eager"),
-        ("batched", ScatterSlots, "aot_eager"),
-        ("grouped", TableSlots, "aot_eager"),
-    ],
+    ("implementation", "dispatch"),
+    [*((each, ScatterSlots) for each in IMPLEMENTATIONS), ("grouped", TableSlots)],
 )
-def test_every_implementation_is_one_graph(implementation, dispatch, backend):
-    """Captured without graph breaks, and differentiated by `aot_eager`; no code is generated.
-
-    Both slots and all products are differentiated once; the other pairs have the marker.
-    """
-    assert_one_graph(implementation, backend, dispatch)
+def test_every_implementation_is_one_graph(implementation, dispatch):
+    """Captured and differentiated without graph breaks; no code is generated."""
+    assert_one_graph(implementation, "aot_eager", dispatch)
 
 
 @pytest.mark.slow

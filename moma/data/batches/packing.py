@@ -166,7 +166,11 @@ class Packer:
         return batch
 
     def plan(self) -> Layout:
-        """Decide what the next micro-batch holds, without copying ids; raises as `pack`."""
+        """Decide what the next micro-batch holds, without copying ids; `pack` does both.
+
+        Raises:
+            UserError: see `pack`.
+        """
         # Without shuffling, images would always be at the start of a sequence. The order depends on
         # the number of the micro-batch only, so that it needs no state.
         random = np.random.default_rng(self._packed)

@@ -51,7 +51,11 @@ def filters_fingerprint(config: CleaningConfig) -> str:
 
 
 def package_version(key: str, package: str) -> str:
-    """Return a package's version, on which a key of `clean` depends, if it is installed."""
+    """Return a package's version, on which what a key of `clean` drops may depend.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         return version(package)
     except ImportError as error:

@@ -63,7 +63,11 @@ def _problem_of(result: Any) -> str | None:
 
 
 def function_fingerprint(name: str) -> str:
-    """Return what changes with a function's package or file; raises as `load_function`."""
+    """Return what changes with a function's package or the file that it is in.
+
+    Raises:
+        UserError: there is none of this name, or it cannot be imported.
+    """
     entry = _find(name)
     package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else ""
     code = ""

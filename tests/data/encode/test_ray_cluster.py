@@ -5,7 +5,6 @@ import os
 import random
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -126,25 +125,3 @@ def test_a_cluster_that_refuses_access_is_reported(tmp_path, nodes):
     process = moma(tmp_path, nodes, RAY_AUTH_TOKEN=secrets.token_hex(32))
     _, error = process.communicate()
     assert process.returncode == 2 and "RAY_AUTH_TOKEN" in error and "Traceback" not in error
-
-
-@pytest.mark.parametrize(("host", "written"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
-def test_a_port_that_listens_is_left_to_ray(monkeypatch, host, written):
-    ray = pytest.importorskip("ray")
-    addresses: list[str] = []
-    monkeypatch.setattr(ray, "init", lambda address: addresses.append(address))
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        server = socket.create_server((host, 0), family=family)
-    except OSError:
-        pytest.skip("no IPv6")
-    with server:
-        address = f"{written}:{server.getsockname()[1]}"
-        assert ray_cluster.connect_to_ray(address) is ray and addresses == [address]
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "127.0.0.1:port", ":"])
-def test_a_missing_cluster_is_reported_at_once(address):
-    pytest.importorskip("ray")
-    with pytest.raises(UserError, match=f"--ray {address}: no Ray cluster there"):
-        ray_cluster.connect_to_ray(address)

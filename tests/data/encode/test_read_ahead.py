@@ -45,34 +45,35 @@ ITEMS = [
 EXPECTED = ["start", *range(9), "middle", "again", REASON, *range(9, 30), "end"]
 
 
-@pytest.fixture(scope="module", params=[0, 2], ids="{} workers".format)
-def workers(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def reader(workers):
-    """Its workers, which take a second to start, serve one source after another."""
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_items_keep_their_order(workers):
     with ImageReader(shape, workers, seconds=0) as reader:
-        yield reader
-
-
-def test_items_keep_their_order(reader):
-    for _ in range(2):
+        assert [outcome(item) for item in reader.read(ITEMS)] == EXPECTED
+        # The same workers serve the next source.
         assert [outcome(item) for item in reader.read(ITEMS)] == EXPECTED
 
 
-def test_equal_images_have_equal_fingerprints(reader):
-    one, same, other = reader.read([image(1), image(1), image(2)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_equal_images_have_equal_fingerprints(workers):
+    with ImageReader(shape, workers, seconds=0) as reader:
+        one, same, other = reader.read([image(1), image(1), image(2)])
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
-def test_images_that_cannot_be_pickled_are_read_in_this_process(reader):
+def test_images_that_cannot_be_pickled_are_read_in_this_process():
     local = ImageRef("local", lambda: Image.new("RGB", (2, 2), (5, 0, 0)))
-    assert [outcome(item) for item in reader.read([image(1), local])] == [1, 5]
+    with ImageReader(shape, 1, seconds=0) as reader:
+        assert [outcome(item) for item in reader.read([image(1), local])] == [1, 5]
 
 
-def test_reading_ahead_is_bounded(reader, workers):
+def test_small_sources_start_no_worker(monkeypatch):
+    monkeypatch.setattr(read_ahead, "ProcessPoolExecutor", None)
+    with ImageReader(shape, 2) as reader:
+        assert len(list(reader.read(ITEMS))) == len(ITEMS)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_ahead_is_bounded(workers):
     drawn = []
 
     def items():
@@ -80,25 +81,12 @@ def test_reading_ahead_is_bounded(reader, workers):
             drawn.append(number)
             yield image(number % 200)
 
-    for taken, _ in enumerate(reader.read(items()), 1):
-        limit = read_ahead.TASK_IMAGES * (read_ahead.TASKS_PER_WORKER * workers + 2)
-        assert len(drawn) - taken <= limit
-        if taken == 100:
-            break
-
-
-def test_a_failing_disk_is_not_an_unreadable_image(reader):
-    broken = ImageRef("", fail_to_read)
-    with pytest.raises(StorageError, match="the disk fails"):
-        list(reader.read([broken]))
-    with pytest.raises(StorageError, match="the disk fails"):
-        ReadableImages([broken], size=2, max_unreadable=1)[0]
-
-
-def test_small_sources_start_no_worker(monkeypatch):
-    monkeypatch.setattr(read_ahead, "ProcessPoolExecutor", None)
-    with ImageReader(shape, 2) as reader:
-        assert len(list(reader.read(ITEMS))) == len(ITEMS)
+    with ImageReader(shape, workers, seconds=0) as reader:
+        for taken, _ in enumerate(reader.read(items()), 1):
+            limit = read_ahead.TASK_IMAGES * (read_ahead.TASKS_PER_WORKER * workers + 2)
+            assert len(drawn) - taken <= limit
+            if taken == 100:
+                break
 
 
 def is_alive(process):
@@ -109,13 +97,10 @@ def is_alive(process):
 
 
 def test_a_killed_worker_gives_an_error_with_the_remedy():
-    others = multiprocessing.active_children()
-
     def items():
         yield from [image(n) for n in range(50)]
         for worker in multiprocessing.active_children():
-            if worker not in others:
-                worker.kill()
+            worker.kill()
         yield from [image(n) for n in range(50)]
 
     with (
@@ -126,10 +111,9 @@ def test_a_killed_worker_gives_an_error_with_the_remedy():
 
 
 def test_workers_end_with_the_reader():
-    others = multiprocessing.active_children()
     with ImageReader(shape, 2, seconds=0) as reader:
         next(reader.read(ITEMS[1:]))
-        processes = [one for one in multiprocessing.active_children() if one not in others]
+        processes = multiprocessing.active_children()
     assert len(processes) == 2
     assert not any(process.is_alive() for process in processes)
 
@@ -166,3 +150,15 @@ with ImageReader(partial(square_pixels, size=2), 2, seconds=0) as reader:
             return
         time.sleep(0.1)
     pytest.fail("a worker outlived its process")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_failing_disk_is_not_an_unreadable_image(workers):
+    broken = ImageRef("", fail_to_read)
+    with (
+        ImageReader(shape, workers, seconds=0) as reader,
+        pytest.raises(StorageError, match="the disk fails"),
+    ):
+        list(reader.read([broken]))
+    with pytest.raises(StorageError, match="the disk fails"):
+        ReadableImages([broken], size=2, max_unreadable=1)[0]

@@ -101,7 +101,7 @@ def test_ids_take_the_smallest_type(tmp_path, size, dtype):
 def test_an_empty_split_can_be_opened(tmp_path):
     run(tmp_path / "shard", source=Numbers(count=3))
     held_out = open_shards(tmp_path / "shard", VOCABULARY).splits["held_out"]
-    assert len(held_out) == len(held_out.images) == 0
+    assert len(held_out) == len(held_out.images) == len(held_out.lengths) == 0
 
 
 def test_complete_shards_are_not_encoded_again(tmp_path):
