@@ -29,7 +29,8 @@ def connect_to_ray(address: str, **options: Any) -> Any:
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UserError(
             f"--ray {address}: no Ray cluster there that accepts this process; start one with "
-            "`ray start --head`, or set RAY_AUTH_TOKEN to the token of the cluster"
+            "`ray start --head`; for a cluster that asks for a token, set RAY_AUTH_MODE=token, and "
+            "RAY_AUTH_TOKEN unless the token is in ~/.ray/auth_token"
         ) from error
     return ray
 

@@ -6,18 +6,20 @@ again whose process or machine is lost; it continues from the files that are on 
 """
 
 import asyncio
+import gc
 import logging
 import os
 import socket
 from collections import deque
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
 import torch
 
-from moma.data.encode.executors import ATTEMPTS, Report, lost_part
+from moma.data.encode.executors import ATTEMPTS, CODEC_MODULES, Report, lost_part
 from moma.data.encode.part_writer import read_records
 from moma.data.encode.worker import Encoded, Job, Task, Worker, encode_together, local_worker
 from moma.data.shards import PartRecord
@@ -33,7 +35,7 @@ class RayCluster:
     def __init__(
         self, job: Job, address: str, processes: int | None = None, codec_actors: int | None = None
     ) -> None:
-        """Connect to the cluster.
+        """Connect to the cluster, whose processes begin to import what they need.
 
         Args:
             address: as for `connect_to_ray`, whose errors are raised.
@@ -43,12 +45,16 @@ class RayCluster:
         ray = connect_to_ray(address, logging_level=logging.ERROR, log_to_driver=False)
         self._ray, self._job = ray, job
         resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        self._limit = processes or _TASKS_PER_CORE * max(1, int(resources.get("CPU", 1)))
+        gpus, cores = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
+        self._limit = processes or _TASKS_PER_CORE * cores
         self._actors = (
             0 if job.image_size is None else gpus if codec_actors is None else codec_actors
         )
         self._gpus_per_actor = 1 if gpus else 0
+        has_codecs = job.image_size is not None and not self._actors
+        prepare_process = ray.remote(num_cpus=1)(_import_modules)
+        for _ in range(min(cores, self._limit)):
+            prepare_process.remote(CODEC_MODULES if has_codecs else ())
 
     def run(self, tasks: Sequence[Task], report: Report) -> None:
         """See `Executor`.
@@ -96,6 +102,12 @@ class Shared(NamedTuple):
     name: str
 
 
+def _import_modules(names: Sequence[str]) -> None:
+    """Import modules, after those of this module, in a process of the cluster."""
+    for name in names:
+        import_module(name)
+
+
 def _encode(shared: Shared, task: Task, actor: Any) -> Encoded:
     """Encode a part in a process of the cluster."""
     worker = _worker(shared, actor)
@@ -115,6 +127,7 @@ def _worker(shared: Shared, actor: Any) -> Worker:
             worker = local_worker(shared.job, torch.device("cpu"))
         else:
             worker = Worker(shared.job, _RemoteCodec(actor), codec_in_thread=True)
+        gc.freeze()  # collections skip imported modules, as in a pool
         _WORKERS[shared.name] = worker
     return _WORKERS[shared.name]
 
