@@ -1,6 +1,7 @@
 """Loss and perplexity of held-out documents, by modality, with expert choice or causal routing."""
 
 from collections.abc import Iterable
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -37,8 +38,10 @@ def evaluate(
     Raises:
         UserError: there are no held-out documents.
     """
-    batches = Batches(recipe.data, model.vocabulary, seed=recipe.seed, split="held_out")
-    with show_progress(f"evaluate ({routing})", None, quiet) as report:
+    with (
+        closing(Batches(recipe.data, model.vocabulary, recipe.seed, split="held_out")) as batches,
+        show_progress(f"evaluate ({routing})", None, quiet) as report,
+    ):
         found = sum_losses(model, recipe, model.named_routing(routing), batches, report)
     loss_M, targets_M = found
     means = mean_losses(loss_M, targets_M)

@@ -1,6 +1,7 @@
 """Comparison of runs: loss curves, held-out losses, speed-up, reconstructions and routing."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -161,14 +162,15 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
 def _add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:
     """Add held-out images as the codec reconstructs them."""
     vocabulary = measured.model.vocabulary
-    batches = Batches(measured.recipe.data, vocabulary, seed=0, split="held_out")
-    codes = (
-        image
-        for batch in batches
-        for sequence in vocabulary.code_of_id[batch.tokens_BS]
-        for image in sequence[sequence >= 0].reshape(-1, vocabulary.codes_per_image)
-    )
-    tiles = [tile(measured.mixed.image(image), "reconstruction") for image in islice(codes, count)]
+    with closing(Batches(measured.recipe.data, vocabulary, seed=0, split="held_out")) as batches:
+        codes = (
+            image
+            for batch in batches
+            for sequence in vocabulary.code_of_id[batch.tokens_BS]
+            for image in sequence[sequence >= 0].reshape(-1, vocabulary.codes_per_image)
+        )
+        first = [*islice(codes, count)]
+    tiles = [tile(measured.mixed.image(image), "reconstruction") for image in first]
     page.section(
         "What the codec keeps",
         paragraph("Held-out images after encoding to codes and back: the best a model can draw."),
@@ -179,7 +181,9 @@ def _add_reconstructions(page: Page, measured: Measured, count: int = 12) -> Non
 def _add_routing(page: Page, measured: Measured, name: str, documents: int = 3) -> None:
     """Add, for some held-out documents, the experts of each token."""
     mixed, model = measured.mixed, measured.model
-    batch = next(iter(Batches(measured.recipe.data, model.vocabulary, seed=1, split="held_out")))
+    data = measured.recipe.data
+    with closing(Batches(data, model.vocabulary, seed=1, split="held_out")) as batches:
+        batch = next(batches)
     found = _documents_with_image(batch, model.vocabulary, documents)
     drawn = [
         draw_routing(mixed, [route_document(model, ids, "choice", batch)], f"{name}-{number}")

@@ -6,6 +6,7 @@ see `measure_routing`.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -103,8 +104,9 @@ def _load(run: Run) -> tuple[Transformer, Recipe]:
 
 
 def _held_out(model: Transformer, recipe: Recipe, batches: int) -> Iterator[Batch]:
-    found = Batches(recipe.data, model.vocabulary, _ORDER, split="held_out")
-    return islice(found, batches or None)
+    data = recipe.data
+    with closing(Batches(data, model.vocabulary, _ORDER, split="held_out")) as found:
+        yield from islice(found, batches or None)
 
 
 def _on_device(model: Transformer, batch: Batch) -> DeviceBatch:

@@ -124,4 +124,5 @@ def test_a_cluster_that_refuses_access_is_reported(tmp_path, nodes):
     write_recipe(make_recipe(tmp_path, 20), tmp_path / "recipe.toml")
     process = moma(tmp_path, nodes, RAY_AUTH_TOKEN=secrets.token_hex(32))
     _, error = process.communicate()
-    assert process.returncode == 2 and "set RAY_AUTH_MODE=token" in error and "Traceback" not in error
+    assert process.returncode == 2
+    assert "set RAY_AUTH_MODE=token" in error and "Traceback" not in error
