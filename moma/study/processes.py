@@ -19,12 +19,12 @@ from typing import TypeVar
 import torch
 
 from moma.data.encode.prepare import prepare
-from moma.data.encode.read_ahead import exit_with_parent
 from moma.data.outputs import mark_output
 from moma.errors import StoppedError, UserError
 from moma.evaluate.perplexity import evaluate
 from moma.progress import show_log_messages, show_progress
 from moma.runs import Run
+from moma.runtime.processes import exit_with_parent
 from moma.runtime.ray_cluster import connect_to_ray
 from moma.runtime.world import World, local_device
 from moma.study.grid import Study, StudyRun, run_unfinished

@@ -1,14 +1,14 @@
 """Processes that train the runs of a study."""
 
+import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 
 import pytest
@@ -26,10 +26,15 @@ DENSE = {"name": "dense", "model": {"groups": "dense"}}
 SPARSE = {"name": "sparse", "model": {"groups": "moe_2t2i"}}
 
 
-def test_a_training_process_has_its_threads_and_prints_messages_as_the_command_line_does():
-    propagates = partial(eval, "__import__('logging').getLogger('moma').propagate")
-    jobs: list[Callable[[], object]] = [propagates, torch.get_num_threads]
-    assert run_in_processes(jobs, 3, lambda: None) == [False, 3]
+def describe_process() -> tuple[bool, int, bool]:
+    names = [thread.name for thread in threading.enumerate()]
+    propagates = logging.getLogger("moma").propagate
+    return propagates, torch.get_num_threads(), "exit with parent" in names
+
+
+def test_a_training_process_has_its_threads_messages_and_end():
+    """It prints messages as the command line does, and ends with a command that is killed."""
+    assert run_in_processes([describe_process], 3, lambda: None) == [(False, 3, True)]
 
 
 def test_a_missing_ray_cluster_is_reported(tiny, tmp_path):
@@ -150,7 +155,7 @@ def test_a_ray_cluster_measures_the_same_although_processes_are_stopped(
         if name == "here":
             assert not run_study(study, 1, quiet=True)
         else:
-            Thread(target=_stop_training, args=(study.path, stopped), daemon=True).start()
+            threading.Thread(target=_stop_training, args=(study.path, stopped), daemon=True).start()
             with two_nodes(tmp_path_factory.mktemp("ray")) as address:
                 assert not run_study(study, ray=address, quiet=True)
         results = {run.name: run.read_result() for run in study.runs}

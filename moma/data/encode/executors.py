@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from moma.data.encode.read_ahead import exit_with_parent, without_main_module
 from moma.data.encode.tokens import EncodeImages
 from moma.data.encode.worker import Encoded, Job, Task, Worker, encode_together, local_worker
 from moma.data.shards import PartRecord
 from moma.errors import UserError
+from moma.runtime.processes import exit_with_parent, without_main_module
 
 # A part whose process died this often is given up.
 ATTEMPTS = 3

@@ -1,12 +1,7 @@
 """Images read ahead, in worker processes if that pays, and yielded in order."""
 
 import hashlib
-import multiprocessing
-import os
 import pickle
-import signal
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +10,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby, islice
-from types import ModuleType
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -23,6 +17,7 @@ from PIL import Image
 
 from moma.data.documents import ImageRef
 from moma.errors import StorageError, UserError
+from moma.runtime.processes import start_pool
 
 # A worker takes about a second to start: sources that are read faster do not need any.
 SECONDS_BEFORE_WORKERS = 3.0
@@ -132,44 +127,6 @@ def explain_lost_worker() -> Iterator[None]:
             "a process that reads documents died, perhaps because memory ran out; run the same "
             "command again, with --processes 1 if it happens again"
         ) from error
-
-
-def start_pool(workers: int) -> ProcessPoolExecutor:
-    """Start worker processes, all of them now."""
-    with without_main_module():
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, initializer=_set_up_worker)
-        for _ in range(workers):
-            pool.submit(int)
-    return pool
-
-
-@contextmanager
-def without_main_module() -> Iterator[None]:
-    """Start processes without the main module: importing it would run a user's script again."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
-def _set_up_worker() -> None:
-    """Leave Ctrl-C to the parent process, and end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exit_with_parent()
-
-
-def exit_with_parent() -> None:
-    """End this process when its parent process ends, even if that is killed."""
-
-    def wait_and_exit() -> None:
-        if parent := multiprocessing.parent_process():
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=wait_and_exit, daemon=True).start()
 
 
 def _read_pickled(task: bytes) -> list[Pixels | UserError] | None:
