@@ -353,7 +353,7 @@ def _kept(count: int) -> list[Any]:
 
 
 def _summary(answer: Answer) -> str:
-    ends = {"stop": "complete", "length": "the context is full", "cancelled": "stopped"}
+    ends = {"stop": "complete", "length": "the limit of tokens is reached", "cancelled": "stopped"}
     seconds = (answer.ended or answer.submitted) - answer.submitted
     end = ends.get(str(answer.end), answer.end)
     return f"{answer.prompt_tokens} + {answer.new_tokens} tokens, {seconds:.1f} s, {end}"

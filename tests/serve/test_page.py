@@ -1,6 +1,7 @@
 """The page beside the endpoint: what it serves, the order of a prompt, and a run that grows."""
 
 import json
+from io import BytesIO
 
 import httpx
 import pytest
@@ -78,6 +79,45 @@ def test_an_upload_is_limited(http):
     assert upload(6000).status_code == 413
     chunks = http.post(f"{PATH}/gradio_api/queue/join", content=iter([b"x" * 6000]))
     assert chunks.status_code == 413
+
+
+def generate(http, images=()):
+    """Press the button of the page, with images of these sizes; the last message of the server."""
+    config = http.get(f"{PATH}/config").json()
+    of_id = {component["id"]: component["props"] for component in config["components"]}
+    call = max(config["dependencies"], key=lambda each: len(each["inputs"]))
+    _, _, *options = [of_id[each].get("value") for each in call["inputs"]]
+    prompt = {"text": "the", "files": [upload_image(http, size) for size in images]}
+    session = {"session_hash": "a session"}
+    body = {"data": [prompt, "text", *options], "fn_index": call["id"], **session}
+    assert http.post(f"{PATH}/gradio_api/queue/join", json=body).status_code == 200
+    with http.stream("GET", f"{PATH}/gradio_api/queue/data", params=session) as lines:
+        for line in lines.iter_lines():
+            message = json.loads(line.removeprefix("data:") or "{}")
+            if message.get("msg") == "process_completed":
+                return message
+    raise AssertionError("no answer")
+
+
+def upload_image(http, size):
+    file = BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    files = {"files": ("a.png", file.getvalue(), "image/png")}
+    (path,) = http.post(f"{PATH}/gradio_api/upload", files=files).json()
+    return {"path": path, "meta": {"_type": "gradio.FileData"}}
+
+
+def test_an_answer_of_the_page_is_limited(http):
+    message = generate(http, [(20, 20)])
+    page, *_ = message["output"]["data"]
+    assert message["success"] and f"+ {LIMITS.tokens} tokens" in page
+    assert page.endswith("the limit of tokens is reached</div>")
+
+
+def test_an_image_of_the_page_is_limited(http):
+    message = generate(http, [(21, 20)])
+    assert not message["success"]
+    assert "a.png" in message["output"]["error"] and "400" in message["output"]["error"]
 
 
 @pytest.mark.parametrize(
