@@ -150,6 +150,8 @@ def test_an_explosion_stops_and_can_be_replayed(tiny, tmp_path):
     *_, expected = (next(data) for _ in range(fault["step"]))
     saved = json.loads((run.path / "fault" / "rank-0.json").read_text())["documents"]
     assert saved == [[[list(piece) for piece in sequence] for sequence in expected.origins]]
+    # Whoever can read one file can read all.
+    assert len({file.stat().st_mode for file in (run.path / "fault").iterdir()}) == 1
     found = replay(run, WORLD, quiet=True)
     assert found["step"] == fault["step"] and found["same_batches"]
     (batch,) = found["micro_batches"]

@@ -218,6 +218,8 @@ def test_norm_groups_and_image_size_are_used(images_B3HW):
 
 def test_a_saved_codec_gives_the_same_codes(codec, images_B3HW, tmp_path):
     codec.save(tmp_path / "codec")
+    # Whoever can read one file can read all.
+    assert len({file.stat().st_mode for file in (tmp_path / "codec").iterdir()}) == 1
     loaded = ImageCodec.load(tmp_path / "codec")
     assert loaded.config == SMALL
     assert not loaded.training
