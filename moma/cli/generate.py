@@ -62,8 +62,13 @@ TextGuidance = Annotated[
 ]
 ImageGuidance = Annotated[float | None, Option(help="the same by the prompt's images, such as 1.2")]
 Drafts = Annotated[
-    int,
-    Option(min=0, max=1024, help="draft image codes per forward pass; changes only the speed"),
+    int | None,
+    Option(
+        min=0,
+        max=1024,
+        help="draft image codes per forward pass; changes only the speed (8, but 0 while several "
+        "answers are generated together)",
+    ),
 ]
 BatchSize = Annotated[
     int, Option(min=1, max=COUNT_LIMIT, help="prompts of --from that are generated together")
@@ -90,7 +95,7 @@ def generate(
     samples: Samples = 1,
     text_guidance: TextGuidance = None,
     image_guidance: ImageGuidance = None,
-    drafts: Drafts = 8,
+    drafts: Drafts = None,
     routing: CausalRouting = "causal",
     batch: BatchSize = 8,
 ) -> None:

@@ -18,12 +18,13 @@ from moma.data.outputs import mark_output, require_replaceable, write_output
 from moma.demo.scoring import (
     Captioned,
     Drawn,
+    NearestObject,
     caption_sketches,
     draw_sketches,
     held_out_compositions,
     single_sketches,
 )
-from moma.demo.sketches import SketchesConfig
+from moma.demo.sketches import SketchesConfig, object_names
 from moma.errors import UserError
 from moma.images import png_bytes
 from moma.progress import show_progress
@@ -107,7 +108,9 @@ def run_demo(
     with clock("evaluate", repeated=True):
         measured = [measure(Run(out / name), quiet) for name in ARCHITECTURES]
     with clock("generate", repeated=True):
-        sketches = {m.name: _sketch(m, min(objects), recipe.seed, quiet) for m in measured}
+        codec = measured[0].mixed.codec  # that of all models
+        nearest = NearestObject(codec, object_names(min(objects)), codec.config.image_size)
+        sketches = {m.name: _sketch(m, nearest, recipe.seed, quiet) for m in measured}
     result = summary(measured) | {
         "codec": json.loads((out / "data" / "codec" / "metrics.json").read_text()),
         "sketches": {name: made.scores for name, made in sketches.items()},
@@ -188,13 +191,14 @@ def train_side_by_side(recipes: Sequence[Recipe], quiet: bool) -> None:
         run_in_processes(jobs, threads, show)
 
 
-def _sketch(measured: Measured, objects: int, seed: int, quiet: bool) -> Sketches:
+def _sketch(measured: Measured, nearest: NearestObject, seed: int, quiet: bool) -> Sketches:
     """Generate images for captions and captions for images, causally and greedily."""
+    objects = len(nearest.names)
     wanted = single_sketches(objects, SINGLES, seed)
     wanted += held_out_compositions(objects, COMPOSITIONS, seed)
     shown = held_out_compositions(objects, CAPTIONS, seed + 1)
     with show_progress(f"draw with {measured.name}", len(wanted), quiet) as report:
-        drawn = draw_sketches(measured.mixed, wanted, objects, report)
+        drawn = draw_sketches(measured.mixed, wanted, nearest, report)
     return Sketches(drawn, caption_sketches(measured.mixed, shown))
 
 

@@ -32,7 +32,7 @@ from moma.generate.settings import Settings
 from moma.progress import ProgressCallback
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
 
-BATCH = 32
+BATCH = 64
 GREEDY = Sampling(temperature=0)
 
 
@@ -97,12 +97,15 @@ def held_out_compositions(objects: int, count: int, seed: int) -> list[Sketch]:
 def draw_sketches(
     model: MixedModel,
     wanted: Sequence[Sketch],
-    objects: int,
+    nearest: "NearestObject",
     progress: ProgressCallback,
 ) -> list[Drawn]:
-    """Generate an image for each caption greedily, and find the objects that it shows."""
+    """Generate an image for each caption greedily, and find the objects that it shows.
+
+    Args:
+        nearest: finds objects in images of the model's codec.
+    """
     size = model.codec.config.image_size
-    nearest = NearestObject(model.codec, object_names(objects), size)
     drawn = []
     for start in range(0, len(wanted), BATCH):
         part = wanted[start : start + BATCH]

@@ -14,6 +14,9 @@ from moma.generate.grammar import Grammar, Mode
 from moma.generate.sampling import Sampler, Sampling, gumbel_noise, sampler_of
 from moma.vocabulary import Vocabulary
 
+# Near the fastest number for a single sequence; for several, 0 is (docs/results/generate.md).
+DRAFTS = 8
+
 
 class Branch(NamedTuple):
     """A prompt whose logits are added to those of a request's other branches."""
@@ -33,7 +36,8 @@ class Options:
         sampling: how text is sampled; its seed is not used.
         image_sampling: how image codes are sampled; if omitted, like text.
         images: number of images that the mode `image` generates.
-        drafts: number of image codes that a pass checks besides sampling one.
+        drafts: number of image codes that a pass checks besides sampling one; None: `DRAFTS` if
+            the sequence is decoded alone, else 0.
         stop: whether a continuation ends, given its tokens so far.
 
     Raises:
@@ -46,13 +50,14 @@ class Options:
     sampling: Sampling
     image_sampling: Sampling | None = None
     images: int = 1
-    drafts: int = 0
+    drafts: int | None = 0
     stop: Callable[[Sequence[int]], bool] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("new_tokens", 1), ("images", 1), ("drafts", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name} {getattr(self, name)}: must be at least {least}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} {value}: must be at least {least}")
 
 
 class Request(NamedTuple):
@@ -78,6 +83,7 @@ class GeneratedSequence:
     """A sequence being generated.
 
     Attributes:
+        is_alone: whether no other sequence is decoded together with it.
         inputs: for each branch, the tokens of the next pass; drafts come last.
         drafted: number of drafts in the last pass.
         kept: for each branch, the number of tokens of the last pass that stay in the caches.
@@ -101,7 +107,7 @@ class GeneratedSequence:
             self.grammar.advance(token)
         self._noise: dict[tuple[int, int], Tensor] = {}
         self._drafts: list[int] = []
-        self.drafted = 0
+        self.is_alone, self.drafted = False, 0
         self.end: End | UserError | None = None
         self._append_forced()
         self._consumed = len(self.tokens)
@@ -134,8 +140,11 @@ class GeneratedSequence:
         """Maximum number of drafts after the next token."""
         if not self.wants_codes:
             return 0
+        drafts = self._options.drafts
+        if drafts is None:
+            drafts = DRAFTS if self.is_alone else 0
         left = min(self.grammar.codes_left, self._limit - len(self.tokens))
-        return min(self._options.drafts, left - 1)
+        return min(drafts, left - 1)
 
     @property
     def draft_count(self) -> int:

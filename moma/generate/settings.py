@@ -9,9 +9,6 @@ from moma.generate.grammar import Mode
 from moma.generate.guidance import Guidance
 from moma.generate.sampling import Sampling
 
-# Near the fastest number at batch 1 in docs/results/generate.md.
-DRAFTS = 8
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,8 +24,8 @@ class Settings:
         images: number of images that the mode `image` generates.
         guidance: guidance of images by the prompt, for the mode `image`; None: none.
         stop: strings that end a text; they are left out.
-        drafts: number of image codes that a pass checks besides sampling one. The result does not
-            depend on it.
+        drafts: number of image codes that a pass checks besides sampling one; None: `DRAFTS` while
+            no other answer is generated, else 0, which is faster. The result does not depend on it.
 
     Raises:
         UserError: a value is out of range, or has no effect in this mode.
@@ -41,7 +38,7 @@ class Settings:
     images: int = 1
     guidance: Guidance | None = None
     stop: Sequence[str] = ()
-    drafts: int = DRAFTS
+    drafts: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):

@@ -10,7 +10,7 @@ from moma.errors import UserError
 from moma.generate.decode import decode
 from moma.generate.grammar import Grammar
 from moma.generate.sampling import Sampling, gumbel_noise
-from moma.generate.sequence import Branch, Options, Request
+from moma.generate.sequence import DRAFTS, Branch, Options, Request
 from moma.model.routing import ROUTINGS, Auxiliary, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
 from tests.factories import make_vocabulary
@@ -191,14 +191,29 @@ def test_drafts_change_nothing_but_the_number_of_passes(groups, mode, temperatur
         assert fewer <= passes
 
 
-def test_correct_drafts_save_passes():
+def predictable_model():
+    """One code is always the most likely, or never."""
     model = make_model()
     with torch.no_grad():
-        model.head.weight[35] *= 100  # one code is always the most likely, or never
+        model.head.weight[35] *= 100
         model.head.weight[[code for code in range(30, 40) if code != 35]] = 0
-    options = Options("image", 60, 30, GREEDY, images=3)
+    return model
+
+
+def test_correct_drafts_save_passes():
+    model, options = predictable_model(), Options("image", 60, 30, GREEDY, images=3)
     (_, passes), (_, fewer) = run(model, options), run(model, replace(options, drafts=3))
     assert fewer < passes
+
+
+def test_by_default_a_sequence_that_is_alone_has_drafts():
+    model, prompts = predictable_model(), [[Branch([0, 8])], [Branch([0, 9])]]
+
+    def passes(prompts, drafts):
+        return run(model, Options("image", 60, 30, GREEDY, images=3, drafts=drafts), prompts)[1]
+
+    assert passes(prompts[:1], None) == passes(prompts[:1], DRAFTS) < passes(prompts[:1], 0)
+    assert passes(prompts, None) == passes(prompts, 0) > passes(prompts, DRAFTS)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
