@@ -261,7 +261,13 @@ def _scattered(
 ) -> list[Diagnostics]:
     """The diagnostics of the experts, with records of all tokens instead of the selected ones."""
     return [
-        each._replace(record=each.record and each.record.scatter(index_T, tokens))
+        Diagnostics(
+            each.nonfinite,
+            each.record and each.record.scatter(index_T, tokens),
+            each.cutoff_E,
+            each.load_O,
+            each.loss,
+        )
         for each in diagnostics
     ]
 

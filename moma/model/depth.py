@@ -195,11 +195,13 @@ class DepthRouter(nn.Module):
     ) -> Diagnostics:
         """See `diagnose`; in training also the loss of the gate's logits."""
         has_loss = self.gate_loss > 0 and self.training and routing.depth.capacity is not None
-        selected_N1 = None
+        selected_N1 = loss = None
         if routing.records or has_loss:
             flat = Selection(*(part_RK.flatten()[None] for part_RK in selection))
             selected_N1 = flat.selected_NE(len(logits_N1))
-        diagnostics = diagnose(
+            if has_loss:
+                loss = self.gate_loss * _gate_loss(logits_N1, selected_N1, eligible_BS)
+        return diagnose(
             selected_N1,
             logits_N1,
             auxiliary_N1,
@@ -208,11 +210,8 @@ class DepthRouter(nn.Module):
             "depth",
             cutoff_P,
             excess,
+            loss=loss,
         )
-        if has_loss and selected_N1 is not None:
-            loss = _gate_loss(logits_N1, selected_N1, eligible_BS)
-            diagnostics = diagnostics._replace(loss=self.gate_loss * loss)
-        return diagnostics
 
     def _fill_slots(
         self,

@@ -123,6 +123,8 @@ def select_slots(
 class RouterRecord(NamedTuple):
     """What one router computed in a forward pass, returned as an output to train on.
 
+    Compiled layers return it: torch 2.11 cannot return what `_replace` makes.
+
     Attributes:
         selected_NE: 1 where expert e selected token n, else 0.
         auxiliary_logits_NE: the auxiliary router's logits, if requested.
@@ -155,12 +157,14 @@ class RouterRecord(NamedTuple):
             return part.new_zeros(tokens, *part.shape[1:]).index_copy(0, index_K, part)
 
         auxiliary, score = self.auxiliary_logits_NE, self.score_NE
-        return self._replace(
-            selected_NE=expand(self.selected_NE),
-            auxiliary_logits_NE=None if auxiliary is None else expand(auxiliary),
-            eligible_N=expand(self.eligible_N),
-            logits_NE=expand(self.logits_NE),
-            score_NE=None if score is None else expand(score),
+        return RouterRecord(
+            expand(self.selected_NE),
+            None if auxiliary is None else expand(auxiliary),
+            expand(self.eligible_N),
+            expand(self.logits_NE),
+            self.kind,
+            self.excess,
+            None if score is None else expand(score),
         )
 
 
@@ -177,6 +181,8 @@ def finite_cutoffs(cutoffs: Sequence[Tensor]) -> Tensor:
 
 class Diagnostics(NamedTuple):
     """What a router, or a layer's output, reports besides its result.
+
+    Compiled layers return it; see `RouterRecord`.
 
     Attributes:
         nonfinite: boolean on the device: whether a router's score or the output is NaN or infinite;
@@ -204,6 +210,8 @@ def diagnose(
     cutoff_E: Tensor | None = None,
     excess: Tensor | None = None,
     score_NE: Tensor | None = None,
+    load_O: Tensor | None = None,
+    loss: Tensor | None = None,
 ) -> Diagnostics:
     """Check a router's scores, and record its selection if `routing` requests it.
 
@@ -211,15 +219,15 @@ def diagnose(
         selected_NE: as in `RouterRecord`; needed only if `routing.records`.
         logits_NE, auxiliary_logits_NE, eligible_N, kind, excess, score_NE: as in `RouterRecord`.
         routing: see `Routing`.
-        cutoff_E: as in `Diagnostics`.
+        cutoff_E, load_O, loss: as in `Diagnostics`.
     """
     if not routing.checks:
-        return Diagnostics(None)
+        return Diagnostics(None, load_O=load_O, loss=loss)
     nonfinite = any_nonfinite(logits_NE, eligible_N)
     if auxiliary_logits_NE is not None:
         nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
     if not routing.records:
-        return Diagnostics(nonfinite, None, cutoff_E)
+        return Diagnostics(nonfinite, None, cutoff_E, load_O, loss)
     assert selected_NE is not None
     record = RouterRecord(
         selected_NE,
@@ -230,4 +238,4 @@ def diagnose(
         excess,
         None if score_NE is None else score_NE.detach(),
     )
-    return Diagnostics(nonfinite, record, cutoff_E)
+    return Diagnostics(nonfinite, record, cutoff_E, load_O, loss)

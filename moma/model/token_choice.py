@@ -150,16 +150,19 @@ class TokenChoiceGroup(ExpertGroup):
         selection = selection._replace(score_EK=weight_EK)
         selected_NE = selection.selected_NE(len(x_ND)) if routing.records else None
         excess = taken_EN.sum() - selection.filled_EK.sum()
-        found = diagnose(
-            selected_NE,
-            choices.logits_NE,
-            None,
-            eligible_N,
-            routing,
-            excess=excess,
-            score_NE=choices.weight_NE,
-        )
-        return selection, [found._replace(load_O=choices.load_O, loss=choices.loss)]
+        return selection, [
+            diagnose(
+                selected_NE,
+                choices.logits_NE,
+                None,
+                eligible_N,
+                routing,
+                excess=excess,
+                score_NE=choices.weight_NE,
+                load_O=choices.load_O,
+                loss=choices.loss,
+            )
+        ]
 
     def _select_ragged(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing

@@ -13,6 +13,7 @@ from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import attention_kernel
 from moma.model.depth import DepthConfig
 from moma.model.dispatch import dispatch_for
+from moma.model.routers import Diagnostics, RouterRecord
 from moma.model.routing import BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
@@ -54,11 +55,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "router_noise": True,
     },
     "noise": {"groups": "mod_moe_2t2i", "router_noise": True, "depth": {"noise": True}},
+    "gate_loss": {"groups": "mod_moe_2t2i", "depth": {"gate_loss": 0.1}},
 }  # fmt: skip
 # Their layers are made of parts of the other architectures.
 COMBINED = {
-    "experts_by_sequence", "moe_1t1i", "moe_2t2i", "moe_7t1i", "moe_8x", "mod_moe_8x", "noise",
-    "overlapping", "token_8x", "triton",
+    "experts_by_sequence", "gate_loss", "moe_1t1i", "moe_2t2i", "moe_7t1i", "moe_8x", "mod_moe_8x",
+    "noise", "overlapping", "token_8x", "triton",
 }  # fmt: skip
 SEQUENCES, LENGTH = 10, 8
 CPU = torch.device("cpu")
@@ -254,6 +256,14 @@ def test_a_compiled_layer_is_differentiated_and_keeps_no_zeros_for_it(case):
     widths = [each.shape for each in kept if each.is_floating_point() and each.ndim == 2]
     assert (SEQUENCES * LENGTH, 16) in widths
     assert all(each.any() for each in kept if each.is_floating_point())
+
+
+@pytest.mark.parametrize("case", ["mod_moe_2t2i", "null", "gate_loss"])
+def test_layers_return_nothing_that_torch_2_11_cannot_compile(case, monkeypatch):
+    """There a graph cannot return what `_replace` makes; later versions can."""
+    for kind in (Diagnostics, RouterRecord):
+        monkeypatch.delattr(kind, "_replace")
+    Trainer(case).train(batch_of(0), next_token_loss())
 
 
 @pytest.mark.gpu
