@@ -262,11 +262,11 @@ def _scattered(
     """The diagnostics of the experts, with records of all tokens instead of the selected ones."""
     return [
         Diagnostics(
-            each.nonfinite,
-            each.record and each.record.scatter(index_T, tokens),
-            each.cutoff_E,
-            each.load_O,
-            each.loss,
+            nonfinite=each.nonfinite,
+            record=each.record and each.record.scatter(index_T, tokens),
+            cutoff_E=each.cutoff_E,
+            load_O=each.load_O,
+            loss=each.loss,
         )
         for each in diagnostics
     ]

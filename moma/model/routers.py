@@ -158,13 +158,13 @@ class RouterRecord(NamedTuple):
 
         auxiliary, score = self.auxiliary_logits_NE, self.score_NE
         return RouterRecord(
-            expand(self.selected_NE),
-            None if auxiliary is None else expand(auxiliary),
-            expand(self.eligible_N),
-            expand(self.logits_NE),
-            self.kind,
-            self.excess,
-            None if score is None else expand(score),
+            selected_NE=expand(self.selected_NE),
+            auxiliary_logits_NE=None if auxiliary is None else expand(auxiliary),
+            eligible_N=expand(self.eligible_N),
+            logits_NE=expand(self.logits_NE),
+            kind=self.kind,
+            excess=self.excess,
+            score_NE=None if score is None else expand(score),
         )
 
 
@@ -220,6 +220,9 @@ def diagnose(
         logits_NE, auxiliary_logits_NE, eligible_N, kind, excess, score_NE: as in `RouterRecord`.
         routing: see `Routing`.
         cutoff_E, load_O, loss: as in `Diagnostics`.
+
+    Returns:
+        Only `load_O` and `loss`, with None for the rest, if `routing.checks` is false.
     """
     if not routing.checks:
         return Diagnostics(None, load_O=load_O, loss=loss)
@@ -227,15 +230,15 @@ def diagnose(
     if auxiliary_logits_NE is not None:
         nonfinite = nonfinite | any_nonfinite(auxiliary_logits_NE, eligible_N)
     if not routing.records:
-        return Diagnostics(nonfinite, None, cutoff_E, load_O, loss)
+        return Diagnostics(nonfinite, cutoff_E=cutoff_E, load_O=load_O, loss=loss)
     assert selected_NE is not None
     record = RouterRecord(
-        selected_NE,
-        auxiliary_logits_NE,
-        eligible_N,
-        logits_NE.detach(),
-        kind,
-        excess,
-        None if score_NE is None else score_NE.detach(),
+        selected_NE=selected_NE,
+        auxiliary_logits_NE=auxiliary_logits_NE,
+        eligible_N=eligible_N,
+        logits_NE=logits_NE.detach(),
+        kind=kind,
+        excess=excess,
+        score_NE=None if score_NE is None else score_NE.detach(),
     )
-    return Diagnostics(nonfinite, record, cutoff_E, load_O, loss)
+    return Diagnostics(nonfinite, record, cutoff_E=cutoff_E, load_O=load_O, loss=loss)
