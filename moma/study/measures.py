@@ -6,7 +6,7 @@ see `measure_routing`.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -88,7 +88,8 @@ def losses(
     Raises:
         UserError: there are no held-out documents.
     """
-    return mean_losses(*sum_losses(model, recipe, routing, _held_out(model, recipe, batches)))
+    with _held_out(model, recipe, batches) as held_out:
+        return mean_losses(*sum_losses(model, recipe, routing, held_out))
 
 
 def _routings(model: Transformer) -> dict[str, Routing]:
@@ -103,10 +104,11 @@ def _load(run: Run) -> tuple[Transformer, Recipe]:
     return model, recipe
 
 
-def _held_out(model: Transformer, recipe: Recipe, batches: int) -> Iterator[Batch]:
+@contextmanager
+def _held_out(model: Transformer, recipe: Recipe, batches: int) -> Iterator[Iterator[Batch]]:
     data = recipe.data
     with closing(Batches(data, model.vocabulary, _ORDER, split="held_out")) as found:
-        yield from islice(found, batches or None)
+        yield islice(found, batches or None)
 
 
 def _on_device(model: Transformer, batch: Batch) -> DeviceBatch:
@@ -125,27 +127,28 @@ def _agreement(model: Transformer, recipe: Recipe, batches: int) -> dict[str, di
     thresholds = [router.threshold_E for router in model.routers()]
     # [agreeing by thresholds, agreeing by auxiliary routers, all], by router and modality
     counts: dict[tuple[str, int], Tensor] = defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
-    for batch in _held_out(model, recipe, batches):
-        on_device = _on_device(model, batch)
-        modality_N = model.modality_of_id[on_device.tokens_BS].flatten()
-        records = _records(model, on_device, routing)
-        found = list(zip(router_names(model), records, strict=True))
-        if model.config.token_choice_config is not None:  # only depth routers have thresholds
-            found = [(name, record) for name, record in found if record.kind == "depth"]
-        for (name, record), threshold_E in zip(found, thresholds, strict=True):
-            chosen_NE = record.selected_NE.bool()
-            by_auxiliary_NE = torch.zeros_like(chosen_NE)
-            if record.auxiliary_logits_NE is not None:
-                by_auxiliary_NE = (record.auxiliary_logits_NE > 0) == chosen_NE
-            for modality in (TEXT, IMAGE):
-                # A depth router may have a threshold for each modality.
-                of_modality = len(threshold_E) > chosen_NE.shape[1]
-                own_E = threshold_E[modality, None] if of_modality else threshold_E
-                by_threshold_NE = (record.logits_NE > own_E) == chosen_NE
-                here_N = record.eligible_N & (modality_N == modality)
-                parts = (by_threshold_NE, by_auxiliary_NE, torch.ones_like(chosen_NE))
-                sums = [part_NE[here_N].sum() for part_NE in parts]
-                counts[name, modality] += torch.stack(sums).double().cpu()
+    with _held_out(model, recipe, batches) as held_out:
+        for batch in held_out:
+            on_device = _on_device(model, batch)
+            modality_N = model.modality_of_id[on_device.tokens_BS].flatten()
+            records = _records(model, on_device, routing)
+            found = list(zip(router_names(model), records, strict=True))
+            if model.config.token_choice_config is not None:  # only depth routers have thresholds
+                found = [(name, record) for name, record in found if record.kind == "depth"]
+            for (name, record), threshold_E in zip(found, thresholds, strict=True):
+                chosen_NE = record.selected_NE.bool()
+                by_auxiliary_NE = torch.zeros_like(chosen_NE)
+                if record.auxiliary_logits_NE is not None:
+                    by_auxiliary_NE = (record.auxiliary_logits_NE > 0) == chosen_NE
+                for modality in (TEXT, IMAGE):
+                    # A depth router may have a threshold for each modality.
+                    of_modality = len(threshold_E) > chosen_NE.shape[1]
+                    own_E = threshold_E[modality, None] if of_modality else threshold_E
+                    by_threshold_NE = (record.logits_NE > own_E) == chosen_NE
+                    here_N = record.eligible_N & (modality_N == modality)
+                    parts = (by_threshold_NE, by_auxiliary_NE, torch.ones_like(chosen_NE))
+                    sums = [part_NE[here_N].sum() for part_NE in parts]
+                    counts[name, modality] += torch.stack(sums).double().cpu()
     names = model.vocabulary.modalities
     return {
         f"{router} {names[modality]}": {
@@ -168,12 +171,13 @@ def _taken(model: Transformer, recipe: Recipe, batches: int) -> dict[str, dict[s
     found: dict[str, dict[str, float]] = {}
     for part, select in parts.items():
         counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, dtype=torch.float64))
-        for batch in _held_out(model, recipe, batches):
-            records = _records(model, _on_device(model, select(model, batch)), routing)
-            for name, record in zip(router_names(model), records, strict=True):
-                kind = name.partition(".")[2]
-                pair = torch.stack((record.selected_NE.sum(), record.eligible_N.sum()))
-                counts[kind] += pair.double().cpu()
+        with _held_out(model, recipe, batches) as held_out:
+            for batch in held_out:
+                records = _records(model, _on_device(model, select(model, batch)), routing)
+                for name, record in zip(router_names(model), records, strict=True):
+                    kind = name.partition(".")[2]
+                    pair = torch.stack((record.selected_NE.sum(), record.eligible_N.sum()))
+                    counts[kind] += pair.double().cpu()
         found[part] = {
             kind: float(taken / eligible) for kind, (taken, eligible) in counts.items() if eligible
         }

@@ -1,11 +1,16 @@
-"""Agreement with batch choice, for a model whose modalities have thresholds of their own."""
+"""Agreement with batch choice by modality, and data that is closed after an error."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from moma.model.depth import DepthConfig
+from moma.model.routing import Routing
 from moma.runtime.world import World
-from moma.study.measures import measure_routing
+from moma.study import measures
+from moma.study.measures import losses, measure_routing
 from moma.train.loop import train
 from moma.train.restore import load_run
 from moma.train.step import no_head, run_model, to_device
@@ -42,3 +47,23 @@ def test_agreement_of_thresholds_by_modality_equals_slow_counts(tiny, tmp_path):
     for modality, name in ((TEXT, "0.depth text"), (IMAGE, "0.depth image")):
         expected = sum(agreed[modality]) / len(agreed[modality])
         assert found[name]["threshold"] == pytest.approx(expected)
+
+
+def test_held_out_data_is_closed_when_its_consumer_fails(tiny, monkeypatch):
+    closed = []
+
+    def fail(model, recipe, routing, batches):
+        next(batches)
+        raise MemoryError
+
+    class Data(list):
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setattr(measures, "Batches", lambda *arguments, **options: Data([None]))
+    monkeypatch.setattr(measures, "sum_losses", fail)
+    # The error, still referenced below, refers to the frame and thus to the iterator.
+    model: Any = SimpleNamespace(vocabulary=None)
+    with pytest.raises(MemoryError) as error:
+        losses(model, tiny, Routing(), 0)
+    assert closed and error.value
