@@ -29,12 +29,11 @@ from moma.data.documents import (
 )
 from moma.data.encode.executors import MIN_POOL_BYTES, spare_cores
 from moma.data.encode.parts import PLAN_FILE, Plan
-from moma.data.encode.read_ahead import explain_lost_worker
 from moma.data.shards import read_config
 from moma.data.sources.parts import PART_BYTES
 from moma.files import atomic_replace, atomic_write
 from moma.progress import show_progress
-from moma.runtime.processes import start_pool
+from moma.runtime.processes import explain_lost_worker, start_pool
 
 _DUPLICATES = "duplicates"
 _ORIGIN_FILE = "origin.txt"
@@ -146,7 +145,7 @@ def _compute(tasks: Sequence[_Task], processes: int | None, quiet: bool) -> None
             return
         pool = start_pool(min(processes, len(tasks)))
         try:
-            with explain_lost_worker():
+            with explain_lost_worker("reads documents"):
                 for running in as_completed([pool.submit(_write, task) for task in tasks]):
                     done += running.result()
                     report(done)

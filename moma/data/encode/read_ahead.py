@@ -6,8 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from functools import partial
 from itertools import groupby, islice
 from typing import Any, NamedTuple, Self
@@ -17,7 +15,7 @@ from PIL import Image
 
 from moma.data.documents import ImageRef
 from moma.errors import StorageError, UserError
-from moma.runtime.processes import start_pool
+from moma.runtime.processes import explain_lost_worker, start_pool
 
 # A worker takes about a second to start: sources that are read faster do not need any.
 SECONDS_BEFORE_WORKERS = 3.0
@@ -100,11 +98,11 @@ class ImageReader:
             pickled = pickle.dumps((task, self._preprocess))
         except (pickle.PicklingError, AttributeError, TypeError):
             return here
-        with explain_lost_worker():
+        with explain_lost_worker("reads documents"):
             future = self._pool.submit(_read_pickled, pickled)
 
         def result() -> list[Any]:
-            with explain_lost_worker():
+            with explain_lost_worker("reads documents"):
                 found = future.result()
             return here() if found is None else found
 
@@ -115,18 +113,6 @@ class ImageReader:
         result = _read_all(images, self._preprocess)
         self._seconds_read += time.monotonic() - begin
         return result
-
-
-@contextmanager
-def explain_lost_worker() -> Iterator[None]:
-    """Raise a `UserError` in place of the error about a process that died."""
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that reads documents died, perhaps because memory ran out; run the same "
-            "command again, with --processes 1 if it happens again"
-        ) from error
 
 
 def _read_pickled(task: bytes) -> list[Pixels | UserError] | None:

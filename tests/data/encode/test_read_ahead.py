@@ -2,9 +2,6 @@
 
 import multiprocessing
 import os
-import subprocess
-import sys
-import time
 from functools import partial
 
 import pytest
@@ -18,6 +15,7 @@ from moma.demo.drawings import render
 from moma.errors import StorageError, UserError
 from moma.images import square_pixels
 from tests.data.encode.failing_disk import fail_to_read
+from tests.runtime.killed_parent import assert_workers_end_with_parent
 
 shape = partial(square_pixels, size=2)
 
@@ -89,13 +87,6 @@ def test_reading_ahead_is_bounded(workers):
                 break
 
 
-def is_alive(process):
-    return (
-        os.path.exists(f"/proc/{process}")
-        and "Z" not in open(f"/proc/{process}/stat").read().split(")")[1].split()[0]
-    )
-
-
 def test_a_killed_worker_gives_an_error_with_the_remedy():
     def items():
         yield from [image(n) for n in range(50)]
@@ -121,35 +112,16 @@ def test_workers_end_with_the_reader():
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="looks processes up")
 def test_workers_end_when_their_process_is_killed():
     code = """
-import multiprocessing, time
 from functools import partial
 from PIL import Image
 from moma.data.documents import ImageRef
 from moma.data.encode.read_ahead import ImageReader
 from moma.images import square_pixels
-with ImageReader(partial(square_pixels, size=2), 2, seconds=0) as reader:
-    images = [ImageRef("", partial(Image.new, "RGB", (2, 2))) for _ in range(40)]
-    list(reader.read(images))
-    print(*[worker.pid for worker in multiprocessing.active_children()], flush=True)
-    time.sleep(60)
+reader = ImageReader(partial(square_pixels, size=2), 2, seconds=0)
+images = [ImageRef("", partial(Image.new, "RGB", (2, 2))) for _ in range(40)]
+list(reader.read(images))
 """
-    paths = os.pathsep.join(path for path in sys.path if path)
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": paths},
-    )
-    assert parent.stdout is not None
-    workers = [int(word) for word in parent.stdout.readline().split()]
-    assert len(workers) == 2 and all(is_alive(worker) for worker in workers)
-    parent.kill()
-    parent.communicate()
-    for _ in range(100):
-        if not any(is_alive(worker) for worker in workers):
-            return
-        time.sleep(0.1)
-    pytest.fail("a worker outlived its process")
+    assert_workers_end_with_parent(code, 2)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
