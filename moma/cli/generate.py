@@ -66,8 +66,8 @@ Drafts = Annotated[
     Option(
         min=0,
         max=1024,
-        help="draft image codes per forward pass; changes only the speed (8, but 0 while several "
-        "answers are generated together)",
+        help="draft image codes per forward pass; changes only the speed (8; 0 with guidance, and "
+        "while several answers are generated)",
     ),
 ]
 BatchSize = Annotated[

@@ -77,8 +77,9 @@ class Decoder:
         # A sequence may consist of tokens for which there is no choice.
         begun = [each for each in self._added if each.end is None]
         changed, self._added = [*self._active, *self._added], []
+        rows = sum(len(each.inputs) for each in changed)
         for each in (*self._active, *begun):
-            each.is_alone = len(changed) == 1
+            each.is_alone = rows == 1
         # Prompts are not padded to each other's length together with single tokens.
         if self._active:
             self._advance(self._active, self._caches)

@@ -14,7 +14,7 @@ from moma.generate.grammar import Grammar, Mode
 from moma.generate.sampling import Sampler, Sampling, gumbel_noise, sampler_of
 from moma.vocabulary import Vocabulary
 
-# Near the fastest number for a single sequence; for several, 0 is (docs/results/generate.md).
+# For a sequence that is alone; for several, 0 is faster (docs/results/generate.md).
 DRAFTS = 8
 
 
@@ -36,8 +36,8 @@ class Options:
         sampling: how text is sampled; its seed is not used.
         image_sampling: how image codes are sampled; if omitted, like text.
         images: number of images that the mode `image` generates.
-        drafts: number of image codes that a pass checks besides sampling one; None: `DRAFTS` if
-            the sequence is decoded alone, else 0.
+        drafts: number of image codes that a pass checks besides sampling one; None: `DRAFTS` while
+            a pass has this sequence only, without guidance, else 0.
         stop: whether a continuation ends, given its tokens so far.
 
     Raises:
@@ -83,7 +83,7 @@ class GeneratedSequence:
     """A sequence being generated.
 
     Attributes:
-        is_alone: whether no other sequence is decoded together with it.
+        is_alone: whether the next pass has no other row; the decoder sets it before each pass.
         inputs: for each branch, the tokens of the next pass; drafts come last.
         drafted: number of drafts in the last pass.
         kept: for each branch, the number of tokens of the last pass that stay in the caches.

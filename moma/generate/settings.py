@@ -24,8 +24,8 @@ class Settings:
         images: number of images that the mode `image` generates.
         guidance: guidance of images by the prompt, for the mode `image`; None: none.
         stop: strings that end a text; they are left out.
-        drafts: number of image codes that a pass checks besides sampling one; None: `DRAFTS` while
-            no other answer is generated, else 0, which is faster. The result does not depend on it.
+        drafts: number of image codes that a pass checks besides sampling one; None: 8 while a
+            single answer is generated without guidance, else 0. The result does not depend on it.
 
     Raises:
         UserError: a value is out of range, or has no effect in this mode.

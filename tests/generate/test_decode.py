@@ -213,7 +213,9 @@ def test_by_default_a_sequence_that_is_alone_has_drafts():
         return run(model, Options("image", 60, 30, GREEDY, images=3, drafts=drafts), prompts)[1]
 
     assert passes(prompts[:1], None) == passes(prompts[:1], DRAFTS) < passes(prompts[:1], 0)
-    assert passes(prompts, None) == passes(prompts, 0) > passes(prompts, DRAFTS)
+    guided = [[Branch([0, 8], 2.0), Branch([0], -1.0)]]
+    for several in (prompts, guided):
+        assert passes(several, None) == passes(several, 0) > passes(several, DRAFTS)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])

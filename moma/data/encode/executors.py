@@ -29,7 +29,7 @@ from moma.runtime.processes import exit_with_parent, without_main_module
 # A part whose process died this often is given up.
 ATTEMPTS = 3
 # What a codec imports, which takes seconds.
-CODEC_MODULES = ("moma.tokenizers.image.vae", "vector_quantize_pytorch")
+_CODEC_MODULES = ("moma.tokenizers.image.vae", "vector_quantize_pytorch")
 # Fewer bytes are read sooner in this process than other processes start.
 MIN_POOL_BYTES = 2**26
 
@@ -96,7 +96,7 @@ class LocalPool:
         # Processes are forked from one that has only imported this: a new one starts at once.
         has_codecs = job.image_size is not None and not self._codecs
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, *(CODEC_MODULES if has_codecs else ())])
+        context.set_forkserver_preload([__name__, *(_CODEC_MODULES if has_codecs else ())])
         with without_main_module():
             forkserver.ensure_running()
 

@@ -12,14 +12,13 @@ import os
 import socket
 from collections import deque
 from collections.abc import Sequence
-from importlib import import_module
 from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
 import torch
 
-from moma.data.encode.executors import ATTEMPTS, CODEC_MODULES, Report, lost_part
+from moma.data.encode.executors import ATTEMPTS, Report, lost_part
 from moma.data.encode.part_writer import read_records
 from moma.data.encode.worker import Encoded, Job, Task, Worker, encode_together, local_worker
 from moma.data.shards import PartRecord
@@ -35,7 +34,7 @@ class RayCluster:
     def __init__(
         self, job: Job, address: str, processes: int | None = None, codec_actors: int | None = None
     ) -> None:
-        """Connect to the cluster, whose processes begin to import what they need.
+        """Connect to the cluster.
 
         Args:
             address: as for `connect_to_ray`, whose errors are raised.
@@ -45,16 +44,12 @@ class RayCluster:
         ray = connect_to_ray(address, logging_level=logging.ERROR, log_to_driver=False)
         self._ray, self._job = ray, job
         resources = ray.cluster_resources()
-        gpus, cores = int(resources.get("GPU", 0)), max(1, int(resources.get("CPU", 1)))
-        self._limit = processes or _TASKS_PER_CORE * cores
+        gpus = int(resources.get("GPU", 0))
+        self._limit = processes or _TASKS_PER_CORE * max(1, int(resources.get("CPU", 1)))
         self._actors = (
             0 if job.image_size is None else gpus if codec_actors is None else codec_actors
         )
         self._gpus_per_actor = 1 if gpus else 0
-        has_codecs = job.image_size is not None and not self._actors
-        prepare_process = ray.remote(num_cpus=1)(_import_modules)
-        for _ in range(min(cores, self._limit)):
-            prepare_process.remote(CODEC_MODULES if has_codecs else ())
 
     def run(self, tasks: Sequence[Task], report: Report) -> None:
         """See `Executor`.
@@ -100,12 +95,6 @@ class Shared(NamedTuple):
     job: Job
     folder: str
     name: str
-
-
-def _import_modules(names: Sequence[str]) -> None:
-    """Import modules, after those of this module, in a process of the cluster."""
-    for name in names:
-        import_module(name)
 
 
 def _encode(shared: Shared, task: Task, actor: Any) -> Encoded:
