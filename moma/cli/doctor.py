@@ -60,6 +60,7 @@ def examine() -> dict[str, Any]:
     if _version("torch"):
         gpus, gpu_problems = _gpus()
         problems += gpu_problems
+        problems += [] if gpus else _compiler_problems()
     if not any(map(shutil.which, ("c++", "g++", "clang++"))):
         problems.append(
             "torch.compile needs a C++ compiler: install g++ (on Debian and Ubuntu: apt install "
@@ -85,6 +86,19 @@ def _machine() -> dict[str, Any]:
         "memory": pages * page_size,
         "free_disk": shutil.disk_usage(".").free,
     }
+
+
+def _compiler_problems() -> list[str]:
+    import torch
+
+    from moma.runtime.world import compiles_right_for_cpus
+
+    if compiles_right_for_cpus():
+        return []
+    return [
+        f"layers compiled for a CPU by PyTorch {torch.__version__} may compute wrong gradients, so "
+        "training does not compile them: pip install 'torch>=2.13'"
+    ]
 
 
 def _gpus() -> tuple[list[dict[str, Any]], list[str]]:

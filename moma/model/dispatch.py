@@ -79,18 +79,15 @@ def dispatch_for(device: torch.device) -> Dispatch:
 
 
 def _gather_sum(z_TD: Tensor, slot_NC: Tensor) -> Tensor:
-    """Sum the vectors of each token's slots in at least fp32, column by column."""
+    """Sum the vectors of each token's slots in at least fp32.
+
+    All columns are read by one index: compiled by PyTorch 2.11, `_GatherSum` would have wrong
+    gradients if it read `z_TD` once for each column.
+    """
     if not len(z_TD):  # no token of the modalities
         return upcast(z_TD.new_zeros(len(slot_NC), z_TD.shape[1]))
-    zero = z_TD.new_zeros(())
-    parts = [
-        upcast(torch.where(slot_N[:, None] >= 0, z_TD[slot_N.clamp(min=0)], zero))
-        for slot_N in slot_NC.unbind(1)
-    ]
-    total_ND = parts[0]
-    for part_ND in parts[1:]:
-        total_ND = total_ND + part_ND
-    return total_ND
+    z_NCD = torch.where(slot_NC[..., None] >= 0, z_TD[slot_NC.clamp(min=0)], z_TD.new_zeros(()))
+    return upcast(z_NCD).sum(1)
 
 
 class _Gather(torch.autograd.Function):

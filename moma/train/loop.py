@@ -225,9 +225,12 @@ class Trainer:
         self.trackers.close()
 
     def _announce_compilation(self) -> None:
-        compiles = self.config.compile and can_compile(self.world.device)
-        if compiles and not self.world.rank and self.steps_done < self.config.steps:
+        if not self.config.compile or self.world.rank or self.steps_done == self.config.steps:
+            return
+        if can_compile(self.world.device):
             logger.info("%s: compiling; the first step takes minutes", self.run.path)
+        else:
+            logger.warning("%s: not compiled, so slower; see `moma doctor`", self.run.path)
 
     def _train_step(self, progress: ProgressCallback) -> None:
         start = time.monotonic()
