@@ -1,13 +1,19 @@
 """The page beside the endpoint: what it serves, the order of a prompt, and a run that grows."""
 
 import json
+import re
+from dataclasses import replace
 from io import BytesIO
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
 from moma.errors import UserError
+from moma.generate.guidance import Guidance
+from moma.generate.sampling import Sampling
 from moma.generate.settings import Settings
 from moma.generate.stream import ImagePart, TextPiece
 from moma.runs import Run
@@ -81,15 +87,22 @@ def test_an_upload_is_limited(http):
     assert chunks.status_code == 413
 
 
-def generate(http, images=()):
-    """Press the button of the page, with images of these sizes; the last message of the server."""
+def generate(http, images=(), mode="text", **changes):
+    """Press the button of the page, with images of these sizes; the last message of the server.
+
+    `changes` has values of options by their labels, with _ for what is no letter.
+    """
     config = http.get(f"{PATH}/config").json()
     of_id = {component["id"]: component["props"] for component in config["components"]}
     call = max(config["dependencies"], key=lambda each: len(each["inputs"]))
-    _, _, *options = [of_id[each].get("value") for each in call["inputs"]]
+    _, _, *options = [
+        changes.pop(re.sub(r"\W", "_", of_id[each].get("label") or ""), of_id[each].get("value"))
+        for each in call["inputs"]
+    ]
+    assert not changes
     prompt = {"text": "the", "files": [upload_image(http, size) for size in images]}
     session = {"session_hash": "a session"}
-    body = {"data": [prompt, "text", *options], "fn_index": call["id"], **session}
+    body = {"data": [prompt, mode, *options], "fn_index": call["id"], **session}
     assert http.post(f"{PATH}/gradio_api/queue/join", json=body).status_code == 200
     with http.stream("GET", f"{PATH}/gradio_api/queue/data", params=session) as lines:
         for line in lines.iter_lines():
@@ -112,6 +125,30 @@ def test_an_answer_of_the_page_is_limited(http):
     page, *_ = message["output"]["data"]
     assert message["success"] and f"+ {LIMITS.tokens} tokens" in page
     assert page.endswith("the limit of tokens is reached</div>")
+
+
+OPTIONS: dict[str, Any] = {
+    "Temperature": 1.3, "Top_p": 0.85, "Top_k": 40, "Min_p": 0.02, "Repetition_penalty": 1.5,
+    "New_tokens": 30, "Images": 2, "Text_guidance": 3.0, "Image_guidance": 1.2, "Seed": 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["text", "image", "mixed"])
+def test_every_option_of_the_page_reaches_the_model(http, monkeypatch, mode):
+    given, submit = [], Engine.submit
+
+    def record(self, prompt, settings, *rest):
+        given.append((prompt, settings))
+        return submit(self, prompt, settings, *rest)
+
+    monkeypatch.setattr(Engine, "submit", record)
+    assert generate(http, [(20, 20)], mode, **OPTIONS)["success"]
+    (((image, text), settings),) = given
+    assert isinstance(image, Path) and text == "the"
+    sampling = Sampling(1.3, 0.85, 7, top_k=40, min_p=0.02)
+    of_text = sampling if mode == "image" else replace(sampling, repetition_penalty=1.5)
+    images, guidance = (2, Guidance(3, 1.2)) if mode == "image" else (1, None)
+    assert settings == [Settings(mode, of_text, 30, sampling, images, guidance)]
 
 
 def test_an_image_of_the_page_is_limited(http):
