@@ -2,6 +2,8 @@
 
 import json
 import os
+import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -96,6 +98,22 @@ def ask(page, text, mode):
     page.click("#start")
 
 
+def drop(page, data):
+    """Drop a file on the prompt, as a person does who drags it there."""
+    transfer = page.evaluate_handle(
+        """bytes => {
+            const transfer = new DataTransfer();
+            const file = new File([new Uint8Array(bytes)], "a.png", {type: "image/png"});
+            transfer.items.add(file);
+            return transfer;
+        }""",
+        list(data),
+    )
+    for event in ("dragenter", "dragover", "drop"):
+        page.dispatch_event("#prompt textarea", event, {"dataTransfer": transfer})
+    page.locator("#prompt img").wait_for(state="attached")
+
+
 def wait_for_end(page, end="complete"):
     page.locator(".about", has_text=end).wait_for()
 
@@ -125,9 +143,7 @@ def test_an_image_is_drawn_with_its_routing_and_can_be_kept(short, open_page, wi
 
 def test_a_dropped_image_is_part_of_the_prompt(short, open_page):
     page = open_page(short[1])
-    file = {"name": "a.png", "mimeType": "image/png", "buffer": png_bytes(noise(1))}
-    page.set_input_files("#prompt input[type=file]", [file])
-    page.locator("#prompt img").wait_for()
+    drop(page, png_bytes(noise(1)))
     ask(page, "the", "text")
     wait_for_end(page, " tokens, ")
     text_alone = 2
@@ -139,11 +155,7 @@ def test_a_bad_prompt_is_explained(short, open_page):
     ask(page, "a <image> b", "text")
     page.get_by_text("the text has <image> 1 times, but there are 0 images").wait_for()
     # Said before images are decoded.
-    page.set_input_files(
-        "#prompt input[type=file]",
-        [{"name": "a.png", "mimeType": "image/png", "buffer": b"not an image"}],
-    )
-    page.locator("#prompt img").wait_for(state="attached")
+    drop(page, b"not an image")
     ask(page, "the " * 100, "text")
     page.get_by_text("shorten the prompt").wait_for()
 
@@ -166,6 +178,33 @@ def test_an_answer_grows_and_stops(endless, open_page):
     wait_until(lambda: engine.active == 0)
     other.wait_for_selector("#prompt textarea")
     assert other.locator(".answer .empty").count() == 1
+
+
+def test_an_image_grows(short, open_page):
+    engine, url = short
+    page = open_page(url)
+    page.evaluate(
+        """() => {
+            const look = () => { window.seen ||= document.querySelector(".answer img.growing"); };
+            new MutationObserver(look).observe(document, {subtree: true, childList: true});
+        }"""
+    )
+    ended = threading.Event()
+
+    def slow_down():
+        while not ended.is_set():
+            engine.call(lambda _: time.sleep(0.2)).result()
+
+    thread = threading.Thread(target=slow_down)
+    thread.start()
+    try:
+        ask(page, "the", "image")
+        wait_for_end(page)
+    finally:
+        ended.set()
+        thread.join()
+    assert page.evaluate("!!window.seen")
+    assert page.locator(".answer img.growing").count() == 0
 
 
 def test_the_training_of_a_run_is_followed(short, run, open_page):
