@@ -12,7 +12,7 @@ from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import attention_kernel
 from moma.model.depth import DepthConfig
-from moma.model.dispatch import dispatch_for
+from moma.model.dispatch import TableSlots, dispatch_for
 from moma.model.routers import Diagnostics, RouterRecord
 from moma.model.routing import BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
@@ -226,7 +226,8 @@ def test_a_compiled_layer_equals_eager():
 def gradients_of(model: Transformer) -> list[torch.Tensor]:
     torch.manual_seed(0)  # of the noise
     model.zero_grad()
-    model(torch.from_numpy(batch_of(1).tokens_BS)).head.square().mean().backward()
+    tokens_BS = torch.from_numpy(batch_of(1).tokens_BS).to(model.embedding.weight.device)
+    model(tokens_BS).head.square().mean().backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
@@ -264,6 +265,33 @@ def test_layers_return_nothing_that_torch_2_11_cannot_compile(case, monkeypatch)
     for kind in (Diagnostics, RouterRecord):
         monkeypatch.delattr(kind, "_replace")
     Trainer(case).train(batch_of(0), next_token_loss())
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param(
+            "cpu",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler"),
+            ],
+        ),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("case", ["moe_3t1i", "mod_moe_2t2i", "tied_batched", "grouped_unequal"])
+def test_layers_compiled_with_the_slots_of_a_gpu_have_the_gradients_of_eager(case, device):
+    """Torch 2.11 compiled wrong gradients without an error."""
+    torch.compiler.reset()
+    config = ModelConfig.model_validate({"dim": 16, "layers": 2, "heads": 2} | ARCHITECTURES[case])
+    kernel = attention_kernel(torch.device(device), torch.float32, config.dim // config.heads)
+    model = Transformer(config, VOCABULARY, (0.5, 0.5), kernel, TableSlots).to(device)
+    model.initialize(0)
+    expected = gradients_of(model)
+    for unit in model.units():
+        unit.compile(fullgraph=True, dynamic=False)
+    torch.testing.assert_close(gradients_of(model), expected, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.gpu
