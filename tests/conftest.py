@@ -98,9 +98,9 @@ def _memory_is_storage() -> Generator[None]:
     """Recipes of tests, which are one process, may keep data in memory."""
     from moma.data.remote import address
 
-    schemes = tuple(scheme for scheme in address._NO_STORAGE if scheme != "memory")
+    schemes = tuple(scheme for scheme in address.NO_STORAGE if scheme != "memory")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(address, "_NO_STORAGE", schemes)
+        patch.setattr(address, "NO_STORAGE", schemes)
         yield
 
 

@@ -18,7 +18,7 @@ KernelName = Literal["masked", "varlen", "flex"]
 
 HALF = (torch.float16, torch.bfloat16)
 # Queries of a block of attention with a mask.
-_QUERIES = 256
+QUERIES = 256
 
 
 class Segments(NamedTuple):
@@ -103,7 +103,7 @@ class MaskedAttention:
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
         length = query.shape[1]
-        ends = [min(end, length) for end in range(_QUERIES, max(length, 1) + _QUERIES, _QUERIES)]
+        ends = [min(end, length) for end in range(QUERIES, max(length, 1) + QUERIES, QUERIES)]
         parts = [
             _attend(query[:, start:end], key[:, :end], value[:, :end], layout[..., start:end, :end])
             for start, end in zip([0, *ends], ends, strict=False)

@@ -120,7 +120,7 @@ class _Exchange(NamedTuple):
 
 
 @cache  # a copy to the device in every step would wait for it
-def _exchange(
+def plan_exchange(
     updates: int, length: int, rows: int, rank: int, ranks: int, device: torch.device
 ) -> _Exchange:
     """Plan the exchange of a number of updates of a length; see `_orthogonalize_shards`."""
@@ -145,7 +145,7 @@ def _orthogonalize_shards(
         length: rows of an update.
         rows: rows of a matrix.
     """
-    plan = _exchange(updates, length, rows, group.rank(), group.size(), own.device)
+    plan = plan_exchange(updates, length, rows, group.rank(), group.size(), own.device)
     arrived = own.new_empty(len(plan.place_T), own.shape[1])
     distributed.all_to_all_single(arrived, own, plan.received, plan.sent, group)
     whole = torch.empty_like(arrived).index_copy_(0, plan.place_T, arrived)

@@ -124,7 +124,7 @@ def test_kernels_equal_the_reference(kernel, case):
 
 @pytest.mark.parametrize("queries", [1, 2, 3, 7])
 def test_blocks_of_queries_read_the_keys_up_to_their_end(queries, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "_QUERIES", queries)
+    monkeypatch.setattr(attention_kernels, "QUERIES", queries)
     segments = Segments(torch.tensor([[0, 0, 1, 1, 1, 2, 2], [3, 3, 3, 3, 4, 4, 4]]), 5, 7)
     with _AttentionCalls() as recorded:
         assert_equals_the_reference(MaskedAttention(), segments, (4, 2))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moma.runtime.checkpoint import load_checkpoint, training_tensors
-from moma.runtime.muon import Muon, _exchange, orthogonalize
+from moma.runtime.muon import Muon, orthogonalize, plan_exchange
 from moma.runtime.sharding import shard
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
@@ -99,8 +99,9 @@ def job(world: World, out: Path) -> None:
                 tensors = training_tensors(model, (optimizer,))
                 writer.save(1, tensors, {"step": 1}, {})
                 writer.wait()
-            planned = _exchange.cache_info().misses
-    assert _exchange.cache_info().misses == planned > 0  # no step copies a plan to the device again
+            planned = plan_exchange.cache_info().misses
+    # No step copies a plan to the device again.
+    assert plan_exchange.cache_info().misses == planned > 0
     for parameter in model.weights:
         assert optimizer.state[parameter]["momentum_buffer"].placements == parameter.placements
     full = [parameter.full_tensor() for parameter in model.weights]

@@ -51,7 +51,7 @@ class Cache:
         """Move a file of this file system into the cache; remove it if it does not fit."""
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        with self._bookkeeping():
+        with self.locked():
             if self._make_room(source.stat().st_size):
                 with suppress(OSError):  # the cache may be on another disk
                     os.replace(source, path)
@@ -92,14 +92,14 @@ class Cache:
                 self._reserve(file, size, close_files)
                 download(file)
                 sync_file(file)
-                with self._bookkeeping():  # so that it is counted once
+                with self.locked():  # so that it is counted once
                     os.replace(unfinished, path)
             finally:
                 if _is_at(file, unfinished):
                     unfinished.unlink()
 
     def _reserve(self, file: BinaryIO, size: int, close_files: Callable[[], bool]) -> None:
-        with self._bookkeeping():
+        with self.locked():
             file.truncate(0)
             while not (fits := self._make_room(size)) and close_files():
                 pass
@@ -125,7 +125,8 @@ class Cache:
         return total <= self._max_bytes
 
     @contextmanager
-    def _bookkeeping(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """No other process adds, renames or removes a file meanwhile."""
         with (self._folder / LOCK_FILE).open("wb") as file:
             _lock(file, fcntl.LOCK_EX)
             yield

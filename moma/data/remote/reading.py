@@ -29,7 +29,7 @@ _OPEN_SHARE = 1 / 16
 # Each has a file descriptor.
 _MAX_OPEN_FILES = 128
 # Seconds before a download that failed is tried again.
-_PAUSES = (2, 10, 30)
+PAUSES = (2, 10, 30)
 logger = logging.getLogger(__name__)
 
 
@@ -94,7 +94,7 @@ class RemoteFiles:
             )
         self._link, self._checksums = link, checksums
         key = folder.parent.parent, link.cache_bytes
-        self._files = _OPEN.setdefault(key, _OpenCachedFiles(cache_of(*key), link.cache_bytes))
+        self._files = OPEN_FILES.setdefault(key, _OpenCachedFiles(cache_of(*key), link.cache_bytes))
 
     def get(self, path: Path) -> MappedFile:
         """Return a file, which is opened if it is not open."""
@@ -114,7 +114,7 @@ class RemoteFiles:
 
 def _try_again(download: Callable[[], BinaryIO]) -> BinaryIO:
     """Download a file, again after pauses if it fails for a reason that may pass."""
-    for pause in _PAUSES:
+    for pause in PAUSES:
         try:
             return download()
         except StorageError as error:
@@ -159,7 +159,7 @@ class _OpenCachedFiles:
 
 
 # Shared by the sources and the splits, by data folder and size of its cache.
-_OPEN: WeakValueDictionary[tuple[Path, int], _OpenCachedFiles] = WeakValueDictionary()
+OPEN_FILES: WeakValueDictionary[tuple[Path, int], _OpenCachedFiles] = WeakValueDictionary()
 
 
 def index_bytes(lengths: np.ndarray, images: np.ndarray) -> bytes:

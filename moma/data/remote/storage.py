@@ -148,7 +148,7 @@ class Storage:
 
     def create(self, name: str, content: bytes) -> bool:
         """Write a small object unless there is one; return whether there was none."""
-        if self._size(name) is not None:
+        if self.size(name) is not None:
             return False
         with self._errors(name):
             try:
@@ -174,7 +174,7 @@ class Storage:
         Names are those of the content, so that it is the same object.
         """
         size = source.stat().st_size
-        if self._size(name) == size:
+        if self.size(name) == size:
             return
         with self._errors(name):
             if self._is_local:
@@ -182,7 +182,7 @@ class Storage:
                     _write_file(Path(self._path(name)), file, os.replace)
             else:
                 self._system.put_file(str(source), self._path(name))
-        if (found := self._size(name)) != size:
+        if (found := self.size(name)) != size:
             raise StorageError(
                 f"{self._at(name)}: has {found} bytes after {size} were written; run the same "
                 "command to upload it again"
@@ -212,7 +212,7 @@ class Storage:
 
     def is_intact(self, name: str, expected: Checksum) -> bool:
         """Return whether an object exists and has this size and checksum."""
-        if self._size(name) != expected[0]:
+        if self.size(name) != expected[0]:
             return False
         digest = hashlib.sha256()
         for chunk in self._chunks(name):
@@ -237,7 +237,8 @@ class Storage:
                 "run `moma prepare --verify`, which makes it again"
             )
 
-    def _size(self, name: str) -> int | None:
+    def size(self, name: str) -> int | None:
+        """Return the bytes of an object; None if it does not exist."""
         with self._errors(name):
             self._system.invalidate_cache()
             try:

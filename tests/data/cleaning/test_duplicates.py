@@ -278,7 +278,7 @@ def test_many_texts_of_the_same_boilerplate_are_compared_with_a_few(tmp_path, mo
     assert everything["a"] == [[text] for text in texts[:60]] + ["near_duplicate_texts"] * 20
     compared = sum(pairs)
     pairs.clear()
-    monkeypatch.setattr(comparisons, "_MAX_COMPARED", 2)
+    monkeypatch.setattr(comparisons, "MAX_COMPARED", 2)
     assert cleaned(tmp_path / "few", source) == everything
     assert sum(pairs) < compared / 2
 

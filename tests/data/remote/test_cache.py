@@ -185,7 +185,7 @@ def read_randomly(folder: Path, seed: int, failures) -> None:
         with fetch(cache, name) as file:
             if file.read() != content_of(name):
                 failures.put(name)
-        with cache._bookkeeping():  # otherwise a file may be renamed
+        with cache.locked():  # otherwise a file may be renamed
             files = {status.st_ino: status.st_size for status in statuses(folder)}
         if sum(files.values()) > 400:
             failures.put(files)

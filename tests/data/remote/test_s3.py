@@ -130,6 +130,6 @@ def test_an_object_is_created_once(s3, monkeypatch):
     storage = open_storage(ADDRESS)
     assert storage.create("once", b"1")
     # As if another machine wrote it between the question and the answer.
-    monkeypatch.setattr(storage, "_size", lambda name: None)
+    monkeypatch.setattr(storage, "size", lambda name: None)
     assert not storage.create("once", b"2")
     assert storage.read("once") == b"1"
