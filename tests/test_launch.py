@@ -184,7 +184,7 @@ def test_data_is_prepared_on_a_ray_cluster_of_the_nodes(tmp_path, code, expected
     write_programs(
         tmp_path,
         scontrol=SCONTROL,
-        srun='#!/bin/bash\nshift\nSLURM_PROCID=0 exec "$@"\n',
+        srun='#!/bin/bash\n[ "$2" = --cpus-per-task=4 ] || exit 2\nSLURM_PROCID=0 exec "${@:3}"\n',
         ray='#!/bin/bash\necho "$RAY_AUTH_MODE $@" >> "$FOUND/ray"\n',
         moma=f'#!/bin/bash\necho "$@" > "$FOUND/moma"\nexit {code}\n',
     )
@@ -213,7 +213,8 @@ def array_task(tmp_path):
     found.mkdir()
 
     def run(moma: str, task: int, first: int, step: int, is_stopped=False):
-        srun = '#!/bin/bash\n[ "$1" = --ntasks=1 ] || exit 2\nshift\nexec "$@"\n'
+        options = "--ntasks=1 --cpus-per-task=4"
+        srun = f'#!/bin/bash\n[ "$1 $2" = "{options}" ] || exit 2\nexec "${{@:3}}"\n'
         moma = f'#!/bin/bash\necho "$@" > "$FOUND/moma"\n{moma}\n'
         write_programs(tmp_path, scontrol=SCONTROL, srun=srun, moma=moma)
         environment = os.environ | {
@@ -221,6 +222,7 @@ def array_task(tmp_path):
             "FOUND": str(found),
             "TMPDIR": str(tmp_path),
             "SLURM_JOB_ID": "7",
+            "SLURM_CPUS_PER_TASK": "4",
             "SLURM_ARRAY_TASK_ID": str(task),
             "SLURM_ARRAY_TASK_MIN": str(first),
             "SLURM_ARRAY_TASK_STEP": str(step),
