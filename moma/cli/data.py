@@ -58,6 +58,7 @@ def prepare(
         refuse_unused(ctx, "with --share", "ray", "verify", "plan")
     read = load_recipe(recipe, overrides)
     if plan:
+        refuse_unused(ctx, "with --plan", "ray", "verify")
         _print_plan(read, local_device(), processes, price, as_json)
         return
     refuse_unused(ctx, "without --plan", "price")

@@ -5,8 +5,12 @@ import json
 import pytest
 import torch
 
+from moma.data.encode import estimate as module
 from moma.data.encode.estimate import estimate
-from tests.command_line import moma
+from moma.data.encode.tokens import BATCH_IMAGES
+from moma.data.sources.text import TextConfig
+from moma.tokenizers.text import encode_texts
+from tests.command_line import moma, refuses
 from tests.data.encode.preparing import make_recipe, run
 from tests.factories import write_recipe
 
@@ -20,8 +24,9 @@ def test_an_estimate_is_close_to_what_is_prepared(tmp_path):
     text = before["sources"]["text"]
     assert text["parts"] == 1 and text["documents"] == 60
     assert text["bytes"] == (tmp_path / "words.txt").stat().st_size
-    # Without a codec, the hours of images are unknown.
-    assert before["sources"]["captions"]["hours"] is before["hours"] is before["cost"] is None
+    # Tokenizer and codec need not exist.
+    assert before["tokens"] and before["cost"] == pytest.approx(3 * before["hours"])
+    assert all(found["hours"] > 0 for found in before["sources"].values())
     found = run(recipe, processes=1).summary()
     after = estimate(recipe, CPU, processes=2, price=3.0)
     assert after["parts"] == 5 and after["documents"] == 120 and after["images"] == 60
@@ -37,6 +42,54 @@ def test_the_plan_is_printed_and_nothing_is_written(tmp_path):
     outcome = moma("prepare", tmp_path / "recipe.toml", "--plan", "--json", "--price", "2")
     assert outcome.code == 0 and json.loads(outcome.out)["documents"] == 40
     table = moma("prepare", tmp_path / "recipe.toml", "--plan").out
-    assert "captions" in table and "unknown" in table and "nothing was written" in table
+    assert "captions" in table and "unknown" in table and "nothing was written" in table  # cost
     assert not recipe.data.path.exists()
     assert moma("prepare", tmp_path / "recipe.toml", "--price", "2").code == 2
+    for option in ("--verify", "--ray=auto"):
+        assert "no effect with --plan" in refuses(
+            "prepare", tmp_path / "recipe.toml", "--plan", option
+        )
+
+
+class Clock:
+    """Time that passes only where a test says so."""
+
+    def __init__(self, monkeypatch, module):
+        self.seconds = 0.0
+        for name in ("monotonic", "process_time"):
+            monkeypatch.setattr(module.time, name, lambda: self.seconds)
+
+    def slow(self, function, seconds):
+        def call(*arguments):
+            self.seconds += seconds
+            return function(*arguments)
+
+        return call
+
+
+@pytest.mark.parametrize(("device", "hours"), [("cpu", 30 * 2 / 8), ("meta", 30 * 2 / 3)])
+def test_images_take_the_time_of_all_cores_or_of_all_gpus(tmp_path, monkeypatch, device, hours):
+    recipe = make_recipe(tmp_path, 30)
+    clock = Clock(monkeypatch, module)
+    codec = clock.slow(lambda codec, device, pixels: None, BATCH_IMAGES * 2 * 3600)
+    monkeypatch.setattr(module, "encode_images", codec)
+    monkeypatch.setattr(module, "local_devices", lambda device: [device] * 3)
+    found = estimate(recipe, torch.device(device), processes=8, price=None)
+    assert found["sources"]["captions"]["hours"] == pytest.approx(hours)
+
+
+def test_texts_take_the_time_of_all_threads(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, 30)
+    clock = Clock(monkeypatch, module)
+    monkeypatch.setattr(module, "encode_texts", clock.slow(encode_texts, 30 * 3600))
+    found = estimate(recipe, CPU, processes=2, price=None)["sources"]["text"]
+    assert found["hours"] == pytest.approx(15)
+
+
+def test_text_that_is_not_unicode_has_no_effect(tmp_path):
+    recipe = make_recipe(tmp_path, 20)
+    (tmp_path / "rows.jsonl").write_text('{"text": "half a pair: \\ud800"}\n{"text": "good"}\n')
+    source = TextConfig(path=tmp_path / "rows.jsonl")
+    data = recipe.data.model_copy(update={"sources": (source,)})
+    changed = recipe.model_copy(update={"data": data})
+    assert estimate(changed, CPU, processes=1, price=None)["documents"] == 2
