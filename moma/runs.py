@@ -10,7 +10,7 @@ shards/SOURCE/           checkpoints/       step-00001000, …
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -153,10 +153,18 @@ class Run:
                 f"{self.path}: {' and '.join(_RECIPE_NAMES)} are not written by moma; rename one"
             )
 
-    def create(self, recipe: Config, tokenizers: Tokenizers) -> None:
-        """Write the manifest, with checksums of the tokenizers in use, and the resolved recipe."""
+    def create(
+        self, recipe: Config, tokenizers: Tokenizers, shards: Mapping[str, Config] | None = None
+    ) -> None:
+        """Write the manifest, with checksums of the tokenizers in use, and the resolved recipe.
+
+        Args:
+            shards: of each source, which shards at an address the run trains on.
+        """
         files = {name: checksum(tokenizers.path / name) for name in tokenizers.file_names()}
-        self._write(recipe, {"kind": _KIND, "format": FORMAT, "tokenizers": files})
+        found = {name: config.model_dump(mode="json") for name, config in (shards or {}).items()}
+        own = {"shards": found} if found else {}
+        self._write(recipe, {"kind": _KIND, "format": FORMAT, "tokenizers": files, **own})
 
     def update_recipe(self, recipe: Config) -> None:
         """Replace the recipe of an existing run, or its TOML file if it is missing."""

@@ -28,7 +28,7 @@ from moma.data.remote.reading import (
     LINK_FILE,
     Link,
     RemoteFiles,
-    parse_index,
+    load_index,
     read_indices,
     read_link,
 )
@@ -293,7 +293,7 @@ def _index(
     """The index of a split, saved or at the address; None if files are still to be uploaded."""
     path, files = folder / index_file(split), info.files(folder, split)
     if path.exists():
-        lengths, images = parse_index(path, path.read_bytes())
+        lengths, images = load_index(path, path)
     elif any(file.exists() for file in files):
         return None
     else:

@@ -4,6 +4,7 @@ import logging
 import shlex
 from typing import Any
 
+from moma.data.remote.fetching import published_manifests
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.runs import Run, Tokenizers
@@ -90,7 +91,7 @@ def write_run_folder(run: Run, recipe: Recipe) -> None:
     changes = check_run_folder(run, recipe)
     if not run.exists:
         run.path.mkdir(parents=True, exist_ok=True)
-        run.create(recipe, data)
+        run.create(recipe, data, published_manifests(recipe.data))
     if shown := [
         text for text in changes if not text.startswith(("run:", "data.path:", "data.remote:"))
     ]:

@@ -48,7 +48,7 @@ from moma.train.metrics import MetricsWindow
 from moma.train.monitor import LossMonitor
 from moma.train.pools import warn_of_small_pools
 from moma.train.recipe import Recipe
-from moma.train.restore import require_vocabulary
+from moma.train.restore import read_manifests, require_vocabulary
 from moma.train.stages import (
     InitialState,
     find_source_run,
@@ -86,7 +86,8 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         is_locked = _lock_if_exists(run, recipe, world, stack)
         on_rank_0(world, check_run_folder, run, recipe)
         with raise_on_all_ranks(world):
-            provide_data(recipe.data, refresh=not run.exists)
+            manifests = read_manifests(run) if run.exists else {}
+            provide_data(recipe.data, refresh=not run.exists, manifests=manifests)
         checkpoint, damaged = newest_intact(run.checkpoints, world)
         if checkpoint is not None and _is_finished(checkpoint, recipe):
             on_rank_0(world, write_run_folder, run, recipe)  # restores lost copies of tokenizers

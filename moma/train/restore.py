@@ -5,15 +5,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from pydantic import Field
 
 from moma.data.batches.iterator import training_fingerprint
 from moma.data.remote.fetching import provide_data
+from moma.data.remote.manifest import Manifest
 from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.attention_kernels import kernel_without_compilation
 from moma.model.dispatch import dispatch_for
 from moma.model.routing import ROUTINGS, BatchChoice, Half, RoutingName
 from moma.model.transformer import Transformer
+from moma.recipe import Config, check
 from moma.runs import Run
 from moma.runtime.checkpoint import (
     checkpoints_in,
@@ -36,6 +39,20 @@ ROUTER_RUN = "aux_router"
 def read_run_recipe(run: Run) -> Recipe:
     """The recipe of a run; raises `UserError` if the folder is not a run."""
     return run.read_recipe(Recipe)
+
+
+class _RunShards(Config):
+    shards: dict[str, Manifest] = Field(default={})
+
+
+def read_manifests(run: Run) -> dict[str, Manifest]:
+    """Return which shards at an address a run trains on, by source; none if it has no address.
+
+    Raises:
+        UserError: the folder is not a run, or its manifest is damaged.
+    """
+    shards = run.read_manifest().get("shards", {})
+    return check(_RunShards, {"shards": shards}, str(run.manifest)).shards
 
 
 def newest_checkpoint(run: Run, world: World | None = None) -> Path:
@@ -136,7 +153,7 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
     keys = ("path", "remote", "cache_bytes")
     data = own.data.model_copy(update={key: getattr(recipe.data, key) for key in keys})
     vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
-    provide_data(data)
+    provide_data(data, manifests=read_manifests(run))
     require_data_folder(data.path)
     has_sources = all(data.folder(source.name).is_dir() for source in data.sources)
     found = training_fingerprint(data, vocabulary, own.seed) if has_sources else None

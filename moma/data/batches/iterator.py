@@ -142,7 +142,7 @@ class Batches(grain.DatasetIterator[Batch]):
     def _make_pools(self, with_images: bool, key: str) -> list[Pool]:
         """Pools of the documents with images, or of those without."""
         rows_of = {
-            name: rows
+            name: rows.astype(np.min_scalar_type(len(shard)))  # kept, for billions of documents
             for name, shard in self._shards.items()
             if len(rows := np.flatnonzero((shard.images > 0) == with_images))
         }

@@ -224,8 +224,7 @@ class SourceUpload:
         self._storage.require(self._expected(info, manifest), [self._folder])
         text = manifest.model_dump_json(indent=2) + "\n"
         self._storage.write(source_manifest(source), text.encode())
-        digest = sha256(text.encode()).hexdigest()
-        SourceUpload(self._link.model_copy(update={"manifest": digest}), self._cache).link(folder)
+        SourceUpload(self._link.model_copy(update={"manifest": manifest}), self._cache).link(folder)
 
     def _index(self, info: ShardInfo, split: str) -> bytes:
         """Lengths and images of the documents of a split, from the objects of its files."""

@@ -5,7 +5,7 @@ Arrow files are fetched when they are read (`reading.py`).
 
 import logging
 import shutil
-from hashlib import sha256
+from collections.abc import Mapping
 from pathlib import Path
 
 from moma.data.config import DataConfig
@@ -30,16 +30,21 @@ BESIDE_TOKENIZERS = (DATA_MANIFEST, "codec/metrics.json")
 logger = logging.getLogger(__name__)
 
 
-def provide_data(config: DataConfig, refresh: bool = False) -> None:
+def provide_data(
+    config: DataConfig, refresh: bool = False, manifests: Mapping[str, Manifest] | None = None
+) -> None:
     """Fetch what is needed to open the shards of a recipe; nothing without `data.remote`.
 
     Args:
         refresh: whether shards that changed at the address replace those of this machine.
+        manifests: the shards that are needed, by source, in place of the newest; as
+            `published_manifests` returns them.
 
     Raises:
         UserError: they are not complete at the address, or the data folder has others.
     """
-    if config.remote is None or (not refresh and _is_provided(config)):
+    manifests = manifests or {}
+    if config.remote is None or (not refresh and _is_provided(config, manifests)):
         return
     storage = open_storage(config.remote)
     config.path.mkdir(parents=True, exist_ok=True)
@@ -49,12 +54,19 @@ def provide_data(config: DataConfig, refresh: bool = False) -> None:
                 f"{config.remote}: has no tokenizers yet; run `moma prepare` with this data.remote"
             )
         for source in config.sources:
-            if not fetch_shards(storage, config.folder(source.name), config.cache_bytes):
+            folder, manifest = config.folder(source.name), manifests.get(source.name)
+            if not fetch_shards(storage, folder, config.cache_bytes, manifest):
                 raise UserError(
                     f"{config.remote}: has no complete shards of the source '{source.name}' yet; "
                     "run `moma prepare` with this data.remote to its end"
                 )
     _warn_small_cache(config)
+
+
+def published_manifests(config: DataConfig) -> dict[str, Manifest]:
+    """Return of which shards at the address a data folder is, by source."""
+    links = {source.name: read_link(config.folder(source.name)) for source in config.sources}
+    return {name: link.manifest for name, link in links.items() if link and link.manifest}
 
 
 def fetch_prepared(config: DataConfig) -> None:
@@ -129,27 +141,30 @@ def require_same_tokenizers(storage: Storage, manifest: Manifest, path: Path) ->
         )
 
 
-def fetch_shards(storage: Storage, folder: Path, cache_bytes: int) -> bool:
+def fetch_shards(
+    storage: Storage, folder: Path, cache_bytes: int, manifest: Manifest | None = None
+) -> bool:
     """Fetch what is known of the shards of a source; False if they are not complete there.
 
     Args:
         folder: folder of the shards in a data folder; its name is that of the source.
         cache_bytes: as `data.cache_bytes`.
+        manifest: of the shards; by default the one at the address.
 
     Raises:
         UserError: the shards in the folder were not made for this address, or have to be replaced,
             but have files that moma did not write.
     """
     name = source_manifest(folder.name)
-    content = storage.read(name)
-    if content is None:
+    if manifest is None:
+        manifest = storage.read_config(Manifest, name)
+    if manifest is None:
         return False
-    digest, manifest = sha256(content).hexdigest(), storage.parse(Manifest, name, content)
     link = Link(
         address=storage.address,
         folder=manifest.folder,
         cache_bytes=cache_bytes,
-        manifest=digest,
+        manifest=manifest,
     )
     old = read_link(folder)
     if folder.exists() and (old is None or old.address != storage.address):
@@ -157,7 +172,7 @@ def fetch_shards(storage: Storage, folder: Path, cache_bytes: int) -> bool:
             f"{folder}: was not prepared for data.remote = {storage.address}; run `moma prepare` "
             "with it, which uploads the shards, or choose another data.path"
         )
-    if old is not None and old.manifest == digest:
+    if old is not None and old.manifest == manifest:
         if old != link:
             atomic_write(folder / LINK_FILE, link.model_dump_json() + "\n")
         return True
@@ -192,7 +207,7 @@ def _fetch_files(storage: Storage, name: str, manifest: Manifest, folder: Path) 
     storage.parse(ShardInfo, manifest.object_of(INFO_FILE), (folder / INFO_FILE).read_bytes())
 
 
-def _is_provided(config: DataConfig) -> bool:
+def _is_provided(config: DataConfig, manifests: Mapping[str, Manifest]) -> bool:
     if not (config.path / DATA_MANIFEST).exists():
         return False
     for source in config.sources:
@@ -200,7 +215,9 @@ def _is_provided(config: DataConfig) -> bool:
         link = read_link(folder)
         if link is None or (link.address, link.cache_bytes) != (config.remote, config.cache_bytes):
             return False
-        if not link.manifest:  # prepared here, but not complete at the address
+        if link.manifest is None:  # prepared here, but not complete at the address
+            return False
+        if link.manifest != manifests.get(source.name, link.manifest):
             return False
     return True
 

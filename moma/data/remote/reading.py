@@ -8,7 +8,7 @@ from functools import partial
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -17,7 +17,7 @@ from moma.data.mapped_files import MappedFile
 from moma.data.outputs import CACHE_FOLDER
 from moma.data.remote.address import Address
 from moma.data.remote.cache import Cache
-from moma.data.remote.manifest import Name, index_name, object_name
+from moma.data.remote.manifest import Manifest, Name, index_name, object_name
 from moma.data.remote.storage import open_storage
 from moma.errors import StorageError, UserError, error_reason
 from moma.files import Checksum, read_bounded
@@ -40,13 +40,14 @@ class Link(Config):
         address: as `data.remote`.
         folder: folder of the objects below the address.
         cache_bytes: as `data.cache_bytes`.
-        manifest: SHA-256 of the manifest that the folder was made from; empty if it was not.
+        manifest: of the complete shards at the address that the folder is of; None before they are
+            complete.
     """
 
     address: Address
     folder: Name
     cache_bytes: int
-    manifest: str = ""
+    manifest: Manifest | None = None
 
     def is_intact(self, file: str, expected: Checksum) -> bool:
         """Return whether the object of a file exists and has this size and checksum."""
@@ -183,21 +184,26 @@ def read_indices(link: Link, checksums: Mapping[str, Checksum]) -> np.ndarray:
         object_name(link.folder, index_name(file), expected) for file, expected in checksums.items()
     ]
     found = storage.read_all(names)
-    indices = [parse_index(f"{link.address}/{name}", found[name]) for name in names]
+    indices = [load_index(BytesIO(found[name]), f"{link.address}/{name}") for name in names]
     return np.concatenate([np.empty((2, 0), np.int32), *indices], axis=1)
 
 
-def parse_index(what: object, content: bytes) -> np.ndarray:
+def load_index(file: Path | BytesIO, name: object) -> np.ndarray:
     """Return lengths and numbers of images of documents, int32 of shape [2, documents].
 
+    Args:
+        file: its content, or its path: it is then mapped, so that the ranks of a machine share it.
+        name: what messages call it.
+
     Raises:
-        UserError: `content` is none, or damaged; the message names `what` has it.
+        UserError: it is damaged, or something else.
     """
     try:
-        found: np.ndarray = np.load(BytesIO(content), allow_pickle=False)
+        mode: Literal["r"] | None = "r" if isinstance(file, Path) else None
+        found: np.ndarray = np.load(file, mmap_mode=mode, allow_pickle=False)
         if found.dtype == np.int32 and found.ndim == 2 and len(found) == 2:
             return found
         reason = f"{found.dtype} of shape {list(found.shape)}"
     except (OSError, ValueError, EOFError) as error:
         reason = error_reason(error)
-    raise UserError(f"{what}: damaged ({reason}); remove it, and run `moma prepare --verify`")
+    raise UserError(f"{name}: damaged ({reason}); remove it, and run `moma prepare --verify`")

@@ -1,6 +1,12 @@
 """From preparing to resuming with a real S3 server on this machine."""
 
+import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from contextlib import closing
 
 import datasets
@@ -15,9 +21,13 @@ from moma.data.remote.fetching import provide_data
 from moma.data.remote.storage import open_storage
 from moma.data.shards import open_sources
 from moma.errors import StorageError, UserError
+from moma.runs import Run
 from moma.train.loop import train
 from moma.vocabulary import Vocabulary
+from tests.data.encode.preparing import make_recipe
 from tests.data.remote.test_training import CPU, arrow_files, at, with_data
+from tests.factories import write_recipe
+from tests.ray_nodes import own_environment
 from tests.train.test_loop import WORLD, KilledError, assert_same_run, kill_after
 
 pytestmark = pytest.mark.slow
@@ -106,6 +116,66 @@ def test_prepare_train_and_resume_from_s3(tiny, tmp_path, s3, monkeypatch):
     moved = with_run(with_data(reader, path=tmp_path / "other"), tmp_path / "run")
     assert_same_run(expected, train(moved, WORLD, quiet=True))
     assert arrow_files(tmp_path / "other/cache") and not arrow_files(tmp_path / "other/shards")
+
+
+class Machine:
+    """A folder of its own, and processes that know those of others only by the address."""
+
+    def __init__(self, recipe, folder):
+        folder.mkdir()
+        self.folder, self.data, self.run = folder, folder / "data", Run(folder / "run")
+        recipe = with_run(with_data(recipe, path=self.data), self.run.path)
+        write_recipe(recipe, folder / "my.toml")
+
+    def start(self, verb, *options):
+        return subprocess.Popen(
+            [sys.executable, "-m", "moma", verb, "my.toml", *options],
+            cwd=self.folder,
+            env=own_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def made(self, share, of):
+        """How many files of captions are made that belong to a share."""
+        records = self.data.glob("shards/captions.partial/part-*.json")
+        return sum(int(path.stem.split("-")[1]) % of + 1 == share for path in records)
+
+
+def end(process):
+    out, error = process.communicate()
+    assert process.returncode == 0, error
+    return out
+
+
+def test_two_machines_share_the_work_and_one_is_killed(tiny, tmp_path, s3):
+    local = make_recipe(tmp_path, 400, "local", shard_tokens=300, part_bytes=10 * 2**17)
+    local = local.model_copy(update={"model": tiny.model, "pretrain": tiny.pretrain})
+    prepare(local, CPU, quiet=True)
+    recipe = with_data(local, remote="s3://corpora/shares")
+    first, second, third = (Machine(recipe, tmp_path / name) for name in ("one", "two", "three"))
+    working = first.start("prepare", "--share", "1/2", "--json")
+    killed = second.start("prepare", "--share", "2/2", "--json")
+    while second.made(2, 2) < 5 and killed.poll() is None:
+        time.sleep(0.005)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    again = second.start("prepare", "--share", "2/2", "--json")
+    assert 0 in [json.loads(end(process))["missing_parts"] for process in (working, again)]
+    files: dict[str, str] = {}
+    for name in names_in(s3):
+        if found := re.fullmatch(r"shares/shards/(\w+)/\w+/(.*)-\w{16}\.arrow", name):
+            assert files.setdefault("/".join(found.groups()), name) == name
+    folder = local.data.path / "shards"
+    assert files.keys() == {str(path.with_suffix("")) for path in arrow_files(folder)}
+    for file, name in files.items():
+        content = s3.get_object(Bucket="corpora", Key=name)["Body"].read()
+        assert content == (folder / f"{file}.arrow").read_bytes()
+    end(third.start("train"))
+    expected = train(with_run(local, tmp_path / "expected"), WORLD, quiet=True)
+    assert_same_run(expected, third.run)
 
 
 def test_failures_name_the_address_and_the_remedy(tiny, tmp_path, s3):

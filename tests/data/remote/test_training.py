@@ -16,9 +16,12 @@ from moma.data.inspect import inspect
 from moma.data.remote.fetching import provide_data
 from moma.data.shards import PartRecord
 from moma.errors import UserError
+from moma.runs import Run
 from moma.runtime.world import World
 from moma.train.loop import train
+from moma.train.restore import read_manifests, require_training_data
 from moma.vocabulary import Vocabulary
+from tests.train.test_loop import WORLD, KilledError, assert_same_run, kill_after
 
 CPU = torch.device("cpu")
 ADDRESS = "memory://bucket/corpus"
@@ -304,3 +307,30 @@ def test_the_cache_is_bounded_while_training_reads(tiny, prepared, tmp_path, exp
     assert batches_of(small) == expected
     files = [path.stat().st_size for path in tmp_path.glob("reader/cache/**/*.arrow")]
     assert 0 < sum(files) <= total // 2
+
+
+def test_a_run_resumes_anywhere_with_the_shards_that_it_began_with(
+    tiny, prepared, tmp_path, monkeypatch
+):
+    changes = {"steps": 2, "checkpoint_every": 1, "log_every": 1}
+    recipe = at(tiny, tmp_path / "second").model_copy(
+        update={"pretrain": tiny.pretrain.model_copy(update=changes), "run": tmp_path / "run"}
+    )
+    expected = train(recipe.model_copy(update={"run": tmp_path / "expected"}), WORLD, quiet=True)
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        kill_after(patch, 1)
+        train(recipe, WORLD, quiet=True)
+    prepare(with_data(prepared, held_out=0.5), CPU, quiet=True)
+    moved = with_data(recipe, path=tmp_path / "third")
+    assert_same_run(expected, train(moved, WORLD, quiet=True))
+    require_training_data(expected, with_data(recipe, path=tmp_path / "fourth"))
+    # A folder that has the new ones gets those of the run again.
+    provide_data(moved.data, refresh=True)
+    require_training_data(expected, moved)
+
+
+def test_shards_of_a_run_that_lead_elsewhere_are_refused(tiny_run, tmp_path):
+    values = json.loads(tiny_run.manifest.read_text()) | {"shards": {"text": {"folder": "/etc"}}}
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"run\.json: .*shards\.text\.folder.*absolute"):
+        read_manifests(Run(tmp_path))
