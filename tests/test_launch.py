@@ -1,9 +1,11 @@
 """The launch scripts, with stand-ins for the programs that they call."""
 
+import json
 import os
 import signal
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -265,6 +267,31 @@ def test_a_task_of_an_array_that_is_out_of_time_is_requeued(array_task):
     assert (code, requeued) == (0, True)
 
 
-def test_the_ray_cluster_file_names_existing_node_types():
-    cluster = yaml.safe_load((LAUNCH / "ray.yaml").read_text())
-    assert cluster["head_node_type"] in cluster["available_node_types"]
+@pytest.fixture(scope="module")
+def ray_cluster():
+    return yaml.safe_load((LAUNCH / "ray.yaml").read_text())
+
+
+def test_the_ray_cluster_file_has_keys_and_values_of_ray(ray_cluster):
+    jsonschema, ray = pytest.importorskip("jsonschema"), find_spec("ray")
+    if ray is None or ray.origin is None:
+        pytest.skip("needs Ray")
+    for node_type in ray_cluster["available_node_types"].values():
+        node_type["resources"] = {}  # which Ray asks the provider for
+    schema = Path(ray.origin).parent / "autoscaler/ray-schema.json"
+    jsonschema.validate(ray_cluster, json.loads(schema.read_text()))
+    assert ray_cluster["head_node_type"] in ray_cluster["available_node_types"]
+
+
+def test_machines_of_a_ray_cluster_install_the_repository(ray_cluster, tmp_path):
+    """The shell expands the home folder, and commands of the environment are found afterwards."""
+    python = "#!/bin/bash\nmkdir -p $3/bin && cp $HOME/pip $HOME/ray $3/bin\n"
+    programs = {name: f'#!/bin/bash\necho "{name} $@" >> $HOME/called\n' for name in ("pip", "ray")}
+    write_programs(tmp_path, python3=python, **programs)
+    environment = os.environ | {"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    commands = [*ray_cluster["setup_commands"], ". ~/.bashrc; command -v ray > ~/found"]
+    for command in commands:
+        subprocess.run(["bash", "-c", command], env=environment, check=True)
+    installed = f"pip install -c {tmp_path}/moma/constraints.txt -e {tmp_path}/moma[ray]\n"
+    assert (tmp_path / "called").read_text() == installed
+    assert (tmp_path / "found").read_text() == f"{tmp_path}/venv/bin/ray\n"

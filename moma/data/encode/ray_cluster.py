@@ -43,9 +43,8 @@ class RayCluster:
         """
         ray = connect_to_ray(address, logging_level=logging.ERROR, log_to_driver=False)
         self._ray, self._job = ray, job
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        self._limit = processes or _TASKS_PER_CORE * max(1, int(resources.get("CPU", 1)))
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        self._processes = processes
         self._actors = (
             0 if job.image_size is None else gpus if codec_actors is None else codec_actors
         )
@@ -73,7 +72,8 @@ class RayCluster:
         encode = ray.remote(num_cpus=1, max_retries=ATTEMPTS - 1)(_encode)
         waiting, running = deque(tasks), dict[Any, Task]()
         while waiting or running:
-            while waiting and len(running) < self._limit:
+            limit = self._limit()
+            while waiting and len(running) < limit:
                 task = waiting.popleft()
                 folder = self._job.sources[task.source].unfinished_folder
                 report(Encoded(task, sum(read_records(folder, task.number), PartRecord())))
@@ -87,6 +87,11 @@ class RayCluster:
                 raise error.cause from None
             except ray.exceptions.RayError as error:
                 raise lost_part(task) from error
+
+    def _limit(self) -> int:
+        """Tasks that are submitted at the same time: more as machines join the cluster."""
+        cores = int(self._ray.cluster_resources().get("CPU", 1))
+        return self._processes or _TASKS_PER_CORE * max(1, cores)
 
 
 class Shared(NamedTuple):

@@ -8,12 +8,16 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from moma.data.documents import SourcePart
 from moma.data.encode import prepare, ray_cluster
+from moma.data.encode.worker import Encoded, Task
+from moma.data.shards import PartRecord
 from moma.errors import UserError
 from tests.data.encode.preparing import contents, make_recipe, run
 from tests.data.encode.test_prepare_kills import wait_somewhere, writers
@@ -63,6 +67,50 @@ def test_an_error_of_the_codec_reaches_every_request():
 
     (error,), codes = asyncio.run(request())
     assert isinstance(error, UserError) and codes.tolist() == [[3]]
+
+
+class GrowingCluster:
+    """Of one core, and of four once tasks wait; a task ends when it is waited for."""
+
+    def __init__(self):
+        self.cores, self.submitted, self.ended, self.most = 1, [], 0, 0
+
+    def cluster_resources(self):
+        return {"CPU": float(self.cores)}
+
+    def put(self, job):
+        return job
+
+    def remote(self, **options):
+        return lambda function: SimpleNamespace(remote=self.submit)
+
+    def submit(self, job, task, actor):
+        self.submitted.append(task)
+        return len(self.submitted) - 1
+
+    def wait(self, running):
+        self.cores, self.most = 4, max(self.most, len(running))
+        return running[:1], running[1:]
+
+    def get(self, number):
+        self.ended += 1
+        return Encoded(self.submitted[number], PartRecord(), [])
+
+    def shutdown(self):
+        self.submitted.append("shutdown")
+
+
+@pytest.mark.parametrize(("processes", "most"), [(None, 8), (3, 3)])
+def test_machines_that_join_the_cluster_get_tasks(tmp_path, monkeypatch, processes, most):
+    cluster = GrowingCluster()
+    monkeypatch.setattr(ray_cluster, "connect_to_ray", lambda address, **options: cluster)
+    job: Any = SimpleNamespace(
+        image_size=None, sources={"a": SimpleNamespace(unfinished_folder=tmp_path)}
+    )
+    tasks = [Task("a", number, SourcePart()) for number in range(20)]
+    ray_cluster.RayCluster(job, "auto", processes).run(tasks, lambda encoded: None)
+    assert cluster.submitted == [*tasks, "shutdown"] and cluster.ended == 20
+    assert cluster.most == most
 
 
 @pytest.fixture(scope="module")
