@@ -44,7 +44,8 @@ def study(
     from moma.errors import UserError
     from moma.study.grid import read_study
     from moma.study.processes import run_study
-    from moma.study.results import study_tables, summarize, write_report
+    from moma.study.report import write_report
+    from moma.study.results import study_tables, summarize
 
     read = read_study(file, overrides or ())
     failures = run_study(read, processes, ray, quiet=as_json)

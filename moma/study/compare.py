@@ -22,10 +22,10 @@ from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
-from moma.study.page import Page, captioned, figure, paragraph, tile
+from moma.study.page import Page, captioned, panels, paragraph, tile
 from moma.study.routing_drawing import STYLE, draw_routing
-from moma.study.speedup import speedups
-from moma.study.tables import Table
+from moma.study.speedup import AXES, speedups, with_seconds
+from moma.study.tables import Table, runs_table
 from moma.train.recipe import Recipe
 from moma.train.restore import (
     has_routing,
@@ -49,6 +49,7 @@ class Measured:
     """A run, loaded and evaluated.
 
     Attributes:
+        metrics: log records of pre-training, with `seconds`.
         results: held-out measures by routing: `choice`, and those of `causal` and `auxiliary`
             that the run supports.
     """
@@ -80,7 +81,9 @@ def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
     own = read_run_recipe(run)
     # The curves are those of pre-training, also for a run that trained only routers.
     log = Run(own.from_) if own.stage == "aux_router" and own.from_ else run
-    return Measured(name or run.path.name, run, model, recipe, log.read_metrics(), results)
+    return Measured(
+        name or run.path.name, run, model, recipe, with_seconds(log.read_metrics()), results
+    )
 
 
 def _routings(model: Transformer) -> Sequence[RoutingName]:
@@ -92,7 +95,10 @@ def summary(measured: Sequence[Measured]) -> dict[str, Any]:
     first, *others = measured
     return {
         "runs": {each.name: each.results for each in measured},
-        "speedup": {each.name: speedups(first.metrics, each.metrics) for each in others},
+        "speedup": {
+            each.name: {axis: speedups(first.metrics, each.metrics, axis) for axis in AXES}
+            for each in others
+        },
     }
 
 
@@ -115,10 +121,14 @@ def comparison_tables(result: dict[str, Any]) -> list[Table]:
     baseline = next(iter(result["runs"]))
     speedup = Table(
         "Speed-up η",
-        f"How many times fewer FLOPs than {baseline} a run needs for {baseline}'s final training "
-        "loss; a dash if it does not reach it.",
-        ("run", "all tokens", "text", "images"),
-        [(name, *values.values()) for name, values in result["speedup"].items()],
+        f"How many times fewer FLOPs, and seconds of training, than {baseline} a run needs for "
+        f"{baseline}'s final training loss; a dash if it does not reach it.",
+        ("run", "over", "all tokens", "text", "images"),
+        [
+            (name, over, *values.values())
+            for name, by_axis in result["speedup"].items()
+            for over, values in by_axis.items()
+        ],
     )
     return [held_out, speedup]
 
@@ -146,17 +156,22 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
 
 def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
     """Add the sections that every comparison has."""
-    page.section(
-        "Training loss over compute",
-        paragraph("Smoothed by a line fitted to the records within 25% of each point's FLOPs."),
-        figure(figures.loss_curves({each.name: [each.metrics] for each in measured})),
-    )
+    metrics = {each.name: [each.metrics] for each in measured}
+    for axis, name in AXES.items():
+        page.section(
+            f"Training loss over {name}",
+            paragraph(
+                f"Smoothed by a line fitted to the records within 25% of each point's {axis}."
+            ),
+            panels(figures.loss_curves(metrics, axis)),
+        )
     for each in comparison_tables(summary(measured)):
         page.add_table(each)
     _add_reconstructions(page, measured[0])
     for number, run in enumerate(measured):
         if run.model.config.has_batch_choice:
             _add_routing(page, run, f"routing-{number}")
+    page.add_table(runs_table({each.name: [each.run.path] for each in measured}))
 
 
 def _add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -15,15 +16,19 @@ MARKS = {"ok": "#1a7f4b", "half": "#d29922", "no": "#c2413b"}
 
 def loss_curves(
     variants: Mapping[str, Sequence[Sequence[dict[str, Any]]]], axis: Axis = "flops"
-) -> Figure:
+) -> list[Figure]:
     """Smoothed training loss over FLOPs or seconds: the mean over seeds, and a band of all seeds.
 
     Args:
         variants: the log records of the run of each seed, by variant.
         axis: the records' key.
+
+    Returns:
+        A figure for each loss, without those that no run has.
     """
-    plot = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, (title, key) in zip(plot.subplots(1, len(LOSSES)), LOSSES.items(), strict=True):
+    plots = []
+    for title, key in LOSSES.items():
+        plot, axes = _panel(title, "training FLOPs" if axis == "flops" else "seconds of training")
         for name, runs in variants.items():
             curves = [smoothed(records, key, axis) for records in runs]
             if not all(len(loss) for _, loss in curves):
@@ -35,14 +40,74 @@ def loss_curves(
             losses = np.stack([np.interp(x, at, loss) for at, loss in curves])
             (line,) = axes.plot(x, losses.mean(0), label=name, linewidth=1.6)
             axes.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)
-        axes.set_title(title)
-        axes.set_xlabel("training FLOPs" if axis == "flops" else "seconds of training")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.25, which="both")
-    plot.axes[0].set_ylabel("loss (nats per token)")
-    if plot.axes[0].lines:
-        plot.axes[0].legend(frameon=False)
+        plots.append(plot)
+    return _with_lines(plots)
+
+
+def scaling_laws(scaling: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Figure]:
+    """Held-out loss of every run over FLOPs, the fitted laws, and the predicted intervals.
+
+    Args:
+        scaling: curve → loss → `points`, `law` and `prediction`; see `results.summarize`.
+
+    Returns:
+        A figure for each loss, without those that no run has.
+    """
+    plots = []
+    for title, key in LOSSES.items():
+        plot, axes = _panel(title, "training FLOPs")
+        axes.set_xscale("log")
+        for name, by_loss in scaling.items():
+            if key not in by_loss:
+                continue
+            points, law, prediction = (by_loss[key][of] for of in ("points", "law", "prediction"))
+            (line,) = axes.plot(law["flops"], law["loss"], label=name, linewidth=1.2)
+            color = line.get_color()
+            axes.scatter(points["flops"], points["loss"], s=14, color=color)
+            if law["low"] is not None:
+                axes.fill_between(law["flops"], law["low"], law["high"], color=color, alpha=0.2)
+            if prediction is not None:
+                low, high = prediction["low"], prediction["high"]
+                middle, half = (low + high) / 2, (high - low) / 2
+                axes.errorbar(prediction["flops"], middle, half, fmt="none", color=color, capsize=5)
+        plots.append(plot)
+    return _with_lines(plots)
+
+
+def score_map(scores: Mapping[str, Mapping[str, float]], title: str) -> Figure:
+    """Mean scores of routers: a row for each router and modality, a column for each expert."""
+    table = np.full((len(scores), max(map(len, scores.values()))), np.nan)
+    for row, by_expert in zip(table, scores.values(), strict=True):
+        row[: len(by_expert)] = list(by_expert.values())
+    plot = Figure(figsize=(4.4, 1.2 + 0.18 * len(table)), layout="constrained")
+    axes = plot.subplots()
+    image = axes.imshow(table, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    axes.set_title(title)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("router and modality")
+    axes.set_yticks(range(len(scores)), list(scores), fontsize=7)
+    axes.set_xticks(range(table.shape[1]))
+    plot.colorbar(image)
     return plot
+
+
+def _panel(title: str, x_label: str) -> tuple[Figure, Axes]:
+    plot = Figure(figsize=(4.4, 3.4), layout="constrained")
+    axes = plot.subplots()
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.25, which="both")
+    return plot, axes
+
+
+def _with_lines(plots: Sequence[Figure]) -> list[Figure]:
+    """The figures that show something, with a legend each."""
+    found = [plot for plot in plots if plot.axes[0].lines]
+    for plot in found:
+        plot.axes[0].legend(frameon=False, fontsize=8)
+    return found
 
 
 def sheet(images: Sequence[tuple[Image.Image, str, str]], columns: int = 8) -> Figure:

@@ -52,9 +52,10 @@ class StudyConfig(Config):
 
     Attributes:
         seeds: the recipe's `seed` of each run of a variant.
-        measures: what is measured of each finished run: `held_out` (losses under each routing) and
-            `routing` (what causal routing changes; docs/study.md).
-        batches: number of held-out micro-batches that are measured; 0: all.
+        measures: what is measured of each finished run: `held_out` (losses under each routing),
+            `routing` (what causal routing changes; docs/study.md), `scores` (of routers), and the
+            suites `perplexity`, `captions` and `retrieval` on all held-out documents.
+        batches: number of held-out micro-batches of the first three; 0: all.
     """
 
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1)

@@ -1,13 +1,15 @@
 """What a study measures of a finished run, on the same held-out micro-batches for all its runs.
 
 `held_out`: losses under each routing that the run can use. `routing`: what causal routing changes;
-see `measure_routing`.
+see `measure_routing`. `scores`: see `measure_scores`. `perplexity`, `captions` and `retrieval`:
+suites of `moma evaluate`.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,13 +20,16 @@ from torch import Tensor
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
 from moma.evaluate.perplexity import sum_losses
+from moma.evaluate.suite import run_suite
+from moma.generate.mixed import MixedModel
 from moma.model.routers import RouterRecord
 from moma.model.routing import ROUTINGS, BatchChoice, Noisy, Routing, Threshold
 from moma.model.transformer import Transformer, no_head
 from moma.runs import Run
+from moma.runtime.world import World
 from moma.train.metrics import mean_losses
 from moma.train.recipe import Recipe
-from moma.train.restore import has_routing, load_run, require_training_data
+from moma.train.restore import has_routing, load_run, require_routing, require_training_data
 from moma.train.statistics import router_names
 from moma.train.step import DeviceBatch, run_model, to_device
 from moma.vocabulary import IMAGE, TEXT
@@ -32,6 +37,8 @@ from moma.vocabulary import IMAGE, TEXT
 # Of a run, on so many held-out micro-batches (0: all): figures by name, at any depth.
 Measure = Callable[[Run, int], dict[str, Any]]
 
+# Suites that need no other documents than those of the run.
+HELD_OUT_SUITES = ("perplexity", "captions", "retrieval")
 FLIP_RATES = (0.0025, 0.01, 0.05)
 # Seed of the order of held-out documents, on which batch choice depends.
 _ORDER = 0
@@ -77,7 +84,64 @@ def measure_routing(run: Run, batches: int = 0) -> dict[str, Any]:
     }
 
 
-MEASURES: Mapping[str, Measure] = {"held_out": measure_held_out, "routing": measure_routing}
+@torch.no_grad()
+def measure_scores(run: Run, batches: int = 0) -> dict[str, dict[str, float]]:
+    """Mean score that each expert, or depth gate, gives to the tokens of a modality.
+
+    Returns:
+        By router and modality, such as `3.text+image text`, then by number of the expert: the mean
+        over the tokens that the router chooses from, routed as in training.
+    """
+    model, recipe = _load(run)
+    routing = model.named_routing("choice", record_selection=True)
+    names = model.vocabulary.modalities
+    # Sums over tokens of the scores of each expert, and the number of tokens: [E + 1].
+    sums: dict[str, Tensor] = {}
+    with _held_out(model, recipe, batches) as held_out:
+        for batch in held_out:
+            on_device = _on_device(model, batch)
+            modality_N = model.modality_of_id[on_device.tokens_BS].flatten()
+            records = _records(model, on_device, routing)
+            for name, record in zip(router_names(model), records, strict=True):
+                for modality in (TEXT, IMAGE):
+                    here_N = record.eligible_N & (modality_N == modality)
+                    score_NE = record.logits_NE[here_N].double().sigmoid()
+                    part = torch.cat((score_NE.sum(0), here_N.sum()[None])).cpu()
+                    key = f"{name} {names[modality]}"
+                    sums[key] = sums[key] + part if key in sums else part
+    return {
+        name: {str(e): total / tokens for e, total in enumerate(totals)}
+        for name, (*totals, tokens) in ((name, each.tolist()) for name, each in sums.items())
+        if tokens
+    }
+
+
+def measure_suite(suite: str, run: Run, batches: int = 0) -> dict[str, Any]:
+    """A suite on all held-out documents and on those of each source, under causal routing.
+
+    Args:
+        suite: one of `HELD_OUT_SUITES`.
+        batches: has no effect.
+    """
+    model, recipe = _load(run)
+    require_routing(run, model, "causal")
+    mixed = MixedModel.assemble(model, run.tokenizers, recipe.data.sequence_length)
+    world = World(model.embedding.weight.device)
+    rows = run_suite(suite, mixed, recipe.data, world, quiet=True)["sources"]
+    return {
+        source: {
+            name: value and value["value"] for name, value in row.items() if name != "documents"
+        }
+        for source, row in rows.items()
+    }
+
+
+MEASURES: Mapping[str, Measure] = {
+    "held_out": measure_held_out,
+    "routing": measure_routing,
+    "scores": measure_scores,
+    **{suite: partial(measure_suite, suite) for suite in HELD_OUT_SUITES},
+}
 
 
 def losses(

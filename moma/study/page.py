@@ -64,9 +64,16 @@ def table(content: Table) -> str:
 
 
 def figure(plot: Figure) -> str:
-    """A matplotlib figure as an embedded PNG."""
+    """A matplotlib figure of one plot as an embedded PNG."""
+    axes = plot.axes[0]
+    text = f"{axes.get_title()}: {axes.get_ylabel()} over {axes.get_xlabel()}"
     png = png_bytes(plot, dpi=110, bbox_inches="tight")
-    return f"<img alt='' src='{data_url(png)}'>"
+    return f"<img alt='{html.escape(text)}' src='{data_url(png)}'>"
+
+
+def panels(plots: Iterable[Figure]) -> str:
+    """Figures side by side, or one below the other on a narrow screen."""
+    return f"<div class='panels'>{''.join(map(figure, plots))}</div>"
 
 
 def tile(image: Image.Image, title: str, mark: str = "") -> str:

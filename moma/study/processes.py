@@ -28,7 +28,7 @@ from moma.runtime.processes import exit_with_parent
 from moma.runtime.ray_cluster import connect_to_ray
 from moma.runtime.world import World, local_device
 from moma.study.grid import Study, StudyRun, run_unfinished
-from moma.study.results import FILES
+from moma.study.report import FILES
 from moma.train.recipe import Recipe
 
 _T = TypeVar("_T")

@@ -1,27 +1,23 @@
-"""The results of a study: means and intervals over seeds, as tables, a page and Markdown."""
+"""The results of a study: means and intervals over seeds, and their tables."""
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.special import stdtrit
 
-from moma.data.outputs import write_output
-from moma.study import figures
 from moma.study.grid import Study, StudyRun
-from moma.study.page import Page, figure, paragraph
+from moma.study.measures import HELD_OUT_SUITES
 from moma.study.scaling import MIN_SIZES, Curve, crossings, fit_curve
-from moma.study.speedup import Axis, speedups
-from moma.study.tables import Table, flattened, markdown
+from moma.study.speedup import AXES, LOSSES, speedups
+from moma.study.tables import Table, flattened, runs_table
 
 CONFIDENCE = 0.95
-FILES = ("result.json", "report.html", "report.md")
-_AXES: dict[Axis, str] = {"flops": "compute", "seconds": "time"}
-_LOSSES = ("loss", "loss_text", "loss_image")
+# To how many times the largest FLOPs a law is drawn.
+_DRAWN = 3
+_LOSSES = tuple(LOSSES.values())
 
 
 class Estimate(NamedTuple):
@@ -67,7 +63,8 @@ def summarize(study: Study) -> dict[str, Any]:
         `variants`: variant → `runs` (folders), `seeds`, `measures` (figures by their names, joined
         by a slash) and, except for the first, `speedup` over `flops` and over `seconds`.
         `scaling`: curve → loss → `exponent` and `offset` of the fitted law with the ends of their
-        95% intervals, and the `prediction` of the largest size, or null.
+        95% intervals, the `prediction` of the largest size, or null, and what a figure of them
+        needs: `points` of all runs, and the `law` with a 95% band, or null, at other FLOPs.
         `crossings`: loss → pair of curves → FLOPs at which they cross: `median`, ends of the
         interval, and the share of samples that do.
     """
@@ -91,7 +88,7 @@ def summarize(study: Study) -> dict[str, Any]:
         pairs = [(of_baseline, own) for of_baseline, own in same if of_baseline is not None]
         if pairs:
             found[variant]["speedup"] = {
-                axis: _estimates([speedups(*pair, axis) for pair in pairs]) for axis in _AXES
+                axis: _estimates([speedups(*pair, axis) for pair in pairs]) for axis in AXES
             }
     curves = {key: _curves(study, key) for key in _LOSSES}
     return {
@@ -129,7 +126,17 @@ def _describe_curve(curve: Curve) -> dict[str, Any]:
         "exponent": [first.exponent, *_interval([law.exponent for law in others])],
         "offset": [first.offset, *_interval([law.offset for law in others])],
         "prediction": prediction and prediction._asdict() | {"is_inside": prediction.is_inside},
+        "points": {"flops": curve.flops.tolist(), "loss": curve.loss.tolist()},
+        "law": _describe_law(curve),
     }
+
+
+def _describe_law(curve: Curve) -> dict[str, list[float] | None]:
+    """The fitted law, and quantiles of those of the bootstrap, from the smallest size on."""
+    flops = np.geomspace(curve.flops.min(), _DRAWN * curve.flops.max(), 50)
+    first, *others = ([*map(float, law(flops))] for law in curve.laws)
+    low, high = np.quantile(others, [0.025, 0.975], axis=0).tolist() if others else (None, None)
+    return {"flops": flops.tolist(), "loss": first, "low": low, "high": high}
 
 
 def _describe_crossings(curves: Mapping[str, Curve]) -> dict[str, Any]:
@@ -170,6 +177,7 @@ def study_tables(summary: Mapping[str, Any]) -> list[Table]:
             "Held-out loss",
             f"Nats per target, on the same documents for all runs, by routing. {interval}",
         ),
+        *(_suite_table(result, suite, interval) for suite in HELD_OUT_SUITES),
         Table(
             "Speed-up η",
             f"How many times less than {baseline} a run needs for {baseline}'s final training "
@@ -187,41 +195,9 @@ def study_tables(summary: Mapping[str, Any]) -> list[Table]:
         _agreement_table(result),
         _taken_table(result),
         *_scaling_tables(summary),
-        Table(
-            "Runs",
-            "Each contains its recipe, log and checkpoints.",
-            ("variant", "folders"),
-            [(name, ", ".join(values["runs"])) for name, values in result.items()],
-        ),
+        runs_table({name: values["runs"] for name, values in result.items()}),
     ]
     return [each for each in made if each.rows]
-
-
-def write_report(study: Study, result: Mapping[str, Any]) -> Path:
-    """Write `result.json`, `report.md` and `report.html` into the study's folder."""
-    tables = study_tables(result)
-    by_variant: dict[str, list[list[dict[str, Any]]]] = {}
-    for run in study.runs:
-        by_variant.setdefault(run.variant, []).append(run.read_metrics())
-    page = Page(f"Study: {study.path.name}", f"{study.runs[0].variant} is the baseline.")
-    for axis, title in _AXES.items():
-        page.section(
-            f"Training loss over {title}",
-            paragraph(
-                "Means over seeds of smoothed losses; bands: from the lowest to the highest."
-            ),
-            figure(figures.loss_curves(by_variant, axis)),
-        )
-    for each in tables:
-        page.add_table(each)
-    page.write(study.path / "report.html")
-    parts = [f"# Study: {study.path.name}"]
-    for each in tables:
-        parts += [f"## {each.title}", each.explanation, markdown(each)]
-    write_output(study.path / "report.md", ("\n\n".join(parts) + "\n").encode())
-    content = json.dumps(result, indent=2) + "\n"
-    write_output(study.path / "result.json", content.encode())
-    return study.path / "report.html"
 
 
 def _shown(value: Mapping[str, Any]) -> str:
@@ -245,6 +221,17 @@ def _loss_table(result: Mapping[str, Any], prefix: str, title: str, explanation:
     rows = _rows(result, prefix, _shown)
     cells = [(*names, *(row[key] for key in _LOSSES)) for names, row in rows.items()]
     return Table(title, explanation, ("variant", "routing", "loss", "text", "images"), cells)
+
+
+def _suite_table(result: Mapping[str, Any], suite: str, interval: str) -> Table:
+    rows = _rows(result, suite, _shown)
+    columns = next(iter(rows.values()), {})
+    return Table(
+        f"Suite: {suite}",
+        "On all held-out documents, and on those of each source, under causal routing. " + interval,
+        ("variant", "source", *columns),
+        [(*names, *row.values()) for names, row in rows.items()],
+    )
 
 
 def _agreement_table(result: Mapping[str, Any]) -> Table:

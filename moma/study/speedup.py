@@ -16,6 +16,7 @@ HALF_WIDTH = 0.25
 
 Records = Sequence[dict[str, Any]]
 Axis = Literal["flops", "seconds"]
+AXES: dict[Axis, str] = {"flops": "compute", "seconds": "time"}
 
 
 def with_seconds(records: Records) -> list[dict[str, Any]]:

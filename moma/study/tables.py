@@ -42,6 +42,16 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
+def runs_table(folders: Mapping[str, Sequence[object]]) -> Table:
+    """The folders of the runs of which other tables and figures are made, by their names there."""
+    return Table(
+        "Runs",
+        "Each folder contains the recipe, log and checkpoints of a run.",
+        ("run", "folder"),
+        [(name, folder) for name, own in folders.items() for folder in own],
+    )
+
+
 def markdown(table: Table) -> str:
     """A table with a head as Markdown, without its title and explanation."""
 

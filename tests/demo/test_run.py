@@ -60,7 +60,12 @@ def test_the_result_has_every_figure(demo):
     assert set(result["runs"]) == {"dense", "moe_4t4i"}
     assert set(result["runs"]["dense"]) == {"choice"}
     assert set(result["runs"]["moe_4t4i"]) == {"choice", "causal", "auxiliary"}
-    assert set(result["speedup"]["moe_4t4i"]) == {"all", "text", "image"}
+    speedup = result["speedup"]["moe_4t4i"]
+    assert set(speedup) == {"flops", "seconds"} and set(speedup["flops"]) == {
+        "all",
+        "text",
+        "image",
+    }
     assert set(result["sketches"]["dense"]) == {
         "singles_right",
         "composition_halves_right",

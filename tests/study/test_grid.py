@@ -21,7 +21,8 @@ from moma.runtime.world import World
 from moma.study.grid import Study, StudyRun, read_study, run_unfinished
 from moma.study.measures import measure_held_out, measure_routing
 from moma.study.processes import run_study, visible_gpus
-from moma.study.results import estimate, study_tables, summarize, write_report
+from moma.study.report import score_maps, write_report
+from moma.study.results import estimate, study_tables, summarize
 from moma.study.scaling import PowerLaw
 from moma.study.speedup import speedup
 from moma.train.recipe import Recipe
@@ -328,6 +329,31 @@ def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_pat
     assert summary["crossings"]["loss"]["a and b"]["share"] == 0
     titles = [table.title for table in study_tables(summary)]
     assert {"Scaling of the held-out loss", "Where scaling curves cross"} <= set(titles)
+    assert fit["points"]["flops"] == [1e6 * 4**size for _ in range(3) for size in (1, 2, 3, 4)]
+    drawn = fit["law"]
+    for name in ("loss", "low", "high"):
+        assert drawn[name] == pytest.approx(law(np.array(drawn["flops"])), rel=1e-3)
+    page = write_report(scaled, summary).read_text()
+    assert "Held-out loss over training FLOPs" in page and page.count("data:image/png") == 9
+
+
+def test_suites_have_a_table_and_scores_a_map():
+    def figure(value):
+        return estimate([value])._asdict()
+
+    measures = {
+        "perplexity/all/perplexity": figure(9.0),
+        "perplexity/words/perplexity": figure(None),
+        "scores/0.text text/0": figure(0.25),
+    }
+    variants = {"plain": {"runs": ["r/plain-0"], "seeds": [0], "measures": measures}}
+    tables = study_tables({"variants": variants, "scaling": {}, "crossings": {}})
+    assert [table.title for table in tables] == ["Suite: perplexity", "Runs"]
+    assert tables[0].head == ("variant", "source", "perplexity")
+    assert tables[0].rows == [("plain", "all", "9"), ("plain", "words", "–")]
+    assert tables[1].rows == [("plain", "r/plain-0")]
+    (plot,) = score_maps(variants)
+    assert plot.axes[0].get_title() == "plain, seed 0"
 
 
 def test_the_mean_has_the_digits_of_its_interval():
@@ -341,7 +367,7 @@ def test_the_report_names_every_run(study, tmp_path):
     text = (study.path / "report.md").read_text()
     for run in study.runs:
         assert str(run.run.path) in page and str(run.run.path) in text
-    assert page.count("data:image/png") == 2  # loss over FLOPs, and over time
+    assert page.count("data:image/png") == 6  # three losses over FLOPs, and over time
     assert json.loads((study.path / "result.json").read_text())["variants"].keys() == {
         "plain",
         "deep",

@@ -1,5 +1,7 @@
-"""Agreement with batch choice by modality, and data that is closed after an error."""
+"""Agreement with batch choice, scores, suites, and data that is closed after an error."""
 
+import json
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,13 +10,16 @@ import torch
 
 from moma.model.depth import DepthConfig
 from moma.model.routing import Routing
+from moma.runs import Run
 from moma.runtime.world import World
 from moma.study import measures
-from moma.study.measures import losses, measure_routing
+from moma.study.measures import MEASURES, losses, measure_routing, measure_scores
 from moma.train.loop import train
 from moma.train.restore import load_run
+from moma.train.statistics import router_names
 from moma.train.step import no_head, run_model, to_device
 from moma.vocabulary import IMAGE, TEXT
+from tests.command_line import succeeds
 from tests.study.test_grid import held_out
 
 CPU = torch.device("cpu")
@@ -67,3 +72,36 @@ def test_held_out_data_is_closed_when_its_consumer_fails(tiny, monkeypatch):
     with pytest.raises(MemoryError) as error:
         losses(model, tiny, Routing(), 0)
     assert closed and error.value
+
+
+@torch.no_grad()
+def test_scores_equal_slow_means_over_tokens(trained):
+    run = Run(trained / "run")
+    model, recipe = load_run(run)
+    slow: dict[tuple[str, str], list[float]] = {}
+    for batch in held_out(model, recipe):
+        on_device = to_device(batch, CPU)
+        modalities = model.modality_of_id[on_device.tokens_BS].flatten().tolist()
+        routing = model.named_routing("choice", record_selection=True)
+        records = run_model(model, on_device, routing, no_head).routers
+        for name, record in zip(router_names(model), records, strict=True):
+            for n, modality in enumerate(modalities):
+                if record.eligible_N[n]:
+                    key = f"{name} {model.vocabulary.modalities[modality]}"
+                    for e, logit in enumerate(record.logits_NE[n].tolist()):
+                        slow.setdefault((key, str(e)), []).append(1 / (1 + math.exp(-logit)))
+    found = measure_scores(run)
+    assert len(slow) == sum(map(len, found.values()))
+    for (router, expert), scores in slow.items():
+        assert found[router][expert] == pytest.approx(sum(scores) / len(scores), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["perplexity", "captions"])
+def test_suites_of_a_study_are_those_of_evaluate(trained, name):
+    found = MEASURES[name](Run(trained / "run"), 0)
+    printed = json.loads(succeeds("evaluate", trained / "run", "--suite", name, "--json"))
+    for source, row in printed["sources"].items():
+        expected = {key: value for key, value in row.items() if key != "documents"}
+        values = {key: each and each["value"] for key, each in expected.items()}
+        assert found[source] == pytest.approx(values)
+    assert found.keys() == printed["sources"].keys()
