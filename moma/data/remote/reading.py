@@ -204,6 +204,8 @@ def load_index(file: Path | BytesIO, name: object) -> np.ndarray:
         if found.dtype == np.int32 and found.ndim == 2 and len(found) == 2:
             return found
         reason = f"{found.dtype} of shape {list(found.shape)}"
-    except (OSError, ValueError, EOFError) as error:
+    except OSError as error:
         reason = error_reason(error)
+    except (ValueError, EOFError):  # whose message advises to unpickle it
+        reason = "truncated, or no array"
     raise UserError(f"{name}: damaged ({reason}); remove it, and run `moma prepare --verify`")

@@ -2,6 +2,7 @@
 
 import os
 import random
+from io import BytesIO
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -11,7 +12,7 @@ import pytest
 
 from moma.data.remote import reading
 from moma.data.remote.manifest import object_name
-from moma.data.remote.reading import Link, RemoteFiles
+from moma.data.remote.reading import Link, RemoteFiles, index_bytes, load_index
 from moma.data.remote.storage import Storage
 from moma.errors import StorageError, UserError
 from tests.data.encode.encoding import encode_source
@@ -118,3 +119,21 @@ def test_a_failed_download_is_tried_again(checksums, tmp_path, monkeypatch, caps
         f"moma: no network {number} (trying again in 0 s)\n" for number in (1, 2)
     )
     assert process.read(reader, 5) == expected_ids(5)
+
+
+def test_an_index_is_mapped_from_its_file(tmp_path):
+    path = tmp_path / "train.npy"
+    for documents in (5, 0):
+        path.write_bytes(index_bytes(np.arange(documents), np.zeros(documents)))
+        found = load_index(path, path)
+        assert found.tolist() == [[*range(documents)], [0] * documents]
+        assert isinstance(found, np.memmap)
+
+
+@pytest.mark.parametrize("content", [b"", b"no array" * 9, index_bytes(*np.eye(2))[:-1]])
+def test_a_damaged_index_is_named(tmp_path, content):
+    path = tmp_path / "train.npy"
+    path.write_bytes(content)
+    for file in (path, BytesIO(content)):
+        with pytest.raises(UserError, match=r"train\.npy: damaged \(trunc.*array\); remove"):
+            load_index(file, path)
