@@ -13,7 +13,6 @@ from torch import Tensor
 
 from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.data.batches.packing import Batch
-from moma.data.remote.fetching import provide_data
 from moma.errors import SharedError, StoppedError, UserError
 from moma.files import lock_folder
 from moma.model.transformer import Transformer
@@ -48,7 +47,7 @@ from moma.train.metrics import MetricsWindow
 from moma.train.monitor import LossMonitor
 from moma.train.pools import warn_of_small_pools
 from moma.train.recipe import Recipe
-from moma.train.restore import read_manifests, require_vocabulary
+from moma.train.restore import provide_training_data, require_vocabulary
 from moma.train.stages import (
     InitialState,
     find_source_run,
@@ -85,9 +84,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         stop_request = stack.enter_context(interruption(world))
         is_locked = _lock_if_exists(run, recipe, world, stack)
         on_rank_0(world, check_run_folder, run, recipe)
-        with raise_on_all_ranks(world):
-            manifests = read_manifests(run) if run.exists else {}
-            provide_data(recipe.data, refresh=not run.exists, manifests=manifests)
+        provide_training_data(run, recipe, world)
         checkpoint, damaged = newest_intact(run.checkpoints, world)
         if checkpoint is not None and _is_finished(checkpoint, recipe):
             on_rank_0(world, write_run_folder, run, recipe)  # restores lost copies of tokenizers

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from moma.data.batches.iterator import training_fingerprint
-from moma.data.remote.fetching import provide_data
+from moma.data.remote.fetching import provide_data, published_manifests
 from moma.data.remote.manifest import Manifest
 from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
@@ -26,7 +26,7 @@ from moma.runtime.checkpoint import (
     read_rank_states,
     read_state,
 )
-from moma.runtime.world import World, local_device
+from moma.runtime.world import World, from_rank_0, local_device, raise_on_all_ranks
 from moma.train.recipe import Recipe
 from moma.train.thresholds import load_thresholds
 from moma.vocabulary import Vocabulary
@@ -45,7 +45,7 @@ class _RunShards(Config):
     shards: dict[str, Manifest] = Field(default={})
 
 
-def read_manifests(run: Run) -> dict[str, Manifest]:
+def trained_shards(run: Run) -> dict[str, Manifest]:
     """Return which shards at an address a run trains on, by source; none if it has no address.
 
     Raises:
@@ -53,6 +53,27 @@ def read_manifests(run: Run) -> dict[str, Manifest]:
     """
     shards = run.read_manifest().get("shards", {})
     return check(_RunShards, {"shards": shards}, str(run.manifest)).shards
+
+
+def provide_training_data(run: Run, recipe: Recipe, world: World) -> None:
+    """Fetch what a run trains on, of `data.remote`; all ranks call it together.
+
+    A run that begins trains on the newest shards: the same on all machines, also if others are
+    published meanwhile.
+
+    Raises:
+        UserError: as for `provide_data`.
+    """
+    manifests = from_rank_0(world, _fetch_shards, run, recipe)
+    with raise_on_all_ranks(world):
+        provide_data(recipe.data, manifests=manifests)
+
+
+def _fetch_shards(run: Run, recipe: Recipe) -> dict[str, Manifest]:
+    if run.exists:
+        return trained_shards(run)
+    provide_data(recipe.data, refresh=True)
+    return published_manifests(recipe.data)
 
 
 def newest_checkpoint(run: Run, world: World | None = None) -> Path:
@@ -153,7 +174,7 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
     keys = ("path", "remote", "cache_bytes")
     data = own.data.model_copy(update={key: getattr(recipe.data, key) for key in keys})
     vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
-    provide_data(data, manifests=read_manifests(run))
+    provide_data(data, manifests=trained_shards(run))
     require_data_folder(data.path)
     has_sources = all(data.folder(source.name).is_dir() for source in data.sources)
     found = training_fingerprint(data, vocabulary, own.seed) if has_sources else None

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from moma.data.encode.prepare import prepare
 from moma.errors import UserError
 from moma.model.transformer import Transformer
 from moma.model.upcycling import upcycle
@@ -26,6 +27,7 @@ from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
 from moma.train.loop import train
 from moma.train.recipe import Recipe
+from moma.train.restore import provide_training_data
 from moma.train.stages import find_source_run, prepare_model
 from moma.vocabulary import Vocabulary
 from tests.distributed.jobs import HYBRID, ONE_PROCESS, recipe_of
@@ -168,6 +170,26 @@ def test_required_disk_space_is_that_of_one_replica(tiny, tmp_path):
 
 def test_two_ranks_start_with_the_weights_of_one_process(tiny, seeds):
     on_ranks(2, job_of_two, tiny, seeds)
+
+
+def provide_on_rank(world: World, recipe: Recipe, folder: Path) -> None:
+    data = {"path": folder / f"{world.rank}", "remote": f"file://{folder}/at-{world.rank}"}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=data)})
+    provide_training_data(Run(folder / "run"), recipe, world)
+
+
+def test_machines_train_on_the_same_shards_also_if_others_are_published(tiny, tmp_path):
+    """As if they were published after rank 0 has fetched its own."""
+    own = {"path": tmp_path / "own", "remote": f"file://{tmp_path}/at-0"}
+    data = tiny.data.model_copy(update={**own, "tokenizers": tiny.data.path})
+    prepare(tiny.model_copy(update={"data": data}), ONE_PROCESS.device, quiet=True)
+    shutil.copytree(tmp_path / "at-0", tmp_path / "at-1")
+    changed = data.model_copy(update={"remote": f"file://{tmp_path}/at-1", "path": tmp_path / "b"})
+    changed = changed.model_copy(update={"held_out": 0.5})
+    prepare(tiny.model_copy(update={"data": changed}), ONE_PROCESS.device, quiet=True)
+    on_ranks(2, provide_on_rank, tiny, tmp_path)
+    first, second = (tmp_path / f"{rank}/shards/text/shard.json" for rank in (0, 1))
+    assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -19,7 +19,7 @@ from moma.errors import UserError
 from moma.runs import Run
 from moma.runtime.world import World
 from moma.train.loop import train
-from moma.train.restore import read_manifests, require_training_data
+from moma.train.restore import require_training_data, trained_shards
 from moma.vocabulary import Vocabulary
 from tests.train.test_loop import WORLD, KilledError, assert_same_run, kill_after
 
@@ -333,4 +333,4 @@ def test_shards_of_a_run_that_lead_elsewhere_are_refused(tiny_run, tmp_path):
     values = json.loads(tiny_run.manifest.read_text()) | {"shards": {"text": {"folder": "/etc"}}}
     (tmp_path / "run.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match=r"run\.json: .*shards\.text\.folder.*absolute"):
-        read_manifests(Run(tmp_path))
+        trained_shards(Run(tmp_path))
