@@ -8,6 +8,7 @@ documents     `ListSource`
 files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
               `write_sources` (captions and text for `tiny_recipe`)
 operations    `OperationCounter`
+runs          `replace_weights`
 recipes       `tiny_recipe`, `values_of_recipe`, `write_recipe`, `write_minimal_recipe`
               (with only the required keys), `synthetic_recipe` (without data)
 tokens        `make_segments`, `make_context` (what layers know of packed documents)
@@ -16,9 +17,10 @@ tokens        `make_segments`, `make_context` (what layers know of packed docume
 import io
 import json
 import math
+import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,15 @@ from moma.model.attention_kernels import (
 )
 from moma.model.decoder_layer import TokenContext
 from moma.recipe import Config, check, to_toml
-from moma.runs import Tokenizers
+from moma.runs import Run, Tokenizers
+from moma.runtime.checkpoint import (
+    checkpoints_in,
+    read_state,
+    save_weights,
+    step_of,
+    stored_weights,
+)
+from moma.runtime.weights import Weights
 from moma.tokenizers.image.codec import CodecConfig, ImageCodec
 from moma.tokenizers.text import TextTokenizerConfig, train_text_tokenizer, vocabulary_of
 from moma.train.recipe import Recipe
@@ -338,6 +348,17 @@ def synthetic_recipe(
         **sections,
     }
     return check(Recipe, values, "small")
+
+
+def replace_weights(run: Run, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """Change the weights of a run, whose only checkpoint then has nothing else."""
+    path = checkpoints_in(run.checkpoints)[-1]
+    stored, state = stored_weights(path), read_state(path)
+    weights = stored.read(stored.meta_tensors)
+    change(weights)
+    shutil.rmtree(run.checkpoints)
+    save_weights(run.checkpoints, step_of(path), Weights.from_tensors(weights), state)
+    return path
 
 
 class OperationCounter(TorchDispatchMode):

@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -76,12 +77,15 @@ class MomaForCausalLM(PreTrainedModel, GenerationMixin):
         if not isinstance(module, Transformer):
             return
         module.modality_of_id.copy_(torch.from_numpy(module.vocabulary.modality_of_id))
-        named = dict(module.named_parameters())
+        named = module.state_dict(keep_vars=True)
         new = [name for name in named if not getattr(named[name], "_is_hf_initialized", False)]
         if len(new) == len(named):
             module.initialize(seed=0)
         elif new:
-            raise UserError(f"the weights lack {list_names(new, 3)}; get a complete copy")
+            raise UserError(
+                f"the weights lack {list_names(new, 3)}; get a complete copy, or export the run "
+                "again with this version of moma"
+            )
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -147,6 +151,7 @@ class MomaForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args: Any,
         mode: Mode = "mixed",
         logits_processor: LogitsProcessorList | None = None,
@@ -155,19 +160,28 @@ class MomaForCausalLM(PreTrainedModel, GenerationMixin):
         """As `GenerationMixin.generate`, with complete images only.
 
         Args:
-            inputs, args, kwargs: of `GenerationMixin.generate`.
+            inputs, generation_config, args, kwargs: of `GenerationMixin.generate`.
             mode: what to generate: `text`, one `image`, or `mixed`.
         """
         prompt_BS = kwargs["input_ids"] if inputs is None else inputs
-        vocabulary, limit = self.model.vocabulary, self.config.max_position_embeddings
-        if (new_tokens := kwargs.get("max_new_tokens")) is not None:
-            limit = min(limit, prompt_BS.shape[1] + new_tokens)
+        vocabulary, context = self.model.vocabulary, self.config.max_position_embeddings
+        configs = [each for each in (generation_config, self.generation_config) if each is not None]
+
+        def option(name: str) -> int | None:
+            values = (kwargs.get(name), *(getattr(each, name) for each in configs))
+            return next((value for value in values if value is not None), None)
+
+        if (new_tokens := option("max_new_tokens")) is not None:
+            length = prompt_BS.shape[1] + new_tokens
+        elif (length := option("max_length")) is None:
+            length = kwargs["max_length"] = context
         if mode == "image":
             kwargs = {"eos_token_id": vocabulary.end_image} | kwargs
-        processors = [GrammarProcessor(vocabulary, mode, limit), *(logits_processor or [])]
+        grammar = GrammarProcessor(vocabulary, mode, min(length, context))
+        processors = LogitsProcessorList([grammar, *(logits_processor or [])])
         base: Any = super()
         return base.generate(
-            inputs, *args, logits_processor=LogitsProcessorList(processors), **kwargs
+            inputs, generation_config, *args, logits_processor=processors, **kwargs
         )
 
 
@@ -192,7 +206,7 @@ class GrammarProcessor(LogitsProcessor):
 
     def _allowed(self, tokens: list[int]) -> Tensor:
         grammar = Grammar(self._vocabulary, self._mode)
-        for token in tokens:
+        for token in tokens[-self._vocabulary.image_span :]:  # all of an unfinished image
             grammar.advance(token)
         allowed = grammar.allowed(self._limit - len(tokens))
         if allowed.codes:

@@ -40,7 +40,7 @@ from moma.hub.folder import (
 from moma.model.architecture import ModelConfig
 from moma.model.transformer import Transformer
 from moma.runs import Run, Tokenizers
-from moma.runtime.checkpoint import stored_weights
+from moma.runtime.checkpoint import matching_weights
 from moma.runtime.weights import (
     FILE_BYTES,
     Weights,
@@ -119,11 +119,9 @@ def export_chameleon(run: Run, folder: Path, file_bytes: int = FILE_BYTES) -> li
     require_expressible(recipe.model, str(run.recipe))
     vocabulary = Vocabulary.load(run.tokenizers.vocabulary)
     checkpoint = newest_checkpoint(run)
-    stored = stored_weights(checkpoint)
-    names = port_names(recipe.model.layers)
-    if missing := sorted(names.keys() - stored.meta_tensors.keys()):
-        raise UserError(f"{checkpoint}: has no {missing[0]}; it belongs to another model")
-    weights = stored.renamed(names)
+    with torch.device("meta"):
+        model = Transformer(recipe.model, vocabulary, recipe.shares)
+    weights = matching_weights(checkpoint, model).renamed(port_names(recipe.model.layers))
     dtype = weights.meta_tensors["lm_head.weight"].dtype
     images, image_config, notes = _images(run.tokenizers, vocabulary, dtype)
     with new_folder(folder) as partial:

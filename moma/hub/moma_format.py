@@ -34,7 +34,7 @@ from moma.model.routing import ROUTINGS, CausalName
 from moma.model.transformer import Transformer
 from moma.recipe import Config, check
 from moma.runs import Run, Tokenizers
-from moma.runtime.checkpoint import stored_weights
+from moma.runtime.checkpoint import matching_weights
 from moma.runtime.weights import (
     FILE_BYTES,
     Weights,
@@ -142,7 +142,7 @@ def export_moma(
         write_weights(weights.renamed(named), partial, file_bytes)
         dtype = weights.meta_tensors[_EMBEDDING].dtype
         write_json(partial / CONFIG_FILE, _config(recipe, model, dtype))
-        write_json(partial / "generation_config.json", _generation_config(recipe, vocabulary))
+        write_json(partial / "generation_config.json", _generation_config(vocabulary))
         _copy_tokenizers(tokenizers, partial)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         card = model_card(folder.name, repo, run, recipe, vocabulary, parameters, measures)
@@ -199,8 +199,12 @@ def _folder_weights(folder: Path, config: HubConfig, vocabulary: Vocabulary) -> 
         # As `transformers` saves it.
         stored |= Weights.from_tensors({head: stored.read([embedding])[embedding]})
     expected = {PREFIX + name: tensor for name, tensor in model.items()}
-    message = f"{folder}: the weights do not match {CONFIG_FILE}"
-    require_match(stored.meta_tensors, expected, message)
+    require_match(
+        stored.meta_tensors,
+        expected,
+        f"{folder}: the weights do not match {CONFIG_FILE}",
+        "get a complete copy, or export the run again with this version of moma",
+    )
     return stored.renamed({name: name.removeprefix(PREFIX) for name in expected})
 
 
@@ -210,13 +214,19 @@ def _checkpoint_weights(
     """A run's model on the meta device, except for its thresholds, and its weights."""
     with torch.device("meta"):
         model = Transformer(recipe.model, vocabulary, recipe.shares)
-    stored = stored_weights(loaded.checkpoint)
-    cutoffs = stored.read(name for name in stored.meta_tensors if name.endswith(".cutoff_means_3E"))
+    stored = matching_weights(loaded.checkpoint, model)
+    expected = model.state_dict()
+    # Buffers that are not stored are zero, as in a new model.
+    cutoffs = {
+        name: torch.zeros_like(expected[name], device="cpu")
+        for name in expected.keys() - stored.meta_tensors.keys()
+    }
+    cutoffs |= stored.read(
+        name for name in stored.meta_tensors if name.endswith(".cutoff_means_3E")
+    )
     cutoffs |= read_thresholds(run, loaded.checkpoint, model)
     others = {name: name for name in stored.meta_tensors if name not in cutoffs}
     weights = stored.renamed(others) | Weights.from_tensors(cutoffs)
-    message = f"{loaded.checkpoint}: belongs to another model"
-    require_match(weights.meta_tensors, model.state_dict(), message)
     model.load_state_dict(cutoffs, strict=False, assign=True)
     model.has_auxiliary = loaded.has_auxiliary
     if loaded.has_auxiliary and not model.has_thresholds:
@@ -246,13 +256,12 @@ def _config(recipe: Recipe, model: Transformer, dtype: torch.dtype) -> dict[str,
     }
 
 
-def _generation_config(recipe: Recipe, vocabulary: Vocabulary) -> dict[str, Any]:
+def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
     sampling = Sampling()
     return {
         "bos_token_id": vocabulary.beginning,
         "eos_token_id": vocabulary.end,
         "pad_token_id": vocabulary.padding,
-        "max_length": recipe.data.sequence_length,
         "do_sample": True,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from moma.errors import SharedError, UserError, error_reason
 from moma.files import atomic_write, checksum, read_json
 from moma.runtime.manifest import find_damage, read_manifest, write_manifest
-from moma.runtime.weights import FILE_BYTES, Weights, write_weights
+from moma.runtime.weights import FILE_BYTES, Weights, require_match, write_weights
 from moma.runtime.world import World, gather
 
 # A single process saves and loads without a process group on purpose.
@@ -34,6 +34,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 _OPTIONS = dcp_state.StateDictOptions(flatten_optimizer_state_dict=True)
 _NAME = re.compile(r"step-(\d{8,})")
+# Thresholds of earlier versions, which were averaged otherwise; they are not read.
+_FORMER_BUFFER = ".cutoffs_3E"
 # One that has taken a step, or several such of parts of the model.
 Optimizers = Optimizer | tuple[Optimizer, ...]
 
@@ -127,14 +129,13 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizers, world: 
 
 
 def load_model(path: Path, model: nn.Module, world: World) -> None:
-    """Restore a model, sharded or not; raises `UserError` if it has other weights.
+    """Restore a model, sharded or not; see `matching_weights` for the errors.
 
     Buffers that the checkpoint lacks keep their values.
     """
+    found = matching_weights(path, model).meta_tensors
     tensors = _model_tensors(model)
-    buffers = {f"model.{name}" for name, _ in model.named_buffers()}
-    absent = buffers - {f"model.{name}" for name in stored_weights(path).meta_tensors}
-    stored = {name: tensor for name, tensor in tensors.items() if name not in absent}
+    stored = {key: tensor for key, tensor in tensors.items() if key.removeprefix("model.") in found}
     _load_tensors(path, stored, world)
     weights = {key.removeprefix("model."): value for key, value in tensors.items()}
     dcp_state.set_model_state_dict(model, weights)
@@ -181,7 +182,9 @@ def stored_weights(path: Path) -> Weights:
     meta_tensors: dict[str, Tensor] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in stored.state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        if name.startswith("model.")
+        and not name.endswith(_FORMER_BUFFER)
+        and isinstance(entry, TensorStorageMetadata)
     }
 
     def read(names: Iterable[str]) -> dict[str, Tensor]:
@@ -191,6 +194,27 @@ def stored_weights(path: Path) -> Weights:
 
     names = {name: name.removeprefix("model.") for name in meta_tensors}
     return Weights(meta_tensors, read).renamed(names)
+
+
+def matching_weights(path: Path, model: nn.Module) -> Weights:
+    """The weights in a checkpoint, checked to be those of a model; buffers may be missing.
+
+    Args:
+        model: sharded or not, on any device.
+
+    Raises:
+        UserError: the checkpoint is damaged, or has other weights.
+    """
+    stored = stored_weights(path)
+    optional = {name for name, _ in model.named_buffers()} - stored.meta_tensors.keys()
+    tensors = {key.removeprefix("model."): value for key, value in _model_tensors(model).items()}
+    require_match(
+        stored.meta_tensors,
+        {name: tensor for name, tensor in tensors.items() if name not in optional},
+        f"{path}: its weights are not those of the model in the run's recipe",
+        "restore it from a copy, or use the recipe and the version of moma that wrote it",
+    )
+    return stored
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -109,13 +109,16 @@ def open_file(file: Path) -> Weights:
 
 
 def require_match(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], message: str
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    message: str,
+    hint: str = "get a complete copy",
 ) -> None:
     """Check names, shapes and dtypes of weights; a float may have any dtype of `FLOAT_TYPES`.
 
     Args:
         expected: tensors as they should be, on any device.
-        message: begins the error's message.
+        message, hint: begin and end the error's message.
 
     Raises:
         UserError: it names the first weights that are missing, unknown or different.
@@ -124,14 +127,13 @@ def require_match(
     if missing or unknown:
         raise UserError(
             f"{message} ({len(missing)} missing: {list_names(missing, 3)}; "
-            f"{len(unknown)} unknown: {list_names(unknown, 3)}); get a complete copy"
+            f"{len(unknown)} unknown: {list_names(unknown, 3)}); {hint}"
         )
     for name, tensor in found.items():
         shape, dtype = tuple(expected[name].shape), expected[name].dtype
         if tuple(tensor.shape) != shape:
             raise UserError(
-                f"{message} ({name} has shape {tuple(tensor.shape)} instead of {shape}); get a "
-                "complete copy"
+                f"{message} ({name} has shape {tuple(tensor.shape)} instead of {shape}); {hint}"
             )
         if tensor.dtype not in (FLOAT_TYPES if dtype.is_floating_point else (dtype,)):
             raise UserError(f"{message} ({name} is {tensor.dtype}); convert it to {dtype}")

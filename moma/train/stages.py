@@ -17,9 +17,9 @@ from moma.runtime.allocator import keep_freed_memory
 from moma.runtime.checkpoint import (
     is_weights_only,
     load_model,
+    matching_weights,
     read_rank_states,
     read_state,
-    stored_weights,
 )
 from moma.runtime.float8 import use_float8
 from moma.runtime.optimizer import make_optimizers
@@ -225,7 +225,9 @@ def _initialize(recipe: Recipe, model: Transformer, source: SourceRun | None) ->
         return
     from moma.model.upcycling import upcycle
 
-    upcycle(stored_weights(source.checkpoint), source.recipe.model, model, fill)
+    with torch.device("meta"):
+        seed = Transformer(source.recipe.model, model.vocabulary, source.recipe.shares)
+    upcycle(matching_weights(source.checkpoint, seed), source.recipe.model, model, fill)
 
 
 def _compile(model: Transformer, whole_layers: bool) -> None:

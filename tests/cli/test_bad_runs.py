@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from moma.runs import Run
 from tests.command_line import (
     refuses,
     succeeds,
 )
+from tests.factories import replace_weights
 
 
 @pytest.fixture
@@ -57,6 +59,37 @@ def test_a_damaged_checkpoint_is_named(without_routers):
     for path in without_routers.glob("checkpoints/*/tensors/*"):
         path.write_bytes(path.read_bytes()[:1000])
     assert "step-00000004" in refuses("evaluate", without_routers)
+
+
+STAGE = ("steps=2", "log_every=1", "checkpoint_every=1")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        ("evaluate", "{run}"),
+        ("generate", "{run}", "--prompt", "box", "--mode", "text"),
+        ("inspect", "{run}", "--prompt", "box", "--out", "{out}"),
+        ("calibrate", "{run}"),
+        ("report", "{run}", "--out", "{out}"),
+        ("export", "{run}", "{out}"),
+        ("train", "{recipe}", "from={run}", "run={out}"),
+        ("train", "{recipe}", "from={run}", "run={out}", "stage=aux_router"),
+        (
+            *("train", "{recipe}", "from={run}", "run={out}", "stage=upcycle"),
+            *(f"upcycle.{key}" for key in STAGE),
+        ),
+    ],
+)
+def test_weights_of_another_model_are_named(trained, tmp_path, without_routers, call):
+    def change(weights):
+        weights["layers.0.other.weight"] = weights.pop("norm.weight")
+
+    checkpoint = replace_weights(Run(without_routers), change)
+    fill = {"run": without_routers, "out": tmp_path / "out", "recipe": trained / "recipe.toml"}
+    message = refuses(*(argument.format(**fill) for argument in call))
+    assert f"{checkpoint}: its weights are not those of the model" in message
+    assert "1 missing: norm.weight; 1 unknown: layers.0.other.weight" in message
 
 
 def test_a_damaged_tokenizer_is_named(trained, tmp_path):

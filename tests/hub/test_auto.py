@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, GenerationConfig
+from transformers.generation import utils as generation
 
 import moma
 import moma.hub.auto  # registers
@@ -14,6 +16,7 @@ from moma.errors import UserError
 from moma.generate.decode import decode
 from moma.generate.sampling import Sampling
 from moma.generate.sequence import Branch, Options, Request
+from moma.hub.auto import GrammarProcessor
 from moma.hub.moma_format import export_moma, import_moma
 from moma.runs import Run
 from moma.train.restore import load_run
@@ -79,6 +82,40 @@ def test_caches_and_beams_change_nothing_else(model, inputs):
     assert torch.equal(*beams)
 
 
+def test_a_limit_of_new_tokens_causes_no_warning(model, inputs, monkeypatch):
+    logged = []
+    monkeypatch.setattr(generation.logger, "warning", lambda *arguments: logged.append(arguments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.generate(**inputs, mode="mixed", max_new_tokens=2)
+    assert not logged
+
+
+@pytest.mark.parametrize(
+    ("given", "length"),
+    [
+        ({"max_new_tokens": 9}, 2 + 9),
+        ({"max_length": 9}, 9),
+        ({"generation_config": GenerationConfig(max_new_tokens=9)}, 2 + 9),
+        ({}, 64),
+    ],
+    ids=["new tokens", "length", "configuration", "context"],
+)
+def test_images_begin_only_if_they_fit(model, inputs, monkeypatch, given, length):
+    """Whatever limits the length, the grammar has the same limit."""
+    limits = []
+
+    class Watched(GrammarProcessor):
+        def __init__(self, vocabulary, mode, limit):
+            limits.append(limit)
+            super().__init__(vocabulary, mode, limit)
+
+    monkeypatch.setattr("moma.hub.auto.GrammarProcessor", Watched)
+    prompt_BS = inputs["input_ids"][:1, -2:]
+    answer_BS = model.generate(prompt_BS, **given)
+    assert limits == [length] and answer_BS.shape[1] <= length
+
+
 def test_images_are_read_and_written(tiny_run, processor, inputs):
     ours = moma.load(tiny_run.path)
     image = Image.new("RGB", (20, 16), "blue")
@@ -127,15 +164,18 @@ def test_a_new_model_has_our_initialization(tiny, folder, model):
         assert torch.equal(new.model.state_dict()[name], value), name
 
 
-def test_missing_weights_are_refused(folder, tmp_path):
+@pytest.mark.parametrize(
+    "missing", ["model.norm.weight", "model.layers.0.experts.groups.0.router.cutoff_means_3E"]
+)
+def test_missing_weights_are_refused(folder, tmp_path, missing):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(folder, tmp_path / "broken")
     file = tmp_path / "broken/model.safetensors"
     weights = {name: value.clone() for name, value in load_file(file).items()}
-    del weights["model.norm.weight"]
+    del weights[missing]
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(UserError, match=r"norm\.weight"):
+    with pytest.raises(UserError, match=missing.removeprefix("model.")):
         AutoModelForCausalLM.from_pretrained(tmp_path / "broken")
 
 

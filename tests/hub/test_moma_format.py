@@ -16,6 +16,7 @@ from moma.runs import Run
 from moma.runtime.checkpoint import checkpoints_in, is_weights_only, stored_weights
 from moma.train.restore import load_run
 from moma.train.thresholds import write_thresholds
+from tests.factories import replace_weights
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,33 @@ def test_thresholds_of_calibration_are_exported(tiny_run, tmp_path):
     assert torch.equal(
         next(load_run(Run(tmp_path / "back"))[0].routers()).cutoff_means_3E, router.cutoff_means_3E
     )
+
+
+def use_former_thresholds(weights: dict[str, torch.Tensor]) -> None:
+    """As versions stored them whose thresholds were averaged otherwise."""
+    for name in [name for name in weights if name.endswith("cutoff_means_3E")]:
+        weights[name.replace("cutoff_means_3E", "cutoffs_3E")] = weights.pop(name)
+
+
+def test_a_run_of_an_earlier_version_is_exported_once_it_is_calibrated(tiny_run, tmp_path):
+    run = Run(tmp_path / "run")
+    shutil.copytree(tiny_run.path, run.path)
+    checkpoint = replace_weights(run, use_former_thresholds)
+    with pytest.raises(UserError, match=r"thresholds .* are not known.*moma calibrate"):
+        export_moma(run, tmp_path / "out")
+    write_thresholds(run, checkpoint, load_run(tiny_run)[0])
+    export_moma(run, tmp_path / "out")
+    import_moma(tmp_path / "out", Run(tmp_path / "back"))
+    assert_equal(tensors_of(Run(tmp_path / "back")), tensors_of(tiny_run))
+
+
+def test_a_folder_of_an_earlier_version_is_refused(broken, tmp_path):
+    file = broken / "model.safetensors"
+    weights = load_file(file)
+    use_former_thresholds(weights)
+    save_file(weights, file)
+    with pytest.raises(UserError, match=r"missing: .*cutoff_means_3E.*export the run again"):
+        import_moma(broken, Run(tmp_path / "run"))
 
 
 def test_trained_auxiliary_routers_stay_trained(trained, tmp_path):

@@ -16,6 +16,7 @@ from moma.runtime import writer as writing
 from moma.runtime.checkpoint import (
     checkpoints_in,
     load_checkpoint,
+    load_model,
     newest_intact,
     read_rank_states,
     read_state,
@@ -254,6 +255,41 @@ def test_a_stray_rank_file_does_not_make_weights_resumable(tmp_path):
     (path / "rank-0.json").write_text("{}")
     with pytest.raises(UserError, match="has only weights"):
         load_checkpoint(path, model, optimizer, WORLD)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("bias"), "1 missing: bias; 0 unknown: none"),
+        (lambda weights: weights.update(gate=torch.ones(2)), "0 missing: none; 1 unknown: gate"),
+        (
+            lambda weights: weights.update(bias=torch.ones(4)),
+            r"bias has shape \(4,\) instead of \(5,\)",
+        ),
+    ],
+)
+def test_the_weights_of_another_model_are_refused(tmp_path, change, message):
+    model, _ = make()
+    weights = dict(model.state_dict())
+    change(weights)
+    save_weights(tmp_path, 1, Weights.from_tensors(weights), {"step": 1})
+    message = rf"step-00000001: its weights are not those of .*\({message}\); .* version of moma"
+    with pytest.raises(UserError, match=message):
+        load_model(tmp_path / "step-00000001", model, WORLD)
+
+
+def test_a_buffer_that_a_checkpoint_lacks_keeps_its_value(tmp_path):
+    model, _ = make()
+    model.register_buffer("cutoff_means_3E", torch.full((3, 2), 7.0))
+    weights = {
+        "weight": torch.ones(5, 6),
+        "bias": torch.ones(5),
+        "former.cutoffs_3E": torch.ones(3, 2),
+    }
+    save_weights(tmp_path, 1, Weights.from_tensors(weights), {"step": 1})
+    load_model(tmp_path / "step-00000001", model, WORLD)
+    assert torch.equal(model.state_dict()["weight"], torch.ones(5, 6))
+    assert torch.equal(model.state_dict()["cutoff_means_3E"], torch.full((3, 2), 7.0))
 
 
 def test_a_checkpoint_without_manifest_is_not_loaded(tmp_path):
