@@ -50,7 +50,7 @@ class Options:
     sampling: Sampling
     image_sampling: Sampling | None = None
     images: int = 1
-    drafts: int | None = 0
+    drafts: int | None = None
     stop: Callable[[Sequence[int]], bool] | None = None
 
     def __post_init__(self) -> None:

@@ -181,7 +181,7 @@ def run_requests(model, requests):
 def test_drafts_change_nothing_but_the_number_of_passes(groups, mode, temperature):
     model, seeds = make_model(groups), range(3)
     sampling = Sampling(temperature, top_p=0.9)
-    plain = Options(mode, 60, 30, sampling, images=2)
+    plain = Options(mode, 60, 30, sampling, images=2, drafts=0)
     requests = [Request([Branch(p)], plain, seed) for seed in seeds for p in PROMPTS[:3]]
     expected, passes = run_requests(model, requests)
     for drafts in (1, 2, 7):
@@ -201,7 +201,8 @@ def predictable_model():
 
 
 def test_correct_drafts_save_passes():
-    model, options = predictable_model(), Options("image", 60, 30, GREEDY, images=3)
+    model = predictable_model()
+    options = Options("image", 60, 30, GREEDY, images=3, drafts=0)
     (_, passes), (_, fewer) = run(model, options), run(model, replace(options, drafts=3))
     assert fewer < passes
 
@@ -209,13 +210,14 @@ def test_correct_drafts_save_passes():
 def test_by_default_a_sequence_that_is_alone_has_drafts():
     model, prompts = predictable_model(), [[Branch([0, 8])], [Branch([0, 9])]]
 
-    def passes(prompts, drafts):
-        return run(model, Options("image", 60, 30, GREEDY, images=3, drafts=drafts), prompts)[1]
+    def passes(prompts, *drafts):
+        options = Options("image", 60, 30, GREEDY, None, 3, *drafts)
+        return run(model, options, prompts)[1]
 
-    assert passes(prompts[:1], None) == passes(prompts[:1], DRAFTS) < passes(prompts[:1], 0)
+    assert passes(prompts[:1]) == passes(prompts[:1], DRAFTS) < passes(prompts[:1], 0)
     guided = [[Branch([0, 8], 2.0), Branch([0], -1.0)]]
     for several in (prompts, guided):
-        assert passes(several, None) == passes(several, 0) > passes(several, DRAFTS)
+        assert passes(several) == passes(several, 0) > passes(several, DRAFTS)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
