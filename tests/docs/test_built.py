@@ -68,7 +68,7 @@ def test_the_notebook_makes_a_demo_and_walks_through_it(tmp_path):
     )
     assert not [text for text in wanted if text not in printed], printed
     kinds = [kind for output in outputs for kind in output.get("data", ())]
-    assert kinds.count("image/png") == 3
+    assert kinds.count("image/png") == 2 + 3
     assert kinds.count("text/html") == 2
     # From a folder inside, the demo is opened: another one in its place would be refused.
     (tmp_path / "notebooks").mkdir()
