@@ -29,7 +29,7 @@ def loss_curves(
     plots = []
     for title, key in LOSSES.items():
         plot, axes = _panel(title, "training FLOPs" if axis == "flops" else "seconds of training")
-        for name, runs in variants.items():
+        for number, (name, runs) in enumerate(variants.items()):
             curves = [smoothed(records, key, axis) for records in runs]
             if not all(len(loss) for _, loss in curves):
                 continue  # data of one modality has no loss of the other
@@ -38,8 +38,9 @@ def loss_curves(
             if not len(x):
                 continue  # one run ended, in seconds, before another began to log
             losses = np.stack([np.interp(x, at, loss) for at, loss in curves])
-            (line,) = axes.plot(x, losses.mean(0), label=name, linewidth=1.6)
-            axes.fill_between(x, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.2)
+            color = f"C{number}"  # the same in all figures, whatever runs they leave out
+            axes.plot(x, losses.mean(0), label=name, linewidth=1.6, color=color)
+            axes.fill_between(x, losses.min(0), losses.max(0), color=color, alpha=0.2)
         plots.append(plot)
     return _with_lines(plots)
 
@@ -57,12 +58,12 @@ def scaling_laws(scaling: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list
     for title, key in LOSSES.items():
         plot, axes = _panel(title, "training FLOPs")
         axes.set_xscale("log")
-        for name, by_loss in scaling.items():
+        for number, (name, by_loss) in enumerate(scaling.items()):
             if key not in by_loss:
                 continue
             points, law, prediction = (by_loss[key][of] for of in ("points", "law", "prediction"))
-            (line,) = axes.plot(law["flops"], law["loss"], label=name, linewidth=1.2)
-            color = line.get_color()
+            color = f"C{number}"
+            axes.plot(law["flops"], law["loss"], label=name, linewidth=1.2, color=color)
             axes.scatter(points["flops"], points["loss"], s=14, color=color)
             if law["low"] is not None:
                 axes.fill_between(law["flops"], law["low"], law["high"], color=color, alpha=0.2)

@@ -46,7 +46,8 @@ def _add_figures(page: Page, study: Study, result: Mapping[str, Any]) -> None:
         page.section(
             f"Training loss over {title}",
             paragraph(
-                "Means over seeds of smoothed losses; bands: from the lowest to the highest."
+                "Means over seeds of smoothed losses, where all of them have records; bands: from "
+                "the lowest to the highest."
             ),
             panels(figures.loss_curves(by_variant, axis)),
         )

@@ -57,6 +57,14 @@ def test_bands_span_the_seeds_and_losses_that_do_not_exist_have_no_figure():
     assert mean[[0, -1]] == pytest.approx([(a + b) / 2 for a, b in zip(*curves, strict=True)][::2])
 
 
+def test_a_run_has_one_color_in_all_figures():
+    text_only, both = records_of([5.0, 3.0, 2.0]), records_of([4.0, 2.0, 1.0])
+    for record in text_only:
+        record["loss_image"] = None
+    plots = figures.loss_curves({"text": [text_only], "both": [both]})
+    assert {plot.axes[0].lines[-1].get_color() for plot in plots} == {"C1"}
+
+
 def test_laws_are_drawn_with_their_runs_and_the_predicted_interval():
     law = {"flops": [1.0, 10.0, 100.0], "loss": [3.0, 2.5, 2.2], "low": None, "high": None}
     points = {"flops": [1.0, 10.0], "loss": [3.1, 2.4]}
