@@ -82,6 +82,7 @@ def _print_plan(
 ) -> None:
     from moma.data.encode.estimate import estimate
     from moma.data.encode.executors import spare_cores
+    from moma.data.encode.prepare import read_from_the_beginning
 
     plan = estimate(recipe, device, processes or spare_cores() + 1, price)
     formats = {"bytes": "{:,.0f}", "hours": "{:,.2f}", "cost": "{:,.2f}"}
@@ -96,7 +97,9 @@ def _print_plan(
         )
         for name, counts in [*plan["sources"].items(), ("all", plan)]
     ]
-    lines = (f"estimated from samples, for {plan['processes']} processes; nothing was written",)
+    lines = [f"estimated from samples, for {plan['processes']} processes; nothing was written"]
+    if uncut := [name for name, counts in plan["sources"].items() if not counts["bytes"]]:
+        lines.append(read_from_the_beginning(uncut))
     print_result(plan, as_json, [Table(plan["path"], "", ("source", *keys), rows)], lines)
 
 

@@ -180,7 +180,8 @@ def _estimate_source(
     of_image = encoders.image_seconds(images[::step][:BATCH_IMAGES])
     core = sample.seconds + (text_seconds + len(images) * of_image.core) / of
     gpu = len(images) * of_image.gpu / of
-    hours = documents * max(core / processes, gpu / encoders.devices) / 3600
+    cores, gpus = (processes, encoders.devices) if size else (1, 1)  # a single part without a size
+    hours = documents * max(core / cores, gpu / gpus) / 3600
     return {
         **found,
         "tokens": round(documents * (tokens / of + 2 + len(images) / of * encoders.image_span)),

@@ -18,7 +18,7 @@ from moma.data.batches.iterator import Batches
 from moma.data.cleaning.clean import Cleaning
 from moma.data.cleaning.passes import provide_cleaning
 from moma.data.config import PrepareConfig
-from moma.data.documents import SourceConfig, held_out_share
+from moma.data.documents import SourceConfig, SourcePart, held_out_share
 from moma.data.encode.executors import (
     MIN_POOL_BYTES,
     Executor,
@@ -292,6 +292,8 @@ def _encode(
     if not tasks:
         return
     executor, quiet = _executor(job, tasks, options), options.quiet
+    if options.share is not None or not isinstance(executor, InProcess):
+        _name_uncut(tasks, quiet)
     counts = [
         None if quiet or options.share is not None else count_documents(source, folder)
         for source in folder.data.sources
@@ -315,6 +317,20 @@ def _encode(
                 job.sources[source].add(shards[source], number, encoded.records)
 
         executor.run(tasks, note)
+
+
+def _name_uncut(tasks: Sequence[Task], quiet: bool) -> None:
+    uncut = [task.source for task in tasks if task.part == SourcePart()]
+    if uncut and not quiet:
+        print(f"note: {read_from_the_beginning(uncut)}", file=sys.stderr)
+
+
+def read_from_the_beginning(sources: Sequence[str]) -> str:
+    """Return a text about sources that are a single part; see `SourceConfig.parts`."""
+    return (
+        f"{list_names(sources)}: can only be read from the beginning, so that a single process "
+        "encodes each source; for more, store it as files that are cut (docs/prepare.md)"
+    )
 
 
 def _executor(job: Job, tasks: Sequence[Task], options: Options) -> Executor:

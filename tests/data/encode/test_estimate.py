@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
+from moma.data.documents import SourcePart
 from moma.data.encode import estimate as module
 from moma.data.encode.estimate import estimate
 from moma.data.encode.tokens import BATCH_IMAGES
 from moma.data.sources.text import TextConfig
 from moma.tokenizers.text import encode_texts
-from tests.command_line import moma, refuses
+from tests.command_line import moma, refuses, succeeds
 from tests.data.encode.preparing import make_recipe, run
 from tests.factories import write_recipe
 
@@ -93,3 +94,16 @@ def test_text_that_is_not_unicode_has_no_effect(tmp_path):
     data = recipe.data.model_copy(update={"sources": (source,)})
     changed = recipe.model_copy(update={"data": data})
     assert estimate(changed, CPU, processes=1, price=None)["documents"] == 2
+
+
+def test_a_source_that_is_not_cut_is_named_and_read_by_one_process(tmp_path, monkeypatch):
+    write_recipe(make_recipe(tmp_path, 30), tmp_path / "recipe.toml")
+    plan = "prepare", tmp_path / "recipe.toml", "--plan", "--processes", "8"
+    assert "can only be read" not in succeeds(*plan)
+    monkeypatch.setattr(TextConfig, "parts", lambda self, part_bytes: [SourcePart()])
+    assert "text: can only be read from the beginning" in " ".join(succeeds(*plan).split())
+    clock = Clock(monkeypatch, module)
+    monkeypatch.setattr(module, "encode_texts", clock.slow(encode_texts, 30 * 3600))
+    found = json.loads(succeeds(*plan, "--json"))["sources"]["text"]
+    assert (found["parts"], found["documents"]) == (1, 30)
+    assert found["hours"] == pytest.approx(30)

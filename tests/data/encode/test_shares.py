@@ -6,11 +6,13 @@ from itertools import product
 
 import pytest
 
+from moma.data.documents import SourcePart
 from moma.data.encode import shares
 from moma.data.encode.prepare import prepare
 from moma.data.encode.shares import Share
 from moma.data.encode.upload import SourceUpload
 from moma.data.provenance import DataFolder
+from moma.data.sources.text import TextConfig
 from moma.errors import UserError
 from tests.command_line import refuses
 from tests.data.encode.preparing import make_recipe
@@ -162,6 +164,16 @@ def test_sources_with_other_modification_times_are_warned_of(tiny, tmp_path, upl
     assert prepare_share(two, "2/2").missing
     # Before anything is encoded, and at the end.
     assert capsys.readouterr().err.count("parts made from other keys or files in shards/cap") == 2
+
+
+def test_sources_that_are_not_cut_are_named(tiny, tmp_path, uploaded, monkeypatch, capsys):
+    monkeypatch.setattr(TextConfig, "parts", lambda self, part_bytes: [SourcePart()])
+    for number in (1, 2):
+        recipe = machine(tiny, tmp_path, str(number))
+        prepare(recipe, CPU, processes=1, share=Share(number, 2))
+        shown = capsys.readouterr().err
+        assert ("text: can only be read from the beginning" in shown) == (number == 2)
+        assert "captions: can only" not in shown
 
 
 def test_every_part_belongs_to_one_share():
