@@ -123,6 +123,7 @@ def test_json_has_a_record_per_width_and_variant():
 
 def test_compilation_is_announced(monkeypatch, capsys):
     monkeypatch.setattr("moma.progress.SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr("moma.bench.layer.can_compile", lambda device: True)
     for compiled in (True, False):
         with torch.compiler.set_stance("force_eager"):  # nothing is compiled
             bench_layer(Sizes((32,), tokens=32, repeats=1, device="cpu", compiled=compiled))
