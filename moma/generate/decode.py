@@ -71,7 +71,7 @@ class Decoder:
         self._added = [each for each in self._added if each.number != number]
         self._keep([each for each in self._active if each.number != number])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self) -> list[NewTokens]:
         """Append at least one token to every sequence, and return the new tokens of each."""
         # A sequence may consist of tokens for which there is no choice.

@@ -9,6 +9,7 @@ decided on the host: unused weights are not read, and what remains are few, plai
 Shapes: see `layers.py`; G heads of keys and values, J width of joint queries, keys and values.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -79,10 +80,11 @@ class CpuDecoder:
         # Factors of a head, and of the head with its halves exchanged.
         rotary = torch.cat((cosine, cosine), dim=-1), torch.cat((-sine, sine), dim=-1)
         modality_N = context.modality_BS.flatten().tolist()
+        x_ND = x_BSD.flatten(0, 1)
         for layer, cache in zip(self._layers, caches, strict=True):
             layer_context = context._replace(rotary=rotary, cache=cache)
-            x_BSD = layer(x_BSD, layer_context, modality_N, routing)
-        return _normalize(x_BSD, self._norm)
+            x_ND = layer(x_ND, layer_context, modality_N, routing)
+        return _normalize(x_ND, self._norm).view_as(x_BSD)
 
 
 def prepare_decoding(model: Transformer) -> None:
@@ -116,52 +118,56 @@ class _Layer:
             self._is_by_modality = layer.depth.by_modality
 
     def __call__(
-        self, x_BSD: Tensor, context: CachedContext, modality_N: Sequence[int], routing: Routing
+        self, x_ND: Tensor, context: CachedContext, modality_N: Sequence[int], routing: Routing
     ) -> Tensor:
-        """Map [B, S, D] to [B, S, D]."""
-        if self._depth is None:
-            h_BSD, experts_BSD = self._residuals(x_BSD, context, modality_N, routing.experts)
-            return h_BSD if experts_BSD is None else h_BSD + experts_BSD
-        threshold_RN = self._depth.threshold_E1
+        """Map [N, D] to [N, D]."""
+        if self._depth is not None:
+            return self._update_selected(x_ND, context, modality_N, routing)
+        return self._update(x_ND, context, modality_N, routing.experts)
+
+    def _update_selected(
+        self, x_ND: Tensor, context: CachedContext, modality_N: Sequence[int], routing: Routing
+    ) -> Tensor:
+        """Update the tokens that mixture-of-depths selects."""
+        assert self._depth is not None
+        depth, shape = self._depth, context.modality_BS.shape
         if self._is_by_modality:
-            threshold_RN = threshold_RN[context.modality_BS.flatten().clamp(min=0)].T
-        logits_N1, selected_N1 = _select(
-            self._depth._replace(threshold_E1=threshold_RN), x_BSD.flatten(0, 1), routing.depth
-        )
-        selected_BS = selected_N1.view(x_BSD.shape[:2]) & (context.modality_BS >= 0)
-        selection = select_by_sequence(selected_BS, logits_N1.view(x_BSD.shape[:2]))
-        index_BK, filled_BK, score_BK = selection
-        context = context.select(index_BK, filled_BK)
-        if not index_BK.shape[1]:
-            return x_BSD
-        x_ND, index_N = x_BSD.flatten(0, 1), index_BK.flatten()
-        modality_K = context.modality_BS.flatten().tolist()
-        x_BKD = x_BSD if x_BSD.shape[1] == 1 else x_ND[index_BK]
-        h_BKD, experts_BKD = self._residuals(x_BKD, context, modality_K, routing.experts)
-        update_BKD = h_BKD - x_BKD if experts_BKD is None else h_BKD - x_BKD + experts_BKD
-        update_ND = (update_BKD * score_BK[..., None]).flatten(0, 1)
-        return x_ND.index_add(0, index_N, update_ND).view_as(x_BSD)
+            threshold_RN = depth.threshold_E1[context.modality_BS.flatten().clamp(min=0)].T
+            depth = depth._replace(threshold_E1=threshold_RN)
+        logits_N1, selected_N1 = _select(depth, x_ND, routing.depth)
+        selected_BS = selected_N1.view(shape) & (context.modality_BS >= 0)
+        selection = select_by_sequence(selected_BS, logits_N1.view(shape))
+        context = context.select(selection.index_EK, selection.filled_EK)
+        if not selection.index_EK.shape[1]:
+            return x_ND
+        if shape[1] == 1:  # all tokens stay in their places; those not selected have score 0
+            if len(x_ND) > 1:
+                modality_N = context.modality_BS.flatten().tolist()
+            y_ND = self._update(x_ND, context, modality_N, routing.experts)
+            return x_ND.lerp(y_ND, selection.score_EK)
+        index_T = selection.index_EK.flatten()
+        x_TD, modality_T = x_ND[index_T], context.modality_BS.flatten().tolist()
+        update_TD = self._update(x_TD, context, modality_T, routing.experts) - x_TD
+        return x_ND.index_add(0, index_T, update_TD * selection.score_EK.view(-1, 1))
 
-    def _residuals(
-        self, x_BSD: Tensor, context: CachedContext, modality_N: Sequence[int], policy: Policy
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return x plus the output of attention, and the output of the experts, if there is one."""
-        attention_BSD = self._attend(
-            x_BSD if self._swin else _normalize(x_BSD, self._attention_norm), context
-        )
-        if self._swin:
-            attention_BSD = _normalize(attention_BSD, self._attention_norm)
-        h_BSD = x_BSD + attention_BSD
-        experts_in_BSD = h_BSD if self._swin else _normalize(h_BSD, self._experts_norm)
-        y_ND = self._sum_experts(experts_in_BSD.flatten(0, 1), modality_N, policy)
-        if y_ND is None:  # its norm would be zero, too
-            return h_BSD, None
-        y_ND = _normalize(y_ND, self._experts_norm) if self._swin else y_ND
-        return h_BSD, y_ND.view_as(x_BSD)
+    def _update(
+        self, x_ND: Tensor, context: CachedContext, modality_N: Sequence[int], policy: Policy
+    ) -> Tensor:
+        """See `DecoderLayer`."""
+        if not self._swin:
+            attention_ND = self._attend(_normalize(x_ND, self._attention_norm), context)
+            h_ND = x_ND + attention_ND
+            y_ND = self._sum_experts(_normalize(h_ND, self._experts_norm), modality_N, policy)
+            return h_ND if y_ND is None else h_ND + y_ND
+        h_ND = _add_normalized(x_ND, self._attend(x_ND, context), self._attention_norm)
+        y_ND = self._sum_experts(h_ND, modality_N, policy)
+        # The norm of a token without experts is zero.
+        return h_ND if y_ND is None else _add_normalized(h_ND, y_ND, self._experts_norm)
 
-    def _attend(self, x_BSD: Tensor, context: CachedContext) -> Tensor:
+    def _attend(self, x_ND: Tensor, context: CachedContext) -> Tensor:
         query_heads, kv_heads, _ = self._heads
-        joint_BSHC = (x_BSD @ self._joint_DJ).unflatten(-1, (-1, self._width))
+        joint_ND = torch.mm(x_ND, self._joint_DJ)
+        joint_BSHC = joint_ND.view(*context.modality_BS.shape, -1, self._width)
         turned_BSHC, value = joint_BSHC.split((query_heads + kv_heads, kv_heads), dim=2)
         if self._head_norm is not None:
             weight_HC, bias_HC = self._head_norm
@@ -171,7 +177,8 @@ class _Layer:
         exchanged = turned_BSHC.roll(self._width // 2, dims=-1)
         turned_BSHC = torch.addcmul(turned_BSHC * first, exchanged, second)
         query, key = turned_BSHC.split((query_heads, kv_heads), dim=2)
-        return context.attend(query, key, value).flatten(-2) @ self._output_DD
+        y_BSHC = context.attend(query, key, value)
+        return torch.mm(y_BSHC.reshape(x_ND.shape), self._output_DD)
 
     def _sum_experts(
         self, x_ND: Tensor, modality_N: Sequence[int], policy: Policy
@@ -215,8 +222,8 @@ def _feed_forward(
     x_TD: Tensor, gate_up_DF: Tensor, down_FD: Tensor, weights: Sequence[float] | None
 ) -> Tensor:
     """SwiGLU, times a weight of each token."""
-    gate_TF, up_TF = (x_TD @ gate_up_DF).chunk(2, dim=-1)
-    y_TD = functional.silu(gate_TF).mul_(up_TF) @ down_FD
+    gate_TF, up_TF = torch.mm(x_TD, gate_up_DF).chunk(2, dim=-1)
+    y_TD = torch.mm(functional.silu(gate_TF).mul_(up_TF), down_FD)
     if weights is None:
         return y_TD
     return y_TD.mul_(weights[0] if len(weights) == 1 else torch.tensor(weights)[:, None])
@@ -224,7 +231,7 @@ def _feed_forward(
 
 def _select(router: _Router, x_ND: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
     """The logits of a router, and whether a policy without slots selects each token, [N, E]."""
-    logits_NE = x_ND @ router.weight_DE
+    logits_NE = torch.mm(x_ND, router.weight_DE)
     auxiliary_EN = router.auxiliary(x_ND).T if policy.uses_auxiliary else None
     scores = Scores(logits_NE.T, _ALL_11, auxiliary_EN, router.threshold_E1, lambda _: 0)
     return logits_NE, policy.candidates(scores).T
@@ -232,7 +239,7 @@ def _select(router: _Router, x_ND: Tensor, policy: Policy) -> tuple[Tensor, Tens
 
 def _score(router: _Router, x_ND: Tensor, policy: Policy) -> Tensor:
     logits_NE, selected_NE = _select(router, x_ND, policy)
-    return logits_NE.sigmoid().where(selected_NE, 0)
+    return logits_NE.sigmoid() * selected_NE
 
 
 def _score_by_token(router: TokenRouter, x_ND: Tensor, policy: Policy) -> Tensor:
@@ -242,6 +249,16 @@ def _score_by_token(router: TokenRouter, x_ND: Tensor, policy: Policy) -> Tensor
 
 def _normalize(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     return functional.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
+
+
+def _add_normalized(x_ND: Tensor, y_ND: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """x + norm(y)."""
+    if len(y_ND) > 1:
+        return x_ND + _normalize(y_ND, norm)
+    # RMSNorm is several operations on a CPU; these two take a third of the time.
+    length = torch.linalg.vector_norm(y_ND).item()
+    root = math.hypot(length / y_ND.shape[1] ** 0.5, (norm.eps or 0.0) ** 0.5) or math.nan
+    return torch.addcmul(x_ND, y_ND, norm.weight, value=1 / root)
 
 
 def _router(router: Router, auxiliary: AuxiliaryRouter) -> _Router:
