@@ -50,7 +50,8 @@ class Predictor:
         head.forbid(logits_PR)
         if not codes:
             refused = [number for number, (each, _) in enumerate(group) if not each.may_begin_image]
-            logits_PR[refused, self._head.begin_image] = -torch.inf
+            if refused:
+                logits_PR[refused, self._head.begin_image] = -torch.inf
         sequences = [each for each, _ in group]
         counts = [each.draft_count + 1 for each in sequences]
         logits_PR = _end_without_numbers(sequences, counts, logits_PR)
@@ -66,7 +67,7 @@ def _end_without_numbers(
     sequences: Sequence[GeneratedSequence], counts: Sequence[int], logits_PR: Tensor
 ) -> Tensor:
     """End sequences whose logits are NaN, and return the logits with 0 in their place."""
-    is_nan_P = logits_PR.isnan().any(-1)
+    is_nan_P = logits_PR.amax(-1).isnan()
     if not bool(is_nan_P.any()):
         return logits_PR
     for each, is_nan_C in zip(sequences, is_nan_P.split(counts), strict=True):
@@ -122,6 +123,8 @@ def _gather(group: Sequence[_SequenceAndRow], hidden_BSD: Tensor) -> Tensor:
             last = range(len(input_ids) - 1 - each.draft_count, len(input_ids))
             columns += last
             rows += [first + branch] * len(last)
+    if len(rows) == hidden_BSD.shape[:2].numel():
+        return hidden_BSD.flatten(0, 1)
     index = torch.tensor([rows, columns], device=hidden_BSD.device)
     return hidden_BSD[index[0], index[1]]
 

@@ -26,19 +26,18 @@ class NewPositions(NamedTuple):
     """Positions that new tokens take, and which positions they attend to.
 
     Attributes:
-        position_BS: each token's position in the cache; −1 for padding, which takes none.
+        position_BS: each token's position in the cache; −1 for padding, which takes none. None:
+            there is no padding, and the tokens take the last of the positions in use.
         used: number of positions U that any token attends to.
         mask_B1SU: 0 where a token attends to a position and −∞ elsewhere; None: it attends to all,
             or to those before it if `is_causal`.
         is_causal: see `mask_B1SU`.
-        has_padding: whether a position may be −1; otherwise all sequences are equally long.
     """
 
-    position_BS: Tensor
+    position_BS: Tensor | None
     used: int
     mask_B1SU: Tensor | None
     is_causal: bool
-    has_padding: bool
 
 
 class CacheLengths:
@@ -58,24 +57,26 @@ class CacheLengths:
             offset_BS: index of each token among the sequence's new ones, from 0.
             filled_BS: false for padding, which follows all tokens of its sequence.
         """
-        before_B, size = self.length_B, filled_BS.shape[1]
-        self._taken = before_B, offset_BS, filled_BS, self._bounds
+        before_B, size, before = self.length_B, filled_BS.shape[1], self._bounds
+        self._taken = before_B, offset_BS, filled_BS, before
         if not size:
-            return NewPositions(offset_BS, 0, None, False, False)
-        position_BS = before_B[:, None] + torch.arange(size, device=filled_BS.device)
+            return NewPositions(offset_BS, 0, None, False)
         self.length_B = before_B + filled_BS.sum(1)
         self._passes += 1
         if self._waits or self._passes % _EXACT_EVERY == 0:
             self._bounds = self.length_B.tolist()
         else:
-            self._bounds = [bound + size for bound in self._bounds]
+            self._bounds = [bound + size for bound in before]
         used = max(self._bounds)
-        if self._waits and bool((position_BS[:, -1] + 1 == used).all() and filled_BS.all()):
+        if self._waits and set(before) == {used - size} and set(self._bounds) == {used}:
             # All sequences are equally long; without earlier tokens, attention is causal.
-            mask_B1SU = None if size in (1, used) else _mask(position_BS, used, dtype)
-            return NewPositions(position_BS, used, mask_B1SU, size == used > 1, False)
+            mask_B1SU = None
+            if size not in (1, used):
+                mask_B1SU = _mask(_positions(before_B, size), used, dtype)
+            return NewPositions(None, used, mask_B1SU, size == used > 1)
+        position_BS = _positions(before_B, size)
         return NewPositions(
-            position_BS.where(filled_BS, -1), used, _mask(position_BS, used, dtype), False, True
+            position_BS.where(filled_BS, -1), used, _mask(position_BS, used, dtype), False
         )
 
     def keep(self, tokens: Sequence[int]) -> None:
@@ -84,6 +85,9 @@ class CacheLengths:
         before_B, offset_BS, filled_BS, bounds = self._taken
         tokens_B1 = torch.tensor(tokens, device=before_B.device)[:, None]
         self.length_B = before_B + (filled_BS & (offset_BS < tokens_B1)).sum(1)
+        if self._waits:
+            self._bounds = self.length_B.tolist()
+            return
         pairs = zip(bounds, tokens, self._bounds, strict=True)
         self._bounds = [min(before + kept, after) for before, kept, after in pairs]
 
@@ -96,6 +100,11 @@ class CacheLengths:
         """Append the sequences of another object."""
         self.length_B, self._taken = torch.cat((self.length_B, other.length_B)), None
         self._bounds = self._bounds + other._bounds
+
+
+def _positions(before_B: Tensor, size: int) -> Tensor:
+    """The positions of `size` tokens after those before, [B, S]."""
+    return before_B[:, None] + torch.arange(size, device=before_B.device)
 
 
 def _mask(position_BS: Tensor, used: int, dtype: torch.dtype) -> Tensor:
@@ -144,10 +153,10 @@ class LayerCache:
         if positions.used >= self.key_BTGC.shape[1]:
             self._grow(max(_FIRST_CAPACITY, 2 * positions.used), key)
         position_BS = positions.position_BS
-        if not positions.has_padding:  # all sequences are equally long
-            first = positions.used - position_BS.shape[1]
-            self.key_BTGC[:, first : positions.used] = key
-            self.value_BTGC[:, first : positions.used] = value
+        if position_BS is None:
+            first, size = positions.used - key.shape[1], key.shape[1]
+            self.key_BTGC.narrow(1, first, size).copy_(key)
+            self.value_BTGC.narrow(1, first, size).copy_(value)
             return
         position_BS = position_BS.where(position_BS >= 0, self.key_BTGC.shape[1] - 1)
         sequence_B1 = torch.arange(len(position_BS), device=position_BS.device)[:, None]
