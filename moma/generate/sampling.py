@@ -109,7 +109,7 @@ class Sampler:
         noisy_TV = kept_TV + noise_TV
         if self.sampling.top_p == 1:
             return _argmax(noisy_TV)
-        find = _argmax_in_nucleus if logits_TV.device.type != "cpu" else _argmax_in_nucleus_on_cpu
+        find = argmax_in_nucleus if logits_TV.device.type != "cpu" else argmax_in_nucleus_on_cpu
         return find(noisy_TV, logits_TV, self.sampling.top_p)
 
 
@@ -123,7 +123,7 @@ def _sampler(sampling: Sampling) -> Sampler:
     return Sampler(sampling)
 
 
-def _argmax_in_nucleus(noisy_TV: Tensor, logits_TV: Tensor, top_p: float) -> Tensor:
+def argmax_in_nucleus(noisy_TV: Tensor, logits_TV: Tensor, top_p: float) -> Tensor:
     """The argmax of `noisy_TV` over each row's nucleus, [T].
 
     A token is in the nucleus if all more likely ones together have a probability below `top_p`; of
@@ -142,8 +142,8 @@ def _argmax_in_nucleus(noisy_TV: Tensor, logits_TV: Tensor, top_p: float) -> Ten
         noisy_TV = noisy_TV.masked_fill(is_outside_T1 & ~is_likelier_TV, -torch.inf)
 
 
-def _argmax_in_nucleus_on_cpu(noisy_TV: Tensor, logits_TV: Tensor, top_p: float) -> Tensor:
-    """See `_argmax_in_nucleus`; NumPy compares and searches several times as fast as PyTorch."""
+def argmax_in_nucleus_on_cpu(noisy_TV: Tensor, logits_TV: Tensor, top_p: float) -> Tensor:
+    """See `argmax_in_nucleus`; NumPy compares and searches several times as fast as PyTorch."""
     rows = zip(noisy_TV.numpy(), logits_TV.numpy(), logits_TV.softmax(-1).numpy(), strict=True)
     return torch.tensor([_index_in_nucleus(*row, top_p) for row in rows])
 

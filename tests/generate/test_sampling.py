@@ -14,7 +14,13 @@ from transformers.generation.logits_process import (
 )
 
 from moma.errors import UserError
-from moma.generate.sampling import Sampler, Sampling, gumbel_noise
+from moma.generate.sampling import (
+    Sampler,
+    Sampling,
+    argmax_in_nucleus,
+    argmax_in_nucleus_on_cpu,
+    gumbel_noise,
+)
 
 GREEDY = Sampling(temperature=0)
 
@@ -84,6 +90,17 @@ def test_ties_at_the_edge_of_the_nucleus_are_broken_by_index(top_p):
     equal_TV = torch.zeros(400, 20)
     kept = TopPLogitsWarper(top_p)(torch.LongTensor(), equal_TV[:1]).isfinite().sum()
     assert set(sample(equal_TV, Sampling(1, top_p)).tolist()) == set(range(int(kept)))
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.33, 0.62, 0.95])
+def test_a_cpu_finds_what_a_gpu_finds(top_p):
+    random = torch.Generator().manual_seed(4)
+    tied_TV = torch.randint(3, (300, 20), generator=random).float()
+    for logits_TV in (tied_TV, 3 * torch.randn(300, 20, generator=random)):
+        noisy_TV = logits_TV + torch.stack([gumbel_noise(3, row, 20) for row in range(300)])
+        noisy_TV[:, 5] = logits_TV[:, 5] = -torch.inf
+        found_T = argmax_in_nucleus_on_cpu(noisy_TV, logits_TV, top_p)
+        assert torch.equal(found_T, argmax_in_nucleus(noisy_TV, logits_TV, top_p))
 
 
 def test_the_nucleus_is_sampled_in_proportion():
