@@ -44,8 +44,13 @@ def render(name: str, style: str, size: int) -> Image.Image:
 
 @lru_cache(maxsize=8192)
 def _rendered(name: str, style: str, size: int) -> Image.Image:
-    drawn = on_white(_source_image(name, style))
-    return drawn.resize((size, size), Image.Resampling.LANCZOS)
+    return _source_on_white(name, style).resize((size, size), Image.Resampling.LANCZOS)
+
+
+# A drawing of 256 × 256 pixels takes 0.2 MB, and ten times as long to render as to resize.
+@lru_cache(maxsize=256)
+def _source_on_white(name: str, style: str) -> Image.Image:
+    return on_white(_source_image(name, style))
 
 
 def _source_image(name: str, style: str) -> Image.Image:
@@ -104,7 +109,7 @@ def _outlined_files() -> dict[str, Path]:
 
 
 def _glyph_files(folder: Path, pattern: str) -> dict[str, Path]:
-    files = sorted(folder.glob(pattern))
+    files = sorted(folder.glob(pattern), key=lambda file: file.name)
     if not files:
         raise UserError(f"{folder}: no {pattern}; run pip install 'moma[demo]' again")
     return {_glyph(file): file for file in files}

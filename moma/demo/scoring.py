@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import permutations, product
 
 import numpy as np
@@ -82,16 +83,20 @@ def single_sketches(objects: int, count: int, seed: int) -> list[Sketch]:
 
 def held_out_compositions(objects: int, count: int, seed: int) -> list[Sketch]:
     """A random sample of held-out pairs of objects, each in a style that training shows."""
-    generator = random.Random(seed)
-    pairs = [
+    generator, pairs = random.Random(seed), _held_out_pairs(objects)
+    sampled = generator.sample(pairs, min(count, len(pairs)))
+    return [Sketch(pair, style, generator.choice(RELATIONS)) for pair, style in sampled]
+
+
+@lru_cache(maxsize=1)  # it hashes every pair
+def _held_out_pairs(objects: int) -> list[tuple[tuple[str, ...], str]]:
+    return [
         (pair, style)
         for pair in permutations(object_names(objects), 2)
         if is_held_out_pair(*pair)
         for style in STYLES
         if not any(is_held_out_style(name, style) for name in pair)
     ]
-    sampled = generator.sample(pairs, min(count, len(pairs)))
-    return [Sketch(pair, style, generator.choice(RELATIONS)) for pair, style in sampled]
 
 
 def draw_sketches(
@@ -133,19 +138,23 @@ class NearestObject:
 
     def __init__(self, codec: ImageCodec, names: Sequence[str], size: int):
         self.codec, self.names, self.size = codec, names, size
-        self._reconstructions: dict[Box, np.ndarray] = {}
+        # For each box, vectors of the reconstructions' pixels, and their squared lengths.
+        self._references: dict[Box, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, image: Image.Image, box: Box) -> str:
         """Name of the object whose reconstruction in `box` has the least squared error."""
-        if box not in self._reconstructions:
-            self._reconstructions[box] = self._reconstruct(box)
-        crop = np.asarray(image.crop(box), dtype=np.float32)
-        errors_R = np.square(self._reconstructions[box] - crop).mean(axis=(1, 2, 3))
-        return self.names[int(errors_R.argmin()) // len(STYLES)]
+        if box not in self._references:
+            reference_RP = self._reconstruct(box)
+            self._references[box] = reference_RP, np.square(reference_RP).sum(1)
+        reference_RP, square_R = self._references[box]
+        pixels_P = np.asarray(image.crop(box), dtype=np.float64).ravel()
+        # |r − p|² without |p|², which is the same for all; these are exact integers.
+        nearest = (square_R - 2 * (reference_RP @ pixels_P)).argmin()
+        return self.names[int(nearest) // len(STYLES)]
 
     @torch.no_grad()
     def _reconstruct(self, box: Box) -> np.ndarray:
-        """Every object in every style as the codec reconstructs it in `box`: [R, H, W, 3]."""
+        """Every object in every style as the codec reconstructs it in `box`: [R, P] pixel values."""
         images = []
         for name, style in product(self.names, STYLES):
             canvas = Image.new("RGB", (self.size, self.size), "white")
@@ -156,5 +165,5 @@ class NearestObject:
             batch_B3HW = torch.stack(images[start : start + BATCH])
             codes_BL = self.codec.encode(batch_B3HW.to(self.codec.codebook.device))
             decoded = map(to_pil, self.codec.decode(codes_BL))
-            crops += [np.asarray(image.crop(box), dtype=np.float32) for image in decoded]
-        return np.stack(crops)
+            crops += [np.asarray(image.crop(box)).ravel() for image in decoded]
+        return np.stack(crops).astype(np.float64)

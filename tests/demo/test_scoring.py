@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from moma.demo import sketches
-from moma.demo.drawings import render
+from moma.demo.drawings import STYLES, render
 from moma.demo.scoring import (
     Captioned,
     Drawn,
@@ -37,6 +37,20 @@ def test_a_reconstruction_is_nearest_to_itself():
         found.append(nearest(to_pil(drawn), box))
     # An untrained codec may draw two objects alike; a wrong index would miss nearly all.
     assert np.mean([a == b for a, b in zip(found, NAMES, strict=True)]) > 0.8
+
+
+def test_the_nearest_object_has_the_least_squared_error():
+    codec, box = random_codec(), sketches.Box(0, 16, 16, 32)
+    nearest, errors = NearestObject(codec, NAMES, 32), {}
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    for name in NAMES:
+        for style in STYLES:
+            canvas = Image.new("RGB", (32, 32), "white")
+            canvas.paste(render(name, style, 16), box[:2])
+            drawn = to_pil(codec.decode(codec.encode(preprocess(canvas, 32)[None]))[0])
+            difference = np.asarray(drawn, dtype=np.int64)[16:, :16] - noise[16:, :16]
+            errors[name] = min(errors.get(name, np.inf), np.square(difference).sum())
+    assert nearest(Image.fromarray(noise), box) == min(errors, key=errors.get)
 
 
 def test_each_box_is_compared_with_objects_in_that_box():
