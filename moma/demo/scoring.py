@@ -154,7 +154,7 @@ class NearestObject:
 
     @torch.no_grad()
     def _reconstruct(self, box: Box) -> np.ndarray:
-        """Every object in every style as the codec reconstructs it in `box`: [R, P] pixel values."""
+        """The pixels of every object in every style, as reconstructed in `box`: [R, P]."""
         images = []
         for name, style in product(self.names, STYLES):
             canvas = Image.new("RGB", (self.size, self.size), "white")

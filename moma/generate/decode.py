@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from moma.errors import UserError
 from moma.generate.grammar import Mode
@@ -140,9 +139,8 @@ def decode(
 
 def _run(model: Transformer, inputs: Sequence[Sequence[int]], caches: Caches) -> Tensor:
     """Append tokens to the sequences in the caches and return their hidden vectors, [B, S, D]."""
-    tokens_BS = pad_sequence(
-        [torch.tensor(each) for each in inputs], True, model.vocabulary.padding
-    )
+    size, padding = max(map(len, inputs)), model.vocabulary.padding
+    tokens_BS = torch.tensor([[*each, *[padding] * (size - len(each))] for each in inputs])
     output = model(
         tokens_BS.to(model.embedding.weight.device),
         routing=model.named_routing("causal", raises=False, checks=False),

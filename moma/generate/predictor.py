@@ -32,14 +32,11 @@ class Predictor:
 
         A sequence whose logits are NaN ends with an error.
         """
-        rows = [0]
+        groups: dict[bool, list[_SequenceAndRow]] = {False: [], True: []}
+        row = 0
         for each in sequences:
-            rows.append(rows[-1] + len(each.inputs))
-        placed = list(zip(sequences, rows, strict=False))
-        groups = {
-            codes: [each for each in placed if each[0].wants_codes == codes]
-            for codes in (False, True)
-        }
+            groups[each.wants_codes].append((each, row))
+            row += len(each.inputs)
         for codes, group in groups.items():
             if group:
                 self._sample(group, hidden_BSD, codes)

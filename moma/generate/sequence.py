@@ -138,11 +138,11 @@ class GeneratedSequence:
     @property
     def max_drafts(self) -> int:
         """Maximum number of drafts after the next token."""
-        if not self.wants_codes:
-            return 0
         drafts = self._options.drafts
         if drafts is None:
             drafts = DRAFTS if self.is_alone else 0
+        if not drafts or not self.wants_codes:
+            return 0
         left = min(self.grammar.codes_left, self._limit - len(self.tokens))
         return min(drafts, left - 1)
 

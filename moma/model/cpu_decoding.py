@@ -252,7 +252,7 @@ def _normalize(x: Tensor, norm: nn.RMSNorm) -> Tensor:
 
 
 def _add_normalized(x_ND: Tensor, y_ND: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """x + norm(y)."""
+    """Return x + norm(y)."""
     if len(y_ND) > 1:
         return x_ND + _normalize(y_ND, norm)
     # RMSNorm is several operations on a CPU; these two take a third of the time.

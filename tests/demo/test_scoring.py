@@ -41,7 +41,7 @@ def test_a_reconstruction_is_nearest_to_itself():
 
 def test_the_nearest_object_has_the_least_squared_error():
     codec, box = random_codec(), sketches.Box(0, 16, 16, 32)
-    nearest, errors = NearestObject(codec, NAMES, 32), {}
+    nearest, errors = NearestObject(codec, NAMES, 32), dict[str, int]()
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     for name in NAMES:
         for style in STYLES:
@@ -49,8 +49,9 @@ def test_the_nearest_object_has_the_least_squared_error():
             canvas.paste(render(name, style, 16), box[:2])
             drawn = to_pil(codec.decode(codec.encode(preprocess(canvas, 32)[None]))[0])
             difference = np.asarray(drawn, dtype=np.int64)[16:, :16] - noise[16:, :16]
-            errors[name] = min(errors.get(name, np.inf), np.square(difference).sum())
-    assert nearest(Image.fromarray(noise), box) == min(errors, key=errors.get)
+            error = int(np.square(difference).sum())
+            errors[name] = min(errors.get(name, error), error)
+    assert nearest(Image.fromarray(noise), box) == min(errors, key=lambda name: errors[name])
 
 
 def test_each_box_is_compared_with_objects_in_that_box():
