@@ -2,11 +2,13 @@
 
 import asyncio
 import threading
+import time
 from dataclasses import replace
 
 import pytest
 
 from moma.errors import UserError
+from moma.generate.decode import Decoder, NewTokens
 from moma.generate.guidance import Guidance
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
@@ -54,7 +56,14 @@ def test_answers_are_read_by_an_async_loop(mixed):
         assert comparable(content) == comparable(mixed.generate([prompt], settings)[0])
 
 
-def test_rows_of_unfinished_images_come_if_they_are_wanted(mixed):
+def test_rows_of_unfinished_images_come_if_they_are_wanted(mixed, monkeypatch):
+    step = Decoder.step
+
+    def step_slowly(decoder: Decoder) -> list[NewTokens]:
+        time.sleep(0.05)  # what is not read before the image is complete is joined
+        return step(decoder)
+
+    monkeypatch.setattr(Decoder, "step", step_slowly)
     settings = Settings("image", Sampling(1.0), drafts=0)
     with Engine(mixed) as engine:
         sizes = [
