@@ -24,7 +24,7 @@ from moma.runs import Run
 from moma.study import figures
 from moma.study.page import Page, captioned, panels, paragraph, tile
 from moma.study.routing_drawing import STYLE, draw_routing
-from moma.study.speedup import AXES, speedups, with_seconds
+from moma.study.speedup import Axis, speedups, with_seconds
 from moma.study.tables import Table, runs_table
 from moma.train.recipe import Recipe
 from moma.train.restore import (
@@ -42,6 +42,8 @@ MEASURES = {
     "perplexity_text": "text perplexity",
     "perplexity_image": "image perplexity",
 }
+# Keys of η in a summary, by what the losses are compared over.
+_SPEEDUPS: dict[Axis, str] = {"flops": "speedup", "seconds": "speedup_seconds"}
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,13 @@ def _routings(model: Transformer) -> Sequence[RoutingName]:
 
 
 def summary(measured: Sequence[Measured]) -> dict[str, Any]:
-    """Held-out measures of every run, and η of every run against the first."""
+    """Held-out measures of every run, and η of every run against the first, over both axes."""
     first, *others = measured
     return {
         "runs": {each.name: each.results for each in measured},
-        "speedup": {
-            each.name: {axis: speedups(first.metrics, each.metrics, axis) for axis in AXES}
-            for each in others
+        **{
+            key: {each.name: speedups(first.metrics, each.metrics, axis) for each in others}
+            for axis, key in _SPEEDUPS.items()
         },
     }
 
@@ -125,9 +127,9 @@ def comparison_tables(result: dict[str, Any]) -> list[Table]:
         f"{baseline}'s final training loss; a dash if it does not reach it.",
         ("run", "over", "all tokens", "text", "images"),
         [
-            (name, over, *values.values())
-            for name, by_axis in result["speedup"].items()
-            for over, values in by_axis.items()
+            (name, axis, *result[key][name].values())
+            for name in result["speedup"]
+            for axis, key in _SPEEDUPS.items()
         ],
     )
     return [held_out, speedup]
