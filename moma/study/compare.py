@@ -24,7 +24,7 @@ from moma.runs import Run
 from moma.study import figures
 from moma.study.page import Page, captioned, panels, paragraph, tile
 from moma.study.routing_drawing import STYLE, draw_routing
-from moma.study.speedup import Axis, speedups, with_seconds
+from moma.study.speedup import AXES, Axis, speedups, with_seconds
 from moma.study.tables import Table, runs_table
 from moma.train.recipe import Recipe
 from moma.train.restore import (
