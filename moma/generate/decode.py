@@ -123,7 +123,7 @@ def decode(
         batch: maximum number of requests at a time; None: all.
 
     Raises:
-        UserError: a prompt leaves no space for a continuation, or the model's logits are NaN.
+        UserError: a prompt leaves no space for a continuation, or logits are NaN or infinite.
     """
     decoder, queue = Decoder(model), iter(requests)
     while True:

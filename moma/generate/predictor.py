@@ -30,7 +30,8 @@ class Predictor:
     def append_samples(self, sequences: Sequence[GeneratedSequence], hidden_BSD: Tensor) -> None:
         """Sample the next token of each sequence, and those after its drafts.
 
-        A sequence whose logits are NaN ends with an error.
+        A sequence whose logits are NaN or infinite ends with an error; of ids that are not
+        allowed they are −∞.
         """
         groups: dict[bool, list[_SequenceAndRow]] = {False: [], True: []}
         row = 0
@@ -63,17 +64,17 @@ class Predictor:
 def _end_without_numbers(
     sequences: Sequence[GeneratedSequence], counts: Sequence[int], logits_PR: Tensor
 ) -> Tensor:
-    """End sequences whose logits are NaN, and return the logits with 0 in their place."""
-    is_nan_P = logits_PR.amax(-1).isnan()
-    if not bool(is_nan_P.any()):
+    """End sequences whose logits are NaN or +∞, and return the logits with 0 in their place."""
+    is_bad_P = ~logits_PR.amax(-1).isfinite()
+    if not bool(is_bad_P.any()):
         return logits_PR
-    for each, is_nan_C in zip(sequences, is_nan_P.split(counts), strict=True):
-        if bool(is_nan_C.any()):
+    for each, is_bad_C in zip(sequences, is_bad_P.split(counts), strict=True):
+        if bool(is_bad_C.any()):
             each.end = UserError(
-                "the model's logits are NaN; its weights are damaged, its training failed or the "
-                "guidance is too strong"
+                "the model's logits are NaN or infinite; its weights are damaged, its training "
+                "failed or the guidance is too strong"
             )
-    return logits_PR.masked_fill(is_nan_P[:, None], 0)
+    return logits_PR.masked_fill(is_bad_P[:, None], 0)
 
 
 def _append(

@@ -22,6 +22,7 @@ from moma.errors import UserError
 
 # Logits divided by numbers outside this range may overflow fp32.
 _MIN_TEMPERATURE, _MAX_TEMPERATURE = 1e-6, 1e30
+_MIN_TOP_P = 1e-6  # fp32 may round smaller numbers to 0, and then no token is in the nucleus
 MAX_SEED = 2**32 - 1
 
 
@@ -32,7 +33,7 @@ class Sampling:
     Attributes:
         temperature: divisor of the logits; 0 selects the most likely token (greedy decoding).
         top_p: nucleus sampling: sample among the most likely tokens that together have at least
-            this probability, in (0, 1] (arXiv 1904.09751).
+            this probability, from 1e-6 to 1 (arXiv 1904.09751).
         seed: seed of the noise, 0 to 2³² − 1.
         top_k: sample among this many most likely tokens; 0: all.
         min_p: sample among tokens with at least this fraction of the highest probability, in
@@ -61,8 +62,8 @@ class Sampling:
                 f"temperature {self.temperature}: must be 0 (greedy decoding), or finite, from "
                 f"{_MIN_TEMPERATURE:g} to {_MAX_TEMPERATURE:g}"
             )
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p {self.top_p}: must be above 0 and at most 1")
+        if not _MIN_TOP_P <= self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p}: must be from {_MIN_TOP_P:g} to 1")
         if not isinstance(self.seed, int) or not 0 <= self.seed <= MAX_SEED:
             raise UserError(f"seed {self.seed}: must be a whole number from 0 to {MAX_SEED}")
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
@@ -155,7 +156,7 @@ def _index_in_nucleus(
         index = int(noisy_V.argmax())
         is_likelier_V = logits_V > logits_V[index]
         is_likelier_V[:index] |= logits_V[:index] == logits_V[index]
-        if probability_V @ is_likelier_V < top_p:
+        if not (probability_V @ is_likelier_V >= top_p):  # NaN ends the search, too
             return index
         noisy_V = np.where(is_likelier_V, noisy_V, -np.inf)
 

@@ -86,6 +86,7 @@ def test_an_empty_run_is_refused(tmp_path, monkeypatch):
         (["generate", "{run}", "--prompt", "a", "--temperature", "1e-40"], "temperature"),
         (["generate", "{run}", "--prompt", "a", "--temperature", "1e39"], "temperature"),
         (["generate", "{run}", "--prompt", "a", "--top-p", "nan"], "--top-p"),
+        (["generate", "{run}", "--prompt", "a", "--top-p", "1e-50"], "--top-p"),
         (["plan", "{recipe}", "--gpus", "0"], "--gpus"),
         (["plan", "{recipe}", "--gpus", "9" * 30], "--gpus"),
         (["plan", "{recipe}", "--mfu", "nan"], "--mfu"),

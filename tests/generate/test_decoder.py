@@ -84,12 +84,14 @@ def test_a_request_says_why_it_ended():
     assert ends == {0: "stop", 1: "length", 2: "stop", 3: "length"}
 
 
+@pytest.mark.parametrize("weights", [(1e39, -1e39), (1e39, 0.0)], ids=["nan", "infinite"])
 @torch.no_grad()
-def test_a_request_whose_logits_are_nan_fails_alone():
+def test_a_request_whose_logits_are_not_finite_fails_alone(weights):
     model = make_model()
     text = Request([Branch([0, 10])], Options("text", 40, 6, GREEDY))
     image = Request([Branch([0, 10])], Options("image", 40, 20, GREEDY))
-    guided = image._replace(branches=[Branch([0, 10], 1e39), Branch([0], -1e39)])
+    branches = [Branch(*each) for each in zip(([0, 10], [0]), weights, strict=True)]
+    guided = image._replace(branches=branches)
     expected = answers_of(model, [(1, text), (2, image)])
     decoder, found = Decoder(model), {1: list[int](), 2: list[int]()}
     for number, request in enumerate((guided, text, image)):

@@ -103,6 +103,12 @@ def test_a_cpu_finds_what_a_gpu_finds(top_p):
         assert torch.equal(found_T, argmax_in_nucleus(noisy_TV, logits_TV, top_p))
 
 
+@pytest.mark.parametrize("find", [argmax_in_nucleus, argmax_in_nucleus_on_cpu])
+def test_probabilities_that_are_nan_end_the_search(find):
+    logits_TV = torch.tensor([[0.0, math.inf, 1.0]])
+    assert find(logits_TV, logits_TV, 0.9).tolist() == [1]
+
+
 def test_the_nucleus_is_sampled_in_proportion():
     probabilities = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
     sampling = Sampling(temperature=1, top_p=0.85)
@@ -138,10 +144,11 @@ def test_masked_tokens_are_never_sampled():
         ({"temperature": 1e39}, r"temperature 1e\+39: must be 0"),
         ({"temperature": 10**400}, "must be 0 .* or finite"),
         ({"temperature": "1"}, "temperature '1': must be a number"),
-        ({"top_p": 0}, "top_p 0: must be above 0 and at most 1"),
-        ({"top_p": 1.01}, "top_p 1.01: must be above 0"),
-        ({"top_p": math.nan}, "top_p nan: must be above 0"),
-        ({"top_p": -math.inf}, "top_p -inf: must be above 0"),
+        ({"top_p": 0}, "top_p 0: must be from 1e-06 to 1"),
+        ({"top_p": 1.01}, "top_p 1.01: must be from"),
+        ({"top_p": math.nan}, "top_p nan: must be from"),
+        ({"top_p": -math.inf}, "top_p -inf: must be from"),
+        ({"top_p": 1e-50}, "top_p 1e-50: must be from"),
         ({"seed": -1}, "seed -1: must be a whole number from 0 to 4294967295"),
         ({"seed": 99999999999999999999}, "seed 99999999999999999999: must be a whole number"),
         ({"seed": 1.5}, "seed 1.5: must be a whole number"),

@@ -84,6 +84,7 @@ def error_of(response, status):
         ({"mode": "image", "stop": "a"}, None, "no effect with mode 'image'"),
         ({"text_guidance": 3.0}, None, "guidance applies to images only"),
         ({"temperature": -1.0}, None, "temperature -1.0: must be"),
+        ({"top_p": 1e-50}, None, "top_p 1e-50: must be"),
         ({"images": 2}, None, "needs mode 'image'"),
         ({"messages": [{"role": "user", "content": "zzz " * 99}]}, None, "context of 64 tokens"),
         ({"messages": [{"role": "user", "content": "z" * 9_000}]}, None, "context of 64 tokens"),
