@@ -6,6 +6,7 @@
 The folder is one that `moma export` wrote. Shapes: see `model/layers.py`.
 """
 
+import copy
 from typing import Any, cast
 
 import torch
@@ -161,22 +162,29 @@ class MomaForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             inputs, generation_config, args, kwargs: of `GenerationMixin.generate`.
-            mode: what to generate: `text`, one `image`, or `mixed`.
+            mode: what to generate: `text`, one `image` (several, if `eos_token_id` is another one
+                than that of `self.generation_config`), or `mixed`.
         """
         prompt_BS = kwargs["input_ids"] if inputs is None else inputs
         vocabulary, context = self.model.vocabulary, self.config.max_position_embeddings
         configs = [each for each in (generation_config, self.generation_config) if each is not None]
 
-        def option(name: str) -> int | None:
+        def option(name: str) -> Any:
             values = (kwargs.get(name), *(getattr(each, name) for each in configs))
             return next((value for value in values if value is not None), None)
 
+        ours: dict[str, Any] = {}
         if (new_tokens := option("max_new_tokens")) is not None:
             length = prompt_BS.shape[1] + new_tokens
         elif (length := option("max_length")) is None:
-            length = kwargs["max_length"] = context
-        if mode == "image":
-            kwargs = {"eos_token_id": vocabulary.end_image} | kwargs
+            length = ours["max_length"] = context
+        if mode == "image" and option("eos_token_id") == self.generation_config.eos_token_id:
+            ours["eos_token_id"] = vocabulary.end_image
+        if generation_config is None:
+            kwargs |= ours
+        else:  # `transformers` deprecates arguments beside a configuration
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.update(**ours)
         grammar = GrammarProcessor(vocabulary, mode, min(length, context))
         processors = LogitsProcessorList([grammar, *(logits_processor or [])])
         base: Any = super()
@@ -206,7 +214,8 @@ class GrammarProcessor(LogitsProcessor):
 
     def _allowed(self, tokens: list[int]) -> Tensor:
         grammar = Grammar(self._vocabulary, self._mode)
-        for token in tokens[-self._vocabulary.image_span :]:  # all of an unfinished image
+        # All of an unfinished image, if every earlier image of the prompt is complete.
+        for token in tokens[-self._vocabulary.image_span :]:
             grammar.advance(token)
         allowed = grammar.allowed(self._limit - len(tokens))
         if allowed.codes:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
@@ -82,13 +83,42 @@ def test_caches_and_beams_change_nothing_else(model, inputs):
     assert torch.equal(*beams)
 
 
-def test_a_limit_of_new_tokens_causes_no_warning(model, inputs, monkeypatch):
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"mode": "mixed", "max_new_tokens": 2},
+        {"mode": "image", "generation_config": GenerationConfig(max_new_tokens=2)},
+        {"mode": "text", "generation_config": GenerationConfig(temperature=0.5)},
+    ],
+    ids=["new tokens", "image", "no limit"],
+)
+def test_arguments_cause_no_warning(model, inputs, monkeypatch, given):
     logged = []
-    monkeypatch.setattr(generation.logger, "warning", lambda *arguments: logged.append(arguments))
+    for name in ("warning", "warning_once"):
+        monkeypatch.setattr(generation.logger, name, lambda *arguments: logged.append(arguments))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.generate(**inputs, mode="mixed", max_new_tokens=2)
+        model.generate(**inputs, **given)
     assert not logged
+
+
+@pytest.mark.parametrize("of_config", [True, False], ids=["configuration", "arguments"])
+def test_one_image_is_generated_unless_another_id_ends_it(model, inputs, of_config):
+    """Whoever loads the exported configuration has not chosen how an image ends."""
+    vocabulary, prompt_BS = model.model.vocabulary, inputs["input_ids"][:1, -2:]
+    span, first = vocabulary.image_span, vocabulary.begin_image
+
+    def generated(**given):
+        given = {"max_new_tokens": 2 * span} | given
+        if of_config:
+            given = {"generation_config": GenerationConfig(**given)}
+            copy = deepcopy(given)
+        answer_BS = model.generate(prompt_BS, mode="image", **given)
+        assert not of_config or given["generation_config"] == copy["generation_config"]
+        return answer_BS.shape[1] - 2
+
+    assert generated() == generated(eos_token_id=model.generation_config.eos_token_id) == span
+    assert generated(eos_token_id=first) == 1
 
 
 @pytest.mark.parametrize(
