@@ -257,7 +257,8 @@ def _add_normalized(x_ND: Tensor, y_ND: Tensor, norm: nn.RMSNorm) -> Tensor:
         return x_ND + _normalize(y_ND, norm)
     # RMSNorm is several operations on a CPU; these two take a third of the time.
     length = torch.linalg.vector_norm(y_ND).item()
-    root = math.hypot(length / y_ND.shape[1] ** 0.5, (norm.eps or 0.0) ** 0.5) or math.nan
+    eps = torch.finfo(y_ND.dtype).eps if norm.eps is None else norm.eps
+    root = math.hypot(length / y_ND.shape[1] ** 0.5, eps**0.5) or math.nan
     return torch.addcmul(x_ND, y_ND, norm.weight, value=1 / root)
 
 
