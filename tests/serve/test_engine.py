@@ -57,25 +57,23 @@ def test_answers_are_read_by_an_async_loop(mixed):
 
 
 def test_rows_of_unfinished_images_come_if_they_are_wanted(mixed, monkeypatch):
-    step = Decoder.step
+    step, settings = Decoder.step, Settings("image", Sampling(1.0), drafts=0)
 
-    def step_slowly(decoder: Decoder) -> list[NewTokens]:
-        time.sleep(0.05)  # what is not read before the image is complete is joined
-        return step(decoder)
+    def sizes(has_rows):
+        engine = Engine(mixed)
+        answer = ask(engine, ["the"], settings, has_rows)
 
-    monkeypatch.setattr(Decoder, "step", step_slowly)
-    settings = Settings("image", Sampling(1.0), drafts=0)
-    with Engine(mixed) as engine:
-        sizes = [
-            {
-                event.image.size
-                for event in ask(engine, ["the"], settings, has_rows)
-                if isinstance(event, ImagePart)
-            }
-            for has_rows in (False, True)
-        ]
-    assert sizes[0] == {(16, 16)}
-    assert sizes[1] == {(16, 8), (16, 16)}
+        def step_once_all_is_read(decoder: Decoder) -> list[NewTokens]:
+            while answer.has_unread:  # it would be joined
+                time.sleep(0.001)
+            return step(decoder)
+
+        monkeypatch.setattr(Decoder, "step", step_once_all_is_read)
+        with engine:
+            return {event.image.size for event in answer if isinstance(event, ImagePart)}
+
+    assert sizes(False) == {(16, 16)}
+    assert sizes(True) == {(16, 8), (16, 16)}
 
 
 def test_what_is_not_read_is_joined():
