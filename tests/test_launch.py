@@ -19,7 +19,8 @@ if [ "$1" = show ]; then echo node1; else echo "$@" >> "$FOUND/requeued"; fi
 # ends the other with SIGTERM, and srun returns the highest code.
 SRUN = """#!/bin/bash
 set -m
-[ "$1" = --kill-on-bad-exit=1 ] && shift
+[ "$1 $2" = "--kill-on-bad-exit=1 --cpus-per-task=4" ] || exit 2
+shift 2
 highest=0
 for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n "$@" & tasks[n]=$!; done
 forward() { for task in "${tasks[@]}"; do kill -TERM -- "-$task" 2> /dev/null; done; }
@@ -66,6 +67,7 @@ def slurm(tmp_path):
         for number, text in enumerate(tasks):
             (tmp_path / f"task-{number}").write_text(text)
         its = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NTASKS": "16"}
+        its |= {"SLURM_CPUS_PER_TASK": "4"}
         its |= {"SLURM_RESTART_COUNT": str(restarts), "LINGER": str(linger), "MAX_FAILURES": "2"}
         path = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FOUND": str(tmp_path)}
         process = subprocess.Popen(
@@ -128,6 +130,15 @@ def test_only_consecutive_failures_are_counted(slurm):
     code, again, errors = slurm("exit 74", "exit 0", restarts=5)
     assert (code, again) == (1, False) and "gave up after 2 restarts" in errors
     assert "task 0 failed with exit code 74" in errors
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_prepare.sbatch"])
+def test_jobs_ask_for_cores_and_memory(script):
+    lines = (LAUNCH / script).read_text().splitlines()
+    options = dict(
+        line[10:].split("=") for line in lines if line.startswith("#SBATCH --") and "=" in line
+    )
+    assert int(options["cpus-per-task"]) > 1 and options["mem"] == "0"
 
 
 def sky() -> dict:
