@@ -160,10 +160,11 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
     """Add the sections that every comparison has."""
     metrics = {each.name: [each.metrics] for each in measured}
     for axis, name in AXES.items():
+        unit = "FLOPs" if axis == "flops" else "seconds"
         page.section(
             f"Training loss over {name}",
             paragraph(
-                f"Smoothed by a line fitted to the records within 25% of each point's {axis}."
+                f"Smoothed by a line fitted to the records within 25% of each point's {unit}."
             ),
             panels(figures.loss_curves(metrics, axis)),
         )
