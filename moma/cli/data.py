@@ -98,8 +98,8 @@ def _print_plan(
         for name, counts in [*plan["sources"].items(), ("all", plan)]
     ]
     lines = [f"estimated from samples, for {plan['processes']} processes; nothing was written"]
-    if uncut := [name for name, counts in plan["sources"].items() if not counts["bytes"]]:
-        lines.append(read_from_the_beginning(uncut))
+    if plan["uncut"]:
+        lines.append(read_from_the_beginning(plan["uncut"]))
     print_result(plan, as_json, [Table(plan["path"], "", ("source", *keys), rows)], lines)
 
 

@@ -1,10 +1,12 @@
 """What preparing a recipe's data will take, estimated from samples of its parts."""
 
 import time
+from collections.abc import Callable
 from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from moma.data.config import PrepareConfig
@@ -40,30 +42,78 @@ def estimate(
         price: of an hour of all of them together.
 
     Returns:
-        `path`, `processes`, and of all sources together as of each in `sources`: `parts`, `bytes`,
-        `documents`, `tokens`, `images`, `hours` and `cost`. What is not known is None: documents
-        and what follows for a source of one part without a size, and the cost without a price.
+        `path`, `processes`, `uncut`, the names of the sources that are not cut, and of all sources
+        together as of each in `sources`: `parts`, `bytes`, `documents`, `tokens`, `images`, `hours`
+        and `cost`. The hours of a source are those that it would take alone; a part takes one
+        process. What is not known is None: documents and what follows for a source of one part
+        without a size, and the cost without a price.
     """
     encoders = _Encoders(config, device)
     sources = {
-        source.name: _estimate_source(source, config, encoders, processes, price)
-        for source in config.data.sources
+        source.name: _estimate_source(source, config, encoders) for source in config.data.sources
     }
-    keys = ("parts", "bytes", "documents", "tokens", "images", "hours", "cost")
-    found = {key: [counts[key] for counts in sources.values()] for key in keys}
+    found = [*sources.values()]
+    hours = [each.hours(processes, encoders.devices) for each in found]
+    whole = _together(found)
+    # A source of few parts may take longer than all the work takes if it is divided equally.
+    longest = _combine(max, [*hours, whole.hours(processes, encoders.devices)])
     return {
         "path": str(config.data.path),
         "processes": processes,
-        **{key: None if None in values else sum(values) for key, values in found.items()},
-        "sources": sources,
+        "uncut": [name for name, each in sources.items() if each.is_uncut],
+        **_with_cost(whole, longest, price),
+        "sources": {
+            name: _with_cost(each, its, price)
+            for (name, each), its in zip(sources.items(), hours, strict=True)
+        },
     }
 
 
 class _Seconds(NamedTuple):
-    """Time that an image takes of a core, and of a GPU."""
+    """Time that it takes of a core, and of a GPU."""
 
     core: float = 0.0
     gpu: float = 0.0
+
+
+class _Estimated(NamedTuple):
+    """What is expected of one source, or of several.
+
+    Attributes:
+        counts: None where it is not known.
+        seconds: of one core and of one GPU, None if not known.
+        is_uncut: whether it can only be read from the beginning.
+    """
+
+    counts: dict[str, Any]
+    seconds: _Seconds | None
+    is_uncut: bool = False
+
+    def hours(self, cores: int, gpus: int) -> float | None:
+        """Return the hours on so many cores and GPUs; each part takes one of them."""
+        if self.seconds is None:
+            return None
+        parts = max(1, self.counts["parts"])
+        core, gpu = self.seconds
+        return max(core / min(cores, parts), gpu / min(gpus, parts)) / 3600
+
+
+def _together(found: list[_Estimated]) -> _Estimated:
+    counts = {key: _combine(sum, [each.counts[key] for each in found]) for key in found[0].counts}
+    seconds = [each.seconds for each in found if each.seconds is not None]
+    if len(seconds) < len(found):
+        return _Estimated(counts, None)
+    core, gpu = (sum(values) for values in zip(*seconds, strict=True))
+    return _Estimated(counts, _Seconds(core, gpu))
+
+
+def _combine(function: Callable[[list[Any]], Any], values: list[Any]) -> Any:
+    return None if None in values else function(values)
+
+
+def _with_cost(found: _Estimated, hours: float | None, price: float | None) -> dict[str, Any]:
+    cost = None if hours is None or price is None else hours * price
+    return {**found.counts, "hours": hours, "cost": cost}
 
 
 class _Encoders:
@@ -104,23 +154,32 @@ class _Encoders:
         """Return the time to read and encode an image."""
         if not images:
             return _Seconds()
-        codec, pixels, begin = self._codec, [], time.monotonic()
-        for image in images:
-            try:
-                pixels.append(square_pixels(image.read(), codec.config.image_size))
-            except UserError:
-                continue  # it will be rejected
-        read, is_on_core = time.monotonic() - begin, self._device.type == "cpu"
+        codec, is_on_core = self._codec, self._device.type == "cpu"
+        size = codec.config.image_size
+        # The first image that is read, and the first one that is encoded, take longer.
+        _read_images(images[:1], size)
+        begin = time.monotonic()
+        pixels = _read_images(images, size)
+        read = time.monotonic() - begin
         if not pixels:
             return _Seconds(read / len(images))
-        if not is_on_core:  # the first call takes longer
-            encode_images(codec, self._device, pixels)
+        encode_images(codec, self._device, pixels[:1])
         clock = time.process_time if is_on_core else time.monotonic
         begin = clock()
         encode_images(codec, self._device, pixels)
         encode = clock() - begin
         core, gpu = (read + encode, 0.0) if is_on_core else (read, encode)
         return _Seconds(core / len(images), gpu / len(images))
+
+
+def _read_images(images: list[ImageRef], size: int) -> list[np.ndarray]:
+    pixels = []
+    for image in images:
+        try:
+            pixels.append(square_pixels(image.read(), size))
+        except UserError:
+            continue  # it will be rejected
+    return pixels
 
 
 class _Sample(NamedTuple):
@@ -156,12 +215,8 @@ def _sample(source: SourceConfig, parts: list[SourcePart]) -> _Sample:
 
 
 def _estimate_source(
-    source: SourceConfig,
-    config: PrepareConfig,
-    encoders: _Encoders,
-    processes: int,
-    price: float | None,
-) -> dict[str, Any]:
+    source: SourceConfig, config: PrepareConfig, encoders: _Encoders
+) -> _Estimated:
     parts = source.parts(config.data.part_bytes)
     size = sum(part.size for part in parts)
     sample = _sample(source, source.parts(min(SAMPLE_BYTES, config.data.part_bytes)))
@@ -172,20 +227,18 @@ def _estimate_source(
     if sample.rows is not None and sample.size:
         documents = round(sample.rows * size / sample.size)
     found = {"parts": len(parts), "bytes": size, "documents": documents}
+    is_uncut = parts == [SourcePart()]
     if documents is None:
-        return {**found, **dict.fromkeys(("tokens", "images", "hours", "cost"))}
+        return _Estimated({**found, "tokens": None, "images": None}, None, is_uncut)
     of = max(len(sample.documents), 1)
     tokens, text_seconds = encoders.count_tokens(texts)
     step = max(1, len(images) // BATCH_IMAGES)
     of_image = encoders.image_seconds(images[::step][:BATCH_IMAGES])
     core = sample.seconds + (text_seconds + len(images) * of_image.core) / of
     gpu = len(images) * of_image.gpu / of
-    cores, gpus = (processes, encoders.devices) if size else (1, 1)  # a single part without a size
-    hours = documents * max(core / cores, gpu / gpus) / 3600
-    return {
+    counts = {
         **found,
         "tokens": round(documents * (tokens / of + 2 + len(images) / of * encoders.image_span)),
         "images": round(documents * len(images) / of),
-        "hours": hours,
-        "cost": None if price is None else hours * price,
     }
+    return _Estimated(counts, _Seconds(documents * core, documents * gpu), is_uncut)

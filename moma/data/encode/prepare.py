@@ -291,8 +291,9 @@ def _encode(
     ]
     if not tasks:
         return
-    executor, quiet = _executor(job, tasks, options), options.quiet
-    if options.share is not None or not isinstance(executor, InProcess):
+    processes = spare_cores() + 1 if options.processes is None else options.processes
+    executor, quiet = _executor(job, tasks, processes, options), options.quiet
+    if processes > 1 or options.share is not None or options.ray is not None:
         _name_uncut(tasks, quiet)
     counts = [
         None if quiet or options.share is not None else count_documents(source, folder)
@@ -329,14 +330,13 @@ def read_from_the_beginning(sources: Sequence[str]) -> str:
     """Return a text about sources that are a single part; see `SourceConfig.parts`."""
     return (
         f"{list_names(sources)}: can only be read from the beginning, so that a single process "
-        "encodes each source; for more, store it as files that are cut (docs/prepare.md)"
+        "encodes each source; docs/prepare.md lists the sources that several processes encode"
     )
 
 
-def _executor(job: Job, tasks: Sequence[Task], options: Options) -> Executor:
+def _executor(job: Job, tasks: Sequence[Task], processes: int, options: Options) -> Executor:
     if options.ray is not None:
         return RayCluster(job, options.ray, options.processes)
-    processes = spare_cores() + 1 if options.processes is None else options.processes
     size = sum(task.part.size for task in tasks)
     is_small = options.processes is None and size < MIN_POOL_BYTES
     if processes == 1 or len(tasks) == 1 or is_small:

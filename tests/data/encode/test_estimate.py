@@ -10,6 +10,7 @@ from moma.data.encode import estimate as module
 from moma.data.encode.estimate import estimate
 from moma.data.encode.tokens import BATCH_IMAGES
 from moma.data.sources.text import TextConfig
+from moma.images import square_pixels
 from moma.tokenizers.text import encode_texts
 from tests.command_line import moma, refuses, succeeds
 from tests.data.encode.preparing import make_recipe, run
@@ -68,9 +69,9 @@ class Clock:
         return call
 
 
-@pytest.mark.parametrize(("device", "hours"), [("cpu", 30 * 2 / 8), ("meta", 30 * 2 / 3)])
+@pytest.mark.parametrize(("device", "hours"), [("cpu", 30 * 2 / 4), ("meta", 30 * 2 / 3)])
 def test_images_take_the_time_of_all_cores_or_of_all_gpus(tmp_path, monkeypatch, device, hours):
-    recipe = make_recipe(tmp_path, 30)
+    recipe = make_recipe(tmp_path, 30, part_bytes=2**20)
     clock = Clock(monkeypatch, module)
     codec = clock.slow(lambda codec, device, pixels: None, BATCH_IMAGES * 2 * 3600)
     monkeypatch.setattr(module, "encode_images", codec)
@@ -79,12 +80,33 @@ def test_images_take_the_time_of_all_cores_or_of_all_gpus(tmp_path, monkeypatch,
     assert found["sources"]["captions"]["hours"] == pytest.approx(hours)
 
 
-def test_texts_take_the_time_of_all_threads(tmp_path, monkeypatch):
+def test_the_first_image_is_not_measured(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, 30)
     clock = Clock(monkeypatch, module)
+    calls = {"read": 0, "encode": 0}
+
+    def slow_at_first(function, name):
+        def call(*arguments):
+            calls[name] += 1
+            clock.seconds += 3600 if calls[name] == 1 else 0
+            return function(*arguments)
+
+        return call
+
+    monkeypatch.setattr(module, "square_pixels", slow_at_first(square_pixels, "read"))
+    monkeypatch.setattr(module, "encode_images", slow_at_first(module.encode_images, "encode"))
+    assert estimate(recipe, CPU, processes=1, price=None)["hours"] == 0
+    assert calls["read"] > 1 and calls["encode"] == 2
+
+
+@pytest.mark.parametrize(("processes", "hours"), [(1, 60), (2, 30), (8, 30)])
+def test_a_part_takes_one_process_and_sources_share_them(tmp_path, monkeypatch, processes, hours):
+    recipe = make_recipe(tmp_path, 30)  # each source is one part
+    clock = Clock(monkeypatch, module)
     monkeypatch.setattr(module, "encode_texts", clock.slow(encode_texts, 30 * 3600))
-    found = estimate(recipe, CPU, processes=2, price=None)["sources"]["text"]
-    assert found["hours"] == pytest.approx(15)
+    found = estimate(recipe, CPU, processes, price=2.0)
+    assert [its["hours"] for its in found["sources"].values()] == pytest.approx([30, 30])
+    assert found["hours"] == pytest.approx(hours) and found["cost"] == pytest.approx(2 * hours)
 
 
 def test_text_that_is_not_unicode_has_no_effect(tmp_path):
@@ -94,6 +116,13 @@ def test_text_that_is_not_unicode_has_no_effect(tmp_path):
     data = recipe.data.model_copy(update={"sources": (source,)})
     changed = recipe.model_copy(update={"data": data})
     assert estimate(changed, CPU, processes=1, price=None)["documents"] == 2
+
+
+def test_an_empty_source_is_not_one_that_is_not_cut(tmp_path):
+    recipe = make_recipe(tmp_path, 20)
+    (tmp_path / "words.txt").write_text("")
+    found = estimate(recipe, CPU, processes=2, price=None)
+    assert found["sources"]["text"]["documents"] == 0 and found["uncut"] == []
 
 
 def test_a_source_that_is_not_cut_is_named_and_read_by_one_process(tmp_path, monkeypatch):

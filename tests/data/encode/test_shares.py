@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 
 from moma.data.documents import SourcePart
+from moma.data.encode import prepare as prepare_module
 from moma.data.encode import shares
 from moma.data.encode.prepare import prepare
 from moma.data.encode.shares import Share
@@ -174,6 +175,18 @@ def test_sources_that_are_not_cut_are_named(tiny, tmp_path, uploaded, monkeypatc
         shown = capsys.readouterr().err
         assert ("text: can only be read from the beginning" in shown) == (number == 2)
         assert "captions: can only" not in shown
+
+
+@pytest.mark.parametrize(("processes", "is_named"), [(None, True), (2, True), (1, False)])
+def test_a_source_that_is_not_cut_is_named_where_it_leaves_processes_without_work(
+    tiny, tmp_path, monkeypatch, capsys, processes, is_named
+):
+    monkeypatch.setattr(TextConfig, "parts", lambda self, part_bytes: [SourcePart()])
+    monkeypatch.setattr(prepare_module, "spare_cores", lambda: 1)
+    local = with_data(machine(tiny, tmp_path, "local"), remote=None, image_share=0)
+    (text,) = (source for source in local.data.sources if source.name == "text")
+    prepare(with_data(local, sources=(text,)), CPU, processes=processes)
+    assert ("text: can only be read from the beginning" in capsys.readouterr().err) == is_named
 
 
 def test_every_part_belongs_to_one_share():
