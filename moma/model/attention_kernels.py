@@ -17,8 +17,6 @@ from torch.nn import functional
 KernelName = Literal["masked", "varlen", "flex"]
 
 HALF = (torch.float16, torch.bfloat16)
-# Queries of a block of attention with a mask.
-QUERIES = 256
 
 
 class Segments(NamedTuple):
@@ -77,9 +75,15 @@ class MaskedAttention:
     Converted to an additive mask once; with a boolean one, each layer would convert and keep its
     own. Masked products are computed, too: fewer of them because queries are divided into blocks,
     each of which reads the keys up to its end only.
+
+    Args:
+        block_size: number of queries of a block.
     """
 
     is_compiled = False
+
+    def __init__(self, block_size: int = 256) -> None:
+        self._block_size = block_size
 
     def layout(self, segments: Segments, dtype: torch.dtype) -> Tensor | None:
         """0 where a query attends to a key and −∞ elsewhere, [R, 1, S, S]; None: causal."""
@@ -102,8 +106,8 @@ class MaskedAttention:
         repeats = query.shape[2] // key.shape[2]
         if repeats > 1:
             key, value = (x.repeat_interleave(repeats, dim=2) for x in (key, value))
-        length = query.shape[1]
-        ends = [min(end, length) for end in range(QUERIES, max(length, 1) + QUERIES, QUERIES)]
+        length, size = query.shape[1], self._block_size
+        ends = [min(end, length) for end in range(size, max(length, 1) + size, size)]
         parts = [
             _attend(query[:, start:end], key[:, :end], value[:, :end], layout[..., start:end, :end])
             for start, end in zip([0, *ends], ends, strict=False)

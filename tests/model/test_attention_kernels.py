@@ -16,7 +16,6 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 from torch.overrides import TorchFunctionMode
 
-from moma.model import attention_kernels
 from moma.model.attention_kernels import (
     AttentionKernel,
     MaskedAttention,
@@ -123,11 +122,10 @@ def test_kernels_equal_the_reference(kernel, case):
 
 
 @pytest.mark.parametrize("queries", [1, 2, 3, 7])
-def test_blocks_of_queries_read_the_keys_up_to_their_end(queries, monkeypatch):
-    monkeypatch.setattr(attention_kernels, "QUERIES", queries)
+def test_blocks_of_queries_read_the_keys_up_to_their_end(queries):
     segments = Segments(torch.tensor([[0, 0, 1, 1, 1, 2, 2], [3, 3, 3, 3, 4, 4, 4]]), 5, 7)
     with _AttentionCalls() as recorded:
-        assert_equals_the_reference(MaskedAttention(), segments, (4, 2))
+        assert_equals_the_reference(MaskedAttention(queries), segments, (4, 2))
     ends = [*range(queries, 7, queries), 7]
     assert [key[2] for _, key, _ in recorded.calls] == ends
     assert sum(query[2] for query, _, _ in recorded.calls) == 7

@@ -14,7 +14,7 @@ from moma.data.cleaning.duplicates import Comparison, ImageTable, image_bands, t
 from moma.data.cleaning.signatures import IMAGE, TEXT, Signatures
 
 # A near duplicate shares several bands, and rarely so common ones alone.
-MAX_COMPARED = 64
+_MAX_COMPARED = 64
 
 
 class Piece(NamedTuple):
@@ -99,7 +99,7 @@ def _similar_texts(pieces: Sequence[Piece]) -> Comparison:
 
     bands = text_bands(minhash, min(thresholds))
     documents = records["document"].copy()
-    return Comparison("near_duplicate_texts", documents, None, bands, matches, MAX_COMPARED)
+    return Comparison("near_duplicate_texts", documents, None, bands, matches, _MAX_COMPARED)
 
 
 def _similar_images(records: np.ndarray, rows: np.ndarray, distances: np.ndarray) -> Comparison:

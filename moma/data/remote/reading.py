@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -28,8 +28,6 @@ LINK_FILE = "remote.json"
 _OPEN_SHARE = 1 / 16
 # Each has a file descriptor.
 _MAX_OPEN_FILES = 128
-# Seconds before a download that failed is tried again.
-PAUSES = (2, 10, 30)
 logger = logging.getLogger(__name__)
 
 
@@ -80,8 +78,17 @@ def cache_of(data: Path, cache_bytes: int) -> Cache:
 class RemoteFiles:
     """The Arrow files of a folder of shards, those that are not there through the cache."""
 
-    def __init__(self, folder: Path, link: Link, checksums: Mapping[str, Checksum]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        link: Link,
+        checksums: Mapping[str, Checksum],
+        pauses: Sequence[int] = (2, 10, 30),
+    ) -> None:
         """Open nothing yet.
+
+        Args:
+            pauses: seconds before a download that failed is tried again, each time.
 
         Raises:
             UserError: a file is larger than the cache.
@@ -93,7 +100,7 @@ class RemoteFiles:
                 f"{folder}: files of {largest:,} bytes do not fit into data.cache_bytes = "
                 f"{link.cache_bytes:,}; increase it"
             )
-        self._link, self._checksums = link, checksums
+        self._link, self._checksums, self._pauses = link, checksums, pauses
         key = folder.parent.parent, link.cache_bytes
         self._files = OPEN_FILES.setdefault(key, _OpenCachedFiles(cache_of(*key), link.cache_bytes))
 
@@ -108,14 +115,15 @@ class RemoteFiles:
         name = object_name(self._link.folder, path.name, expected)
         download = partial(open_storage(self._link.address).download, name, expected)
         file = _try_again(
-            lambda: self._files.cache.open(name, expected, download, self._files.close_half)
+            lambda: self._files.cache.open(name, expected, download, self._files.close_half),
+            self._pauses,
         )
         return MappedFile(Path(file.name), file)
 
 
-def _try_again(download: Callable[[], BinaryIO]) -> BinaryIO:
+def _try_again(download: Callable[[], BinaryIO], pauses: Sequence[int]) -> BinaryIO:
     """Download a file, again after pauses if it fails for a reason that may pass."""
-    for pause in PAUSES:
+    for pause in pauses:
         try:
             return download()
         except StorageError as error:

@@ -48,7 +48,7 @@ def cached_bytes(folder):
 class Processes:
     """Readers of different processes; each process has those of some sources."""
 
-    def __init__(self, data, link, checksums, processes, sources):
+    def __init__(self, data, link, checksums, processes, sources, **options):
         self._shards, self._names = data / "shards", sorted(checksums)
         self._shards.mkdir(parents=True)
         (data / "cache").mkdir()
@@ -56,7 +56,8 @@ class Processes:
         for _ in range(processes):
             reading.OPEN_FILES = WeakValueDictionary()
             self.readers += [
-                RemoteFiles(self._shards / f"{n}", link, checksums) for n in range(sources)
+                RemoteFiles(self._shards / f"{n}", link, checksums, **options)
+                for n in range(sources)
             ]
 
     def read(self, reader, number):
@@ -109,9 +110,8 @@ def test_a_failed_download_is_tried_again(checksums, tmp_path, monkeypatch, caps
         download(self, *args)
 
     monkeypatch.setattr(Storage, "download", fail_first)
-    monkeypatch.setattr(reading, "PAUSES", (0, 0))
     monkeypatch.setattr(reading, "OPEN_FILES", WeakValueDictionary())
-    process = Processes(tmp_path, make_link(10**6), checksums, 1, sources=1)
+    process = Processes(tmp_path, make_link(10**6), checksums, 1, sources=1, pauses=(0, 0))
     (reader,) = process.readers
     with pytest.raises(StorageError, match="no network 3"):
         process.read(reader, 5)
