@@ -22,6 +22,7 @@ from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.study import figures
+from moma.study.documents import documents_fingerprint, warn_of_other_documents
 from moma.study.page import Page, captioned, panels, paragraph, tile
 from moma.study.routing_drawing import STYLE, draw_routing
 from moma.study.speedup import AXES, Axis, speedups, with_seconds
@@ -150,6 +151,9 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
     measured = [measure(run, quiet, name) for run, name in zip(runs, names, strict=True)]
+    warn_of_other_documents(
+        {each.name: documents_fingerprint(each.recipe.data) for each in measured}
+    )
     page = Page("Comparison of runs", f"{measured[0].name} is the baseline.", STYLE)
     add_comparison(page, measured)
     page.write(out)

@@ -35,6 +35,7 @@ from moma.files import atomic_write, fingerprint, lock_folder, read_json
 from moma.recipe import Config, RequiredPath, Seed, check, merge_tables, override, read_values
 from moma.runs import Run
 from moma.runtime.world import World
+from moma.study.documents import documents_fingerprint
 from moma.study.measures import MEASURES
 from moma.study.speedup import with_seconds
 from moma.train.chain import Evaluate, Evaluation, chain_of, read_manifests, run_chain
@@ -323,5 +324,6 @@ def _run(run: StudyRun, evaluate: Evaluate, world: World, quiet: bool) -> None:
         "measures": {
             name: MEASURES[name](run.run, run.config.batches) for name in run.config.measures
         },
+        "documents": documents_fingerprint(run.recipes[-1].data),
     }
     atomic_write(run.result, json.dumps(result, indent=2) + "\n")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
+from moma.study.documents import warn_of_other_documents
 from moma.study.grid import Study, StudyRun
 from moma.study.measures import HELD_OUT_SUITES
 from moma.study.scaling import MIN_SIZES, Curve, crossings, fit_curve
@@ -59,6 +60,8 @@ def estimate(values: Sequence[float | None]) -> Estimate:
 def summarize(study: Study) -> dict[str, Any]:
     """Estimates of every figure by variant; η is against the baseline's run of the same seed.
 
+    It warns of runs that were measured on other documents than the first.
+
     Returns:
         `variants`: variant → `runs` (folders), `seeds`, `measures` (figures by their names, joined
         by a slash) and, except for the first, `speedup` over `flops` and over `seconds`.
@@ -74,8 +77,11 @@ def summarize(study: Study) -> dict[str, Any]:
     baseline = study.runs[0].variant
     metrics = {run.name: run.read_metrics() for run in study.runs}
     found: dict[str, Any] = {}
+    documents: dict[str, str] = {}
     for variant, runs in by_variant.items():
         results = [run.read_result() for run in runs]
+        measured = [(run, own) for run, own in zip(runs, results, strict=True) if own]
+        documents |= {run.name: own["documents"] for run, own in measured if "documents" in own}
         flat = [dict(flattened(result["measures"], "/")) for result in results if result]
         found[variant] = {
             "runs": [str(run.run.path) for run in runs],
@@ -90,6 +96,7 @@ def summarize(study: Study) -> dict[str, Any]:
             found[variant]["speedup"] = {
                 axis: _estimates([speedups(*pair, axis) for pair in pairs]) for axis in AXES
             }
+    warn_of_other_documents(documents)
     curves = {key: _curves(study, key) for key in _LOSSES}
     return {
         "variants": found,

@@ -2,9 +2,11 @@
 
 import logging
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from moma.data.remote.fetching import published_manifests
+from moma.data.remote.manifest import Manifest
 from moma.errors import UserError
 from moma.recipe import Config
 from moma.runs import Run, Tokenizers
@@ -81,17 +83,25 @@ def check_run_folder(run: Run, recipe: Recipe) -> list[str]:
     return refuse_other_recipe(run, recipe)
 
 
-def write_run_folder(run: Run, recipe: Recipe) -> None:
+def write_run_folder(run: Run, recipe: Recipe, shards: Mapping[str, Manifest]) -> None:
     """Create or update the run folder, after `check_run_folder`; copy missing tokenizers.
 
+    Args:
+        shards: as `provide_training_data` returned them, before the data was opened.
+
     Raises:
-        UserError: as for `check_run_folder`; or the data has other tokenizers than the run.
+        UserError: as for `check_run_folder`; or the data has other tokenizers than the run, or was
+            prepared anew since.
     """
+    if published_manifests(recipe.data) != shards:
+        raise UserError(
+            f"{recipe.data.path}: was prepared anew while the run started; start it again"
+        )
     data = Tokenizers(recipe.data.path)
     changes = check_run_folder(run, recipe)
     if not run.exists:
         run.path.mkdir(parents=True, exist_ok=True)
-        run.create(recipe, data, published_manifests(recipe.data))
+        run.create(recipe, data, shards)
     if shown := [
         text for text in changes if not text.startswith(("run:", "data.path:", "data.remote:"))
     ]:

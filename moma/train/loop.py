@@ -84,10 +84,11 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         stop_request = stack.enter_context(interruption(world))
         is_locked = _lock_if_exists(run, recipe, world, stack)
         on_rank_0(world, check_run_folder, run, recipe)
-        provide_training_data(run, recipe, world)
+        shards = provide_training_data(run, recipe, world)
         checkpoint, damaged = newest_intact(run.checkpoints, world)
         if checkpoint is not None and _is_finished(checkpoint, recipe):
-            on_rank_0(world, write_run_folder, run, recipe)  # restores lost copies of tokenizers
+            # Restores lost copies of tokenizers.
+            on_rank_0(world, write_run_folder, run, recipe, shards)
             return run
         # A run that has started no longer needs its source run.
         source = find_source_run(recipe, world) if checkpoint is None else None
@@ -101,7 +102,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         # Created only now, so that a recipe that cannot be trained leaves no run folder.
         if not is_locked:
             _create_folder(run, recipe, world, stack)
-        on_rank_0(world, write_run_folder, run, recipe)
+        on_rank_0(world, write_run_folder, run, recipe, shards)
         if checkpoint is None:
             trainer.open_outputs()
             if not world.rank:

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from moma.data.batches.iterator import Batches, reshard
 from moma.data.batches.packing import Batch
+from moma.data.remote.fetching import provide_data
 from moma.errors import UserError
 from moma.progress import show_progress
 from moma.runs import Run
@@ -28,7 +29,7 @@ from moma.runtime.optimizer import learning_rate
 from moma.runtime.world import World, gather, raise_on_all_ranks, reporting_lost_ranks
 from moma.train.fault import Fault, read_fault, read_fault_batches
 from moma.train.recipe import Recipe
-from moma.train.restore import read_run_recipe
+from moma.train.restore import read_run_recipe, trained_shards
 from moma.train.stages import find_source_run, initial_state, make_step, prepare_model
 from moma.train.step import Step, to_device
 from moma.vocabulary import Vocabulary
@@ -62,6 +63,7 @@ def replay(run: Run, world: World, quiet: bool = False) -> dict[str, Any]:
             recipe = read_run_recipe(run).without_compilation()
             saved = [read_fault_batches(run, rank) for rank in played]
             vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
+            provide_data(recipe.data, manifests=trained_shards(run))
             data = [
                 stack.enter_context(
                     closing(Batches(recipe.data, vocabulary, recipe.seed, rank, fault.world_size))

@@ -55,11 +55,15 @@ def trained_shards(run: Run) -> dict[str, Manifest]:
     return check(_RunShards, {"shards": shards}, str(run.manifest)).shards
 
 
-def provide_training_data(run: Run, recipe: Recipe, world: World) -> None:
+def provide_training_data(run: Run, recipe: Recipe, world: World) -> dict[str, Manifest]:
     """Fetch what a run trains on, of `data.remote`; all ranks call it together.
 
-    A run that begins trains on the newest shards: the same on all machines, also if others are
-    published meanwhile.
+    A run that begins trains on the newest shards, or, if it continues another run, on those of
+    that run, whose training must not have seen what is held out: the same on all machines, also if
+    others are published meanwhile.
+
+    Returns:
+        Which shards at the address they are, by source.
 
     Raises:
         UserError: as for `provide_data`.
@@ -67,12 +71,17 @@ def provide_training_data(run: Run, recipe: Recipe, world: World) -> None:
     manifests = from_rank_0(world, _fetch_shards, run, recipe)
     with raise_on_all_ranks(world):
         provide_data(recipe.data, manifests=manifests)
+    return manifests
 
 
 def _fetch_shards(run: Run, recipe: Recipe) -> dict[str, Manifest]:
+    source = Run(recipe.from_) if recipe.from_ is not None else run
     if run.exists:
-        return trained_shards(run)
-    provide_data(recipe.data, refresh=True)
+        provide_data(recipe.data, manifests=trained_shards(run))
+    elif recipe.stage != "pretrain" and source.exists:
+        provide_data(recipe.data, refresh=True, manifests=trained_shards(source))
+    else:
+        provide_data(recipe.data, refresh=True)
     return published_manifests(recipe.data)
 
 
@@ -170,7 +179,9 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
         return
     own = read_run_recipe(run)
     if own.stage == "aux_router" and own.from_ is not None and Run(own.from_).exists:
-        require_training_data(Run(own.from_), recipe)
+        source = Run(own.from_)
+        _require_shards_of_source(run, source)
+        require_training_data(source, recipe)
     keys = ("path", "remote", "cache_bytes")
     data = own.data.model_copy(update={key: getattr(recipe.data, key) for key in keys})
     vocabulary = Vocabulary.load(run.require_tokenizers().vocabulary)
@@ -183,6 +194,15 @@ def require_training_data(run: Run, recipe: Recipe) -> None:
             f"{recipe.data.path}: is not the data that {run.path} was trained on (documents or "
             "data.held_out have changed), so what it holds out may have been trained on; prepare "
             "it as before, or train a new run"
+        )
+
+
+def _require_shards_of_source(run: Run, source: Run) -> None:
+    shards, own = trained_shards(source), trained_shards(run)
+    if any(shards[name] != own[name] for name in shards.keys() & own.keys()):
+        raise UserError(
+            f"{run.path}: was trained on other documents than {source.path}, so what it holds out "
+            "may have been trained on there; train the routers again, with another run=…"
         )
 
 

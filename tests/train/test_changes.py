@@ -22,7 +22,7 @@ def test_the_recipe_is_synced_before_a_run_starts(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "sync_folder", synced.append)
     run = Run(tmp_path / "run")
     recipe = tiny.model_copy(update={"run": run.path})
-    write_run_folder(run, recipe)
+    write_run_folder(run, recipe, {})
     assert synced[0] == run.path  # after the manifest was renamed
     assert run.read_recipe(Recipe) == read_recipe(Recipe, run.recipe) == recipe
     assert {path.suffix for path in run.path.glob("*.*")} == {".toml", ".json"}
@@ -43,7 +43,7 @@ def test_the_recipe_is_synced_before_a_run_starts(tiny, tmp_path, monkeypatch):
 )
 def test_changes_allowed_on_resume(tiny, tmp_path, section, change, is_allowed):
     run = Run(tmp_path / "run")
-    write_run_folder(run, tiny)
+    write_run_folder(run, tiny, {})
     changed = tiny.model_copy(update={section: getattr(tiny, section).model_copy(update=change)})
     (key,) = change
     if is_allowed:
@@ -56,7 +56,7 @@ def test_changes_allowed_on_resume(tiny, tmp_path, section, change, is_allowed):
 
 def test_other_sources_need_another_run(tiny, tmp_path):
     run = Run(tmp_path / "run")
-    write_run_folder(run, tiny)
+    write_run_folder(run, tiny, {})
     data = tiny.data.model_copy(update={"sources": tiny.data.sources[:1]})
     with pytest.raises(UserError, match=r"keeps the sources that it began with: .* with run=…"):
         refuse_other_recipe(run, tiny.model_copy(update={"data": data}))
@@ -64,7 +64,7 @@ def test_other_sources_need_another_run(tiny, tmp_path):
 
 def test_routers_in_the_folder_of_their_run_are_refused(tiny, tmp_path):
     run = Run(tmp_path / "my run")
-    write_run_folder(run, tiny)
+    write_run_folder(run, tiny, {})
     routers = tiny.model_copy(update={"stage": "aux_router", "from_": run.path})
     with pytest.raises(UserError, match=rf"stage: .*own: 'run={run.path}/aux_router'$") as caught:
         refuse_other_recipe(run, routers)

@@ -36,12 +36,13 @@ def provide_data(
     """Fetch what is needed to open the shards of a recipe; nothing without `data.remote`.
 
     Args:
-        refresh: whether shards that changed at the address replace those of this machine.
+        refresh: whether to require the newest shards at the address, where `manifests` names none.
         manifests: the shards that are needed, by source, in place of the newest; as
             `published_manifests` returns them.
 
     Raises:
-        UserError: they are not complete at the address, or the data folder has others.
+        UserError: they are not complete at the address, or the data folder has others: it keeps its
+            shards, which other jobs may read.
     """
     manifests = manifests or {}
     if config.remote is None or (not refresh and _is_provided(config, manifests)):
@@ -152,8 +153,8 @@ def fetch_shards(
         manifest: of the shards; by default the one at the address.
 
     Raises:
-        UserError: the shards in the folder were not made for this address, or have to be replaced,
-            but have files that moma did not write.
+        UserError: the shards in the folder are others, or were not made for this address; or
+            incomplete ones have to be replaced, but have files that moma did not write.
     """
     name = source_manifest(folder.name)
     if manifest is None:
@@ -176,6 +177,12 @@ def fetch_shards(
         if old != link:
             atomic_write(folder / LINK_FILE, link.model_dump_json() + "\n")
         return True
+    if old is not None and old.manifest is not None:
+        raise UserError(
+            f"{folder}: has other shards of {storage.address} than are needed here, as a source "
+            "was prepared anew; choose another data.path, which gets those that are needed, or "
+            "delete the folder if no job reads it"
+        )
     require_own(folder)
     unfinished = folder.parent / ".fetching"
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -18,8 +18,9 @@ from moma.data.shards import PartRecord
 from moma.errors import UserError
 from moma.runs import Run
 from moma.runtime.world import World
+from moma.train.changes import write_run_folder
 from moma.train.loop import train
-from moma.train.restore import require_training_data, trained_shards
+from moma.train.restore import provide_training_data, require_training_data, trained_shards
 from moma.vocabulary import Vocabulary
 from tests.train.test_loop import WORLD, KilledError, assert_same_run, kill_after
 
@@ -195,7 +196,11 @@ def test_new_shards_do_not_disturb_those_that_read_the_old_ones(tiny, prepared, 
         kept = {name for name in before if "/sources/" not in name}
         assert kept <= set(memory()) and len(set(memory())) > len(before)
         assert [next(batches).tokens_BS.tolist() for _ in range(5)] == expected
-    # A run that begins gets the new ones.
+    # A run that begins trains on the new ones, which another folder gets.
+    with pytest.raises(UserError, match=r"has other shards .* another data\.path"):
+        provide_data(reader.data, refresh=True)
+    assert batches_of(reader) == expected
+    reader = with_data(reader, path=tmp_path / "new")
     provide_data(reader.data, refresh=True)
     assert batches_of(reader) == batches_of(changed) != expected
 
@@ -324,9 +329,42 @@ def test_a_run_resumes_anywhere_with_the_shards_that_it_began_with(
     moved = with_data(recipe, path=tmp_path / "third")
     assert_same_run(expected, train(moved, WORLD, quiet=True))
     require_training_data(expected, with_data(recipe, path=tmp_path / "fourth"))
-    # A folder that has the new ones gets those of the run again.
-    provide_data(moved.data, refresh=True)
-    require_training_data(expected, moved)
+    with pytest.raises(UserError, match=r"has other shards .* another data\.path"):
+        require_training_data(expected, with_data(recipe, path=prepared.data.path))
+
+
+def test_a_run_that_continues_another_has_the_shards_of_that_run(tiny, prepared, tmp_path):
+    """Of new shards, it would hold out documents that the other was trained on."""
+    few = {"steps": 2, "checkpoint_every": 2}
+    stages = {
+        name: getattr(tiny, name).model_copy(update=few) for name in ("pretrain", "aux_router")
+    }
+    recipe = at(tiny, tmp_path / "second").model_copy(update={**stages, "run": tmp_path / "run"})
+    source = train(recipe, WORLD, quiet=True)
+    prepare(with_data(prepared, held_out=0.5), CPU, quiet=True)
+    for stage in ("pretrain", "upcycle", "aux_router"):
+        fresh = with_data(recipe, path=tmp_path / stage)
+        fresh = fresh.model_copy(update={"stage": stage, "from_": source.path})
+        found = provide_training_data(Run(tmp_path / "new"), fresh, WORLD)
+        assert (found == trained_shards(source)) == (stage != "pretrain")
+    routers = train(fresh.model_copy(update={"run": tmp_path / "routers"}), WORLD, quiet=True)
+    assert trained_shards(routers) == trained_shards(source)
+    require_training_data(routers, fresh)
+    # Of a version that began with the newest shards.
+    values = json.loads(routers.manifest.read_text())
+    values["shards"]["text"] |= {"folder": "shards/text/other"}
+    routers.manifest.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"routers: was trained on other documents than \S+/run,"):
+        require_training_data(routers, fresh)
+
+
+def test_data_prepared_while_a_run_starts_is_refused(tiny, prepared, tmp_path):
+    run = Run(tmp_path / "run")
+    shards = provide_training_data(run, prepared, WORLD)
+    prepare(with_data(prepared, held_out=0.5), CPU, quiet=True)
+    with pytest.raises(UserError, match=r"first: was prepared anew while the run started"):
+        write_run_folder(run, prepared, shards)
+    assert not run.path.exists()
 
 
 def test_shards_of_a_run_that_lead_elsewhere_are_refused(tiny_run, tmp_path):
