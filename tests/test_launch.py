@@ -78,10 +78,10 @@ def slurm(tmp_path):
             cwd=tmp_path,
             start_new_session=True,
         )
-        while not (tmp_path / "started").exists():
+        while not (tmp_path / "started").exists() and process.poll() is None:
             time.sleep(0.02)
         if preempt:
-            while not (tmp_path / "called").exists():
+            while not (tmp_path / "called").exists() and process.poll() is None:
                 time.sleep(0.02)
             time.sleep(0.5)  # both tasks are running
             os.killpg(process.pid, signal.SIGTERM)  # the script and srun get it
