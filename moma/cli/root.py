@@ -71,14 +71,21 @@ def main() -> None:
         code = app(prog_name="moma", standalone_mode=False)
         sys.stdout.flush()
     except (ClosedOutputError, BrokenPipeError):
-        # What is still buffered must not fail once more when the interpreter exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = _CLOSED_OUTPUT_CODE
     except Exception as error:
         code = _report(error)
+    _discard_unwritten_output()
     if code == 130:  # Typer's answer to Ctrl-C
         print("moma: interrupted; the same command continues from what is saved", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _discard_unwritten_output() -> None:
+    """What could not be printed must not fail once more when the interpreter exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _prepare_output() -> None:

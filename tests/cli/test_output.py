@@ -132,7 +132,8 @@ def test_a_closed_output_gives_no_traceback(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no full device")
-def test_a_full_disk_under_the_output_is_one_message():
-    full = call("--version", pipe="> /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_the_output_is_one_message(unbuffered):
+    full = call("--version", pipe="> /dev/full", PYTHONUNBUFFERED=unbuffered)
     assert full.returncode == 74 and full.stderr.count("\n") == 1
     assert "No space left" in full.stderr
