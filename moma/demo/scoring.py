@@ -31,7 +31,7 @@ from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
 from moma.generate.settings import Settings
 from moma.progress import ProgressCallback
-from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pil
+from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pixels
 
 BATCH = 64
 GREEDY = Sampling(temperature=0)
@@ -164,6 +164,6 @@ class NearestObject:
         for start in range(0, len(images), BATCH):
             batch_B3HW = torch.stack(images[start : start + BATCH])
             codes_BL = self.codec.encode(batch_B3HW.to(self.codec.codebook.device))
-            decoded = map(to_pil, self.codec.decode(codes_BL))
-            crops += [np.asarray(image.crop(box)).ravel() for image in decoded]
-        return np.stack(crops).astype(np.float64)
+            pixels_BHW3 = to_pixels(self.codec.decode(codes_BL))
+            crops.append(pixels_BHW3[:, box.top : box.bottom, box.left : box.right].flatten(1))
+        return torch.cat(crops).cpu().numpy().astype(np.float64)

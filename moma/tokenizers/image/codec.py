@@ -300,6 +300,10 @@ class ImageCodec(nn.Module):
             raise UserError(f"{file}: {wrong[0]} has NaN or infinite values; get a complete copy")
         codec = cls(config)
         codec.load_state_dict(weights)
+        if codec.decoder is not None:
+            # The order of the codebook's vectors; it decodes a single image faster
+            # (docs/results/generate.md). The encoder's rounding, and so codes, stay as they are.
+            cast(Any, codec.decoder).to(memory_format=torch.channels_last)
         return codec.eval()
 
 
@@ -339,7 +343,12 @@ def to_float(pixels_BHW3: Tensor) -> Tensor:
     return pixels_BHW3.movedim(-1, -3).float() / 255 * 2 - 1
 
 
+def to_pixels(images_B3HW: Tensor) -> Tensor:
+    """Images [..., 3, H, W] in [−1, 1] as pixels, uint8 [..., H, W, 3]; others are clipped."""
+    levels_B3HW = ((images_B3HW.float().clamp(-1, 1) + 1) / 2 * 255).round()
+    return levels_B3HW.to(torch.uint8).movedim(-3, -1)
+
+
 def to_pil(image_3HW: Tensor) -> Image.Image:
-    """A tensor in [−1, 1] as an RGB image; values outside are clipped."""
-    levels = ((image_3HW.float().clamp(-1, 1) + 1) / 2 * 255).round()
-    return Image.fromarray(levels.to(torch.uint8).permute(1, 2, 0).cpu().numpy(), "RGB")
+    """An image [3, H, W] in [−1, 1] as an RGB image; values outside are clipped."""
+    return Image.fromarray(to_pixels(image_3HW).cpu().numpy(), "RGB")
