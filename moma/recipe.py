@@ -149,7 +149,8 @@ def read_recipe(schema: type[AnyConfig], path: Path, overrides: Iterable[str] = 
     """Read a TOML recipe, apply `key.sub=value` overrides and validate it.
 
     A recipe with `extends = "other.toml"` (relative to itself) starts from the values of that file:
-    its own tables are merged into them key by key, any other value replaces the one there.
+    its own tables are merged into them key by key, any other value replaces the one there. A list
+    of files is merged in this order.
 
     Raises:
         UserError: the file cannot be read, or a key or value is wrong; the message names it.
@@ -184,14 +185,26 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML ({error}); a recipe is {_EXAMPLE}") from error
     if "extends" not in values:
         return values
+    given = values.pop("extends")
+    merged: dict[str, Any] = {}
+    for name in given if isinstance(given, list) else [given]:
+        base = _read_toml(_extended(path, name), (*extended_by, path.resolve()))
+        merged = merge_tables(merged, base)
+    return merge_tables(merged, values)
+
+
+def _extended(path: Path, name: object) -> Path:
+    """The file that a recipe names in `extends`."""
     try:
-        given = parse_path(values.pop("extends"))
+        given = parse_path(name)
     except ValueError as error:
-        raise UserError(f"{path}: 'extends': {error}; name one file, as base.toml") from error
-    base = path.parent / given
+        raise UserError(
+            f"{path}: 'extends': {error}; name a file, as base.toml, or a list of files"
+        ) from error
+    base: Path = path.parent / given
     if not base.exists() and (shipped := find_recipe(given)).exists():
-        base = shipped
-    return merge_tables(_read_toml(base, (*extended_by, path.resolve())), values)
+        return shipped
+    return base
 
 
 def recipe_value(path: Path, *keys: str) -> str:

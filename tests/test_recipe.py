@@ -273,6 +273,16 @@ def test_extends_merges_key_by_key(tmp_path):
     assert read_recipe(Outer, tmp_path / "resolved.toml") == read
 
 
+def test_several_bases_are_merged_in_their_order(tmp_path):
+    (tmp_path / "one.toml").write_text('title = "one"\n[inner]\nsize = 2\nnames = ["a"]\n')
+    (tmp_path / "two.toml").write_text('title = "two"\nparts = [{size = 5}]\n[inner]\nsize = 3\n')
+    path = tmp_path / "recipe.toml"
+    path.write_text('extends = ["one.toml", "two.toml"]\n[inner]\nsize = 4\n')
+    read = read_recipe(Outer, path)
+    assert (read.title, read.inner.size, read.inner.names) == ("two", 4, ("a",))
+    assert [part.size for part in read.parts] == [5]
+
+
 @pytest.mark.parametrize(
     ("text", "base", "named"),
     [
@@ -280,7 +290,9 @@ def test_extends_merges_key_by_key(tmp_path):
         ('extends = "base.toml"', "size = [", "base.toml: not valid TOML"),
         ('extends = "base.toml"', 'extends = "recipe.toml"', "recipe.toml: extends itself"),
         ('extends = "recipe.toml"', None, "recipe.toml: extends itself"),
-        ("extends = 3", None, "'extends': .*; name one file"),
+        ("extends = 3", None, "'extends': .*; name a file"),
+        ('extends = ["base.toml", 3]', "", "'extends': .*, or a list of files"),
+        ('extends = ["base.toml", "recipe.toml"]', "", "recipe.toml: extends itself"),
         ('extends = "base.toml"', "sizes = 3", "unknown key 'sizes'"),
         ('extends = "base.toml"', "inner = 3", "'inner'"),
     ],

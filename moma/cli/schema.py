@@ -31,7 +31,10 @@ def json_schema() -> Node:
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"] |= {
-        "extends": {"type": "string", "description": "a recipe whose values this one starts from"},
+        "extends": {
+            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+            "description": "a recipe, or several, whose values this one starts from",
+        },
         "chain": {
             "type": "array",
             "items": {"type": "object"},
