@@ -137,7 +137,11 @@ def comparison_tables(result: dict[str, Any]) -> list[Table]:
 
 
 def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, Any]:
-    """Measure runs, write the page, and return the `summary`.
+    """Measure runs, and write the page.
+
+    Returns:
+        The `summary`, and a `warning` of runs that were measured on other documents than the first;
+        empty if there are none.
 
     Raises:
         UserError: a folder is not a run, has no checkpoint or is given twice, or `out` is a file
@@ -151,13 +155,13 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
     if len(set(names)) < len(names):
         names = [str(run.path) for run in runs]
     measured = [measure(run, quiet, name) for run, name in zip(runs, names, strict=True)]
-    warn_of_other_documents(
+    warning = warn_of_other_documents(
         {each.name: documents_fingerprint(each.recipe.data) for each in measured}
     )
-    page = Page("Comparison of runs", f"{measured[0].name} is the baseline.", STYLE)
+    page = Page("Comparison of runs", f"{measured[0].name} is the baseline. {warning}", STYLE)
     add_comparison(page, measured)
     page.write(out)
-    return summary(measured)
+    return summary(measured) | {"warning": warning}
 
 
 def add_comparison(page: Page, measured: Sequence[Measured]) -> None:

@@ -19,19 +19,23 @@ def documents_fingerprint(data: DataConfig) -> str:
     return fingerprint(json.dumps(found, sort_keys=True).encode())
 
 
-def warn_of_other_documents(fingerprints: Mapping[str, str]) -> None:
+def warn_of_other_documents(fingerprints: Mapping[str, str]) -> str:
     """Warn if runs were measured on other documents than the first, the baseline.
 
     Args:
         fingerprints: `documents_fingerprint` by name of the run.
+
+    Returns:
+        The warning, which a report repeats; empty if there is none.
     """
-    if not fingerprints:
-        return
-    baseline, *others = fingerprints
-    if other := [name for name in others if fingerprints[name] != fingerprints[baseline]]:
-        logger.warning(
-            "%s: measured on other documents than %s, as the data differ or a source was prepared "
-            "anew between them: their held-out losses cannot be compared; train all on the same",
-            list_names(other),
-            baseline,
-        )
+    names = list(fingerprints)
+    other = [name for name in names if fingerprints[name] != fingerprints[names[0]]]
+    if not other:
+        return ""
+    warning = (
+        f"{list_names(other)}: measured on other documents than {names[0]}, as the data differ or "
+        "a source was prepared anew between them: their losses, and η, cannot be compared; train "
+        "all on the same"
+    )
+    logger.warning(warning)
+    return warning

@@ -60,9 +60,9 @@ def estimate(values: Sequence[float | None]) -> Estimate:
 def summarize(study: Study) -> dict[str, Any]:
     """Estimates of every figure by variant; η is against the baseline's run of the same seed.
 
-    It warns of runs that were measured on other documents than the first.
-
     Returns:
+        `warning`: of runs that were measured on other documents than the first; empty if there are
+        none.
         `variants`: variant → `runs` (folders), `seeds`, `measures` (figures by their names, joined
         by a slash) and, except for the first, `speedup` over `flops` and over `seconds`.
         `scaling`: curve → loss → `exponent` and `offset` of the fitted law with the ends of their
@@ -96,9 +96,10 @@ def summarize(study: Study) -> dict[str, Any]:
             found[variant]["speedup"] = {
                 axis: _estimates([speedups(*pair, axis) for pair in pairs]) for axis in AXES
             }
-    warn_of_other_documents(documents)
+    warning = warn_of_other_documents(documents)
     curves = {key: _curves(study, key) for key in _LOSSES}
     return {
+        "warning": warning,
         "variants": found,
         "scaling": {
             name: {key: _describe_curve(each[name]) for key, each in curves.items() if name in each}

@@ -139,7 +139,7 @@ def test_generation_depends_on_the_seed(trained):
 def test_the_report_is_one_file(trained, tmp_path):
     page = tmp_path / "new" / "report.html"
     result = json.loads(succeeds("report", trained / "run", "--out", page, "--json"))
-    assert result.keys() == {"runs", "speedup", "speedup_seconds"}
+    assert result.keys() == {"runs", "speedup", "speedup_seconds", "warning"}
     assert result["runs"]["run"].keys() == {"choice", "causal", "auxiliary"}
     assert result["runs"]["run"]["causal"].keys() == RESULT_KEYS
     assert {path.name for path in page.parent.iterdir()} == {"report.html", ".moma-output.json"}

@@ -319,6 +319,7 @@ def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_pat
         result = measured | {"flops": 1e6 * 4**size, "fingerprint": run.fingerprint}
         run.result.parent.mkdir(parents=True)
         run.result.write_text(json.dumps(result | {"measures": {"held_out": {"all": losses}}}))
+        result |= {"documents": run.variant[0]}
         run.run.path.mkdir(parents=True)
         lines = [json.dumps(record) + "\n" for record in metrics]
         (run.run.path / "metrics.jsonl").write_text("".join(lines))
@@ -337,6 +338,9 @@ def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_pat
     assert "Held-out loss over training FLOPs" in page and page.count("data:image/png") == 9
 
 
+    assert "b-4-2: measured on other documents than a-1-0" in summary["warning"]
+    assert summary["warning"] in page
+    assert summary["warning"] in (scaled.path / "report.md").read_text()
 def test_suites_have_a_table_and_scores_a_map():
     def figure(value):
         return estimate([value])._asdict()
