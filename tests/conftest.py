@@ -94,14 +94,11 @@ def _freeze_what_a_module_leaves() -> Generator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _memory_is_storage() -> Generator[None]:
-    """Recipes of tests, which are one process, may keep data in memory."""
-    from moma.data.remote import address
+def _register_storage_in_memory() -> None:
+    """Recipes of tests, which are one process, may keep data at `ram://…`."""
+    from fsspec import register_implementation
 
-    schemes = tuple(scheme for scheme in address.NO_STORAGE if scheme != "memory")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(address, "NO_STORAGE", schemes)
-        yield
+    register_implementation("ram", "tests.storage_in_memory.StorageInMemory")
 
 
 @pytest.fixture(scope="session")

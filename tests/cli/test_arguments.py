@@ -108,9 +108,9 @@ def test_words_are_completed_without_heavy_libraries(words, found):
 
 
 def test_moved_data_is_fetched_only_into_a_folder_without_its_own(tmp_path):
-    recipe = load_recipe(write_minimal_recipe(tmp_path), ["data.remote=memory://bucket/moved"])
+    recipe = load_recipe(write_minimal_recipe(tmp_path), ["data.remote=ram://bucket/moved"])
     data = tmp_path / "moved"
-    assert with_data(recipe, data).data.remote == "memory://bucket/moved"
+    assert with_data(recipe, data).data.remote == "ram://bucket/moved"
     with_data(recipe, data).data.folder(recipe.data.sources[0].name).mkdir(parents=True)
     moved = with_data(recipe, data).data
     assert (moved.path, moved.remote) == (data, None)

@@ -7,7 +7,7 @@ from pydantic import AfterValidator
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
 # Schemes of fsspec that read only, need another address or options, or end with the process.
-NO_STORAGE = (
+_NO_STORAGE = (
     *("memory", "asyncwrapper", "async_wrapper", "dvc"),
     *("http", "https", "git", "github", "gist", "tar", "libarchive", "zip", "data", "reference"),
     *("dir", "generic", "cached", "blockcache", "filecache", "simplecache"),
@@ -25,7 +25,7 @@ def check_address(address: str) -> str:
         raise ValueError("should be an address such as s3://bucket/folder or file:///folder")
     if found[1] == "local":
         raise ValueError("should begin with file:///, such as file:///folder")
-    if found[1] in NO_STORAGE:
+    if found[1] in _NO_STORAGE:
         raise ValueError(
             f"{found[1]}:// is no storage that keeps what is written, for other processes to read; "
             "use s3://bucket/folder, file:///folder, or another file system of fsspec"

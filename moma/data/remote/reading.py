@@ -75,63 +75,6 @@ def cache_of(data: Path, cache_bytes: int) -> Cache:
     return Cache(data / CACHE_FOLDER, cache_bytes)
 
 
-class RemoteFiles:
-    """The Arrow files of a folder of shards, those that are not there through the cache."""
-
-    def __init__(
-        self,
-        folder: Path,
-        link: Link,
-        checksums: Mapping[str, Checksum],
-        pauses: Sequence[int] = (2, 10, 30),
-    ) -> None:
-        """Open nothing yet.
-
-        Args:
-            pauses: seconds before a download that failed is tried again, each time.
-
-        Raises:
-            UserError: a file is larger than the cache.
-        """
-        sizes = [size for name, (size, _) in checksums.items() if name.endswith(".arrow")]
-        largest = max(sizes, default=0)
-        if largest > link.cache_bytes:
-            raise UserError(
-                f"{folder}: files of {largest:,} bytes do not fit into data.cache_bytes = "
-                f"{link.cache_bytes:,}; increase it"
-            )
-        self._link, self._checksums, self._pauses = link, checksums, pauses
-        key = folder.parent.parent, link.cache_bytes
-        self._files = OPEN_FILES.setdefault(key, _OpenCachedFiles(cache_of(*key), link.cache_bytes))
-
-    def get(self, path: Path) -> MappedFile:
-        """Return a file, which is opened if it is not open."""
-        expected = self._checksums[path.name]
-        return self._files.find(expected) or self._files.add(expected, self._open(path, expected))
-
-    def _open(self, path: Path, expected: Checksum) -> MappedFile:
-        if path.exists():
-            return MappedFile(path)
-        name = object_name(self._link.folder, path.name, expected)
-        download = partial(open_storage(self._link.address).download, name, expected)
-        file = _try_again(
-            lambda: self._files.cache.open(name, expected, download, self._files.close_half),
-            self._pauses,
-        )
-        return MappedFile(Path(file.name), file)
-
-
-def _try_again(download: Callable[[], BinaryIO], pauses: Sequence[int]) -> BinaryIO:
-    """Download a file, again after pauses if it fails for a reason that may pass."""
-    for pause in pauses:
-        try:
-            return download()
-        except StorageError as error:
-            logger.warning("%s (trying again in %s s)", error, pause)
-            time.sleep(pause)
-    return download()
-
-
 class _OpenCachedFiles:
     """The files that this process has open of a cache; the least recently used are closed."""
 
@@ -167,8 +110,70 @@ class _OpenCachedFiles:
         return number > 0
 
 
-# Shared by the sources and the splits, by data folder and size of its cache.
-OPEN_FILES: WeakValueDictionary[tuple[Path, int], _OpenCachedFiles] = WeakValueDictionary()
+OpenFiles = WeakValueDictionary[tuple[Path, int], _OpenCachedFiles]
+"""The open files of caches, by data folder and size of its cache."""
+
+# Of this process: the sources and the splits share them.
+_OPEN_FILES: OpenFiles = WeakValueDictionary()
+
+
+class RemoteFiles:
+    """The Arrow files of a folder of shards, those that are not there through the cache."""
+
+    def __init__(
+        self,
+        folder: Path,
+        link: Link,
+        checksums: Mapping[str, Checksum],
+        pauses: Sequence[int] = (2, 10, 30),
+        open_files: OpenFiles = _OPEN_FILES,
+    ) -> None:
+        """Open nothing yet.
+
+        Args:
+            pauses: seconds before a download that failed is tried again, each time.
+            open_files: those of this process.
+
+        Raises:
+            UserError: a file is larger than the cache.
+        """
+        sizes = [size for name, (size, _) in checksums.items() if name.endswith(".arrow")]
+        largest = max(sizes, default=0)
+        if largest > link.cache_bytes:
+            raise UserError(
+                f"{folder}: files of {largest:,} bytes do not fit into data.cache_bytes = "
+                f"{link.cache_bytes:,}; increase it"
+            )
+        self._link, self._checksums, self._pauses = link, checksums, pauses
+        key = folder.parent.parent, link.cache_bytes
+        self._files = open_files.setdefault(key, _OpenCachedFiles(cache_of(*key), link.cache_bytes))
+
+    def get(self, path: Path) -> MappedFile:
+        """Return a file, which is opened if it is not open."""
+        expected = self._checksums[path.name]
+        return self._files.find(expected) or self._files.add(expected, self._open(path, expected))
+
+    def _open(self, path: Path, expected: Checksum) -> MappedFile:
+        if path.exists():
+            return MappedFile(path)
+        name = object_name(self._link.folder, path.name, expected)
+        download = partial(open_storage(self._link.address).download, name, expected)
+        file = _try_again(
+            lambda: self._files.cache.open(name, expected, download, self._files.close_half),
+            self._pauses,
+        )
+        return MappedFile(Path(file.name), file)
+
+
+def _try_again(download: Callable[[], BinaryIO], pauses: Sequence[int]) -> BinaryIO:
+    """Download a file, again after pauses if it fails for a reason that may pass."""
+    for pause in pauses:
+        try:
+            return download()
+        except StorageError as error:
+            logger.warning("%s (trying again in %s s)", error, pause)
+            time.sleep(pause)
+    return download()
 
 
 def index_bytes(lengths: np.ndarray, images: np.ndarray) -> bytes:

@@ -80,7 +80,7 @@ def test_what_exists_of_an_unfinished_source_is_described(tiny, tmp_path, downlo
         patch.setattr(SourceUpload, "upload", upload_some)
         prepare(recipe, CPU, quiet=True, processes=1)
     # Files of other keys, which are fewer.
-    fsspec.filesystem("memory").pipe_file(f"{ADDRESS}/shards/captions/old/part-00000.json", b"{}")
+    fsspec.filesystem("ram").pipe_file(f"{ADDRESS}/shards/captions/old/part-00000.json", b"{}")
     downloaded.clear()
     fetch_existing(ADDRESS, tmp_path / "found", None, decodes=True)
     found = inspect(tmp_path / "found", None, tmp_path / "out")

@@ -100,7 +100,7 @@ def test_without_a_share_the_rest_is_made(tiny, tmp_path, uploaded):
 
 
 def test_other_machines_wait_for_the_tokenizers(tmp_path, uploaded, monkeypatch, capsys):
-    recipe = make_recipe(tmp_path, 20, part_bytes=500, remote="memory://bucket/waiting")
+    recipe = make_recipe(tmp_path, 20, part_bytes=500, remote="ram://bucket/waiting")
     first, second = (with_data(recipe, path=tmp_path / name) for name in ("one", "two"))
     waited: list[float] = []
 
@@ -127,13 +127,13 @@ def test_tokenizers_that_the_folder_has_are_not_waited_for(tmp_path, uploaded, m
         pytest.fail("waits")
 
     monkeypatch.setattr(shares.time, "sleep", fail)
-    prepare_share(with_data(recipe, remote="memory://bucket/own"), "2/2")
+    prepare_share(with_data(recipe, remote="ram://bucket/own"), "2/2")
     assert [name for name in memory() if name.endswith("own/tokenizers.json")]
 
 
 @pytest.mark.parametrize("is_begun", [False, True])
 def test_a_machine_with_other_keys_of_tokenizers_is_refused(tmp_path, uploaded, is_begun):
-    recipe = make_recipe(tmp_path, 20, part_bytes=500, remote="memory://bucket/keys")
+    recipe = make_recipe(tmp_path, 20, part_bytes=500, remote="ram://bucket/keys")
     prepare_share(with_data(recipe, path=tmp_path / "one"), "1/2")
     other = with_data(recipe, path=tmp_path / "two").model_copy(update={"seed": 7})
     if is_begun:  # by a process that was killed before it had made tokenizers
@@ -145,7 +145,7 @@ def test_a_machine_with_other_keys_of_tokenizers_is_refused(tmp_path, uploaded, 
 
 def test_another_machine_s_rejected_rows_are_not_made_again(tiny, tmp_path, uploaded):
     recipe = make_recipe(tmp_path, 60, part_bytes=800, max_rejected=0.05)
-    recipe = with_data(recipe, tokenizers=tiny.data.path, remote="memory://bucket/some")
+    recipe = with_data(recipe, tokenizers=tiny.data.path, remote="ram://bucket/some")
     prepare_share(with_data(recipe, path=tmp_path / "one"), "2/2")
     # Of what exists now, more than this is rejected, but not of all.
     before = set(memory())
@@ -157,7 +157,7 @@ def test_another_machine_s_rejected_rows_are_not_made_again(tiny, tmp_path, uplo
 
 def test_sources_with_other_modification_times_are_warned_of(tiny, tmp_path, uploaded, capsys):
     recipe = make_recipe(tmp_path, 8, part_bytes=2**18, max_rejected=0.2)
-    recipe = with_data(recipe, tokenizers=tiny.data.path, remote="memory://bucket/times")
+    recipe = with_data(recipe, tokenizers=tiny.data.path, remote="ram://bucket/times")
     one, two = (with_data(recipe, path=tmp_path / name) for name in ("one", "two"))
     assert prepare_share(one, "1/2").missing
     assert "other keys or files" not in capsys.readouterr().err

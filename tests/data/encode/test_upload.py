@@ -18,7 +18,7 @@ from moma.errors import UserError
 from tests.data.encode.encoding import VOCABULARY, encode_text, rejected_in, to_rgb
 from tests.data.remote.test_training import memory
 
-ADDRESS = "memory://bucket/again"
+ADDRESS = "ram://bucket/again"
 PARTS, ROWS = 4, 10
 ALL = {f"row {number}" for number in range(PARTS * ROWS)}
 

@@ -21,7 +21,7 @@ def prepared(tiny, tmp_path_factory):
     memory().clear()
     recipe = make_recipe(path, 50, max_rejected=0.08)
     recipe = with_data(recipe, part_bytes=2000, tokenizers=tiny.data.path)
-    recipe = with_data(recipe, path=path / "one", remote="memory://bucket/rejected")
+    recipe = with_data(recipe, path=path / "one", remote="ram://bucket/rejected")
     prepare(recipe, CPU, quiet=True)
     assert (path / "one/rejected.jsonl").read_bytes()
     return recipe
@@ -53,7 +53,7 @@ def test_a_folder_keeps_its_shards(prepared, tmp_path):
     files = {path: path.read_bytes() for path in folder.iterdir()}
     (name,) = [name for name in memory() if name.endswith("sources/captions.json")]
     content = memory()[name].getvalue()
-    system = fsspec.filesystem("memory")
+    system = fsspec.filesystem("ram")
     system.pipe_file(name, content.replace(b'"documents": ', b'"documents": 1'))
     try:
         provide_data(fetched.data)

@@ -9,7 +9,7 @@ from tests.data.encode.preparing import contents
 from tests.data.remote.test_training import ADDRESS, CPU, at, batches_of, memory, with_data
 
 
-@pytest.mark.parametrize("address", [None, "memory://bucket/other"])
+@pytest.mark.parametrize("address", [None, "ram://bucket/other"])
 def test_what_is_not_at_the_new_address_is_made_again(tiny, tmp_path, monkeypatch, address):
     memory().clear()
     upload = SourceUpload.upload

@@ -10,15 +10,14 @@ import fsspec
 import numpy as np
 import pytest
 
-from moma.data.remote import reading
 from moma.data.remote.manifest import object_name
-from moma.data.remote.reading import Link, RemoteFiles, index_bytes, load_index
+from moma.data.remote.reading import Link, OpenFiles, RemoteFiles, index_bytes, load_index
 from moma.data.remote.storage import Storage
 from moma.errors import StorageError, UserError
 from tests.data.encode.encoding import encode_source
 from tests.data.test_mapped_files import FILES, VOCABULARY, WORDS, expected_ids
 
-ADDRESS = "memory://bucket/words"
+ADDRESS = "ram://bucket/words"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +30,7 @@ def checksums(tmp_path_factory):
     for name, value in found.items():
         content = (folder / name).read_bytes()
         path = f"{ADDRESS}/{object_name('made', name, value)}"
-        fsspec.filesystem("memory").pipe_file(path, content)
+        fsspec.filesystem("ram").pipe_file(path, content)
     return found
 
 
@@ -54,9 +53,9 @@ class Processes:
         (data / "cache").mkdir()
         self.readers = []
         for _ in range(processes):
-            reading.OPEN_FILES = WeakValueDictionary()
+            opened: OpenFiles = WeakValueDictionary()
             self.readers += [
-                RemoteFiles(self._shards / f"{n}", link, checksums, **options)
+                RemoteFiles(self._shards / f"{n}", link, checksums, open_files=opened, **options)
                 for n in range(sources)
             ]
 
@@ -69,10 +68,7 @@ def make_link(cache_bytes):
 
 
 @pytest.mark.parametrize("processes", [8, 60])
-def test_processes_read_at_random_through_a_small_cache(
-    checksums, tmp_path, monkeypatch, capsys, processes
-):
-    monkeypatch.setattr(reading, "OPEN_FILES", None)
+def test_processes_read_at_random_through_a_small_cache(checksums, tmp_path, capsys, processes):
     cache_bytes = sum(size for size, _ in checksums.values()) * 3 // 4
     all_of = Processes(tmp_path, make_link(cache_bytes), checksums, processes, sources=3)
     draw = random.Random(0)
@@ -86,8 +82,7 @@ def test_processes_read_at_random_through_a_small_cache(
     assert warned or cached_bytes(tmp_path) <= cache_bytes
 
 
-def test_sources_of_a_process_share_a_bound(checksums, tmp_path, monkeypatch):
-    monkeypatch.setattr(reading, "OPEN_FILES", WeakValueDictionary())
+def test_sources_of_a_process_share_a_bound(checksums, tmp_path):
     cache_bytes = sum(size for size, _ in checksums.values()) * 4  # a quarter may be open
     process = Processes(tmp_path, make_link(cache_bytes), checksums, 1, sources=3)
     for number in np.random.default_rng(0).permutation(FILES).tolist():
@@ -110,7 +105,6 @@ def test_a_failed_download_is_tried_again(checksums, tmp_path, monkeypatch, caps
         download(self, *args)
 
     monkeypatch.setattr(Storage, "download", fail_first)
-    monkeypatch.setattr(reading, "OPEN_FILES", WeakValueDictionary())
     process = Processes(tmp_path, make_link(10**6), checksums, 1, sources=1, pauses=(0, 0))
     (reader,) = process.readers
     with pytest.raises(StorageError, match="no network 3"):

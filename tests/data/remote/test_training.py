@@ -25,18 +25,18 @@ from moma.vocabulary import Vocabulary
 from tests.train.test_loop import WORLD, KilledError, assert_same_run, kill_after
 
 CPU = torch.device("cpu")
-ADDRESS = "memory://bucket/corpus"
+ADDRESS = "ram://bucket/corpus"
 
 
 def memory():
     """Objects by path."""
-    return fsspec.filesystem("memory").store
+    return fsspec.filesystem("ram").store
 
 
 @pytest.fixture(autouse=True)
 def _empty_memory():
     memory().clear()
-    fsspec.filesystem("memory").pseudo_dirs[:] = [""]
+    fsspec.filesystem("ram").pseudo_dirs[:] = [""]
 
 
 def with_data(recipe, **changes):
@@ -75,7 +75,7 @@ def prepared(prepared_once, tmp_path):
     recipe, objects, _ = prepared_once
     memory().clear()
     for name, content in objects.items():
-        fsspec.filesystem("memory").pipe_file(name, content)
+        fsspec.filesystem("ram").pipe_file(name, content)
     shutil.copytree(recipe.data.path, tmp_path / "first")
     return with_data(recipe, path=tmp_path / "first")
 
@@ -123,7 +123,7 @@ def test_another_machine_continues_what_was_interrupted(
         prepare(third, CPU, quiet=True)
     unfinished = inspect(third.data.path, "captions", tmp_path / "figures")
     assert 0 < unfinished["documents"] == sum(unfinished["lengths"]["documents"])
-    with pytest.raises(UserError, match=r"memory://.*no complete shards of the source 'captions'"):
+    with pytest.raises(UserError, match=r"ram://.*no complete shards of the source 'captions'"):
         provide_data(at(tiny, tmp_path / "early").data)
     parts: list[str] = []
 
@@ -239,7 +239,7 @@ def test_shards_are_published_only_if_everything_is_there(tiny, prepared, tmp_pa
     manifests = {name: memory()[name].getvalue() for name in before if "/sources/" in name}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SourceUpload, "upload", lose)
-        with pytest.raises(UserError, match=r"memory://bucket/corpus/shards/.*arrow: missing"):
+        with pytest.raises(UserError, match=r"ram://bucket/corpus/shards/.*arrow: missing"):
             prepare(recipe, CPU, quiet=True)
     source = lost[0].split("/shards/")[1].split("/")[0]
     (name,) = [name for name in manifests if name.endswith(f"{source}.json")]
@@ -252,7 +252,7 @@ def test_a_damaged_object_is_refused_and_made_again(tiny, prepared, tmp_path, ex
     for name in [name for name in memory() if name.endswith(".arrow")]:
         content = bytearray(memory()[name].getvalue())
         content[len(content) // 2] ^= 1
-        fsspec.filesystem("memory").pipe_file(name, bytes(content))
+        fsspec.filesystem("ram").pipe_file(name, bytes(content))
     reader = prepared_copy(tiny, tmp_path / "reader")
     with pytest.raises(UserError, match=r"corpus/shards/.*arrow: damaged: .*--verify"):
         batches_of(reader)
@@ -279,8 +279,8 @@ def test_a_damaged_object_is_refused_and_made_again(tiny, prepared, tmp_path, ex
 def test_a_manifest_that_leads_elsewhere_is_refused(tiny, prepared, tmp_path, change, named):
     (name,) = [name for name in memory() if name.endswith("/sources/text.json")]
     manifest = json.loads(memory()[name].getvalue()) | change
-    fsspec.filesystem("memory").pipe_file(name, json.dumps(manifest).encode())
-    with pytest.raises(UserError, match=rf"memory://bucket/corpus/sources/text\.json: .*{named}"):
+    fsspec.filesystem("ram").pipe_file(name, json.dumps(manifest).encode())
+    with pytest.raises(UserError, match=rf"ram://bucket/corpus/sources/text\.json: .*{named}"):
         prepared_copy(tiny, tmp_path / "reader")
     assert not (tmp_path / "reader/shards/text").exists()
 
@@ -297,7 +297,7 @@ def test_records_that_lead_elsewhere_are_refused(tiny, prepared, tmp_path, file,
     name = min(name for name in memory() if "/part-" in name)
     record = json.loads(memory()[name].getvalue())
     record["checksums"] = {file: [1, "0" * 64]}
-    fsspec.filesystem("memory").pipe_file(name, json.dumps(record).encode())
+    fsspec.filesystem("ram").pipe_file(name, json.dumps(record).encode())
     for manifest in [name for name in memory() if "/sources/" in name]:
         memory().pop(manifest)
     recipe = at(tiny, tmp_path / "other", tokenizers=tiny.data.path)
