@@ -20,8 +20,10 @@ from moma.runs import Run
 from moma.runtime.world import World
 from moma.train.changes import write_run_folder
 from moma.train.loop import train
+from moma.train.replay import replay
 from moma.train.restore import provide_training_data, require_training_data, trained_shards
 from moma.vocabulary import Vocabulary
+from tests.train.test_fault import exploding
 from tests.train.test_loop import WORLD, KilledError, assert_same_run, kill_after
 
 CPU = torch.device("cpu")
@@ -337,25 +339,41 @@ def test_a_run_that_continues_another_has_the_shards_of_that_run(tiny, prepared,
     """Of new shards, it would hold out documents that the other was trained on."""
     few = {"steps": 2, "checkpoint_every": 2}
     stages = {
-        name: getattr(tiny, name).model_copy(update=few) for name in ("pretrain", "aux_router")
+        name: getattr(tiny, like).model_copy(update=few)
+        for name, like in (
+            ("pretrain", "pretrain"),
+            ("upcycle", "pretrain"),
+            ("aux_router", "aux_router"),
+        )
     }
+    model = tiny.model.model_copy(update={"groups": "moe_1t1i"})
     recipe = at(tiny, tmp_path / "second").model_copy(update={**stages, "run": tmp_path / "run"})
-    source = train(recipe, WORLD, quiet=True)
+    source = train(recipe.model_copy(update={"model": model}), WORLD, quiet=True)
     prepare(with_data(prepared, held_out=0.5), CPU, quiet=True)
-    for stage in ("pretrain", "upcycle", "aux_router"):
-        fresh = with_data(recipe, path=tmp_path / stage)
-        fresh = fresh.model_copy(update={"stage": stage, "from_": source.path})
-        found = provide_training_data(Run(tmp_path / "new"), fresh, WORLD)
-        assert (found == trained_shards(source)) == (stage != "pretrain")
-    routers = train(fresh.model_copy(update={"run": tmp_path / "routers"}), WORLD, quiet=True)
-    assert trained_shards(routers) == trained_shards(source)
-    require_training_data(routers, fresh)
+    begun = with_data(recipe, path=tmp_path / "begun").model_copy(update={"from_": source.path})
+    assert provide_training_data(Run(tmp_path / "new"), begun, WORLD) != trained_shards(source)
+    newest = source
+    for stage in ("upcycle", "aux_router"):
+        changes = {"stage": stage, "from_": newest.path, "run": tmp_path / stage}
+        fresh = with_data(recipe, path=tmp_path / f"data-{stage}").model_copy(update=changes)
+        newest = train(fresh, WORLD, quiet=True)
+        assert trained_shards(newest) == trained_shards(source)
+        require_training_data(newest, fresh)
     # Of a version that began with the newest shards.
-    values = json.loads(routers.manifest.read_text())
+    values = json.loads(newest.manifest.read_text())
     values["shards"]["text"] |= {"folder": "shards/text/other"}
-    routers.manifest.write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"routers: was trained on other documents than \S+/run,"):
-        require_training_data(routers, fresh)
+    newest.manifest.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"router: was trained on other documents than \S+/upcyc"):
+        require_training_data(newest, fresh)
+
+
+def test_a_replay_reads_the_shards_of_the_run(tiny, prepared, tmp_path):
+    recipe = exploding(at(tiny, tmp_path / "second"), tmp_path / "run")
+    with pytest.raises(UserError, match="explodes"):
+        train(recipe, WORLD, quiet=True)
+    prepare(with_data(prepared, held_out=0.5), CPU, quiet=True)
+    shutil.rmtree(recipe.data.path)
+    assert replay(Run(recipe.run), WORLD, quiet=True)["same_batches"]
 
 
 def test_data_prepared_while_a_run_starts_is_refused(tiny, prepared, tmp_path):
