@@ -1,6 +1,5 @@
 """`moma generate`: continue text and images."""
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -102,8 +101,6 @@ def generate(
     """Continue a prompt with text and images. Text is printed, images are written as PNG files."""
     parts = [part for part in in_order(ctx, prompt=prompt or (), image=image or ()) if part]
     _check_options(ctx, mode, from_, out, parts)
-    if not 0 <= temperature < math.inf or not 1e-6 <= top_p <= 1:
-        raise UserError("--temperature must be at least 0, and --top-p from 1e-6 to 1")
     import moma
     from moma.generate.sampling import Sampling
     from moma.generate.settings import Settings

@@ -129,8 +129,8 @@ def test_a_prompt_longer_than_the_context_is_refused(trained, tmp_path, mode):
             ["--prompt", "a", "--mode", "sound"],
             "'sound' is not one of 'text'",
         ),
-        (["--prompt", "a", "--temperature", "-1"], "--temperature"),
-        (["--prompt", "a", "--top-p", "0"], "--top-p"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature -1.0"),
+        (["--prompt", "a", "--top-p", "0"], "top_p 0.0: must be from 1e-06 to 1"),
         (
             ["--prompt", "a\udcff"],
             "prompt",
