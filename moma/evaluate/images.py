@@ -4,6 +4,7 @@ Shapes: see `tokenizers/image/codec.py`.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,17 +70,22 @@ def clip_score(subject: Subject) -> Suite:
 
     Negative cosines count as 0 (Hessel et al. 2021, arXiv 2104.08718, with weight 100).
     """
+    from huggingface_hub import snapshot_download
     from transformers import CLIPModel, CLIPProcessor
 
     name = subject.weights or CLIP
     # Files that are missing, damaged or cannot be downloaded raise different errors.
     try:
+        if not Path(name).exists():
+            # Without a network this fails at once, `from_pretrained` only after half a minute.
+            snapshot_download(name, allow_patterns="config.json")
         model = CLIPModel.from_pretrained(name).eval().to(subject.device)
         processor = CLIPProcessor.from_pretrained(name)
     except Exception as error:
+        reason = shorten(" ".join(error_reason(error).split()), 200)
         raise UserError(
-            f"clip_score: cannot load the CLIP model {name} ({shorten(error_reason(error), 200)}); "
-            "name a folder with one with --weights"
+            f"clip_score: cannot load the CLIP model {name} ({reason}); name a folder with one "
+            "with --weights"
         ) from error
 
     @torch.no_grad()

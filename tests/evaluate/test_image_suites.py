@@ -1,6 +1,7 @@
 """PSNR, CLIP score and FID against slow references."""
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +179,17 @@ def test_weights_that_cannot_be_had(mixed, tiny, folder, tmp_path):
         run(mixed, tiny, "fid", folder, weights=str(tmp_path / "missing.pth"))
     with pytest.raises(UserError, match=r"cannot load the CLIP model .*--weights"):
         run(mixed, tiny, "clip_score", folder, weights=str(tmp_path))
+
+
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(mixed, tiny, folder, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    named = r"cannot load the CLIP model nobody/none \(.*; name a folder"
+    with pytest.raises(UserError, match=named):
+        run(mixed, tiny, "clip_score", folder, weights="nobody/none")
 
 
 def test_documents_without_captioned_images(mixed, tiny, tmp_path):
