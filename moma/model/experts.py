@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moma.model.dispatch import Dispatch, ScatterSlots
-from moma.model.grouped import grouped_product
+from moma.model.grouped import Product, grouped_product
 from moma.model.layers import SwiGLU
 from moma.model.routers import (
     AuxiliaryRouter,
@@ -76,7 +76,11 @@ class GroupTokens(NamedTuple):
 
 
 def add_expert_outputs(
-    total_ND: Tensor, x_ND: Tensor, inputs: ExpertInputs, dispatch: Dispatch
+    total_ND: Tensor,
+    x_ND: Tensor,
+    inputs: ExpertInputs,
+    dispatch: Dispatch,
+    product: Product = grouped_product,
 ) -> Tensor:
     """Equation 1: add s_j(x) · FFN_j(x) to the total of every token x that expert j selected.
 
@@ -88,7 +92,8 @@ def add_expert_outputs(
     expert_T = torch.arange(experts, device=x_ND.device).repeat_interleave(capacity)
     slots = dispatch(index_EK.flatten(), filled_EK.flatten(), expert_T, len(x_ND), experts)
     x_EKD = slots.gather(x_ND).unflatten(0, index_EK.shape)
-    ffn_EKD = (functional.silu(x_EKD @ gate_EDF) * (x_EKD @ up_EDF)) @ down_EFD
+    gate_EKF, up_EKF = (product(x_EKD, [stack], None) for stack in (gate_EDF, up_EDF))
+    ffn_EKD = product(functional.silu(gate_EKF) * up_EKF, [down_EFD], None)
     return slots.scatter_add(total_ND, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
 
 
@@ -98,6 +103,7 @@ def add_ragged_outputs(
     weights: Sequence[Sequence[Tensor]],
     selection: RaggedSelection,
     dispatch: Dispatch,
+    product: Product = grouped_product,
 ) -> Tensor:
     """Equation 1 for experts that process different numbers of tokens, one after another.
 
@@ -114,8 +120,8 @@ def add_ragged_outputs(
     gate, up, down = weights
     slots = dispatch(index_T, filled_T, expert_T, len(x_ND), len(end_E))
     x_TD = slots.gather(x_ND)
-    gate_TF, up_TF = (grouped_product(x_TD, stacks, end_E) for stacks in (gate, up))
-    ffn_TD = grouped_product(functional.silu(gate_TF) * up_TF, down, end_E)
+    gate_TF, up_TF = (product(x_TD, stacks, end_E) for stacks in (gate, up))
+    ffn_TD = product(functional.silu(gate_TF) * up_TF, down, end_E)
     return slots.scatter_add(total_ND, score_T[:, None] * ffn_TD)
 
 
@@ -158,6 +164,7 @@ class ExpertGroup(nn.Module):
         self.modalities, self.num_experts = tuple(modalities), num_experts
         self.capacity_share, self.noise, self.dispatch = capacity_share, noise, dispatch
         self.add_outputs = add_expert_outputs
+        self.product: Product = grouped_product
         self.gate = nn.Parameter(torch.empty(num_experts * dim, hidden))
         self.up = nn.Parameter(torch.empty(num_experts * dim, hidden))
         self.down = nn.Parameter(torch.empty(num_experts * hidden, dim))
@@ -190,10 +197,10 @@ class ExpertGroup(nn.Module):
                 return total_ND, []
             selection, diagnostics = self._select_ragged(x_ND, tokens.eligible_N, routing)
             weights = [[stack] for stack in self.matrices()]
-            total_ND = add_ragged_outputs(total_ND, x_ND, weights, selection, self.dispatch)
-            return total_ND, diagnostics
+            parts = (self.dispatch, self.product)
+            return add_ragged_outputs(total_ND, x_ND, weights, selection, *parts), diagnostics
         inputs, diagnostics = self.route(x_ND, tokens, routing)
-        return self.add_outputs(total_ND, x_ND, inputs, self.dispatch), diagnostics
+        return self.add_outputs(total_ND, x_ND, inputs, self.dispatch, self.product), diagnostics
 
     def route(
         self, x_ND: Tensor, tokens: GroupTokens, routing: Routing

@@ -18,19 +18,24 @@ from torch.utils.flop_counter import register_flop_formula
 from moma.errors import UserError
 from moma.model.dispatch import Dispatch, TableSlots
 from moma.model.experts import ExpertInputs, add_expert_outputs
+from moma.model.grouped import Product, grouped_product
 from moma.model.layers import product_dtype
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def add_fused_outputs(
-    total_ND: Tensor, x_ND: Tensor, inputs: ExpertInputs, dispatch: Dispatch
+    total_ND: Tensor,
+    x_ND: Tensor,
+    inputs: ExpertInputs,
+    dispatch: Dispatch,
+    product: Product = grouped_product,
 ) -> Tensor:
     """See `add_expert_outputs`, which computes it where the kernels do not run."""
     dtype = product_dtype(x_ND)  # an operation of our own does not know autocast
     x_ND, weights = x_ND.to(dtype), [weight.to(dtype) for weight in inputs[:3]]
     if not uses_kernels(x_ND):
-        return add_expert_outputs(total_ND, x_ND, inputs, dispatch)
+        return add_expert_outputs(total_ND, x_ND, inputs, dispatch, product)
     index_EK, filled_EK, score_EK = inputs.selection
     experts, slots = index_EK.shape
     end_E = (filled_EK.flip(1).cumsum(1) > 0).sum(1)  # up to the last slot that is filled

@@ -10,7 +10,7 @@ Shapes: T rows of width D become rows of width F; E counts the experts of all we
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,14 +20,24 @@ from torch.utils.flop_counter import register_flop_formula
 from moma.model.layers import product_dtype
 
 
-def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> Tensor:
+class Product(Protocol):
+    """A product of the rows of each expert and the expert's matrix, as `grouped_product`."""
+
+    def __call__(self, x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor | None) -> Tensor:
+        """Multiply, [T, D] to [T, F]."""
+
+
+def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor | None) -> Tensor:
     """Multiply the rows of each expert by its matrix, [T, D] to [T, F].
 
     Args:
-        x_TD: rows, sorted by expert.
-        weights: stacks of matrices [E', D, F]; the sum of all E' is E.
-        end_E: int32 index one past each expert's last row; T for the last expert.
+        x_TD: rows, sorted by expert; [E, K, D] if each expert has K rows.
+        weights: stacks of matrices [E', D, F]; the sum of all E' is E. One stack for [E, K, D].
+        end_E: int32 index one past each expert's last row; T for the last expert. None for
+            [E, K, D].
     """
+    if end_E is None:
+        return x_TD @ weights[0]
     dtype = product_dtype(x_TD)  # neither implementation supports autocast
     x_TD, weights = x_TD.to(dtype), [weight.to(dtype) for weight in weights]
     if uses_kernel(x_TD, weights[0]):
@@ -36,6 +46,19 @@ def grouped_product(x_TD: Tensor, weights: Sequence[Tensor], end_E: Tensor) -> T
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _product(x_TD, list(weights), end_E)
     return _multiply(x_TD, weights, end_E)
+
+
+def grouped_outer(x_TD: Tensor, y_TF: Tensor, end_E: Tensor | None, experts: int) -> Tensor:
+    """Compute x.T @ y over the rows of each expert, [E, D, F]: the gradient of a stack of weights.
+
+    Args:
+        x_TD, y_TF: of the same dtype; rows and `end_E` as for `grouped_product`.
+    """
+    if end_E is None:
+        return x_TD.mT @ y_TF
+    if uses_kernel(x_TD, y_TF[None]):
+        return functional.grouped_mm(x_TD.mT, y_TF, offs=end_E)
+    return _outer(x_TD, y_TF, end_E, [experts])[0]
 
 
 def uses_kernel(x_TD: Tensor, weight_EDF: Tensor) -> bool:

@@ -29,7 +29,7 @@ from moma.model.experts import (
     zero_total,
 )
 from moma.model.fused_experts import add_fused_outputs
-from moma.model.grouped import row_alignment
+from moma.model.grouped import Product, grouped_product, row_alignment
 from moma.model.groups import GroupConfig, TokenChoiceConfig, group_share, max_groups_per_modality
 from moma.model.routers import Diagnostics
 from moma.model.routing import RaggedSelection, Routing, Selection
@@ -45,6 +45,7 @@ class JointMixtureOfExperts(MixtureOfExperts):
     def __init__(self, groups: Sequence[ExpertGroup | DenseGroup]):
         super().__init__(groups)
         self.dispatch = next(group.dispatch for group in groups if isinstance(group, ExpertGroup))
+        self.product: Product = grouped_product
 
     def sum_groups(
         self, x_ND: Tensor, tokens: Sequence[GroupTokens | None], routing: Routing
@@ -84,8 +85,9 @@ class BatchedExperts(JointMixtureOfExperts):
         by_capacity: dict[int, list[ExpertInputs]] = {}
         for group in inputs:
             by_capacity.setdefault(group.selection.index_EK.shape[1], []).append(group)
+        parts = (self.dispatch, self.product)
         for groups in by_capacity.values():
-            total_ND = add_expert_outputs(total_ND, x_ND, _concatenate(groups), self.dispatch)
+            total_ND = add_expert_outputs(total_ND, x_ND, _concatenate(groups), *parts)
         return total_ND
 
 
@@ -107,6 +109,7 @@ class GroupedExperts(JointMixtureOfExperts):
 
     def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
         """See `JointMixtureOfExperts`."""
+        parts = (self.dispatch, self.product)
         single = [each for each in inputs if len(each.selection.index_EK) == 1]
         alignment = row_alignment(x_ND.device)
         filled = self.single_expert_overlap * len(x_ND) + (alignment - 1) * len(single)
@@ -114,10 +117,10 @@ class GroupedExperts(JointMixtureOfExperts):
         if shared < sum(each.selection.index_EK.numel() for each in single):
             *weights, selections = zip(*single, strict=True)
             joint = share_slots(selections, shared, alignment)
-            total_ND = add_ragged_outputs(total_ND, x_ND, weights, joint, self.dispatch)
+            total_ND = add_ragged_outputs(total_ND, x_ND, weights, joint, *parts)
             inputs = [each for each in inputs if len(each.selection.index_EK) > 1]
         for each in inputs:
-            total_ND = add_expert_outputs(total_ND, x_ND, each, self.dispatch)
+            total_ND = add_expert_outputs(total_ND, x_ND, each, *parts)
         return total_ND
 
 

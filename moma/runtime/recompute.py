@@ -21,6 +21,7 @@ _SAVED_OPERATIONS = {
     "aten._grouped_mm.default",
     "aten._scaled_mm.default",
     "moma.grouped_product.default",
+    "moma.float8_product.default",
     "moma.fused_experts.default",
     "aten._scaled_dot_product_flash_attention.default",
     "aten._scaled_dot_product_efficient_attention.default",

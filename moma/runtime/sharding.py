@@ -28,10 +28,10 @@ class EngineConfig(Config):
     Attributes:
         compute: dtype of matrix products; by default bf16 on a GPU and fp32 on a CPU. Weights,
             optimizer state and router scores are always fp32.
-        float8: whether to compute the products of linear layers, those of attention and of a
-            feed-forward for all modalities, in float8 by torchao; `emulate` only rounds to float8,
-            on any device. The products of other experts, the routers and the head stay in
-            `compute`, and so do evaluation and generation.
+        float8: whether to compute the products of attention and experts in float8, those of linear
+            layers by torchao; `emulate` only rounds to float8, on any device. Routers, the head and
+            the gradients of the weights of experts stay in `compute`, and so do evaluation and
+            generation.
         reduce: dtype in which gradients are summed over ranks; by default bf16 in a job on several
             machines, whose network is slow, and fp32 on one.
         reduce_once: whether gradients are summed over ranks once per step, instead of after each

@@ -161,6 +161,15 @@ class Recipe(PrepareConfig):
         return self
 
     @model_validator(mode="after")
+    def _check_float8(self) -> "Recipe":
+        if self.engine.float8 != "off" and self.model.implementation == "triton":
+            raise ValueError(
+                f"engine.float8 ('{self.engine.float8}'): model.experts_implementation = 'triton' "
+                "has no products in float8; use another implementation, or engine.float8 = 'off'"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_from(self) -> "Recipe":
         meaning = {"aux_router": "the run whose routers it trains", "upcycle": "the seed run"}
         if self.stage in meaning and self.from_ is None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from moma.errors import UserError, shell_command
 from moma.model.dispatch import dispatch_for
+from moma.model.float8_experts import use_float8_experts
 from moma.model.flops import ModelCounts
 from moma.model.routing import ROUTINGS, BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
@@ -103,6 +104,7 @@ def prepare_model(
         dispatch = dispatch_for(world.device)
         model = Transformer(recipe.training_model, vocabulary, recipe.shares, kernel, dispatch)
     use_float8(model, recipe.engine, world.device)
+    use_float8_experts(model, recipe.engine.float8, world.device)
     model.has_auxiliary = recipe.trains_auxiliary_routers
     if recipe.stage == "aux_router":
         model.causal_routing = ROUTINGS["auxiliary"]

@@ -142,16 +142,17 @@ def test_single_expert_groups_with_mixture_of_depths_share_their_slots(monkeypat
     """Each group has a slot for every token, but one grouped product computes only N of them."""
     rows: list[int] = []
 
-    def counted(x_TD, *rest):
-        rows.append(len(x_TD))
-        return grouped_product(x_TD, *rest)
+    def counted(x_TD, weights, end_E):
+        rows.append(x_TD[..., 0].numel())
+        return grouped_product(x_TD, weights, end_E)
 
-    monkeypatch.setattr("moma.model.experts.grouped_product", counted)
+    monkeypatch.setattr(implementations, "grouped_product", counted)
     x, modality = torch.randn(1, 10, DIM), torch.tensor([[0, 1, 1, 0, 0, 1, 1, 1, -1, 0]])
     build("1t1i", "grouped", token_fraction=0.25)(x, modality, Routing())
     build("single twice", "grouped", token_fraction=0.25)(x, modality, Routing())
     build("1t1i", "grouped")(x, modality, Routing())
-    assert rows == [10] * 3 + [20] * 3  # without mixture-of-depths, batched products serve
+    # The last ones have no mixture-of-depths: batched products of each group.
+    assert rows == [10] * 3 + [20] * 3 + [5] * 6
 
 
 @settings(max_examples=40, deadline=None)

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from moma.bench.synthetic import synthetic_batches, synthetic_vocabulary
 from moma.errors import UserError
+from moma.model.float8_experts import float8_product
+from moma.model.grouped import grouped_product
 from moma.model.transformer import Transformer
 from moma.runtime.world import World
+from moma.train import stages
 from moma.train.recipe import Recipe
 from moma.train.stages import make_step, prepare_model
 from tests.factories import synthetic_recipe
@@ -20,7 +23,7 @@ with_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao 
 PROJECTIONS = ("query", "key", "value", "output")
 
 
-def recipe_of(float8: str, **engine) -> Recipe:
+def recipe_of(float8: str, implementation: str | None = None, **engine) -> Recipe:
     """A layer with mixture-of-depths, routed groups and a feed-forward for all modalities."""
     groups = [
         {"modalities": ["text"], "experts": 2},
@@ -31,7 +34,14 @@ def recipe_of(float8: str, **engine) -> Recipe:
         codes=16,
         image_share=4 * 16 / 288,
         sequence_length=72,  # 72 of 288 tokens are selected, not a multiple of 16
-        model={"groups": groups, "dim": 32, "layers": 2, "heads": 2, "depth": {"layers": [1]}},
+        model={
+            "groups": groups,
+            "experts_implementation": implementation,
+            "dim": 32,
+            "layers": 2,
+            "heads": 2,
+            "depth": {"layers": [1]},
+        },
         engine={"float8": float8, **engine},
         pretrain={"compile": False},
     )
@@ -70,6 +80,43 @@ def test_a_product_is_that_of_rounded_factors():
     x_ND = torch.randn(6, 32)
     expected = rounded(x_ND) @ rounded(query.get_parameter("weight").detach()).T
     torch.testing.assert_close(query(x_ND).detach(), expected)
+
+
+@with_torchao
+def test_products_of_experts_are_those_of_torchao():
+    """Its recipes for linear layers: one keeps the weights' gradients exact; the other does not,
+    but scales weights by row for the gradient of the inputs."""
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
+    from torchao.float8.float8_training_tensor import LinearMMConfig, ScaledMMConfig
+
+    torch.manual_seed(0)
+    x, weight, grad = torch.randn(24, 32), torch.randn(32, 48), torch.randn(24, 48)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    emulated = LinearMMConfig(*[ScaledMMConfig(emulate=True)] * 3)
+    theirs = []
+    for name in ("rowwise_with_gw_hp", "rowwise"):
+        config = Float8LinearConfig.from_recipe_name(name)
+        y = matmul_with_hp_or_float8_args.apply(x, weight, emulated, config)
+        theirs.append([y, *torch.autograd.grad(y, (x, weight), grad)])
+    y = float8_product(x, [weight[None]], torch.tensor([24], dtype=torch.int32), emulate=True)
+    ours = [y, *torch.autograd.grad(y, (x, weight), grad)]
+    expected = [theirs[0][0], theirs[1][1], theirs[0][2]]
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("float8", ["off", "emulate"])
+def test_experts_compute_in_float8(float8, monkeypatch):
+    monkeypatch.setattr(stages, "use_float8", lambda *_: None)  # linear layers
+    model = build(recipe_of(float8))
+    products = [module.product for module in model.modules() if hasattr(module, "product")]
+    assert len(products) >= 4
+    assert all((product is grouped_product) == (float8 == "off") for product in products)
+
+
+def test_kernels_without_float8_are_refused():
+    with pytest.raises(UserError, match=r"engine.float8 \('on'\): .* 'triton' has no products"):
+        recipe_of("on", implementation="triton")
 
 
 @with_torchao

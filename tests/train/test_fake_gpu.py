@@ -1,15 +1,19 @@
 """Passes of every architecture on a simulated GPU; see `fake_gpu`."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import attention_kernel
 from moma.model.dispatch import dispatch_for
+from moma.model.float8_experts import use_float8_experts
 from moma.model.routing import BatchChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.train.statistics import Statistics
 from moma.train.step import next_token_loss, router_loss, to_device
+from tests.factories import OperationCounter
 from tests.model.test_compile import ARCHITECTURES, VOCABULARY, batch_of
 from tests.train.fake_gpu import GPU, assert_on_gpu, move_to_gpu, reason_to_skip, run_in_child
 
@@ -52,6 +56,16 @@ def check_training(model: Transformer) -> None:
         assert_on_gpu([*statistics.sums.values(), output])
 
 
+def check_float8(implementation: str) -> None:
+    case = ARCHITECTURES["mod_moe_2t2i"] | {"experts_implementation": implementation}
+    with patch.dict(ARCHITECTURES, float8=case):
+        model = model_of("float8")
+    use_float8_experts(model, "on", GPU)
+    with OperationCounter() as counter:
+        check_training(model)
+    assert counter.counts["moma.float8_product.default"] > 0
+
+
 def check_auxiliary_routers() -> None:
     with torch.autocast("cuda", torch.bfloat16):
         output = router_loss(model_of("mod_moe_2t2i"), to_device(batch_of(0), GPU))
@@ -83,6 +97,12 @@ def check_flex(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_training_and_decoding_never_wait_and_routers_compute_in_fp32(case):
     run_in_child(check_passes, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["sequential", "batched", "grouped"])
+def test_experts_in_float8_never_wait(implementation):
+    run_in_child(check_float8, implementation)
 
 
 @pytest.mark.slow
