@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moma.model import float8_experts
+from moma.model import float8_experts, grouped
 from moma.model.dispatch import Dispatch, ScatterSlots, TableSlots
 from moma.model.experts import MixtureOfExperts
 from moma.model.float8_experts import float8_product, use_float8_experts
 from moma.model.grouped import grouped_product
 from moma.model.groups import GroupConfig
 from moma.model.implementations import ImplementationName, build_experts, build_group
-from moma.model.routing import Routing
+from moma.model.routing import BatchChoice, Threshold, uniform_routing
 from moma.runtime.recompute import recompute
 from moma.vocabulary import MODALITIES
 from tests.factories import OperationCounter
@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 DIM, HIDDEN = 32, 48
 COUNTS = [[5, 0, 9, 2], [0, 0, 16, 0], [16, 16, 16, 16]]
 LARGEST = 448.0
+CHOICE = BatchChoice()
 # The implementations that compute in float8; they are those without kernels of our own.
 IMPLEMENTATIONS: tuple[ImplementationName, ...] = ("sequential", "batched", "grouped")
 
@@ -102,6 +103,24 @@ def test_emulated_products_are_those_of_rounded_factors(counts):
         assert not torch.allclose(rounded_result.float(), exact_result, rtol=1e-3)
 
 
+def test_gradients_of_weights_are_one_grouped_product_in_the_dtype_of_compute(monkeypatch):
+    """As on a GPU; the first two calls are the emulated products."""
+    counts, calls = COUNTS[0], []
+    grouped_mm = functional.grouped_mm
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return grouped_mm(*arguments, **options)
+
+    monkeypatch.setattr(functional, "grouped_mm", counted)
+    monkeypatch.setattr(grouped, "uses_kernel", lambda *_: True)
+    x, stack, grad = factors(counts)
+    expected = slow_product(x, stack, counts, grad)
+    product = partial(float8_product, emulate=True)
+    assert_rows_close(fast_product(x, stack, counts, grad, product), expected, 1e-5)
+    assert len(calls) == 3 and calls[2][0].shape == (DIM, len(x))
+
+
 def kernel(a, b, scale_a, recipe_a, scale_b, recipe_b, offs=None, use_fast_accum=False) -> Tensor:
     """Stands for PyTorch's kernel, whose demands on layouts its meta registration checks."""
     assert recipe_a is recipe_b is functional.ScalingType.RowWise
@@ -151,7 +170,7 @@ def test_only_widths_that_the_kernel_supports_are_rounded():
             float8_product(x, [shape], end, emulate=True), grouped_product(x, [shape], end)
         )
         assert is_exact == bool(shape.shape[2] % 16)
-    nothing = float8_product(x[:0], [stack], torch.zeros(2, dtype=torch.int32), emulate=True)
+    nothing = float8_product(x[:0], [stack], torch.zeros(2, dtype=torch.int32), emulate=False)
     assert nothing.shape == (0, HIDDEN)
 
 
@@ -172,19 +191,24 @@ def build(implementation: ImplementationName, float8: Any, dispatch: Dispatch) -
     return experts
 
 
-def outcome(experts: MixtureOfExperts, x: Tensor, modality: Tensor) -> list[Tensor]:
+def outcome(
+    experts: MixtureOfExperts, x: Tensor, modality: Tensor, policy: Any = CHOICE
+) -> list[Tensor]:
     x = x.clone().requires_grad_()
-    y, _ = experts(x, modality, Routing())
+    y, _ = experts(x, modality, uniform_routing(policy))
     y.square().sum().backward()
     grads = [each.grad for each in (x, *experts.parameters())]
     return [y, *(grad for grad in grads if grad is not None)]
 
 
-@pytest.mark.parametrize("dispatch", [ScatterSlots, TableSlots])
-def test_all_implementations_compute_the_same_in_float8(dispatch):
+@pytest.mark.parametrize(
+    ("dispatch", "policy"),
+    [(ScatterSlots, CHOICE), (TableSlots, CHOICE), (ScatterSlots, Threshold())],
+)
+def test_all_implementations_compute_the_same_in_float8(dispatch, policy):
     x, modality = torch.randn(1, 36, DIM), torch.tensor([[0, 1, 1, -1, 0, 0] * 6])
     exact, first, *others = (
-        outcome(build(implementation, float8, dispatch), x, modality)
+        outcome(build(implementation, float8, dispatch), x, modality, policy)
         for implementation, float8 in (
             ("sequential", "off"),
             *((each, "emulate") for each in IMPLEMENTATIONS),
