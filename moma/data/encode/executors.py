@@ -230,8 +230,12 @@ def _collecting_new_garbage_only() -> Iterator[None]:
     """Let garbage collections skip the objects that exist, which are those of imported modules.
 
     There are hundreds of thousands, and token ids as lists cause many collections. In a forked
-    process each would also copy the memory of these objects (docs/results/prepare.md).
+    process each would also copy the memory of these objects (docs/results/prepare.md). If the
+    process has frozen objects already, nothing changes: only all at once can be unfrozen.
     """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -181,6 +181,16 @@ def test_collections_skip_what_was_imported(prepared, tmp_path, is_pool):
     job = replace(job, sources={"captions": Reports()})
     gc.unfreeze()
     executor = LocalPool(job, 2, [CPU], False) if is_pool else InProcess(job, CPU, 1)
-    with pytest.raises(UserError, match="frozen True"):
-        run_all(executor, tasks[:2])
-    assert gc.get_freeze_count() == 0
+    try:
+        with pytest.raises(UserError, match="frozen True"):
+            run_all(executor, tasks[:2])
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.freeze()  # as `conftest.py` left it
+
+
+def test_what_a_program_has_frozen_stays_frozen(prepared, tmp_path):
+    job, _, tasks = unfinished(prepared, tmp_path / "data")
+    gc.freeze()
+    run_all(InProcess(job, CPU, 1), tasks[:2])
+    assert gc.get_freeze_count() > 0
