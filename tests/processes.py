@@ -5,9 +5,11 @@ import os
 import signal
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 import torch
 from torch import multiprocessing
 
@@ -16,6 +18,14 @@ from moma.runtime.world import join_world
 
 multiprocessing.set_forkserver_preload(["tests.preloaded"])
 FORKSERVER = multiprocessing.get_context("forkserver")
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """In this context, new processes of whatever kind are forked: they import nothing again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("multiprocessing.get_context", lambda method: FORKSERVER)
+        yield
 
 
 def run_rank(rank: int, ranks: int, port: int, job, *arguments) -> None:

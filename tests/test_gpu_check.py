@@ -20,6 +20,14 @@ def check(out: Path, *stages: str, **variables: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+def stand_in(folder: Path, content: str) -> str:
+    """Write a program `moma` for bash; return a `PATH` on which it comes first."""
+    moma = folder / "moma"
+    moma.write_text(f"#!/bin/bash\n{content}\n")
+    moma.chmod(0o755)
+    return f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
 def test_a_stage_leaves_json_and_a_log(tmp_path):
     result = check(tmp_path, "env", TOY="1")
     assert result.returncode == 0 and result.stdout.startswith("env: done in")
@@ -29,12 +37,10 @@ def test_a_stage_leaves_json_and_a_log(tmp_path):
 
 def test_a_stage_goes_on_after_its_last_part(tmp_path):
     """Only the order of the parts is tested, so that a stand-in for `moma` prints the results."""
-    calls, moma, out = tmp_path / "calls", tmp_path / "moma", tmp_path / "out"
-    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    calls, out = tmp_path / "calls", tmp_path / "out"
 
     def call(command: str) -> list[str]:
-        moma.write_text(f'#!/bin/bash\necho "$4" >> {calls}\n{command}\n')
-        moma.chmod(0o755)
+        path = stand_in(tmp_path, f'echo "$4" >> {calls}\n{command}')
         calls.write_text("")
         result = check(out, "layer", TOY="1", PATH=path)
         assert result.returncode == ("exit" in command), result.stderr
@@ -61,11 +67,12 @@ def test_without_a_gpu_only_the_toy_size_runs(tmp_path):
 
 
 def test_a_stage_that_fails_is_reported(tmp_path):
-    (tmp_path / "data").write_text("not a folder")
-    result = check(tmp_path, "decode", TOY="1")
+    path = stand_in(tmp_path, 'echo "refused: $*" >&2; exit 2')
+    result = check(tmp_path, "decode", TOY="1", PATH=path)
     assert result.returncode == 1 and f"see {tmp_path}/decode.log" in result.stderr
     assert json.loads((tmp_path / "decode.json").read_text()) == {"exit_code": 2}
-    assert str(tmp_path / "data") in (tmp_path / "decode.log").read_text()
+    log = (tmp_path / "decode.log").read_text()
+    assert "refused: prepare " in log and f"data.path={tmp_path}/data" in log
 
 
 def test_the_decode_stage_generates_text_and_images(trained, tmp_path, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Wrong arguments are reported before slow imports."""
 
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -21,36 +22,59 @@ try:
 finally:
     print(*sys.modules, file=sys.stderr)
 """
+SIMPLE: list[tuple[list[str], int]] = [
+    ([], 2),
+    (["--help"], 0),
+    (["--version"], 0),
+    (["prepare", "--help"], 0),
+    (["prepare", "--nonsense"], 2),
+    (["prepare", "missing.toml"], 2),
+    (["tokenizer", "train-text", "missing.toml"], 2),
+    (["tokenizer", "train-image", "missing.toml"], 2),
+    (["tokenizer", "show", "."], 2),
+    (["evaluate", "missing"], 2),
+    (["generate", "missing", "--prompt", "a"], 2),
+]
+# Each call in a process forked from one that has imported what all need.
+FORKED = """
+import json, os, sys
+from moma.cli import main
+for arguments in json.loads(sys.argv[1]):
+    reading, writing = os.pipe()
+    if process := os.fork():
+        os.close(writing)
+        with open(reading) as file:
+            modules = file.read().split()
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        print(json.dumps([code, modules]), flush=True)
+        continue
+    sys.argv[1:], code = arguments, 1
+    os.dup2(2, 1)
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        os.write(writing, " ".join(sys.modules).encode())
+        os._exit(code)
+"""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code"),
-    [
-        ([], 2),
-        (["--help"], 0),
-        (["--version"], 0),
-        (["prepare", "--help"], 0),
-        (["prepare", "--nonsense"], 2),
-        (["prepare", "missing.toml"], 2),
-        (["tokenizer", "train-text", "missing.toml"], 2),
-        (["tokenizer", "train-image", "missing.toml"], 2),
-        (["tokenizer", "show", "."], 2),
-        (["evaluate", "missing"], 2),
-        (["generate", "missing", "--prompt", "a"], 2),
-    ],
-)
-def test_simple_answers_do_not_import_heavy_libraries(tmp_path, arguments, code):
+def test_simple_answers_do_not_import_heavy_libraries(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", CALL, *arguments],
+        [sys.executable, "-c", FORKED, json.dumps([arguments for arguments, _ in SIMPLE])],
         cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
     )
-    modules = done.stderr.splitlines()[-1].split()
-    assert done.returncode == code, done.stderr
-    assert "moma.cli" in modules and not HEAVY & set(modules)
+    assert done.returncode == 0, done.stderr
+    for (arguments, code), line in zip(SIMPLE, done.stdout.splitlines(), strict=True):
+        found, modules = json.loads(line)
+        assert found == code, (arguments, done.stderr)
+        assert "moma.cli" in modules and not HEAVY & set(modules), arguments
 
 
 def test_the_version_is_that_of_the_package():

@@ -8,7 +8,7 @@ import pytest
 from moma.data.outputs import write_output
 from moma.demo.run import Clock, demo_tables, run_demo
 from moma.errors import UserError
-from tests.processes import FORKSERVER
+from tests.processes import forked
 
 SMALL = [
     "codec_training.steps=6",
@@ -47,11 +47,9 @@ SMALL = [
 def demo(tmp_path_factory):
     """The folder of a finished demo and its result, with few images."""
     out = tmp_path_factory.mktemp("demo")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forked():
         for name, number in (("SINGLES", 6), ("COMPOSITIONS", 4), ("CAPTIONS", 4)):
             patch.setattr(f"moma.demo.run.{name}", number)
-        # Forked instead of spawned: they import nothing again.
-        patch.setattr("multiprocessing.get_context", lambda method: FORKSERVER)
         yield out, run_demo(out, SMALL, routers=True, quiet=True)
 
 

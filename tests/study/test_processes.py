@@ -20,6 +20,7 @@ from moma.study.grid import read_study
 from moma.study.processes import run_in_processes, run_study
 from tests.command_line import refuses
 from tests.factories import write_study
+from tests.processes import forked
 from tests.ray_nodes import two_nodes
 
 DENSE = {"name": "dense", "model": {"groups": "dense"}}
@@ -34,7 +35,8 @@ def describe_process() -> tuple[bool, int, bool]:
 
 def test_a_training_process_has_its_threads_messages_and_end():
     """It prints messages as the command line does, and ends with a command that is killed."""
-    assert run_in_processes([describe_process], 3, lambda: None) == [(False, 3, True)]
+    with forked():
+        assert run_in_processes([describe_process], 3, lambda: None) == [(False, 3, True)]
 
 
 def test_a_missing_ray_cluster_is_reported(tiny, tmp_path):

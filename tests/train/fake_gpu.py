@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moma.runtime.processes import start_pool
+from tests.processes import forked
 
 GPU = torch.device("cuda")
 # With which this was tried: it depends on what PyTorch does not document.
@@ -39,7 +40,7 @@ def reason_to_skip() -> str | None:
 
 def run_in_child(check: Callable[..., None], *arguments: object) -> None:
     """Run a function of a module on the simulated GPU, in a process that may crash."""
-    with start_pool(1) as pool:
+    with forked(), start_pool(1) as pool:
         if error := pool.submit(_run, check, *arguments).result():
             raise AssertionError(error)
 

@@ -15,9 +15,16 @@ from moma.demo.drawings import render
 from moma.errors import StorageError, UserError
 from moma.images import square_pixels
 from tests.data.encode.failing_disk import fail_to_read
+from tests.processes import forked
 from tests.runtime.killed_parent import assert_workers_end_with_parent
 
 shape = partial(square_pixels, size=2)
+
+
+@pytest.fixture(autouse=True)
+def _fork_workers():
+    with forked():
+        yield
 
 
 def image(number):
