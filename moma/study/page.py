@@ -67,7 +67,7 @@ def figure(plot: Figure) -> str:
     """A matplotlib figure of one plot as an embedded PNG."""
     axes = plot.axes[0]
     text = f"{axes.get_title()}: {axes.get_ylabel()} over {axes.get_xlabel()}"
-    png = png_bytes(plot, dpi=110, bbox_inches="tight")
+    png = png_bytes(plot, dpi=110)
     return f"<img alt='{html.escape(text)}' src='{data_url(png)}'>"
 
 

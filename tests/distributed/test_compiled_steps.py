@@ -69,8 +69,9 @@ def assert_compiled_steps_equal_eager_ones(
 
 
 def test_one_process_compiles_more_variants_than_dynamo_allows_by_default():
-    models = [{"groups": "dense", "layers": 1, "dim": 4 * size} for size in range(1, 10)]
-    assert_compiled_steps_equal_eager_ones(World(CPU), models, "eager")
+    models = [{"groups": "dense", "layers": 1, "dim": dim} for dim in (4, 8, 12)]
+    with torch._dynamo.config.patch(recompile_limit=2):  # instead of 8
+        assert_compiled_steps_equal_eager_ones(World(CPU), models, "eager")
 
 
 def test_one_process_compiles_several_capacity_factors():
@@ -83,10 +84,7 @@ def test_one_process_compiles_several_capacity_factors():
 
 def test_two_ranks_compile_the_parts_of_layers():
     depth = {"modality_factors": {"text": 0.25, "image": 0.5}, "gate_loss": 0.1}
-    models = [
-        {"groups": "mod_moe_3t1i", "layers": 1},
-        {"groups": "mod_moe_3t1i", "layers": 1, "depth": depth},
-    ]
+    models = [{"groups": "mod_moe_3t1i", "layers": 1, "depth": depth}]
     on_ranks(2, assert_compiled_steps_equal_eager_ones, models, "eager")
 
 

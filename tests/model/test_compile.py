@@ -59,8 +59,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # Their layers are made of parts of the other architectures.
 COMBINED = {
-    "experts_by_sequence", "gate_loss", "moe_1t1i", "moe_2t2i", "moe_7t1i", "moe_8x", "mod_moe_8x",
-    "noise", "overlapping", "token_8x", "triton",
+    "dense", "experts_by_sequence", "gate_loss", "mod", "mod_moe_1t1i", "mod_moe_8x", "moe_1t1i",
+    "moe_2t2i", "moe_3t1i", "moe_7t1i", "moe_8x", "noise", "overlapping", "token_8x", "triton",
 }  # fmt: skip
 SEQUENCES, LENGTH = 10, 8
 CPU = torch.device("cpu")
@@ -155,11 +155,9 @@ def test_every_architecture_is_one_graph(case):
     assert_one_graph(case, layers=1, steps=3, backend="eager")
 
 
+@pytest.mark.slow  # layers are traced ahead of time below
 def test_forward_and_backward_are_one_graph():
-    """Traced ahead of time without generating code: mixture-of-depths and routers with noise.
-
-    The layers of other architectures are traced below, and all are compiled behind the marker.
-    """
+    """Traced ahead of time without generating code: mixture-of-depths and routers with noise."""
     assert_one_graph("noise", layers=1, steps=2, backend="aot_eager")
 
 

@@ -65,10 +65,12 @@ def test_losses_of_tokens():
     assert not losses.loss_N.requires_grad
 
 
-def test_compiled_equals_eager():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_equals_eager(backend):
+    """Generated code is run behind the marker, and for a layer in `test_compile.py`."""
     hidden, weight, targets = inputs([0, NO_LABEL, 5, 2, 3, 1, 1], dtype=torch.float32)
     results = []
-    compiled = torch.compile(cross_entropy_chunk, fullgraph=True, dynamic=False)
+    compiled = torch.compile(cross_entropy_chunk, fullgraph=True, dynamic=False, backend=backend)
     for chunk in (cross_entropy_chunk, compiled):
         objective, losses = linear_cross_entropy(hidden, weight, targets, 0.1, chunk, tokens=3)
         results.append((objective, *losses, *torch.autograd.grad(objective, (hidden, weight))))
