@@ -264,6 +264,8 @@ def test_other_gpus_leave_experts_exact_and_say_so(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("counts", COUNTS)
 def test_the_kernel_equals_emulation_on_a_gpu(counts):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("this GPU has no grouped products in float8")
     x, stack, grad = factors(counts, "cuda", torch.bfloat16)
     expected, found = (
         fast_product(x, stack, counts, grad, partial(float8_product, emulate=emulate))
