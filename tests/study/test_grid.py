@@ -17,7 +17,6 @@ from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.files import lock_folder
 from moma.model.transformer import no_head
-from moma.plan.counts import plan
 from moma.runtime.world import World
 from moma.study.grid import Study, StudyRun, read_study, run_unfinished
 from moma.study.measures import measure_held_out, measure_routing
@@ -26,7 +25,6 @@ from moma.study.report import score_maps, write_report
 from moma.study.results import estimate, study_tables, summarize
 from moma.study.scaling import PowerLaw
 from moma.study.speedup import speedup
-from moma.train.changes import differences
 from moma.train.recipe import Recipe
 from moma.train.restore import load_run
 from moma.train.step import run_model, to_device
@@ -389,39 +387,3 @@ def test_the_command_runs_a_study_in_processes(tiny, tmp_path, processes):
     figure = json.loads(outcome.out)["variants"]["plain"]["measures"]["held_out/all/loss"]
     assert len(figure["values"]) == 2
     assert (tmp_path / "study" / "report.html").is_file()
-
-
-READY = Path(__file__).parents[2] / "configs" / "study"
-
-
-def test_ready_studies_are_valid_and_have_names():
-    assert (READY / "routing.toml").is_file()
-    folders = (READY, READY / "gpu", READY / "paper")
-    studies = {file: read_study(file) for folder in folders for file in folder.glob("*.toml")}
-    assert all(len(study.runs) >= 3 for study in studies.values())
-    assert len({study.path for study in studies.values()}) == len(studies)
-    on_cores, on_gpu = ({file.name for file in folder.glob("*.toml")} for folder in folders[:2])
-    assert on_cores == on_gpu
-    message = refuses("study", "nothing")
-    assert message.startswith("nothing: there is no such file or study; there are ")
-    assert all(Path(name).stem in message for name in on_cores)
-
-
-@pytest.mark.parametrize(
-    "name", ["architectures", "depth", "experts", "modalities", "routing", "shared"]
-)
-def test_variants_of_a_ready_study_have_equal_flops(name):
-    for folder in (READY, READY / "gpu"):
-        recipes = [run.recipes[0] for run in read_study(folder / f"{name}.toml").runs]
-        flops = {plan(recipe)["flops_per_token"] for recipe in recipes}
-        assert max(flops) / min(flops) < 1.01, folder
-
-
-def test_the_runs_of_the_paper_s_scaling_study_are_those_of_its_sizes():
-    """So that they are trained once."""
-    for run in read_study(READY / "paper/scaling.toml").runs:
-        variant, _, size = run.variant.rpartition("_")
-        sized = read_study(READY / f"paper/{size}.toml").runs
-        (same,) = [each for each in sized if each.variant == variant and each.seed == run.seed]
-        changed = differences(same.recipes[0], run.recipes[0])
-        assert all(key == "run" or key.startswith("aux_router.") for key in changed), changed
