@@ -101,6 +101,16 @@ def _register_storage_in_memory() -> None:
     register_implementation("ram", "tests.storage_in_memory.StorageInMemory")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_micro_batches_are_tried() -> Generator[None]:
+    """Toy data has a few dozen micro-batches: to pack 300 would be a fifth of preparing it."""
+    from moma.data.batches import budget
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(budget, "PACKED", 40)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The tiny recipe, its data prepared once for the whole session."""

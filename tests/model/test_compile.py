@@ -62,6 +62,10 @@ COMBINED = {
     "dense", "experts_by_sequence", "gate_loss", "mod", "mod_moe_1t1i", "mod_moe_8x", "moe_1t1i",
     "moe_2t2i", "moe_3t1i", "moe_7t1i", "moe_8x", "noise", "overlapping", "token_8x", "triton",
 }  # fmt: skip
+CASES = [
+    pytest.param(case, marks=pytest.mark.slow) if case in COMBINED else case
+    for case in ARCHITECTURES
+]
 SEQUENCES, LENGTH = 10, 8
 CPU = torch.device("cpu")
 CHOICE, FINISH = (
@@ -139,13 +143,7 @@ def assert_one_graph(case: str, layers: int, steps: int, **how: Any) -> None:
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.slow) if case in COMBINED else case
-        for case in ARCHITECTURES
-    ],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_every_architecture_is_one_graph(case):
     """Only captured: this already finds graph breaks and recompilations.
 
@@ -161,7 +159,7 @@ def test_forward_and_backward_are_one_graph():
     assert_one_graph("noise", layers=1, steps=2, backend="aot_eager")
 
 
-@pytest.mark.parametrize("case", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
 def test_no_shape_and_no_branch_of_a_step_depends_on_the_data(case, monkeypatch):
     """On the meta device, which only computes shapes, reading a value is an error."""
     # Autocast does not support the meta device.
