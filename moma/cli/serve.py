@@ -50,7 +50,8 @@ def serve(
         from moma.serve.server import listen, run_server
 
         if page:
-            from moma.serve.page import PATH, mount_page
+            from moma.serve.page import mount_page
+            from moma.serve.page_html import PATH
             from moma.serve.page_run import RunView
     except ModuleNotFoundError as error:
         raise UserError(f"moma serve: {error}; run pip install 'moma[serve]'") from error

@@ -37,12 +37,11 @@ from moma.serve.answer import Answer
 from moma.serve.app import Limits
 from moma.serve.engine import BusyError, Engine, EngineStoppedError
 from moma.serve.errors import ApiError, error_response
-from moma.serve.page_html import MARK, STYLE, answer_html, arrange
+from moma.serve.page_html import MARK, PATH, STYLE, answer_html, arrange
 from moma.serve.page_run import RunView
 from moma.study.routing_drawing import STYLE as ROUTING_STYLE
 from moma.study.routing_drawing import draw_routing
 
-PATH = "/page"
 _KEPT_IMAGES = 24
 # Two options in a row, also on a phone.
 _HALF: dict[str, Any] = {"min_width": 130}

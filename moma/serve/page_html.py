@@ -11,6 +11,8 @@ from moma.images import png_bytes
 from moma.study.page import data_url
 
 _T = TypeVar("_T")
+# Of the page, below the address of the endpoint.
+PATH = "/page"
 # Where an image stands in a text.
 MARK = "<image>"
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")

@@ -19,9 +19,7 @@ from moma.generate.stream import ImagePart, TextPiece
 from moma.runs import Run
 from moma.serve.app import Limits
 from moma.serve.engine import Engine, EngineStoppedError
-from moma.serve.page import PATH, mount_page
-from moma.serve.page_html import answer_html, arrange
-from moma.serve.page_run import RunView
+from moma.serve.page_html import PATH, answer_html, arrange
 from tests.serve.models import ask, noise, running
 
 TOKEN = "a token of many characters"
@@ -44,6 +42,10 @@ def run(tmp_path):
 
 @pytest.fixture(scope="module")
 def http(mixed, tmp_path_factory):
+    # Gradio takes seconds to import: not in processes that run other tests.
+    from moma.serve.page import mount_page
+    from moma.serve.page_run import RunView
+
     view = RunView(Run(tmp_path_factory.mktemp("run")))
     with Engine(mixed) as engine:
 
@@ -190,6 +192,8 @@ def test_only_the_newest_rows_of_an_unfinished_image_are_shown():
 
 
 def test_the_curves_of_a_run_follow_its_log(run):
+    from moma.serve.page_run import RunView
+
     view = RunView(run)
     status, curves, sheets, shown = view.update(None)
     assert "no log record" in status and len(curves) == 0 and sheets == []

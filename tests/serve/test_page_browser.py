@@ -13,8 +13,7 @@ from moma.images import png_bytes
 from moma.runs import Run
 from moma.serve.app import Limits
 from moma.serve.engine import Engine
-from moma.serve.page import PATH, mount_page
-from moma.serve.page_run import RunView
+from moma.serve.page_html import PATH
 from tests.serve.models import noise, running, wait_until
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -48,6 +47,9 @@ def run(tmp_path_factory):
 
 def serve(model, run):
     """An engine with a page of its model, and the page's address."""
+    from moma.serve.page import mount_page
+    from moma.serve.page_run import RunView
+
     engine = Engine(model, max_active=2)
 
     def mount(app):

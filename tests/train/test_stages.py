@@ -235,8 +235,8 @@ def test_a_moved_chain_can_be_resumed(seed, upcycled, tmp_path, capsys):
     train(recipe, WORLD, quiet=True)
     assert f"from: '{seed.path}' → '{moved[seed]}'" in capsys.readouterr().err
     assert recipe_of(run) == recipe
-    for name, weights in weights_at(upcycled, recipe, -1).items():
-        assert torch.equal(weights, weights_at(run, recipe, -1)[name])
+    expected, found = (weights_at(each, recipe, -1) for each in (upcycled, run))
+    assert all(torch.equal(weights, found[name]) for name, weights in expected.items())
 
 
 def test_a_chain_resumes_at_the_right_stage(tiny, tmp_path, monkeypatch):
