@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from moma.data.batches import budget as budgets
 from moma.data.batches.budget import (
-    PACKED,
     Budget,
     ImageDocuments,
     check_documents,
@@ -140,7 +140,7 @@ def test_too_much_padding_is_found_by_packing():
         check_packing(budget_of(8), 10, 0.005, packer_of(budget_of(8), kinds))
     message = str(caught.value)
     assert "have 10 text tokens" in message and "room for 32" in message
-    assert f"44.00% of the positions of the first {PACKED} micro-batches" in message
+    assert f"44.00% of the positions of the first {budgets.PACKED} micro-batches" in message
     assert "allows 0.50%" in message and "add a source of text" in message
     assert "raise image_share to 0.56 (14 images), which leaves 2.00% on average" in message
 
