@@ -111,6 +111,12 @@ def _few_micro_batches_are_tried() -> Generator[None]:
         yield
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images of reports are empty: a figure takes as long to draw as a toy model to train."""
+    monkeypatch.setattr("moma.study.page.png_bytes", lambda image, **options: b"")
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """The tiny recipe, its data prepared once for the whole session."""

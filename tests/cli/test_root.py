@@ -146,7 +146,7 @@ def test_the_report_is_one_file(trained, tmp_path):
     assert "Which expert took which token" in page.read_text(encoding="utf-8")
 
 
-def test_the_report_prints_tables(trained, tmp_path):
+def test_the_report_prints_tables(trained, tmp_path, undrawn):
     page = tmp_path / "page.html"
     printed = succeeds("report", trained / "run", "--out", page)
     assert "Held-out documents" in printed and "causal" in printed and "None" not in printed
@@ -174,7 +174,7 @@ def test_json_output_is_one_object(trained, tmp_path):
     assert json.loads(out).keys() == RESULT_KEYS
 
 
-def test_runs_with_the_same_name_are_both_reported(trained, tmp_path):
+def test_runs_with_the_same_name_are_both_reported(trained, tmp_path, undrawn):
     shutil.copytree(trained / "run", tmp_path / "run")
     page = tmp_path / "report.html"
     out = succeeds("report", trained / "run", tmp_path / "run", "--out", page, "--json")

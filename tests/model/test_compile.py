@@ -57,10 +57,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "noise": {"groups": "mod_moe_2t2i", "router_noise": True, "depth": {"noise": True}},
     "gate_loss": {"groups": "mod_moe_2t2i", "depth": {"gate_loss": 0.1}},
 }  # fmt: skip
-# Their layers are made of parts of the other architectures.
+# Their layers are made of parts of the other architectures, or differentiated below.
 COMBINED = {
-    "dense", "experts_by_sequence", "gate_loss", "mod", "mod_moe_1t1i", "mod_moe_8x", "moe_1t1i",
-    "moe_2t2i", "moe_3t1i", "moe_7t1i", "moe_8x", "noise", "overlapping", "token_8x", "triton",
+    "dense", "experts_by_sequence", "gate_loss", "grouped_unequal", "mod", "mod_moe_1t1i",
+    "mod_moe_8x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "moe_7t1i", "moe_8x", "noise", "overlapping",
+    "token_8x", "triton",
 }  # fmt: skip
 CASES = [
     pytest.param(case, marks=pytest.mark.slow) if case in COMBINED else case

@@ -96,9 +96,15 @@ def test_gradients_of_attention_within_documents(kv_heads, norm):
     assert_gradients(module, some_tokens(2, 4), context)
 
 
-@pytest.mark.parametrize("norm", ["swin", "pre"])
-@pytest.mark.parametrize("depth", [None, "batch", "sequence"])
-@pytest.mark.parametrize("groups", ["dense", "moe_1t1i", "moe_2t2i"])
+# Each pair of values at least once.
+@pytest.mark.parametrize(
+    ("groups", "depth", "norm"),
+    [
+        ("dense", None, "swin"), ("dense", "batch", "pre"), ("dense", "sequence", "swin"),
+        ("moe_1t1i", None, "pre"), ("moe_1t1i", "batch", "swin"), ("moe_1t1i", "sequence", "pre"),
+        ("moe_2t2i", None, "swin"), ("moe_2t2i", "batch", "pre"), ("moe_2t2i", "sequence", "swin"),
+    ],
+)  # fmt: skip
 def test_gradients_of_a_layer(groups, depth, norm):
     config = ModelConfig(
         groups=groups,

@@ -35,6 +35,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "batched": ("moe_4t4i", "none", {"experts_implementation": "batched"}),
     "grouped": ("moe_8x", "none", {"experts_implementation": "grouped"}),
 }
+# What they are made of is in other cases.
+COMBINED = {
+    "dense, layer", "dense, selective", "moe_1t1i", "moe_4t4i, layer", "moe_4t4i, selective",
+}  # fmt: skip
 
 
 def recipe_of(groups: str, recompute: str, compiled: bool, **model) -> Recipe:
@@ -65,7 +69,10 @@ def measured(recipe: Recipe) -> int:
     return allocated_peak(job, CPU)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in COMBINED else name for name in CASES],
+)
 def test_a_real_step_needs_the_planned_memory(name):
     groups, recompute, model = CASES[name]
     recipe = recipe_of(groups, recompute, compiled=False, **model)

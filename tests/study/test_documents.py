@@ -21,7 +21,7 @@ def test_runs_on_other_documents_than_the_baseline_are_named(capsys):
     assert warning in capsys.readouterr().err
 
 
-def test_a_comparison_states_that_runs_have_other_documents(tiny, tiny_run, tmp_path):
+def test_a_comparison_states_that_runs_have_other_documents(tiny, tiny_run, tmp_path, undrawn):
     data = tiny.data.model_copy(update={"sources": tiny.data.sources[1:], "image_share": 0.0})
     model = tiny.model.model_copy(update={"groups": "dense"})
     stage = tiny.pretrain.model_copy(update={"steps": 2})

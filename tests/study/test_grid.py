@@ -173,7 +173,7 @@ def test_a_foreign_result_is_refused(study, tmp_path):
         replace(study.runs[0], result=tmp_path / "result.json").read_result()
 
 
-def test_a_run_that_cannot_be_trained_does_not_stop_the_others(tiny, tmp_path):
+def test_a_run_that_cannot_be_trained_does_not_stop_the_others(tiny, tmp_path, undrawn):
     variants = [
         {"name": "missing", "stage": "upcycle", "from": str(tmp_path / "nothing")},
         {"name": "plain", "model": {"groups": "dense"}},
@@ -300,7 +300,7 @@ def test_the_summary_has_means_intervals_and_speedups_of_the_same_seed(study):
     assert found["deep"]["speedup"]["flops"]["all"]["values"] == expected
 
 
-def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_path, tiny):
+def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_path, tiny, undrawn):
     """With results as a law would give them."""
     law = PowerLaw(offset=2.0, scale=1.0, exponent=0.3, unit=1e6)
     variants = [
