@@ -15,7 +15,7 @@ from moma.data.encode.upload import SourceUpload
 from moma.data.provenance import DataFolder
 from moma.data.sources.text import TextConfig
 from moma.errors import UserError
-from tests.command_line import refuses
+from tests.command_line import refuses, succeeds
 from tests.data.encode.preparing import make_recipe
 from tests.data.remote.test_training import (
     CPU,
@@ -26,6 +26,7 @@ from tests.data.remote.test_training import (
     prepared_copy,
     with_data,
 )
+from tests.factories import write_recipe
 
 
 @pytest.fixture
@@ -92,8 +93,11 @@ def interrupt_at(number, upload):
 
 
 def test_without_a_share_the_rest_is_made(tiny, tmp_path, uploaded):
-    recipe = machine(tiny, tmp_path, "one")
-    assert prepare_share(recipe, "2/2").missing
+    recipe = tmp_path / "recipe.toml"
+    write_recipe(machine(tiny, tmp_path, "one"), recipe)
+    # Exit code 0: a job that depends on a whole array of shares starts when all are complete.
+    shown = succeeds("prepare", recipe, "--share", "2/2", "--processes", "1")
+    assert "share 2/2 is complete; missing parts of other shares: 1/2 (" in " ".join(shown.split())
     assert not prepare(machine(tiny, tmp_path, "two"), CPU, quiet=True).missing
     assert set(uploaded.values()) == {1}
     assert arrow_files(tmp_path / "two/cache")
