@@ -86,6 +86,7 @@ def add_expert_outputs(
 
     Args:
         total_ND: sum of other experts' outputs; the result has its dtype.
+        product: computes the products with the experts' matrices.
     """
     gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, score_EK) = inputs
     experts, capacity = index_EK.shape
@@ -110,7 +111,7 @@ def add_ragged_outputs(
     The weights of experts without tokens are not read.
 
     Args:
-        total_ND, x_ND: as for `add_expert_outputs`.
+        total_ND, x_ND, product: as for `add_expert_outputs`.
         weights: SwiGLU weights gate, up and down of the experts, each as one or more stacks
             [·, D, F] or [·, F, D].
     """

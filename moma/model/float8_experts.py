@@ -2,9 +2,10 @@
 
     y = R(x) · R(wᵀ)ᵀ,    ∂x = R(∂y) · R(w)ᵀ,    ∂w = xᵀ · ∂y
 
-R scales each row to the largest magnitude of float8, by a power of two, and rounds. The gradient of
-the weights is not rounded, as in torchao's recipe `rowwise_with_gw_hp` for linear layers: PyTorch's
-kernel cannot compute it in float8 if an expert has no tokens.
+R scales each row by the largest power of two that fits, and rounds. The gradient of the weights is
+not rounded, as in torchao's recipe `rowwise_with_gw_hp` for linear layers: in float8, PyTorch's
+kernel needs a multiple of 16 rows of each expert for it (GroupMMCommon.cuh), and ours are not
+aligned to 16.
 
 Shapes: see `layers.py`; as in `grouped.py`, T rows may be [E, K].
 """
@@ -24,11 +25,10 @@ from moma.model.experts import ExpertGroup
 from moma.model.grouped import grouped_outer, grouped_product
 from moma.model.implementations import JointMixtureOfExperts
 from moma.model.layers import product_dtype, upcast
+from moma.runtime.float8 import WIDTH_MULTIPLE
 
 logger = logging.getLogger(__name__)
 
-# Widths have to be multiples of this number.
-_MULTIPLE = 16
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 # Smaller magnitudes are not scaled up to `_LARGEST`: the scale stays finite, as in torchao.
 _SMALLEST = 1e-12
@@ -40,6 +40,7 @@ def use_float8_experts(
     """Compute the products of stacked experts in float8 if `engine.float8` says so.
 
     With `on` they stay as they are, with a warning, on a device without grouped products in float8.
+    The Triton kernels of `fused_experts.py` are not changed: `Recipe` refuses float8 with them.
 
     Args:
         model: is changed in place; parameters stay the same.
@@ -49,15 +50,24 @@ def use_float8_experts(
     modules = [module for module in model.modules() if isinstance(module, kinds)]
     if how == "off" or not modules:
         return
-    # PyTorch builds the kernel for Hopper only (ScaledGroupMM.cu).
-    if how == "on" and torch.cuda.get_device_capability(device)[0] != 9:
+    if how == "on" and not _has_kernel(device):
         logger.warning(
             "engine.float8: experts stay in engine.compute, because PyTorch has grouped products "
-            "in float8 for GPUs of compute capability 9.0 (H100, H200) only"
+            "in float8 for NVIDIA GPUs of compute capability 9.0 (H100, H200) only"
         )
         return
     for module in modules:
         module.product = partial(float8_product, emulate=how == "emulate")
+
+
+def _has_kernel(device: torch.device) -> bool:
+    """Whether PyTorch has grouped products in float8: its kernel is for Hopper (ScaledGroupMM.cu).
+
+    AMD's GPUs have compute capabilities of 9, too, but another float8.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def float8_product(
@@ -68,7 +78,7 @@ def float8_product(
     Args:
         emulate: compute the product of the rounded factors in their dtype, on any device.
     """
-    if not x_TD.numel() or any(width % _MULTIPLE for width in weights[0].shape[1:]):
+    if not x_TD.numel() or any(width % WIDTH_MULTIPLE for width in weights[0].shape[1:]):
         return grouped_product(x_TD, weights, end_E)
     dtype = product_dtype(x_TD)  # operations of our own do not know autocast
     stack_EDF = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
@@ -77,7 +87,11 @@ def float8_product(
 
 
 class _Float8Product(torch.autograd.Function):
-    """Rounds again in the backward pass: saved, rounded weights would outlive FSDP's gathering."""
+    """Rounds again in the backward pass: saved, rounded weights would outlive FSDP's gathering.
+
+    What is saved is the gathered weights, of which FSDP frees the memory, unless they had to be
+    converted or concatenated from several stacks.
+    """
 
     @staticmethod
     def forward(

@@ -31,7 +31,11 @@ def add_fused_outputs(
     dispatch: Dispatch,
     product: Product = grouped_product,
 ) -> Tensor:
-    """See `add_expert_outputs`, which computes it where the kernels do not run."""
+    """See `add_expert_outputs`, which computes it where the kernels do not run.
+
+    Args:
+        dispatch, product: the kernels use neither.
+    """
     dtype = product_dtype(x_ND)  # an operation of our own does not know autocast
     x_ND, weights = x_ND.to(dtype), [weight.to(dtype) for weight in inputs[:3]]
     if not uses_kernels(x_ND):

@@ -30,6 +30,10 @@ class GroupConfig(Config):
             raise ValueError(f"{', '.join(modalities)}: name each modality once")
         return modalities
 
+    def is_dense(self, modalities: Sequence[str] = MODALITIES) -> bool:
+        """Whether it is one expert for all modalities: an ordinary feed-forward."""
+        return self.experts == 1 and set(self.modalities) == set(modalities)
+
 
 class TokenChoiceConfig(Config):
     """Routing by token choice: each token takes the experts of its group with its highest scores.

@@ -152,7 +152,7 @@ def build_group(
         config, shares, modalities, token_fraction, token_choice: as for `group_share`.
     """
     share = group_share(config, shares, modalities, token_fraction, token_choice)
-    if config.experts == 1 and set(config.modalities) == set(modalities):
+    if config.is_dense(modalities):
         return DenseGroup(dim, hidden)
     indices = [modalities.index(name) for name in config.modalities]
     stack = (dim, hidden, indices, config.experts, share, noise, dispatch)

@@ -14,8 +14,8 @@ from moma.runtime.sharding import EngineConfig
 
 # Parts of names of modules whose products stay exact.
 _EXACT = ("router", "auxiliary", "head")
-# Widths have to be multiples of this number.
-_MULTIPLE = 16
+# Kernels for float8 support widths that are multiples of this number.
+WIDTH_MULTIPLE = 16
 
 
 def use_float8(model: nn.Module, engine: EngineConfig, device: torch.device) -> None:
@@ -48,7 +48,7 @@ def use_float8(model: nn.Module, engine: EngineConfig, device: torch.device) -> 
     def is_converted(module: Any, name: str) -> bool:
         widths = module.in_features, module.out_features
         is_exact = any(part in _EXACT for part in name.split("."))
-        return not is_exact and not any(width % _MULTIPLE for width in widths)
+        return not is_exact and not any(width % WIDTH_MULTIPLE for width in widths)
 
     # Mixture-of-depths may select any number of tokens, an inner dimension in backward.
     config = Float8LinearConfig(emulate=how == "emulate", pad_inner_dim=True)

@@ -162,7 +162,9 @@ class Recipe(PrepareConfig):
 
     @model_validator(mode="after")
     def _check_float8(self) -> "Recipe":
-        if self.engine.float8 != "off" and self.model.implementation == "triton":
+        has_kernels = not all(group.is_dense() for group in self.model.group_list)
+        uses_triton = has_kernels and self.model.implementation == "triton"
+        if self.engine.float8 != "off" and uses_triton:
             raise ValueError(
                 f"engine.float8 ('{self.engine.float8}'): model.experts_implementation = 'triton' "
                 "has no products in float8; use another implementation, or engine.float8 = 'off'"

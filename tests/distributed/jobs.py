@@ -30,7 +30,7 @@ from moma.runtime.checkpoint import (
 from moma.runtime.sharding import EngineConfig, shard
 from moma.runtime.world import World
 from moma.runtime.writer import CheckpointWriter
-from moma.train import loop
+from moma.train import loop, stages
 from moma.train.loop import train
 from moma.train.recipe import Recipe
 from moma.train.stages import make_step, prepare_model
@@ -201,6 +201,18 @@ def accumulated_gradient(world: World) -> list[float]:
     return gradient.full_tensor().flatten().tolist()
 
 
+def float8_step(tiny: Recipe, how: Any, world: World) -> dict[str, Tensor]:
+    """The first step's sums and norms, with the products of experts rounded to float8 or not."""
+    engine = EngineConfig(float8=how, recompute="selective")
+    recipe = recipe_of(tiny, "moe_2t2i", engine)
+    config = recipe.model.model_copy(update={"hidden": 48})  # a multiple of 16
+    recipe = recipe.model_copy(update={"model": config})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "use_float8", lambda *_: None)  # linear layers, by torchao
+        model, _, step, groups = build(recipe, world)
+    return statistics_of(recipe, model, world, step, groups)
+
+
 def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
     """The dtype of the second layer's weights in a forward pass that computes in bf16."""
     model, _, step, groups = build(
@@ -259,6 +271,9 @@ def job_of_two(world: World, tiny: Recipe, out: Path) -> None:
         for once in (True, False)
     ]
     found = [*counts, accumulated_gradient(world)]
+    rounded = float8_step(tiny, "emulate", world)
+    if world.rank == 0:
+        torch.save(rounded, out / "float8.pt")
     if world.rank == 0:
         (out / "reductions.json").write_text(json.dumps(found))
     units = {run: fsdp_units(recipe_with(tiny, run), world) for run in ("sequential", "batched")}

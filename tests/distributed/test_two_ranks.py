@@ -33,6 +33,7 @@ from tests.distributed.jobs import (
     STEPS,
     build,
     copy_half,
+    float8_step,
     job_of_four,
     job_of_two,
     recipe_of,
@@ -167,6 +168,16 @@ def test_two_ranks_equal_one_on_the_same_token_groups(tiny, two, one, name):
         assert not torch.equal(found["1 sums"], expected["1 sums"])
     else:
         assert_equals_one_process(recipe, one(recipe), two / name, 2, near)
+
+
+def test_sharded_experts_compute_in_float8_as_those_of_one_process(tiny, two):
+    found = load(two / "float8.pt")
+    expected, exact = (float8_step(tiny, how, ONE_PROCESS) for how in ("emulate", "off"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    kinds = [name for name in found if name.startswith("gradient")]
+    assert len(kinds) > 3
+    for key in ("sums", *kinds):
+        assert not torch.allclose(found[key], exact[key], rtol=1e-4), key
 
 
 def test_gradients_are_summed_in_bf16_if_there_are_several_machines(two):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from moma.model import float8_experts, grouped
 from moma.model.dispatch import Dispatch, ScatterSlots, TableSlots
@@ -21,7 +22,7 @@ from moma.runtime.recompute import recompute
 from moma.vocabulary import MODALITIES
 from tests.factories import OperationCounter
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DIM, HIDDEN = 32, 48
 COUNTS = [[5, 0, 9, 2], [0, 0, 16, 0], [16, 16, 16, 16]]
 LARGEST = 448.0
@@ -104,21 +105,36 @@ def test_emulated_products_are_those_of_rounded_factors(counts):
 
 
 def test_gradients_of_weights_are_one_grouped_product_in_the_dtype_of_compute(monkeypatch):
-    """As on a GPU; the first two calls are the emulated products."""
+    """As on a GPU; the first two calls are the emulated products. The gradient has strides 0."""
     counts, calls = COUNTS[0], []
     grouped_mm = functional.grouped_mm
 
     def counted(*arguments, **options):
+        assert all(sorted(each.stride())[0] == 1 for each in arguments)
         calls.append(arguments)
         return grouped_mm(*arguments, **options)
 
     monkeypatch.setattr(functional, "grouped_mm", counted)
     monkeypatch.setattr(grouped, "uses_kernel", lambda *_: True)
-    x, stack, grad = factors(counts)
+    x, stack, _ = factors(counts)
+    grad = torch.ones(()).expand(len(x), HIDDEN)
     expected = slow_product(x, stack, counts, grad)
     product = partial(float8_product, emulate=True)
     assert_rows_close(fast_product(x, stack, counts, grad, product), expected, 1e-5)
     assert len(calls) == 3 and calls[2][0].shape == (DIM, len(x))
+
+
+@pytest.mark.parametrize("emulate", [False, True])
+def test_products_and_gradients_have_the_dtype_of_autocast(emulate, monkeypatch):
+    monkeypatch.setattr(functional, "scaled_grouped_mm", kernel)
+    product: Any = partial(float8_product, emulate=emulate)
+    x, stack, grad = factors(COUNTS[2])
+    low = [each.bfloat16() for each in (x, stack, grad)]
+    y, *grads = fast_product(low[0], low[1], COUNTS[2], low[2], product)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast_product(x, stack, COUNTS[2], low[2], product)
+    assert found[0].dtype == torch.bfloat16
+    torch.testing.assert_close(found, [y, *(each.float() for each in grads)], rtol=0, atol=0)
 
 
 def kernel(a, b, scale_a, recipe_a, scale_b, recipe_b, offs=None, use_fast_accum=False) -> Tensor:
@@ -138,6 +154,17 @@ def kernel(a, b, scale_a, recipe_a, scale_b, recipe_b, offs=None, use_fast_accum
         y = factor_a @ factor_b
     assert y.shape == shape and use_fast_accum
     return y.bfloat16()
+
+
+def test_flops_are_those_of_exact_products(monkeypatch):
+    monkeypatch.setattr(functional, "scaled_grouped_mm", kernel)
+    x, stack, grad = factors(COUNTS[2])
+    found = []
+    for product in (grouped_product, partial(float8_product, emulate=False)):
+        with FlopCounterMode(display=False) as counter:
+            fast_product(x, stack, COUNTS[2], grad, product)
+        found.append(counter.get_total_flops())
+    assert found == [2 * 3 * 2 * len(x) * DIM * HIDDEN] * 2  # as [T, D] and as [E, K, D]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +201,9 @@ def test_only_widths_that_the_kernel_supports_are_rounded():
     assert nothing.shape == (0, HIDDEN)
 
 
-def build(implementation: ImplementationName, float8: Any, dispatch: Dispatch) -> MixtureOfExperts:
+def build(
+    implementation: ImplementationName, float8: Any, dispatch: Dispatch, device: torch.device = GPU
+) -> MixtureOfExperts:
     groups = [
         build_group(
             *(DIM, HIDDEN, GroupConfig(modalities=tuple(names.split()), experts=experts)),
@@ -184,7 +213,7 @@ def build(implementation: ImplementationName, float8: Any, dispatch: Dispatch) -
         for names, experts in (("text", 3), ("image", 1), ("text", 1), ("text image", 1))
     ]
     experts = build_experts(groups, implementation)
-    use_float8_experts(experts, float8, CPU)
+    use_float8_experts(experts, float8, device)
     torch.manual_seed(0)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -251,11 +280,17 @@ def test_no_shape_depends_on_the_data(monkeypatch):
         assert counter.counts["moma.float8_product.default"] >= 6
 
 
-def test_other_gpus_leave_experts_exact_and_say_so(monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "capability", "hip"),
+    [(GPU, (10, 0), None), (GPU, (9, 4), "7.0"), (CPU, None, None)],
+    ids=["Blackwell", "AMD", "CPU"],
+)
+def test_other_devices_leave_experts_exact_and_say_so(device, capability, hip, monkeypatch):
     messages: list[str] = []
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (10, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(float8_experts.logger, "warning", messages.append)
-    experts = build("grouped", "on", ScatterSlots)
+    experts = build("grouped", "on", ScatterSlots, device)
     products = {module.product for module in experts.modules() if hasattr(module, "product")}
     assert products == {grouped_product}
     assert len(messages) == 1 and "compute capability 9.0" in messages[0]

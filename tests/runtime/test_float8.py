@@ -2,6 +2,7 @@
 
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -21,15 +22,14 @@ from tests.factories import synthetic_recipe
 WORLD = World(torch.device("cpu"))
 with_torchao = pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
 PROJECTIONS = ("query", "key", "value", "output")
+DENSE = {"modalities": ["text", "image"], "experts": 1}
+GROUPS = [{"modalities": ["text"], "experts": 2}, {"modalities": ["image"], "experts": 1}, DENSE]
 
 
-def recipe_of(float8: str, implementation: str | None = None, **engine) -> Recipe:
+def recipe_of(
+    float8: str, implementation: str | None = None, groups: list[Any] = GROUPS, **engine
+) -> Recipe:
     """A layer with mixture-of-depths, routed groups and a feed-forward for all modalities."""
-    groups = [
-        {"modalities": ["text"], "experts": 2},
-        {"modalities": ["image"], "experts": 1},
-        {"modalities": ["text", "image"], "experts": 1},
-    ]
     return synthetic_recipe(
         codes=16,
         image_share=4 * 16 / 288,
@@ -117,6 +117,7 @@ def test_experts_compute_in_float8(float8, monkeypatch):
 def test_kernels_without_float8_are_refused():
     with pytest.raises(UserError, match=r"engine.float8 \('on'\): .* 'triton' has no products"):
         recipe_of("on", implementation="triton")
+    recipe_of("on", implementation="triton", groups=[DENSE])  # has no experts to compute by them
 
 
 @with_torchao
