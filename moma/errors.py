@@ -85,7 +85,12 @@ def storage_error(error: BaseException, what: object) -> StorageError | None:
 
 
 def error_reason(error: BaseException) -> str:
-    """What is wrong, without the path that the text of an `OSError` repeats."""
+    """What is wrong, as `error_text`, on one line."""
+    return " ".join(error_text(error).split())
+
+
+def error_text(error: BaseException) -> str:
+    """What is wrong, perhaps on many lines, without the path that an `OSError` repeats."""
     return str(getattr(error, "strerror", None) or error)
 
 

@@ -15,6 +15,7 @@ from moma.errors import (
     SharedStorageError,
     StoppedError,
     StorageError,
+    error_reason,
     shell_command,
 )
 from moma.runtime.world import World, local_device, raise_on_all_ranks
@@ -22,6 +23,11 @@ from moma.runtime.world import World, local_device, raise_on_all_ranks
 
 def system(number: int) -> OSError:
     return OSError(number, os.strerror(number), "a/file")
+
+
+def test_the_reason_of_an_error_is_on_one_line():
+    assert error_reason(ValueError("no such key:\n  a")) == "no such key: a"
+    assert error_reason(system(errno.EACCES)) == "Permission denied"
 
 
 @pytest.mark.parametrize(

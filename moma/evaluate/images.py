@@ -23,6 +23,8 @@ from moma.tokenizers.image.codec import to_float
 from moma.tokenizers.image.metrics import signal_to_noise
 
 CLIP = "openai/clip-vit-large-patch14"
+# The files of a CLIP model on the Hugging Face hub, and not its weights for other libraries.
+_CLIP_FILES = ["*.json", "*.txt", "model*.safetensors"]
 
 
 def reconstruction(subject: Subject) -> Suite:
@@ -76,16 +78,14 @@ def clip_score(subject: Subject) -> Suite:
     name = subject.weights or CLIP
     # Files that are missing, damaged or cannot be downloaded raise different errors.
     try:
-        if not Path(name).exists():
-            # Without a network this fails at once, `from_pretrained` only after half a minute.
-            snapshot_download(name, allow_patterns="config.json")
-        model = CLIPModel.from_pretrained(name).eval().to(subject.device)
-        processor = CLIPProcessor.from_pretrained(name)
+        # `from_pretrained` waits half a minute for a hub that cannot be reached; this does not.
+        path = name if Path(name).exists() else snapshot_download(name, allow_patterns=_CLIP_FILES)
+        model = CLIPModel.from_pretrained(path).eval().to(subject.device)
+        processor = CLIPProcessor.from_pretrained(path)
     except Exception as error:
-        reason = shorten(" ".join(error_reason(error).split()), 200)
         raise UserError(
-            f"clip_score: cannot load the CLIP model {name} ({reason}); name a folder with one "
-            "with --weights"
+            f"clip_score: cannot load the CLIP model {name} ({shorten(error_reason(error), 200)}); "
+            "name a folder with one with --weights"
         ) from error
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moma.errors import UserError, error_reason, list_names
+from moma.errors import UserError, error_text, list_names
 from moma.files import open_regular, read_json
 
 FILE_BYTES = 2**31
@@ -179,7 +179,7 @@ def read_tensors(
 
 def first_line(error: Exception) -> str:
     """The first line of a library's message, shortened."""
-    lines = error_reason(error).splitlines() or [type(error).__name__]
+    lines = error_text(error).splitlines() or [type(error).__name__]
     return shorten(lines[0], 200, placeholder=" …")
 
 

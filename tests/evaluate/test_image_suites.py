@@ -12,7 +12,7 @@ from torch import nn
 
 from moma.data.shards import open_shards
 from moma.errors import UserError
-from moma.evaluate.images import fid
+from moma.evaluate.images import clip_score, fid
 from moma.evaluate.suite import run_suite
 from moma.evaluate.suites import Subject
 from moma.evaluate.summary import Record
@@ -181,15 +181,28 @@ def test_weights_that_cannot_be_had(mixed, tiny, folder, tmp_path):
         run(mixed, tiny, "clip_score", folder, weights=str(tmp_path))
 
 
-def test_a_hub_that_cannot_be_reached_is_not_waited_for(mixed, tiny, folder, monkeypatch):
+def test_a_hub_that_cannot_be_reached_is_not_waited_for(mixed, tiny, folder, tmp_path, monkeypatch):
+    """Its cache has nothing of the model, all files, or all but the weights."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
-    named = r"cannot load the CLIP model nobody/none \(.*; name a folder"
+    named = r"cannot load the CLIP model nobody/none \(.*\); name a folder"
+    subject = Subject(mixed, lambda sequences: [], tiny.data, folder, weights="nobody/none")
     with pytest.raises(UserError, match=named):
-        run(mixed, tiny, "clip_score", folder, weights="nobody/none")
+        clip_score(subject)
+    cache, commit = tmp_path / "models--nobody--none", "0" * 40
+    files = cache / "snapshots" / commit
+    for folder in (cache / "refs", files):
+        folder.mkdir(parents=True)
+    (cache / "refs" / "main").write_text(commit)
+    write_clip(files)
+    assert len(clip_score(subject).units) == 3
+    (files / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=named):
+        clip_score(subject)
 
 
 def test_documents_without_captioned_images(mixed, tiny, tmp_path):
