@@ -101,16 +101,6 @@ def _register_storage_in_memory() -> None:
     register_implementation("ram", "tests.storage_in_memory.StorageInMemory")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _few_micro_batches_are_tried() -> Generator[None]:
-    """Toy data has a few dozen micro-batches: to pack 300 would be a fifth of preparing it."""
-    from moma.data.batches import budget
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(budget, "PACKED", 40)
-        yield
-
-
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of figures are empty: to draw one takes as long as to train a toy model."""

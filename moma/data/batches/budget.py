@@ -16,7 +16,7 @@ from moma.data.config import DataConfig
 from moma.errors import UserError
 from moma.vocabulary import Vocabulary
 
-# Micro-batches that are packed to check the budget.
+# Micro-batches that are packed to check the budget, by default.
 PACKED = 300
 
 
@@ -146,19 +146,23 @@ def check_documents(
     return text
 
 
-def check_packing(budget: Budget, text: float, max_padding: float, packer: Packer) -> None:
+def check_packing(
+    budget: Budget, text: float, max_padding: float, packer: Packer, micro_batches: int = PACKED
+) -> None:
     """Pack the first micro-batches, and refuse documents that do not fit or leave too much padding.
 
     Args:
         budget: what a micro-batch needs; at least one image.
         text: text tokens beside each image, from `check_documents`.
         max_padding: the largest share of the positions that may be padding.
-        packer: at the first micro-batch; advanced by `PACKED`.
+        packer: at the first micro-batch; advanced by `micro_batches`.
+        micro_batches: number to pack.
 
     Raises:
         UserError: text accumulates, or there is more padding.
     """
-    padding = sum(packer.plan().padding for _ in range(PACKED)) / (PACKED * budget.size)
+    empty = sum(packer.plan().padding for _ in range(micro_batches))
+    padding = empty / (micro_batches * budget.size)
     if padding <= max_padding:
         return
     most = budget.max_images(text)
@@ -166,8 +170,8 @@ def check_packing(budget: Budget, text: float, max_padding: float, packer: Packe
     advice = f"raise image_share to {budget.share(most)}, which leaves {least:.2%} on average, "
     raise UserError(
         f"{budget.describe(text, '')}, and no document without images fills the rest: "
-        f"{padding:.2%} of the positions of the first {PACKED} micro-batches would be padding, and "
-        f"data.max_padding allows {max_padding:.2%}; add a source of text, "
+        f"{padding:.2%} of the positions of the first {micro_batches} micro-batches would be "
+        f"padding, and data.max_padding allows {max_padding:.2%}; add a source of text, "
         f"{advice if most > budget.images else ''}choose another sequence_length, "
         "or raise data.max_padding"
     )

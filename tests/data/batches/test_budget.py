@@ -7,7 +7,6 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from moma.data.batches import budget as budgets
 from moma.data.batches.budget import (
     Budget,
     ImageDocuments,
@@ -140,7 +139,7 @@ def test_too_much_padding_is_found_by_packing():
         check_packing(budget_of(8), 10, 0.005, packer_of(budget_of(8), kinds))
     message = str(caught.value)
     assert "have 10 text tokens" in message and "room for 32" in message
-    assert f"44.00% of the positions of the first {budgets.PACKED} micro-batches" in message
+    assert "44.00% of the positions of the first 300 micro-batches" in message
     assert "allows 0.50%" in message and "add a source of text" in message
     assert "raise image_share to 0.56 (14 images), which leaves 2.00% on average" in message
 
@@ -158,9 +157,7 @@ def test_padding_is_refused_exactly_where_it_occurs(kinds, max_padding, seed):
     packer = packer_of(budget, kinds, seed=seed)
     padding = sum(packer.pack().padding for _ in range(60)) / (60 * budget.size)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("moma.data.batches.budget.PACKED", 60)
-            check_packing(budget, text, max_padding, packer_of(budget, kinds, seed=seed))
+        check_packing(budget, text, max_padding, packer_of(budget, kinds, seed=seed), 60)
         assert padding <= max_padding
     except UserError:
         assert padding > max_padding
