@@ -107,7 +107,10 @@ def write_run_folder(run: Run, recipe: Recipe, shards: Mapping[str, Manifest]) -
     ]:
         logger.warning("%s: resuming with %s", run.path, "; ".join(shown))
     run.copy_tokenizers(data)
-    run.update_recipe(recipe)
+    # Reached through a link, such as that of a study, a run keeps its own path.
+    own = read_run_recipe(run).run
+    is_linked = own.resolve() == recipe.run.resolve()
+    run.update_recipe(recipe.model_copy(update={"run": own}) if is_linked else recipe)
 
 
 def differences(before: Config, after: Config) -> dict[str, str]:

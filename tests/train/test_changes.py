@@ -54,6 +54,19 @@ def test_changes_allowed_on_resume(tiny, tmp_path, section, change, is_allowed):
             refuse_other_recipe(run, changed)
 
 
+def test_a_run_reached_through_a_link_keeps_its_path(tiny, tmp_path):
+    """A study may link to the run of another one; in a moved folder it has the new path."""
+    own, link, moved = (tiny.model_copy(update={"run": tmp_path / name}) for name in "abc")
+    write_run_folder(Run(own.run), own, {})
+    link.run.symlink_to("a")
+    before = [path.read_bytes() for path in sorted(own.run.glob("*.*"))]
+    write_run_folder(Run(link.run), link, {})
+    assert [path.read_bytes() for path in sorted(own.run.glob("*.*"))] == before
+    own.run.rename(moved.run)
+    write_run_folder(Run(moved.run), moved, {})
+    assert Run(moved.run).read_recipe(Recipe) == moved
+
+
 def test_other_sources_need_another_run(tiny, tmp_path):
     run = Run(tmp_path / "run")
     write_run_folder(run, tiny, {})
