@@ -187,7 +187,7 @@ def _read_toml(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         return values
     given = values.pop("extends")
     merged: dict[str, Any] = {}
-    for name in given if isinstance(given, list) else [given]:
+    for name in given if isinstance(given, list) and given else [given]:
         base = _read_toml(_extended(path, name), (*extended_by, path.resolve()))
         merged = merge_tables(merged, base)
     return merge_tables(merged, values)

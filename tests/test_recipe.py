@@ -291,6 +291,7 @@ def test_several_bases_are_merged_in_their_order(tmp_path):
         ('extends = "base.toml"', 'extends = "recipe.toml"', "recipe.toml: extends itself"),
         ('extends = "recipe.toml"', None, "recipe.toml: extends itself"),
         ("extends = 3", None, "'extends': .*; name a file"),
+        ("extends = []", None, "'extends': .*, or a list of files"),
         ('extends = ["base.toml", 3]', "", "'extends': .*, or a list of files"),
         ('extends = ["base.toml", "recipe.toml"]', "", "recipe.toml: extends itself"),
         ('extends = "base.toml"', "sizes = 3", "unknown key 'sizes'"),

@@ -32,7 +32,10 @@ def json_schema() -> Node:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"] |= {
         "extends": {
-            "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+            ],
             "description": "a recipe, or several, whose values this one starts from",
         },
         "chain": {

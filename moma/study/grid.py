@@ -1,6 +1,6 @@
 """A study: a grid of variants and seeds in one file, run by any number of processes.
 
-    extends = "../demo.toml"
+    extends = "../demo.toml"         # or a list of files
     run = "runs/study/routing"       # contains a folder for each run: VARIANT-SEED
 
     [study]

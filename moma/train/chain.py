@@ -1,6 +1,6 @@
 """A chain of stages in one file, each of which continues the one before: seed → experts → routers.
 
-    extends = "demo.toml"
+    extends = "demo.toml"        # or a list of files
     run = "runs/chain"           # contains a folder for each stage, by its name
 
     [[chain]]
