@@ -158,7 +158,9 @@ def compare(runs: Sequence[Run], out: Path, quiet: bool = False) -> dict[str, An
     warning = warn_of_other_documents(
         {each.name: documents_fingerprint(each.recipe.data) for each in measured}
     )
-    page = Page("Comparison of runs", f"{measured[0].name} is the baseline. {warning}", STYLE)
+    page = Page("Comparison of runs", f"{measured[0].name} is the baseline.", STYLE)
+    if warning:
+        page.add(paragraph(f"{warning}."))
     add_comparison(page, measured)
     page.write(out)
     return summary(measured) | {"warning": warning}

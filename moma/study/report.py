@@ -23,14 +23,16 @@ def write_report(study: Study, result: Mapping[str, Any]) -> Path:
     tables = study_tables(result)
     page = Page(
         f"Study: {study.path.name}",
-        f"{study.runs[0].variant} is the baseline. Figures and tables are of the runs listed last. "
-        f"{result['warning']}",
+        f"{study.runs[0].variant} is the baseline. Figures and tables are of the runs listed last.",
     )
+    warnings = [f"{result['warning']}."] if result["warning"] else []
+    for warning in warnings:
+        page.add(paragraph(warning))
     _add_figures(page, study, result)
     for each in tables:
         page.add_table(each)
     page.write(study.path / "report.html")
-    parts = [f"# Study: {study.path.name}", *filter(None, [result["warning"]])]
+    parts = [f"# Study: {study.path.name}", *warnings]
     for each in tables:
         parts += [f"## {each.title}", each.explanation, markdown(each)]
     write_output(study.path / "report.md", ("\n\n".join(parts) + "\n").encode())

@@ -30,4 +30,4 @@ def test_a_comparison_states_that_runs_have_other_documents(tiny, tiny_run, tmp_
     page = tmp_path / "report.html"
     warning = compare([tiny_run, run], page, quiet=True)["warning"]
     assert warning.startswith(f"text: measured on other documents than {tiny_run.path.name},")
-    assert warning in page.read_text()
+    assert f"<p>{warning}.</p>" in page.read_text()

@@ -337,8 +337,8 @@ def test_sizes_of_a_curve_are_fitted_and_the_largest_is_predicted(study, tmp_pat
     page = write_report(scaled, summary).read_text()
     assert "Held-out loss over training FLOPs" in page and page.count("data:image/png") == 9
     assert "b-4-2: measured on other documents than a-1-0" in summary["warning"]
-    assert summary["warning"] in page
-    assert summary["warning"] in (scaled.path / "report.md").read_text()
+    assert f"<p>{summary['warning']}.</p>" in page
+    assert f"\n\n{summary['warning']}.\n\n" in (scaled.path / "report.md").read_text()
 
 
 def test_suites_have_a_table_and_scores_a_map():
@@ -369,6 +369,7 @@ def test_the_mean_has_the_digits_of_its_interval():
 def test_the_report_names_every_run(study, tmp_path):
     page = write_report(study, summarize(study)).read_text()
     text = (study.path / "report.md").read_text()
+    assert "plain is the baseline. Figures and tables are of the runs listed last.</p>" in page
     for run in study.runs:
         assert str(run.run.path) in page and str(run.run.path) in text
     assert page.count("data:image/png") == 6  # three losses over FLOPs, and over time
