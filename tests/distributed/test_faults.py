@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import pytest
 import torch
 from torch import multiprocessing
 
-from moma.errors import LostRankError, SharedError, SharedStorageError
+from moma.data.batches.iterator import Batches
+from moma.data.batches.packing import Batch
+from moma.errors import LostRankError, SharedError, SharedStorageError, StorageError
 from moma.files import atomic_write
 from moma.runs import Run
 from moma.runtime import writer
@@ -28,6 +31,8 @@ from moma.train.replay import replay
 from moma.train.step import LossFunction
 from tests.processes import FORKSERVER, on_ranks, run_rank
 from tests.train.test_fault import exploding
+
+Job = Callable[[World, Recipe], None]
 
 
 def full_disk(self: MetricsLog, record: dict) -> None:
@@ -73,11 +78,28 @@ def job_of_killed(world: World, recipe: Recipe) -> None:
         train(recipe, world, quiet=True)
 
 
-def run_and_report(rank: int, port: int, recipe: Recipe, out: Path) -> None:
+def job_without_data(world: World, recipe: Recipe) -> None:
+    """Rank 1 cannot read its data for the third step."""
+    real, taken = Batches.__next__, 0
+
+    def fail_at_third(self: Batches) -> Batch:
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            raise StorageError("no network")
+        return real(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(Batches, "__next__", fail_at_third)
+        train(recipe, world, quiet=True)
+
+
+def run_and_report(rank: int, port: int, job: Job, recipe: Recipe, out: Path) -> None:
     try:
-        run_rank(rank, 2, port, job_of_killed, recipe)
-    except LostRankError as error:  # it has left the job
-        (out / f"lost-{rank}").write_text(str(error))
+        run_rank(rank, 2, port, job, recipe)
+    except (LostRankError, StorageError) as error:  # it has left the job
+        (out / f"{type(error).__name__}-{rank}").write_text(str(error))
 
 
 def slow_write(path: Path, text: str) -> None:
@@ -181,19 +203,33 @@ def test_an_error_ends_a_job_with_groups_of_nccl_and_gloo():
         on_ranks(1, stop_after_a_sum)
 
 
-def test_the_end_of_a_killed_rank_is_reported_and_not_waited_for(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("job_of_lost", "code", "own_error"),
+    [
+        (job_of_killed, -signal.SIGKILL, None),
+        pytest.param(job_without_data, 0, "no network", marks=pytest.mark.slow),
+    ],
+)
+def test_the_end_of_a_rank_is_reported_and_not_waited_for(
+    tiny, tmp_path, job_of_lost, code, own_error
+):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    recipe = tiny.model_copy(update={"run": tmp_path / "run"})
+    stage = tiny.pretrain.model_copy(update={"log_every": 1, "checkpoint_every": 1})
+    recipe = tiny.model_copy(update={"run": tmp_path / "run", "pretrain": stage})
     ranks = [
-        FORKSERVER.Process(target=run_and_report, args=(rank, port, recipe, tmp_path))
+        FORKSERVER.Process(target=run_and_report, args=(rank, port, job_of_lost, recipe, tmp_path))
         for rank in range(2)
     ]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(60)  # less than the default timeout of ranks
-    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
-    message = (tmp_path / "lost-0").read_text()
+    assert [process.exitcode for process in ranks] == [0, code]
+    message = (tmp_path / "LostRankError-0").read_text()
     assert message.startswith("rank 0 of 2: lost rank 1 (") and "restart the job" in message
+    if own_error is not None:
+        assert (tmp_path / "StorageError-1").read_text() == own_error
+    saved = [path.name for path in checkpoints_in(Run(recipe.run).checkpoints)]
+    assert saved and max(saved) <= "step-00000002"

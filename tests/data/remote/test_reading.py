@@ -10,6 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 
+from moma.data.remote import reading
 from moma.data.remote.manifest import object_name
 from moma.data.remote.reading import Link, OpenFiles, RemoteFiles, index_bytes, load_index
 from moma.data.remote.storage import Storage
@@ -113,6 +114,21 @@ def test_a_failed_download_is_tried_again(checksums, tmp_path, monkeypatch, caps
         f"moma: no network {number} (trying again in 0 s)\n" for number in (1, 2)
     )
     assert process.read(reader, 5) == expected_ids(5)
+
+
+def test_pauses_between_downloads_are_42_seconds_in_all(checksums, tmp_path, monkeypatch):
+    """As docs/failures.md says."""
+
+    def fail(self, *args):
+        raise StorageError("no network")
+
+    pauses: list[float] = []
+    monkeypatch.setattr(Storage, "download", fail)
+    monkeypatch.setattr(reading.time, "sleep", pauses.append)
+    files = RemoteFiles(tmp_path / "shards/0", make_link(10**6), checksums)
+    with pytest.raises(StorageError, match="no network"):
+        files.get(tmp_path / "shards/0" / next(iter(checksums)))
+    assert sum(pauses) == 42
 
 
 def test_an_index_is_mapped_from_its_file(tmp_path):
