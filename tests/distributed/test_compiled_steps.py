@@ -74,9 +74,10 @@ def test_one_process_compiles_more_variants_than_dynamo_allows_by_default():
         assert_compiled_steps_equal_eager_ones(World(CPU), models, "eager")
 
 
-def test_one_process_compiles_several_capacity_factors():
+@pytest.mark.parametrize("groups", ["mod", pytest.param("mod_moe_2t2i", marks=pytest.mark.slow)])
+def test_one_process_compiles_several_capacity_factors(groups):
     models = [
-        {"groups": "mod", "layers": 1, "depth": {"capacity_factor": factor}}
+        {"groups": groups, "layers": 1, "depth": {"capacity_factor": factor}}
         for factor in (0.25, 0.375)
     ]
     assert_compiled_steps_equal_eager_ones(World(CPU), models, "eager")

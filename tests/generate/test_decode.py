@@ -178,13 +178,17 @@ def run_requests(model, requests):
 @pytest.mark.parametrize("mode", ["image", "mixed"])
 @pytest.mark.parametrize("groups", ["moe_2t2i", "dense", "mod_moe_2t1i"])
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_drafts_change_nothing_but_the_number_of_passes(groups, mode, temperature):
-    model, seeds = make_model(groups), range(2)
+@pytest.mark.parametrize(
+    ("seeds", "numbers"),
+    [(range(2), (1, 7)), pytest.param(range(3), (1, 2, 7), marks=pytest.mark.slow)],
+)
+def test_drafts_change_nothing_but_the_number_of_passes(groups, mode, temperature, seeds, numbers):
+    model = make_model(groups)
     sampling = Sampling(temperature, top_p=0.9)
     plain = Options(mode, 60, 30, sampling, images=2, drafts=0)
     requests = [Request([Branch(p)], plain, seed) for seed in seeds for p in PROMPTS[:3]]
     expected, passes = run_requests(model, requests)
-    for drafts in (1, 7):
+    for drafts in numbers:
         options = replace(plain, drafts=drafts)
         found, fewer = run_requests(model, [each._replace(options=options) for each in requests])
         assert found == expected

@@ -64,7 +64,7 @@ def append(model: Transformer, caches: Caches, parts: list[Tensor]) -> list[Tens
 
 @pytest.mark.parametrize("for_cpu", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=1, max_size=3),
     st.integers(0, 999),
@@ -160,7 +160,7 @@ def test_a_cache_is_as_long_as_its_sequences_though_the_device_is_not_waited_for
 
 
 @pytest.mark.parametrize("name", ["dense", "moe_2t2i", "mod", "mod_moe_2t2i", "all_gated"])
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(1, 3), st.integers(0, 999), st.booleans(), st.booleans(), st.data())
 @torch.no_grad()
 def test_tokens_can_be_taken_back(name, count, seed, for_cpu, waits, data):

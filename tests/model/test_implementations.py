@@ -92,18 +92,12 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
     return [y, x.grad, *grads, *(each.nonfinite for each in diagnostics)]
 
 
-@settings(max_examples=30, deadline=None)
-@given(
-    st.sampled_from(sorted(LAYERS)),
-    st.lists(st.sampled_from([0, 1, -1]), min_size=1, max_size=24),
-    st.sampled_from([BatchChoice(), BatchChoice("actual"), Auxiliary(), Threshold()]),
-    st.sampled_from([1.0, 0.25]),
-    st.sampled_from([None, named_token_choice("token_4x"), named_token_choice("null_4x")]),
-    st.integers(0, 99),
-)
-def test_implementations_have_equal_results(
-    layer, modality, policy, token_fraction, token_choice, seed
-):
+POLICIES = (BatchChoice(), BatchChoice("actual"), Auxiliary(), Threshold())
+FRACTIONS = (1.0, 0.25)
+TOKEN_CHOICES = (None, named_token_choice("token_4x"), named_token_choice("null_4x"))
+
+
+def assert_equal_results(layer, modality, policy, token_fraction, token_choice, seed):
     routing = uniform_routing(policy)
     x = torch.randn(1, len(modality), DIM, generator=torch.Generator().manual_seed(seed))
     results = [
@@ -122,6 +116,32 @@ def test_implementations_have_equal_results(
     ]
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("i", range(len(LAYERS)))
+@pytest.mark.parametrize("j", range(len(POLICIES)))
+def test_implementations_have_equal_results(i, j):
+    """Each pair of layer, policy, token fraction and token choice at least once."""
+    fraction, choice = FRACTIONS[(i + j // 2) % 2], TOKEN_CHOICES[(i + j) % 3]
+    generator = torch.Generator().manual_seed(number := 4 * i + j)
+    modality = torch.randint(-1, 2, (1 + number * 23 // 27,), generator=generator).tolist()
+    assert_equal_results(sorted(LAYERS)[i], modality, POLICIES[j], fraction, choice, number)
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(sorted(LAYERS)),
+    st.lists(st.sampled_from([0, 1, -1]), min_size=1, max_size=24),
+    st.sampled_from(POLICIES),
+    st.sampled_from(FRACTIONS),
+    st.sampled_from(TOKEN_CHOICES),
+    st.integers(0, 99),
+)
+def test_implementations_have_equal_results_for_any_data(
+    layer, modality, policy, token_fraction, token_choice, seed
+):
+    assert_equal_results(layer, modality, policy, token_fraction, token_choice, seed)
 
 
 def test_implementations_differ():
@@ -343,7 +363,8 @@ def assert_one_graph(
     """Layers without empty slots are captured whole in `test_compile.py`."""
     x, modality = torch.randn(1, 16, DIM), torch.tensor([[0, 1] * 8])
     torch.compiler.reset()
-    experts = build("overlapping", implementation, token_fraction=0.25, dispatch=dispatch)
+    layer = "single twice" if dispatch is TableSlots else "overlapping"  # the first shares slots
+    experts = build(layer, implementation, token_fraction=0.25, dispatch=dispatch)
     compiled = torch.compile(experts, fullgraph=True, backend=backend)
     expected = outcome(experts, x, modality, Routing())
     found = outcome(compiled, x, modality, Routing())

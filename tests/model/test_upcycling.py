@@ -64,7 +64,7 @@ def select_in_turn(model: Transformer) -> None:
             module.auxiliary.forward = in_turn(module.num_experts)  # type: ignore[method-assign]
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(["dense", "moe_1t1i"]),
     st.integers(1, 4),

@@ -90,7 +90,10 @@ def with_run(recipe: Recipe, path: Path, **changes) -> Recipe:
     return recipe.model_copy(update={"run": path, **changes})
 
 
-@pytest.mark.parametrize("killed_after", [1, 3])  # before and after the first checkpoint
+@pytest.mark.parametrize(
+    "killed_after",  # before and after the first checkpoint
+    [1, 3, *(pytest.param(records, marks=pytest.mark.slow) for records in (0, 2))],
+)
 def test_interrupted_run_equals_uninterrupted(tiny, tiny_run, tmp_path, monkeypatch, killed_after):
     recipe = with_run(tiny, tmp_path / "interrupted")
     with monkeypatch.context() as patch:
@@ -196,7 +199,14 @@ def test_only_a_model_whose_depth_routers_were_trained_for_it_decides_by_one_hal
             moma.load(run.path, "half")
 
 
-@pytest.mark.parametrize("groups", ["mod_moe_2t2i", "mod_token_2t2i"])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        "mod_moe_2t2i",
+        "mod_token_2t2i",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("moe_2t2i", "mod")),
+    ],
+)
 def test_learns_and_routers_learn_without_touching_the_model(tiny, tmp_path, groups):
     changes = {"model": tiny.model.model_copy(update={"groups": groups})}
     run = train(with_run(tiny, tmp_path / "run", **changes), WORLD, quiet=True)
