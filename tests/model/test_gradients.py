@@ -48,7 +48,7 @@ def assert_gradients(module: nn.Module, x: Tensor, *rest: Any, output: Callable 
     # Gradients of zero would pass, too.
     for gradient in torch.autograd.grad(run(*inputs).square().sum(), inputs):
         assert gradient.any()
-    many = sum(each.numel() for each in inputs) > 150
+    many = sum(each.numel() for each in inputs) > 300
     assert torch.autograd.gradcheck(run, inputs, fast_mode=many)
 
 
@@ -96,15 +96,9 @@ def test_gradients_of_attention_within_documents(kv_heads, norm):
     assert_gradients(module, some_tokens(2, 4), context)
 
 
-# Each pair of values at least once.
-@pytest.mark.parametrize(
-    ("groups", "depth", "norm"),
-    [
-        ("dense", None, "swin"), ("dense", "batch", "pre"), ("dense", "sequence", "swin"),
-        ("moe_1t1i", None, "pre"), ("moe_1t1i", "batch", "swin"), ("moe_1t1i", "sequence", "pre"),
-        ("moe_2t2i", None, "swin"), ("moe_2t2i", "batch", "pre"), ("moe_2t2i", "sequence", "swin"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("norm", ["swin", "pre"])
+@pytest.mark.parametrize("depth", [None, "batch", "sequence"])
+@pytest.mark.parametrize("groups", ["dense", "moe_1t1i", "moe_2t2i"])
 def test_gradients_of_a_layer(groups, depth, norm):
     config = ModelConfig(
         groups=groups,

@@ -35,7 +35,7 @@ def test_a_law_with_the_wrong_exponent_fits_worse():
 
 def test_most_predictions_of_the_largest_size_contain_its_true_loss():
     inside, widths = [], []
-    for seed in range(4):
+    for seed in range(8):
         curve = fit_curve(*runs_of(LAW, 0.01, seed))
         assert curve.prediction is not None and curve.prediction.flops == SIZES[-1]
         inside.append(curve.prediction.is_inside)

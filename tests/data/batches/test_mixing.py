@@ -71,8 +71,8 @@ def test_nearly_equal_weights_are_distinguished(weights):
 
 @pytest.mark.parametrize(
     "weights",
-    # The sum of the last ones is infinite.
-    [[1e-300, 1.0], [1.0, 1e300], [1e-320, 1e-310, 2.0], [1e308, 1e308, 1.0]],
+    # The sum of the last two is infinite.
+    [[1e-300, 1.0], [1.0, 1e300], [1e-320, 1e-310, 2.0], [1e308] * 3, [1e308, 1e308, 1.0]],
 )
 def test_extreme_weights_still_draw_from_every_pool(weights):
     mixture = mix_pools(weights)
