@@ -87,7 +87,9 @@ def read_image(
         if isinstance(file, Path) and file.exists() and not (file.is_file() or file.is_dir()):
             raise UserError(f"{location}: {what} is not a regular file; {remedy}")
         if isinstance(file, Path) and file.suffix.lower() == ".svg":
-            return on_white(_draw(file, f"{location}: {what}"))
+            with file.open("rb") as opened:
+                svg = opened.read(_MAX_DRAWING_BYTES + 1)
+            return on_white(draw_svg(svg, DRAWING_SIDE, f"{location}: {what}"))
         return _use_image(file, decode)
     except UserError:
         raise
@@ -304,9 +306,19 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
-def _draw(file: Path, what: str) -> Image.Image:
-    """Draw an SVG file that refers to no other file, since it may name any file of the machine."""
-    if file.stat().st_size > _MAX_DRAWING_BYTES:
+def draw_svg(svg: bytes, side: int, what: str) -> Image.Image:
+    """Draw an SVG image within `side` × `side` pixels, with transparency.
+
+    One that refers to other files is refused, since it may name any file of the machine.
+
+    Args:
+        what: its name, for messages.
+
+    Raises:
+        UserError: it is too large, or the package that draws is missing.
+        ValueError: it is not SVG, or refers to other files.
+    """
+    if len(svg) > _MAX_DRAWING_BYTES:
         raise UserError(f"{what} is too large: a drawing may have 16 MiB; simplify it")
     try:
         import resvg_py
@@ -315,7 +327,10 @@ def _draw(file: Path, what: str) -> Image.Image:
     from lxml import etree
 
     parser = etree.XMLParser(resolve_entities="internal", no_network=True, load_dtd=False)
-    root = etree.parse(str(file), parser).getroot()
+    try:
+        root = etree.fromstring(svg, parser)
+    except etree.XMLSyntaxError as error:
+        raise ValueError(f"not XML: {error}") from error
     links = [
         value
         for element in root.iter(etree.Element)
@@ -326,8 +341,8 @@ def _draw(file: Path, what: str) -> Image.Image:
         raise ValueError("it refers to other files")
     drawn = resvg_py.svg_to_bytes(
         svg_string=etree.tostring(root, encoding="unicode"),
-        width=DRAWING_SIDE,
-        height=DRAWING_SIDE,
+        width=side,
+        height=side,
         dpi=96,  # otherwise lengths in points are zero
         skip_system_fonts=True,
     )

@@ -5,8 +5,8 @@ tokenizers    `codec_config`, `make_codec` (random weights), `text_tokenizer`, `
 images        `solid_image` (a reference), `image_bytes` (a file's content), `two_colored_images`
               and `random_images` (tensors, as codecs take them)
 documents     `ListSource`
-files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`;
-              `write_sources` (captions and text for `tiny_recipe`)
+files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`,
+              `write_icons`; `write_sources` (captions and text for `tiny_recipe`)
 operations    `OperationCounter`
 runs          `replace_weights`
 recipes       `tiny_recipe`, `values_of_recipe`, `write_recipe`, `write_minimal_recipe`
@@ -225,6 +225,22 @@ def write_pages(
     for name in images:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (side, side + 1)).save(folder / name)
+
+
+def write_icons(
+    folder: Path, sets: Mapping[str, Mapping[str, Any]], gray: Iterable[str] = (), **values: Any
+) -> Path:
+    """Write a package of icon sets, coloured but for `gray`; an icon is its body, or an object."""
+    (folder / "json").mkdir(parents=True, exist_ok=True)
+    collections = {}
+    for prefix, icons in sets.items():
+        named = {n: {"body": icon} if isinstance(icon, str) else icon for n, icon in icons.items()}
+        text = json.dumps({"prefix": prefix, "icons": named, **values})
+        (folder / "json" / f"{prefix}.json").write_text(text)
+        name = f"{prefix.title()} Icons"
+        collections[prefix] = {"name": name, "total": len(icons), "palette": prefix not in gray}
+    (folder / "collections.json").write_text(json.dumps(collections))
+    return folder
 
 
 def write_sources(folder: Path) -> None:

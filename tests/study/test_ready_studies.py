@@ -13,7 +13,8 @@ from moma.study.grid import StudyRun, read_study, run_unfinished
 from moma.study.report import write_report
 from moma.study.results import summarize
 from moma.train.changes import differences
-from tests.command_line import refuses
+from tests.command_line import refuses, succeeds
+from tests.factories import write_icons
 from tests.train.test_loop import WORLD
 
 READY = Path(__file__).parents[2] / "configs" / "study"
@@ -92,3 +93,20 @@ def test_a_ready_study_runs(file, tiny, tmp_path, trained_before, undrawn):
     if study.runs:
         assert write_report(study, summarize(study)).is_file()
     trained_before.update(new)
+
+
+@pytest.mark.slow
+def test_the_study_of_icons_prepares_its_data(tmp_path, monkeypatch, undrawn):
+    """With a small package where the study expects one, few definitions, and its own codec."""
+    colors = [f"#{red}{green}0" for red in "048cf" for green in "048cf"]
+    icons = {
+        f"square-{color[1:]}": f'<rect width="9" height="9" fill="{color}"/>' for color in colors
+    }
+    write_icons(tmp_path / "icons", {prefix: icons for prefix in ("one", "two", "three")})
+    monkeypatch.chdir(tmp_path)
+    few = ("data.sources.1.entries=600", "data.held_out=0.3", "codec_training.steps=2")
+    start = "codec_training.quantizer_start_step=1"
+    variant = 'study.variants=[{name = "dense", model = {groups = "dense"}}]'
+    succeeds("study", READY / "icons.toml", *SMALL, *few, start, variant, "--processes=1")
+    data = json.loads(succeeds("data", "inspect", "runs/study/icons_data", "--json"))
+    assert data["sources"]["icons"]["documents"] == 75

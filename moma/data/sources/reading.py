@@ -89,8 +89,8 @@ class ImageReaderConfig(ReaderConfig):
         return ImageRef(location, partial(_read_stored, read, location, self.max_pixels))
 
 
-class CaptionReaderConfig(ImageReaderConfig):
-    """Base class of sources that read images with captions.
+class CaptionedConfig(SourceConfig):
+    """Base class of sources of images with captions.
 
     Attributes:
         caption_first: fraction of the documents whose caption comes before the image: 1 for all,
@@ -104,6 +104,10 @@ class CaptionReaderConfig(ImageReaderConfig):
         # Salted: the bare name already decides what is held out.
         caption_leads = unit_hash(f"caption first: {name} {caption}") < self.caption_first
         return (caption, image) if caption_leads else (image, caption)
+
+
+class CaptionReaderConfig(CaptionedConfig, ImageReaderConfig):
+    """Base class of sources that read image files with captions."""
 
 
 def _read_stored(read: Callable[[], bytes], location: str, max_pixels: int) -> Image.Image:

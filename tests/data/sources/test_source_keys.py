@@ -13,7 +13,14 @@ from pydantic import TypeAdapter
 from moma.data.documents import Document, ImageRef
 from moma.data.sources.registry import AnySource, source_kinds
 from moma.errors import UserError
-from tests.factories import image_bytes, write_captions, write_pages, write_parquet, write_tar
+from tests.factories import (
+    image_bytes,
+    write_captions,
+    write_icons,
+    write_pages,
+    write_parquet,
+    write_tar,
+)
 
 # Keys of all sources, with the test of each.
 COMMON = {
@@ -62,6 +69,10 @@ SOURCES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "max_page_share": 1.0,
             "drop_classes": ["note"],
         },
+    ),
+    "icons": (
+        {"path": "icons"},
+        {"path": "more_icons", "sets": ["lines"], "image_size": 8, "caption_first": 0},
     ),
     "interleaved": ({"path": "segments.jsonl"}, {"path": "more.jsonl", "max_pixels": 1}),
     "sketches": (
@@ -144,6 +155,9 @@ def write_files(folder: Path) -> None:
     for name in ("small.png", "tiny.png"):
         Image.new("RGB", (9, 9)).save(folder / "pages" / name)
     write_pages(folder / "more_pages", {"1.html": body})
+    square = '<rect width="8" height="8"/>'
+    write_icons(folder / "icons", {"fruit": {"apple": square}, "lines": {"a": square}}, ["lines"])
+    write_icons(folder / "more_icons", {"fruit": {"pear": square}})
     for name in ("samples", "more"):
         caption = json.dumps({"caption": name, "other": "other"}).encode()
         write_tar(folder / f"{name}.tar", [("1.png", image_bytes()), ("1.json", caption)])
