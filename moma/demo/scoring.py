@@ -33,7 +33,8 @@ from moma.generate.settings import Settings
 from moma.progress import ProgressCallback
 from moma.tokenizers.image.codec import ImageCodec, preprocess, to_pixels
 
-BATCH = 64
+# Images that are generated, and reconstructed, at a time; in larger batches codecs are not faster.
+_GENERATED, _RECONSTRUCTED = 128, 64
 GREEDY = Sampling(temperature=0)
 
 
@@ -112,8 +113,8 @@ def draw_sketches(
     """
     size = model.codec.config.image_size
     drawn = []
-    for start in range(0, len(wanted), BATCH):
-        part = wanted[start : start + BATCH]
+    for start in range(0, len(wanted), _GENERATED):
+        part = wanted[start : start + _GENERATED]
         answers = model.generate([[sketch.caption] for sketch in part], Settings("image", GREEDY))
         for sketch, (image,) in zip(part, answers, strict=True):
             assert isinstance(image, Image.Image)
@@ -161,8 +162,8 @@ class NearestObject:
             canvas.paste(render(name, style, box.right - box.left), box[:2])
             images.append(preprocess(canvas, self.size))
         crops = []
-        for start in range(0, len(images), BATCH):
-            batch_B3HW = torch.stack(images[start : start + BATCH])
+        for start in range(0, len(images), _RECONSTRUCTED):
+            batch_B3HW = torch.stack(images[start : start + _RECONSTRUCTED])
             codes_BL = self.codec.encode(batch_B3HW.to(self.codec.codebook.device))
             pixels_BHW3 = to_pixels(self.codec.decode(codes_BL))
             crops.append(pixels_BHW3[:, box.top : box.bottom, box.left : box.right].flatten(1))
