@@ -97,16 +97,18 @@ def test_a_ready_study_runs(file, tiny, tmp_path, trained_before, undrawn):
 
 @pytest.mark.slow
 def test_the_study_of_icons_prepares_its_data(tmp_path, monkeypatch, undrawn):
-    """With a small package where the study expects one, few definitions, and its own codec."""
-    colors = [f"#{red}{green}0" for red in "048cf" for green in "048cf"]
+    """With a small package in the folder that the study names, few definitions, and its codec."""
+    digits = "02468ace"
     icons = {
-        f"square-{color[1:]}": f'<rect width="9" height="9" fill="{color}"/>' for color in colors
+        f"square-{red}{green}": f'<rect width="9" height="9" fill="#{red}{green}0"/>'
+        for red in digits
+        for green in digits
     }
-    write_icons(tmp_path / "icons", {prefix: icons for prefix in ("one", "two", "three")})
+    write_icons(tmp_path / "icons", {"one": icons, "two": icons})
     monkeypatch.chdir(tmp_path)
     few = ("data.sources.1.entries=600", "data.held_out=0.3", "codec_training.steps=2")
     start = "codec_training.quantizer_start_step=1"
     variant = 'study.variants=[{name = "dense", model = {groups = "dense"}}]'
     succeeds("study", READY / "icons.toml", *SMALL, *few, start, variant, "--processes=1")
     data = json.loads(succeeds("data", "inspect", "runs/study/icons_data", "--json"))
-    assert data["sources"]["icons"]["documents"] == 75
+    assert data["sources"]["icons"]["documents"] == len(icons)  # each once
