@@ -8,6 +8,7 @@ documents     `ListSource`
 files         `write_captions`, `write_paragraphs`, `write_tar`, `write_parquet`, `write_pages`,
               `write_icons`; `write_sources` (captions and text for `tiny_recipe`)
 operations    `OperationCounter`
+models        `set_thresholds`
 runs          `replace_weights`
 recipes       `tiny_recipe`, `values_of_recipe`, `write_recipe`, `write_minimal_recipe`
               (with only the required keys), `synthetic_recipe` (without data)
@@ -44,6 +45,7 @@ from moma.model.attention_kernels import (
     number_segments,
 )
 from moma.model.decoder_layer import TokenContext
+from moma.model.transformer import Transformer
 from moma.recipe import Config, check, to_toml
 from moma.runs import Run, Tokenizers
 from moma.runtime.checkpoint import (
@@ -364,6 +366,16 @@ def synthetic_recipe(
         **sections,
     }
     return check(Recipe, values, "small")
+
+
+def set_thresholds(model: Transformer, tokens_BS: Tensor) -> None:
+    """Set the thresholds of all routers to those of batch choice on one micro-batch.
+
+    They are a little higher, since a token whose score is a threshold is selected by chance of
+    rounding.
+    """
+    cutoff_T = torch.cat([torch.zeros(0), *model(tokens_BS).cutoffs]) + 0.0123
+    model.update_cutoffs(torch.stack((cutoff_T, torch.ones_like(cutoff_T))))
 
 
 def replace_weights(run: Run, change: Callable[[dict[str, Tensor]], object]) -> Path:

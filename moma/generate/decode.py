@@ -17,7 +17,7 @@ from torch import Tensor
 from moma.errors import UserError
 from moma.generate.grammar import Mode
 from moma.generate.predictor import Predictor
-from moma.generate.sequence import End, GeneratedSequence, Request
+from moma.generate.sequence import DRAFTS, End, GeneratedSequence, Request
 from moma.model.caches import Caches
 from moma.model.layers import product_dtype
 from moma.model.transformer import Transformer
@@ -40,12 +40,17 @@ class NewTokens(NamedTuple):
 class Decoder:
     """Generates several sequences together; each may begin and end at any time.
 
+    By default, a sequence that is alone has drafts, unless its tokens choose experts or layers on a
+    CPU: a pass with drafts reads the weights that any of them uses (docs/results/generate.md).
+
     Args:
         model: a model that can route causally.
     """
 
     def __init__(self, model: Transformer):
         self._model, self._predictor = model, Predictor(model)
+        reads_more = model.head.weight.device.type == "cpu" and model.config.is_routed
+        self._drafts_alone = 0 if reads_more else DRAFTS
         self._added: list[GeneratedSequence] = []
         self._active: list[GeneratedSequence] = []
         self._caches = model.new_caches(0)
@@ -78,7 +83,7 @@ class Decoder:
         changed, self._added = [*self._active, *self._added], []
         rows = sum(len(each.inputs) for each in changed)
         for each in (*self._active, *begun):
-            each.is_alone = rows == 1
+            each.default_drafts = self._drafts_alone if rows == 1 else 0
         # Prompts are not padded to each other's length together with single tokens.
         if self._active:
             self._advance(self._active, self._caches)

@@ -14,7 +14,7 @@ from moma.generate.grammar import Grammar, Mode
 from moma.generate.sampling import Sampler, Sampling, gumbel_noise, sampler_of
 from moma.vocabulary import Vocabulary
 
-# For a sequence that is alone; for several, 0 is faster (docs/results/generate.md).
+# Where they are faster than none; see `Decoder`.
 DRAFTS = 8
 
 
@@ -36,8 +36,8 @@ class Options:
         sampling: how text is sampled; its seed is not used.
         image_sampling: how image codes are sampled; if omitted, like text.
         images: number of images that the mode `image` generates.
-        drafts: number of image codes that a pass checks besides sampling one; None: `DRAFTS` while
-            a pass has this sequence only, without guidance, else 0.
+        drafts: number of image codes that a pass checks besides sampling one; None: `DRAFTS` or 0,
+            as `Decoder` expects to be faster.
         stop: whether a continuation ends, given its tokens so far.
 
     Raises:
@@ -83,7 +83,7 @@ class GeneratedSequence:
     """A sequence being generated.
 
     Attributes:
-        is_alone: whether the next pass has no other row; the decoder sets it before each pass.
+        default_drafts: the next pass's `Options.drafts` if that is None.
         inputs: for each branch, the tokens of the next pass; drafts come last.
         drafted: number of drafts in the last pass.
         kept: for each branch, the number of tokens of the last pass that stay in the caches.
@@ -107,7 +107,7 @@ class GeneratedSequence:
             self.grammar.advance(token)
         self._noise: dict[tuple[int, int], Tensor] = {}
         self._drafts: list[int] = []
-        self.is_alone, self.drafted = False, 0
+        self.default_drafts = self.drafted = 0
         self.end: End | UserError | None = None
         self._append_forced()
         self._consumed = len(self.tokens)
@@ -140,7 +140,7 @@ class GeneratedSequence:
         """Maximum number of drafts after the next token."""
         drafts = self._options.drafts
         if drafts is None:
-            drafts = DRAFTS if self.is_alone else 0
+            drafts = self.default_drafts
         if not drafts or not self.wants_codes:
             return 0
         left = min(self.grammar.codes_left, self._limit - len(self.tokens))

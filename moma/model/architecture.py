@@ -150,5 +150,9 @@ class ModelConfig(Config):
     @property
     def has_batch_choice(self) -> bool:
         """Whether any layer selects tokens over the batch, so that causal routing differs."""
-        routed = any(group.experts > 1 for group in self.group_list)
-        return bool(self.depth_layers) or (routed and self.token_choice_config is None)
+        return bool(self.depth_layers) or (self.is_routed and self.token_choice_config is None)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether scores decide which experts or layers a token uses."""
+        return bool(self.depth_layers) or any(group.experts > 1 for group in self.group_list)

@@ -11,16 +11,16 @@ from moma.generate.decode import decode
 from moma.generate.grammar import Grammar
 from moma.generate.sampling import Sampling, gumbel_noise
 from moma.generate.sequence import DRAFTS, Branch, Options, Request
-from moma.model.routing import ROUTINGS, Auxiliary, uniform_routing
+from moma.model.routing import ROUTINGS, Threshold, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
-from tests.factories import make_vocabulary
+from tests.factories import make_vocabulary, set_thresholds
 from tests.generate.allowed import allowed_ids
 
 VOCABULARY = make_vocabulary(codes=range(30, 40))
 IMAGE = [3, 30, 35, 31, 39, 4]
 PROMPTS = [[0], [0, 10, 11, 12, 13, 14, 15], [0, *IMAGE, 20], [0, 9, *IMAGE, 8, *IMAGE[:3]]]
 GREEDY = Sampling(temperature=0)
-CAUSAL = uniform_routing(Auxiliary())
+CAUSAL = uniform_routing(Threshold())
 ONE = [Branch([0, 10, 11])]
 
 
@@ -28,7 +28,8 @@ def make_model(groups="moe_2t2i", seed=0):
     config = ModelConfig(dim=32, layers=2, heads=2, groups=groups)
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialize(seed)
-    model.causal_routing = ROUTINGS["auxiliary"]
+    random = torch.Generator().manual_seed(seed + 1)
+    set_thresholds(model, torch.randint(5, VOCABULARY.size, (4, 16), generator=random))
     return model.eval()
 
 
@@ -80,12 +81,16 @@ def test_a_continuation_does_not_depend_on_the_other_prompts(seed):
     assert backwards == separate[::-1]
 
 
-def test_decoding_uses_the_auxiliary_routers():
+@pytest.mark.parametrize("routing", ["auxiliary", "threshold"])
+def test_decoding_uses_the_causal_routing(routing):
     model = make_model()
+    model.causal_routing = ROUTINGS[routing]
     before = generate(model, PROMPTS, "text", 30, 12, GREEDY)
-    with torch.no_grad():
-        for router in model.auxiliary_routers():
-            router.output.weight.zero_()  # no expert selects a token
+    with torch.no_grad():  # no expert selects a token
+        for auxiliary in model.auxiliary_routers():
+            auxiliary.output.weight.mul_(routing != "auxiliary")
+        for router in model.routers():
+            router.cutoff_means_3E[0].add_(100 * (routing == "threshold"))
     assert generate(model, PROMPTS, "text", 30, 12, GREEDY) != before
 
 
@@ -195,9 +200,9 @@ def test_drafts_change_nothing_but_the_number_of_passes(groups, mode, temperatur
         assert fewer <= passes
 
 
-def predictable_model():
+def predictable_model(groups="moe_2t2i"):
     """One code is always the most likely, or never."""
-    model = make_model()
+    model = make_model(groups)
     with torch.no_grad():
         model.head.weight[35] *= 100
         model.head.weight[[code for code in range(30, 40) if code != 35]] = 0
@@ -211,14 +216,19 @@ def test_correct_drafts_save_passes():
     assert fewer < passes
 
 
-def test_by_default_a_sequence_that_is_alone_has_drafts():
-    model, prompts = predictable_model(), [[Branch([0, 8])], [Branch([0, 9])]]
+@pytest.mark.parametrize(
+    ("groups", "alone"),
+    [("dense", DRAFTS), ("moe_1t1i", DRAFTS), ("moe_2t2i", 0), ("token_4x", 0), ("mod", 0)],
+)
+def test_by_default_a_sequence_that_is_alone_has_drafts_if_nothing_is_routed(groups, alone):
+    model, prompts = predictable_model(groups), [[Branch([0, 8])], [Branch([0, 9])]]
 
     def passes(prompts, *drafts):
         options = Options("image", 60, 30, GREEDY, None, 3, *drafts)
         return run(model, options, prompts)[1]
 
-    assert passes(prompts[:1]) == passes(prompts[:1], DRAFTS) < passes(prompts[:1], 0)
+    assert passes(prompts[:1]) == passes(prompts[:1], alone)
+    assert passes(prompts[:1], DRAFTS) < passes(prompts[:1], 0)
     guided = [[Branch([0, 8], 2.0), Branch([0], -1.0)]]
     for several in (prompts, guided):
         assert passes(several) == passes(several, 0) > passes(several, DRAFTS)

@@ -15,12 +15,11 @@ from moma.model.cpu_decoding import prepare_decoding
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.routing import Auxiliary, Half, Routing, Threshold, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
-from tests.factories import make_vocabulary
+from tests.factories import make_vocabulary, set_thresholds
 
 VOCABULARY = make_vocabulary(codes=range(30, 40))
 PADDING = VOCABULARY.padding
 CAUSAL = uniform_routing(Auxiliary())
-UNCHECKED = uniform_routing(Auxiliary(), checks=False)
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "dense": {"groups": "dense"},
     "moe_1t1i": {"groups": "moe_1t1i"},
@@ -44,6 +43,7 @@ def build(name: str, seed: int = 0, for_cpu: bool = False) -> Transformer:
     config = ModelConfig(dim=32, layers=3, heads=4, **ARCHITECTURES[name])
     model = Transformer(config, VOCABULARY, (0.5, 0.5))
     model.initialize(seed)
+    set_thresholds(model, some_tokens(torch.Generator().manual_seed(seed + 1), 60).view(4, 15))
     if for_cpu:
         prepare_decoding(model)
     return model.eval()
@@ -55,10 +55,12 @@ def some_tokens(random: torch.Generator, length: int) -> Tensor:
     return ids[torch.randint(len(ids), (length,), generator=random)]
 
 
-def append(model: Transformer, caches: Caches, parts: list[Tensor]) -> list[Tensor]:
+def append(
+    model: Transformer, caches: Caches, parts: list[Tensor], routing: Routing = CAUSAL
+) -> list[Tensor]:
     """Append tokens to each sequence, as one padded batch, and return their logits."""
     padded_BS = pad_sequence(parts, True, PADDING)
-    logits_BSV = model(padded_BS, routing=UNCHECKED, caches=caches).head
+    logits_BSV = model(padded_BS, routing=replace(routing, checks=False), caches=caches).head
     return [logits_SV[: len(part)] for logits_SV, part in zip(logits_BSV, parts, strict=True)]
 
 
@@ -68,21 +70,23 @@ def append(model: Transformer, caches: Caches, parts: list[Tensor]) -> list[Tens
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=1, max_size=3),
     st.integers(0, 999),
+    st.sampled_from([Auxiliary(), Threshold()]),
 )
 @torch.no_grad()
-def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, for_cpu, sizes, seed):
+def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, for_cpu, sizes, seed, policy):
+    routing = uniform_routing(policy)
     model, random = build(name, seed, for_cpu), torch.Generator().manual_seed(seed)
     sizes = [[first + 1, *others] for first, *others in sizes]
     sequences = [some_tokens(random, sum(parts)) for parts in sizes]
     caches = model.new_caches(len(sequences))
     parts = [list(each.split(part)) for each, part in zip(sequences, sizes, strict=True)]
     passes = [
-        append(model, caches, list(part))
+        append(model, caches, list(part), routing)
         for part in zip(*parts, strict=True)
         if max(map(len, part))
     ]
     for number, sequence in enumerate(sequences):
-        expected_SV = model(sequence[None], routing=CAUSAL).head[0]
+        expected_SV = model(sequence[None], routing=routing).head[0]
         found_SV = torch.cat([each[number] for each in passes])
         torch.testing.assert_close(found_SV, expected_SV, rtol=1e-4, atol=1e-4)
 
