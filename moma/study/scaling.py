@@ -11,11 +11,13 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
+from scipy.optimize import minimize_scalar, nnls
 
 # Bootstrap samples, and their seed.
 SAMPLES, SEED = 200, 0
 MIN_SIZES = 3
-# With fewer runs beyond the three parameters of a law, intervals would be too narrow.
+_PARAMETERS = 3
+# With fewer runs beyond the parameters of a law, intervals would be too narrow.
 _MIN_FREEDOM = 6
 _MAX_EXPONENT = 2
 
@@ -53,12 +55,12 @@ class Prediction(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """The points of an architecture and the laws fitted to resampled points.
+    """The runs of an architecture and the laws fitted to resampled runs.
 
     Attributes:
         flops, loss: of every run, [runs].
-        laws: fitted to all sizes; the first to the points as they are, the others by bootstrap,
-            if there are at least nine runs.
+        laws: fitted to all sizes; the first to the runs as they are, the others to bootstrap
+            samples of them, if there are at least nine.
         prediction: of the largest size by laws fitted to the smaller ones; None if these are fewer
             than three sizes or nine runs.
     """
@@ -70,7 +72,10 @@ class Curve(NamedTuple):
 
 
 def fit_power_law(flops: np.ndarray, loss: np.ndarray) -> PowerLaw:
-    """Least squares of the relative error, with 0 ≤ offset ≤ the lowest loss, 0 ≤ exponent ≤ 2.
+    """Least squares of the relative error, with offset ≥ 0, scale ≥ 0 and 0 < exponent ≤ 2.
+
+    Given the exponent, a law is linear in offset and scale, so that only the exponent is searched
+    for (variable projection, Golub & Pereyra 1973).
 
     Raises:
         ValueError: there are fewer than three different FLOPs.
@@ -78,35 +83,20 @@ def fit_power_law(flops: np.ndarray, loss: np.ndarray) -> PowerLaw:
     if len(np.unique(flops)) < MIN_SIZES:
         raise ValueError("a power law with an offset needs three sizes")
     unit = float(np.exp(np.log(flops).mean()))
-    exponents = np.linspace(0.01, _MAX_EXPONENT, 200)
-    for _ in range(4):  # on a grid, then between the neighbors of its best point
-        errors, offsets, scales = _linear_fits(flops / unit, loss, exponents)
-        best = int(errors.argmin())
-        found = PowerLaw(float(offsets[best]), float(scales[best]), float(exponents[best]), unit)
-        step = exponents[1] - exponents[0]
-        low, high = max(1e-4, found.exponent - step), min(_MAX_EXPONENT, found.exponent + step)
-        exponents = np.linspace(low, high, 200)
-    return found
 
+    def solve(exponent: float) -> tuple[np.ndarray, float]:
+        """Offset and scale, and the norm of the relative errors."""
+        columns = np.stack((np.ones_like(loss), (flops / unit) ** -exponent), axis=1)
+        return nnls(columns / loss[:, None], np.ones_like(loss))
 
-def _linear_fits(
-    x: np.ndarray, loss: np.ndarray, exponents: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Error, offset and scale for each exponent, given which a law is linear in the other two."""
-    # Rows: exponents; columns: points, weighted for relative errors.
-    power = x ** -exponents[:, None] / loss
-    ones, target = np.broadcast_to(1 / loss, power.shape), np.ones_like(power)
-
-    def dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return (first * second).sum(1)
-
-    determinant = dot(ones, ones) * dot(power, power) - dot(ones, power) ** 2
-    offset = dot(target, ones) * dot(power, power) - dot(target, power) * dot(ones, power)
-    offset = np.clip(offset / determinant, 0, loss.min())
-    scale = dot(target - offset[:, None] * ones, power) / dot(power, power)
-    scale = np.maximum(scale, 0)
-    errors = dot(*[target - offset[:, None] * ones - scale[:, None] * power] * 2)
-    return errors, offset, scale
+    exponent = minimize_scalar(
+        lambda exponent: solve(exponent)[1] ** 2,
+        bounds=(1e-4, _MAX_EXPONENT),
+        method="bounded",
+        options={"xatol": 1e-8},
+    ).x
+    offset, scale = solve(exponent)[0]
+    return PowerLaw(float(offset), float(scale), float(exponent), unit)
 
 
 def fit_curve(flops: np.ndarray, loss: np.ndarray, seed: int = SEED) -> Curve:
@@ -121,7 +111,7 @@ def fit_curve(flops: np.ndarray, loss: np.ndarray, seed: int = SEED) -> Curve:
     is_smaller = flops < largest
     smaller = flops[is_smaller], loss[is_smaller]
     prediction = None
-    if len(np.unique(smaller[0])) >= MIN_SIZES and len(smaller[1]) >= 3 + _MIN_FREEDOM:
+    if len(np.unique(smaller[0])) >= MIN_SIZES and len(smaller[1]) >= _PARAMETERS + _MIN_FREEDOM:
         laws = _bootstrap(*smaller, generator)
         # A measured mean over seeds deviates from the law as the fitted losses do.
         residual = _residuals(laws[0], *smaller)
@@ -162,15 +152,25 @@ def crossings(curves: Mapping[str, Curve]) -> dict[tuple[str, str], list[float]]
 def _bootstrap(
     flops: np.ndarray, loss: np.ndarray, generator: np.random.Generator
 ) -> list[PowerLaw]:
-    """The law of the points, then laws of the same FLOPs with resampled residuals."""
+    """The law of the runs, then laws of runs drawn with replacement from all sizes and seeds."""
     law = fit_power_law(flops, loss)
-    if len(loss) < 3 + _MIN_FREEDOM:
+    if len(loss) < _PARAMETERS + _MIN_FREEDOM:
         return [law]
-    residual = _residuals(law, flops, loss)
-    samples = [law(flops) * (1 + generator.choice(residual, len(loss))) for _ in range(SAMPLES)]
-    return [law, *(fit_power_law(flops, sample) for sample in samples)]
+    drawn = (_draw(flops, generator) for _ in range(SAMPLES))
+    return [law, *(fit_power_law(flops[runs], loss[runs]) for runs in drawn)]
+
+
+def _draw(flops: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Indices of runs drawn with replacement, of at least three sizes.
+
+    They are fewer than the runs by the fitted parameters: samples as large would spread too little.
+    """
+    while True:
+        runs = generator.integers(len(flops), size=len(flops) - _PARAMETERS)
+        if len(np.unique(flops[runs])) >= MIN_SIZES:
+            return runs
 
 
 def _residuals(law: PowerLaw, flops: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    """Relative deviations of points from a law, enlarged for its three fitted parameters."""
-    return (loss / law(flops) - 1) * (len(loss) / (len(loss) - 3)) ** 0.5
+    """Relative deviations of runs from a law, enlarged for its fitted parameters."""
+    return (loss / law(flops) - 1) * (len(loss) / (len(loss) - _PARAMETERS)) ** 0.5

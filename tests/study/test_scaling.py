@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moma.study.scaling import PowerLaw, crossing, crossings, fit_curve, fit_power_law
+from moma.study.scaling import SAMPLES, PowerLaw, crossing, crossings, fit_curve, fit_power_law
 
 SIZES = np.array([1e15, 4e15, 1.6e16, 6.4e16])
 LAW = PowerLaw(offset=1.5, scale=0.9, exponent=0.25, unit=1e16)
@@ -21,16 +21,42 @@ def test_a_law_without_noise_is_recovered():
     assert found.exponent == pytest.approx(0.25, rel=1e-3)
 
 
-def test_a_law_with_the_wrong_exponent_fits_worse():
-    flops, loss = runs_of(LAW, 0.01, 1)
+@pytest.mark.parametrize("seed", range(6))
+def test_no_law_of_a_grid_fits_better(seed):
+    """Nor where the exponent, or the offset, is at its bound, or losses rise."""
+    generator = np.random.default_rng(seed)
+    flops, loss = runs_of(
+        LAW._replace(exponent=(0.02, 0.5)[seed % 2]), (0.003, 0.1)[seed % 2], seed
+    )
+    if seed >= 4:
+        loss = generator.permutation(loss)
     best = fit_power_law(flops, loss)
+    x, error = flops / best.unit, np.sum((best(flops) / loss - 1) ** 2)
+    assert best.offset >= 0 and best.scale >= 0 and 0 < best.exponent <= 2
+    for exponent in np.linspace(0.001, 2, 60):
+        for offset in np.linspace(0, loss.max(), 60):
+            power, rest = x**-exponent / loss, 1 - offset / loss
+            scale = max(0.0, power @ rest / (power @ power))
+            assert np.sum((rest - scale * power) ** 2) >= error * (1 - 1e-6)
 
-    def error(law: PowerLaw) -> float:
-        return float(np.sum((law(flops) / loss - 1) ** 2))
 
-    for factor in (0.9, 1.1):
-        assert error(best) < error(best._replace(exponent=best.exponent * factor))
-        assert error(best) < error(best._replace(offset=best.offset * factor))
+def test_bootstrap_samples_are_of_runs_of_all_seeds_and_sizes(monkeypatch):
+    flops, loss = runs_of(LAW, 0.01, 0)
+    fitted = []
+
+    def record(flops, loss):
+        fitted.append((flops, loss))
+        return LAW
+
+    monkeypatch.setattr("moma.study.scaling.fit_power_law", record)
+    fit_curve(flops, loss)
+    runs = {*zip(flops, loss, strict=True)}
+    samples = [[*zip(*sample, strict=True)] for sample in fitted[-SAMPLES:]]
+    assert len(fitted) == 2 * (1 + SAMPLES)  # for the prediction as well
+    assert {len(sample) for sample in samples} == {len(runs) - 3}
+    assert {len({size for size, _ in sample}) for sample in samples} == {3, 4}
+    assert any(len({*sample}) < len(sample) for sample in samples)  # with replacement
+    assert set().union(*samples) == runs
 
 
 def test_most_predictions_of_the_largest_size_contain_its_true_loss():
