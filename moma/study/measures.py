@@ -39,7 +39,7 @@ Measure = Callable[[Run, int], dict[str, Any]]
 
 # Suites that need no other documents than those of the run.
 HELD_OUT_SUITES = ("perplexity", "captions", "retrieval")
-FLIP_RATES = (0.0025, 0.01, 0.05)
+FLIP_RATES = (0.0025, 0.005, 0.01, 0.05)
 # Seed of the order of held-out documents, on which batch choice depends.
 _ORDER = 0
 

@@ -234,7 +234,7 @@ def test_agreement_and_experts_per_token_equal_slow_counts(study):
     model, recipe = load_run(run)
     found = measure_routing(run)
     assert found.keys() == {"losses", "agreement", "taken"}
-    rates = {"flips 0.25%", "flips 1.00%", "flips 5.00%"}
+    rates = {"flips 0.25%", "flips 0.50%", "flips 1.00%", "flips 5.00%"}
     assert found["losses"].keys() == {"choice depth", "choice experts", *rates}
     agreed: dict[tuple[int, int], list[bool]] = {}
     taken: dict[str, list[float]] = {}
