@@ -16,7 +16,8 @@ def _study_file(name: Path) -> Path:
     from moma.errors import UserError, list_names
     from moma.recipe import shipped_recipe
 
-    if name.suffix or name.exists() or len(name.parts) > 1:
+    # A folder may have the name of a study: the one that contains its data.
+    if name.suffix or len(name.parts) > 1 or (name.exists() and not name.is_dir()):
         return readable_recipe(name)
     shipped = shipped_recipe("study/routing.toml").parent
     known = sorted(file.stem for file in shipped.glob("*.toml"))

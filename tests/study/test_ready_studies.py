@@ -42,6 +42,13 @@ def test_ready_studies_are_valid_and_have_names():
     assert all(Path(name).stem in message for name in on_cores)
 
 
+def test_a_folder_may_have_the_name_of_a_study(tmp_path, monkeypatch):
+    """As that of the icons, which the study `icons` reads from `icons`."""
+    monkeypatch.chdir(tmp_path)
+    Path("icons").mkdir()
+    assert "collections.json" in refuses("study", "icons", *SMALL)
+
+
 @pytest.mark.parametrize(
     "name", ["architectures", "depth", "experts", "modalities", "routing", "shared"]
 )
