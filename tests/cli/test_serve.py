@@ -29,23 +29,22 @@ def _without_token(monkeypatch):
 
 
 def test_any_host_but_loopback_needs_a_token(trained, tmp_path, monkeypatch):
-    assert "give --token-file or set MOMA_TOKEN" in refuses(
-        "serve", trained / "run", "--host", "0.0.0.0"
-    )
+    serve = ("serve", trained / "run", "--no-page")  # so that Gradio is not imported
+    assert "give --token-file or set MOMA_TOKEN" in refuses(*serve, "--host", "0.0.0.0")
     (tmp_path / "token").write_text("short\n")
     file = ("--token-file", tmp_path / "token")
-    assert "token: a token has at least 16 ASCII" in refuses("serve", trained / "run", *file)
+    assert "token: a token has at least 16 ASCII" in refuses(*serve, *file)
     (tmp_path / "token").write_bytes(b"\xff" * 20)
-    assert "token: is not text" in refuses("serve", trained / "run", *file)
-    assert "missing" in refuses("serve", trained / "run", "--token-file", tmp_path / "missing")
+    assert "token: is not text" in refuses(*serve, *file)
+    assert "missing" in refuses(*serve, "--token-file", tmp_path / "missing")
     monkeypatch.setenv("MOMA_TOKEN", "two\nlines of sixteen")
-    assert "MOMA_TOKEN: a token has" in refuses("serve", trained / "run", "--host", "0.0.0.0")
+    assert "MOMA_TOKEN: a token has" in refuses(*serve, "--host", "0.0.0.0")
 
 
 def test_an_address_that_cannot_be_used_is_refused(trained):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        message = refuses("serve", trained / "run", "--port", port)
+        message = refuses("serve", trained / "run", "--no-page", "--port", port)
     assert f"--host '127.0.0.1' --port {port}" in message and "choose another" in message
     for host in ("a\0b", "a" * 70):
         with pytest.raises(UserError, match="choose another"):
