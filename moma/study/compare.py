@@ -25,7 +25,7 @@ from moma.study import figures
 from moma.study.documents import documents_fingerprint, warn_of_other_documents
 from moma.study.page import Page, captioned, panels, paragraph, tile
 from moma.study.routing_drawing import STYLE, draw_routing
-from moma.study.speedup import AXES, Axis, speedups, with_seconds
+from moma.study.speedup import AXES, Axis, speedups, training_seconds, with_seconds
 from moma.study.tables import Table, runs_table
 from moma.train.recipe import Recipe
 from moma.train.restore import (
@@ -184,7 +184,9 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
     for number, run in enumerate(measured):
         if run.model.config.has_batch_choice:
             _add_routing(page, run, f"routing-{number}")
-    page.add_table(runs_table({each.name: [each.run.path] for each in measured}))
+    page.add_table(
+        runs_table((each.name, each.run.path, training_seconds(each.metrics)) for each in measured)
+    )
 
 
 def _add_reconstructions(page: Page, measured: Measured, count: int = 12) -> None:

@@ -12,7 +12,7 @@ from moma.study.documents import warn_of_other_documents
 from moma.study.grid import Study, StudyRun
 from moma.study.measures import HELD_OUT_SUITES
 from moma.study.scaling import MIN_SIZES, Curve, crossings, fit_curve
-from moma.study.speedup import AXES, LOSSES, speedups
+from moma.study.speedup import AXES, LOSSES, speedups, training_seconds
 from moma.study.tables import Table, flattened, runs_table
 
 CONFIDENCE = 0.95
@@ -63,8 +63,9 @@ def summarize(study: Study) -> dict[str, Any]:
     Returns:
         `warning`: of runs that were measured on other documents than the first; empty if there are
         none.
-        `variants`: variant → `runs` (folders), `seeds`, `measures` (figures by their names, joined
-        by a slash) and, except for the first, `speedup` over `flops` and over `seconds`.
+        `variants`: variant → `runs` (folders), `seeds`, `seconds` (of the training of each run),
+        `measures` (figures by their names, joined by a slash) and, except for the first, `speedup`
+        over `flops` and over `seconds`.
         `scaling`: curve → loss → `exponent` and `offset` of the fitted law with the ends of their
         95% intervals, the `prediction` of the largest size, or null, and what a figure of them
         needs: `points` of all runs, and the `law` with a 95% band, or null, at other FLOPs.
@@ -86,6 +87,7 @@ def summarize(study: Study) -> dict[str, Any]:
         found[variant] = {
             "runs": [str(run.run.path) for run in runs],
             "seeds": [run.seed for run in runs],
+            "seconds": [training_seconds(metrics[run.name]) for run in runs],
             "measures": _estimates(flat),
         }
         if variant == baseline:
@@ -203,7 +205,11 @@ def study_tables(summary: Mapping[str, Any]) -> list[Table]:
         _agreement_table(result),
         _taken_table(result),
         *_scaling_tables(summary),
-        runs_table({name: values["runs"] for name, values in result.items()}),
+        runs_table(
+            (name, *of_run)
+            for name, values in result.items()
+            for of_run in zip(values["runs"], values["seconds"], strict=True)
+        ),
     ]
     return [each for each in made if each.rows]
 

@@ -29,6 +29,11 @@ def with_seconds(records: Records) -> list[dict[str, Any]]:
     return found
 
 
+def training_seconds(records: Records) -> float | None:
+    """Seconds up to the last of the records of `with_seconds`; None if there are none."""
+    return records[-1]["seconds"] if records else None
+
+
 def smoothed(records: Records, key: str, axis: Axis = "flops") -> tuple[np.ndarray, np.ndarray]:
     """FLOPs, or seconds, and smoothed loss of each log record that has this loss.
 

@@ -1,6 +1,6 @@
 """Tables for a page or a terminal."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -42,13 +42,21 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f}%"
 
 
-def runs_table(folders: Mapping[str, Sequence[object]]) -> Table:
-    """The folders of the runs of which other tables and figures are made, by their names there."""
+def runs_table(runs: Iterable[tuple[str, object, float | None]]) -> Table:
+    """The runs of which other tables and figures are made.
+
+    Args:
+        runs: of each its name there, its folder, and the seconds of its training.
+    """
     return Table(
         "Runs",
-        "Each folder contains the recipe, log and checkpoints of a run.",
-        ("run", "folder"),
-        [(name, folder) for name, own in folders.items() for folder in own],
+        "Each folder contains the recipe, log and checkpoints of a run. Seconds are of training, "
+        "without pauses, as in the log; those of runs that share a machine depend on each other.",
+        ("run", "folder", "seconds"),
+        [
+            (name, folder, None if seconds is None else f"{seconds:,.1f}")
+            for name, folder, seconds in runs
+        ],
     )
 
 

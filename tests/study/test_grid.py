@@ -24,7 +24,7 @@ from moma.study.processes import run_study, visible_gpus
 from moma.study.report import score_maps, write_report
 from moma.study.results import estimate, study_tables, summarize
 from moma.study.scaling import PowerLaw
-from moma.study.speedup import speedup
+from moma.study.speedup import speedup, training_seconds
 from moma.train.recipe import Recipe
 from moma.train.restore import load_run
 from moma.train.step import run_model, to_device
@@ -294,6 +294,12 @@ def test_the_summary_has_means_intervals_and_speedups_of_the_same_seed(study):
         assert figure["half_width"] == pytest.approx(12.7062 * abs(values[0] - values[1]) / 2, 1e-4)
     assert "speedup" not in found["plain"]
     metrics = {run.name: run.read_metrics() for run in study.runs}
+    for run in study.runs:
+        seconds, before = 0.0, 0
+        for record in metrics[run.name]:
+            seconds += (record["tokens"] - before) / record["tokens_per_second"]
+            before = record["tokens"]
+        assert found[run.variant]["seconds"][run.seed] == pytest.approx(seconds)
     expected = [
         speedup(metrics[f"plain-{seed}"], metrics[f"deep-{seed}"], "loss") for seed in (0, 1)
     ]
@@ -350,12 +356,14 @@ def test_suites_have_a_table_and_scores_a_map():
         "perplexity/words/perplexity": figure(None),
         "scores/0.text text/0": figure(0.25),
     }
-    variants = {"plain": {"runs": ["r/plain-0"], "seeds": [0], "measures": measures}}
+    variants = {
+        "plain": {"runs": ["r/plain-0"], "seeds": [0], "seconds": [1234.56], "measures": measures}
+    }
     tables = study_tables({"variants": variants, "scaling": {}, "crossings": {}})
     assert [table.title for table in tables] == ["Suite: perplexity", "Runs"]
     assert tables[0].head == ("variant", "source", "perplexity")
     assert tables[0].rows == [("plain", "all", "9"), ("plain", "words", "–")]
-    assert tables[1].rows == [("plain", "r/plain-0")]
+    assert tables[1].rows == [("plain", "r/plain-0", "1,234.6")]
     (plot,) = score_maps(variants)
     assert plot.axes[0].get_title() == "plain, seed 0"
 
@@ -371,7 +379,9 @@ def test_the_report_names_every_run(study, tmp_path):
     text = (study.path / "report.md").read_text()
     assert "plain is the baseline. Figures and tables are of the runs listed last.</p>" in page
     for run in study.runs:
-        assert str(run.run.path) in page and str(run.run.path) in text
+        assert str(run.run.path) in page
+        seconds = training_seconds(run.read_metrics())
+        assert f"| {run.variant} | {run.run.path} | {seconds:,.1f} |" in text
     assert page.count("data:image/png") == 6  # three losses over FLOPs, and over time
     assert json.loads((study.path / "result.json").read_text())["variants"].keys() == {
         "plain",
