@@ -278,6 +278,42 @@ def test_a_task_of_an_array_that_is_out_of_time_is_requeued(array_task):
     assert (code, requeued) == (0, True)
 
 
+@pytest.mark.parametrize(
+    ("code", "restarts", "expected", "requeued"),
+    [
+        (0, 0, 0, False),
+        (2, 0, 2, False),
+        (75, 99, 0, True),
+        (143, 99, 0, True),
+        (74, 2, 0, True),
+        (74, 3, 1, False),
+    ],
+)
+def test_a_job_of_an_array_trains_runs_of_a_study(tmp_path, code, restarts, expected, requeued):
+    stop = "kill -TERM $PPID" if code in (75, 143) else ""  # the script gets it, too
+    write_programs(
+        tmp_path,
+        scontrol=SCONTROL,
+        srun='#!/bin/bash\n[ "$1 $2" = "--ntasks=1 --cpus-per-task=4" ] || exit 9\nexec "${@:3}"\n',
+        moma=f'#!/bin/bash\nprintf "%s\\n" "$@" > "$FOUND/called"\n{stop}\nexit {code}\n',
+    )
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "FOUND": str(tmp_path),
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "4",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "MAX_FAILURES": "3",
+    }
+    script = [str(LAUNCH / "slurm_study.sbatch"), "my.toml", "study.seeds=[0, 1]"]
+    done = subprocess.run(["bash", *script], env=environment, check=False)
+    assert done.returncode == expected
+    assert (tmp_path / "called").read_text() == "study\nmy.toml\nstudy.seeds=[0, 1]\n"
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
 @pytest.fixture(scope="module")
 def ray_cluster():
     return yaml.safe_load((LAUNCH / "ray.yaml").read_text())
