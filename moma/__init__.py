@@ -24,7 +24,7 @@ def load(
             cannot use the routing.
     """
     from moma.generate.mixed import MixedModel
-    from moma.model.cpu_decoding import prepare_decoding
+    from moma.model.decoding import prepare_decoding
     from moma.runs import Run
     from moma.train.restore import load_run, require_routing
 

@@ -36,7 +36,7 @@ from moma.hub.chameleon_format import (
     small_vq_config,
 )
 from moma.model.architecture import ModelConfig
-from moma.model.cpu_decoding import prepare_decoding
+from moma.model.decoding import prepare_decoding
 from moma.model.dispatch import dispatch_for
 from moma.model.flops import ModelCounts, sum_over_kinds
 from moma.model.transformer import Transformer, no_head

@@ -26,7 +26,7 @@ from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
 from moma.generate.sequence import Branch, Options, Request
 from moma.generate.stream import StopStrings
-from moma.model.cpu_decoding import prepare_decoding
+from moma.model.decoding import prepare_decoding
 from moma.model.routing import RoutingName
 from moma.runs import Run
 from moma.runtime.world import World, gather, join_world, local_device

@@ -17,7 +17,7 @@ from torch.nn import functional
 from moma.model.architecture import ModelConfig
 
 # Positions that a new cache has for each sequence; it grows by doubling.
-_FIRST_CAPACITY = 64
+FIRST_CAPACITY = 64
 # Passes after which a GPU is waited for once, so that bounds of lengths stay close to them.
 _EXACT_EVERY = 64
 
@@ -62,22 +62,38 @@ class CacheLengths:
         if not size:
             return NewPositions(offset_BS, 0, None, False)
         self.length_B = before_B + filled_BS.sum(1)
-        self._passes += 1
-        if self._waits or self._passes % _EXACT_EVERY == 0:
-            self._bounds = self.length_B.tolist()
-        else:
-            self._bounds = [bound + size for bound in before]
+        self._count(size)
         used = max(self._bounds)
         if self._waits and set(before) == {used - size} and set(self._bounds) == {used}:
             # All sequences are equally long; without earlier tokens, attention is causal.
             mask_B1SU = None
             if size not in (1, used):
-                mask_B1SU = _mask(_positions(before_B, size), used, dtype)
+                mask_B1SU = mask_after(positions_after(before_B, size), used, dtype)
             return NewPositions(None, used, mask_B1SU, size == used > 1)
-        position_BS = _positions(before_B, size)
+        position_BS = positions_after(before_B, size)
         return NewPositions(
-            position_BS.where(filled_BS, -1), used, _mask(position_BS, used, dtype), False
+            position_BS.where(filled_BS, -1), used, mask_after(position_BS, used, dtype), False
         )
+
+    @property
+    def bound(self) -> int:
+        """An upper bound of all lengths."""
+        return max(self._bounds, default=0)
+
+    def replayed(self, size: int) -> None:
+        """Note that a replayed pass took positions for at most `size` tokens of each sequence.
+
+        They cannot be taken back.
+        """
+        self._taken = None
+        self._count(size)
+
+    def _count(self, size: int) -> None:
+        self._passes += 1
+        if self._waits or self._passes % _EXACT_EVERY == 0:
+            self._bounds = self.length_B.tolist()
+        else:
+            self._bounds = [bound + size for bound in self._bounds]
 
     def keep(self, tokens: Sequence[int]) -> None:
         """Forget all but the first tokens of each sequence of the last forward pass."""
@@ -102,12 +118,13 @@ class CacheLengths:
         self._bounds = self._bounds + other._bounds
 
 
-def _positions(before_B: Tensor, size: int) -> Tensor:
+def positions_after(before_B: Tensor, size: int) -> Tensor:
     """The positions of `size` tokens after those before, [B, S]."""
     return before_B[:, None] + torch.arange(size, device=before_B.device)
 
 
-def _mask(position_BS: Tensor, used: int, dtype: torch.dtype) -> Tensor:
+def mask_after(position_BS: Tensor, used: int, dtype: torch.dtype) -> Tensor:
+    """0 for positions up to a token's own and −∞ for later ones, [B, 1, S, U]."""
     attends_BSU = torch.arange(used, device=position_BS.device) <= position_BS[..., None]
     zeros_BSU = torch.zeros_like(attends_BSU, dtype=dtype)
     return zeros_BSU.masked_fill_(~attends_BSU, -torch.inf)[:, None]
@@ -151,7 +168,7 @@ class LayerCache:
     def _store(self, key: Tensor, value: Tensor, positions: NewPositions) -> None:
         # The last position takes what padding leaves.
         if positions.used >= self.key_BTGC.shape[1]:
-            self._grow(max(_FIRST_CAPACITY, 2 * positions.used), key)
+            self._grow(max(FIRST_CAPACITY, 2 * positions.used), key)
         position_BS = positions.position_BS
         if position_BS is None:
             first, size = positions.used - key.shape[1], key.shape[1]
@@ -211,25 +228,41 @@ class Caches:
 
     def keep(self, tokens: Sequence[int]) -> None:
         """Forget all but the first tokens of each sequence of the last forward pass."""
-        for lengths in self._lengths():
+        for lengths in self.lengths():
             lengths.keep(tokens)
 
     def select(self, index: Sequence[int]) -> None:
         """Keep only the sequences with the given indices, in their order."""
         index_B = torch.tensor(index, dtype=torch.int64, device=self.tokens.length_B.device)
-        for lengths in self._lengths():
+        for lengths in self.lengths():
             lengths.select(index, index_B)
         for layer in self.layers:
             layer.select(index_B)
 
     def extend(self, other: "Caches") -> None:
         """Append the sequences of other caches of the same model."""
-        for own, others in zip(self._lengths(), other._lengths(), strict=True):
+        for own, others in zip(self.lengths(), other.lengths(), strict=True):
             own.extend(others)
         for layer, other_layer in zip(self.layers, other.layers, strict=True):
             layer.extend(other_layer)
 
-    def _lengths(self) -> list[CacheLengths]:
+    def state(self) -> list[Tensor]:
+        """The tensors of `lengths`, then keys and values of each layer."""
+        lengths = [lengths.length_B for lengths in self.lengths()]
+        return lengths + [
+            each for layer in self.layers for each in (layer.key_BTGC, layer.value_BTGC)
+        ]
+
+    def replace_state(self, state: Sequence[Tensor]) -> None:
+        """Replace the tensors of `state` by others that hold the same."""
+        tensors = iter(state)
+        for lengths in self.lengths():
+            lengths.length_B = next(tensors)
+        for layer in self.layers:
+            layer.key_BTGC, layer.value_BTGC = next(tensors), next(tensors)
+
+    def lengths(self) -> list[CacheLengths]:
+        """The lengths that layers share, and those of each layer with mixture-of-depths."""
         own = [layer.lengths for layer in self.layers if layer.lengths is not self.tokens]
         return [self.tokens, *own]
 

@@ -87,13 +87,6 @@ class CpuDecoder:
         return _normalize(x_ND, self._norm).view_as(x_BSD)
 
 
-def prepare_decoding(model: Transformer) -> None:
-    """Let a model that is not trained any more use `CpuDecoder`, if it runs in fp32 on a CPU."""
-    weight = model.embedding.weight
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        model.cpu_decoder = CpuDecoder(model)
-
-
 class _Layer:
     """See `DecoderLayer` and `DepthLayer`."""
 

@@ -68,6 +68,17 @@ def uses_kernel(x_TD: Tensor, weight_EDF: Tensor) -> bool:
     return on_gpu and len(x_TD) > 0 and not any(width % 8 for width in widths)
 
 
+def reads_ends_on_device(x_TD: Tensor, weight_EDF: Tensor) -> bool:
+    """Whether `grouped_product` computes this without waiting for the device.
+
+    In bf16 too, `grouped_mm` waits on GPUs other than NVIDIA's of compute capability 9 and 10
+    (torch 2.11).
+    """
+    if torch.version.cuda is None or not uses_kernel(x_TD, weight_EDF):
+        return False
+    return torch.cuda.get_device_capability(x_TD.device)[0] in (9, 10)
+
+
 def row_alignment(device: torch.device) -> int:
     """Number of which the rows of each expert have to be a multiple on a device.
 

@@ -4,6 +4,7 @@ Shapes: see `layers.py`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, Self, cast
 
 import torch
@@ -20,6 +21,7 @@ from moma.model.attention_kernels import (
     number_segments,
 )
 from moma.model.caches import CachedContext, Caches, LayerCache
+from moma.model.captured_decoding import CapturedDecoder
 from moma.model.decoder_layer import (
     DecoderLayer,
     DepthLayer,
@@ -113,8 +115,9 @@ class Transformer(nn.Module):
         # these are trained, or being trained.
         self.causal_routing = ROUTINGS["threshold"]
         self.has_auxiliary = False
-        # Computes passes with caches and without checks; see `cpu_decoding.py`.
+        # Compute passes with caches and without checks; see `decoding.py`.
         self.cpu_decoder: CachedDecoder | None = None
+        self.captured_decoder: CapturedDecoder | None = None
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
             self._embedding_scale = config.dim**0.5
@@ -152,17 +155,16 @@ class Transformer(nn.Module):
                 `Routing.raises`.
         """
         routing = routing or Routing()
+        if caches is not None and not routing.checks:
+            hidden_BSD = self._decode(tokens_BS, caches, routing)
+            none_L = hidden_BSD.new_zeros(0, dtype=torch.bool)
+            return ModelOutput(head(hidden_BSD, self.head.weight), [], none_L, [], [], None)
         context = (
             self._context(tokens_BS, document_ids_BS, positions_BS, max_documents, max_length)
             if caches is None
             else self._cached_context(tokens_BS, caches)
         )
         x_BSD = self.embedding(tokens_BS) * self._embedding_scale
-        if caches is not None and self.cpu_decoder is not None and not routing.checks:
-            assert isinstance(context, CachedContext)
-            hidden_BSD = self.cpu_decoder(x_BSD, context, caches.layers, routing)
-            none_L = hidden_BSD.new_zeros(0, dtype=torch.bool)
-            return ModelOutput(head(hidden_BSD, self.head.weight), [], none_L, [], [], None)
         x_BSD, diagnostics = self._run_layers(x_BSD, context, routing, caches)
         flags = [layer[0].nonfinite for layer in diagnostics if layer[0].nonfinite is not None]
         nonfinite_L = torch.stack(flags) if flags else x_BSD.new_zeros(0, dtype=torch.bool)
@@ -170,6 +172,22 @@ class Transformer(nn.Module):
             require_finite(nonfinite_L)
         found = head(self.norm(x_BSD), self.head.weight)
         return _output(found, nonfinite_L, [each for layer in diagnostics for each in layer])
+
+    def _decode(self, tokens_BS: Tensor, caches: Caches, routing: Routing) -> Tensor:
+        """Append tokens to caches and return the normalized output of the last layer, [B, S, D]."""
+        compute = partial(self._hidden, routing=routing)
+        captured = self.captured_decoder
+        if captured is not None and captured.serves(tokens_BS, caches):
+            return captured(tokens_BS, caches, routing, compute)
+        return compute(tokens_BS, caches)
+
+    def _hidden(self, tokens_BS: Tensor, caches: Caches, routing: Routing) -> Tensor:
+        context = self._cached_context(tokens_BS, caches)
+        x_BSD = self.embedding(tokens_BS) * self._embedding_scale
+        if self.cpu_decoder is not None:
+            return self.cpu_decoder(x_BSD, context, caches.layers, routing)
+        x_BSD, _ = self._run_layers(x_BSD, context, routing, caches)
+        return self.norm(x_BSD)
 
     def _run_layers(
         self, x_BSD: Tensor, context: LayerContext, routing: Routing, caches: Caches | None

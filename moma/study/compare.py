@@ -17,7 +17,7 @@ from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate
 from moma.evaluate.token_routing import route_document
 from moma.generate.mixed import MixedModel
-from moma.model.cpu_decoding import prepare_decoding
+from moma.model.decoding import prepare_decoding
 from moma.model.routing import RoutingName
 from moma.model.transformer import Transformer
 from moma.runs import Run

@@ -20,7 +20,7 @@ from moma.evaluate.suite import run_suite
 from moma.generate.mixed import MixedModel
 from moma.generate.sampling import Sampling
 from moma.generate.settings import Settings
-from moma.model.cpu_decoding import prepare_decoding
+from moma.model.decoding import prepare_decoding
 from moma.runs import Run
 from moma.runtime.world import World
 from moma.tokenizers.text import encode_text

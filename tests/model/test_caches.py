@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from moma.model.caches import Caches
-from moma.model.cpu_decoding import prepare_decoding
+from moma.model.decoding import prepare_decoding
 from moma.model.depth import DepthConfig, DepthRouter
 from moma.model.routing import Auxiliary, Half, Routing, Threshold, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
@@ -59,7 +59,7 @@ def append(
     model: Transformer, caches: Caches, parts: list[Tensor], routing: Routing = CAUSAL
 ) -> list[Tensor]:
     """Append tokens to each sequence, as one padded batch, and return their logits."""
-    padded_BS = pad_sequence(parts, True, PADDING)
+    padded_BS = pad_sequence(parts, True, PADDING).to(model.embedding.weight.device)
     logits_BSV = model(padded_BS, routing=replace(routing, checks=False), caches=caches).head
     return [logits_SV[: len(part)] for logits_SV, part in zip(logits_BSV, parts, strict=True)]
 

@@ -7,6 +7,7 @@ import torch
 
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import attention_kernel
+from moma.model.captured_decoding import CapturedDecoder, Step
 from moma.model.dispatch import dispatch_for
 from moma.model.float8_experts import use_float8_experts
 from moma.model.routing import BatchChoice, Threshold, uniform_routing
@@ -86,7 +87,20 @@ def check_decoding(model: Transformer) -> None:
         tokens_BS = torch.full((2, size), 7, device=GPU)
         logits = model(tokens_BS, routing=routing, caches=caches).head
         assert logits.shape == (2, size, VOCABULARY.size) and logits.dtype == torch.bfloat16
-    assert_on_gpu([caches.tokens.length_B, *(layer.key_BTGC for layer in caches.layers)])
+    assert_on_gpu(caches.state())
+    captured: list[Step] = []
+
+    def capture(step: Step) -> Step:
+        captured.append(step)
+        return step
+
+    model.captured_decoder = CapturedDecoder(capture, VOCABULARY.padding)
+    for _ in range(2):
+        tokens_BS = torch.full((2, 1), 7, device=GPU)
+        logits = model(tokens_BS, routing=routing, caches=caches).head
+        assert logits.shape == (2, 1, VOCABULARY.size) and logits.dtype == torch.bfloat16
+    assert len(captured) == 1
+    assert_on_gpu(caches.state())
 
 
 def check_flex(case: str) -> None:

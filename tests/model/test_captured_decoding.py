@@ -1,0 +1,262 @@
+"""Captured passes against passes with caches that are not captured."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from moma.model.captured_decoding import MAX_GRAPHS, CapturedDecoder
+from moma.model.decoding import can_be_captured, prepare_decoding
+from moma.model.dispatch import dispatch_for
+from moma.model.routing import Routing, Threshold, uniform_routing
+from moma.model.transformer import ModelConfig, Transformer
+from tests.factories import set_thresholds
+from tests.model.captured import capture_passes, never_waiting
+from tests.model.test_caches import (
+    ARCHITECTURES,
+    CAUSAL,
+    VOCABULARY,
+    append,
+    build,
+    set_gates,
+    some_tokens,
+)
+
+THRESHOLD = uniform_routing(Threshold())
+CASES = [
+    ("dense", CAUSAL),
+    ("moe_2t2i", THRESHOLD),
+    ("mod_moe_2t2i", THRESHOLD),
+    ("token_4x", CAUSAL),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            ("moe_2t2i", CAUSAL),
+            ("mod_moe_2t2i", CAUSAL),
+            ("mod_null_2t2i", THRESHOLD),
+            ("by_modality", THRESHOLD),
+            ("all_gated", THRESHOLD),
+        ]
+    ),
+]
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def _lengths_are_soon_exact(monkeypatch):
+    monkeypatch.setattr("moma.model.caches._EXACT_EVERY", 7)
+
+
+def decode(model: Transformer, passes: int = 9, routing: Routing = THRESHOLD) -> Iterator[Tensor]:
+    """Yield the logits of single tokens after prompts, in a batch that changes."""
+    random = torch.Generator().manual_seed(1)
+    caches = model.new_caches(3)
+
+    def add(*lengths: int) -> list[Tensor]:
+        parts = [some_tokens(random, length) for length in lengths]
+        return append(model, caches, parts, routing)
+
+    add(58, 3, 20)
+    for _ in range(passes):  # the first sequence outgrows the first 64 positions
+        yield from add(1, 1, 1)
+    caches.select([2, 0])
+    yield from add(1, 1)
+    added = model.new_caches(3)
+    append(model, added, [some_tokens(random, length) for length in (5, 1, 4)], routing)
+    caches.extend(added)
+    yield from add(1, 1, 1, 1, 1)
+    add(3, 3, 3, 3, 3)
+    caches.keep([0, 2, 3, 1, 3])  # as of drafts
+    for _ in range(passes):
+        yield from add(1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("name", "routing"), CASES)
+@torch.inference_mode()
+def test_captured_passes_equal_others(name, routing, monkeypatch):
+    model = build(name)
+    expected = torch.cat(list(decode(model, routing=routing)))
+    recordings = capture_passes(never_waiting(monkeypatch, model))
+    found = torch.cat(list(decode(model, routing=routing)))
+    assert recordings.replays == 9 + 1 + 1 + 9
+    assert recordings.captures <= 7
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_batch_like_an_earlier_one_is_not_captured_again(monkeypatch):
+    recordings = capture_passes(model := never_waiting(monkeypatch, build("mod")))
+    captures = []
+    for _ in range(3):  # growing buffers invalidate the first ones
+        list(decode(model, 2))
+        captures.append(recordings.captures)
+    assert captures[1] == captures[2]
+    assert recordings.replays == 3 * (2 + 1 + 1 + 2)
+
+
+@torch.inference_mode()
+def test_two_batches_may_take_turns(monkeypatch):
+    model = never_waiting(monkeypatch, build("mod_moe_2t2i"))
+    expected = torch.cat(list(decode(model, 3)))
+    capture_passes(model)
+    both = list(zip(decode(model, 3), decode(model, 3), strict=True))
+    for found in zip(*both, strict=True):
+        torch.testing.assert_close(torch.cat(found), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_gates_that_select_no_token_or_all(monkeypatch):
+    model = never_waiting(monkeypatch, build("mod_moe_2t2i"))
+    for value in (0.0, 100.0):
+        set_gates(model, value)
+        model.captured_decoder = None
+        expected = torch.cat(list(decode(model, 2, CAUSAL)))
+        capture_passes(model)
+        found = torch.cat(list(decode(model, 2, CAUSAL)))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_each_routing_is_captured(monkeypatch):
+    model = never_waiting(monkeypatch, build("moe_2t2i"))
+    expected: list[Tensor] = []
+    found: list[Tensor] = []
+    for results in (expected, found):
+        for routing in (CAUSAL, THRESHOLD):
+            results += decode(model, 2, routing)
+        capture_passes(model)
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_what_a_failed_sequence_left_does_not_reach_the_next(monkeypatch):
+    model, random = build("dense"), torch.Generator().manual_seed(1)
+    capture_passes(never_waiting(monkeypatch, model))
+
+    def append_after(length: int) -> Tensor:
+        caches = model.new_caches(1)
+        for size in (length, 1, 1, 1):
+            found = append(model, caches, [some_tokens(random, size)])
+        return found[0]
+
+    embeddings = model.embedding.weight.clone()
+    model.embedding.weight.fill_(torch.nan)
+    assert append_after(124).isnan().all()
+    model.embedding.weight.copy_(embeddings)
+    # Its cache has 126 positions, fewer than the buffers.
+    assert append_after(63).isfinite().all()
+
+
+@torch.no_grad()
+def test_few_graphs_are_kept(monkeypatch):
+    monkeypatch.setattr("moma.model.captured_decoding.MAX_GRAPHS", 2)
+    recordings = capture_passes(model := never_waiting(monkeypatch, build("dense")))
+    random = torch.Generator().manual_seed(1)
+    captures = []
+    for count in (4, 2, 1, 2, 4):
+        caches = model.new_caches(count)
+        append(model, caches, [some_tokens(random, 3) for _ in range(count)])
+        append(model, caches, [some_tokens(random, 1) for _ in range(count)])
+        captures.append(recordings.captures)
+    assert captures == [1, 2, 3, 3, 4]
+    assert MAX_GRAPHS > 7  # one for each number of sequences, at least
+
+
+def test_passes_that_are_not_captured(monkeypatch):
+    recordings = capture_passes(model := never_waiting(monkeypatch, build("dense")))
+    random = torch.Generator().manual_seed(1)
+    caches = model.new_caches(65)
+    with torch.no_grad():
+        append(model, caches, [some_tokens(random, 1) for _ in range(65)])  # nothing is cached
+        append(model, caches, [some_tokens(random, 1) for _ in range(65)])  # too many
+        caches.select([0])
+        append(model, caches, [some_tokens(random, 2)])
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = model.new_caches(1)
+            for _ in range(2):
+                append(model, cast, [some_tokens(random, 1)])
+    assert recordings.captures == 0
+    append(model, caches, [some_tokens(random, 1)])  # with gradients
+    assert recordings.captures == 0
+    with torch.no_grad():
+        append(model, caches, [some_tokens(random, 1)])
+    assert recordings.captures == 1
+
+
+def test_on_a_cpu_nothing_is_captured():
+    model = build("dense", for_cpu=True)
+    assert model.cpu_decoder is not None and model.captured_decoder is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "capability", "hidden", "expected"),
+    [
+        ("dense", (8, 0), 60, True),
+        ("moe_2t2i", (9, 0), 64, True),
+        ("moe_2t2i", (10, 3), 64, True),
+        ("moe_2t2i", (8, 0), 64, False),
+        ("token_4x", (12, 0), 64, False),
+        ("moe_1t1i", (9, 0), 60, False),
+    ],
+)
+def test_experts_are_captured_only_if_their_kernel_does_not_wait(
+    groups, capability, hidden, expected, monkeypatch
+):
+    config = ModelConfig(dim=32, layers=1, heads=2, groups=groups, hidden=hidden)
+    model = Transformer(config, VOCABULARY, (0.5, 0.5))
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability)
+    kernel = "moma.model.grouped.uses_kernel"
+    monkeypatch.setattr(kernel, lambda x_TD, weight_EDF: weight_EDF.shape[2] % 8 == 0)
+    assert can_be_captured(model) == expected
+
+
+def build_on_gpu(name: str) -> Transformer:
+    """Weights are in bf16, except for those of routers, as in `load_run`."""
+    config = ModelConfig(dim=32, layers=3, heads=4, **ARCHITECTURES[name])
+    model = Transformer(config, VOCABULARY, (0.5, 0.5), dispatch=dispatch_for(GPU)).eval()
+    model.initialize(0)
+    set_thresholds(model, some_tokens(torch.Generator().manual_seed(1), 60).view(4, 15))
+    model.to(GPU)
+    for parameter_name, parameter in model.named_parameters():
+        if ".router." not in parameter_name and ".auxiliary." not in parameter_name:
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dense", "moe_2t2i", "mod_moe_2t2i", "token_4x"])
+@torch.inference_mode()
+def test_a_gpu_replays_graphs(name, monkeypatch):
+    model = build_on_gpu(name)
+    prepare_decoding(model)
+    captured = model.captured_decoder
+    if captured is None:
+        pytest.skip("this GPU waits in a product of experts")
+    # The same operations, each launched by Python.
+    model.captured_decoder = CapturedDecoder(lambda step: step, VOCABULARY.padding)
+    expected = torch.cat(list(decode(model)))
+    model.captured_decoder = captured
+    replays: list[torch.cuda.CUDAGraph] = []
+    replay = torch.cuda.CUDAGraph.replay
+
+    def counted(graph: torch.cuda.CUDAGraph) -> None:
+        replays.append(graph)
+        replay(graph)
+
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", counted)
+    found = torch.cat(list(decode(model)))
+    assert len(replays) == 9 + 1 + 1 + 9
+    assert len(set(map(id, replays))) <= 7
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@torch.inference_mode()
+def test_graphs_of_a_dense_model_in_fp32_equal_passes_that_are_not_captured():
+    model = build("dense").to(GPU)
+    expected = torch.cat(list(decode(model)))
+    prepare_decoding(model)
+    assert model.captured_decoder is not None
+    torch.testing.assert_close(torch.cat(list(decode(model))), expected, rtol=1e-3, atol=1e-3)
