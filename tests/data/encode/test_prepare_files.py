@@ -17,8 +17,14 @@ from moma.files import lock_folder, sync_file
 from tests.data.encode.preparing import contents, make_recipe, run
 
 
-def test_data_of_another_codec_is_refused_when_it_is_read(tmp_path):
-    recipe = make_recipe(tmp_path, 50)
+@pytest.fixture
+def made(tiny, tmp_path):
+    """`make_recipe` with tokenizers that exist: to train some would take most of the time."""
+    return partial(make_recipe, tmp_path, 50, tokenizers=str(tiny.data.path))
+
+
+def test_data_of_another_codec_is_refused_when_it_is_read(tmp_path, made):
+    recipe = made()
     vocabulary = run(recipe).vocabulary
     Batches(recipe.data, vocabulary, seed=0)
     manifest = tmp_path / "data/provenance.json"
@@ -41,8 +47,8 @@ def test_a_folder_is_prepared_by_one_process_at_a_time(tmp_path, monkeypatch):
     assert list((tmp_path / "data").iterdir()) == []
 
 
-def test_a_damaged_manifest_is_reported(tmp_path):
-    recipe = make_recipe(tmp_path, 50)
+def test_a_damaged_manifest_is_reported(tmp_path, made):
+    recipe = made()
     run(recipe)
     for broken in ("", "[1, 2]", "3"):
         (tmp_path / "data/provenance.json").write_text(broken)
@@ -50,10 +56,10 @@ def test_a_damaged_manifest_is_reported(tmp_path):
             run(recipe)
 
 
-def test_a_full_disk_names_the_folder_and_loses_no_part(tmp_path, monkeypatch):
-    cut = partial(make_recipe, tmp_path, 50, part_bytes=20 * 2**17)
-    run(cut("undisturbed"), processes=1)
-    recipe, calls = cut("data"), count()
+def test_a_full_disk_names_the_folder_and_loses_no_part(tmp_path, made, monkeypatch):
+    cut = partial(made, part_bytes=20 * 2**17)
+    run(cut(data="undisturbed"), processes=1)
+    recipe, calls = cut(data="data"), count()
 
     def full(file):
         if next(calls) == 4:
@@ -72,11 +78,11 @@ def test_a_full_disk_names_the_folder_and_loses_no_part(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_a_damaged_file_is_made_again(tmp_path, monkeypatch, complete):
+def test_a_damaged_file_is_made_again(tmp_path, made, monkeypatch, complete):
     """A byte differs, which opening the file does not show."""
-    cut = partial(make_recipe, tmp_path, 50, part_bytes=10 * 2**17, shard_tokens=100)
-    run(cut("undisturbed"))
-    recipe = cut("data")
+    cut = partial(made, part_bytes=10 * 2**17, shard_tokens=100)
+    run(cut(data="undisturbed"))
+    recipe = cut(data="data")
     with monkeypatch.context() as patch:
         if not complete:
             patch.setattr(parts.PartialShards, "finish", stop)
@@ -114,8 +120,8 @@ def test_files_of_the_user_are_not_overwritten(tmp_path, name):
     assert contents(tmp_path / "data") == {name: b"mine"}
 
 
-def test_a_file_of_the_user_among_shards_is_not_deleted(tmp_path):
-    recipe = make_recipe(tmp_path, 50)
+def test_a_file_of_the_user_among_shards_is_not_deleted(tmp_path, made):
+    recipe = made()
     run(recipe)
     mine = tmp_path / "data/shards/text/mine.txt"
     mine.write_text("mine")
