@@ -91,10 +91,11 @@ def test_where_most_rows_are_rejected_the_cause_is_named(tmp_path):
     assert "fix the cause" in message and "or raise" not in message
 
 
-def test_prepare_refuses_padding_as_train_does(tmp_path):
+def test_prepare_refuses_padding_as_train_does(trained, tmp_path):
     recipe = make_input(tmp_path)
     source = f'{{kind="captions", path="{tmp_path}/images"}}'
-    changes = (f"data.sources=[{source}]", "data.image_share=0.5")
+    tokenizers = f"data.tokenizers={trained}/data"  # so that none are trained
+    changes = (f"data.sources=[{source}]", "data.image_share=0.5", tokenizers)
     message = refuses("prepare", recipe, *changes)
     assert message.startswith(f"{tmp_path}/data: is prepared, but cannot be trained on")
     cause = message.partition("with this recipe: ")[2]
@@ -121,13 +122,14 @@ def test_a_fixed_folder_is_prepared_by_the_same_command(tmp_path):
     assert complete_shards(tmp_path) == {"captions", "text"}
 
 
-def test_failed_preparation_keeps_the_old_shards(tmp_path):
+def test_failed_preparation_keeps_the_old_shards(trained, tmp_path):
     recipe = make_input(tmp_path)
-    succeeds("prepare", recipe)
+    tokenizers = f"data.tokenizers={trained}/data"  # so that none are trained
+    succeeds("prepare", recipe, tokenizers)
     # An image is missing now, and the list has changed, so the old shards are outdated.
     write_rows(tmp_path, [{"image": "gone.png", "caption": "box"}, *read_rows(tmp_path)])
     before = (tmp_path / "data/shards/captions/shard.json").read_text()
-    assert "gone.png" in refuses("prepare", recipe)
+    assert "gone.png" in refuses("prepare", recipe, tokenizers)
     assert (tmp_path / "data/shards/captions/shard.json").read_text() == before
     assert not list((tmp_path / "data").rglob("*.partial/shard.json"))
 
@@ -241,10 +243,10 @@ def test_a_run_of_another_recipe_is_not_changed(trained):
     assert (trained / "run" / "recipe.toml").read_text() == before
 
 
-def test_a_run_in_the_folder_of_the_data_is_refused(tmp_path):
-    recipe = make_input(tmp_path)
-    succeeds("prepare", recipe)
-    assert "run=" in refuses("train", recipe, f"run={tmp_path}/data")
+def test_a_run_in_the_folder_of_the_data_is_refused(trained, tmp_path):
+    shutil.copytree(trained / "data", tmp_path / "data")
+    data = f"data.path={tmp_path}/data"
+    assert "run=" in refuses("train", trained / "recipe.toml", data, f"run={tmp_path}/data")
 
 
 def test_routers_need_the_model_of_their_run(trained, tmp_path):
