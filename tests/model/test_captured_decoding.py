@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moma.model.caches import Caches
 from moma.model.captured_decoding import MAX_GRAPHS, CapturedDecoder
 from moma.model.decoding import can_be_captured, prepare_decoding
+from moma.model.depth import DepthRouter
 from moma.model.dispatch import dispatch_for
 from moma.model.routing import Routing, Threshold, uniform_routing
 from moma.model.transformer import ModelConfig, Transformer
@@ -16,10 +18,10 @@ from tests.model.captured import capture_passes, never_waiting
 from tests.model.test_caches import (
     ARCHITECTURES,
     CAUSAL,
+    PADDING,
     VOCABULARY,
     append,
     build,
-    set_gates,
     some_tokens,
 )
 
@@ -108,12 +110,14 @@ def test_two_batches_may_take_turns(monkeypatch):
 @torch.inference_mode()
 def test_gates_that_select_no_token_or_all(monkeypatch):
     model = never_waiting(monkeypatch, build("mod_moe_2t2i"))
-    for value in (0.0, 100.0):
-        set_gates(model, value)
+    for threshold in (torch.inf, -torch.inf):
+        for module in model.modules():
+            if isinstance(module, DepthRouter):
+                module.router.cutoff_means_3E[0] = threshold
         model.captured_decoder = None
-        expected = torch.cat(list(decode(model, 2, CAUSAL)))
+        expected = torch.cat(list(decode(model, 8)))
         capture_passes(model)
-        found = torch.cat(list(decode(model, 2, CAUSAL)))
+        found = torch.cat(list(decode(model, 8)))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -146,6 +150,26 @@ def test_what_a_failed_sequence_left_does_not_reach_the_next(monkeypatch):
     model.embedding.weight.copy_(embeddings)
     # Its cache has 126 positions, fewer than the buffers.
     assert append_after(63).isfinite().all()
+
+
+@torch.no_grad()
+def test_batches_are_filled_up_and_results_are_not_overwritten():
+    caches = build("dense").new_caches(4)
+    for layer in caches.layers:
+        layer.key_BTGC = layer.value_BTGC = torch.zeros(4, 1, 1, 1)
+    decoder, hidden_411 = CapturedDecoder(lambda step: step, PADDING), torch.zeros(4, 1, 1)
+    batches: list[list[int]] = []
+
+    def compute(tokens_B1: Tensor, caches: Caches) -> Tensor:
+        batches.append(tokens_B1.flatten().tolist())
+        return hidden_411.add_(1)
+
+    first_411 = decoder(torch.tensor([[5], [6], [7], [8]]), caches, CAUSAL, compute)
+    caches.select([0, 1, 2])
+    second_311 = decoder(torch.tensor([[6], [7], [8]]), caches, CAUSAL, compute)
+    assert batches == [[5, 6, 7, 8], [6, 7, 8, PADDING]]
+    assert first_411.flatten().tolist() == [1] * 4
+    assert second_311.flatten().tolist() == [2] * 3
 
 
 @torch.no_grad()
@@ -227,7 +251,7 @@ def build_on_gpu(name: str) -> Transformer:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["dense", "moe_2t2i", "mod_moe_2t2i", "token_4x"])
-@torch.inference_mode()
+@torch.no_grad()
 def test_a_gpu_replays_graphs(name, monkeypatch):
     model = build_on_gpu(name)
     prepare_decoding(model)
@@ -253,7 +277,7 @@ def test_a_gpu_replays_graphs(name, monkeypatch):
 
 
 @pytest.mark.gpu
-@torch.inference_mode()
+@torch.no_grad()
 def test_graphs_of_a_dense_model_in_fp32_equal_passes_that_are_not_captured():
     model = build("dense").to(GPU)
     expected = torch.cat(list(decode(model)))
