@@ -4,6 +4,7 @@ import gc
 
 gc.disable()
 
+import diffusers.models.autoencoders.vae  # noqa: E402, F401
 import pytest  # noqa: E402, F401
 import torch._dynamo  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402, F401
@@ -13,7 +14,6 @@ import moma.bench.synthetic  # noqa: E402
 import moma.data.encode.prepare  # noqa: E402
 import moma.evaluate.perplexity  # noqa: E402
 import moma.plan.memory  # noqa: E402
-import moma.tokenizers.image.vae  # noqa: E402
 import moma.train.chain  # noqa: E402, F401
 
 # No garbage: the forked processes neither search nor copy it.

@@ -1,7 +1,6 @@
 """The image codec: codes and images, the codebook's training, its files."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from moma.recipe import check
 from moma.tokenizers.image import codec as image
 from moma.tokenizers.image.codec import CODEC_FILES, CodecConfig, ImageCodec, preprocess, to_pil
 from tests.factories import codec_config, make_codec, random_images
-from tests.processes import FORKSERVER
 
 SMALL = codec_config(
     patch=2, block_channels=[8, 16], codebook_size=32, encoder_middle=True, norm_groups=4
@@ -35,30 +33,6 @@ def three_images() -> torch.Tensor:
 def book(codec: ImageCodec, name: str) -> torch.Tensor:
     """A tensor of the codebook's training state; changes take effect in the codec."""
     return codec.state_dict()[f"quantizer._codebook.{name}"]
-
-
-def test_no_other_models_of_diffusers_are_imported(codec):
-    """To import all would take as long again as the rest."""
-    found = {name for name in sys.modules if name.startswith("diffusers.models.")}
-    assert "diffusers.models.autoencoders.vae" in found
-    assert not found & {"diffusers.models.unets.unet_2d", "diffusers.models.transformers"}
-
-
-def import_other_models() -> None:
-    from diffusers.models import AutoencoderKL, UNet2DModel
-    from diffusers.models.autoencoders import vae
-
-    assert type(AutoencoderKL().encoder) is vae.Encoder
-    assert isinstance(make_codec().encoder, vae.Encoder)
-    assert UNet2DModel.__module__ in sys.modules
-
-
-@pytest.mark.slow
-def test_other_models_of_diffusers_can_be_imported_afterwards():
-    process = FORKSERVER.Process(target=import_other_models)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
 
 
 def test_the_default_has_chameleons_shape():
