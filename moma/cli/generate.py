@@ -65,8 +65,8 @@ Drafts = Annotated[
     Option(
         min=0,
         max=1024,
-        help="draft image codes per forward pass; changes only the speed (8; 0 with guidance, and "
-        "while several answers are generated)",
+        help="draft image codes per forward pass; changes only the speed (8; 0 with guidance, "
+        "while several answers are generated, and of a model with routers on a CPU)",
     ),
 ]
 BatchSize = Annotated[

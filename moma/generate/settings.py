@@ -25,7 +25,8 @@ class Settings:
         guidance: guidance of images by the prompt, for the mode `image`; None: none.
         stop: strings that end a text; they are left out.
         drafts: number of image codes that a pass checks besides sampling one; None: 8 while a
-            single answer is generated without guidance, else 0. The result does not depend on it.
+            single answer is generated without guidance, and not by a model with routers on a CPU,
+            else 0. The result does not depend on it.
 
     Raises:
         UserError: a value is out of range, or has no effect in this mode.

@@ -89,9 +89,12 @@ def fit_power_law(flops: np.ndarray, loss: np.ndarray) -> PowerLaw:
         columns = np.stack((np.ones_like(loss), (flops / unit) ** -exponent), axis=1)
         return nnls(columns / loss[:, None], np.ones_like(loss))
 
+    # Of losses without a trend there may be several minima.
+    tried = np.geomspace(1e-4, _MAX_EXPONENT, 12)
+    best = int(np.argmin([solve(exponent)[1] for exponent in tried]))
     exponent = minimize_scalar(
         lambda exponent: solve(exponent)[1] ** 2,
-        bounds=(1e-4, _MAX_EXPONENT),
+        bounds=(tried[max(best - 1, 0)], tried[min(best + 1, len(tried) - 1)]),
         method="bounded",
         options={"xatol": 1e-8},
     ).x

@@ -11,7 +11,7 @@ from moma.generate.decode import decode
 from moma.generate.grammar import Grammar
 from moma.generate.sampling import Sampling, gumbel_noise
 from moma.generate.sequence import DRAFTS, Branch, Options, Request
-from moma.model.routing import ROUTINGS, Threshold, uniform_routing
+from moma.model.routing import ROUTINGS
 from moma.model.transformer import ModelConfig, Transformer
 from tests.factories import make_vocabulary, set_thresholds
 from tests.generate.allowed import allowed_ids
@@ -20,7 +20,6 @@ VOCABULARY = make_vocabulary(codes=range(30, 40))
 IMAGE = [3, 30, 35, 31, 39, 4]
 PROMPTS = [[0], [0, 10, 11, 12, 13, 14, 15], [0, *IMAGE, 20], [0, 9, *IMAGE, 8, *IMAGE[:3]]]
 GREEDY = Sampling(temperature=0)
-CAUSAL = uniform_routing(Threshold())
 ONE = [Branch([0, 10, 11])]
 
 
@@ -48,7 +47,7 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
     tokens = list(prompt)
     new: list[int] = []
     while len(tokens) < context and len(new) < new_tokens:
-        logits_V = model(torch.tensor([tokens]), routing=CAUSAL).head[0, -1]
+        logits_V = model(torch.tensor([tokens]), routing=model.causal_routing).head[0, -1]
         allowed = allowed_ids(grammar)
         token = max(allowed, key=lambda id_: float(logits_V[id_]))
         tokens.append(token)
@@ -60,9 +59,11 @@ def slow_greedy(model, prompt, mode, context, new_tokens):
 
 
 @pytest.mark.parametrize("mode", ["text", "image", "mixed"])
+@pytest.mark.parametrize("routing", ["auxiliary", "threshold"])
 @pytest.mark.parametrize("groups", ["moe_2t2i", "dense", "mod_moe_2t1i", "mod_null_2t2i"])
-def test_batched_greedy_decoding_equals_decoding_one_prompt_at_a_time(groups, mode):
+def test_batched_greedy_decoding_equals_decoding_one_prompt_at_a_time(groups, routing, mode):
     model = make_model(groups)
+    model.causal_routing = ROUTINGS[routing]
     # The slow reference does not limit images to the remaining tokens, so leave space for one.
     space = VOCABULARY.image_span if mode == "mixed" else 0
     answers = generate(model, PROMPTS, mode, 40, 12 + space, GREEDY)
@@ -247,7 +248,8 @@ def test_guidance_equals_separate_passes_over_each_prompt(groups, drafts):
     codes: list[int] = []
     for number in range(VOCABULARY.codes_per_image):
         logits_V = sum(
-            weight * model(torch.tensor([[*prompt, 3, *codes]]), routing=CAUSAL).head[0, -1]
+            weight
+            * model(torch.tensor([[*prompt, 3, *codes]]), routing=model.causal_routing).head[0, -1]
             for prompt, weight in branches
         )
         noise = gumbel_noise(5, len(branches[0].prompt) + 1 + number, 10)

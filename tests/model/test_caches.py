@@ -64,16 +64,16 @@ def append(
     return [logits_SV[: len(part)] for logits_SV, part in zip(logits_BSV, parts, strict=True)]
 
 
+@pytest.mark.parametrize("policy", [Auxiliary(), Threshold()])
 @pytest.mark.parametrize("for_cpu", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @settings(max_examples=8, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 6), min_size=3, max_size=3), min_size=1, max_size=3),
     st.integers(0, 999),
-    st.sampled_from([Auxiliary(), Threshold()]),
 )
 @torch.no_grad()
-def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, for_cpu, sizes, seed, policy):
+def test_cached_passes_equal_one_pass_over_the_whole_sequence(name, for_cpu, policy, sizes, seed):
     routing = uniform_routing(policy)
     model, random = build(name, seed, for_cpu), torch.Generator().manual_seed(seed)
     sizes = [[first + 1, *others] for first, *others in sizes]

@@ -212,20 +212,8 @@ def test_compiled_code_of_every_architecture_equals_eager(case):
     assert_one_graph(case, 2, steps=50, backend="inductor", options={"fallback_random": True})
 
 
-@pytest.fixture
-def without_vectors():
-    """Generated code without vector instructions: a compiler needs half the time for it."""
-    from torch._inductor import config
-    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
-
-    valid_vec_isa_list.cache_clear()
-    with config.patch({"cpp.vec_isa_ok": False}):
-        yield
-    valid_vec_isa_list.cache_clear()
-
-
 @pytest.mark.skipif(not can_compile(CPU), reason="no C++ compiler")
-def test_a_compiled_layer_equals_eager(without_vectors):
+def test_a_compiled_layer_equals_eager():
     """Layer by layer, as in training; every architecture is compiled behind the marker.
 
     This one has mixture-of-depths, experts selected by a router, and single experts.
