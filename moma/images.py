@@ -24,6 +24,7 @@ import numpy as np
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
 from moma.errors import UserError, error_reason, shorten, storage_error
+from moma.svg import MAX_BYTES, draw_svg
 
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # Suffixes of these formats; of two files with the same stem, the earlier suffix is preferred.
@@ -35,7 +36,6 @@ MAX_PIXELS = 64_000_000
 # Pillow itself refuses larger images.
 PILLOW_MAX_PIXELS = 178_956_970
 DRAWING_SIDE = 512
-_MAX_DRAWING_BYTES = 16 * 2**20
 # Only smaller files are read again without their metadata.
 _MAX_REPAIR_BYTES = 256 * 2**20
 _PNG_END = bytes(4) + b"IEND" + zlib.crc32(b"IEND").to_bytes(4)
@@ -88,7 +88,7 @@ def read_image(
             raise UserError(f"{location}: {what} is not a regular file; {remedy}")
         if isinstance(file, Path) and file.suffix.lower() == ".svg":
             with file.open("rb") as opened:
-                svg = opened.read(_MAX_DRAWING_BYTES + 1)
+                svg = opened.read(MAX_BYTES + 1)
             return on_white(draw_svg(svg, DRAWING_SIDE, f"{location}: {what}"))
         return _use_image(file, decode)
     except UserError:
@@ -304,49 +304,6 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if isinstance(transparent, int):
         gray[levels == transparent] = 255
     return Image.fromarray(gray).convert("RGB")
-
-
-def draw_svg(svg: bytes, side: int, what: str) -> Image.Image:
-    """Draw an SVG image within `side` × `side` pixels, with transparency.
-
-    One that refers to other files is refused, since it may name any file of the machine.
-
-    Args:
-        what: its name, for messages.
-
-    Raises:
-        UserError: it is too large, or the package that draws is missing.
-        ValueError: it is not SVG, or refers to other files.
-    """
-    if len(svg) > _MAX_DRAWING_BYTES:
-        raise UserError(f"{what} is too large: a drawing may have 16 MiB; simplify it")
-    try:
-        import resvg_py
-    except ImportError as error:
-        raise UserError(f"{what}: to draw SVG, run pip install 'moma[demo]'") from error
-    from lxml import etree
-
-    parser = etree.XMLParser(resolve_entities="internal", no_network=True, load_dtd=False)
-    try:
-        root = etree.fromstring(svg, parser)
-    except etree.XMLSyntaxError as error:
-        raise ValueError(f"not XML: {error}") from error
-    links = [
-        value
-        for element in root.iter(etree.Element)
-        for key, value in element.attrib.items()
-        if etree.QName(element).localname in ("image", "feImage") and key.endswith("href")
-    ]
-    if not all(link.strip().startswith(("#", "data:")) for link in links):
-        raise ValueError("it refers to other files")
-    drawn = resvg_py.svg_to_bytes(
-        svg_string=etree.tostring(root, encoding="unicode"),
-        width=side,
-        height=side,
-        dpi=96,  # otherwise lengths in points are zero
-        skip_system_fonts=True,
-    )
-    return Image.open(io.BytesIO(bytes(drawn)))
 
 
 def square_pixels(image: Image.Image, size: int) -> np.ndarray:

@@ -26,8 +26,9 @@ from moma.data.sources.reading import CaptionedConfig, ReaderConfig, Row, check_
 from moma.demo.dictionary import package_folder
 from moma.errors import UserError, error_reason, list_names, quote, shorten
 from moma.files import read_bounded
-from moma.images import draw_svg, on_white
+from moma.images import on_white
 from moma.recipe import RequiredPath
+from moma.svg import draw_svg
 
 _COLLECTIONS = "collections.json"
 _REMEDY = "unpack the npm package @iconify/json there, or check the source's 'path'"
