@@ -7,8 +7,8 @@ not trusted: it is drawn at a fixed size and may not refer to files.
 """
 
 import json
-import math
 import re
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,8 @@ from moma.svg import draw_svg
 _COLLECTIONS = "collections.json"
 _REMEDY = "unpack the npm package @iconify/json there, or check the source's 'path'"
 _PREFIX = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+# Of a set, which is one file.
+_MAX_ICONS = 10**9
 # What an icon is where neither it nor its set says otherwise.
 _DEFAULTS = {"left": 0, "top": 0, "width": 16, "height": 16, "rotate": 0}
 
@@ -125,9 +127,10 @@ def _sets(folder: Path, prefixes: tuple[str, ...] | None) -> dict[Path, _Set]:
         if not isinstance(values, dict) or not _PREFIX.fullmatch(prefix):
             raise UserError(f"{file}: {quote(prefix)} is not a set; {_REMEDY}")
         if prefix in prefixes if prefixes is not None else values.get("palette"):
-            total = values.get("total")
-            count = total if isinstance(total, int) else 0
-            sets[folder / "json" / f"{prefix}.json"] = _Set(str(values.get("name", prefix)), count)
+            total = values.get("total", 0)
+            if not isinstance(total, int) or not 0 <= total <= _MAX_ICONS:
+                raise UserError(f"{file}: 'total' of {prefix} is not a number of icons; {_REMEDY}")
+            sets[folder / "json" / f"{prefix}.json"] = _Set(str(values.get("name", prefix)), total)
     if unknown := set(prefixes or ()) - collections.keys():
         raise UserError(f"{file}: has no set {list_names(sorted(unknown))}; correct 'sets'")
     if not sets:
@@ -147,7 +150,8 @@ def _number(key: str, icon: dict[str, Any], defaults: dict[str, Any]) -> float:
     """A measure of an icon: its own, else its set's, else the format's."""
     value = icon.get(key, defaults.get(key, _DEFAULTS[key]))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value):
+    # Not math.isfinite, which fails on integers that are larger than any float.
+    if not is_number or not abs(value) <= sys.float_info.max:
         raise UserError(f"{quote(key)} is not a number; leave its set out of 'sets'")
     if key in ("width", "height") and value <= 0:
         raise UserError(f"{quote(key)} is not a positive number; leave its set out of 'sets'")
@@ -173,4 +177,4 @@ def _draw(
     mirrored, flipped = flips
     image = ImageOps.mirror(image) if mirrored else image
     image = ImageOps.flip(image) if flipped else image
-    return image.rotate(-90 * int(view["rotate"]))
+    return image.rotate(-90 * (int(view["rotate"]) % 4))

@@ -63,13 +63,13 @@ def test_the_view_box_is_the_icon_s_else_the_set_s_and_is_centered(tmp_path):
     assert (np.asarray(image_of(row)) == RED).all()
 
 
-@pytest.mark.parametrize("rotate", range(4))
+@pytest.mark.parametrize("rotate", [0, 1, 2, 3, 4 * 10**307 + 1])
 @pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("flipped", [False, True])
 def test_turned_and_flipped_icons_are_those_of_svg(tmp_path, rotate, mirrored, flipped):
     """Flipped, then turned clockwise."""
     flips = f"translate({8 * mirrored} {8 * flipped}) scale({1 - 2 * mirrored} {1 - 2 * flipped})"
-    transformed = f'<g transform="rotate({90 * rotate} 4 4) {flips}">{CORNER}</g>'
+    transformed = f'<g transform="rotate({90 * (rotate % 4)} 4 4) {flips}">{CORNER}</g>'
     keys = {"rotate": rotate, "hFlip": mirrored, "vFlip": flipped}
     icons = {"a": {"body": CORNER, **keys}, "b": transformed}
     turned, reference = map(image_of, read(tmp_path, icons, width=8, height=8))
@@ -120,6 +120,8 @@ REFUSED = {
     "no_body": ({"width": 16}, "needs a text under 'body'"),
     "width": ({"body": SQUARE, "width": "16"}, "'width' is not a number"),
     "infinite": ({"body": SQUARE, "left": float("inf")}, "'left' is not a number"),
+    "huge": ({"body": SQUARE, "width": 10**400}, "'width' is not a number"),
+    "huge_turn": ({"body": SQUARE, "rotate": -(10**400)}, "'rotate' is not a number"),
     "height": ({"body": SQUARE, "height": 0}, "'height' is not a positive number"),
     "half\ud800": (SQUARE, "half of a surrogate pair"),
 }
@@ -176,6 +178,10 @@ def test_a_package_that_cannot_be_read_is_refused(tmp_path):
     for collections in ('{"../../fruit": {"palette": true}}', '{"fruit": []}'):
         (tmp_path / "collections.json").write_text(collections)
         refuses("fruit' is not a set")
+    for total in ("1" + "0" * 400, "-1", "null"):
+        values = f'{{"fruit": {{"palette": true, "total": {total}}}}}'
+        (tmp_path / "collections.json").write_text(values)
+        refuses("collections.json: 'total' of fruit is not a number of icons")
 
 
 def test_a_missing_package_that_draws_is_named_before_any_icon_is_read(tmp_path, monkeypatch):
