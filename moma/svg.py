@@ -144,4 +144,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _reason(code: int) -> str:
     if code == -signal.SIGPROF:
         return f"drawing it takes more than {_MAX_SECONDS:g} s of processor time"
+    if code > 0:
+        return "resvg-py, which draws it, does not start; install it again"
     return "drawing it fails: it is nested too deeply or takes more than 2 GiB of memory"

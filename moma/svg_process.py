@@ -35,7 +35,7 @@ def main(requests: BinaryIO, answers: BinaryIO) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             is_drawn, content = True, bytes(draw(svg_string=svg, width=side, height=side))
-        except Exception as error:
+        except BaseException as error:  # A panic of Rust is no Exception.
             is_drawn, content = False, str(error).encode()
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(ANSWER.pack(is_drawn, len(content)) + content)

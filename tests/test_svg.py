@@ -3,6 +3,7 @@
 import os
 import signal
 import struct
+import sys
 import zlib
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
@@ -101,3 +102,11 @@ def test_a_process_that_was_ended_between_two_drawings_is_started_again():
     os.kill(process.pid, signal.SIGKILL)
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     assert is_red(draw(RED))
+
+
+def test_a_package_that_does_not_start_is_no_fault_of_the_drawing(monkeypatch):
+    drawer = svg._Drawer()
+    monkeypatch.setattr(sys, "executable", "false")
+    monkeypatch.setattr(svg, "_drawer", lambda _: drawer)
+    with pytest.raises(ValueError, match=r"resvg-py, which draws it, does not start"):
+        draw(RED)
