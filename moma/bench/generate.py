@@ -72,6 +72,7 @@ class Sizes:
         dtype: of weights and caches, `fp32` or `bf16`.
         device: `cpu` or `cuda`; if omitted, the GPU if there is one.
         cpu_time: whether to measure CPU time, summed over threads, instead of wall-clock time.
+        graphs: whether moma may use CUDA graphs.
     """
 
     batches: tuple[int, ...] = (1, 8)
@@ -82,6 +83,7 @@ class Sizes:
     dtype: str = "fp32"
     device: str | None = None
     cpu_time: bool = False
+    graphs: bool = True
 
 
 class Variant(NamedTuple):
@@ -157,7 +159,7 @@ def _variants(recipes: Mapping[str, Recipe], sizes: Sizes, device: torch.device)
     vocabulary = synthetic_vocabulary(dense)
     variants = [transformers_variant(dense.model, vocabulary, device, dtype)]
     for name, recipe in recipes.items():
-        model = random_model(recipe.model, vocabulary, device, dtype)
+        model = random_model(recipe.model, vocabulary, device, dtype, sizes.graphs)
         variants.append(moma_variant(name, model))
         if sizes.drafts:
             variants.append(moma_variant(f"{name}+drafts", model, sizes.drafts))
@@ -293,7 +295,11 @@ def transformers_variant(
 
 
 def random_model(
-    config: ModelConfig, vocabulary: Vocabulary, device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    vocabulary: Vocabulary,
+    device: torch.device,
+    dtype: torch.dtype,
+    graphs: bool = True,
 ) -> Transformer:
     """Build a model with random weights, and thresholds by which it selects the usual shares.
 
@@ -322,5 +328,5 @@ def random_model(
             model(tokens_2BS.flatten(0, 1).to(device), None, None, routing, no_head).cutoffs
         )
         model.update_cutoffs(torch.stack((cutoff_T, torch.ones_like(cutoff_T))))
-    prepare_decoding(model.to(dtype))
+    prepare_decoding(model.to(dtype), graphs)
     return model

@@ -117,6 +117,7 @@ def generate(
     dtype: Dtype = "fp32",
     device: Device = None,
     cpu_time: CpuTime = False,
+    no_graphs: Annotated[bool, Option("--no-graphs", help="moma without CUDA graphs")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare generation with `transformers` and with the limit of memory bandwidth."""
@@ -126,7 +127,9 @@ def generate(
     _require_gpu(device)
     recipes = table2(row, overrides or (), only or ("moe_4t4i", "mod_moe_4t4i"))
     batches, modes = tuple(batch or Sizes.batches), (mode,) if mode else Sizes.modes
-    sizes = Sizes(batches, modes, tokens, drafts, repeats, dtype, device, cpu_time)
+    sizes = Sizes(
+        batches, modes, tokens, drafts, repeats, dtype, device, cpu_time, graphs=not no_graphs
+    )
     rows = bench_generate(recipes, sizes, quiet=as_json)
     print_result(rows, as_json, [records(f"generation, row {row}", rows)])
 

@@ -40,17 +40,13 @@ class NewTokens(NamedTuple):
 class Decoder:
     """Generates several sequences together; each may begin and end at any time.
 
-    By default, a sequence that is alone has drafts, unless its tokens choose experts or layers on a
-    CPU: a pass with drafts reads the weights that any of them uses (docs/results/generate.md).
-
     Args:
         model: a model that can route causally.
     """
 
     def __init__(self, model: Transformer):
         self._model, self._predictor = model, Predictor(model)
-        reads_more = model.head.weight.device.type == "cpu" and model.config.is_routed
-        self._drafts_alone = 0 if reads_more else DRAFTS
+        self._drafts_alone = drafts_alone(model)
         self._added: list[GeneratedSequence] = []
         self._active: list[GeneratedSequence] = []
         self._caches = model.new_caches(0)
@@ -114,6 +110,16 @@ class Decoder:
         else:
             self._caches = self._model.new_caches(0)
         self._active = kept
+
+
+def drafts_alone(model: Transformer) -> int:
+    """The drafts that a sequence has by default while it is alone.
+
+    None if its tokens choose experts or layers on a CPU: a pass with drafts reads the weights that
+    any of them uses (docs/results/generate.md).
+    """
+    reads_more = model.head.weight.device.type == "cpu" and model.config.is_routed
+    return 0 if reads_more else DRAFTS
 
 
 def decode(

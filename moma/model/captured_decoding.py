@@ -7,11 +7,13 @@ A graph reads and writes the same memory in every replay, and its shapes are fix
 and values are kept in buffers that stay where they are, and a graph attends to a fixed number of
 positions, of which a mask hides those that are not filled. It is computed from the lengths on the
 device, as the places of new keys and values are. Batches are filled up with padding. The numbers of
-sequences and of positions are powers of two, so that few graphs are captured.
+sequences and of positions are powers of two, so that few graphs are captured. Buffers have the size
+of the current batch; others replace them, and their graphs, when it changes.
 
 Shapes: see `caches.py`.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from weakref import ReferenceType, ref
 
@@ -29,15 +31,18 @@ from moma.model.caches import (
 )
 from moma.model.routing import MAX_UNSYNCHRONIZED_TOKENS, Routing
 
-# Graphs that are kept; of more, the one that was used least recently is dropped.
-MAX_GRAPHS = 32
+logger = logging.getLogger(__name__)
+
+# Buffers are kept while they have at most so many times the sequences of a batch, so that one that
+# varies by few sequences does not replace them again and again.
+_SPARE = 3
 
 # Computes a pass in buffers that were fixed before.
 Step = Callable[[], Tensor]
 # Returns a step that repeats the operations of the given one, which it may call at most once to
 # warm up and once to capture.
 Capture = Callable[[Step], Step]
-# Appends tokens [B, 1] to caches and returns hidden vectors [B, 1, D].
+# Appends tokens [B, S] to caches and returns hidden vectors [B, S, D].
 Pass = Callable[[Tensor, Caches], Tensor]
 
 
@@ -51,17 +56,20 @@ class CudaGraphs:
 
     def __call__(self, step: Step) -> Step:
         """See `Capture`."""
-        # What an operation does on its first call, such as loading a kernel, cannot be captured.
         stream, current = self._stream, torch.cuda.current_stream(self._stream.device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            step()
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
         pool = None if self._latest is None else self._latest.pool()
-        # Other threads may use the GPU meanwhile.
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-            output = step()
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                # What an operation does on its first call, such as loading a kernel, cannot be
+                # captured.
+                step()
+                graph = torch.cuda.CUDAGraph()
+                # Other threads may use the GPU meanwhile.
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+                    output = step()
+        finally:
+            current.wait_stream(stream)
         self._latest = graph
 
         def replay() -> Tensor:
@@ -75,7 +83,10 @@ class CapturedDecoder:
     """Computes passes over one new token of each sequence by replaying captured ones.
 
     The parameters of the model must stay where they are; their values may change. The buffers hold
-    the caches of one batch at a time; those of another are copied out before.
+    the caches of one batch at a time; those of another are copied out before. They have at most
+    six times the memory that these caches would have otherwise, and are dropped with them.
+
+    If capturing fails, all later passes are computed without.
 
     Args:
         capture: captures a pass.
@@ -85,63 +96,91 @@ class CapturedDecoder:
     def __init__(self, capture: Capture, padding: int):
         self._capture, self._padding = capture, padding
         self._buffers: _Buffers | None = None
-        self._steps: dict[tuple[int, tuple[int, int], Routing], Step] = {}
-
-    def serves(self, tokens_BS: Tensor, caches: Caches) -> bool:
-        """Whether the pass over these tokens can be captured; prompts and drafts are not."""
-        is_small = tokens_BS.shape[1] == 1 and len(tokens_BS) <= MAX_UNSYNCHRONIZED_TOKENS
-        if not is_small or torch.is_grad_enabled():
-            return False
-        is_cast = torch.is_autocast_enabled(tokens_BS.device.type)
-        return not is_cast and any(layer.key_BTGC.numel() for layer in caches.layers)
+        self._has_failed = False
 
     def __call__(
-        self, tokens_B1: Tensor, caches: Caches, routing: Routing, compute: Pass
+        self, tokens_BS: Tensor, caches: Caches, routing: Routing, compute: Pass
     ) -> Tensor:
-        """Return the hidden vectors of tokens and append them to the caches.
+        """Append tokens to the caches and return their hidden vectors, [B, S, D].
 
         Args:
-            compute: computes a pass with this routing, without waiting for the device.
+            compute: computes a pass with this routing; for few tokens, without waiting for the
+                device.
         """
-        count = len(tokens_B1)
-        sequences = 1 << (count - 1).bit_length()
-        positions = _positions(caches.lengths()[:1]), _positions(caches.lengths()[1:])
-        buffers = self._reserve(caches, sequences, positions)
-        buffers.hold(caches)
-        buffers.tokens_B1[:count].copy_(tokens_B1)
-        buffers.tokens_B1[count:].fill_(self._padding)
-        key = sequences, positions, routing
-        step = self._steps.pop(key, None)
-        if step is None:
-            static = buffers.view(caches, sequences, positions)
-            step = self._captured(buffers.tokens_B1[:sequences], static, compute)
-        self._steps[key] = step  # the last one is the one used most recently
-        if len(self._steps) > MAX_GRAPHS:
-            del self._steps[next(iter(self._steps))]
-        hidden_B1D = step()[:count].clone()  # the next replay overwrites it
+        if not self._serves(tokens_BS, caches):
+            if self._buffers is not None and self._buffers.owner() is caches:
+                self._drop()
+            return compute(tokens_BS, caches)
+        try:
+            step = self._prepare(tokens_BS, caches, routing, compute)
+        except Exception as error:  # whatever a driver or a kernel raises
+            logger.warning(
+                "capturing a CUDA graph failed; decoding goes on without (%s: %s)",
+                type(error).__name__,
+                error,
+            )
+            self._has_failed = True
+            self._drop()
+            return compute(tokens_BS, caches)
+        hidden_B1D = step()[: len(tokens_BS)].clone()  # the next replay overwrites it
         for lengths in caches.lengths():
             lengths.replayed(1)
         return hidden_B1D
 
-    def _reserve(self, caches: Caches, sequences: int, positions: tuple[int, int]) -> "_Buffers":
-        """Return buffers that are large enough; graphs that used smaller ones are dropped."""
-        old = self._buffers
-        if old is not None:
-            largest = max(positions[0], old.positions[0]), max(positions[1], old.positions[1])
-            if old.sequences >= sequences and old.positions == largest:
-                return old
-            sequences, positions = max(sequences, old.sequences), largest
-        self._steps.clear()
+    def _serves(self, tokens_BS: Tensor, caches: Caches) -> bool:
+        """Whether the pass over these tokens can be captured; prompts and drafts are not."""
+        is_small = tokens_BS.shape[1] == 1 and len(tokens_BS) <= MAX_UNSYNCHRONIZED_TOKENS
+        if self._has_failed or not is_small or torch.is_grad_enabled():
+            return False
+        is_cast = torch.is_autocast_enabled(tokens_BS.device.type)
+        return not is_cast and any(layer.key_BTGC.numel() for layer in caches.layers)
+
+    def _prepare(self, tokens_B1: Tensor, caches: Caches, routing: Routing, compute: Pass) -> Step:
+        """Return the step that computes a pass, with its input in the buffers."""
+        buffers = self._reserve(caches, len(tokens_B1))
+        buffers.hold(caches, self._forget)
+        buffers.tokens_B1[: len(tokens_B1)].copy_(tokens_B1)
+        buffers.tokens_B1[len(tokens_B1) :].fill_(self._padding)
+        if routing not in buffers.steps:
+            buffers.steps[routing] = self._captured(buffers.tokens_B1, buffers.caches, compute)
+        return buffers.steps[routing]
+
+    def _reserve(self, caches: Caches, count: int) -> "_Buffers":
+        """Return buffers of the size of a batch; others are dropped before."""
+        sequences, old = 1 << (count - 1).bit_length(), self._buffers
+        positions = _positions(caches.lengths()[:1]), _positions(caches.lengths()[1:])
+        if old is not None and sequences < old.sequences <= _SPARE * count:
+            sequences = old.sequences
+        if old is not None and old.owner() is caches:
+            # Outside of buffers, the positions of caches do not become fewer, either.
+            before = old.positions
+            positions = max(positions[0], before[0]), max(positions[1], before[1])
+        if old is not None and (old.sequences, old.positions) == (sequences, positions):
+            return old
+        del old  # so that its memory is free
+        self._drop()
         self._buffers = _Buffers(caches, sequences, positions)
         return self._buffers
 
+    def _drop(self) -> None:
+        """Give the caches that are held memory of their own, and free the buffers."""
+        if self._buffers is not None:
+            self._buffers.release()
+            self._buffers = None
+
+    def _forget(self, owner: ReferenceType[Caches]) -> None:
+        """Free the buffers of caches that are gone."""
+        if self._buffers is not None and self._buffers.owner is owner:
+            self._buffers = None
+
     def _captured(self, tokens_B1: Tensor, caches: Caches, compute: Pass) -> Step:
         before = [each.length_B.clone() for each in caches.lengths()]
-        step = self._capture(lambda: compute(tokens_B1, caches))
-        # Capturing may have computed the pass. What it stored is overwritten by the first replay.
-        for lengths, before_B in zip(caches.lengths(), before, strict=True):
-            lengths.length_B.copy_(before_B)
-        return step
+        try:
+            return self._capture(lambda: compute(tokens_B1, caches))
+        finally:
+            # The pass may have been computed. What it stored is overwritten by the next one.
+            for lengths, before_B in zip(caches.lengths(), before, strict=True):
+                lengths.length_B.copy_(before_B)
 
 
 def _positions(lengths: Sequence[CacheLengths]) -> int:
@@ -186,12 +225,15 @@ class _StaticCaches(Caches):
 
 
 class _Buffers:
-    """Tokens and caches whose memory stays in its place.
+    """Tokens and caches whose memory stays in its place, and what was captured in it.
 
     Attributes:
-        sequences: maximum number of sequences.
-        positions: maximum numbers of positions that tokens attend to; see `_StaticCaches`.
+        sequences: number of sequences.
+        positions: numbers of positions that tokens attend to; see `_StaticCaches`.
         tokens_B1: a token of each sequence.
+        caches: those that captured passes use.
+        steps: captured passes.
+        owner: refers to the caches whose tensors are held.
     """
 
     def __init__(self, like: Caches, sequences: int, positions: tuple[int, int]):
@@ -207,14 +249,20 @@ class _Buffers:
                 # One more position takes what padding leaves.
                 size = positions[layer.lengths is not like.tokens] + 1
                 self._state += [key_BTGC.new_zeros(sequences, size, *shape) for _ in range(2)]
-        self._owner: ReferenceType[Caches] | None = None
+        self.caches = _StaticCaches(like, self._state, positions)
+        self.steps: dict[Routing, Step] = {}
+        self.owner: Callable[[], Caches | None] = _nothing
         self._held: list[Tensor] = []
 
-    def hold(self, caches: Caches) -> None:
-        """Move the tensors of caches into the buffers, unless they are there already."""
-        if self._owner is None or self._owner() is not caches:
+    def hold(self, caches: Caches, forget: Callable[[ReferenceType[Caches]], None]) -> None:
+        """Move the tensors of caches into the buffers, unless they are there already.
+
+        Args:
+            forget: called when the caches are gone.
+        """
+        if self.owner() is not caches:
             self.release()
-            self._owner, self._held = ref(caches), self._state
+            self.owner, self._held = ref(caches, forget), self._state
         self._held = [
             tensor if tensor is held else _move(tensor, buffer)
             for tensor, held, buffer in zip(caches.state(), self._held, self._state, strict=True)
@@ -223,20 +271,17 @@ class _Buffers:
 
     def release(self) -> None:
         """Give the caches that are held memory of their own."""
-        caches = None if self._owner is None else self._owner()
+        caches = self.owner()
         if caches is not None:
-            caches.replace_state([tensor.clone() for tensor in caches.state()])
-        self._owner = None
+            pairs = zip(caches.state(), self._held, strict=True)
+            caches.replace_state(
+                [tensor.clone() if tensor is held else tensor for tensor, held in pairs]
+            )
+        self.owner, self._held = _nothing, []
 
-    def view(self, like: Caches, sequences: int, positions: tuple[int, int]) -> Caches:
-        """Caches of the first sequences, which attend to the first positions."""
-        state = [tensor[:sequences] for tensor in self._state]
-        first = len(like.lengths())
-        for number, layer in enumerate(like.layers):
-            size = positions[layer.lengths is not like.tokens] + 1
-            for index in (first + 2 * number, first + 2 * number + 1):
-                state[index] = state[index][:, :size]
-        return _StaticCaches(like, state, positions)
+
+def _nothing() -> None:
+    """What a reference to caches that are gone returns."""
 
 
 def _move(tensor: Tensor, buffer: Tensor) -> Tensor:

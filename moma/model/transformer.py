@@ -176,9 +176,8 @@ class Transformer(nn.Module):
     def _decode(self, tokens_BS: Tensor, caches: Caches, routing: Routing) -> Tensor:
         """Append tokens to caches and return the normalized output of the last layer, [B, S, D]."""
         compute = partial(self._hidden, routing=routing)
-        captured = self.captured_decoder
-        if captured is not None and captured.serves(tokens_BS, caches):
-            return captured(tokens_BS, caches, routing, compute)
+        if self.captured_decoder is not None:
+            return self.captured_decoder(tokens_BS, caches, routing, compute)
         return compute(tokens_BS, caches)
 
     def _hidden(self, tokens_BS: Tensor, caches: Caches, routing: Routing) -> Tensor:

@@ -127,6 +127,19 @@ def test_json_has_a_record_per_variant_batch_and_mode(monkeypatch):
     assert "text" in table.stdout and " image " not in table.stdout
 
 
+def test_no_graphs_reaches_the_preparation(monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "moma.bench.generate.prepare_decoding", lambda model, graphs: found.append(graphs)
+    )
+    arguments = ["--row", "256", "--batch", "1", "--mode", "text", "--tokens", "1"]
+    arguments += ["--repeats", "1", "--device", "cpu", "--only", "moe_1t1i", "--json"]
+    for options in ([], ["--no-graphs"]):
+        result = CliRunner().invoke(app, ["bench", "generate", *arguments, *options, *SMALL])
+        assert result.exit_code == 0, result.output
+    assert found == [True, True, False, False]
+
+
 def test_what_transformers_lacks_is_refused():
     arguments = ["bench", "generate", "--row", "256", *SMALL, "model.tied_embeddings=true"]
     result = CliRunner().invoke(app, arguments)

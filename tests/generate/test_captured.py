@@ -43,4 +43,4 @@ def test_captured_passes_change_nothing(groups, routing, monkeypatch):
     expected = answers_of(model, requests, batch=4)
     recordings = capture_passes(never_waiting(monkeypatch, model))
     assert answers_of(model, requests, batch=4) == expected
-    assert recordings.replays > 3 * recordings.captures
+    assert recordings.replays > recordings.captures > 0

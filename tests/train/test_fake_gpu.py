@@ -5,9 +5,12 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from moma.generate.decode import drafts_alone
+from moma.generate.sequence import DRAFTS
 from moma.model.architecture import ModelConfig
 from moma.model.attention_kernels import attention_kernel
-from moma.model.captured_decoding import CapturedDecoder, Step
+from moma.model.captured_decoding import Step
+from moma.model.decoding import prepare_decoding
 from moma.model.dispatch import dispatch_for
 from moma.model.float8_experts import use_float8_experts
 from moma.model.routing import BatchChoice, Threshold, uniform_routing
@@ -88,13 +91,21 @@ def check_decoding(model: Transformer) -> None:
         logits = model(tokens_BS, routing=routing, caches=caches).head
         assert logits.shape == (2, size, VOCABULARY.size) and logits.dtype == torch.bfloat16
     assert_on_gpu(caches.state())
+    assert drafts_alone(model) == DRAFTS
     captured: list[Step] = []
 
     def capture(step: Step) -> Step:
         captured.append(step)
         return step
 
-    model.captured_decoder = CapturedDecoder(capture, VOCABULARY.padding)
+    with (
+        patch("moma.model.decoding.CudaGraphs", lambda device: capture),
+        patch("torch.version.cuda", "13.0"),
+    ):
+        prepare_decoding(model, graphs=False)
+        assert model.captured_decoder is None
+        prepare_decoding(model)
+        assert model.captured_decoder is not None
     for _ in range(2):
         tokens_BS = torch.full((2, 1), 7, device=GPU)
         logits = model(tokens_BS, routing=routing, caches=caches).head
