@@ -29,13 +29,14 @@ MAX_BYTES = 16 * 2**20
 _MAX_SECONDS = 10.0
 
 
-def draw_svg(svg: bytes, side: int, what: str) -> Image.Image:
+def draw_svg(svg: bytes, side: int, what: str, drawer: "Drawer | None" = None) -> Image.Image:
     """Draw an SVG image within `side` × `side` pixels, with transparency.
 
     One that refers to other files is refused, since it may name any file of the machine.
 
     Args:
         what: its name, for messages.
+        drawer: draws it; by default one of this process.
 
     Raises:
         UserError: it is too large, or the package that draws is missing.
@@ -61,8 +62,8 @@ def draw_svg(svg: bytes, side: int, what: str) -> Image.Image:
     ]
     if not all(link.strip().startswith(("#", "data:")) for link in links):
         raise ValueError("it refers to other files")
-    drawn = _drawer(os.getpid()).draw(etree.tostring(root, encoding="utf-8"), side)
-    return Image.open(io.BytesIO(drawn))
+    drawer = drawer or _drawer(os.getpid())
+    return Image.open(io.BytesIO(drawer.draw(etree.tostring(root, encoding="utf-8"), side)))
 
 
 @cache
@@ -70,12 +71,20 @@ def _can_draw() -> bool:
     return importlib.util.find_spec("resvg_py") is not None
 
 
-class _Drawer:
-    """Draws in another process, one image at a time."""
+class Drawer:
+    """Draws in another process, one image at a time.
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+    Args:
+        max_seconds: processor time of a drawing.
+        python: the interpreter that runs the process.
+
+    Attributes:
+        process: the process that draws; None before it is needed.
+    """
+
+    def __init__(self, max_seconds: float = _MAX_SECONDS, python: str = sys.executable) -> None:
+        self._lock, self._max_seconds, self._python = threading.Lock(), max_seconds, python
+        self.process: subprocess.Popen[bytes] | None = None
 
     def draw(self, svg: bytes, side: int) -> bytes:
         """Return the PNG file of an SVG image.
@@ -84,33 +93,40 @@ class _Drawer:
             ValueError: it cannot be drawn, or not within the limits.
         """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = _start()
-            process = self._process
+            if self.process is None or self.process.poll() is not None:
+                self.process = _start(self._python)
+            process = self.process
             try:
-                is_drawn, content = _ask(process, svg, side)
+                is_drawn, content = _ask(process, svg, side, self._max_seconds)
             except BaseException as error:
                 # Also where a signal interrupts it: the next answer would be that of this request.
-                self._process = None
+                self.process = None
                 _end(process)
                 if isinstance(error, EOFError | BrokenPipeError):
-                    raise ValueError(_reason(process.returncode)) from error
+                    raise ValueError(self._reason(process.returncode)) from error
                 raise
         if not is_drawn:
             raise ValueError(content.decode())
         return content
 
+    def _reason(self, code: int) -> str:
+        if code == -signal.SIGPROF:
+            return f"drawing it takes more than {self._max_seconds:g} s of processor time"
+        if code > 0:
+            return "resvg-py, which draws it, does not start; install it again"
+        return "drawing it fails: it is nested too deeply or takes more than 2 GiB of memory"
+
 
 @cache
-def _drawer(process_id: int) -> _Drawer:
+def _drawer(process_id: int) -> Drawer:
     """The drawer of this process: one that was forked shares no pipe with the one before."""
-    return _Drawer()
+    return Drawer()
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start(python: str) -> subprocess.Popen[bytes]:
     script = Path(__file__).with_name("svg_process.py")
     return subprocess.Popen(
-        [sys.executable, "-P", str(script)],
+        [python, "-P", str(script)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -118,9 +134,11 @@ def _start() -> subprocess.Popen[bytes]:
     )
 
 
-def _ask(process: subprocess.Popen[bytes], svg: bytes, side: int) -> tuple[bool, bytes]:
+def _ask(
+    process: subprocess.Popen[bytes], svg: bytes, side: int, max_seconds: float
+) -> tuple[bool, bytes]:
     requests, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-    requests.write(REQUEST.pack(len(svg), side, _MAX_SECONDS) + svg)
+    requests.write(REQUEST.pack(len(svg), side, max_seconds) + svg)
     requests.flush()
     header = answers.read(ANSWER.size)
     if len(header) < ANSWER.size:
@@ -139,11 +157,3 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         # What is left to write cannot be.
         with suppress(BrokenPipeError):
             cast(IO[bytes], pipe).close()
-
-
-def _reason(code: int) -> str:
-    if code == -signal.SIGPROF:
-        return f"drawing it takes more than {_MAX_SECONDS:g} s of processor time"
-    if code > 0:
-        return "resvg-py, which draws it, does not start; install it again"
-    return "drawing it fails: it is nested too deeply or takes more than 2 GiB of memory"
