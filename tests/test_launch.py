@@ -56,6 +56,19 @@ def write_programs(folder: Path, **programs: str) -> None:
         (folder / name).chmod(0o755)
 
 
+def run_as_job(
+    programs: Path, environment: dict[str, str], name: str, *arguments: str
+) -> subprocess.CompletedProcess[bytes]:
+    """Run a script of `launch` as the job 7 of Slurm, with programs of a folder."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}
+    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", str(LAUNCH / name), *arguments],
+        env=os.environ | path | slurm | environment,
+        check=False,
+    )
+
+
 @pytest.fixture
 def slurm(tmp_path):
     write_programs(tmp_path, scontrol=SCONTROL, srun=SRUN, moma=MOMA)
@@ -201,15 +214,9 @@ def test_data_is_prepared_on_a_ray_cluster_of_the_nodes(tmp_path, code, expected
         ray='#!/bin/bash\necho "$RAY_AUTH_MODE $@" >> "$FOUND/ray"\n',
         moma=f'#!/bin/bash\necho "$@" > "$FOUND/moma"\nexit {code}\n',
     )
-    environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "FOUND": str(found),
-        "SLURM_JOB_ID": "7",
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_CPUS_PER_TASK": "4",
-    }
-    script = [str(LAUNCH / "slurm_prepare.sbatch"), "my.toml", "data.seed=1"]
-    done = subprocess.run(["bash", *script], env=environment, check=False)
+    environment = {"FOUND": str(found), "SLURM_JOB_NODELIST": "node[1-2]"}
+    script = ("slurm_prepare.sbatch", "my.toml", "data.seed=1")
+    done = run_as_job(tmp_path, environment, *script)
     assert done.returncode == expected
     assert (found / "moma").read_text().split() == [
         *("prepare", "my.toml", "data.seed=1", "--ray", "auto")
@@ -297,16 +304,9 @@ def test_a_job_of_an_array_trains_runs_of_a_study(tmp_path, code, restarts, expe
         srun='#!/bin/bash\n[ "$1 $2" = "--ntasks=1 --cpus-per-task=4" ] || exit 9\nexec "${@:3}"\n',
         moma=f'#!/bin/bash\nprintf "%s\\n" "$@" > "$FOUND/called"\n{stop}\nexit {code}\n',
     )
-    environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "FOUND": str(tmp_path),
-        "SLURM_JOB_ID": "7",
-        "SLURM_CPUS_PER_TASK": "4",
-        "SLURM_RESTART_COUNT": str(restarts),
-        "MAX_FAILURES": "3",
-    }
-    script = [str(LAUNCH / "slurm_study.sbatch"), "my.toml", "study.seeds=[0, 1]"]
-    done = subprocess.run(["bash", *script], env=environment, check=False)
+    environment = {"SLURM_RESTART_COUNT": str(restarts), "MAX_FAILURES": "3"}
+    script = ("slurm_study.sbatch", "my.toml", "study.seeds=[0, 1]")
+    done = run_as_job(tmp_path, environment | {"FOUND": str(tmp_path)}, *script)
     assert done.returncode == expected
     assert (tmp_path / "called").read_text() == "study\nmy.toml\nstudy.seeds=[0, 1]\n"
     assert (tmp_path / "requeued").exists() == requeued
