@@ -369,7 +369,7 @@ def synthetic_recipe(
 
 
 def set_thresholds(model: Transformer, tokens_BS: Tensor) -> None:
-    """Set the thresholds of all routers to those of batch choice on one micro-batch.
+    """Set the thresholds of all routers to those of expert choice on one micro-batch.
 
     They are a little higher, since a token whose score is a threshold is selected by chance of
     rounding.

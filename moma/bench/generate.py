@@ -314,7 +314,7 @@ def random_model(
     for number in range(config.layers):
         # The tokens of a sequence would choose alike if they had much context in common.
         model.get_parameter(f"layers.{number}.attention.output.weight").zero_()
-    if config.has_batch_choice:
+    if config.has_expert_choice:
         codes = torch.tensor(vocabulary.image_codes)
         first = int(codes.max()) + 1
         tokens_2BS = torch.stack(

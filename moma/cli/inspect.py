@@ -143,7 +143,9 @@ def _batches(
     from moma.train.restore import require_routing
 
     found: dict[RoutingName, Batch | None] = {}
-    names: list[RoutingName] = ["causal", "choice"] if model.config.has_batch_choice else ["causal"]
+    names: list[RoutingName] = (
+        ["causal", "choice"] if model.config.has_expert_choice else ["causal"]
+    )
     for name in [only] if only else names:
         require_routing(run, model, name)
         try:

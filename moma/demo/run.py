@@ -146,7 +146,7 @@ def _prepare_and_train(
     if routers:
         with clock("routers"):
             for each in recipes:
-                if each.model.has_batch_choice:
+                if each.model.has_expert_choice:
                     stage = {"stage": "aux_router", "from_": each.run, "run": each.run / ROUTER_RUN}
                     train(each.model_copy(update=stage), world, quiet)
 

@@ -148,8 +148,8 @@ class ModelConfig(Config):
         return "grouped" if self.depth_layers and single > 1 else "sequential"
 
     @property
-    def has_batch_choice(self) -> bool:
-        """Whether any layer selects tokens over the batch, so that causal routing differs."""
+    def has_expert_choice(self) -> bool:
+        """Whether any layer selects over the micro-batch, so that causal routing differs."""
         return bool(self.depth_layers) or (self.is_routed and self.token_choice_config is None)
 
     @property

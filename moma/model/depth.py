@@ -31,8 +31,8 @@ from moma.model.routers import (
     select_slots,
 )
 from moma.model.routing import (
-    BatchChoice,
     CapacityName,
+    ExpertChoice,
     Policy,
     Routing,
     Scores,
@@ -166,7 +166,7 @@ class DepthRouter(nn.Module):
         x_ND, eligible_BS = x_BSD.flatten(0, 1), modality_BS >= 0
         logits_N1 = router_logits(self.router.weight, x_ND)
         auxiliary_N1 = auxiliary_logits(self.auxiliary, x_ND, policy, routing)
-        is_noisy = self.noise and self.training and isinstance(policy, BatchChoice)
+        is_noisy = self.noise and self.training and isinstance(policy, ExpertChoice)
         noise_N1 = logistic_noise(logits_N1) if is_noisy else None
         pools = list(self._pools(logits_N1, auxiliary_N1, modality_BS))
         cutoff_P, excess = None, None

@@ -34,8 +34,8 @@ from moma.model.routers import (
     select_slots,
 )
 from moma.model.routing import (
-    BatchChoice,
     CapacityName,
+    ExpertChoice,
     RaggedSelection,
     Routing,
     Scores,
@@ -236,7 +236,7 @@ class ExpertGroup(nn.Module):
         policy = routing.experts
         scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
         clean_EN = None
-        if self.noise and self.training and isinstance(policy, BatchChoice):
+        if self.noise and self.training and isinstance(policy, ExpertChoice):
             clean_EN = scores.logits_RN
             scores = scores._replace(logits_RN=clean_EN + logistic_noise(clean_EN.T).T)
         selection, cutoff_E, excess = select_slots(policy, scores, clean_EN)

@@ -50,7 +50,7 @@ class AuxiliaryRouter(nn.Module):
 class Router(nn.Linear):
     """The main router of a group of experts, or of a layer with mixture-of-depths.
 
-    It keeps running means of the cutoffs of batch choice, which are thresholds for causal routing
+    It keeps running means of the cutoffs of expert choice, which are thresholds for causal routing
     (arXiv 2603.11535).
 
     Args:
@@ -104,19 +104,19 @@ def select_slots(
         clean_logits_RN: the logits without noise, if noise was added to `scores`.
 
     Returns:
-        The selection; the cutoffs of batch choice by clean logits, [R]; and the number of
-        candidates that found no slot, None under batch choice.
+        The selection; the cutoffs of expert choice by clean logits, [R]; and the number of
+        candidates that found no slot, None under expert choice.
     """
     assert policy.capacity is not None
     slots = scores.slots(policy.capacity)
     candidate_RN = policy.candidates(scores)
     selection = chosen = select_top_k(scores.logits_RN, candidate_RN, slots)
-    is_choice = candidate_RN is scores.eligible_RN
+    is_expert_choice = candidate_RN is scores.eligible_RN
     clean_RN = scores.logits_RN if clean_logits_RN is None else clean_logits_RN
-    if not is_choice or clean_logits_RN is not None:
+    if not is_expert_choice or clean_logits_RN is not None:
         chosen = select_top_k(clean_RN, scores.eligible_RN, slots)
     cutoff_R = cutoffs_of(clean_RN, scores.eligible_RN, chosen.index_EK)
-    excess = None if is_choice else candidate_RN.sum() - selection.filled_EK.sum()
+    excess = None if is_expert_choice else candidate_RN.sum() - selection.filled_EK.sum()
     return selection, cutoff_R, excess
 
 
@@ -131,7 +131,7 @@ class RouterRecord(NamedTuple):
         eligible_N: the tokens that the router selected from.
         logits_NE: the main router's logits, detached.
         kind: a router of `experts`, or of mixture-of-depths (`depth`, with E = 1).
-        excess: number of tokens above a threshold that found no slot; None under batch choice.
+        excess: number of tokens above a threshold that found no slot; None under expert choice.
         score_NE: factors of the experts' outputs for the tokens that they process, detached; None:
             sigmoid of the logits.
     """
@@ -188,7 +188,7 @@ class Diagnostics(NamedTuple):
         nonfinite: boolean on the device: whether a router's score or the output is NaN or infinite;
             None if it was not checked.
         record: the router's record, if requested.
-        cutoff_E: the cutoffs of batch choice by the router's logits, under a policy with slots.
+        cutoff_E: the cutoffs of expert choice by the router's logits, under a policy with slots.
         load_O: the load of a router under token choice; see `TokenChoices`.
         loss: a loss of the router itself, with its weight, to add to the mean loss of the targets.
     """

@@ -55,8 +55,10 @@ class Scores(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BatchChoice:
-    """Expert choice: each row takes its highest-scored eligible tokens (Equation 1).
+class ExpertChoice:
+    """Expert choice: each row selects its highest-scored eligible tokens.
+
+    A row is one of the experts (Equation 1), or of a depth router (Equation 2).
 
     Attributes:
         capacity: slots of a row. `static` follows the recipe's modality shares, so that all shapes
@@ -76,7 +78,7 @@ class Threshold:
     """A token is taken if its logit exceeds the row's threshold; without slots this is causal.
 
     Attributes:
-        capacity: slots of a row, as for `BatchChoice`; the lowest-scored tokens beyond them are
+        capacity: slots of a row, as for `ExpertChoice`; the lowest-scored tokens beyond them are
             dropped. None: unlimited.
     """
 
@@ -139,7 +141,7 @@ class Noisy:
         return (selected_RN ^ inverted_RN) & scores.eligible_RN
 
 
-Policy = BatchChoice | Threshold | Auxiliary | Half | Noisy
+Policy = ExpertChoice | Threshold | Auxiliary | Half | Noisy
 
 
 def selected_by(policy: Policy, scores: Scores) -> Tensor:
@@ -166,8 +168,8 @@ class Routing:
         checks: whether non-finite values are looked for; decoding one token costs less without.
     """
 
-    experts: Policy = field(default_factory=BatchChoice)
-    depth: Policy = field(default_factory=BatchChoice)
+    experts: Policy = field(default_factory=ExpertChoice)
+    depth: Policy = field(default_factory=ExpertChoice)
     raises: bool = True
     record_auxiliary: bool = False
     record_selection: bool = False
@@ -191,7 +193,7 @@ def uniform_routing(policy: Policy, **flags: bool) -> Routing:
 
 # A model's own causal routing is `Transformer.causal_routing`.
 ROUTINGS: dict[RoutingName, Routing] = {
-    "choice": uniform_routing(BatchChoice("actual")),
+    "choice": uniform_routing(ExpertChoice("actual")),
     "threshold": uniform_routing(Threshold()),
     "auxiliary": uniform_routing(Auxiliary()),
     "half": Routing(Threshold(), Half()),

@@ -59,8 +59,8 @@ class ModelOutput(NamedTuple):
         nonfinite_L: booleans on the device: layers whose output or router scores are NaN or
             infinite. The first one is the cause; later ones follow from it. Empty without
             `Routing.checks`.
-        cutoffs: for each router of a policy with slots, layer by layer, the cutoffs of batch choice
-            [E].
+        cutoffs: for each router of a policy with slots, layer by layer, the cutoffs [E] of expert
+            choice.
         loads: for each router under token choice with slots, layer by layer, its load [O]; see
             `TokenChoices`.
         router_loss: sum of the routers' own losses, to add to the mean loss of the targets; None
@@ -307,7 +307,7 @@ class Transformer(nn.Module):
         }
 
     def named_routing(self, name: RoutingName, **flags: bool) -> Routing:
-        """Routing by its name: batch choice has actual capacity, `causal` is `causal_routing`.
+        """Routing by its name: expert choice has actual capacity, `causal` is `causal_routing`.
 
         Args:
             flags: of `Routing`.

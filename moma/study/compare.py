@@ -90,7 +90,7 @@ def measure(run: Run, quiet: bool = False, name: str | None = None) -> Measured:
 
 
 def _routings(model: Transformer) -> Sequence[RoutingName]:
-    return ("choice", "causal", "auxiliary") if model.config.has_batch_choice else ("choice",)
+    return ("choice", "causal", "auxiliary") if model.config.has_expert_choice else ("choice",)
 
 
 def summary(measured: Sequence[Measured]) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def add_comparison(page: Page, measured: Sequence[Measured]) -> None:
         page.add_table(each)
     _add_reconstructions(page, measured[0])
     for number, run in enumerate(measured):
-        if run.model.config.has_batch_choice:
+        if run.model.config.has_expert_choice:
             _add_routing(page, run, f"routing-{number}")
     page.add_table(
         runs_table((each.name, each.run.path, training_seconds(each.metrics)) for each in measured)

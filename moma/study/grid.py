@@ -266,9 +266,9 @@ def _check_runs(path: Path, runs: Sequence[StudyRun]) -> None:
 
 
 def _held_out_data(run: StudyRun, recipe: Recipe) -> dict[str, object]:
-    """What must be equal for losses of the same documents, by batch choice among the same tokens.
+    """What must be equal for losses of the same documents, by expert choice among the same tokens.
 
-    If all held-out documents are measured, batch choice may be among other numbers of tokens.
+    If all held-out documents are measured, expert choice may be among other numbers of tokens.
     """
     ignored = {} if run.config.batches else {"micro_batch_size": None}
     return vars(recipe.data) | ignored

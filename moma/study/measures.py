@@ -23,7 +23,7 @@ from moma.evaluate.perplexity import sum_losses
 from moma.evaluate.suite import run_suite
 from moma.generate.mixed import MixedModel
 from moma.model.routers import RouterRecord
-from moma.model.routing import ROUTINGS, BatchChoice, Noisy, Routing, Threshold
+from moma.model.routing import ROUTINGS, ExpertChoice, Noisy, Routing, Threshold
 from moma.model.transformer import Transformer, no_head
 from moma.runs import Run
 from moma.runtime.world import World
@@ -40,7 +40,7 @@ Measure = Callable[[Run, int], dict[str, Any]]
 # Suites that need no other documents than those of the run.
 HELD_OUT_SUITES = ("perplexity", "captions", "retrieval")
 FLIP_RATES = (0.0025, 0.005, 0.01, 0.05)
-# Seed of the order of held-out documents, on which batch choice depends.
+# Seed of the order of held-out documents, on which expert choice depends.
 _ORDER = 0
 
 
@@ -54,20 +54,20 @@ def measure_routing(run: Run, batches: int = 0) -> dict[str, Any]:
     """What causal routing changes, compared with expert choice over the micro-batch.
 
     Returns:
-        `losses`: with thresholds of the experts and true choice of the depth routers, and the
+        `losses`: with thresholds of the experts and expert choice of the depth routers, and the
         reverse (`choice depth`, `choice experts`); and with decisions of the depth routers (without
         these, of the experts) inverted at random with some rates (§4.6; `flips RATE`).
         `agreement`: of each router with thresholds and each modality, the share of decisions on
-        eligible tokens that thresholds (and trained auxiliary routers) make as batch choice does,
+        eligible tokens that thresholds (and trained auxiliary routers) make as expert choice does,
         for the same logits.
         `taken`: of each kind of router, the experts per eligible token under thresholds, for
         documents as they are (`mixed`), those without images (`text`), and images without their
         text (`image`).
     """
     model, recipe = _load(run)
-    if not model.config.has_batch_choice or not model.has_thresholds:
+    if not model.config.has_expert_choice or not model.has_thresholds:
         return {}
-    choice, threshold = BatchChoice("actual"), Threshold()
+    choice, threshold = ExpertChoice("actual"), Threshold()
     routings: dict[str, Routing] = {}
     if model.config.depth_layers:
         routings["choice depth"] = Routing(threshold, choice)
@@ -157,7 +157,7 @@ def losses(
 
 
 def _routings(model: Transformer) -> dict[str, Routing]:
-    if not model.config.has_batch_choice:
+    if not model.config.has_expert_choice:
         return {"all": model.named_routing("choice")}
     return {name: model.named_routing(name) for name in ROUTINGS if has_routing(model, name)}
 

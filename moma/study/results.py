@@ -199,8 +199,9 @@ def study_tables(summary: Mapping[str, Any]) -> list[Table]:
             result,
             "routing/losses",
             "Held-out loss when part of the routing changes",
-            "`choice depth`: true choice of the depth routers, thresholds of the experts; `choice "
-            "experts`: the reverse; `flips`: thresholds, with a share of decisions inverted.",
+            "`choice depth`: expert choice of the depth routers, thresholds of the experts; "
+            "`choice experts`: the reverse; `flips`: thresholds, with a share of decisions "
+            "inverted.",
         ),
         _agreement_table(result),
         _taken_table(result),
@@ -252,8 +253,8 @@ def _agreement_table(result: Mapping[str, Any]) -> Table:
     rows = _rows(result, "routing/agreement", _percent)
     cells = [(*names, row["threshold"], row["auxiliary"]) for names, row in rows.items()]
     return Table(
-        "Agreement with batch choice",
-        "Share of decisions on eligible tokens that are those of batch choice, for the same "
+        "Agreement with expert choice",
+        "Share of decisions on eligible tokens that are those of expert choice, for the same "
         "logits, by layer, router and modality of the tokens.",
         ("variant", "router", "thresholds", "auxiliary routers"),
         cells,

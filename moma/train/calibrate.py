@@ -34,7 +34,7 @@ def calibrate(run: Run, steps: int, quiet: bool = False) -> Path:
         UserError: the model has no routers, or the data is not what it was trained on.
     """
     model, recipe = load_run(run)
-    if not model.config.has_batch_choice:
+    if not model.config.has_expert_choice:
         raise UserError(f"{run.path}: is causal by construction, so it needs no thresholds")
     require_training_data(run, recipe)
     for router in model.routers():

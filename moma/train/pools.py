@@ -1,4 +1,4 @@
-"""Pools: the tokens of a micro-batch on one rank that compete for slots under batch choice.
+"""Pools: the tokens of a micro-batch on one rank that compete for slots under expert choice.
 
 Routers trained with few competing tokens lose accuracy when they are used causally: 0.036 nats with
 2,048 tokens, nothing from 8,192 on (arXiv 2603.11535, Table 1).
@@ -39,7 +39,7 @@ def pool_sizes(recipe: Recipe) -> dict[str, int]:
 
 
 def warn_of_small_pools(recipe: Recipe) -> None:
-    """Log one line if a pool of a stage that trains with batch choice is small."""
+    """Log one line if a pool of a stage that trains with expert choice is small."""
     small = {name: size for name, size in pool_sizes(recipe).items() if size < ENOUGH}
     if not small or recipe.stage == "aux_router":
         return

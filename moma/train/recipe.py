@@ -180,7 +180,7 @@ class Recipe(PrepareConfig):
 
     @model_validator(mode="after")
     def _check_auxiliary_routers(self) -> "Recipe":
-        if self.stage_config.auxiliary_routers and not self.model.has_batch_choice:
+        if self.stage_config.auxiliary_routers and not self.model.has_expert_choice:
             raise ValueError(
                 f"{self.stage}.auxiliary_routers: '{self.model.groups}' has none; leave it out"
             )

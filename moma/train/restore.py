@@ -14,7 +14,7 @@ from moma.data.shards import require_data_folder
 from moma.errors import SharedError, UserError, shell_command
 from moma.model.attention_kernels import kernel_without_compilation
 from moma.model.dispatch import dispatch_for
-from moma.model.routing import ROUTINGS, BatchChoice, Half, RoutingName
+from moma.model.routing import ROUTINGS, ExpertChoice, Half, RoutingName
 from moma.model.transformer import Transformer
 from moma.recipe import Config, check
 from moma.runs import Run
@@ -209,12 +209,12 @@ def _require_shards_of_source(run: Run, source: Run) -> None:
 def has_routing(model: Transformer, routing: RoutingName) -> bool:
     """Whether a loaded model can use a routing: its thresholds are known, or its routers trained.
 
-    Without a choice over the batch, a model is causal by construction, and has neither.
+    Without expert choice, a model is causal by construction, and has neither.
     """
-    if not model.config.has_batch_choice:
+    if not model.config.has_expert_choice:
         return routing in ("choice", "causal")
     depth, policy = model.config.depth_config, model.named_routing(routing).depth
-    if isinstance(policy, BatchChoice):
+    if isinstance(policy, ExpertChoice):
         return True
     if policy.uses_auxiliary:
         return model.has_auxiliary
@@ -226,7 +226,7 @@ def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal
     """Raise `UserError` if a run's model cannot use a routing; the message has the command."""
     if has_routing(model, routing):
         return
-    if not model.config.has_batch_choice:
+    if not model.config.has_expert_choice:
         raise UserError(
             f"{run.path}: is causal by construction, without thresholds and auxiliary routers; use "
             "causal routing"

@@ -11,7 +11,7 @@ from moma.errors import UserError, shell_command
 from moma.model.dispatch import dispatch_for
 from moma.model.float8_experts import use_float8_experts
 from moma.model.flops import ModelCounts
-from moma.model.routing import ROUTINGS, BatchChoice, Threshold, uniform_routing
+from moma.model.routing import ROUTINGS, ExpertChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runs import Run
 from moma.runtime.allocator import keep_freed_memory
@@ -151,7 +151,7 @@ def loss_function_of(recipe: Recipe, device: torch.device, finishes: bool = Fals
     if recipe.stage == "aux_router":
         return router_loss
     compiled = recipe.stage_config.compile and can_compile(device)
-    policy = Threshold("static") if finishes else BatchChoice()
+    policy = Threshold("static") if finishes else ExpertChoice()
     has_auxiliary = recipe.trains_auxiliary_routers
     routing = uniform_routing(policy, record_selection=True, record_auxiliary=has_auxiliary)
     return next_token_loss(recipe.stage_config.z_loss, compiled, routing)
@@ -209,7 +209,7 @@ def _check_source(recipe: Recipe, source: Recipe) -> None:
         raise UserError(
             f"{recipe.from_}: was trained with another [model] ({changes}); use its recipe"
         )
-    if recipe.stage == "aux_router" and not recipe.model.has_batch_choice:
+    if recipe.stage == "aux_router" and not recipe.model.has_expert_choice:
         raise UserError(
             f"{recipe.from_}: '{recipe.model.groups}' has no auxiliary routers to train"
         )

@@ -55,7 +55,7 @@ class Validation:
         self._config, self._data, self._seed = recipe.validation, recipe.data, recipe.seed
         self._model, self._world, self._folder = model, world, folder
         names: list[RoutingName] = ["choice"]
-        if model.config.has_batch_choice:
+        if model.config.has_expert_choice:
             names.append("auxiliary" if model.causal_routing == ROUTINGS["auxiliary"] else "causal")
         self._loss_functions = {
             name: next_token_loss(routing=model.named_routing(name, raises=False)) for name in names

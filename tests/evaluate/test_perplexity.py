@@ -11,7 +11,7 @@ from moma.data.batches.packing import NO_LABEL
 from moma.data.shards import open_shards
 from moma.errors import UserError
 from moma.evaluate.perplexity import evaluate, sum_losses
-from moma.model.routing import Auxiliary, BatchChoice, Routing, uniform_routing
+from moma.model.routing import Auxiliary, ExpertChoice, Routing, uniform_routing
 from moma.train.step import run_model, to_device
 from moma.vocabulary import IMAGE, Vocabulary
 
@@ -64,14 +64,14 @@ def test_data_without_held_out_documents_is_named(tiny):
         sum_losses(model, tiny, Routing(), [])
 
 
-def test_batch_choice_and_causal_routing_differ(tiny):
+def test_expert_choice_and_causal_routing_differ(tiny):
     model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
     choice, causal = (evaluate(model, tiny, by, quiet=True) for by in ("choice", "auxiliary"))
     assert choice["tokens"] == causal["tokens"]
     assert choice["loss"] != causal["loss"]
 
 
-def test_batch_choice_uses_actual_capacity(tiny):
+def test_expert_choice_uses_actual_capacity(tiny):
     """Held-out batches do not have the recipe's modality shares, so static capacity differs."""
     model = tiny.build_model(Vocabulary.load(tiny.data.path / "vocabulary.json")).eval()
     expected = {}
@@ -80,7 +80,7 @@ def test_batch_choice_uses_actual_capacity(tiny):
         for batch in Batches(tiny.data, model.vocabulary, seed=tiny.seed, split="held_out"):
             on_device = to_device(batch, torch.device("cpu"))
             with torch.no_grad():
-                routing = uniform_routing(BatchChoice(capacity))
+                routing = uniform_routing(ExpertChoice(capacity))
                 output = run_model(model, on_device, routing)
             loss_BS = torch.nn.functional.cross_entropy(
                 output.head.transpose(1, 2),

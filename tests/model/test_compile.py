@@ -14,7 +14,7 @@ from moma.model.attention_kernels import attention_kernel
 from moma.model.depth import DepthConfig
 from moma.model.dispatch import TableSlots, dispatch_for
 from moma.model.routers import Diagnostics, RouterRecord
-from moma.model.routing import BatchChoice, Threshold, uniform_routing
+from moma.model.routing import ExpertChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
 from moma.runtime.world import World, can_compile
@@ -76,7 +76,7 @@ SEQUENCES, LENGTH = 10, 8
 CPU = torch.device("cpu")
 CHOICE, FINISH = (
     uniform_routing(policy, record_selection=True)
-    for policy in (BatchChoice(), Threshold("static"))
+    for policy in (ExpertChoice(), Threshold("static"))
 )
 
 

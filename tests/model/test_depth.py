@@ -18,7 +18,7 @@ from moma.model.groups import named_groups
 from moma.model.layers import rotary_cos_sin
 from moma.model.routing import (
     Auxiliary,
-    BatchChoice,
+    ExpertChoice,
     Half,
     Routing,
     Threshold,
@@ -31,7 +31,7 @@ from tests.model.model_reference import Tokens, depth_choice, depth_layer, group
 VOCABULARY = make_vocabulary()
 DIM = 8
 BATCH, CAUSAL = Routing(), uniform_routing(Auxiliary())
-ACTUAL = uniform_routing(BatchChoice("actual"))
+ACTUAL = uniform_routing(ExpertChoice("actual"))
 
 
 def build_depth_layer(groups="mod_moe_2t2i", seed=0, shares=(0.5, 0.5), **changes) -> DepthLayer:
@@ -139,7 +139,7 @@ def test_noise_changes_the_selection_in_training_only_and_no_cutoff():
     assert found.index_EK.shape == expected.index_EK.shape
     assert not torch.equal(found.index_EK, expected.index_EK)
     assert torch.equal(noisy.cutoff_E, diagnostics.cutoff_E)
-    for routing in (Routing(), uniform_routing(BatchChoice("actual"))):
+    for routing in (Routing(), uniform_routing(ExpertChoice("actual"))):
         assert torch.equal(router.eval()(x_BSD, modality, routing)[0].index_EK, expected.index_EK)
 
 
@@ -246,7 +246,7 @@ def test_gate_loss_is_the_cross_entropy_of_decisions_at_one_half(scope):
             losses.append(-torch.log(score if n in taken else 1 - score))
     torch.testing.assert_close(diagnostics.loss, 0.3 * torch.stack(losses).mean())
     assert router.eval()(x, modality, BATCH)[1].loss is None
-    for policy in (BatchChoice("actual"), Threshold("static")):  # the latter in the last steps
+    for policy in (ExpertChoice("actual"), Threshold("static")):  # the latter in the last steps
         assert router.train()(x, modality, uniform_routing(policy))[1].loss is not None
     assert router(x, modality, CAUSAL)[1].loss is None
 
@@ -344,8 +344,8 @@ def test_names_stand_for_keys():
     assert named.depth_config is not None and named.depth_config.capacity_factor == 0.25
     assert ModelConfig(groups="mod").group_list == ModelConfig(groups="dense").group_list
     assert (
-        ModelConfig(groups="mod").has_batch_choice
-        and not ModelConfig(groups="dense").has_batch_choice
+        ModelConfig(groups="mod").has_expert_choice
+        and not ModelConfig(groups="dense").has_expert_choice
     )
     assert ModelConfig(groups="moe_4t4i").depth_config is None
 

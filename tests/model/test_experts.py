@@ -13,12 +13,12 @@ from moma.model.experts import DenseGroup, ExpertGroup, MixtureOfExperts
 from moma.model.groups import GroupConfig, named_groups
 from moma.model.implementations import build_group
 from moma.model.layers import SwiGLU
-from moma.model.routing import Auxiliary, BatchChoice, Routing, router_logits, uniform_routing
+from moma.model.routing import Auxiliary, ExpertChoice, Routing, router_logits, uniform_routing
 from moma.vocabulary import IMAGE, MODALITIES, TEXT, ModalityName
 from tests.model.model_reference import Group, feed_forward
 
 DIM, HIDDEN = 6, 10
-ACTUAL = uniform_routing(BatchChoice("actual"))
+ACTUAL = uniform_routing(ExpertChoice("actual"))
 
 
 def routed(modality: ModalityName, experts: int, share: float = 0.5, seed: int = 0) -> ExpertGroup:
@@ -141,7 +141,7 @@ def test_a_record_has_the_actual_selection():
     group = routed("text", 2)
     x_ND = torch.randn(8, DIM, dtype=torch.float64)
     modality_N = torch.tensor([TEXT] * 6 + [IMAGE] * 2)
-    routing = uniform_routing(BatchChoice("actual"), record_auxiliary=True)
+    routing = uniform_routing(ExpertChoice("actual"), record_auxiliary=True)
     _, (diagnostics,) = group(x_ND, group.find_tokens(modality_N, routing), routing)
     record = diagnostics.record
     scores = router_logits(group.router.weight, x_ND).detach()

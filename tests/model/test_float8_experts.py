@@ -17,7 +17,7 @@ from moma.model.float8_experts import float8_product, use_float8_experts
 from moma.model.grouped import grouped_product
 from moma.model.groups import GroupConfig
 from moma.model.implementations import ImplementationName, build_experts, build_group
-from moma.model.routing import BatchChoice, Threshold, uniform_routing
+from moma.model.routing import ExpertChoice, Threshold, uniform_routing
 from moma.runtime.recompute import recompute
 from moma.vocabulary import MODALITIES
 from tests.factories import OperationCounter
@@ -26,7 +26,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 DIM, HIDDEN = 32, 48
 COUNTS = [[5, 0, 9, 2], [0, 0, 16, 0], [16, 16, 16, 16]]
 LARGEST = 448.0
-CHOICE = BatchChoice()
+CHOICE = ExpertChoice()
 # The implementations that compute in float8; they are those without kernels of our own.
 IMPLEMENTATIONS: tuple[ImplementationName, ...] = ("sequential", "batched", "grouped")
 

@@ -14,7 +14,7 @@ from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
 from moma.model.flops import ModelCounts, sum_over_kinds
 from moma.model.groups import GroupConfig
-from moma.model.routing import BatchChoice, Routing, uniform_routing
+from moma.model.routing import ExpertChoice, Routing, uniform_routing
 from moma.model.transformer import Transformer, no_head
 from tests.factories import make_vocabulary
 
@@ -115,7 +115,7 @@ def test_forward_flops_equal_the_flop_counter(case, sequences, length):
         assert empty == 0
     if case == "sequential":  # actual capacity has no empty slots
         assert empty > 0
-        actual = counted_by_torch(model, tokens, uniform_routing(BatchChoice("actual")))
+        actual = counted_by_torch(model, tokens, uniform_routing(ExpertChoice("actual")))
         assert sum(parts.values()) + masked == pytest.approx(actual, rel=0.01)
 
 

@@ -15,7 +15,7 @@ from moma.model.experts import MixtureOfExperts
 from moma.model.implementations import ImplementationName, build_experts, build_group
 from moma.model.layers import SwiGLU, rotary_cos_sin
 from moma.model.routers import AuxiliaryRouter
-from moma.model.routing import Auxiliary, BatchChoice, Routing, Threshold
+from moma.model.routing import Auxiliary, ExpertChoice, Routing, Threshold
 from moma.vocabulary import IMAGE, MODALITIES, TEXT
 from tests.factories import make_context, make_vocabulary
 from tests.model.three_modalities import group
@@ -69,7 +69,9 @@ def test_gradients_of_a_feed_forward():
 
 
 @pytest.mark.parametrize("experts", [1, 2])
-@pytest.mark.parametrize("policy", [BatchChoice(), BatchChoice("actual"), Threshold(), Auxiliary()])
+@pytest.mark.parametrize(
+    "policy", [ExpertChoice(), ExpertChoice("actual"), Threshold(), Auxiliary()]
+)
 def test_gradients_of_a_group(experts, policy):
     module = build_group(DIM, HIDDEN, group("text", experts), (0.75, 0.25))
     routing = Routing(policy)

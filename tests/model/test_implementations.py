@@ -23,7 +23,7 @@ from moma.model.implementations import (
 )
 from moma.model.routing import (
     Auxiliary,
-    BatchChoice,
+    ExpertChoice,
     Routing,
     Selection,
     Threshold,
@@ -92,7 +92,7 @@ def outcome(experts: Any, x, modality, routing) -> list[torch.Tensor]:
     return [y, x.grad, *grads, *(each.nonfinite for each in diagnostics)]
 
 
-POLICIES = (BatchChoice(), BatchChoice("actual"), Auxiliary(), Threshold())
+POLICIES = (ExpertChoice(), ExpertChoice("actual"), Auxiliary(), Threshold())
 FRACTIONS = (1.0, 0.25)
 TOKEN_CHOICES = (None, named_token_choice("token_4x"), named_token_choice("null_4x"))
 

@@ -12,7 +12,7 @@ from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
 from moma.model.experts import MixtureOfExperts
 from moma.model.implementations import build_group
-from moma.model.routing import Auxiliary, BatchChoice, Routing, uniform_routing
+from moma.model.routing import Auxiliary, ExpertChoice, Routing, uniform_routing
 from moma.model.transformer import Transformer
 from moma.runtime.optimizer import OptimizerConfig, make_optimizers
 from moma.runtime.world import World
@@ -21,7 +21,7 @@ from moma.train.step import DeviceBatch, Step, next_token_loss, router_loss
 from tests.model.model_reference import feed_forward, groups_of, numpy
 from tests.model.three_modalities import GROUPS, NAMES, SHARES, VOCABULARY, group
 
-ACTUAL = uniform_routing(BatchChoice("actual"))
+ACTUAL = uniform_routing(ExpertChoice("actual"))
 
 
 @settings(max_examples=40, deadline=None)

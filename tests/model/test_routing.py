@@ -11,7 +11,7 @@ from moma.model import routing
 from moma.model.routers import select_slots
 from moma.model.routing import (
     Auxiliary,
-    BatchChoice,
+    ExpertChoice,
     Noisy,
     Scores,
     Threshold,
@@ -93,7 +93,7 @@ def test_auxiliary_routers_decide_each_token_by_itself(case, synchronize):
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 999), st.integers(1, 12), st.integers(1, 3), st.integers(1, 14), st.data())
-def test_a_threshold_between_the_cuts_selects_what_batch_choice_selected(
+def test_a_threshold_between_the_cuts_selects_what_expert_choice_selected(
     seed, tokens, experts, capacity, data
 ):
     logits_NE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
@@ -106,7 +106,7 @@ def test_a_threshold_between_the_cuts_selects_what_batch_choice_selected(
         expected = (own[capacity - 1] + own[capacity]) / 2 if len(own) > capacity else -math.inf
         assert cut == pytest.approx(expected)
     exceeding = scores._replace(threshold_R1=cutoff_E[:, None])
-    selected_RN = selected_by(BatchChoice(), scores)
+    selected_RN = selected_by(ExpertChoice(), scores)
     assert torch.equal(selected_by(Threshold(), exceeding), selected_RN)
     assert torch.equal(selected_by(Threshold("static"), exceeding), selected_RN)
 
@@ -128,7 +128,7 @@ def test_thresholds_with_slots_drop_the_lowest_scores():
 def test_noisy_decisions_are_inverted_at_their_rate(rate):
     torch.manual_seed(0)
     scores = scores_of(torch.randn(20_000, 2), torch.arange(20_000) % 4 > 0, 3000)
-    for policy in (BatchChoice(), Threshold()):
+    for policy in (ExpertChoice(), Threshold()):
         selected_RN = selected_by(policy, scores)
         inverted_RN = selected_RN ^ selected_by(Noisy(policy, rate), scores)
         assert not inverted_RN[~scores.eligible_RN].any()

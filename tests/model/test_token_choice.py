@@ -11,7 +11,7 @@ from torch.nn import functional
 from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.groups import TokenChoiceConfig, named_token_choice
-from moma.model.routing import BatchChoice, Noisy, Routing, Threshold, uniform_routing
+from moma.model.routing import ExpertChoice, Noisy, Routing, Threshold, uniform_routing
 from moma.model.token_choice import TokenChoiceGroup, TokenRouter
 from moma.model.transformer import Transformer
 from moma.vocabulary import IMAGE, TEXT
@@ -124,7 +124,7 @@ def test_an_expert_drops_its_lowest_scores_and_counts_them(name, seed):
     modality_N = torch.full((12,), IMAGE)
     kept, all_taken = (
         run(group, x_ND, modality_N, uniform_routing(policy, record_selection=True))[1][0]
-        for policy in (BatchChoice(), Threshold())
+        for policy in (ExpertChoice(), Threshold())
     )
     assert kept.record is not None and all_taken.record is not None
     selected_NE, taken_NE = kept.record.selected_NE > 0, all_taken.record.selected_NE > 0
@@ -212,11 +212,11 @@ def test_later_tokens_do_not_change_earlier_ones(groups):
     tokens_BS = torch.randint(5, 40, (2, 12), generator=torch.Generator().manual_seed(0))
     changed_BS = tokens_BS.clone()
     changed_BS[:, 8:] = 5 + changed_BS[:, 8:].flip(1) % 30
-    for routing in (model.named_routing("causal"), uniform_routing(BatchChoice("actual"))):
+    for routing in (model.named_routing("causal"), uniform_routing(ExpertChoice("actual"))):
         one, other = (model.eval()(ids, routing=routing).head for ids in (tokens_BS, changed_BS))
         torch.testing.assert_close(one[:, :8], other[:, :8], rtol=0, atol=1e-6)
         assert not torch.allclose(one[:, 8:], other[:, 8:])
-    assert not config.has_batch_choice and not list(model.auxiliary_routers())
+    assert not config.has_expert_choice and not list(model.auxiliary_routers())
 
 
 def test_names_stand_for_keys():

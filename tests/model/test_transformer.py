@@ -11,7 +11,7 @@ from moma.model.attention_kernels import MaskedAttention
 from moma.model.decoder_layer import DecoderLayer
 from moma.model.dispatch import ScatterSlots, TableSlots
 from moma.model.experts import ExpertGroup
-from moma.model.routing import Auxiliary, BatchChoice, Routing, Threshold, uniform_routing
+from moma.model.routing import Auxiliary, ExpertChoice, Routing, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from tests.factories import make_vocabulary, set_thresholds
 
@@ -19,7 +19,7 @@ VOCABULARY = make_vocabulary()
 ARCHITECTURES = ("dense", "moe_4x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "mod", "mod_moe_2t2i")
 CHOICE, ACTUAL, CAUSAL = (
     Routing(),
-    uniform_routing(BatchChoice("actual")),
+    uniform_routing(ExpertChoice("actual")),
     uniform_routing(Auxiliary()),
 )
 RECORD = Routing(record_auxiliary=True)
@@ -58,7 +58,7 @@ def test_causal_logits_do_not_depend_on_later_tokens(groups, changes, cut, seed,
 
 
 @pytest.mark.parametrize("groups", ["moe_2t2i", "mod"])
-def test_batch_choice_is_not_causal(groups):
+def test_expert_choice_is_not_causal(groups):
     """The reason for auxiliary routers, and a check of the test above."""
     model = build(groups)
     tokens = mixed_tokens(2, 15, 0)
@@ -274,7 +274,7 @@ def test_the_embedding_of_padding_has_no_effect(groups):
             model.embedding.weight[VOCABULARY.padding] = value
         for routing in (
             Routing(),
-            uniform_routing(BatchChoice("actual")),
+            uniform_routing(ExpertChoice("actual")),
             uniform_routing(Auxiliary()),
         ):
             outputs.append(model(tokens, documents, routing=routing).head[documents >= 0])
@@ -313,4 +313,4 @@ def test_a_nonfinite_score_is_reported_with_its_layer(router, detected_by, value
 @pytest.mark.parametrize("groups", ARCHITECTURES)
 def test_models_with_routers_have_auxiliary_routers(groups):
     model = build(groups)
-    assert model.config.has_batch_choice == bool(list(model.auxiliary_routers()))
+    assert model.config.has_expert_choice == bool(list(model.auxiliary_routers()))

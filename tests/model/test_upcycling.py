@@ -97,7 +97,7 @@ def test_a_token_that_two_experts_select_keeps_it_but_not_one_that_none_selects(
         assert torch.allclose(found, expected, atol=1e-5) == equal
 
 
-def test_batch_choice_keeps_the_output_of_tokens_that_exactly_one_expert_selects():
+def test_expert_choice_keeps_the_output_of_tokens_that_exactly_one_expert_selects():
     """One layer, with the actual selection, token by token."""
     before = build("moe_1t1i", layers=1).eval()
     after = upcycled_from(before, "moe_3t2i", layers=1).eval()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moma.model.architecture import ModelConfig
 from moma.model.depth import DepthConfig
-from moma.model.routing import Auxiliary, BatchChoice, Routing, uniform_routing
+from moma.model.routing import Auxiliary, ExpertChoice, Routing, uniform_routing
 from moma.model.transformer import Transformer
 from moma.vocabulary import Vocabulary
 from tests.factories import make_vocabulary
@@ -32,7 +32,7 @@ GROUPS: list[Any] = [
 ]
 ROUTINGS = {
     "static": Routing(record_selection=True),
-    "actual": uniform_routing(BatchChoice("actual"), record_selection=True),
+    "actual": uniform_routing(ExpertChoice("actual"), record_selection=True),
     "causal": uniform_routing(Auxiliary()),
 }
 SHAPES = [(1, 5), (2, 8), (4, 6), (9, 4)]

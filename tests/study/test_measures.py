@@ -1,4 +1,4 @@
-"""Agreement with batch choice, scores, suites, and data that is closed after an error."""
+"""Agreement with expert choice, scores, suites, and data that is closed after an error."""
 
 import json
 import math

@@ -13,7 +13,7 @@ from moma.model.captured_decoding import Step
 from moma.model.decoding import prepare_decoding
 from moma.model.dispatch import dispatch_for
 from moma.model.float8_experts import use_float8_experts
-from moma.model.routing import BatchChoice, Threshold, uniform_routing
+from moma.model.routing import ExpertChoice, Threshold, uniform_routing
 from moma.model.transformer import Transformer
 from moma.train.statistics import Statistics
 from moma.train.step import next_token_loss, router_loss, to_device
@@ -49,7 +49,7 @@ def check_passes(case: str) -> None:
 
 def check_training(model: Transformer) -> None:
     batch = batch_of(0)
-    for policy in (BatchChoice(), Threshold("static")):
+    for policy in (ExpertChoice(), Threshold("static")):
         routing = uniform_routing(policy, record_selection=True)
         with torch.autocast("cuda", torch.bfloat16):
             output = next_token_loss(1e-5, routing=routing)(model, to_device(batch, GPU))

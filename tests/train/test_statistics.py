@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moma.data.batches.iterator import Batches
-from moma.model.routing import BatchChoice, Routing, Threshold, uniform_routing
+from moma.model.routing import ExpertChoice, Routing, Threshold, uniform_routing
 from moma.train.recipe import Recipe
 from moma.train.statistics import Statistics, describe, router_names
 from moma.train.step import run_model, to_device
@@ -28,7 +28,7 @@ def test_token_choice_against_counting(tiny, groups):
     batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), CPU)
     kept, taken = (
         run_model(model, batch, uniform_routing(policy, record_selection=True)).routers
-        for policy in (BatchChoice(), Threshold())
+        for policy in (ExpertChoice(), Threshold())
     )
     statistics = Statistics(model)
     statistics.add_routers(kept, batch.tokens_BS)

@@ -11,7 +11,7 @@ from torch.optim import SGD
 
 from moma.data.batches.iterator import Batches
 from moma.data.batches.packing import NO_LABEL, Batch
-from moma.model.routing import BatchChoice, Routing, uniform_routing
+from moma.model.routing import ExpertChoice, Routing, uniform_routing
 from moma.runtime.world import World
 from moma.train.cross_entropy import TokenLosses
 from moma.train.stages import freeze_for_stage
@@ -105,7 +105,7 @@ def test_the_loss_of_auxiliary_routers_is_added_as_the_mean_of_their_decisions(t
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     model = tiny.build_model(vocabulary)
     batch = to_device(next(Batches(tiny.data, vocabulary, seed=0)), WORLD.device)
-    routing = uniform_routing(BatchChoice(), record_selection=True, record_auxiliary=True)
+    routing = uniform_routing(ExpertChoice(), record_selection=True, record_auxiliary=True)
     with torch.no_grad():
         losses, routers = next_token_loss()(model, batch), router_loss(model, batch)
         joint = next_token_loss(routing=routing)(model, batch)
