@@ -23,7 +23,7 @@ from moma.model.caches import CachedContext, LayerCache
 from moma.model.decoder_layer import DecoderLayer, DepthLayer
 from moma.model.experts import DenseGroup, ExpertGroup
 from moma.model.routers import AuxiliaryRouter, Router
-from moma.model.routing import Policy, Routing, Scores, select_by_sequence
+from moma.model.routing import Policy, PolicyInputs, Routing, select_by_sequence
 from moma.model.token_choice import TokenChoiceGroup, TokenRouter
 from moma.model.transformer import Transformer
 
@@ -226,8 +226,8 @@ def _select(router: _Router, x_ND: Tensor, policy: Policy) -> tuple[Tensor, Tens
     """The logits of a router, and whether a policy without slots selects each token, [N, E]."""
     logits_NE = torch.mm(x_ND, router.weight_DE)
     auxiliary_EN = router.auxiliary(x_ND).T if policy.uses_auxiliary else None
-    scores = Scores(logits_NE.T, _ALL_11, auxiliary_EN, router.threshold_E1, lambda _: 0)
-    return logits_NE, policy.candidates(scores).T
+    inputs = PolicyInputs(logits_NE.T, _ALL_11, auxiliary_EN, router.threshold_E1, lambda _: 0)
+    return logits_NE, policy.candidates(inputs).T
 
 
 def _score(router: _Router, x_ND: Tensor, policy: Policy) -> Tensor:

@@ -34,8 +34,8 @@ from moma.model.routing import (
     CapacityName,
     ExpertChoice,
     Policy,
+    PolicyInputs,
     Routing,
-    Scores,
     Selection,
     logistic_noise,
     router_logits,
@@ -171,7 +171,7 @@ class DepthRouter(nn.Module):
         pools = list(self._pools(logits_N1, auxiliary_N1, modality_BS))
         cutoff_P, excess = None, None
         if policy.capacity is None:
-            selected_P = [policy.candidates(scores).view_as(eligible_BS) for scores in pools]
+            selected_P = [policy.candidates(inputs).view_as(eligible_BS) for inputs in pools]
             selected_BS = torch.stack(selected_P).any(0)
             selection = select_by_sequence(selected_BS, logits_N1.view_as(eligible_BS))
         else:
@@ -216,13 +216,13 @@ class DepthRouter(nn.Module):
     def _fill_slots(
         self,
         policy: Policy,
-        pools: Sequence[Scores],
+        pools: Sequence[PolicyInputs],
         logits_N1: Tensor,
         noise_N1: Tensor | None,
         segment_BS: Tensor | None,
     ) -> tuple[Selection, Tensor, Tensor | None]:
         """See `select_slots`; the cutoffs are those of the pools, [P]."""
-        found = [_select(policy, scores, noise_N1) for scores in pools]
+        found = [_select(policy, inputs, noise_N1) for inputs in pools]
         selections, cutoffs, excesses = zip(*found, strict=True)
         if len(pools) > 1:
             noisy_N1 = logits_N1 if noise_N1 is None else logits_N1 + noise_N1
@@ -238,8 +238,8 @@ class DepthRouter(nn.Module):
 
     def _pools(
         self, logits_N1: Tensor, auxiliary_N1: Tensor | None, modality_BS: Tensor
-    ) -> Iterator[Scores]:
-        """Yield the scores of the tokens that compete: of all, or of each modality."""
+    ) -> Iterator[PolicyInputs]:
+        """Yield what the policy decides by, for each pool of tokens: all, or each modality's."""
         rows = len(modality_BS) if self.scope == "sequence" else 1
         logits_RN = logits_N1.reshape(rows, -1)
         auxiliary_RN = None if auxiliary_N1 is None else auxiliary_N1.reshape(rows, -1)
@@ -247,7 +247,7 @@ class DepthRouter(nn.Module):
             eligible_BS = modality_BS == number if self.by_modality else modality_BS >= 0
             eligible_RN = eligible_BS.reshape(rows, -1)
             slots = partial(self._slots, number, eligible_RN)
-            yield Scores(logits_RN, eligible_RN, auxiliary_RN, threshold_11, slots)
+            yield PolicyInputs(logits_RN, eligible_RN, auxiliary_RN, threshold_11, slots)
 
     def _slots(self, pool: int, eligible_RN: Tensor, capacity: CapacityName) -> int:
         factor, tokens = self.factors[pool], eligible_RN.shape[1]
@@ -257,13 +257,13 @@ class DepthRouter(nn.Module):
 
 
 def _select(
-    policy: Policy, scores: Scores, noise_N1: Tensor | None
+    policy: Policy, inputs: PolicyInputs, noise_N1: Tensor | None
 ) -> tuple[Selection, Tensor, Tensor | None]:
     """See `select_slots`; noise is added to the logits."""
     if noise_N1 is None:
-        return select_slots(policy, scores)
-    noisy_RN = scores.logits_RN + noise_N1.view_as(scores.logits_RN)
-    return select_slots(policy, scores._replace(logits_RN=noisy_RN), scores.logits_RN)
+        return select_slots(policy, inputs)
+    noisy_RN = inputs.logits_RN + noise_N1.view_as(inputs.logits_RN)
+    return select_slots(policy, inputs._replace(logits_RN=noisy_RN), inputs.logits_RN)
 
 
 def _join(selections: Sequence[Selection], logits_1N: Tensor) -> Selection:

@@ -36,9 +36,9 @@ from moma.model.routers import (
 from moma.model.routing import (
     CapacityName,
     ExpertChoice,
+    PolicyInputs,
     RaggedSelection,
     Routing,
-    Scores,
     Selection,
     logistic_noise,
     may_synchronize,
@@ -234,13 +234,13 @@ class ExpertGroup(nn.Module):
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, list[Diagnostics]]:
         policy = routing.experts
-        scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
+        inputs, auxiliary_NE = self._policy_inputs(x_ND, eligible_N, routing)
         clean_EN = None
         if self.noise and self.training and isinstance(policy, ExpertChoice):
-            clean_EN = scores.logits_RN
-            scores = scores._replace(logits_RN=clean_EN + logistic_noise(clean_EN.T).T)
-        selection, cutoff_E, excess = select_slots(policy, scores, clean_EN)
-        logits_NE = scores.logits_RN.T
+            clean_EN = inputs.logits_RN
+            inputs = inputs._replace(logits_RN=clean_EN + logistic_noise(clean_EN.T).T)
+        selection, cutoff_E, excess = select_slots(policy, inputs, clean_EN)
+        logits_NE = inputs.logits_RN.T
         selected_NE = selection.selected_NE(len(x_ND)) if routing.records else None
         return selection, [
             diagnose(
@@ -260,27 +260,27 @@ class ExpertGroup(nn.Module):
         if self.num_experts == 1:
             logit_1N = torch.full_like(eligible_N[None], torch.inf, dtype=torch.float32)
             return select_ragged(eligible_N[None], logit_1N), []  # sigmoid(∞) = 1
-        scores, auxiliary_NE = self._scores(x_ND, eligible_N, routing)
-        selected_EN = routing.experts.candidates(scores)
-        selection = select_ragged(selected_EN, scores.logits_RN)
-        logits_NE = scores.logits_RN.T
+        inputs, auxiliary_NE = self._policy_inputs(x_ND, eligible_N, routing)
+        selected_EN = routing.experts.candidates(inputs)
+        selection = select_ragged(selected_EN, inputs.logits_RN)
+        logits_NE = inputs.logits_RN.T
         selected_NE = selected_EN.T.to(logits_NE.dtype) if routing.records else None
         return selection, [diagnose(selected_NE, logits_NE, auxiliary_NE, eligible_N, routing)]
 
-    def _scores(
+    def _policy_inputs(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
-    ) -> tuple[Scores, Tensor | None]:
-        """Scores of the experts' rows, and the auxiliary logits [N, E], if they are needed."""
+    ) -> tuple[PolicyInputs, Tensor | None]:
+        """What the policy decides by, and the auxiliary logits [N, E], if they are needed."""
         logits_NE = router_logits(self.router.weight, x_ND)
         auxiliary_NE = auxiliary_logits(self.auxiliary, x_ND, routing.experts, routing)
-        scores = Scores(
+        inputs = PolicyInputs(
             logits_NE.T,
             eligible_N.expand(self.num_experts, -1),
             None if auxiliary_NE is None else auxiliary_NE.T,
             self.router.threshold_E[:, None],
             partial(self._slots, eligible_N),
         )
-        return scores, auxiliary_NE
+        return inputs, auxiliary_NE
 
     def _slots(self, eligible_N: Tensor, capacity: CapacityName) -> int:
         """K = capacity_share · N / E if static; otherwise from the number of eligible tokens."""

@@ -13,8 +13,8 @@ from torch.nn import functional
 from moma.model.layers import upcast
 from moma.model.routing import (
     Policy,
+    PolicyInputs,
     Routing,
-    Scores,
     Selection,
     any_nonfinite,
     cutoffs_of,
@@ -95,27 +95,27 @@ def auxiliary_logits(
 
 
 def select_slots(
-    policy: Policy, scores: Scores, clean_logits_RN: Tensor | None = None
+    policy: Policy, inputs: PolicyInputs, clean_logits_RN: Tensor | None = None
 ) -> tuple[Selection, Tensor, Tensor | None]:
     """Select the tokens of a policy that has slots.
 
     Args:
-        policy, scores: as for `Policy.candidates`; its capacity is not None.
-        clean_logits_RN: the logits without noise, if noise was added to `scores`.
+        policy, inputs: whose capacity is not None, and what it decides by.
+        clean_logits_RN: the logits without noise, if noise was added to those of `inputs`.
 
     Returns:
         The selection; the cutoffs of expert choice by clean logits, [R]; and the number of
         candidates that found no slot, None under expert choice.
     """
     assert policy.capacity is not None
-    slots = scores.slots(policy.capacity)
-    candidate_RN = policy.candidates(scores)
-    selection = chosen = select_top_k(scores.logits_RN, candidate_RN, slots)
-    is_expert_choice = candidate_RN is scores.eligible_RN
-    clean_RN = scores.logits_RN if clean_logits_RN is None else clean_logits_RN
+    slots = inputs.slots(policy.capacity)
+    candidate_RN = policy.candidates(inputs)
+    selection = chosen = select_top_k(inputs.logits_RN, candidate_RN, slots)
+    is_expert_choice = candidate_RN is inputs.eligible_RN
+    clean_RN = inputs.logits_RN if clean_logits_RN is None else clean_logits_RN
     if not is_expert_choice or clean_logits_RN is not None:
-        chosen = select_top_k(clean_RN, scores.eligible_RN, slots)
-    cutoff_R = cutoffs_of(clean_RN, scores.eligible_RN, chosen.index_EK)
+        chosen = select_top_k(clean_RN, inputs.eligible_RN, slots)
+    cutoff_R = cutoffs_of(clean_RN, inputs.eligible_RN, chosen.index_EK)
     excess = None if is_expert_choice else candidate_RN.sum() - selection.filled_EK.sum()
     return selection, cutoff_R, excess
 

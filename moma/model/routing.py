@@ -36,7 +36,7 @@ FEW_EXPERTS = 16
 MAX_UNSYNCHRONIZED_TOKENS = 64
 
 
-class Scores(NamedTuple):
+class PolicyInputs(NamedTuple):
     """What a policy decides by; each of R rows holds N tokens that compete with each other.
 
     Attributes:
@@ -68,9 +68,9 @@ class ExpertChoice:
     capacity: CapacityName = "static"
     uses_auxiliary: ClassVar[bool] = False
 
-    def candidates(self, scores: Scores) -> Tensor:
+    def candidates(self, inputs: PolicyInputs) -> Tensor:
         """The tokens that compete for slots, boolean [R, N]."""
-        return scores.eligible_RN
+        return inputs.eligible_RN
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class Threshold:
     capacity: CapacityName | None = None
     uses_auxiliary: ClassVar[bool] = False
 
-    def candidates(self, scores: Scores) -> Tensor:
+    def candidates(self, inputs: PolicyInputs) -> Tensor:
         """The tokens whose logit exceeds the threshold, boolean [R, N]."""
-        return (scores.logits_RN > scores.threshold_R1) & scores.eligible_RN
+        return (inputs.logits_RN > inputs.threshold_R1) & inputs.eligible_RN
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ class Auxiliary:
     capacity: ClassVar[None] = None
     uses_auxiliary: ClassVar[bool] = True
 
-    def candidates(self, scores: Scores) -> Tensor:
+    def candidates(self, inputs: PolicyInputs) -> Tensor:
         """The tokens with a(x) > 0.5, boolean [R, N]."""
-        assert scores.auxiliary_RN is not None
-        return (scores.auxiliary_RN > 0) & scores.eligible_RN
+        assert inputs.auxiliary_RN is not None
+        return (inputs.auxiliary_RN > 0) & inputs.eligible_RN
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class Half:
     capacity: ClassVar[None] = None
     uses_auxiliary: ClassVar[bool] = False
 
-    def candidates(self, scores: Scores) -> Tensor:
+    def candidates(self, inputs: PolicyInputs) -> Tensor:
         """The tokens with a score above one half, boolean [R, N]."""
-        return (scores.logits_RN > 0) & scores.eligible_RN
+        return (inputs.logits_RN > 0) & inputs.eligible_RN
 
 
 @dataclass(frozen=True)
@@ -134,23 +134,23 @@ class Noisy:
         """Whether the other policy uses auxiliary logits."""
         return self.policy.uses_auxiliary
 
-    def candidates(self, scores: Scores) -> Tensor:
+    def candidates(self, inputs: PolicyInputs) -> Tensor:
         """The other policy's tokens, with inverted decisions, boolean [R, N]."""
-        selected_RN = selected_by(self.policy, scores)
-        inverted_RN = torch.rand_like(scores.logits_RN) < self.rate
-        return (selected_RN ^ inverted_RN) & scores.eligible_RN
+        selected_RN = selected_by(self.policy, inputs)
+        inverted_RN = torch.rand_like(inputs.logits_RN) < self.rate
+        return (selected_RN ^ inverted_RN) & inputs.eligible_RN
 
 
 Policy = ExpertChoice | Threshold | Auxiliary | Half | Noisy
 
 
-def selected_by(policy: Policy, scores: Scores) -> Tensor:
+def selected_by(policy: Policy, inputs: PolicyInputs) -> Tensor:
     """Whether a policy selects each token, boolean [R, N]."""
-    candidate_RN = policy.candidates(scores)
+    candidate_RN = policy.candidates(inputs)
     if policy.capacity is None:
         return candidate_RN
-    slots = scores.slots(policy.capacity)
-    selection = select_top_k(scores.logits_RN, candidate_RN, slots)
+    slots = inputs.slots(policy.capacity)
+    selection = select_top_k(inputs.logits_RN, candidate_RN, slots)
     return selection.selected_NE(candidate_RN.shape[1]).T.bool()
 
 

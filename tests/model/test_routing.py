@@ -13,7 +13,7 @@ from moma.model.routing import (
     Auxiliary,
     ExpertChoice,
     Noisy,
-    Scores,
+    PolicyInputs,
     Threshold,
     any_nonfinite,
     cutoffs_of,
@@ -44,12 +44,12 @@ def logits_and_eligible(draw):
     return torch.tensor(values).float().view(tokens, experts), torch.tensor(eligible)
 
 
-def scores_of(logits_NE, eligible_N, slots: int = 1) -> Scores:
-    """Scores of which main and auxiliary logits are equal, with threshold 0."""
+def policy_inputs(logits_NE, eligible_N, slots: int = 1) -> PolicyInputs:
+    """Main and auxiliary logits that are equal, with threshold 0."""
     experts = logits_NE.shape[1]
     eligible_EN = eligible_N.expand(experts, -1)
     threshold_E1 = torch.zeros(experts, 1)
-    return Scores(logits_NE.T, eligible_EN, logits_NE.T, threshold_E1, lambda capacity: slots)
+    return PolicyInputs(logits_NE.T, eligible_EN, logits_NE.T, threshold_E1, lambda capacity: slots)
 
 
 @settings(max_examples=200, deadline=None)
@@ -76,7 +76,7 @@ def test_expert_choice_selects_the_highest_scored_eligible_tokens(case, capacity
 @given(logits_and_eligible(), st.booleans())
 def test_auxiliary_routers_decide_each_token_by_itself(case, synchronize):
     auxiliary_logits_NE, eligible_N = case
-    selected_NE = Auxiliary().candidates(scores_of(auxiliary_logits_NE, eligible_N)).T
+    selected_NE = Auxiliary().candidates(policy_inputs(auxiliary_logits_NE, eligible_N)).T
     assert torch.equal(selected_NE, (auxiliary_logits_NE > 0) & eligible_N[:, None])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(routing, "may_synchronize", lambda _: synchronize)
@@ -98,27 +98,27 @@ def test_a_threshold_between_the_cuts_selects_what_expert_choice_selected(
 ):
     logits_NE = torch.randn(tokens, experts, generator=torch.Generator().manual_seed(seed))
     eligible = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))
-    scores = scores_of(logits_NE, torch.tensor(eligible), capacity)
-    selection = select_top_k(scores.logits_RN, scores.eligible_RN, capacity)
-    cutoff_E = cutoffs_of(scores.logits_RN, scores.eligible_RN, selection.index_EK)
+    inputs = policy_inputs(logits_NE, torch.tensor(eligible), capacity)
+    selection = select_top_k(inputs.logits_RN, inputs.eligible_RN, capacity)
+    cutoff_E = cutoffs_of(inputs.logits_RN, inputs.eligible_RN, selection.index_EK)
     for row, cut in enumerate(cutoff_E.tolist()):
-        own = sorted(logits_NE[scores.eligible_RN[0], row].tolist(), reverse=True)
+        own = sorted(logits_NE[inputs.eligible_RN[0], row].tolist(), reverse=True)
         expected = (own[capacity - 1] + own[capacity]) / 2 if len(own) > capacity else -math.inf
         assert cut == pytest.approx(expected)
-    exceeding = scores._replace(threshold_R1=cutoff_E[:, None])
-    selected_RN = selected_by(ExpertChoice(), scores)
+    exceeding = inputs._replace(threshold_R1=cutoff_E[:, None])
+    selected_RN = selected_by(ExpertChoice(), inputs)
     assert torch.equal(selected_by(Threshold(), exceeding), selected_RN)
     assert torch.equal(selected_by(Threshold("static"), exceeding), selected_RN)
 
 
 def test_thresholds_with_slots_drop_the_lowest_scores():
     logits_NE = torch.tensor([[3.0], [1.0], [5.0], [2.0], [-1.0]])
-    scores = scores_of(logits_NE, torch.ones(5, dtype=torch.bool), 2)
-    scores = scores._replace(threshold_R1=torch.zeros(1, 1))
-    selection, cutoff_1, excess = select_slots(Threshold("static"), scores)
+    inputs = policy_inputs(logits_NE, torch.ones(5, dtype=torch.bool), 2)
+    inputs = inputs._replace(threshold_R1=torch.zeros(1, 1))
+    selection, cutoff_1, excess = select_slots(Threshold("static"), inputs)
     assert set(selection.index_EK[0].tolist()) == {0, 2} and int(excess or 0) == 2
     assert cutoff_1.tolist() == [2.5]
-    few = scores._replace(threshold_R1=torch.full((1, 1), 4.0))
+    few = inputs._replace(threshold_R1=torch.full((1, 1), 4.0))
     selection, cutoff_1, excess = select_slots(Threshold("static"), few)
     assert selection.filled_EK.sum() == 1 and excess is not None and int(excess) == 0
     assert cutoff_1.tolist() == [2.5]
@@ -127,12 +127,12 @@ def test_thresholds_with_slots_drop_the_lowest_scores():
 @pytest.mark.parametrize("rate", [0.0, 0.05, 1.0])
 def test_noisy_decisions_are_inverted_at_their_rate(rate):
     torch.manual_seed(0)
-    scores = scores_of(torch.randn(20_000, 2), torch.arange(20_000) % 4 > 0, 3000)
+    inputs = policy_inputs(torch.randn(20_000, 2), torch.arange(20_000) % 4 > 0, 3000)
     for policy in (ExpertChoice(), Threshold()):
-        selected_RN = selected_by(policy, scores)
-        inverted_RN = selected_RN ^ selected_by(Noisy(policy, rate), scores)
-        assert not inverted_RN[~scores.eligible_RN].any()
-        found = inverted_RN[scores.eligible_RN].float().mean()
+        selected_RN = selected_by(policy, inputs)
+        inverted_RN = selected_RN ^ selected_by(Noisy(policy, rate), inputs)
+        assert not inverted_RN[~inputs.eligible_RN].any()
+        found = inverted_RN[inputs.eligible_RN].float().mean()
         assert float(found) == pytest.approx(rate, abs=0.005)
 
 
