@@ -205,12 +205,12 @@ class DepthRouted(nn.Module):
 
     def forward(self, x_1ND: Tensor, modality_1N: Tensor, routing: Routing) -> tuple[Tensor, None]:
         """Map [1, N, D] to [1, N, D]."""
-        (index_1K, filled_1K, score_1K), _ = self.router(x_1ND, modality_1N >= 0, routing)
+        (index_1K, filled_1K, weight_1K), _ = self.router(x_1ND, modality_1N >= 0, routing)
         x_ND, index_K = x_1ND[0], index_1K[0]
         modality_1K = modality_1N[:, index_K].masked_fill(~filled_1K, -1)
         slots = self.dispatch(index_K, filled_1K[0], torch.zeros_like(index_K), len(x_ND), 1)
         y_1KD, _ = self.experts(slots.gather(x_ND)[None], modality_1K, routing)
-        update_KD = (y_1KD * score_1K[..., None])[0]
+        update_KD = (y_1KD * weight_1K[..., None])[0]
         return slots.scatter_add(x_ND, update_KD.to(x_ND.dtype))[None], None
 
 

@@ -84,7 +84,7 @@ def route_document(
             all tokens of a micro-batch compete; if omitted, they compete within the document.
 
     Raises:
-        UserError: a layer's output or a router's score is NaN or infinite.
+        UserError: a layer's output or a router's logit is NaN or infinite.
     """
     how, device = model.named_routing(routing, record_selection=True), model.embedding.weight.device
     if batch is None:

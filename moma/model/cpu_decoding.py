@@ -27,8 +27,8 @@ from moma.model.routing import Policy, PolicyInputs, Routing, select_by_sequence
 from moma.model.token_choice import TokenChoiceGroup, TokenRouter
 from moma.model.transformer import Transformer
 
-# Returns factors of the experts' outputs, [N, E], 0 where an expert does not take a token.
-Score = Callable[[Tensor, Policy], Tensor]
+# Returns the weights of the experts' outputs, [N, E], 0 where an expert does not take a token.
+Weigh = Callable[[Tensor, Policy], Tensor]
 
 _ALL_11 = torch.ones(1, 1, dtype=torch.bool)
 
@@ -40,10 +40,10 @@ class _Router(NamedTuple):
 
 
 class _Experts(NamedTuple):
-    """A group of experts for some modalities; `score` is None if it has only one."""
+    """A group of experts for some modalities; `weigh` is None if it has only one."""
 
     modalities: Sequence[int]
-    score: Score | None
+    weigh: Weigh | None
     gate_up: Sequence[Tensor]  # [D, 2F] each
     down: Sequence[Tensor]  # [F, D] each
 
@@ -133,15 +133,15 @@ class _Layer:
         context = context.select(selection.index_EK, selection.filled_EK)
         if not selection.index_EK.shape[1]:
             return x_ND
-        if shape[1] == 1:  # all tokens stay in their places; those not selected have score 0
+        if shape[1] == 1:  # all tokens stay in their places; those not selected have weight 0
             if len(x_ND) > 1:
                 modality_N = context.modality_BS.flatten().tolist()
             y_ND = self._update(x_ND, context, modality_N, routing.experts)
-            return x_ND.lerp(y_ND, selection.score_EK)
+            return x_ND.lerp(y_ND, selection.weight_EK)
         index_T = selection.index_EK.flatten()
         x_TD, modality_T = x_ND[index_T], context.modality_BS.flatten().tolist()
         update_TD = self._update(x_TD, context, modality_T, routing.experts) - x_TD
-        return x_ND.index_add(0, index_T, update_TD * selection.score_EK.view(-1, 1))
+        return x_ND.index_add(0, index_T, update_TD * selection.weight_EK.view(-1, 1))
 
     def _update(
         self, x_ND: Tensor, context: CachedContext, modality_N: Sequence[int], policy: Policy
@@ -199,13 +199,13 @@ def _chosen(
     group: _Experts, x_ND: Tensor, eligible: Sequence[int], policy: Policy
 ) -> Iterator[tuple[Sequence[int], Sequence[float] | None, Tensor, Tensor]]:
     """Yield the experts that take tokens: which ones, their weights and those of the expert."""
-    if group.score is None:
+    if group.weigh is None:
         yield eligible, None, group.gate_up[0], group.down[0]
         return
     x_TD = x_ND if len(eligible) == len(x_ND) else x_ND[torch.tensor(eligible)]
-    score_ET = group.score(x_TD, policy).T.tolist()
-    for scores, gate_up_DF, down_FD in zip(score_ET, group.gate_up, group.down, strict=True):
-        taken = [(row, score) for row, score in zip(eligible, scores, strict=True) if score]
+    weight_ET = group.weigh(x_TD, policy).T.tolist()
+    for weight_T, gate_up_DF, down_FD in zip(weight_ET, group.gate_up, group.down, strict=True):
+        taken = [(row, weight) for row, weight in zip(eligible, weight_T, strict=True) if weight]
         if taken:
             rows, weights = zip(*taken, strict=True)
             yield rows, weights, gate_up_DF, down_FD
@@ -230,12 +230,12 @@ def _select(router: _Router, x_ND: Tensor, policy: Policy) -> tuple[Tensor, Tens
     return logits_NE, policy.candidates(inputs).T
 
 
-def _score(router: _Router, x_ND: Tensor, policy: Policy) -> Tensor:
+def _weigh(router: _Router, x_ND: Tensor, policy: Policy) -> Tensor:
     logits_NE, selected_NE = _select(router, x_ND, policy)
     return logits_NE.sigmoid() * selected_NE
 
 
-def _score_by_token(router: TokenRouter, x_ND: Tensor, policy: Policy) -> Tensor:
+def _weigh_by_token(router: TokenRouter, x_ND: Tensor, policy: Policy) -> Tensor:
     choices = router.choose(x_ND, torch.ones(len(x_ND), dtype=torch.bool), noise=False)
     return choices.weight_NE.where(choices.taken_NE, 0)
 
@@ -269,12 +269,12 @@ def _experts(group: nn.Module, modalities: Sequence[int]) -> _Experts:
     gate_up_EDF = torch.cat((gate_EDF, up_EDF), dim=-1)
     for parameter, part_EDF in zip((group.gate, group.up), gate_up_EDF.chunk(2, -1), strict=True):
         parameter.data = part_EDF.view(parameter.shape)
-    score: Score | None = None
+    weigh: Weigh | None = None
     if isinstance(group, TokenChoiceGroup):
-        score = partial(_score_by_token, group.router)
+        weigh = partial(_weigh_by_token, group.router)
     elif group.num_experts > 1:
-        score = partial(_score, _router(group.router, group.auxiliary))
-    return _Experts(group.modalities, score, gate_up_EDF.unbind(), down_EFD.unbind())
+        weigh = partial(_weigh, _router(group.router, group.auxiliary))
+    return _Experts(group.modalities, weigh, gate_up_EDF.unbind(), down_EFD.unbind())
 
 
 def _store_jointly(weights: Sequence[Tensor]) -> Tensor:

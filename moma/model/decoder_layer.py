@@ -244,12 +244,12 @@ class DepthLayer(DecoderLayer):
         diagnostics: list[Diagnostics],
         routing: Routing,
     ) -> tuple[Tensor, list[Diagnostics]]:
-        """Add the selected tokens' update, weighted by their scores, to them."""
+        """Add the selected tokens' update, weighted by its scores, to them."""
         assert given.selection is not None and given.depth is not None
         y_ND = x_BSD.flatten(0, 1)
         if given.slots is not None:
             update_RKD = self._add_experts(given.residual_BSD, experts_BSD)
-            update_RKD = update_RKD * given.selection.score_EK[..., None]
+            update_RKD = update_RKD * given.selection.weight_EK[..., None]
             y_ND = given.slots.scatter_add(y_ND, update_RKD.flatten(0, 1).to(y_ND.dtype))
         of_experts = _scattered(diagnostics, given.selection.index_EK.flatten(), len(y_ND))
         of_routers = [*of_experts, given.depth]

@@ -297,5 +297,5 @@ def _in_batch_order(selection: Selection, length: int, segment_BS: Tensor | None
     return Selection(
         index_RK.gather(1, order_RK) + first_R1,
         selection.filled_EK.gather(1, order_RK),
-        selection.score_EK.gather(1, order_RK),
+        selection.weight_EK.gather(1, order_RK),
     )

@@ -54,7 +54,7 @@ class ExpertInputs(NamedTuple):
 
     Attributes:
         gate_EDF, up_EDF, down_EFD: SwiGLU weights of the experts, views of their parameters.
-        selection: K tokens of each expert, with their scores.
+        selection: K tokens of each expert, with their weights.
     """
 
     gate_EDF: Tensor
@@ -88,14 +88,14 @@ def add_expert_outputs(
         total_ND: sum of other experts' outputs; the result has its dtype.
         product: computes the products with the experts' matrices.
     """
-    gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, score_EK) = inputs
+    gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, weight_EK) = inputs
     experts, capacity = index_EK.shape
     expert_T = torch.arange(experts, device=x_ND.device).repeat_interleave(capacity)
     slots = dispatch(index_EK.flatten(), filled_EK.flatten(), expert_T, len(x_ND), experts)
     x_EKD = slots.gather(x_ND).unflatten(0, index_EK.shape)
     gate_EKF, up_EKF = (product(x_EKD, [stack], None) for stack in (gate_EDF, up_EDF))
     ffn_EKD = product(functional.silu(gate_EKF) * up_EKF, [down_EFD], None)
-    return slots.scatter_add(total_ND, (score_EK[..., None] * ffn_EKD).flatten(0, 1))
+    return slots.scatter_add(total_ND, (weight_EK[..., None] * ffn_EKD).flatten(0, 1))
 
 
 def add_ragged_outputs(
@@ -115,7 +115,7 @@ def add_ragged_outputs(
         weights: SwiGLU weights gate, up and down of the experts, each as one or more stacks
             [·, D, F] or [·, F, D].
     """
-    index_T, expert_T, filled_T, score_T, end_E = selection
+    index_T, expert_T, filled_T, weight_T, end_E = selection
     if not len(index_T):
         return total_ND
     gate, up, down = weights
@@ -123,7 +123,7 @@ def add_ragged_outputs(
     x_TD = slots.gather(x_ND)
     gate_TF, up_TF = (product(x_TD, stacks, end_E) for stacks in (gate, up))
     ffn_TD = product(functional.silu(gate_TF) * up_TF, down, end_E)
-    return slots.scatter_add(total_ND, score_T[:, None] * ffn_TD)
+    return slots.scatter_add(total_ND, weight_T[:, None] * ffn_TD)
 
 
 def zero_total(x_ND: Tensor) -> Tensor:

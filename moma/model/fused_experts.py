@@ -1,7 +1,7 @@
 """Equation 1 for a group of experts by Triton kernels, in which nothing is gathered beforehand.
 
     hidden_e = SiLU(x[index_e] · gate_e) · (x[index_e] · up_e)     gather, first products, SwiGLU
-    y[n] = Σ_e s_e(n) · (hidden_e · down_e)                        second product, score, sum
+    y[n] = Σ_e g_e(n) · (hidden_e · down_e)                        second product, weight, sum
 
 One operation for torch.compile, with a backward pass of its own. The kernels run on a GPU; in tests
 Triton interprets them on a CPU. Results are deterministic.
@@ -40,12 +40,12 @@ def add_fused_outputs(
     x_ND, weights = x_ND.to(dtype), [weight.to(dtype) for weight in inputs[:3]]
     if not uses_kernels(x_ND):
         return add_expert_outputs(total_ND, x_ND, inputs, dispatch, product)
-    index_EK, filled_EK, score_EK = inputs.selection
+    index_EK, filled_EK, weight_EK = inputs.selection
     experts, slots = index_EK.shape
     end_E = (filled_EK.flip(1).cumsum(1) > 0).sum(1)  # up to the last slot that is filled
     expert_T = torch.arange(experts, device=x_ND.device).repeat_interleave(slots)
     table = TableSlots(index_EK.flatten(), filled_EK.flatten(), expert_T, len(x_ND), experts)
-    y_ND, *_ = fused_experts(x_ND, *weights, index_EK, score_EK.float(), end_E, table.slot_NC)
+    y_ND, *_ = fused_experts(x_ND, *weights, index_EK, weight_EK.float(), end_E, table.slot_NC)
     return total_ND + y_ND
 
 
@@ -61,7 +61,7 @@ def fused_experts(
     up_EDF: Tensor,
     down_EFD: Tensor,
     index_EK: Tensor,
-    score_EK: Tensor,
+    weight_EK: Tensor,
     end_E: Tensor,
     slot_NC: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +70,7 @@ def fused_experts(
     Args:
         gate_EDF, up_EDF, down_EFD: weights, of the same dtype.
         index_EK: the token in each slot.
-        score_EK: fp32 factor of the expert's output; 0 in an empty slot.
+        weight_EK: fp32 weight of the expert's output, g; 0 in an empty slot.
         end_E: number of an expert's slots that are computed; those behind it are empty.
         slot_NC: the slots of each token, −1 for none.
 
@@ -81,14 +81,14 @@ def fused_experts(
     (experts, slots), (dim, hidden) = index_EK.shape, gate_EDF.shape[1:]
     options = kernels.options(x_ND) | {"D": dim, "F": hidden, "slots": slots}
     gate_TF, up_TF, hidden_TF = (x_ND.new_empty(experts * slots, hidden) for _ in range(3))
-    x_ND, index_EK, score_EK = x_ND.contiguous(), index_EK.contiguous(), score_EK.contiguous()
+    x_ND, index_EK, weight_EK = x_ND.contiguous(), index_EK.contiguous(), weight_EK.contiguous()
     gate_EDF, up_EDF, down_EFD = (w.contiguous() for w in (gate_EDF, up_EDF, down_EFD))
     kernels.hidden_kernel[kernels.tiles(slots, hidden, experts)](
         x_ND, gate_EDF, up_EDF, index_EK, end_E, gate_TF, up_TF, hidden_TF, **options
     )
     z_TD = x_ND.new_empty(experts * slots, dim)
     kernels.output_kernel[kernels.tiles(slots, dim, experts)](
-        hidden_TF, down_EFD, score_EK, end_E, z_TD, **options
+        hidden_TF, down_EFD, weight_EK, end_E, z_TD, **options
     )
     return kernels.sum_slots(z_TD, slot_NC, torch.float32), gate_TF, up_TF
 
@@ -101,25 +101,25 @@ def fused_experts_backward(
     up_EDF: Tensor,
     down_EFD: Tensor,
     index_EK: Tensor,
-    score_EK: Tensor,
+    weight_EK: Tensor,
     end_E: Tensor,
     slot_NC: Tensor,
     gate_TF: Tensor,
     up_TF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the first four arguments of `fused_experts`, and of the scores."""
+    """The gradients of the first four arguments of `fused_experts`, and of `weight_EK`."""
     kernels = _kernels()
     (experts, slots), (dim, hidden) = index_EK.shape, gate_EDF.shape[1:]
     options = kernels.options(x_ND) | {"D": dim, "F": hidden, "slots": slots}
-    x_ND, index_EK, score_EK = x_ND.contiguous(), index_EK.contiguous(), score_EK.contiguous()
+    x_ND, index_EK, weight_EK = x_ND.contiguous(), index_EK.contiguous(), weight_EK.contiguous()
     gate_EDF, up_EDF, down_EFD = (w.contiguous() for w in (gate_EDF, up_EDF, down_EFD))
     grad_ND = grad_ND.to(x_ND.dtype).contiguous()
-    grad_gate_TF, grad_up_TF, scored_TF = (torch.empty_like(gate_TF) for _ in range(3))
+    grad_gate_TF, grad_up_TF, weighted_TF = (torch.empty_like(gate_TF) for _ in range(3))
     grid = kernels.tiles(slots, hidden, experts)
-    grad_score_PT = score_EK.new_zeros(grid[0], experts * slots)
+    grad_weight_PT = weight_EK.new_zeros(grid[0], experts * slots)
     kernels.hidden_backward_kernel[grid](
-        *(grad_ND, down_EFD, index_EK, score_EK, end_E, gate_TF, up_TF),
-        *(grad_gate_TF, grad_up_TF, scored_TF, grad_score_PT),
+        *(grad_ND, down_EFD, index_EK, weight_EK, end_E, gate_TF, up_TF),
+        *(grad_gate_TF, grad_up_TF, weighted_TF, grad_weight_PT),
         total_slots=experts * slots,
         **options,
     )
@@ -129,7 +129,7 @@ def fused_experts_backward(
     )
     grid = kernels.tiles(dim, hidden, experts)
     weights = torch.empty_like(gate_EDF), torch.empty_like(up_EDF), torch.empty_like(down_EFD)
-    factors = (x_ND, grad_gate_TF), (x_ND, grad_up_TF), (grad_ND, scored_TF)
+    factors = (x_ND, grad_gate_TF), (x_ND, grad_up_TF), (grad_ND, weighted_TF)
     for (of_tokens, of_slots), weight in zip(factors, weights, strict=True):
         kernels.weight_backward_kernel[grid](
             *(of_tokens, of_slots, index_EK, end_E, weight),
@@ -137,7 +137,7 @@ def fused_experts_backward(
             **options,
         )
     grad_x_ND = kernels.sum_slots(grad_x_TD, slot_NC, x_ND.dtype)
-    return grad_x_ND, *weights, grad_score_PT.sum(0).view_as(score_EK)
+    return grad_x_ND, *weights, grad_weight_PT.sum(0).view_as(weight_EK)
 
 
 def _kernels() -> Any:
@@ -160,9 +160,9 @@ def _(x_ND: Tensor, gate_EDF: Tensor, *arguments: Tensor) -> tuple[Tensor, Tenso
 
 @fused_experts_backward.register_fake
 def _(grad_ND: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
-    x_ND, gate_EDF, up_EDF, down_EFD, _, score_EK = arguments[:6]
+    x_ND, gate_EDF, up_EDF, down_EFD, _, weight_EK = arguments[:6]
     return tuple(
-        each.new_empty(each.shape) for each in (x_ND, gate_EDF, up_EDF, down_EFD, score_EK)
+        each.new_empty(each.shape) for each in (x_ND, gate_EDF, up_EDF, down_EFD, weight_EK)
     )
 
 
@@ -172,8 +172,8 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
 
 
 def _backward(ctx: Any, grad_ND: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    *of_weights, grad_score_EK = fused_experts_backward(grad_ND, *ctx.saved_tensors)
-    return *of_weights, None, grad_score_EK, None, None
+    *grads, grad_weight_EK = fused_experts_backward(grad_ND, *ctx.saved_tensors)
+    return *grads, None, grad_weight_EK, None, None
 
 
 fused_experts.register_autograd(_backward, setup_context=_setup_context)

@@ -132,8 +132,8 @@ class RouterRecord(NamedTuple):
         logits_NE: the main router's logits, detached.
         kind: a router of `experts`, or of mixture-of-depths (`depth`, with E = 1).
         excess: number of tokens above a threshold that found no slot; None under expert choice.
-        score_NE: factors of the experts' outputs for the tokens that they process, detached; None:
-            sigmoid of the logits.
+        token_choice_weight_NE: weights of the experts' outputs under token choice, valid where an
+            expert processes the token, detached; None: the scores, sigmoids of the logits.
     """
 
     selected_NE: Tensor
@@ -142,13 +142,14 @@ class RouterRecord(NamedTuple):
     logits_NE: Tensor
     kind: RouterKind = "experts"
     excess: Tensor | None = None
-    score_NE: Tensor | None = None
+    token_choice_weight_NE: Tensor | None = None
 
     @property
     def weight_NE(self) -> Tensor:
-        """The factor of each expert's output; 0 where it does not process the token."""
-        score_NE = self.logits_NE.sigmoid() if self.score_NE is None else self.score_NE
-        return score_NE * self.selected_NE
+        """The weight of each expert's output; 0 where it does not process the token."""
+        weight_NE = self.token_choice_weight_NE
+        weight_NE = self.logits_NE.sigmoid() if weight_NE is None else weight_NE
+        return weight_NE * self.selected_NE
 
     def scatter(self, index_K: Tensor, tokens: int) -> "RouterRecord":
         """Expand a record of only the tokens `index_K` to all N tokens, with zeros elsewhere."""
@@ -156,7 +157,7 @@ class RouterRecord(NamedTuple):
         def expand(part: Tensor) -> Tensor:
             return part.new_zeros(tokens, *part.shape[1:]).index_copy(0, index_K, part)
 
-        auxiliary, score = self.auxiliary_logits_NE, self.score_NE
+        auxiliary, weight = self.auxiliary_logits_NE, self.token_choice_weight_NE
         return RouterRecord(
             selected_NE=expand(self.selected_NE),
             auxiliary_logits_NE=None if auxiliary is None else expand(auxiliary),
@@ -164,7 +165,7 @@ class RouterRecord(NamedTuple):
             logits_NE=expand(self.logits_NE),
             kind=self.kind,
             excess=self.excess,
-            score_NE=None if score is None else expand(score),
+            token_choice_weight_NE=None if weight is None else expand(weight),
         )
 
 
@@ -185,7 +186,7 @@ class Diagnostics(NamedTuple):
     Compiled layers return it; see `RouterRecord`.
 
     Attributes:
-        nonfinite: boolean on the device: whether a router's score or the output is NaN or infinite;
+        nonfinite: boolean on the device: whether a router's logit or the output is NaN or infinite;
             None if it was not checked.
         record: the router's record, if requested.
         cutoff_E: the cutoffs of expert choice by the router's logits, under a policy with slots.
@@ -209,16 +210,17 @@ def diagnose(
     kind: RouterKind = "experts",
     cutoff_E: Tensor | None = None,
     excess: Tensor | None = None,
-    score_NE: Tensor | None = None,
+    token_choice_weight_NE: Tensor | None = None,
     load_O: Tensor | None = None,
     loss: Tensor | None = None,
 ) -> Diagnostics:
-    """Check a router's scores, and record its selection if `routing` requests it.
+    """Check a router's logits, and record its selection if `routing` requests it.
 
     Args:
         selected_NE: as in `RouterRecord`; needed only if `routing.records`.
-        logits_NE, auxiliary_logits_NE, eligible_N, kind, excess, score_NE: as in `RouterRecord`.
+        logits_NE, auxiliary_logits_NE, eligible_N, kind, excess: as in `RouterRecord`.
         routing: see `Routing`.
+        token_choice_weight_NE: as in `RouterRecord`.
         cutoff_E, load_O, loss: as in `Diagnostics`.
 
     Returns:
@@ -232,6 +234,7 @@ def diagnose(
     if not routing.records:
         return Diagnostics(nonfinite, cutoff_E=cutoff_E, load_O=load_O, loss=loss)
     assert selected_NE is not None
+    weight_NE = token_choice_weight_NE
     record = RouterRecord(
         selected_NE=selected_NE,
         auxiliary_logits_NE=auxiliary_logits_NE,
@@ -239,6 +242,6 @@ def diagnose(
         logits_NE=logits_NE.detach(),
         kind=kind,
         excess=excess,
-        score_NE=None if score_NE is None else score_NE.detach(),
+        token_choice_weight_NE=None if weight_NE is None else weight_NE.detach(),
     )
     return Diagnostics(nonfinite, record, cutoff_E=cutoff_E, load_O=load_O, loss=loss)

@@ -2,7 +2,7 @@
 
 Training uses expert choice (MoMa §2.2; arXiv 2202.09368): each expert selects the tokens that it
 scores highest in the micro-batch. Because that depends on later tokens, generation decides each
-token on its own: by the auxiliary router (§2.4), or by whether its score exceeds a threshold that
+token on its own: by the auxiliary router (§2.4), or by whether its logit exceeds a threshold that
 was recorded while training (arXiv 2603.11535).
 
 A policy names the tokens that an expert may process and the number of slots for them. With slots,
@@ -206,17 +206,18 @@ class Selection(NamedTuple):
     Attributes:
         index_EK: int64 index of the token in each slot, into the N tokens.
         filled_EK: whether the slot holds a token; an expert may have more slots than tokens.
-        score_EK: factor of the expert's output; exactly 0 in an empty slot, so that the slot adds
-            nothing to the output and receives no gradient.
+        weight_EK: weight of the expert's output (g in Equation 1): the score, sigmoid(logit), or
+            what token choice says; exactly 0 in an empty slot, so that the slot adds nothing to
+            the output and receives no gradient.
     """
 
     index_EK: Tensor
     filled_EK: Tensor
-    score_EK: Tensor
+    weight_EK: Tensor
 
     def selected_NE(self, tokens: int) -> Tensor:
         """Return 1 where expert e processes token n, else 0, shape [N, E]."""
-        zeros_EN = self.score_EK.new_zeros(len(self.index_EK), tokens)
+        zeros_EN = self.weight_EK.new_zeros(len(self.index_EK), tokens)
         return zeros_EN.scatter_add(1, self.index_EK, self.filled_EK.to(zeros_EN.dtype)).T
 
 
@@ -227,14 +228,14 @@ class RaggedSelection(NamedTuple):
         index_T: int64 index of the token, into the N tokens.
         expert_T: int64 index of the expert.
         filled_T: whether the slot holds a token.
-        score_T: factor of the expert's output; 0 in an empty slot.
+        weight_T: weight of the expert's output, as in `Selection`; 0 in an empty slot.
         end_E: int32 index one past each expert's last slot; T for the last expert.
     """
 
     index_T: Tensor
     expert_T: Tensor
     filled_T: Tensor
-    score_T: Tensor
+    weight_T: Tensor
     end_E: Tensor
 
 
@@ -291,7 +292,7 @@ def logistic_noise(logits_NE: Tensor) -> Tensor:
 
 
 def any_nonfinite(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
-    """Whether an eligible token has a NaN or infinite score, as a boolean on the device.
+    """Whether an eligible token has a NaN or infinite logit, as a boolean on the device.
 
     A NaN would win every top-k. The flag is checked later, without synchronizing here.
     """
@@ -341,7 +342,7 @@ def select_ragged(selected_EN: Tensor, logits_EN: Tensor) -> RaggedSelection:
     then every pair of expert and token has a slot, the selected ones first.
 
     Args:
-        logits_EN: main router logits; they determine only the score.
+        logits_EN: main router logits; their sigmoids are the weights.
     """
     end_E = selected_EN.sum(1).cumsum(0, dtype=torch.int32)
     if not may_synchronize(selected_EN[0]):
@@ -351,8 +352,8 @@ def select_ragged(selected_EN: Tensor, logits_EN: Tensor) -> RaggedSelection:
     else:
         expert_T, index_T = selected_EN.nonzero(as_tuple=True)
     filled_T = selected_EN[expert_T, index_T]
-    score_T = logits_EN[expert_T, index_T].sigmoid() * filled_T
-    return RaggedSelection(index_T, expert_T, filled_T, score_T, end_E)
+    weight_T = logits_EN[expert_T, index_T].sigmoid() * filled_T
+    return RaggedSelection(index_T, expert_T, filled_T, weight_T, end_E)
 
 
 def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
@@ -362,7 +363,7 @@ def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
     for (`may_synchronize`).
 
     Args:
-        logits_BS: main router logits; they determine only the score.
+        logits_BS: main router logits; their sigmoids are the weights.
     """
     sequences, length = selected_BS.shape
     slots = int(selected_BS.sum(1).max()) if may_synchronize(selected_BS.flatten()) else length
@@ -376,12 +377,12 @@ def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
     index_BK = selected_BS.byte().sort(dim=1, descending=True, stable=True).indices[:, :slots]
     filled_BK = selected_BS.gather(1, index_BK)
     index_BK = index_BK.where(filled_BK, length - 1)
-    score_BK = logits_BS.gather(1, index_BK).sigmoid() * filled_BK
-    return Selection(index_BK + first_B1, filled_BK, score_BK)
+    weight_BK = logits_BS.gather(1, index_BK).sigmoid() * filled_BK
+    return Selection(index_BK + first_B1, filled_BK, weight_BK)
 
 
 def select_all(eligible_N: Tensor, capacity: int) -> Selection:
-    """Select the first `capacity` eligible tokens with score 1, for a group of one expert."""
+    """Select the first `capacity` eligible tokens with weight 1, for a group of one expert."""
     number_N = eligible_N.cumsum(0) - 1
     slot_N = torch.where(eligible_N & (number_N < capacity), number_N, capacity)
     # All other tokens go to one more slot, which is cut off: counting is faster than sorting.

@@ -37,8 +37,8 @@ class TokenChoices(NamedTuple):
 
     Attributes:
         taken_NE: whether token n took the real expert e.
-        logits_NE: numbers whose sigmoid is its score of each real expert.
-        weight_NE: factors of the experts' outputs.
+        logits_NE: logits of the scores: their sigmoids are its scores of the real experts.
+        weight_NE: weights of the experts' outputs, valid where the expert was taken.
         load_O: number of tokens that took each real expert, and a null expert on average, in fp32.
         loss: the weighted load balancing loss; None without.
     """
@@ -147,7 +147,7 @@ class TokenChoiceGroup(ExpertGroup):
         slots = self._slots(eligible_N, "static")
         selection = select_top_k(choices.logits_NE.T, taken_EN, slots)
         weight_EK = weight_EN.gather(1, selection.index_EK) * selection.filled_EK
-        selection = selection._replace(score_EK=weight_EK)
+        selection = selection._replace(weight_EK=weight_EK)
         selected_NE = selection.selected_NE(len(x_ND)) if routing.records else None
         excess = taken_EN.sum() - selection.filled_EK.sum()
         return selection, [
@@ -158,7 +158,7 @@ class TokenChoiceGroup(ExpertGroup):
                 eligible_N,
                 routing,
                 excess=excess,
-                score_NE=choices.weight_NE,
+                token_choice_weight_NE=choices.weight_NE,
                 load_O=choices.load_O,
                 loss=choices.loss,
             )
@@ -175,13 +175,13 @@ class TokenChoiceGroup(ExpertGroup):
         tokens = select_ragged(choices.taken_NE.T, choices.logits_NE.T)
         weight_T = choices.weight_NE[tokens.index_T, tokens.expert_T] * tokens.filled_T
         selected_NE = choices.taken_NE.to(choices.logits_NE.dtype) if routing.records else None
-        return tokens._replace(score_T=weight_T), [
+        return tokens._replace(weight_T=weight_T), [
             diagnose(
                 selected_NE,
                 choices.logits_NE,
                 None,
                 eligible_N,
                 routing,
-                score_NE=choices.weight_NE,
+                token_choice_weight_NE=choices.weight_NE,
             )
         ]

@@ -56,7 +56,7 @@ class ModelOutput(NamedTuple):
     Attributes:
         head: what the head returned; by default the logits of the next token, [B, S, V].
         routers: records of the routers, layer by layer, if `Routing` requests them.
-        nonfinite_L: booleans on the device: layers whose output or router scores are NaN or
+        nonfinite_L: booleans on the device: layers whose output or router logits are NaN or
             infinite. The first one is the cause; later ones follow from it. Empty without
             `Routing.checks`.
         cutoffs: for each router of a policy with slots, layer by layer, the cutoffs [E] of expert
@@ -151,7 +151,7 @@ class Transformer(nn.Module):
                 causal routing, and neither documents nor positions.
 
         Raises:
-            UserError: a layer's output or a router's score is NaN or infinite; see
+            UserError: a layer's output or a router's logit is NaN or infinite; see
                 `Routing.raises`.
         """
         routing = routing or Routing()
@@ -396,4 +396,4 @@ def require_finite(nonfinite_L: Tensor, where: str = "") -> None:
 
 def first_nonfinite(layers: Sequence[int]) -> str:
     """Describe the first of the non-finite layers, for a message."""
-    return f"the output of layer {layers[0]}, or a score of a router in it, is NaN or infinite"
+    return f"the output of layer {layers[0]}, or a logit of a router in it, is NaN or infinite"

@@ -121,7 +121,7 @@ def hidden_kernel(
 def output_kernel(
     hidden_TF,
     down_EFD,
-    score_EK,
+    weight_EK,
     end_E,
     z_TD,
     slots,
@@ -132,15 +132,15 @@ def output_kernel(
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Z = score · (hidden · down)."""
+    """Z = weight · (hidden · down)."""
     expert, slot, is_slot, d = _tile(end_E, slots, ROWS, COLUMNS)
     z = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, F, STEP):
         f = start + tl.arange(0, STEP)
         down = _load(down_EFD, expert * F + f, f < F, d, D)
         z = _multiply(_load(hidden_TF, slot, is_slot, f, F), down, z, DTYPE)
-    score = tl.load(score_EK + slot, is_slot, other=0.0)
-    _store(z_TD, slot, is_slot, d, D, score[:, None] * z)
+    weight = tl.load(weight_EK + slot, is_slot, other=0.0)
+    _store(z_TD, slot, is_slot, d, D, weight[:, None] * z)
 
 
 @triton.jit
@@ -169,14 +169,14 @@ def hidden_backward_kernel(
     grad_ND,
     down_EFD,
     index_EK,
-    score_EK,
+    weight_EK,
     end_E,
     gate_TF,
     up_TF,
     grad_gate_TF,
     grad_up_TF,
-    scored_TF,
-    grad_score_PT,
+    weighted_TF,
+    grad_weight_PT,
     slots,
     total_slots,
     D: tl.constexpr,
@@ -186,10 +186,10 @@ def hidden_backward_kernel(
     STEP: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Gradients of gate and up, and score · hidden, which the gradient of `down` needs.
+    """Gradients of gate and up, and weight · hidden, which the gradient of `down` needs.
 
-    With u = grad · downᵀ, the gradient of hidden is score · u and that of the score hidden · u, of
-    which each program computes a part, that of its columns.
+    With u = grad · downᵀ, the gradient of hidden is weight · u. That of the weight is hidden · u,
+    of which each program computes a part, that of its columns.
     """
     expert, slot, is_slot, f = _tile(end_E, slots, ROWS, COLUMNS)
     token = tl.load(index_EK + slot, is_slot, other=0)
@@ -200,15 +200,15 @@ def hidden_backward_kernel(
         u = _multiply(_load(grad_ND, token, is_slot, d, D), tl.trans(down), u, DTYPE)
     gate = _load(gate_TF, slot, is_slot, f, F).to(tl.float32)
     up = _load(up_TF, slot, is_slot, f, F).to(tl.float32)
-    score = tl.load(score_EK + slot, is_slot, other=0.0)[:, None]
+    weight = tl.load(weight_EK + slot, is_slot, other=0.0)[:, None]
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     hidden = silu * up
     slope = sigmoid * (1 + gate * (1 - sigmoid))  # of SiLU
-    _store(grad_gate_TF, slot, is_slot, f, F, score * u * up * slope)
-    _store(grad_up_TF, slot, is_slot, f, F, score * u * silu)
-    _store(scored_TF, slot, is_slot, f, F, score * hidden)
-    part = grad_score_PT + tl.program_id(0) * total_slots + slot
+    _store(grad_gate_TF, slot, is_slot, f, F, weight * u * up * slope)
+    _store(grad_up_TF, slot, is_slot, f, F, weight * u * silu)
+    _store(weighted_TF, slot, is_slot, f, F, weight * hidden)
+    part = grad_weight_PT + tl.program_id(0) * total_slots + slot
     tl.store(part, tl.sum(hidden * u, 1), is_slot)
 
 

@@ -27,7 +27,7 @@ class EngineConfig(Config):
 
     Attributes:
         compute: dtype of matrix products; by default bf16 on a GPU and fp32 on a CPU. Weights,
-            optimizer state and router scores are always fp32.
+            optimizer state and router logits are always fp32.
         float8: whether to compute the products of attention and experts in float8, those of linear
             layers by torchao; `emulate` only rounds to float8, on any device. Routers, the head and
             the gradients of the weights of experts stay in `compute`, and so do evaluation and

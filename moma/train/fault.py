@@ -34,7 +34,7 @@ class Fault(Config):
 
     Attributes:
         step: the first step with a fault.
-        layers: layers whose output or router score is non-finite.
+        layers: layers whose output or router logit is non-finite.
         loss: mean loss of the step; a string if it is non-finite.
         gradient_norm: norm of the gradient; a string if it is non-finite.
         world_size: number of ranks.

@@ -1,4 +1,4 @@
-"""Detects faults: steps whose loss, gradient or scores are non-finite, or whose loss explodes."""
+"""Detects faults: steps whose loss, gradient or layers are non-finite, or whose loss explodes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,7 @@ class LossMonitor:
         skips: whether steps with a fault are skipped; see `StageConfig.on_fault`.
         first_fault: tensors on the device that describe the first fault: `fault_step`, 0 if there
             was none, `fault_loss`, `fault_norm`, and `fault_nonfinite`, the layers whose output
-            or router score was non-finite, [L].
+            or router logit was non-finite, [L].
     """
 
     def __init__(self, config: StageConfig, device: torch.device):

@@ -165,7 +165,7 @@ def test_an_unwritable_log_stops_all_ranks(outcome):
 
 def test_a_nonfinite_score_stops_all_ranks(outcome):
     message = (outcome / "fault-0").read_text()
-    assert "at step 3 the output of layer 1, or a score" in message
+    assert "at step 3 the output of layer 1, or a logit" in message
     assert (outcome / "fault-1").read_text() == message
     files = {path.name for path in (outcome / "fault" / "fault").iterdir()}
     ranks = {f"rank-{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")}

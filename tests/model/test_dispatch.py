@@ -42,11 +42,11 @@ def test_slots_equal_loops_forward_and_backward(dispatch, seed):
     slots = drawn_slots(seed)
     index_T, filled_T, _ = slots
     x_ND, total_ND = (vectors(TOKENS, seed + n).requires_grad_() for n in (1, 2))
-    # Empty slots add nothing and receive no gradient, because their scores are zero.
-    score_T1 = filled_T.double()[:, None]
+    # Empty slots add nothing and receive no gradient, because their weights are zero.
+    weight_T1 = filled_T.double()[:, None]
     z_TD = vectors(15, seed + 3).requires_grad_()
-    x_TD = build(dispatch, slots).gather(x_ND) * score_T1
-    y_ND = build(dispatch, slots).scatter_add(total_ND, z_TD * score_T1)
+    x_TD = build(dispatch, slots).gather(x_ND) * weight_T1
+    y_ND = build(dispatch, slots).scatter_add(total_ND, z_TD * weight_T1)
     expected_ND = total_ND.detach().clone()
     for slot in filled_T.nonzero().flatten().tolist():
         assert torch.equal(x_TD[slot], x_ND[index_T[slot]])

@@ -57,8 +57,8 @@ def inputs_of(case, device="cpu", dtype=torch.float32) -> tuple[list[torch.Tenso
     filled_EK = torch.zeros(experts, slots, dtype=torch.bool)
     for row_K, numbers in zip(filled_EK, filled, strict=True):
         row_K[list(numbers)] = True
-    score_EK = torch.rand(experts, slots, generator=generator) * filled_EK
-    chosen = Selection(torch.stack(index_EK), filled_EK, score_EK)
+    weight_EK = torch.rand(experts, slots, generator=generator) * filled_EK
+    chosen = Selection(torch.stack(index_EK), filled_EK, weight_EK)
     inputs = [draw(tokens, dim), *(weight * weight.shape[1] ** -0.5 for weight in weights)]
     return inputs, Selection(*(part.to(device) for part in chosen))
 
@@ -73,19 +73,19 @@ def equation_1(
         token = int(selection.index_EK[expert, slot])
         gate_F, up_F = x_ND[token] @ gate_EDF[expert], x_ND[token] @ up_EDF[expert]
         ffn_D = (torch.nn.functional.silu(gate_F) * up_F) @ down_EFD[expert]
-        sums[token] = sums[token] + selection.score_EK[expert, slot] * ffn_D
+        sums[token] = sums[token] + selection.weight_EK[expert, slot] * ffn_D
     return torch.stack(sums)
 
 
 def outcome(compute, inputs, selection, dtype) -> list[torch.Tensor]:
-    """Outputs and gradients of all inputs and of the scores."""
+    """Outputs and gradients of all inputs and of the weights."""
     leaves = [each.detach().to(dtype).requires_grad_() for each in inputs]
-    score_EK = selection.score_EK.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-    total_ND = torch.ones_like(leaves[0], dtype=score_EK.dtype)
-    y_ND = compute(leaves, selection._replace(score_EK=score_EK), total_ND)
+    weight_EK = selection.weight_EK.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    total_ND = torch.ones_like(leaves[0], dtype=weight_EK.dtype)
+    y_ND = compute(leaves, selection._replace(weight_EK=weight_EK), total_ND)
     gradient_ND = torch.linspace(-1, 1, y_ND.numel(), device=y_ND.device).view_as(y_ND)
-    grads = torch.autograd.grad(y_ND, [*leaves, score_EK], gradient_ND.to(y_ND.dtype))
-    # Those of empty slots are multiplied by 0 where scores are computed.
+    grads = torch.autograd.grad(y_ND, [*leaves, weight_EK], gradient_ND.to(y_ND.dtype))
+    # Those of empty slots are multiplied by 0 where weights are computed.
     return [y_ND.detach(), *grads[:-1], grads[-1] * selection.filled_EK]
 
 
@@ -124,10 +124,10 @@ def test_no_slots_leave_the_total_and_give_zero_gradients(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_operation_is_registered_as_torch_compile_needs_it(device):
-    inputs, (index_EK, filled_EK, score_EK) = inputs_of(SMALL, device)
+    inputs, (index_EK, filled_EK, weight_EK) = inputs_of(SMALL, device)
     column_T = torch.arange(3, device=device).repeat_interleave(6)
     table = TableSlots(index_EK.flatten(), filled_EK.flatten(), column_T, 9, 3)
-    leaves = [each.requires_grad_() for each in (*inputs, score_EK)]
+    leaves = [each.requires_grad_() for each in (*inputs, weight_EK)]
     end_E = torch.tensor([6, 0, 4], device=device)
     arguments = (*leaves[:4], index_EK, leaves[4], end_E, table.slot_NC)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

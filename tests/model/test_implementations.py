@@ -188,7 +188,7 @@ def test_shared_slots_hold_the_tokens_of_every_expert(counts, alignment, spare):
         index_1K = torch.nn.functional.pad(index, (0, spare))[None]
         selections.append(Selection(index_1K, filled, filled.float()))
     shared = sum(-(-count // alignment) * alignment for count in counts) + alignment
-    index_T, expert_T, is_filled_T, score_T, end_E = share_slots(selections, shared, alignment)
+    index_T, expert_T, is_filled_T, weight_T, end_E = share_slots(selections, shared, alignment)
     assert end_E.dtype == torch.int32 and int(end_E[-1]) == shared
     assert not any(end % alignment for end in end_E.tolist())
     start = 0
@@ -197,7 +197,7 @@ def test_shared_slots_hold_the_tokens_of_every_expert(counts, alignment, spare):
         assert expert_T[own].tolist() == [expert] * (end - start)
         filled_T = is_filled_T[own]
         assert index_T[own][filled_T].tolist() == [100 * expert + n for n in range(count)]
-        assert torch.equal(score_T[own], filled_T.float())
+        assert torch.equal(weight_T[own], filled_T.float())
         start = end
 
 
@@ -235,7 +235,7 @@ def bf16_contributions(experts: Any, x_ND, modality_N) -> torch.Tensor:
             x_KD = x_ND[index_K].bfloat16()
             hidden = torch.nn.functional.silu(x_KD @ gate[e].bfloat16()) * (x_KD @ up[e].bfloat16())
             ffn_KD = (hidden @ down[e].bfloat16()).double()
-            total_ND.index_add_(0, index_K, selection.score_EK[e][:, None].double() * ffn_KD)
+            total_ND.index_add_(0, index_K, selection.weight_EK[e][:, None].double() * ffn_KD)
     return total_ND
 
 

@@ -68,8 +68,8 @@ def test_expert_choice_selects_the_highest_scored_eligible_tokens(case, capacity
         if count and len(others):
             assert logits_NE[selected_N, expert].min() >= others.max()
     expected = logits_NE.T.gather(1, selection.index_EK).sigmoid()
-    assert torch.equal(selection.score_EK[selection.filled_EK], expected[selection.filled_EK])
-    assert not selection.score_EK[~selection.filled_EK].any()
+    assert torch.equal(selection.weight_EK[selection.filled_EK], expected[selection.filled_EK])
+    assert not selection.weight_EK[~selection.filled_EK].any()
 
 
 @settings(max_examples=200, deadline=None)
@@ -83,7 +83,7 @@ def test_auxiliary_routers_decide_each_token_by_itself(case, synchronize):
         tokens = select_ragged(selected_NE.T, auxiliary_logits_NE.T)
     total_NE, start = torch.zeros(selected_NE.shape), 0
     for expert, end in enumerate(tokens.end_E.tolist()):
-        total_NE[:, expert].index_add_(0, tokens.index_T[start:end], tokens.score_T[start:end])
+        total_NE[:, expert].index_add_(0, tokens.index_T[start:end], tokens.weight_T[start:end])
         start = end
     assert (
         start == len(tokens.index_T) == (len(selected_NE.flatten()), selected_NE.sum())[synchronize]
@@ -155,18 +155,18 @@ def test_selected_tokens_keep_their_order_within_each_sequence(rows, synchronize
         assert filled.tolist() == [True] * sum(row) + [False] * (len(filled) - sum(row))
         assert (index.diff() >= 0).all()
         expected = logits_BS.flatten()[index].sigmoid() * filled
-        torch.testing.assert_close(selection.score_EK[sequence], expected)
+        torch.testing.assert_close(selection.weight_EK[sequence], expected)
 
 
 @settings(max_examples=50, deadline=None)
 @given(logits_and_eligible(), st.integers(1, 25))
-def test_a_single_expert_selects_all_tokens_with_score_one(case, capacity):
+def test_a_single_expert_selects_all_tokens_with_weight_one(case, capacity):
     _, eligible_N = case
     selection = select_all(eligible_N, capacity)
     expected = eligible_N.nonzero().flatten().tolist()[:capacity]
     filled = selection.filled_EK[0]
     assert selection.index_EK[0][filled].tolist() == expected
-    assert selection.score_EK[0].tolist() == filled.float().tolist()
+    assert selection.weight_EK[0].tolist() == filled.float().tolist()
 
 
 def test_logits_of_few_and_of_many_experts_are_equal(monkeypatch):
@@ -181,7 +181,7 @@ def test_logits_of_few_and_of_many_experts_are_equal(monkeypatch):
 
 @settings(max_examples=100, deadline=None)
 @given(logits_and_eligible(), st.sampled_from([math.nan, math.inf, -math.inf]), st.data())
-def test_a_nonfinite_score_counts_only_for_eligible_tokens(case, value, data):
+def test_a_nonfinite_logit_counts_only_for_eligible_tokens(case, value, data):
     logits_NE, eligible_N = case
     assert not any_nonfinite(logits_NE, eligible_N)
     n, expert = (data.draw(st.integers(0, size - 1)) for size in logits_NE.shape)

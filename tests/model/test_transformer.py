@@ -292,7 +292,7 @@ def test_the_embedding_of_padding_has_no_effect(groups):
         ("layers.2.depth.auxiliary.output", (RECORD, CAUSAL)),
     ],
 )
-def test_a_nonfinite_score_is_reported_with_its_layer(router, detected_by, value):
+def test_a_nonfinite_logit_is_reported_with_its_layer(router, detected_by, value):
     config = ModelConfig(groups="mod_moe_2t2i", dim=16, layers=4, heads=2)
     model = Transformer(config, VOCABULARY, (0.5, 0.5)).eval()
     model.initialize(0)
@@ -303,7 +303,7 @@ def test_a_nonfinite_score_is_reported_with_its_layer(router, detected_by, value
     layer = int(router.split(".")[1])
     for routing in (CHOICE, ACTUAL, RECORD, CAUSAL):
         if routing in (ACTUAL, CAUSAL) and routing in detected_by:
-            with pytest.raises(UserError, match=f"output of layer {layer}, or a score of a router"):
+            with pytest.raises(UserError, match=f"output of layer {layer}, or a logit of a router"):
                 model(tokens, routing=routing)
         else:
             found = model(tokens, routing=routing).nonfinite_L.nonzero().flatten().tolist()

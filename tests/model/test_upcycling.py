@@ -344,4 +344,4 @@ def test_noise_changes_the_score_as_well_as_the_selection():
     score_EN = (x @ group.router.weight.T + (uniform / (1 - uniform)).log()).sigmoid().T
     expected = score_EN.topk(4).indices
     assert torch.equal(selection.index_EK.sort().values, expected.sort().values)
-    torch.testing.assert_close(selection.score_EK, score_EN.gather(1, selection.index_EK))
+    torch.testing.assert_close(selection.weight_EK, score_EN.gather(1, selection.index_EK))

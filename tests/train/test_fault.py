@@ -95,14 +95,14 @@ def test_a_nonfinite_gradient_is_reported(tiny, tmp_path, monkeypatch):
 
 
 def nonfinite(losses: LossOutput) -> LossOutput:
-    """As with an infinite router score, after which the loss may still be finite."""
+    """As with an infinite router logit, after which the loss may still be finite."""
     return losses._replace(nonfinite_L=torch.tensor([False, True]))
 
 
 def test_nonfinite_scores_follow_on_fault(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         before_step(patch, with_losses(nonfinite))
-        with pytest.raises(UserError, match="at step 3 the output of layer 1, or a score"):
+        with pytest.raises(UserError, match="at step 3 the output of layer 1, or a logit"):
             train(of_groups(tiny, "moe_2t2i", tmp_path / "stop"), WORLD, quiet=True)
     fault = json.loads((tmp_path / "stop/fault/fault.json").read_text())
     assert (fault["step"], fault["layers"]) == (FAULTY_STEP, [1]) and fault["loss"] < 10
@@ -126,7 +126,7 @@ def test_nonfinite_scores_stop_and_name_the_layer(tiny, tmp_path, monkeypatch, b
     )
     before_step(monkeypatch, set_nan(f"{broken}.weight"))
     layer = broken.split(".")[1]
-    with pytest.raises(UserError, match=f"at step 3 the output of layer {layer}, or a score"):
+    with pytest.raises(UserError, match=f"at step 3 the output of layer {layer}, or a logit"):
         train(recipe, WORLD, quiet=True)
     run = Run(tmp_path / "run")
     assert [record["step"] for record in run.read_metrics()] == [2]
