@@ -68,7 +68,7 @@ class TokenContext(NamedTuple):
 LayerContext = TokenContext | CachedContext
 
 
-class ExpertsInput(NamedTuple):
+class BeforeExperts(NamedTuple):
     """What the experts of a layer process, and what their output is added to.
 
     With mixture-of-depths it has only the selected tokens, [R, K] instead of [B, S].
@@ -151,18 +151,18 @@ class DecoderLayer(nn.Module):
 
     def before_experts(
         self, x_BSD: Tensor, context: LayerContext, routing: Routing
-    ) -> ExpertsInput:
+    ) -> BeforeExperts:
         """Compute all that precedes the experts."""
         attention_BSD = self._attend(x_BSD, context)
         h_BSD = x_BSD + attention_BSD
         modality_BS, tokens = context.modality_BS, context.group_tokens
         tokens = self.experts.find_tokens(modality_BS, routing) if tokens is None else tokens
-        return ExpertsInput(self._normed(h_BSD), h_BSD, modality_BS, tokens)
+        return BeforeExperts(self._normed(h_BSD), h_BSD, modality_BS, tokens)
 
     def after_experts(
         self,
         x_BSD: Tensor,
-        given: ExpertsInput,
+        given: BeforeExperts,
         experts_BSD: Tensor,
         diagnostics: list[Diagnostics],
         routing: Routing,
@@ -209,7 +209,7 @@ class DepthLayer(DecoderLayer):
 
     def before_experts(
         self, x_BSD: Tensor, context: LayerContext, routing: Routing
-    ) -> ExpertsInput:
+    ) -> BeforeExperts:
         """Select tokens and compute what precedes the experts."""
         segments = context.segments.id_RS if isinstance(context, TokenContext) else None
         selection, diagnostics = self.depth(x_BSD, context.modality_BS, routing, segments)
@@ -219,14 +219,14 @@ class DepthLayer(DecoderLayer):
         if not index_RK.shape[1]:  # possible without slots only
             # Ranks that select tokens wait for the others to gather the experts' weights with them.
             none_R0D = x_BSD[:, :0]
-            return ExpertsInput(
+            return BeforeExperts(
                 none_R0D, none_R0D, selected.modality_BS, tokens, selection, None, diagnostics
             )
         index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
         x_RKD = slots.gather(x_ND).unflatten(0, index_RK.shape)
         attention_RKD = self._attend(x_RKD, selected)
-        return ExpertsInput(
+        return BeforeExperts(
             self._normed(x_RKD + attention_RKD),
             attention_RKD,
             selected.modality_BS,
@@ -239,7 +239,7 @@ class DepthLayer(DecoderLayer):
     def after_experts(
         self,
         x_BSD: Tensor,
-        given: ExpertsInput,
+        given: BeforeExperts,
         experts_BSD: Tensor,
         diagnostics: list[Diagnostics],
         routing: Routing,

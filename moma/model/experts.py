@@ -49,7 +49,7 @@ from moma.model.routing import (
 )
 
 
-class ExpertInputs(NamedTuple):
+class RoutedExperts(NamedTuple):
     """Experts and the tokens that they selected.
 
     Attributes:
@@ -78,7 +78,7 @@ class GroupTokens(NamedTuple):
 def add_expert_outputs(
     total_ND: Tensor,
     x_ND: Tensor,
-    inputs: ExpertInputs,
+    routed: RoutedExperts,
     dispatch: Dispatch,
     product: Product = grouped_product,
 ) -> Tensor:
@@ -88,7 +88,7 @@ def add_expert_outputs(
         total_ND: sum of other experts' outputs; the result has its dtype.
         product: computes the products with the experts' matrices.
     """
-    gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, weight_EK) = inputs
+    gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, weight_EK) = routed
     experts, capacity = index_EK.shape
     expert_T = torch.arange(experts, device=x_ND.device).repeat_interleave(capacity)
     slots = dispatch(index_EK.flatten(), filled_EK.flatten(), expert_T, len(x_ND), experts)
@@ -200,17 +200,17 @@ class ExpertGroup(nn.Module):
             weights = [[stack] for stack in self.matrices()]
             parts = (self.dispatch, self.product)
             return add_ragged_outputs(total_ND, x_ND, weights, selection, *parts), diagnostics
-        inputs, diagnostics = self.route(x_ND, tokens, routing)
-        return self.add_outputs(total_ND, x_ND, inputs, self.dispatch, self.product), diagnostics
+        routed, diagnostics = self.route(x_ND, tokens, routing)
+        return self.add_outputs(total_ND, x_ND, routed, self.dispatch, self.product), diagnostics
 
     def route(
         self, x_ND: Tensor, tokens: GroupTokens, routing: Routing
-    ) -> tuple[ExpertInputs, list[Diagnostics]]:
+    ) -> tuple[RoutedExperts, list[Diagnostics]]:
         """Fill the experts' slots by a policy that has slots, without computing the experts."""
         if tokens.selection is not None:
-            return ExpertInputs(*self.matrices(), tokens.selection), []
+            return RoutedExperts(*self.matrices(), tokens.selection), []
         selection, diagnostics = self._select(x_ND, tokens.eligible_N, routing)
-        return ExpertInputs(*self.matrices(), selection), diagnostics
+        return RoutedExperts(*self.matrices(), selection), diagnostics
 
     def find_tokens(self, modality_N: Tensor, routing: Routing) -> GroupTokens:
         """Find the tokens of the group's modalities; the modality of padding is −1."""

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moma.errors import UserError
 from moma.model.dispatch import Dispatch, TableSlots
-from moma.model.experts import ExpertInputs, add_expert_outputs
+from moma.model.experts import RoutedExperts, add_expert_outputs
 from moma.model.grouped import Product, grouped_product
 from moma.model.layers import product_dtype
 
@@ -27,7 +27,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def add_fused_outputs(
     total_ND: Tensor,
     x_ND: Tensor,
-    inputs: ExpertInputs,
+    routed: RoutedExperts,
     dispatch: Dispatch,
     product: Product = grouped_product,
 ) -> Tensor:
@@ -37,10 +37,10 @@ def add_fused_outputs(
         dispatch, product: the kernels use neither.
     """
     dtype = product_dtype(x_ND)  # an operation of our own does not know autocast
-    x_ND, weights = x_ND.to(dtype), [weight.to(dtype) for weight in inputs[:3]]
+    x_ND, weights = x_ND.to(dtype), [weight.to(dtype) for weight in routed[:3]]
     if not uses_kernels(x_ND):
-        return add_expert_outputs(total_ND, x_ND, inputs, dispatch, product)
-    index_EK, filled_EK, weight_EK = inputs.selection
+        return add_expert_outputs(total_ND, x_ND, routed, dispatch, product)
+    index_EK, filled_EK, weight_EK = routed.selection
     experts, slots = index_EK.shape
     end_E = (filled_EK.flip(1).cumsum(1) > 0).sum(1)  # up to the last slot that is filled
     expert_T = torch.arange(experts, device=x_ND.device).repeat_interleave(slots)

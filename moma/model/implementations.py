@@ -21,9 +21,9 @@ from moma.model.dispatch import Dispatch, ScatterSlots
 from moma.model.experts import (
     DenseGroup,
     ExpertGroup,
-    ExpertInputs,
     GroupTokens,
     MixtureOfExperts,
+    RoutedExperts,
     add_expert_outputs,
     add_ragged_outputs,
     zero_total,
@@ -54,21 +54,23 @@ class JointMixtureOfExperts(MixtureOfExperts):
         stacks = [group for group in self.groups if isinstance(group, ExpertGroup)]
         if any(group.is_ragged(routing) for group in stacks):  # computed group by group
             return super().sum_groups(x_ND, tokens, routing)
-        inputs: list[ExpertInputs] = []
+        routed: list[RoutedExperts] = []
         diagnostics: list[Diagnostics] = []
         for group, of_group in zip(self.groups, tokens, strict=True):
             if isinstance(group, ExpertGroup):
                 assert of_group is not None
-                routed, found = group.route(x_ND, of_group, routing)
-                inputs.append(routed)
+                experts, found = group.route(x_ND, of_group, routing)
+                routed.append(experts)
                 diagnostics += found
-        total_ND = self.add_outputs(zero_total(x_ND), x_ND, inputs)
+        total_ND = self.add_outputs(zero_total(x_ND), x_ND, routed)
         for group in self.groups:
             if isinstance(group, DenseGroup):
                 total_ND, _ = group(x_ND, None, routing, total_ND)
         return total_ND, diagnostics
 
-    def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
+    def add_outputs(
+        self, total_ND: Tensor, x_ND: Tensor, routed: Sequence[RoutedExperts]
+    ) -> Tensor:
         """Equation 1 for several groups: add their experts' outputs to a total [N, D]."""
         raise NotImplementedError
 
@@ -80,10 +82,12 @@ class JointMixtureOfExperts(MixtureOfExperts):
 class BatchedExperts(JointMixtureOfExperts):
     """Groups of equal capacity in one batched product."""
 
-    def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
+    def add_outputs(
+        self, total_ND: Tensor, x_ND: Tensor, routed: Sequence[RoutedExperts]
+    ) -> Tensor:
         """See `JointMixtureOfExperts`."""
-        by_capacity: dict[int, list[ExpertInputs]] = {}
-        for group in inputs:
+        by_capacity: dict[int, list[RoutedExperts]] = {}
+        for group in routed:
             by_capacity.setdefault(group.selection.index_EK.shape[1], []).append(group)
         parts = (self.dispatch, self.product)
         for groups in by_capacity.values():
@@ -107,10 +111,12 @@ class GroupedExperts(JointMixtureOfExperts):
             if isinstance(group, ExpertGroup) and group.num_experts == 1
         )
 
-    def add_outputs(self, total_ND: Tensor, x_ND: Tensor, inputs: Sequence[ExpertInputs]) -> Tensor:
+    def add_outputs(
+        self, total_ND: Tensor, x_ND: Tensor, routed: Sequence[RoutedExperts]
+    ) -> Tensor:
         """See `JointMixtureOfExperts`."""
         parts = (self.dispatch, self.product)
-        single = [each for each in inputs if len(each.selection.index_EK) == 1]
+        single = [each for each in routed if len(each.selection.index_EK) == 1]
         alignment = row_alignment(x_ND.device)
         filled = self.single_expert_overlap * len(x_ND) + (alignment - 1) * len(single)
         shared = -(-filled // alignment) * alignment
@@ -118,8 +124,8 @@ class GroupedExperts(JointMixtureOfExperts):
             *weights, selections = zip(*single, strict=True)
             joint = share_slots(selections, shared, alignment)
             total_ND = add_ragged_outputs(total_ND, x_ND, weights, joint, *parts)
-            inputs = [each for each in inputs if len(each.selection.index_EK) > 1]
-        for each in inputs:
+            routed = [each for each in routed if len(each.selection.index_EK) > 1]
+        for each in routed:
             total_ND = add_expert_outputs(total_ND, x_ND, each, *parts)
         return total_ND
 
@@ -176,12 +182,12 @@ def build_experts(
     return classes[implementation](groups)
 
 
-def _concatenate(inputs: Sequence[ExpertInputs]) -> ExpertInputs:
-    if len(inputs) == 1:
-        return inputs[0]
-    gate, up, down, selections = zip(*inputs, strict=True)
+def _concatenate(routed: Sequence[RoutedExperts]) -> RoutedExperts:
+    if len(routed) == 1:
+        return routed[0]
+    gate, up, down, selections = zip(*routed, strict=True)
     selection = Selection(*(torch.cat(parts) for parts in zip(*selections, strict=True)))
-    return ExpertInputs(torch.cat(gate), torch.cat(up), torch.cat(down), selection)
+    return RoutedExperts(torch.cat(gate), torch.cat(up), torch.cat(down), selection)
 
 
 def share_slots(selections: Sequence[Selection], shared: int, alignment: int) -> RaggedSelection:

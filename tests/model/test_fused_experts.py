@@ -15,7 +15,7 @@ from moma.errors import UserError
 from moma.model import fused_experts
 from moma.model.architecture import ModelConfig
 from moma.model.dispatch import ScatterSlots, TableSlots
-from moma.model.experts import ExpertInputs
+from moma.model.experts import RoutedExperts
 from moma.model.fused_experts import add_fused_outputs
 from moma.model.routing import Routing, Selection
 from moma.model.transformer import Transformer
@@ -89,8 +89,8 @@ def outcome(compute, inputs, selection, dtype) -> list[torch.Tensor]:
     return [y_ND.detach(), *grads[:-1], grads[-1] * selection.filled_EK]
 
 
-def experts_of(inputs: Sequence[torch.Tensor], selection: Selection) -> ExpertInputs:
-    return ExpertInputs(inputs[1], inputs[2], inputs[3], selection)
+def experts_of(inputs: Sequence[torch.Tensor], selection: Selection) -> RoutedExperts:
+    return RoutedExperts(inputs[1], inputs[2], inputs[3], selection)
 
 
 def fused(leaves, selection, total_ND):
