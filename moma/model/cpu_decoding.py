@@ -74,7 +74,7 @@ class CpuDecoder:
         """Return the last layer's normalized output, [B, S, D].
 
         Args:
-            routing: policies without slots.
+            routing: policies without a capacity.
         """
         cosine, sine = context.rotary
         # Factors of a head, and of the head with its halves exchanged.
@@ -223,7 +223,7 @@ def _feed_forward(
 
 
 def _select(router: _Router, x_ND: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
-    """The logits of a router, and whether a policy without slots selects each token, [N, E]."""
+    """A router's logits, and whether a policy without a capacity selects each token, [N, E]."""
     logits_NE = torch.mm(x_ND, router.weight_DE)
     auxiliary_EN = router.auxiliary(x_ND).T if policy.uses_auxiliary else None
     inputs = PolicyInputs(logits_NE.T, _ALL_11, auxiliary_EN, router.threshold_E1, lambda _: 0)

@@ -216,7 +216,7 @@ class DepthLayer(DecoderLayer):
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
         selected = context.select(index_RK, selection.filled_EK)
         tokens = self.experts.find_tokens(selected.modality_BS, routing)
-        if not index_RK.shape[1]:  # possible without slots only
+        if not index_RK.shape[1]:  # only under policies without a capacity
             # Ranks that select tokens wait for the others to gather the experts' weights with them.
             none_R0D = x_BSD[:, :0]
             return BeforeExperts(

@@ -31,7 +31,7 @@ from moma.model.routers import (
     select_slots,
 )
 from moma.model.routing import (
-    CapacityName,
+    CapacityMode,
     ExpertChoice,
     Policy,
     PolicyInputs,
@@ -157,7 +157,7 @@ class DepthRouter(nn.Module):
             routing: static capacity is c_d · N slots, actual capacity c_d times the non-padding
                 tokens (by sequence, always c_d · S slots per sequence); by modality, of its share
                 of N or its own tokens.
-            segment_BS: segments of attention, needed by thresholds with slots; see `Segments`.
+            segment_BS: segments of attention, needed by thresholds with a capacity; see `Segments`.
 
         Returns:
             The selection [R, K], its tokens in batch order, and diagnostics.
@@ -170,7 +170,7 @@ class DepthRouter(nn.Module):
         noise_N1 = logistic_noise(logits_N1) if is_noisy else None
         pools = list(self._pools(logits_N1, auxiliary_N1, modality_BS))
         cutoff_P, excess = None, None
-        if policy.capacity is None:
+        if policy.capacity_mode is None:
             selected_P = [policy.candidates(inputs).view_as(eligible_BS) for inputs in pools]
             selected_BS = torch.stack(selected_P).any(0)
             selection = select_by_sequence(selected_BS, logits_N1.view_as(eligible_BS))
@@ -194,7 +194,7 @@ class DepthRouter(nn.Module):
         excess: Tensor | None,
     ) -> Diagnostics:
         """See `diagnose`; in training also the loss of the gate's logits."""
-        has_loss = self.gate_loss > 0 and self.training and routing.depth.capacity is not None
+        has_loss = self.gate_loss > 0 and self.training and routing.depth.capacity_mode is not None
         selected_N1 = loss = None
         if routing.records or has_loss:
             flat = Selection(*(part_RK.flatten()[None] for part_RK in selection))
@@ -246,12 +246,12 @@ class DepthRouter(nn.Module):
         for number, threshold_11 in enumerate(self.router.threshold_E[:, None, None].unbind()):
             eligible_BS = modality_BS == number if self.by_modality else modality_BS >= 0
             eligible_RN = eligible_BS.reshape(rows, -1)
-            slots = partial(self._slots, number, eligible_RN)
-            yield PolicyInputs(logits_RN, eligible_RN, auxiliary_RN, threshold_11, slots)
+            num_slots = partial(self._num_slots, number, eligible_RN)
+            yield PolicyInputs(logits_RN, eligible_RN, auxiliary_RN, threshold_11, num_slots)
 
-    def _slots(self, pool: int, eligible_RN: Tensor, capacity: CapacityName) -> int:
+    def _num_slots(self, pool: int, eligible_RN: Tensor, mode: CapacityMode) -> int:
         factor, tokens = self.factors[pool], eligible_RN.shape[1]
-        if capacity == "actual" and self.scope == "batch":
+        if mode == "actual" and self.scope == "batch":
             return static_capacity(factor, int(eligible_RN.sum()))
         return static_capacity(factor * self.shares[pool], tokens)
 
@@ -271,8 +271,8 @@ def _join(selections: Sequence[Selection], logits_1N: Tensor) -> Selection:
     selected_1N = torch.zeros_like(logits_1N)
     for selection in selections:
         selected_1N = selected_1N + selection.selected_NE(logits_1N.shape[1]).T
-    slots = sum(selection.index_EK.shape[1] for selection in selections)
-    return select_top_k(logits_1N, selected_1N > 0, slots)
+    num_slots = sum(selection.index_EK.shape[1] for selection in selections)
+    return select_top_k(logits_1N, selected_1N > 0, num_slots)
 
 
 def _gate_loss(logits_N1: Tensor, selected_N1: Tensor, eligible_BS: Tensor) -> Tensor:

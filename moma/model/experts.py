@@ -34,7 +34,7 @@ from moma.model.routers import (
     select_slots,
 )
 from moma.model.routing import (
-    CapacityName,
+    CapacityMode,
     ExpertChoice,
     PolicyInputs,
     RaggedSelection,
@@ -68,7 +68,7 @@ class GroupTokens(NamedTuple):
 
     Attributes:
         eligible_N: whether a token has one of the modalities and is not padding.
-        selection: the slots of a group of one expert, if the policy has slots.
+        selection: the slots of a group of one expert, if the policy has a capacity.
     """
 
     eligible_N: Tensor
@@ -179,7 +179,7 @@ class ExpertGroup(nn.Module):
 
     def is_ragged(self, routing: Routing) -> bool:
         """Whether experts process different numbers of tokens, instead of K slots each."""
-        return routing.experts.capacity is None
+        return routing.experts.capacity_mode is None
 
     def forward(
         self, x_ND: Tensor, tokens: GroupTokens, routing: Routing, total_ND: Tensor | None = None
@@ -206,7 +206,7 @@ class ExpertGroup(nn.Module):
     def route(
         self, x_ND: Tensor, tokens: GroupTokens, routing: Routing
     ) -> tuple[RoutedExperts, list[Diagnostics]]:
-        """Fill the experts' slots by a policy that has slots, without computing the experts."""
+        """Fill the experts' slots by a policy with a capacity, without computing the experts."""
         if tokens.selection is not None:
             return RoutedExperts(*self.matrices(), tokens.selection), []
         selection, diagnostics = self._select(x_ND, tokens.eligible_N, routing)
@@ -217,10 +217,10 @@ class ExpertGroup(nn.Module):
         eligible_N = modality_N == self.modalities[0]
         for modality in self.modalities[1:]:
             eligible_N = eligible_N | (modality_N == modality)
-        capacity = routing.experts.capacity
-        if self.num_experts > 1 or capacity is None:
+        mode = routing.experts.capacity_mode
+        if self.num_experts > 1 or mode is None:
             return GroupTokens(eligible_N, None)
-        return GroupTokens(eligible_N, select_all(eligible_N, self._slots(eligible_N, capacity)))
+        return GroupTokens(eligible_N, select_all(eligible_N, self._num_slots(eligible_N, mode)))
 
     def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
         """The weights by expert: gate and up [E, D, F], down [E, F, D]."""
@@ -278,13 +278,13 @@ class ExpertGroup(nn.Module):
             eligible_N.expand(self.num_experts, -1),
             None if auxiliary_NE is None else auxiliary_NE.T,
             self.router.threshold_E[:, None],
-            partial(self._slots, eligible_N),
+            partial(self._num_slots, eligible_N),
         )
         return inputs, auxiliary_NE
 
-    def _slots(self, eligible_N: Tensor, capacity: CapacityName) -> int:
+    def _num_slots(self, eligible_N: Tensor, mode: CapacityMode) -> int:
         """K = capacity_share · N / E if static; otherwise from the number of eligible tokens."""
-        if capacity == "static":
+        if mode == "static":
             return static_capacity(self.capacity_share, len(eligible_N), self.num_experts)
         return math.ceil(int(eligible_N.sum()) / self.num_experts)
 

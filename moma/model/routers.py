@@ -97,24 +97,25 @@ def auxiliary_logits(
 def select_slots(
     policy: Policy, inputs: PolicyInputs, clean_logits_RN: Tensor | None = None
 ) -> tuple[Selection, Tensor, Tensor | None]:
-    """Select the tokens of a policy that has slots.
+    """Select the tokens of a policy with a capacity.
 
     Args:
-        policy, inputs: whose capacity is not None, and what it decides by.
+        policy: its `capacity_mode` is not None.
+        inputs: what it decides by.
         clean_logits_RN: the logits without noise, if noise was added to those of `inputs`.
 
     Returns:
         The selection; the cutoffs of expert choice by clean logits, [R]; and the number of
         candidates that found no slot, None under expert choice.
     """
-    assert policy.capacity is not None
-    slots = inputs.slots(policy.capacity)
+    assert policy.capacity_mode is not None
+    num_slots = inputs.num_slots(policy.capacity_mode)
     candidate_RN = policy.candidates(inputs)
-    selection = chosen = select_top_k(inputs.logits_RN, candidate_RN, slots)
+    selection = chosen = select_top_k(inputs.logits_RN, candidate_RN, num_slots)
     is_expert_choice = candidate_RN is inputs.eligible_RN
     clean_RN = inputs.logits_RN if clean_logits_RN is None else clean_logits_RN
     if not is_expert_choice or clean_logits_RN is not None:
-        chosen = select_top_k(clean_RN, inputs.eligible_RN, slots)
+        chosen = select_top_k(clean_RN, inputs.eligible_RN, num_slots)
     cutoff_R = cutoffs_of(clean_RN, inputs.eligible_RN, chosen.index_EK)
     excess = None if is_expert_choice else candidate_RN.sum() - selection.filled_EK.sum()
     return selection, cutoff_R, excess
@@ -189,7 +190,7 @@ class Diagnostics(NamedTuple):
         nonfinite: boolean on the device: whether a router's logit or the output is NaN or infinite;
             None if it was not checked.
         record: the router's record, if requested.
-        cutoff_E: the cutoffs of expert choice by the router's logits, under a policy with slots.
+        cutoff_E: if the policy has a capacity, the cutoffs of expert choice by the router's logits.
         load_O: the load of a router under token choice; see `TokenChoices`.
         loss: a loss of the router itself, with its weight, to add to the mean loss of the targets.
     """

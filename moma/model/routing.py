@@ -5,10 +5,11 @@ scores highest in the micro-batch. Because that depends on later tokens, generat
 token on its own: by the auxiliary router (§2.4), or by whether its logit exceeds a threshold that
 was recorded while training (arXiv 2603.11535).
 
-A policy names the tokens that an expert may process and the number of slots for them. With slots,
-the result is a `Selection` with the same number of them for each expert; without, it is a
-`RaggedSelection`, in which each expert has as many tokens as it selected. The policies also serve
-mixture-of-depths (`depth.py`), where `Routing` may name another one.
+A policy names the tokens that an expert may process, and by `capacity_mode` whether their number is
+limited. With a capacity, the result is a `Selection` with the same number of slots for each expert;
+without a capacity, it is a `RaggedSelection`, in which each expert has as many tokens as it
+selected. The policies also serve mixture-of-depths (`depth.py`), where `Routing` may name another
+one.
 
 Shapes: see `layers.py`. E is the number of experts in a group, K the slots of each expert. A row
 holds the logits of the tokens that compete with each other for one expert or one depth router; R
@@ -28,7 +29,7 @@ from moma.model.layers import upcast
 
 CausalName = Literal["threshold", "auxiliary", "half"]
 RoutingName = Literal["choice", "causal", "threshold", "auxiliary", "half"]
-CapacityName = Literal["static", "actual"]
+CapacityMode = Literal["static", "actual"]
 
 # With at most this many experts, router logits are computed expert by expert.
 FEW_EXPERTS = 16
@@ -44,14 +45,14 @@ class PolicyInputs(NamedTuple):
         eligible_RN: whether a token belongs to the row's modalities and is not padding.
         auxiliary_RN: the auxiliary router's logits, if the policy uses them.
         threshold_R1: thresholds of the main router's logits; −∞: all tokens exceed it.
-        slots: number of slots of a row, given the capacity.
+        num_slots: number of slots K of a row, given the capacity mode.
     """
 
     logits_RN: Tensor
     eligible_RN: Tensor
     auxiliary_RN: Tensor | None
     threshold_R1: Tensor
-    slots: Callable[[CapacityName], int]
+    num_slots: Callable[[CapacityMode], int]
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class ExpertChoice:
     A row is one of the experts (Equation 1), or of a depth router (Equation 2).
 
     Attributes:
-        capacity: slots of a row. `static` follows the recipe's modality shares, so that all shapes
-            are known in advance; `actual` counts the tokens of the micro-batch.
+        capacity_mode: what determines the slots of a row: the recipe's modality shares (`static`),
+            so that all shapes are known in advance, or the tokens of the micro-batch (`actual`).
     """
 
-    capacity: CapacityName = "static"
+    capacity_mode: CapacityMode = "static"
     uses_auxiliary: ClassVar[bool] = False
 
     def candidates(self, inputs: PolicyInputs) -> Tensor:
@@ -75,14 +76,14 @@ class ExpertChoice:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A token is taken if its logit exceeds the row's threshold; without slots this is causal.
+    """A token is taken if its logit exceeds the row's threshold: causal without a capacity.
 
     Attributes:
-        capacity: slots of a row, as for `ExpertChoice`; the lowest-scored tokens beyond them are
-            dropped. None: unlimited.
+        capacity_mode: as for `ExpertChoice`; the lowest-scored tokens beyond the slots are dropped.
+            None: without a capacity.
     """
 
-    capacity: CapacityName | None = None
+    capacity_mode: CapacityMode | None = None
     uses_auxiliary: ClassVar[bool] = False
 
     def candidates(self, inputs: PolicyInputs) -> Tensor:
@@ -94,7 +95,7 @@ class Threshold:
 class Auxiliary:
     """A token is taken if the auxiliary router's a(x) > 0.5 (§2.4); this is causal."""
 
-    capacity: ClassVar[None] = None
+    capacity_mode: ClassVar[None] = None
     uses_auxiliary: ClassVar[bool] = True
 
     def candidates(self, inputs: PolicyInputs) -> Tensor:
@@ -107,7 +108,7 @@ class Auxiliary:
 class Half:
     """A token is taken if its score exceeds one half (arXiv 2404.02258 §3.5); this is causal."""
 
-    capacity: ClassVar[None] = None
+    capacity_mode: ClassVar[None] = None
     uses_auxiliary: ClassVar[bool] = False
 
     def candidates(self, inputs: PolicyInputs) -> Tensor:
@@ -127,7 +128,7 @@ class Noisy:
 
     policy: "Policy"
     rate: float
-    capacity: ClassVar[None] = None
+    capacity_mode: ClassVar[None] = None
 
     @property
     def uses_auxiliary(self) -> bool:
@@ -147,10 +148,10 @@ Policy = ExpertChoice | Threshold | Auxiliary | Half | Noisy
 def selected_by(policy: Policy, inputs: PolicyInputs) -> Tensor:
     """Whether a policy selects each token, boolean [R, N]."""
     candidate_RN = policy.candidates(inputs)
-    if policy.capacity is None:
+    if policy.capacity_mode is None:
         return candidate_RN
-    slots = inputs.slots(policy.capacity)
-    selection = select_top_k(inputs.logits_RN, candidate_RN, slots)
+    num_slots = inputs.num_slots(policy.capacity_mode)
+    selection = select_top_k(inputs.logits_RN, candidate_RN, num_slots)
     return selection.selected_NE(candidate_RN.shape[1]).T.bool()
 
 
@@ -183,7 +184,7 @@ class Routing:
     @property
     def synchronizes(self) -> bool:
         """Whether shapes depend on the data, so that the device is waited for."""
-        return any(policy.capacity != "static" for policy in (self.experts, self.depth))
+        return any(policy.capacity_mode != "static" for policy in (self.experts, self.depth))
 
 
 def uniform_routing(policy: Policy, **flags: bool) -> Routing:
@@ -306,8 +307,8 @@ def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selec
     beyond the eligible tokens stay empty. The order of the slots is undefined.
     """
     masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
-    slots = min(capacity, logits_EN.shape[1])
-    index_EK = masked_EN.topk(slots, dim=1, sorted=False).indices
+    num_slots = min(capacity, logits_EN.shape[1])
+    index_EK = masked_EN.topk(num_slots, dim=1, sorted=False).indices
     filled_EK = eligible_EN.gather(1, index_EK)
     return Selection(index_EK, filled_EK, logits_EN.gather(1, index_EK).sigmoid() * filled_EK)
 
@@ -316,7 +317,7 @@ def cutoffs_of(logits_EN: Tensor, eligible_EN: Tensor, index_EK: Tensor) -> Tens
     """The midpoint of each row's lowest selected and highest other eligible logit, [E].
 
     A token was selected if its logit exceeds the cutoff. −∞ in a row that selected all its
-    tokens, ∞ without slots.
+    tokens, ∞ if K = 0.
 
     Args:
         logits_EN, eligible_EN: as for `select_top_k`.
@@ -366,15 +367,16 @@ def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
         logits_BS: main router logits; their sigmoids are the weights.
     """
     sequences, length = selected_BS.shape
-    slots = int(selected_BS.sum(1).max()) if may_synchronize(selected_BS.flatten()) else length
-    if not slots:
+    may_wait = may_synchronize(selected_BS.flatten())
+    num_slots = int(selected_BS.sum(1).max()) if may_wait else length
+    if not num_slots:
         index_B0 = torch.zeros_like(logits_BS[:, :0], dtype=torch.int64)
         return Selection(index_B0, selected_BS[:, :0], logits_BS[:, :0])
     first_B1 = torch.arange(sequences, device=selected_BS.device)[:, None] * length
-    if slots == length == 1:  # while decoding, nothing has to be sorted
+    if num_slots == length == 1:  # while decoding, nothing has to be sorted
         return Selection(first_B1, selected_BS, logits_BS.sigmoid() * selected_BS)
     # Selected tokens first, in order; empty slots have the last index, so that indices increase.
-    index_BK = selected_BS.byte().sort(dim=1, descending=True, stable=True).indices[:, :slots]
+    index_BK = selected_BS.byte().sort(dim=1, descending=True, stable=True).indices[:, :num_slots]
     filled_BK = selected_BS.gather(1, index_BK)
     index_BK = index_BK.where(filled_BK, length - 1)
     weight_BK = logits_BS.gather(1, index_BK).sigmoid() * filled_BK

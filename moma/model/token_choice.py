@@ -137,15 +137,15 @@ class TokenChoiceGroup(ExpertGroup):
 
     def is_ragged(self, routing: Routing) -> bool:
         """Slots, and dropped tokens, exist only under the static capacity of training."""
-        return routing.experts.capacity != "static"
+        return routing.experts.capacity_mode != "static"
 
     def _select(
         self, x_ND: Tensor, eligible_N: Tensor, routing: Routing
     ) -> tuple[Selection, list[Diagnostics]]:
         choices = self.router.choose(x_ND, eligible_N, self.noise and self.training)
         taken_EN, weight_EN = choices.taken_NE.T, choices.weight_NE.T
-        slots = self._slots(eligible_N, "static")
-        selection = select_top_k(choices.logits_NE.T, taken_EN, slots)
+        num_slots = self._num_slots(eligible_N, "static")
+        selection = select_top_k(choices.logits_NE.T, taken_EN, num_slots)
         weight_EK = weight_EN.gather(1, selection.index_EK) * selection.filled_EK
         selection = selection._replace(weight_EK=weight_EK)
         selected_NE = selection.selected_NE(len(x_ND)) if routing.records else None

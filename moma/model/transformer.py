@@ -59,9 +59,9 @@ class ModelOutput(NamedTuple):
         nonfinite_L: booleans on the device: layers whose output or router logits are NaN or
             infinite. The first one is the cause; later ones follow from it. Empty without
             `Routing.checks`.
-        cutoffs: for each router of a policy with slots, layer by layer, the cutoffs [E] of expert
-            choice.
-        loads: for each router under token choice with slots, layer by layer, its load [O]; see
+        cutoffs: under policies with a capacity, for each router, layer by layer, the cutoffs [E] of
+            expert choice.
+        loads: for each router under token choice with a capacity, layer by layer, its load [O]; see
             `TokenChoices`.
         router_loss: sum of the routers' own losses, to add to the mean loss of the targets; None
             if they have none.

@@ -108,8 +108,8 @@ class Group(NamedTuple):
     Attributes:
         module: their weights.
         modalities: indices of the modalities.
-        capacity: slots of an expert, given the number of eligible tokens; None: unlimited, and
-            with a router, causal routing.
+        capacity: slots of an expert, given the number of eligible tokens; None: without a
+            capacity, and with a router, causal routing.
     """
 
     module: Any

@@ -305,19 +305,19 @@ def test_without_selected_tokens_nothing_changes(groups):
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
 @pytest.mark.parametrize("threshold", [-0.5, 0.5, 100.0])
 def test_tokens_do_not_attend_to_slots_that_a_threshold_leaves_empty(scope, threshold):
-    """With enough slots the result is that of thresholds without slots."""
+    """With enough slots the result is that of thresholds without a capacity."""
     layer = build_depth_layer("mod_moe_1t1i", depth=DepthConfig(capacity_factor=1, scope=scope))
     layer.depth.router.cutoff_means_3E.copy_(torch.tensor([[threshold], [1.0], [1.0]]))
     x = torch.randn(2, 12, DIM, dtype=torch.float64) / 3
     modality = torch.tensor([[TEXT, IMAGE] * 5 + [-1] * 2, [IMAGE] * 12])
     documents = torch.tensor([[0] * 5 + [1] * 5 + [-1] * 2, [0] * 3 + [1] * 9])
     context = context_of(modality, documents, torch.arange(12).expand(2, 12))
-    with_slots, without = (
+    limited, unlimited = (
         layer(x, context, uniform_routing(policy))[0]
         for policy in (Threshold("static"), Threshold())
     )
-    torch.testing.assert_close(with_slots, without)
-    assert torch.equal(with_slots, x) == (threshold == 100.0)
+    torch.testing.assert_close(limited, unlimited)
+    assert torch.equal(limited, x) == (threshold == 100.0)
 
 
 def test_actual_capacity_counts_only_tokens_that_are_not_padding():

@@ -44,12 +44,12 @@ def logits_and_eligible(draw):
     return torch.tensor(values).float().view(tokens, experts), torch.tensor(eligible)
 
 
-def policy_inputs(logits_NE, eligible_N, slots: int = 1) -> PolicyInputs:
+def policy_inputs(logits_NE, eligible_N, num_slots: int = 1) -> PolicyInputs:
     """Main and auxiliary logits that are equal, with threshold 0."""
     experts = logits_NE.shape[1]
     eligible_EN = eligible_N.expand(experts, -1)
     threshold_E1 = torch.zeros(experts, 1)
-    return PolicyInputs(logits_NE.T, eligible_EN, logits_NE.T, threshold_E1, lambda capacity: slots)
+    return PolicyInputs(logits_NE.T, eligible_EN, logits_NE.T, threshold_E1, lambda mode: num_slots)
 
 
 @settings(max_examples=200, deadline=None)
@@ -111,7 +111,7 @@ def test_a_threshold_between_the_cuts_selects_what_expert_choice_selected(
     assert torch.equal(selected_by(Threshold("static"), exceeding), selected_RN)
 
 
-def test_thresholds_with_slots_drop_the_lowest_scores():
+def test_thresholds_with_a_capacity_drop_the_lowest_scores():
     logits_NE = torch.tensor([[3.0], [1.0], [5.0], [2.0], [-1.0]])
     inputs = policy_inputs(logits_NE, torch.ones(5, dtype=torch.bool), 2)
     inputs = inputs._replace(threshold_R1=torch.zeros(1, 1))
