@@ -107,7 +107,7 @@ class DepthConfig(Config):
     def layer_shares(
         self, shares: Sequence[float], modalities: Sequence[str] = MODALITIES
     ) -> tuple[list[float], float]:
-        """Return `shares` and `token_fraction` of `group_share` for a layer's selected tokens.
+        """Return `shares` and `token_fraction` of `group_capacity_share` for the selected tokens.
 
         Their modalities have known numbers if each has its own slots.
         """

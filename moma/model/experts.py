@@ -145,8 +145,8 @@ class ExpertGroup(nn.Module):
     Args:
         dim, hidden: widths D and F of each expert, a SwiGLU.
         modalities: indices of the modalities whose tokens the group processes.
-        capacity_share: slots of all experts together, as a fraction of the N tokens, under static
-            capacity; see `group_share`.
+        capacity_share: K · E / N under static capacity, see `group_capacity_share`; times N it is
+            the paper's b_M.
         noise: whether router logits get Gumbel-Sigmoid noise in training; see `logistic_noise`.
         dispatch: moves tokens to experts and back.
     """

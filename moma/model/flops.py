@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from moma.model.architecture import ModelConfig
-from moma.model.groups import GroupConfig, group_share, max_groups_per_modality
+from moma.model.groups import (
+    GroupConfig,
+    group_capacity_share,
+    group_share,
+    max_groups_per_modality,
+)
 from moma.model.routing import static_capacity
 from moma.vocabulary import MODALITIES
 
@@ -31,7 +36,7 @@ class LayerKind(NamedTuple):
         tokens: number of those tokens.
         pairs: number of query-key pairs in attention.
         shares: fraction of each modality among these tokens.
-        share_fraction: `token_fraction` of `group_share`.
+        share_fraction: `token_fraction` of `group_capacity_share`.
     """
 
     layers: int
@@ -207,7 +212,7 @@ class ModelCounts:
         """Return the slots that one layer allocates; `grouped` limits those of single experts."""
         routed = single = dense = 0
         for group in self.config.group_list:
-            share = group_share(
+            share = group_capacity_share(
                 group,
                 kind.shares,
                 token_fraction=kind.share_fraction,

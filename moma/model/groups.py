@@ -120,24 +120,13 @@ def named_token_choice(name: str) -> TokenChoiceConfig | None:
 
 
 def group_share(
-    group: GroupConfig,
-    shares: Sequence[float],
-    modalities: Sequence[str] = MODALITIES,
-    token_fraction: float = 1.0,
-    token_choice: TokenChoiceConfig | None = None,
+    group: GroupConfig, shares: Sequence[float], modalities: Sequence[str] = MODALITIES
 ) -> float:
-    """Return a group's static capacity as a fraction of the tokens that reach the layer.
-
-    With a router it is the share of the group's modalities; under token choice, times the experts
-    per token and the capacity factor, but at most a slot for each token and expert. Without, all
-    tokens of its modalities must fit, even if mixture-of-depths passes on only these:
-    share / token_fraction, at most 1.
+    """Return the fraction of the tokens that have one of the group's modalities.
 
     Args:
-        shares: fraction of each modality among all tokens.
+        shares: fraction of each modality among the tokens.
         modalities: names of the modalities, in the order of `shares`.
-        token_fraction: fraction of all tokens that reach the layer; below 1 with mixture-of-depths.
-        token_choice: token choice; None: expert choice.
 
     Raises:
         UserError: the group names a modality that is not among `modalities`.
@@ -146,7 +135,33 @@ def group_share(
     if unknown:
         known = ", ".join(modalities)
         raise UserError(f"groups: unknown modality '{unknown[0]}'; the modalities are {known}")
-    share = sum(shares[modalities.index(name)] for name in group.modalities)
+    return sum(shares[modalities.index(name)] for name in group.modalities)
+
+
+def group_capacity_share(
+    group: GroupConfig,
+    shares: Sequence[float],
+    modalities: Sequence[str] = MODALITIES,
+    token_fraction: float = 1.0,
+    token_choice: TokenChoiceConfig | None = None,
+) -> float:
+    """Return K · E / N: a group's slots under static capacity per token that reaches the layer.
+
+        expert choice   the group's share of the tokens
+        token choice    min(E, share · capacity_factor · experts per token)
+        one expert      min(1, share / token_fraction): all its tokens fit, even if
+                        mixture-of-depths selects no others
+
+    Args:
+        shares, modalities: as for `group_share`.
+        token_fraction: fraction of the tokens of `shares` that reach the layer; below 1 with
+            mixture-of-depths whose modalities compete.
+        token_choice: token choice; None: expert choice.
+
+    Raises:
+        UserError: the group names a modality that is not among `modalities`.
+    """
+    share = group_share(group, shares, modalities)
     if group.experts == 1:
         return min(1.0, share / token_fraction)
     if token_choice is None:

@@ -30,7 +30,12 @@ from moma.model.experts import (
 )
 from moma.model.fused_experts import add_fused_outputs
 from moma.model.grouped import Product, grouped_product, row_alignment
-from moma.model.groups import GroupConfig, TokenChoiceConfig, group_share, max_groups_per_modality
+from moma.model.groups import (
+    GroupConfig,
+    TokenChoiceConfig,
+    group_capacity_share,
+    max_groups_per_modality,
+)
 from moma.model.routers import Diagnostics
 from moma.model.routing import RaggedSelection, Routing, Selection
 from moma.model.token_choice import TokenChoiceGroup
@@ -155,9 +160,9 @@ def build_group(
 
     Args:
         dim, hidden, noise, dispatch: as for `ExpertGroup`.
-        config, shares, modalities, token_fraction, token_choice: as for `group_share`.
+        config, shares, modalities, token_fraction, token_choice: as for `group_capacity_share`.
     """
-    share = group_share(config, shares, modalities, token_fraction, token_choice)
+    share = group_capacity_share(config, shares, modalities, token_fraction, token_choice)
     if config.is_dense(modalities):
         return DenseGroup(dim, hidden)
     indices = [modalities.index(name) for name in config.modalities]
