@@ -83,7 +83,7 @@ class BeforeExperts(NamedTuple):
     x_BSD: Tensor
     residual_BSD: Tensor
     modality_BS: Tensor
-    tokens: list[GroupTokens | None]
+    group_tokens: list[GroupTokens | None]
     selection: Selection | None = None
     slots: Slots | None = None
     depth: Diagnostics | None = None
@@ -145,7 +145,7 @@ class DecoderLayer(nn.Module):
         """
         given = self.before_experts(x_BSD, context, routing)
         experts_BSD, diagnostics = self.experts(
-            given.x_BSD, given.modality_BS, routing, given.tokens
+            given.x_BSD, given.modality_BS, routing, given.group_tokens
         )
         return self.after_experts(x_BSD, given, experts_BSD, diagnostics, routing)
 
@@ -155,9 +155,10 @@ class DecoderLayer(nn.Module):
         """Compute all that precedes the experts."""
         attention_BSD = self._attend(x_BSD, context)
         h_BSD = x_BSD + attention_BSD
-        modality_BS, tokens = context.modality_BS, context.group_tokens
-        tokens = self.experts.find_tokens(modality_BS, routing) if tokens is None else tokens
-        return BeforeExperts(self._normed(h_BSD), h_BSD, modality_BS, tokens)
+        modality_BS, group_tokens = context.modality_BS, context.group_tokens
+        if group_tokens is None:
+            group_tokens = self.experts.find_tokens(modality_BS, routing)
+        return BeforeExperts(self._normed(h_BSD), h_BSD, modality_BS, group_tokens)
 
     def after_experts(
         self,
@@ -215,12 +216,18 @@ class DepthLayer(DecoderLayer):
         selection, diagnostics = self.depth(x_BSD, context.modality_BS, routing, segments)
         x_ND, index_RK = x_BSD.flatten(0, 1), selection.index_EK
         selected = context.select(index_RK, selection.filled_EK)
-        tokens = self.experts.find_tokens(selected.modality_BS, routing)
+        group_tokens = self.experts.find_tokens(selected.modality_BS, routing)
         if not index_RK.shape[1]:  # only under policies without a capacity
             # Ranks that select tokens wait for the others to gather the experts' weights with them.
             none_R0D = x_BSD[:, :0]
             return BeforeExperts(
-                none_R0D, none_R0D, selected.modality_BS, tokens, selection, None, diagnostics
+                none_R0D,
+                none_R0D,
+                selected.modality_BS,
+                group_tokens,
+                selection,
+                None,
+                diagnostics,
             )
         index_T, filled_T = index_RK.flatten(), selection.filled_EK.flatten()
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
@@ -230,7 +237,7 @@ class DepthLayer(DecoderLayer):
             self._normed(x_RKD + attention_RKD),
             attention_RKD,
             selected.modality_BS,
-            tokens,
+            group_tokens,
             selection,
             slots,
             diagnostics,

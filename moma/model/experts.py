@@ -182,34 +182,39 @@ class ExpertGroup(nn.Module):
         return routing.experts.capacity_mode is None
 
     def forward(
-        self, x_ND: Tensor, tokens: GroupTokens, routing: Routing, total_ND: Tensor | None = None
+        self,
+        x_ND: Tensor,
+        group_tokens: GroupTokens,
+        routing: Routing,
+        total_ND: Tensor | None = None,
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Route the tokens of the group's modalities and add the experts' outputs.
 
         Args:
             x_ND: tokens of all modalities.
-            tokens: from `find_tokens`, with the same routing.
+            group_tokens: from `find_tokens`, with the same routing.
             total_ND: outputs of other groups, to add to; if omitted, zeros.
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
         if self.is_ragged(routing):
-            may_skip = may_synchronize(tokens.eligible_N) and not routing.records
-            if may_skip and not tokens.eligible_N.any():
+            eligible_N = group_tokens.eligible_N
+            may_skip = may_synchronize(eligible_N) and not routing.records
+            if may_skip and not eligible_N.any():
                 return total_ND, []
-            selection, diagnostics = self._select_ragged(x_ND, tokens.eligible_N, routing)
+            selection, diagnostics = self._select_ragged(x_ND, eligible_N, routing)
             weights = [[stack] for stack in self.matrices()]
             parts = (self.dispatch, self.product)
             return add_ragged_outputs(total_ND, x_ND, weights, selection, *parts), diagnostics
-        routed, diagnostics = self.route(x_ND, tokens, routing)
+        routed, diagnostics = self.route(x_ND, group_tokens, routing)
         return self.add_outputs(total_ND, x_ND, routed, self.dispatch, self.product), diagnostics
 
     def route(
-        self, x_ND: Tensor, tokens: GroupTokens, routing: Routing
+        self, x_ND: Tensor, group_tokens: GroupTokens, routing: Routing
     ) -> tuple[RoutedExperts, list[Diagnostics]]:
         """Fill the experts' slots by a policy with a capacity, without computing the experts."""
-        if tokens.selection is not None:
-            return RoutedExperts(*self.matrices(), tokens.selection), []
-        selection, diagnostics = self._select(x_ND, tokens.eligible_N, routing)
+        if group_tokens.selection is not None:
+            return RoutedExperts(*self.matrices(), group_tokens.selection), []
+        selection, diagnostics = self._select(x_ND, group_tokens.eligible_N, routing)
         return RoutedExperts(*self.matrices(), selection), diagnostics
 
     def find_tokens(self, modality_N: Tensor, routing: Routing) -> GroupTokens:
@@ -297,7 +302,7 @@ class DenseGroup(nn.Module):
         self.feed_forward = SwiGLU(dim, hidden)
 
     def forward(
-        self, x_ND: Tensor, tokens: None, routing: Routing, total_ND: Tensor | None = None
+        self, x_ND: Tensor, group_tokens: None, routing: Routing, total_ND: Tensor | None = None
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Apply the feed-forward to every token and add it to the total, [N, D]."""
         y_ND = self.feed_forward(x_ND)
@@ -319,16 +324,17 @@ class MixtureOfExperts(nn.Module):
         x_BSD: Tensor,
         modality_BS: Tensor,
         routing: Routing,
-        tokens: Sequence[GroupTokens | None] | None = None,
+        group_tokens: Sequence[GroupTokens | None] | None = None,
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Map [B, S, D] to [B, S, D]; also return the diagnostics of the routers.
 
         Args:
             modality_BS: modality of each token; −1 for padding, which is never selected.
-            tokens: from `find_tokens`, if known from another layer.
+            group_tokens: from `find_tokens`, if known from another layer.
         """
-        tokens = self.find_tokens(modality_BS, routing) if tokens is None else tokens
-        total_ND, diagnostics = self.sum_groups(x_BSD.flatten(0, 1), tokens, routing)
+        if group_tokens is None:
+            group_tokens = self.find_tokens(modality_BS, routing)
+        total_ND, diagnostics = self.sum_groups(x_BSD.flatten(0, 1), group_tokens, routing)
         return total_ND.to(x_BSD.dtype).view_as(x_BSD), diagnostics
 
     def find_tokens(self, modality_BS: Tensor, routing: Routing) -> list[GroupTokens | None]:
@@ -337,14 +343,14 @@ class MixtureOfExperts(nn.Module):
         return [group.find_tokens(modality_N, routing) for group in self.groups]  # type: ignore[operator]
 
     def sum_groups(
-        self, x_ND: Tensor, tokens: Sequence[GroupTokens | None], routing: Routing
+        self, x_ND: Tensor, group_tokens: Sequence[GroupTokens | None], routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """Sum the outputs of all groups, [N, D]; also return the diagnostics of the routers."""
         total_ND = zero_total(x_ND) if len(self.groups) > 1 else None
         diagnostics: list[Diagnostics] = []
-        for group, group_tokens in zip(self.groups, tokens, strict=True):
-            total_ND, group_diagnostics = group(x_ND, group_tokens, routing, total_ND)
-            diagnostics += group_diagnostics
+        for group, own_tokens in zip(self.groups, group_tokens, strict=True):
+            total_ND, own_diagnostics = group(x_ND, own_tokens, routing, total_ND)
+            diagnostics += own_diagnostics
         assert total_ND is not None
         return total_ND, diagnostics
 

@@ -53,18 +53,18 @@ class JointMixtureOfExperts(MixtureOfExperts):
         self.product: Product = grouped_product
 
     def sum_groups(
-        self, x_ND: Tensor, tokens: Sequence[GroupTokens | None], routing: Routing
+        self, x_ND: Tensor, group_tokens: Sequence[GroupTokens | None], routing: Routing
     ) -> tuple[Tensor, list[Diagnostics]]:
         """See `MixtureOfExperts`."""
         stacks = [group for group in self.groups if isinstance(group, ExpertGroup)]
         if any(group.is_ragged(routing) for group in stacks):  # computed group by group
-            return super().sum_groups(x_ND, tokens, routing)
+            return super().sum_groups(x_ND, group_tokens, routing)
         routed: list[RoutedExperts] = []
         diagnostics: list[Diagnostics] = []
-        for group, of_group in zip(self.groups, tokens, strict=True):
+        for group, own_tokens in zip(self.groups, group_tokens, strict=True):
             if isinstance(group, ExpertGroup):
-                assert of_group is not None
-                experts, found = group.route(x_ND, of_group, routing)
+                assert own_tokens is not None
+                experts, found = group.route(x_ND, own_tokens, routing)
                 routed.append(experts)
                 diagnostics += found
         total_ND = self.add_outputs(zero_total(x_ND), x_ND, routed)

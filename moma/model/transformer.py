@@ -194,8 +194,8 @@ class Transformer(nn.Module):
         """Run all layers; also return the diagnostics of each layer's routers."""
         first = next((layer for layer in self.units() if not isinstance(layer, DepthLayer)), None)
         if isinstance(context, TokenContext) and first is not None:
-            tokens = first.experts.find_tokens(context.modality_BS, routing)
-            context = context._replace(group_tokens=tokens)
+            group_tokens = first.experts.find_tokens(context.modality_BS, routing)
+            context = context._replace(group_tokens=group_tokens)
         diagnostics: list[list[Diagnostics]] = []
         for number, layer in enumerate(self.layers):
             if caches is not None:
