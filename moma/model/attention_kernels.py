@@ -41,7 +41,7 @@ class Segments(NamedTuple):
 
 
 def number_segments(document_ids_BS: Tensor, is_padding_BS: Tensor) -> Tensor:
-    """Number the runs of tokens of one document, or of padding, from 0 over all sequences."""
+    """Number each run of one document's tokens or of padding, from 0 over all sequences, [B, S]."""
     first_B1 = torch.ones_like(is_padding_BS[:, :1])
     changes_BS = document_ids_BS.diff(dim=1) != 0
     changes_BS = changes_BS | (is_padding_BS[:, 1:] != is_padding_BS[:, :-1])

@@ -41,7 +41,11 @@ class NewPositions(NamedTuple):
 
 
 class CacheLengths:
-    """Number of positions that each of B sequences has filled."""
+    """Number of positions that each of B sequences has filled.
+
+    Args:
+        waits: whether the device may be waited for in every pass.
+    """
 
     def __init__(self, sequences: int, device: torch.device, waits: bool):
         self.length_B = torch.zeros(sequences, dtype=torch.int64, device=device)
@@ -271,8 +275,9 @@ class CachedContext(NamedTuple):
     """Properties of new tokens that attend to cached ones as well; see `TokenContext`.
 
     Attributes:
-        rotary: rotary cosine and sine, each [B, S, 1, C/2].
+        modality_BS, rotary, dtype: as in `TokenContext`.
         positions: positions of the new tokens in the layer's cache.
+        cache: keys and values of the layer's earlier tokens.
         group_tokens: not known.
     """
 

@@ -31,7 +31,8 @@ class TokenContext(NamedTuple):
         segments: which tokens attend to each other.
         layout: the attention kernel's form of the segments.
         dtype: dtype of queries, keys and values.
-        group_tokens: the tokens of each group of experts, in layers that all tokens reach.
+        kernel: computes attention.
+        group_tokens: the tokens of each group of experts, in layers without mixture-of-depths.
     """
 
     modality_BS: Tensor
@@ -74,10 +75,14 @@ class BeforeExperts(NamedTuple):
     With mixture-of-depths it has only the selected tokens, [R, K] instead of [B, S].
 
     Attributes:
-        residual_BSD: what is added to their output.
+        x_BSD: the experts' input.
+        residual_BSD: what is added to their output: h, or with mixture-of-depths the output of
+            attention.
         modality_BS: index of the modality; −1 for padding.
-        selection: the selected tokens, with mixture-of-depths.
-        slots: where they come from; None if there is none.
+        group_tokens: from `MixtureOfExperts.find_tokens`.
+        selection: the tokens that the depth router selected.
+        slots: move these from the N tokens to [R·K] and back; None if there are none.
+        depth: diagnostics of the depth router.
     """
 
     x_BSD: Tensor
@@ -140,8 +145,8 @@ class DecoderLayer(nn.Module):
         """Map [B, S, D] to [B, S, D].
 
         Returns:
-            The output, and diagnostics: of the whole layer, whose `nonfinite` covers its output and
-            its routers, and of the routers, that of mixture-of-depths last.
+            The output, and diagnostics: first the layer's, whose `nonfinite` covers its output and
+            its routers, then each router's, that of the depth router last.
         """
         given = self.before_experts(x_BSD, context, routing)
         experts_BSD, diagnostics = self.experts(
@@ -168,7 +173,15 @@ class DecoderLayer(nn.Module):
         diagnostics: list[Diagnostics],
         routing: Routing,
     ) -> tuple[Tensor, list[Diagnostics]]:
-        """Compute all that follows the experts, given their output and diagnostics."""
+        """Compute all that follows the experts, given their output and diagnostics.
+
+        Args:
+            x_BSD: the layer's input.
+            given: from `before_experts`.
+
+        Returns:
+            As `forward`.
+        """
         y_BSD = self._add_experts(given.residual_BSD, experts_BSD)
         return y_BSD, [_check(y_BSD, diagnostics, routing), *diagnostics]
 
@@ -193,7 +206,14 @@ class DecoderLayer(nn.Module):
 
 
 class DepthLayer(DecoderLayer):
-    """A layer with mixture-of-depths: tokens that are not selected are left unchanged (§2.3)."""
+    """A layer with mixture-of-depths (§2.3, Equation 2).
+
+    Tokens that are not selected are left unchanged.
+
+    Args:
+        config, vocabulary, shares, dispatch: as for `Transformer`.
+        depth: see `DepthConfig`.
+    """
 
     def __init__(
         self,
@@ -203,8 +223,8 @@ class DepthLayer(DecoderLayer):
         dispatch: Dispatch,
         depth: DepthConfig,
     ):
-        own = depth.layer_shares(shares, vocabulary.modalities)
-        super().__init__(config, vocabulary, own[0], dispatch, own[1])
+        layer_shares, token_fraction = depth.layer_shares(shares, vocabulary.modalities)
+        super().__init__(config, vocabulary, layer_shares, dispatch, token_fraction)
         self.dispatch = dispatch
         self.depth = DepthRouter(config.dim, depth, shares, vocabulary.modalities)
 
@@ -218,7 +238,7 @@ class DepthLayer(DecoderLayer):
         selected = context.select(index_RK, selection.filled_EK)
         group_tokens = self.experts.find_tokens(selected.modality_BS, routing)
         if not index_RK.shape[1]:  # only under policies without a capacity
-            # Ranks that select tokens wait for the others to gather the experts' weights with them.
+            # The experts run on empty input, too: FSDP gathers their weights on all ranks together.
             none_R0D = x_BSD[:, :0]
             return BeforeExperts(
                 none_R0D,
@@ -233,6 +253,8 @@ class DepthLayer(DecoderLayer):
         slots = self.dispatch(index_T, filled_T, torch.zeros_like(index_T), len(x_ND), 1)
         x_RKD = slots.gather(x_ND).unflatten(0, index_RK.shape)
         attention_RKD = self._attend(x_RKD, selected)
+        # The residual is without x: the update, attention + experts, is multiplied by the score
+        # before it is added to x (Equation 2).
         return BeforeExperts(
             self._normed(x_RKD + attention_RKD),
             attention_RKD,
@@ -251,7 +273,7 @@ class DepthLayer(DecoderLayer):
         diagnostics: list[Diagnostics],
         routing: Routing,
     ) -> tuple[Tensor, list[Diagnostics]]:
-        """Add the selected tokens' update, weighted by its scores, to them."""
+        """Add the update of the selected tokens, multiplied by their scores, to them."""
         assert given.selection is not None and given.depth is not None
         y_ND = x_BSD.flatten(0, 1)
         if given.slots is not None:

@@ -1,6 +1,7 @@
 """Mixture-of-depths: some layers process only some tokens (MoMa §2.3, Equation 2).
 
-    ĝ(x) = sigmoid(x · ŵ);   the k_d highest-scored tokens:  x + ĝ(x) · update(x);   others:  x
+    ĝ(x) = sigmoid(x · Ŵ_g);  the k_d = b · c_d highest-scored tokens:  x + ĝ(x) · update(x);
+    the others:  x
 
 The depth router acts before the split by modality ("staged"): the selected tokens of all
 modalities pass through attention and experts, attending only to each other. All other tokens are
@@ -121,6 +122,8 @@ class DepthRouter(nn.Module):
     """Selects the tokens that a layer processes (Equations 2 and 4).
 
     Args:
+        dim: width D.
+        config: see `DepthConfig`.
         shares: fraction of each modality among all tokens; needed by `modality_factors`.
         modalities: names of the modalities, in the order of `shares`.
     """
@@ -193,7 +196,7 @@ class DepthRouter(nn.Module):
         cutoff_P: Tensor | None,
         excess: Tensor | None,
     ) -> Diagnostics:
-        """See `diagnose`; in training also the loss of the gate's logits."""
+        """See `diagnose`; in training also the loss of the depth router."""
         has_loss = self.gate_loss > 0 and self.training and routing.depth.capacity_mode is not None
         selected_N1 = loss = None
         if routing.records or has_loss:

@@ -1,16 +1,20 @@
 """Mixture of modality-aware experts: the feed-forward of a layer (MoMa §2.2, Equation 1).
 
-    y(x) = Σ_j s_j(x) · FFN_j(x)  over the experts j with x in TopK(s_j),    s(x) = sigmoid(x · W)
+    y(x) = Σ_j g(x)_j · FFN_j(x)   over the experts j of the groups that process x's modality
+    g(x)_j = sigmoid(x · W)_j      if expert j selected x, else 0
 
-A group of experts, with a router W of its own, processes the tokens of one or more modalities; in
-MoMa each modality has its group. `router_logits` computes x · W, `select_top_k` lets each expert
-select the K tokens of the micro-batch with its highest scores, and `add_expert_outputs` gathers
-them, applies the experts, and scatter-adds the outputs weighted by the scores. A group of one
-expert has no router: it takes the tokens of its modalities with score 1, up to its capacity, which
-suffices if a batch has the recipe's shares.
+A group of experts has a router W of its own and processes the tokens of one or more modalities; in
+MoMa each modality has its group. Each expert selects, among the b tokens of the micro-batch that
+have these modalities, the K = b / E with its highest scores sigmoid(x · W)_j (the paper's
+k_e = b_M · c_e with c_e = 1 / E). Under static capacity, b is what the recipe's modality shares
+imply. A group of one expert has no router: it processes the tokens of its modalities with weight 1,
+up to its capacity, which is enough if the micro-batch has these shares.
 
-Shapes: B sequences of S positions, N = B·S tokens of width D; E experts of a group, of hidden width
-F, each with K slots for tokens.
+`router_logits` computes x · W, `select_top_k` selects, and `add_expert_outputs` gathers the tokens,
+applies the experts, and scatter-adds their outputs weighted by g.
+
+Shapes: see `layers.py`; E experts of a group, each with K slots for tokens; T = E·K slots,
+flattened.
 """
 
 import math
@@ -64,7 +68,9 @@ class RoutedExperts(NamedTuple):
 
 
 class GroupTokens(NamedTuple):
-    """The tokens of a group's modalities, the same in every layer that all tokens reach (§3.3).
+    """The tokens of a group's modalities.
+
+    They are the same in every layer without mixture-of-depths, so they are found once (§3.3).
 
     Attributes:
         eligible_N: whether a token has one of the modalities and is not padding.
@@ -82,11 +88,17 @@ def add_expert_outputs(
     dispatch: Dispatch,
     product: Product = grouped_product,
 ) -> Tensor:
-    """Equation 1: add s_j(x) · FFN_j(x) to the total of every token x that expert j selected.
+    """Equation 1: add g(x)_j · FFN_j(x) to the total of every token x that expert j selected.
 
     Args:
-        total_ND: sum of other experts' outputs; the result has its dtype.
+        total_ND: sum of other experts' outputs.
+        x_ND: the tokens.
+        routed: the experts and their selection.
+        dispatch: see `ExpertGroup`.
         product: computes the products with the experts' matrices.
+
+    Returns:
+        The new total [N, D], in the dtype of the given one.
     """
     gate_EDF, up_EDF, down_EFD, (index_EK, filled_EK, weight_EK) = routed
     experts, capacity = index_EK.shape
@@ -106,14 +118,18 @@ def add_ragged_outputs(
     dispatch: Dispatch,
     product: Product = grouped_product,
 ) -> Tensor:
-    """Equation 1 for experts that process different numbers of tokens, one after another.
+    """Equation 1 for experts with different numbers of tokens, which are concatenated.
 
-    The weights of experts without tokens are not read.
+    On a CPU, the weights of experts without tokens are not read.
 
     Args:
-        total_ND, x_ND, product: as for `add_expert_outputs`.
-        weights: SwiGLU weights gate, up and down of the experts, each as one or more stacks
-            [·, D, F] or [·, F, D].
+        total_ND, x_ND, dispatch, product: as for `add_expert_outputs`.
+        weights: SwiGLU weights gate, up and down of the E experts, each as one or more stacks
+            [E', D, F], or [E', F, D] for down; all E' add up to E.
+        selection: the tokens of the experts, in the order of `weights`.
+
+    Returns:
+        The new total, as of `add_expert_outputs`.
     """
     index_T, expert_T, filled_T, weight_T, end_E = selection
     if not len(index_T):
@@ -140,15 +156,17 @@ class ExpertGroup(nn.Module):
     """A group of experts for the same modalities, with a router if it has more than one expert.
 
     The weights of its experts are stacked in parameters `gate` and `up` [E·D, F] and `down`
-    [E·F, D], which any number of ranks can divide by rows.
+    [E·F, D]: FSDP shards the first dimension, and stacks [E, D, F] would leave ranks without a part
+    if there were more of them than experts.
 
     Args:
         dim, hidden: widths D and F of each expert, a SwiGLU.
         modalities: indices of the modalities whose tokens the group processes.
-        capacity_share: K · E / N under static capacity, see `group_capacity_share`; times N it is
-            the paper's b_M.
+        num_experts: number of experts E.
+        capacity_share: K · E / N under static capacity; see `group_capacity_share`. Under expert
+            choice capacity_share · N is the paper's b_M.
         noise: whether router logits get Gumbel-Sigmoid noise in training; see `logistic_noise`.
-        dispatch: moves tokens to experts and back.
+        dispatch: builds the `Slots` that move tokens to experts and back.
     """
 
     def __init__(
@@ -194,6 +212,10 @@ class ExpertGroup(nn.Module):
             x_ND: tokens of all modalities.
             group_tokens: from `find_tokens`, with the same routing.
             total_ND: outputs of other groups, to add to; if omitted, zeros.
+
+        Returns:
+            The total [N, D], in at least fp32 if `total_ND` was omitted, and the diagnostics of the
+            router, if there is one and it had to decide.
         """
         total_ND = zero_total(x_ND) if total_ND is None else total_ND
         if self.is_ragged(routing):
@@ -211,7 +233,14 @@ class ExpertGroup(nn.Module):
     def route(
         self, x_ND: Tensor, group_tokens: GroupTokens, routing: Routing
     ) -> tuple[RoutedExperts, list[Diagnostics]]:
-        """Fill the experts' slots by a policy with a capacity, without computing the experts."""
+        """Fill the experts' slots by a policy with a capacity, without computing the experts.
+
+        Args:
+            x_ND, group_tokens: as for `forward`.
+
+        Returns:
+            The experts with their selection, and the diagnostics of the router, if there is one.
+        """
         if group_tokens.selection is not None:
             return RoutedExperts(*self.matrices(), group_tokens.selection), []
         selection, diagnostics = self._select(x_ND, group_tokens.eligible_N, routing)
@@ -295,7 +324,11 @@ class ExpertGroup(nn.Module):
 
 
 class DenseGroup(nn.Module):
-    """One expert for all modalities: an ordinary feed-forward without routing."""
+    """One expert for all modalities: an ordinary feed-forward without routing.
+
+    Args:
+        dim, hidden: widths D and F.
+    """
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -329,8 +362,8 @@ class MixtureOfExperts(nn.Module):
         """Map [B, S, D] to [B, S, D]; also return the diagnostics of the routers.
 
         Args:
-            modality_BS: modality of each token; −1 for padding, which is never selected.
-            group_tokens: from `find_tokens`, if known from another layer.
+            modality_BS: index of each token's modality; −1 for padding, which is never selected.
+            group_tokens: from `find_tokens` with the same routing, if known from another layer.
         """
         if group_tokens is None:
             group_tokens = self.find_tokens(modality_BS, routing)
@@ -355,5 +388,8 @@ class MixtureOfExperts(nn.Module):
         return total_ND, diagnostics
 
     def units(self) -> list[nn.Module]:
-        """Modules to shard separately: one is all-gathered while another computes."""
+        """Modules to shard as FSDP units of their own: one is gathered while another computes.
+
+        None for a single group, which is gathered with its layer.
+        """
         return list(self.groups) if len(self.groups) > 1 else []

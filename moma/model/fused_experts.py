@@ -33,8 +33,7 @@ def add_fused_outputs(
 ) -> Tensor:
     """See `add_expert_outputs`, which computes it where the kernels do not run.
 
-    Args:
-        dispatch, product: the kernels use neither.
+    The kernels use neither `dispatch` nor `product`.
     """
     dtype = product_dtype(x_ND)  # an operation of our own does not know autocast
     x_ND, weights = x_ND.to(dtype), [weight.to(dtype) for weight in routed[:3]]

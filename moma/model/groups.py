@@ -45,15 +45,16 @@ class TokenChoiceConfig(Config):
 
     Attributes:
         top_k: number k of experts that a token takes, null experts included.
-        data_sparsity: fraction ρ of the experts that are real: a group of E experts has
-            E · (1 − ρ) / ρ null experts, which share one row of the router. In balance, a token
-            takes k · ρ real experts: with `top_k` = 1 / ρ, FLOPs equal those of a dense model. 1:
-            no null experts.
+        data_sparsity: fraction ρ of the experts that are real (so named in arXiv 2601.15370): a
+            group of E experts has E · (1 − ρ) / ρ null experts, which share one row of the router.
+            In balance, a token takes k · ρ real experts: with `top_k` = 1 / ρ, FLOPs equal those of
+            a dense model. 1: no null experts.
         capacity_factor: slots of the experts in training, as a multiple of those that a balanced
             load fills; an expert drops the tokens with its lowest scores beyond them. Inference
             drops none.
-        bias_rate: loss-free balancing: what a step adds to the bias, for selection only, of an
-            expert with less than the mean load, and subtracts for one with more; 0: no bias.
+        bias_rate: loss-free balancing: after a step, the selection bias of an expert whose load
+            (number of tokens that took it) is below the mean rises by this, and that of one above
+            it falls; 0: no bias.
         balance_loss: weight of the load balancing loss, Q · Σ f · P over the Q real and null
             experts of a group, f their fractions of the selections and P their mean normalized
             scores (arXiv 2101.03961 §2.2); added up over groups and layers.
@@ -83,7 +84,8 @@ class TokenChoiceConfig(Config):
 def named_groups(name: str) -> tuple[GroupConfig, ...]:
     """Return the groups of an architecture by its name, such as the paper's `moe_4t4i`.
 
-    `token_4t4i` and `null_4t4i` have the same groups; see `named_token_choice`.
+    `dense` is one expert for both modalities, `moe_Nx` N experts for both, and `moe_MtNi` M text
+    and N image experts. `token_…` and `null_…` have the same groups; see `named_token_choice`.
 
     `mod`, alone or as a prefix (`mod_moe_4t4i`), adds mixture-of-depths (`depth.py`) and does not
     change the groups.

@@ -76,11 +76,11 @@ class JointMixtureOfExperts(MixtureOfExperts):
     def add_outputs(
         self, total_ND: Tensor, x_ND: Tensor, routed: Sequence[RoutedExperts]
     ) -> Tensor:
-        """Equation 1 for several groups: add their experts' outputs to a total [N, D]."""
+        """Equation 1 for several groups: add their experts' outputs to the total, [N, D]."""
         raise NotImplementedError
 
     def units(self) -> list[nn.Module]:
-        """No separate units: all weights are needed at once."""
+        """None: all weights are needed at once, so they are gathered with the layer."""
         return []
 
 

@@ -28,11 +28,13 @@ MAX_AVERAGED_STEPS = 100
 
 
 class AuxiliaryRouter(nn.Module):
-    """Predicts expert choice from one token: a(x) = sigmoid(SiLU(x · A1) · A2) (Equations 3, 4).
+    """Predicts expert choice from one token (§2.4, Equations 3 and 4).
+
+        g_aux(x) = sigmoid(SiLU(x · W_a1) · W_a2)
 
     Args:
-        dim: width D; A1 is D × D/2.
-        outputs: number of outputs; A2 is D/2 × outputs.
+        dim: width D; W_a1 is D × D/2.
+        outputs: number of experts E, or 1 for mixture-of-depths; W_a2 is D/2 × outputs.
     """
 
     def __init__(self, dim: int, outputs: int):
@@ -41,7 +43,7 @@ class AuxiliaryRouter(nn.Module):
         self.output = nn.Linear(dim // 2, outputs, bias=False)
 
     def forward(self, x_ND: Tensor) -> Tensor:
-        """Map [N, D] to the logits of a(x), [N, E], computed in fp32 like those of main routers."""
+        """Map [N, D] to the logits of g_aux, [N, E], in fp32 like those of main routers."""
         with torch.autocast(x_ND.device.type, enabled=False):
             hidden_NH = functional.linear(upcast(x_ND), upcast(self.hidden.weight))
             return functional.linear(functional.silu(hidden_NH), upcast(self.output.weight))
@@ -88,7 +90,7 @@ class Router(nn.Linear):
 def auxiliary_logits(
     auxiliary: AuxiliaryRouter, x_ND: Tensor, policy: Policy, routing: Routing
 ) -> Tensor | None:
-    """Return the logits of an auxiliary router, if `policy` or `routing` needs them."""
+    """Return the logits [N, E] of an auxiliary router, if `policy` or `routing` needs them."""
     is_needed = policy.uses_auxiliary or routing.record_auxiliary
     # Auxiliary routers that are trained together with the model do not change it.
     return auxiliary(x_ND.detach()) if is_needed else None
@@ -106,7 +108,7 @@ def select_slots(
 
     Returns:
         The selection; the cutoffs of expert choice by clean logits, [R]; and the number of
-        candidates that found no slot, None under expert choice.
+        candidates (row, token) that found no slot, None under expert choice.
     """
     assert policy.capacity_mode is not None
     num_slots = inputs.num_slots(policy.capacity_mode)
@@ -132,7 +134,8 @@ class RouterRecord(NamedTuple):
         eligible_N: the tokens that the router selected from.
         logits_NE: the main router's logits, detached.
         kind: a router of `experts`, or of mixture-of-depths (`depth`, with E = 1).
-        excess: number of tokens above a threshold that found no slot; None under expert choice.
+        excess: number of pairs (token, expert) that thresholds or token choice selected, but that
+            found no slot; None under expert choice, and without a capacity.
         token_choice_weight_NE: weights of the experts' outputs under token choice, valid where an
             expert processes the token, detached; None: the scores, sigmoids of the logits.
     """

@@ -42,7 +42,7 @@ class PolicyInputs(NamedTuple):
 
     Attributes:
         logits_RN: the main router's logits.
-        eligible_RN: whether a token belongs to the row's modalities and is not padding.
+        eligible_RN: whether a token has one of the row's modalities and is not padding.
         auxiliary_RN: the auxiliary router's logits, if the policy uses them.
         threshold_R1: thresholds of the main router's logits; −∞: all tokens exceed it.
         num_slots: number of slots K of a row, given the capacity mode.
@@ -93,13 +93,13 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Auxiliary:
-    """A token is taken if the auxiliary router's a(x) > 0.5 (§2.4); this is causal."""
+    """A token is taken if the auxiliary router's g_aux(x) > 0.5 (§2.4); this is causal."""
 
     capacity_mode: ClassVar[None] = None
     uses_auxiliary: ClassVar[bool] = True
 
     def candidates(self, inputs: PolicyInputs) -> Tensor:
-        """The tokens with a(x) > 0.5, boolean [R, N]."""
+        """The tokens with g_aux(x) > 0.5, boolean [R, N]."""
         assert inputs.auxiliary_RN is not None
         return (inputs.auxiliary_RN > 0) & inputs.eligible_RN
 
@@ -123,7 +123,7 @@ class Noisy:
     Uses PyTorch's global generator.
 
     Attributes:
-        rate: probability that a decision on an eligible token is inverted.
+        rate: probability that a decision on an eligible token is inverted (σ in §4.6).
     """
 
     policy: "Policy"
@@ -162,10 +162,11 @@ class Routing:
     Attributes:
         experts: the policy of groups of experts.
         depth: the policy of mixture-of-depths.
-        raises: whether non-finite values raise an error if the policies synchronize with the
-            device anyway. Ranks that share weights must not be left.
-        record_auxiliary: whether to return a `RouterRecord` with auxiliary logits, to train on.
-        record_selection: whether to return at least a `RouterRecord` without auxiliary logits.
+        raises: whether a forward pass raises an error for non-finite values, if it synchronizes
+            with the device anyway. False where ranks share weights: the others would wait forever
+            for the rank that raised.
+        record_auxiliary: whether to return a `RouterRecord` of each router with auxiliary logits.
+        record_selection: whether to return these records; implied by `record_auxiliary`.
         checks: whether non-finite values are looked for; decoding one token costs less without.
     """
 
@@ -202,7 +203,7 @@ ROUTINGS: dict[RoutingName, Routing] = {
 
 
 class Selection(NamedTuple):
-    """The tokens that each expert processes.
+    """The tokens that each row selected: an expert, or a row of `DepthRouter` (then E is R).
 
     Attributes:
         index_EK: int64 index of the token in each slot, into the N tokens.
@@ -301,9 +302,9 @@ def any_nonfinite(logits_NE: Tensor, eligible_N: Tensor) -> Tensor:
 
 
 def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selection:
-    """Select the `capacity` highest of the N eligible logits in each row.
+    """Select the `capacity` highest eligible logits of each row of N; at most N.
 
-    Rows are experts that rate the same tokens, or, in `DepthRouter`, sequences of tokens. Slots
+    Rows are experts that score the same tokens, or, in `DepthRouter`, sequences of tokens. Slots
     beyond the eligible tokens stay empty. The order of the slots is undefined.
     """
     masked_EN = logits_EN.detach().masked_fill(~eligible_EN, -torch.inf)
@@ -316,8 +317,8 @@ def select_top_k(logits_EN: Tensor, eligible_EN: Tensor, capacity: int) -> Selec
 def cutoffs_of(logits_EN: Tensor, eligible_EN: Tensor, index_EK: Tensor) -> Tensor:
     """The midpoint of each row's lowest selected and highest other eligible logit, [E].
 
-    A token was selected if its logit exceeds the cutoff. −∞ in a row that selected all its
-    tokens, ∞ if K = 0.
+    But for equal logits, exactly the tokens whose logit exceeds it were selected. −∞ in a row that
+    selected all its tokens, ∞ if K = 0.
 
     Args:
         logits_EN, eligible_EN: as for `select_top_k`.
@@ -332,14 +333,18 @@ def cutoffs_of(logits_EN: Tensor, eligible_EN: Tensor, index_EK: Tensor) -> Tens
 
 
 def may_synchronize(x_N: Tensor) -> bool:
-    """Whether shapes may depend on the data of N tokens: not while few are decoded on a GPU."""
+    """Whether the host may read a shape that depends on the data of N tokens.
+
+    Not on a GPU with at most `MAX_UNSYNCHRONIZED_TOKENS` tokens, where waiting for it would cost
+    more than empty slots.
+    """
     return x_N.device.type != "cuda" or len(x_N) > MAX_UNSYNCHRONIZED_TOKENS
 
 
 def select_ragged(selected_EN: Tensor, logits_EN: Tensor) -> RaggedSelection:
     """Concatenate the tokens that each expert selected.
 
-    The length depends on the data, unless the device must not be waited for (`may_synchronize`):
+    The length T depends on the data, unless the device must not be waited for (`may_synchronize`):
     then every pair of expert and token has a slot, the selected ones first.
 
     Args:
@@ -384,7 +389,7 @@ def select_by_sequence(selected_BS: Tensor, logits_BS: Tensor) -> Selection:
 
 
 def select_all(eligible_N: Tensor, capacity: int) -> Selection:
-    """Select the first `capacity` eligible tokens with weight 1, for a group of one expert."""
+    """Select the first K = `capacity` eligible tokens for one expert, with weight 1, [1, K]."""
     number_N = eligible_N.cumsum(0) - 1
     slot_N = torch.where(eligible_N & (number_N < capacity), number_N, capacity)
     # All other tokens go to one more slot, which is cut off: counting is faster than sorting.

@@ -51,7 +51,13 @@ class TokenChoices(NamedTuple):
 
 
 class TokenRouter(nn.Linear):
-    """The router of a group under token choice, with a bias of each output for selection only."""
+    """The router of a group under token choice, with a bias of each output for selection only.
+
+    Args:
+        dim: width D.
+        experts: number of real experts E.
+        config: see `TokenChoiceConfig`.
+    """
 
     bias_O: Tensor
 
@@ -66,6 +72,7 @@ class TokenRouter(nn.Linear):
         """Let each eligible token take its experts.
 
         Args:
+            x_ND: tokens of all modalities.
             eligible_N: the tokens of the group's modalities.
             noise: whether to add Gumbel-Sigmoid noise to the logits; see `logistic_noise`.
         """

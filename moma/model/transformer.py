@@ -81,10 +81,10 @@ class Transformer(nn.Module):
     Args:
         config: see `ModelConfig`.
         vocabulary: the ids and the modality of each.
-        shares: fraction of each modality among the tokens of a training batch; static capacity
-            assumes that every batch has these.
+        shares: fraction of each modality among the tokens of a micro-batch in training; static
+            capacity assumes that every micro-batch has these.
         kernel: computes attention; by default one that runs on any device.
-        dispatch: moves tokens to experts and back; see `dispatch_for`.
+        dispatch: builds the `Slots` that move tokens to experts and back; see `dispatch_for`.
     """
 
     modality_of_id: Tensor
@@ -320,7 +320,7 @@ class Transformer(nn.Module):
         yield from cast(Iterable[DecoderLayer], self.layers)
 
     def routers(self) -> Iterator[Router]:
-        """Yield the routers that select over the batch, in the order of the records."""
+        """Yield the main routers of expert choice, in the order of the records."""
         return (module for module in self.modules() if isinstance(module, Router))
 
     def update_cutoffs(self, mean_2T: Tensor) -> None:

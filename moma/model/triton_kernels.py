@@ -45,7 +45,7 @@ def tiles(rows: int, columns: int, experts: int) -> tuple[int, int, int]:
 
 
 def sum_slots(z_TD: Tensor, slot_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum the vectors of each token's slots, [N, D]."""
+    """Sum the vectors of each token's slots (−1: no slot), [N, D]."""
     (tokens, columns), dim = slot_NC.shape, z_TD.shape[1]
     y_ND = z_TD.new_empty(tokens, dim, dtype=dtype)
     rows, width = _SUMMED_TILE
