@@ -374,8 +374,8 @@ def set_thresholds(model: Transformer, tokens_BS: Tensor) -> None:
     They are a little higher, since a token whose score is a threshold is selected by chance of
     rounding.
     """
-    cutoff_T = torch.cat([torch.zeros(0), *model(tokens_BS).cutoffs]) + 0.0123
-    model.update_cutoffs(torch.stack((cutoff_T, torch.ones_like(cutoff_T))))
+    cutoff_P = torch.cat([torch.zeros(0), *model(tokens_BS).cutoffs]) + 0.0123
+    model.update_cutoffs(torch.stack((cutoff_P, torch.ones_like(cutoff_P))))
 
 
 def replace_weights(run: Run, change: Callable[[dict[str, Tensor]], object]) -> Path:

@@ -324,9 +324,9 @@ def random_model(
             )
         )
         routing = model.named_routing("choice")
-        cutoff_T = torch.cat(
+        cutoff_P = torch.cat(
             model(tokens_2BS.flatten(0, 1).to(device), None, None, routing, no_head).cutoffs
         )
-        model.update_cutoffs(torch.stack((cutoff_T, torch.ones_like(cutoff_T))))
+        model.update_cutoffs(torch.stack((cutoff_P, torch.ones_like(cutoff_P))))
     prepare_decoding(model.to(dtype), graphs)
     return model

@@ -34,7 +34,7 @@ Dispatch = Callable[[Tensor, Tensor, Tensor, int, int], Slots]
 
 
 class ScatterSlots:
-    """Slots whose vectors are added one by one."""
+    """Slots whose vectors are added one by one; arguments as of `Dispatch`."""
 
     def __init__(
         self, index_T: Tensor, filled_T: Tensor, column_T: Tensor, tokens: int, columns: int
@@ -51,7 +51,7 @@ class ScatterSlots:
 
 
 class TableSlots:
-    """Slots with a table of the slots of each token."""
+    """Slots with a table of the slots of each token; arguments as of `Dispatch`."""
 
     def __init__(
         self, index_T: Tensor, filled_T: Tensor, column_T: Tensor, tokens: int, columns: int

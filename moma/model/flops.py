@@ -31,6 +31,7 @@ class LayerKind(NamedTuple):
     """Layers of the same kind, and the tokens of a micro-batch that they process.
 
     Attributes:
+        layers: number of layers.
         token_fraction: fraction of the tokens that attention and experts process: 1, or the
             capacity factor of mixture-of-depths.
         tokens: number of those tokens.

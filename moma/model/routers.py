@@ -59,13 +59,16 @@ class Router(nn.Linear):
         dim: width D.
         outputs: number of experts E; 1 for mixture-of-depths.
         pools: number of pools of tokens with cutoffs of their own, if it is not E.
+
+    Attributes:
+        cutoff_means_3E: means over steps of the finite cutoffs (else 0) and of their share; number
+            of steps.
     """
 
     cutoff_means_3E: Tensor
 
     def __init__(self, dim: int, outputs: int, pools: int | None = None):
         super().__init__(dim, outputs, bias=False)
-        # Means over steps of the finite cutoffs (else 0) and of their share; number of steps.
         zeros_3E = torch.zeros(3, pools or outputs, dtype=torch.float32)
         self.register_buffer("cutoff_means_3E", zeros_3E)
 
@@ -174,14 +177,14 @@ class RouterRecord(NamedTuple):
 
 
 def finite_cutoffs(cutoffs: Sequence[Tensor]) -> Tensor:
-    """The finite cutoffs of a micro-batch, else 0, and whether each is finite, fp32 [2, T].
+    """The finite cutoffs of a micro-batch, else 0, and whether each is finite, fp32 [2, P].
 
     Args:
-        cutoffs: of each router, together T; see `ModelOutput`.
+        cutoffs: of each router, together P; see `ModelOutput`.
     """
-    cutoff_T = torch.cat([*cutoffs])
-    is_finite_T = cutoff_T.isfinite()
-    return torch.stack((cutoff_T.where(is_finite_T, 0), is_finite_T.to(cutoff_T.dtype)))
+    cutoff_P = torch.cat([*cutoffs])
+    is_finite_P = cutoff_P.isfinite()
+    return torch.stack((cutoff_P.where(is_finite_P, 0), is_finite_P.to(cutoff_P.dtype)))
 
 
 class Diagnostics(NamedTuple):

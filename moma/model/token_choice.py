@@ -57,6 +57,9 @@ class TokenRouter(nn.Linear):
         dim: width D.
         experts: number of real experts E.
         config: see `TokenChoiceConfig`.
+
+    Attributes:
+        bias_O: added to the scores for selection.
     """
 
     bias_O: Tensor
@@ -129,6 +132,7 @@ class TokenChoiceGroup(ExpertGroup):
     """A group of several experts whose tokens take experts.
 
     Args:
+        config: see `TokenChoiceConfig`.
         stack: the arguments of `ExpertGroup`.
     """
 

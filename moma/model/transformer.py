@@ -323,31 +323,31 @@ class Transformer(nn.Module):
         """Yield the main routers of expert choice, in the order of the records."""
         return (module for module in self.modules() if isinstance(module, Router))
 
-    def update_cutoffs(self, mean_2T: Tensor) -> None:
+    def update_cutoffs(self, mean_2P: Tensor) -> None:
         """Add a step's cutoffs to the thresholds of all routers; see `Router.update_cutoffs`.
 
         Args:
-            mean_2T: as for a router, for the experts of all routers in their order.
+            mean_2P: as for a router, for the P cutoffs of all routers in their order.
         """
         routers = list(self.routers())
         sizes = [router.cutoff_means_3E.shape[1] for router in routers]
-        for router, mean_2E in zip(routers, mean_2T.split(sizes, 1), strict=True):
+        for router, mean_2E in zip(routers, mean_2P.split(sizes, 1), strict=True):
             router.update_cutoffs(mean_2E)
 
     def token_routers(self) -> Iterator[TokenRouter]:
         """Yield the routers of token choice, in the order of `ModelOutput.loads`."""
         return (module for module in self.modules() if isinstance(module, TokenRouter))
 
-    def update_biases(self, load_T: Tensor) -> None:
+    def update_biases(self, load_O: Tensor) -> None:
         """Move the biases of all routers of token choice toward balance.
 
         Args:
-            load_T: the loads of a step, router after router.
+            load_O: the loads of a step, for the outputs of all routers in their order.
         """
         routers = list(self.token_routers())
         sizes = [router.out_features for router in routers]
-        for router, load_O in zip(routers, load_T.split(sizes), strict=True):
-            router.update_bias(load_O)
+        for router, own_O in zip(routers, load_O.split(sizes), strict=True):
+            router.update_bias(own_O)
 
     @property
     def has_thresholds(self) -> bool:
