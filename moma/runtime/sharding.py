@@ -44,8 +44,8 @@ class EngineConfig(Config):
             are summed over replicas (hybrid sharding).
         recompute: activations that are recomputed in the backward pass instead of saved: `none`,
             those of a whole `layer`, or `selective`: all but matrix products and top-k choices.
-        step_size: what happens to the tokens of a step when a run resumes on another number of
-            ranks: `kept` divides the step's micro-batches among the ranks, `grows` gives each
+        global_batch_size: what happens to the tokens of a step when a run resumes on another number
+            of ranks: `kept` divides the step's micro-batches among the ranks, `grows` gives each
             rank the stage's `gradient_accumulation_steps`.
         timeout: seconds after which a rank that does not respond counts as lost.
         trace: steps after the start of the program at which rank 0 traces three steps; 0: none.
@@ -58,7 +58,7 @@ class EngineConfig(Config):
     replicate: int = Field(1, ge=1)
     reduce_once: bool = True
     recompute: Recompute = "none"
-    step_size: Literal["kept", "grows"] = "kept"
+    global_batch_size: Literal["kept", "grows"] = "kept"
     timeout: float = Field(600, gt=0)
     trace: int = Field(0, ge=0)
 

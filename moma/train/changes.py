@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 STAGES = ("pretrain", "upcycle", "aux_router")
 # Keys that may change on resume: paths, monitoring and machines do not change what is computed,
-# except for the number of tokens per step, which may depend on the machines.
+# except for the global batch size, which may depend on the machines.
 _RESUMABLE = (
     "run",
     "from",  # needed only at the start
@@ -29,7 +29,7 @@ _RESUMABLE = (
     "engine.reduce_once",
     "engine.replicate",
     "engine.recompute",
-    "engine.step_size",
+    "engine.global_batch_size",
     "engine.timeout",
     "engine.trace",
     "STAGE.log_every",

@@ -324,13 +324,17 @@ class Trainer:
         self.metrics.set_state(state["window"])
         self.monitor.set_state(state["monitor"])
         self.validation.set_state(state["validation"])
-        self._keep_step_size(state)
+        self._keep_global_batch_size(state)
 
-    def _keep_step_size(self, state: Mapping[str, Any]) -> None:
-        """Distribute the micro-batches of a step over another number of ranks than before."""
+    def _keep_global_batch_size(self, state: Mapping[str, Any]) -> None:
+        """Keep the global batch size: divide a step's micro-batches among another number of ranks.
+
+        Raises:
+            UserError: the ranks cannot share them equally.
+        """
         configured = self.config.gradient_accumulation_steps
         saved = state["recipe"][self.recipe.stage]["gradient_accumulation_steps"]
-        if configured != saved or self.recipe.engine.step_size != "kept":
+        if configured != saved or self.recipe.engine.global_batch_size != "kept":
             return
         ranks, total = self.world.size, state["gradient_accumulation_steps"] * state["world_size"]
         if total % ranks:
@@ -338,7 +342,7 @@ class Trainer:
             raise SharedError(
                 f"{self.run.path}: {ranks} ranks cannot share the {total} micro-batches of a step; "
                 f"use a divisor of {total} as the number of ranks to keep {total * tokens:,} "
-                "tokens per step, or let steps grow with engine.step_size=grows to "
+                "tokens per step, or set engine.global_batch_size=grows, for steps of "
                 f"{ranks} times {configured} micro-batches, {ranks * configured * tokens:,} tokens"
             )
         self.gradient_accumulation_steps = total // ranks

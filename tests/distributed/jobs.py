@@ -305,5 +305,5 @@ def grow_step(world: World, recipe: Recipe, out: Path) -> None:
         train(recipe, world, quiet=True)
     if world.rank == 0:
         (out / "refused").write_text(str(refused.value))
-    engine = recipe.engine.model_copy(update={"step_size": "grows"})
+    engine = recipe.engine.model_copy(update={"global_batch_size": "grows"})
     train(recipe.model_copy(update={"engine": engine}), world, quiet=True)

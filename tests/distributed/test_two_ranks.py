@@ -220,12 +220,13 @@ def test_a_run_resumes_on_another_number_of_ranks(tiny, two, tmp_path):
     assert len(read_rank_states(checkpoints_in(run.checkpoints)[-1])) == 1
 
 
-def test_a_step_may_grow_with_the_number_of_ranks(tiny, two, four):
+def test_the_global_batch_size_may_grow(tiny, two, four):
     message = (four / "refused").read_text()
     one = tiny.data.micro_batch_size * tiny.data.sequence_length
     assert "4 ranks cannot share the 2 micro-batches of a step; use a divisor of 2" in message
     assert f"to keep {2 * one:,} tokens per step" in message
-    assert f"engine.step_size=grows to 4 times 1 micro-batches, {4 * one:,} tokens" in message
+    assert "engine.global_batch_size=grows, for steps of 4 times 1 micro-batches" in message
+    assert message.endswith(f"{4 * one:,} tokens")
     tokens = [record["tokens"] for record in Run(two / "larger").read_metrics()]
     assert tokens == [4 * one, 8 * one, 16 * one, 24 * one]
 

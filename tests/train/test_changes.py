@@ -31,7 +31,7 @@ def test_the_recipe_is_synced_before_a_run_starts(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("section", "change", "is_allowed"),
     [
-        ("engine", {"step_size": "grows"}, True),
+        ("engine", {"global_batch_size": "grows"}, True),
         ("engine", {"reduce": "bf16"}, False),
         ("data", {"remote": "s3://bucket/folder"}, True),
         ("data", {"cache_bytes": 1}, True),

@@ -52,7 +52,7 @@ ENGINE_TESTS = {
     "deterministic": "train/test_keys.py::test_deterministic_training_avoids_flash_attention",
     "replicate": "distributed/test_two_ranks.py::test_impossible_replicas_are_refused",
     "recompute": "train/test_keys.py::test_recompute_repeats_operations",
-    "step_size": "distributed/test_two_ranks.py::test_a_step_may_grow_with_the_number_of_ranks",
+    "global_batch_size": "distributed/test_two_ranks.py::test_the_global_batch_size_may_grow",
     "timeout": "train/test_keys.py::test_timeout_limits_waiting_for_ranks_and_locks",
     "trace": "train/test_stages.py::test_three_steps_are_traced",
 }
