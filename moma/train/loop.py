@@ -241,7 +241,7 @@ class Trainer:
         statistics = Statistics(self.model, self.recipe.engine.replicate) if is_logged else None
         self.unchecked_batches[step] = batches
         self.monitor.begin_step(step)
-        sums, norm = self.step(batches, lr, statistics, self.config.finishes(step))
+        sums, norm = self.step(batches, lr, statistics, self.config.routes_by_threshold(step))
         # The record of an earlier step: it was copied to the host while this step was launched.
         self._write_record(progress)
         self.steps_done = step

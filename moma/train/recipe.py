@@ -70,8 +70,8 @@ class StageConfig(Config):
             )
         return self
 
-    def finishes(self, step: int) -> bool:
-        """Whether a step, from 1, routes by thresholds."""
+    def routes_by_threshold(self, step: int) -> bool:
+        """Whether a step, from 1, routes by thresholds, as the last ones do; see `finish`."""
         return step > self.steps - round(self.finish * self.steps)
 
 

@@ -73,7 +73,8 @@ def replay(run: Run, world: World, quiet: bool = False) -> dict[str, Any]:
         step, steps_done = _restore(run, recipe, vocabulary, data, fault, world)
         before = _take_steps(step, recipe, data, fault, steps_done, quiet or world.rank > 0)
         batches = dict(zip(played, _next_step(data, fault), strict=True))
-        micro_batches, gradients = _inspect(step, batches, recipe.stage_config.finishes(fault.step))
+        by_threshold = recipe.stage_config.routes_by_threshold(fault.step)
+        micro_batches, gradients = _inspect(step, batches, by_threshold)
         documents = [sequences for _, own in saved for sequences in own]
         for result, sequences in zip(micro_batches, documents, strict=False):
             result["documents"] = _by_source(sequences)
@@ -153,7 +154,7 @@ def _take_steps(
         for number in range(done, fault.step - 1):
             batches = [batch for own in _next_step(data, fault) for batch in own]
             lr = learning_rate(config.optimizer, number, config.steps)
-            sums, norm = step(batches, lr, finishes=config.finishes(number + 1))
+            sums, norm = step(batches, lr, by_threshold=config.routes_by_threshold(number + 1))
             loss = float(sums[0].sum() / sums[2].sum())
             last = {"loss_before": loss, "gradient_norm": float(norm)}
             progress(number + 1, f"loss {loss:.3f}")
@@ -161,19 +162,20 @@ def _take_steps(
 
 
 def _inspect(
-    step: Step, batches: Mapping[int, Sequence[Batch]], finishes: bool
+    step: Step, batches: Mapping[int, Sequence[Batch]], by_threshold: bool
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Run forward and backward of each micro-batch, with a hook on every module.
 
     Args:
         batches: the micro-batches of each rank of the run that this rank plays.
+        by_threshold: whether the step routes by thresholds.
 
     Returns:
         A result for each of them, and the largest gradient norms of all ranks by parameter, NaN
         first.
     """
     names = {module: name for name, module in step.model.named_modules()}
-    loss_function = step.finish_loss if finishes else step.loss_function
+    loss_function = step.threshold_loss if by_threshold else step.loss_function
     results: list[dict[str, Any]] = []
     nonfinite: list[str] = []
 

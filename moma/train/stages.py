@@ -146,12 +146,19 @@ def initial_state(recipe: Recipe, source: SourceRun | None) -> InitialState:
     return InitialState(source.state["tokens"], source.state["flops"], data)
 
 
-def loss_function_of(recipe: Recipe, device: torch.device, finishes: bool = False) -> LossFunction:
-    """What the stage minimizes, or its last steps; see `StageConfig.finish`."""
+def loss_function_of(
+    recipe: Recipe, device: torch.device, by_threshold: bool = False
+) -> LossFunction:
+    """What the steps of the stage minimize.
+
+    Args:
+        device: on which the loss is compiled, if the recipe says so and that is possible.
+        by_threshold: for steps that route by thresholds; see `StageConfig.routes_by_threshold`.
+    """
     if recipe.stage == "aux_router":
         return router_loss
     compiled = recipe.stage_config.compile and can_compile(device)
-    policy = Threshold("static") if finishes else ExpertChoice()
+    policy = Threshold("static") if by_threshold else ExpertChoice()
     has_auxiliary = recipe.trains_auxiliary_routers
     routing = uniform_routing(policy, record_selection=True, record_auxiliary=has_auxiliary)
     return next_token_loss(recipe.stage_config.z_loss, compiled, routing)
@@ -172,7 +179,7 @@ def make_step(
         monitor,
         engine.compute_dtype(world.device),
         engine.reduce_once,
-        loss_function_of(recipe, world.device, finishes=True),
+        loss_function_of(recipe, world.device, by_threshold=True),
     )
 
 

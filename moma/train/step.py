@@ -211,7 +211,7 @@ class Step:
         monitor: LossMonitor | None = None,
         compute_dtype: torch.dtype | None = None,
         reduces_once: bool = True,
-        finish_loss: LossFunction | None = None,
+        threshold_loss: LossFunction | None = None,
     ):
         """Create the step.
 
@@ -224,10 +224,11 @@ class Step:
             compute_dtype: of an unsharded model's matrix products; by default bf16 on a GPU.
             reduces_once: whether the gradients of a sharded model are summed over ranks after the
                 last micro-batch only.
-            finish_loss: computes what the last steps minimize; see `StageConfig.finish`.
+            threshold_loss: computes what steps that route by thresholds minimize; by default
+                `loss_function`.
         """
         self.model, self.loss_function = model, loss_function
-        self.finish_loss = finish_loss or loss_function
+        self.threshold_loss = threshold_loss or loss_function
         self.optimizers = tuple(optimizers)
         self.max_norm, self.world, self.monitor = max_norm, world, monitor
         # Whose gradients are reduced over ranks once per step; None: after each micro-batch.
@@ -242,7 +243,7 @@ class Step:
         batches: Sequence[Batch],
         learning_rate: float,
         statistics: Statistics | None = None,
-        finishes: bool = False,
+        by_threshold: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Take one step.
 
@@ -250,13 +251,15 @@ class Step:
             batches: the step's micro-batches on this rank.
             learning_rate: of parameter groups whose `lr_scale` is 1.
             statistics: gets the routers of the last micro-batch, and the gradients.
+            by_threshold: whether the step routes by thresholds; see
+                `StageConfig.routes_by_threshold`.
 
         Returns:
             Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of
             the gradient before clipping; both stay on the device. Zeros if the step is skipped.
         """
         sums, nonfinite_L, cutoffs_2T, load_T = self._accumulate_gradients(
-            batches, statistics, self.finish_loss if finishes else self.loss_function
+            batches, statistics, self.threshold_loss if by_threshold else self.loss_function
         )
         targets = sums[2].sum().clamp(min=1)
         # FSDP averages gradients over ranks; the loss is a mean over the targets of all ranks.

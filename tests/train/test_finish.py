@@ -57,7 +57,7 @@ def test_the_last_steps_route_by_thresholds(tiny, tmp_path):
 def test_the_number_of_last_steps_is_rounded():
     last = {finish: StageConfig(steps=10, finish=finish) for finish in (0.0, 0.1, 0.25, 0.99)}
     found = {
-        finish: [step for step in range(1, 11) if config.finishes(step)]
+        finish: [step for step in range(1, 11) if config.routes_by_threshold(step)]
         for finish, config in last.items()
     }
     assert found == {0.0: [], 0.1: [10], 0.25: [9, 10], 0.99: list(range(1, 11))}

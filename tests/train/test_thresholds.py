@@ -35,14 +35,14 @@ def cutoffs_of(model) -> list[list[float]]:
 
 
 def take_steps(world: World, recipe: Recipe, micro_batches: int, out: Path) -> None:
-    """Take two steps on the same micro-batches, whatever the number of ranks; one finishes."""
+    """Take two steps on the same micro-batches, whatever the number of ranks; one by threshold."""
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     model = prepare_model(recipe, vocabulary, world)
     data = Batches(recipe.data, vocabulary, recipe.seed)
     step = make_step(recipe, model, world)
-    for finishes in (False, True):
+    for by_threshold in (False, True):
         batches = list(itertools.islice(data, micro_batches * world.size))
-        step(batches[world.rank :: world.size], 1e-2, finishes=finishes)
+        step(batches[world.rank :: world.size], 1e-2, by_threshold=by_threshold)
     if world.rank == 0:
         (out / f"{world.size}.json").write_text(json.dumps(cutoffs_of(model)))
 
