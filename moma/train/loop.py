@@ -129,7 +129,7 @@ class Trainer:
         self.recipe, self.config, self.run = recipe, recipe.stage_config, run
         self.model, self.vocabulary, self.world = model, vocabulary, world
         self.monitor = LossMonitor(self.config, world.device)
-        self.step = make_step(recipe, model, world, self.monitor)
+        self.optimizer_step = make_step(recipe, model, world, self.monitor)
         self.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         batches = Batches(recipe.data, vocabulary, recipe.seed, world.rank, world.size)
         self.batches = prefetch(batches, recipe.data)
@@ -167,7 +167,7 @@ class Trainer:
         on_rank_0(self.world, _set_aside, path, damaged)
         with raise_on_all_ranks(self.world):
             require_vocabulary(path, self.vocabulary, self.recipe.data.path)
-        load_checkpoint(path, self.model, self.step.optimizers, self.world)
+        load_checkpoint(path, self.model, self.optimizer_step.optimizers, self.world)
         with raise_on_all_ranks(self.world):
             self._restore_counters(read_state(path))
             rank_states = read_rank_states(path)
@@ -233,22 +233,23 @@ class Trainer:
 
     def _train_step(self, progress: ProgressCallback) -> None:
         start = time.monotonic()
-        batches = [next(self.batches) for _ in range(self.gradient_accumulation_steps)]
+        micro_batches = [next(self.batches) for _ in range(self.gradient_accumulation_steps)]
         data_wait = time.monotonic() - start
         lr = learning_rate(self.config.optimizer, self.steps_done, self.config.steps)
         step = self.steps_done + 1
         is_logged = step % self.config.log_every == 0 or step == self.config.steps
         statistics = Statistics(self.model, self.recipe.engine.replicate) if is_logged else None
-        self.unchecked_batches[step] = batches
+        self.unchecked_batches[step] = micro_batches
         self.monitor.begin_step(step)
-        sums, norm = self.step(batches, lr, statistics, self.config.routes_by_threshold(step))
+        by_threshold = self.config.routes_by_threshold(step)
+        sums, norm = self.optimizer_step(micro_batches, lr, statistics, by_threshold)
         # The record of an earlier step: it was copied to the host while this step was launched.
         self._write_record(progress)
         self.steps_done = step
         if self.profiler is not None:
             self.profiler.step()
         # Padding included, which costs the same.
-        tokens = sum(batch.tokens_BS.size for batch in batches) * self.world.size
+        tokens = sum(batch.tokens_BS.size for batch in micro_batches) * self.world.size
         self.tokens += tokens
         self.metrics.add(sums, tokens, data_wait)
         if statistics is not None:
@@ -269,7 +270,7 @@ class Trainer:
         self._raise_if_fault(record["step"], tensors)
         if self.validation.is_due(record["step"]):
             self.writer.wait()  # its thread uses the process group of `on_rank_0`
-            with self.step.autocast():
+            with self.optimizer_step.autocast():
                 record["validation"] = self.validation.measure(record["step"])
             self.metrics.restart_clock()
         self.trackers.write(record)
@@ -306,7 +307,7 @@ class Trainer:
             "validation": self.validation.get_state(),
             "recipe": self.recipe.model_dump(mode="json", by_alias=True),
         }
-        tensors = training_tensors(self.model, self.step.optimizers)
+        tensors = training_tensors(self.model, self.optimizer_step.optimizers)
         data = {"data": self.batches.get_state()}
         self.writer.save(self.steps_done, tensors, state, data, best)
 
