@@ -1,19 +1,26 @@
-"""The run folder of a recipe: created at the start, compared with the recipe on resume."""
+"""The run folder of a recipe: locked, created at the start, compared with the recipe on resume."""
 
 import logging
 import shlex
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from moma.data.remote.fetching import published_manifests
 from moma.data.remote.manifest import Manifest
 from moma.errors import UserError
+from moma.files import lock_folder
 from moma.recipe import Config
 from moma.runs import Run, Tokenizers
+from moma.runtime.world import World, gather, on_rank_0
 from moma.train.recipe import Recipe
 from moma.train.restore import ROUTER_RUN, read_run_recipe
 
 logger = logging.getLogger(__name__)
+
+# Seconds to wait for the lock of a run folder; a network file system releases that of a dead node
+# sooner.
+_LOCK_TIMEOUT = 120.0
 
 STAGES = ("pretrain", "upcycle", "aux_router")
 # Keys that may change on resume: paths, monitoring and machines do not change what is computed,
@@ -40,6 +47,40 @@ _RESUMABLE = (
     "STAGE.on_fault",
     "STAGE.explosion",
 )
+
+
+def lock_run_folder(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
+    """Lock the run folder on rank 0, if it exists; all ranks together.
+
+    Args:
+        stack: releases the lock when it is closed.
+
+    Returns:
+        Whether the folder exists, on all ranks.
+
+    Raises:
+        UserError: another process holds the lock for too long.
+    """
+    exists = gather(run.path.is_dir(), world.writers)[0]
+    if exists:
+        # Half, so that the other ranks, which wait for the result, do not time out first.
+        timeout = min(_LOCK_TIMEOUT, recipe.engine.timeout / 2)
+        on_rank_0(world, lambda: stack.enter_context(lock_folder(run.path, timeout)))
+    return exists
+
+
+def create_run_folder(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> None:
+    """Create and lock the folder of a new run; all ranks together.
+
+    Args:
+        stack: as for `lock_run_folder`.
+
+    Raises:
+        UserError: another process has started the run meanwhile.
+    """
+    on_rank_0(world, lambda: run.path.mkdir(parents=True, exist_ok=True))
+    lock_run_folder(run, recipe, world, stack)
+    on_rank_0(world, _require_not_started, run)
 
 
 def refuse_other_recipe(run: Run, recipe: Recipe) -> list[str]:
@@ -121,6 +162,14 @@ def differences(before: Config, after: Config) -> dict[str, str]:
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     }
+
+
+def _require_not_started(run: Run) -> None:
+    """Check that no other process has started a new run since this one looked."""
+    if run.exists:
+        raise UserError(
+            f"{run.path}: another process has started this run; run the command again to resume it"
+        )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from moma.data.batches.iterator import Batches, prefetch, reshard
 from moma.data.batches.packing import Batch
-from moma.errors import SharedError, StoppedError, UserError
-from moma.files import lock_folder
+from moma.errors import SharedError, StoppedError
 from moma.model.transformer import Transformer
 from moma.progress import ProgressCallback, show_progress
 from moma.runs import Run, Tokenizers
@@ -35,13 +34,17 @@ from moma.runtime.tracking import Trackers, make_trackers
 from moma.runtime.world import (
     World,
     can_compile,
-    gather,
     on_rank_0,
     raise_on_all_ranks,
     reporting_lost_ranks,
 )
 from moma.runtime.writer import CheckpointWriter
-from moma.train.changes import check_run_folder, write_run_folder
+from moma.train.changes import (
+    check_run_folder,
+    create_run_folder,
+    lock_run_folder,
+    write_run_folder,
+)
 from moma.train.fault import raise_fault
 from moma.train.metrics import MetricsWindow
 from moma.train.monitor import LossMonitor
@@ -62,9 +65,6 @@ from moma.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
-# Seconds to wait for the lock of a run folder; a file system drops that of a dead node earlier.
-_LOCK_TIMEOUT = 120.0
-
 
 def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
     """Run the recipe's stage, or resume it where it was interrupted.
@@ -82,7 +82,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
     with ExitStack() as stack:
         stack.enter_context(reporting_lost_ranks(world))
         stop_request = stack.enter_context(interruption(world))
-        is_locked = _lock_if_exists(run, recipe, world, stack)
+        is_locked = lock_run_folder(run, recipe, world, stack)
         on_rank_0(world, check_run_folder, run, recipe)
         shards = provide_training_data(run, recipe, world)
         checkpoint, damaged = newest_intact(run.checkpoints, world)
@@ -101,7 +101,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
                 trainer.start(initial)
         # Created only now, so that a recipe that cannot be trained leaves no run folder.
         if not is_locked:
-            _create_folder(run, recipe, world, stack)
+            create_run_folder(run, recipe, world, stack)
         on_rank_0(world, write_run_folder, run, recipe, shards)
         if checkpoint is None:
             trainer.open_outputs()
@@ -358,31 +358,6 @@ def resume_seed(seed: int, step: int, rank: int) -> int:
     """A seed for the steps after a resume, such that no rank repeats earlier random numbers."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:4])
-
-
-def _lock_if_exists(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> bool:
-    """Lock the run folder on rank 0, if it exists; returns whether it does, on all ranks."""
-    exists = gather(run.path.is_dir(), world.writers)[0]
-    if exists:
-        # Half, so that the other ranks, which wait for the result, do not time out first.
-        timeout = min(_LOCK_TIMEOUT, recipe.engine.timeout / 2)
-        on_rank_0(world, lambda: stack.enter_context(lock_folder(run.path, timeout)))
-    return exists
-
-
-def _create_folder(run: Run, recipe: Recipe, world: World, stack: ExitStack) -> None:
-    """Create and lock the folder of a new run; raises `UserError` if another process did."""
-    on_rank_0(world, lambda: run.path.mkdir(parents=True, exist_ok=True))
-    _lock_if_exists(run, recipe, world, stack)
-    on_rank_0(world, _require_not_started, run)
-
-
-def _require_not_started(run: Run) -> None:
-    """Check that no other process has started a new run since this one looked."""
-    if run.exists:
-        raise UserError(
-            f"{run.path}: another process has started this run; run the command again to resume it"
-        )
 
 
 def _set_aside(path: Path, damaged: Mapping[Path, str]) -> None:

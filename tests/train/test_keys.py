@@ -17,7 +17,7 @@ from moma.runtime.optimizer import OptimizerConfig, learning_rate
 from moma.runtime.sharding import EngineConfig
 from moma.runtime.tracking import TrackingConfig
 from moma.runtime.world import World
-from moma.train import loop, stages
+from moma.train import changes, stages
 from moma.train.loop import train
 from moma.train.monitor import LossMonitor
 from moma.train.recipe import Recipe, RouterOptimizerConfig, RouterStageConfig, StageConfig
@@ -309,7 +309,7 @@ def test_timeout_limits_waiting_for_ranks_and_locks(tiny, tmp_path, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(ranks, "join_world", refuse)
         assert moma("train", tmp_path / "recipe.toml").code == UserError.CODE
-    monkeypatch.setattr(loop, "lock_folder", refuse)
+    monkeypatch.setattr(changes, "lock_folder", refuse)
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="stopped by the test"):
         train(with_engine(tiny, timeout=8.0).model_copy(update={"run": tmp_path / "run"}), WORLD)
