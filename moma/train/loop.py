@@ -1,4 +1,7 @@
-"""The training loop of all stages: steps, log records and checkpoints; a run can be resumed."""
+"""The training loop of the stages `pretrain`, `upcycle` and `aux_router`.
+
+It takes steps, writes log records (`metrics.jsonl`) and checkpoints, and resumes runs.
+"""
 
 import hashlib
 import logging
@@ -67,14 +70,18 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
-    """Run the recipe's stage, or resume it where it was interrupted.
+    """Run the recipe's stage, or resume it where it was interrupted; all ranks call it together.
+
+    Args:
+        quiet: whether to hide the progress bar.
 
     Returns:
         The finished run.
 
     Raises:
         UserError: the run folder belongs to another recipe, something the recipe needs is missing,
-            or a loss or gradient is not finite or explodes.
+            a loss or gradient is not finite, or the loss spikes (`StageConfig.explosion`).
+        StorageError: a checkpoint or the log cannot be written.
         StoppedError: a signal stopped it; progress is saved.
         LostRankError: another rank ended or does not respond.
     """
@@ -87,7 +94,7 @@ def train(recipe: Recipe, world: World, quiet: bool = False) -> Run:
         shards = provide_training_data(run, recipe, world)
         checkpoint, damaged = newest_intact(run.checkpoints, world)
         if checkpoint is not None and _is_finished(checkpoint, recipe):
-            # Restores lost copies of tokenizers.
+            # Copies tokenizers that the run folder has lost.
             on_rank_0(world, write_run_folder, run, recipe, shards)
             return run
         # A run that has started no longer needs its source run.
@@ -133,7 +140,8 @@ class Trainer:
         self.gradient_accumulation_steps = self.config.gradient_accumulation_steps
         batches = Batches(recipe.data, vocabulary, recipe.seed, world.rank, world.size)
         self.batches = prefetch(batches, recipe.data)
-        # Micro-batches of the steps not yet known to be free of faults, which a replay needs.
+        # Micro-batches of the steps not yet checked for faults (monitor.py): `moma replay` needs
+        # those of a faulty step.
         self.unchecked_batches: dict[int, Sequence[Batch]] = {}
         self.initial, self.steps_done, self.tokens = InitialState(), 0, 0
         self.flops_per_token = flops_per_token(recipe, vocabulary)
@@ -147,10 +155,10 @@ class Trainer:
         self.profiler = start_profiler(run.path / "trace", traced, lambda: self.steps_done)
 
     def start(self, initial: InitialState) -> None:
-        """Prepare a new run; an upcycled one continues the counters and data of its seed run.
+        """Prepare a new run; `upcycle` continues counters and data of the run `from` (§2.5).
 
         Raises:
-            UserError: the data is not that of the seed run.
+            UserError: the data is not that of the run `from`.
         """
         self.initial = initial
         self._restore_data(initial.data)
@@ -163,6 +171,11 @@ class Trainer:
         Args:
             path: the newest intact checkpoint.
             damaged: newer checkpoints, each with a message.
+
+        Raises:
+            UserError: the vocabulary, the data or the model's weights are not those of the
+                checkpoint, or the ranks cannot share the micro-batches of a step.
+            StorageError: the log cannot be written.
         """
         on_rank_0(self.world, _set_aside, path, damaged)
         with raise_on_all_ranks(self.world):
@@ -180,7 +193,7 @@ class Trainer:
             torch.manual_seed(resume_seed(self.recipe.seed, self.steps_done, self.world.rank))
 
     def open_outputs(self) -> None:
-        """Remove partial checkpoints, and open the log after the last step done."""
+        """Remove unfinished checkpoints of earlier processes; continue the log at `steps_done`."""
 
         def open_them() -> None:
             self.writer.remove_partial()
@@ -192,7 +205,7 @@ class Trainer:
         """Train to the last step, with log records and checkpoints.
 
         Raises:
-            UserError: a loss or gradient is not finite or explodes; see `monitor.py`.
+            UserError: a loss or gradient is not finite, or the loss spikes; see `LossMonitor`.
             StorageError: a checkpoint or the log cannot be written.
             StoppedError: a signal arrived; progress is saved.
         """
@@ -202,6 +215,7 @@ class Trainer:
         while self.steps_done < self.config.steps:
             self._train_step(progress)
             is_last = self.steps_done == self.config.steps
+            # A write error of one rank stops all ranks, as a signal does.
             signal = stop_request.poll(self.trackers.error)
             if self.steps_done % self.config.checkpoint_every == 0 or is_last or signal:
                 self._write_record(progress)
@@ -229,7 +243,10 @@ class Trainer:
         if can_compile(self.world.device):
             logger.info("%s: compiling; the first step takes minutes", self.run.path)
         else:
-            logger.warning("%s: not compiled, so slower; see `moma doctor`", self.run.path)
+            logger.warning(
+                "%s: torch.compile is not available, so training is slower; `moma doctor` says why",
+                self.run.path,
+            )
 
     def _train_step(self, progress: ProgressCallback) -> None:
         start = time.monotonic()
@@ -258,18 +275,20 @@ class Trainer:
             self.metrics.start_record(self._counters() | values, shared, statistics.sums)
         is_synchronous = self.world.device.type != "cuda" or self.monitor.skips
         if is_synchronous or self.validation.is_due(step):
-            # The step was waited for; a record written during the next one would have its time.
+            # The host has waited for the step: written later, the record's throughput would include
+            # the next step. Validation needs the weights of this step.
             self._write_record(progress)
 
     def _write_record(self, progress: ProgressCallback) -> None:
-        """Write the pending log record, if there is one."""
+        """Check the pending log record for a fault, add due validation losses, and write it."""
         finished = self.metrics.finish_record()
         if finished is None:
             return
         record, tensors = finished
         self._raise_if_fault(record["step"], tensors)
         if self.validation.is_due(record["step"]):
-            self.writer.wait()  # its thread uses the process group of `on_rank_0`
+            # Its thread and on_rank_0 use one process group: collectives must not interleave.
+            self.writer.wait()
             with self.optimizer_step.autocast():
                 record["validation"] = self.validation.measure(record["step"])
             self.metrics.restart_clock()
@@ -282,10 +301,13 @@ class Trainer:
         )
 
     def _raise_if_fault(self, step: int, first_fault: Mapping[str, Tensor]) -> None:
-        """Stop if the monitor found a fault up to this step, unless such steps are skipped."""
+        """Stop if a step up to this one had a fault, unless such steps are skipped.
+
+        Otherwise the micro-batches up to this step are dropped.
+        """
         if first_fault["fault_step"] and not self.monitor.skips:
-            with suppress(SharedError):  # a replay starts from the newest checkpoint
-                self.writer.wait()
+            with suppress(SharedError):  # a failed checkpoint must not hide the fault
+                self.writer.wait()  # a replay starts from the newest checkpoint
             raise_fault(self.recipe, self.world, self.unchecked_batches, first_fault)
         for checked in [each for each in self.unchecked_batches if each <= step]:
             del self.unchecked_batches[checked]
@@ -293,7 +315,7 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         if self.unchecked_batches:  # steps that no log record has checked
             self._raise_if_fault(self.steps_done, self.monitor.first_fault)
-        self.writer.wait()  # its thread uses the process group of `on_rank_0`
+        self.writer.wait()  # its thread and on_rank_0 use one process group
         # No checkpoint may be newer than the log.
         on_rank_0(self.world, self.trackers.sync)
         best = self.validation.best_step(self.steps_done)

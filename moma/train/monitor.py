@@ -71,9 +71,9 @@ class LossMonitor:
         self.skipped_steps += not ok
         if self._consecutive_skips == _MAX_CONSECUTIVE_SKIPS:
             raise SharedError(
-                f"step {self._step}: {_MAX_CONSECUTIVE_SKIPS} consecutive steps were skipped, "
-                "their loss or gradient not finite or exploding; set on_fault=stop and use `moma "
-                "replay`, look at the data, or lower the learning rate in a new run"
+                f"step {self._step}: {_MAX_CONSECUTIVE_SKIPS} consecutive steps were skipped: a "
+                "loss or gradient was not finite, or the loss exploded; set on_fault=stop and use "
+                "`moma replay`, look at the data, or lower the learning rate in a new run"
             )
         return not ok
 

@@ -360,7 +360,7 @@ def test_compilation_is_announced_before_the_first_step(tiny, tmp_path, capsys, 
     # Nothing is compiled here, which would take too long.
     monkeypatch.setattr("moma.train.stages.can_compile", lambda device: False)
     monkeypatch.setattr("moma.train.loop.can_compile", lambda device: False)
-    assert "not compiled, so slower; see `moma doctor`" in message_of("refused", True)
+    assert "training is slower; `moma doctor` says why" in message_of("refused", True)
     assert "compiled" not in message_of("unwanted", False)
     monkeypatch.setattr("moma.train.loop.can_compile", lambda device: True)
     assert "compiling; the first step takes minutes" in message_of("compiled", True)
