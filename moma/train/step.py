@@ -258,7 +258,7 @@ class Step:
             Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of
             the gradient before clipping; both stay on the device. Zeros if the step is skipped.
         """
-        sums, nonfinite_L, cutoffs_2T, load_T = self._accumulate_gradients(
+        sums, nonfinite_L, cutoffs_2P, load_O = self._accumulate_gradients(
             batches, statistics, self.threshold_loss if by_threshold else self.loss_function
         )
         targets = sums[2].sum().clamp(min=1)
@@ -281,8 +281,8 @@ class Step:
                 self.model.zero_grad()
                 return torch.zeros_like(sums), torch.zeros_like(norm)
         if self.model.training:  # not while the model is frozen
-            self.model.update_cutoffs(cutoffs_2T / (len(batches) * self.world.size))
-            self.model.update_biases(load_T)
+            self.model.update_cutoffs(cutoffs_2P / (len(batches) * self.world.size))
+            self.model.update_biases(load_O)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * group["lr_scale"]
@@ -304,10 +304,12 @@ class Step:
         """Run forward and backward of all micro-batches.
 
         Returns:
-            Sums [3, M] over all ranks; booleans [L]: a layer was non-finite on some rank, in that
-            rank's first micro-batch with a non-finite layer; and sums over all ranks of the finite
-            cutoffs of all routers, and their numbers, [2, T], and of the loads of token choice,
-            [T].
+            sums [3, M] over all ranks; see `__call__`.
+            nonfinite_L: whether a layer was non-finite on some rank; of each rank, only its first
+                micro-batch with a non-finite layer counts.
+            cutoffs_2P: of each of the P cutoffs of all routers, the sum of the finite ones and how
+                many were finite, over micro-batches and ranks.
+            load_O: the loads of the O outputs of all token-choice routers, summed likewise.
         """
         sums = torch.zeros(3, len(self.model.vocabulary.modalities), device=self.world.device)
         nonfinite_L = sums.new_zeros(len(self.model.layers), dtype=torch.bool)
@@ -335,8 +337,8 @@ class Step:
             statistics.add_routers(losses.routers, batch.tokens_BS)
         counts = torch.stack(cutoffs).sum(0), torch.stack(loads).sum(0)
         parts = sums, nonfinite_L.to(sums.dtype), *counts
-        sums, nonfinite_L, cutoffs_2T, load_T = self.world.sum_each(parts)
-        return sums, nonfinite_L > 0, cutoffs_2T, load_T
+        sums, nonfinite_L, cutoffs_2P, load_O = self.world.sum_each(parts)
+        return sums, nonfinite_L > 0, cutoffs_2P, load_O
 
     def _clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_norm`; returns its norm before."""
