@@ -45,10 +45,12 @@ class LossOutput(NamedTuple):
     """Result of a loss function for a micro-batch.
 
     Attributes:
-        objective: the differentiable sum over targets that is minimized.
-        loss_M: sum of the losses by modality.
-        correct_M: number of correct predictions by modality.
-        targets_M: number of targets by modality.
+        objective: the differentiable sum over targets that is minimized, z-loss and the losses of
+            routers included.
+        loss_M: sum of the cross-entropies in nats, without z-loss, by the modality of the target,
+            or in `router_loss` of the input token.
+        correct_M: number of correct predictions, by the same modality.
+        targets_M: number of targets (labels, or decisions of routers), by the same modality.
         nonfinite_L, routers, cutoffs, loads: as in `ModelOutput`.
     """
 
@@ -114,7 +116,8 @@ def sum_by_modality(
     modality_NM = _one_hot(modality_of_id[labels_N.clamp(min=0)], modalities, losses.loss_N.dtype)
     modality_NM = modality_NM * (labels_N != NO_LABEL)[:, None]
     # Products of two and three rows would be slow; sums are fused.
-    loss_M, correct_M = ((x_N[:, None] * modality_NM).sum(0) for x_N in losses[::2])
+    summed = (losses.loss_N, losses.correct_N)
+    loss_M, correct_M = ((x_N[:, None] * modality_NM).sum(0) for x_N in summed)
     return loss_M, correct_M, modality_NM.sum(0)
 
 
@@ -126,6 +129,8 @@ def next_token_loss(
     """Pre-training: next-token cross-entropy over text and images, with z-loss.
 
     Args:
+        z_loss: weight of (log Z)² (Chameleon, arXiv 2405.09818 §2.3).
+        compiled: whether to compile the loss of a chunk of tokens.
         routing: how tokens are routed; log records need the routers' selections. With
             `record_auxiliary`, the mean loss of the auxiliary routers is added; see `router_loss`.
     """
@@ -199,7 +204,7 @@ def _auxiliary_losses(
 
 
 class Step:
-    """An optimizer step with the gradient of the mean over all targets of all ranks."""
+    """One optimizer step on the mean loss over all targets of all ranks."""
 
     def __init__(
         self,
@@ -257,6 +262,10 @@ class Step:
         Returns:
             Sums [3, M] over all ranks of losses, correct predictions and targets, and the norm of
             the gradient before clipping; both stay on the device. Zeros if the step is skipped.
+
+        Raises:
+            UserError: too many consecutive steps were skipped.
+            RuntimeError: a trainable parameter took no part in the step.
         """
         sums, nonfinite_L, cutoffs_2P, load_O = self._accumulate_gradients(
             batches, statistics, self.threshold_loss if by_threshold else self.loss_function
@@ -317,7 +326,7 @@ class Step:
         loads: list[Tensor] = []
         on_device = [to_device(batch, self.world.device) for batch in batches]
         for batch in on_device:
-            # Bounds that only grow: with others, layers are compiled again.
+            # Bounds only grow: a new value recompiles the layers.
             self._max_documents = max(self._max_documents, batch.max_documents or 0)
             self._max_length = max(self._max_length, batch.max_length or 0)
         for number, batch in enumerate(on_device, 1):
