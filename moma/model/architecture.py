@@ -38,7 +38,7 @@ class ModelConfig(Config):
         rope_theta: base of the rotary embedding.
         attention_mask: `document` limits attention to the token's own document; `causal` allows
             all earlier tokens of the sequence.
-        dropout: dropout probability of the output of attention and experts (Chameleon §2.3.1: 0.1
+        dropout: dropout probability of the output of attention and experts (Chameleon §2.3: 0.1
             in the 7B model, which has `norm = "pre"`).
         tied_embeddings: whether the head uses the embedding table; embeddings are then multiplied
             by √D, so that one scale suits both uses (arXiv 1706.03762 §3.4).

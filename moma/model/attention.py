@@ -26,7 +26,7 @@ class AttentionContext(Protocol):
 class Attention(nn.Module):
     """Causal multi-head attention with LayerNorm on the queries and keys of each head.
 
-    The norm keeps the softmax stable when modalities compete (Chameleon, arXiv 2405.09818 §2.3.1).
+    The norm keeps the softmax stable when modalities compete (Chameleon, arXiv 2405.09818 §2.3).
     With fewer key and value heads than query heads this is grouped-query attention (arXiv
     2305.13245).
 

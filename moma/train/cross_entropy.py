@@ -62,7 +62,7 @@ def linear_cross_entropy(
     chunk: Chunk | None = None,
     tokens: int | None = None,
 ) -> tuple[Tensor, TokenLosses]:
-    """Cross-entropy of `hidden · weightᵀ` with z-loss (Chameleon, arXiv 2405.09818 §2.3.1).
+    """Cross-entropy of `hidden · weightᵀ` with z-loss (Chameleon, arXiv 2405.09818 §2.3).
 
     Args:
         hidden_ND: normalized output of the last layer.

@@ -33,7 +33,7 @@ class StageConfig(Config):
         on_fault: what to do if a loss or gradient is not finite or the loss explodes: `stop`, and
             save what `moma replay` needs, or `skip` the step and count it.
         explosion: a loss above this multiple of its recent mean counts as exploded; 0: never.
-        z_loss: weight of (log Z)², which keeps logits from drifting (Chameleon §2.3.2).
+        z_loss: weight of (log Z)², which keeps logits from drifting (Chameleon §2.3).
         finish: share of the steps, the last ones, that route by thresholds, as generation does, but
             with the slots of training: beyond these, the lowest scores are dropped.
         auxiliary_routers: whether to train the auxiliary routers at the same time. Their gradients
