@@ -1,4 +1,4 @@
-"""Four implementations of the experts' computation with equal results (MoMa §3).
+"""Four implementations of the experts' computation with equal results (MoMa §3.2).
 
 - `sequential`: one group after another (`MixtureOfExperts`). Each group can be sharded on its own:
   the next one's weights are gathered while one computes. The paper's choice.

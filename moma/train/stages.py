@@ -203,7 +203,7 @@ def flops_per_token(recipe: Recipe, vocabulary: Vocabulary) -> float:
 def fsdp_units(model: Transformer) -> Iterator[nn.Module]:
     """The modules to shard one by one: layers, and before each its sequential expert groups.
 
-    The weights of the next group are then gathered while one group computes (§3).
+    The weights of the next group are then gathered while one group computes (§3.2).
     """
     for layer in model.units():
         yield from layer.experts.units()

@@ -1,6 +1,6 @@
 """Exactly balanced packing: documents → sequences with a fixed number of images.
 
-MoMa balances text and images in expectation (§3); here every micro-batch holds the same number
+MoMa balances text and images in expectation (§3.1); here every micro-batch holds the same number
 of images, so that the experts of each modality get the same work on every rank and in every step.
 
 Each sequence has a quota: its number of images. The positions beside these are free, for text; the
