@@ -16,7 +16,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchDatasetIterator
 
 from moma.data.batches.budget import Budget, ImageDocuments, check_documents, check_packing
-from moma.data.batches.mixing import DocumentStream, Pool, reshard_stream
+from moma.data.batches.mixing import DocumentPool, DocumentStream, reshard_stream
 from moma.data.batches.packing import Batch, Packer, reshard_packers
 from moma.data.config import DataConfig
 from moma.data.mapped_files import Shard
@@ -139,7 +139,7 @@ class Batches(grain.DatasetIterator[Batch]):
         self._text.set_state(state["text"])
         self._packer.set_state(state["packer"], self._fetch)
 
-    def _make_pools(self, with_images: bool, key: str) -> list[Pool]:
+    def _make_pools(self, with_images: bool, key: str) -> list[DocumentPool]:
         """Pools of the documents with images, or of those without."""
         rows_of = {
             name: rows.astype(np.min_scalar_type(len(shard)))  # kept, for billions of documents
@@ -148,11 +148,11 @@ class Batches(grain.DatasetIterator[Batch]):
         }
         if self._repeat:
             return [
-                Pool({name: rows}, self._weights[name], f"{key} {name}")
+                DocumentPool({name: rows}, self._weights[name], f"{key} {name}")
                 for name, rows in rows_of.items()
             ]
         # A single pass shows every document once: weights have no effect.
-        return [Pool(rows_of, 1.0, key)] if rows_of else []
+        return [DocumentPool(rows_of, 1.0, key)] if rows_of else []
 
     def _stream(
         self, with_images: bool, rank: int, readers: ThreadPoolExecutor | None = None

@@ -1,6 +1,6 @@
 """Which documents a rank reads, and in which order: shuffled, mixed by weight, split over ranks.
 
-    documents of each source → `Pool`: in random order, another one in every epoch
+    documents of each source → `DocumentPool`: in random order, another one in every epoch
                              → grain's mix: draw k of every rank is from the same pool
                              → `DocumentStream`: document j of a pool goes to rank j mod world size
 
@@ -31,7 +31,7 @@ _MIN_INDEX_SHUFFLE = 1 << 16
 _READ_AHEAD, _READ_CHUNK = 256, 32
 
 
-class Pool:
+class DocumentPool:
     """Documents of one or several sources, in a random order determined by a key."""
 
     def __init__(self, rows_of: dict[str, np.ndarray], weight: float, key: str) -> None:
@@ -96,7 +96,7 @@ class DocumentStream(Iterator[EncodedDocument]):
 
     def __init__(
         self,
-        pools: Sequence[Pool],
+        pools: Sequence[DocumentPool],
         repeat: bool,
         fetch: Callable[[str, int], np.ndarray],
         rank: int,
@@ -162,7 +162,7 @@ class DocumentStream(Iterator[EncodedDocument]):
         self._reading: deque[Future[None]] = deque()
 
     def _draw(self) -> Iterator[tuple[int, int]]:
-        """Pool and number of each document to come, without the leftover ones."""
+        """Index of the pool and number of each document to come, without the leftover ones."""
         taken = list(self._taken)
         assert self._mixture is not None
         for draw in count(sum(taken)):

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moma.data.batches.mixing import DocumentStream, Pool, mix_pools, reshard_stream
+from moma.data.batches.mixing import DocumentPool, DocumentStream, mix_pools, reshard_stream
 
 
 def pool_of(size, weight=1.0, key="k", source="a"):
-    return Pool({source: np.arange(size) * 3}, weight, key)
+    return DocumentPool({source: np.arange(size) * 3}, weight, key)
 
 
 def fetch(source, row):
@@ -42,7 +42,7 @@ def test_every_epoch_shows_a_pool_once_in_a_new_order(size):
 
 
 def test_a_pool_of_several_sources_mixes_them():
-    pool = Pool({"a": np.arange(50), "b": np.arange(50)}, 1.0, "k")
+    pool = DocumentPool({"a": np.arange(50), "b": np.arange(50)}, 1.0, "k")
     found = [pool[n] for n in range(100)]
     assert Counter(source for source, _ in found) == {"a": 50, "b": 50}
     assert len(set(found)) == 100
@@ -126,7 +126,7 @@ def test_ranks_together_go_through_every_pool_without_repeating(pool_sizes, worl
 def test_another_number_of_ranks_loses_and_repeats_nothing(pool_sizes, old, new, data):
     """Ranks may have taken different numbers of documents."""
     rows = {str(i): np.arange(size) * 3 for i, size in enumerate(pool_sizes)}
-    single = [Pool(rows, 1.0, "k")]
+    single = [DocumentPool(rows, 1.0, "k")]
     found, streams = [], [stream_of(single, rank, old, repeat=False) for rank in range(old)]
     for count in (old, new, old):
         for stream in streams:
