@@ -17,7 +17,7 @@ from moma.data.cleaning.signatures import IMAGE, TEXT, Signatures
 _MAX_COMPARED = 64
 
 
-class Piece(NamedTuple):
+class PartSignatures(NamedTuple):
     """The signatures of a part, among those of all sources.
 
     Attributes:
@@ -31,29 +31,29 @@ class Piece(NamedTuple):
     signatures: Signatures
 
 
-def make_comparisons(pieces: Sequence[Piece]) -> tuple[list[Comparison], ImageTable]:
+def make_comparisons(parts: Sequence[PartSignatures]) -> tuple[list[Comparison], ImageTable]:
     """Return the comparisons, those of texts first, and the images that they compare."""
     comparisons = []
-    if exact := [piece for piece in pieces if piece.config.duplicate_texts]:
-        texts = _join([piece.signatures.texts for piece in exact], exact, TEXT)
+    if exact := [part for part in parts if part.config.duplicate_texts]:
+        texts = _join([part.signatures.texts for part in exact], exact, TEXT)
         comparisons.append(_equal("duplicate_texts", texts["document"], None, texts["hash"]))
-    near = [piece for piece in pieces if piece.config.near_duplicate_texts]
+    near = [part for part in parts if part.config.near_duplicate_texts]
     # Texts are compared by n-grams of the same length.
-    for words in sorted({piece.config.near_duplicate_ngram for piece in near}):
-        same = [piece for piece in near if piece.config.near_duplicate_ngram == words]
+    for words in sorted({part.config.near_duplicate_ngram for part in near}):
+        same = [part for part in near if part.config.near_duplicate_ngram == words]
         comparisons.append(_similar_texts(same))
-    records = _join([piece.signatures.images for piece in pieces], pieces, IMAGE)
+    records = _join([part.signatures.images for part in parts], parts, IMAGE)
     images = ImageTable(records["document"], records["number"], records["single"])
-    lengths = [len(piece.signatures.images) for piece in pieces]
-    equal = np.repeat([piece.config.duplicate_images for piece in pieces], lengths)
+    lengths = [len(part.signatures.images) for part in parts]
+    equal = np.repeat([part.config.duplicate_images for part in parts], lengths)
     if equal.any():
         rows = np.flatnonzero(equal)
         documents, hashes = records["document"][rows], records["hash"][rows]
         comparisons.append(_equal("duplicate_images", documents, rows, hashes))
     # −1: its source's images are not compared.
     distances = [
-        -1 if piece.config.near_duplicate_images is None else piece.config.near_duplicate_images
-        for piece in pieces
+        -1 if part.config.near_duplicate_images is None else part.config.near_duplicate_images
+        for part in parts
     ]
     distance = np.repeat(distances, lengths)
     if (distance >= 0).any():
@@ -62,11 +62,13 @@ def make_comparisons(pieces: Sequence[Piece]) -> tuple[list[Comparison], ImageTa
     return comparisons, images
 
 
-def _join(records: Sequence[np.ndarray], pieces: Sequence[Piece], dtype: np.dtype) -> np.ndarray:
-    """Concatenate the records of pieces, with documents counted over all sources."""
+def _join(
+    records: Sequence[np.ndarray], parts: Sequence[PartSignatures], dtype: np.dtype
+) -> np.ndarray:
+    """Concatenate the records of parts, with documents counted over all sources."""
     joined = np.concatenate([np.empty(0, dtype), *records])
     lengths = [*map(len, records)]
-    joined["document"] += np.repeat([piece.first for piece in pieces], lengths)
+    joined["document"] += np.repeat([part.first for part in parts], lengths)
     return joined
 
 
@@ -81,21 +83,21 @@ def _equal(
     return Comparison(key, documents, images, iter([hashes[:, 0].copy()]), matches)
 
 
-def _similar_texts(pieces: Sequence[Piece]) -> Comparison:
-    records = _join([piece.signatures.texts for piece in pieces], pieces, TEXT)
-    minhash = [piece.signatures.minhash for piece in pieces]
+def _similar_texts(parts: Sequence[PartSignatures]) -> Comparison:
+    records = _join([part.signatures.texts for part in parts], parts, TEXT)
+    minhash = [part.signatures.minhash for part in parts]
     ends = np.cumsum([*map(len, minhash)])
     begins = ends - [*map(len, minhash)]
-    thresholds = [piece.config.near_duplicate_texts or 1.0 for piece in pieces]
+    thresholds = [part.config.near_duplicate_texts or 1.0 for part in parts]
 
     def matches(item: int, others: np.ndarray) -> np.ndarray:
-        own_piece, *pieces_of_others = np.searchsorted(ends, [item, *others], "right").tolist()
-        own = minhash[own_piece][item - begins[own_piece]]
+        own_part, *parts_of_others = np.searchsorted(ends, [item, *others], "right").tolist()
+        own = minhash[own_part][item - begins[own_part]]
         similarity = np.empty(len(others))
-        for piece in {*pieces_of_others}:
-            here = np.equal(pieces_of_others, piece)
-            similarity[here] = (minhash[piece][others[here] - begins[piece]] == own).mean(axis=1)
-        return similarity >= thresholds[own_piece]
+        for part in {*parts_of_others}:
+            here = np.equal(parts_of_others, part)
+            similarity[here] = (minhash[part][others[here] - begins[part]] == own).mean(axis=1)
+        return similarity >= thresholds[own_part]
 
     bands = text_bands(minhash, min(thresholds))
     documents = records["document"].copy()

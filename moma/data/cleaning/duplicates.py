@@ -81,12 +81,12 @@ def text_bands(minhash: Sequence[np.ndarray], threshold: float) -> Iterator[np.n
     """Yield the hashes of the bands of MinHash signatures, uint64 [texts] each.
 
     Args:
-        minhash: the signatures in pieces, uint32 [texts of the piece, PERMUTATIONS].
+        minhash: the signatures of each part, uint32 [texts of the part, PERMUTATIONS].
         threshold: similarity that must be found.
     """
     rows = rows_of_band(threshold)
     for first in range(0, PERMUTATIONS - rows + 1, rows):
-        yield np.concatenate([_mix(piece[:, first : first + rows]) for piece in minhash])
+        yield np.concatenate([_mix(part[:, first : first + rows]) for part in minhash])
 
 
 def rows_of_band(threshold: float) -> int:

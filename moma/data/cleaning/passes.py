@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moma.data.cleaning.clean import DROPPED, Cleaning
-from moma.data.cleaning.comparisons import Piece, make_comparisons
+from moma.data.cleaning.comparisons import PartSignatures, make_comparisons
 from moma.data.cleaning.config import COMPARED_KEYS, CleaningConfig
 from moma.data.cleaning.duplicates import find_duplicates
 from moma.data.cleaning.filters import filters_fingerprint, package_version
@@ -199,12 +199,12 @@ def _fill(passes: Sequence[_Pass], origin: str, folder: Path) -> None:
     folder.mkdir(parents=True)
     ends = np.cumsum([each.starts[-1] for each in passes])
     begins = (ends - [each.starts[-1] for each in passes]).tolist()
-    pieces = [
-        Piece(each.config, begin + start, part)
+    parts = [
+        PartSignatures(each.config, begin + start, part)
         for each, begin in zip(passes, begins, strict=True)
         for start, part in zip(each.starts[:-1], each.parts, strict=True)
     ]
-    found = find_duplicates(*make_comparisons(pieces))
+    found = find_duplicates(*make_comparisons(parts))
     pending = next(found, None)
 
     def rows(begin: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
