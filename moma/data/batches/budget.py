@@ -1,9 +1,9 @@
 """The image budget: how many images a micro-batch holds, and whether the documents can meet it.
 
-The latter is checked before training starts. With T text tokens beside each image on average, a
-micro-batch of k images takes in k · (T + span) tokens, where an image has span tokens, its two
-boundaries included: more than the B · S positions would accumulate without end. Whether the text
-fits beside the images, and how much padding is left, is found by packing the first micro-batches.
+The latter is checked before training starts. With T text tokens per image on average, k images
+bring k · (T + span) tokens, where span is the number of tokens of an image, its two boundaries
+included; if these are more than the B · S positions, text accumulates without end. Whether the
+documents fit, and how much padding is left, is found by packing the first micro-batches.
 """
 
 from collections.abc import Sequence
@@ -86,11 +86,11 @@ class Budget(NamedTuple):
         return min(int(self.size / (text + self.span)), self.micro_batch_size * per_sequence)
 
     def describe(self, text: float, conjunction: str) -> str:
-        """Describe the text beside images and the positions for it, for a message."""
+        """Describe the text per image and the positions for it, for a message."""
         return (
-            f"documents have {text:.6g} text tokens beside each image, {conjunction}{self.images} "
+            f"documents have {text:.6g} text tokens per image, {conjunction}{self.images} "
             f"images in {self.micro_batch_size} sequences of {self.sequence_length} leave room for "
-            f"{self.size / self.images - self.span:.6g} beside each"
+            f"{self.size / self.images - self.span:.6g} per image"
         )
 
 
@@ -109,10 +109,10 @@ def check_documents(
         world_size: ranks, each of which takes a micro-batch in a step.
 
     Returns:
-        Text tokens beside each image, on average over the mixture; 0 without images.
+        Text tokens per image, on average over the mixture; 0 without images.
 
     Raises:
-        UserError: there are no images or too few, no text, or too much text beside each image.
+        UserError: there are no images or too few, no text, or too much text per image.
     """
     if not budget.images and not has_text:
         raise UserError(
@@ -141,7 +141,7 @@ def check_documents(
         advice = f"lower image_share to {budget.share(most)}, " if most else ""
         raise UserError(
             f"{budget.describe(text, 'but ')}; {advice}raise sequence_length or shorten the texts "
-            "beside images"
+            "of documents with images"
         )
     return text
 
@@ -153,7 +153,7 @@ def check_packing(
 
     Args:
         budget: what a micro-batch needs; at least one image.
-        text: text tokens beside each image, from `check_documents`.
+        text: text tokens per image, from `check_documents`.
         max_padding: the largest share of the positions that may be padding.
         packer: at the first micro-batch; advanced by `micro_batches`.
         micro_batches: number to pack.

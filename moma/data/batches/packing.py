@@ -144,8 +144,8 @@ class Packer:
         """Return the next micro-batch.
 
         Raises:
-            UserError: the documents have more text beside each image than the sequences have
-                positions for.
+            UserError: the documents have more text per image than the sequences have positions
+                for.
         """
         layout = self.plan()
         shape = (self._micro_batch_size, self._sequence_length)
@@ -273,10 +273,11 @@ class Packer:
         images = max(sum(cursor.images for cursor in cursors), 1)
         raise UserError(
             f"{len(cursors)} documents wait to be packed further: they have "
-            f"{tokens / images - self._vocabulary.image_span:.0f} text tokens beside each image, "
+            f"{tokens / images - self._vocabulary.image_span:.0f} text tokens per image, "
             f"but {self._images} images in {self._micro_batch_size} sequences of "
             f"{self._sequence_length} leave room for {self._text_allowance} in the fullest "
-            "sequence; lower image_share, raise sequence_length or shorten the texts beside images"
+            "sequence; lower image_share, raise sequence_length or shorten the texts of documents "
+            "with images"
         )
 
 

@@ -99,7 +99,7 @@ def test_too_few_images_for_a_step():
 
 def test_too_much_text_beside_images():
     message = refusal(budget_of(8), [with_images(*[(40, 1)] * 30)])
-    assert "have 40 text tokens beside each image" in message
+    assert "have 40 text tokens per image" in message
     assert "8 images in 4 sequences of 100 leave room for 32" in message
     assert "lower image_share to 0.24 (6 images)" in message
 

@@ -322,9 +322,9 @@ def test_the_batch_shape_may_change_between_saving_and_restoring(folder):
         ({"names": ("words",)}, "no document of words has an image"),
         (
             {"names": ("images",)},
-            r"4 images in 2 sequences of 32 leave room for 10 beside .* padding",
+            r"4 images in 2 sequences of 32 leave room for 10 per image, .* padding",
         ),
-        ({"image_share": 0.625}, r"leave room for 0\.4 beside each; lower image_share"),
+        ({"image_share": 0.625}, r"leave room for 0\.4 per image; lower image_share"),
         ({"micro_batch_size": 40}, r"a step takes 80 images .* hold 63 in all"),
         ({"names": ("images",), "image_share": 0.0}, "every document of images has an im"),
         ({"image_share": 0.26}, r"choose 0\.25 \(4 images\) or 0\.3125 \(5 images\)"),
