@@ -139,13 +139,13 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BS: int64 ids.
-            document_ids_BS: int64 number of each token's document within its sequence; if omitted,
-                each sequence is one document.
+            document_ids_BS: int64 number of each token's document within its sequence, of which
+                the sequence may hold only a piece; if omitted, each sequence is one document.
             positions_BS: int64 positions for the rotary embedding; if omitted, 0 to S − 1.
             routing: if omitted, expert choice with static capacity, as in training.
-            max_documents: upper bound of the number of documents in the micro-batch, padding
-                included; if omitted, the number of tokens.
-            max_length: upper bound of the length of a document's part in a sequence; if omitted, S.
+            max_documents: upper bound of the number of pieces in the micro-batch, padding included;
+                if omitted, the number of tokens.
+            max_length: upper bound of the length of a piece; if omitted, S.
             head: what to compute from the last layer's normalized output; by default all logits.
             caches: keys and values of earlier tokens, to which these tokens are appended; requires
                 causal routing, and neither documents nor positions.

@@ -249,7 +249,7 @@ def _taken(model: Transformer, recipe: Recipe, batches: int) -> dict[str, dict[s
 
 
 def _without_image_documents(model: Transformer, batch: Batch) -> Batch:
-    """The micro-batch with padding instead of every document part that has an image."""
+    """The micro-batch with padding instead of every piece of a document with an image in it."""
     is_image_BS = batch.tokens_BS == model.vocabulary.begin_image
     keep_BS = np.ones_like(is_image_BS)
     for ids_S, is_image_S, keep_S in zip(batch.document_ids_BS, is_image_BS, keep_BS, strict=True):

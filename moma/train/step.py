@@ -27,10 +27,12 @@ from moma.train.statistics import Statistics
 
 
 class DeviceBatch(NamedTuple):
-    """A micro-batch on the device; see `data.batches.packing.Batch`.
+    """A micro-batch on the device.
 
-    `max_documents` and `max_length` are upper bounds of the number of documents, padding included,
-    and of the length of one.
+    Attributes:
+        tokens_BS, labels_BS, document_ids_BS, positions_BS: as in `data.batches.packing.Batch`.
+        max_documents: upper bound of the number of pieces of documents, runs of padding included.
+        max_length: upper bound of the length of such a piece.
     """
 
     tokens_BS: Tensor

@@ -27,7 +27,8 @@ from moma.vocabulary import Vocabulary
 
 # Part of a saved state's fingerprint: increased when the same seed leads to other documents.
 _ORDER_VERSION = 3
-# What meets its image budget; the stages of a chain and their evaluation read the same data.
+# Data and budgets that were checked in this process: the stages of a chain and their evaluation
+# read the same data.
 _CHECKED: set[tuple[Any, ...]] = set()
 
 

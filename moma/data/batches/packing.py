@@ -9,9 +9,9 @@ passes:
 
 1. Images, each together with the text before it in its document, if that leaves every other image
    of the quota its text allowance. A document whose next image does not fit waits.
-2. Text: the rest of the sequence's own documents, then of open documents (of those with an image to
-   come, all but the text allowance before it, so that the image will fit), then new documents
-   without images.
+2. Text: the rest of the sequence's own documents, then of open ones, which are partly packed (of
+   those with an image to come, all but the text allowance before it, so that the image will fit),
+   then new documents without images.
 
 Text is cut where the sequence ends and continues in a later one; an image is never cut.
 """
@@ -29,8 +29,8 @@ from moma.vocabulary import Vocabulary
 # What the loss ignores: torch's default `ignore_index`.
 NO_LABEL = -100
 
-# Documents that may be open: taken from a stream and not yet packed to their end. More means that
-# text accumulates.
+# Documents that may be open: taken from a stream and not yet packed to their end. If there are
+# more, text accumulates.
 MAX_OPEN_DOCUMENTS = 10_000
 # Keys of a saved state: references to documents with an image to come, and with only text to come.
 _PENDING = ("pending_images", "pending_text")
@@ -59,8 +59,9 @@ class Batch:
         labels_BS: the next id of the same document, also where the document is cut; −100 at a
             document's last token and on padding. They are already shifted: do not shift them
             again.
-        document_ids_BS: index of the token's piece within its sequence; −1 on padding. Attention
-            stays within a piece.
+        document_ids_BS: index of the token's piece within its sequence; −1 on padding. A piece is
+            what a sequence holds of one document, and a segment of attention, which stays within
+            it unless `model.attention_mask` is `causal`.
         positions_BS: position inside the piece, from 0; 0 on padding.
         images: number of images.
         padding: number of padding positions.
