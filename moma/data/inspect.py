@@ -102,15 +102,15 @@ def find_document(folder: Path, source: str | None, split: str, document: int) -
     if split not in SPLITS:
         raise UserError(f"--split {split}: use {' or '.join(SPLITS)}")
     ((name, shards),) = opened.items()
-    shard = shards.splits[split]
-    if not 1 <= document <= len(shard):
+    encoded = shards.splits[split]
+    if not 1 <= document <= len(encoded):
         raise UserError(
-            f"--document {document}: {name} has the documents 1 to {len(shard)} in {split}"
-            if len(shard)
+            f"--document {document}: {name} has the documents 1 to {len(encoded)} in {split}"
+            if len(encoded)
             else f"--document {document}: {name} has no documents in {split}"
         )
     row = document - 1
-    return FoundDocument(name, shard.name(row), shard.ids(row))
+    return FoundDocument(name, encoded.name(row), encoded.ids(row))
 
 
 def decode_document(
@@ -212,7 +212,7 @@ def _describe(shards: Shards, vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _lengths(shards: Shards) -> np.ndarray:
-    return np.concatenate([shard.lengths for shard in shards.splits.values()])
+    return np.concatenate([encoded.lengths for encoded in shards.splits.values()])
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, list[int]]:

@@ -69,7 +69,7 @@ class MappedFile:
         return np.concatenate([np.empty(0, np.int32), *map(np.diff, self._offsets)])
 
     def ids(self, row: int) -> np.ndarray:
-        """Return the ids of a document; see `Shard.ids`."""
+        """Return the ids of a document; see `EncodedSplit.ids`."""
         chunk = bisect_right(self._first_row, row) - 1
         index = row - self._first_row[chunk]
         begin, end = self._offsets[chunk][index : index + 2]
@@ -86,7 +86,7 @@ class Index:
 
     Attributes:
         documents: number of documents of each file.
-        images, lengths, origins: as in `Shard`.
+        images, lengths, origins: as in `EncodedSplit`.
     """
 
     documents: Sequence[int]
@@ -106,7 +106,7 @@ def read_index(paths: Sequence[Path], get_file: GetFile) -> Index:
     return Index([*map(len, images[1:])], np.concatenate(images), np.concatenate(lengths), origins)
 
 
-class Shard:
+class EncodedSplit:
     """The encoded documents of one split, over any number of memory-mapped files.
 
     Attributes:

@@ -21,7 +21,7 @@ import datasets
 import numpy as np
 from pydantic import Field
 
-from moma.data.mapped_files import DAMAGE, GetFile, Index, Shard, cached_files
+from moma.data.mapped_files import DAMAGE, EncodedSplit, GetFile, Index, cached_files
 from moma.data.provenance import Encoders, read_provenance
 from moma.data.remote.manifest import CheckedChecksum, Name
 from moma.data.remote.reading import (
@@ -187,11 +187,11 @@ class Shards:
 
     Attributes:
         info: their counts and origin.
-        splits: a shard for each name in `SPLITS`.
+        splits: the encoded documents of each split, by its name in `SPLITS`.
     """
 
     info: ShardInfo
-    splits: dict[str, Shard]
+    splits: dict[str, EncodedSplit]
 
 
 def open_sources(data: Path, names: Iterable[str], vocabulary: Vocabulary) -> dict[str, Shards]:
@@ -276,10 +276,11 @@ def _open_files(folder: Path, info: ShardInfo, get_file: GetFile) -> Shards:
         indices = {split: _index(folder, info, split, link, checksums) for split in SPLITS}
     try:
         splits = {
-            split: Shard(info.files(folder, split), get_file, indices[split]) for split in SPLITS
+            split: EncodedSplit(info.files(folder, split), get_file, indices[split])
+            for split in SPLITS
         }
-        for split, shard in splits.items():
-            _check_files(folder, info, split, shard)
+        for split, encoded in splits.items():
+            _check_files(folder, info, split, encoded)
     except DAMAGE as error:
         raise UserError(
             f"{folder}: damaged ({error_reason(error)}); delete it, run `moma prepare`"
@@ -344,12 +345,12 @@ def file_origin(info: ShardInfo) -> dict[str, str]:
     }
 
 
-def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> None:
+def _check_files(folder: Path, info: ShardInfo, split: str, encoded: EncodedSplit) -> None:
     """Refuse files of another origin and truncated files."""
     # With a saved index no file was opened. One of the cache is compared with its checksum when it
     # is downloaded; one in the folder only with `--verify`.
     for path, found in (
-        zip(info.files(folder, split), shard.origins, strict=True) if shard.origins else ()
+        zip(info.files(folder, split), encoded.origins, strict=True) if encoded.origins else ()
     ):
         wrong = [
             f"{key} ({found.get(key)} and {expected})"
@@ -362,9 +363,9 @@ def _check_files(folder: Path, info: ShardInfo, split: str, shard: Shard) -> Non
                 f"{', '.join(wrong)}; delete {folder}, run `moma prepare`"
             )
     counts = info.counts[split]
-    tokens, images = int(shard.lengths.sum(dtype=np.int64)), int(shard.images.sum(dtype=np.int64))
-    if Counts(documents=len(shard), tokens=tokens, images=images) != counts:
+    tokens, images = (int(each.sum(dtype=np.int64)) for each in (encoded.lengths, encoded.images))
+    if Counts(documents=len(encoded), tokens=tokens, images=images) != counts:
         raise UserError(
-            f"{folder}: damaged ({split} has {len(shard)} documents and {tokens} tokens of "
+            f"{folder}: damaged ({split} has {len(encoded)} documents and {tokens} tokens of "
             f"{counts.documents} and {counts.tokens}); delete it, run `moma prepare`"
         )

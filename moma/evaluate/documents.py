@@ -110,14 +110,14 @@ def _held_out(data: DataConfig, vocabulary: Vocabulary) -> Iterator[TokenizedDoc
     names = [source.name for source in data.sources]
     provide_data(data)
     for source, shards in open_sources(data.path, names, vocabulary).items():
-        shard = shards.splits["held_out"]
-        for row, (tokens, images) in enumerate(zip(shard.lengths, shard.images, strict=True)):
-            ids = partial(shard.ids, row)
+        encoded = shards.splits["held_out"]
+        for row, (tokens, images) in enumerate(zip(encoded.lengths, encoded.images, strict=True)):
+            ids = partial(encoded.ids, row)
             is_pair = images == 1 and tokens > vocabulary.image_span + 2
             if is_pair:  # the image is at the beginning or at the end
                 first, last = ids()[[1, -2]]
                 is_pair = first == vocabulary.begin_image or last == vocabulary.end_image
-            yield TokenizedDocument(source, shard.name(row), int(tokens), bool(is_pair), ids)
+            yield TokenizedDocument(source, encoded.name(row), int(tokens), bool(is_pair), ids)
 
 
 def _tokenize(mixed: MixedModel, source: str, document: Document) -> TokenizedDocument:

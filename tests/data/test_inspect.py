@@ -52,7 +52,9 @@ def test_counts_are_those_of_every_token(tiny, shards, tmp_path):
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     sums = dict.fromkeys(("documents", "tokens", "text_tokens", "image_tokens", "images"), 0)
     for name, opened in shards.items():
-        rows = [shard.ids(row) for shard in opened.splits.values() for row in range(len(shard))]
+        rows = [
+            encoded.ids(row) for encoded in opened.splits.values() for row in range(len(encoded))
+        ]
         ids = np.concatenate(rows)
         image = vocabulary.modality_of_id[ids] == IMAGE
         counted = {
@@ -80,10 +82,10 @@ def test_one_source_can_be_inspected(tiny, tmp_path):
 
 
 def test_a_document_is_decoded_to_text_and_images(tiny, shards, tmp_path):
-    shard = shards["captions"].splits["train"]
+    encoded = shards["captions"].splits["train"]
     for number in range(1, 5):
         decoded = decode_document(tiny.data.path, "captions", "train", number, tmp_path)
-        assert decoded["name"] == shard.name(number - 1)
+        assert decoded["name"] == encoded.name(number - 1)
         assert sorted(segment["type"] for segment in decoded["segments"]) == ["image", "text"]
         (text,) = (one["text"] for one in decoded["segments"] if one["type"] == "text")
         assert text.startswith("a ") and text.endswith(" square")
@@ -98,8 +100,8 @@ def test_a_document_is_decoded_to_text_and_images(tiny, shards, tmp_path):
 
 def test_text_is_decoded_exactly(tiny, shards, tmp_path):
     sentences = set((tiny.data.sources[1].path).read_text().strip().split("\n\n"))
-    for split, shard in shards["text"].splits.items():
-        for number in range(1, len(shard) + 1):
+    for split, encoded in shards["text"].splits.items():
+        for number in range(1, len(encoded) + 1):
             decoded = decode_document(tiny.data.path, "text", split, number, tmp_path)
             (text,) = (one["text"] for one in decoded["segments"])
             assert text in sentences

@@ -51,23 +51,23 @@ def opened(folder):
 def test_open_files_are_bounded_and_every_document_is_read(tmp_path):
     folder = make(tmp_path / "words")
     assert len(list(folder.glob("train-*.arrow"))) == FILES
-    shard = open_shards(folder, VOCABULARY, get_file=cached_files(4)).splits["train"]
+    encoded = open_shards(folder, VOCABULARY, get_file=cached_files(4)).splits["train"]
     assert opened(folder)[0] <= 4
     rows = np.random.default_rng(0).permutation(FILES).tolist()
     for row in rows:
-        assert shard.ids(row).tolist() == expected_ids(row)
-        assert shard.name(row) == f"doc {row}"
+        assert encoded.ids(row).tolist() == expected_ids(row)
+        assert encoded.name(row) == f"doc {row}"
         assert opened(folder)[0] <= 4
     unbounded = open_shards(folder, VOCABULARY, get_file=cached_files(FILES)).splits["train"]
     assert opened(folder) == (FILES, 0)  # all of them mapped
-    np.testing.assert_array_equal(shard.lengths, unbounded.lengths)
+    np.testing.assert_array_equal(encoded.lengths, unbounded.lengths)
 
 
 def test_an_array_of_a_closed_file_stays_valid(tmp_path):
     folder = make(tmp_path / "words")
-    shard = open_shards(folder, VOCABULARY, get_file=cached_files(1)).splits["train"]
-    first = shard.ids(0)
-    kept = [shard.ids(row) for row in range(FILES)]
+    encoded = open_shards(folder, VOCABULARY, get_file=cached_files(1)).splits["train"]
+    first = encoded.ids(0)
+    kept = [encoded.ids(row) for row in range(FILES)]
     assert first.tolist() == expected_ids(0)
     assert [ids.tolist() for ids in kept] == [*map(expected_ids, range(FILES))]
 
@@ -75,25 +75,25 @@ def test_an_array_of_a_closed_file_stays_valid(tmp_path):
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: os.truncate(path, 600)])
 def test_a_file_that_is_damaged_after_the_start_is_named(tmp_path, damage):
     folder = make(tmp_path / "words")
-    shard = open_shards(folder, VOCABULARY, get_file=cached_files(1)).splits["train"]
+    encoded = open_shards(folder, VOCABULARY, get_file=cached_files(1)).splits["train"]
     damage(folder / "train-00000-00003.arrow")
     with pytest.raises(UserError, match=r"train-00000-00003\.arrow: missing or damaged .*--verify"):
-        shard.ids(3)
-    assert shard.ids(4).tolist() == expected_ids(4)
+        encoded.ids(3)
+    assert encoded.ids(4).tolist() == expected_ids(4)
 
 
 def test_threads_read_the_same_documents(tmp_path):
     folder = make(tmp_path / "words")
-    shard = open_shards(folder, VOCABULARY, get_file=cached_files(2)).splits["train"]
+    encoded = open_shards(folder, VOCABULARY, get_file=cached_files(2)).splits["train"]
     rows = np.random.default_rng(1).integers(FILES, size=500).tolist()
     with ThreadPoolExecutor(4) as threads:
-        found = [ids.tolist() for ids in threads.map(shard.ids, rows)]
+        found = [ids.tolist() for ids in threads.map(encoded.ids, rows)]
     assert found == [*map(expected_ids, rows)]
 
 
 def test_files_are_memory_mapped_not_read(tmp_path):
     folder = make(tmp_path / "words")
     before = pa.total_allocated_bytes()
-    shard = open_shards(folder, VOCABULARY).splits["train"]
-    shard.ids(0)
+    encoded = open_shards(folder, VOCABULARY).splits["train"]
+    encoded.ids(0)
     assert pa.total_allocated_bytes() == before

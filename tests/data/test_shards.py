@@ -37,7 +37,7 @@ def make(folder, vocabulary=VOCABULARY, encoders=ENCODERS):
 
 def test_encoded_shards_can_be_opened(folder):
     shards = open_shards(folder, VOCABULARY, ENCODERS)
-    assert {split: len(shard) for split, shard in shards.splits.items()} == {
+    assert {split: len(encoded) for split, encoded in shards.splits.items()} == {
         "train": 16,
         "held_out": 4,
     }

@@ -19,7 +19,7 @@ from moma.data.batches.budget import Budget, ImageDocuments, check_documents, ch
 from moma.data.batches.mixing import DocumentPool, DocumentStream, reshard_stream
 from moma.data.batches.packing import Batch, Packer, reshard_packers
 from moma.data.config import DataConfig
-from moma.data.mapped_files import Shard
+from moma.data.mapped_files import EncodedSplit
 from moma.data.remote.fetching import provide_data
 from moma.data.shards import Shards, open_sources
 from moma.errors import UserError, list_names
@@ -70,7 +70,7 @@ class Batches(grain.DatasetIterator[Batch]):
         self._weights = {source.name: source.weight for source in config.sources}
         provide_data(config)
         opened = open_sources(config.path, self._weights, vocabulary)
-        self._shards = {name: shards.splits[split] for name, shards in opened.items()}
+        self._splits = {name: shards.splits[split] for name, shards in opened.items()}
         self._fingerprint = _fingerprint(opened, config, seed, split, self._repeat)
         self._pools = {
             with_images: self._make_pools(with_images, f"{seed} {split} {with_images}")
@@ -79,7 +79,7 @@ class Batches(grain.DatasetIterator[Batch]):
         if self._repeat:
             self._check_budget()
             if not self._budget.images and not rank:
-                _warn_unused_images(self._shards)
+                _warn_unused_images(self._splits)
         if config.workers > 1:
             self._readers = ThreadPoolExecutor(config.workers - 1)
         self._with_images, self._text = (
@@ -143,9 +143,9 @@ class Batches(grain.DatasetIterator[Batch]):
     def _make_pools(self, with_images: bool, key: str) -> list[DocumentPool]:
         """Pools of the documents with images, or of those without."""
         rows_of = {
-            name: rows.astype(np.min_scalar_type(len(shard)))  # kept, for billions of documents
-            for name, shard in self._shards.items()
-            if len(rows := np.flatnonzero((shard.images > 0) == with_images))
+            name: rows.astype(np.min_scalar_type(len(split)))  # kept, for billions of documents
+            for name, split in self._splits.items()
+            if len(rows := np.flatnonzero((split.images > 0) == with_images))
         }
         if self._repeat:
             return [
@@ -168,14 +168,14 @@ class Batches(grain.DatasetIterator[Batch]):
 
     def _fetch(self, source: str, row: int) -> np.ndarray:
         """Ids of a document, unsigned integers of shape [tokens]."""
-        return self._shards[source].ids(row)
+        return self._splits[source].ids(row)
 
     def _check_budget(self) -> None:
         """Refuse documents that cannot meet the image budget."""
         with_images = [
-            ImageDocuments(self._weights[name], shard.lengths[rows], shard.images[rows])
-            for name, shard in self._shards.items()
-            if len(rows := np.flatnonzero(shard.images))
+            ImageDocuments(self._weights[name], split.lengths[rows], split.images[rows])
+            for name, split in self._splits.items()
+            if len(rows := np.flatnonzero(split.images))
         ]
         has_text, names = bool(self._pools[False]), list_names(self._weights)
         text = check_documents(self._budget, with_images, has_text, names, self._world_size)
@@ -225,13 +225,13 @@ def reshard(states: Sequence[dict[str, Any]], world_size: int) -> list[dict[str,
     ]
 
 
-def _warn_unused_images(shards: Mapping[str, Shard]) -> None:
+def _warn_unused_images(splits: Mapping[str, EncodedSplit]) -> None:
     """Print to standard error which documents are unused if `image_share` is 0."""
-    images = {name: shard.images[shard.images > 0] for name, shard in shards.items()}
+    images = {name: split.images[split.images > 0] for name, split in splits.items()}
     images = {name: counts for name, counts in images.items() if len(counts)}
     if not images:
         return
-    documents, total = sum(map(len, images.values())), sum(map(len, shards.values()))
+    documents, total = sum(map(len, images.values())), sum(map(len, splits.values()))
     print(
         f"note: image_share is 0, so {documents:,} of the {total:,} training documents, those with "
         f"images ({sum(map(np.sum, images.values())):,} in {list_names(images)}), are left out, "

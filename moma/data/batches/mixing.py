@@ -38,7 +38,7 @@ class DocumentPool:
         """Set up the pool.
 
         Args:
-            rows_of: for each source the shard rows of its documents, integers of shape
+            rows_of: for each source the rows of its documents in the split, integers of shape
                 [documents].
             weight: how often the pool is drawn from, relative to others.
             key: determines the order.
@@ -53,7 +53,7 @@ class DocumentPool:
         return int(self._starts[-1])
 
     def __getitem__(self, number: int) -> tuple[str, int]:
-        """Return source and shard row at a position; past the end the next epoch begins."""
+        """Return source and row at a position; past the end the next epoch begins."""
         epoch, index = divmod(number, len(self))
         if len(self) < _MIN_INDEX_SHUFFLE:
             index = self._permutation_of_epoch(epoch)[index]
@@ -108,7 +108,7 @@ class DocumentStream(Iterator[EncodedDocument]):
         Args:
             pools: what is mixed; a single one if the stream ends.
             repeat: whether a pool starts another epoch after its last document.
-            fetch: source and shard row → the document's ids.
+            fetch: source and row → the document's ids.
             rank, world_size: as for `Batches`.
             readers: threads that bring documents into memory before they are needed.
         """

@@ -41,7 +41,7 @@ class EncodedDocument(NamedTuple):
 
     Attributes:
         source: name of the source.
-        row: the document's row in the source's shard.
+        row: the document's row in the split of the source.
         ids: unsigned integers of shape [tokens], each image between its boundary tokens.
     """
 
@@ -65,7 +65,7 @@ class Batch:
         positions_BS: position inside the piece, from 0; 0 on padding.
         images: number of images.
         padding: number of padding positions.
-        origins: for each sequence, source and shard row of the document of each of its pieces, in
+        origins: for each sequence, source and row of the document of each of its pieces, in
             the order of `document_ids_BS`; empty if unknown.
     """
 
@@ -200,7 +200,7 @@ class Packer:
         """Continue from a state.
 
         Args:
-            fetch: source and shard row → the document's ids.
+            fetch: source and row → the document's ids.
         """
         self._packed = state["packed"]
         self._pending_images, self._pending_text = (
@@ -319,7 +319,7 @@ class DocumentCursor:
         self._next += 1
 
     def reference(self) -> list[Any]:
-        """Return source, shard row and offset, ready for JSON."""
+        """Return source, row and offset, ready for JSON."""
         return [self.document.source, self.document.row, self.offset]
 
 

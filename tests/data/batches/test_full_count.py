@@ -40,9 +40,9 @@ def test_a_full_count_over_prepared_sketches(tmp_path):
     ids: Counter[int] = Counter()
     pairs: Counter[tuple[int, int]] = Counter()
     for source in data.sources:
-        shard = open_shards(data.folder(source.name), vocabulary).splits["train"]
-        for row in range(len(shard)):
-            document = shard.ids(row).tolist()
+        encoded = open_shards(data.folder(source.name), vocabulary).splits["train"]
+        for row in range(len(encoded)):
+            document = encoded.ids(row).tolist()
             ids.update(document)
             pairs.update(itertools.pairwise([*document, NO_LABEL]))
     shown = [

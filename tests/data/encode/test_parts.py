@@ -160,9 +160,9 @@ def test_every_rejected_row_is_listed_once(tmp_path):
     assert sum(part.rejected for part in info.parts) == 3
     assert len(info.parts) == 3
     names = [
-        shard.name(row)
-        for shard in open_shards(tmp_path / "shard", VOCABULARY).splits.values()
-        for row in range(len(shard))
+        encoded.name(row)
+        for encoded in open_shards(tmp_path / "shard", VOCABULARY).splits.values()
+        for row in range(len(encoded))
     ]
     expected = {f"doc {number}" for number in range(20) if number % 7 != 3}
     assert len(names) == len(expected) and set(names) == expected

@@ -70,14 +70,14 @@ def test_chunks_and_files_do_not_change_the_rows(tmp_path, monkeypatch, shard_to
     for part in info.parts[:-1]:
         assert sum(counts.tokens for counts in part.counts.values()) >= shard_tokens
     assert (len(info.parts) == 1) == (shard_tokens == 10_000)
-    for split, shard in open_shards(tmp_path / "shard", VOCABULARY).splits.items():
+    for split, encoded in open_shards(tmp_path / "shard", VOCABULARY).splits.items():
         expected = stored(tmp_path / "whole", split)
-        assert len(shard) == len(expected)
+        assert len(encoded) == len(expected)
         assert stored(tmp_path / "shard", split)[:] == expected[:]
-        assert shard.lengths.tolist() == [len(ids) for ids in expected["ids"]]
-        for row in range(len(shard)):
-            assert shard.ids(row).tolist() == expected[row]["ids"]
-            assert not shard.ids(row).flags.owndata
+        assert encoded.lengths.tolist() == [len(ids) for ids in expected["ids"]]
+        for row in range(len(encoded)):
+            assert encoded.ids(row).tolist() == expected[row]["ids"]
+            assert not encoded.ids(row).flags.owndata
 
 
 def test_a_file_exceeds_its_size_by_at_most_one_document(tmp_path):

@@ -89,8 +89,8 @@ class Machine:
 
     def names(self):
         """Return the names of the documents of the complete shards."""
-        shard = open_shards(self.folder, VOCABULARY).splits["train"]
-        names = [shard.name(number) for number in range(len(shard))]
+        encoded = open_shards(self.folder, VOCABULARY).splits["train"]
+        names = [encoded.name(number) for number in range(len(encoded))]
         assert len({*names}) == len(names)
         return {*names}
 

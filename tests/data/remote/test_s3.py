@@ -103,8 +103,8 @@ def test_prepare_train_and_resume_from_s3(tiny, tmp_path, s3, monkeypatch):
         "arrow", data_files=files, split="train", cache_dir=str(tmp_path / "datasets")
     )
     opened = open_sources(local.data.path, ["text"], vocabulary_of(local))["text"]
-    shard = opened.splits["train"]
-    assert sorted(rows["name"]) == sorted(shard.name(row) for row in range(len(shard)))
+    encoded = opened.splits["train"]
+    assert sorted(rows["name"]) == sorted(encoded.name(row) for row in range(len(encoded)))
 
     # Two steps from the bucket, then two more on another machine: as four from the folder.
     expected = train(with_run(local, tmp_path / "expected"), WORLD, quiet=True)
