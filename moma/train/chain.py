@@ -11,7 +11,7 @@
     stage = "upcycle"            # from = the run before
     model = { groups = "moe_4t4i" }
 
-Values of a step also apply to the steps after it. Finished steps are not repeated.
+Values of a stage also apply to the stages after it. Finished stages are not repeated.
 """
 
 import json
@@ -45,7 +45,7 @@ Evaluate = Callable[[Transformer, Recipe, RoutingName, bool], Mapping[str, float
 
 
 class Evaluation(NamedTuple):
-    """A step that evaluates the run before it; the result is `RUN/evaluation-ROUTING.json`."""
+    """A stage that evaluates the run before it; the result is `RUN/evaluation-ROUTING.json`."""
 
     run: Path
     routing: RoutingName
@@ -85,31 +85,31 @@ class _Folder(Config):
     run: RequiredPath
 
 
-class _Step(Config):
-    """The name of a step, which is also that of its folder."""
+class _Stage(Config):
+    """The name of a stage, which is also that of its folder."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 
 
-class _EvaluationStep(Config):
-    """The keys of a step that evaluates."""
+class _EvaluationStage(Config):
+    """The keys of a stage that evaluates."""
 
     routing: RoutingName = "causal"
 
 
 def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evaluation]:
-    """Read a chain, or a recipe, which is a chain of one step.
+    """Read a chain, or a recipe, which is a chain of one stage.
 
-    Overrides apply to every step, `chain.0.model.groups=…` only to the first.
+    Overrides apply to every stage, `chain.0.model.groups=…` only to the first.
 
     Raises:
-        UserError: a key or value is wrong; the message names it and its step.
+        UserError: a key or value is wrong; the message names it and its stage.
     """
     values = read_values(path, overrides, Recipe)
     links = values.pop("chain", None)
     if links is None:
         return [check(Recipe, values, str(path))]
-    # Overrides take precedence over the values of steps.
+    # Overrides take precedence over the values of stages.
     last = [text for text in overrides if not text.lstrip().startswith("chain.")]
     return chain_of(values, links, str(path), last)
 
@@ -117,69 +117,80 @@ def read_chain(path: Path, overrides: Sequence[str] = ()) -> list[Recipe | Evalu
 def chain_of(
     values: dict[str, Any], links: object, file: str, overrides: Sequence[str] = ()
 ) -> list[Recipe | Evaluation]:
-    """The steps of a chain.
+    """The stages of a chain.
 
     Args:
         values: of the recipe without its chain.
         links: the tables of the chain.
         file: where they are written, for messages.
-        overrides: apply to every step.
+        overrides: apply to every stage.
 
     Raises:
         UserError: as for `read_chain`.
     """
     if not isinstance(links, list) or not links or not all(isinstance(n, dict) for n in links):
-        raise UserError(f"{file}: 'chain': write one [[chain]] table for each step")
+        raise UserError(f"{file}: 'chain': write one [[chain]] table for each stage")
     base = check(_Folder, {"run": values.get("run", "runs/run")}, file).run
-    steps: list[Recipe | Evaluation] = []
+    stages: list[Recipe | Evaluation] = []
     before: Path | None = None
     for number, link in enumerate(links, 1):
-        stage, origin = link.pop("stage", "pretrain"), f"{file}, step {number} of the chain"
-        if stage == "evaluate":
+        kind, origin = link.pop("stage", "pretrain"), f"{file}, stage {number} of the chain"
+        if kind == "evaluate":
             if before is None:
-                raise UserError(f"{origin}: there is no step before it to evaluate")
-            steps.append(Evaluation(before, check(_EvaluationStep, link, origin).routing))
+                raise UserError(f"{origin}: there is no stage before it to evaluate")
+            stages.append(Evaluation(before, check(_EvaluationStage, link, origin).routing))
             continue
-        name = check(_Step, {"name": link.pop("name", stage)}, origin).name
+        name = check(_Stage, {"name": link.pop("name", kind)}, origin).name
         if "run" in link:
             raise UserError(
-                f"{origin}: write 'run' above the chain; a step's folder in it is its 'name'"
+                f"{origin}: write 'run' above the chain; a stage's folder in it is its 'name'"
             )
         values = override(deepcopy(merge_tables(values, link)), overrides, Recipe)
-        source = link.get("from", None if stage == "pretrain" else before)
-        run = Path(source) / ROUTER_RUN if stage == "aux_router" and source else base / name
-        own = values | {"stage": stage, "run": str(run), "from": str(source)}
+        source = link.get("from", None if kind == "pretrain" else before)
+        run = Path(source) / ROUTER_RUN if kind == "aux_router" and source else base / name
+        own = values | {"stage": kind, "run": str(run), "from": str(source)}
         if not source:
             del own["from"]
-        steps.append(check(Recipe, own, origin))
-        before = before if stage == "aux_router" else run
-    runs = [step.run for step in steps if isinstance(step, Recipe)]
+        stages.append(check(Recipe, own, origin))
+        before = before if kind == "aux_router" else run
+    runs = [stage.run for stage in stages if isinstance(stage, Recipe)]
     if twice := sorted({str(run) for run in runs if runs.count(run) > 1}):
-        raise UserError(f"{file}: two steps write {twice[0]}; give each a 'name'")
-    return steps
+        raise UserError(f"{file}: two stages write {twice[0]}; give each a 'name'")
+    return stages
 
 
 def run_chain(
-    steps: Iterable[Recipe | Evaluation], world: World, evaluate: Evaluate, quiet: bool = False
+    stages: Iterable[Recipe | Evaluation], world: World, evaluate: Evaluate, quiet: bool = False
 ) -> Path:
-    """Run the steps of `read_chain` that are not finished; returns the folder of the last run."""
+    """Run the stages of `read_chain` that are not finished; all ranks call it together.
+
+    Args:
+        evaluate: evaluates a run on rank 0; see `Evaluate`.
+        quiet: whether to hide progress bars.
+
+    Returns:
+        The folder of the last run.
+
+    Raises:
+        UserError: as for `train`; or a run cannot be evaluated, or not under the stage's routing.
+    """
     last = Path()
-    for step in steps:
-        if isinstance(step, Recipe):
-            last = train(step, world, quiet).path
-        elif world.rank == 0 and not step.is_done:
-            run = Run(step.run)
+    for stage in stages:
+        if isinstance(stage, Recipe):
+            last = train(stage, world, quiet).path
+        elif world.rank == 0 and not stage.is_done:
+            run = Run(stage.run)
             model, recipe = load_run(run)
-            require_routing(run, model, step.routing)
+            require_routing(run, model, stage.routing)
             require_training_data(run, recipe)
-            result = evaluate(model, recipe, step.routing, quiet)
-            values = {**result, "fingerprint": step.fingerprint}
-            atomic_write(step.file, json.dumps(values, indent=2) + "\n")
+            result = evaluate(model, recipe, stage.routing, quiet)
+            values = {**result, "fingerprint": stage.fingerprint}
+            atomic_write(stage.file, json.dumps(values, indent=2) + "\n")
     return last
 
 
 def next_command(done: Recipe | Evaluation) -> str:
-    """A command to run after the last step of a chain."""
+    """A command to run after the last stage of a chain."""
     if isinstance(done, Evaluation):
         return shell_command("generate", done.run, "--prompt", "a prompt")
     if done.stage == "aux_router":

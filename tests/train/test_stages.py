@@ -279,9 +279,9 @@ stage = "evaluate"
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('[[chain]]\nstage = "evaluate"', "there is no step before it"),
-        ("[[chain]]\nmodle = 1", "step 1 of the chain: unknown key 'modle'"),
-        ('[[chain]]\nname = "a"\n[[chain]]\nname = "a"', "two steps write"),
+        ('[[chain]]\nstage = "evaluate"', "there is no stage before it"),
+        ("[[chain]]\nmodle = 1", "stage 1 of the chain: unknown key 'modle'"),
+        ('[[chain]]\nname = "a"\n[[chain]]\nname = "a"', "two stages write"),
         (
             '[[chain]]\n[[chain]]\nstage = "evaluate"\nrouting = "best"',
             "should be 'choice', 'causal', 'threshold', 'auxiliary' or 'half'",
