@@ -13,13 +13,13 @@ def train(recipe: RecipeFile, overrides: Overrides = None) -> None:
     from moma.runtime.world import join_world
     from moma.train.chain import Evaluation, next_command, read_chain, run_chain
 
-    steps = read_chain(recipe, overrides or ())
-    timeout = max(step.engine.timeout for step in steps if not isinstance(step, Evaluation))
+    stages = read_chain(recipe, overrides or ())
+    timeout = max(stage.engine.timeout for stage in stages if not isinstance(stage, Evaluation))
     with join_world(timeout) as world:
-        folder = run_chain(steps, world, evaluate)
+        folder = run_chain(stages, world, evaluate)
         if world.rank == 0:
             print(f"trained {folder}")
-            print(f"next: {next_command(steps[-1])}")
+            print(f"next: {next_command(stages[-1])}")
 
 
 @app.command()

@@ -102,14 +102,14 @@ class StudyRun:
     """One run of a study.
 
     Attributes:
-        steps: what is trained; the last stage that trains a model is measured.
+        stages: what is trained; the last stage that trains a model is measured.
         result: the file of its result.
     """
 
     variant: str
     seed: int
     curve: str | None
-    steps: tuple[Recipe | Evaluation, ...]
+    stages: tuple[Recipe | Evaluation, ...]
     result: Path
     config: StudyConfig
 
@@ -120,12 +120,12 @@ class StudyRun:
 
     @property
     def recipes(self) -> list[Recipe]:
-        """The steps that train."""
-        return [step for step in self.steps if isinstance(step, Recipe)]
+        """The stages that train."""
+        return [stage for stage in self.stages if isinstance(stage, Recipe)]
 
     @property
     def model_runs(self) -> list[Run]:
-        """The folders of the steps that train the model, a seed run first."""
+        """The folders of the stages that train the model, a seed run first."""
         return [Run(each.run) for each in self.recipes if each.stage != "aux_router"]
 
     @property
@@ -229,13 +229,13 @@ def read_study(path: Path, overrides: Sequence[str] = ()) -> Study:
             own = merge_tables(deepcopy(values), changes) | {"seed": seed}
             own["run"] = str(base / f"{name}-{seed}")
             chain = own.pop("chain", None)
-            steps: Sequence[Recipe | Evaluation]
+            stages: Sequence[Recipe | Evaluation]
             if chain is None:
-                steps = [check(Recipe, override(own, last, Recipe), origin)]
+                stages = [check(Recipe, override(own, last, Recipe), origin)]
             else:
-                steps = chain_of(own, chain, origin, last)
+                stages = chain_of(own, chain, origin, last)
             file = base / "results" / f"{name}-{seed}" / "result.json"
-            runs.append(StudyRun(name, seed, variant.curve, tuple(steps), file, config))
+            runs.append(StudyRun(name, seed, variant.curve, tuple(stages), file, config))
     _check_runs(path, runs)
     return Study(base, config, tuple(runs), own_keys.seed)
 
@@ -314,7 +314,7 @@ def run_unfinished(
 
 
 def _run(run: StudyRun, evaluate: Evaluate, world: World, quiet: bool) -> None:
-    run_chain(run.steps, world, evaluate, quiet)
+    run_chain(run.stages, world, evaluate, quiet)
     result = {
         "variant": run.variant,
         "seed": run.seed,

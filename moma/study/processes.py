@@ -220,8 +220,8 @@ def _steps(study: Study, done: bool = False) -> int:
     """Optimizer steps of all runs, or those done."""
     found = 0
     for run in study.runs:
-        for step in run.steps:
-            if isinstance(step, Recipe):
-                record = Run(step.run).last_metric() if done else {"step": step.stage_config.steps}
-                found += record["step"] if record else 0
+        for stage in run.stages:
+            if isinstance(stage, Recipe):
+                last = Run(stage.run).last_metric() if done else {"step": stage.stage_config.steps}
+                found += last["step"] if last else 0
     return found

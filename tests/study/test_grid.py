@@ -66,12 +66,12 @@ def test_every_variant_has_a_run_for_each_seed(tiny, tmp_path):
     assert [run.name for run in study.runs] == ["plain-0", "deep-0", "plain-1", "deep-1"]
     assert study.config.batches == 1
     for run in study.runs:
-        first = run.steps[0]
+        first = run.stages[0]
         assert isinstance(first, Recipe)
         assert (first.seed, first.pretrain.steps) == (run.seed, 2)
         folder = tmp_path / "study" / run.name
         assert run.run.path == (folder if run.variant == "plain" else folder / "model")
-    recipes = [step for step in study.runs[1].steps if isinstance(step, Recipe)]
+    recipes = [stage for stage in study.runs[1].stages if isinstance(stage, Recipe)]
     assert [each.stage for each in recipes] == ["pretrain", "aux_router"]
     assert recipes[1].model.groups == "mod_moe_2t2i"
 
