@@ -73,6 +73,10 @@ class PrepareConfig(Config):
 
     Attributes:
         seed: seed of every random choice: data order, initial weights, codec.
+        text_tokenizer: how the text tokenizer is trained.
+        codec: the image codec.
+        codec_training: how the image codec is trained.
+        data: what a model is trained on.
     """
 
     seed: Seed = 0

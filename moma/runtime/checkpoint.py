@@ -148,6 +148,8 @@ def save_weights(
 
     Args:
         weights: by their names in the model.
+        state: JSON-serializable, as `read_state` returns it.
+        file_bytes: as for `write_weights`.
     """
     final = checkpoint_path(folder, step)
     partial = final.with_suffix(".partial")
@@ -237,7 +239,11 @@ def random_state() -> dict[str, str]:
 
 
 def restore_random_state(rank_state: Mapping[str, Any]) -> None:
-    """Restore a saved rank's random number generators; draw no random number after this."""
+    """Restore a saved rank's random number generators; draw no random number after this.
+
+    Args:
+        rank_state: one of `read_rank_states`.
+    """
     tensors = {
         key: torch.tensor(list(base64.b64decode(value)), dtype=torch.uint8)
         for key, value in rank_state["random"].items()

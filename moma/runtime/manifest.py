@@ -20,7 +20,11 @@ def write_manifest(folder: Path, entries: Mapping[str, Checksum]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    """`bytes` and `sha256` of each file that belongs to a folder; others are not to be read."""
+    """`bytes` and `sha256` of each file that belongs to a folder; others are not to be read.
+
+    Raises:
+        UserError: the manifest is missing or damaged.
+    """
     path = folder / MANIFEST
     try:
         manifest = json.loads(read_bounded(path))

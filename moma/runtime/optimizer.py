@@ -14,7 +14,10 @@ from moma.runtime.muon import Muon
 
 
 class OptimizerConfig(Config):
-    """An optimizer and its schedule; by default those of the paper (MoMa Table 5).
+    """An optimizer and its schedule; by default those of the paper.
+
+    Learning rate and schedule are those of MoMa (Table 5), AdamW's other values those of Chameleon
+    (arXiv 2405.09818 §2.3).
 
     Attributes:
         algorithm: `adamw`; or `muon` for the matrices of attention and experts, and AdamW for all
@@ -65,6 +68,9 @@ def make_optimizers(
     Args:
         model: the model, sharded or not.
         stacked: names of the parameters that stack several matrices, and how many.
+
+    Returns:
+        AdamW, and Muon if it has parameters.
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []

@@ -33,7 +33,12 @@ _SAVED_OPERATIONS = {
 
 
 def recompute(module: nn.Module, how: Recompute) -> None:
-    """Recompute a module's activations in the backward pass instead of saving them."""
+    """Recompute a module's activations in the backward pass instead of saving them.
+
+    Args:
+        module: its `forward` is replaced.
+        how: see `EngineConfig.recompute`; `selective` saves `_SAVED_OPERATIONS`.
+    """
     if how == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False}

@@ -33,6 +33,8 @@ class World:
     """The device and the rank of this process.
 
     Attributes:
+        device: on which this process computes.
+        rank, size: number of this process, from 0, and how many there are.
         mesh: one-dimensional mesh of all ranks; None for a single process.
         writers: all ranks in a second group, on gloo, for the thread that writes checkpoints.
         signals: all ranks in a third group, for `Interruption`.

@@ -130,7 +130,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def cross_entropy_chunk(
     hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, z_loss: float, needs_grad: bool
 ) -> ChunkResult:
-    """Compute the losses of a chunk of tokens and, if needed, the gradients of its objective."""
+    """Compute the losses of a chunk of tokens and, if needed, the gradients of its objective.
+
+    Args:
+        labels_T, z_loss: as for `linear_cross_entropy`.
+        needs_grad: whether to compute the gradients of Σ loss + z_loss · (log Z)².
+    """
     logits_TV = upcast(functional.linear(hidden_TD, weight_VD))
     has_label_T = (labels_T != NO_LABEL).to(logits_TV.dtype)
     target_T1 = labels_T.clamp(min=0)[:, None]

@@ -107,7 +107,14 @@ def read_fault(run: Run) -> Fault:
 def read_fault_batches(
     run: Run, rank: int
 ) -> tuple[dict[str, Tensor], list[list[list[tuple[str, int]]]]]:
-    """A rank's saved micro-batches: tensors `INDEX.tokens_BS`, …, and documents per sequence."""
+    """Read the micro-batches that a rank saved.
+
+    Returns:
+        Tensors `INDEX.tokens_BS`, …, and for each micro-batch the `origins` of `Batch`.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
     path = run.path / "fault" / f"rank-{rank}.safetensors"
     documents = path.with_suffix(".json")
     try:

@@ -61,7 +61,13 @@ class MetricsWindow:
         self.restart_clock()
 
     def add(self, sums: Tensor, tokens: int, data_wait: float) -> None:
-        """Add a step: its sums [3, M] and tokens over all ranks, and the seconds of data wait."""
+        """Add a step.
+
+        Args:
+            sums: over all ranks, [3, M]; see `Step.__call__`.
+            tokens: of all ranks.
+            data_wait: seconds that this rank waited for data.
+        """
         self._sums += sums
         self._steps += 1
         self._tokens += tokens
@@ -121,7 +127,11 @@ class MetricsWindow:
 
 
 def mean_losses(loss_M: Tensor, targets_M: Tensor) -> dict[str, float | None]:
-    """Mean losses in nats per target, overall and by modality; None without a target."""
+    """Mean losses in nats per target, overall and by modality; None without a target.
+
+    Args:
+        loss_M, targets_M: sum of losses and number of targets by modality.
+    """
     return {
         "loss": _ratio(loss_M.sum(), targets_M.sum()),
         "loss_text": _ratio(loss_M[TEXT], targets_M[TEXT]),

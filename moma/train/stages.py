@@ -130,6 +130,10 @@ def freeze_for_stage(model: Transformer, trains_routers: bool, trains_model: boo
     """Freeze the auxiliary routers, or all other parameters, if they are not trained.
 
     A frozen model is in evaluation mode: without dropout and router noise.
+
+    Args:
+        trains_routers: whether the auxiliary routers are trained.
+        trains_model: whether all other parameters are.
     """
     auxiliary = {p for router in model.auxiliary_routers() for p in router.parameters()}
     for parameter in model.parameters():

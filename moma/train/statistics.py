@@ -38,7 +38,12 @@ class Statistics:
         self._model, self._replicas = model, replicas
 
     def add_routers(self, records: Sequence[RouterRecord], tokens_BS: Tensor) -> None:
-        """Add the routers' selections for a micro-batch."""
+        """Add the routers' selections for a micro-batch.
+
+        Args:
+            records: of all routers, as in `ModelOutput.routers`.
+            tokens_BS: ids of the micro-batch.
+        """
         modality_N = self._model.modality_of_id[tokens_BS.flatten()]
         modality_NM = functional.one_hot(modality_N, len(self._model.vocabulary.modalities)).float()
         for index, record in enumerate(records):
@@ -60,7 +65,12 @@ class Statistics:
 def describe(
     sums: Mapping[str, Tensor], model: Transformer, trains_routers: bool
 ) -> dict[str, dict[str, Any]]:
-    """Convert sums over all ranks, on the host, to the log's `gradient_norms` and `routers`."""
+    """Convert sums over all ranks, on the host, to the log's `gradient_norms` and `routers`.
+
+    Args:
+        sums: `Statistics.sums`, summed over ranks.
+        trains_routers: whether auxiliary routers are trained; else their agreement is left out.
+    """
     routers = {}
     for index, name in enumerate(router_names(model)):
         if (router_sums := sums.get(f"router {index}")) is not None:

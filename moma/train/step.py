@@ -111,6 +111,7 @@ def sum_by_modality(
     Args:
         labels_N: targets, `NO_LABEL` where there is none.
         modality_of_id: modality of each id, [V].
+        modalities: number of modalities M.
 
     Returns:
         Losses, correct predictions and targets; see `LossOutput`.

@@ -86,7 +86,12 @@ class Budget(NamedTuple):
         return min(int(self.size / (text + self.span)), self.micro_batch_size * per_sequence)
 
     def describe(self, text: float, conjunction: str) -> str:
-        """Describe the text per image and the positions for it, for a message."""
+        """Describe the text per image and the positions for it, for a message.
+
+        Args:
+            text: text tokens per image that the documents have.
+            conjunction: between both, such as `but `.
+        """
         return (
             f"documents have {text:.6g} text tokens per image, {conjunction}{self.images} "
             f"images in {self.micro_batch_size} sequences of {self.sequence_length} leave room for "
@@ -106,6 +111,7 @@ def check_documents(
     Args:
         with_images: the documents with images, for each source that has some.
         has_text: whether any source has documents without images.
+        names: of the sources, for messages.
         world_size: ranks, each of which takes a micro-batch in a step.
 
     Returns:

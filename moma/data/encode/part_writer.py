@@ -54,8 +54,10 @@ class PartWriter:
         """Write no file yet.
 
         Args:
+            info: source and origin of the documents, which the files' metadata record.
             part, file: number of the part, and of the files among those of the part.
-            first: number of documents of the part before.
+            first: number of documents of the part before these files.
+            schema: columns of the Arrow files; see `shard_features`.
             upload: called with the record before it is written, when its files are complete.
         """
         self._upload = upload
@@ -115,7 +117,14 @@ class PartWriter:
         self.record = self.record.model_copy(update={"part": own.part, "file": own.file})
 
     def commit(self, is_last: bool) -> PartRecord:
-        """Sync the files, rename them, and write their record: a kill does not lose them now."""
+        """Sync the files, rename them, and write their record: a kill does not lose them now.
+
+        Args:
+            is_last: whether the part has no more documents.
+
+        Raises:
+            OSError: a file cannot be written; the error has the folder's path.
+        """
         with add_path_to_errors(self._folder):
             for writer in self._writers.values():
                 writer.close()

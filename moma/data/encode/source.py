@@ -137,7 +137,14 @@ class SourceEncoding:
         """Encode what is not on disk yet of a part; return the records of all of it.
 
         Args:
+            number, part: of the plan of the source.
+            encoder: encodes texts and images.
+            reader: reads the images.
             progress: called with what is encoded of the part, at the start and after each chunk.
+
+        Raises:
+            UserError: too many of the source's first documents were rejected.
+            OSError: files cannot be written.
         """
         folder = self.unfinished_folder
         records = read_records(folder, number)

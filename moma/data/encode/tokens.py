@@ -124,7 +124,12 @@ class Encoder:
     def encode(
         self, rows: Iterable[Document | Rejected], reader: ImageReader, chunk_tokens: int
     ) -> Iterator[EncodedChunk]:
-        """Encode the documents of a source, in chunks of at most about `chunk_tokens` tokens."""
+        """Encode the documents of a source, in chunks of at most about `chunk_tokens` tokens.
+
+        Args:
+            rows: documents, and rejected ones, which stay in their places.
+            reader: reads the images.
+        """
         codes = _CodecQueue(self._encode_batch, self._codec_thread)
         read: list[bytes | UserError] = []
         for item in reader.read(self._stream(rows, chunk_tokens)):

@@ -74,7 +74,11 @@ class Remote:
         return self._upload(source, json.dumps([*made_from, shard_tokens]))
 
     def connect_complete(self, folder: Path, source: str) -> "SourceUpload":
-        """Return where the finished shards in a folder are uploaded, or were."""
+        """Return where the finished shards in a folder are uploaded, or were.
+
+        Raises:
+            UserError: they were prepared for another address.
+        """
         link = read_link(folder)
         if link is not None and link.address == self.address:
             update = {"cache_bytes": self.cache_bytes}
