@@ -35,7 +35,8 @@ class StageConfig(Config):
         explosion: a loss above this multiple of its recent mean counts as exploded; 0: never.
         z_loss: weight of (log Z)², which keeps logits from drifting (Chameleon §2.3).
         finish: share of the steps, the last ones, that route by thresholds, as generation does, but
-            with the slots of training: beyond these, the lowest scores are dropped.
+            with the slots of training: where these do not suffice, the tokens with the lowest
+            scores are dropped.
         auxiliary_routers: whether to train the auxiliary routers at the same time. Their gradients
             do not reach the model, but count in the norm that `optimizer.clip` limits.
         compile: whether to compile the layers.
