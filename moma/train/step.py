@@ -118,7 +118,7 @@ def sum_by_modality(
     """
     modality_NM = _one_hot(modality_of_id[labels_N.clamp(min=0)], modalities, losses.loss_N.dtype)
     modality_NM = modality_NM * (labels_N != NO_LABEL)[:, None]
-    # Products of two and three rows would be slow; sums are fused.
+    # Sums, since autocast would compute a matrix product in bf16.
     summed = (losses.loss_N, losses.correct_N)
     loss_M, correct_M = ((x_N[:, None] * modality_NM).sum(0) for x_N in summed)
     return loss_M, correct_M, modality_NM.sum(0)
