@@ -237,8 +237,8 @@ def bytes_per_pass(
     counts = ModelCounts(config, variant.vocabulary.size, shares, batch, 1)
     weights = counts.active_parameters(tokens=batch)
     weights["outside"] = {"norms": config.dim, "head": variant.head_rows[mode] * config.dim}
-    depth, gated = config.depth_config, len(config.depth_layers)
-    layers = config.layers - gated + (depth.token_fraction(shares) * gated if depth else 0)
+    depth, num_mod = config.depth_config, len(config.depth_layers)
+    layers = config.layers - num_mod + (depth.token_fraction(shares) * num_mod if depth else 0)
     cached = 2 * batch * length * layers * counts.key_width
     return round(DTYPES[dtype].itemsize * (sum(sum_over_kinds(weights).values()) + cached))
 

@@ -28,7 +28,7 @@ COUNT_LIMIT = 1_000_000_000
 CausalRouting = Annotated[
     Literal["causal", "threshold", "auxiliary", "half"],
     Option(
-        help="causal: by thresholds, or without any by auxiliary routers; half: depth gates by a "
+        help="causal: by thresholds, or without any by auxiliary routers; half: depth routers by a "
         "score above one half"
     ),
 ]

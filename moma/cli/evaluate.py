@@ -35,7 +35,7 @@ RoutingChoice = Annotated[
     Literal["choice", "causal", "threshold", "auxiliary", "half"] | None,
     Option(
         help="choice: as in training; causal: as in generation, the default with --suite; half: "
-        "depth gates by a score above one half  [default: choice]"
+        "depth routers by a score above one half  [default: choice]"
     ),
 ]
 Weights = Annotated[

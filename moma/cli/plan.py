@@ -75,7 +75,7 @@ def _counts(title: str, result: dict[str, Any]) -> Table:
         part: [each.get(part, 0) for each in parts]
         for part in dict.fromkeys([*parts[0], *parts[2]])
     }
-    if result["layers"]["gated"]:
+    if result["layers"]["mod"]:
         for kind, number in result["layers"].items():
             of_kind = [sum(result["parts_by_layer"][key][kind].values()) for key in keys]
             counts[f"in {number} {kind} layers"] = of_kind
@@ -96,8 +96,9 @@ def _counts(title: str, result: dict[str, Any]) -> Table:
 
 def _caption(result: dict[str, Any]) -> str:
     layers = result["layers"]
+    with_depth = f" and {layers['mod']} with mixture-of-depths" if layers["mod"] else ""
     parts = [
-        f"{layers['full']} layers" + (f" and {layers['gated']} gated" if layers["gated"] else ""),
+        f"{layers['full']} layers{with_depth}",
         f"{result['tokens_per_step']:,} tokens per step and rank",
     ]
     if result["auxiliary_parameters"]:

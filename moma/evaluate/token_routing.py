@@ -95,7 +95,7 @@ def route_document(
         output = run_model(model, to_device(batch, device), how, no_head)
     records, modality_S = iter(output.routers), model.vocabulary.modality_of_id[ids_S]
     layers = [_layer_routing(layer, records, modality_S) for layer in model.layers]
-    gates, by_layer = zip(*layers, strict=True)
+    of_depth, by_layer = zip(*layers, strict=True)
     return TokenRouting(
         routing,
         ids_S,
@@ -110,8 +110,8 @@ def route_document(
             )
         ],
         model.config.depth_layers,
-        np.stack([taken[:, 0] > 0 for taken, _ in gates]),
-        np.stack([weight[:, 0] for _, weight in gates]),
+        np.stack([taken[:, 0] > 0 for taken, _ in of_depth]),
+        np.stack([weight[:, 0] for _, weight in of_depth]),
     )
 
 
@@ -180,7 +180,7 @@ def describe_tokens(mixed: MixedModel, routed: TokenRouting) -> Iterator[dict[st
 def _layer_routing(
     layer: Any, records: Iterator[RouterRecord], modality_S: np.ndarray
 ) -> tuple[_Selected, list[_Selected]]:
-    """What a layer's gate and each of its groups selected, from the next of the records."""
+    """What a layer's depth router and each of its groups selected, from the next of the records."""
     tokens = len(modality_S)
     ones_S1 = np.ones((tokens, 1), np.float32)
     groups = [
@@ -189,8 +189,8 @@ def _layer_routing(
         else (ones_S1 * _is_eligible(group, modality_S)[:, None],) * 2
         for group in layer.experts.groups
     ]
-    gate = _first_rows(next(records), tokens) if hasattr(layer, "depth") else (ones_S1, ones_S1)
-    return gate, [(taken * gate[0], weight * gate[0]) for taken, weight in groups]
+    depth = _first_rows(next(records), tokens) if hasattr(layer, "depth") else (ones_S1, ones_S1)
+    return depth, [(taken * depth[0], weight * depth[0]) for taken, weight in groups]
 
 
 def _first_rows(record: RouterRecord, tokens: int) -> _Selected:

@@ -224,9 +224,11 @@ class Caches:
     ):
         waits = device.type != "cuda" if waits is None else waits
         self.tokens = CacheLengths(sequences, device, waits)
-        gated = config.depth_layers
+        with_depth = config.depth_layers
         self.layers = [
-            LayerCache(CacheLengths(sequences, device, waits) if number in gated else self.tokens)
+            LayerCache(
+                CacheLengths(sequences, device, waits) if number in with_depth else self.tokens
+            )
             for number in range(config.layers)
         ]
 

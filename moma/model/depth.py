@@ -58,8 +58,8 @@ class DepthConfig(Config):
             `sequence` (Raposo et al. 2024, arXiv 2404.02258).
         modality_factors: fraction of the tokens of each modality, instead of `capacity_factor`;
             tokens then compete with those of their modality, and each has a threshold of its own.
-        gate_loss: weight of a loss that trains the routers to score selected tokens above one half
-            and others below (Raposo et al. 2024 §3.5), for the routing `half`; 0: none.
+        router_loss: weight of a loss that trains the routers to score selected tokens above one
+            half and others below (Raposo et al. 2024 §3.5), for the routing `half`; 0: none.
         noise: whether the depth routers' logits get Gumbel-Sigmoid noise in training (Equation 5),
             so that the model meets other decisions than those of the batch.
     """
@@ -68,7 +68,7 @@ class DepthConfig(Config):
     layers: tuple[int, ...] | None = None
     scope: Literal["batch", "sequence"] = "batch"
     modality_factors: dict[str, Annotated[float, Field(gt=0, le=1)]] | None = None
-    gate_loss: float = Field(0.0, ge=0)
+    router_loss: float = Field(0.0, ge=0)
     noise: bool = False
 
     @model_validator(mode="after")
@@ -136,7 +136,7 @@ class DepthRouter(nn.Module):
         modalities: Sequence[str] = MODALITIES,
     ):
         super().__init__()
-        self.scope, self.noise, self.gate_loss = config.scope, config.noise, config.gate_loss
+        self.scope, self.noise, self.router_loss = config.scope, config.noise, config.router_loss
         # Of each pool of competing tokens: the fraction of its tokens and of all tokens.
         self.factors = [config.capacity_factor]
         self.shares = [1.0]
@@ -197,13 +197,14 @@ class DepthRouter(nn.Module):
         excess: Tensor | None,
     ) -> Diagnostics:
         """See `diagnose`; in training also the loss of the depth router."""
-        has_loss = self.gate_loss > 0 and self.training and routing.depth.capacity_mode is not None
+        has_slots = routing.depth.capacity_mode is not None
+        has_loss = self.router_loss > 0 and self.training and has_slots
         selected_N1 = loss = None
         if routing.records or has_loss:
             flat = Selection(*(part_RK.flatten()[None] for part_RK in selection))
             selected_N1 = flat.selected_NE(len(logits_N1))
             if has_loss:
-                loss = self.gate_loss * _gate_loss(logits_N1, selected_N1, eligible_BS)
+                loss = self.router_loss * _cross_entropy(logits_N1, selected_N1, eligible_BS)
         return diagnose(
             selected_N1,
             logits_N1,
@@ -278,7 +279,7 @@ def _join(selections: Sequence[Selection], logits_1N: Tensor) -> Selection:
     return select_top_k(logits_1N, selected_1N > 0, num_slots)
 
 
-def _gate_loss(logits_N1: Tensor, selected_N1: Tensor, eligible_BS: Tensor) -> Tensor:
+def _cross_entropy(logits_N1: Tensor, selected_N1: Tensor, eligible_BS: Tensor) -> Tensor:
     """Mean cross-entropy of the decisions that scores above one half would make."""
     loss_N1 = functional.binary_cross_entropy_with_logits(logits_N1, selected_N1, reduction="none")
     eligible_N1 = eligible_BS.flatten()[:, None]

@@ -20,7 +20,7 @@ from moma.model.routing import static_capacity
 from moma.vocabulary import MODALITIES
 
 Counts = dict[str, float]
-# Counts of the layers without (`full`) and with (`gated`) mixture-of-depths, and of the parts
+# Counts of the layers without (`full`) and with (`mod`) mixture-of-depths, and of the parts
 # `outside` the layers.
 CountsByKind = dict[str, Counts]
 
@@ -85,11 +85,11 @@ class ModelCounts:
     def parameters(self) -> CountsByKind:
         """Count the parameters by kind of layer and part, without those of auxiliary routers."""
         config, layer = self.config, self._layer_parameters()
-        table, gated = self.vocabulary_size * config.dim, len(config.depth_layers)
+        table, num_mod = self.vocabulary_size * config.dim, len(config.depth_layers)
         head = 0 if config.tied_embeddings else table
         return {
-            "full": _times(config.layers - gated, layer),
-            "gated": _times(gated, layer | {"depth": config.dim}),
+            "full": _times(config.layers - num_mod, layer),
+            "mod": _times(num_mod, layer | {"depth": config.dim}),
             "outside": {"embedding": table, "norms": config.dim, "head": head},
         }
 
@@ -106,15 +106,16 @@ class ModelCounts:
         with that of a balanced load, and, with mixture-of-depths, a layer with the capacity factor
         as probability. The embedding table and the head count in full.
         """
-        config, depth, gated = self.config, self.config.depth_config, len(self.config.depth_layers)
+        config, depth = self.config, self.config.depth_config
+        num_mod = len(config.depth_layers)
         fraction = depth.token_fraction(self.shares) if depth else 0.0
         shares = depth.layer_shares(self.shares)[0] if depth else self.shares
         full = self._active_layer_parameters(1.0, self.shares, tokens)
-        full = _times(config.layers - gated, full)
-        layer = _times(gated, self._active_layer_parameters(fraction, shares, tokens))
+        full = _times(config.layers - num_mod, full)
+        layer = _times(num_mod, self._active_layer_parameters(fraction, shares, tokens))
         return {
             "full": full,
-            "gated": layer | {"depth": gated * config.dim},
+            "mod": layer | {"depth": num_mod * config.dim},
             "outside": self.parameters()["outside"],
         }
 
@@ -145,7 +146,7 @@ class ModelCounts:
         """
         config = self.config
         flops = {name: self._layer_flops(kind) for name, kind in self.layer_kinds().items()}
-        flops["gated"]["depth"] = len(config.depth_layers) * 2 * self._tokens * config.dim
+        flops["mod"]["depth"] = len(config.depth_layers) * 2 * self._tokens * config.dim
         head = 2 * self._tokens * config.dim * self.vocabulary_size
         return {**flops, "outside": {"head": head}}
 
@@ -189,12 +190,12 @@ class ModelCounts:
         return tokens * experts / self._tokens + len(self.config.depth_layers) * auxiliary(1)
 
     def layer_kinds(self) -> dict[str, LayerKind]:
-        """Return the layers without (`full`) and with (`gated`) mixture-of-depths."""
+        """Return the layers without (`full`) and with (`mod`) mixture-of-depths."""
         sequences, length, tokens = self.micro_batch_size, self.sequence_length, self._tokens
-        depth, gated = self.config.depth_config, len(self.config.depth_layers)
-        full = LayerKind(self.config.layers - gated, 1.0, tokens, tokens * length, self.shares)
+        depth, num_mod = self.config.depth_config, len(self.config.depth_layers)
+        full = LayerKind(self.config.layers - num_mod, 1.0, tokens, tokens * length, self.shares)
         if depth is None:
-            return {"full": full, "gated": full._replace(layers=0, tokens=0, pairs=0)}
+            return {"full": full, "mod": full._replace(layers=0, tokens=0, pairs=0)}
         if depth.scope == "sequence":
             selected = sequences * static_capacity(depth.capacity_factor, length)
         elif depth.modality_factors is None:
@@ -207,7 +208,7 @@ class ModelCounts:
         pairs = round(selected**2 / sequences)
         fraction = depth.token_fraction(self.shares)
         own = depth.layer_shares(self.shares)
-        return {"full": full, "gated": LayerKind(gated, fraction, selected, pairs, *own)}
+        return {"full": full, "mod": LayerKind(num_mod, fraction, selected, pairs, *own)}
 
     def expert_slots(self, kind: LayerKind) -> ExpertSlots:
         """Return the slots that one layer allocates; `grouped` limits those of single experts."""

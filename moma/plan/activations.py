@@ -25,7 +25,7 @@ class _Saved(NamedTuple):
         width: of width D, apart from those below.
         keys: of the width of all key heads, or of width D if the kernel repeats them.
         normed: of width D and as many of the keys' width, if queries and keys are normalized.
-        gated: of width D, with mixture-of-depths.
+        depth: of width D, with mixture-of-depths.
         hidden: of width F, per slot of an expert.
         slot: of width D, per slot of a routed group and of a single-expert group.
     """
@@ -33,7 +33,7 @@ class _Saved(NamedTuple):
     width: int
     keys: int
     normed: int
-    gated: int
+    depth: int
     hidden: int
     slot: tuple[int, int]
 
@@ -69,12 +69,12 @@ def activation_bytes(recipe: Recipe, device: torch.device) -> int:
     is_masked = kernel == "masked"
     saved = peak = 0.0
     for kind in counts.layer_kinds().values():
-        is_gated = kind.token_fraction < 1
+        has_depth = kind.token_fraction < 1
         # For grouped queries, flash attention and a mask need repeated keys and values.
-        repeats_keys = kernel == "varlen" or (is_masked and (is_gated or is_document))
+        repeats_keys = kernel == "varlen" or (is_masked and (has_depth or is_document))
         keys = config.dim if repeats_keys else counts.key_width
         everything = size * _saved_numbers(counts, kind, tokens, _ALL[compiled], keys)
-        if is_gated and is_masked:
+        if has_depth and is_masked:
             everything += size * _mask_numbers(counts, kind)
         selective = size * _saved_numbers(counts, kind, tokens, _SELECTIVE[compiled], keys)
         layer_input = size * tokens * config.dim
@@ -102,11 +102,12 @@ def _saved_numbers(
     `keys` is the total width of the keys, or of the values, that attention saves.
     """
     config = counts.config
-    gated = kind.token_fraction < 1
+    has_depth = kind.token_fraction < 1
     normed = saved.normed * config.query_key_norm
-    token = (saved.width + normed + saved.gated * gated) * config.dim
+    token = (saved.width + normed + saved.depth * has_depth) * config.dim
     token += saved.keys * keys + normed * counts.key_width
-    numbers = kind.tokens * token + tokens * config.dim * gated  # a depth router reads all tokens
+    numbers = kind.tokens * token
+    numbers += has_depth * tokens * config.dim  # a depth router reads all tokens
     routed, single, dense = counts.expert_slots(kind)
     numbers += (routed + single + dense) * saved.hidden * config.hidden_width
     if config.implementation == "batched":  # the groups' weights are concatenated

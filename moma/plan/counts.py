@@ -14,7 +14,7 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         `parameters`, `active_parameters` and `flops_per_token` (forward + backward), and each of
         them by part (`parts`) and by kind of layer (`parts_by_layer`); `auxiliary_parameters` and
         `empty_slot_flops_per_token`, which no total includes; `layers` without (`full`) and with
-        (`gated`) mixture-of-depths; `tokens_per_step` of one rank.
+        (`mod`) mixture-of-depths; `tokens_per_step` of one rank.
     """
     model = model_counts(recipe, recipe.text_tokenizer.vocabulary_size)
     tokens = recipe.data.micro_batch_size * recipe.data.sequence_length

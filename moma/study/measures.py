@@ -86,7 +86,7 @@ def measure_routing(run: Run, batches: int = 0) -> dict[str, Any]:
 
 @torch.no_grad()
 def measure_scores(run: Run, batches: int = 0) -> dict[str, dict[str, float]]:
-    """Mean score that each expert, or depth gate, gives to the tokens of a modality.
+    """Mean score that each expert, or depth router, gives to the tokens of a modality.
 
     Returns:
         By router and modality, such as `3.text+image text`, then by number of the expert: the mean

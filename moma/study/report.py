@@ -67,8 +67,8 @@ def _add_figures(page: Page, study: Study, result: Mapping[str, Any]) -> None:
         page.section(
             "Scores of routers",
             paragraph(
-                "Mean score that an expert, or a depth gate, gives to the tokens of a modality, by "
-                "layer. Of one seed, since experts of different runs have no common order."
+                "Mean score that an expert, or a depth router, gives to the tokens of a modality, "
+                "by layer. Of one seed, since experts of different runs have no common order."
             ),
             panels(maps),
         )

@@ -34,7 +34,7 @@ def pool_sizes(recipe: Recipe) -> dict[str, int]:
         by_sequence = depth.scope == "sequence"
         own = recipe.data.sequence_length if by_sequence else tokens
         smallest = 1.0 if depth.modality_factors is None else min(recipe.shares)
-        pools["depth gates"] = round(smallest * own)
+        pools["depth routers"] = round(smallest * own)
     return pools
 
 
@@ -46,7 +46,7 @@ def warn_of_small_pools(recipe: Recipe) -> None:
     named = ", ".join(f"{size:,} for {name}" for name, size in small.items())
     keys = "data.micro_batch_size or data.sequence_length"
     depth = recipe.model.depth_config
-    if "depth gates" in small and depth is not None and depth.scope == "sequence":
+    if "depth routers" in small and depth is not None and depth.scope == "sequence":
         keys += ', and set model.depth.scope="batch"'
     logger.warning(
         "%s: few tokens compete in a micro-batch of one rank (%s); with fewer than %s the model "

@@ -218,7 +218,7 @@ def has_routing(model: Transformer, routing: RoutingName) -> bool:
         return True
     if policy.uses_auxiliary:
         return model.has_auxiliary
-    for_half = depth is not None and depth.gate_loss > 0
+    for_half = depth is not None and depth.router_loss > 0
     return model.has_thresholds and (for_half or not isinstance(policy, Half))
 
 
@@ -241,7 +241,7 @@ def require_routing(run: Run, model: Transformer, routing: RoutingName = "causal
     if routing == "half" and model.has_thresholds:
         raise UserError(
             f"{run.path}: its depth routers were not trained to decide by a score of one half "
-            "(model.depth.gate_loss); route by thresholds"
+            "(model.depth.router_loss); route by thresholds"
         )
     raise UserError(
         f"{run.path}: the thresholds of its routers are not known, so it cannot run causally; "

@@ -226,7 +226,7 @@ def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
         layer = model.layers[1]
         weights = {
             "router": layer.experts.groups[0].router.weight,
-            "gate": layer.depth.router.weight,
+            "depth": layer.depth.router.weight,
             "query": layer.attention.query.weight,
         }
         found.update({name: str(weight.dtype) for name, weight in weights.items()})
@@ -238,7 +238,7 @@ def gathered_dtypes(tiny: Recipe, world: World) -> dict[str, str]:
 
 @torch.no_grad()
 def select_on_one_rank(tiny: Recipe, world: World) -> None:
-    """A forward pass in which no gate of rank 0 selects a token, and all of rank 1 select all."""
+    """A forward pass in which depth routers select no token on rank 0, and all on rank 1."""
     model, *_, groups = build(recipe_of(tiny, "mod_moe_3t1i", EngineConfig()), world)
     for router in model.routers():
         threshold = 1e9 if world.rank == 0 and router.out_features == 1 else -1e9

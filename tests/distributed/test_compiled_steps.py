@@ -84,7 +84,7 @@ def test_one_process_compiles_several_capacity_factors(groups):
 
 
 def test_two_ranks_compile_the_parts_of_layers():
-    depth = {"modality_factors": {"text": 0.25, "image": 0.5}, "gate_loss": 0.1}
+    depth = {"modality_factors": {"text": 0.25, "image": 0.5}, "router_loss": 0.1}
     models = [
         {"groups": "mod_moe_3t1i", "layers": 1},
         {"groups": "mod_moe_3t1i", "layers": 1, "depth": depth},

@@ -76,7 +76,11 @@ def four(tiny, two, tmp_path_factory) -> Path:
 
 def test_routers_compute_in_fp32_when_all_else_is_bf16(two):
     found = json.loads((two / "dtypes.json").read_text())
-    assert found == {"router": "torch.float32", "gate": "torch.float32", "query": "torch.bfloat16"}
+    assert found == {
+        "router": "torch.float32",
+        "depth": "torch.float32",
+        "query": "torch.bfloat16",
+    }
 
 
 def test_reductions_per_step(two):

@@ -36,12 +36,12 @@ class Inputs:
 
     def __init__(self, model):
         self.of_group: dict[tuple[int, int], np.ndarray] = {}
-        self.of_gate: dict[int, np.ndarray] = {}
+        self.of_depth: dict[int, np.ndarray] = {}
         for number, layer in enumerate(model.layers):
             for index, group in enumerate(layer.experts.groups):
                 self._keep(group, self.of_group, (number, index), 2)
             if hasattr(layer, "depth"):
-                self._keep(layer.depth, self.of_gate, number, 3)
+                self._keep(layer.depth, self.of_depth, number, 3)
 
     def _keep(self, module, found, key, dims):
         def hook(_, arguments):
@@ -63,12 +63,12 @@ def causal_reference(model, inputs, ids=DOCUMENT):
     """For each layer and token, the factor of the update, and those of the experts; or None."""
     found = []
     for number, layer in enumerate(model.layers):
-        gate: list[float | None] = [1.0] * len(ids)
-        if number in inputs.of_gate:
-            logits = [x @ weight_of(layer.depth.router, 0) for x in inputs.of_gate[number]]
+        depth: list[float | None] = [1.0] * len(ids)
+        if number in inputs.of_depth:
+            logits = [x @ weight_of(layer.depth.router, 0) for x in inputs.of_depth[number]]
             threshold = float(layer.depth.router.threshold_E[0])
-            gate = [sigmoid(logit) if logit > threshold else None for logit in logits]
-        reached = [n for n in range(len(ids)) if gate[n] is not None]
+            depth = [sigmoid(logit) if logit > threshold else None for logit in logits]
+        reached = [n for n in range(len(ids)) if depth[n] is not None]
         experts: list[dict[tuple[int, int], float]] = [{} for _ in ids]
         for index, group in enumerate(layer.experts.groups):
             own = {0, 1} if not hasattr(group, "modalities") else {*group.modalities}
@@ -82,7 +82,7 @@ def causal_reference(model, inputs, ids=DOCUMENT):
                 for e, threshold in enumerate(group.router.threshold_E.tolist()):
                     if (logit := x @ weight_of(group.router, e)) > threshold:
                         experts[n][index, e] = sigmoid(logit)
-        found.append((gate, experts))
+        found.append((depth, experts))
     return found
 
 
@@ -110,10 +110,10 @@ def as_reference(routed):
 
 
 def assert_equal(found, expected):
-    for (gate, experts), (expected_gate, expected_experts) in zip(found, expected, strict=True):
-        assert [each is None for each in gate] == [each is None for each in expected_gate]
-        assert [e for e in gate if e is not None] == pytest.approx(
-            [e for e in expected_gate if e is not None], abs=1e-5
+    for (depth, experts), (expected_depth, expected_experts) in zip(found, expected, strict=True):
+        assert [each is None for each in depth] == [each is None for each in expected_depth]
+        assert [e for e in depth if e is not None] == pytest.approx(
+            [e for e in expected_depth if e is not None], abs=1e-5
         )
         assert [*map(set, experts)] == [*map(set, expected_experts)]
         for each, expected_each in zip(experts, expected_experts, strict=True):

@@ -35,7 +35,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "groups": "moe_2t1i",
         "depth": DepthConfig(modality_factors={"text": 0.75, "image": 0.5}),
     },
-    "all_gated": {"groups": "moe_2t1i", "depth": DepthConfig(layers=(0, 1, 2), scope="sequence")},
+    "all_depth": {"groups": "moe_2t1i", "depth": DepthConfig(layers=(0, 1, 2), scope="sequence")},
 }
 
 
@@ -129,8 +129,8 @@ def test_a_cache_grows(name, waits):
         torch.testing.assert_close(logits_1V[0], expected_SV[-1], rtol=1e-4, atol=1e-4)
 
 
-def set_gates(model: Transformer, value: float) -> None:
-    """Let gates select no token if the value is 0, else those whose features have its sign."""
+def set_depth_routers(model: Transformer, value: float) -> None:
+    """Let them select no token if the value is 0, else those whose features have its sign."""
     for module in model.modules():
         if isinstance(module, DepthRouter):
             module.auxiliary.hidden.weight.fill_(1.0)
@@ -139,10 +139,10 @@ def set_gates(model: Transformer, value: float) -> None:
 
 @pytest.mark.parametrize("for_cpu", [False, True])
 @torch.no_grad()
-def test_gates_that_select_nothing_or_many_tokens(for_cpu):
+def test_depth_routers_that_select_nothing_or_many_tokens(for_cpu):
     for value in (-100.0, 0.0, 100.0):
         model, random = build("mod_moe_2t2i", for_cpu=for_cpu), torch.Generator().manual_seed(2)
-        set_gates(model, value)
+        set_depth_routers(model, value)
         sequence = some_tokens(random, 9)
         caches = model.new_caches(1)
         found = [append(model, caches, [token])[0] for token in sequence.split(1)]
@@ -163,7 +163,7 @@ def test_a_cache_is_as_long_as_its_sequences_though_the_device_is_not_waited_for
     assert caches.layers[0].key_BTGC.shape[1] <= 64
 
 
-@pytest.mark.parametrize("name", ["dense", "moe_2t2i", "mod", "mod_moe_2t2i", "all_gated"])
+@pytest.mark.parametrize("name", ["dense", "moe_2t2i", "mod", "mod_moe_2t2i", "all_depth"])
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 3), st.integers(0, 999), st.booleans(), st.booleans(), st.data())
 @torch.no_grad()
@@ -201,14 +201,14 @@ def test_sequences_can_be_dropped_and_reordered(name):
         torch.testing.assert_close(logits_1V[0], expected_SV[-1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("gate", [None, 0.0])
+@pytest.mark.parametrize("depth_router", [None, 0.0])
 @pytest.mark.parametrize("lengths", [(4, 70), (70, 4), (1, 2)])
 @pytest.mark.parametrize("name", ["moe_2t2i", "mod_moe_2t2i"])
 @torch.no_grad()
-def test_sequences_can_be_added(name, lengths, gate):
+def test_sequences_can_be_added(name, lengths, depth_router):
     model, random = build(name), torch.Generator().manual_seed(3)
-    if gate is not None:
-        set_gates(model, gate)
+    if depth_router is not None:
+        set_depth_routers(model, depth_router)
     sequences = [some_tokens(random, length) for length in lengths]
     caches = model.new_caches(0)
     for sequence in sequences:
@@ -226,8 +226,8 @@ def test_sequences_can_be_added(name, lengths, gate):
 def test_skipped_tokens_leave_nothing_in_a_layer():
     model, random = build("mod"), torch.Generator().manual_seed(4)
     kept: list[int] = []
-    gate = next(module for module in model.modules() if isinstance(module, DepthRouter))
-    gate.register_forward_hook(lambda *args: kept.append(int(args[2][0].filled_EK.sum())))
+    depth_router = next(module for module in model.modules() if isinstance(module, DepthRouter))
+    depth_router.register_forward_hook(lambda *args: kept.append(int(args[2][0].filled_EK.sum())))
     caches = model.new_caches(1)
     for length in (9, 1, 1):
         append(model, caches, [some_tokens(random, length)])

@@ -40,7 +40,7 @@ CASES = [
             ("mod_moe_2t2i", CAUSAL),
             ("mod_null_2t2i", THRESHOLD),
             ("by_modality", THRESHOLD),
-            ("all_gated", THRESHOLD),
+            ("all_depth", THRESHOLD),
         ]
     ),
 ]
@@ -118,7 +118,7 @@ def test_two_batches_may_take_turns(monkeypatch):
 
 
 @torch.inference_mode()
-def test_gates_that_select_no_token_or_all(monkeypatch):
+def test_depth_routers_that_select_no_token_or_all(monkeypatch):
     model = never_waiting(monkeypatch, build("mod_moe_2t2i"))
     for threshold in (torch.inf, -torch.inf):
         for module in model.modules():

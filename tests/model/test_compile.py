@@ -60,12 +60,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "router_noise": True,
     },
     "noise": {"groups": "mod_moe_2t2i", "router_noise": True, "depth": {"noise": True}},
-    "gate_loss": {"groups": "mod_moe_2t2i", "depth": {"gate_loss": 0.1}},
+    "router_loss": {"groups": "mod_moe_2t2i", "depth": {"router_loss": 0.1}},
 }  # fmt: skip
 # Their layers are made of parts of the other architectures, or differentiated below.
 COMBINED = {
-    "dense", "experts_by_sequence", "gate_loss", "grouped_unequal", "mod", "mod_moe_1t1i",
-    "mod_moe_8x", "moe_1t1i", "moe_2t2i", "moe_3t1i", "moe_7t1i", "moe_8x", "noise", "overlapping",
+    "dense", "experts_by_sequence", "grouped_unequal", "mod", "mod_moe_1t1i", "mod_moe_8x",
+    "moe_1t1i", "moe_2t2i", "moe_3t1i", "moe_7t1i", "moe_8x", "noise", "overlapping", "router_loss",
     "shared_slots", "token_8x", "triton",
 }  # fmt: skip
 CASES = [
@@ -266,7 +266,7 @@ def test_a_compiled_layer_is_differentiated_and_keeps_no_zeros_for_it(case):
     assert all(each.any() for each in kept if each.is_floating_point())
 
 
-@pytest.mark.parametrize("case", ["mod_moe_2t2i", "null", "gate_loss"])
+@pytest.mark.parametrize("case", ["mod_moe_2t2i", "null", "router_loss"])
 def test_layers_return_nothing_that_torch_2_11_cannot_compile(case, monkeypatch):
     """There a graph cannot return what `_replace` makes; later versions can."""
     for kind in (Diagnostics, RouterRecord):

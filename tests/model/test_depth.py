@@ -231,8 +231,8 @@ def test_a_modality_without_a_factor_is_refused():
 
 
 @pytest.mark.parametrize("scope", ["batch", "sequence"])
-def test_gate_loss_is_the_cross_entropy_of_decisions_at_one_half(scope):
-    config = DepthConfig(capacity_factor=0.25, scope=scope, gate_loss=0.3)
+def test_router_loss_is_the_cross_entropy_of_decisions_at_one_half(scope):
+    config = DepthConfig(capacity_factor=0.25, scope=scope, router_loss=0.3)
     router = DepthRouter(DIM, config).double()
     torch.nn.init.normal_(router.router.weight, std=0.3)
     x = torch.randn(2, 8, DIM, dtype=torch.float64)

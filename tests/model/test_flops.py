@@ -128,7 +128,7 @@ def test_flops_of_a_token_do_not_depend_on_the_micro_batch_size(case):
 
 def masked_flops(counts: ModelCounts) -> int:
     """Products between selected tokens of different sequences, which a CPU masks."""
-    depth, kind = counts.config.depth_config, counts.layer_kinds()["gated"]
+    depth, kind = counts.config.depth_config, counts.layer_kinds()["mod"]
     if depth is None or depth.scope == "sequence":
         return 0
     return kind.layers * 4 * counts.config.dim * (kind.tokens**2 - kind.pairs)
@@ -243,14 +243,14 @@ def test_parameters_that_some_of_three_tokens_use():
             if any(combination)
         )
 
-    for kind, fraction in (("full", 1), ("gated", 0.25)):
+    for kind, fraction in (("full", 1), ("mod", 0.25)):
         experts = sum(used(fraction * share / 2) for share in shares) / 2
         assert found[kind]["experts"] == pytest.approx(whole[kind]["experts"] * experts)
         routers = sum(used(fraction * share) for share in shares) / 2
         assert found[kind]["routers"] == pytest.approx(whole[kind]["routers"] * routers)
         layer = used(fraction)
         assert found[kind]["attention"] == pytest.approx(whole[kind]["attention"] * layer)
-    assert found["gated"]["depth"] == whole["gated"]["depth"]
+    assert found["mod"]["depth"] == whole["mod"]["depth"]
 
 
 @pytest.mark.parametrize("sparse_groups", ["moe_4t4i", "token_4t4i", "null_8x", "null_4t4i"])

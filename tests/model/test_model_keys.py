@@ -37,7 +37,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
         {"depth": {"modality_factors": {"text": 0.25, "image": 0.75}, "layers": [0]}},
         "logits",
     ),
-    "depth.gate_loss": ({"depth": BASE["depth"] | {"gate_loss": 0.1}}, "router_loss"),
+    "depth.router_loss": ({"depth": BASE["depth"] | {"router_loss": 0.1}}, "router_loss"),
     "depth.noise": ({"depth": BASE["depth"] | {"noise": True}}, "training"),
     "depth.scope": ({"depth": BASE["depth"] | {"scope": "sequence"}}, "logits"),
     "token_choice": ({"token_choice": {}}, "parameters"),

@@ -46,7 +46,7 @@ def test_every_recipe_can_be_planned(path):
     found = plan(recipe)
     for key in ("parameters", "active_parameters", "flops_per_token"):
         assert found[key] == pytest.approx(sum(found["parts"][key].values()), abs=10)
-    assert found["layers"]["full"] + found["layers"]["gated"] == recipe.model.layers
+    assert found["layers"]["full"] + found["layers"]["mod"] == recipe.model.layers
     settings = recipe.pretrain
     size = path.stem.split("_")[0]
     million = 8.388608 if size == "1b4" else 6.291456
@@ -95,29 +95,29 @@ def test_parts_by_kind_of_layer_add_up(architecture):
     found = plan(recipe)
     assert found["parts_by_layer"].keys() == found["parts"].keys()
     for key, by_kind in found["parts_by_layer"].items():
-        assert list(by_kind) == ["full", "gated", "outside"]
+        assert list(by_kind) == ["full", "mod", "outside"]
         for part, total in found["parts"][key].items():
             assert sum(kind.get(part, 0) for kind in by_kind.values()) == pytest.approx(
                 total, abs=2
             )
     with torch.device("meta"):
         model = Transformer(recipe.model, VOCABULARY, recipe.shares)
-    held = {"full": 0, "gated": 0, "outside": 0}
+    held = {"full": 0, "mod": 0, "outside": 0}
     for name, parameter in model.named_parameters():
         if ".auxiliary." not in name:
             in_layer = name.startswith("layers.")
             with_depth = in_layer and int(name.split(".")[1]) in recipe.model.depth_layers
-            held["gated" if with_depth else "full" if in_layer else "outside"] += parameter.numel()
+            held["mod" if with_depth else "full" if in_layer else "outside"] += parameter.numel()
     by_kind = found["parts_by_layer"]["parameters"]
     assert {kind: sum(parts.values()) for kind, parts in by_kind.items()} == held
     # A quarter of the tokens is processed; the depth router itself reads every token.
     active, whole = (found["parts_by_layer"][key] for key in ("active_parameters", "parameters"))
-    assert active["gated"]["attention"] == whole["gated"]["attention"] / 4
-    assert active["gated"]["depth"] == whole["gated"]["depth"]
+    assert active["mod"]["attention"] == whole["mod"]["attention"] / 4
+    assert active["mod"]["depth"] == whole["mod"]["depth"]
     flops = found["parts_by_layer"]["flops_per_token"]
-    assert (flops["gated"]["experts"] > 0) == (found["layers"]["gated"] > 0)
-    assert flops["gated"]["experts"] * found["layers"]["full"] == pytest.approx(
-        flops["full"]["experts"] * found["layers"]["gated"] / 4, rel=1e-3
+    assert (flops["mod"]["experts"] > 0) == (found["layers"]["mod"] > 0)
+    assert flops["mod"]["experts"] * found["layers"]["full"] == pytest.approx(
+        flops["full"]["experts"] * found["layers"]["mod"] / 4, rel=1e-3
     )
 
 
@@ -135,11 +135,11 @@ def test_plan_prints_one_object_and_accepts_overrides():
     run = CliRunner().invoke
     arguments = ["plan", str(CONFIGS / "90m_dense.toml"), "--json"]
     small = json.loads(run(app, [*arguments, "model.layers=4"]).stdout)
-    assert small["layers"] == {"full": 4, "gated": 0}
+    assert small["layers"] == {"full": 4, "mod": 0}
     whole = json.loads(run(app, arguments).stdout)
     assert whole["parameters"] == plan(recipe_of("90m", "dense"))["parameters"]
     table = run(app, arguments[:2]).stdout
     assert all(words in table for words in ("attention", "92.4M", "GFLOPs per token"))
     assert "layers " not in table.split("all")[0]
     table = run(app, ["plan", str(CONFIGS / "90m_mod.toml")]).stdout
-    assert all(words in table for words in ("in 7 full layers", "in 7 gated layers", "depth"))
+    assert all(words in table for words in ("in 7 full layers", "in 7 mod layers", "depth"))

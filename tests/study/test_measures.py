@@ -37,14 +37,14 @@ def test_agreement_of_thresholds_by_modality_equals_slow_counts(tiny, tmp_path):
         )
     loaded, recipe = load_run(run)
     found = measure_routing(run)["agreement"]
-    (gate,) = [index for index, r in enumerate(loaded.routers()) if len(r.threshold_E) == 2]
+    (depth_router,) = [index for index, r in enumerate(loaded.routers()) if len(r.threshold_E) == 2]
     agreed: dict[int, list[bool]] = {TEXT: [], IMAGE: []}
     for batch in held_out(loaded, recipe):
         on_device = to_device(batch, CPU)
         modalities = loaded.modality_of_id[on_device.tokens_BS].flatten().tolist()
         choice = loaded.named_routing("choice", record_selection=True)
-        record = run_model(loaded, on_device, choice, no_head).routers[gate]
-        threshold_M = [*loaded.routers()][gate].threshold_E
+        record = run_model(loaded, on_device, choice, no_head).routers[depth_router]
+        threshold_M = [*loaded.routers()][depth_router].threshold_E
         for n, modality in enumerate(modalities):
             if record.eligible_N[n]:
                 above = record.logits_NE[n, 0] > threshold_M[modality]

@@ -188,14 +188,14 @@ def test_auxiliary_routers_are_trained_beside_the_model(tiny, tmp_path):
 
 
 def test_only_a_model_whose_depth_routers_were_trained_for_it_decides_by_one_half(tiny, tmp_path):
-    for gate_loss in (0.0, 0.1):
-        depth = DepthConfig(gate_loss=gate_loss)
+    for router_loss in (0.0, 0.1):
+        depth = DepthConfig(router_loss=router_loss)
         model = tiny.model.model_copy(update={"groups": "mod_moe_2t2i", "depth": depth})
-        run = train(with_run(tiny, tmp_path / f"{gate_loss}", model=model), WORLD, quiet=True)
-        if gate_loss:
+        run = train(with_run(tiny, tmp_path / f"{router_loss}", model=model), WORLD, quiet=True)
+        if router_loss:
             assert moma.load(run.path, "half").model.named_routing("causal").depth == Half()
             continue
-        with pytest.raises(UserError, match="gate_loss"):
+        with pytest.raises(UserError, match="router_loss"):
             moma.load(run.path, "half")
 
 

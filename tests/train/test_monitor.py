@@ -63,7 +63,7 @@ def test_skipped_steps_are_counted_and_limited():
 
 def test_a_skipped_step_changes_nothing(tiny):
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
-    # Its gates have cutoffs, and its experts' routers biases, which a step moves, too.
+    # Its depth routers have cutoffs, and its experts' routers biases, which a step moves, too.
     config = tiny.model.model_copy(update={"groups": "mod_token_2t2i"})
     model = tiny.model_copy(update={"model": config}).build_model(vocabulary)
     for router in model.auxiliary_routers():

@@ -84,7 +84,7 @@ def test_every_trainable_parameter_gets_a_gradient(tiny, seed, upcycled, stage):
         recipe = recipe.model_copy(update={"stage": stage, "from_": upcycled.path})
     vocabulary = Vocabulary.load(recipe.data.path / "vocabulary.json")
     source = find_source_run(recipe, WORLD)
-    # A depth gate could drop all tokens of a modality; here it takes all tokens.
+    # A depth router could drop all tokens of a modality; here it takes all tokens.
     every = recipe.model.model_copy(update={"depth": DepthConfig(capacity_factor=1.0)})
     recipe = recipe.model_copy(update={"model": every})
     model = prepare_model(recipe, vocabulary, WORLD, source)
