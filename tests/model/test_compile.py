@@ -1,12 +1,16 @@
 """A training step is one graph for every architecture, for any data."""
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.optim import SGD, Optimizer
+from torch.overrides import TorchFunctionMode
 
 from moma.data.batches.packing import NO_LABEL, Batch
 from moma.model.architecture import ModelConfig
@@ -132,21 +136,61 @@ class Trainer:
         self.gradients = [p.grad.clone() for p in parameters if p.grad is not None]
 
 
+class SmallestGap(TorchFunctionMode):
+    """The smallest distance between a value that a `topk` selects and the next smaller one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = math.inf
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if function is torch.Tensor.topk and args[1] < args[0].shape[-1]:
+            ordered = args[0].detach().sort(dim=-1, descending=True).values
+            gaps = ordered[..., args[1] - 1] - ordered[..., args[1]]
+            self.value = min([self.value, *gaps[gaps.isfinite() & (gaps > 0)].tolist()])
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_smallest_gap_is_that_of_the_last_selected_value():
+    with SmallestGap() as gap:
+        torch.tensor([[0.5, 4.0, 2.0], [1.0, 1.25, -torch.inf]]).topk(1, dim=1)
+        torch.tensor([1.0, 2.0]).topk(2)
+        torch.tensor([3.0, 3.0]).topk(1)  # as the scores of null experts, which are alike
+    assert gap.value == 0.25
+
+
 def assert_one_graph(case: str, layers: int, steps: int, **how: Any) -> None:
-    """Model and loss are one graph, forward and backward; its steps equal eager ones."""
+    """Model and loss are one graph, forward and backward; its steps equal eager ones.
+
+    Steps in which rounding may decide what is selected are not compared; they are rare.
+    """
     torch.compiler.reset()
+    near_ties = 0
     loss_function = next_token_loss(z_loss=1e-5, compiled=False)
     compiled = torch.compile(loss_function, fullgraph=True, **how)
     trainer, eager = Trainer(case, layers), Trainer(case, layers)
     for number in range(steps):
-        eager.model.load_state_dict(trainer.model.state_dict())  # or selections would diverge
-        results = []
-        for each, run in ((trainer, compiled), (eager, loss_function)):
-            torch.manual_seed(number)
-            # After the first step, recompiling is an error.
-            with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-                results.append(each.train(batch_of(number), run))
-        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-3)
+        # Or selections would diverge.
+        eager.model.load_state_dict(trainer.model.state_dict())
+        eager.optimizer.load_state_dict(deepcopy(trainer.optimizer.state_dict()))
+        torch.manual_seed(number)
+        # After the first step, recompiling is an error.
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            result = trainer.train(batch_of(number), compiled)
+        torch.manual_seed(number)
+        with SmallestGap() as gap:
+            expected = eager.train(batch_of(number), loss_function)
+        if gap.value < 2e-6:
+            near_ties += 1
+        else:
+            torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-3)
+    assert near_ties <= steps / 5
 
 
 @pytest.mark.parametrize("case", CASES)
