@@ -86,6 +86,17 @@ def test_files_and_changes_give_a_tokenizer(sources, tmp_path):
     assert (len(vocabulary.image_codes), vocabulary.codes_per_image) == (32, 1024)
 
 
+def test_each_of_several_files_is_read(tmp_path):
+    for number, count in ((1, 3), (2, 50), (3, 7)):
+        text = "\n\n".join(f"a{number} text number {index}" for index in range(count))
+        (tmp_path / f"{number}.txt").write_text(text)
+    files, out = [tmp_path / f"{number}.txt" for number in (1, 2, 3)], tmp_path / "out"
+    printed = succeeds("tokenizer", "train-text", *files, *CHANGES, "--out", out)
+    assert "learned from 60 documents" in printed
+    missing = (files[0], tmp_path / "no.txt", *CHANGES, "--out", tmp_path / "other")
+    assert "no.txt" in refuses("tokenizer", "train-text", *missing)
+
+
 def test_the_same_command_completes_an_interrupted_folder(sources, made, tmp_path):
     folder, recipe = tmp_path / "killed", sources / "recipe.toml"
     shutil.copytree(made, folder)
