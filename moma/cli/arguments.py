@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # Options with text for a model: it may be empty or contain any bytes.
 _FREE_TEXT = {"prompt", "text"}
+# Options with text of a model, which may consist of spaces and line breaks.
+_MODEL_TEXT = {"stop"}
 _ORDER = "moma.order"
 COUNT_LIMIT = 1_000_000_000
 """Largest value of an option that counts something."""
@@ -171,7 +173,7 @@ def _checked(param: Any, value: Any, type_: Any) -> Any:
     from moma.recipe import leaf_types, parse_path, require_unicode
 
     name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
-    if not value.strip():
+    if not (value if param.name in _MODEL_TEXT else value.strip()):
         raise UserError(f"{name}: is empty; give a value (an unset shell variable is empty too)")
     try:
         return str(parse_path(value)) if Path in leaf_types(type_) else require_unicode(value)

@@ -18,6 +18,7 @@ def test_every_option_changes_the_answer(trained):
     for option in (("--top-k", "1"), ("--min-p", "1"), ("--repetition-penalty", "50")):
         assert answer("--temperature", "2", *option) != plain
     assert answer("--temperature", "2", "--stop", plain.strip()[0]) != plain
+    assert answer("--temperature", "2", "--stop", "\n", "--stop", " ").strip(" \n").count(" ") == 0
     both = answer("--temperature", "2", "--samples", "2")
     assert both.startswith(plain.rstrip("\n")) and len(both) > len(plain)
 
