@@ -58,9 +58,9 @@ class ModelConfig(Config):
     hidden: int | None = Field(None, ge=1)
     hidden_multiple: int = Field(32, ge=1)
     norm: Literal["swin", "pre"] = "swin"
-    norm_epsilon: float = 1e-5
+    norm_epsilon: float = Field(1e-5, gt=0)
     query_key_norm: bool = True
-    rope_theta: float = 10_000.0
+    rope_theta: float = Field(10_000.0, gt=0)
     attention_mask: Literal["document", "causal"] = "document"
     dropout: float = Field(0.0, ge=0, lt=1)
     tied_embeddings: bool = False

@@ -65,7 +65,7 @@ class DepthConfig(Config):
     """
 
     capacity_factor: float = Field(0.25, gt=0, le=1)
-    layers: tuple[int, ...] | None = None
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     scope: Literal["batch", "sequence"] = "batch"
     modality_factors: dict[str, Annotated[float, Field(gt=0, le=1)]] | None = None
     router_loss: float = Field(0.0, ge=0)

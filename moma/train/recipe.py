@@ -51,7 +51,7 @@ class StageConfig(Config):
     keep_every: int = Field(0, ge=0)
     on_fault: Literal["stop", "skip"] = "stop"
     explosion: float = Field(5.0, ge=0)
-    z_loss: float = 1e-5
+    z_loss: float = Field(1e-5, ge=0)
     finish: float = Field(0.0, ge=0, lt=1)
     auxiliary_routers: bool = False
     compile: bool = True

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from moma.cli.schema import as_markdown
+from moma.cli.schema import as_markdown, json_schema
 from moma.data.sources.registry import source_kinds
 from tests.command_line import succeeds
 
@@ -45,3 +45,9 @@ def test_the_tables_of_the_docs_are_generated_from_the_schema():
     page = PAGE.read_text(encoding="utf-8")
     found = page.partition(BEGIN)[2].partition(END)[0]
     assert found.strip() == as_markdown().strip(), "docs/recipes.md is stale: run `make docs-keys`"
+
+
+def test_every_number_has_a_lower_limit():
+    numbers = [node for node in nodes(json_schema()) if node.get("type") in ("integer", "number")]
+    assert len(numbers) > 50
+    assert not [node for node in numbers if not node.keys() & {"minimum", "exclusiveMinimum"}]
