@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +20,67 @@ from moma.data.sources.reading import MAX_ROW_BYTES, check_text
 from moma.errors import UserError, json_error_message, list_names, quote
 from moma.files import open_regular
 
+_BLOCK_BYTES = 2**16
+
+
+class _Streams(io.RawIOBase):
+    """The content of compressed streams that follow each other, with zeros between or after them.
+
+    `BZ2File` and `LZMAFile` end without an error at the first stream that is damaged.
+    """
+
+    def __init__(
+        self,
+        file: io.BufferedReader,
+        decompressor: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor],
+    ) -> None:
+        self._file, self._decompressor = file, decompressor
+        self._stream, self._position = decompressor(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = b""
+        while not data:
+            if self._stream.eof:
+                more = self._stream.unused_data.lstrip(b"\0")
+                while not more and (block := self._file.read(_BLOCK_BYTES)):
+                    more = block.lstrip(b"\0")
+                if not more:
+                    return 0
+                self._stream = self._decompressor()
+            else:
+                more = self._file.read(_BLOCK_BYTES) if self._stream.needs_input else b""
+                if self._stream.needs_input and not more:
+                    raise EOFError("it is cut off")
+            data = self._stream.decompress(more, len(buffer))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_CUR:
+            offset += self._position
+        if offset < self._position:
+            self._file.seek(0)
+            self._stream, self._position = self._decompressor(), 0
+        while self._position < offset and self.read(min(_BLOCK_BYTES, offset - self._position)):
+            pass
+        return self._position
+
+
 _DECOMPRESS: dict[bytes, Callable[[io.BufferedReader], Any]] = {
     rb"\x1f\x8b\x08": lambda file: gzip.GzipFile(fileobj=file),
-    rb"\xfd7zXZ\x00": lzma.LZMAFile,
-    rb"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(pa.PythonFile(file), "zstd"),
-    rb"BZh\d1AY&SY": bz2.BZ2File,
+    rb"\xfd7zXZ\x00": lambda file: _Streams(file, partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)),
+    # A frame of Zstandard, or one that is to be skipped.
+    rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18": lambda file: pa.CompressedInputStream(
+        pa.PythonFile(file), "zstd"
+    ),
+    rb"BZh\d(1AY&SY|\x17rE8P\x90)": lambda file: _Streams(file, bz2.BZ2Decompressor),
 }
 
 

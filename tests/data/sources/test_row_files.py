@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 
 import pyarrow as pa
 import pytest
@@ -155,3 +156,52 @@ def test_a_damaged_compressed_file_is_an_error(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: cannot read it"):
         list(source_of(path=str(tmp_path / "a.jsonl.gz")).documents())
+
+
+_SKIPPED = b"\x5f\x2a\x4d\x18\x03\0\0\0abc"  # a frame of Zstandard that holds no content
+_COMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: pa.compress(data, codec="zstd", asbytes=True),
+}
+
+
+def streams_of(ending, *texts):
+    return [_COMPRESSORS[ending](b"".join(b"%d\n" % n for n in text)) for text in texts]
+
+
+@pytest.mark.parametrize(
+    ("ending", "before", "between"),
+    [
+        *((ending, b"", b"") for ending in _COMPRESSORS),
+        ("gz", b"", b"\0" * 8),
+        ("xz", b"", b"\0" * 4),
+        ("xz", b"", b"\0" * 200_000),
+        ("bz2", bz2.compress(b""), b""),
+        ("zst", _SKIPPED, _SKIPPED),
+    ],
+)
+def test_every_stream_of_a_compressed_file_is_read(tmp_path, ending, before, between):
+    numbers = [*range(40_000)]
+    parts = streams_of(ending, numbers[:30_000], numbers[30_000:39_999], numbers[39_999:])
+    path = tmp_path / f"a.txt.{ending}"
+    path.write_bytes(before + between.join(parts) + between)
+    assert segments(source_of(path=str(path)).documents()) == [*map(str, numbers)]
+
+
+@pytest.mark.parametrize("ending", _COMPRESSORS)
+@pytest.mark.parametrize("damage", ["header", "between", "after", "cut", "begun"])
+def test_damage_after_the_first_stream_is_an_error(tmp_path, ending, damage):
+    first, second = streams_of(ending, range(3), range(3, 6))
+    damaged = {
+        "header": first + bytes([second[0] ^ 1]) + second[1:],
+        "between": first + b"XXXX" + second,
+        "after": first + second + b"XXXXXXXXXXXX",
+        "cut": first + second[:-3],
+        "begun": first + second[:3],
+    }
+    path = tmp_path / f"a.txt.{ending}"
+    path.write_bytes(damaged[damage])
+    with pytest.raises(UserError, match=rf"a\.txt\.{ending}: cannot read it"):
+        list(source_of(path=str(path)).documents())

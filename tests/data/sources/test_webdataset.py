@@ -1,7 +1,10 @@
 """WebDataset tar files: plain, compressed, damaged and hostile."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import pickle
 import tarfile
 import tracemalloc
@@ -11,7 +14,7 @@ import pytest
 from moma.data.documents import ImageRef, Rejected
 from moma.data.sources.webdataset import WebDatasetConfig
 from moma.errors import UserError
-from tests.data.sources.rows import accepted
+from tests.data.sources.rows import accepted, shape
 from tests.factories import image_bytes, write_tar
 
 
@@ -60,6 +63,16 @@ def test_plain_and_compressed_tars_are_read(tmp_path, compression):
     assert [document.name for document in documents] == ["a0", "a1", "a2", "b0", "b1", "b2"]
     images = [document.segments[0] for document in pickle.loads(pickle.dumps(documents))]
     assert [image.read().width for image in reversed(images)] == [3, 2, 1, 3, 2, 1]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_tar_in_several_compressed_streams_is_read(tmp_path, compress):
+    data = write_tar(tmp_path / "plain.tar", samples(*map(str, range(60)))).read_bytes()
+    starts = range(0, len(data), len(data) // 3)
+    streams = [compress(data[start : start + len(data) // 3]) for start in starts]
+    (tmp_path / "a.tar.gz").write_bytes(b"".join(streams))
+    documents = accepted(documents_of(tmp_path / "a.tar.gz"))
+    assert [shape(document)[0] for document in documents] == [*range(1, 61)]
 
 
 def test_names_with_dots_are_separate_samples(tmp_path):
