@@ -169,9 +169,7 @@ class WebDatasetConfig(CaptionReaderConfig):
                     archive.members = []  # type: ignore[attr-defined]
                     if not info.isdir():
                         yield self._member(path, info, None if opened is file else archive)
-            # tarfile takes any block that is not a header for the end.
-            if stream.last.strip(b"\0"):
-                raise tarfile.ReadError("damaged in its middle")
+            _check_end(stream)
 
     def _member(
         self, path: Path, info: tarfile.TarInfo, compressed: tarfile.TarFile | None
@@ -241,6 +239,20 @@ class _BoundedStream:
             raise tarfile.ReadError(f"a header of {size} bytes")
         self.last = self._file.read(size)
         return self.last
+
+
+def _check_end(stream: _BoundedStream) -> None:
+    """Raise `ReadError` unless an archive ended with zeros; `tarfile` ends at any odd block."""
+    if not stream.last:
+        raise tarfile.ReadError("it is cut off")
+    if stream.last.strip(b"\0"):
+        raise tarfile.ReadError("damaged in its middle")
+    while block := stream.read(tarfile.RECORDSIZE):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(
+                "data follow its end: it is damaged, or consists of several archives, which "
+                "`tar --ignore-zeros` unpacks"
+            )
 
 
 def _read_range(path: Path, offset: int, size: int) -> bytes:

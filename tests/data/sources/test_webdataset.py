@@ -198,6 +198,45 @@ def test_a_tar_damaged_in_its_middle_is_refused(tmp_path):
         documents_of(path)
 
 
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("name", ["3.png", "3.txt", "0.png"])
+def test_zeros_in_the_place_of_a_header_are_refused(tmp_path, name, compress):
+    path = write_tar(tmp_path / "a.tar", samples(*map(str, range(6))))
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        start = archive.getmember(name).offset
+    data[start : start + 512] = bytes(512)
+    path.write_bytes(compress(bytes(data)))
+    with pytest.raises(UserError, match=r"a\.tar: cannot read it .*download it again"):
+        documents_of(path)
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_archives_one_after_the_other_in_a_file_are_refused(tmp_path, compress):
+    parts = [write_tar(tmp_path / f"{name}.tar", samples(name)).read_bytes() for name in "ab"]
+    (tmp_path / "both").write_bytes(b"".join(map(compress, parts)))
+    with pytest.raises(UserError, match=r"data follow its end.*several archives, which `tar --ig"):
+        documents_of(tmp_path / "both")
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_a_tar_cut_between_two_files_is_refused(tmp_path, compress):
+    path = write_tar(tmp_path / "a.tar", samples(*"abc"))
+    with tarfile.open(path) as archive:
+        start = archive.getmember("c.png").offset
+    path.write_bytes(compress(path.read_bytes()[:start]))
+    with pytest.raises(UserError, match=r"a\.tar: cannot read it \(it is cut off\)"):
+        documents_of(path)
+
+
+@pytest.mark.parametrize("padding", [512, 1024, 50_000])
+def test_any_number_of_zeros_ends_a_tar(tmp_path, padding):
+    path = write_tar(tmp_path / "a.tar", samples(*"ab"))
+    content = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(content + bytes(-len(content) % 512 + padding))
+    assert len(list(accepted(documents_of(path)))) == 2
+
+
 @pytest.mark.parametrize("name", ["nowhere.tar", "no*.tar", "text.tar", "empty.tar"])
 def test_a_file_that_is_not_a_tar_is_an_error(tmp_path, name):
     (tmp_path / "text.tar").write_text("no tar" * 1000)
