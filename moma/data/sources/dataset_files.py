@@ -5,15 +5,16 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets.data_files import ALL_DEFAULT_PATTERNS, resolve_pattern
+from datasets.data_files import ALL_DEFAULT_PATTERNS, FILES_TO_IGNORE, resolve_pattern
 from datasets.download import DownloadManager
+from huggingface_hub import DatasetCard
 
 from moma.data.documents import SourcePart
 from moma.data.sources import arrow_tables, row_files
@@ -21,7 +22,7 @@ from moma.data.sources.arrow_tables import cause_on_disk
 from moma.data.sources.jsonl import require_text
 from moma.data.sources.listings import listed_once
 from moma.data.sources.parts import ranges_of
-from moma.data.sources.paths import FileRange, expand_pattern, outputs_below
+from moma.data.sources.paths import FileRange, expand_pattern, files_below, outputs_below
 from moma.errors import UserError, list_names, quote, shorten
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,6 +31,15 @@ _ENDINGS = (*row_files.ENDINGS, *arrow_tables.ENDINGS)
 # or that a column is an index.
 _TEXT_BUILDERS = ("csv", "json", "text")
 _BUILDERS_PACKAGE = "datasets.packaged_modules."
+# Files that accompany data.
+_NO_DATA = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|requirements)\b.*", re.IGNORECASE
+)
+# Options of a README that are heeded, or that do not matter where values stay as they are written.
+_HEEDED = (
+    *("name", "version", "description", "data_dir", "data_files", "features"),
+    *("sep", "delimiter", "columns", "batch_size", "chunksize"),
+)
 _WHOLE = SourcePart()
 
 
@@ -179,6 +189,8 @@ def _builder_files(
         builder = datasets.load_dataset_builder(path, name=subset, revision=revision)
     kind, config, splits = _builder_kind(builder), builder.config, _files_of(builder)
     files = [file for paths in splits.values() for file in paths]
+    if is_local:
+        _check_complete(path, files)
     endings = {row_files.ending_of(file) for file in files}
     is_text = kind in _TEXT_BUILDERS and endings <= set(row_files.ENDINGS)
     is_text = is_text and getattr(config, "field", None) is None
@@ -192,12 +204,53 @@ def _builder_files(
         )
     if not splits or not (is_text or kind in arrow_tables.ENDINGS.values()):
         return DatasetFiles("other", splits, builder=builder)
+    _check_options(path, config)
     if not is_local and not streaming:
         splits = DownloadManager().download(splits)
     separator = getattr(config, "sep", None) if kind == "csv" else None
     if separator == "," and endings == {"tsv"}:
         separator = None
     return DatasetFiles("rows" if is_text else kind, splits, separator)
+
+
+def _check_complete(path: str, used: list[str]) -> None:
+    """Refuse a folder of which `datasets` would leave out files, unless its README chooses them."""
+    card = Path(path, datasets.config.REPOCARD_FILENAME)
+    declared = DatasetCard.load(card).data.to_dict().get("configs") if card.is_file() else None
+    if any("data_files" in config or "data_dir" in config for config in declared or ()):
+        return
+    found = {*map(os.path.realpath, used)}
+    left_out = [
+        str(file.relative_to(path))
+        for file in files_below(Path(path))
+        if row_files.ending_of(str(file)) in _ENDINGS
+        and file.name not in FILES_TO_IGNORE
+        and not _NO_DATA.fullmatch(file.name)
+        and os.path.realpath(file) not in found
+    ]
+    if left_out:
+        raise UserError(
+            f"{path}: `datasets` would leave out {list_names(left_out)} of this folder; move what "
+            f"is not to be read elsewhere, or name the files of one kind: {path}/*.jsonl"
+        )
+
+
+def _check_options(path: str, config: datasets.BuilderConfig) -> None:
+    """Refuse options of a README that would change what is read, and are not heeded here."""
+    default = type(config)()
+    options = {field.name: getattr(config, field.name) for field in fields(config)}
+    ignored = [
+        name
+        for name, value in options.items()
+        if name not in _HEEDED
+        and value != getattr(default, name)
+        and not (name == "encoding" and str(value).lower() in ("utf-8", "utf8"))
+    ]
+    if ignored:
+        raise UserError(
+            f"{path}: its README declares options that are not heeded: {list_names(ignored)}; "
+            "download and convert the files so that they can be read without"
+        )
 
 
 def _metadata_files(splits: dict[str, list[str]]) -> dict[str, list[str]]:

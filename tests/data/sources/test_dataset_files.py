@@ -1,6 +1,8 @@
 """Files of a dataset: splits, shards, patterns, metadata, and what the library guesses."""
 
+import json
 import zipfile
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -10,6 +12,7 @@ import pytest
 from moma.data.documents import Document, Rejected
 from moma.errors import UserError
 from tests.data.sources.rows import png, segments, shape, source_of
+from tests.factories import write_parquet
 
 
 @pytest.mark.parametrize(
@@ -130,3 +133,93 @@ def test_csv_files_that_the_library_would_read_by_guesses_are_refused(tmp_path):
         file.writestr("a.csv", "text\n007\n")
     with pytest.raises(UserError, match=r"CSV files such as NA and 007.* unpack them on this"):
         list(source_of(path=str(tmp_path), image_column="image").documents())
+
+
+def write_rows(folder, *names):
+    """Files of one row, the file's own name without its ending."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        text = path.name.partition(".")[0]
+        if name.endswith("parquet"):
+            write_parquet(path, [{"text": text}])
+        elif name.endswith("csv"):
+            path.write_text(f"text\n{text}\n")
+        elif name.endswith("txt"):
+            path.write_text(f"{text}\n")
+        else:
+            path.write_text(json.dumps({"text": text}) + "\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "left_out"),
+    [
+        (["x.jsonl", "y.csv", "z.csv"], "x.jsonl"),
+        (["x.jsonl", "a.parquet", "b.parquet", "n.txt"], "n.txt, x.jsonl"),
+        (["train.jsonl", "more.jsonl"], "more.jsonl"),
+        (
+            ["train-1.jsonl", "latest.jsonl", "developer.jsonl", "strain.jsonl"],
+            "developer.jsonl, latest.jsonl, strain.jsonl",
+        ),
+        (["train/a.jsonl", "more/b.jsonl"], "more/b.jsonl"),
+        (["a.jsonl", "deep.csv.gz"], "deep.csv.gz"),
+    ],
+)
+def test_a_folder_of_which_files_would_be_left_out_is_refused(tmp_path, names, left_out):
+    path = write_rows(tmp_path / "rows", *names)
+    with pytest.raises(UserError, match=f"`datasets` would leave out {left_out} of this folder"):
+        list(source_of(path=path).documents())
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "texts"),
+    [
+        (["train.jsonl", "dev.jsonl", "test-0.jsonl"], "train", ["train"]),
+        (["train.jsonl", "dev.jsonl", "test-0.jsonl"], "validation", ["dev"]),
+        (["a.csv", "LICENSE.txt", "dataset_info.json"], "train", ["a"]),
+        (["a.csv", ".hidden.csv"], "train", ["a"]),
+    ],
+)
+def test_files_of_other_splits_and_those_beside_the_data_are_not_missed(
+    tmp_path, names, split, texts
+):
+    path = write_rows(tmp_path / "rows", *names)
+    assert segments(source_of(path=path, split=split).documents()) == texts
+
+
+def test_a_readme_may_choose_the_files_of_a_folder(tmp_path):
+    path = write_rows(tmp_path / "rows", "a.csv", "b.csv", "c.jsonl")
+    write_readme(path, "data_files: b.csv")
+    assert segments(source_of(path=path).documents()) == ["b"]
+
+
+def write_readme(path, *options):
+    lines = "".join(f"  {option}\n" for option in options)
+    card = f"---\nconfigs:\n- config_name: default\n{lines}---\n"
+    Path(path, "README.md").write_text(card)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "ignored"),
+    [
+        ("a.csv", ['quotechar: "|"'], "quotechar"),
+        ("a.csv", ["skiprows: 1", 'sep: ";"'], "skiprows"),
+        ("a.csv", ["encoding: latin-1"], "encoding"),
+        ("a.csv", ["column_names: [text]"], "names, column_names"),
+        ("a.txt", ["sample_by: paragraph"], "sample_by"),
+        ("a.jsonl", ["encoding: utf-16"], "encoding"),
+        ("a.parquet", ["filters: [[text, ==, b]]"], "filters"),
+        ("a.csv", ['sep: ","', "encoding: utf-8", "chunksize: 9"], None),
+        ("a.csv", ['delimiter: ","', "quotechar: '\"'"], None),
+    ],
+)
+def test_options_of_a_readme_that_are_not_heeded_are_refused(tmp_path, name, options, ignored):
+    path = write_rows(tmp_path / "rows", name)
+    write_readme(path, f"data_files: {name}", *options)
+    if ignored is None:
+        assert segments(source_of(path=path).documents()) == ["a"]
+        return
+    with pytest.raises(UserError, match=f"rows: its README .* not heeded: {ignored};"):
+        list(source_of(path=path).documents())
