@@ -41,7 +41,7 @@ def full_disk(self: MetricsLog, record: dict) -> None:
     raise AssertionError("no record may follow one that could not be written")
 
 
-def with_nonfinite_score(real: LossFunction) -> LossFunction:
+def with_nonfinite_logit(real: LossFunction) -> LossFunction:
     """A score of the second layer is not finite at the third step."""
     taken = 0
 
@@ -126,7 +126,7 @@ def job(world: World, tiny: Recipe, out: Path) -> None:
             real = stages.loss_function_of
 
             def faulty(*arguments: Any, **keys: Any) -> LossFunction:
-                return with_nonfinite_score(real(*arguments, **keys))
+                return with_nonfinite_logit(real(*arguments, **keys))
 
             patch.setattr(stages, "loss_function_of", faulty)
         with pytest.raises(SharedError) as fault:
@@ -163,7 +163,7 @@ def test_an_unwritable_log_stops_all_ranks(outcome):
     assert not checkpoints_in(Run(outcome / "full").checkpoints)
 
 
-def test_a_nonfinite_score_stops_all_ranks(outcome):
+def test_a_nonfinite_logit_stops_all_ranks(outcome):
     message = (outcome / "fault-0").read_text()
     assert "at step 3 the output of layer 1, or a logit" in message
     assert (outcome / "fault-1").read_text() == message

@@ -99,7 +99,7 @@ def nonfinite(losses: LossOutput) -> LossOutput:
     return losses._replace(nonfinite_L=torch.tensor([False, True]))
 
 
-def test_nonfinite_scores_follow_on_fault(tiny, tmp_path, monkeypatch):
+def test_nonfinite_logits_follow_on_fault(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         before_step(patch, with_losses(nonfinite))
         with pytest.raises(UserError, match="at step 3 the output of layer 1, or a logit"):
@@ -119,7 +119,7 @@ def test_the_message_names_the_key_of_the_stage(tiny, tiny_run, tmp_path, monkey
 
 
 @pytest.mark.parametrize("broken", ["layers.1.depth.router", "layers.2.experts.groups.0.router"])
-def test_nonfinite_scores_stop_and_name_the_layer(tiny, tmp_path, monkeypatch, broken):
+def test_nonfinite_logits_stop_and_name_the_layer(tiny, tmp_path, monkeypatch, broken):
     changes = {"groups": "mod_moe_2t2i", "layers": 4, "depth": DepthConfig(layers=(1, 3))}
     recipe = tiny.model_copy(
         update={"model": tiny.model.model_copy(update=changes), "run": tmp_path / "run"}

@@ -36,7 +36,7 @@ STAGE_TESTS = {
     "checkpoint_every": "train/test_keys.py::test_counts_of_steps_and_files",
     "keep_checkpoints": "train/test_keys.py::test_counts_of_steps_and_files",
     "keep_every": "train/test_keys.py::test_counts_of_steps_and_files",
-    "on_fault": "train/test_fault.py::test_nonfinite_scores_follow_on_fault",
+    "on_fault": "train/test_fault.py::test_nonfinite_logits_follow_on_fault",
     "explosion": "train/test_monitor.py::test_check_equals_a_slow_reference",
     "z_loss": "train/test_keys.py::test_z_loss_takes_part_in_training",
     "finish": "train/test_finish.py::test_the_last_steps_route_by_thresholds",
