@@ -111,12 +111,19 @@ def require_unicode(text: str) -> str:
     return text
 
 
+def refuse_address(value: str) -> str:
+    """Return a value of a key that names files; raises `ValueError` for one such as `s3://…`."""
+    if re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
+        raise ValueError("is an address; copy it to this machine and give the path of the copy")
+    return value
+
+
 def parse_path(value: Any) -> Any:
     """Return a path as written in a recipe or on the command line; `~` is the home directory.
 
     Raises:
-        ValueError: it is empty, too long, not UTF-8, leads through a loop of symbolic links, or
-            starts with the `~` of an unknown user.
+        ValueError: it is empty, too long, not UTF-8, an address such as `s3://…`, leads through a
+            loop of symbolic links, or starts with the `~` of an unknown user.
     """
     if isinstance(value, Path):
         return value
@@ -127,7 +134,7 @@ def parse_path(value: Any) -> Any:
     if len(os.fsencode(require_unicode(value))) >= _PATH_LIMIT:
         raise ValueError(f"is too long: a path has fewer than {_PATH_LIMIT:,} bytes")
     try:
-        path = Path(value).expanduser()
+        path = Path(refuse_address(value)).expanduser()
     except RuntimeError as error:
         raise ValueError("no such user; write ./~… for a name that starts with ~") from error
     try:

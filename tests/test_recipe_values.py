@@ -58,6 +58,9 @@ def recipe(tmp_path):
         ("[1]", "should be a path in quotes"),
         ("~no-such-user/x", "no such user"),
         ("x" * 5000, "too long"),
+        ("s3://bucket/x.parquet", "is an address; copy it to this machine"),
+        ("https://a.example/x.jsonl", "is an address"),
+        ("file:///x.jsonl", "is an address"),
     ],
 )
 def test_unusable_paths_are_refused(recipe, key, value, message):
@@ -86,11 +89,15 @@ def test_an_empty_path_in_a_list_is_refused(recipe):
 
 
 @pytest.mark.parametrize("kind", sorted(source_kinds()))
-def test_an_empty_path_of_any_source_is_refused(recipe, kind):
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [("", ""), ("s3://bucket/x.parquet", "is an address"), ("hf://datasets/a/b", "is an address")],
+)
+def test_an_empty_path_or_an_address_of_any_source_is_refused(recipe, kind, path, message):
     if "path" not in source_kinds()[kind].model_fields:
         pytest.skip("it reads no path")
-    source = f'data.sources=[{{kind = "{kind}", path = ""}}]'
-    with pytest.raises(UserError, match=r"'data\.sources\.0\.path': "):
+    source = f'data.sources=[{{kind = "{kind}", path = "{path}"}}]'
+    with pytest.raises(UserError, match=rf"'data\.sources\.0\.path': .*{message}"):
         read_recipe(Recipe, recipe, [source])
 
 

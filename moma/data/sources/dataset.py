@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from os.path import commonpath
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import datasets
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from moma.data.documents import Document, ImageRef, SourceName, SourcePart
 from moma.data.sources import arrow_tables
@@ -24,6 +24,7 @@ from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, Row, content_hash
 from moma.data.sources.row_files import FileRow, check_columns, row_cuts
 from moma.errors import UserError, list_names, quote
+from moma.recipe import refuse_address
 
 _CHUNK_ROWS = 16
 _TEXT_TYPES = ("string", "large_string", "null")
@@ -56,7 +57,7 @@ class DatasetConfig(CaptionReaderConfig):
 
     kind: Literal["dataset"] = "dataset"
     name: SourceName = "dataset"
-    path: str = Field(min_length=1)
+    path: Annotated[str, AfterValidator(refuse_address)] = Field(min_length=1)
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
