@@ -72,8 +72,7 @@ def _lists(folder: Path) -> list[Path]:
     captions = folder / _LIST
     if captions.exists():
         return [captions]
-    files = files_below(folder) if folder.is_dir() else []
-    lists = [path for path in files if path.name in METADATA_FILES]
+    lists = [path for path in files_below(folder) if path.name in METADATA_FILES]
     if not lists:
         raise UserError(
             f"{captions}: cannot read it (no such file, and no {' or '.join(METADATA_FILES)}); "

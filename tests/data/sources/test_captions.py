@@ -152,6 +152,13 @@ def test_a_missing_list_is_an_error(tmp_path):
         source.fingerprint()
 
 
+def test_a_file_as_path_is_named(tmp_path):
+    (tmp_path / "captions.jsonl").write_text('{"image": "a.png", "caption": "c"}\n')
+    source = CaptionsConfig(path=tmp_path / "captions.jsonl")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/captions\.jsonl: .*Not a directory"):
+        list(source.documents())
+
+
 def test_different_spellings_of_a_path_give_one_name(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("a.png", "sub/b.png"):
