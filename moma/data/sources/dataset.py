@@ -17,7 +17,13 @@ from pydantic import AfterValidator, Field, model_validator
 from moma.data.documents import Document, ImageRef, SourceName, SourcePart
 from moma.data.sources import arrow_tables
 from moma.data.sources.dataset_files import find_files, local_files, open_errors
-from moma.data.sources.interleaved import Part, content_name, make_document, parse_parts
+from moma.data.sources.interleaved import (
+    Part,
+    align_lists,
+    content_name,
+    make_document,
+    parse_segments,
+)
 from moma.data.sources.jsonl import require_text
 from moma.data.sources.parts import IMAGE_BYTES, cut_files, ranges_of
 from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
@@ -199,10 +205,10 @@ class DatasetConfig(CaptionReaderConfig):
             UserError: there are none, or they are malformed.
         """
         if self.image_column is None:
-            return parse_parts({"segments": values[self.segments_column or ""]})
+            return parse_segments(values, self.segments_column or "")
         image = values[self.image_column]
         if isinstance(image, list):
-            return parse_parts({"texts": values[self.text_column], "images": image})
+            return align_lists(values, self.text_column, self.image_column)
         if image is None:
             raise UserError(f"has no image under {quote(self.image_column)}; remove the row")
         return [("text", require_text(values, self.text_column)), ("image", image)]

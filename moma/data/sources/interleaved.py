@@ -29,7 +29,7 @@ from moma.data.sources.reading import (
     content_hash,
 )
 from moma.data.sources.row_files import named_images
-from moma.errors import StorageError, UserError, list_names, shorten
+from moma.errors import StorageError, UserError, list_names, quote, shorten
 from moma.files import open_regular
 from moma.recipe import RequiredPath
 
@@ -88,12 +88,39 @@ def parse_parts(values: dict[str, Any]) -> list[Part]:
         UserError: the row has neither, or they are malformed.
     """
     if values.get("segments") is not None:
-        parts = [_parse_segment(segment) for segment in _require_list(values, "segments")]
-    elif "texts" in values or "images" in values:
-        parts = _align(_require_list(values, "texts"), _require_list(values, "images"))
-    else:
-        found = list_names(values)
-        raise UserError(f"needs 'segments', or 'texts' and 'images'; the keys are: {found}")
+        return parse_segments(values, "segments")
+    if "texts" in values or "images" in values:
+        return align_lists(values, "texts", "images")
+    found = list_names(values)
+    raise UserError(f"needs 'segments', or 'texts' and 'images'; the keys are: {found}")
+
+
+def parse_segments(values: dict[str, Any], key: str) -> list[Part]:
+    """Return the parts of a row from the segments under a key; raises `UserError` as above."""
+    return _without_blanks([_parse_segment(segment) for segment in _require_list(values, key)])
+
+
+def align_lists(values: dict[str, Any], texts_key: str, images_key: str) -> list[Part]:
+    """Return the parts of a row from two lists; raises `UserError` as above."""
+    texts, images = _require_list(values, texts_key), _require_list(values, images_key)
+    if len(texts) != len(images):
+        raise UserError(
+            f"{quote(texts_key)} has {len(texts)} entries and {quote(images_key)} {len(images)}; "
+            "both need one length"
+        )
+    parts: list[Part] = []
+    for number, (text, image) in enumerate(zip(texts, images, strict=True), start=1):
+        if text is not None and image is not None:
+            raise UserError(f"entry {number} has a text and an image; one must be null")
+        if text is not None and not isinstance(text, str):
+            raise UserError(
+                f"entry {number} of {quote(texts_key)} is not a text; fix or remove the row"
+            )
+        parts.append(("image", image) if text is None else ("text", text))
+    return _without_blanks([part for part in parts if part[1] is not None])
+
+
+def _without_blanks(parts: list[Part]) -> list[Part]:
     kept = [(kind, value) for kind, value in parts if kind == "image" or value.strip()]
     if not kept:
         raise UserError("contains neither text nor an image; remove the row")
@@ -137,25 +164,10 @@ def _parse_segment(segment: Any) -> Part:
     )
 
 
-def _align(texts: list[Any], images: list[Any]) -> list[Part]:
-    if len(texts) != len(images):
-        raise UserError(
-            f"'texts' has {len(texts)} entries and 'images' {len(images)}; both need one length"
-        )
-    parts: list[Part] = []
-    for number, (text, image) in enumerate(zip(texts, images, strict=True), start=1):
-        if text is not None and image is not None:
-            raise UserError(f"entry {number} has a text and an image; one must be null")
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"entry {number} of 'texts' is not a text; fix or remove the row")
-        parts.append(("image", image) if text is None else ("text", text))
-    return [part for part in parts if part[1] is not None]
-
-
 def _require_list(values: dict[str, Any], key: str) -> list[Any]:
     value = values.get(key)
     if not isinstance(value, list):
-        raise UserError(f"'{key}' must be a list; fix or remove the row")
+        raise UserError(f"{quote(key)} must be a list; fix or remove the row")
     return value
 
 

@@ -138,6 +138,24 @@ def test_rows_that_cannot_be_used_are_rejected(tmp_path):
         last.segments[0].read()
 
 
+@pytest.mark.parametrize(
+    ("columns", "row", "reason"),
+    [
+        (("text", "image"), {"text": "a", "image": ["a.png"]}, "'text' must be a list"),
+        (("text", "image"), {"text": ["a"], "image": []}, "'text' has 1 entries and 'image' 0"),
+        (("text", "image"), {"text": [1], "image": [None]}, "entry 1 of 'text' is not a text"),
+        (("content",), {"content": "a"}, "'content' must be a list"),
+        (("content",), {"content": None, "segments": []}, "'content' must be a list"),
+    ],
+)
+def test_rows_are_rejected_by_the_names_of_their_columns(tmp_path, columns, row, reason):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    keys = ("segments_column",) if len(columns) == 1 else ("text_column", "image_column")
+    source = source_of(path=str(tmp_path / "a.jsonl"), **dict(zip(keys, columns, strict=True)))
+    (rejected,) = source.documents()
+    assert reason in rejected.reason
+
+
 def test_changed_files_are_opened_again(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", [{"text": "old"}])
     source = source_of(path=str(path))
