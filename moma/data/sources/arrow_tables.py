@@ -66,21 +66,18 @@ def parquet_features(paths: list[str], columns: list[str]) -> datasets.Features:
 
 
 def row_group_cuts(columns: list[str]) -> Cuts:
-    """Return what yields where a Parquet file can be cut: between row groups.
-
-    A cut counts the rows of the files before, too, since rows are numbered over all files.
-    """
-    rows = 0
+    """Return what yields where a Parquet file can be cut: between row groups."""
 
     def cuts_of(path: Path) -> Iterator[Cut]:
-        nonlocal rows
         with read_errors(path, _REMEDY), pa.parquet.ParquetFile(path) as file:
             groups = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+        rows = 0
         for number, group in enumerate(groups, 1):
             rows += group.num_rows
-            yield Cut(number, rows, _group_bytes(group, columns))
+            is_last = number == len(groups)
+            yield Cut(number, 0 if is_last else rows, _group_bytes(group, columns))
         if not groups:
-            yield Cut(0, rows, 0)
+            yield Cut(0, 0, 0)
 
     return cuts_of
 
@@ -98,12 +95,24 @@ def _group_bytes(group: pa.parquet.RowGroupMetaData, columns: list[str]) -> int:
 
 def read_row_groups(
     ranges: Iterable[FileRange], columns: list[str], rows: int
-) -> Iterator[pa.RecordBatch]:
-    """Yield at most `rows` rows at a time of ranges of row groups of Parquet files."""
-    for path, begin, end, _ in ranges:
+) -> Iterator[tuple[Path, int, pa.RecordBatch]]:
+    """Yield ranges of row groups of Parquet files: at most `rows` rows at a time.
+
+    With each come its file, and how many rows of the file are before it.
+    """
+    for path, begin, end, before in ranges:
         with read_errors(path, _REMEDY), pa.parquet.ParquetFile(path) as file:
             groups = range(begin, file.metadata.num_row_groups if end is None else end)
-            yield from file.iter_batches(rows, [*groups], columns)
+            for table in file.iter_batches(rows, [*groups], columns):
+                yield path, before, table
+                before += table.num_rows
+
+
+def row_locations(kind: str, paths: Iterable[Path]) -> Iterator[str]:
+    """Yield the file and the number, from 1, of each row of files of a kind of `ENDINGS`."""
+    for path in paths:
+        rows = _schema_and_rows(kind, str(path))[1]
+        yield from (f"{path}, row {number}" for number in range(1, rows + 1))
 
 
 def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:

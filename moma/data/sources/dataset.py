@@ -7,6 +7,7 @@ are stored; unless it is streamed, a row is read again when its image is needed.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import count, islice
 from os.path import commonpath
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -138,21 +139,28 @@ class DatasetConfig(CaptionReaderConfig):
                 yield from ((None, row) for row in files.rows(self.columns, self.split, part))
                 return
             local = files.local(self.split)
-            is_direct = files.kind == "parquet" and bool(local) and part.stop is not None
-            if is_direct:
+            if files.kind == "parquet" and local and part.stop is not None:
                 groups = ranges_of(local, part)
-                tables = arrow_tables.read_row_groups(groups, self.columns, _CHUNK_ROWS)
-                number = part.row
+                direct = arrow_tables.read_row_groups(groups, self.columns, _CHUNK_ROWS)
+                for path, number, table in direct:
+                    for values in table.to_pylist():
+                        number += 1
+                        location = f"{path}, row {number}"
+                        yield None, FileRow(str(path), location, partial(dict, values))
+                return
+            opened = _open(self, fingerprint)
+            if part.end is not None:
+                opened = opened.select(range(part.begin, part.end))
+            if local and files.kind in arrow_tables.ENDINGS.values():
+                locations = arrow_tables.row_locations(files.kind, local)
             else:
-                opened = _open(self, fingerprint)
-                if part.end is not None:
-                    opened = opened.select(range(part.begin, part.end))
-                tables, number = opened.iter(batch_size=_CHUNK_ROWS), part.begin
-            for table in tables:
+                locations = (f"{self.path}, row {number}" for number in count(1))
+            locations, number = islice(locations, part.begin, None), part.begin
+            for table in opened.iter(batch_size=_CHUNK_ROWS):
                 for values in table.to_pylist():
+                    row = FileRow(self.path, next(locations), partial(dict, values))
+                    yield None if self.streaming else number, row
                     number += 1
-                    row = FileRow(self.path, f"{self.path}, row {number}", partial(dict, values))
-                    yield None if is_direct or self.streaming else number - 1, row
 
     def _check_text(self, features: datasets.Features) -> None:
         """Refuse a column of numbers or the like at once, instead of row by row."""

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from moma.data.documents import Document, Rejected
+from moma.data.documents import Document, Rejected, SourcePart
 from moma.errors import UserError
 from tests.data.sources.rows import png, segments, shape, source_of
 from tests.factories import write_parquet
@@ -62,6 +62,25 @@ def test_shards_need_to_agree_only_in_the_columns_that_are_used(tmp_path, name, 
     *texts, rejected = segments(source_of(path=str(path), streaming=streaming).documents())
     assert texts == ["a", "b", "c"]
     assert isinstance(rejected, Rejected) and "needs a text" in rejected.reason
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("in_parts", [False, True])
+@pytest.mark.parametrize("name", ["parquet", "arrow"])
+def test_rejected_rows_name_their_file(tmp_path, name, in_parts, streaming):
+    texts = [["a", None], [], [*map(str, range(20)), None, None], [None]]
+    tables = [pa.table({"text": pa.array(column, pa.string())}) for column in texts]
+    path = write_shards(tmp_path, name, tables)
+    if name == "parquet":  # of several row groups
+        pa.parquet.write_table(tables[2], tmp_path / "2.parquet", row_group_size=1)
+    source = source_of(path=path, streaming=streaming)
+    parts = source.parts(1) if in_parts else [SourcePart()]
+    assert len(parts) > 1 or not in_parts or (name, streaming) == ("arrow", True)
+    rows = [row for part in parts for row in source.read_part(part)]
+    assert [row.row for row in rows if isinstance(row, Rejected)] == [
+        f"{tmp_path}/{number}.{name}, row {row}"
+        for number, row in ((0, 2), (2, 21), (2, 22), (3, 1))
+    ]
 
 
 def test_shards_that_disagree_are_named(tmp_path):
