@@ -19,8 +19,8 @@ from moma.files import atomic_write, fingerprint, read_bounded
 ModalityName = Literal["text", "image"]
 MODALITIES: tuple[ModalityName, ...] = ("text", "image")
 TEXT, IMAGE = range(len(MODALITIES))
-# Tables of all ids are held in memory.
-_MAX_SIZE = 2**24
+MAX_SIZE = 2**24
+"""Largest vocabulary: tables of all ids are held in memory."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,10 @@ class Vocabulary:
         ids = {*map(index, (*self.special, *self.image_codes))}
         if len(ids) < len(self.special) + len(self.image_codes):
             raise ValueError("an id has two meanings")
-        if not 0 <= min(ids) <= max(ids) < index(self.size) <= _MAX_SIZE:
-            raise ValueError(f"ids must be at least 0 and less than size, and size ≤ {_MAX_SIZE}")
-        if not 1 <= index(self.codes_per_image) <= _MAX_SIZE:
-            raise ValueError(f"codes_per_image must be from 1 to {_MAX_SIZE}")
+        if not 0 <= min(ids) <= max(ids) < index(self.size) <= MAX_SIZE:
+            raise ValueError(f"ids must be at least 0 and less than size, and size ≤ {MAX_SIZE}")
+        if not 1 <= index(self.codes_per_image) <= MAX_SIZE:
+            raise ValueError(f"codes_per_image must be from 1 to {MAX_SIZE}")
 
     @property
     def special(self) -> tuple[int, int, int, int, int]:

@@ -11,6 +11,9 @@ from moma.tokenizers.image.codec import CodecConfig
 from moma.tokenizers.image.train import CodecTrainingConfig
 from moma.tokenizers.text import TextTokenizerConfig
 
+MAX_MICRO_BATCH = 2**24
+"""Most tokens of a micro-batch: making one takes up to a minute, in which no signal is heeded."""
+
 
 class DataConfig(Config):
     """What a model is trained on, and how it is cut into micro-batches.
@@ -43,8 +46,8 @@ class DataConfig(Config):
     remote: Address | None = None
     cache_bytes: int = Field(default=2**36, ge=1)
     tokenizers: RequiredPath | None = None
-    micro_batch_size: int = Field(ge=1)
-    sequence_length: int = Field(ge=2)
+    micro_batch_size: int = Field(ge=1, le=MAX_MICRO_BATCH)
+    sequence_length: int = Field(ge=2, le=MAX_MICRO_BATCH)
     image_share: float = Field(ge=0, le=1)
     held_out: float = Field(default=0.02, ge=0, lt=1)
     max_rejected: float = Field(default=0.01, ge=0, le=1)
@@ -52,7 +55,7 @@ class DataConfig(Config):
     part_bytes: int = Field(default=2**28, ge=1)
     max_padding: float = Field(default=0.005, ge=0, le=1)
     workers: int = Field(default=1, ge=0, le=64)
-    prefetch: int = Field(default=4, ge=1)
+    prefetch: int = Field(default=4, ge=1, le=2**10)
     sources: tuple[AnySource, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -61,6 +64,15 @@ class DataConfig(Config):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"several sources are named {', '.join(twice)}; give each a 'name'")
+        return self
+
+    @model_validator(mode="after")
+    def _check_micro_batch(self) -> "DataConfig":
+        if (tokens := self.micro_batch_size * self.sequence_length) > MAX_MICRO_BATCH:
+            raise ValueError(
+                f"micro_batch_size · sequence_length is {tokens:,}, and a micro-batch has at most "
+                f"{MAX_MICRO_BATCH:,} tokens; lower one of them"
+            )
         return self
 
     def folder(self, name: str) -> Path:

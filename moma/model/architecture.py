@@ -2,8 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from moma.errors import UserError
 from moma.model.depth import DepthConfig
 from moma.model.groups import (
     GroupConfig,
@@ -51,12 +52,12 @@ class ModelConfig(Config):
     groups: str | tuple[GroupConfig, ...] = "moe_4t4i"
     depth: DepthConfig | None = None
     token_choice: TokenChoiceConfig | None = None
-    dim: int = Field(512, ge=2)
-    layers: int = Field(8, ge=1)
+    dim: int = Field(512, ge=2, le=2**20)
+    layers: int = Field(8, ge=1, le=2**12)
     heads: int = Field(8, ge=1)
     kv_heads: int | None = Field(None, ge=1)
-    hidden: int | None = Field(None, ge=1)
-    hidden_multiple: int = Field(32, ge=1)
+    hidden: int | None = Field(None, ge=1, le=2**20)
+    hidden_multiple: int = Field(32, ge=1, le=2**20)
     norm: Literal["swin", "pre"] = "swin"
     norm_epsilon: float = Field(1e-5, gt=0)
     query_key_norm: bool = True
@@ -66,6 +67,16 @@ class ModelConfig(Config):
     tied_embeddings: bool = False
     router_noise: bool | None = None
     experts_implementation: ImplementationName | None = None
+
+    @field_validator("groups")
+    @classmethod
+    def _check_name(cls, groups: str | tuple[GroupConfig, ...]) -> str | tuple[GroupConfig, ...]:
+        try:
+            if isinstance(groups, str):
+                named_groups(groups)
+        except UserError as error:  # as a `ValueError`, to which file and key are added
+            raise ValueError(str(error)) from error
+        return groups
 
     @model_validator(mode="after")
     def _check_sizes(self) -> "ModelConfig":

@@ -11,6 +11,9 @@ from moma.errors import UserError
 from moma.recipe import Config
 from moma.vocabulary import MODALITIES
 
+MAX_EXPERTS = 2**16
+"""Most experts of a group."""
+
 
 class GroupConfig(Config):
     """A group of experts.
@@ -21,7 +24,7 @@ class GroupConfig(Config):
     """
 
     modalities: tuple[str, ...] = Field(min_length=1)
-    experts: int = Field(ge=1)
+    experts: int = Field(ge=1, le=MAX_EXPERTS)
 
     @field_validator("modalities")
     @classmethod
@@ -96,18 +99,28 @@ def named_groups(name: str) -> tuple[GroupConfig, ...]:
     if name in ("dense", "mod"):
         return (GroupConfig(modalities=MODALITIES, experts=1),)
     experts = name.removeprefix("mod_")
-    if match := re.fullmatch(r"(?:moe|token|null)_([1-9]\d*)x", experts):
-        return (GroupConfig(modalities=MODALITIES, experts=int(match[1])),)
+    if match := re.fullmatch(r"(?:moe|token|null)_(\d+)x", experts):
+        return (GroupConfig(modalities=MODALITIES, experts=_count(match[1], name)),)
     if match := re.fullmatch(r"(?:moe|token|null)_(\d+)t(\d+)i", experts):
-        counts = dict(zip(MODALITIES, map(int, match.groups()), strict=True))
-        if 0 in counts.values():
-            raise UserError(f"'{name}': every modality needs an expert; write at least 1")
-        return tuple(GroupConfig(modalities=(key,), experts=n) for key, n in counts.items())
+        counts = [_count(digits, name) for digits in match.groups()]
+        return tuple(
+            GroupConfig(modalities=(key,), experts=n)
+            for key, n in zip(MODALITIES, counts, strict=True)
+        )
     raise UserError(
         f"'{name}': no such architecture; write dense, moe_8x, moe_4t4i (any counts), "
         "token_4t4i, null_4t4i, mod, mod_moe_4t4i, or a list of groups such as "
         "[{modalities = ['text'], experts = 4}, …]"
     )
+
+
+def _count(digits: str, name: str) -> int:
+    """The number of experts of a group in the name of an architecture."""
+    # Python converts at most 4,300 digits.
+    count = int(digits) if len(digits) < 10 else MAX_EXPERTS + 1
+    if not 1 <= count <= MAX_EXPERTS:
+        raise UserError(f"'{name}': a group needs from 1 to {MAX_EXPERTS:,} experts")
+    return count
 
 
 def named_token_choice(name: str) -> TokenChoiceConfig | None:

@@ -59,7 +59,7 @@ class EngineConfig(Config):
     reduce_once: bool = True
     recompute: Recompute = "none"
     global_batch_size: Literal["kept", "grows"] = "kept"
-    timeout: float = Field(600, gt=0)
+    timeout: float = Field(600, gt=0, le=10**7)
     trace: int = Field(0, ge=0)
 
     def reduce_dtype(self, nodes: int) -> torch.dtype:

@@ -18,7 +18,7 @@ from moma.files import read_bounded
 from moma.progress import ProgressCallback
 from moma.recipe import Config
 from moma.tokenizers.names import OURS, names_in, read_vocabulary
-from moma.vocabulary import Vocabulary
+from moma.vocabulary import MAX_SIZE, Vocabulary
 
 _PAPER_SIZE = 65_536
 _PAPER_RESERVED = 256
@@ -50,9 +50,9 @@ class TextTokenizerConfig(Config):
             vocabulary of 65,536 or more and none in a smaller one.
     """
 
-    vocabulary_size: int = Field(_PAPER_SIZE, ge=300)
-    max_documents: int = Field(1_000_000, ge=1)
-    reserved: int | None = Field(None, ge=0)
+    vocabulary_size: int = Field(_PAPER_SIZE, ge=300, le=MAX_SIZE)
+    max_documents: int = Field(1_000_000, ge=1, le=10**9)
+    reserved: int | None = Field(None, ge=0, le=2**20)
 
     @property
     def reserved_names(self) -> list[str]:

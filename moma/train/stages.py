@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from moma.errors import UserError, shell_command
+from moma.errors import UserError, error_reason, shell_command
 from moma.model.dispatch import dispatch_for
 from moma.model.float8_experts import use_float8_experts
 from moma.model.flops import ModelCounts
@@ -95,7 +95,7 @@ def prepare_model(
         resumes: leave the weights uninitialized, to be loaded from a checkpoint.
 
     Raises:
-        UserError: the source run has another vocabulary.
+        UserError: the source run has another vocabulary, or the model does not fit into memory.
     """
     if source is not None:
         require_vocabulary(source.checkpoint, vocabulary, recipe.data.path)
@@ -120,7 +120,15 @@ def prepare_model(
     if recipe.trains_auxiliary_routers:
         exact += model.auxiliary_routers()
     shard(model, units, world, recipe.engine, exact)
-    model.to_empty(device=world.device)
+    try:
+        model.to_empty(device=world.device)
+    except RuntimeError as error:  # of the allocator of any device
+        count = sum(parameter.numel() for parameter in model.parameters())
+        raise UserError(
+            f"model: {count:,} parameters do not fit into the memory of {world.device} "
+            f"({error_reason(error)}); make it smaller, or use more GPUs; `moma plan` estimates "
+            "what a recipe needs"
+        ) from error
     if not resumes:
         _initialize(recipe, model, source)
     return model

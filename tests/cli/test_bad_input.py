@@ -224,6 +224,7 @@ def test_training_requires_prepared_data(tmp_path):
     [
         (["model.groups=moe_zz"], "moe_zz"),
         (["model.groups=moe_0t2i"], "moe_0t2i"),
+        ([f"model.{key}={2**20}" for key in ("dim", "hidden")], "parameters do not fit into"),
         (["data.image_share=0.49"], "0.49"),
         (["stage=aux_router", "from={folder}/empty"], "no checkpoint"),
     ],

@@ -55,8 +55,8 @@ class AdversarialConfig(Config):
     weight: float = Field(default=0.0, ge=0)
     start_step: int = Field(default=10_000, ge=0)
     adaptive: bool = True
-    width: int = Field(default=64, ge=1)
-    layers: int = Field(default=3, ge=1)
+    width: int = Field(default=64, ge=1, le=2**14)
+    layers: int = Field(default=3, ge=1, le=13)
     learning_rate: float = Field(default=1e-4, gt=0)
 
 

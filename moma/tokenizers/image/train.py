@@ -70,9 +70,9 @@ class CodecTrainingConfig(Config):
         save_every: steps between two checkpoints.
     """
 
-    max_documents: int = Field(default=1_000_000, ge=1)
+    max_documents: int = Field(default=1_000_000, ge=1, le=10**9)
     steps: int = Field(default=2000, ge=1)
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=2**20)
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup_steps: int = Field(default=100, ge=0)
     quantizer_start_step: int = Field(default=200, ge=0)
