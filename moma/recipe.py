@@ -26,7 +26,7 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema
 
-from moma.errors import UserError, shorten
+from moma.errors import UserError, quote, shorten
 from moma.files import read_bounded
 
 _EXAMPLE = "a TOML file such as configs/demo.toml"
@@ -266,7 +266,8 @@ def override(
 ) -> dict[str, Any]:
     """Apply overrides such as `pretrain.steps=100` or `data.sources.0.weight=2` to `values`.
 
-    A value is parsed as TOML, and is text if it is not valid TOML.
+    A value is parsed as TOML. It is text if it is not valid TOML and begins with no quotation
+    mark.
 
     Args:
         values: changed in place and returned.
@@ -275,7 +276,8 @@ def override(
             `run=2024-01-05` is a path.
 
     Raises:
-        UserError: an override has no `=`, or its key leads through something that is not a table.
+        UserError: an override has no `=`, its quotation marks are not closed, or its key leads
+            through something that is not a table.
     """
     for text in overrides:
         key, separator, value = (part.strip() for part in text.partition("="))
@@ -327,7 +329,9 @@ def to_toml(config: Config) -> str:
 def _parse_toml(value: str) -> Any:
     try:
         return tomllib.loads(f"value = {value}")["value"]
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if value[:1] in ('"', "'"):
+            raise UserError(f"{quote(value)}: not valid TOML; close its quotation marks") from error
         return value
 
 
