@@ -213,6 +213,16 @@ def test_a_missing_recipe_is_named(tmp_path):
     assert f"{tmp_path}/no.toml: cannot read" in refuses("train", tmp_path / "no.toml")
 
 
+@pytest.mark.parametrize("content", ["{}", '{"image_codes": []}', "words"])
+def test_a_vocabulary_of_the_users_is_in_the_way(tmp_path, content):
+    recipe = make_input(tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "vocabulary.json").write_text(content)
+    message = refuses("prepare", recipe)
+    assert "data: has vocabulary.json, but no provenance.json" in message
+    assert (tmp_path / "data" / "vocabulary.json").read_text() == content
+
+
 def test_training_requires_prepared_data(tmp_path):
     recipe = make_input(tmp_path)
     assert "run `moma prepare`" in refuses("train", recipe)

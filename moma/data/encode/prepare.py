@@ -42,7 +42,7 @@ from moma.data.encode.source import SourceEncoding
 from moma.data.encode.tokenizers import provide_tokenizers
 from moma.data.encode.upload import Remote
 from moma.data.encode.worker import Encoded, Job, Task
-from moma.data.outputs import CLEANING_FOLDER
+from moma.data.outputs import CLEANING_FOLDER, DATA_KIND, DATA_MANIFEST, has_manifest
 from moma.data.provenance import DataFolder
 from moma.data.remote.fetching import fetch_prepared
 from moma.data.shards import REJECTED_FILE, PartRecord, ShardInfo
@@ -174,7 +174,9 @@ def _prepare_folder(config: PrepareConfig, options: Options) -> Prepared:
 def _check_budget(config: PrepareConfig) -> None:
     """Refuse an image share that no micro-batch can have before any work is done."""
     data = config.data
-    folders = [Tokenizers(path) for path in (data.path, data.tokenizers) if path is not None]
+    # A file of the user's is refused later, with another message.
+    own = [data.path] if has_manifest(data.path, DATA_MANIFEST, DATA_KIND) else []
+    folders = [Tokenizers(path) for path in (*own, data.tokenizers) if path is not None]
     existing = next((each.vocabulary for each in folders if each.vocabulary.exists()), None)
     # Of a vocabulary that is still to be made, only the sizes are known; the ids are arbitrary.
     sizes = config.text_tokenizer.vocabulary_size, config.codec.codes_per_image
