@@ -182,6 +182,7 @@ def test_a_list_of_groups_is_accepted(recipe):
         (["stage=aux_router"], "from=RUN"),
         (["stage=upcycle"], "stage 'upcycle' needs from=RUN"),
         (["model.heads=5"], "multiple of 2 × heads"),
+        (["codec.image_size=8192", "codec.block_channels=[32]"], "an image has 67,108,864 codes"),
         (["data.sources=[]"], "'data.sources'"),
         (["data.sources.1.name=captions"], "several sources are named captions"),
         (["data.sources.0.name=a/b"], "'data.sources.0.name'"),

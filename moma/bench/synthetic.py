@@ -11,6 +11,7 @@ import numpy as np
 
 from moma.data.batches.budget import Budget
 from moma.data.batches.packing import EncodedDocument, Packer
+from moma.errors import UserError
 from moma.train.recipe import Recipe
 from moma.vocabulary import Vocabulary
 
@@ -20,9 +21,18 @@ _MEAN_TEXT, _CAPTION = 400, (8, 32)
 
 
 def synthetic_vocabulary(recipe: Recipe) -> Vocabulary:
-    """Return a vocabulary of the sizes in a recipe, without a tokenizer."""
+    """Return a vocabulary of the sizes in a recipe, without a tokenizer.
+
+    Raises:
+        UserError: it is too small for the image codes.
+    """
     codes = tuple(range(_SPECIAL, _SPECIAL + recipe.codec.codebook_size))
     sizes = recipe.text_tokenizer.vocabulary_size, recipe.codec.codes_per_image
+    if sizes[0] < _SPECIAL + len(codes):
+        raise UserError(
+            f"text_tokenizer.vocabulary_size = {sizes[0]} is too small for {len(codes)} image "
+            "codes; raise it, or lower codec.codebook_size"
+        )
     return Vocabulary(sizes[0], 0, 1, 2, 3, 4, codes, sizes[1])
 
 

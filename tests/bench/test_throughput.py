@@ -24,6 +24,12 @@ SMALL = [
 KEYS = {"name", "tokens_per_second", "mfu", "peak_bytes", "spread"}
 
 
+def test_more_image_codes_than_ids_are_refused(tiny):
+    codec = tiny.codec.model_copy(update={"codebook_size": 8192})
+    with pytest.raises(UserError, match="too small for 8192 image codes; raise it"):
+        synthetic_vocabulary(tiny.model_copy(update={"codec": codec}))
+
+
 def test_synthetic_batches_have_the_shape_of_real_ones(tiny):
     vocabulary = synthetic_vocabulary(tiny)
     packer = synthetic_batches(tiny, vocabulary)

@@ -21,6 +21,7 @@ from moma.images import square_pixels
 from moma.recipe import Config, check
 from moma.runtime.weights import open_file, read_json_object, require_match, save_tensors
 from moma.tokenizers.image.networks import CHANNELS, build_decoder, build_encoder
+from moma.vocabulary import MAX_SIZE
 
 # Limits for what is in memory at once: pixels in the encoder, distances to codebook vectors.
 MAX_PIXELS = 2**22
@@ -84,6 +85,11 @@ class CodecConfig(Config):
             raise ValueError(
                 f"image_size {self.image_size} is no multiple of {self.reduction}, "
                 "the pixels that patch and blocks fold into one code"
+            )
+        if self.codes_per_image > MAX_SIZE:
+            raise ValueError(
+                f"an image has {self.codes_per_image:,} codes, and at most {MAX_SIZE:,} are "
+                "possible; lower image_size or raise patch"
             )
         if not self.encoder_context and len(self.block_channels) > 1:
             raise ValueError("encoder_context = false needs a single block in block_channels")
