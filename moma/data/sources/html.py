@@ -124,7 +124,9 @@ class HtmlConfig(ImageReaderConfig):
         layout = TextLayout()
         open_content: list[str] = []
         is_dropped = partial(self._is_dropped, open_content)
-        for event, node in walk(_read(page, self.path), is_dropped):
+        root = _read(page, self.path)
+        base = _base_folder(root, page, self.path)
+        for event, node in walk(root, is_dropped):
             tag = node.tag or ""
             if event == "text":
                 layout.text(node.text_content or "")
@@ -139,7 +141,7 @@ class HtmlConfig(ImageReaderConfig):
                 layout.start(tag)
                 if tag in _CONTENT:
                     open_content.append(tag)
-                image = _image_file(node, page, self.path) if tag == "img" else None
+                image = _image_file(node, base, self.path) if tag == "img" else None
                 if image is not None and is_content(image):
                     yield from layout.take()
                     yield image
@@ -177,9 +179,23 @@ def _is_hidden(tag: str, attributes: dict[str, str | None]) -> bool:
     )
 
 
-def _image_file(element: LexborNode, page: Path, folder: Path) -> Path | None:
+def _base_folder(root: LexborNode, page: Path, folder: Path) -> Path:
+    """The folder that a page's addresses are relative to, unless its `base` is in the web."""
+    element = root.css_first("base[href]")
+    try:
+        base = urlsplit((element.attributes["href"] or "").strip() if element is not None else "")
+    except ValueError:
+        return page.parent
+    if base.scheme or base.netloc:  # a saved page, whose images are beside it
+        return page.parent
+    name = unquote(base.path)
+    path = name.rpartition("/")[0].lstrip("/")
+    return (folder if name.startswith("/") else page.parent) / path
+
+
+def _image_file(element: LexborNode, base: Path, folder: Path) -> Path | None:
     """The file of an `img`: the first address that is a file, else the first that could be one."""
-    paths = (_image_path(address, page, folder) for address in _addresses(element))
+    paths = (_image_path(address, base, folder) for address in _addresses(element))
     candidates = [path for path in paths if path is not None]
     # A missing file is reported when it is read.
     return next((path for path in candidates if path.is_file()), next(iter(candidates), None))
@@ -207,7 +223,7 @@ def _size(descriptor: str) -> float:
         return 0.0
 
 
-def _image_path(source: str, page: Path, folder: Path) -> Path | None:
+def _image_path(source: str, base: Path, folder: Path) -> Path | None:
     """The image's file; None for an address in the web or in the page, and for a drawing.
 
     Raises:
@@ -222,4 +238,4 @@ def _image_path(source: str, page: Path, folder: Path) -> Path | None:
         return None
     if name.startswith("/"):
         return resolve_inside(folder, name.lstrip("/"))
-    return resolve_inside(folder, str(page.parent.relative_to(folder) / name))
+    return resolve_inside(folder, str(base.relative_to(folder) / name))

@@ -119,6 +119,35 @@ def test_paths_are_relative_to_the_page_or_the_folder(tmp_path):
     assert parts_of(page) == [["in sub.png"], ["top.png"], ["top.png"]]
 
 
+@pytest.mark.parametrize(
+    ("page", "base", "image"),
+    [
+        ("in/page.html", "pictures/", "in/pictures/a.png"),
+        ("in/page.html", "pictures/index.html?v#x", "in/pictures/a.png"),
+        ("in/page.html", "../my%20own/", "my own/a.png"),
+        ("in/page.html", "/my own/", "my own/a.png"),
+        ("in/page.html", "%2Fmy own/", "my own/a.png"),
+        ("in/page.html", "other.html", "in/a.png"),
+        ("in/page.html", "", "in/a.png"),
+        ("in/page.html", "https://a.example/pictures/", "in/a.png"),
+        ("in/page.html", "http://[broken", "in/a.png"),
+    ],
+)
+def test_paths_are_relative_to_the_base_of_a_page(tmp_path, page, base, image):
+    body = f'<head><base target="_top"><base href="{base}"><base href="no/"></head>'
+    places = ("in/a.png", "in/pictures/a.png", "my own/a.png", "pictures/a.png")
+    source = write(tmp_path, {page: f'{body}<img src="a.png">'}, images=places)
+    (document,) = source.documents()
+    (shown,) = document.segments
+    assert shown.read.args[0] == tmp_path / image
+
+
+def test_a_base_outside_the_folder_is_rejected(tmp_path):
+    page = '<base href="../../"><p>text <img src="a.png">'
+    (rejected,) = write(tmp_path / "in", {"page.html": page}).documents()
+    assert isinstance(rejected, Rejected) and "is outside" in rejected.reason
+
+
 def test_a_page_with_images_outside_the_folder_is_rejected(tmp_path):
     Image.new("RGB", (80, 80)).save(tmp_path / "secret.png")
     pages = {"a.html": '<img src="../secret.png">', "b.html": "good", "c.html": " <p></p>"}
