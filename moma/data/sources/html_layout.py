@@ -93,7 +93,7 @@ class TextLayout:
     """Lines of text as a browser shows them, without blank ones.
 
     White space is collapsed outside of `pre`, blocks and `br` begin a line, and the cells of a
-    table row are on one line unless a cell has several lines.
+    table row are on one line unless a cell has several lines. A `q` has English quotation marks.
     """
 
     def __init__(self) -> None:
@@ -102,6 +102,7 @@ class TextLayout:
         self._line_ended = False
         self._preformatted = 0
         self._in_blank_cell = False
+        self._quotations = 0
         self._cells: list[int] = []  # how many lines there were at the start of each open cell
 
     def start(self, tag: str) -> None:
@@ -115,6 +116,9 @@ class TextLayout:
             self._preformatted += 1
             if self._preformatted == 1:
                 self._flush_line()
+        elif tag == "q":
+            self.text("‘" if self._quotations % 2 else "“")
+            self._quotations += 1
         elif tag == "br" or tag in BLOCKS:
             self.end_line(always=tag == "br")
 
@@ -129,6 +133,9 @@ class TextLayout:
             self._preformatted -= 1
             if not self._preformatted:
                 self._flush_line(preformatted=True)
+        elif tag == "q":
+            self._quotations -= 1
+            self.text("’" if self._quotations % 2 else "”")
         elif tag in BLOCKS:
             self.end_line()
 
