@@ -286,7 +286,7 @@ def override(
                 f"override '{shorten(text)}': write key=value, for example pretrain.steps=100"
             )
         *path, last = key.split(".")
-        parsed = _parse_toml(value)
+        parsed = _parse_toml(value, text)
         if schema is not None and _is_text_key(schema, (*path, last), parsed):
             parsed = value
         node: Any = values
@@ -326,12 +326,15 @@ def to_toml(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
-def _parse_toml(value: str) -> Any:
+def _parse_toml(value: str, text: str) -> Any:
+    """The value of an override `text`; see `override`."""
     try:
         return tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError) as error:
         if value[:1] in ('"', "'"):
-            raise UserError(f"{quote(value)}: not valid TOML; close its quotation marks") from error
+            raise UserError(
+                f"override {quote(text)}: not valid TOML; close its quotation marks"
+            ) from error
         return value
 
 

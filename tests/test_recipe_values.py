@@ -137,7 +137,7 @@ def test_text_keys_keep_numbers_and_dates_as_written(recipe, text):
         ("model.depth.layers=[-1]", r"'model\.depth\.layers\.0': .*greater than or equal to 0"),
         ("tracking.wandb_project=a\udcff", "not valid UTF-8"),
         ("=3", "write key=value"),
-        ('data.path="unclosed', r"""'"unclosed': not valid TOML; close its quotation marks"""),
+        ('data.path="unclosed', """override 'data.path="unclosed': not valid TOML"""),
         ("run='a'b", "close its quotation marks"),
         ("data.sequence_length=9000000000000000000", r"'data\.sequence_length': .*16777216"),
         ("data.micro_batch_size=9000000000000000000", r"'data\.micro_batch_size': .*16777216"),
