@@ -32,6 +32,7 @@ _ENDINGS = (*row_files.ENDINGS, *arrow_tables.ENDINGS)
 _TEXT_BUILDERS = ("csv", "json", "text")
 _BUILDERS_PACKAGE = "datasets.packaged_modules."
 # Files that accompany data.
+_NO_DATA_NAMES = (*FILES_TO_IGNORE, datasets.config.DATASET_STATE_JSON_FILENAME)
 _NO_DATA = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|requirements)\b.*", re.IGNORECASE
 )
@@ -224,7 +225,7 @@ def _check_complete(path: str, used: list[str]) -> None:
         str(file.relative_to(path))
         for file in files_below(Path(path))
         if row_files.ending_of(str(file)) in _ENDINGS
-        and file.name not in FILES_TO_IGNORE
+        and file.name not in _NO_DATA_NAMES
         and not _NO_DATA.fullmatch(file.name)
         and os.path.realpath(file) not in found
     ]

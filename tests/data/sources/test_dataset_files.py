@@ -208,6 +208,14 @@ def test_files_of_other_splits_and_those_beside_the_data_are_not_missed(
     assert segments(source_of(path=path, split=split).documents()) == texts
 
 
+@pytest.mark.parametrize("splits", [False, True])
+def test_a_folder_that_the_library_saved_is_read(tmp_path, splits):
+    data = datasets.Dataset.from_list([{"text": "a"}])
+    saved = datasets.DatasetDict({"train": data, "test": data}) if splits else data
+    saved.save_to_disk(tmp_path / "saved")
+    assert segments(source_of(path=str(tmp_path / "saved")).documents()) == ["a"]
+
+
 def test_a_readme_may_choose_the_files_of_a_folder(tmp_path):
     path = write_rows(tmp_path / "rows", "a.csv", "b.csv", "c.jsonl")
     write_readme(path, "data_files: b.csv")
