@@ -247,6 +247,8 @@ def _check_end(stream: _BoundedStream) -> None:
         raise tarfile.ReadError("it is cut off")
     if stream.last.strip(b"\0"):
         raise tarfile.ReadError("damaged in its middle")
+    if stream.tell() <= tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it holds no files")
     while block := stream.read(tarfile.RECORDSIZE):
         if block.strip(b"\0"):
             raise tarfile.ReadError(

@@ -229,6 +229,14 @@ def test_a_tar_cut_between_two_files_is_refused(tmp_path, compress):
         documents_of(path)
 
 
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress])
+def test_a_tar_of_zeros_is_refused(tmp_path, compress):
+    write_tar(tmp_path / "a.tar", samples(*"ab"))
+    (tmp_path / "b.tar").write_bytes(compress(bytes(20480)))
+    with pytest.raises(UserError, match=r"b\.tar: cannot read it \(it holds no files\)"):
+        documents_of(tmp_path / "*.tar")
+
+
 @pytest.mark.parametrize("padding", [512, 1024, 50_000])
 def test_any_number_of_zeros_ends_a_tar(tmp_path, padding):
     path = write_tar(tmp_path / "a.tar", samples(*"ab"))
