@@ -131,7 +131,7 @@ class SketchesConfig(SourceConfig):
     content: Literal["singles", "placed", "compositions", "illustrated"]
     objects: int = Field(default=100, ge=2)
     count: int = Field(default=4000, ge=1)
-    repeats: int = Field(default=8, ge=1)
+    repeats: int = Field(default=8, ge=1, le=10**6)
     image_size: int = Field(default=64, ge=8, le=2**13, multiple_of=4)
     seed: Seed = 0
     caption_first: float = Field(default=0.75, ge=0, le=1)

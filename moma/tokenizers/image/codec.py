@@ -75,7 +75,7 @@ class CodecConfig(Config):
     middle_attention: bool = True
     norm_groups: int = Field(default=32, ge=1)
     codebook_decay: float = Field(default=0.99, gt=0, lt=1)
-    dead_code_threshold: float = Field(default=0.05, ge=0)
+    dead_code_threshold: float = Field(default=0.05, ge=0, le=10**9)
     commitment_weight: float = Field(default=0.25, ge=0)
     decoder: bool = True
 

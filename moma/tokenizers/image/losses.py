@@ -57,7 +57,7 @@ class AdversarialConfig(Config):
     adaptive: bool = True
     width: int = Field(default=64, ge=1, le=2**14)
     layers: int = Field(default=3, ge=1, le=13)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, le=10**6)
 
 
 class PerceptualLoss(nn.Module):

@@ -50,7 +50,7 @@ def measure_codec(
         max_images: how many of either are used at most, evenly spaced.
 
     Raises:
-        UserError: there are no images.
+        UserError: there are no images, or what the codec computes is not finite.
     """
     if not len(images):
         raise UserError("codec measurement: there are no images; add a source of images")
@@ -66,6 +66,11 @@ def measure_codec(
             reconstructions_B3HW, batch_B3HW, reduction="sum"
         ).item()
         values += batch_B3HW.numel()
+    if not math.isfinite(squared_error):
+        raise UserError(
+            "codec: its output is not finite, so that its training has diverged; delete the folder "
+            "codec_training and lower codec_training.learning_rate or the weights of the losses"
+        )
     return CodecMetrics(
         psnr=signal_to_noise(squared_error, values),
         codes_used=(counts_C > 0).double().mean().item(),

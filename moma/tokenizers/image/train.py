@@ -73,7 +73,7 @@ class CodecTrainingConfig(Config):
     max_documents: int = Field(default=1_000_000, ge=1, le=10**9)
     steps: int = Field(default=2000, ge=1)
     batch_size: int = Field(default=32, ge=1, le=2**20)
-    learning_rate: float = Field(default=1e-3, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0, le=10**6)
     warmup_steps: int = Field(default=100, ge=0)
     quantizer_start_step: int = Field(default=200, ge=0)
     mse_weight: float = Field(default=1.0, ge=0)

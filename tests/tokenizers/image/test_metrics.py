@@ -1,5 +1,6 @@
 """Quality of a codec, against direct computations, and sheets of samples."""
 
+import copy
 import math
 
 import pytest
@@ -54,6 +55,13 @@ def test_indices_are_evenly_spaced():
     assert list(evenly_spaced(10, 4)) == [0, 3, 6, 9]
     assert list(evenly_spaced(3, 4)) == [0, 1, 2]
     assert len(evenly_spaced(2049, 2048)) == 1025
+
+
+def test_a_diverged_codec_is_an_error(codec):
+    diverged = copy.deepcopy(codec)
+    torch.nn.init.constant_(diverged.last_layer, math.nan)
+    with pytest.raises(UserError, match=r"not finite.*lower codec_training\.learning_rate"):
+        measure_codec(diverged, IMAGES)
 
 
 def test_no_images_are_an_error(codec):
