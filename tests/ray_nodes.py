@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 RAY = Path(sys.executable).with_name("ray")
+# Of all clusters: a process that has connected to one keeps its token.
+TOKEN = secrets.token_hex(32)
 
 
 def own_environment():
@@ -23,7 +25,7 @@ def two_nodes(folder):
     """Two nodes of one core, which share a secret with drivers; yields the address."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        patch.setenv("RAY_AUTH_TOKEN", TOKEN)
         with _cluster(folder) as address:
             yield address
 
