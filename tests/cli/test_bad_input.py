@@ -38,7 +38,7 @@ def write_bad_row(row: str) -> Callable[[Path], None]:
     ("spoil", "named"),
     [
         (lambda folder: (folder / "words.txt").unlink(), ["words.txt", "cannot read"]),
-        (lambda folder: shutil.rmtree(folder / "images"), ["captions.jsonl", "cannot read"]),
+        (lambda folder: shutil.rmtree(folder / "images"), ["images: cannot read", "path"]),
     ],
 )
 def test_unreadable_sources_are_named_and_leave_no_shards(tmp_path, spoil, named):

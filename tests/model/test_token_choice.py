@@ -8,7 +8,6 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from moma.errors import UserError
 from moma.model.architecture import ModelConfig
 from moma.model.groups import TokenChoiceConfig, named_token_choice
 from moma.model.routing import ExpertChoice, Noisy, Routing, Threshold, uniform_routing
@@ -242,5 +241,5 @@ def test_names_stand_for_keys():
 def test_contradictions_are_refused(values, message):
     with pytest.raises(ValidationError, match=message):
         ModelConfig.model_validate(values)
-    with pytest.raises(UserError, match="write at least 1"):
+    with pytest.raises(ValidationError, match="'token_0t4i': a group needs from 1"):
         ModelConfig(groups="token_0t4i")
