@@ -82,6 +82,16 @@ def fail_on_rank_1(world: World) -> None:
         train_codec(SHAPE, TRAINING, Images(IMAGES), world=world)
 
 
+def diverge_on_rank_1(world: World, folder: Path) -> None:
+    class Images(list[torch.Tensor]):
+        def __getitem__(self, index):
+            image = IMAGES[index].float()
+            return image * torch.nan if world.rank == 1 else image
+
+    with pytest.raises(SharedError, match=f"not finite.*delete {folder} and lower"):
+        train_codec(SHAPE, TRAINING, Images(IMAGES), world=world, folder=folder)
+
+
 def weights(folder: Path, rank: int = 0) -> dict[str, torch.Tensor]:
     return ImageCodec.load(folder / f"rank-{rank}").state_dict()
 
@@ -122,6 +132,7 @@ def test_two_ranks_resume_what_one_began_and_the_reverse(one_process, tmp_path):
     assert_equal(one_process, tmp_path / "second")
 
 
-def test_what_one_rank_refuses_stops_both():
+def test_what_one_rank_refuses_stops_both(tmp_path):
     on_ranks(2, refuse_uneven)
     on_ranks(2, fail_on_rank_1)
+    on_ranks(2, diverge_on_rank_1, tmp_path)

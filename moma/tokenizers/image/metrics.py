@@ -68,7 +68,7 @@ def measure_codec(
         values += batch_B3HW.numel()
     if not math.isfinite(squared_error):
         raise UserError(
-            "codec: its output is not finite, so that its training has diverged; delete the folder "
+            "codec: its output is not finite: its training has diverged; delete the folder "
             "codec_training and lower codec_training.learning_rate or the weights of the losses"
         )
     return CodecMetrics(

@@ -22,7 +22,7 @@ from torch.optim import Adam, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from moma.data.documents import unit_hash
-from moma.errors import StoppedError, UserError
+from moma.errors import SharedError, StoppedError, UserError
 from moma.recipe import Config
 from moma.runtime.interrupt import Interruption, interruption
 from moma.runtime.optimizer import scheduled_rate
@@ -279,7 +279,11 @@ class CodecTrainer:
         output: "TrainingFolder | None",
         progress: Callable[[Record], None] | None,
     ) -> None:
-        """Log the result of a step if that is due, with the codec's metrics if they are due."""
+        """Log the result of a step if that is due, with the codec's metrics if they are due.
+
+        Raises:
+            SharedError: a loss, or what the codec computes, is not finite.
+        """
         config = self.config
         is_measured = config.is_due(config.measure_every, step)
         if not is_measured and not config.is_due(config.log_every, step):
@@ -288,14 +292,23 @@ class CodecTrainer:
         if self._world.size > 1:
             values = self._world.sum(values) / self._world.size
         record = {"step": step, **dict(zip(losses, values.tolist(), strict=True))}
-        if self._world.rank:
-            return
+        if not values.isfinite().all():
+            advice = f"delete {output.path} and lower" if output else "lower"
+            raise SharedError(
+                f"codec: at step {step} a loss is not finite: its training has diverged; {advice} "
+                "codec_training.learning_rate or the weights of the losses"
+            )
         samples = None
         if output and is_measured and step > config.quantizer_start_step:
-            codec, shown = self.result, self._held_out if len(self._held_out) else self._images
-            metrics = measure_codec(codec, self._images, self._held_out, _MEASURED_IMAGES)
-            record |= metrics.model_dump()
-            samples = sample_sheet(codec, shown)
+            with raise_on_all_ranks(self._world, while_writing=True):
+                if self._world.rank == 0:
+                    codec = self.result
+                    shown = self._held_out if len(self._held_out) else self._images
+                    metrics = measure_codec(codec, self._images, self._held_out, _MEASURED_IMAGES)
+                    record |= metrics.model_dump()
+                    samples = sample_sheet(codec, shown)
+        if self._world.rank:
+            return
         if output:
             output.write(record, samples)
         if progress:
