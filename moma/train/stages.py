@@ -123,15 +123,26 @@ def prepare_model(
     try:
         model.to_empty(device=world.device)
     except RuntimeError as error:  # of the allocator of any device
+        if not _is_lack_of_memory(error):
+            raise
         count = sum(parameter.numel() for parameter in model.parameters())
+        what = f"{count:,} parameters do"
+        if world.size > 1:
+            what = f"the share of each rank of {count:,} parameters does"
         raise UserError(
-            f"model: {count:,} parameters do not fit into the memory of {world.device} "
+            f"model: {what} not fit into the memory of {world.device} "
             f"({error_reason(error)}); make it smaller, or use more GPUs; `moma plan` estimates "
             "what a recipe needs"
         ) from error
     if not resumes:
         _initialize(recipe, model, source)
     return model
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    """Whether an error is of the allocator of a device; some have no type for it."""
+    reasons = "out of memory", "allocate memory", "not enough memory"
+    return isinstance(error, torch.OutOfMemoryError) or any(r in str(error) for r in reasons)
 
 
 def freeze_for_stage(model: Transformer, trains_routers: bool, trains_model: bool = True) -> None:

@@ -367,3 +367,24 @@ def test_wandb_without_its_package_is_refused(tiny, tmp_path, monkeypatch):
     recipe = tiny.model_copy(update={"run": tmp_path / "run", "tracking": tracking})
     with pytest.raises(UserError, match="pip install wandb"):
         train(recipe, WORLD, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("out of memory"), UserError),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), UserError),
+        (RuntimeError("DefaultCPUAllocator: not enough memory"), UserError),
+        (RuntimeError("an illegal instruction"), RuntimeError),
+    ],
+)
+def test_only_a_lack_of_memory_is_called_one(tiny, monkeypatch, error, expected):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.nn.Module, "to_empty", fail)
+    vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
+    with pytest.raises(expected, match=r"model: [\d,]+ parameters do not fit|illegal"):
+        prepare_model(tiny, vocabulary, WORLD)
+    with pytest.raises(expected, match=r"share of each rank of [\d,]+ parameters does not|illegal"):
+        prepare_model(tiny, vocabulary, World(torch.device("cpu"), size=2))
