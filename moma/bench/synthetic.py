@@ -28,7 +28,7 @@ def synthetic_vocabulary(recipe: Recipe) -> Vocabulary:
     """
     codes = tuple(range(_SPECIAL, _SPECIAL + recipe.codec.codebook_size))
     sizes = recipe.text_tokenizer.vocabulary_size, recipe.codec.codes_per_image
-    if sizes[0] < _SPECIAL + len(codes):
+    if sizes[0] <= _SPECIAL + len(codes):
         raise UserError(
             f"text_tokenizer.vocabulary_size = {sizes[0]} is too small for {len(codes)} image "
             "codes; raise it, or lower codec.codebook_size"

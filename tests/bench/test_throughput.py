@@ -24,9 +24,11 @@ SMALL = [
 KEYS = {"name", "tokens_per_second", "mfu", "peak_bytes", "spread"}
 
 
-def test_more_image_codes_than_ids_are_refused(tiny):
-    codec = tiny.codec.model_copy(update={"codebook_size": 8192})
-    with pytest.raises(UserError, match="too small for 8192 image codes; raise it"):
+@pytest.mark.parametrize("words", [0, -1])
+def test_a_vocabulary_without_words_is_refused(tiny, words):
+    codes = tiny.text_tokenizer.vocabulary_size - 5 - words  # 5 special ids
+    codec = tiny.codec.model_copy(update={"codebook_size": codes})
+    with pytest.raises(UserError, match=f"too small for {codes} image codes; raise it"):
         synthetic_vocabulary(tiny.model_copy(update={"codec": codec}))
 
 
