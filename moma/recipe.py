@@ -4,7 +4,6 @@ A configuration class derives from `Config` and is defined next to what it confi
 """
 
 import difflib
-import errno
 import inspect
 import os
 import re
@@ -28,11 +27,11 @@ from pydantic_core import CoreSchema
 
 from moma.errors import UserError, quote, shorten
 from moma.files import read_bounded
+from moma.recipe_paths import parse_path, require_unicode
 
 _EXAMPLE = "a TOML file such as configs/demo.toml"
-# Integers are stored in 64-bit tensors, and Linux accepts paths up to PATH_MAX.
+# Integers are stored in 64-bit tensors.
 _INTEGER_LIMIT = 2**63
-_PATH_LIMIT = 4096
 # Of a recipe.
 _MAX_BYTES = 2**24
 
@@ -94,55 +93,6 @@ def attribute_descriptions(cls: type) -> dict[str, str]:
         for name, text in re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE):
             found[name] = " ".join(text.split())
     return found
-
-
-def require_unicode(text: str) -> str:
-    """Return `text`.
-
-    Raises:
-        ValueError: it contains NUL or bytes that are not UTF-8.
-    """
-    if "\0" in text:
-        raise ValueError("contains a NUL character")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("is not valid UTF-8") from error
-    return text
-
-
-def refuse_address(value: str) -> str:
-    """Return a value of a key that names files; raises `ValueError` for one such as `s3://…`."""
-    if re.match(r"[a-z][a-z0-9+.-]*://", value, re.IGNORECASE):
-        raise ValueError("is an address; copy it to this machine and give the path of the copy")
-    return value
-
-
-def parse_path(value: Any) -> Any:
-    """Return a path as written in a recipe or on the command line; `~` is the home directory.
-
-    Raises:
-        ValueError: it is empty, too long, not UTF-8, an address such as `s3://…`, leads through a
-            loop of symbolic links, or starts with the `~` of an unknown user.
-    """
-    if isinstance(value, Path):
-        return value
-    if not isinstance(value, str):
-        raise ValueError("should be a path in quotes")
-    if not value.strip():
-        raise ValueError("is empty; give a path (an unset shell variable is empty too)")
-    if len(os.fsencode(require_unicode(value))) >= _PATH_LIMIT:
-        raise ValueError(f"is too long: a path has fewer than {_PATH_LIMIT:,} bytes")
-    try:
-        path = Path(refuse_address(value)).expanduser()
-    except RuntimeError as error:
-        raise ValueError("no such user; write ./~… for a name that starts with ~") from error
-    try:
-        os.stat(path)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise ValueError("leads through a loop of symbolic links; remove the link") from error
-    return path
 
 
 RequiredPath = Annotated[Path, BeforeValidator(parse_path)]

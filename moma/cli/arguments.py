@@ -154,7 +154,8 @@ def with_data(recipe: "Recipe", data: Path | None) -> "Recipe":
 
 def files_and_overrides(words: Sequence[str]) -> tuple[list[Path], list[str]]:
     """Divide arguments into files and `key=value` overrides; a file may have `=` in its name."""
-    from moma.recipe import find_recipe, parse_path
+    from moma.recipe import find_recipe
+    from moma.recipe_paths import parse_path
 
     overrides = [word for word in words if "=" in word and not os.path.isfile(word)]
     try:
@@ -170,7 +171,8 @@ def _checked(param: Any, value: Any, type_: Any) -> Any:
         return type(value)(_checked(param, each, type_) for each in value)
     if not isinstance(value, str):
         return value
-    from moma.recipe import leaf_types, parse_path, require_unicode
+    from moma.recipe import leaf_types
+    from moma.recipe_paths import parse_path, require_unicode
 
     name = param.opts[0] if param.param_type_name == "option" else param.name.upper()
     if not (value if param.name in _MODEL_TEXT else value.strip()):

@@ -141,7 +141,7 @@ def _data_folder(where: str, source: str | None, decodes: bool) -> Iterator[tupl
     """A data folder, or a temporary one with what is at an address; and where images are put."""
     from moma.data.encode.existing import fetch_existing
     from moma.data.remote.address import check_address
-    from moma.recipe import parse_path
+    from moma.recipe_paths import parse_path
 
     path, address = None, ""
     try:

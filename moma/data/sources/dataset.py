@@ -31,7 +31,7 @@ from moma.data.sources.paths import files_below, fingerprint_of, resolve_inside
 from moma.data.sources.reading import CaptionReaderConfig, Row, content_hash
 from moma.data.sources.row_files import FileRow, check_columns, row_cuts
 from moma.errors import UserError, list_names, quote
-from moma.recipe import refuse_address
+from moma.recipe_paths import refuse_address
 
 _CHUNK_ROWS = 16
 _TEXT_TYPES = ("string", "large_string", "null")

@@ -17,6 +17,7 @@ import pyarrow as pa
 from moma.data.outputs import exclude_outputs
 from moma.data.sources.listings import listed_once
 from moma.errors import StorageError, UserError, error_reason, quote, shorten, storage_error
+from moma.recipe_paths import is_address
 
 _MAX_PATH_CHARACTERS = 4096
 _BASE64 = re.compile(r"[\w+/=\s-]{200,}")
@@ -44,7 +45,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     Raises:
         UserError: the name leads out of the folder or is not a path.
     """
-    if re.match(r"[a-z]+://", name, re.IGNORECASE):
+    if is_address(name):
         raise UserError(f"the image {quote(name)} is a web address; download it and give its path")
     if len(name) > _MAX_PATH_CHARACTERS or _BASE64.fullmatch(name):
         raise UserError(

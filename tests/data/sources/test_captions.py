@@ -66,6 +66,7 @@ def test_caption_first_is_a_share(tmp_path, share):
         ({"image": "../a.png", "caption": "b"}, r"^the image '\.\./a\.png' is outside"),
         ({"image": "/etc/passwd", "caption": "b"}, "is outside .*copy it into"),
         ({"image": "https://a.example/a.png", "caption": "b"}, "is a web address; download it"),
+        ({"image": "s3://a/a.png", "caption": "b"}, "is a web address; download it"),
         ({"image": "HTTP://a.example/a.png", "caption": "b"}, "is a web address; download it"),
     ],
 )
