@@ -226,8 +226,8 @@ def override(
             `run=2024-01-05` is a path.
 
     Raises:
-        UserError: an override has no `=`, its quotation marks are not closed, or its key leads
-            through something that is not a table.
+        UserError: an override has no `=`, its text in quotation marks is not valid TOML, or its key
+            leads through something that is not a table.
     """
     for text in overrides:
         key, separator, value = (part.strip() for part in text.partition("="))
@@ -282,8 +282,10 @@ def _parse_toml(value: str, text: str) -> Any:
         return tomllib.loads(f"value = {value}")["value"]
     except (ValueError, RecursionError) as error:
         if value[:1] in ('"', "'"):
+            reason = str(error).partition(" (at ")[0]
             raise UserError(
-                f"override {quote(text)}: not valid TOML; close its quotation marks"
+                f"override {quote(text)}: not valid TOML ({reason}); close or correct its "
+                "quotation marks and what is between them"
             ) from error
         return value
 
