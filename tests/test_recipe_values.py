@@ -215,6 +215,8 @@ def test_invalid_optimizer_values_are_refused(recipe, change):
         ("model.groups=mod_dense", "'model.groups': 'mod_dense': no such architecture"),
         ("model.groups=moe_0t0i", r"\.toml: 'model\.groups': 'moe_0t0i': .* 1 to 65,536 experts"),
         ("model.groups=moe_0x", "1 to 65,536 experts"),
+        ("model.groups=moe_08x", "'moe_08x': no such architecture"),
+        ("model.groups=moe_4t04i", "'moe_4t04i': no such architecture"),
         ("model.groups=moe_99999999999t1i", "1 to 65,536 experts"),
         (f"model.groups=token_{'9' * 300}x", "1 to 65,536 experts"),
         ('model.groups=[{modalities = ["text"], experts = 65537}]', "experts': .*65536"),

@@ -99,9 +99,9 @@ def named_groups(name: str) -> tuple[GroupConfig, ...]:
     if name in ("dense", "mod"):
         return (GroupConfig(modalities=MODALITIES, experts=1),)
     experts = name.removeprefix("mod_")
-    if match := re.fullmatch(r"(?:moe|token|null)_(\d+)x", experts):
+    if match := re.fullmatch(r"(?:moe|token|null)_(0|[1-9]\d*)x", experts):
         return (GroupConfig(modalities=MODALITIES, experts=_count(match[1], name)),)
-    if match := re.fullmatch(r"(?:moe|token|null)_(\d+)t(\d+)i", experts):
+    if match := re.fullmatch(r"(?:moe|token|null)_(0|[1-9]\d*)t(0|[1-9]\d*)i", experts):
         counts = [_count(digits, name) for digits in match.groups()]
         return tuple(
             GroupConfig(modalities=(key,), experts=n)
