@@ -108,11 +108,15 @@ def read_row_groups(
                 before += table.num_rows
 
 
-def row_locations(kind: str, paths: Iterable[Path]) -> Iterator[str]:
-    """Yield the file and the number, from 1, of each row of files of a kind of `ENDINGS`."""
+def row_locations(kind: str, paths: Iterable[Path], begin: int = 0) -> Iterator[str]:
+    """Yield the file and the number, from 1, of each row of files of a kind of `ENDINGS`.
+
+    The first `begin` rows of all files together are left out.
+    """
     for path in paths:
         rows = _schema_and_rows(kind, str(path))[1]
-        yield from (f"{path}, row {number}" for number in range(1, rows + 1))
+        yield from (f"{path}, row {number}" for number in range(begin + 1, rows + 1))
+        begin = max(begin - rows, 0)
 
 
 def ranges(split: str, rows: dict[str, int]) -> list[tuple[str, int, int]]:

@@ -7,7 +7,7 @@ are stored; unless it is streamed, a row is read again when its image is needed.
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
-from itertools import count, islice
+from itertools import count
 from os.path import commonpath
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -152,10 +152,10 @@ class DatasetConfig(CaptionReaderConfig):
             if part.end is not None:
                 opened = opened.select(range(part.begin, part.end))
             if local and files.kind in arrow_tables.ENDINGS.values():
-                locations = arrow_tables.row_locations(files.kind, local)
+                locations = arrow_tables.row_locations(files.kind, local, part.begin)
             else:
-                locations = (f"{self.path}, row {number}" for number in count(1))
-            locations, number = islice(locations, part.begin, None), part.begin
+                locations = (f"{self.path}, row {number}" for number in count(part.begin + 1))
+            number = part.begin
             for table in opened.iter(batch_size=_CHUNK_ROWS):
                 for values in table.to_pylist():
                     row = FileRow(self.path, next(locations), partial(dict, values))
