@@ -248,7 +248,7 @@ def _check_end(stream: _BoundedStream) -> None:
     if stream.last.strip(b"\0"):
         raise tarfile.ReadError("damaged in its middle")
     if stream.tell() <= tarfile.BLOCKSIZE:
-        raise tarfile.ReadError("it holds no files")
+        raise tarfile.ReadError("it holds no files: delete it if it is meant to be empty")
     while block := stream.read(tarfile.RECORDSIZE):
         if block.strip(b"\0"):
             raise tarfile.ReadError(

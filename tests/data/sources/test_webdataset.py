@@ -233,7 +233,7 @@ def test_a_tar_cut_between_two_files_is_refused(tmp_path, compress):
 def test_a_tar_of_zeros_is_refused(tmp_path, compress):
     write_tar(tmp_path / "a.tar", samples(*"ab"))
     (tmp_path / "b.tar").write_bytes(compress(bytes(20480)))
-    with pytest.raises(UserError, match=r"b\.tar: cannot read it \(it holds no files\)"):
+    with pytest.raises(UserError, match=r"b\.tar: cannot read it \(it holds no files: delete it"):
         documents_of(tmp_path / "*.tar")
 
 
