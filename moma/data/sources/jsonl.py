@@ -65,6 +65,8 @@ class _Streams(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if whence == io.SEEK_CUR:
             offset += self._position
+        elif whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("seeking from the end of compressed data")
         if offset < self._position:
             self._file.seek(0)
             self._stream, self._position = self._decompressor(), 0

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from moma.data.sources import row_files
 from moma.data.sources.dataset import DatasetConfig
+from moma.data.sources.jsonl import decompress
 from moma.errors import UserError
 from tests.data.sources.rows import segments
 
@@ -188,6 +190,16 @@ def test_every_stream_of_a_compressed_file_is_read(tmp_path, ending, before, bet
     path = tmp_path / f"a.txt.{ending}"
     path.write_bytes(before + between.join(parts) + between)
     assert segments(source_of(path=str(path)).documents()) == [*map(str, numbers)]
+
+
+@pytest.mark.parametrize("compress", [bz2.compress, lzma.compress])
+def test_compressed_data_cannot_be_sought_from_its_end(tmp_path, compress):
+    path = tmp_path / "a"
+    path.write_bytes(compress(b"abc"))
+    with path.open("rb") as file, decompress(file) as content:
+        with pytest.raises(io.UnsupportedOperation, match="from the end"):
+            content.seek(-1, io.SEEK_END)
+        assert content.seek(1) == 1 and content.read() == b"bc"
 
 
 @pytest.mark.parametrize("ending", _COMPRESSORS)
