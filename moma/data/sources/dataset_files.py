@@ -34,13 +34,17 @@ _BUILDERS_PACKAGE = "datasets.packaged_modules."
 # Files that accompany data.
 _NO_DATA_NAMES = (*FILES_TO_IGNORE, datasets.config.DATASET_STATE_JSON_FILENAME)
 _NO_DATA = re.compile(
-    r"(readme|licen[cs]e|copying|notice|citation|requirements)\b.*", re.IGNORECASE
+    r"(readme|licen[cs]e|copying|notice|citation|requirements)(?![a-z]).*\.txt", re.IGNORECASE
 )
 # Options of a README that are heeded, or that do not matter where values stay as they are written.
 _HEEDED = (
     *("name", "version", "description", "data_dir", "data_files", "features"),
     *("sep", "delimiter", "columns", "batch_size", "chunksize"),
+    *("keep_default_na", "na_filter", "na_values", "true_values", "false_values"),
+    *("thousands", "decimal", "date_format", "float_precision"),
+    *("engine", "low_memory", "memory_map", "use_threads", "block_size"),
 )
+_UTF_8 = ("utf-8", "utf8", "utf-8-sig")
 _WHOLE = SourcePart()
 
 
@@ -205,7 +209,7 @@ def _builder_files(
         )
     if not splits or not (is_text or kind in arrow_tables.ENDINGS.values()):
         return DatasetFiles("other", splits, builder=builder)
-    _check_options(path, config)
+    _check_options(path, config, is_local)
     if not is_local and not streaming:
         splits = DownloadManager().download(splits)
     separator = getattr(config, "sep", None) if kind == "csv" else None
@@ -230,13 +234,15 @@ def _check_complete(path: str, used: list[str]) -> None:
         and os.path.realpath(file) not in found
     ]
     if left_out:
+        ending = "".join(Path(file).suffix for file in used[:1])
         raise UserError(
             f"{path}: `datasets` would leave out {list_names(left_out)} of this folder; move what "
-            f"is not to be read elsewhere, or name the files of one kind: {path}/*.jsonl"
+            f"is not to be read elsewhere, name the files of one kind, such as {path}/*{ending}, "
+            f"or declare `data_files` in its {card.name}"
         )
 
 
-def _check_options(path: str, config: datasets.BuilderConfig) -> None:
+def _check_options(path: str, config: datasets.BuilderConfig, is_local: bool) -> None:
     """Refuse options of a README that would change what is read, and are not heeded here."""
     default = type(config)()
     options = {field.name: getattr(config, field.name) for field in fields(config)}
@@ -245,12 +251,16 @@ def _check_options(path: str, config: datasets.BuilderConfig) -> None:
         for name, value in options.items()
         if name not in _HEEDED
         and value != getattr(default, name)
-        and not (name == "encoding" and str(value).lower() in ("utf-8", "utf8"))
+        and not (name == "encoding" and str(value).lower().replace("_", "-") in _UTF_8)
     ]
     if ignored:
+        remedy = "download and convert the files so that they can be read without"
+        if is_local:
+            card = Path(path, datasets.config.REPOCARD_FILENAME)
+            remedy = f"convert the files, and remove these options from {card}"
         raise UserError(
             f"{path}: its README declares options that are not heeded: {list_names(ignored)}; "
-            "download and convert the files so that they can be read without"
+            f"{remedy}"
         )
 
 

@@ -184,11 +184,19 @@ def write_rows(folder, *names):
         ),
         (["train/a.jsonl", "more/b.jsonl"], "more/b.jsonl"),
         (["a.jsonl", "deep.csv.gz"], "deep.csv.gz"),
+        (["train.jsonl", "citation-1.jsonl"], "citation-1.jsonl"),
     ],
 )
 def test_a_folder_of_which_files_would_be_left_out_is_refused(tmp_path, names, left_out):
     path = write_rows(tmp_path / "rows", *names)
     with pytest.raises(UserError, match=f"`datasets` would leave out {left_out} of this folder"):
+        list(source_of(path=path).documents())
+
+
+def test_a_refused_folder_comes_with_a_pattern_of_the_files_that_are_used(tmp_path):
+    path = write_rows(tmp_path / "rows", "x.jsonl", "a.parquet", "b.parquet")
+    advice = r"rows/\*\.parquet, or declare `data_files` in its README\.md"
+    with pytest.raises(UserError, match=advice):
         list(source_of(path=path).documents())
 
 
@@ -199,6 +207,7 @@ def test_a_folder_of_which_files_would_be_left_out_is_refused(tmp_path, names, l
         (["train.jsonl", "dev.jsonl", "test-0.jsonl"], "validation", ["dev"]),
         (["a.csv", "LICENSE.txt", "dataset_info.json"], "train", ["a"]),
         (["a.csv", ".hidden.csv"], "train", ["a"]),
+        (["a.csv", "license_en.txt"], "train", ["a"]),
     ],
 )
 def test_files_of_other_splits_and_those_beside_the_data_are_not_missed(
@@ -240,6 +249,9 @@ def write_readme(path, *options):
         ("a.parquet", ["filters: [[text, ==, b]]"], "filters"),
         ("a.csv", ['sep: ","', "encoding: utf-8", "chunksize: 9"], None),
         ("a.csv", ['delimiter: ","', "quotechar: '\"'"], None),
+        ("a.csv", ["encoding: utf_8_sig", "keep_default_na: false", "na_values: [a]"], None),
+        ("a.csv", ["engine: python", "thousands: ' '", "decimal: ','", "true_values: [a]"], None),
+        ("a.jsonl", ["encoding: UTF-8", "use_threads: false", "block_size: 9"], None),
     ],
 )
 def test_options_of_a_readme_that_are_not_heeded_are_refused(tmp_path, name, options, ignored):
@@ -248,5 +260,6 @@ def test_options_of_a_readme_that_are_not_heeded_are_refused(tmp_path, name, opt
     if ignored is None:
         assert segments(source_of(path=path).documents()) == ["a"]
         return
-    with pytest.raises(UserError, match=f"rows: its README .* not heeded: {ignored};"):
+    reason = f"rows: its README .* not heeded: {ignored}; convert the files, .*rows/README.md"
+    with pytest.raises(UserError, match=reason):
         list(source_of(path=path).documents())
