@@ -126,11 +126,9 @@ def prepare_model(
         if not _is_lack_of_memory(error):
             raise
         count = sum(parameter.numel() for parameter in model.parameters())
-        what = f"{count:,} parameters do"
-        if world.size > 1:
-            what = f"the share of each rank of {count:,} parameters does"
+        shards = "the shards of each rank of " if world.size > 1 else ""
         raise UserError(
-            f"model: {what} not fit into the memory of {world.device} "
+            f"model: {shards}{count:,} parameters do not fit into the memory of {world.device} "
             f"({error_reason(error)}); make it smaller, or use more GPUs; `moma plan` estimates "
             "what a recipe needs"
         ) from error

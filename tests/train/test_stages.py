@@ -386,5 +386,5 @@ def test_only_a_lack_of_memory_is_called_one(tiny, monkeypatch, error, expected)
     vocabulary = Vocabulary.load(tiny.data.path / "vocabulary.json")
     with pytest.raises(expected, match=r"model: [\d,]+ parameters do not fit|illegal"):
         prepare_model(tiny, vocabulary, WORLD)
-    with pytest.raises(expected, match=r"share of each rank of [\d,]+ parameters does not|illegal"):
+    with pytest.raises(expected, match=r"the shards of each rank of [\d,]+ parameters do|illegal"):
         prepare_model(tiny, vocabulary, World(torch.device("cpu"), size=2))
