@@ -136,7 +136,11 @@ def test_override_values_that_are_not_toml_are_text(text):
     try:
         tomllib.loads(f"value = {text.strip()}")
     except tomllib.TOMLDecodeError:
-        assert override({}, [f"key={text}"]) == {"key": text.strip()}
+        if text.strip()[:1] in ('"', "'"):
+            with pytest.raises(UserError, match="not valid TOML"):
+                override({}, [f"key={text}"])
+        else:
+            assert override({}, [f"key={text}"]) == {"key": text.strip()}
 
 
 def test_overrides_create_missing_sections():
