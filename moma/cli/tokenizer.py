@@ -241,7 +241,7 @@ def _recipe_or_files(inputs: list[str]) -> tuple[Sequence[Any], Any, int, Any]:
         recipe = load_recipe(files[0], inputs[1:])
         return recipe.data.sources, recipe.data, recipe.seed, recipe
     sections = check(Sections, override({}, changes), "the command line")
-    # Sources are told apart by their names; that of a single file is the default.
+    # Each source needs a name of its own; that of a single file is the default.
     names = ["text", *(f"text-{number}" for number in range(2, len(files) + 1))]
     sources = [TextConfig(path=file, name=name) for file, name in zip(files, names, strict=True)]
     return sources, sections.data, 0, sections
